@@ -1,0 +1,22 @@
+from snakemake.utils import min_version
+
+min_version("9.3")
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/training.smk"
+include: "workflow/rules/analysis.smk"
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/report.smk"
+
+
+report: "workflow/report/workflow.rst"
+
+
+rule all:
+    default_target: True
+    input:
+        LAYOUT.report,
+        expand(LAYOUT.figures / "{figure}.svg", figure=FIGURE_NAMES),

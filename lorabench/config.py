@@ -1,0 +1,329 @@
+"""Typed presets: the one source of validation, defaults and the JSON schema.
+
+A preset is one YAML file. `load_preset` reads it and raises `PresetError`, a message that names the
+field, the value and what is allowed, before anything is computed. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lorabench.errors import UserError
+from lorabench.models.placement import Placement
+
+PRESETS = Path(__file__).parent.parent / "workflow" / "presets"
+SCHEMA = PRESETS / "schema.json"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PresetError(UserError):
+    """A preset that can't be run; the message says which field, which value, what is allowed."""
+
+
+class Strict(BaseModel):
+    """No unknown keys, no silent conversions, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class TinyModel(Strict):
+    """The shipped tiny Llama."""
+
+    kind: Literal["tiny"]
+
+
+class HubModel(Strict):
+    """A causal LM on the Hugging Face hub, safetensors only."""
+
+    kind: Literal["hub"]
+    id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub id, `owner/name`."""
+    revision: str = "main"
+    """Commit or tag; pin a commit for a reproducible run."""
+    trust_remote_code: bool = False
+    """Run the repository's own Python code. Off unless you have read that code."""
+    parameters: Positive
+    """Number of parameters, for the cost estimate."""
+    hidden_size: Positive
+    """Width of the model, for the cost estimate."""
+
+
+class PathModel(Strict):
+    """A causal LM in a local folder, safetensors only."""
+
+    kind: Literal["path"]
+    path: str
+    """Folder with config.json, tokenizer and *.safetensors."""
+    trust_remote_code: bool = False
+    """Run Python code from the folder. Off unless you have read that code."""
+    parameters: Positive
+    """Number of parameters, for the cost estimate."""
+    hidden_size: Positive
+    """Width of the model, for the cost estimate."""
+
+
+class GgufModel(Strict):
+    """A GGUF file, dequantised once into safetensors."""
+
+    kind: Literal["gguf"]
+    path: str
+    """The .gguf file; with `wheel`, its name inside the wheel."""
+    wheel: str | None = None
+    """A pinned PyPI requirement whose wheel holds the file, as `name==version`."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the .gguf file."""
+    parameters: Positive
+    """Number of parameters, for the cost estimate."""
+    hidden_size: Positive
+    """Width of the model, for the cost estimate."""
+
+
+ModelSpec = Annotated[TinyModel | HubModel | PathModel | GgufModel, Field(discriminator="kind")]
+
+
+class DatasetSpec(Strict):
+    """An SFT dataset in chat form: distinct examples, split into train, validation and test."""
+
+    kind: Literal["instruct", "worked"]
+    """`instruct`: instruction mixture of 12 reasoning-gym tasks; `worked`: gsm_symbolic with its chain of thought."""
+    train: Positive
+    """Training examples."""
+    validation: Positive
+    """Examples on which the LR is picked."""
+    test: Positive
+    """Examples on which losses are reported."""
+    max_chars: Annotated[int, Field(ge=32)] = 400
+    """Longer examples (question and response together) are left out."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the problems."""
+
+
+class Protocol(Strict):
+    """How every run of the preset is trained; the same in both arms."""
+
+    alpha: PositiveFloat = 32.0
+    """LoRA's alpha, the same at every rank (paper, section on hyperparameters)."""
+    include_unembedding: bool = True
+    """LoRA also on the unembedding, as the paper's parameter table shows."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Adam's betas. The learning rate is constant, without warm-up."""
+    eps: Annotated[float, Field(ge=0)] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    clip_norm: PositiveFloat | None = None
+    """Clip the gradient to this norm; null for no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of both arms; master weights are always fp32."""
+    curve_points: Annotated[int, Field(ge=2)] = 12
+    """Validation points per run, log-spaced in steps."""
+
+
+class LearningRates(Strict):
+    """The LR grid of each method, ascending."""
+
+    fullft: Annotated[list[PositiveFloat], Field(min_length=1)]
+    lora: Annotated[list[PositiveFloat], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        for name in ("fullft", "lora"):
+            grid = getattr(self, name)
+            if sorted(set(grid)) != grid:
+                raise ValueError(f"{name} grid {grid} must be ascending without repeats")
+        return self
+
+
+class SftExperiment(Strict):
+    """A full factorial of conditions, each with its LR grid and seeds."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    """Names from `models`."""
+    datasets: Annotated[list[str], Field(min_length=1)]
+    """Names from `datasets`."""
+    ranks: Annotated[list[Positive], Field(min_length=1)]
+    """LoRA ranks. Full fine-tuning is always the other arm."""
+    placements: Annotated[list[Placement], Field(min_length=1)] = ["all"]
+    """Which layers carry LoRA."""
+    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    """Examples per optimizer step."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training split."""
+    lrs: LearningRates
+    seeds: Positive = 3
+    """Seeds at each condition's best LR; the grid itself is run with the first seed."""
+
+
+class Experiments(Strict):
+    """The paper's comparisons, by name."""
+
+    rank: SftExperiment | None = None
+    """LoRA ranks against full fine-tuning over a LR sweep (paper figures 1 and 2)."""
+
+    def chosen(self) -> dict[str, SftExperiment]:
+        """The experiments that the preset asks for, by name."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: experiment for name, experiment in named.items() if experiment is not None}
+
+
+class Execution(Strict):
+    """Where and how the work is done. Nothing here changes what a run is."""
+
+    threads: Positive = 1
+    """CPU threads of one job."""
+    max_batch_tokens: Positive = 16_384
+    """Tokens, padding included, that go through the model at once; larger batches are accumulated."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
+    """A run longer than this leaves a checkpoint to go on from; 0 means after every step."""
+    keep_weights: Literal["best", "all"] = "best"
+    """Trained weights to keep: those at each condition's best LR, or all."""
+    gflops: PositiveFloat
+    """Useful GFLOP/s of one job on the machine meant, for the time estimate."""
+
+
+class Preset(Strict):
+    """What is run."""
+
+    description: str
+    """One sentence for the report."""
+    limits: list[str] = []
+    """What this preset cannot test, one sentence each, for the report."""
+    models: Annotated[dict[Name, ModelSpec], Field(min_length=1)]
+    datasets: Annotated[dict[Name, DatasetSpec], Field(min_length=1)]
+    protocol: Protocol = Protocol()
+    experiments: Experiments
+    execution: Execution
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        chosen = self.experiments.chosen()
+        if not chosen:
+            allowed = ", ".join(Experiments.model_fields)
+            raise ValueError(f"experiments is empty; allowed: {allowed}")
+        for name, experiment in chosen.items():
+            for field, known in (("models", self.models), ("datasets", self.datasets)):
+                for wanted in getattr(experiment, field):
+                    if wanted not in known:
+                        allowed = ", ".join(known)
+                        raise ValueError(f"experiments.{name}.{field}: unknown name {wanted!r}; allowed: {allowed}")
+            for dataset in experiment.datasets:
+                for batch_size in experiment.batch_sizes:
+                    if self.datasets[dataset].train * experiment.epochs < batch_size:
+                        raise ValueError(
+                            f"experiments.{name}.batch_sizes: {batch_size} is more than the "
+                            f"{self.datasets[dataset].train} training examples of {dataset!r}"
+                        )
+        return self
+
+
+def preset_path(preset: str) -> Path:
+    """The file of a preset: a shipped name (`laptop`) or a path to a YAML file.
+
+    Raises:
+        PresetError: there is no such preset.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise PresetError(f"preset {preset!r}: no file {path}; allowed: {shipped}, or the path of a .yaml file")
+    return path
+
+
+def load_preset(preset: str) -> Preset:
+    """Read and validate a preset by shipped name or path.
+
+    Raises:
+        PresetError: no such preset, not YAML, or a field that is wrong; one line per field.
+    """
+    path = preset_path(preset)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise PresetError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise PresetError(f"{path}: a preset is a mapping of {', '.join(Preset.model_fields)}, not {raw!r}")
+    try:
+        return Preset.model_validate(raw)
+    except ValidationError as error:
+        raise PresetError("\n".join(f"{path}: {_sentence(problem)}" for problem in error.errors())) from error
+
+
+def json_schema() -> str:
+    """The JSON schema of a preset, as shipped beside the presets for editors."""
+    return json.dumps(Preset.model_json_schema(), indent=2) + "\n"
+
+
+def _sentence(problem: Any) -> str:
+    """One readable sentence for one of pydantic's errors."""
+    location, value, kind, context = problem["loc"], problem["input"], problem["type"], problem.get("ctx", {})
+    model_of, parts = _walk(location)
+    where = ".".join(parts)
+    match kind:
+        case "extra_forbidden":
+            parent = ".".join(parts[:-1]) or "preset"
+            return f"{parent}: unknown key {parts[-1]!r}; allowed: {', '.join(sorted(model_of.model_fields))}"
+        case "missing":
+            return f"{where}: missing"
+        case "value_error":
+            return f"{where + ': ' if where else ''}{context['error']}"
+        case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
+            number = float(value) if kind == "float_type" else int(float(value))
+            return f"{where} = {value!r}: this is text to YAML, not a number; write {_yaml_number(number)}"
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{where}.kind = {context.get('tag')!r}: allowed: {context.get('expected_tags', 'a kind of model')}"
+        case "too_short":
+            return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
+        case _:
+            return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+_MODEL_KINDS: tuple[type[BaseModel], ...] = (TinyModel, HubModel, PathModel, GgufModel)
+
+
+def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
+    """The innermost model class along an error's place, and the place as a reader of the YAML sees it."""
+    current: type[BaseModel] = Preset
+    parts: list[str] = []
+    for position, part in enumerate(location):
+        if part == "[key]":
+            continue
+        if position == 2 and location[0] == "models":
+            # pydantic adds the kind of model after its name; the YAML has no such level.
+            current = next(model for model in _MODEL_KINDS if part in get_args(model.model_fields["kind"].annotation))
+            continue
+        parts.append(str(part))
+        field = current.model_fields.get(str(part))
+        inner = _model_in(field.annotation) if field else None
+        current = inner or current
+    return current, parts
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The one model class inside an annotation such as `X | None` or `dict[str, X]`, if there is just one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [model for argument in get_args(annotation) if (model := _model_in(argument))]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _yaml_number(number: float) -> str:
+    """A number as YAML 1.1 reads it: an exponent needs a point before it."""
+    text = repr(number)
+    mantissa, mark, exponent = text.partition("e")
+    return text if not mark or "." in mantissa else f"{mantissa}.0e{exponent}"

@@ -1,0 +1,132 @@
+"""Problems from reasoning-gym: the text that everything offline is made of.
+
+Three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
+
+- `PRETRAIN_TASKS` and the *even* gsm_symbolic templates make the pretraining text;
+- `INSTRUCT_TASKS` make the instruction mixture;
+- the *odd* gsm_symbolic templates make the worked solutions.
+
+Of the latter two, the pretraining text holds one percent, drawn with another seed.
+
+Every problem is a function of (task, seed, index): reasoning-gym builds item i from `seed + i`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+PRETRAIN_TASKS = (
+    "aiw",
+    "base_conversion",
+    "basic_arithmetic",
+    "calendar_arithmetic",
+    "chain_sum",
+    "coin_flip",
+    "decimal_arithmetic",
+    "decimal_chain_sum",
+    "family_relationships",
+    "fraction_simplification",
+    "gcd",
+    "lcm",
+    "letter_counting",
+    "letter_jumble",
+    "number_filtering",
+    "number_sorting",
+    "prime_factorization",
+    "products",
+    "sentence_reordering",
+    "simple_equations",
+    "simple_geometry",
+    "spell_backward",
+    "syllogism",
+    "word_sorting",
+)
+
+INSTRUCT_TASKS = (
+    "bitwise_arithmetic",
+    "caesar_cipher",
+    "complex_arithmetic",
+    "count_bits",
+    "dice",
+    "leg_counting",
+    "number_format",
+    "power_function",
+    "ransom_note",
+    "rotate_matrix",
+    "time_intervals",
+    "word_sequence_reversal",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its short answer and, where the task has one, a worked solution."""
+
+    source: str
+    question: str
+    answer: str
+    solution: str | None = None
+
+    @property
+    def response(self) -> str:
+        """What the assistant should say: the worked solution if there is one, else the answer."""
+        return self.solution or self.answer
+
+
+# reasoning-gym wants to know a size beforehand; items are built on demand, so a large one is free.
+_ENDLESS = 10_000_000
+
+
+def task_problems(task: str, seed: int) -> Iterator[Problem]:
+    """Endless problems of one reasoning-gym task.
+
+    Raises:
+        ValueError: reasoning-gym has no task of that name.
+    """
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(task, seed=seed, size=_ENDLESS)
+    for index in range(_ENDLESS):
+        item = dataset[index]
+        # Some tasks have puzzles without a solution.
+        if item["answer"] is not None:
+            yield Problem(task, item["question"].strip(), str(item["answer"]).strip())
+
+
+def mixture(tasks: tuple[str, ...], seed: int) -> Iterator[Problem]:
+    """Endless problems, each from a task drawn uniformly."""
+    streams = [task_problems(task, seed) for task in tasks]
+    rng = Random(seed)
+    while True:
+        yield next(rng.choice(streams))
+
+
+def worked_solutions(template: Callable[[int], bool], seed: int) -> Iterator[Problem]:
+    """Endless gsm_symbolic problems with their chain of thought.
+
+    Args:
+        template: which of the 85 sound templates to use, by number.
+    """
+    import reasoning_gym
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
+
+    generators = reasoning_gym.create_dataset("gsm_symbolic", seed=seed, size=1).generators
+    chosen = [number for number in tasks_ok if template(number)]
+    rng = Random(seed)
+    while True:
+        number = rng.choice(chosen)
+        item = generators[number](Random(rng.getrandbits(63)), 1.0)
+        solution = item["metadata"]["answer_cot"].strip()
+        yield Problem(f"gsm_symbolic/{number}", item["question"].strip(), str(item["answer"]).strip(), solution)
+
+
+def even(template: int) -> bool:
+    """The gsm_symbolic templates of the pretraining text."""
+    return template % 2 == 0
+
+
+def odd(template: int) -> bool:
+    """The gsm_symbolic templates of the worked-solutions dataset."""
+    return template % 2 == 1

@@ -1,0 +1,188 @@
+"""One look for all figures: sizes, colours by rank, panels, legend, and files that do not change by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from lorabench.records import atomic_path
+
+# Columns that make a panel: losses of different models, data or batch sizes are never drawn together.
+PANEL = ["model", "dataset", "batch_size"]
+
+# Inches: 7.2 in at 100 dpi is about the 700 px of a text column, so type is seen at its nominal size.
+WIDTH, PANEL_HEIGHT, COLUMNS = 7.2, 3.1, 2
+PNG_DPI = 200
+
+FULLFT_COLOUR = "black"
+MUTED = "0.35"
+SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
+# Part of the map that is neither too pale on white nor too near to black; lightness falls all the way,
+# so that the order of ranks survives greyscale.
+_RANK_MAP, _LOWEST_RANK, _HIGHEST_RANK = "plasma", 0.83, 0.24
+_PLACEMENT_LINES = {"all": "-", "mlp": "--", "attn": ":"}
+
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "0.4",
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.6,
+    "xtick.color": "0.25",
+    "ytick.color": "0.25",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.solid_capstyle": "round",
+    "savefig.facecolor": "white",
+    # Outlines instead of fonts, and fixed ids: the same picture and the same bytes everywhere.
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lorabench",
+}
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """Matplotlib's own defaults with this style on top, whatever the user's configuration says."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        yield
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How an arm is drawn. FullFT is a wide line below the thin LoRA lines, so that both show where they coincide."""
+
+    label: str
+    colour: str
+    linestyle: str
+    linewidth: float
+    marker: str
+    zorder: float
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments of a line."""
+        return {
+            "color": self.colour,
+            "linestyle": self.linestyle,
+            "linewidth": self.linewidth,
+            "zorder": self.zorder,
+        }
+
+
+def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
+    """Styles by arm label, FullFT first, then by rank.
+
+    Args:
+        arms: columns arm (its label), method, rank, placement; may repeat.
+    """
+    unique = arms[["arm", "method", "rank", "placement"]].drop_duplicates("arm")
+    ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
+    ordered = unique.sort_values(["method", "rank", "placement"], na_position="first")
+    styles = {}
+    for arm in ordered.to_dict("records"):
+        label = arm["arm"]
+        if arm["method"] == "fullft":
+            styles[label] = ArmStyle(label, FULLFT_COLOUR, "-", 2.8, "s", 2.0)
+        else:
+            rank, linestyle = int(arm["rank"]), _PLACEMENT_LINES.get(arm["placement"], "-")
+            # Low ranks on top: they are the ones that stand apart.
+            styles[label] = ArmStyle(label, _rank_colour(rank, ranks), linestyle, 1.4, "o", 3 - ranks.index(rank) / 100)
+    return styles
+
+
+def _rank_colour(rank: int, ranks: list[int]) -> str:
+    """Colour on the sequential scale, by the place of log(rank) between the lowest and the highest rank drawn."""
+    low, high = math.log(ranks[0]), math.log(ranks[-1])
+    place = (math.log(rank) - low) / (high - low) if high > low else 0.5
+    return to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
+
+
+def panels(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
+    """A figure with one panel per model, dataset and batch size of `frame`, and the rows that belong to each.
+
+    Args:
+        frame: columns PANEL and others.
+        strip: points kept free above each panel, for marks.
+    """
+    groups = list(frame.groupby(PANEL, sort=True))
+    columns = min(COLUMNS, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(WIDTH, PANEL_HEIGHT * rows + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    several_batch_sizes = frame["batch_size"].nunique() > 1
+    drawn = []
+    for place, ((model, dataset, batch_size), of_panel) in enumerate(groups, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
+        axes.set_title(title, pad=strip + 18, parse_math=False)
+        drawn.append((of_panel, axes))
+    return figure, drawn
+
+
+def plain_log_ticks(axes: Axes) -> None:
+    """Write the powers of ten on a log x-axis as plain numbers."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def note(axes: Axes, text: str, strip: float = 0.0) -> None:
+    """A small line between a panel, with the strip above it, and its title."""
+    axes.annotate(text, (0, 1), (0, strip + 5), "axes fraction", "offset points", color=MUTED, fontsize=7.5)
+
+
+def legends(figure: Figure, styles: dict[str, ArmStyle], marks: list[Artist]) -> None:
+    """The arms above the panels; below them the marks that need a word."""
+    lines = [Line2D([], [], label=style.label, **style.line) for style in styles.values()]
+    for handles, place in ((lines, "upper"), (marks, "lower")):
+        if handles:
+            # As many columns as fit: inches of a handle with its gaps, and of an average letter.
+            widest = 0.5 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
+            figure.legend(
+                handles=handles,
+                loc=f"outside {place} left",
+                ncols=min(int(WIDTH / widest), len(handles)),
+                handlelength=1.6,
+                handletextpad=0.6,
+                columnspacing=1.3,
+            )
+
+
+def mark(label: str, marker: str, **properties: Any) -> Line2D:
+    """A legend entry for a mark that is the same in every arm's colour."""
+    look: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6, **properties}
+    return Line2D([], [], label=label, marker=marker, **look)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write SVG or PNG by the path's suffix, whole or not at all, with the same bytes for the same figure."""
+    kind = path.suffix.removeprefix(".")
+    metadata = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
+    with applied(), atomic_path(path) as partial:
+        figure.savefig(partial, format=kind, dpi=PNG_DPI, metadata=metadata)

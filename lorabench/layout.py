@@ -1,0 +1,66 @@
+"""Where everything of a preset lies. The one place that knows paths; Snakemake's rules use it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorabench.config import Preset, load_preset, preset_path
+from lorabench.plan import Sweep, dataset_id, model_id
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one preset, relative to the working directory."""
+
+    name: str
+    preset: Preset
+
+    @classmethod
+    def of(cls, preset: str) -> Layout:
+        """The layout of a preset by shipped name or path.
+
+        Raises:
+            PresetError: there is no such preset, or it is not valid.
+        """
+        return cls(preset_path(preset).stem, load_preset(preset))
+
+    @property
+    def root(self) -> Path:
+        return Path("results") / self.name
+
+    @property
+    def figures(self) -> Path:
+        return Path("paper_figures") / self.name
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def patches(self) -> Path:
+        return self.root / "patches"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report" / "index.html"
+
+    def tables(self, experiment: str | None = None) -> Path:
+        """Folder of the tidy tables: of one experiment, or of all."""
+        return self.root / "tables" / experiment if experiment else self.root / "tables"
+
+    def dataset(self, dataset: str) -> Path:
+        return self.root / "data" / f"{dataset}.{dataset_id(self.preset.datasets[dataset])}.parquet"
+
+    def tokens(self, model: str, dataset: str) -> Path:
+        model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])
+        return self.root / "tokens" / f"{model}.{model_key}.{dataset}.{dataset_key}.safetensors"
+
+    def sweep(self, sweep: Sweep) -> Path:
+        return self.root / "sweeps" / f"{sweep.sweep_id}.parquet"
+
+    def log(self, sweep: Sweep) -> Path:
+        return self.root / "logs" / f"{sweep.sweep_id}.log"
+
+    def progress(self, sweep: Sweep) -> Path:
+        return self.root / "progress" / f"{sweep.sweep_id}.json"

@@ -1,0 +1,242 @@
+"""The tiny base: a Llama of about 0.8M parameters, pretrained here, shipped with the package.
+
+It exists so that every comparison runs without a hub or a GPU on a model that was really
+pretrained: `RECIPE` is all there is to it, `build` follows it, and `lorabench/models/tiny_llama/`
+holds the result (safetensors in bf16, tokenizer, chat template, recipe with hash and held-out loss).
+Rebuild it with `snakemake --cores all tiny_base`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from lorabench.data.reasoning import (
+    INSTRUCT_TASKS,
+    PRETRAIN_TASKS,
+    Problem,
+    even,
+    mixture,
+    odd,
+    worked_solutions,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+SHIPPED = Path(__file__).parent / "tiny_llama"
+
+# The end token closes a pretraining document as well as an assistant's turn, so the base knows it.
+END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the tiny base. Sizes in tokens unless named otherwise."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 320
+    layers: int = 3
+    heads: int = 4
+    context: int = 512
+    worked_share: float = 0.5
+    # A little of what fine-tuning will teach, as a base trained on the web has seen a little of everything.
+    rare_share: float = 0.01
+    chat_share: float = 0.2
+    max_document_chars: int = 500
+    tokenizer_documents: int = 20_000
+    train_tokens: int = 16_000_000
+    heldout_tokens: int = 200_000
+    block: int = 192
+    batch: int = 32
+    lr: float = 4e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 20250929
+
+
+RECIPE = Recipe()
+
+
+def pretraining_problems(recipe: Recipe, seed: int) -> Iterator[Problem]:
+    """Endless problems that are short enough: the pretraining pool, and rarely the fine-tuning pools."""
+    common = worked_solutions(even, seed), mixture(PRETRAIN_TASKS, seed)
+    rare = worked_solutions(odd, seed), mixture(INSTRUCT_TASKS, seed)
+    rng = Random(seed)
+    while True:
+        solutions, tasks = rare if rng.random() < recipe.rare_share else common
+        problem = next(solutions if rng.random() < recipe.worked_share else tasks)
+        if len(problem.question) + len(problem.response) <= recipe.max_document_chars:
+            yield problem
+
+
+def document(problem: Problem, rng: Random, chat_share: float) -> str:
+    """One pretraining document: plain text, or a chat as modern mid-training has them."""
+    if rng.random() < chat_share:
+        return f"{USER}{problem.question}{ASSISTANT}{problem.response}{END}"
+    question, answer = rng.choice((("", "\n"), ("Question: ", "\nAnswer: "), ("Problem: ", "\n\nSolution: ")))
+    return f"{question}{problem.question}{answer}{problem.response}{END}"
+
+
+def documents(recipe: Recipe, seed: int) -> Iterator[str]:
+    """Endless pretraining documents."""
+    rng = Random(seed)
+    for problem in pretraining_problems(recipe, seed):
+        yield document(problem, rng, recipe.chat_share)
+
+
+def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits, trained on the pretraining text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    # Words with their leading space, single digits, runs of other signs: GPT-2's split, digits apart.
+    split = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(split, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[END, PAD, USER, ASSISTANT, SYSTEM],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(islice(documents(recipe, recipe.seed), recipe.tokenizer_documents), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT, SYSTEM],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=recipe.context,
+    )
+
+
+def new_model(recipe: Recipe) -> LlamaForCausalLM:
+    """The untrained Llama of the recipe, fp32, untied head."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=recipe.vocab_size,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
+            max_position_embeddings=recipe.context,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
+
+
+def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
+    """Endless blocks of `recipe.block` + 1 tokens from documents laid end to end."""
+    pending: list[int] = []
+    source = documents(recipe, seed)
+    while True:
+        for encoding in tokenizer.backend_tokenizer.encode_batch(list(islice(source, 256))):
+            pending.extend(encoding.ids)
+        while len(pending) > recipe.block:
+            yield pending[: recipe.block + 1]
+            pending = pending[recipe.block :]
+
+
+def _nll(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
+    """Mean next-token NLL in nats of blocks (n, block + 1)."""
+    import torch
+
+    logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+
+
+def _lr(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine to a tenth."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    return recipe.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def heldout_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
+    """NLL in nats per token on text of the same tasks, from another seed."""
+    import torch
+
+    blocks = packed_blocks(recipe, tokenizer, recipe.seed + 1)
+    batches = recipe.heldout_tokens // (recipe.batch * recipe.block)
+    with torch.no_grad():
+        losses = [_nll(model, torch.tensor(list(islice(blocks, recipe.batch)))).item() for _ in range(batches)]
+    return sum(losses) / len(losses)
+
+
+def build(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
+    """Pretrain the tiny base by its recipe and write it to `out`; return what `recipe.json` says.
+
+    The held-out text comes from another seed of the same tasks; its loss is that of the weights as
+    shipped, in bf16.
+    """
+    import torch
+
+    started = time.perf_counter()
+    tokenizer = train_tokenizer(recipe)
+    model = new_model(recipe)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
+    )
+    steps = recipe.train_tokens // (recipe.batch * recipe.block)
+    blocks = packed_blocks(recipe, tokenizer, recipe.seed)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _lr(recipe, step, steps)
+        loss = _nll(model, torch.tensor(list(islice(blocks, recipe.batch))))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            spent = time.perf_counter() - started
+            print(f"tiny base: step {step + 1}/{steps}, loss {loss.item():.3f}, {spent:.0f} s", flush=True)
+    # Shipped in bf16 (half the size); fine-tuning loads it into fp32 master weights.
+    model = model.bfloat16().float().eval()
+    out.mkdir(parents=True, exist_ok=True)
+    nll = heldout_nll(model, tokenizer, recipe)
+    model.bfloat16().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": model.num_parameters(),
+        "heldout_nll_nats_per_token": round(nll, 4),
+        "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+        "build_seconds": round(time.perf_counter() - started),
+    }
+    (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record

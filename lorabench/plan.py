@@ -1,0 +1,201 @@
+"""From a preset to runs, sweeps and jobs. Pure and fast: no torch, no pandas, no files read.
+
+A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines
+its result. A *sweep* is all runs of one condition and the work of one job: the LR grid with the first
+seed, then the other seeds at the LR that was best on the validation split. Those repeats have no
+run_id before that LR is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from lorabench import cost
+from lorabench.config import DatasetSpec, ModelSpec, Preset, Protocol, SftExperiment
+from lorabench.errors import UserError
+from lorabench.models.placement import Placement
+
+# Part of every run's identity. Raise it when a change alters what a run computes; the test
+# tests/test_protocol_version.py says when that may be the case.
+PROTOCOL_VERSION = 1
+
+Method = Literal["fullft", "lora"]
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Short stable hash of plain data."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is compared. Names of models and datasets are the preset's; `identity` says what they stand for."""
+
+    task: Literal["sft"]
+    model: str
+    dataset: str
+    method: Method
+    rank: int | None
+    placement: Placement | None
+    alpha: float | None
+    batch_size: int
+    steps: int
+    identity: str
+
+    @property
+    def label(self) -> str:
+        """Readable name for files and progress; never parsed."""
+        method = "fullft" if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
+        return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    condition: Condition
+    lr: float
+    seed: int
+
+    @cached_property
+    def run_id(self) -> str:
+        condition = {k: v for k, v in asdict(self.condition).items() if k not in {"model", "dataset"}}
+        return digest({"condition": condition, "lr": self.lr, "seed": self.seed})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of one condition, and the experiments that asked for them."""
+
+    condition: Condition
+    lrs: tuple[float, ...]
+    seeds: int
+    experiments: tuple[str, ...] = field(compare=False)
+
+    @cached_property
+    def sweep_id(self) -> str:
+        return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds], 8)}"
+
+    @property
+    def n_runs(self) -> int:
+        return len(self.lrs) + self.seeds - 1
+
+    def grid(self) -> list[Run]:
+        """The LR grid, with the first seed."""
+        return [Run(self.condition, lr, 0) for lr in self.lrs]
+
+    def repeats(self, best_lr: float) -> list[Run]:
+        """The other seeds, at the LR that the grid found best."""
+        return [Run(self.condition, best_lr, seed) for seed in range(1, self.seeds)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sweeps of a preset, in the order they should start: the longest first."""
+
+    preset: Preset
+    sweeps: tuple[Sweep, ...]
+
+    def of(self, experiment: str) -> list[Sweep]:
+        """The sweeps that an experiment needs."""
+        return [sweep for sweep in self.sweeps if experiment in sweep.experiments]
+
+    def sweep(self, sweep_id: str) -> Sweep:
+        """The sweep of that id.
+
+        Raises:
+            UserError: the plan has no such sweep (the preset or the protocol version has changed).
+        """
+        for sweep in self.sweeps:
+            if sweep.sweep_id == sweep_id:
+                return sweep
+        raise UserError(f"sweep {sweep_id!r} is not in the plan; has the preset changed since the job was made?")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per planned run; `lr` and `run_id` are null for repeats, whose LR is still to be found."""
+        rows: list[dict[str, Any]] = []
+        for sweep in self.sweeps:
+            grid = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
+            for run_id, lr, seed in [*grid, *((None, None, seed) for seed in range(1, sweep.seeds))]:
+                condition = {k: v for k, v in asdict(sweep.condition).items() if k != "identity"}
+                row = {"run_id": run_id, "sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}
+                rows.append(row | condition | {"lr": lr, "seed": seed})
+        return rows
+
+
+def make_plan(preset: Preset) -> Plan:
+    """All sweeps of a preset; a condition that several experiments ask for appears once."""
+    wanted = [sweep for name, spec in preset.experiments.chosen().items() for sweep in _sweeps(preset, name, spec)]
+    longest_first = sorted(merge_sweeps(wanted), key=lambda sweep: -cost.sweep_flops(preset, sweep))
+    return Plan(preset, tuple(longest_first))
+
+
+def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
+    """One sweep per condition, with all LRs and seeds that anybody asked for."""
+    merged: dict[Condition, Sweep] = {}
+    for sweep in sweeps:
+        old = merged.get(sweep.condition)
+        if old is not None:
+            sweep = Sweep(
+                sweep.condition,
+                lrs=tuple(sorted({*old.lrs, *sweep.lrs})),
+                seeds=max(old.seeds, sweep.seeds),
+                experiments=(*old.experiments, *sweep.experiments),
+            )
+        merged[sweep.condition] = sweep
+    return list(merged.values())
+
+
+def _sweeps(preset: Preset, name: str, experiment: SftExperiment) -> Iterator[Sweep]:
+    for model in experiment.models:
+        for dataset in experiment.datasets:
+            for batch_size in experiment.batch_sizes:
+                for method, rank, placement in _arms(experiment):
+                    spec = preset.datasets[dataset]
+                    condition = Condition(
+                        task="sft",
+                        model=model,
+                        dataset=dataset,
+                        method=method,
+                        rank=rank,
+                        placement=placement,
+                        alpha=preset.protocol.alpha if method == "lora" else None,
+                        batch_size=batch_size,
+                        steps=int(spec.train * experiment.epochs) // batch_size,
+                        identity=_identity(preset.models[model], spec, preset.protocol),
+                    )
+                    lrs = experiment.lrs.fullft if method == "fullft" else experiment.lrs.lora
+                    yield Sweep(condition, tuple(lrs), experiment.seeds, (name,))
+
+
+def _arms(experiment: SftExperiment) -> Iterator[tuple[Method, int | None, Placement | None]]:
+    yield "fullft", None, None
+    for placement in experiment.placements:
+        for rank in experiment.ranks:
+            yield "lora", rank, placement
+
+
+def dataset_id(spec: DatasetSpec) -> str:
+    """Hash of what determines a dataset's examples."""
+    return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
+
+
+def model_id(spec: ModelSpec) -> str:
+    """Hash of what determines a model's weights and tokenizer."""
+    from lorabench.models.tiny import SHIPPED
+
+    shipped = json.loads((SHIPPED / "recipe.json").read_text())["weights_sha256"] if spec.kind == "tiny" else None
+    return digest([spec.model_dump(exclude={"parameters", "hidden_size"}), shipped], 8)
+
+
+def _identity(model: ModelSpec, dataset: DatasetSpec, protocol: Protocol) -> str:
+    """Hash of what determines a run's result beside its condition, LR and seed."""
+    # Alpha stands in the condition itself.
+    rules = protocol.model_dump(exclude={"alpha"})
+    return digest([PROTOCOL_VERSION, model_id(model), dataset_id(dataset), rules])

@@ -1,0 +1,155 @@
+"""What the report says in tables: claims with their runs, noise, optima, what was spent, what it ran on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorabench import cost
+from lorabench.analysis.arms import ARM, arm_label, first_seed, rows_of
+from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.noise import seed_noise
+from lorabench.analysis.optimum import lr_draws, lr_optima
+from lorabench.figures import FIGURES
+from lorabench.plan import Plan
+from lorabench.report.text import missing
+
+VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
+
+Rows = list[dict[str, Any]]
+
+_PLACE = ["model", "dataset", "batch_size"]
+_INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
+
+
+def labelled(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs in reading order, with the name of their arm as `label`."""
+    order = ["model", "dataset", "batch_size", "method", "rank", "placement", "lr", "seed"]
+    ordered = runs.sort_values(order, na_position="first").reset_index(drop=True)
+    return ordered.assign(label=[arm_label(row) for _, row in ordered.iterrows()])
+
+
+def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """Each verdict with the ids of its claims."""
+    return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
+
+
+def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
+    """Each claim with the runs behind it, and the names of the figures that show it."""
+    known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
+    rows = []
+    for claim in table.to_dict("records"):
+        behind = [{"run_id": run_id, **known[run_id]} for run_id in _words(claim["run_ids"]) if run_id in known]
+        numbers = _words(claim["figure"])
+        figures = [(number, name) for number in numbers for name in FIGURES if name.startswith(f"fig{number}_")]
+        rows.append({str(name): value for name, value in claim.items()} | {"runs": behind, "figures": figures})
+    return rows
+
+
+def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any]:
+    """Seed noise, optimal LR and best loss of each arm, and LR ratios, from the runs of one experiment."""
+    runs = runs[[name in _words(value) for value in runs["experiments"]]]
+    noise = seed_noise(runs)
+    losses = best_losses(runs)[[*ARM, "nll_mean", "nll_sd", "n_seeds"]]
+    arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
+    arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
+    return {
+        "name": name,
+        "noise": noise.to_dict("records"),
+        "arms": arms.to_dict("records"),
+        "ratios": _ratios(runs, noise, arms),
+    }
+
+
+def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Rows:
+    """Optimal LR of each LoRA arm over that of FullFT on the same model, dataset and batch size."""
+    grid = first_seed(runs)
+    # No interval of the LR, no draws: the arm has no finished run, or the noise is unknown.
+    draws = {
+        index: None if missing(arm["lr_low"]) else lr_draws(rows_of(grid, arm), noise) for index, arm in arms.iterrows()
+    }
+    rows = []
+    for place, group in arms.groupby(_PLACE):
+        for base_index, base in group[group["method"] == "fullft"].iterrows():
+            for index, arm in group[group["method"] == "lora"].iterrows():
+                row = dict(zip(_PLACE, place, strict=True)) | {"label": arm["label"]}
+                row |= {"ratio": arm["lr_opt"] / base["lr_opt"], "low": None, "high": None}
+                row["resolved"] = bool(arm["resolved"] and base["resolved"])
+                above, below = draws[index], draws[base_index]
+                if above is not None and below is not None:
+                    row["low"], row["high"] = np.quantile(above / below, [0.025, 0.975])
+                rows.append(row)
+    return rows
+
+
+def environment(runs: pd.DataFrame) -> dict[str, Any]:
+    """What the runs ran on; each a list, since they may have run on several machines."""
+    return {
+        "devices": _distinct(runs["device"]),
+        "hosts": int(runs["host"].nunique()),
+        "threads": _distinct(runs["threads"]),
+        "commits": _distinct(runs["git_sha"]),
+        "dirty": int(runs["git_dirty_patch"].notna().sum()),
+        "started": (runs["started"].min(), runs["started"].max()),
+        "versions": [_versions(text) for text in _distinct(runs["versions"])],
+    }
+
+
+def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
+    """Runs, tokens, FLOPs and seconds (of one job at a time): planned before anything ran, and spent."""
+    planned = cost.estimate(plan, list(plan.sweeps), cores=plan.preset.execution.threads)
+    return {
+        "planned": {
+            "runs": planned.runs,
+            "tokens": planned.tokens,
+            "flops": planned.flops,
+            "seconds": planned.minutes * 60,
+        },
+        "spent": {
+            "runs": len(runs),
+            "tokens": runs["train_tokens"].sum(),
+            "flops": runs["train_flops"].sum(),
+            "seconds": runs["wall_s"].sum(),
+        },
+        "done": int((runs["status"] == "done").sum()),
+        "diverged": int((runs["status"] == "diverged").sum()),
+        "sweeps": planned.sweeps,
+    }
+
+
+def runs_with_versions(runs: pd.DataFrame) -> Rows:
+    """Every run; `software` is the number, from 1, of its set of versions in `environment`."""
+    sets = _distinct(runs["versions"])
+    return _records(runs.assign(software=runs["versions"].map({text: place for place, text in enumerate(sets, 1)})))
+
+
+def inputs(runs: pd.DataFrame) -> Rows:
+    """Hashes of model, data, tokenizer and chat template, once for each combination."""
+    return _records(runs[["model", "dataset", *_INPUTS]].drop_duplicates())
+
+
+def _records(frame: pd.DataFrame) -> Rows:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _distinct(column: pd.Series[Any]) -> list[Any]:
+    return sorted(column.dropna().unique())
+
+
+def _versions(text: str) -> dict[str, str]:
+    """Package versions; shown as they stand if they are not a JSON object, as in tables made by hand."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"versions": text}
+
+
+def _words(value: Any) -> list[str]:
+    """A list column's value, also where a CSV has it as text with spaces or commas between."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [] if missing(value) else [str(part) for part in value]

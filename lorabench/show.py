@@ -1,0 +1,50 @@
+"""What `lorabench plan` and `lorabench status` print."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from lorabench import cost
+from lorabench.plan import Plan
+from lorabench.progress import Status
+
+
+def plan_table(plan: Plan, cores: int) -> None:
+    """Per experiment: sweeps, runs, tokens and estimated minutes; shared runs count once in the total."""
+    table = Table(title=f"{plan.preset.description}", title_justify="left")
+    table.add_column("experiment")
+    for column in ("sweeps", "runs", "tokens", "PFLOPs", f"minutes on {cores} cores"):
+        table.add_column(column, justify="right")
+    experiments = list(plan.preset.experiments.chosen())
+    for name, sweeps in [(name, plan.of(name)) for name in experiments] + [("total", list(plan.sweeps))]:
+        work = cost.estimate(plan, sweeps, cores)
+        if name == "total":
+            table.add_section()
+        table.add_row(
+            name,
+            str(work.sweeps),
+            str(work.runs),
+            f"{work.tokens / 1e6:.1f} M",
+            f"{work.flops / 1e15:.3g}",
+            f"{work.minutes:.0f}" if work.minutes >= 2 else f"{work.minutes:.1f}",
+        )
+    Console().print(table)
+
+
+def status_table(status: Status) -> None:
+    """How far the work is, what is running, and what has gone silent."""
+    console = Console()
+    share = status.runs_done / max(1, status.runs_planned)
+    console.print(
+        f"{status.runs_done}/{status.runs_planned} runs ({share:.0%}), "
+        f"{status.sweeps_done}/{status.sweeps_planned} sweeps done"
+    )
+    for word, jobs in (("running", status.running), ("silent ", status.silent)):
+        for job in jobs:
+            console.print(
+                f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
+                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}"
+            )
+    if status.report is not None:
+        console.print(f"  report: {status.report}")

@@ -1,0 +1,197 @@
+"""The tidy tables: their columns, how records become rows, how they are written and read.
+
+    runs     one row per run
+    curves   one row per run, step, split and metric
+    claims   one row per claim
+
+Everything downstream (analysis, claims, figures, report) reads these and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorabench.errors import UserError
+from lorabench.records import RunFolder, atomic_path
+
+if TYPE_CHECKING:
+    from lorabench.plan import Plan, Sweep
+    from lorabench.training.sft import Point
+
+RUNS = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("experiments", pa.list_(pa.string())),
+        ("model", pa.string()),
+        ("dataset", pa.string()),
+        ("task", pa.string()),
+        ("method", pa.string()),
+        ("rank", pa.int64()),
+        ("placement", pa.string()),
+        ("alpha", pa.float64()),
+        ("lr", pa.float64()),
+        ("batch_size", pa.int64()),
+        ("steps", pa.int64()),
+        ("seed", pa.int64()),
+        ("status", pa.string()),
+        ("diverged_at", pa.int64()),
+        ("final_valid_nll", pa.float64()),
+        ("final_test_nll", pa.float64()),
+        ("trainable_params", pa.int64()),
+        ("base_params", pa.int64()),
+        ("train_tokens", pa.int64()),
+        ("train_flops", pa.float64()),
+        ("wall_s", pa.float64()),
+        ("peak_mem_bytes", pa.int64()),
+        ("device", pa.string()),
+        ("threads", pa.int64()),
+        ("host", pa.string()),
+        ("started", pa.string()),
+        ("git_sha", pa.string()),
+        ("git_dirty_patch", pa.string()),
+        ("versions", pa.string()),
+        ("model_sha256", pa.string()),
+        ("dataset_sha256", pa.string()),
+        ("tokenizer_sha256", pa.string()),
+        ("template_sha256", pa.string()),
+        ("protocol", pa.string()),
+    ]
+)
+
+_CURVE = [
+    ("step", pa.int64()),
+    ("examples", pa.int64()),
+    ("tokens", pa.int64()),
+    ("split", pa.string()),
+    ("metric", pa.string()),
+    ("value", pa.float64()),
+]
+CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
+
+CLAIMS = pa.schema(
+    [
+        ("claim_id", pa.string()),
+        ("statement", pa.string()),
+        ("figure", pa.string()),
+        ("criterion", pa.string()),
+        ("estimate", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("unit", pa.string()),
+        ("n_runs", pa.int64()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("paper_value", pa.string()),
+        ("run_ids", pa.list_(pa.string())),
+    ]
+)
+
+# A sweep's parquet holds its runs with their curves nested, since a job has one output.
+_SWEEP = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
+
+
+def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:
+    """A run's row of the `runs` table, from its record."""
+    spec, outcome, environment = record["spec"], record["outcome"], record["environment"]
+    flat = {**environment, **outcome, **spec, "run_id": record["run_id"], "experiments": list(experiments)}
+    flat["versions"] = json.dumps(environment["packages"], sort_keys=True)
+    flat["protocol"] = json.dumps(spec["protocol"], sort_keys=True)
+    flat["model_sha256"] = json.dumps(environment["model_sha256"], sort_keys=True)
+    return {name: flat.get(name) for name in RUNS.names}
+
+
+def best_lr(records: list[dict[str, Any]]) -> float | None:
+    """The LR with the lowest final validation loss; None if every run diverged."""
+    scored = [
+        (record["outcome"]["final_valid_nll"], record["spec"]["lr"])
+        for record in records
+        if record["outcome"]["final_valid_nll"] is not None
+    ]
+    return min(scored)[1] if scored else None
+
+
+def write_curves(run_id: str, points: list[Point], path: Path) -> None:
+    """Write one run's curve."""
+    rows = [{"run_id": run_id, **vars(point)} for point in points]
+    write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
+
+
+def write_sweep(folders: list[RunFolder], sweep: Sweep, path: Path) -> None:
+    """Write a sweep's runs, curves nested, from their finished folders."""
+    rows = []
+    for folder in folders:
+        curve = pq.read_table(folder.curves).drop_columns(["run_id"]).to_pylist()
+        rows.append({**run_row(folder.read_record(), sweep.experiments), "curve": curve})
+    write_table(pa.Table.from_pylist(rows, schema=_SWEEP), path)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a parquet file, whole or not at all."""
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def collect(sweeps: list[Path], out: Path) -> None:
+    """Merge sweep files into `runs` and `curves` (parquet and CSV) in the folder `out`."""
+    table = pa.concat_tables([pq.read_table(path, schema=_SWEEP) for path in sweeps])
+    runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
+    curves = pa.Table.from_pylist(
+        [
+            {"run_id": row["run_id"], **point}
+            for row in table.select(["run_id", "curve"]).to_pylist()
+            for point in row["curve"]
+        ],
+        schema=CURVES,
+    )
+    for name, part in (("runs", runs), ("curves", curves)):
+        write_table(part, out / f"{name}.parquet")
+        write_csv(part.to_pandas(), out / f"{name}.csv")
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write the planned runs, one row each."""
+    write_table(pa.Table.from_pylist(plan.rows()), path)
+
+
+def write_claims(claims: pd.DataFrame, out: Path) -> None:
+    """Write the claims table (parquet and CSV) into the folder `out`."""
+    write_table(pa.Table.from_pandas(claims, schema=CLAIMS, preserve_index=False), out / "claims.parquet")
+    write_csv(claims, out / "claims.csv")
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write CSV, whole or not at all; lists are joined by spaces."""
+    flat = frame.copy()
+    for column in flat.columns:
+        if flat[column].map(lambda value: hasattr(value, "__len__") and not isinstance(value, str)).any():
+            flat[column] = flat[column].map(lambda value: " ".join(map(str, value)))
+    with atomic_path(path) as partial:
+        flat.to_csv(partial, index=False)
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """A tidy table from a folder, parquet or else CSV; integers that may be missing are `Int64`.
+
+    Raises:
+        UserError: the folder has neither file.
+    """
+    parquet, csv = folder / f"{name}.parquet", folder / f"{name}.csv"
+    schema = {"runs": RUNS, "curves": CURVES, "claims": CLAIMS}[name]
+    frame: pd.DataFrame
+    if parquet.exists():
+        frame = pq.read_table(parquet).to_pandas()
+    elif csv.exists():
+        frame = pd.read_csv(csv)
+    else:
+        raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
+    for column in schema.names:
+        if column in frame and pa.types.is_int64(schema.field(column).type):
+            frame[column] = frame[column].astype("Int64")
+    return frame

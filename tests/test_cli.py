@@ -1,0 +1,50 @@
+"""The command line answers fast, and a mistake is one sentence with exit status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def lorabench(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lorabench.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+MISTAKES = {
+    "preset": (("plan", "--preset", "nope"), "preset 'nope': no file"),
+    "dataset": (("dataset", "nope", "--preset", "smoke"), "dataset 'nope' is not in the preset; allowed: instruct"),
+    "model": (("tokens", "nope", "instruct", "--preset", "smoke"), "model 'nope' is not in the preset; allowed: tiny"),
+    "not gguf": (("convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
+    "sweep": (("sweep", "nope", "--preset", "smoke"), "sweep 'nope' is not in the plan"),
+    "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: fig1_envelopes"),
+    "tables": (("claims", "--tables", "/nowhere", "--out", "."), "no table runs.parquet or runs.csv in /nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_sentence(mistake):
+    arguments, message = mistake
+    result = lorabench(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"lorabench: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_plan_prints_a_table():
+    result = lorabench("plan", "--preset", "smoke")
+    assert result.returncode == 0
+    for text in ("experiment", "runs", "tokens", "minutes", "rank", "total"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "--preset", "laptop")])
+def test_answers_at_once(arguments):
+    start = time.perf_counter()
+    assert lorabench(*arguments).returncode == 0
+    # Half a second on an idle machine; tests share theirs.
+    assert time.perf_counter() - start < 2.0

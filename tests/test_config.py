@@ -1,0 +1,107 @@
+"""Presets: the shipped ones are valid, the schema is not stale, and every mistake is one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import pytest
+import yaml
+
+from lorabench.config import PRESETS, SCHEMA, PresetError, json_schema, load_preset
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_presets_are_valid(path):
+    load_preset(path.stem)
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
+
+
+def test_schema_is_current():
+    assert SCHEMA.read_text() == json_schema(), "run: lorabench schema > workflow/presets/schema.json"
+
+
+def change(raw, path, value):
+    *parents, last = path
+    for key in parents:
+        raw = raw[key]
+    raw[last] = value
+
+
+RANK = ("experiments", "rank")
+MISTAKES = {
+    "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank: unknown key 'rnaks'; allowed: .*ranks"),
+    "wrong key at the top": (("modles",), {}, r"preset: unknown key 'modles'; allowed: .*models"),
+    "wrong key of a model": (("models", "tiny", "path"), "x", r"models\.tiny: unknown key 'path'; allowed: kind$"),
+    "wrong type": ((*RANK, "ranks"), "all", r"experiments\.rank\.ranks = 'all': input should be a valid list"),
+    "number as text": (("execution", "threads"), "2", r"execution\.threads = '2': this is text to YAML.*write 2$"),
+    "unknown model": ((*RANK, "models"), ["tinny"], r"experiments\.rank\.models: unknown name 'tinny'; allowed: tiny"),
+    "unknown dataset": ((*RANK, "datasets"), ["tulu"], r"datasets: unknown name 'tulu'; allowed: instruct"),
+    "unknown kind of model": (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
+    "unknown kind of dataset": (("datasets", "instruct", "kind"), "x", r"kind = 'x': input should be 'instruct' or"),
+    "unknown placement": ((*RANK, "placements"), ["heads"], r"placements\.0 = 'heads': .*'attn', 'mlp' or 'all'"),
+    "rank 0": ((*RANK, "ranks"), [0], r"ranks\.0 = 0: input should be greater than or equal to 1"),
+    "empty grid": ((*RANK, "lrs", "lora"), [], r"lrs\.lora = \[\]: must not be empty"),
+    "empty ranks": ((*RANK, "ranks"), [], r"ranks = \[\]: must not be empty"),
+    "negative lr": ((*RANK, "lrs", "lora"), [-1.0], r"lrs\.lora\.0 = -1.0: input should be greater than 0"),
+    "infinite lr": ((*RANK, "lrs", "lora"), [float("inf")], r"lrs\.lora\.0 = inf: input should be a finite number"),
+    "unordered grid": ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
+    "repeated lr": ((*RANK, "lrs", "fullft"), [1e-3, 1e-3], r"fullft grid .* must be ascending without repeats"),
+    "batch larger than the data": ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
+    "no experiment": (("experiments",), {}, r"experiments is empty; allowed: rank"),
+    "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_sentence_that_names_the_field(mistake, raw_preset, write_preset):
+    path, value, message = mistake
+    change(raw_preset, path, value)
+    with pytest.raises(PresetError) as caught:
+        load_preset(write_preset(raw_preset))
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_learning_rate_that_yaml_reads_as_text(raw_preset, write_preset):
+    text = yaml.safe_dump(raw_preset).replace("- 0.01", "- 1e-2")
+    with pytest.raises(PresetError, match=r"lrs\.lora\.2 = '1e-2': this is text to YAML, not a number; write 0.01"):
+        load_preset(write_preset(text))
+
+
+def test_suggested_number_is_a_number_to_yaml(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"]["lrs"]["lora"] = ["1e-05"]
+    with pytest.raises(PresetError) as caught:
+        load_preset(write_preset(raw_preset))
+    suggested = str(caught.value).rpartition("write ")[2]
+    assert yaml.safe_load(suggested) == 1e-5
+
+
+def test_missing_field_is_named(raw_preset, write_preset):
+    del raw_preset["datasets"]["instruct"]["test"]
+    with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
+        load_preset(write_preset(raw_preset))
+
+
+def test_several_mistakes_are_all_named(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"]["ranks"] = [0, -1]
+    with pytest.raises(PresetError) as caught:
+        load_preset(write_preset(raw_preset))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_unknown_preset_names_the_shipped_ones():
+    with pytest.raises(PresetError, match=r"preset 'lpatop': .*allowed: laptop, smoke"):
+        load_preset("lpatop")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", ""])
+def test_a_file_that_is_no_mapping(text, write_preset):
+    with pytest.raises(PresetError, match="a preset is a mapping of description"):
+        load_preset(write_preset(text))
+
+
+def test_broken_yaml(write_preset):
+    with pytest.raises(PresetError, match="not valid YAML"):
+        load_preset(write_preset("models: [tiny"))

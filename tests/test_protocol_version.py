@@ -1,0 +1,49 @@
+"""A change in what a run computes must change its id; a comment or a docstring must not.
+
+PROTOCOL_VERSION is part of every run_id. This test keeps a digest of the code that determines a run's
+numbers, comments and docstrings left out. When it fails, either the change alters results - raise
+PROTOCOL_VERSION in lorabench/plan.py - or it does not (the parity tests still pass). In both cases write
+the new line into tests/protocol_digest.txt.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+
+from lorabench.plan import PROTOCOL_VERSION
+
+from .conftest import REPOSITORY
+
+CODE = (
+    "lorabench/data/reasoning.py",
+    "lorabench/data/sft.py",
+    "lorabench/data/tokens.py",
+    "lorabench/models/lora.py",
+    "lorabench/models/placement.py",
+    "lorabench/training/batches.py",
+    "lorabench/training/loss.py",
+    "lorabench/training/sft.py",
+)
+RECORDED = Path(__file__).parent / "protocol_digest.txt"
+
+
+def code_digest(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def test_the_recorded_digest_is_that_of_the_code():
+    digests = [code_digest((REPOSITORY / path).read_text()) for path in CODE]
+    now = f"{PROTOCOL_VERSION} {hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16]}\n"
+    assert RECORDED.read_text() == now, f"what a run computes may have changed; see {__file__}; now: {now}"
+
+
+def test_comments_and_docstrings_do_not_count():
+    plain = "def f(x):\n    return x + 1\n"
+    assert code_digest(plain) == code_digest('"""Doc."""\ndef f(x):  # why\n    """Doc."""\n    return x + 1\n')
+    assert code_digest(plain) != code_digest(plain.replace("1", "2"))

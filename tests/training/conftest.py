@@ -1,0 +1,67 @@
+"""The tiny base on a small dataset, and one call that trains a condition on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorabench.config import DatasetSpec, Protocol, TinyModel
+from lorabench.data.sft import make_dataset, write_dataset
+from lorabench.data.tokens import cache_key, read_tokens, write_tokens
+from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lora import add_lora
+from lorabench.plan import Condition, Run
+from lorabench.training.loss import mean_nll
+from lorabench.training.sft import Machine, train_run
+
+TINY = TinyModel(kind="tiny")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Token splits of a small instruction mixture: 80 train, 8 validation, 8 test."""
+    folder = tmp_path_factory.mktemp("data")
+    spec = DatasetSpec(kind="instruct", train=80, validation=8, test=8, max_chars=240)
+    rows = make_dataset(spec)
+    tokenizer = load_tokenizer(TINY)
+    write_dataset(rows, folder / "data.parquet")
+    write_tokens(rows, tokenizer, folder / "data.parquet", folder / "tokens", 512)
+    return read_tokens(folder / "tokens", cache_key(tokenizer, folder / "data.parquet"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def condition_of(method: str, rank: int | None, steps: int, batch_size: int) -> Condition:
+    placement, alpha = ("all", 32.0) if method == "lora" else (None, None)
+    return Condition("sft", "tiny", "data", method, rank, placement, alpha, batch_size, steps, identity="test")
+
+
+def train(
+    condition: Condition,
+    data,
+    folder: Path,
+    lr: float,
+    seed: int = 0,
+    max_batch_tokens: int = 16_384,
+    protocol: Protocol | None = None,
+    checkpoint_seconds: float = 1e9,
+    tick=lambda step: None,
+):
+    """Train on a fresh model; returns the outcome and the trained model."""
+    protocol = protocol or Protocol()
+    machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds)
+    model = load_model(TINY)
+    base_nll = mean_nll(model, data["validation"], max_batch_tokens, machine.device, None)
+    if condition.method == "lora":
+        model = add_lora(model, condition.rank, "all", condition.alpha, protocol.include_unembedding, seed)
+    run = Run(condition, lr, seed)
+    checkpoint = folder / "checkpoint.safetensors"
+    return train_run(run, model, data, protocol, machine, checkpoint, base_nll, tick), model

@@ -1,0 +1,84 @@
+"""Micro-batches lose and repeat nothing; inputs and targets by hand; the loss against transformers' own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorabench.config import Protocol
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.errors import UserError
+from lorabench.models.base import load_model
+from lorabench.training.batches import IGNORED, collate, micro_batches
+from lorabench.training.loss import check_plain_head, mean_nll
+from lorabench.training.sft import curve_steps
+
+from .conftest import TINY
+
+CPU = torch.device("cpu")
+
+
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
+    max_tokens=st.integers(1, 400),
+    groups=st.integers(1, 5),
+)
+def test_micro_batches_are_the_batch(lengths, max_tokens, groups):
+    parts = list(micro_batches(np.array(lengths), max_tokens, groups))
+    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= max_tokens
+    assert len(parts) >= min(groups, len(lengths)) or groups * -(-len(lengths) // groups) > len(lengths)
+
+
+def test_collate_by_hand():
+    split = TokenizedSplit(
+        ids=np.array([5, 6, 7, 8, 9, 3], np.int32),
+        scored=np.array([False, False, True, True, False, True]),
+        offsets=np.array([0, 4, 6]),
+    )
+    inputs, targets = collate(split, np.array([1, 0]))
+    assert inputs.tolist() == [[9, 0, 0], [5, 6, 7]]
+    assert targets.tolist() == [[3, IGNORED, IGNORED], [IGNORED, 7, 8]]
+
+
+def test_nll_is_token_weighted_and_equals_transformers(data):
+    model = load_model(TINY)
+    split = data["test"]
+    total = count = 0.0
+    for index in range(len(split)):
+        ids, scored = split.example(index)
+        labels = torch.from_numpy(np.where(scored, ids, -100).astype(np.int64))[None]
+        with torch.no_grad():
+            loss = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], labels=labels).loss.item()
+        total, count = total + loss * scored.sum(), count + scored.sum()
+    assert mean_nll(model, split, 16_384, CPU, None) == pytest.approx(total / count, rel=1e-5)
+    assert mean_nll(model, split, 64, CPU, None) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_models_that_change_their_logits_are_refused():
+    model = load_model(TINY)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        check_plain_head(model)
+
+
+@given(steps=st.integers(1, 5000), points=st.integers(2, 40))
+def test_curve_steps_are_log_spaced_with_both_ends(steps, points):
+    chosen = sorted(curve_steps(steps, points))
+    assert chosen[0] == 1
+    assert chosen[-1] == steps
+    assert len(chosen) <= points
+
+
+def test_curve_steps_by_hand():
+    assert curve_steps(1000, 4) == {1, 10, 100, 1000}
+
+
+def test_protocol_defaults_are_the_papers():
+    protocol = Protocol()
+    assert (protocol.alpha, protocol.include_unembedding) == (32.0, True)
+    assert (protocol.betas, protocol.eps, protocol.weight_decay, protocol.clip_norm) == ([0.9, 0.95], 1e-8, 0.0, None)

@@ -1,0 +1,111 @@
+"""The job of a sweep: divergence stays in its run, finished runs are kept, repeats go to the best LR."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from lorabench.data.sft import make_dataset, write_dataset
+from lorabench.data.tokens import write_tokens
+from lorabench.errors import UserError
+from lorabench.layout import Layout
+from lorabench.models.base import load_tokenizer
+from lorabench.plan import make_plan
+from lorabench.progress import status
+from lorabench.training.sweep import run_sweep
+
+
+@pytest.fixture
+def ready(tmp_path, raw_preset, monkeypatch):
+    """Makes a preset's data in a working directory of its own; returns plan and layout."""
+
+    def make(name, **lrs):
+        raw_preset["experiments"]["rank"] |= {"ranks": [4], "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs}
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
+        layout = Layout.of("mine.yaml")
+        rows = make_dataset(layout.preset.datasets["instruct"])
+        write_dataset(rows, layout.dataset("instruct"))
+        tokenizer = load_tokenizer(layout.preset.models["tiny"])
+        write_tokens(rows, tokenizer, layout.dataset("instruct"), layout.tokens("tiny", "instruct"), 512)
+        return make_plan(layout.preset), layout
+
+    return make
+
+
+def trained(plan, layout, method):
+    """Trains the sweep of one method; returns its rows and what it said."""
+    sweep = next(s for s in plan.sweeps if s.condition.method == method)
+    said: list[str] = []
+    run_sweep(plan, sweep, layout, said.append)
+    return pq.read_table(layout.sweep(sweep)).to_pandas(), said
+
+
+@pytest.mark.parametrize("method", ["lora", "fullft"])
+def test_a_diverged_run_is_a_result_and_touches_no_other(method, ready):
+    sound, _ = trained(*ready("sound", **{method: [1e-3, 3e-3]}), method)
+    mixed, said = trained(*ready("mixed", **{method: [1e-3, 3e-3, 1e3]}), method)
+    lost = mixed[mixed.lr == 1e3]
+    assert list(lost.status) == ["diverged"]
+    assert lost[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
+    assert lost.diverged_at.item() >= 1
+    assert any("lr 1000, seed 0: diverged at step" in line for line in said)
+    # Those trained before it in the same process, and the repeat trained after it, are as without it.
+    columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll"]
+    rest = mixed[mixed.lr < 1e3][columns].reset_index(drop=True)
+    assert rest.equals(sound[columns].reset_index(drop=True))
+    assert list(rest.seed) == [0, 0, 1]
+
+
+def test_a_sweep_of_diverged_runs_only_has_no_repeats(ready):
+    plan, layout = ready("lost", lora=[1e3, 2e3])
+    runs, _ = trained(plan, layout, "lora")
+    assert list(runs.status) == ["diverged", "diverged"]
+    assert not list(layout.runs.glob("*/weights"))
+
+
+def test_a_second_call_trains_nothing(ready, monkeypatch):
+    plan, layout = ready("twice")
+    first, _ = trained(plan, layout, "lora")
+    monkeypatch.setattr("lorabench.training.sweep.train_run", None)
+    again, _ = trained(plan, layout, "lora")
+    assert again.equals(first) or again.to_json() == first.to_json()
+
+
+def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
+    from lorabench.training import sweep as module
+
+    real = module.load_model
+
+    def scrambled(spec):
+        model = real(spec)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model.lm_head.weight.normal_(std=3.0)
+        return model
+
+    monkeypatch.setattr(module, "load_model", scrambled)
+    with pytest.raises(UserError, match="base model tiny has a validation loss of .* worse than guessing"):
+        trained(*ready("scrambled"), "lora")
+
+
+def test_status_counts_what_lies_on_disk(ready, caplog):
+    caplog.set_level(logging.INFO)
+    plan, layout = ready("status")
+    before = status(plan, layout)
+    assert (before.runs_done, before.runs_planned, before.sweeps_planned) == (0, 4, 2)
+    trained(plan, layout, "lora")
+    after = status(plan, layout)
+    assert (after.runs_done, after.sweeps_done) == (2, 1)
+    heartbeat = layout.progress(next(s for s in plan.sweeps if s.condition.method == "fullft"))
+    heartbeat.parent.mkdir(exist_ok=True)
+    state = {"time": 0.0, "label": "x", "run": 1, "runs": 2, "lr": 1e-3, "seed": 0, "step": 1, "steps": 2}
+    heartbeat.write_text(json.dumps(state))
+    assert [job["label"] for job in status(plan, layout).silent] == ["x"]

@@ -1,0 +1,159 @@
+"""The DAG: what a target needs, the smoke preset end to end, and errors before anything is computed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lorabench.layout import Layout
+from lorabench.plan import make_plan
+from tests.conftest import REPOSITORY
+
+CODE = ("Snakefile", "workflow", "lorabench", "pyproject.toml")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A working copy to run in, so that the repository stays clean."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in CODE:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def snakemake(checkout: Path, *arguments: str, fails: bool = False) -> str:
+    """Run Snakemake in the working copy; returns all it printed."""
+    # The commands of the rules lie beside the interpreter that runs the tests.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+        cwd=checkout,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    text = result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, text
+    return text
+
+
+def planned_jobs(output: str) -> dict[str, int]:
+    """Jobs per rule from the table of a dry run."""
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
+
+
+def test_the_main_job_is_the_laptop_preset(checkout):
+    jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules"))
+    plan = make_plan(Layout.of("laptop").preset)
+    assert jobs["sweep"] == len(plan.sweeps)
+    assert jobs["report_page"] == jobs["claims"] == 1
+
+
+def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
+    target = "paper_figures/laptop/fig2_lr_by_rank.svg"
+    jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules", target))
+    needed = len(make_plan(Layout.of("laptop").preset).of("rank"))
+    assert jobs == {"dataset": 2, "tokens": 2, "sweep": needed, "experiment_tables": 1, "figure": 1}
+
+
+def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
+    raw = yaml.safe_load((REPOSITORY / "workflow/presets/smoke.yaml").read_text())
+    raw["experiments"]["rank"]["ranks"] = [0]
+    (checkout / "wrong.yaml").write_text(yaml.safe_dump(raw))
+    output = snakemake(checkout, "--config", "preset=wrong.yaml", fails=True)
+    assert "wrong.yaml: experiments.rank.ranks.0 = 0: input should be greater than or equal to 1" in output
+    assert "Traceback" not in output
+    assert not (checkout / "results/wrong").exists()
+
+
+def test_an_unknown_preset_is_one_sentence(checkout):
+    output = snakemake(checkout, "--config", "preset=lpatop", fails=True)
+    assert "preset 'lpatop': no file" in output
+    assert "Traceback" not in output
+
+
+@pytest.fixture(scope="module")
+def smoke(checkout):
+    """The smoke preset, run whole."""
+    return checkout, snakemake(checkout, "--config", "preset=smoke")
+
+
+def test_smoke_runs_to_the_report(smoke):
+    checkout, output = smoke
+    results = checkout / "results/smoke"
+    layout = Layout.of("smoke")
+    runs = pq.read_table(results / "tables/runs.parquet").to_pandas()
+    plan = make_plan(layout.preset)
+    assert len(runs) == sum(sweep.n_runs for sweep in plan.sweeps)
+    assert set(runs.status) == {"done"}
+    assert runs.run_id.is_unique
+    assert {row["run_id"] for row in plan.rows() if row["run_id"]} <= set(runs.run_id)
+    # The repeats are at the LR that was best on the validation split.
+    for _, arm in runs.groupby(["method", "rank"], dropna=False):
+        grid, repeats = arm[arm.seed == 0], arm[arm.seed > 0]
+        assert set(repeats.lr) == {grid.loc[grid.final_valid_nll.idxmin(), "lr"]}
+    page = (results / "report/index.html").read_text()
+    claims = pd.read_csv(results / "tables/claims.csv")
+    assert len(claims) >= 8
+    assert all(claim in page for claim in claims.claim_id)
+    for name in ("fig1_envelopes", "fig2_lr_by_rank"):
+        for suffix in ("svg", "png", "csv"):
+            assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
+    assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
+
+
+def test_records_say_what_happened_and_where(smoke):
+    runs = pq.read_table(smoke[0] / "results/smoke/tables/runs.parquet").to_pandas()
+    for column in ("device", "threads", "host", "started", "versions", "model_sha256", "dataset_sha256", "wall_s"):
+        assert runs[column].notna().all(), column
+    assert (runs.peak_mem_bytes > 50e6).all()
+    assert runs.dataset_sha256.nunique() == runs.tokenizer_sha256.nunique() == 1
+    # LoRA trains rank x (in + out) parameters; full fine-tuning all of them.
+    fullft = runs[runs.method == "fullft"]
+    assert (fullft.trainable_params == fullft.base_params).all()
+    lora = runs[runs.method == "lora"]
+    assert (lora.trainable_params == 8256 * lora["rank"]).all()
+
+
+def test_weights_are_kept_at_the_best_lr_only(smoke):
+    folder = smoke[0] / "results/smoke"
+    runs = pq.read_table(folder / "tables/runs.parquet").to_pandas()
+    best = set(runs[runs.seed > 0].lr)
+    for row in runs.itertuples():
+        weights = folder / "runs" / row.run_id / "weights"
+        arm = runs[(runs.method == row.method) & (runs["rank"].fillna(0) == (row.rank if row.rank == row.rank else 0))]
+        assert weights.exists() == (row.lr in set(arm[arm.seed > 0].lr)), row
+    assert best
+
+
+def test_a_second_call_has_nothing_to_do(smoke):
+    output = snakemake(smoke[0], "--config", "preset=smoke")
+    assert "Nothing to be done" in output
+
+
+def test_status_and_plan_from_another_terminal(smoke):
+    command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
+    text = subprocess.run(command, cwd=smoke[0], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"12/12 runs \(100%\), 3/3 sweeps done", text)
+    assert "results/smoke/report/index.html" in text
+
+
+def test_snakemakes_own_report(smoke):
+    snakemake(smoke[0], "--config", "preset=smoke", "--report", "snakemake_report.html")
+    text = (smoke[0] / "snakemake_report.html").read_text()
+    assert "fig2_lr_by_rank" in text
+    assert "claims with verdicts" in text

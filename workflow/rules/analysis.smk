@@ -1,0 +1,71 @@
+localrules:
+    plan,
+    experiment_tables,
+    tables,
+    claims,
+
+
+rule plan:
+    output:
+        LAYOUT.root / "plan.parquet",
+    log:
+        LAYOUT.root / "logs/plan.log",
+    params:
+        preset=PRESET,
+        # The file follows from the plan alone.
+        sweeps=[sweep.sweep_id for sweep in PLAN.sweeps],
+    shell:
+        "lorabench plan --preset {params.preset:q} --out {output:q} " + LOGGED
+
+
+# What one experiment's figures read, so that a figure trains only the runs it needs.
+rule experiment_tables:
+    input:
+        lambda wildcards: sweep_files(wildcards.experiment),
+    output:
+        LAYOUT.tables() / "{experiment}/runs.parquet",
+        LAYOUT.tables() / "{experiment}/runs.csv",
+        LAYOUT.tables() / "{experiment}/curves.parquet",
+        LAYOUT.tables() / "{experiment}/curves.csv",
+    log:
+        LAYOUT.root / "logs/tables.{experiment}.log",
+    params:
+        out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
+    shell:
+        "lorabench collect {input:q} --out {params.out:q} " + LOGGED
+
+
+rule tables:
+    input:
+        sweep_files(),
+    output:
+        LAYOUT.tables() / "runs.parquet",
+        LAYOUT.tables() / "runs.csv",
+        LAYOUT.tables() / "curves.parquet",
+        LAYOUT.tables() / "curves.csv",
+    log:
+        LAYOUT.root / "logs/tables.log",
+    params:
+        out=LAYOUT.tables(),
+    shell:
+        "lorabench collect {input:q} --out {params.out:q} " + LOGGED
+
+
+rule claims:
+    input:
+        LAYOUT.tables() / "runs.parquet",
+        LAYOUT.tables() / "curves.parquet",
+    output:
+        LAYOUT.tables() / "claims.parquet",
+        report(
+            LAYOUT.tables() / "claims.csv",
+            caption="../report/claims.rst",
+            category="Claims",
+            labels={"table": "claims with verdicts"},
+        ),
+    log:
+        LAYOUT.root / "logs/claims.log",
+    params:
+        tables=LAYOUT.tables(),
+    shell:
+        "lorabench claims --tables {params.tables:q} --out {params.tables:q} " + LOGGED

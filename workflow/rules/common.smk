@@ -1,0 +1,37 @@
+# The preset, its plan, and the paths of both. Cheap: this is parsed again by every cluster job.
+from snakemake.exceptions import WorkflowError
+
+from lorabench.config import GgufModel
+from lorabench.errors import UserError
+from lorabench.figures import FIGURES
+from lorabench.layout import Layout
+from lorabench.plan import make_plan
+
+PRESET = config.get("preset", "laptop")
+try:
+    LAYOUT = Layout.of(PRESET)
+except UserError as error:
+    raise WorkflowError(str(error))
+
+PLAN = make_plan(LAYOUT.preset)
+SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
+EXPERIMENTS = list(LAYOUT.preset.experiments.chosen())
+# A figure is drawn where the preset has the experiment it shows.
+FIGURE_NAMES = [name for name, figure in FIGURES.items() if figure.experiment in EXPERIMENTS]
+# Errors go to the log and to whoever is watching.
+LOGGED = "2> >(tee {log:q} >&2)"
+
+
+wildcard_constraints:
+    dataset="[a-z0-9_-]+",
+    model="[a-z0-9_-]+",
+    model_id="[0-9a-f]{8}",
+    dataset_id="[0-9a-f]{8}",
+    experiment="|".join(EXPERIMENTS),
+    figure="|".join(FIGURES),
+
+
+def sweep_files(experiment=None):
+    """The sweep files of an experiment, or of all."""
+    wanted = PLAN.of(experiment) if experiment else PLAN.sweeps
+    return [LAYOUT.sweep(sweep) for sweep in wanted]

@@ -1,0 +1,23 @@
+rule dataset:
+    output:
+        LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
+    log:
+        LAYOUT.root / "logs/dataset.{dataset}.{dataset_id}.log",
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench dataset {wildcards.dataset} --preset {params.preset:q} " + LOGGED
+
+
+rule tokens:
+    input:
+        dataset=LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
+        model=lambda wildcards: model_files(wildcards.model),
+    output:
+        LAYOUT.root / "tokens/{model}.{model_id}.{dataset}.{dataset_id}.safetensors",
+    log:
+        LAYOUT.root / "logs/tokens.{model}.{model_id}.{dataset}.{dataset_id}.log",
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench tokens {wildcards.model} {wildcards.dataset} --preset {params.preset:q} " + LOGGED

@@ -1,0 +1,19 @@
+localrules:
+    report_page,
+
+
+rule report_page:
+    input:
+        plan=LAYOUT.root / "plan.parquet",
+        runs=LAYOUT.tables() / "runs.parquet",
+        curves=LAYOUT.tables() / "curves.parquet",
+        claims=LAYOUT.tables() / "claims.parquet",
+        figures=expand(LAYOUT.figures / "{figure}.{ext}", figure=FIGURE_NAMES, ext=["svg", "png", "csv"]),
+    output:
+        LAYOUT.report,
+    log:
+        LAYOUT.root / "logs/report.log",
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench report --preset {params.preset:q} " + LOGGED + " && echo The report is in {output:q}"
