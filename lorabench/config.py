@@ -70,6 +70,12 @@ class PathModel(Strict):
     hidden_size: Positive
     """Width of the model, for the cost estimate."""
 
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if not (Path(self.path) / "config.json").is_file():
+            raise ValueError(f"model folder {self.path!r} has no config.json; a Hugging Face causal LM is needed there")
+        return self
+
 
 class GgufModel(Strict):
     """A GGUF file, dequantised once into safetensors."""
@@ -85,6 +91,12 @@ class GgufModel(Strict):
     """Number of parameters, for the cost estimate."""
     hidden_size: Positive
     """Width of the model, for the cost estimate."""
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        if self.wheel is None and not Path(self.path).is_file():
+            raise ValueError(f"GGUF file {self.path!r} does not exist")
+        return self
 
 
 ModelSpec = Annotated[TinyModel | HubModel | PathModel | GgufModel, Field(discriminator="kind")]

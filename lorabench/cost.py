@@ -15,9 +15,11 @@ from lorabench.config import DatasetSpec, ModelSpec, Preset
 if TYPE_CHECKING:
     from lorabench.plan import Condition, Plan, Sweep
 
-# Characters per example (question and response) and per token, measured on the offline datasets.
-_CHARS_PER_EXAMPLE = {"instruct": 200, "worked": 300}
-_CHARS_PER_TOKEN = {"tiny": 2.4, "hub": 3.0, "path": 3.0, "gguf": 3.0}
+# Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
+# per token of the tiny base's tokenizer and, roughly, of large ones.
+_SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
+_MEAN_CHARS = {"instruct": 216, "worked": 500}
+_CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
 
@@ -35,7 +37,8 @@ class Estimate:
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     """Estimated tokens of one example."""
-    return min(_CHARS_PER_EXAMPLE[dataset.kind], dataset.max_chars) / _CHARS_PER_TOKEN[model.kind]
+    chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
+    return chars / _CHARS_PER_TOKEN[model.kind]
 
 
 def shape(model: ModelSpec) -> tuple[int, int]:

@@ -547,9 +547,9 @@ CLAIMS: tuple[Claim, ...] = (
         statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
         figure="1",
         criterion=(
-            "On the longest dataset, the first of 3 points more than 2 sigma above the lowest envelope: rank 1 has "
-            "one, the highest rank has none, at least two ranks do, and steps do not fall with rank or Spearman rho "
-            ">= 0.9. Contradicted if rho < 0 or a rank leaves while rank 1 stays"
+            "On the longest dataset, the step from which a rank stays more than 2 sigma above the lowest envelope to "
+            "the end, at least 3 points: rank 1 has one, the highest rank has none, at least two ranks do, and steps "
+            "do not fall with rank or Spearman rho >= 0.9. Contradicted if rho < 0 or a rank leaves while rank 1 stays"
         ),
         needs=f"{_SWEEP}; rank 1 and two more ranks; validation curves; seeds that give sigma",
         paper_value="no number",

@@ -18,16 +18,18 @@ def departures(
     consecutive: int = 3,
     split: str = "validation",
 ) -> pd.DataFrame:
-    """The first of `consecutive` points at which an arm lies above the lowest envelope by more than the seed noise.
+    """Where an arm leaves the lowest envelope for good: from there on it lies above by more than the seed noise.
 
-    The criterion is Orbit's (paper notes, claim A3), meant for log-spaced points. Arms are compared within model,
-    dataset and batch size. Step 0 is left out, since there all arms are the base model.
+    The criterion is Orbit's (paper notes, claim A3), meant for log-spaced points, with one change: the points must
+    reach to the end of the curve. LoRA starts slowly, since B is zero, and a curve that joins the others later has
+    not run out of capacity. Arms are compared within model, dataset and batch size. Step 0 is left out, since there
+    all arms are the base model.
 
     Args:
         envelopes: as from `envelopes`.
         noise: as from `seed_noise`: the noise of the final loss stands for that of every step.
         n_sigma: how many seed standard deviations count as above.
-        consecutive: how many points in a row must be above.
+        consecutive: how many points, up to the last, must at least be above.
         split: that the envelopes were taken on.
 
     Returns:
@@ -41,7 +43,7 @@ def departures(
     for arm, points in each_arm(excess):
         sigma = sigma_of(noise, arm["model"], arm["dataset"], split)
         points = points.sort_values("step")
-        start = _first_run((points["excess"] > n_sigma * sigma).to_numpy(bool), consecutive)
+        start = _last_stretch((points["excess"] > n_sigma * sigma).to_numpy(bool), consecutive)
         known = math.isfinite(sigma) and len(points) >= consecutive
         rows.append(
             arm
@@ -51,9 +53,8 @@ def departures(
     return arm_table(rows, ["step", "departed"]).astype({"step": "Int64", "departed": "boolean"})
 
 
-def _first_run(above: np.ndarray, length: int) -> int | None:
-    """Where the first `length` trues in a row begin."""
-    for start in range(len(above) - length + 1):
-        if above[start : start + length].all():
-            return start
-    return None
+def _last_stretch(above: np.ndarray, length: int) -> int | None:
+    """Where the trues that reach to the end begin, if there are at least `length` of them."""
+    below = np.flatnonzero(~above)
+    start = int(below[-1]) + 1 if len(below) else 0
+    return start if len(above) - start >= length else None

@@ -43,8 +43,8 @@ FIGURES = {
                 "Validation loss (nats per scored token) against training step. Each line is the envelope of one "
                 "arm: at every step the lowest loss over its learning rates, so it is not a single run. Black is full "
                 "fine-tuning; colour is LoRA rank. The grey band is two seed standard deviations to either side of "
-                "the lowest envelope, where repeats let them be measured. An open circle marks the step at which an "
-                "arm leaves that band."
+                "the lowest envelope, where repeats let them be measured. An open circle marks the step from which "
+                "an arm stays above that band to the end."
             ),
             experiment="rank",
         ),

@@ -191,7 +191,9 @@ def _write_run(
         staged = RunFolder(staging.parent, staging.name)
         write_curves(run.run_id, curve, staged.curves)
         if outcome.status == "done":
-            model.save_pretrained(staged.weights)  # type: ignore[operator]
+            # An adapter holds the adapter alone: PEFT would add a copy of the unembedding it sits on.
+            options = {"save_embedding_layers": False} if condition.method == "lora" else {}
+            model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
         write_json(record, staged.record)
 
 

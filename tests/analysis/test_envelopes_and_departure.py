@@ -90,20 +90,23 @@ def envelope(rank: int | None, values: list[float], dataset: str = "instruct") -
     )
 
 
-def test_departure_is_the_first_of_three_points_above_two_sigma():
+def test_departure_is_where_an_arm_stays_above_two_sigma_to_the_end():
     table = pd.concat(
         [
             envelope(None, [3.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
-            # Above once and then twice, never three times in a row.
-            envelope(64, [3.0, 2.5, 1.0, 1.5, 1.5, 1.0]),
-            envelope(8, [3.0, 2.0, 1.01, 1.03, 1.03, 1.03]),
-            envelope(1, [3.0, 2.5, 1.5, 1.5, 1.5, 1.0]),
+            # Above for long, as LoRA is at first, but back at the end.
+            envelope(64, [3.5, 2.5, 1.5, 1.5, 1.5, 1.0]),
+            # Above once, back, and then above for good.
+            envelope(8, [3.0, 2.5, 1.01, 1.03, 1.03, 1.03]),
+            # Above at the end, but for two points only.
+            envelope(4, [3.0, 2.0, 1.0, 1.0, 1.5, 1.5]),
+            envelope(1, [3.5, 2.5, 1.5, 1.5, 1.5, 1.5]),
         ]
     )
     found = departures(table, noise_table(0.01)).set_index("rank")
-    assert found["departed"].tolist() == [False, True, True, False]
-    assert found["step"].tolist() == [pd.NA, 2, 8, pd.NA]
-    # With more noise the same excess says nothing.
+    assert found["departed"].tolist() == [False, True, False, True, False]
+    assert found["step"].tolist() == [pd.NA, 1, pd.NA, 8, pd.NA]
+    # With more noise a small excess says nothing.
     assert departures(table, noise_table(0.02))["departed"].sum() == 1
 
 
@@ -133,4 +136,4 @@ def test_departure_does_not_change_when_all_losses_shift(shift, values):
     lifted = [value + shift for value in values]
     moved = departures(pd.concat([envelope(None, [1.0 + shift] * len(low)), envelope(1, lifted)]), noise)
     pd.testing.assert_frame_equal(found, moved)
-    assert found["departed"].iloc[-1] == ((1.5, 1.5, 1.5) in list(zip(values, values[1:], values[2:], strict=False)))
+    assert found["departed"].iloc[-1] == (values[-3:] == [1.5] * 3)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from lorabench.config import DatasetSpec, Protocol, TinyModel
 from lorabench.data.sft import make_dataset, write_dataset
 from lorabench.data.tokens import cache_key, read_tokens, write_tokens
+from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
-from lorabench.plan import Condition, Run
+from lorabench.plan import Condition, Run, make_plan
 from lorabench.training.loss import mean_nll
 from lorabench.training.sft import Machine, train_run
+from lorabench.training.sweep import run_sweep
 
 TINY = TinyModel(kind="tiny")
 
@@ -65,3 +69,31 @@ def train(
     run = Run(condition, lr, seed)
     checkpoint = folder / "checkpoint.safetensors"
     return train_run(run, model, data, protocol, machine, checkpoint, base_nll, tick), model
+
+
+@pytest.fixture
+def ready(tmp_path, raw_preset, monkeypatch):
+    """Makes a preset's data in a working directory of its own; returns plan and layout."""
+
+    def make(name, execution=None, **lrs):
+        raw_preset["experiments"]["rank"] |= {"ranks": [4], "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs}
+        raw_preset["execution"] |= execution or {}
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
+        layout = Layout.of("mine.yaml")
+        rows = make_dataset(layout.preset.datasets["instruct"])
+        write_dataset(rows, layout.dataset("instruct"))
+        tokenizer = load_tokenizer(layout.preset.models["tiny"])
+        write_tokens(rows, tokenizer, layout.dataset("instruct"), layout.tokens("tiny", "instruct"), 512)
+        return make_plan(layout.preset), layout
+
+    return make
+
+
+def trained(plan, layout, method):
+    """Trains the sweep of one method; returns its rows and what it said."""
+    sweep = next(s for s in plan.sweeps if s.condition.method == method)
+    said: list[str] = []
+    run_sweep(plan, sweep, layout, said.append)
+    return pq.read_table(layout.sweep(sweep)).to_pandas(), said

@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
-from lorabench.data.sft import make_dataset, write_dataset
-from lorabench.data.tokens import write_tokens
 from lorabench.errors import UserError
-from lorabench.layout import Layout
-from lorabench.models.base import load_tokenizer
-from lorabench.plan import make_plan
 from lorabench.progress import status
-from lorabench.training.sweep import run_sweep
 
-
-@pytest.fixture
-def ready(tmp_path, raw_preset, monkeypatch):
-    """Makes a preset's data in a working directory of its own; returns plan and layout."""
-
-    def make(name, **lrs):
-        raw_preset["experiments"]["rank"] |= {"ranks": [4], "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs}
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
-        layout = Layout.of("mine.yaml")
-        rows = make_dataset(layout.preset.datasets["instruct"])
-        write_dataset(rows, layout.dataset("instruct"))
-        tokenizer = load_tokenizer(layout.preset.models["tiny"])
-        write_tokens(rows, tokenizer, layout.dataset("instruct"), layout.tokens("tiny", "instruct"), 512)
-        return make_plan(layout.preset), layout
-
-    return make
-
-
-def trained(plan, layout, method):
-    """Trains the sweep of one method; returns its rows and what it said."""
-    sweep = next(s for s in plan.sweeps if s.condition.method == method)
-    said: list[str] = []
-    run_sweep(plan, sweep, layout, said.append)
-    return pq.read_table(layout.sweep(sweep)).to_pandas(), said
+from .conftest import trained
 
 
 @pytest.mark.parametrize("method", ["lora", "fullft"])
@@ -96,8 +61,7 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
         trained(*ready("scrambled"), "lora")
 
 
-def test_status_counts_what_lies_on_disk(ready, caplog):
-    caplog.set_level(logging.INFO)
+def test_status_counts_what_lies_on_disk(ready):
     plan, layout = ready("status")
     before = status(plan, layout)
     assert (before.runs_done, before.runs_planned, before.sweeps_planned) == (0, 4, 2)

@@ -10,12 +10,14 @@ rule plan:
         LAYOUT.root / "plan.parquet",
     log:
         LAYOUT.root / "logs/plan.log",
+    conda:
+        "lorabench"
     params:
         preset=PRESET,
         # The file follows from the plan alone.
         sweeps=[sweep.sweep_id for sweep in PLAN.sweeps],
     shell:
-        "lorabench plan --preset {params.preset:q} --out {output:q} " + LOGGED
+        "lorabench plan --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 # What one experiment's figures read, so that a figure trains only the runs it needs.
@@ -29,10 +31,12 @@ rule experiment_tables:
         LAYOUT.tables() / "{experiment}/curves.csv",
     log:
         LAYOUT.root / "logs/tables.{experiment}.log",
+    conda:
+        "lorabench"
     params:
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
     shell:
-        "lorabench collect {input:q} --out {params.out:q} " + LOGGED
+        "lorabench collect {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule tables:
@@ -45,10 +49,12 @@ rule tables:
         LAYOUT.tables() / "curves.csv",
     log:
         LAYOUT.root / "logs/tables.log",
+    conda:
+        "lorabench"
     params:
         out=LAYOUT.tables(),
     shell:
-        "lorabench collect {input:q} --out {params.out:q} " + LOGGED
+        "lorabench collect {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule claims:
@@ -65,7 +71,9 @@ rule claims:
         ),
     log:
         LAYOUT.root / "logs/claims.log",
+    conda:
+        "lorabench"
     params:
         tables=LAYOUT.tables(),
     shell:
-        "lorabench claims --tables {params.tables:q} --out {params.tables:q} " + LOGGED
+        "lorabench claims --tables {params.tables:q} --out {params.tables:q} 2> >(tee {log:q} >&2)"

@@ -5,6 +5,7 @@ from lorabench.config import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures import FIGURES
 from lorabench.layout import Layout
+from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.plan import make_plan
 
 PRESET = config.get("preset", "laptop")
@@ -17,9 +18,9 @@ PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
 EXPERIMENTS = list(LAYOUT.preset.experiments.chosen())
 # A figure is drawn where the preset has the experiment it shows.
-FIGURE_NAMES = [name for name, figure in FIGURES.items() if figure.experiment in EXPERIMENTS]
-# Errors go to the log and to whoever is watching.
-LOGGED = "2> >(tee {log:q} >&2)"
+FIGURE_NAMES = [
+    name for name, figure in FIGURES.items() if figure.experiment in EXPERIMENTS
+]
 
 
 wildcard_constraints:
@@ -35,3 +36,23 @@ def sweep_files(experiment=None):
     """The sweep files of an experiment, or of all."""
     wanted = PLAN.of(experiment) if experiment else PLAN.sweeps
     return [LAYOUT.sweep(sweep) for sweep in wanted]
+
+
+def model_files(model):
+    """What has to be made before a model can be loaded: the safetensors of a GGUF file."""
+    spec = LAYOUT.preset.models[model]
+    return (
+        [converted_folder(spec) / "model.safetensors"]
+        if isinstance(spec, GgufModel)
+        else []
+    )
+
+
+def sweep_tokens(wildcards):
+    condition = SWEEPS[wildcards.sweep].condition
+    return LAYOUT.tokens(condition.model, condition.dataset)
+
+
+def figure_tables(wildcards):
+    folder = LAYOUT.tables(FIGURES[wildcards.figure].experiment)
+    return [folder / "runs.parquet", folder / "curves.parquet"]

@@ -3,10 +3,12 @@ rule dataset:
         LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
     log:
         LAYOUT.root / "logs/dataset.{dataset}.{dataset_id}.log",
+    conda:
+        "lorabench"
     params:
         preset=PRESET,
     shell:
-        "lorabench dataset {wildcards.dataset} --preset {params.preset:q} " + LOGGED
+        "lorabench dataset {wildcards.dataset} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 rule tokens:
@@ -17,7 +19,10 @@ rule tokens:
         LAYOUT.root / "tokens/{model}.{model_id}.{dataset}.{dataset_id}.safetensors",
     log:
         LAYOUT.root / "logs/tokens.{model}.{model_id}.{dataset}.{dataset_id}.log",
+    conda:
+        "lorabench"
     params:
         preset=PRESET,
     shell:
-        "lorabench tokens {wildcards.model} {wildcards.dataset} --preset {params.preset:q} " + LOGGED
+        "lorabench tokens {wildcards.model} {wildcards.dataset} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"

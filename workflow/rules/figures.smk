@@ -2,11 +2,6 @@ localrules:
     figure,
 
 
-def figure_tables(wildcards):
-    folder = LAYOUT.tables(FIGURES[wildcards.figure].experiment)
-    return [folder / "runs.parquet", folder / "curves.parquet"]
-
-
 rule figure:
     input:
         figure_tables,
@@ -21,8 +16,11 @@ rule figure:
         LAYOUT.figures / "{figure}.csv",
     log:
         LAYOUT.root / "logs/{figure}.log",
+    conda:
+        "lorabench"
     params:
         tables=lambda wildcards, input: Path(input[0]).parent,
         out=LAYOUT.figures,
     shell:
-        "lorabench figure {wildcards.figure} --tables {params.tables:q} --out {params.out:q} " + LOGGED
+        "lorabench figure {wildcards.figure} --tables {params.tables:q} --out {params.out:q} "
+        "2> >(tee {log:q} >&2)"

@@ -1,12 +1,3 @@
-from lorabench.models.base import CONVERTED, converted_folder
-
-
-def model_files(model):
-    """What has to be made before a model can be loaded: the safetensors of a GGUF file."""
-    spec = LAYOUT.preset.models[model]
-    return [converted_folder(spec) / "model.safetensors"] if isinstance(spec, GgufModel) else []
-
-
 GGUF_MODELS = {
     converted_folder(spec).name: name
     for name, spec in LAYOUT.preset.models.items()
@@ -24,11 +15,13 @@ rule convert_gguf:
         CONVERTED / "{folder}/model.safetensors",
     log:
         LAYOUT.root / "logs/convert_gguf.{folder}.log",
+    conda:
+        "lorabench"
     params:
         preset=PRESET,
         model=lambda wildcards: GGUF_MODELS[wildcards.folder],
     shell:
-        "lorabench convert {params.model:q} --preset {params.preset:q} " + LOGGED
+        "lorabench convert {params.model:q} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # The tiny base is shipped; this builds it anew by its recipe, on request only.
@@ -39,6 +32,8 @@ rule tiny_base:
         "results/tiny_llama/recipe.json",
     log:
         "results/tiny_llama/build.log",
+    conda:
+        "lorabench"
     threads: 2
     shell:
         "lorabench tiny results/tiny_llama 2>&1 | tee {log:q}"

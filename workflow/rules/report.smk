@@ -8,12 +8,20 @@ rule report_page:
         runs=LAYOUT.tables() / "runs.parquet",
         curves=LAYOUT.tables() / "curves.parquet",
         claims=LAYOUT.tables() / "claims.parquet",
-        figures=expand(LAYOUT.figures / "{figure}.{ext}", figure=FIGURE_NAMES, ext=["svg", "png", "csv"]),
+        figures=expand(
+            LAYOUT.figures / "{figure}.{ext}",
+            figure=FIGURE_NAMES,
+            ext=["svg", "png", "csv"],
+        ),
     output:
         LAYOUT.report,
     log:
         LAYOUT.root / "logs/report.log",
+    conda:
+        "lorabench"
     params:
         preset=PRESET,
     shell:
-        "lorabench report --preset {params.preset:q} " + LOGGED + " && echo The report is in {output:q}"
+        "lorabench report --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
+        " && echo The report is in {output:q}"

@@ -1,8 +1,3 @@
-def sweep_tokens(wildcards):
-    condition = SWEEPS[wildcards.sweep].condition
-    return LAYOUT.tokens(condition.model, condition.dataset)
-
-
 # One job per sweep. Its finished runs and checkpoints lie outside the declared output, so a killed job
 # goes on where it was.
 rule sweep:
@@ -12,8 +7,12 @@ rule sweep:
         LAYOUT.root / "sweeps/{sweep}.parquet",
     log:
         LAYOUT.root / "logs/{sweep}.log",
+    # The longest first, so that no core waits at the end.
+    priority: lambda wildcards: len(PLAN.sweeps) - PLAN.sweeps.index(SWEEPS[wildcards.sweep])
+    conda:
+        "lorabench"
+    threads: LAYOUT.preset.execution.threads
     params:
         preset=PRESET,
-    threads: LAYOUT.preset.execution.threads
     shell:
         "lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q}"
