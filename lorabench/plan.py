@@ -1,4 +1,4 @@
-"""From a preset to runs, sweeps and jobs. Pure and fast: no torch, no pandas, no files read.
+"""From a preset to runs, sweeps and jobs. Pure and fast: no torch, no pandas, no data.
 
 A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines
 its result. A *sweep* is all runs of one condition and the work of one job: the LR grid with the first
@@ -12,13 +12,25 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from lorabench import cost
-from lorabench.config import DatasetSpec, ModelSpec, Preset, Protocol, SftExperiment
+from lorabench.config import (
+    DatasetSpec,
+    GgufModel,
+    HubModel,
+    ModelSpec,
+    PathModel,
+    Preset,
+    Protocol,
+    SftExperiment,
+    TinyModel,
+)
 from lorabench.errors import UserError
 from lorabench.models.placement import Placement
+from lorabench.models.tiny import SHIPPED
 
 # Part of every run's identity. Raise it when a change alters what a run computes; the test
 # tests/test_protocol_version.py says when that may be the case.
@@ -186,12 +198,28 @@ def dataset_id(spec: DatasetSpec) -> str:
     return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
 
 
+@cache
 def model_id(spec: ModelSpec) -> str:
-    """Hash of what determines a model's weights and tokenizer."""
-    from lorabench.models.tiny import SHIPPED
+    """Hash of what determines a model's weights and tokenizer, wherever they lie."""
+    match spec:
+        case TinyModel():
+            return digest(json.loads((SHIPPED / "recipe.json").read_text())["weights_sha256"], 8)
+        case HubModel():
+            return digest([spec.id, spec.revision], 8)
+        case GgufModel():
+            return digest(spec.sha256, 8)
+        case PathModel():
+            folder = Path(spec.path)
+            files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+            return digest([[path.name, path.stat().st_size, _ends_sha256(path)] for path in files], 8)
 
-    shipped = json.loads((SHIPPED / "recipe.json").read_text())["weights_sha256"] if spec.kind == "tiny" else None
-    return digest([spec.model_dump(exclude={"parameters", "hidden_size"}), shipped], 8)
+
+def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
+    """SHA-256 of a file's first and last MiB: enough to tell trained weights apart without reading them all."""
+    with path.open("rb") as file:
+        ends = file.read(size)
+        file.seek(max(0, path.stat().st_size - size))
+        return hashlib.sha256(ends + file.read(size)).hexdigest()
 
 
 def _identity(model: ModelSpec, dataset: DatasetSpec, protocol: Protocol) -> str:

@@ -91,8 +91,25 @@ def test_several_mistakes_are_all_named(raw_preset, write_preset):
     assert len(str(caught.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"kind": "path", "path": "/nowhere"}, r"models\.tiny: model folder '/nowhere' has no config\.json"),
+        (
+            {"kind": "gguf", "path": "/no.gguf", "sha256": "0" * 64},
+            r"models\.tiny: GGUF file '/no\.gguf' does not exist",
+        ),
+        ({"kind": "hub", "id": "no-owner"}, r"models\.tiny\.id = 'no-owner'"),
+    ],
+)
+def test_a_model_that_is_not_there(model, message, raw_preset, write_preset):
+    raw_preset["models"]["tiny"] = model | {"parameters": 1, "hidden_size": 1}
+    with pytest.raises(PresetError, match=message):
+        load_preset(write_preset(raw_preset))
+
+
 def test_unknown_preset_names_the_shipped_ones():
-    with pytest.raises(PresetError, match=r"preset 'lpatop': .*allowed: laptop, smoke"):
+    with pytest.raises(PresetError, match=r"preset 'lpatop': .*allowed: laptop, smoke, smollm2, or"):
         load_preset("lpatop")
 
 

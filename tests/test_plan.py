@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from lorabench.config import Preset, load_preset
 from lorabench.errors import UserError
+from lorabench.models.tiny import SHIPPED
 from lorabench.plan import Condition, Run, Sweep, make_plan, merge_sweeps
 
 
@@ -68,6 +70,19 @@ def test_what_changes_a_result_changes_the_id(raw_preset, where, value):
     inner[last] = value
     lora = {row["run_id"] for row in planned(raw_preset).rows() if row["run_id"] and row["method"] == "lora"}
     assert not lora & run_ids(planned(changed))
+
+
+def test_a_local_model_is_known_by_its_files_not_by_its_place(raw_preset, tmp_path):
+    def ids(folder):
+        raw_preset["models"] = {"tiny": {"kind": "path", "path": str(folder), "parameters": 1, "hidden_size": 1}}
+        return run_ids(planned(raw_preset))
+
+    first, moved, retrained = (shutil.copytree(SHIPPED, tmp_path / name) for name in "abc")
+    weights = bytearray((retrained / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (retrained / "model.safetensors").write_bytes(weights)
+    assert ids(first) == ids(moved)
+    assert not ids(first) & ids(retrained)
 
 
 def test_execution_settings_do_not_change_ids(raw_preset):

@@ -157,7 +157,8 @@ def convert_gguf(spec: GgufModel) -> Path:
         tokenizer.save_pretrained(folder)
         # The weights last, so that a folder with weights is a whole one.
         staged = Path(scratch) / "model"
-        model.save_pretrained(staged)
+        # One file, whose name the workflow knows beforehand.
+        model.save_pretrained(staged, max_shard_size="1TB")
         for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             with atomic_path(folder / path.name) as partial:
                 partial.write_bytes(path.read_bytes())

@@ -30,7 +30,8 @@ def _git(*arguments: str) -> str | None:
 
 def code_state(patches: Path) -> dict[str, str | None]:
     """Git commit of the code and, if the tree is dirty, the hash of its diff, kept as `patches/<hash>.patch`."""
-    sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    # Regenerated figures are tracked too; they are no part of what a run is made with.
+    sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", "lorabench", "workflow", "Snakefile")
     patch = None
     if diff:
         patch = hashlib.sha256(diff.encode()).hexdigest()[:16]

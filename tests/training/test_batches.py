@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lorabench.config import Protocol
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.lora import add_lora
 from lorabench.training.batches import IGNORED, collate, micro_batches
-from lorabench.training.loss import check_plain_head, mean_nll
+from lorabench.training.loss import check_plain_head, mean_nll, nll_sum
 from lorabench.training.sft import curve_steps
 
 from .conftest import TINY
@@ -57,6 +59,25 @@ def test_nll_is_token_weighted_and_equals_transformers(data):
         total, count = total + loss * scored.sum(), count + scored.sum()
     assert mean_nll(model, split, 16_384, CPU, None) == pytest.approx(total / count, rel=1e-5)
     assert mean_nll(model, split, 64, CPU, None) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_of_other_families_with_lora_equals_transformers(family, tied):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = family(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=64, tie_word_embeddings=tied)
+    model = add_lora(AutoModelForCausalLM.from_config(config), 4, "all", 32.0, True, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    ids = torch.randint(0, 64, (3, 12))
+    labels = torch.where(torch.rand(3, 12) < 0.5, ids, -100)
+    labels[:, 0] = -100
+    expected = model(input_ids=ids, labels=labels).loss * (labels != -100).sum()
+    found = nll_sum(model, ids[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_models_that_change_their_logits_are_refused():

@@ -11,7 +11,7 @@ rule plan:
     log:
         LAYOUT.root / "logs/plan.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         preset=PRESET,
         # The file follows from the plan alone.
@@ -32,7 +32,7 @@ rule experiment_tables:
     log:
         LAYOUT.root / "logs/tables.{experiment}.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
     shell:
@@ -50,7 +50,7 @@ rule tables:
     log:
         LAYOUT.root / "logs/tables.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         out=LAYOUT.tables(),
     shell:
@@ -72,7 +72,7 @@ rule claims:
     log:
         LAYOUT.root / "logs/claims.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         tables=LAYOUT.tables(),
     shell:

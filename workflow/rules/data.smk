@@ -4,7 +4,7 @@ rule dataset:
     log:
         LAYOUT.root / "logs/dataset.{dataset}.{dataset_id}.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         preset=PRESET,
     shell:
@@ -20,7 +20,7 @@ rule tokens:
     log:
         LAYOUT.root / "logs/tokens.{model}.{model_id}.{dataset}.{dataset_id}.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         preset=PRESET,
     shell:

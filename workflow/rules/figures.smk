@@ -17,7 +17,7 @@ rule figure:
     log:
         LAYOUT.root / "logs/{figure}.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         tables=lambda wildcards, input: Path(input[0]).parent,
         out=LAYOUT.figures,

