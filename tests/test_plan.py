@@ -129,11 +129,11 @@ def test_longest_sweep_first(raw_preset):
 
 def test_plan_is_fast_and_needs_no_torch():
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time; start = time.process_time()\n"
         "from lorabench.config import load_preset\n"
         "from lorabench.plan import make_plan\n"
         "make_plan(load_preset('laptop')).rows()\n"
-        "assert time.perf_counter() - start < 1.0, time.perf_counter() - start\n"
+        "assert time.process_time() - start < 1.0, time.process_time() - start\n"
         "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'pyarrow', 'reasoning_gym'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -143,7 +143,7 @@ def test_plan_is_fast_and_needs_no_torch():
 def test_a_large_plan_is_fast(raw_preset):
     rank = raw_preset["experiments"]["rank"]
     rank["ranks"] = list(range(1, 513))
-    start = time.perf_counter()
+    start = time.process_time()
     plan = planned(raw_preset)
     assert isinstance(plan.sweeps[0], Sweep)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0

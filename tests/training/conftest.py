@@ -35,14 +35,6 @@ def data(tmp_path_factory):
     return read_tokens(folder / "tokens", cache_key(tokenizer, folder / "data.parquet"))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def condition_of(method: str, rank: int | None, steps: int, batch_size: int) -> Condition:
     placement, alpha = ("all", 32.0) if method == "lora" else (None, None)
     return Condition("sft", "tiny", "data", method, rank, placement, alpha, batch_size, steps, identity="test")
