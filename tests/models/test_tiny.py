@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
-import torch
 
 from lorabench.config import TinyModel
 from lorabench.cost import shape
@@ -55,7 +54,6 @@ def test_the_recipe_rebuilds(tmp_path):
     small = replace(
         RECIPE, train_tokens=12_000, tokenizer_documents=300, batch=4, block=64, heldout_tokens=2_000, warmup_steps=5
     )
-    torch.set_num_threads(1)
     first, second = build(tmp_path / "a", small), build(tmp_path / "b", small)
     assert first["weights_sha256"] == second["weights_sha256"]
     assert first["heldout_nll_nats_per_token"] < 6.5  # ln(1024) is 6.93
