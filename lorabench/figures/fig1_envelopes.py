@@ -32,7 +32,7 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[Figure, pd.DataFrame
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, axes in panels:
         _draw_panel(axes, rows, styles)
-    departure = style.mark("the arm leaves the band", "o", markerfacecolor="white", markeredgewidth=1.4)
+    departure = style.mark("the arm leaves the band for good", "o", markerfacecolor="white", markeredgewidth=1.4)
     band = Patch(label=f"lowest envelope ± 2{style.SIGMA} of seeds", facecolor="0.85")
     style.legends(figure, styles, [departure, band])
     return figure, plotted

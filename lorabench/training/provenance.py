@@ -6,7 +6,6 @@ import hashlib
 import platform
 import resource
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,6 @@ def machine_state(device: torch.device) -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": package_versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorabench import cost
-from lorabench.data.tokens import cache_key, read_tokens
+from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
@@ -72,7 +73,8 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     def finish(run: Run, number: int) -> None:
         if not folder(run).done():
             say(f"run {number}/{sweep.n_runs}: lr {run.lr:g}, seed {run.seed}")
-            base_nll = bases.base_valid_nll(data, folder(run))
+            base_nll = bases.base_valid_nll(data["validation"])
+            started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
             with bases.ready(run) as model:
                 outcome = train_run(
                     run,
@@ -84,7 +86,7 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
                     base_nll,
                     lambda step: progress.tick(number, run, step),
                 )
-                _write_run(plan, run, outcome, model, folder(run), environment, machine)
+                _write_run(plan, run, outcome, model, folder(run), environment | started, machine)
         record = folder(run).read_record()
         test = record["outcome"]["final_test_nll"]
         result = f"diverged at step {record['outcome']['diverged_at']}" if test is None else f"test {test:.4f} nats"
@@ -120,12 +122,12 @@ class _Bases:
             check_plain_head(self._model)
         return self._model
 
-    def base_valid_nll(self, data: Any, folder: RunFolder) -> float:
+    def base_valid_nll(self, validation: TokenizedSplit) -> float:
         """Validation NLL of the untouched base; stops the job if it is worse than guessing."""
         if self._base_nll is None:
             model = self._pristine()
             autocast = self.machine.autocast(self.plan.preset.protocol)
-            nll = mean_nll(model, data["validation"], self.machine.max_batch_tokens, self.machine.device, autocast)
+            nll = mean_nll(model, validation, self.machine.max_batch_tokens, self.machine.device, autocast)
             uniform = math.log(model.config.vocab_size)
             if not nll < uniform + 1:
                 raise UserError(

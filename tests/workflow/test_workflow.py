@@ -132,12 +132,10 @@ def test_records_say_what_happened_and_where(smoke):
 def test_weights_are_kept_at_the_best_lr_only(smoke):
     folder = smoke[0] / "results/smoke"
     runs = pq.read_table(folder / "tables/runs.parquet").to_pandas()
-    best = set(runs[runs.seed > 0].lr)
-    for row in runs.itertuples():
-        weights = folder / "runs" / row.run_id / "weights"
-        arm = runs[(runs.method == row.method) & (runs["rank"].fillna(0) == (row.rank if row.rank == row.rank else 0))]
-        assert weights.exists() == (row.lr in set(arm[arm.seed > 0].lr)), row
-    assert best
+    for _, arm in runs.groupby(["method", "rank"], dropna=False):
+        best = arm.loc[arm.seed > 0, "lr"].item()
+        for run in arm.itertuples():
+            assert (folder / "runs" / run.run_id / "weights").exists() == (run.lr == best), run
 
 
 def test_a_second_call_has_nothing_to_do(smoke):
