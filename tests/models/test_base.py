@@ -30,9 +30,11 @@ def test_a_local_model_loads_in_fp32(folder):
     assert weights_sha256(at(folder)) == weights_sha256(TinyModel(kind="tiny"))
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ModelError, match="nowhere has no config.json"):
-        load_tokenizer(at(tmp_path / "nowhere"))
+def test_a_folder_that_was_emptied_is_named(folder):
+    spec = at(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ModelError, match=r"model has no config\.json"):
+        load_tokenizer(spec)
 
 
 def test_pickled_weights_are_refused(folder):
@@ -66,8 +68,6 @@ def gguf(path, **changes):
 
 
 def test_a_gguf_file_is_checked_before_it_is_read(tmp_path):
-    with pytest.raises(ModelError, match="does not exist"):
-        base.convert_gguf(gguf(tmp_path / "none.gguf"))
     (tmp_path / "other.gguf").write_bytes(b"something else")
     with pytest.raises(ModelError, match="has SHA-256 .*; the preset expects 0000"):
         base.convert_gguf(gguf(tmp_path / "other.gguf"))

@@ -8,7 +8,7 @@ rule figure:
     output:
         report(
             LAYOUT.figures / "{figure}.svg",
-            caption="../report/{figure}.rst",
+            caption="../report/figure.rst",
             category="Figures",
             labels={"figure": "{figure}"},
         ),
@@ -21,6 +21,7 @@ rule figure:
     params:
         tables=lambda wildcards, input: Path(input[0]).parent,
         out=LAYOUT.figures,
+        caption=lambda wildcards: FIGURES[wildcards.figure].caption,
     shell:
         "lorabench figure {wildcards.figure} --tables {params.tables:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
