@@ -141,7 +141,7 @@ def convert_gguf(spec: GgufModel) -> Path:
         ModelError: the file is missing or is not the one the preset names.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = converted_folder(spec)
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,7 +153,11 @@ def convert_gguf(spec: GgufModel) -> Path:
         with _explained(spec):
             source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers goes on to call the model quantised, though its weights are plain; a new one is not.
+        config = AutoConfig.for_model(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
         tokenizer.save_pretrained(folder)
         # The weights last, so that a folder with weights is a whole one.
         staged = Path(scratch) / "model"

@@ -6,6 +6,7 @@ for both, and the unembedding included (paper.md, sections 1 and 2.1).
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from lorabench.errors import UserError
@@ -58,4 +59,7 @@ def add_lora(
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(model, lora_config(model, rank, placement, alpha, include_unembedding))
+    with warnings.catch_warnings():
+        # Of a tied pair the unembedding alone carries LoRA, as meant; the embedding stays as it was.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, lora_config(model, rank, placement, alpha, include_unembedding))
