@@ -77,8 +77,11 @@ def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
         * tokens_per_example(preset.models[sweep.condition.model], preset.datasets[sweep.condition.dataset])
         for sweep in sweeps
     )
-    at_once = max(1, cores // preset.execution.threads)
-    seconds = (flops / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS) / min(
-        at_once, max(1, len(sweeps))
-    )
-    return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / 60)
+    seconds = flops / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS
+    at_once = max(1, min(jobs_at_once(plan, cores), len(sweeps)))
+    return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / at_once / 60)
+
+
+def jobs_at_once(plan: Plan, cores: int) -> int:
+    """Sweep jobs that fit on that many cores."""
+    return max(1, cores // plan.preset.execution.threads)

@@ -12,9 +12,16 @@ from lorabench.progress import Status
 
 def plan_table(plan: Plan, cores: int) -> None:
     """Per experiment: sweeps, runs, tokens and estimated minutes; shared runs count once in the total."""
-    table = Table(title=f"{plan.preset.description}", title_justify="left")
+    execution = plan.preset.execution
+    at_once = cost.jobs_at_once(plan, cores)
+    table = Table(
+        title=plan.preset.description,
+        title_justify="left",
+        caption=f"minutes at {execution.gflops:,g} GFLOP/s per job (execution.gflops), {at_once} at a time",
+        caption_justify="left",
+    )
     table.add_column("experiment")
-    for column in ("sweeps", "runs", "tokens", "PFLOPs", f"minutes on {cores} cores"):
+    for column in ("sweeps", "runs", "tokens", "PFLOPs", "minutes"):
         table.add_column(column, justify="right")
     experiments = list(plan.preset.experiments.chosen())
     for name, sweeps in [(name, plan.of(name)) for name in experiments] + [("total", list(plan.sweeps))]:
