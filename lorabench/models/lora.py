@@ -62,4 +62,6 @@ def add_lora(
     with warnings.catch_warnings():
         # Of a tied pair the unembedding alone carries LoRA, as meant; the embedding stays as it was.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        # PEFT asks transformers by an old name; a user can do nothing about it.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return get_peft_model(model, lora_config(model, rank, placement, alpha, include_unembedding))
