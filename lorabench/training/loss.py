@@ -53,8 +53,3 @@ def mean_nll(
             total += nll_sum(model, inputs, targets).item()
         count += int((targets != IGNORED).sum())
     return total / count
-
-
-def n_scored(split: TokenizedSplit, indices: np.ndarray) -> int:
-    """Scored targets of some examples."""
-    return sum(int(split.example(int(index))[1][1:].sum()) for index in indices)
