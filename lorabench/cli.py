@@ -174,9 +174,9 @@ def claims(tables: TablesOption, out: Annotated[Path, typer.Option(help="Folder 
     """Judge the paper's claims from tidy tables."""
     with _one_sentence():
         from lorabench.analysis.claims import judge_claims
-        from lorabench.tables import read_table, write_claims
+        from lorabench.tables import Tables, write_claims
 
-        write_claims(judge_claims(read_table(tables, "runs"), read_table(tables, "curves")), out)
+        write_claims(judge_claims(Tables.read(tables)), out)
 
 
 @app.command()

@@ -36,9 +36,11 @@ class Strict(BaseModel):
 
 
 class TinyModel(Strict):
-    """The shipped tiny Llama."""
+    """A tiny base that is shipped with the package (see lorabench/models/tiny.py)."""
 
     kind: Literal["tiny"]
+    name: Literal["llama-128", "llama-64", "qwen-128", "qwen-64", "moe-128"] = "llama-128"
+    """Family and width."""
 
 
 class HubModel(Strict):

@@ -1,8 +1,10 @@
 """The tidy tables: their columns, how records become rows, how they are written and read.
 
-    runs     one row per run
-    curves   one row per run, step, split and metric
-    claims   one row per claim
+    runs      one row per run
+    curves    one row per run, step, split and metric
+    compute   one row per model and arm: FLOPs, time and memory of a training step
+    counts    one row per architecture and placement: parameters, counted without weights
+    claims    one row per claim
 
 Everything downstream (analysis, claims, figures, report) reads these and nothing else.
 """
@@ -10,7 +12,9 @@ Everything downstream (analysis, claims, figures, report) reads these and nothin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +40,9 @@ RUNS = pa.schema(
         ("rank", pa.int64()),
         ("placement", pa.string()),
         ("alpha", pa.float64()),
+        ("init_a", pa.float64()),
+        ("lr_ratio", pa.float64()),
+        ("eps", pa.float64()),
         ("lr", pa.float64()),
         ("batch_size", pa.int64()),
         ("steps", pa.int64()),
@@ -44,6 +51,12 @@ RUNS = pa.schema(
         ("diverged_at", pa.int64()),
         ("final_valid_nll", pa.float64()),
         ("final_test_nll", pa.float64()),
+        ("test_scored_tokens", pa.int64()),
+        ("first_epoch_nats", pa.float64()),
+        ("first_epoch_scored_tokens", pa.int64()),
+        ("entropy_bits", pa.float64()),
+        ("family", pa.string()),
+        ("hidden_size", pa.int64()),
         ("trainable_params", pa.int64()),
         ("base_params", pa.int64()),
         ("train_tokens", pa.int64()),
@@ -75,9 +88,42 @@ _CURVE = [
 ]
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
 
+COMPUTE = pa.schema(
+    [
+        ("model", pa.string()),
+        ("method", pa.string()),
+        ("rank", pa.int64()),
+        ("placement", pa.string()),
+        ("batch_size", pa.int64()),
+        ("sequence_length", pa.int64()),
+        ("effective_width", pa.float64()),
+        ("linear_flops", pa.float64()),
+        ("total_flops", pa.float64()),
+        ("step_s", pa.float64()),
+        ("peak_mem_bytes", pa.int64()),
+        ("trainable_params", pa.int64()),
+        ("base_params", pa.int64()),
+        ("device", pa.string()),
+        ("threads", pa.int64()),
+    ]
+)
+
+COUNTS = pa.schema(
+    [
+        ("architecture", pa.string()),
+        ("placement", pa.string()),
+        ("part", pa.string()),
+        ("rank", pa.int64()),
+        ("include_unembedding", pa.bool_()),
+        ("trainable_params", pa.int64()),
+        ("base_params", pa.int64()),
+    ]
+)
+
 CLAIMS = pa.schema(
     [
         ("claim_id", pa.string()),
+        ("kind", pa.string()),
         ("statement", pa.string()),
         ("figure", pa.string()),
         ("criterion", pa.string()),
@@ -176,22 +222,85 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
         flat.to_csv(partial, index=False)
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """A tidy table from a folder, parquet or else CSV; integers that may be missing are `Int64`.
+SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS, "claims": CLAIMS}
+
+
+def table_path(folder: Path, name: str) -> Path | None:
+    """The file of a tidy table, parquet or else CSV; None if there is neither."""
+    return next((path for kind in ("parquet", "csv") if (path := folder / f"{name}.{kind}").is_file()), None)
+
+
+def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
+    """A tidy table from a folder, parquet or else CSV, in the documented types.
+
+    Columns may be missing, further ones are kept. Integers that may be missing are `Int64`, lists are lists of words.
+
+    Args:
+        optional: an absent table is an empty one without columns.
 
     Raises:
-        UserError: the folder has neither file.
+        UserError: there is no such file, it can't be read, or a column holds something of another type.
     """
-    parquet, csv = folder / f"{name}.parquet", folder / f"{name}.csv"
-    schema = {"runs": RUNS, "curves": CURVES, "claims": CLAIMS}[name]
-    frame: pd.DataFrame
-    if parquet.exists():
-        frame = pq.read_table(parquet).to_pandas()
-    elif csv.exists():
-        frame = pd.read_csv(csv)
-    else:
+    path = table_path(folder, name)
+    if path is None:
+        if optional:
+            return pd.DataFrame()
         raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
-    for column in schema.names:
-        if column in frame and pa.types.is_int64(schema.field(column).type):
-            frame[column] = frame[column].astype("Int64")
+    try:
+        frame: pd.DataFrame = pq.read_table(path).to_pandas() if path.suffix == ".parquet" else pd.read_csv(path)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path} can't be read as a table: {str(error).splitlines()[0]}") from error
+    for field in SCHEMAS[name]:
+        if field.name in frame:
+            frame[field.name] = _typed(frame[field.name], field.type, path)
     return frame
+
+
+def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series[Any]:
+    """A column in its documented type.
+
+    Raises:
+        UserError: a value that is not of that type.
+    """
+    if pa.types.is_list(wanted):
+        return column.map(words)
+    if pa.types.is_boolean(wanted):
+        return column.astype("boolean")
+    if pa.types.is_string(wanted):
+        return column.astype(object).where(column.notna(), None)
+    numbers = pd.to_numeric(column, errors="coerce")
+    whole = pa.types.is_int64(wanted)
+    wrong = column[column.notna() & (numbers.isna() | (whole & (numbers % 1 != 0)))]
+    if len(wrong):
+        what = "whole number" if whole else "number"
+        raise UserError(f"{path}: column {column.name} has {wrong.iloc[0]!r}, which is not a {what}")
+    return numbers.astype("Int64" if whole else "float64")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tidy tables that claims and figures are made from. One that is not there is empty, without columns."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    compute: pd.DataFrame = field(default_factory=pd.DataFrame)
+    counts: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @classmethod
+    def read(cls, folder: Path) -> Tables:
+        """The tables of a folder, of which any but all may be missing.
+
+        Raises:
+            UserError: the folder holds none, or see `read_table`.
+        """
+        names = ("runs", "curves", "compute", "counts")
+        if not any(table_path(folder, name) for name in names):
+            raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")
+        return cls(*(read_table(folder, name, optional=True) for name in names))
+
+
+def words(value: Any) -> list[str]:
+    """A list column's value, also where a CSV has it as text with spaces or commas between."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [] if value is None or (isinstance(value, float) and math.isnan(value)) else [str(part) for part in value]

@@ -9,21 +9,52 @@ import pandas as pd
 
 from lorabench.errors import UserError
 
-ARM = ["model", "dataset", "method", "rank", "placement", "batch_size"]
-"""Columns that make an arm. `rank` and `placement` are null for full fine-tuning."""
+STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
+"""The paper's parametrisation of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""
 
-_INTEGERS = ("rank", "batch_size")
+ARM = ["model", "dataset", "method", "rank", "placement", "batch_size", "steps", *STANDARD, "eps"]
+"""Columns that make an arm. Null for full fine-tuning: rank, placement, and the parametrisation of LoRA."""
 
-# Losses per token mean different things under different tokenizers or chat templates.
-_ONE_PER_COMPARISON = {"tokenizer_sha256": "tokenizers", "template_sha256": "chat templates"}
+OPTIONAL = ["steps", *STANDARD, "eps"]
+"""Columns of ARM that a table may lack; all its runs are then taken to have the same value."""
+
+_INTEGERS = ("rank", "batch_size", "steps")
+
+# Losses are comparable for one text, cut into tokens one way, on one base model.
+_ONE_PER_COMPARISON = {
+    "tokenizer_sha256": "tokenizers",
+    "template_sha256": "chat templates",
+    "dataset_sha256": "datasets under one name",
+    "model_sha256": "models under one name",
+}
+
+
+def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
+    """The table with the optional columns of ARM that it lacks, as nulls."""
+    return runs.reindex(columns=[*runs.columns, *(name for name in OPTIONAL if name not in runs)])
 
 
 def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
-    """Short name of an arm: `FullFT`, `LoRA r8`, `LoRA r8 attn`; the placement `all` goes without saying."""
+    """Short name of an arm: `FullFT`, `LoRA r8`, `LoRA r8 attn alpha 8`; what is standard goes without saying."""
     if arm["method"] == "fullft":
         return "FullFT"
-    placement = arm["placement"]
-    return f"LoRA r{int(arm['rank'])}" + ("" if pd.isna(placement) or placement == "all" else f" {placement}")
+    words = [f"LoRA r{int(arm['rank'])}"]
+    if not pd.isna(arm["placement"]) and arm["placement"] != "all":
+        words.append(str(arm["placement"]))
+    for name, words_for in (("alpha", "alpha {:g}"), ("init_a", "init x{:g}"), ("lr_ratio", "LR_B/LR_A {:g}")):
+        value = arm.get(name)
+        if value is not None and not pd.isna(value) and value != STANDARD[name]:
+            words.append(words_for.format(value))
+    return " ".join(words)
+
+
+def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Which runs are full fine-tuning, or LoRA in the paper's parametrisation; null counts as standard."""
+    standard = pd.Series(True, index=runs.index)
+    for name, value in STANDARD.items():
+        if name in runs:
+            standard &= (runs[name].isna() | runs[name].eq(value)).astype(bool)
+    return standard | (runs["method"] == "fullft")
 
 
 def check_table(runs: pd.DataFrame) -> None:
@@ -55,12 +86,13 @@ def check_runs(runs: pd.DataFrame) -> None:
     check_table(runs)
     if runs.empty:
         return
+    runs = with_arm_columns(runs)
     same = runs[runs.duplicated([*ARM, "lr", "seed"], keep=False)]
     if len(same):
         arm, of_arm = each_arm(same)[0]
         raise UserError(
             f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {_listed(of_arm['run_id'])} have the same LR and "
-            "seed, so they differ in something that is not part of an arm (steps, alpha); analyse them apart"
+            "seed, so they differ in something that is not part of an arm; analyse them apart"
         )
 
 
@@ -68,6 +100,7 @@ def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     """Each arm (values of the ARM columns, nulls as None) with its rows; FullFT first, then by rank."""
     if table.empty:
         return []
+    table = with_arm_columns(table)
     groups = [
         (dict(zip(ARM, map(_value, ARM, key), strict=True)), group)
         for key, group in table.groupby(ARM, dropna=False, sort=False)
@@ -81,11 +114,14 @@ def first_seed(of_arm: pd.DataFrame) -> pd.DataFrame:
     return grid
 
 
-def rows_of(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series) -> pd.DataFrame:
-    """The rows of one arm; null equals null."""
+def rows_of(
+    runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """The rows that agree with an arm in all ARM columns of the table, or in those given; null equals null."""
     chosen = pd.Series(True, index=runs.index)
-    for name in ARM:
-        same = runs[name].isna() if pd.isna(arm[name]) else runs[name].eq(arm[name]).fillna(False)
+    for name in columns or [name for name in ARM if name in runs]:
+        value = arm.get(name)
+        same = runs[name].isna() if value is None or pd.isna(value) else runs[name].eq(value).fillna(False)
         chosen &= same.astype(bool)
     return runs[chosen]
 
@@ -104,13 +140,16 @@ def _value(column: str, value: Any) -> Any:
 
 
 def _order(arm: dict[str, Any]) -> tuple[Any, ...]:
+    numbers = (arm[name] or 0 for name in (*STANDARD, "eps"))
     return (
         str(arm["model"]),
         str(arm["dataset"]),
         arm["batch_size"] or 0,
+        arm["steps"] or 0,
         arm["method"] != "fullft",
         arm["rank"] or 0,
         str(arm["placement"]),
+        *numbers,
     )
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_table, each_arm
+from lorabench.analysis.arms import arm_table, each_arm, with_arm_columns
 from lorabench.analysis.noise import sigma_of
 
 
@@ -22,8 +22,8 @@ def departures(
 
     The criterion is Orbit's (paper notes, claim A3), meant for log-spaced points, with one change: the points must
     reach to the end of the curve. LoRA starts slowly, since B is zero, and a curve that joins the others later has
-    not run out of capacity. Arms are compared within model, dataset and batch size. Step 0 is left out, since there
-    all arms are the base model.
+    not run out of capacity. Arms are compared within model, dataset, batch size and length. Step 0 is left out,
+    since there all arms are the base model.
 
     Args:
         envelopes: as from `envelopes`.
@@ -36,12 +36,14 @@ def departures(
         One row per arm: step (null where it never leaves), departed (null where that can't be told: no sigma, or
         fewer than `consecutive` points).
     """
-    trained = envelopes[envelopes["step"] > 0]
-    lowest = trained.groupby(["model", "dataset", "batch_size", "step"], dropna=False)["value"].transform("min")
+    trained = with_arm_columns(envelopes[envelopes["step"] > 0])
+    lowest = trained.groupby(["model", "dataset", "batch_size", "steps", "step"], dropna=False)["value"].transform(
+        "min"
+    )
     excess = trained.assign(excess=trained["value"] - lowest)
     rows = []
     for arm, points in each_arm(excess):
-        sigma = sigma_of(noise, arm["model"], arm["dataset"], split)
+        sigma = sigma_of(noise, arm, split)
         points = points.sort_values("step")
         start = _last_stretch((points["excess"] > n_sigma * sigma).to_numpy(bool), consecutive)
         known = math.isfinite(sigma) and len(points) >= consecutive

@@ -1,7 +1,7 @@
 """The paper's figures, in the paper's order, redrawn from tidy tables.
 
 Importing this package is cheap (no pandas, no matplotlib), so that the workflow can ask for the names.
-A new figure is a module with a function `draw(runs, curves)` and an entry here.
+A new figure is a module with a function `draw(tables)` and an entry here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from lorabench.tables import Tables
+
 
 @dataclass(frozen=True)
 class PaperFigure:
@@ -27,9 +29,9 @@ class PaperFigure:
     caption: str
     experiment: str
 
-    def draw(self, runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-        """The figure and, tidy, exactly what it plots, from the tables `runs` and `curves`."""
-        drawn: tuple[Figure, pd.DataFrame] = import_module(f"{__name__}.{self.name}").draw(runs, curves)
+    def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
+        """The figure and, tidy, exactly what it plots."""
+        drawn: tuple[Figure, pd.DataFrame] = import_module(f"{__name__}.{self.name}").draw(tables)
         return drawn
 
 
@@ -69,15 +71,14 @@ def save(name: str, tables: Path, out: Path) -> None:
     """Draw a figure from the tidy tables in `tables` and write `<name>.svg`, `.png` and `.csv` into `out`.
 
     Raises:
-        UserError: there is no such figure.
-        FileNotFoundError: the folder `tables` lacks a table.
+        UserError: there is no such figure, or the folder `tables` holds no tables.
     """
     from lorabench.figures.style import write_figure
-    from lorabench.tables import read_table, write_csv
+    from lorabench.tables import Tables, write_csv
 
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure, plotted = FIGURES[name].draw(read_table(tables, "runs"), read_table(tables, "curves"))
+    figure, plotted = FIGURES[name].draw(Tables.read(tables))
     for kind in ("svg", "png"):
         write_figure(figure, out / f"{name}.{kind}")
     write_csv(plotted, out / f"{name}.csv")

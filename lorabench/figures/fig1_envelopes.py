@@ -12,22 +12,24 @@ from lorabench.analysis.departure import departures
 from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.figures import style
+from lorabench.tables import Tables
 
 _COLUMNS = [
-    *("model", "dataset", "batch_size", "arm", "method", "rank", "placement", "element", "step", "examples", "tokens"),
+    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
+    *("element", "step", "examples", "tokens"),
     *("nll", "nll_low", "nll_high", "lr", "run_id", "n_runs"),
 ]
 
 
 @style.applied()
-def draw(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """The figure, and what it plots as one tidy table.
 
     Its column `element` says what a row is: `envelope` (one step of an arm), `departure` (where an arm leaves the
     noise band), `noise_band` (from `nll_low` to `nll_high`), `before_training` (the base model) or `diverged` (one
     run). Losses are validation NLL in nats per scored token.
     """
-    plotted = _plotted(runs, curves)
+    plotted = _plotted(tables.runs, tables.curves)
     figure, panels = style.panels(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, axes in panels:
@@ -56,8 +58,8 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
     """Two sigma around the lowest envelope of each panel, where sigma is known."""
-    band = envelope.groupby([*style.PANEL, "step"], as_index=False)["nll"].min()
-    sigma = pd.Series([sigma_of(noise, row.model, row.dataset, "validation") for row in band.itertuples()], dtype=float)
+    band = envelope.groupby([*style.PANEL, "step"], as_index=False, dropna=False)["nll"].min()
+    sigma = pd.Series([sigma_of(noise, row, "validation") for _, row in band.iterrows()], dtype=float)
     around: pd.DataFrame = band.assign(nll_low=band["nll"] - 2 * sigma, nll_high=band["nll"] + 2 * sigma)
     return around.assign(element="noise_band").dropna(subset=["nll_low"])
 
@@ -65,7 +67,7 @@ def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
 def _before_training(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     start = curves[(curves["step"] == 0) & (curves["split"] == "validation") & (curves["metric"] == "nll")]
     joined = start.merge(runs[["run_id", *style.PANEL]], on="run_id")
-    base = joined.groupby(style.PANEL, as_index=False).agg(nll=("value", "median"))
+    base = joined.groupby(style.PANEL, as_index=False, dropna=False).agg(nll=("value", "median"))
     return base.assign(element="before_training", step=0)
 
 

@@ -14,9 +14,11 @@ from lorabench.analysis.arms import ARM, arm_label
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.figures import style
+from lorabench.tables import Tables
 
 _COLUMNS = [
-    *("model", "dataset", "batch_size", "arm", "method", "rank", "placement", "element", "lr", "lr_low", "lr_high"),
+    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
+    *("element", "lr", "lr_low", "lr_high"),
     *("nll", "nll_sd", "n_seeds", "resolved", "above_range", "run_id", "seed"),
 ]
 
@@ -26,14 +28,14 @@ _STRIP, _DODGE = 11.0, 4.5
 
 
 @style.applied()
-def draw(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table; `curves` is not used.
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
 
     Its column `element` says what a row is: `loss` (mean over the seeds of one arm and LR; `above_range` where it
     is drawn as a triangle at the top), `optimum` (interpolated, with the interval of the LR) or `diverged` (one
     run). Losses are final test NLL in nats per scored token.
     """
-    plotted = _plotted(runs)
+    plotted = _plotted(tables.runs)
     figure, panels = style.panels(plotted, _STRIP)
     styles = style.arm_styles(plotted)
     for rows, axes in panels:
@@ -48,7 +50,7 @@ def _plotted(runs: pd.DataFrame) -> pd.DataFrame:
         nll=("final_test_nll", "mean"), nll_sd=("final_test_nll", "std"), n_seeds=("seed", "nunique")
     )
     loss["above_range"] = False
-    for _, panel in loss.groupby(style.PANEL):
+    for _, panel in loss.groupby(style.PANEL, dropna=False):
         loss.loc[panel.index, "above_range"] = _above_range(panel)
     optimum = lr_optima(runs, seed_noise(runs)).dropna(subset=["lr_opt", "nll_opt"])
     optimum = optimum.rename(columns={"lr_opt": "lr", "nll_opt": "nll"})

@@ -21,8 +21,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.records import atomic_path
 
-# Columns that make a panel: losses of different models, data or batch sizes are never drawn together.
-PANEL = ["model", "dataset", "batch_size"]
+# Columns that make a panel: losses of different models, data, batch sizes or lengths are never drawn together.
+PANEL = ["model", "dataset", "batch_size", "steps"]
 
 # Inches: 7.2 in at 100 dpi is about the 700 px of a text column, so type is seen at its nominal size.
 WIDTH, PANEL_HEIGHT, COLUMNS = 7.2, 3.1, 2
@@ -131,16 +131,18 @@ def panels(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[
         frame: columns PANEL and others.
         strip: points kept free above each panel, for marks.
     """
-    groups = list(frame.groupby(PANEL, sort=True))
+    groups = list(frame.groupby(PANEL, sort=True, dropna=False))
     columns = min(COLUMNS, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(WIDTH, PANEL_HEIGHT * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     several_batch_sizes = frame["batch_size"].nunique() > 1
+    several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
     drawn = []
-    for place, ((model, dataset, batch_size), of_panel) in enumerate(groups, start=1):
+    for place, ((model, dataset, batch_size, steps), of_panel) in enumerate(groups, start=1):
         axes = figure.add_subplot(rows, columns, place)
         title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
+        title += f" · {steps} steps" if several_lengths else ""
         axes.set_title(title, pad=strip + 18, parse_math=False)
         drawn.append((of_panel, axes))
     return figure, drawn

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config import GgufModel, HubModel, ModelSpec, PathModel
 from lorabench.errors import UserError
-from lorabench.models.tiny import SHIPPED
+from lorabench.models.tiny import shipped
 from lorabench.plan import model_id
 from lorabench.records import atomic_path, file_sha256
 
@@ -45,7 +45,7 @@ def location(spec: ModelSpec) -> str:
         case PathModel():
             return spec.path
         case _:
-            return str(SHIPPED)
+            return str(shipped(spec.name))
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:

@@ -2,37 +2,78 @@
 
 W' = W + (alpha/r) B A with A uniform in +-1/sqrt(d_in) (PEFT's default initialisation), B zero, one LR
 for both, and the unembedding included (paper.md, sections 1 and 2.1).
+
+In a mixture of experts every expert has a LoRA of its own, whose rank is the total rank divided by the
+number of active experts, at least 1, and whose scaling is alpha over that rank (paper.md, section 5).
+The router carries none. Experts that a model keeps fused in one parameter (gate and up as one matrix,
+all experts in one stack) share an A between gate and up, so they have fewer LoRA parameters than apart.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lorabench.errors import UserError
 from lorabench.models.placement import SUFFIXES, Placement
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
+# PEFT's regular expression for what lies inside a module named `experts`; shared experts are always active.
+_EXPERTS = r"experts\..+"
 
-def target_modules(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> list[str]:
-    """Full names of the linear layers that carry LoRA.
+
+@dataclass(frozen=True)
+class Targets:
+    """Full names of what carries LoRA: linear layers, and stacks of experts that are one parameter each."""
+
+    modules: list[str]
+    parameters: list[str]
+
+
+def in_expert(name: str) -> bool:
+    """Whether a module or parameter belongs to one of several experts, going by its full name."""
+    return "experts" in name.split(".")[:-1]
+
+
+def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> Targets:
+    """What carries LoRA in a placement.
 
     Raises:
-        UserError: the model has no layer of that placement under a name this project knows.
+        UserError: the model has no layer of that placement under a name this project knows, or has experts
+            that would silently stay without LoRA.
     """
     import torch
 
+    known = SUFFIXES[placement]
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    chosen = [name for name in linear if name.rpartition(".")[2] in SUFFIXES[placement]]
-    if not chosen:
-        known = ", ".join(SUFFIXES[placement])
-        raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {known}")
+    modules = [name for name in linear if name.rpartition(".")[2] in known]
+    weights = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}
+    stacks = [name for name, p in weights.items() if p.ndim == 3 and name.rpartition(".")[2] in known]
+    if not modules and not stacks:
+        names = ", ".join(known)
+        raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {names}")
+    if placement != "attn":
+        covered = {*stacks, *(f"{name}.weight" for name in modules)}
+        left_out = [name for name in weights if in_expert(name) and name not in covered]
+        if left_out:
+            raise UserError(f"{type(model).__name__} has experts under a name without LoRA: {left_out[0]}")
     head = model.get_output_embeddings()
     unembedding = [name for name, module in model.named_modules() if module is head]
-    return chosen + (unembedding if include_unembedding else [])
+    return Targets(modules + (unembedding if include_unembedding else []), stacks)
+
+
+def expert_rank(model: PreTrainedModel, rank: int) -> int:
+    """Rank of one expert's LoRA: the total rank over the active experts, at least 1."""
+    active = getattr(model.config, "num_experts_per_tok", None)
+    if not active:
+        raise UserError(f"config of {type(model).__name__} does not say num_experts_per_tok, which divides the rank")
+    return max(1, rank // int(active))
 
 
 def lora_config(
@@ -41,10 +82,14 @@ def lora_config(
     """PEFT's configuration of one condition."""
     from peft import LoraConfig
 
+    chosen = targets(model, placement, include_unembedding)
+    experts = any(in_expert(name) for name in (*chosen.modules, *chosen.parameters))
     return LoraConfig(
         r=rank,
+        rank_pattern={_EXPERTS: expert_rank(model, rank)} if experts else {},
         lora_alpha=alpha,
-        target_modules=target_modules(model, placement, include_unembedding),
+        target_modules=chosen.modules,
+        target_parameters=chosen.parameters or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -52,16 +97,65 @@ def lora_config(
 
 
 def add_lora(
-    model: PreTrainedModel, rank: int, placement: Placement, alpha: float, include_unembedding: bool, seed: int
+    model: PreTrainedModel,
+    rank: int,
+    placement: Placement,
+    alpha: float,
+    include_unembedding: bool,
+    seed: int,
+    init_a: float = 1.0,
 ) -> PeftModel:
-    """Put LoRA on a base model, A drawn from `seed`; the base is frozen. `.unload()` takes it off again."""
+    """Put LoRA on a base model, A drawn from `seed`; the base is frozen. `.unload()` takes it off again.
+
+    Args:
+        init_a: bound of A's initial entries in units of 1/sqrt(d_in).
+
+    Raises:
+        UserError: the model has no such layers, or PEFT put LoRA elsewhere than asked.
+    """
     import torch
     from peft import get_peft_model
 
+    config = lora_config(model, rank, placement, alpha, include_unembedding)
+    wanted = {*config.target_modules, *(config.target_parameters or ())}
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # Of a tied pair the unembedding alone carries LoRA, as meant; the embedding stays as it was.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         # PEFT asks transformers by an old name; a user can do nothing about it.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(model, lora_config(model, rank, placement, alpha, include_unembedding))
+        # The rank of fused experts does take effect; PEFT looks for its pattern among modules only.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        peft_model = get_peft_model(model, config)
+    layers = dict(lora_layers(peft_model))
+    # PEFT rewrites the targets of some mixtures of experts, to load what older versions saved.
+    if layers.keys() != wanted:
+        differ = sorted(layers.keys() ^ wanted)
+        raise UserError(f"PEFT can't put LoRA on {type(model).__name__} as asked: {differ[0]} differs")
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_A["default"].weight.mul_(init_a)
+    return peft_model
+
+
+def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers by the name, in the base model, of the module or parameter that each adapts."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            # Two parameters of one module are wrapped one around the other.
+            path = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+            yield ".".join(path + ([module.parameter_name] if isinstance(module, ParamWrapper) else [])), module
+
+
+def adapter_pairs(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """A (r, d_in), B (d_out, r) and scaling alpha/r of each linear layer with LoRA, experts left out.
+
+    The tensors are the parameters themselves, so they follow the training.
+    """
+    return {
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        for name, layer in lora_layers(model)
+        if not in_expert(name)
+    }

@@ -1,9 +1,10 @@
-"""The tiny base: a Llama of about 0.8M parameters, pretrained here, shipped with the package.
+"""The tiny bases: models of 0.3M to 1.7M parameters, pretrained here, shipped with the package.
 
-It exists so that every comparison runs without a hub or a GPU on a model that was really
-pretrained: `RECIPE` is all there is to it, `build` follows it, and `lorabench/models/tiny_llama/`
-holds the result (safetensors in bf16, tokenizer, chat template, recipe with hash and held-out loss).
-Rebuild it with `snakemake --cores all tiny_base`.
+They exist so that every comparison runs without a hub or a GPU on models that were really pretrained,
+of two families, two widths, dense and mixture of experts. `RECIPES` is all there is to them, `build`
+follows one, and `lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat
+template, recipe with hash and held-out loss). All share text and tokenizer. Rebuild one with
+`lorabench tiny NAME OUT`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorabench.data.reasoning import (
     INSTRUCT_TASKS,
@@ -31,9 +32,9 @@ from lorabench.data.reasoning import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-SHIPPED = Path(__file__).parent / "tiny_llama"
+FOLDER = Path(__file__).parent / "shipped"
 
 # The end token closes a pretraining document as well as an assistant's turn, so the base knows it.
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
@@ -48,11 +49,16 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the tiny base. Sizes in tokens unless named otherwise."""
+    """Everything that determines a tiny base. Sizes in tokens unless named otherwise."""
 
+    family: Literal["llama", "qwen3", "qwen3_moe"] = "llama"
     vocab_size: int = 1024
     hidden_size: int = 128
+    # Width of a dense MLP, or of one expert.
     intermediate_size: int = 320
+    # Zero in a dense model.
+    experts: int = 0
+    active_experts: int = 0
     layers: int = 3
     heads: int = 4
     context: int = 512
@@ -73,7 +79,22 @@ class Recipe:
     seed: int = 20250929
 
 
-RECIPE = Recipe()
+RECIPES: dict[str, Recipe] = {
+    "llama-128": Recipe(),
+    "llama-64": Recipe(hidden_size=64, intermediate_size=160),
+    "qwen-128": Recipe(family="qwen3", train_tokens=8_000_000),
+    "qwen-64": Recipe(family="qwen3", hidden_size=64, intermediate_size=160),
+    "moe-128": Recipe(family="qwen3_moe", intermediate_size=128, experts=8, active_experts=2, train_tokens=8_000_000),
+}
+
+
+def shipped(name: str) -> Path:
+    """Folder of a shipped tiny base."""
+    return FOLDER / name
+
+
+# The first of them, by its old name.
+SHIPPED = shipped("llama-128")
 
 
 def pretraining_problems(recipe: Recipe, seed: int) -> Iterator[Problem]:
@@ -135,27 +156,46 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(recipe: Recipe) -> LlamaForCausalLM:
-    """The untrained Llama of the recipe, fp32, untied head."""
+def _config(recipe: Recipe) -> PreTrainedConfig:
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": recipe.vocab_size,
+        "hidden_size": recipe.hidden_size,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.heads,
+        "head_dim": recipe.hidden_size // recipe.heads,
+        "max_position_embeddings": recipe.context,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    match recipe.family:
+        case "llama":
+            return LlamaConfig(intermediate_size=recipe.intermediate_size, **common)
+        case "qwen3":
+            return Qwen3Config(intermediate_size=recipe.intermediate_size, **common)
+        case "qwen3_moe":
+            return Qwen3MoeConfig(
+                moe_intermediate_size=recipe.intermediate_size,
+                num_experts=recipe.experts,
+                num_experts_per_tok=recipe.active_experts,
+                # As the published models of this family have it.
+                norm_topk_prob=True,
+                **common,
+            )
+
+
+def new_model(recipe: Recipe) -> PreTrainedModel:
+    """The untrained model of the recipe, fp32, untied head."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=recipe.vocab_size,
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.heads,
-            max_position_embeddings=recipe.context,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
-    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(recipe))
+    return model
 
 
 def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
@@ -170,7 +210,7 @@ def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int)
             pending = pending[recipe.block :]
 
 
-def _nll(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
+def _nll(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     """Mean next-token NLL in nats of blocks (n, block + 1)."""
     import torch
 
@@ -186,7 +226,7 @@ def _lr(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def heldout_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
+def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
     """NLL in nats per token on text of the same tasks, from another seed."""
     import torch
 
@@ -197,8 +237,8 @@ def heldout_nll(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rec
     return sum(losses) / len(losses)
 
 
-def build(out: Path, recipe: Recipe = RECIPE) -> dict[str, Any]:
-    """Pretrain the tiny base by its recipe and write it to `out`; return what `recipe.json` says.
+def build(out: Path, recipe: Recipe) -> dict[str, Any]:
+    """Pretrain a tiny base by its recipe and write it to `out`; return what `recipe.json` says.
 
     The held-out text comes from another seed of the same tasks; its loss is that of the weights as
     shipped, in bf16.

@@ -16,6 +16,7 @@ from lorabench.analysis.optimum import lr_draws, lr_optima
 from lorabench.figures import FIGURES
 from lorabench.plan import Plan
 from lorabench.report.text import missing
+from lorabench.tables import words
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 
@@ -42,8 +43,8 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
     rows = []
     for claim in table.to_dict("records"):
-        behind = [{"run_id": run_id, **known[run_id]} for run_id in _words(claim["run_ids"]) if run_id in known]
-        numbers = _words(claim["figure"])
+        behind = [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]
+        numbers = words(claim["figure"])
         figures = [(number, name) for number in numbers for name in FIGURES if name.startswith(f"fig{number}_")]
         rows.append({str(name): value for name, value in claim.items()} | {"runs": behind, "figures": figures})
     return rows
@@ -51,7 +52,7 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
 
 def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any]:
     """Seed noise, optimal LR and best loss of each arm, and LR ratios, from the runs of one experiment."""
-    runs = runs[[name in _words(value) for value in runs["experiments"]]]
+    runs = runs[[name in words(value) for value in runs["experiments"]]]
     noise = seed_noise(runs)
     losses = best_losses(runs)[[*ARM, "nll_mean", "nll_sd", "n_seeds"]]
     arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
@@ -146,10 +147,3 @@ def _versions(text: str) -> dict[str, str]:
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {"versions": text}
-
-
-def _words(value: Any) -> list[str]:
-    """A list column's value, also where a CSV has it as text with spaces or commas between."""
-    if isinstance(value, str):
-        return value.replace(",", " ").split()
-    return [] if missing(value) else [str(part) for part in value]

@@ -7,10 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorabench.analysis.arms import ARM
+from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.claims import judge_claims
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
+from lorabench.tables import Tables
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
 SIGMA = 0.0004  # about what the repeats at LR 1e-3 show; seed_noise below
@@ -77,12 +78,12 @@ def test_sigma_of_repeated_cells(runs):
     assert noise.loc["Qwen/Qwen3-30B-A3B-Base", "sigma"] > 1e-3
     cell = runs[(runs["model"] == "meta-llama/Llama-3.1-8B") & (runs["rank"] == 4) & (runs["lr"] == 4e-5)]
     assert sorted(cell["test_nll"]) == [0.612, 0.6121]
-    assert set(ARM) <= set(cell.columns)
+    assert set(ARM) - set(OPTIONAL) <= set(cell.columns)
 
 
 def test_without_full_fine_tuning_no_claim_about_it_gets_a_verdict(runs):
     llama = runs[runs["model"] == "meta-llama/Llama-3.1-8B"]
-    found = judge_claims(llama, pd.DataFrame()).set_index("claim_id")
+    found = judge_claims(Tables(llama, pd.DataFrame())).set_index("claim_id")
     assert found.loc[["A1", "A7", "A8", "B1", "B2"], "verdict"].isin(["inconclusive", "not tested"]).all()
     assert found.loc["B4", "verdict"] == "inconclusive"
     # With the interpolation's own error left aside, ranks 4 to 128 lie within a factor of two.

@@ -14,6 +14,7 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.figures import FIGURES, save
 from lorabench.figures.style import ArmStyle, arm_styles
+from lorabench.tables import Tables
 from tests.handmade import LRS, curves_of, laptop_like, make_run, make_sweep, runs_table
 
 ARMS = ["arm", "method", "rank", "placement"]
@@ -21,7 +22,7 @@ ARMS = ["arm", "method", "rank", "placement"]
 
 def draw(name: str, rows: list[dict]) -> tuple:
     runs = runs_table(rows)
-    return FIGURES[name].draw(runs, curves_of(runs))
+    return FIGURES[name].draw(Tables(runs, curves_of(runs)))
 
 
 def lines_of(figure, arm: ArmStyle, panel: int = 0) -> list:
@@ -61,7 +62,7 @@ def test_save_writes_whole_files_with_stable_bytes(name: str, tables: Path, tmp_
 def test_csv_is_what_draw_returns(name: str, tables: Path, tmp_path: Path):
     save(name, tables, tmp_path)
     runs = laptop_like()
-    _, plotted = FIGURES[name].draw(runs, curves_of(runs))
+    _, plotted = FIGURES[name].draw(Tables(runs, curves_of(runs)))
     written = pd.read_csv(tmp_path / f"{name}.csv")
     assert list(written.columns) == list(plotted.columns)
     assert len(written) == len(plotted)

@@ -1,0 +1,99 @@
+"""The paper's claims, each with a criterion and a function that judges it from the tidy tables.
+
+A module per family, in the order of the project's notes on the paper (claims table); a new claim is one entry in its
+`CLAIMS` and one small function. Criteria and the paper's numbers are those of the notes; what the paper leaves open is
+decided here and said in `criterion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lorabench.analysis.arms import check_table, with_arm_columns
+from lorabench.analysis.claims import (
+    batch_size,
+    capacity,
+    compute,
+    learning_rate,
+    parametrization,
+    placement,
+    reinforcement,
+)
+from lorabench.analysis.claims.claim import Claim
+from lorabench.analysis.claims.evidence import NEEDED, Evidence, in_experiments
+from lorabench.analysis.claims.finding import Finding, UnjudgedError
+from lorabench.tables import CLAIMS as COLUMNS
+from lorabench.tables import Tables
+
+CLAIMS: tuple[Claim, ...] = (
+    *capacity.CLAIMS,
+    *learning_rate.CLAIMS,
+    *parametrization.CLAIMS,
+    *batch_size.CLAIMS,
+    *placement.CLAIMS,
+    *reinforcement.CLAIMS,
+    *compute.CLAIMS,
+)
+
+
+def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
+    """Judge the claims.
+
+    Args:
+        tables: the tidy tables. A claim whose table or columns are missing is not tested, and says which.
+        claims: those to judge.
+
+    Returns:
+        The table `claims` (columns of `lorabench.tables.CLAIMS`), one row per claim. Where a claim is judged on
+        several models and datasets, the estimate is that of the one that decides, and the reason names each.
+
+    Raises:
+        UserError: the tables can't be trusted, see `check_table`; an arm has two runs of the same LR and seed.
+    """
+    runs = tables.runs
+    missing = [name for name in NEEDED if name not in runs]
+    if not missing:
+        runs = with_arm_columns(runs)
+        check_table(runs)
+    evidence: dict[tuple[str, ...], Evidence] = {}
+    rows = []
+    for claim in claims:
+        if claim.experiments not in evidence:
+            chosen = runs.iloc[:0] if missing else runs[in_experiments(runs, claim.experiments)]
+            evidence[claim.experiments] = Evidence(chosen, tables.curves, tables.compute, tables.counts)
+        found = _judge(claim, evidence[claim.experiments], [*missing, *(c for c in claim.columns if c not in runs)])
+        rows.append(
+            {
+                "claim_id": claim.id,
+                "kind": claim.kind,
+                "statement": claim.statement,
+                "figure": claim.figure,
+                "criterion": claim.criterion,
+                "estimate": found.estimate,
+                "ci_low": found.ci_low,
+                "ci_high": found.ci_high,
+                "unit": claim.unit,
+                "n_runs": len(found.run_ids),
+                "verdict": found.verdict,
+                "reason": found.reason,
+                "paper_value": claim.paper_value,
+                "run_ids": list(found.run_ids),
+            }
+        )
+    return pd.DataFrame(rows, columns=COLUMNS.names)
+
+
+def _judge(claim: Claim, evidence: Evidence, missing: list[str]) -> Finding:
+    """The finding on one claim; a claim without experiments does not look at runs."""
+    if claim.experiments and evidence.runs.columns.empty:
+        return Finding("not tested", "the runs table is empty")
+    if claim.experiments and missing:
+        return Finding("not tested", f"the runs table has no column {', '.join(missing)}")
+    if claim.experiments and evidence.runs.empty:
+        return Finding("not tested", f"no such runs in the experiment {' or '.join(claim.experiments)}")
+    try:
+        return claim.judge(evidence)
+    except UnjudgedError as unjudged:
+        return unjudged.finding

@@ -1,0 +1,108 @@
+"""LoRA's parameter counts on real architectures, counted on models without weights (paper.md, figure 4's table).
+
+`architectures/NAME.json` holds the public configuration of each; nothing is downloaded and no weight is
+allocated. What is counted is what `add_lora` makes trainable.
+
+Experts are fused in this implementation: gate and up of one expert are one matrix and share an A, so an
+expert has r (d_in + 2 d_expert) + r (d_expert + d_in) parameters. The paper's scheme, a LoRA each for gate, up
+and down, would have 3 r (d_in + d_expert), which is 1.32 times as many in Qwen3-30B-A3B.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from lorabench.errors import UserError
+from lorabench.models.lora import add_lora, in_expert, lora_layers
+from lorabench.models.placement import SUFFIXES, Placement
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+
+# Architecture, placement, rank, with the unembedding, by part.
+_CONDITIONS: tuple[tuple[str, Placement, int, bool, bool], ...] = (
+    ("llama-3.1-8b", "mlp", 256, True, False),
+    ("llama-3.1-8b", "attn", 256, True, False),
+    ("llama-3.1-8b", "all", 256, True, False),
+    ("llama-3.1-8b", "mlp", 128, True, False),
+    ("llama-3.1-8b", "all", 1, True, False),
+    ("llama-3.1-8b", "all", 1, False, False),
+    ("llama-3.2-1b", "all", 1, True, False),
+    ("llama-3.2-1b", "all", 1, False, False),
+    ("qwen3-8b", "all", 1, True, False),
+    ("qwen3-8b", "all", 1, False, False),
+    ("qwen3-30b-a3b", "all", 8, True, True),
+    ("qwen3-30b-a3b", "all", 64, True, True),
+)
+
+
+def _with_lora(architecture: str, placement: Placement, rank: int, include_unembedding: bool) -> PeftModel:
+    """The architecture with LoRA on it, on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = ARCHITECTURES / f"{architecture}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in ARCHITECTURES.glob("*.json")))
+        raise UserError(f"architecture {architecture!r} is not known; known: {known}")
+    config = AutoConfig.for_model(**json.loads(path.read_text()))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        return add_lora(model, rank, placement, 32.0, include_unembedding, seed=0)
+
+
+def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
+    """Trainable and base parameters of the whole model (`all`) and of the layers of each part that carry LoRA."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    parts: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    parts["all"] = trainable, sum(p.numel() for p in parameters) - trainable
+    head = model.get_base_model().get_output_embeddings()
+    for name, layer in lora_layers(model):
+        suffix = name.rpartition(".")[2]
+        if layer is head:
+            part = "unembedding"
+        elif in_expert(name):
+            part = "experts"
+        else:
+            part = "attention" if suffix in SUFFIXES["attn"] else "mlp"
+        base = layer.get_base_layer()
+        adapted = getattr(base, suffix) if in_expert(name) and hasattr(base, suffix) else base.weight
+        lora = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
+        parts[part] = parts[part][0] + lora, parts[part][1] + adapted.numel()
+    return parts
+
+
+def lora_parameters(architecture: str, placement: Placement, rank: int, include_unembedding: bool = True) -> int:
+    """Trainable parameters of LoRA on an architecture.
+
+    Raises:
+        UserError: the architecture is not known.
+    """
+    return _counts(_with_lora(architecture, placement, rank, include_unembedding))["all"][0]
+
+
+def counts_table() -> pd.DataFrame:
+    """The counts that the paper's table and its scheme for experts are judged by.
+
+    One row per architecture, placement, rank (in a mixture of experts the total one), include_unembedding
+    and part:
+
+    - part `all`: trainable_params of the whole adapter, base_params of the whole model, one row each.
+    - parts `experts`, `attention`, `unembedding`, of the mixture of experts only: trainable_params of the
+      LoRA on these layers, base_params of the layers themselves. Their trainable_params add up to `all`.
+    """
+    rows = []
+    for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:
+        counts = _counts(_with_lora(architecture, placement, rank, include_unembedding))
+        for part, (trainable, base) in counts.items() if by_part else [("all", counts["all"])]:
+            rows.append((architecture, placement, rank, include_unembedding, part, trainable, base))
+    columns = ["architecture", "placement", "rank", "include_unembedding", "part", "trainable_params", "base_params"]
+    return pd.DataFrame(rows, columns=columns)
