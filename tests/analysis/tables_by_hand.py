@@ -42,7 +42,8 @@ def arm(
     cells = [(lr, 0) for lr in lrs] + [(best, seed) for seed in range(1, len(offsets))]
     runs, curves = [], []
     for lr, seed in cells:
-        run_id = f"{model}-{dataset}-{method}-{rank}-{placement}-{batch_size}-{lr}-{seed}"
+        rest = "".join(f"-{name}{columns[name]}" for name in ("alpha", "init_a", "lr_ratio", "eps") if name in columns)
+        run_id = f"{model}-{dataset}-{method}-{rank}-{placement}-{batch_size}-{steps}-{lr}-{seed}{rest}"
         excess = CURVATURE * math.log(lr / optimum) ** 2 + offsets[seed]
         diverged = lr >= diverges_from
         runs.append(
