@@ -26,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
 OutFile = Annotated[Path | None, typer.Option("--out", help="Write the runs there instead of a table here.")]
 FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+TablesFolder = Annotated[Path | None, typer.Option("--out", help="Folder for the table, if not the preset's.")]
 TablesOption = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
 
 
@@ -112,11 +113,14 @@ def tokens(model: str, dataset: str, preset: PresetOption = "laptop") -> None:
 
 
 @app.command()
-def tiny(out: Path) -> None:
-    """Pretrain the tiny base by its recipe (about 20 minutes on 2 cores) and write it to OUT."""
-    from lorabench.models.tiny import build
+def tiny(name: str, out: Path) -> None:
+    """Pretrain a tiny base by its recipe (10 to 20 minutes on 2 cores) and write it to OUT."""
+    with _one_sentence():
+        from lorabench.models.tiny import RECIPES, build
 
-    build(out)
+        if name not in RECIPES:
+            raise UserError(f"tiny base {name!r}: allowed: {', '.join(RECIPES)}")
+        build(out, RECIPES[name])
 
 
 @app.command()
@@ -170,22 +174,58 @@ def collect(sweeps: list[Path], out: Annotated[Path, typer.Option(help="Folder o
 
 
 @app.command()
+def compute(preset: PresetOption = "laptop", out: TablesFolder = None) -> None:
+    """Measure what a training step of each arm costs: FLOPs, time and memory."""
+    with _one_sentence():
+        import pandas as pd
+
+        from lorabench.tables import write_frame
+        from lorabench.training.compute import compute_table
+
+        made, layout = _open(preset)
+        if made.preset.experiments.compute is None:
+            raise UserError(f"preset {layout.name} has no experiment compute")
+        measured = [compute_table(made.preset, model) for model in made.preset.experiments.compute.models]
+        write_frame(pd.concat(measured), "compute", out or layout.tables())
+
+
+@app.command()
+def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> None:
+    """Count LoRA's parameters on the configurations of large models, without their weights."""
+    with _one_sentence():
+        from lorabench.models.counts import counts_table
+        from lorabench.tables import write_frame
+
+        write_frame(counts_table(), "counts", out)
+
+
+@app.command()
+def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
+    """Merge the tidy tables of several machines; what contradicts is named and nothing is written."""
+    with _one_sentence():
+        from lorabench.merge import merge as merge_tables
+
+        merge_tables(folders, out)
+
+
+@app.command()
 def claims(tables: TablesOption, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
     """Judge the paper's claims from tidy tables."""
     with _one_sentence():
         from lorabench.analysis.claims import judge_claims
-        from lorabench.tables import Tables, write_claims
+        from lorabench.tables import Tables, write_frame
 
-        write_claims(judge_claims(Tables.read(tables)), out)
+        write_frame(judge_claims(Tables.read(tables)), "claims", out)
 
 
 @app.command()
 def figure(name: str, tables: TablesOption, out: FigureFolder) -> None:
-    """Draw one figure from tidy tables."""
+    """Draw one figure from tidy tables, or with the name `all` each that the tables hold something for."""
     with _one_sentence():
-        from lorabench.figures import save
+        from lorabench.figures import drawable, save
 
-        save(name, tables, out)
+        for one in drawable(tables) if name == "all" else [name]:
+            save(one, tables, out)
 
 
 @app.command()

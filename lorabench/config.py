@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -104,7 +105,7 @@ class GgufModel(Strict):
 ModelSpec = Annotated[TinyModel | HubModel | PathModel | GgufModel, Field(discriminator="kind")]
 
 
-class DatasetSpec(Strict):
+class ChatDataset(Strict):
     """An SFT dataset in chat form: distinct examples, split into train, validation and test."""
 
     kind: Literal["instruct", "worked"]
@@ -119,6 +120,33 @@ class DatasetSpec(Strict):
     """Longer examples (question and response together) are left out."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the problems."""
+
+
+class FactsDataset(Strict):
+    """Random facts to be memorised: the same facts are trained on and measured, since nothing generalises."""
+
+    kind: Literal["facts"]
+    facts: Positive
+    """How many."""
+    digits: Positive = 8
+    """Random digits of each answer, log2(10) bits each."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the facts."""
+
+    @property
+    def train(self) -> int:
+        """Training examples; those measured are the same."""
+        return self.facts
+
+    validation = test = train
+
+    @property
+    def entropy_bits(self) -> float:
+        """Information in all answers together."""
+        return self.facts * self.digits * math.log2(10)
+
+
+DatasetSpec = Annotated[ChatDataset | FactsDataset, Field(discriminator="kind")]
 
 
 class Protocol(Strict):
@@ -140,13 +168,15 @@ class Protocol(Strict):
     """Autocast of both arms; master weights are always fp32."""
     curve_points: Annotated[int, Field(ge=2)] = 12
     """Validation points per run, log-spaced in steps."""
+    validate_at: list[Positive] = []
+    """Further steps after which to validate. At constant LR the loss there is that of a run of that length."""
 
 
 class LearningRates(Strict):
-    """The LR grid of each method, ascending."""
+    """The LR grid of each method, ascending. Empty: no such arm."""
 
-    fullft: Annotated[list[PositiveFloat], Field(min_length=1)]
-    lora: Annotated[list[PositiveFloat], Field(min_length=1)]
+    fullft: list[PositiveFloat]
+    lora: list[PositiveFloat]
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
@@ -154,39 +184,101 @@ class LearningRates(Strict):
             grid = getattr(self, name)
             if sorted(set(grid)) != grid:
                 raise ValueError(f"{name} grid {grid} must be ascending without repeats")
+        if not (self.fullft or self.lora):
+            raise ValueError("both grids are empty; at least one LR is needed")
         return self
 
 
 class SftExperiment(Strict):
-    """A full factorial of conditions, each with its LR grid and seeds."""
+    """A block of an experiment: a full factorial of conditions, each with its LR grid and seeds."""
 
     models: Annotated[list[str], Field(min_length=1)]
     """Names from `models`."""
     datasets: Annotated[list[str], Field(min_length=1)]
     """Names from `datasets`."""
-    ranks: Annotated[list[Positive], Field(min_length=1)]
-    """LoRA ranks. Full fine-tuning is always the other arm."""
-    placements: Annotated[list[Placement], Field(min_length=1)] = ["all"]
-    """Which layers carry LoRA."""
+    ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
+    """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
     batch_sizes: Annotated[list[Positive], Field(min_length=1)]
     """Examples per optimizer step."""
     epochs: PositiveFloat = 1.0
     """Passes over the training split."""
+    steps: Positive | None = None
+    """Stop after so many steps; null for all epochs."""
     lrs: LearningRates
     seeds: Positive = 3
     """Seeds at each condition's best LR; the grid itself is run with the first seed."""
+    repeat: Literal["best", "every"] = "best"
+    """Where the further seeds are run: at the best LR, or at every LR of the grid."""
+    alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
+    """LoRA's alpha, in place of the protocol's."""
+    alpha_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Alpha grows with rank to this power: 0 is the paper's alpha/r, 0.5 gives alpha/sqrt(r), 1 a constant factor."""
+    inits_a: Annotated[list[PositiveFloat], Field(min_length=1)] = [1.0]
+    """Scale of A's initial entries, in units of 1/sqrt(d_in)."""
+    lr_ratios: Annotated[list[PositiveFloat], Field(min_length=1)] = [1.0]
+    """LR of B over LR of A; the grid is that of A."""
+    transforms: list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]] = []
+    """Pairs p, q: each LoRA arm also with alpha/(pq), p times A's init and LR, q times B's LR (paper, section on
+    parametrization invariances)."""
+    eps: Annotated[float, Field(ge=0)] | None = None
+    """Adam's epsilon, in place of the protocol's."""
+
+    @model_validator(mode="after")
+    def _ranks_for_lora(self) -> Self:
+        if bool(self.ranks) != bool(self.lrs.lora):
+            raise ValueError(f"ranks {self.ranks} and lrs.lora {self.lrs.lora}: give both for LoRA, or neither")
+        return self
+
+
+class ComputeExperiment(Strict):
+    """What a training step costs: counted FLOPs, measured time and memory, by rank."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    """Names from `models`."""
+    ranks: Annotated[list[Positive], Field(min_length=1)]
+    """LoRA ranks, on all layers. Full fine-tuning is always the other arm."""
+    batch_size: Positive
+    """Sequences per step."""
+    sequence_length: Positive
+    """Tokens per sequence."""
+    repeats: Positive = 10
+    """Steps that are timed; the median counts."""
+
+
+SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]
 
 
 class Experiments(Strict):
-    """The paper's comparisons, by name."""
+    """The paper's comparisons, by name; each a list of blocks, whose runs belong together."""
 
-    rank: SftExperiment | None = None
+    rank: SftBlocks | None = None
     """LoRA ranks against full fine-tuning over a LR sweep (paper figures 1 and 2)."""
+    batch_size: SftBlocks | None = None
+    """Batch sizes, the LR tuned at each (figure 3)."""
+    placement: SftBlocks | None = None
+    """LoRA on attention, MLP, or all layers; dense and mixture of experts (figure 4 and its table)."""
+    placement_small: SftBlocks | None = None
+    """The same on a small dataset (figure 5)."""
+    early: SftBlocks | None = None
+    """The first steps by rank, at one LR (the figure of early curves)."""
+    short_run: SftBlocks | None = None
+    """The LR ratio in short and long runs."""
+    lr_law: SftBlocks | None = None
+    """The optimal LR over models of several sizes and families."""
+    parametrization: SftBlocks | None = None
+    """Alpha, initial scale and LRs of A and B: what is redundant, and what the 1/r does."""
+    capacity: SftBlocks | None = None
+    """Where an adapter runs out of capacity: longer data, and facts to memorise."""
+    compute: ComputeExperiment | None = None
+    """FLOPs, time and memory of a training step."""
 
-    def chosen(self) -> dict[str, SftExperiment]:
-        """The experiments that the preset asks for, by name."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: experiment for name, experiment in named.items() if experiment is not None}
+    def chosen(self) -> list[str]:
+        """Names of the experiments that the preset asks for, in the paper's order."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+    def sft(self) -> dict[str, list[SftExperiment]]:
+        """The blocks of each chosen experiment that trains."""
+        return {name: getattr(self, name) for name in self.chosen() if name != "compute"}
 
 
 class Execution(Strict):
@@ -219,24 +311,32 @@ class Preset(Strict):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        chosen = self.experiments.chosen()
-        if not chosen:
+        if not self.experiments.chosen():
             allowed = ", ".join(Experiments.model_fields)
             raise ValueError(f"experiments is empty; allowed: {allowed}")
-        for name, experiment in chosen.items():
-            for field, known in (("models", self.models), ("datasets", self.datasets)):
-                for wanted in getattr(experiment, field):
-                    if wanted not in known:
-                        allowed = ", ".join(known)
-                        raise ValueError(f"experiments.{name}.{field}: unknown name {wanted!r}; allowed: {allowed}")
-            for dataset in experiment.datasets:
-                for batch_size in experiment.batch_sizes:
-                    if self.datasets[dataset].train * experiment.epochs < batch_size:
-                        raise ValueError(
-                            f"experiments.{name}.batch_sizes: {batch_size} is more than the "
-                            f"{self.datasets[dataset].train} training examples of {dataset!r}"
-                        )
+        if not self.experiments.sft():
+            raise ValueError("experiments: compute alone trains nothing; add another one")
+        if self.experiments.compute:
+            _known(self.experiments.compute.models, self.models, "experiments.compute.models")
+        for name, blocks in self.experiments.sft().items():
+            for number, block in enumerate(blocks):
+                where = f"experiments.{name}.{number}"
+                _known(block.models, self.models, f"{where}.models")
+                _known(block.datasets, self.datasets, f"{where}.datasets")
+                for dataset in block.datasets:
+                    for batch_size in block.batch_sizes:
+                        if self.datasets[dataset].train * block.epochs < batch_size:
+                            raise ValueError(
+                                f"{where}.batch_sizes: {batch_size} is more than the "
+                                f"{self.datasets[dataset].train} training examples of {dataset!r}"
+                            )
         return self
+
+
+def _known(wanted: list[str], known: Mapping[str, object], where: str) -> None:
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{where}: unknown name {name!r}; allowed: {', '.join(known)}")
 
 
 def preset_path(preset: str) -> Path:
@@ -293,14 +393,17 @@ def _sentence(problem: Any) -> str:
             number = float(value) if kind == "float_type" else int(float(value))
             return f"{where} = {value!r}: this is text to YAML, not a number; write {_yaml_number(number)}"
         case "union_tag_not_found" | "union_tag_invalid":
-            return f"{where}.kind = {context.get('tag')!r}: allowed: {context.get('expected_tags', 'a kind of model')}"
+            return f"{where}.kind = {context.get('tag')!r}: allowed: {context.get('expected_tags', 'a kind')}"
         case "too_short":
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-_MODEL_KINDS: tuple[type[BaseModel], ...] = (TinyModel, HubModel, PathModel, GgufModel)
+_KINDS: dict[str, tuple[type[BaseModel], ...]] = {
+    "models": (TinyModel, HubModel, PathModel, GgufModel),
+    "datasets": (ChatDataset, FactsDataset),
+}
 
 
 def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
@@ -310,9 +413,10 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
     for position, part in enumerate(location):
         if part == "[key]":
             continue
-        if position == 2 and location[0] == "models":
-            # pydantic adds the kind of model after its name; the YAML has no such level.
-            current = next(model for model in _MODEL_KINDS if part in get_args(model.model_fields["kind"].annotation))
+        if position == 2 and location[0] in _KINDS:
+            # pydantic adds the kind after the name of a model or dataset; the YAML has no such level.
+            kinds = _KINDS[str(location[0])]
+            current = next(model for model in kinds if part in get_args(model.model_fields["kind"].annotation))
             continue
         parts.append(str(part))
         field = current.model_fields.get(str(part))

@@ -7,10 +7,13 @@ the frozen part (4N) and pays for A and B, in all a ratio of 2/3 + 2r/width.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lorabench.config import DatasetSpec, ModelSpec, Preset
+from lorabench.models.tiny import Recipe, shipped
 
 if TYPE_CHECKING:
     from lorabench.plan import Condition, Plan, Sweep
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 # per token of the tiny base's tokenizer and, roughly, of large ones.
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
+_CHARS_OF_A_FACT = 40
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
@@ -37,14 +41,21 @@ class Estimate:
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     """Estimated tokens of one example."""
-    chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
+    if dataset.kind == "facts":
+        chars: float = _CHARS_OF_A_FACT
+    else:
+        chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
     return chars / _CHARS_PER_TOKEN[model.kind]
 
 
+@cache
 def shape(model: ModelSpec) -> tuple[int, int]:
-    """Number of parameters and width of a model."""
+    """Number of parameters that take part in a token, and width, of a model."""
     if model.kind == "tiny":
-        return 828_288, 128
+        record = json.loads((shipped(model.name) / "recipe.json").read_text())
+        recipe = Recipe(**record["recipe"])
+        idle = (recipe.experts - recipe.active_experts) * recipe.layers * 3 * recipe.hidden_size
+        return record["parameters"] - idle * recipe.intermediate_size, recipe.hidden_size
     return model.parameters, model.hidden_size
 
 

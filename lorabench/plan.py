@@ -2,8 +2,8 @@
 
 A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines
 its result. A *sweep* is all runs of one condition and the work of one job: the LR grid with the first
-seed, then the other seeds at the LR that was best on the validation split. Those repeats have no
-run_id before that LR is known.
+seed, further seeds at LRs named by an experiment, then seeds at the LR that was best on the validation
+split. The last have no run_id before that LR is known.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from lorabench.config import (
 )
 from lorabench.errors import UserError
 from lorabench.models.placement import Placement
-from lorabench.models.tiny import SHIPPED
+from lorabench.models.tiny import shipped
 
 # Part of every run's identity. Raise it when a change alters what a run computes; the test
 # tests/test_protocol_version.py says when that may be the case.
@@ -59,6 +60,10 @@ class Condition:
     batch_size: int
     steps: int
     identity: str
+    # A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A; both 1 in the paper, null for FullFT.
+    init_a: float | None = None
+    lr_ratio: float | None = None
+    eps: float = 1e-8
 
     @property
     def label(self) -> str:
@@ -69,7 +74,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """One training run. `lr` is that of all weights, in LoRA of A: B has `lr` times `lr_ratio`."""
 
     condition: Condition
     lr: float
@@ -88,7 +93,10 @@ class Sweep:
     condition: Condition
     lrs: tuple[float, ...]
     seeds: int
+    """Seeds at the best LR."""
     experiments: tuple[str, ...] = field(compare=False)
+    repeated: tuple[tuple[float, int], ...] = ()
+    """LR and seed of further runs, wherever the best LR lies."""
 
     @cached_property
     def sweep_id(self) -> str:
@@ -96,15 +104,18 @@ class Sweep:
 
     @property
     def n_runs(self) -> int:
-        return len(self.lrs) + self.seeds - 1
+        """Runs, at most: a seed at the best LR may be one of those repeated anyway."""
+        return len(self.lrs) + len(self.repeated) + self.seeds - 1
 
     def grid(self) -> list[Run]:
-        """The LR grid, with the first seed."""
-        return [Run(self.condition, lr, 0) for lr in self.lrs]
+        """The runs known beforehand: the LR grid with the first seed, then what is repeated."""
+        cells = [*((lr, 0) for lr in self.lrs), *self.repeated]
+        return [Run(self.condition, lr, seed) for lr, seed in cells]
 
     def repeats(self, best_lr: float) -> list[Run]:
         """The other seeds, at the LR that the grid found best."""
-        return [Run(self.condition, best_lr, seed) for seed in range(1, self.seeds)]
+        seeds = (seed for seed in range(1, self.seeds) if (best_lr, seed) not in self.repeated)
+        return [Run(self.condition, best_lr, seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,8 @@ class Plan:
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
             grid = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
+            condition = {k: v for k, v in asdict(sweep.condition).items() if k != "identity"}
             for run_id, lr, seed in [*grid, *((None, None, seed) for seed in range(1, sweep.seeds))]:
-                condition = {k: v for k, v in asdict(sweep.condition).items() if k != "identity"}
                 row = {"run_id": run_id, "sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}
                 rows.append(row | condition | {"lr": lr, "seed": seed})
         return rows
@@ -143,7 +154,12 @@ class Plan:
 
 def make_plan(preset: Preset) -> Plan:
     """All sweeps of a preset; a condition that several experiments ask for appears once."""
-    wanted = [sweep for name, spec in preset.experiments.chosen().items() for sweep in _sweeps(preset, name, spec)]
+    wanted = [
+        sweep
+        for name, blocks in preset.experiments.sft().items()
+        for block in blocks
+        for sweep in _sweeps(preset, name, block)
+    ]
     longest_first = sorted(merge_sweeps(wanted), key=lambda sweep: -cost.sweep_flops(preset, sweep))
     return Plan(preset, tuple(longest_first))
 
@@ -158,39 +174,56 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
                 sweep.condition,
                 lrs=tuple(sorted({*old.lrs, *sweep.lrs})),
                 seeds=max(old.seeds, sweep.seeds),
-                experiments=(*old.experiments, *sweep.experiments),
+                experiments=tuple(dict.fromkeys((*old.experiments, *sweep.experiments))),
+                repeated=tuple(sorted({*old.repeated, *sweep.repeated})),
             )
         merged[sweep.condition] = sweep
     return list(merged.values())
 
 
-def _sweeps(preset: Preset, name: str, experiment: SftExperiment) -> Iterator[Sweep]:
-    for model in experiment.models:
-        for dataset in experiment.datasets:
-            for batch_size in experiment.batch_sizes:
-                for method, rank, placement in _arms(experiment):
-                    spec = preset.datasets[dataset]
-                    condition = Condition(
-                        task="sft",
-                        model=model,
-                        dataset=dataset,
-                        method=method,
-                        rank=rank,
-                        placement=placement,
-                        alpha=preset.protocol.alpha if method == "lora" else None,
-                        batch_size=batch_size,
-                        steps=int(spec.train * experiment.epochs) // batch_size,
-                        identity=_identity(preset.models[model], spec, preset.protocol),
-                    )
-                    lrs = experiment.lrs.fullft if method == "fullft" else experiment.lrs.lora
-                    yield Sweep(condition, tuple(lrs), experiment.seeds, (name,))
+def _sweeps(preset: Preset, name: str, block: SftExperiment) -> Iterator[Sweep]:
+    for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
+        spec = preset.datasets[dataset]
+        steps = int(spec.train * block.epochs) // batch_size
+        common: dict[str, Any] = {
+            "task": "sft",
+            "model": model,
+            "dataset": dataset,
+            "batch_size": batch_size,
+            "steps": steps if block.steps is None else min(steps, block.steps),
+            "identity": _identity(preset.models[model], spec, preset.protocol),
+            "eps": preset.protocol.eps if block.eps is None else block.eps,
+        }
+        for arm, lrs in _arms(block, preset.protocol):
+            every = range(1, block.seeds) if block.repeat == "every" else ()
+            yield Sweep(
+                Condition(**common, **arm),
+                tuple(lrs),
+                seeds=block.seeds if block.repeat == "best" else 1,
+                experiments=(name,),
+                repeated=tuple((lr, seed) for lr in lrs for seed in every),
+            )
 
 
-def _arms(experiment: SftExperiment) -> Iterator[tuple[Method, int | None, Placement | None]]:
-    yield "fullft", None, None
-    for placement in experiment.placements:
-        for rank in experiment.ranks:
-            yield "lora", rank, placement
+def _arms(block: SftExperiment, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """Fields of each arm's condition, and its LR grid."""
+    if block.lrs.fullft:
+        absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))
+        yield {"method": "fullft", **absent}, block.lrs.fullft
+    alphas = block.alphas or [protocol.alpha]
+    # The identity first: p = q = 1.
+    transforms = [[1.0, 1.0], *block.transforms]
+    for placement, ranks in block.ranks.items():
+        for rank, alpha, init_a, ratio, (p, q) in product(ranks, alphas, block.inits_a, block.lr_ratios, transforms):
+            arm = {
+                "method": "lora",
+                "rank": rank,
+                "placement": placement,
+                "alpha": alpha * rank**block.alpha_power / (p * q),
+                "init_a": init_a * p,
+                "lr_ratio": ratio * q / p,
+            }
+            yield arm, [lr * p for lr in block.lrs.lora]
 
 
 def dataset_id(spec: DatasetSpec) -> str:
@@ -203,7 +236,7 @@ def model_id(spec: ModelSpec) -> str:
     """Hash of what determines a model's weights and tokenizer, wherever they lie."""
     match spec:
         case TinyModel():
-            return digest(json.loads((SHIPPED / "recipe.json").read_text())["weights_sha256"], 8)
+            return digest(json.loads((shipped(spec.name) / "recipe.json").read_text())["weights_sha256"], 8)
         case HubModel():
             return digest([spec.id, spec.revision], 8)
         case GgufModel():
@@ -224,6 +257,6 @@ def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
 
 def _identity(model: ModelSpec, dataset: DatasetSpec, protocol: Protocol) -> str:
     """Hash of what determines a run's result beside its condition, LR and seed."""
-    # Alpha stands in the condition itself.
-    rules = protocol.model_dump(exclude={"alpha"})
+    # Alpha and epsilon stand in the condition itself.
+    rules = protocol.model_dump(exclude={"alpha", "eps"})
     return digest([PROTOCOL_VERSION, model_id(model), dataset_id(dataset), rules])

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -206,10 +207,12 @@ def write_plan(plan: Plan, path: Path) -> None:
     write_table(pa.Table.from_pylist(plan.rows()), path)
 
 
-def write_claims(claims: pd.DataFrame, out: Path) -> None:
-    """Write the claims table (parquet and CSV) into the folder `out`."""
-    write_table(pa.Table.from_pandas(claims, schema=CLAIMS, preserve_index=False), out / "claims.parquet")
-    write_csv(claims, out / "claims.csv")
+def write_frame(frame: pd.DataFrame, name: str, out: Path) -> None:
+    """Write a tidy table (parquet and CSV) into the folder `out`, in its documented columns."""
+    schema = SCHEMAS[name]
+    frame = frame.reindex(columns=schema.names)
+    write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
+    write_csv(frame, out / f"{name}.csv")
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
@@ -247,13 +250,26 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
             return pd.DataFrame()
         raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
     try:
-        frame: pd.DataFrame = pq.read_table(path).to_pandas() if path.suffix == ".parquet" else pd.read_csv(path)
-    except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} can't be read as a table: {str(error).splitlines()[0]}") from error
-    for field in SCHEMAS[name]:
-        if field.name in frame:
-            frame[field.name] = _typed(frame[field.name], field.type, path)
+        frame = _read(path, SCHEMAS[name])
+    except (pa.ArrowException, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} can't be read as a table: {reason}") from error
+    if not frame.columns.is_unique:
+        raise UserError(f"{path} has two columns {frame.columns[frame.columns.duplicated()][0]}")
+    for column in SCHEMAS[name]:
+        if column.name in frame:
+            frame[column.name] = _typed(frame[column.name], column.type, path)
     return frame
+
+
+def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        # What pandas notes in a file of its own would make a column the index again.
+        frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
+        return frame
+    # Text as it stands: a run_id of digits is no number. Numbers exactly as they were written.
+    text = {column.name: str for column in schema if pa.types.is_string(column.type)}
+    return pd.read_csv(path, dtype=text, float_precision="round_trip")
 
 
 def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series[Any]:
@@ -262,19 +278,25 @@ def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series
     Raises:
         UserError: a value that is not of that type.
     """
-    if pa.types.is_list(wanted):
-        return column.map(words)
-    if pa.types.is_boolean(wanted):
-        return column.astype("boolean")
+    there = column.notna()
+    typed: pd.Series[Any]
     if pa.types.is_string(wanted):
-        return column.astype(object).where(column.notna(), None)
-    numbers = pd.to_numeric(column, errors="coerce")
-    whole = pa.types.is_int64(wanted)
-    wrong = column[column.notna() & (numbers.isna() | (whole & (numbers % 1 != 0)))]
-    if len(wrong):
-        what = "whole number" if whole else "number"
-        raise UserError(f"{path}: column {column.name} has {wrong.iloc[0]!r}, which is not a {what}")
-    return numbers.astype("Int64" if whole else "float64")
+        return column.astype(object).map(str).where(there, None)
+    if pa.types.is_list(wanted):
+        what, right = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
+        typed = column.where(right).map(words)
+    elif pa.types.is_boolean(wanted):
+        what, right = "truth value", column.isin([True, False])
+        typed = column.where(right).astype("boolean")
+    else:
+        numbers = pd.to_numeric(column.where(column.map(pd.api.types.is_scalar)), errors="coerce")
+        what, right, typed = "number", numbers.notna(), numbers.astype("float64")
+        if pa.types.is_int64(wanted):
+            what, right = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
+            typed = numbers.where(right).astype("Int64")
+    if len(wrong := column[there & ~right]):
+        raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
+    return typed
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,16 @@ def raw_preset() -> dict[str, Any]:
         "models": {"tiny": {"kind": "tiny"}},
         "datasets": {"instruct": {"kind": "instruct", "train": 64, "validation": 8, "test": 8, "max_chars": 240}},
         "experiments": {
-            "rank": {
-                "models": ["tiny"],
-                "datasets": ["instruct"],
-                "ranks": [1, 4],
-                "batch_sizes": [4],
-                "lrs": {"fullft": [1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
-                "seeds": 2,
-            }
+            "rank": [
+                {
+                    "models": ["tiny"],
+                    "datasets": ["instruct"],
+                    "ranks": {"all": [1, 4]},
+                    "batch_sizes": [4],
+                    "lrs": {"fullft": [1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
+                    "seeds": 2,
+                }
+            ]
         },
         "execution": {"gflops": 20.0},
     }

@@ -29,21 +29,48 @@ def change(raw, path, value):
     raw[last] = value
 
 
-RANK = ("experiments", "rank")
+RANK = ("experiments", "rank", 0)
 MISTAKES = {
-    "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank: unknown key 'rnaks'; allowed: .*ranks"),
+    "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),
     "wrong key at the top": (("modles",), {}, r"preset: unknown key 'modles'; allowed: .*models"),
-    "wrong key of a model": (("models", "tiny", "path"), "x", r"models\.tiny: unknown key 'path'; allowed: kind$"),
-    "wrong type": ((*RANK, "ranks"), "all", r"experiments\.rank\.ranks = 'all': input should be a valid list"),
+    "wrong key of a model": (
+        ("models", "tiny", "path"),
+        "x",
+        r"models\.tiny: unknown key 'path'; allowed: kind, name$",
+    ),
+    "wrong type": ((*RANK, "ranks"), "all", r"experiments\.rank\.0\.ranks = 'all': input should be a valid dict"),
     "number as text": (("execution", "threads"), "2", r"execution\.threads = '2': this is text to YAML.*write 2$"),
-    "unknown model": ((*RANK, "models"), ["tinny"], r"experiments\.rank\.models: unknown name 'tinny'; allowed: tiny"),
+    "unknown model": (
+        (*RANK, "models"),
+        ["tinny"],
+        r"experiments\.rank\.0\.models: unknown name 'tinny'; allowed: tiny",
+    ),
     "unknown dataset": ((*RANK, "datasets"), ["tulu"], r"datasets: unknown name 'tulu'; allowed: instruct"),
     "unknown kind of model": (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
-    "unknown kind of dataset": (("datasets", "instruct", "kind"), "x", r"kind = 'x': input should be 'instruct' or"),
-    "unknown placement": ((*RANK, "placements"), ["heads"], r"placements\.0 = 'heads': .*'attn', 'mlp' or 'all'"),
-    "rank 0": ((*RANK, "ranks"), [0], r"ranks\.0 = 0: input should be greater than or equal to 1"),
-    "empty grid": ((*RANK, "lrs", "lora"), [], r"lrs\.lora = \[\]: must not be empty"),
-    "empty ranks": ((*RANK, "ranks"), [], r"ranks = \[\]: must not be empty"),
+    "unknown kind of dataset": (
+        ("datasets", "instruct", "kind"),
+        "x",
+        r"datasets\.instruct\.kind = 'x': allowed: 'instruct', 'worked', 'facts'",
+    ),
+    "unknown placement": ((*RANK, "ranks"), {"heads": [1]}, r"ranks\.heads = 'heads': .*'attn', 'mlp' or 'all'"),
+    "rank 0": ((*RANK, "ranks", "all"), [0], r"ranks\.all\.0 = 0: input should be greater than or equal to 1"),
+    "no grid": ((*RANK, "lrs"), {"fullft": [], "lora": []}, r"both grids are empty; at least one LR is needed"),
+    "grid without ranks": ((*RANK, "ranks"), {}, r"ranks \{\} and lrs\.lora .*: give both for LoRA, or neither"),
+    "ranks without grid": ((*RANK, "lrs", "lora"), [], r"lrs\.lora \[\]: give both for LoRA, or neither"),
+    "empty ranks": ((*RANK, "ranks", "all"), [], r"ranks\.all = \[\]: must not be empty"),
+    "empty experiment": (("experiments", "rank"), [], r"experiments\.rank = \[\]: must not be empty"),
+    "a block that is no list": (("experiments", "rank"), {}, r"experiments\.rank = \{\}: input should be a valid list"),
+    "unknown model of compute": (
+        ("experiments", "compute"),
+        {"models": ["big"], "ranks": [1], "batch_size": 1, "sequence_length": 8},
+        r"experiments\.compute\.models: unknown name 'big'; allowed: tiny",
+    ),
+    "unknown key of facts": (
+        ("datasets", "instruct"),
+        {"kind": "facts", "facts": 9, "train": 9},
+        r"datasets\.instruct: unknown key 'train'; allowed: digits, facts, kind, seed",
+    ),
+    "transform of three": ((*RANK, "transforms"), [[1.0, 2.0, 3.0]], r"transforms\.0 = .*at most 2"),
     "negative lr": ((*RANK, "lrs", "lora"), [-1.0], r"lrs\.lora\.0 = -1.0: input should be greater than 0"),
     "infinite lr": ((*RANK, "lrs", "lora"), [float("inf")], r"lrs\.lora\.0 = inf: input should be a finite number"),
     "unordered grid": ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
@@ -71,7 +98,7 @@ def test_learning_rate_that_yaml_reads_as_text(raw_preset, write_preset):
 
 
 def test_suggested_number_is_a_number_to_yaml(raw_preset, write_preset):
-    raw_preset["experiments"]["rank"]["lrs"]["lora"] = ["1e-05"]
+    raw_preset["experiments"]["rank"][0]["lrs"]["lora"] = ["1e-05"]
     with pytest.raises(PresetError) as caught:
         load_preset(write_preset(raw_preset))
     suggested = str(caught.value).rpartition("write ")[2]
@@ -85,7 +112,7 @@ def test_missing_field_is_named(raw_preset, write_preset):
 
 
 def test_several_mistakes_are_all_named(raw_preset, write_preset):
-    raw_preset["experiments"]["rank"]["ranks"] = [0, -1]
+    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0, -1]}
     with pytest.raises(PresetError) as caught:
         load_preset(write_preset(raw_preset))
     assert len(str(caught.value).splitlines()) == 2

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorabench.config import Preset, load_preset
 from lorabench.errors import UserError
-from lorabench.models.tiny import SHIPPED
+from lorabench.models.tiny import shipped
 from lorabench.plan import Condition, Run, Sweep, make_plan, merge_sweeps
 
 
@@ -39,14 +39,14 @@ def test_counts(raw_preset):
 def test_run_id_of_known_content_never_changes():
     # Results on disk are found by these ids; see PROTOCOL_VERSION before changing an expected value.
     condition = Condition("sft", "m", "d", "lora", 8, "all", 32.0, 16, 100, identity="abc")
-    assert Run(condition, 1e-3, 0).run_id == "04020fedf807"
+    assert Run(condition, 1e-3, 0).run_id == "99d66ac1a038"
 
 
 def test_ids_do_not_depend_on_names_or_order(raw_preset):
     renamed = copy.deepcopy(raw_preset)
     renamed["models"] = {"other": renamed["models"]["tiny"]}
-    renamed["experiments"]["rank"]["models"] = ["other"]
-    renamed["experiments"]["rank"]["ranks"] = [4, 1]
+    renamed["experiments"]["rank"][0]["models"] = ["other"]
+    renamed["experiments"]["rank"][0]["ranks"] = {"all": [4, 1]}
     assert run_ids(planned(raw_preset)) == run_ids(planned(renamed))
 
 
@@ -58,7 +58,7 @@ def test_ids_do_not_depend_on_names_or_order(raw_preset):
         (("protocol",), {"precision": "bf16"}),
         (("datasets", "instruct", "seed"), 1),
         (("datasets", "instruct", "max_chars"), 200),
-        (("experiments", "rank", "epochs"), 2.0),
+        (("experiments", "rank", 0, "epochs"), 2.0),
     ],
 )
 def test_what_changes_a_result_changes_the_id(raw_preset, where, value):
@@ -77,7 +77,7 @@ def test_a_local_model_is_known_by_its_files_not_by_its_place(raw_preset, tmp_pa
         raw_preset["models"] = {"tiny": {"kind": "path", "path": str(folder), "parameters": 1, "hidden_size": 1}}
         return run_ids(planned(raw_preset))
 
-    first, moved, retrained = (shutil.copytree(SHIPPED, tmp_path / name) for name in "abc")
+    first, moved, retrained = (shutil.copytree(shipped("llama-128"), tmp_path / name) for name in "abc")
     weights = bytearray((retrained / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (retrained / "model.safetensors").write_bytes(weights)
@@ -93,7 +93,7 @@ def test_execution_settings_do_not_change_ids(raw_preset):
 
 def test_a_wider_grid_keeps_the_runs_it_had(raw_preset):
     wider = copy.deepcopy(raw_preset)
-    wider["experiments"]["rank"]["lrs"]["lora"].append(3e-2)
+    wider["experiments"]["rank"][0]["lrs"]["lora"].append(3e-2)
     assert run_ids(planned(raw_preset)) < run_ids(planned(wider))
 
 
@@ -118,11 +118,12 @@ def test_runs_shared_between_experiments_appear_once(raw_preset):
     (merged,) = merge_sweeps([sweep, other])
     assert merged.lrs == tuple(sorted({*sweep.lrs, 0.5}))
     assert (merged.seeds, merged.experiments) == (sweep.seeds, ("rank", "placement"))
+    assert merge_sweeps([merged, other]) == [merged]
     assert {run.run_id for run in sweep.grid()} < {run.run_id for run in merged.grid()}
 
 
 def test_longest_sweep_first(raw_preset):
-    raw_preset["experiments"]["rank"]["ranks"] = [1, 64]
+    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [1, 64]}
     ranks = [sweep.condition.rank for sweep in planned(raw_preset).sweeps]
     assert ranks[0] == 64
 
@@ -141,9 +142,78 @@ def test_plan_is_fast_and_needs_no_torch():
 
 
 def test_a_large_plan_is_fast(raw_preset):
-    rank = raw_preset["experiments"]["rank"]
-    rank["ranks"] = list(range(1, 513))
+    rank = raw_preset["experiments"]["rank"][0]
+    rank["ranks"] = {"all": list(range(1, 513))}
     start = time.process_time()
     plan = planned(raw_preset)
     assert isinstance(plan.sweeps[0], Sweep)
     assert time.process_time() - start < 2.0
+
+
+def changed_block(raw, **changes):
+    raw["experiments"]["rank"][0] |= changes
+    return planned(raw)
+
+
+def test_seeds_at_every_lr(raw_preset):
+    plan = changed_block(raw_preset, repeat="every", seeds=3)
+    sweep = next(sweep for sweep in plan.sweeps if sweep.condition.method == "lora")
+    cells = {(run.lr, run.seed) for run in sweep.grid()}
+    assert cells == {(lr, seed) for lr in (1e-3, 3e-3, 1e-2) for seed in (0, 1, 2)}
+    assert sweep.n_runs == 9
+    assert sweep.repeats(1e-3) == []
+
+
+def test_a_seed_that_is_repeated_anyway_is_not_run_twice(raw_preset):
+    sweep = planned(raw_preset).sweeps[0]
+    lr = sweep.lrs[0]
+    (merged,) = merge_sweeps([sweep, Sweep(sweep.condition, (lr,), 1, ("early",), repeated=((lr, 1), (lr, 2)))])
+    assert [run.seed for run in merged.repeats(lr)] == []
+    assert [run.seed for run in merged.repeats(sweep.lrs[1])] == [1]
+
+
+def test_steps_are_those_of_the_epochs_or_fewer(raw_preset):
+    assert {sweep.condition.steps for sweep in changed_block(raw_preset, steps=5).sweeps} == {5}
+    assert {sweep.condition.steps for sweep in changed_block(raw_preset, steps=500).sweeps} == {16}
+    assert {sweep.condition.steps for sweep in changed_block(raw_preset, steps=None, epochs=2.0).sweeps} == {32}
+
+
+def test_a_method_without_lrs_is_no_arm(raw_preset):
+    lrs = raw_preset["experiments"]["rank"][0]["lrs"]
+    only_lora = changed_block(raw_preset, lrs=lrs | {"fullft": []})
+    assert {sweep.condition.method for sweep in only_lora.sweeps} == {"lora"}
+    only_fullft = changed_block(raw_preset, lrs=lrs | {"lora": []}, ranks={})
+    assert [sweep.condition.method for sweep in only_fullft.sweeps] == ["fullft"]
+
+
+def lora_conditions(plan):
+    return [sweep.condition for sweep in plan.sweeps if sweep.condition.method == "lora"]
+
+
+@pytest.mark.parametrize(("power", "expected"), [(0.0, {32.0}), (0.5, {32.0, 64.0}), (1.0, {32.0, 128.0})])
+def test_alpha_grows_with_rank_as_told(power, expected, raw_preset):
+    assert {condition.alpha for condition in lora_conditions(changed_block(raw_preset, alpha_power=power))} == expected
+
+
+def test_variants_are_a_factorial(raw_preset):
+    plan = changed_block(raw_preset, alphas=[8.0, 32.0], lr_ratios=[1.0, 4.0], inits_a=[0.5], eps=1e-12)
+    conditions = lora_conditions(plan)
+    found = {(c.rank, c.alpha, c.init_a, c.lr_ratio, c.eps) for c in conditions}
+    assert found == {(r, a, 0.5, q, 1e-12) for r in (1, 4) for a in (8.0, 32.0) for q in (1.0, 4.0)}
+    fullft = next(sweep.condition for sweep in plan.sweeps if sweep.condition.method == "fullft")
+    assert (fullft.alpha, fullft.init_a, fullft.lr_ratio, fullft.eps) == (None, None, None, 1e-12)
+
+
+def test_a_transform_keeps_what_the_paper_says_it_keeps(raw_preset):
+    plan = changed_block(raw_preset, ranks={"all": [4]}, transforms=[[2.0, 1.0], [1.0, 2.0], [3.0, 5.0]])
+    runs = [run for sweep in plan.sweeps if sweep.condition.method == "lora" for run in sweep.grid()]
+    kept = {
+        (
+            round(run.condition.alpha * run.condition.init_a * run.lr * run.condition.lr_ratio, 9),
+            round(run.condition.init_a / run.lr, 6),
+        )
+        for run in runs
+    }
+    assert len(runs) == 4 * 3
+    assert len(kept) == 3, "one class for each LR"
+    assert len({run.run_id for run in runs}) == 12

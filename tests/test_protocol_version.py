@@ -17,11 +17,13 @@ from lorabench.plan import PROTOCOL_VERSION
 from .conftest import REPOSITORY
 
 CODE = (
+    "lorabench/data/facts.py",
     "lorabench/data/reasoning.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
     "lorabench/models/lora.py",
     "lorabench/models/placement.py",
+    "lorabench/training/adapter.py",
     "lorabench/training/batches.py",
     "lorabench/training/loss.py",
     "lorabench/training/sft.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
@@ -20,12 +21,12 @@ OPTIONAL = ["steps", *STANDARD, "eps"]
 
 _INTEGERS = ("rank", "batch_size", "steps")
 
-# Losses are comparable for one text, cut into tokens one way, on one base model.
-_ONE_PER_COMPARISON = {
-    "tokenizer_sha256": "tokenizers",
-    "template_sha256": "chat templates",
-    "dataset_sha256": "datasets under one name",
-    "model_sha256": "models under one name",
+# Losses are comparable for one text, cut into tokens one way, on one base model: what is one, and per what.
+_ONE_PER = {
+    "tokenizer_sha256": ("tokenizers", ["model", "dataset"]),
+    "template_sha256": ("chat templates", ["model", "dataset"]),
+    "dataset_sha256": ("datasets under one name", ["dataset"]),
+    "model_sha256": ("models under one name", ["model"]),
 }
 
 
@@ -58,23 +59,81 @@ def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def check_table(runs: pd.DataFrame) -> None:
-    """Refuse a table whose losses can't be compared. Columns that it lacks are not checked.
+    """Refuse a table that can't be trusted. Columns that it lacks are not checked.
 
     Raises:
-        UserError: a run_id appears twice, or a model and dataset have several tokenizers or chat templates.
+        UserError: a run_id is missing or appears twice; a method, status, rank, LR or seed is none; a run that is done
+            has no finite losses; or one name stands for several tokenizers, chat templates, datasets or models.
     """
     if runs.empty:
         return
-    twice = runs.loc[runs["run_id"].duplicated(), "run_id"]
-    if len(twice):
-        raise UserError(f"the runs table has these run_ids more than once: {_listed(twice)}")
-    for column, what in _ONE_PER_COMPARISON.items():
-        if column not in runs:
+    if "run_id" in runs:
+        if runs["run_id"].isna().any():
+            raise UserError(f"the runs table has {int(runs['run_id'].isna().sum())} runs without a run_id")
+        twice = runs.loc[runs["run_id"].duplicated(), "run_id"]
+        if len(twice):
+            raise UserError(f"the runs table has these run_ids more than once: {_listed(twice)}")
+    _check_values(runs)
+    for column, (what, per) in _ONE_PER.items():
+        if column not in runs or not set(per) <= set(runs.columns):
             continue
-        for (model, dataset), group in runs.groupby(["model", "dataset"]):
+        for names, group in runs.groupby(per):
             found = group[column].dropna().unique()
             if len(found) > 1:
-                raise UserError(f"runs of {model}/{dataset} have different {what}, {_listed(found)}: not comparable")
+                raise UserError(
+                    f"runs of {'/'.join(map(str, names))} have different {what}, {_listed(found)}: not comparable"
+                )
+
+
+def _check_values(runs: pd.DataFrame) -> None:
+    names = ["method", "status", "rank", "lr", "seed", "final_valid_nll", "final_test_nll"]
+    column = runs.reindex(columns=names)
+    lora, fullft = column["method"].eq("lora"), column["method"].eq("fullft")
+    done, diverged = column["status"].eq("done"), column["status"].eq("diverged")
+    ranked = (lora & column["rank"].ge(1)) | (fullft & column["rank"].isna()) | ("method" not in runs)
+    rules = [
+        ("method", lora | fullft, "fullft, lora"),
+        ("status", done | diverged, "done, diverged"),
+        ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
+        ("lr", _finite(column["lr"]) & column["lr"].gt(0), "numbers above 0"),
+        ("seed", column["seed"].notna(), "whole numbers"),
+        ("final_valid_nll", ~done | _finite(column["final_valid_nll"]), "a finite number where status is done"),
+        ("final_test_nll", ~done | _finite(column["final_test_nll"]), "a finite number where status is done"),
+    ]
+    for name, right, allowed in rules:
+        if name in runs:
+            refuse(runs, ~right.fillna(False).astype(bool), "run_id", name, allowed)
+
+
+def _finite(numbers: pd.Series[Any]) -> pd.Series[bool]:
+    return pd.Series(np.isfinite(numbers.to_numpy(float, na_value=np.nan)), index=numbers.index)
+
+
+def refuse(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:
+    """Refuse the first of the wrong rows, if there are any, by its name, its value and what is allowed.
+
+    Raises:
+        UserError: there are.
+    """
+    for row in table[wrong].to_dict("records"):
+        value = "missing" if pd.isna(row[column]) else repr(row[column])
+        raise UserError(f"{named_by} {row.get(named_by)}: {column} = {value}; allowed: {allowed}")
+
+
+def check_curves(curves: pd.DataFrame) -> None:
+    """Refuse curves that can't be read. Those of runs that the table `runs` does not have are left out elsewhere.
+
+    Raises:
+        UserError: a column is missing, or a run has two values at one step.
+    """
+    if curves.columns.empty:
+        return
+    point = ["run_id", "step", "split", "metric"]
+    if missing := [name for name in (*point, "value") if name not in curves]:
+        raise UserError(f"the curves table has no column {', '.join(missing)}")
+    for row in curves[curves.duplicated(point)].to_dict("records"):
+        told = f"{row['split']} {row['metric']} of step {row['step']}"
+        raise UserError(f"the curves table has {told} of run_id {row['run_id']} more than once")
 
 
 def check_runs(runs: pd.DataFrame) -> None:

@@ -15,7 +15,8 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
 
     Args:
         runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, examples, tokens, split, metric, value; null values are left out.
+        curves: columns run_id, step, split, metric, value, and examples and tokens, which may be missing; null values
+            are left out.
         split: of the curves.
         metric: of the curves.
 
@@ -31,6 +32,7 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
     if curves.empty:
         return arm_table([], columns)
     chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
+    chosen = chosen.reindex(columns=["run_id", "step", "examples", "tokens", "value"])
     rows: list[dict[Hashable, Any]] = []
     for arm, of_arm in each_arm(runs):
         # Of equal values the lower LR, whatever the table's order.

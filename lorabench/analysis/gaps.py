@@ -44,7 +44,7 @@ def best_losses(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per arm: lr_best, nll_mean and nll_sd (nats per token; sd NaN with one seed), n_seeds, n_diverged,
-        at_edge, seeds, run_ids (finished runs at that LR). An arm without a finished run has NaN and no seeds.
+        at_edge, seeds, nlls, run_ids (finished runs at that LR). An arm without a finished run has NaN and no seeds.
 
     Raises:
         UserError: see `check_runs`.
@@ -67,10 +67,11 @@ def best_losses(runs: pd.DataFrame) -> pd.DataFrame:
                 "n_diverged": int((at_best["status"] == "diverged").sum()),
                 "at_edge": best is not None and is_edge(grid, best),
                 "seeds": [int(seed) for seed in done["seed"]],
+                "nlls": [float(nll) for nll in done["final_test_nll"]],
                 "run_ids": list(done["run_id"]),
             }
         )
-    columns = ["lr_best", "nll_mean", "nll_sd", "n_seeds", "n_diverged", "at_edge", "seeds", "run_ids"]
+    columns = ["lr_best", "nll_mean", "nll_sd", "n_seeds", "n_diverged", "at_edge", "seeds", "nlls", "run_ids"]
     return arm_table(rows, columns)
 
 
@@ -91,18 +92,31 @@ def gap(runs: pd.DataFrame, arm_a: Mapping[str, Any] | pd.Series, arm_b: Mapping
     (losses_a, best_a), (losses_b, best_b) = (_losses_by_seed(runs, arm) for arm in (arm_a, arm_b))
     pairs = losses_a.merge(losses_b, on="seed", suffixes=("_a", "_b"))
     difference = pairs["final_test_nll_a"] - pairs["final_test_nll_b"]
-    estimate, sigma, n_seeds = float(difference.mean()), float(difference.std()), len(pairs)
-    half = float(stats.t.ppf(0.975, n_seeds - 1)) * sigma / math.sqrt(n_seeds) if n_seeds > 1 else math.nan
+    estimate, low, high = mean_interval(difference)
     return Gap(
         estimate=estimate,
-        ci_low=estimate - half,
-        ci_high=estimate + half,
-        n_seeds=n_seeds,
+        ci_low=low,
+        ci_high=high,
+        n_seeds=len(pairs),
         n_diverged=int(best_a["n_diverged"] + best_b["n_diverged"]),
-        sigma=sigma,
+        sigma=float(difference.std()),
         at_edge=bool(best_a["at_edge"] or best_b["at_edge"]),
         run_ids=(*pairs["run_id_a"], *pairs["run_id_b"]),
     )
+
+
+def losses_by_seed(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series) -> pd.Series[float]:
+    """Final test NLL (nats per token) of an arm's finished runs at its best LR, by seed; else as `gap`."""
+    losses, _ = _losses_by_seed(runs, arm)
+    return losses.set_index("seed")["final_test_nll"]
+
+
+def mean_interval(values: pd.Series[float]) -> tuple[float, float, float]:
+    """Mean and its 95% t interval, which is NaN with fewer than two values."""
+    n = len(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    mean = float(values.mean())
+    return mean, mean - half, mean + half
 
 
 def _losses_by_seed(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series) -> tuple[pd.DataFrame, pd.Series]:

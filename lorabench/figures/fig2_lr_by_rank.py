@@ -2,141 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from lorabench.analysis.arms import ARM, arm_label
-from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.arms import arm_label, with_arm_columns
 from lorabench.figures import style
+from lorabench.figures.lr_panel import COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
+from lorabench.figures.published import sweep_of
 from lorabench.tables import Tables
-
-_COLUMNS = [
-    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
-    *("element", "lr", "lr_low", "lr_high"),
-    *("nll", "nll_sd", "n_seeds", "resolved", "above_range", "run_id", "seed"),
-]
-
-
-# Points above a panel that hold the marks of what is not inside, and the distance between arms there at one LR.
-_STRIP, _DODGE = 11.0, 4.5
 
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """The figure, and what it plots as one tidy table: see `lr_rows`.
 
-    Its column `element` says what a row is: `loss` (mean over the seeds of one arm and LR; `above_range` where it
-    is drawn as a triangle at the top), `optimum` (interpolated, with the interval of the LR) or `diverged` (one
-    run). Losses are final test NLL in nats per scored token.
+    Further rows, element `published`, are losses that others published for a panel's model and dataset, from
+    `source`: their data order, template and schedule may differ.
     """
-    plotted = _plotted(tables.runs)
-    figure, panels = style.panels(plotted, _STRIP)
-    styles = style.arm_styles(plotted)
+    ours = lr_rows(with_arm_columns(tables.runs))
+    plotted = pd.concat([part for part in (ours, _published(ours)) if len(part)], ignore_index=True)
+    plotted = plotted.reindex(columns=[*COLUMNS, "source"])
+    figure, panels = style.panels(plotted, STRIP)
+    styles = style.arm_styles(ours)
     for rows, axes in panels:
-        _draw_panel(axes, rows, styles)
-    style.legends(figure, styles, _marks(plotted))
+        _draw_published(axes, rows[rows["element"] == "published"])
+        draw_lr_panel(axes, rows, styles)
+    style.legends(figure, styles, [*lr_marks(plotted), *_published_marks(plotted)])
     return figure, plotted
 
 
-def _plotted(runs: pd.DataFrame) -> pd.DataFrame:
-    finished = runs.dropna(subset=["final_test_nll"])
-    loss = finished.groupby([*ARM, "lr"], dropna=False, as_index=False).agg(
-        nll=("final_test_nll", "mean"), nll_sd=("final_test_nll", "std"), n_seeds=("seed", "nunique")
-    )
-    loss["above_range"] = False
-    for _, panel in loss.groupby(style.PANEL, dropna=False):
-        loss.loc[panel.index, "above_range"] = _above_range(panel)
-    optimum = lr_optima(runs, seed_noise(runs)).dropna(subset=["lr_opt", "nll_opt"])
-    optimum = optimum.rename(columns={"lr_opt": "lr", "nll_opt": "nll"})
-    diverged = runs[runs["status"] == "diverged"]
-    parts = []
-    for element, part in {"loss": loss, "optimum": optimum, "diverged": diverged}.items():
-        labels = [arm_label(row) for _, row in part.iterrows()]
-        parts.append(part.assign(arm=labels, element=element).reindex(columns=_COLUMNS))
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+def _published(ours: pd.DataFrame) -> pd.DataFrame:
+    """Published rows for each panel whose model and dataset have some, on all layers."""
+    found = []
+    for _, panel in ours[style.PANEL].drop_duplicates().iterrows():
+        rows = sweep_of(panel["model"], panel["dataset"])
+        rows = rows[(rows["method"] == "fullft") | (rows["placement"] == "all")]
+        labels = [arm_label(row) for _, row in rows.iterrows()]
+        found.append(rows.assign(**dict(panel), arm=labels, element="published"))
+    return pd.concat(found, ignore_index=True)
 
 
-def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
-    """Which losses of a panel are so high that showing them would flatten the rest; never an arm's best."""
-    nll = loss["nll"]
-    lowest, worst_best = nll.min(), loss.groupby(ARM, dropna=False)["nll"].min().max()
-    top = max(worst_best, nll.quantile(0.75))
-    top += 0.25 * (top - lowest)
-    worth_it = nll.max() - lowest > 1.6 * (top - lowest)
-    above: pd.Series[bool] = (nll > top) & worth_it
-    return above
+def _draw_published(axes: Axes, rows: pd.DataFrame) -> None:
+    """Grey, darker with rank; squares are full fine-tuning."""
+    ranks = sorted(rows["rank"].dropna().unique())
+    for _, points in rows.sort_values("lr").groupby("arm"):
+        rank = points["rank"].iloc[0]
+        grey = 0.5 if pd.isna(rank) else 0.78 - 0.28 * (ranks.index(rank) + 1) / len(ranks)
+        marker = "s" if pd.isna(rank) else "o"
+        axes.plot(points["lr"], points["nll"], marker, ls="-", color=str(grey), lw=0.9, ms=3, zorder=1.5)
 
 
-def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    loss, optimum, diverged = (rows[rows["element"] == element] for element in ("loss", "optimum", "diverged"))
-    above = loss[loss["above_range"].astype(bool)]
-    for arm, points in loss.groupby("arm"):
-        arm_style = styles[str(arm)]
-        colour = arm_style.colour
-        axes.plot(points["lr"], points["nll"], **arm_style.line)
-        inside = points.drop(above.index, errors="ignore")
-        axes.plot(inside["lr"], inside["nll"], arm_style.marker, color=colour, ms=3.5, zorder=arm_style.zorder)
-        repeated = inside[inside["n_seeds"] > 1]
-        bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "capsize": 2.5, "zorder": 4}
-        axes.errorbar(repeated["lr"], repeated["nll"], repeated["nll_sd"], **bars)
-    for best in optimum.to_dict("records"):
-        colour = styles[best["arm"]].colour
-        axes.hlines(best["nll"], best["lr_low"], best["lr_high"], color=colour, linewidth=1.2, zorder=5)
-        face, edge = (colour, "white") if best["resolved"] else ("white", colour)
-        axes.plot(best["lr"], best["nll"], "D", ms=5.5, mfc=face, mec=edge, mew=1.0, zorder=6)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="final test NLL (nats / token)")
-    _limit(axes, rows)
-    _marks_above(axes, pd.concat([above.assign(marker="^"), diverged.assign(marker="x")]), styles)
-    style.note(axes, _facts(loss, diverged), _STRIP)
-
-
-def _limit(axes: Axes, rows: pd.DataFrame) -> None:
-    """Set the range: all LRs, and all losses but those above the range."""
-    lowest, highest = rows["lr"].min(), rows["lr"].max()
-    beside = max(1.3, (highest / lowest) ** 0.1)
-    axes.set_xlim(lowest / beside, highest * beside)
-    shown = rows[rows["nll"].notna() & ~rows["above_range"].eq(True)]
-    if shown.empty:
-        axes.set(ylim=(0, 1), yticks=[])
-        return
-    spread = shown["nll_sd"].astype(float).fillna(0.0)
-    low, high = (shown["nll"] - spread).min(), (shown["nll"] + spread).max()
-    pad = 0.04 * (high - low) or 0.04 * abs(high)
-    axes.set_ylim(low - pad, high + pad)
-
-
-def _marks_above(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    """Above the panel, one mark per arm and LR, side by side where several share an LR."""
-    data_by_height = blended_transform_factory(axes.transData, axes.transAxes)
-    for _, at_lr in rows.drop_duplicates(["arm", "lr", "marker"]).groupby("lr"):
-        ordered = sorted(at_lr.to_dict("records"), key=lambda row: list(styles).index(row["arm"]))
-        for place, row in enumerate(ordered):
-            points = ((place - (len(ordered) - 1) / 2) * _DODGE, _STRIP / 2)
-            shift = ScaledTranslation(points[0] / 72, points[1] / 72, axes.figure.dpi_scale_trans)
-            look: dict[str, Any] = {"ms": 4.5, "mew": 1.4, "color": styles[row["arm"]].colour, "clip_on": False}
-            axes.plot(row["lr"], 1, row["marker"], transform=data_by_height + shift, **look)
-
-
-def _facts(loss: pd.DataFrame, diverged: pd.DataFrame) -> str:
-    facts = [f"{len(diverged)} diverged", f"{int(loss['above_range'].sum())} above the range"]
-    lost = sorted(set(diverged["arm"]) - set(loss["arm"]))
-    return " · ".join(facts + ([f"no loss: {', '.join(lost)}"] if lost else []))
-
-
-def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
-    optimum = plotted[plotted["element"] == "optimum"]
-    resolved = optimum["resolved"].astype(bool)
-    entries = [
-        (resolved.any(), style.mark("optimum, interval", "D", linestyle="-", linewidth=1.2)),
-        ((~resolved).any(), style.mark("optimum, not resolved", "D", markerfacecolor="white", markeredgewidth=1.2)),
-        (plotted["above_range"].eq(True).any(), style.mark("above the range", "^")),
-        ((plotted["element"] == "diverged").any(), style.mark("diverged", "x", markeredgewidth=1.5)),
-    ]
-    return [entry for occurs, entry in entries if occurs]
+def _published_marks(plotted: pd.DataFrame) -> list[Artist]:
+    """A legend entry per source that occurs."""
+    sources = sorted(plotted.loc[plotted["element"] == "published", "source"].unique())
+    return [style.mark(f"published ({source})", "o", color="0.6", linestyle="-", markersize=3) for source in sources]

@@ -13,11 +13,12 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from lorabench.records import atomic_path
 
@@ -35,6 +36,7 @@ SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 # so that the order of ranks survives greyscale.
 _RANK_MAP, _LOWEST_RANK, _HIGHEST_RANK = "plasma", 0.83, 0.24
 _PLACEMENT_LINES = {"all": "-", "mlp": "--", "attn": ":"}
+_PLACEMENT_MARKERS = {"all": "o", "mlp": "P", "attn": "v"}
 
 _RC = {
     "font.family": "DejaVu Sans",
@@ -111,9 +113,11 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
         if arm["method"] == "fullft":
             styles[label] = ArmStyle(label, FULLFT_COLOUR, "-", 2.8, "s", 2.0)
         else:
-            rank, linestyle = int(arm["rank"]), _PLACEMENT_LINES.get(arm["placement"], "-")
+            rank, placement = int(arm["rank"]), arm["placement"]
+            linestyle, marker = _PLACEMENT_LINES.get(placement, "-"), _PLACEMENT_MARKERS.get(placement, "o")
             # Low ranks on top: they are the ones that stand apart.
-            styles[label] = ArmStyle(label, _rank_colour(rank, ranks), linestyle, 1.4, "o", 3 - ranks.index(rank) / 100)
+            zorder = 3 - ranks.index(rank) / 100
+            styles[label] = ArmStyle(label, _rank_colour(rank, ranks), linestyle, 1.4, marker, zorder)
     return styles
 
 
@@ -131,21 +135,73 @@ def panels(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[
         frame: columns PANEL and others.
         strip: points kept free above each panel, for marks.
     """
-    groups = list(frame.groupby(PANEL, sort=True, dropna=False))
+    groups = titled(frame)
     columns = min(COLUMNS, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(WIDTH, PANEL_HEIGHT * rows + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    several_batch_sizes = frame["batch_size"].nunique() > 1
-    several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
+    figure = new_figure(PANEL_HEIGHT * rows)
     drawn = []
-    for place, ((model, dataset, batch_size, steps), of_panel) in enumerate(groups, start=1):
+    for place, (title, of_panel) in enumerate(groups, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
-        title += f" · {steps} steps" if several_lengths else ""
         axes.set_title(title, pad=strip + 18, parse_math=False)
         drawn.append((of_panel, axes))
     return figure, drawn
+
+
+def panel_pairs(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[pd.DataFrame, Axes, Axes]]]:
+    """As `panels`, with two panels side by side for each; the left one has the title and the strip."""
+    groups = titled(frame)
+    figure = new_figure((PANEL_HEIGHT + 0.4) * len(groups))
+    drawn = []
+    for row, (title, of_panel) in enumerate(groups):
+        left, right = (figure.add_subplot(len(groups), 2, 2 * row + column) for column in (1, 2))
+        left.set_title(title, pad=strip + 18, parse_math=False)
+        drawn.append((of_panel, left, right))
+    return figure, drawn
+
+
+def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each PANEL with a title that tells it from the others."""
+    several_batch_sizes = frame["batch_size"].nunique() > 1
+    several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
+    found = []
+    for (model, dataset, batch_size, steps), rows in frame.groupby(PANEL, sort=True, dropna=False):
+        title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
+        found.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
+    return found
+
+
+def new_figure(height: float) -> Figure:
+    """A figure of the standard width, with panels of `height` inches in all and room for legends."""
+    figure = Figure(figsize=(WIDTH, height + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def empty_figure(sentence: str) -> Figure:
+    """A figure that only says why nothing is drawn."""
+    figure = new_figure(PANEL_HEIGHT / 2)
+    say(figure.add_subplot(), sentence)
+    return figure
+
+
+def say(axes: Axes, sentence: str) -> None:
+    """In place of data, why there is none."""
+    axes.axis("off")
+    axes.text(0.5, 0.5, sentence, ha="center", va="center", color=MUTED, transform=axes.transAxes, wrap=True)
+
+
+def short_log_ticks(axis: Axis) -> None:
+    """Write 1 and 3 times the powers of ten as 30k or 1M on a log axis that may span less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def number_log_ticks(axis: Axis) -> None:
+    """Write 1 and 3 times the powers of ten as plain numbers, for a log axis that may span less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def plain_log_ticks(axes: Axes) -> None:

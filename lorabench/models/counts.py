@@ -66,15 +66,13 @@ def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
     parts["all"] = trainable, sum(p.numel() for p in parameters) - trainable
     head = model.get_base_model().get_output_embeddings()
     for name, layer in lora_layers(model):
-        suffix = name.rpartition(".")[2]
         if layer is head:
             part = "unembedding"
         elif in_expert(name):
             part = "experts"
         else:
-            part = "attention" if suffix in SUFFIXES["attn"] else "mlp"
-        base = layer.get_base_layer()
-        adapted = getattr(base, suffix) if in_expert(name) and hasattr(base, suffix) else base.weight
+            part = "attention" if name.rpartition(".")[2] in SUFFIXES["attn"] else "mlp"
+        adapted = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
         lora = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
         parts[part] = parts[part][0] + lora, parts[part][1] + adapted.numel()
     return parts

@@ -54,13 +54,13 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     modules = [name for name in linear if name.rpartition(".")[2] in known]
     weights = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}
-    stacks = [name for name, p in weights.items() if p.ndim == 3 and name.rpartition(".")[2] in known]
+    stacks = [n for n, p in weights.items() if p.ndim == 3 and in_expert(n) and n.rpartition(".")[2] in known]
     if not modules and not stacks:
         names = ", ".join(known)
         raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {names}")
     if placement != "attn":
         covered = {*stacks, *(f"{name}.weight" for name in modules)}
-        left_out = [name for name in weights if in_expert(name) and name not in covered]
+        left_out = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]
         if left_out:
             raise UserError(f"{type(model).__name__} has experts under a name without LoRA: {left_out[0]}")
     head = model.get_output_embeddings()
@@ -131,7 +131,7 @@ def add_lora(
     # PEFT rewrites the targets of some mixtures of experts, to load what older versions saved.
     if layers.keys() != wanted:
         differ = sorted(layers.keys() ^ wanted)
-        raise UserError(f"PEFT can't put LoRA on {type(model).__name__} as asked: {differ[0]} differs")
+        raise UserError(f"PEFT put LoRA elsewhere than asked in {type(model).__name__}, for one at {differ[0]}")
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_A["default"].weight.mul_(init_a)

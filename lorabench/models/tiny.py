@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "shipped"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # The end token closes a pretraining document as well as an assistant's turn, so the base knows it.
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
@@ -52,6 +54,8 @@ class Recipe:
     """Everything that determines a tiny base. Sizes in tokens unless named otherwise."""
 
     family: Literal["llama", "qwen3", "qwen3_moe"] = "llama"
+    # The shipped base whose tokenizer it shares; None trains one.
+    tokenizer: str | None = None
     vocab_size: int = 1024
     hidden_size: int = 128
     # Width of a dense MLP, or of one expert.
@@ -59,6 +63,8 @@ class Recipe:
     # Zero in a dense model.
     experts: int = 0
     active_experts: int = 0
+    # Weight of the loss that balances the experts: without it half of them fall idle.
+    balance: float = 0.0
     layers: int = 3
     heads: int = 4
     context: int = 512
@@ -79,22 +85,22 @@ class Recipe:
     seed: int = 20250929
 
 
+_OTHERS: dict[str, Any] = {"tokenizer": "llama-128", "train_tokens": 8_000_000}
+_NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160}
+_EXPERTS: dict[str, Any] = {"intermediate_size": 128, "experts": 8, "active_experts": 2, "balance": 0.01}
+
 RECIPES: dict[str, Recipe] = {
     "llama-128": Recipe(),
-    "llama-64": Recipe(hidden_size=64, intermediate_size=160),
-    "qwen-128": Recipe(family="qwen3", train_tokens=8_000_000),
-    "qwen-64": Recipe(family="qwen3", hidden_size=64, intermediate_size=160),
-    "moe-128": Recipe(family="qwen3_moe", intermediate_size=128, experts=8, active_experts=2, train_tokens=8_000_000),
+    "llama-64": Recipe(**_OTHERS, **_NARROW),
+    "qwen-128": Recipe(**_OTHERS, family="qwen3"),
+    "qwen-64": Recipe(**_OTHERS, **_NARROW, family="qwen3"),
+    "moe-128": Recipe(**_OTHERS, **_EXPERTS, family="qwen3_moe"),
 }
 
 
 def shipped(name: str) -> Path:
     """Folder of a shipped tiny base."""
     return FOLDER / name
-
-
-# The first of them, by its old name.
-SHIPPED = shipped("llama-128")
 
 
 def pretraining_problems(recipe: Recipe, seed: int) -> Iterator[Problem]:
@@ -156,6 +162,13 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
+def _shared_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(shipped(name))
+    return tokenizer
+
+
 def _config(recipe: Recipe) -> PreTrainedConfig:
     from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
@@ -210,12 +223,29 @@ def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int)
             pending = pending[recipe.block :]
 
 
-def _nll(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
+def _nll(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Mean next-token NLL in nats of blocks (n, block + 1)."""
     import torch
 
-    logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+
+
+def _training_loss(model: PreTrainedModel, blocks: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, float]:
+    """What pretraining minimises, and the NLL in it."""
+    experts: dict[str, Any] = {"output_router_logits": True} if recipe.balance else {}
+    output = model(input_ids=blocks[:, :-1], use_cache=False, **experts)
+    nll = _nll(output.logits, blocks)
+    loss = nll + recipe.balance * _imbalance(output.router_logits, recipe) if recipe.balance else nll
+    return loss, nll.item()
+
+
+def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: Recipe) -> torch.Tensor:
+    """Load-balancing loss of the routers, of each layer by itself; the active experts when tokens are spread evenly."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    losses = [load_balancing_loss_func((layer,), recipe.experts, recipe.active_experts) for layer in router_logits]
+    mean: torch.Tensor = sum(losses) / len(losses)
+    return mean
 
 
 def _lr(recipe: Recipe, step: int, steps: int) -> float:
@@ -232,9 +262,12 @@ def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
 
     blocks = packed_blocks(recipe, tokenizer, recipe.seed + 1)
     batches = recipe.heldout_tokens // (recipe.batch * recipe.block)
+    total = 0.0
     with torch.no_grad():
-        losses = [_nll(model, torch.tensor(list(islice(blocks, recipe.batch)))).item() for _ in range(batches)]
-    return sum(losses) / len(losses)
+        for _ in range(batches):
+            batch = torch.tensor(list(islice(blocks, recipe.batch)))
+            total += _nll(model(input_ids=batch[:, :-1], use_cache=False).logits, batch).item()
+    return total / batches
 
 
 def build(out: Path, recipe: Recipe) -> dict[str, Any]:
@@ -246,7 +279,7 @@ def build(out: Path, recipe: Recipe) -> dict[str, Any]:
     import torch
 
     started = time.perf_counter()
-    tokenizer = train_tokenizer(recipe)
+    tokenizer = train_tokenizer(recipe) if recipe.tokenizer is None else _shared_tokenizer(recipe.tokenizer)
     model = new_model(recipe)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
@@ -256,25 +289,29 @@ def build(out: Path, recipe: Recipe) -> dict[str, Any]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr(recipe, step, steps)
-        loss = _nll(model, torch.tensor(list(islice(blocks, recipe.batch))))
+        loss, nll = _training_loss(model, torch.tensor(list(islice(blocks, recipe.batch))), recipe)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             spent = time.perf_counter() - started
-            print(f"tiny base: step {step + 1}/{steps}, loss {loss.item():.3f}, {spent:.0f} s", flush=True)
+            print(f"tiny base: step {step + 1}/{steps}, loss {nll:.3f}, {spent:.0f} s", flush=True)
     # Shipped in bf16 (half the size); fine-tuning loads it into fp32 master weights.
     model = model.bfloat16().float().eval()
     out.mkdir(parents=True, exist_ok=True)
-    nll = heldout_nll(model, tokenizer, recipe)
+    heldout = heldout_nll(model, tokenizer, recipe)
     model.bfloat16().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if recipe.tokenizer is None:
+        tokenizer.save_pretrained(out)
+    else:
+        for file in _TOKENIZER_FILES:
+            shutil.copy(shipped(recipe.tokenizer) / file, out / file)
     (out / "model.safetensors").chmod(0o644)
     record = {
         "recipe": asdict(recipe),
         "parameters": model.num_parameters(),
-        "heldout_nll_nats_per_token": round(nll, 4),
+        "heldout_nll_nats_per_token": round(heldout, 4),
         "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "build_seconds": round(time.perf_counter() - started),
     }

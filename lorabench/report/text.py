@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from lorabench.config import SftExperiment
 
 DASH = "\N{EN DASH}"
 
@@ -95,6 +98,26 @@ def text(value: Any) -> str:
     return DASH if missing(value) or value == "" else str(value)
 
 
+def parametrisation(block: SftExperiment) -> str:
+    """How a block's LoRA differs from the paper's parametrisation."""
+    words = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
+    if block.alpha_power:
+        words.append(f"alpha times rank^{block.alpha_power:g}")
+    if block.inits_a != [1.0]:
+        words.append(f"init of A times {_listed(block.inits_a)}")
+    if block.lr_ratios != [1.0]:
+        words.append(f"LR of B / LR of A {_listed(block.lr_ratios)}")
+    if block.transforms:
+        words.append("p, q " + " and ".join(_listed(pair) for pair in block.transforms))
+    if block.eps is not None:
+        words.append(f"Adam's epsilon {block.eps:g}")
+    return "; ".join(words) or "standard"
+
+
+def _listed(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
 def anchor_run(run_id: Any) -> str:
     """The id of a run's row, safe in a link."""
     return f"run-{_safe(run_id)}"
@@ -112,7 +135,7 @@ def _safe(name: Any) -> str:
 FILTERS = {
     function.__name__: function
     for function in (
-        *(number, nll, lr, interval, lr_interval, count, amount, duration, when, text),
+        *(number, nll, lr, interval, lr_interval, count, amount, duration, when, text, parametrisation),
         *(anchor_run, anchor_claim),
     )
 }

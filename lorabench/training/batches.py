@@ -69,3 +69,8 @@ def collate(split: TokenizedSplit, indices: np.ndarray) -> tuple[torch.Tensor, t
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], IGNORED)
     return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def scored_tokens(split: TokenizedSplit) -> int:
+    """Scored next tokens of a whole split; an example's first token is never predicted."""
+    return int(split.scored.sum() - split.scored[split.offsets[:-1]].sum())

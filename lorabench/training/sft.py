@@ -19,8 +19,10 @@ import torch
 from lorabench.config import Protocol
 from lorabench.data.sft import Split
 from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.lora import adapter_pairs
 from lorabench.plan import Run
-from lorabench.training.batches import IGNORED, collate, data_order, micro_batches
+from lorabench.training.adapter import AdapterProbe
+from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from lorabench.training.loss import mean_nll, nll_sum
 
@@ -62,14 +64,18 @@ class Outcome:
     diverged_at: int | None = None
     final_valid_nll: float | None = None
     final_test_nll: float | None = None
+    test_scored_tokens: int = 0
+    first_epoch_nats: float | None = None
+    first_epoch_scored_tokens: int | None = None
     train_tokens: int = 0
     wall_s: float = 0.0
     curve: list[Point] = field(default_factory=list)
 
 
-def curve_steps(steps: int, points: int) -> set[int]:
-    """Steps after which the validation loss is taken: log-spaced, the last included."""
-    return {round(step) for step in np.geomspace(1, steps, points)}
+def curve_steps(steps: int, protocol: Protocol) -> set[int]:
+    """Steps after which the validation loss is taken: log-spaced, the last included, and those of the protocol."""
+    spaced = {round(step) for step in np.geomspace(1, steps, protocol.curve_points)}
+    return spaced | {step for step in protocol.validate_at if step <= steps}
 
 
 def train_run(
@@ -96,23 +102,25 @@ def train_run(
     condition, train = run.condition, data["train"]
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(
-        parameters,
-        lr=run.lr,
+        _parameter_groups(model, run),
         betas=(protocol.betas[0], protocol.betas[1]),
-        eps=protocol.eps,
+        eps=condition.eps,
         weight_decay=protocol.weight_decay,
         fused=True,
     )
+    # Made before a checkpoint is loaded: it remembers the initial A.
+    probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
-    validate_at = curve_steps(condition.steps, protocol.curve_points)
+    validate_at = curve_steps(condition.steps, protocol)
     autocast = machine.autocast(protocol)
     exploded = math.log(model.config.vocab_size) + EXPLODED_ABOVE_UNIFORM  # type: ignore[union-attr, arg-type]
 
     outcome = Outcome(status="done", curve=[Point(0, 0, 0, "validation", "nll", base_valid_nll)])
-    first_step = 0
+    first_step, epoch_nats, epoch_scored = 0, 0.0, 0
     if checkpoint.exists():
         saved = load_checkpoint(checkpoint, model, optimizer)
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
+        epoch_nats, epoch_scored = saved["epoch_nats"], saved["epoch_scored"]
         outcome.curve = [Point(**point) for point in saved["curve"]]
     started = time.perf_counter() - outcome.wall_s
     last_saved = time.perf_counter()
@@ -126,7 +134,7 @@ def train_run(
         outcome.curve.append(point)
 
     for step in range(first_step + 1, condition.steps + 1):
-        loss, tokens = _backward(model, train, order[step - 1], machine, autocast)
+        loss, tokens, scored = _backward(model, train, order[step - 1], machine, autocast)
         norm = torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf).item()
         outcome.train_tokens += tokens
         record(step, "train", "nll", loss)
@@ -134,7 +142,15 @@ def train_run(
         if not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded:
             outcome.status, outcome.diverged_at = "diverged", step
             break
+        if step * condition.batch_size <= len(train):
+            epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
+        probed = probe if step in validate_at else None
+        if probed:
+            probed.before_step()
         optimizer.step()
+        if probed:
+            for metric, value in probed.after_step().items():
+                record(step, "train", metric, value)
         optimizer.zero_grad()
         if step in validate_at:
             record(step, "validation", "nll", evaluate("validation"))
@@ -143,6 +159,8 @@ def train_run(
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
+                "epoch_nats": epoch_nats,
+                "epoch_scored": epoch_scored,
                 "wall_s": time.perf_counter() - started,
                 "curve": [vars(point) for point in outcome.curve],
             }
@@ -155,14 +173,18 @@ def train_run(
             outcome.status, outcome.diverged_at = "diverged", condition.steps
         else:
             outcome.final_valid_nll, outcome.final_test_nll = valid, test
+            # The data's description length, if the run went through all of it (but for a last batch that is not full).
+            if (condition.steps + 1) * condition.batch_size > len(train):
+                outcome.first_epoch_nats, outcome.first_epoch_scored_tokens = epoch_nats, epoch_scored
+    outcome.test_scored_tokens = scored_tokens(data["test"])
     outcome.wall_s = time.perf_counter() - started
     return outcome
 
 
 def _backward(
     model: torch.nn.Module, train: TokenizedSplit, indices: np.ndarray, machine: Machine, autocast: torch.dtype | None
-) -> tuple[float, int]:
-    """Gradient of a batch's token-weighted NLL; returns that NLL and the batch's tokens without padding."""
+) -> tuple[float, int, int]:
+    """Gradient of a batch's token-weighted NLL; returns that NLL, the batch's tokens, and those scored."""
     lengths = train.lengths()[indices]
     parts = [
         collate(train, indices[part]) for part in micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
@@ -174,4 +196,13 @@ def _backward(
             part_loss = nll_sum(model, inputs.to(machine.device), targets.to(machine.device)) / scored
         part_loss.backward()
         loss += part_loss.item()
-    return loss, int(lengths.sum())
+    return loss, int(lengths.sum()), scored
+
+
+def _parameter_groups(model: torch.nn.Module, run: Run) -> list[dict[str, Any]]:
+    """Trained parameters with their LR; those of LoRA's B, whose LR may differ, apart."""
+    ratio = run.condition.lr_ratio or 1.0
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
+    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench import cost
+from lorabench.config import FactsDataset
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.lora import add_lora
+from lorabench.models.size import active_parameters, base_parameters
 from lorabench.plan import Plan, Run, Sweep
 from lorabench.progress import Progress
 from lorabench.records import RunFolder, write_json
@@ -92,10 +94,11 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
         result = f"diverged at step {record['outcome']['diverged_at']}" if test is None else f"test {test:.4f} nats"
         say(f"run {number}/{sweep.n_runs}: lr {run.lr:g}, seed {run.seed}: {result}")
 
+    # The grid of the first seed picks the LR; what is repeated anyway comes with it.
     grid = sweep.grid()
     for number, run in enumerate(grid, 1):
         finish(run, number)
-    best = best_lr([folder(run).read_record() for run in grid])
+    best = best_lr([folder(run).read_record() for run in grid if run.seed == 0])
     repeats = sweep.repeats(best) if best is not None else []
     for number, run in enumerate(repeats, len(grid) + 1):
         finish(run, number)
@@ -149,7 +152,9 @@ class _Bases:
         assert condition.placement
         assert condition.alpha
         head = self.plan.preset.protocol.include_unembedding
-        peft_model = add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed)
+        peft_model = add_lora(
+            model, condition.rank, condition.placement, condition.alpha, head, run.seed, condition.init_a or 1.0
+        )
         try:
             yield peft_model
         finally:
@@ -168,10 +173,11 @@ def _write_run(
 ) -> None:
     """Write a finished run's record, curves and weights, whole or not at all."""
     condition = run.condition
-    parameters, width = _shape(model)
+    parameters = base_parameters(model)
+    config: Any = model.config
     trained = sum(parameter.numel() for parameter in trainable(model).values())
-    train_flops = cost.train_flops(condition, parameters, width, outcome.train_tokens)
-    curve = outcome.curve
+    train_flops = cost.train_flops(condition, active_parameters(model), config.hidden_size, outcome.train_tokens)
+    dataset = plan.preset.datasets[condition.dataset]
     record = {
         "run_id": run.run_id,
         "spec": {
@@ -184,6 +190,9 @@ def _write_run(
             **{key: value for key, value in asdict(outcome).items() if key != "curve"},
             "trainable_params": trained,
             "base_params": parameters,
+            "family": config.model_type,
+            "hidden_size": config.hidden_size,
+            "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
             "train_flops": train_flops,
             "peak_mem_bytes": peak_memory_bytes(machine.device),
         },
@@ -191,15 +200,9 @@ def _write_run(
     }
     with folder.finishing() as staging:
         staged = RunFolder(staging.parent, staging.name)
-        write_curves(run.run_id, curve, staged.curves)
+        write_curves(run.run_id, outcome.curve, staged.curves)
         if outcome.status == "done":
             # An adapter holds the adapter alone: PEFT would add a copy of the unembedding it sits on.
             options = {"save_embedding_layers": False} if condition.method == "lora" else {}
             model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
         write_json(record, staged.record)
-
-
-def _shape(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters of the base, adapters left out, and its width."""
-    base = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
-    return base, model.config.hidden_size  # type: ignore[union-attr, return-value]

@@ -141,19 +141,19 @@ def test_a_coarse_grid_resolves_no_lr():
 
 
 @pytest.mark.parametrize("column", ["final_valid_nll", "final_test_nll"])
-@pytest.mark.parametrize("rank", [None, 1, 64])
-def test_nan_confirms_nothing(column, rank):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_done_run_without_a_loss_is_refused(column, value):
     runs, curves = world()
-    of_arm = runs["rank"].isna() if rank is None else runs["rank"].eq(rank)
-    runs.loc[of_arm, column] = math.nan
-    affected = {None: ["A1", "A3", "A7", "A8", "B1", "B2"], 1: ["A3", "A8", "B4"], 64: IDS[:3] + IDS[4:]}[rank]
-    assert judged(runs, curves, affected)["verdict"].tolist() == ["inconclusive"] * len(affected)
+    runs.loc[7, column] = value
+    with pytest.raises(UserError, match=f"run_id {runs.loc[7, 'run_id']}: {column} = (missing|inf); allowed: a finite"):
+        judge_claims(Tables(runs, curves))
 
 
 def test_no_loss_at_all_decides_nothing():
     runs, curves = world()
-    found = judged(runs.assign(final_valid_nll=math.nan, final_test_nll=math.nan), curves)
-    assert set(found["verdict"]) == {"inconclusive"}
+    found = judged(runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), curves)
+    assert "confirmed" not in set(found["verdict"])
+    assert "contradicted" not in set(found["verdict"])
 
 
 def test_curves_of_nan_confirm_nothing():

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.analysis.optimum import lr_draws, lr_optima, vertex
+from lorabench.errors import UserError
 from tests.analysis.tables_by_hand import LRS, arm, noise_table, tables
 
 NOISE = noise_table(0.002)
@@ -65,12 +66,11 @@ def test_a_diverged_lower_neighbour_brackets_nothing():
     assert lr_optima(runs, NOISE)["edge"].item()
 
 
-def test_a_loss_that_is_missing_is_no_neighbour():
+def test_a_loss_that_is_missing_is_refused():
     runs, _ = tables([arm(8, optimum=1e-3)])
     runs.loc[runs["lr"] == 3e-3, "final_test_nll"] = math.nan
-    found = lr_optima(runs, NOISE).iloc[0]
-    assert found["edge"]
-    assert not found["resolved"]
+    with pytest.raises(UserError, match="0.003-0: final_test_nll = missing; allowed: a finite number where status is"):
+        lr_optima(runs, NOISE)
 
 
 def test_without_sigma_there_is_an_optimum_but_no_interval():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.config import DatasetSpec
+from lorabench.config import ChatDataset
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
 from lorabench.data.sft import check_disjoint, make_dataset, prompt, read_dataset, write_dataset
 from lorabench.errors import UserError
 
 
 def spec(**changes):
-    return DatasetSpec(**{"kind": "instruct", "train": 40, "validation": 10, "test": 10, "max_chars": 300} | changes)
+    return ChatDataset(**{"kind": "instruct", "train": 40, "validation": 10, "test": 10, "max_chars": 300} | changes)
 
 
 @pytest.mark.parametrize("kind", ["instruct", "worked"])

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 
-from lorabench.config import DatasetSpec, TinyModel
+from lorabench.config import ChatDataset, TinyModel
 from lorabench.data.sft import make_dataset, write_dataset
 from lorabench.data.tokens import cache_key, encode_chat, read_tokens, write_tokens
 from lorabench.errors import UserError
@@ -63,7 +63,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 
 @pytest.fixture
 def dataset(tmp_path):
-    spec = DatasetSpec(kind="instruct", train=12, validation=4, test=4, max_chars=200)
+    spec = ChatDataset(kind="instruct", train=12, validation=4, test=4, max_chars=200)
     rows = make_dataset(spec)
     write_dataset(rows, tmp_path / "data.parquet")
     return rows, tmp_path / "data.parquet"

@@ -11,7 +11,7 @@ import torch
 from lorabench.config import GgufModel, PathModel, TinyModel
 from lorabench.models import base
 from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
-from lorabench.models.tiny import SHIPPED
+from lorabench.models.tiny import shipped
 
 
 def at(path):
@@ -20,7 +20,7 @@ def at(path):
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(SHIPPED, tmp_path / "model")
+    return shutil.copytree(shipped("llama-128"), tmp_path / "model")
 
 
 def test_a_local_model_loads_in_fp32(folder):

@@ -1,26 +1,64 @@
-"""LoRA in the paper's parametrisation, and adapters that anyone can load."""
+"""LoRA in the paper's parametrisation, in every family, and adapters that anyone can load."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from lorabench.config import TinyModel
 from lorabench.errors import UserError
-from lorabench.models.base import load_model
-from lorabench.models.lora import add_lora, target_modules
+from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
+from lorabench.models.tiny import RECIPES, new_model, packed_blocks
+from lorabench.training.batches import IGNORED
+from lorabench.training.loss import nll_sum
 
-TINY = TinyModel(kind="tiny")
-# Per unit of rank: in + out of each linear layer of the tiny base (hidden 128, MLP 320, 3 layers, vocabulary 1024).
+NAMES = tuple(RECIPES)
+FAMILIES = ("llama-128", "qwen-64", "moe-128")
+# Per unit of rank: in + out of each linear layer of a base of hidden 128, MLP 320, 3 layers, vocabulary 1024.
 ATTENTION, MLP, UNEMBEDDING = 3 * 4 * 256, 3 * 3 * 448, 128 + 1024
 
 
+def base(name):
+    return load_model(TinyModel(kind="tiny", name=name))
+
+
 def trainable(model):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copies(parameters):
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@pytest.fixture(scope="session")
+def text():
+    tokenizer = load_tokenizer(TinyModel(kind="tiny"))
+    return torch.tensor(list(islice(packed_blocks(RECIPES["llama-128"], tokenizer, seed=1), 4)))
+
+
+def train(model, ids, steps=3):
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nll_sum(model, ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -33,61 +71,277 @@ def trainable(model):
     ],
 )
 @pytest.mark.parametrize("rank", [1, 8])
-def test_parameter_counts(placement, head, per_rank, rank):
-    assert trainable(add_lora(load_model(TINY), rank, placement, 32.0, head, seed=0)) == rank * per_rank
+@pytest.mark.parametrize("name", ["llama-128", "qwen-128"])
+def test_parameter_counts(name, placement, head, per_rank, rank):
+    model = add_lora(base(name), rank, placement, 32.0, head, seed=0)
+    assert sum(p.numel() for p in trainable(model).values()) == rank * per_rank
 
 
-@pytest.mark.parametrize("rank", [1, 64])
-def test_initialisation_and_scale(rank):
-    model = add_lora(load_model(TINY), rank, "all", 32.0, True, seed=0)
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
-            a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
-            bound = 1 / math.sqrt(a.shape[1])
-            assert module.scaling["default"] == 32 / rank, name
-            assert a.abs().max() <= bound
-            # Uniform on +-bound has a standard deviation of bound / sqrt(3).
-            assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.25), name
-            assert not b.any()
+@pytest.mark.parametrize(("rank", "of_an_expert"), [(1, 1), (2, 1), (5, 2), (16, 8)])
+@pytest.mark.parametrize(("placement", "attention"), [("mlp", 0), ("all", ATTENTION), ("attn", ATTENTION)])
+def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, rank, of_an_expert):
+    """2 of 8 experts of width 128 are active; gate and up share an A; the router carries none."""
+    model = add_lora(base("moe-128"), rank, placement, 32.0, True, seed=0)
+    experts = 3 * 8 * ((128 + 256) + (128 + 128)) if placement != "attn" else 0
+    counted = sum(p.numel() for p in trainable(model).values())
+    assert counted == rank * (attention + UNEMBEDDING) + of_an_expert * experts
+    assert not any(".gate." in name for name in trainable(model))
+    for name, layer in lora_layers(model):
+        expected = of_an_expert if ".experts." in name else rank
+        assert (layer.r["default"], layer.scaling["default"]) == (expected, 32 / expected), name
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("init_a", [1.0, 0.25])
+def test_initialisation_and_scale(name, rank, init_a):
+    # Experts of another width than the model, so that their d_in differ.
+    recipe = replace(RECIPES[name], intermediate_size=40)
+    model = add_lora(new_model(recipe), rank, "all", 32.0, True, seed=0, init_a=init_a)
+    d_ins = set()
+    for layer_name, layer in lora_layers(model):
+        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        d_in = 40 if "down_proj" in layer_name else recipe.hidden_size
+        d_ins.add(d_in)
+        bound = init_a / math.sqrt(d_in)
+        assert a.shape[1] == d_in, layer_name
+        assert a.abs().max() <= bound
+        # Uniform on +-bound has a standard deviation of bound / sqrt(3).
+        assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.25), layer_name
+        assert not b.any()
+    assert len(d_ins) == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_init_a_scales_the_same_draw(name):
+    def parameters(init_a):
+        return copies(trainable(add_lora(base(name), 4, "all", 32.0, True, seed=0, init_a=init_a)))
+
+    plain, scaled = parameters(1.0), parameters(3.0)
+    assert any("lora_A" in name for name in plain)
+    for parameter, values in plain.items():
+        assert torch.equal(scaled[parameter], 3.0 * values), parameter
 
 
 def test_the_seed_decides_the_initialisation():
     def first(seed):
-        model = add_lora(load_model(TINY), 4, "all", 32.0, True, seed)
-        return next(p for p in model.parameters() if p.requires_grad).clone()
+        model = add_lora(base("llama-128"), 4, "all", 32.0, True, seed)
+        return next(iter(trainable(model).values())).clone()
 
     assert torch.equal(first(0), first(0))
     assert not torch.equal(first(0), first(1))
 
 
-def test_the_base_is_as_before_when_lora_is_taken_off():
-    base = load_model(TINY)
-    before = {name: p.clone() for name, p in base.named_parameters()}
-    model = add_lora(base, 4, "all", 32.0, True, seed=0)
+@pytest.mark.parametrize("name", NAMES)
+def test_before_training_the_model_is_the_base(name, text):
+    model = base(name)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(1.0)
-    after = dict(model.unload().named_parameters())
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+        expected = model(input_ids=text).logits
+        assert torch.equal(add_lora(model, 4, "all", 32.0, True, seed=0)(input_ids=text).logits, expected)
 
 
-def test_an_adapter_is_a_peft_checkpoint(tmp_path):
-    model = add_lora(load_model(TINY), 4, "all", 32.0, True, seed=0)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_trains_and_nothing_else_does(name, text):
+    model = add_lora(base(name), 4, "all", 32.0, True, seed=0)
+    before, start = copies(dict(model.named_parameters())), copies(trainable(model))
+    train(model, text, steps=2)
+    for parameter, p in trainable(model).items():
+        assert p.grad.abs().max() > 0, parameter
+        assert not torch.equal(p, start[parameter]), parameter
+    for parameter, p in model.named_parameters():
+        assert parameter in start or torch.equal(p, before[parameter]), parameter
+
+
+def split_by_expert(layer, experts):
+    """A (experts, r, d_in) and B (experts, d_out, r) of a stack of experts, as PEFT lays them out."""
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def test_an_expert_trains_when_it_gets_tokens(text):
+    """With three tokens some experts get none. B learns from the first visit, A from the second, when B is not zero."""
+    model = add_lora(base("moe-128"), 4, "mlp", 32.0, True, seed=0)
+    visits = {}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            visits[name.removeprefix("base_model.model.").removesuffix("gate")] = counter = Counter()
+            module.register_forward_hook(lambda m, i, output, c=counter: c.update(output[2].unique().tolist()))
+    stacks = {name: layer for name, layer in lora_layers(model) if ".experts." in name}
+    start = {name: [part.clone() for part in split_by_expert(layer, 8)] for name, layer in stacks.items()}
+    train(model, text[:1, :4])
+    assert len(visits) == 3
+    for name, layer in stacks.items():
+        counts = visits[name.split("experts.")[0]]
+        assert 2 <= len(counts) < 8
+        for needed, before, after in zip((2, 1), start[name], split_by_expert(layer, 8), strict=True):
+            changed = {e for e in range(8) if not torch.equal(before[e], after[e])}
+            assert changed == {e for e, count in counts.items() if count >= needed}, name
+
+
+def small_moe():
+    return new_model(replace(RECIPES["moe-128"], intermediate_size=40))
+
+
+def small_gpt_oss():
+    """Experts stored the other way round, with biases."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 1024, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads, layer_types=["full_attention"] * 2, pad_token_id=1))
+
+
+@pytest.mark.parametrize(("make", "experts", "transposed"), [(small_moe, 8, False), (small_gpt_oss, 4, True)])
+def test_lora_of_an_expert_is_scaling_times_b_a(make, experts, transposed, text):
+    """The model with LoRA gives what the base gives with W + (alpha/r) B A in place of W."""
+    changed, model = make(), add_lora(make(), 6, "all", 32.0, False, seed=0)
+    weights = dict(changed.named_parameters())
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.01)
-    ids = torch.arange(5, 25)[None]
-    expected = model(input_ids=ids).logits
+        for name, layer in lora_layers(model):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+            if ".experts." in name:
+                a, b = split_by_expert(layer, experts)
+                # Columns of A meet the inputs: as many as the layer takes in.
+                assert a.shape == (experts, 3, 40 if "down_proj" in name else changed.config.hidden_size)
+                delta = 32.0 / 3 * (b @ a)
+                weights[name].add_(delta.transpose(1, 2) if transposed else delta)
+            else:
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                weights[f"{name}.weight"].add_(32.0 / 6 * b @ a)
+        expected, found = changed(input_ids=text).logits, model(input_ids=text).logits
+        assert (make()(input_ids=text).logits - expected).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+class ListedExperts(torch.nn.Module):
+    """A mixture whose experts are modules of their own, as a model's own code may have it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = torch.nn.Linear(config.hidden_size, 4, bias=False)
+        expert = type(LlamaForCausalLM(config).model.layers[0].mlp)
+        self.experts = torch.nn.ModuleList([expert(config) for _ in range(4)])
+
+    def forward(self, hidden):
+        chosen = self.gate(hidden).topk(2, dim=-1)
+        weights = torch.zeros_like(self.gate(hidden)).scatter(-1, chosen.indices, chosen.values.softmax(dim=-1))
+        return sum(weights[..., [e]] * expert(hidden) for e, expert in enumerate(self.experts))
+
+
+def listed_moe():
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 1024}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, pad_token_id=1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        layer.mlp = ListedExperts(config)
+    return model
+
+
+def test_experts_that_are_modules(text):
+    model = listed_moe()
+    with pytest.raises(UserError, match="LlamaForCausalLM does not say num_experts_per_tok, which divides the rank"):
+        add_lora(model, 8, "mlp", 32.0, True, seed=0)
+    model.config.num_experts_per_tok = 2
+    peft_model = add_lora(model, 8, "mlp", 32.0, True, seed=0)
+    found = {name: layer.r["default"] for name, layer in lora_layers(peft_model)}
+    names = [f"{e}.{kind}_proj" for e in range(4) for kind in ("gate", "up", "down")]
+    expected = {f"model.layers.{i}.mlp.experts.{name}": 4 for i in range(2) for name in names}
+    assert found == expected | {"lm_head": 8}
+    assert adapter_pairs(peft_model).keys() == {"lm_head"}
+    train(peft_model, text)
+    assert all(p.grad is not None for p in trainable(peft_model).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_base_is_as_before_when_lora_is_taken_off(name, text):
+    model = base(name)
+    before = copies(dict(model.named_parameters()))
+    with torch.no_grad():
+        logits = model(input_ids=text).logits
+    # Twice: a sweep trains one run after another on the same base.
+    for seed in range(2):
+        peft_model = add_lora(model, 4, "all", 32.0, True, seed)
+        train(peft_model, text)
+        model = peft_model.unload()
+        model.requires_grad_(True)
+        after = dict(model.named_parameters())
+        assert list(after) == list(before)
+        assert all(torch.equal(after[parameter], before[parameter]) for parameter in before)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=text).logits, logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_is_a_peft_checkpoint(name, text, tmp_path):
+    model = add_lora(base(name), 4, "all", 32.0, True, seed=0)
+    train(model, text)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    loaded = PeftModel.from_pretrained(load_model(TINY), tmp_path)
-    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    loaded = PeftModel.from_pretrained(base(name), tmp_path)
+    with torch.no_grad():
+        expected, found = model(input_ids=text).logits, loaded(input_ids=text).logits
+        assert (base(name)(input_ids=text).logits - expected).abs().max() > 0.1
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_loss_is_the_models_own(name, lora, text):
+    model = base(name)
+    if lora:
+        model = add_lora(model, 4, "all", 32.0, True, seed=0)
+        train(model, text)
+    inputs, goals = text[:, :-1], text[:, 1:].clone()
+    goals[:, ::3] = IGNORED
+    with torch.no_grad():
+        logits = model(input_ids=inputs).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), goals.flatten(), reduction="sum")
+        torch.testing.assert_close(nll_sum(model, inputs, goals), expected)
+
+
+def test_the_loss_of_a_mixture_works_in_mixed_precision(text):
+    model = add_lora(base("moe-128"), 4, "all", 32.0, True, seed=0)
+    exact = nll_sum(model, text[:, :-1], text[:, 1:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = nll_sum(model, text[:, :-1], text[:, 1:])
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    assert all(p.grad is not None for p in trainable(model).values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapter_pairs_are_those_of_plain_layers(name):
+    model = base(name)
+    linear = {n: module for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    peft_model = add_lora(model, 8, "all", 32.0, True, seed=0)
+    pairs = adapter_pairs(peft_model)
+    assert pairs.keys() == linear.keys()
+    for layer, (a, b, scaling) in pairs.items():
+        d_out, d_in = linear[layer].weight.shape
+        assert (a.shape, b.shape, scaling) == ((8, d_in), (d_out, 8), 4.0)
+    parameters = {id(p) for p in trainable(peft_model).values()}
+    assert {id(tensor) for a, b, _ in pairs.values() for tensor in (a, b)} <= parameters
 
 
 def test_a_model_of_unknown_layers_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UserError, match="GPT2LMHeadModel has no layer for placement 'all'; known names: q_proj"):
-        target_modules(model, "all", True)
+        targets(model, "all", True)
+
+
+def test_experts_under_an_unknown_name_are_refused():
+    model = small_moe()
+    model.model.layers[1].mlp.experts.w2 = torch.nn.Parameter(torch.zeros(8, 4, 4))
+    with pytest.raises(UserError, match="has experts under a name without LoRA: model.layers.1.mlp.experts.w2"):
+        targets(model, "mlp", True)
+    assert targets(model, "attn", True).parameters == []
+
+
+def test_lora_elsewhere_than_asked_is_refused():
+    """Where dense MLPs lie among fused experts, PEFT takes their names for those of experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
+    with pytest.raises(UserError, match="PEFT put LoRA elsewhere than asked in Qwen3MoeForCausalLM, for one at model.layers.0"):
+        add_lora(model, 8, "all", 32.0, True, seed=0)

@@ -1,4 +1,4 @@
-"""The shipped tiny base is what its recipe says."""
+"""The shipped tiny bases are what their recipes say."""
 
 from __future__ import annotations
 
@@ -7,34 +7,62 @@ from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
+import torch
 
 from lorabench.config import TinyModel
 from lorabench.cost import shape
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
-from lorabench.models.tiny import RECIPE, SHIPPED, build, heldout_nll, packed_blocks, train_tokenizer
+from lorabench.models.tiny import RECIPES, build, heldout_nll, new_model, packed_blocks, shipped, train_tokenizer
 
-TINY = TinyModel(kind="tiny")
-RECORD = json.loads((SHIPPED / "recipe.json").read_text())
-
-
-def test_shipped_weights_are_those_of_the_record():
-    assert weights_sha256(TINY) == {"model.safetensors": RECORD["weights_sha256"]}
-    assert RECORD["recipe"] == asdict(RECIPE)
+TYPES = {"llama": "llama", "qwen": "qwen3", "moe": "qwen3_moe"}
 
 
-def test_shape_is_what_the_cost_model_believes():
-    model = load_model(TINY)
-    assert (model.num_parameters(), model.config.hidden_size) == shape(TINY)
-    assert RECORD["parameters"] == model.num_parameters()
+def spec(name):
+    return TinyModel(kind="tiny", name=name)
 
 
-def test_heldout_loss_is_as_recorded():
-    nll = heldout_nll(load_model(TINY), load_tokenizer(TINY), RECIPE)
-    assert nll == pytest.approx(RECORD["heldout_nll_nats_per_token"], abs=2e-3)
+def record(name):
+    return json.loads((shipped(name) / "recipe.json").read_text())
 
 
-def test_it_speaks_the_language_of_its_tasks():
-    tokenizer, model = load_tokenizer(TINY), load_model(TINY)
+each = pytest.mark.parametrize("name", RECIPES)
+
+
+def test_every_base_of_the_presets_is_there():
+    allowed = TinyModel.model_json_schema()["properties"]["name"]["enum"]
+    assert set(allowed) == set(RECIPES) == {path.name for path in shipped("llama-128").parent.iterdir()}
+
+
+@each
+def test_shipped_weights_are_those_of_the_record(name):
+    assert weights_sha256(spec(name)) == {"model.safetensors": record(name)["weights_sha256"]}
+    assert record(name)["recipe"] == asdict(RECIPES[name])
+
+
+@each
+def test_family_and_width_are_those_of_the_name(name):
+    model = load_model(spec(name))
+    family, width = name.split("-")
+    assert (model.config.model_type, model.config.hidden_size) == (TYPES[family], int(width))
+    assert not model.config.tie_word_embeddings
+
+
+@each
+def test_shape_is_what_the_cost_model_believes(name):
+    model = load_model(spec(name))
+    assert (model.num_parameters(), model.config.hidden_size) == shape(spec(name))
+    assert record(name)["parameters"] == model.num_parameters()
+
+
+@each
+def test_heldout_loss_is_as_recorded(name):
+    nll = heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
+    assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)
+
+
+@each
+def test_it_speaks_the_language_of_its_tasks(name):
+    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
     chat = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 4 + 3 ="}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -42,18 +70,45 @@ def test_it_speaks_the_language_of_its_tasks():
     assert tokenizer.decode(answer[:-1]).strip().isdigit()
 
 
+@each
+def test_all_share_tokenizer_and_template(name):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (shipped(name) / file).read_bytes() == (shipped("llama-128") / file).read_bytes()
+
+
+def test_every_expert_is_used():
+    """Nothing balances the router in training; were an expert idle, its LoRA would be too."""
+    name = "moe-128"
+    model, recipe, tokenizer = load_model(spec(name)), RECIPES[name], load_tokenizer(spec(name))
+    chosen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(list(islice(packed_blocks(recipe, tokenizer, recipe.seed + 1), 32))))
+    assert len(chosen) == recipe.layers
+    for experts in chosen:
+        shares = torch.bincount(experts.flatten(), minlength=recipe.experts) / experts.shape[0]
+        assert shares.sum() == pytest.approx(recipe.active_experts)
+        assert shares.min() > 0.02
+
+
 def test_tokenizer_is_lossless_and_splits_digits():
-    tokenizer = load_tokenizer(TINY)
+    tokenizer = load_tokenizer(spec("llama-128"))
     text = "Calculate 1234 + 5.6 → «naïve» 日本\n\tx"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert list(tokenizer.tokenize("1234")) == ["1", "2", "3", "4"]
 
 
-def test_the_recipe_rebuilds(tmp_path):
+def test_a_mixture_is_sized_by_its_recipe():
+    config = new_model(RECIPES["moe-128"]).config
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 128)
+
+
+@pytest.mark.parametrize("name", ["llama-128", "moe-128"])
+def test_the_recipe_rebuilds(name, tmp_path):
     """A recipe of a few steps, followed twice, gives the same weights; the loss falls."""
-    small = replace(
-        RECIPE, train_tokens=12_000, tokenizer_documents=300, batch=4, block=64, heldout_tokens=2_000, warmup_steps=5
-    )
+    few = {"train_tokens": 12_000, "tokenizer_documents": 300, "batch": 4, "block": 64}
+    small = replace(RECIPES[name], **few, heldout_tokens=2_000, warmup_steps=5)
     first, second = build(tmp_path / "a", small), build(tmp_path / "b", small)
     assert first["weights_sha256"] == second["weights_sha256"]
     assert first["heldout_nll_nats_per_token"] < 6.5  # ln(1024) is 6.93

@@ -17,7 +17,7 @@ from lorabench.figures import FIGURES
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
 from lorabench.report.page import build
-from lorabench.tables import Tables, write_claims
+from lorabench.tables import Tables, write_frame
 from tests.handmade import curves_of, make_run, make_sweep, runs_table
 
 SCRIPT = "<script>alert(1)</script>"
@@ -67,7 +67,7 @@ def report(tmp_path: Path, raw_preset: dict[str, Any], write_preset, monkeypatch
         tables.mkdir(parents=True)
         runs.to_parquet(tables / "runs.parquet")
         curves.to_parquet(tables / "curves.parquet")
-        write_claims(judge_claims(Tables(runs, curves)), tables)
+        write_frame(judge_claims(Tables(runs, curves)), "claims", tables)
         # The page embeds whatever lies there; drawing is tested with the figures.
         layout.figures.mkdir(parents=True)
         for name in FIGURES:

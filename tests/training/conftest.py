@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config import DatasetSpec, Protocol, TinyModel
+from lorabench.config import ChatDataset, Protocol, TinyModel
 from lorabench.data.sft import make_dataset, write_dataset
 from lorabench.data.tokens import cache_key, read_tokens, write_tokens
 from lorabench.layout import Layout
@@ -27,7 +27,7 @@ TINY = TinyModel(kind="tiny")
 def data(tmp_path_factory):
     """Token splits of a small instruction mixture: 80 train, 8 validation, 8 test."""
     folder = tmp_path_factory.mktemp("data")
-    spec = DatasetSpec(kind="instruct", train=80, validation=8, test=8, max_chars=240)
+    spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=240)
     rows = make_dataset(spec)
     tokenizer = load_tokenizer(TINY)
     write_dataset(rows, folder / "data.parquet")
@@ -68,7 +68,7 @@ def ready(tmp_path, raw_preset, monkeypatch):
     """Makes a preset's data in a working directory of its own; returns plan and layout."""
 
     def make(name, execution=None, **lrs):
-        raw_preset["experiments"]["rank"] |= {"ranks": [4], "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs}
+        raw_preset["experiments"]["rank"][0] |= {"ranks": {"all": [4]}, "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs}
         raw_preset["execution"] |= execution or {}
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)

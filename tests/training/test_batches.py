@@ -89,14 +89,16 @@ def test_models_that_change_their_logits_are_refused():
 
 @given(steps=st.integers(1, 5000), points=st.integers(2, 40))
 def test_curve_steps_are_log_spaced_with_both_ends(steps, points):
-    chosen = sorted(curve_steps(steps, points))
+    chosen = sorted(curve_steps(steps, Protocol(curve_points=points)))
     assert chosen[0] == 1
     assert chosen[-1] == steps
     assert len(chosen) <= points
 
 
 def test_curve_steps_by_hand():
-    assert curve_steps(1000, 4) == {1, 10, 100, 1000}
+    assert curve_steps(1000, Protocol(curve_points=4)) == {1, 10, 100, 1000}
+    named = Protocol(curve_points=4, validate_at=[50, 100, 2000])
+    assert curve_steps(1000, named) == {1, 10, 50, 100, 1000}
 
 
 def test_protocol_defaults_are_the_papers():

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lorabench.models.tiny import SHIPPED
+from lorabench.models.tiny import shipped
 from lorabench.training.batches import data_order
 
 from .conftest import condition_of, train
@@ -18,7 +18,7 @@ STEPS, BATCH, LR, SEED = 20, 4, 3e-3, 1
 
 def plain_loop(data, method, rank):
     """What a careful user would write: padded batches, attention mask, labels, Adam."""
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(shipped("llama-128"), dtype=torch.float32)
     if method == "lora":
         torch.manual_seed(SEED)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]

@@ -72,10 +72,10 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
 
 def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
     raw = yaml.safe_load((REPOSITORY / "workflow/presets/smoke.yaml").read_text())
-    raw["experiments"]["rank"]["ranks"] = [0]
+    raw["experiments"]["rank"][0]["ranks"] = {"all": [0]}
     (checkout / "wrong.yaml").write_text(yaml.safe_dump(raw))
     output = snakemake(checkout, "--config", "preset=wrong.yaml", fails=True)
-    assert "wrong.yaml: experiments.rank.ranks.0 = 0: input should be greater than or equal to 1" in output
+    assert "wrong.yaml: experiments.rank.0.ranks.all.0 = 0: input should be greater than or equal to 1" in output
     assert "Traceback" not in output
     assert not (checkout / "results/wrong").exists()
 

@@ -2,6 +2,7 @@ localrules:
     plan,
     experiment_tables,
     tables,
+    counts,
     claims,
 
 
@@ -57,10 +58,24 @@ rule tables:
         "lorabench collect {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
+# Parameters of large models, counted on their configurations: no weights, no runs.
+rule counts:
+    output:
+        LAYOUT.tables() / "counts.parquet",
+        LAYOUT.tables() / "counts.csv",
+    log:
+        LAYOUT.root / "logs/counts.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        out=LAYOUT.tables(),
+    shell:
+        "lorabench counts --out {params.out:q} 2> >(tee {log:q} >&2)"
+
+
 rule claims:
     input:
-        LAYOUT.tables() / "runs.parquet",
-        LAYOUT.tables() / "curves.parquet",
+        claims_tables(),
     output:
         LAYOUT.tables() / "claims.parquet",
         report(

@@ -16,7 +16,7 @@ except UserError as error:
 
 PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
-EXPERIMENTS = list(LAYOUT.preset.experiments.chosen())
+EXPERIMENTS = LAYOUT.preset.experiments.chosen()
 # A figure is drawn where the preset has the experiment it shows.
 FIGURE_NAMES = [
     name for name, figure in FIGURES.items() if figure.experiment in EXPERIMENTS
@@ -28,7 +28,7 @@ wildcard_constraints:
     model="[a-z0-9_-]+",
     model_id="[0-9a-f]{8}",
     dataset_id="[0-9a-f]{8}",
-    experiment="|".join(EXPERIMENTS),
+    experiment="|".join(LAYOUT.preset.experiments.sft()),
     figure="|".join(FIGURES),
 
 
@@ -54,5 +54,16 @@ def sweep_tokens(wildcards):
 
 
 def figure_tables(wildcards):
-    folder = LAYOUT.tables(FIGURES[wildcards.figure].experiment)
+    """What a figure reads: the tables of its experiment."""
+    experiment = FIGURES[wildcards.figure].experiment
+    if experiment == "compute":
+        return [LAYOUT.tables() / "compute.parquet"]
+    folder = LAYOUT.tables(experiment)
     return [folder / "runs.parquet", folder / "curves.parquet"]
+
+
+def claims_tables():
+    """What the claims are judged on."""
+    names = ["runs", "curves", "counts"]
+    measured = ["compute"] if "compute" in EXPERIMENTS else []
+    return [LAYOUT.tables() / f"{name}.parquet" for name in names + measured]

@@ -1,3 +1,5 @@
+from lorabench.models.tiny import RECIPES
+
 GGUF_MODELS = {
     converted_folder(spec).name: name
     for name, spec in LAYOUT.preset.models.items()
@@ -24,16 +26,23 @@ rule convert_gguf:
         "lorabench convert {params.model:q} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
-# The tiny base is shipped; this builds it anew by its recipe, on request only.
+# The tiny bases are shipped; this builds them anew by their recipes, on request only.
+rule tiny_bases:
+    input:
+        expand("results/tiny_bases/{name}/model.safetensors", name=RECIPES),
+
+
 rule tiny_base:
     output:
-        "results/tiny_llama/model.safetensors",
-        "results/tiny_llama/tokenizer.json",
-        "results/tiny_llama/recipe.json",
+        "results/tiny_bases/{name}/model.safetensors",
+        "results/tiny_bases/{name}/tokenizer.json",
+        "results/tiny_bases/{name}/recipe.json",
     log:
-        "results/tiny_llama/build.log",
+        "results/tiny_bases/{name}/build.log",
+    wildcard_constraints:
+        name="|".join(RECIPES),
     conda:
         "../envs/lorabench.yaml"
-    threads: 2
+    threads: 1
     shell:
-        "lorabench tiny results/tiny_llama 2>&1 | tee {log:q}"
+        "lorabench tiny {wildcards.name:q} results/tiny_bases/{wildcards.name:q} 2>&1 | tee {log:q}"

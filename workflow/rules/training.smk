@@ -1,3 +1,25 @@
+# Times are taken in this job, so it has as many threads as a sweep.
+rule compute:
+    input:
+        lambda wildcards: [
+            file
+            for model in LAYOUT.preset.experiments.compute.models
+            for file in model_files(model)
+        ],
+    output:
+        LAYOUT.tables() / "compute.parquet",
+        LAYOUT.tables() / "compute.csv",
+    log:
+        LAYOUT.root / "logs/compute.log",
+    conda:
+        "../envs/lorabench.yaml"
+    threads: LAYOUT.preset.execution.threads
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+
+
 # One job per sweep. Its finished runs and checkpoints lie outside the declared output, so a killed job
 # goes on where it was.
 rule sweep:

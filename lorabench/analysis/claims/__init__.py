@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lorabench.analysis.arms import check_table, with_arm_columns
+from lorabench.analysis.arms import check_curves, check_table, with_arm_columns
 from lorabench.analysis.claims import (
     batch_size,
     capacity,
@@ -50,13 +50,14 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
         several models and datasets, the estimate is that of the one that decides, and the reason names each.
 
     Raises:
-        UserError: the tables can't be trusted, see `check_table`; an arm has two runs of the same LR and seed.
+        UserError: the tables can't be trusted, see `check_table` and `check_curves`; an arm has two runs of the same LR and seed.
     """
     runs = tables.runs
     missing = [name for name in NEEDED if name not in runs]
     if not missing:
         runs = with_arm_columns(runs)
         check_table(runs)
+    check_curves(tables.curves)
     evidence: dict[tuple[str, ...], Evidence] = {}
     rows = []
     for claim in claims:

@@ -1,7 +1,336 @@
-"""Claims."""
+"""Claims D: the gap between LoRA and full fine-tuning at several batch sizes."""
 
 from __future__ import annotations
 
-from lorabench.analysis.claims.claim import Claim
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 
-CLAIMS: tuple[Claim, ...] = ()
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.arms import arm_label
+from lorabench.analysis.claims.claim import Claim, untestable
+from lorabench.analysis.claims.evidence import SWEEP, Arm, Comparison, Evidence, over, require
+from lorabench.analysis.claims.finding import (
+    MIN_SEEDS,
+    Finding,
+    UnjudgedError,
+    Verdict,
+    exceeds,
+    finding,
+    nats,
+    noise_problems,
+    sigma_text,
+    together,
+    within,
+    worst,
+)
+from lorabench.analysis.gap_curve import envelope_gap, gap_at, gap_curve
+from lorabench.analysis.gaps import mean_interval
+
+MIN_BATCH_SIZES = 3
+"""Batch sizes that a claim about their effect needs."""
+
+MAX_DATA_RATIO = 1.1
+"""Batch sizes are compared on one pass over the same data, as far as whole steps allow: most over fewest examples."""
+
+_NEEDS = f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data"
+
+ArmBySize = dict[int, Arm]
+"""One arm at each batch size."""
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Comparisons of one model and dataset by batch size, ascending."""
+
+    label: str
+    by_size: dict[int, Comparison]
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """LoRA ranks above 1: rank 1 may lack capacity, which is another effect."""
+        return sorted({rank for comparison in self.by_size.values() for rank in comparison.lora if rank > 1})
+
+    @cached_property
+    def fullft(self) -> ArmBySize:
+        return {size: _present(size, "FullFT", comparison.fullft) for size, comparison in self.by_size.items()}
+
+    def lora(self, rank: int) -> ArmBySize:
+        found = {size: comparison.lora.get(rank) for size, comparison in self.by_size.items()}
+        return {size: _present(size, f"LoRA r{rank}", arm) for size, arm in found.items()}
+
+    def losses(self, arm: ArmBySize) -> dict[int, pd.Series[float]]:
+        """Final test NLL by batch size and seed, at the best LRs."""
+        best = {size: comparison.losses[arm_label(arm[size])] for size, comparison in self.by_size.items()}
+        return {size: pd.Series(row["nlls"], row["seeds"], float) for size, row in best.items()}
+
+    def run_ids(self, *arms: ArmBySize) -> list[str]:
+        runs = [found.of([arm[size] for arm in arms]) for size, found in self.by_size.items()]
+        return list(pd.concat(runs)["run_id"])
+
+
+def _present(size: int, name: str, arm: Arm | None) -> Arm:
+    if arm is None:
+        raise UnjudgedError("inconclusive", f"no runs of {name} at batch {size}")
+    return arm
+
+
+def across_batch_sizes(judge: Callable[[BatchSizes], Finding]) -> Callable[[Evidence], Finding]:
+    """Judge each model and dataset by itself, where it has enough batch sizes that saw the same amount of data."""
+
+    def judge_checked(sizes: BatchSizes) -> Finding:
+        found = sizes.by_size
+        if len(found) < MIN_BATCH_SIZES:
+            listed = " and ".join(map(str, found))
+            raise UnjudgedError("not tested", f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
+        highest = next((comparison.highest for comparison in found.values() if comparison.highest), None)
+        fullft = next((comparison.fullft for comparison in found.values() if comparison.fullft), None)
+        require(("LoRA above rank 1", highest), ("FullFT", fullft))
+        examples = {size: _examples(comparison) for size, comparison in found.items()}
+        if not max(examples.values()) <= MAX_DATA_RATIO * min(examples.values()):
+            told = ", ".join(f"batch {size} {seen:,.0f}" for size, seen in examples.items())
+            raise UnjudgedError("inconclusive", f"examples seen differ ({told}), so more than batch size does")
+        return judge(sizes)
+
+    return over(_by_batch_size, judge_checked)
+
+
+def _by_batch_size(comparisons: list[Comparison]) -> list[tuple[BatchSizes, str]]:
+    """The comparisons of each model and dataset; of several lengths at one batch size, the longest."""
+    found: dict[str, dict[int, Comparison]] = {}
+    for comparison in comparisons:  # ascending in batch size and length
+        run = comparison.runs.iloc[0]
+        found.setdefault(f"{run['model']}/{run['dataset']}", {})[int(run["batch_size"])] = comparison
+    return [(BatchSizes(label, by_size), "") for label, by_size in found.items()]
+
+
+def _examples(comparison: Comparison) -> int:
+    run = comparison.runs.iloc[0]
+    if pd.isna(run["steps"]):
+        raise UnjudgedError("not tested", "the runs table has no steps, which say how much data each batch size saw")
+    return int(run["steps"] * run["batch_size"])
+
+
+def gap_grows(sizes: BatchSizes) -> Finding:
+    """D1: the gap at the largest batch size minus that at the smallest, for every rank."""
+    return together([_gap_grows(sizes, sizes.lora(rank)) for rank in sizes.ranks])
+
+
+def _gap_grows(sizes: BatchSizes, lora: ArmBySize) -> Finding:
+    smallest, *_, largest = sizes.by_size
+    of_lora, of_fullft = sizes.losses(lora), sizes.losses(sizes.fullft)
+    gaps = {size: (of_lora[size] - of_fullft[size]).dropna() for size in sizes.by_size}
+    growth = (gaps[largest] - gaps[smallest]).dropna()
+    estimate, low, high = mean_interval(growth)
+    noise = [sizes.by_size[size].sigma("test") for size in (smallest, largest)]
+    sigma, dof = float(np.max([sigma for sigma, _ in noise])), min(dof for _, dof in noise)
+    rises = [mean_interval((gaps[after] - gaps[before]).dropna()) for before, after in pairwise(gaps)]
+    verdict: Verdict = exceeds(estimate, low, high, 2 * sigma)
+    if any(rise_high < 0 for _, _, rise_high in rises):
+        verdict = "contradicted"
+    elif verdict == "confirmed" and not all(rise > 0 for rise, _, _ in rises):
+        verdict = "inconclusive"
+    told = ", ".join(f"{gap.mean():.4f} at batch {size}" for size, gap in gaps.items())
+    text = (
+        f"{arm_label(lora[smallest])} - FullFT = {told}; from batch {smallest} to {largest} it grows by "
+        f"{nats(estimate, low, high)} over {len(growth)} seeds, {sigma_text(sigma)}"
+    )
+    problems = noise_problems(sigma, dof) + _gap_problems(sizes, lora, len(growth))
+    run_ids = sizes.run_ids(lora, sizes.fullft)
+    return finding(run_ids, text, verdict, problems, estimate, (low, high), -estimate)
+
+
+def _gap_problems(sizes: BatchSizes, lora: ArmBySize, n_seeds: int) -> list[str]:
+    """What speaks against a verdict on a rank's gaps, of which `n_seeds` are paired over batch sizes."""
+    problems = [
+        f"batch {size}: {problem}"
+        for size, comparison in sizes.by_size.items()
+        for problem in comparison.final_gap(lora[size], sizes.fullft[size])[3]
+    ]
+    if not problems and n_seeds < MIN_SEEDS:
+        problems.append(f"{n_seeds} seeds at all batch sizes, {MIN_SEEDS} needed")
+    return problems
+
+
+def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:
+    """D2: the gap along the run at the largest and the smallest batch size, for every rank."""
+    return together([_gap_persists(sizes, sizes.lora(rank)) for rank in sizes.ranks])
+
+
+def _gap_persists(sizes: BatchSizes, lora: ArmBySize) -> Finding:
+    small, *_, large = sizes.by_size
+    ends = BatchSizes(sizes.label, {size: sizes.by_size[size] for size in (small, large)})
+    curves, of_envelopes = {}, {}
+    for size, comparison in ends.by_size.items():
+        arms = (comparison.runs, comparison.curves, lora[size], sizes.fullft[size])
+        curves[size], of_envelopes[size] = gap_curve(*arms), envelope_gap(*arms)
+        if not curves[size]["share"].between(0.25, 0.75).any():
+            raise UnjudgedError("not tested", f"no validation losses about halfway through the runs at batch {size}")
+    by_seed, by_envelope = _contrasts(curves), _contrasts(of_envelopes)
+    n_seeds = min(len(values) for values in by_seed.values())
+    problems = _gap_problems(ends, lora, n_seeds)
+    run_ids = ends.run_ids(lora, sizes.fullft)
+    parts = []
+    for what, values in by_seed.items():
+        estimate, low, high = mean_interval(values)
+        envelope = float(by_envelope[what].mean())
+        verdict = exceeds(estimate, low, high, 0.0)
+        differ = ["the envelopes say otherwise"] if verdict != "inconclusive" and not envelope * estimate > 0 else []
+        text = f"{what}: {nats(estimate, low, high)}, of envelopes {envelope:.4f}"
+        parts.append(finding(run_ids, text, verdict, differ, estimate, (low, high), -estimate))
+    decisive = worst(parts)
+    text = f"{arm_label(lora[small])} - FullFT, {'; '.join(part.reason for part in parts)}; over {n_seeds} seeds"
+    interval = (decisive.ci_low, decisive.ci_high)
+    return finding(run_ids, text, decisive.verdict, problems, decisive.estimate, interval, decisive.strain)
+
+
+def _contrasts(curves: dict[int, pd.DataFrame]) -> dict[str, pd.Series[float]]:
+    """What D2 says is above 0, in nats and by seed, from the gap curves of the smallest and the largest batch size."""
+    small, large = curves
+    half, end = ({size: gap_at(curve, share) for size, curve in curves.items()} for share in (0.5, 1.0))
+    contrasts = {
+        f"gap at the end at batch {large}": end[large],
+        "less half of its value halfway": end[large] - half[large] / 2,
+        f"less that at batch {small}": end[large] - end[small],
+        f"fall from halfway to the end at batch {small}": half[small] - end[small],
+    }
+    return {what: values.dropna() for what, values in contrasts.items()}
+
+
+def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
+    """D3: gap of the highest rank minus that of the lowest above 1, at every batch size; FullFT cancels."""
+    if len(sizes.ranks) < 2:
+        raise UnjudgedError("not tested", "fewer than two LoRA ranks above 1")
+    lowest, *_, highest = sizes.ranks
+    low_rank, high_rank = sizes.lora(lowest), sizes.lora(highest)
+    return together([_same_gap(sizes.by_size[size], size, high_rank[size], low_rank[size]) for size in sizes.by_size])
+
+
+def _same_gap(comparison: Comparison, size: int, high_rank: Arm, low_rank: Arm) -> Finding:
+    estimate, interval, text, problems = comparison.final_gap(high_rank, low_rank)
+    sigma, dof = comparison.sigma("test")
+    loss = float(comparison.losses[arm_label(low_rank)]["nll_mean"])
+    return finding(
+        comparison.of([high_rank, low_rank])["run_id"],
+        f"batch {size}: {text}, {sigma_text(sigma)}",
+        within(*interval, (-2 * sigma, 2 * sigma)),
+        noise_problems(sigma, dof, loss) + problems,
+        estimate,
+        interval,
+        abs(estimate) / sigma if sigma > 0 else math.nan,
+    )
+
+
+def best_at_small_batch(sizes: BatchSizes) -> Finding:
+    """D4: for FullFT and every rank, the better of the two smallest batch sizes against each larger one."""
+    return together([_best_at_small_batch(sizes, arm) for arm in (sizes.fullft, *map(sizes.lora, sizes.ranks))])
+
+
+def _best_at_small_batch(sizes: BatchSizes, arm: ArmBySize) -> Finding:
+    losses = sizes.losses(arm)
+    first, second, *larger = losses
+    best = min((first, second), key=lambda size: float(losses[size].mean()))
+    told = ", ".join(f"{loss.mean():.4f} at batch {size}" for size, loss in losses.items())
+    problems = [
+        f"batch {size}: {problem}"
+        for size, comparison in sizes.by_size.items()
+        for problem in comparison.edge_problems([arm[size]])
+    ]
+    diverged = sum(int(sizes.by_size[size].losses[arm_label(one)]["n_diverged"]) for size, one in arm.items())
+    if diverged:
+        problems.append(f"{diverged} repeats at the best LR diverged")
+    differences = {size: (losses[size] - losses[best]).dropna() for size in larger}
+    n_seeds = min(len(values) for values in differences.values())
+    if n_seeds < MIN_SEEDS:
+        problems.append(f"{n_seeds} seeds at all batch sizes, {MIN_SEEDS} needed")
+    parts = []
+    for size, values in differences.items():
+        estimate, low, high = mean_interval(values)
+        text = f"batch {size} - batch {best} = {nats(estimate, low, high)}"
+        verdict = exceeds(estimate, low, high, 0.0)
+        parts.append(finding(sizes.run_ids(arm), text, verdict, problems, estimate, (low, high), -estimate))
+    decisive = worst(parts)
+    return replace(decisive, reason=f"{arm_label(arm[first])}: {told}; {decisive.reason}")
+
+
+CLAIMS = (
+    Claim(
+        id="D1",
+        kind="empirical",
+        statement="The gap between LoRA and full fine-tuning grows with batch size",
+        figure="3",
+        criterion=(
+            "For every rank above 1, test NLL minus FullFT's rises from each batch size to the next, and from the "
+            "smallest to the largest by more than 2 sigma (the larger of the two batch sizes') with the 95% interval, "
+            "paired by seed, above 0. Contradicted if that whole interval is below 2 sigma, or that of a step below 0"
+        ),
+        needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
+        paper_value="grows from batch 32; no number",
+        unit="nats per token",
+        experiments=("batch_size",),
+        judge=across_batch_sizes(gap_grows),
+    ),
+    Claim(
+        id="D2",
+        kind="empirical",
+        statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
+        figure="3",
+        criterion=(
+            "For every rank above 1, on validation NLL at the best LRs paired by seed: at the largest batch size the "
+            "gap at the end is above 0, above half of its value halfway through the data, and above that at the "
+            "smallest; at the smallest it falls from halfway to the end. Each with its whole 95% interval, and with "
+            "the same sign between the envelopes"
+        ),
+        needs=f"{_NEEDS}; validation curves; {MIN_SEEDS} seeds at the best LRs",
+        paper_value="persistent; at batch 32 smaller and shrinking; no number",
+        unit="nats per token",
+        experiments=("batch_size",),
+        judge=across_batch_sizes(gap_persists_at_large_batch),
+    ),
+    Claim(
+        id="D3",
+        kind="empirical",
+        statement="The gap at a batch size does not depend on the rank",
+        figure="3",
+        criterion=(
+            "At every batch size, the 95% interval of the highest rank's gap minus that of the lowest above 1 "
+            "(test NLL, paired by seed, so that FullFT cancels) lies within 2 sigma"
+        ),
+        needs=f"{_NEEDS}; two ranks above 1; {MIN_SEEDS} seeds at the best LRs",
+        paper_value="does not seem to depend on rank; no number",
+        unit="nats per token",
+        experiments=("batch_size",),
+        judge=across_batch_sizes(gap_independent_of_rank),
+    ),
+    Claim(
+        id="D4",
+        kind="empirical",
+        statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
+        figure="3",
+        criterion=(
+            "For FullFT and every rank above 1, the 95% interval of the test NLL at each larger batch size minus that "
+            "at the better of the two smallest, paired by seed, is above 0. Contradicted if one is below 0"
+        ),
+        needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
+        paper_value="the smallest; no number",
+        unit="nats per token",
+        experiments=("batch_size",),
+        judge=across_batch_sizes(best_at_small_batch),
+    ),
+    Claim(
+        id="D5",
+        kind="opinion",
+        statement="The gap at large batch sizes comes from training a product of two matrices",
+        figure="text",
+        criterion="Training the same update of the weights without a product, at an LR of its own, shows no gap",
+        needs="a control that trains W itself at the scale of LoRA's update",
+        paper_value="an interpretation; no number",
+        unit="nats per token",
+        experiments=("batch_size",),
+        judge=untestable("needs a control that trains the update of the weights without a product; no such runs exist"),
+    ),
+)

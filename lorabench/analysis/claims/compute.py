@@ -1,7 +1,173 @@
-"""Claims."""
+"""Claims G: what LoRA costs beside full fine-tuning, in FLOPs and memory, and losses at equal FLOPs."""
 
 from __future__ import annotations
 
-from lorabench.analysis.claims.claim import Claim
+import math
+from collections.abc import Sequence
 
-CLAIMS: tuple[Claim, ...] = ()
+import pandas as pd
+from scipy import stats
+
+from lorabench.analysis.arms import arm_label
+from lorabench.analysis.claims.claim import Claim
+from lorabench.analysis.claims.evidence import SWEEP, Comparison, Evidence, every_dataset, over, require
+from lorabench.analysis.claims.finding import (
+    Finding,
+    UnjudgedError,
+    finding,
+    nats,
+    noise_problems,
+    sigma_text,
+    together,
+    within,
+)
+from lorabench.analysis.compute import NEEDED, SETTING, equal_flops_gap, flops_ratio, loss_by_flops
+
+TOLERANCE = 0.01
+"""How far a count of FLOPs may be from the formula."""
+
+FAR_BELOW = 8
+"""A rank up to hidden size over this counts as far below it (the paper's r << N)."""
+
+
+def slightly_over_two_thirds(evidence: Evidence) -> Finding:
+    """G1: the counted ratio of FLOPs against the formula, at every rank of every model."""
+    ratios = _ratios(evidence.compute, NEEDED)
+    return together([_as_formula(setting, rows) for setting, rows in _by_setting(ratios)])
+
+
+def _as_formula(setting: str, rows: pd.DataFrame) -> Finding:
+    apart = rows["relative_difference"]
+    worst = max(apart.dropna(), key=abs, default=math.nan)
+    told = ", ".join(
+        f"r{row['rank']} {row['flops_ratio']:.4f} (formula {row['formula']:.4f})"
+        for row in rows[apart.notna()].to_dict("records")
+    )
+    times = ", ".join(
+        f"r{row['rank']} {row['step_ratio']:.2f}" for row in rows.dropna(subset=["step_ratio"]).to_dict("records")
+    )
+    text = f"{setting}: FLOPs of LoRA / FullFT {told or 'not known'}; step time {times or 'not measured'}"
+    uncounted = [f"r{rank}" for rank in rows.loc[apart.isna(), "rank"]]
+    problems = [f"no count of FullFT or LoRA for {', '.join(uncounted)}"] if uncounted else []
+    verdict = within(worst, worst, (-TOLERANCE, TOLERANCE))
+    # A count has no noise: the interval is the number.
+    return finding((), text, verdict, problems, worst, (worst, worst), abs(worst))
+
+
+def ahead_at_equal_flops(comparison: Comparison) -> Finding:
+    """G2: envelopes at equal FLOPs, where LoRA is worst beside FullFT."""
+    hidden = comparison.runs["hidden_size"].dropna().unique()
+    if len(hidden) != 1:
+        raise UnjudgedError("not tested", "hidden_size is not known, or not the same in all runs")
+    low_ranks = [arm for rank, arm in comparison.lora.items() if rank <= hidden[0] / FAR_BELOW]
+    what = f"LoRA up to rank {hidden[0] // FAR_BELOW} (hidden size {hidden[0]})"
+    lora, fullft = require((what, low_ranks[-1] if low_ranks else None), ("FullFT", comparison.fullft))
+    points = loss_by_flops(comparison.of([lora, fullft]), comparison.curves)
+    gaps = equal_flops_gap(points, lora, fullft)
+    if gaps.empty:
+        raise UnjudgedError("not tested", "no validation curves with training FLOPs in common")
+    sigma, dof = comparison.sigma("validation")
+    # As for the learning curves: two single runs, and cautious, since they share their data order.
+    half = float(stats.t.ppf(0.975, dof)) * math.sqrt(2) * sigma if dof else math.nan
+    worst, last = gaps.nlargest(1, "gap").iloc[0], gaps.iloc[-1]
+    largest = float(worst["gap"])
+    interval = (largest - half, largest + half)
+    text = (
+        f"{arm_label(lora)} - FullFT at equal FLOPs at most {nats(largest, *interval)} (at {worst['flops']:.2g} FLOPs, "
+        f"of {gaps['flops'].iloc[0]:.2g} to {last['flops']:.2g}), at the last {last['gap']:.4f}, {sigma_text(sigma)}"
+    )
+    problems = noise_problems(sigma, dof) + comparison.edge_problems([lora, fullft])
+    verdict = within(*interval, (-math.inf, 0.0))
+    return finding(comparison.of([lora, fullft])["run_id"], text, verdict, problems, largest, interval, largest)
+
+
+def memory_of_fullft(evidence: Evidence) -> Finding:
+    """G3: what is known of the memory, though not of that of sampling."""
+    ratios = _ratios(evidence.compute, [*NEEDED, "peak_mem_bytes"])
+    told = []
+    for setting, rows in _by_setting(ratios):
+        known = rows.dropna(subset=["memory_ratio"])
+        pairs = zip(known["rank"], 1 / known["memory_ratio"], strict=True)
+        told += [f"{setting} r{rank} {ratio:.2f}" for rank, ratio in pairs]
+    if not told:
+        raise UnjudgedError("not tested", "memory was not measured")
+    raise UnjudgedError(
+        "not tested",
+        "the memory of sampling is not measured, so neither is its ratio; peak memory of a step, FullFT / LoRA: "
+        + ", ".join(told),
+    )
+
+
+def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """`flops_ratio` of LoRA, stopping where the table holds none."""
+    if compute.empty:
+        raise UnjudgedError("not tested", "no table compute")
+    missing = [name for name in columns if name not in compute]
+    if missing:
+        raise UnjudgedError("not tested", f"the compute table has no column {', '.join(missing)}")
+    ratios = flops_ratio(compute)
+    if ratios.empty:
+        raise UnjudgedError("not tested", "the compute table has no LoRA")
+    return ratios
+
+
+def _by_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Rows of one model and placement in one setting, and what to call them: what they do not share with all."""
+    columns = [*SETTING, "placement"]
+    groups = ratios.groupby(columns, dropna=False)
+    varied = [name for name in columns[1:] if ratios[name].nunique(dropna=False) > 1]
+    found = []
+    for key, rows in groups:
+        values = dict(zip(columns, key, strict=True))
+        name = " ".join([str(values["model"]), *(f"{one} {values[one]}" for one in varied)])
+        found.append((name, rows))
+    return found
+
+
+CLAIMS = (
+    Claim(
+        id="G1",
+        kind="theory",
+        statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
+        figure="text",
+        criterion=(
+            "In a step of a real model, FLOPs of the linear layers counted as they run, LoRA / FullFT is within 1% of "
+            "2/3 + 2R/N at every rank R of every model. N is the width of square layers that would give the same "
+            "ratio; every layer computes the gradient of its input, as the formula has it. Time is told, not judged"
+        ),
+        needs="table compute: FullFT and LoRA in the same setting",
+        paper_value="2/3 + 2R/N",
+        unit="relative difference from the formula",
+        experiments=(),
+        judge=slightly_over_two_thirds,
+    ),
+    Claim(
+        id="G2",
+        kind="prediction",
+        statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
+        figure="text",
+        criterion=(
+            f"For the highest rank up to hidden size / {FAR_BELOW}: over the second half of the log-FLOPs range that "
+            "both envelopes of the validation loss have, LoRA's minus FullFT's, where it is largest, is at or below 0 "
+            "with the 95% interval of a difference of two runs. Contradicted if that whole interval is above 0"
+        ),
+        needs=f"{SWEEP}; hidden_size, train_flops, train_tokens; validation curves; seeds that give sigma",
+        paper_value="clearly ahead; no number",
+        unit="nats per token",
+        experiments=("rank",),
+        judge=over(every_dataset, ahead_at_equal_flops),
+        columns=("hidden_size", "train_flops", "train_tokens"),
+    ),
+    Claim(
+        id="G3",
+        kind="opinion",
+        statement="Full fine-tuning needs about ten times the accelerators that sampling from the same model does",
+        figure="text",
+        criterion="Peak memory of a step of FullFT over that of sampling is about 10; LoRA's is slightly above 1",
+        needs="peak memory of sampling, which no preset measures",
+        paper_value="an order of magnitude",
+        unit="ratio",
+        experiments=(),
+        judge=memory_of_fullft,
+    ),
+)

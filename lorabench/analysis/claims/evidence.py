@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -161,17 +161,29 @@ Scoped = tuple[Comparison, str]
 Scope = Callable[[list[Comparison]], list[Scoped]]
 
 
-def over(scope: Scope, judge: Callable[[Comparison], Finding]) -> Callable[[Evidence], Finding]:
-    """Judge each comparison in scope by itself; the worst finding decides, and the reason names all."""
+class Labelled(Protocol):
+    """What a claim is judged on by itself: a comparison, or several that belong together."""
+
+    @property
+    def label(self) -> str: ...
+
+
+Judged = TypeVar("Judged", bound=Labelled)
+
+
+def over(
+    scope: Callable[[list[Comparison]], list[tuple[Judged, str]]], judge: Callable[[Judged], Finding]
+) -> Callable[[Evidence], Finding]:
+    """Judge each in scope by itself; the worst finding decides, and the reason names all."""
 
     def judge_all(evidence: Evidence) -> Finding:
         found = []
-        for comparison, note in scope(evidence.comparisons):
+        for judged, note in scope(evidence.comparisons):
             try:
-                one = judge(comparison)
+                one = judge(judged)
             except UnjudgedError as unjudged:
                 one = unjudged.finding
-            found.append(replace(one, reason=f"{comparison.label}{note}: {one.reason}"))
+            found.append(replace(one, reason=f"{judged.label}{note}: {one.reason}"))
         if not found:
             raise UnjudgedError("not tested", "no such runs")
         return together(found)

@@ -89,6 +89,13 @@ def within(low: float, high: float, band: tuple[float, float]) -> Verdict:
     return "contradicted" if high < band[0] or low > band[1] else "inconclusive"
 
 
+def exceeds(estimate: float, low: float, high: float, margin: float) -> Verdict:
+    """Confirmed if above the margin with the interval above 0, contradicted if wholly below the margin."""
+    if estimate > margin and low > 0:
+        return "confirmed"
+    return "contradicted" if high < margin else "inconclusive"
+
+
 def nats(estimate: float, low: float, high: float) -> str:
     """A difference of losses in words."""
     return f"{estimate:.4f} nats {interval_text(low, high, 4)}"

@@ -1,0 +1,177 @@
+"""Bits: how many an adapter stores of random facts, and how many a dataset holds at most.
+
+Random facts do not generalise, so what a model knows of them it has stored. They are measured on the facts that were
+trained on: this is memorisation. Of other data, the loss of the first epoch, summed, is the description length: what
+it would cost to store all of it, which is more than what there is to learn from it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lorabench.analysis.arms import ARM, arm_table, each_arm, with_arm_columns
+from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.noise import GROUP
+
+BITS_PER_PARAMETER = 2.0
+"""Capacity of a parameter, as the paper cites it (Allen-Zhu and Li, 2024): after long training, on synthetic data."""
+
+_STORED = ["entropy_bits", "trainable_params", "bits_stored", "bits_per_parameter", "share"]
+
+
+def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Which runs are on random facts to memorise; none in a table without `entropy_bits`."""
+    if "entropy_bits" not in runs:
+        return pd.Series(False, index=runs.index)
+    facts: pd.Series[bool] = runs["entropy_bits"].notna()
+    return facts
+
+
+def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each run on random facts has stored of them.
+
+    The entropy of the answers, less what it still costs to write them down with the trained model. That cost contains
+    the end of each answer, which is nearly free. A model that predicts worse than a uniform guess has stored less
+    than nothing.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed, status, entropy_bits, final_test_nll, test_scored_tokens,
+            trainable_params.
+
+    Returns:
+        One row per run of a memorisation dataset: run_id, ARM, lr, seed, status, entropy_bits, trainable_params,
+        bits_stored, bits_per_parameter (stored bits per trainable parameter), share (of the entropy). The last three
+        are NaN where a run diverged.
+    """
+    facts = with_arm_columns(runs[is_memorisation(runs)])
+    if facts.empty:
+        return pd.DataFrame(columns=["run_id", *ARM, "lr", "seed", "status", *_STORED])
+    numbers = {
+        name: facts[name].to_numpy(float, na_value=math.nan)
+        for name in ("entropy_bits", "final_test_nll", "test_scored_tokens", "trainable_params")
+    }
+    stored = numbers["entropy_bits"] - numbers["final_test_nll"] * numbers["test_scored_tokens"] / math.log(2)
+    return facts.assign(
+        bits_stored=stored,
+        bits_per_parameter=stored / numbers["trainable_params"],
+        share=stored / numbers["entropy_bits"],
+    )[["run_id", *ARM, "lr", "seed", "status", *_STORED]]
+
+
+def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each arm stores of random facts at its best LR, over seeds.
+
+    Args:
+        runs: columns as for `stored_bits`, and final_valid_nll, by which the LR is picked.
+
+    Returns:
+        One row per arm with a finished run: lr_best, at_edge, n_seeds, n_diverged, entropy_bits, trainable_params;
+        bits_stored, bits_per_parameter and share, each the mean over seeds with its 95% t interval (`_low`, `_high`;
+        NaN with one seed); run_ids.
+
+    Raises:
+        UserError: see `check_runs`.
+    """
+    facts, stored = runs[is_memorisation(runs)], stored_bits(runs).set_index("run_id")
+    rows = []
+    for best in best_losses(facts).to_dict("records"):
+        if not best["n_seeds"]:
+            continue
+        seeds = stored.loc[best["run_ids"]]
+        first = seeds.iloc[0]
+        row = best | {"entropy_bits": first["entropy_bits"], "trainable_params": first["trainable_params"]}
+        for name in ("bits_stored", "bits_per_parameter", "share"):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(seeds[name]), strict=True))
+        rows.append(row)
+    measured = [f"{name}{end}" for name in _STORED[2:] for end in ("", "_low", "_high")]
+    counts = ["lr_best", "at_edge", "n_seeds", "n_diverged", "entropy_bits", "trainable_params"]
+    return arm_table(rows, [*counts, *measured, "run_ids"])
+
+
+def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
+    """How many bits a dataset holds at most: the summed loss of the first epoch, in which every token is new.
+
+    It depends on who describes: full fine-tuning at its best LR, or where there is none the highest LoRA rank.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll, first_epoch_nats,
+            first_epoch_scored_tokens.
+
+    Returns:
+        One row per model, dataset, batch size and length whose runs went through an epoch: ARM (who describes), bits
+        (mean over seeds), nats_per_token with its 95% t interval (nats_low, nats_high; per scored token), n_seeds,
+        run_ids.
+
+    Raises:
+        UserError: see `check_runs`.
+    """
+    rows: list[dict[str, Any]] = []
+    for _, group in with_arm_columns(runs).groupby(GROUP, dropna=False):
+        best = best_losses(group)
+        best = best[best["n_seeds"] > 0]
+        if best.empty:
+            continue
+        # FullFT comes first in the order of arms, the highest rank last.
+        describes = best.iloc[0 if best["method"].iloc[0] == "fullft" else -1]
+        seeds = group[group["run_id"].isin(describes["run_ids"])].dropna(
+            subset=["first_epoch_nats", "first_epoch_scored_tokens"]
+        )
+        if seeds.empty:
+            continue
+        nats, tokens = (seeds[name].to_numpy(float) for name in ("first_epoch_nats", "first_epoch_scored_tokens"))
+        mean, low, high = mean_interval(pd.Series(nats / tokens))
+        rows.append(
+            {name: describes[name] for name in ARM}
+            | {"bits": float(nats.mean()) / math.log(2), "nats_per_token": mean, "nats_low": low, "nats_high": high}
+            | {"n_seeds": len(seeds), "run_ids": list(seeds["run_id"])}
+        )
+    return arm_table(rows, ["bits", "nats_per_token", "nats_low", "nats_high", "n_seeds", "run_ids"])
+
+
+def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """How much of what each arm stores at its best LR it stored in the second half of its steps.
+
+    Near 0 where storing has come to its end; large where a longer run would store more.
+
+    Args:
+        runs: columns as for `best_stored`.
+        curves: columns run_id, step, split, metric, value. Validation is on the same facts.
+
+    Returns:
+        One row per arm with a finished run: growth, the share of the stored bits, the mean over seeds; NaN without
+        curves or with nothing stored.
+
+    Raises:
+        UserError: see `check_runs`.
+    """
+    stored, rows = stored_bits(runs).set_index("run_id"), []
+    scored = runs.set_index("run_id")["test_scored_tokens"]
+    if not curves.empty:
+        curves = curves[(curves["split"] == "validation") & (curves["metric"] == "nll") & (curves["step"] > 0)]
+    for arm, best in each_arm(best_stored(runs)):
+        growth = []
+        for run_id in best["run_ids"].iloc[0]:
+            curve = curves if curves.empty else curves[curves["run_id"] == run_id].dropna(subset="value")
+            if len(curve) < 2 or not stored["bits_stored"][run_id] > 0:
+                continue
+            curve = curve.sort_values("step")
+            steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
+            halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
+            late = (halfway - losses[-1]) * float(scored[run_id]) / math.log(2)
+            growth.append(late / float(stored["bits_stored"][run_id]))
+        rows.append(arm | {"growth": float(np.mean(growth)) if growth else math.nan})
+    return arm_table(rows, ["growth"])
+
+
+def mean_interval(values: pd.Series[Any]) -> tuple[float, float, float]:
+    """Mean and 95% t interval of a few values; NaN for the interval of one."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
+    return mean, mean - half, mean + half

@@ -1,0 +1,279 @@
+"""LoRA's four hyperparameters, of which two are redundant: what should be equal, and by how much it is not.
+
+With Adam at epsilon 0 training depends on alpha, A's initial scale and the two LRs only through
+
+    update scale   alpha * init_a * LR_B   the size of the first updates of W
+    time scale     init_a / LR_A           steps until A has moved away from where it started
+
+(paper, parametrization invariances). LR_A is `lr` and LR_B is `lr * lr_ratio`; init_a is in units of 1/sqrt(d_in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
+from lorabench.analysis.early import train_curves
+from lorabench.analysis.gaps import best_losses
+
+SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
+"""What runs have in common, with the seed, if they differ in their parametrisation and LR alone."""
+
+CONFIGURATION = ["alpha", "init_a", "lr", "lr_ratio"]
+
+SAME = 1e-9
+"""Relative difference up to which two scales are the same: they are products of the same decimal numbers."""
+
+RULES = {0.0: "alpha / r", 0.5: "alpha / sqrt(r)", 1.0: "constant factor"}
+"""How the factor before B A depends on rank, by the power of rank with which alpha grows; the first is the paper's."""
+
+_BATCHES = ["model", "dataset", "placement", "batch_size", "eps"]
+
+
+def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
+    """The LoRA runs with `update_scale`, `time_scale` and what they are made of; a null is the standard value."""
+    runs = with_arm_columns(runs)
+    lora = runs[runs["method"] == "lora"].astype(dict.fromkeys(STANDARD, float)).fillna(STANDARD)
+    lr = lora["lr"].astype(float)
+    return lora.assign(
+        update_scale=lora["alpha"] * lora["init_a"] * lr * lora["lr_ratio"], time_scale=lora["init_a"] / lr
+    )
+
+
+def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of LoRA runs that differ in their parametrisation or LR alone.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+
+    Returns:
+        One row per pair: SETTING, seed, and for the run with the smaller time scale (`_fast`) and the other (`_slow`)
+        run_id and CONFIGURATION; same_update_scale; time_ratio (slow over fast, at least 1); equivalent (both scales
+        are the same).
+    """
+    rows: list[dict[str, Any]] = []
+    for key, of_setting in with_scales(runs).groupby([*SETTING, "seed"], dropna=False):
+        ordered = of_setting.sort_values(["time_scale", *CONFIGURATION])
+        members: list[Any] = ordered.to_dict("records")
+        setting = dict(zip([*SETTING, "seed"], key, strict=True))
+        first, second = np.triu_indices(len(members), k=1)
+        update, time = (ordered[name].to_numpy(float) for name in ("update_scale", "time_scale"))
+        same_update = np.isclose(update[first], update[second], rtol=SAME, atol=0.0)
+        time_ratio = time[second] / time[first]
+        for i, j, same, ratio in zip(first, second, same_update, time_ratio, strict=True):
+            pair = {
+                f"{name}_{speed}": members[place][name]
+                for place, speed in ((i, "fast"), (j, "slow"))
+                for name in ("run_id", *CONFIGURATION)
+            }
+            rows.append({**setting, **pair, "same_update_scale": bool(same), "time_ratio": float(ratio)})
+    names = [f"{name}_{speed}" for speed in ("fast", "slow") for name in ("run_id", *CONFIGURATION)]
+    table = pd.DataFrame(rows, columns=[*SETTING, "seed", *names, "same_update_scale", "time_ratio"])
+    table["same_update_scale"] = table["same_update_scale"].astype(bool)
+    return table.assign(equivalent=table["same_update_scale"] & (table["time_ratio"].astype(float) < 1 + SAME))
+
+
+def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
+    """Of `run_pairs` those that test the invariance: the equivalent ones, and as their control some that are not.
+
+    The argument is about epsilon 0, so of several epsilons the smallest that has equivalent pairs counts. The control
+    is made of the same settings and seeds.
+
+    Args:
+        runs: as for `run_pairs`.
+        plus: only equivalent pairs of which one has unequal LRs of A and B (LoRA+) and the other does not.
+    """
+    pairs = run_pairs(runs)
+    wanted = pairs["equivalent"]
+    if plus:
+        wanted &= pairs["lr_ratio_fast"].eq(1.0) ^ pairs["lr_ratio_slow"].eq(1.0)
+    eps = pairs["eps"].astype(float)
+    smallest = eps[wanted].min()
+    at_eps = eps.isna() if math.isnan(smallest) else eps == smallest
+    tested = (wanted & at_eps).groupby([pairs[name] for name in (*SETTING, "seed")], dropna=False).transform("any")
+    return pairs[tested & (wanted | ~pairs["equivalent"])]
+
+
+def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
+    """How far the training losses of paired runs are apart.
+
+    Args:
+        pairs: as from `run_pairs`.
+        curves: columns run_id, step, split, metric, value.
+        first_steps: steps that count.
+
+    Returns:
+        One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
+        |difference| of the training NLL up to that step, nats per token).
+    """
+    pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
+    ids = pd.DataFrame({"run_id": pd.unique(pairs[["run_id_fast", "run_id_slow"]].to_numpy(object).ravel())})
+    losses = train_curves(ids, curves)
+    losses = losses[losses["step"] <= first_steps]
+    # A row per run, a column per step; empty rows for runs without losses.
+    wide = losses.pivot(index="run_id", columns="step", values="value").reindex(ids["run_id"]).astype(float)
+    fast, slow = (wide.loc[pairs[f"run_id_{speed}"]].to_numpy() for speed in ("fast", "slow"))
+    apart = np.abs(fast - slow)
+    number, place = np.nonzero(np.isfinite(apart))
+    so_far = np.fmax.accumulate(apart, axis=1)[number, place]
+    long = pd.DataFrame({"pair": number, "step": wide.columns.to_numpy(int)[place], "difference": so_far})
+    return pairs.merge(long, on="pair")
+
+
+def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """The first update's descent per unit of LR, of LoRA with A's standard initial scale, by rule and rank.
+
+    Adam's first update of B is LR_B per entry, so that descent is proportional to it: runs of one rank, alpha and
+    seed that differ in their LRs or length say the same, and their mean stands for them.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+        curves: columns run_id, step, split, metric, value, with the metric `descent` at step 1.
+
+    Returns:
+        One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
+        per unit of LR), run_ids. A rule other than the paper's has rows where at least two ranks follow it, not all
+        in the standard parametrisation; of several factors that of the most ranks.
+    """
+    scaled = with_scales(runs)
+    scaled = scaled[scaled["init_a"] == STANDARD["init_a"]]
+    found = train_curves(scaled, curves, "descent")
+    found = found[found["step"] == 1]
+    found = found.assign(descent=found["value"] / (found["lr"].astype(float) * found["lr_ratio"]))
+    cells = found.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
+        descent=("descent", "mean"), run_ids=("run_id", list)
+    )
+    parts = [
+        _following(of_batches, power).assign(rule=rule)
+        for _, of_batches in cells.groupby(_BATCHES, dropna=False)
+        for power, rule in RULES.items()
+    ]
+    columns = [*_BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _following(cells: pd.DataFrame, power: float) -> pd.DataFrame:
+    """Of one model, dataset, placement and batch size, the cells whose alpha grows with rank to a power."""
+    factor = cells["alpha"] / cells["rank"].astype(float) ** power
+    if power == 0:
+        return cells[factor == STANDARD["alpha"]]
+    # Square roots of ranks are not exact.
+    factor = factor.map(lambda value: float(f"{value:.9g}"))
+    sets = [of_factor for _, of_factor in cells.groupby(factor)]
+    sets = [one for one in sets if one["rank"].nunique() > 1 and (one["alpha"] != STANDARD["alpha"]).any()]
+    return max(sets, key=lambda one: int(one["rank"].nunique()), default=cells.iloc[:0])
+
+
+def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
+    """The first descent of each rank over that of the highest of its rule, in the mean over seeds that both have.
+
+    Args:
+        descents: as from `first_descents`.
+
+    Returns:
+        One row per model, dataset, placement, batch_size, eps, rule and rank: ratio, with its 95% interval (`low`,
+        `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
+    """
+    rows = []
+    for key, of_rule in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
+        by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in of_rule.groupby("rank")}
+        top = by_rank[max(by_rank)]
+        for rank, group in by_rank.items():
+            seeds = group.index.intersection(top.index)
+            pair = group.loc[seeds], top.loc[seeds]
+            ratio, low, high = ratio_of_means(pair[0]["descent"].to_numpy(float), pair[1]["descent"].to_numpy(float))
+            if group is top:
+                low = high = math.nan
+            run_ids = [run_id for one in pair for ids in one["run_ids"] for run_id in ids]
+            rows.append((*key, rank, ratio, low, high, len(seeds), sorted(set(run_ids))))
+    columns = [*_BATCHES, "rule", "rank", "ratio", "low", "high", "n_seeds", "run_ids"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float, float]:
+    """The ratio of the means of paired values with its 95% t interval, in which what both share cancels.
+
+    The interval is that of a ratio estimator, from the residuals of numerator - ratio * denominator; it is NaN with
+    fewer than two pairs, or where the denominator's mean is not positive.
+    """
+    n = len(numerator)
+    mean = float(denominator.mean()) if n else math.nan
+    if not mean > 0:
+        return math.nan, math.nan, math.nan
+    ratio = float(numerator.mean()) / mean
+    if n < 2:
+        return ratio, math.nan, math.nan
+    residual = float((numerator - ratio * denominator).std(ddof=1))
+    half = float(stats.t.ppf(0.975, n - 1)) * residual / math.sqrt(n) / mean
+    return ratio, ratio - half, ratio + half
+
+
+def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float:
+    """The step at which a growing measure first reaches a level, between its points on logarithmic axes.
+
+    NaN if it never does, or does by its first point, before which nothing is known.
+
+    Args:
+        steps: ascending, positive.
+        values: at those steps; points that are not positive are left out.
+        level: positive.
+    """
+    points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+    for (step, value), (later, reached) in pairwise(points):
+        if value < level <= reached:
+            share = math.log(level / value) / math.log(reached / value)
+            return float(math.exp(math.log(step) + share * math.log(later / step)))
+    return math.nan
+
+
+def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> pd.DataFrame:
+    """Steps until A has moved by its own initial norm.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+        curves: columns run_id, step, split, metric, value, with the metric `a_moved`.
+        level: of `a_moved` that counts as moved.
+
+    Returns:
+        The LoRA runs that have the metric, with `update_scale`, `time_scale` and step: see `crossing`; NaN where A
+        did not get that far in the run.
+    """
+    scaled = with_scales(runs)
+    moved = train_curves(scaled, curves, "a_moved")
+    steps = {
+        run_id: crossing(points["step"].astype(float).tolist(), points["value"].astype(float).tolist(), level)
+        for run_id, points in moved.groupby("run_id")
+    }
+    return scaled[scaled["run_id"].isin(steps)].assign(step=lambda rows: rows["run_id"].map(steps).astype(float))
+
+
+def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Change of W by single steps per unit of LR, in the standard parametrisation, the longest runs, at the best LRs.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll; of one model and dataset.
+        curves: columns run_id, step, split, metric, value, with the metric `update_norm`.
+
+    Returns:
+        The columns of such LoRA runs with step and size (Frobenius norm over all layers, per unit of LR of A).
+    """
+    scaled = with_scales(runs)
+    standard = scaled[is_standard(scaled)]
+    longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]
+    best = {run_id for run_ids in best_losses(longest)["run_ids"] for run_id in run_ids}
+    norms = train_curves(longest[longest["run_id"].isin(best)], curves, "update_norm")
+    return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
+
+
+def tuned(runs: pd.DataFrame, min_lrs: int = 3) -> pd.DataFrame:
+    """Runs whose arm has an LR grid, of which an optimum can be found; A's initial scale standard."""
+    runs = with_arm_columns(runs)
+    lrs = runs.groupby(ARM, dropna=False)["lr"].transform("nunique")
+    return runs[(lrs >= min_lrs) & (runs["init_a"].isna() | runs["init_a"].eq(STANDARD["init_a"]))]

@@ -1,0 +1,125 @@
+"""Figure 4 of the paper: final loss by the layers that carry LoRA, against learning rate and parameter count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from lorabench.analysis.arms import ARM, arm_label, rows_of
+from lorabench.analysis.gaps import best_losses, mean_interval
+from lorabench.analysis.noise import seed_noise, sigma_of
+from lorabench.figures import lr_panel, style
+from lorabench.tables import Tables
+
+_COLUMNS = [*lr_panel.COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
+
+# Points that the x-axis takes with its labels.
+_AXIS_POINTS = 30
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what a row is: those of `lr_rows`, `best` (mean test NLL over seeds at an arm's best LR
+    with its 95% interval, its trainable parameters, and these as the paper writes them) or `noise_band` (two sigma
+    around the lowest of these). All in nats per scored token.
+    """
+    best = _best(tables.runs)
+    parts = [lr_panel.lr_rows(tables.runs), best, _noise_band(best, tables.runs)]
+    plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)
+    figure, panels = style.panel_pairs(plotted, lr_panel.STRIP)
+    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    for rows, by_lr, by_count in panels:
+        lr_panel.draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "noise_band"])], styles)
+        _draw_by_count(by_count, rows, styles)
+    band = Patch(label=f"lowest best loss ± 2{style.SIGMA} of seeds", facecolor="0.85")
+    marks = lr_panel.lr_marks(plotted) + ([band] if (plotted["element"] == "noise_band").any() else [])
+    style.legends(figure, styles, marks)
+    return figure, plotted
+
+
+def parameter_words(count: float) -> str:
+    """A parameter count as the paper's table writes it: 0.49B; smaller ones in M and K."""
+    if count >= 1e8:
+        return f"{count / 1e9:.2f}B"
+    return f"{count / 1e6:.2f}M" if count >= 1e5 else f"{count / 1e3:.1f}K"
+
+
+def _best(runs: pd.DataFrame) -> pd.DataFrame:
+    runs = runs.reindex(columns=[*runs.columns, *({"trainable_params"} - set(runs.columns))])
+    rows = []
+    for _, arm in best_losses(runs).dropna(subset=["nll_mean"]).iterrows():
+        nll, low, high = mean_interval(pd.Series(arm["nlls"]))
+        count = rows_of(runs, arm)["trainable_params"].dropna().max()
+        rows.append(
+            dict(arm)
+            | {"element": "best", "arm": arm_label(arm), "lr": arm["lr_best"]}
+            | {"nll": nll, "nll_low": low, "nll_high": high, "trainable_params": count}
+            | {"parameters": None if pd.isna(count) else parameter_words(count)}
+        )
+    return pd.DataFrame(rows, columns=[*ARM, *(name for name in _COLUMNS if name not in ARM)])
+
+
+def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Two sigma around the lowest best loss of each panel, where sigma is known."""
+    lowest = best.groupby(style.PANEL, as_index=False, dropna=False)["nll"].min()
+    noise = seed_noise(runs)
+    sigma = pd.Series([sigma_of(noise, row, "test") for _, row in lowest.iterrows()], dtype=float)
+    band: pd.DataFrame = lowest.assign(
+        nll_low=lowest["nll"] - 2 * sigma, nll_high=lowest["nll"] + 2 * sigma, element="noise_band"
+    )
+    return band.dropna(subset=["nll_low"])
+
+
+def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
+    """Best loss against trainable parameters; below it the counts, as the paper's table has them."""
+    for band in rows[rows["element"] == "noise_band"].to_dict("records"):
+        axes.axhspan(band["nll_low"], band["nll_high"], color="0.85", linewidth=0, zorder=0)
+    best = rows[rows["element"] == "best"]
+    placed = best.dropna(subset=["trainable_params"]).sort_values("trainable_params")
+    for _, of_placement in placed.groupby("placement"):
+        line: dict[str, Any] = {
+            "color": style.MUTED,
+            "linestyle": styles[of_placement["arm"].iloc[0]].linestyle,
+            "linewidth": 0.8,
+        }
+        axes.plot(of_placement["trainable_params"].astype(float), of_placement["nll"], zorder=1, **line)
+    for row in placed.to_dict("records"):
+        look = styles[row["arm"]]
+        half = np.array([[row["nll"] - row["nll_low"]], [row["nll_high"] - row["nll"]]])
+        face: dict[str, Any] = {"mfc": "white" if row["at_edge"] else look.colour, "mec": look.colour}
+        bar: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "capsize": 2.5, "ms": 6, **face}
+        layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{row['rank']}"
+        axes.errorbar(
+            float(row["trainable_params"]),
+            row["nll"],
+            half,
+            label=f"{layers}  {row['parameters']}",
+            zorder=look.zorder,
+            **bar,
+        )
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="best test NLL (nats / token)")
+    if placed.empty:
+        axes.set(xticks=[], yticks=[])
+    else:
+        _list_counts(axes, placed["trainable_params"].astype(float))
+    lost = sorted(set(best["arm"]) - set(placed["arm"]))
+    style.note(axes, f"no parameter count: {', '.join(lost)}" if lost else "")
+
+
+def _list_counts(axes: Axes, counts: pd.Series[float]) -> None:
+    """Ticks as the paper writes counts, and the legend with each arm's below the panel."""
+    wide = counts.max() > 100 * counts.min()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: parameter_words(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    below = axes.transAxes + ScaledTranslation(0, -_AXIS_POINTS / 72, axes.figure.dpi_scale_trans)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, handletextpad=0.3)

@@ -1,0 +1,221 @@
+"""The optimal learning rate against hidden size, with the fitted law, and the ratio of LoRA's to full fine-tuning's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
+from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.claims.learning_rate import SweptModel, fitted_law, swept_models
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict
+from lorabench.analysis.optimum import lr_optima
+from lorabench.figures import style
+from lorabench.figures.published import numbers, sweeps
+from lorabench.figures.short_run import ratio_axis
+from lorabench.tables import Tables
+
+_COLUMNS = [
+    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement", "family", "hidden_size"),
+    *("element", "lr", "lr_low", "lr_high", "nll", "ratio", "ratio_low", "ratio_high", "resolved", "run_id", "source"),
+]
+_DATA = ["dataset", "batch_size", "steps"]
+
+_MARKERS, _LINES = {"llama": "o", "qwen": "s"}, {"llama": "-", "qwen": "--"}
+_OTHER_MARKER, _OTHER_LINE, _GREY = "^", ":", "0.65"
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what a row is: `optimum` (optimal LR of an arm with its 95% interval; `nll` is the test
+    loss there, nats per scored token), `ratio` (of LoRA's to FullFT's), `law` (a point of the law fitted here),
+    `published_law`, `published` (optimum by `source`), `naive` and `reference` (ratios hidden/64, and the paper's
+    10), or `diverged` (one run). `family` is the law's.
+    """
+    runs = with_arm_columns(tables.runs[is_standard(tables.runs)])
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, "family", "hidden_size"])))
+    groups = swept_models(Evidence(runs, tables.curves, tables.compute, tables.counts))
+    laws = [fitted_law(models) for models in groups]
+    parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
+    plotted = pd.concat([*parts, _diverged(runs)], ignore_index=True).reindex(columns=_COLUMNS)
+    figure = style.new_figure(style.PANEL_HEIGHT * max(1, len(groups)))
+    if not groups:
+        axes = figure.add_subplot()
+        axes.set_axis_off()
+        style.note(axes, "no model of known family and hidden size with both FullFT and LoRA above rank 1")
+        return figure, plotted
+    of_arms = plotted[plotted["element"] == "optimum"]
+    styles = style.arm_styles(of_arms)
+    drawn = {model.name for models in groups for model in models}
+    left_out = sorted(set(runs["model"]) - drawn)
+    for row, (models, law, rows) in enumerate(zip(groups, laws, parts, strict=True)):
+        lr_axes, ratio_axes = (figure.add_subplot(len(groups), 2, 2 * row + column) for column in (1, 2))
+        first = models[0].fullft
+        title = f"{first['dataset']} · batch {first['batch_size']}"
+        title += f" · {first['steps']} steps" if first["steps"] is not None else ""
+        lr_axes.set_title(title, pad=18, parse_math=False)
+        _draw_lrs(lr_axes, rows, styles)
+        _draw_ratios(ratio_axes, rows, styles)
+        facts = [_law_text(law)] + ([f"not drawn: {', '.join(left_out)}"] if left_out else [])
+        style.note(lr_axes, " · ".join(facts))
+        n_diverged = len(_diverged(pd.concat([model.comparison.runs for model in models])))
+        style.note(ratio_axes, f"{len(models)} models · {n_diverged} diverged")
+    style.legends(figure, styles, _marks(plotted))
+    return figure, plotted
+
+
+def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
+    """What is plotted of one group of models."""
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        of_model = {"family": model.lineage, "hidden_size": model.hidden_size}
+        for arm in (model.fullft, model.lora):
+            best = model.comparison.optima[arm_label(arm)]
+            optimum = {"lr": best["lr_opt"], "nll": best["nll_opt"], "resolved": bool(best["resolved"])}
+            interval = {"lr_low": best["lr_low"], "lr_high": best["lr_high"]}
+            rows.append(arm | of_model | optimum | interval | {"element": "optimum", "arm": arm_label(arm)})
+        low, high = model.ratio.interval
+        ratio = {"ratio": model.ratio.estimate, "ratio_low": low, "ratio_high": high}
+        resolved = not model.ratio.problems
+        rows.append(
+            model.lora | of_model | ratio | {"element": "ratio", "resolved": resolved, "arm": arm_label(model.lora)}
+        )
+    families = sorted({model.lineage for model in models})
+    published = _published_optima(families)
+    sizes = [model.hidden_size for model in models] + published["hidden_size"].astype(int).tolist()
+    span = np.geomspace(min(sizes) / 1.25, max(sizes) * 1.25, 2)
+    curves = {"published_law": PUBLISHED} | ({} if law is None else {"law": law})
+    for element, curve in curves.items():
+        for family in sorted(set(families) & set(curve.exponents)):
+            for arm in (models[0].fullft, models[0].lora):
+                for size in span:
+                    lr = predict(curve, family, size, arm["method"])
+                    point = {"element": element, "family": family, "hidden_size": size, "lr": lr}
+                    rows.append(point | {"arm": arm_label(arm), "method": arm["method"]})
+    rows += [{"element": "naive", "hidden_size": size, "ratio": size / 64} for size in span]
+    ten = numbers().get("lr_ratio_lora_over_fullft")
+    rows += [{"element": "reference", "hidden_size": size, "ratio": ten} for size in span if ten is not None]
+    frame = pd.concat([part for part in (pd.DataFrame(rows), published) if len(part)], ignore_index=True)
+    return frame.assign(**{name: models[0].fullft[name] for name in _DATA})
+
+
+def _published_optima(families: list[str]) -> pd.DataFrame:
+    """Published optimal LRs of FullFT, and of LoRA at each model's highest rank on all layers."""
+    table = sweeps()
+    table = table[table["family"].isin(families) & ((table["placement"] == "all") | (table["method"] == "fullft"))]
+    highest = table.groupby("model")["rank"].transform("max")
+    table = table[table["rank"].isna() | (table["rank"] == highest)]
+    runs = table.assign(
+        run_id=[str(row) for row in table.index],
+        batch_size=0,
+        seed=0,
+        status="done",
+        final_valid_nll=table["nll"],
+        final_test_nll=table["nll"],
+    )
+    optima = lr_optima(runs, pd.DataFrame(columns=["sigma"]))
+    about = table.drop_duplicates("model").set_index("model")
+    # A best LR that was published without its grid is that of its source.
+    on_grid = optima["n_runs"] > 1
+    return pd.DataFrame(
+        {
+            "element": "published",
+            "model": optima["model"],
+            "method": optima["method"],
+            "rank": optima["rank"],
+            "placement": optima["placement"],
+            "arm": [arm_label(row) for _, row in optima.iterrows()],
+            "family": optima["model"].map(about["family"]).map(lineage),
+            "hidden_size": optima["model"].map(about["hidden_size"]),
+            "source": optima["model"].map(about["source"]),
+            "lr": optima["lr_opt"],
+            "resolved": ~(on_grid & optima["edge"].astype(bool)),
+        }
+    )
+
+
+def _diverged(runs: pd.DataFrame) -> pd.DataFrame:
+    diverged = runs[runs["status"] == "diverged"]
+    labels = [arm_label(row) for _, row in diverged.iterrows()]
+    return diverged.assign(element="diverged", arm=labels).reindex(columns=_COLUMNS)
+
+
+def _draw_lrs(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
+    for element in ("published_law", "law"):
+        for (family, arm), points in rows[rows["element"] == element].groupby(["family", "arm"]):
+            ours = element == "law"
+            colour, width = (styles[str(arm)].colour, 1.3) if ours else (_GREY, 0.8)
+            line: dict[str, Any] = {"color": colour, "lw": width, "ls": _LINES.get(str(family), _OTHER_LINE)}
+            axes.plot(points["hidden_size"].astype(float), points["lr"], zorder=2 if ours else 1, **line)
+    for row in rows[rows["element"] == "published"].to_dict("records"):
+        face = _GREY if row["resolved"] else "white"
+        axes.plot(row["hidden_size"], row["lr"], _marker(row), ms=4, mfc=face, mec=_GREY, zorder=1.5)
+    _points(axes, rows[rows["element"] == "optimum"], "lr", styles)
+    axes.set(xscale="log", yscale="log", xlabel="hidden size", ylabel="optimal learning rate")
+    style.plain_log_ticks(axes)
+
+
+def _draw_ratios(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
+    for element, line, words in (("reference", "-", "paper: {:g}"), ("naive", "--", "naive: hidden / 64")):
+        points = rows[rows["element"] == element]
+        axes.plot(points["hidden_size"].astype(float), points["ratio"], line, color=_GREY, linewidth=0.9, zorder=1)
+        if len(points):
+            end = points.iloc[-1]
+            at = (float(end["hidden_size"]), float(end["ratio"]))
+            axes.annotate(
+                words.format(end["ratio"]),
+                at,
+                (-2, 3),
+                textcoords="offset points",
+                color=style.MUTED,
+                fontsize=7.5,
+                ha="right",
+            )
+    _points(axes, rows[rows["element"] == "ratio"], "ratio", styles)
+    axes.set(xscale="log", xlabel="hidden size")
+    style.plain_log_ticks(axes)
+    ratio_axis(axes)
+
+
+def _points(axes: Axes, rows: pd.DataFrame, value: str, styles: dict[str, style.ArmStyle]) -> None:
+    """Values with their interval, by family and arm; open where not resolved."""
+    for row in rows.dropna(subset=[value]).to_dict("records"):
+        colour = styles[row["arm"]].colour
+        axes.vlines(row["hidden_size"], row[f"{value}_low"], row[f"{value}_high"], color=colour, lw=1.2, zorder=4)
+        face = colour if row["resolved"] else "white"
+        axes.plot(row["hidden_size"], row[value], _marker(row), ms=5.5, mfc=face, mec=colour, mew=1.2, zorder=5)
+
+
+def _marker(row: dict[Any, Any]) -> str:
+    return _MARKERS.get(row["family"], _OTHER_MARKER)
+
+
+def _law_text(law: LrLaw | None) -> str:
+    if law is None:
+        return "too few models to fit the law"
+    exponents = ", ".join(f"{name} {value:.2f}" for name, value in law.exponents.items())
+    return f"fit: base {law.base:.2g}, M {law.multiplier:.3g}, exponent {exponents}"
+
+
+def _marks(plotted: pd.DataFrame) -> list[Artist]:
+    """Legend entries of the marks that occur."""
+    elements = set(plotted["element"])
+    optimum = plotted[plotted["element"].isin(["optimum", "ratio"])]
+    entries: list[Artist] = [
+        style.mark(f"{family}, fitted law", _MARKERS.get(family, _OTHER_MARKER), ls=_LINES.get(family, _OTHER_LINE))
+        for family in sorted(optimum["family"].unique())
+    ]
+    if not optimum["resolved"].astype(bool).all():
+        entries.append(style.mark("not resolved", "o", markerfacecolor="white", markeredgewidth=1.2))
+    if "published" in elements:
+        entries.append(style.mark("published optima", "o", color=_GREY, markersize=4))
+    if "published_law" in elements:
+        entries.append(style.mark("published law", "", color=_GREY, linestyle="-"))
+    return entries

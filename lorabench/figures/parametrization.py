@@ -1,0 +1,251 @@
+"""What LoRA's parametrisation does: the 1/r, two redundant hyperparameters, when A moves, and how updates grow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lorabench.analysis.gaps import mean_interval
+from lorabench.analysis.parametrization import (
+    CONFIGURATION,
+    RULES,
+    SETTING,
+    descent_ratios,
+    differences,
+    first_descents,
+    invariance_pairs,
+    move_times,
+    step_sizes,
+    with_scales,
+)
+from lorabench.analysis.slopes import log_log
+from lorabench.figures import style
+from lorabench.tables import Tables
+
+_STEPS = 50
+"""Over which runs that should be equivalent are compared."""
+
+_IDENTICAL = 1e-5
+"""Nats per token: numerical precision of a training loss."""
+
+_TITLES = ("first update", "redundant pair", "when A moves", "size of updates")
+
+_COLUMNS = [
+    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement", "eps", "element", "rule"),
+    *("time_scale", "step", "value", "low", "high", "n", "run_id"),
+]
+
+_RULE_LOOKS: dict[str, dict[str, Any]] = {
+    rule: {"color": colour, "linestyle": line, "marker": marker}
+    for rule, colour, line, marker in zip(
+        RULES.values(), ("black", "0.35", "0.6"), ("-", "--", ":"), ("o", "s", "^"), strict=True
+    )
+}
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what a row is, `value` is what is drawn, `low` and `high` its interval and `n` what it is
+    made of:
+    `first_descent` (ratio to that of the highest rank, by `rule`; n seeds), `equivalent` (largest difference of
+    training NLL so far over n pairs, nats per token), `not_equivalent` (smallest, `low` to `high` over the pairs),
+    `a_moved` (steps until A has moved by its own norm; n seeds), `a_not_moved` (steps of runs in which it did not),
+    `update_norm` (per unit of LR; n seeds), `diverged` (one run).
+    """
+    lora = with_scales(tables.runs) if len(tables.runs) else pd.DataFrame()
+    if lora.empty:
+        return style.empty_figure("no LoRA runs"), pd.DataFrame(columns=_COLUMNS)
+    groups = [(f"{model} · {dataset}", runs) for (model, dataset), runs in lora.groupby(["model", "dataset"])]
+    parts = [_rows(runs, tables.curves) for _, runs in groups]
+    plotted = pd.concat(parts, ignore_index=True)
+    figure = style.new_figure(2 * style.PANEL_HEIGHT * len(groups))
+    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
+        elements = {str(element): of_element for element, of_element in rows.groupby("element")}
+        draws = (_draw_first_descents, _draw_differences, _draw_move_times, _draw_update_norms)
+        for column, (what, draw_panel) in enumerate(zip(_TITLES, draws, strict=True), start=1):
+            axes = figure.add_subplot(2 * len(groups), 2, 4 * place + column)
+            axes.set_title(f"{title} · {what}", pad=18, parse_math=False)
+            draw_panel(axes, elements, styles)
+    style.legends(figure, styles, [])
+    return figure, plotted
+
+
+def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """What is plotted of one model and dataset."""
+    diverged = runs[runs["status"] == "diverged"].assign(element="diverged")
+    parts = [_first_descents(runs, curves), _differences(runs, curves), _move_times(runs, curves)]
+    parts += [_update_norms(runs, curves), diverged]
+    found = pd.concat([part.dropna(axis=1, how="all") for part in parts if len(part)] or [pd.DataFrame()])
+    found = found.reindex(columns=_COLUMNS).assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0])
+    return found.assign(method="lora").astype({"n": "Int64", "step": "Int64"}).reset_index(drop=True)
+
+
+def _first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    ratios = descent_ratios(first_descents(runs, curves))
+    return ratios.rename(columns={"ratio": "value", "n_seeds": "n"}).assign(element="first_descent")
+
+
+def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """By step, over pairs: the largest difference of equivalent runs, and the range of that of others."""
+    apart = differences(invariance_pairs(runs), curves, _STEPS)
+    # Before the first update all runs are the base model.
+    apart = apart[apart["step"] > 1]
+    rows = []
+    for (eps, step, equivalent), pairs in apart.groupby(["eps", "step", "equivalent"], dropna=False):
+        size = pairs["difference"]
+        element, value = ("equivalent", size.max()) if equivalent else ("not_equivalent", size.min())
+        ends = {"low": size.min(), "high": size.max(), "n": len(pairs)}
+        rows.append({"element": element, "eps": eps, "step": step, "value": value, **ends})
+    return pd.DataFrame(rows)
+
+
+def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Each configuration, the geometric mean over seeds; at the end of its runs where A did not get there in one."""
+    rows = []
+    for _, seeds in move_times(runs, curves).groupby([*SETTING, *CONFIGURATION], dropna=False):
+        moved = bool(seeds["step"].notna().all())
+        first = seeds.iloc[0]
+        row = {name: first[name] for name in (*SETTING, "time_scale")} | {
+            "n": len(seeds),
+            "arm": f"LoRA r{first['rank']}",
+        }
+        if moved:
+            logs = mean_interval(np.log(seeds["step"]))
+            rows.append(row | dict(zip(("value", "low", "high"), np.exp(logs), strict=True)) | {"element": "a_moved"})
+        elif not pd.isna(first["steps"]):
+            rows.append(row | {"value": float(first["steps"]), "element": "a_not_moved"})
+    return pd.DataFrame(rows)
+
+
+def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    sizes = step_sizes(runs, curves)
+    for (_, step), seeds in sizes.groupby([sizes[SETTING].astype(str).agg("|".join, axis=1), "step"]):
+        value, low, high = mean_interval(seeds["size"])
+        first = {name: seeds.iloc[0][name] for name in SETTING} | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"}
+        ends = {"value": value, "low": low, "high": high, "n": len(seeds)}
+        rows.append(first | ends | {"element": "update_norm", "step": step})
+    return pd.DataFrame(rows)
+
+
+Elements = dict[str, pd.DataFrame]
+Styles = dict[str, style.ArmStyle]
+
+
+def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None:
+    points = elements.get("first_descent")
+    if points is None:
+        style.say(axes, "no descent at step 1")
+        return
+    axes.axhspan(0.95, 1.05, color="0.88", linewidth=0, zorder=0)
+    batches = [name for name in ("placement", "batch_size", "eps") if points[name].nunique(dropna=False) > 1]
+    for _, of_batches in points.groupby(batches or ["model"], dropna=False):
+        for rule, look in _RULE_LOOKS.items():
+            of_rule = of_batches[of_batches["rule"] == rule].sort_values("rank")
+            if of_rule.empty:
+                continue
+            ranks, ratio = of_rule["rank"].astype(float), of_rule["value"].astype(float)
+            bars = np.abs([of_rule["low"].astype(float) - ratio, of_rule["high"].astype(float) - ratio])
+            axes.errorbar(ranks, ratio, bars, capsize=2.5, ms=4, linewidth=1.3, label=rule, zorder=2, **look)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), loc="lower right")
+    axes.set(xscale="log", yscale="log", xlabel="rank", ylabel="first descent over that of the highest rank")
+    axes.set_xticks(sorted(set(points["rank"].astype(int))), minor=False)
+    style.plain_log_ticks(axes)
+    low = min(0.5, float(points["value"].min()))
+    axes.set_ylim(low / 1.3, max(1.3, float(points["value"].max()) * 1.3))
+    style.number_log_ticks(axes.yaxis)
+    seeds = points["n"].astype(int)
+    style.note(axes, f"{seeds.min()} seeds · band ± 5%" if seeds.nunique() == 1 else f"{seeds.min()} seeds or more")
+
+
+def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
+    equivalent, other = (elements.get(name) for name in ("equivalent", "not_equivalent"))
+    if equivalent is None:
+        style.say(axes, "no runs that should be equivalent")
+        return
+    if other is not None:
+        steps = other["step"].astype(float)
+        axes.fill_between(
+            steps, other["low"], other["high"], color="0.85", linewidth=0, label="others, range", zorder=1
+        )
+        axes.plot(steps, other["value"], "--", color="0.45", linewidth=1.2, label="others, smallest", zorder=2)
+    # Equal to the last bit has no place on a log axis.
+    shown = equivalent[equivalent["value"] > 0]
+    axes.plot(shown["step"].astype(float), shown["value"], color="black", label="equivalent, largest", zorder=3)
+    axes.axhline(_IDENTICAL, color="black", linestyle=":", linewidth=1.0, zorder=1)
+    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="|difference of NLL| so far (nats / token)")
+    axes.legend(loc="upper left")
+    low, high = axes.get_ylim()
+    # Room for the legend.
+    axes.set_ylim(min(low, _IDENTICAL / 10), high * (high / min(low, _IDENTICAL / 10)) ** 0.35)
+    axes.set_xlim(1, _STEPS * 1.1)
+    style.plain_log_ticks(axes)
+    last = equivalent.iloc[-1]
+    facts = [f"{last['n']} equivalent pairs", f"{0 if other is None else other['n'].iloc[-1]} others"]
+    if shown.empty:
+        facts.append("equivalent ones equal to the last bit")
+    elif not pd.isna(last["eps"]):
+        facts.append(f"eps {last['eps']:g}")
+    style.note(axes, " · ".join(facts))
+
+
+def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
+    moved, not_moved = (elements.get(name) for name in ("a_moved", "a_not_moved"))
+    if moved is None and not_moved is None:
+        style.say(axes, "no a_moved in the curves")
+        return
+    facts = []
+    if moved is not None:
+        for row in moved.to_dict("records"):
+            colour = styles[row["arm"]].colour
+            axes.vlines(row["time_scale"], row["low"], row["high"], color=colour, linewidth=1.2, zorder=2)
+            axes.plot(row["time_scale"], row["value"], "o", ms=4, color=colour, zorder=3)
+        line = log_log(moved["time_scale"], moved["value"])
+        at = np.array([moved["time_scale"].min(), moved["time_scale"].max()], float)
+        middle = np.exp(np.log(moved[["time_scale", "value"]].astype(float)).mean())
+        axes.plot(at, middle["value"] * at / middle["time_scale"], ":", color="0.4", linewidth=1.2, zorder=1)
+        if not math.isnan(line.slope):
+            facts.append(f"slope {line.slope:.2f}, dotted 1")
+    if not_moved is not None:
+        for row in not_moved.to_dict("records"):
+            look: dict[str, Any] = {"ms": 4.5, "mfc": "white", "mec": styles[row["arm"]].colour}
+            axes.plot(row["time_scale"], row["value"], "^", zorder=2, **look)
+        facts.append(f"{len(not_moved)} beyond the end (open)")
+    axes.set(xscale="log", yscale="log", xlabel="init_A / LR_A", ylabel="steps until A has moved by its norm")
+    # At least a decade, so that there are ticks.
+    drawn = pd.concat([part["value"].astype(float) for part in (moved, not_moved) if part is not None])
+    axes.set_ylim(min(drawn.min() / 1.4, drawn.max() / 7), drawn.max() * 1.4)
+    style.plain_log_ticks(axes)
+    style.number_log_ticks(axes.yaxis)
+    style.note(axes, " · ".join(facts))
+
+
+def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
+    points = elements.get("update_norm")
+    if points is None:
+        style.say(axes, "no update_norm in the standard parametrisation")
+        return
+    for arm, of_arm in points.groupby("arm"):
+        of_arm = of_arm.sort_values("step")
+        steps, look = of_arm["step"].astype(float), styles[str(arm)]
+        low, high = of_arm["low"].astype(float), of_arm["high"].astype(float)
+        axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
+        axes.plot(steps, of_arm["value"], **look.line, marker="o", ms=3)
+    axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")
+    style.plain_log_ticks(axes)
+    style.number_log_ticks(axes.yaxis)
+    seeds = points["n"].astype(int)
+    counted = f"{seeds.min()}" if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()}"
+    diverged = elements.get("diverged")
+    facts = [f"{counted} seeds"] + ([f"{len(diverged)} runs diverged"] if diverged is not None else [])
+    style.note(axes, " · ".join(facts))

@@ -1,0 +1,77 @@
+"""Published numbers that figures are overlaid with, from `paper_figures/reference` (sources: SOURCES.md there).
+
+The folder lies next to the package in the repository. Where it is not there, nothing is published and nothing overlaid.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+REFERENCE = Path(__file__).parents[2] / "paper_figures" / "reference"
+
+SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
+
+# What the files leave out since their source says it in words; hidden sizes as in the models' own configurations.
+_TINKER, _REPLICATION = "tinker-cookbook", "michaelbzhu"
+_HIDDEN_SIZES = {
+    "llama-3.2-1b": 2048,
+    "llama-3.2-3b": 3072,
+    "llama-3.1-8b": 4096,
+    "llama-3.1-8b-instruct": 4096,
+    "qwen3-4b": 2560,
+    "qwen3-8b": 4096,
+    "qwen3-8b-base": 4096,
+    "qwen3-30b-a3b": 2048,
+    "qwen3-30b-a3b-base": 2048,
+}
+_DATASETS = {"tulu3": "tulu3", "tulu3sftmixture": "tulu3", "norobots": "norobots"}
+
+
+def numbers() -> dict[str, float]:
+    """The numbers printed in the paper, by their key in `paper_numbers.csv`."""
+    path = REFERENCE / "paper_numbers.csv"
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path)
+    return dict(zip(table["key"], table["value"].astype(float), strict=True))
+
+
+def sweeps() -> pd.DataFrame:
+    """Published final test losses by learning rate.
+
+    Returns:
+        One row per model, arm and LR, repeated cells as their mean: the columns SWEEP_COLUMNS; nll in nats per token.
+        The whole LR grid of LoRA by `tinker-cookbook`; the best LR only of each arm by `michaelbzhu`.
+    """
+    parts = [pd.DataFrame(columns=SWEEP_COLUMNS)]
+    tinker, replication = REFERENCE / "tinker_sft_sweep.csv", REFERENCE / "replication_michaelbzhu_sft.csv"
+    if tinker.is_file():
+        cells = pd.read_csv(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
+        parts.append(cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all"))
+    if replication.is_file():
+        best = pd.read_csv(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
+        parts.append(best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots"))
+    table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    names = table["model"].map(_short)
+    table["hidden_size"] = names.map(_HIDDEN_SIZES)
+    table["family"] = names.str.split(r"[-\d]", regex=True).str[0]
+    return table.reindex(columns=SWEEP_COLUMNS).astype({"rank": "Int64", "hidden_size": "Int64"})
+
+
+def sweep_of(model: str, dataset: str) -> pd.DataFrame:
+    """The rows of `sweeps` for a model and dataset of ours: `Llama-3.1-8B` is `meta-llama/Llama-3.1-8B`."""
+    table = sweeps()
+    same_model = table["model"].map(_short) == _short(model)
+    return table[same_model & (table["dataset"] == _dataset(dataset))]
+
+
+def _short(model: str) -> str:
+    """A model's name without its owner."""
+    return model.rsplit("/", 1)[-1].lower()
+
+
+def _dataset(name: str) -> str | None:
+    return _DATASETS.get(re.sub("[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower()))

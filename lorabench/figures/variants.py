@@ -1,0 +1,152 @@
+"""Variants of LoRA's parametrisation: the loss that each reaches at its tuned learning rate, and that rate."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from lorabench.analysis.arms import ARM, arm_label, is_standard, rows_of
+from lorabench.analysis.gaps import best_losses, losses_by_seed, mean_interval
+from lorabench.analysis.noise import seed_noise, sigma_of
+from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.parametrization import SETTING, tuned
+from lorabench.figures import style
+from lorabench.tables import Tables
+
+_COLUMNS = [
+    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
+    *("alpha", "init_a", "lr_ratio", "eps", "element", "nll", "nll_low", "nll_high", "n_seeds", "at_edge"),
+    *("lr", "lr_low", "lr_high", "resolved", "n_diverged", "run_id"),
+]
+
+_ROW = 0.27
+"""Inches per variant."""
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what a row is: `variant` (`nll`, the mean final test loss in nats per scored token at the
+    best LR with its 95% interval over seeds; `lr`, the interpolated optimum of LR_A with its bootstrap interval),
+    `noise_band` (from `nll_low` to `nll_high`) or `diverged` (one run).
+    """
+    settings = _settings(tables.runs)
+    if not settings:
+        sentence = "no LR-tuned variants beside the standard parametrisation"
+        return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
+    parts = [_rows(runs) for _, runs in settings]
+    figure = style.new_figure(sum(_ROW * int((part["element"] == "variant").sum()) + 1.2 for part in parts))
+    heights = [_ROW * int((part["element"] == "variant").sum()) + 1.2 for part in parts]
+    axes = figure.subplots(len(parts), 2, squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights})
+    for (title, _), rows, (left, right) in zip(settings, parts, axes, strict=True):
+        left.set_title(title, pad=18, parse_math=False)
+        _draw_losses(left, rows)
+        _draw_rates(right, rows)
+    plotted = pd.concat(parts, ignore_index=True)
+    style.legends(figure, {}, _marks(plotted))
+    return figure, plotted
+
+
+def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Runs of each setting that has the standard parametrisation and a variant of it, with a title."""
+    if runs.empty:
+        return []
+    lora = tuned(runs)
+    lora = lora[lora["method"] == "lora"]
+    found = []
+    for title, of_panel in style.titled(lora):
+        settings = [rows for _, rows in of_panel.groupby(SETTING, dropna=False)]
+        for rows in settings:
+            standard = is_standard(rows)
+            if standard.any() and not standard.all():
+                rank, eps = rows["rank"].iloc[0], rows["eps"].iloc[0]
+                words = f"{title} · r{rank}" + (f" · eps {eps:g}" if of_panel["eps"].nunique() > 1 else "")
+                found.append((words, rows))
+    return found
+
+
+def _rows(runs: pd.DataFrame) -> pd.DataFrame:
+    """What is plotted of one setting."""
+    noise = seed_noise(runs)
+    optima = lr_optima(runs, noise)
+    rows, band = [], []
+    for _, best in best_losses(runs).iterrows():
+        mean, low, high = mean_interval(losses_by_seed(runs, best))
+        [optimum] = rows_of(optima, best).to_dict("records")
+        rate = {"lr": optimum["lr_opt"], **{name: optimum[name] for name in ("lr_low", "lr_high", "resolved")}}
+        row = {name: best[name] for name in (*ARM, "n_seeds", "at_edge")}
+        row |= {"arm": arm_label(best), "nll": mean, "nll_low": low, "nll_high": high, "element": "variant"}
+        rows.append(row | rate | {"n_diverged": optimum["n_diverged"]})
+        sigma = sigma_of(noise, best, "test")
+        if is_standard(pd.DataFrame([row])).item() and not math.isnan(sigma + mean):
+            ends = {"nll": mean, "nll_low": mean - 2 * sigma, "nll_high": mean + 2 * sigma}
+            band.append({name: best[name] for name in ARM} | ends | {"element": "noise_band"})
+    rows.sort(key=lambda row: (row["alpha"], row["lr_ratio"]), reverse=True)
+    diverged = runs[runs["status"] == "diverged"].assign(element="diverged")
+    diverged["arm"] = [arm_label(run) for _, run in diverged.iterrows()]
+    table = pd.DataFrame([*rows, *band, *diverged.drop(columns=["n_diverged"], errors="ignore").to_dict("records")])
+    return table.reindex(columns=_COLUMNS).astype({"n_seeds": "Int64", "n_diverged": "Int64"})
+
+
+def _draw_losses(axes: Axes, rows: pd.DataFrame) -> None:
+    variants = rows[rows["element"] == "variant"]
+    for band in rows[rows["element"] == "noise_band"].to_dict("records"):
+        axes.axvspan(band["nll_low"], band["nll_high"], color="0.88", linewidth=0, zorder=0)
+        axes.axvline(band["nll"], color="0.6", linewidth=0.8, zorder=1)
+    for place, row in enumerate(variants.to_dict("records")):
+        standard = row["alpha"] == 32 and row["lr_ratio"] == 1
+        colour = "black" if standard else style.MUTED
+        axes.hlines(place, row["nll_low"], row["nll_high"], color=colour, linewidth=1.4, zorder=2)
+        face = "white" if row["at_edge"] else colour
+        axes.plot(row["nll"], place, "s" if standard else "o", ms=5, mfc=face, mec=colour, mew=1.1, zorder=3)
+    labels = [f"alpha {row['alpha']:g}, LR_B/LR_A {row['lr_ratio']:g}" for _, row in variants.iterrows()]
+    axes.set_yticks(range(len(variants)), labels)
+    axes.set(ylim=(-0.6, len(variants) - 0.4), xlabel="final test NLL (nats / token)")
+    axes.grid(visible=False, axis="y")
+    seeds = variants["n_seeds"]
+    facts = [f"{seeds.min()} seeds" if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()} seeds"]
+    facts += [f"{(rows['element'] == 'diverged').sum()} diverged"]
+    lost = variants.loc[variants["nll"].isna(), "arm"]
+    style.note(axes, " · ".join([*facts, *([f"no loss: {', '.join(lost)}"] if len(lost) else [])]))
+
+
+def _draw_rates(axes: Axes, rows: pd.DataFrame) -> None:
+    variants = rows[rows["element"] == "variant"]
+    for place, row in enumerate(variants.to_dict("records")):
+        axes.hlines(place, row["lr_low"], row["lr_high"], color=style.MUTED, linewidth=1.4, zorder=2)
+        face = style.MUTED if row["resolved"] else "white"
+        axes.plot(row["lr"], place, "D", ms=5, mfc=face, mec=style.MUTED, mew=1.1, zorder=3)
+    if variants["lr"].notna().any():
+        axes.set_xscale("log")
+        style.number_log_ticks(axes.xaxis)
+        # At least a decade, so that there are ticks, and near optima look near.
+        ends = variants[["lr", "lr_low", "lr_high"]].astype(float)
+        low, high = float(ends.min().min()), float(ends.max().max())
+        beside = max(1.2, math.sqrt(10 * low / high))
+        axes.set_xlim(low / beside, high * beside)
+    axes.set_xlabel("optimal learning rate of A")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0, labelleft=False)
+
+
+def _marks(plotted: pd.DataFrame) -> list[Artist]:
+    """Legend entries of the marks that occur."""
+    variants = plotted[plotted["element"] == "variant"]
+    edge = variants["at_edge"].astype(bool)
+    resolved = variants["resolved"].fillna(False).astype(bool)
+    has_band = bool((plotted["element"] == "noise_band").any())
+    white = {"markerfacecolor": "white", "markeredgewidth": 1.1, "markersize": 5}
+    entries: list[tuple[bool, Artist]] = [
+        (True, style.mark("standard", "s", color="black", linestyle="-", linewidth=1.4, markersize=5)),
+        (has_band, Patch(label=f"standard ± 2{style.SIGMA} of seeds", facecolor="0.88")),
+        (bool(edge.any()), style.mark("best LR at the edge", "o", **white)),
+        (bool(resolved.any()), style.mark("optimum, interval", "D", linestyle="-", linewidth=1.4, markersize=5)),
+        (bool((~resolved).any()), style.mark("optimum, not resolved", "D", **white)),
+    ]
+    return [entry for occurs, entry in entries if occurs]

@@ -1,0 +1,95 @@
+"""How an adapter moves: measures of one optimizer step that need A and B only, never a matrix of the layer's size.
+
+With U of few columns and V of few rows, ||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the
+singular values of U are the roots of the eigenvalues of U^T U.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = ("a_moved", "update_norm", "b_over_a", "descent")
+"""What `AdapterProbe` measures, in its order."""
+
+Pair = tuple[Tensor, Tensor, float]
+"""A (r, d_in), B (d_out, r) and the scaling of a layer: W' = W + scaling * B A."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """One layer before a step: its factors, and their gradients."""
+
+    a: Tensor
+    b: Tensor
+    a_grad: Tensor
+    b_grad: Tensor
+
+
+class AdapterProbe:
+    """Measures single steps: `before_step()` once the batch's gradients are there, `after_step()` after the update.
+
+    Made before the first step, and before a checkpoint is loaded, since it remembers the initial A. Gradients that
+    were clipped before `before_step()` make `descent` that of the clipped gradient.
+
+    Args:
+        pairs: the trained factors of each layer by name, as from `lorabench.models.lora.adapter_pairs`.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pair]) -> None:
+        self._pairs = dict(pairs)
+        self._initial_a = {name: a.detach().clone() for name, (a, _, _) in self._pairs.items()}
+        self._before: dict[str, _Before] = {}
+
+    def before_step(self) -> None:
+        """Keep what the step will change."""
+        self._before = {
+            name: _Before(a.detach().clone(), b.detach().clone(), _gradient(a), _gradient(b))
+            for name, (a, b, _) in self._pairs.items()
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, float]:
+        """Measures of the step since `before_step()`, whose copies are let go; empty without any layer.
+
+        Returns:
+            a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
+            update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
+            b_over_a: share of layers whose B has a larger spectral norm than A.
+            descent: -<update of all A and B, gradient>, the first-order fall of the batch's loss in nats.
+        """
+        if not self._pairs:
+            return {}
+        layers = []
+        for name, (a, b, scaling) in self._pairs.items():
+            before, initial_a = self._before.pop(name), self._initial_a[name]
+            a_step, b_step = (a - before.a).double(), (b - before.b).double()
+            descent = -(a_step * before.a_grad).sum() - (b_step * before.b_grad).sum()
+            # B'A' - BA = (B' - B) A' + B (A' - A).
+            left = torch.cat([b_step, before.b.double()], dim=1)
+            right = torch.cat([a.double(), a_step], dim=0)
+            update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
+            moved = (a - initial_a).double().norm() / initial_a.double().norm()
+            larger = (_spectral_norm(b) > _spectral_norm(a)).double()
+            layers.append(torch.stack([moved, update, larger, descent]))
+        stacked = torch.stack([layer.to(layers[0].device) for layer in layers])
+        # One transfer of all results. Rounding may leave the square of a step that changes nothing below zero.
+        moved, larger = stacked[:, 0].mean(), stacked[:, 2].mean()
+        norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 3].sum()
+        return dict(zip(METRICS, torch.stack([moved, norm, larger, descent]).tolist(), strict=True))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """A copy of a parameter's gradient; zero where nothing flowed."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+
+
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """Largest singular value, from the smaller of the two Gram matrices."""
+    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    # The decomposition refuses NaN, which a run on its way to diverge may hold; the other measures show it.
+    largest: Tensor = torch.linalg.eigvalsh(torch.nan_to_num(wide @ wide.T))[-1]
+    return largest.clamp(min=0).sqrt()

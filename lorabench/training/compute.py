@@ -1,0 +1,294 @@
+"""What a training step costs, by method and rank: FLOPs counted, time and memory measured (paper.md, section 3.6).
+
+The formula. A linear layer of d_in x d_out, for one token, in multiply-adds: full fine-tuning (FullFT) takes
+d_in d_out for the output, as much for the gradient of the input, as much for that of the weight; 3 d_in d_out. LoRA
+of rank R saves the last and pays for A (R x d_in) and B (d_out x R), which are trained: 2 d_in d_out +
+3 R (d_in + d_out). Summed over layers, where sum' is over those that carry LoRA,
+
+    LoRA / FullFT = 2/3 + R sum'(d_in + d_out) / sum(d_in d_out) = 2/3 + 2R/N
+    N = 2 sum(d_in d_out) / sum'(d_in + d_out)
+
+which for square N x N layers, all with LoRA, is the paper's N. N is the column `effective_width`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorabench.config import ModelSpec, Preset, Protocol
+from lorabench.errors import UserError
+from lorabench.models.base import load_model
+from lorabench.models.lora import add_lora, targets
+from lorabench.models.placement import Placement
+from lorabench.models.size import base_parameters
+from lorabench.tables import COMPUTE
+from lorabench.training.loss import check_plain_head, nll_sum
+from lorabench.training.provenance import machine_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WARM_UP = 2  # steps before the clock counts: the optimizer's state is made, caches fill
+
+# What a linear layer computes, forward and backward. Products in attention have a batch dimension: bmm.
+_LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
+
+
+def compute_table(preset: Preset, model: str) -> pd.DataFrame:
+    """The rows of the table `compute` of one model of a preset's experiment `compute`.
+
+    Raises:
+        UserError: the preset has no such experiment or model, or see `measure_compute`.
+    """
+    experiment = preset.experiments.compute
+    if experiment is None:
+        raise UserError("the preset has no experiment 'compute'")
+    if model not in experiment.models:
+        allowed = ", ".join(experiment.models)
+        raise UserError(f"model {model!r} is not in experiments.compute.models; allowed: {allowed}")
+    rows = measure_compute(
+        model,
+        preset.models[model],
+        experiment.ranks,
+        "all",
+        experiment.batch_size,
+        experiment.sequence_length,
+        experiment.repeats,
+        preset.execution.threads,
+        preset.protocol,
+    )
+    return pd.DataFrame(rows, columns=COMPUTE.names).astype({"rank": "Int64"})
+
+
+def measure_compute(
+    name: str,
+    spec: ModelSpec,
+    ranks: Iterable[int],
+    placement: Placement,
+    batch_size: int,
+    sequence_length: int,
+    repeats: int,
+    threads: int,
+    protocol: Protocol,
+) -> list[dict[str, Any]]:
+    """Measure a step of FullFT and of LoRA at each rank, on random tokens that are all scored.
+
+    - `linear_flops`: of the linear layers, a multiply-add counted as 2, forward and backward. As in the formula every
+      layer gets the gradient of its input: real LoRA needs none below the first adapted layer, so the output of the
+      embedding is made to require one, for the count alone and in both arms. `total_flops` has the products of
+      attention too, taken in full, without the saving of a causal mask.
+    - `step_s`: median seconds of forward, backward and AdamW. Arms take turns, so that a machine that slows down slows
+      all alike.
+    - `peak_mem_bytes`: parameters, buffers and optimizer state, and the most that tensors took beyond them at any time
+      in a step (gradients, activations, temporaries). On a GPU that growth is read from the allocator, on a CPU from
+      the life of every tensor's storage; the memory of libraries is in neither.
+
+    Args:
+        name: what the table calls the model.
+        ranks: of LoRA.
+        placement: of LoRA; on the unembedding too if the protocol says so.
+        batch_size: sequences per step.
+        sequence_length: tokens per sequence.
+        repeats: timed steps.
+        threads: of the CPU.
+        protocol: alpha, Adam, precision.
+
+    Returns:
+        Rows of the table `compute`, FullFT first.
+
+    Raises:
+        UserError: the model can't be read, has experts (to which the formula does not apply), changes its logits, or
+            is too short for such sequences.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    base = load_model(spec).to(device)
+    check_plain_head(base)
+    longest = base.config.max_position_embeddings
+    if sequence_length > longest:
+        raise UserError(f"sequence_length = {sequence_length}: model {name!r} takes at most {longest} tokens")
+    width = effective_width(base, placement, protocol.include_unembedding)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sequence_length)
+    inputs, next_tokens = (
+        torch.randint(base.config.vocab_size, shape, generator=generator).to(device) for _ in range(2)
+    )
+    lora = [
+        (rank, add_lora(_sharing_weights(base), rank, placement, protocol.alpha, protocol.include_unembedding, seed=0))
+        for rank in ranks
+    ]
+    arms = [_Arm(rank, model, inputs, next_tokens, protocol) for rank, model in [(None, base), *lora]]
+    common = {
+        "model": name,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "effective_width": width,
+        "base_params": base_parameters(base),
+        "device": machine_state(device)["device"],
+        "threads": torch.get_num_threads(),
+    }
+    rows = [common | arm.row(placement) for arm in arms]
+    for row, seconds in zip(rows, _interleaved([arm.step for arm in arms], repeats, device), strict=True):
+        row["step_s"] = seconds
+    return rows
+
+
+def effective_width(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> float:
+    """N of the formula, for LoRA in a placement.
+
+    Raises:
+        UserError: the model has experts, whose layers see some of the tokens each.
+    """
+    chosen = targets(model, placement, include_unembedding)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    if getattr(model.config, "num_experts_per_tok", None):
+        raise UserError(f"{type(model).__name__} has experts; the count of FLOPs is that of a dense model")
+    products = sum(layer.in_features * layer.out_features for layer in layers.values())
+    return 2 * products / sum(layers[name].in_features + layers[name].out_features for name in chosen.modules)
+
+
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters can be frozen apart, but are the same memory."""
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
+
+
+@dataclass
+class _Arm:
+    """A model with its optimizer, and one batch. `rank` is that of LoRA, None for FullFT."""
+
+    rank: int | None
+    model: Any
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    protocol: Protocol
+
+    def __post_init__(self) -> None:
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # At LR 0 a step does all its work and leaves the weights, which the arms share, as they are.
+        self.optimizer = torch.optim.AdamW(
+            self.trained,
+            lr=0.0,
+            betas=(self.protocol.betas[0], self.protocol.betas[1]),
+            eps=self.protocol.eps,
+            weight_decay=self.protocol.weight_decay,
+            fused=True,
+        )
+
+    def row(self, placement: Placement) -> dict[str, Any]:
+        """The columns that differ between arms, but for the time."""
+        linear_flops, total_flops = self.flops()
+        return {
+            "method": "fullft" if self.rank is None else "lora",
+            "rank": self.rank,
+            "placement": None if self.rank is None else placement,
+            "linear_flops": linear_flops,
+            "total_flops": total_flops,
+            "peak_mem_bytes": self.peak_memory(),
+            "trainable_params": sum(parameter.numel() for parameter in self.trained),
+        }
+
+    def _backward(self) -> None:
+        with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
+            loss = nll_sum(self.model, self.inputs, self.targets) / self.targets.numel()
+        loss.backward()
+
+    def step(self) -> None:
+        """One optimizer step; leaves no gradient."""
+        self._backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def flops(self) -> tuple[int, int]:
+        """FLOPs of one forward and backward pass: of the linear layers, and of all."""
+        # The plain kernel of attention is the one whose products are counted on every device.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.model.enable_input_require_grads()
+            self._backward()
+            self.model.disable_input_require_grads()
+        self.optimizer.zero_grad()
+        # Not by module: the counter gives a layer also what its siblings with the same input do backwards.
+        counts = counter.get_flop_counts()["Global"]
+        return sum(counts.get(operation, 0) for operation in _LINEAR), counter.get_total_flops()
+
+    def peak_memory(self) -> int:
+        """Bytes held between steps, and the most that a step took on top."""
+        self.step()
+        state = [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
+        held: dict[int, int] = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in (*self.model.parameters(), *self.model.buffers(), *state)
+        }
+        return sum(held.values()) + _growth(self.step, self.inputs.device)
+
+
+def _growth(step: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that a step had allocated at any time beyond what there was before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    new = _NewStorages()
+    with new:
+        step()
+    return new.peak
+
+
+class _NewStorages(TorchDispatchMode):
+    """Adds up the storages that operations make, for as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes, self.peak = 0, 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen.update(_storages((args, kwargs)))
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage not in self._seen:
+                self._seen.add(storage)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.bytes -= size
+
+
+def _storages(tree: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
+    """Median seconds of each step; they take turns."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for turn in range(_WARM_UP + repeats):
+        for step, measured in zip(steps, seconds, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            if turn >= _WARM_UP:
+                measured.append(time.perf_counter() - start)
+    return [median(measured) for measured in seconds]
+
+
+def _wait(device: torch.device) -> None:
+    """Until the GPU has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

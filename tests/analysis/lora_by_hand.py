@@ -1,0 +1,104 @@
+"""LoRA runs and training curves in which the theory of the parametrisation holds exactly; tests bend one part each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+RECORDED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def difficulty(seed: int, step: int) -> float:
+    """How much harder than the average one batch is, the same for all runs of a seed; in nats."""
+    return float(0.05 * np.random.default_rng([seed, step]).standard_normal())
+
+
+def luck(*key: int, size: float) -> float:
+    """A small number that depends on the key alone."""
+    return float(size * np.random.default_rng(list(key)).standard_normal())
+
+
+def nll(run: Mapping[str, Any], step: int) -> float:
+    """Training loss: falls with alpha init_a LR_B at first, and ever faster the sooner A moves."""
+    update, time = run["alpha"] * run["init_a"] * run["lr"] * run["lr_ratio"], run["init_a"] / run["lr"]
+    fall = 2 * (1 - math.exp(-update * (step - 1))) + 1e-5 * (step - 1) ** 2 / (1 + time / 1e3)
+    return 3.0 + difficulty(run["seed"], step) - fall
+
+
+def a_moved(run: Mapping[str, Any], step: int) -> float:
+    """Grows by a fixed share of its time scale at each step but the first, in which A stays."""
+    return (step - 1) * 20 / (run["init_a"] / run["lr"])
+
+
+def descent(run: Mapping[str, Any], step: int) -> float:
+    """1/r times r terms of equal size, and the luck of the draw of A."""
+    if step > 1:
+        return 0.1
+    noise = luck(run["rank"], run["seed"], size=0.01)
+    return (1 + noise) * (1 + luck(run["seed"], size=0.2)) * run["alpha"] * run["lr"] * run["lr_ratio"]
+
+
+def update_norm(run: Mapping[str, Any], step: int) -> float:
+    """Grows with B, by seed a little more or less."""
+    return run["lr"] * (1 + (0.1 + luck(run["seed"], size=0.01)) * (step - 1))
+
+
+def b_over_a(run: Mapping[str, Any], step: int) -> float:
+    return 0.8 + luck(run["seed"], size=0.02)
+
+
+METRICS: dict[str, Callable[[Mapping[str, Any], int], float]] = {
+    "nll": nll,
+    "a_moved": a_moved,
+    "descent": descent,
+    "update_norm": update_norm,
+    "b_over_a": b_over_a,
+}
+
+
+def lora_run(rank: int = 8, *, seed: int = 0, lr: float = 1e-3, steps: int = 64, **columns: Any) -> dict[str, Any]:
+    """One row of `runs`, in the standard parametrisation but for what is given."""
+    row = {
+        "model": "tiny",
+        "dataset": "instruct",
+        "method": "lora",
+        "rank": rank,
+        "placement": "all",
+        "alpha": 32.0,
+        "init_a": 1.0,
+        "lr_ratio": 1.0,
+        "eps": 1e-30,
+        "lr": lr,
+        "batch_size": 8,
+        "steps": steps,
+        "seed": seed,
+        "status": "done",
+        "final_valid_nll": 2.1 + luck(seed, size=0.01),
+        "final_test_nll": 2.0 + luck(seed, size=0.01),
+        **columns,
+    }
+    name = ("model", "dataset", "rank", "alpha", "init_a", "lr_ratio", "eps", "lr", "steps", "seed")
+    return {"run_id": "-".join(str(row[column]) for column in name), **row}
+
+
+def lora_tables(
+    runs: Iterable[dict[str, Any]], **changes: Callable[[Mapping[str, Any], int], float]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables `runs` and `curves` of some runs; metrics as above but for changes."""
+    runs = list(runs)
+    rows = []
+    for run in runs:
+        for metric, value in (METRICS | changes).items():
+            steps = range(1, run["steps"] + 1) if metric == "nll" else sorted({*RECORDED, run["steps"]})
+            rows += [
+                {"run_id": run["run_id"], "step": step, "metric": metric, "value": value(run, step)}
+                for step in steps
+                if step <= run["steps"]
+            ]
+    integers = dict.fromkeys(("rank", "batch_size", "steps", "seed"), "Int64")
+    curves = pd.DataFrame(rows, columns=["run_id", "step", "metric", "value"]).assign(split="train")
+    return pd.DataFrame(runs).astype(integers), curves.astype({"step": "Int64", "value": float})

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabench.analysis.memorisation import (
+    best_stored,
+    description_lengths,
+    is_memorisation,
+    late_growth,
+    mean_interval,
+    stored_bits,
+)
+from tests.analysis.tables_by_hand import arm, tables
+
+TOKENS, ENTROPY = 1000, 4000.0
+
+
+def nll_of(bits: float) -> float:
+    """The loss at which so many bits are stored."""
+    return (ENTROPY - bits) * math.log(2) / TOKENS
+
+
+def facts(bits_by_rank, params=lambda rank: 500 * rank, **changes):
+    """Arms on random facts that store so many bits at their optimum, by rank."""
+    return tables(
+        arm(
+            rank,
+            optimum=1e-3,
+            floor=nll_of(bits),
+            dataset="facts",
+            entropy_bits=ENTROPY,
+            test_scored_tokens=TOKENS,
+            trainable_params=10**6 if rank is None else params(rank),
+            **changes,
+        )
+        for rank, bits in bits_by_rank.items()
+    )
+
+
+def test_stored_bits_are_the_entropy_less_what_is_left_to_tell():
+    runs, _ = facts({1: 1000.0}, offsets=(0.0,))
+    found = stored_bits(runs).set_index("lr")
+    assert found.loc[1e-3, "bits_stored"] == pytest.approx(1000)
+    assert found.loc[1e-3, "bits_per_parameter"] == pytest.approx(2)
+    assert found.loc[1e-3, "share"] == pytest.approx(0.25)
+    # Away from the optimum the loss is 0.1 ln(3)^2 nats higher.
+    lost = 0.1 * math.log(3) ** 2 * TOKENS / math.log(2)
+    assert found.loc[3e-3, "bits_stored"] == pytest.approx(1000 - lost)
+    assert len(found) == len(runs)
+
+
+def test_less_than_nothing_can_be_stored_and_diverged_runs_store_nothing_known():
+    runs, _ = facts({1: -200.0}, offsets=(0.0,), diverges_from=1e-2)
+    found = stored_bits(runs).set_index("lr")
+    assert found.loc[1e-3, "bits_stored"] == pytest.approx(-200)
+    assert found.loc[[1e-2, 3e-2], "bits_stored"].isna().all()
+    assert found.loc[1e-2, "status"] == "diverged"
+
+
+def test_other_datasets_and_tables_have_no_facts():
+    runs, _ = tables([arm(1, optimum=1e-3)])
+    for table in (runs, runs.assign(entropy_bits=math.nan, test_scored_tokens=5, trainable_params=5)):
+        assert not is_memorisation(table).any()
+        assert stored_bits(table).empty
+        assert best_stored(table).empty
+    both = pd.concat([runs, facts({1: 10.0})[0]])
+    assert set(stored_bits(both)["dataset"]) == {"facts"}
+
+
+def test_best_over_lr_is_the_mean_over_seeds_with_an_interval():
+    runs, _ = facts({None: 3900.0, 4: 3000.0})
+    found = best_stored(runs).set_index("method")
+    assert found["lr_best"].tolist() == [1e-3, 1e-3]
+    assert found["n_seeds"].tolist() == [3, 3]
+    assert found.loc["lora", "bits_stored"] == pytest.approx(3000)
+    seeds = np.array([0.0, 0.004, -0.004]) * TOKENS / math.log(2)
+    half = 4.302653 * seeds.std(ddof=1) / math.sqrt(3)
+    assert found.loc["lora", "bits_stored_high"] == pytest.approx(3000 + half)
+    assert found.loc["lora", "bits_per_parameter_low"] == pytest.approx((3000 - half) / 2000)
+    assert found.loc["fullft", "share"] == pytest.approx(3900 / ENTROPY)
+    assert found.loc["fullft", "trainable_params"] == 10**6
+
+
+def test_an_arm_that_never_finished_is_left_out():
+    runs, _ = facts({1: 100.0, 4: 200.0})
+    runs.loc[runs["rank"] == 1, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    assert best_stored(runs)["rank"].tolist() == [4]
+
+
+def test_description_length_is_full_fine_tunings_first_epoch():
+    epoch = {"first_epoch_nats": 70.0, "first_epoch_scored_tokens": 100}
+    arms = [arm(optimum=1e-3, **epoch), arm(1, optimum=1e-3, first_epoch_nats=1.0, first_epoch_scored_tokens=100)]
+    runs, _ = tables(arms)
+    runs.loc[runs["method"].eq("fullft") & runs["seed"].eq(1), "first_epoch_nats"] = 76.0
+    [row] = description_lengths(runs).to_dict("records")
+    assert (row["method"], row["n_seeds"]) == ("fullft", 3)
+    assert row["nats_per_token"] == pytest.approx(0.72)
+    assert row["bits"] == pytest.approx(72 / math.log(2))
+    assert row["nats_low"] == pytest.approx(0.72 - 4.302653 * 0.02)
+    [without] = description_lengths(runs[runs["method"] == "lora"]).to_dict("records")
+    assert (without["rank"], without["nats_per_token"]) == (1, pytest.approx(0.01))
+
+
+def test_runs_shorter_than_an_epoch_have_no_description_length():
+    runs, _ = tables([arm(optimum=1e-3, first_epoch_nats=math.nan, first_epoch_scored_tokens=math.nan)])
+    assert description_lengths(runs).empty
+
+
+def test_late_growth_is_what_the_second_half_of_the_steps_added():
+    runs, curves = facts({1: 1000.0})
+    # 900 of 1000 bits at step 64 of 128.
+    curves["value"] = curves["step"].map(lambda step: nll_of(900.0 if step == 64 else 1000.0 if step == 128 else 0.0))
+    assert late_growth(runs, curves)["growth"].tolist() == pytest.approx([0.1], abs=1e-3)
+    assert late_growth(runs, pd.DataFrame())["growth"].isna().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6), st.floats(-5, 5))
+def test_an_interval_moves_with_its_values(values, shift):
+    mean, low, high = mean_interval(pd.Series(values))
+    assert low <= mean <= high
+    moved = mean_interval(pd.Series(values) + shift)
+    assert moved == pytest.approx((mean + shift, low + shift, high + shift), abs=1e-6)
+    assert math.isnan(mean_interval(pd.Series(values[:1]))[1])

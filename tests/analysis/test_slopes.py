@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from lorabench.analysis.slopes import against_log, fit_line, log_log
+
+X = np.arange(8.0)
+SCATTER = np.array([1.0, -1.0, -0.5, 0.5, 0.7, -0.7, 0.2, -0.2])
+
+
+def test_slope_and_interval_are_those_of_scipy():
+    y = 3 - 0.5 * X + 0.1 * SCATTER
+    found, known = fit_line(X, y), stats.linregress(X, y)
+    half = stats.t.ppf(0.975, len(X) - 2) * known.stderr
+    assert (found.slope, found.intercept, found.n) == pytest.approx((known.slope, known.intercept, len(X)))
+    assert (found.low, found.high) == pytest.approx((known.slope - half, known.slope + half))
+    assert found.r2 == pytest.approx(known.rvalue**2)
+
+
+def test_the_quadratic_term_is_that_of_a_parabola():
+    bent = fit_line(X, 1 + 2 * X - 0.3 * X**2 + 0.01 * SCATTER)
+    assert bent.quadratic == pytest.approx(np.polyfit(X, 1 + 2 * X - 0.3 * X**2 + 0.01 * SCATTER, 2)[0])
+    assert bent.quadratic_low < -0.3 < bent.quadratic_high < 0
+    straight = fit_line(X, 1 + 2 * X + 0.1 * SCATTER)
+    assert straight.quadratic_low < 0 < straight.quadratic_high
+
+
+def test_points_that_lie_on_a_line_by_luck_are_as_uncertain_as_their_noise():
+    exact = fit_line(X, 2 * X)
+    assert (exact.low, exact.high, exact.r2) == pytest.approx((2, 2, 1))
+    noisy = fit_line(X, 2 * X, sigma=0.3)
+    half = stats.t.ppf(0.975, 6) * 0.3 / math.sqrt(((X - X.mean()) ** 2).sum())
+    assert (noisy.slope, noisy.high - noisy.low) == pytest.approx((2, 2 * half))
+    scattered = 2 * X + SCATTER
+    assert fit_line(X, scattered, sigma=0.1) == fit_line(X, scattered)
+    assert fit_line(X, scattered, sigma=math.nan) == fit_line(X, scattered)
+
+
+def test_groups_share_the_slope_only():
+    x, groups = np.tile(X, 2), np.repeat(["a", "b"], len(X))
+    y = 0.5 * x + np.where(groups == "a", 0.0, 7.0) + 0.1 * np.tile(SCATTER, 2)
+    found = fit_line(x, y, groups=groups)
+    design = np.column_stack([groups == "a", groups == "b", x]).astype(float)
+    coefficients, (residual,), *_ = np.linalg.lstsq(design, y, rcond=None)
+    spread = math.sqrt(residual / (len(y) - 3) * np.linalg.inv(design.T @ design)[2, 2])
+    assert found.slope == pytest.approx(coefficients[2])
+    assert found.high - found.slope == pytest.approx(stats.t.ppf(0.975, len(y) - 3) * spread)
+    assert found.r2 > 0.98 > fit_line(x, y).r2
+
+
+def test_logarithmic_axes():
+    steps = np.array([1, 10, 100, 1000])
+    assert against_log(steps, [4.0, 3.0, 2.0, 1.0]).slope == pytest.approx(-1)
+    assert log_log(steps, 5.0 * steps**1.5).slope == pytest.approx(1.5)
+    assert 10 ** log_log(steps, 5.0 * steps**1.5).intercept == pytest.approx(5)
+
+
+def test_what_has_no_place_on_an_axis_is_left_out():
+    found = log_log([0, 1, 10, 100, 1000, 10], [3, 1, 10, 100, math.nan, -1])
+    assert (found.slope, found.n) == (pytest.approx(1), 3)
+
+
+def test_too_few_points_tell_nothing():
+    for x, y in (([], []), ([1.0], [2.0]), ([0.1, 0.1, 0.1], [1.0, 2.0, 3.0])):
+        assert math.isnan(fit_line(x, y).slope)
+    two = fit_line([0.0, 1.0], [0.0, 2.0])
+    assert (two.slope, math.isnan(two.low), math.isnan(two.quadratic)) == (pytest.approx(2), True, True)
+    three = fit_line([0.0, 1.0, 2.0], [0.0, 2.0, 3.0])
+    assert (math.isfinite(three.low), math.isfinite(three.quadratic), math.isnan(three.quadratic_low)) == (True,) * 3
+    assert math.isnan(fit_line([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], groups=["a", "b", "c"]).slope)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(-5, 5), st.floats(-50, 50), st.floats(0.1, 10))
+def test_units_and_shifts_do_not_matter(slope, shift, unit):
+    y = slope * X + 0.1 * SCATTER
+    one, other = fit_line(X, y), fit_line(X / unit + shift, y + shift)
+    assert other.slope == pytest.approx(one.slope * unit, abs=1e-7)
+    assert other.high - other.low == pytest.approx((one.high - one.low) * unit, rel=1e-6)
+    assert other.quadratic == pytest.approx(one.quadratic * unit**2, abs=1e-6)
+
+
+def test_intervals_cover_the_true_slope():
+    rng = np.random.default_rng(0)
+    lines = [fit_line(X, 2 * X + rng.normal(size=len(X))) for _ in range(400)]
+    assert 0.92 < np.mean([line.low < 2 < line.high for line in lines]) < 0.98

@@ -1,0 +1,269 @@
+"""The figures about learning rates: short and long runs, the LR law, and published losses beside ours."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.claims.learning_rate import fitted_law, swept_models
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict
+from lorabench.analysis.noise import seed_noise
+from lorabench.analysis.optimum import lr_optima
+from lorabench.figures import FIGURES, published
+from lorabench.tables import Tables
+from tests.analysis.tables_by_hand import CURVATURE, OFFSETS, arm, tables
+
+LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
+MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
+LENGTHS = {25: 20.0, 50: 16.0, 100: 14.0, 400: 10.0}
+
+
+def draw(name, runs, curves=None):
+    return FIGURES[name].draw(Tables(runs, pd.DataFrame() if curves is None else curves))
+
+
+def models(chosen=MODELS, ranks=(None, 16), **settings):
+    arms = []
+    for name, (family, hidden_size) in chosen.items():
+        for rank in ranks:
+            optimum = predict(LAW, family, hidden_size, "fullft" if rank is None else "lora")
+            lrs = [optimum * factor for factor in (1 / 9, 1 / 3, 1, 3, 9)]
+            about = {"model": name, "family": family, "hidden_size": hidden_size, "lrs": lrs}
+            arms.append(arm(rank, optimum=optimum, **(about | settings)))
+    return tables(arms)
+
+
+def lengths(offsets=OFFSETS, ranks=(None, 16), steps=400, **settings):
+    """Runs whose LR ratio is that of LENGTHS as of each step."""
+    runs, _ = tables(
+        arm(rank, optimum=3e-4 if rank is None else 3e-3, steps=steps, offsets=offsets, **settings) for rank in ranks
+    )
+    rows = [
+        {
+            "run_id": run["run_id"],
+            "step": step,
+            "split": "validation",
+            "metric": "nll",
+            "value": 2.1
+            + CURVATURE * math.log(run["lr"] / (3e-4 * (1 if run["method"] == "fullft" else ratio))) ** 2
+            + offsets[run["seed"]],
+        }
+        for run in runs.to_dict("records")
+        for step, ratio in LENGTHS.items()
+    ]
+    return runs, pd.DataFrame(rows)
+
+
+def of(plotted, element):
+    return plotted[plotted["element"] == element]
+
+
+# The LR law.
+
+
+def test_law_draws_the_optima_and_ratios_of_the_tables():
+    runs, _ = models()
+    _, plotted = draw("lr_law", runs)
+    optima = lr_optima(runs, seed_noise(runs)).set_index(["model", "method"])
+    drawn = of(plotted, "optimum").set_index(["model", "method"])
+    assert len(drawn) == 8
+    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("nll", "nll_opt")):
+        np.testing.assert_allclose(drawn[ours].astype(float), optima[theirs].reindex(drawn.index).astype(float))
+    ratio = of(plotted, "ratio").set_index("model")
+    assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))
+    assert ((ratio["ratio_low"] < 8) & (ratio["ratio_high"] > 8)).all()
+    assert ratio["hidden_size"].to_dict() == {name: size for name, (_, size) in MODELS.items()}
+
+
+def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
+    runs, curves = models()
+    figure, plotted = draw("lr_law", runs)
+    [group] = swept_models(Evidence(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves, *[None] * 2))
+    for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
+        points = of(plotted, element)
+        assert len(points) == 2 * 2 * 2
+        for point in points.to_dict("records"):
+            expected = predict(law, point["family"], point["hidden_size"], point["method"])
+            assert point["lr"] == pytest.approx(expected)
+    assert any("M 8, exponent llama 0.78, qwen 0.08" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_law_published_optima_are_those_of_the_reference():
+    _, plotted = draw("lr_law", models()[0])
+    found = of(plotted, "published").set_index(["model", "method"])
+    assert found.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
+    assert found.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
+    assert found.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
+    assert found.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
+    # At the edge of its grid.
+    assert not found.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
+    only_llama = {name: MODELS[name] for name in ("l64", "l128")}
+    assert set(of(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
+
+
+def test_law_reference_lines():
+    _, plotted = draw("lr_law", models()[0])
+    assert set(of(plotted, "reference")["ratio"]) == {10.0}
+    naive = of(plotted, "naive")
+    np.testing.assert_allclose(naive["ratio"], naive["hidden_size"].astype(float) / 64)
+
+
+def test_law_marks_what_is_not_resolved():
+    figure, plotted = draw("lr_law", models(offsets=(0.0,))[0])
+    assert not of(plotted, "optimum")["resolved"].any()
+    assert "not resolved" in [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        pytest.param(models({"l64": MODELS["l64"]})[0], id="one model"),
+        pytest.param(models(ranks=(16,))[0], id="no full fine-tuning"),
+        pytest.param(models(ranks=(None,))[0], id="no LoRA"),
+        pytest.param(models(ranks=(None, 1))[0], id="rank 1 only"),
+        pytest.param(models(offsets=(0.0,))[0], id="one seed"),
+        pytest.param(models(lrs=[1e-3])[0], id="one learning rate"),
+        pytest.param(models(lrs=(1e-4, 1e-3, 1e-2), diverges_from=1e-3)[0], id="diverged runs"),
+        pytest.param(
+            models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), id="all"
+        ),
+        pytest.param(models()[0].drop(columns=["family", "hidden_size"]), id="no sizes"),
+        pytest.param(models({"g": ("gemma3", 64), "l": ("llama", 64)})[0], id="a family without a published law"),
+        pytest.param(models()[0].drop(columns="steps"), id="no steps"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_law_of_odd_tables(runs):
+    figure, plotted = draw("lr_law", runs)
+    figure.draw_without_rendering()
+    assert len(of(plotted, "diverged")) == (runs["status"] == "diverged").sum()
+    assert of(plotted, "published_law")["lr"].notna().all()
+
+
+def test_law_says_which_models_it_leaves_out():
+    runs, _ = models()
+    figure, _ = draw("lr_law", runs[(runs["model"] != "q96") | (runs["method"] == "lora")])
+    assert any("not drawn: q96" in text.get_text() for text in figure.axes[0].texts)
+
+
+# Short and long runs.
+
+
+def test_short_run_draws_losses_as_of_each_length():
+    runs, curves = lengths()
+    figure, plotted = draw("short_run", runs, curves)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [f"tiny · instruct · {what}" for what in ("at step 50", "at step 100", "at step 400", "LR ratio")]
+    for step in (50, 100):
+        loss = of(plotted, "loss")
+        loss = loss[loss["steps"] == step]
+        at = curves[curves["step"] == step].merge(runs[["run_id", "method", "lr"]], on="run_id")
+        means = at.groupby(["method", "lr"])["value"].mean()
+        assert loss.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
+    full = of(plotted, "loss")[of(plotted, "loss")["steps"] == 400]
+    means = runs.groupby(["method", "lr"])["final_valid_nll"].mean()
+    assert full.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
+
+
+def test_short_run_ratio_by_length_and_the_papers():
+    figure, plotted = draw("short_run", *lengths())
+    ratio = of(plotted, "ratio").set_index("steps")
+    assert ratio["ratio"].to_dict() == pytest.approx(LENGTHS)
+    assert (ratio["ratio_low"] < ratio["ratio"]).all()
+    assert (ratio["ratio_high"] > ratio["ratio"]).all()
+    assert sorted(of(plotted, "reference")["ratio"]) == [10.0, 15.0]
+    levels = {line.get_ydata()[0] for line in figure.axes[-1].get_lines() if line.get_linestyle() == "--"}
+    assert levels == {10.0, 15.0}
+
+
+def test_short_run_counts_what_had_diverged_by_then():
+    runs, curves = lengths()
+    gone = (runs["lr"] > 2e-2) & (runs["method"] == "lora")
+    runs = runs.assign(diverged_at=pd.array([70 if one else None for one in gone], dtype="Int64"))
+    runs.loc[gone, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    curves.loc[curves["run_id"].isin(runs.loc[gone, "run_id"]) & (curves["step"] > 70), "value"] = math.nan
+    _, plotted = draw("short_run", runs, curves)
+    assert of(plotted, "diverged")["steps"].tolist() == [100, 400]
+
+
+@pytest.mark.parametrize(
+    ("runs", "curves"),
+    [
+        pytest.param(*lengths(ranks=(16,)), id="no full fine-tuning"),
+        pytest.param(*lengths(ranks=(None,)), id="no LoRA"),
+        pytest.param(*lengths(offsets=(0.0,)), id="one seed"),
+        pytest.param(*lengths(lrs=(1e-3,), offsets=(0.0,)), id="one learning rate"),
+        pytest.param(*lengths(diverges_from=1e-3), id="diverged runs"),
+        pytest.param(lengths()[0], pd.DataFrame(), id="no curves"),
+        pytest.param(lengths()[0], lengths()[1].assign(value=math.nan), id="curves of NaN"),
+        pytest.param(lengths()[0].drop(columns="steps"), lengths()[1], id="no steps"),
+        pytest.param(lengths()[0].drop(columns="steps"), pd.DataFrame(), id="neither steps nor curves"),
+        pytest.param(*lengths(steps=100), id="short runs only"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_short_run_of_odd_tables(runs, curves):
+    figure, plotted = draw("short_run", runs, curves)
+    figure.draw_without_rendering()
+    assert len(of(plotted, "loss"))
+
+
+# Published losses in figure 2.
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "arms"),
+    [
+        ("Llama-3.1-8B", "tulu3", ["LoRA r4", "LoRA r16", "LoRA r64", "LoRA r128"]),
+        ("meta-llama/Llama-3.1-8B", "allenai/tulu-3-sft-mixture", ["LoRA r4", "LoRA r16", "LoRA r64", "LoRA r128"]),
+        ("Qwen3-4B", "no_robots", ["FullFT", "LoRA r1", "LoRA r16", "LoRA r256"]),
+        ("Llama-3.1-8B", "no_robots", []),
+        ("Llama-3.1-8B", "instruct", []),
+        ("tiny", "tulu3", []),
+    ],
+)
+def test_fig2_overlays_published_losses_of_the_same_model_and_data_only(model, dataset, arms):
+    runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model=model, dataset=dataset) for rank in (None, 8))
+    figure, plotted = draw("fig2_lr_by_rank", runs)
+    found = of(plotted, "published")
+    assert sorted(found["arm"].unique()) == sorted(arms)
+    words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert any(text.startswith("published") for text in words) == bool(arms)
+    # The arms of ours, and no other, have a colour.
+    assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
+
+
+def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
+    runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model="Llama-3.1-8B", dataset="tulu3") for rank in (None, 8))
+    figure, plotted = draw("fig2_lr_by_rank", runs)
+    found = of(plotted, "published").set_index(["rank", "lr"])["nll"]
+    sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
+    sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
+    assert found.to_dict() == pytest.approx(sweep.to_dict())
+    low, high = figure.axes[0].get_ylim()
+    assert low < found.min()
+    assert found.max() < high
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
+    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in found.groupby("rank")}
+
+
+def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path):
+    monkeypatch.setattr(published, "REFERENCE", tmp_path)
+    assert published.numbers() == {}
+    assert published.sweeps().empty
+    for name, (runs, curves) in {"lr_law": models(), "short_run": lengths()}.items():
+        _, plotted = draw(name, runs, curves)
+        assert not {"published", "reference"} & set(plotted["element"])
+    runs, _ = tables([arm(8, optimum=3e-4, model="Llama-3.1-8B", dataset="tulu3")])
+    assert of(draw("fig2_lr_by_rank", runs)[1], "published").empty
+
+
+def test_published_models_all_have_a_family_and_a_hidden_size():
+    table = published.sweeps()
+    assert table[["family", "hidden_size", "nll", "lr", "source"]].notna().all().all()
+    assert set(table["family"]) == {"llama", "qwen"}
+    assert published.numbers()["lr_ratio_short_runs"] == 15

@@ -1,0 +1,75 @@
+"""Parameter counts on real architectures, against the paper's table and the published sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorabench.errors import UserError
+from lorabench.models.counts import ARCHITECTURES, counts_table, lora_parameters
+
+
+@pytest.fixture(scope="module")
+def table():
+    return counts_table()
+
+
+@pytest.mark.parametrize(
+    ("placement", "rank", "head", "expected"),
+    [
+        ("mlp", 256, True, 486_866_944),
+        ("attn", 256, True, 251_985_920),
+        ("all", 256, True, 704_970_752),
+        ("mlp", 128, True, 243_433_472),
+        ("all", 1, True, 2_753_792),
+        ("all", 1, False, 2_621_440),
+    ],
+)
+def test_llama_8b_has_the_papers_counts(table, placement, rank, head, expected):
+    rows = table.query("architecture == 'llama-3.1-8b' and placement == @placement and rank == @rank")
+    assert list(rows[rows["include_unembedding"] == head]["trainable_params"]) == [expected]
+
+
+def test_whole_models_have_their_published_sizes(table):
+    sizes = table[table["part"] == "all"].groupby("architecture")["base_params"].unique().map(list).to_dict()
+    assert sizes == {
+        "llama-3.1-8b": [8_030_261_248],
+        # Tied: the unembedding counts once.
+        "llama-3.2-1b": [1_235_814_400],
+        "qwen3-8b": [8_190_735_360],
+        "qwen3-30b-a3b": [30_532_122_624],
+    }
+    assert sizes.keys() == {file.stem for file in ARCHITECTURES.glob("*.json")}
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_parts_of_the_mixture_of_experts(table, rank):
+    rows = table[(table["architecture"] == "qwen3-30b-a3b") & (table["rank"] == rank)].set_index("part")
+    hidden, expert, experts, layers = 2048, 768, 128, 48
+    # Gate and up share an A.
+    per_expert = (hidden + 2 * expert) + (expert + hidden)
+    attention = (hidden + 4096) + 2 * (hidden + 512) + (4096 + hidden)
+    assert rows["trainable_params"].drop("all").to_dict() == {
+        "experts": layers * experts * per_expert * rank // 8,
+        "attention": layers * attention * rank,
+        "unembedding": (hidden + 151_936) * rank,
+    }
+    assert rows["base_params"].drop("all").to_dict() == {
+        "experts": layers * experts * 3 * hidden * expert,
+        "attention": layers * (2 * hidden * 4096 + 2 * hidden * 512),
+        "unembedding": hidden * 151_936,
+    }
+    assert rows["trainable_params"].drop("all").sum() == rows["trainable_params"]["all"]
+
+
+def test_each_condition_is_there_once(table):
+    key = ["architecture", "placement", "rank", "include_unembedding", "part"]
+    assert not table.duplicated(key).any()
+
+
+def test_one_count():
+    assert lora_parameters("llama-3.2-1b", "all", 2, include_unembedding=False) == 2 * 704_512
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(UserError, match="architecture 'gpt-5' is not known; known: llama-3.1-8b, llama-3.2-1b, qwen3"):
+        lora_parameters("gpt-5", "all", 1)

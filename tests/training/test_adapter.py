@@ -1,0 +1,177 @@
+"""The probe's measures against dense matrices, over real optimizer steps on a PEFT model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lorabench.models.lora import adapter_pairs
+from lorabench.training.adapter import AdapterProbe
+
+RANK, ALPHA, LR = 3, 32.0, 1e-2
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.tall = torch.nn.Linear(20, 7), torch.nn.Linear(7, 16)
+
+    def forward(self, x):
+        return self.tall(torch.tanh(self.wide(x)))
+
+
+def adapted(rank=RANK):
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["wide", "tall"], lora_dropout=0.0)
+    model = get_peft_model(Net(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    return model, optimizer
+
+
+def backward(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = torch.randn(12, 20, generator=generator), torch.randint(16, (12,), generator=generator)
+    loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+    loss.backward()
+    return loss
+
+
+def dense(model):
+    """The change of W by LoRA, of each layer."""
+    return {name: scaling * (b @ a).detach().double() for name, (a, b, scaling) in adapter_pairs(model).items()}
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("rank", [1, RANK, 9])
+def test_measures_agree_with_dense_matrices(rank):
+    model, optimizer = adapted(rank)
+    pairs = adapter_pairs(model)
+    assert len(pairs) == 2
+    probe = AdapterProbe(pairs)
+    initial = {name: a.detach().clone() for name, (a, _, _) in pairs.items()}
+    for step in range(6):
+        optimizer.zero_grad()
+        backward(model, step)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        before, old = dense(model), parameters(model)
+        probe.before_step()
+        optimizer.step()
+        measured = probe.after_step()
+        after, new = dense(model), parameters(model)
+        update = sum((after[name] - before[name]).square().sum() for name in pairs) ** 0.5
+        moved = [((a - initial[name]).norm() / initial[name].norm()).item() for name, (a, _, _) in pairs.items()]
+        larger = [torch.linalg.matrix_norm(b, 2) > torch.linalg.matrix_norm(a, 2) for a, b, _ in pairs.values()]
+        descent = -sum(((new[name] - old[name]).double() * gradients[name]).sum() for name in new)
+        assert measured["update_norm"] == pytest.approx(update.item(), rel=1e-4)
+        assert measured["a_moved"] == pytest.approx(sum(moved) / 2, rel=1e-5)
+        assert measured["b_over_a"] == sum(map(float, larger)) / 2
+        assert measured["descent"] == pytest.approx(descent.item(), rel=1e-5)
+    assert all(value > 0 for name, value in measured.items() if name != "b_over_a")
+
+
+def test_the_first_descent_is_the_projection_on_the_gradient_of_full_fine_tuning():
+    model, optimizer = adapted()
+    weights = {
+        name: module.base_layer.weight for name, module in model.named_modules() if hasattr(module, "base_layer")
+    }
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    probe = AdapterProbe(adapter_pairs(model))
+    backward(model, 0)
+    before = dense(model)
+    probe.before_step()
+    optimizer.step()
+    measured, after = probe.after_step(), dense(model)
+    projected = -sum(
+        ((after[name] - before[name]) * next(w for full, w in weights.items() if full.endswith(name)).grad).sum()
+        for name in after
+    )
+    assert measured["descent"] == pytest.approx(projected.item(), rel=1e-5)
+    assert measured["a_moved"] == 0.0
+    assert measured["b_over_a"] == 0.0
+
+
+def test_the_first_descent_is_the_fall_of_the_loss_in_the_limit_of_small_steps():
+    model, optimizer = adapted()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    probe = AdapterProbe(adapter_pairs(model))
+    loss = backward(model, 0)
+    probe.before_step()
+    optimizer.step()
+    measured = probe.after_step()
+    assert measured["descent"] == pytest.approx((loss - backward(model, 0)).item(), rel=0.05)
+
+
+def test_b_larger_than_a_is_counted_by_layer():
+    model, _ = adapted()
+    pairs = adapter_pairs(model)
+    probe = AdapterProbe(pairs)
+    backward(model, 0)
+    probe.before_step()
+    with torch.no_grad():
+        pairs["wide"][1].fill_(5.0)
+    assert probe.after_step()["b_over_a"] == 0.5
+
+
+def test_a_step_that_changes_nothing_measures_zero():
+    model, _ = adapted()
+    probe = AdapterProbe(adapter_pairs(model))
+    backward(model, 0)
+    probe.before_step()
+    assert probe.after_step() == {"a_moved": 0.0, "update_norm": 0.0, "b_over_a": 0.0, "descent": 0.0}
+
+
+def test_the_initial_a_is_that_of_construction():
+    model, _ = adapted()
+    pairs = adapter_pairs(model)
+    probe = AdapterProbe(pairs)
+    with torch.no_grad():
+        for a, _, _ in pairs.values():
+            a.mul_(3.0)
+    probe.before_step()
+    measured = probe.after_step()
+    assert measured["a_moved"] == pytest.approx(2.0)
+    assert measured["update_norm"] == 0.0
+
+
+def test_a_step_to_nan_is_measured_not_fatal():
+    model, _ = adapted()
+    pairs = adapter_pairs(model)
+    probe = AdapterProbe(pairs)
+    backward(model, 0)
+    probe.before_step()
+    with torch.no_grad():
+        pairs["wide"][0].fill_(torch.nan)
+    measured = probe.after_step()
+    assert math.isnan(measured["update_norm"])
+    assert math.isnan(measured["descent"])
+
+
+def test_the_probe_changes_no_training():
+    trained = []
+    for probed in (False, True):
+        model, optimizer = adapted()
+        probe = AdapterProbe(adapter_pairs(model))
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(model, step)
+            if probed:
+                probe.before_step()
+            optimizer.step()
+            if probed:
+                probe.after_step()
+        trained.append(parameters(model))
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+def test_a_model_without_adapters_has_no_measures():
+    probe = AdapterProbe({})
+    probe.before_step()
+    assert probe.after_step() == {}
