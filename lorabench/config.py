@@ -146,7 +146,33 @@ class FactsDataset(Strict):
         return self.facts * self.digits * math.log2(10)
 
 
-DatasetSpec = Annotated[ChatDataset | FactsDataset, Field(discriminator="kind")]
+class HubDataset(Strict):
+    """Chats of a dataset on the Hugging Face hub, with a column `messages` or `conversations`."""
+
+    kind: Literal["hub"]
+    id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub id, `owner/name`."""
+    revision: str = "main"
+    """Commit or tag; pin a commit for a reproducible run."""
+    config: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Its split that all examples are taken from."""
+    train: Positive
+    """Training examples."""
+    validation: Positive
+    """Examples on which the LR is picked."""
+    test: Positive
+    """Examples on which losses are reported."""
+    max_chars: Annotated[int, Field(ge=32)]
+    """Longer examples (all turns together) are left out."""
+    mean_tokens: Positive
+    """Tokens of an average example, for the cost estimate."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of examples."""
+
+
+DatasetSpec = Annotated[ChatDataset | FactsDataset | HubDataset, Field(discriminator="kind")]
 
 
 class Protocol(Strict):
@@ -402,7 +428,7 @@ def _sentence(problem: Any) -> str:
 
 _KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "models": (TinyModel, HubModel, PathModel, GgufModel),
-    "datasets": (ChatDataset, FactsDataset),
+    "datasets": (ChatDataset, FactsDataset, HubDataset),
 }
 
 

@@ -41,6 +41,8 @@ class Estimate:
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     """Estimated tokens of one example."""
+    if dataset.kind == "hub":
+        return dataset.mean_tokens
     if dataset.kind == "facts":
         chars: float = _CHARS_OF_A_FACT
     else:

@@ -136,6 +136,7 @@ CLAIMS = pa.schema(
         ("verdict", pa.string()),
         ("reason", pa.string()),
         ("paper_value", pa.string()),
+        ("published", pa.string()),
         ("run_ids", pa.list_(pa.string())),
     ]
 )
@@ -267,9 +268,9 @@ def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
         # What pandas notes in a file of its own would make a column the index again.
         frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
         return frame
-    # Text as it stands: a run_id of digits is no number. Numbers exactly as they were written.
+    # Text as it stands: a run_id of digits is no number.
     text = {column.name: str for column in schema if pa.types.is_string(column.type)}
-    return pd.read_csv(path, dtype=text, float_precision="round_trip")
+    return pd.read_csv(path, dtype=text)
 
 
 def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series[Any]:

@@ -57,6 +57,21 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     return found[[*columns, *_RATIOS]].sort_values([*SETTING, "placement", "rank"], ignore_index=True)
 
 
+def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of `flops_ratio` of each model and placement in each setting, and what to call them.
+
+    The name is the model's, with the columns in which its settings differ.
+    """
+    columns = [*SETTING, "placement"]
+    found = []
+    for model, of_model in ratios.groupby("model"):
+        varied = [name for name in columns[1:] if of_model[name].nunique(dropna=False) > 1]
+        for key, rows in of_model.groupby(columns, dropna=False):
+            values = dict(zip(columns, key, strict=True))
+            found.append((" ".join([str(model), *(f"{name} {values[name]}" for name in varied)]), rows))
+    return found
+
+
 def _check(compute: pd.DataFrame) -> None:
     missing = [name for name in NEEDED if name not in compute]
     if missing:

@@ -7,16 +7,16 @@ from random import Random
 from string import ascii_lowercase
 
 from lorabench.config import FactsDataset
-from lorabench.data.reasoning import Problem
+from lorabench.data.chat import Chat
 
 SOURCE = "facts"
 _NAME_LENGTH = 6
 
 
-def random_facts(spec: FactsDataset) -> Iterator[Problem]:
+def random_facts(spec: FactsDataset) -> Iterator[Chat]:
     """Endless facts, each a random name and a random number of `spec.digits` digits, uniform and independent."""
     rng = Random(spec.seed)
     while True:
         name = "".join(rng.choices(ascii_lowercase, k=_NAME_LENGTH))
         number = "".join(rng.choices("0123456789", k=spec.digits))
-        yield Problem(SOURCE, f"number of {name}?", number)
+        yield Chat.of(SOURCE, f"number of {name}?", number)

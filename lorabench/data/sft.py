@@ -2,98 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config import ChatDataset, DatasetSpec, FactsDataset
+from lorabench.config import DatasetSpec, FactsDataset, HubDataset
+from lorabench.data.chat import Chat, prompt
 from lorabench.data.facts import SOURCE, random_facts
-from lorabench.data.reasoning import INSTRUCT_TASKS, Problem, mixture, odd, worked_solutions
+from lorabench.data.hub import hub_chats
+from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, odd, worked_solutions
 from lorabench.errors import UserError
 from lorabench.records import atomic_path
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-Messages = list[dict[str, str]]
-
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _SCHEMA = pa.schema([("split", pa.string()), ("source", pa.string()), ("messages", pa.list_(_MESSAGE))])
 
 
-# So many problems in a row that are too long or known mean that there are no more.
+# So many chats in a row that are unfit or known mean that there are no more.
 _MAX_MISSES = 500
 
 
-def problems(spec: ChatDataset) -> Iterator[Problem]:
-    """Endless problems of the dataset's kind."""
-    match spec.kind:
-        case "instruct":
-            return mixture(INSTRUCT_TASKS, spec.seed)
-        case "worked":
-            return worked_solutions(odd, spec.seed)
+def chats(spec: DatasetSpec) -> Iterator[Chat]:
+    """The chats of the dataset's kind, as many as there are."""
+    match spec:
+        case HubDataset():
+            yield from hub_chats(spec)
+        case FactsDataset():
+            yield from random_facts(spec)
+        case _:
+            problems = (
+                mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions(odd, spec.seed)
+            )
+            for problem in problems:
+                yield Chat.of(problem.source, problem.question, problem.response)
 
 
 def make_dataset(spec: DatasetSpec) -> list[dict[str, Any]]:
     """Rows (split, source, messages), distinct by prompt across all splits; random facts are the same in every split.
 
     Raises:
-        UserError: the generator does not have that many distinct problems of that length.
+        UserError: there are not that many distinct chats of that length.
     """
+    source = _distinct(spec)
     if isinstance(spec, FactsDataset):
-        facts = _distinct(random_facts(spec), spec.facts, set(), lambda fact: True, "facts")
+        facts = _take(source, spec.facts, "facts")
         return [_row(split, fact) for split in SPLITS for fact in facts]
-    source = problems(spec)
-    seen: set[str] = set()
-
-    def short(problem: Problem) -> bool:
-        return len(problem.question) + len(problem.response) <= spec.max_chars
-
+    what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     rows = [
-        _row(split, problem)
+        _row(split, chat)
         for split in SPLITS
-        for problem in _distinct(
-            source,
-            getattr(spec, split),
-            seen,
-            short,
-            f"{split} examples of at most {spec.max_chars} characters of kind {spec.kind!r}",
-        )
+        for chat in _take(source, getattr(spec, split), f"{split} examples {what}")
     ]
     check_disjoint(rows)
     return rows
 
 
-def _distinct(
-    source: Iterator[Problem], count: int, seen: set[str], wanted: Callable[[Problem], bool], what: str
-) -> list[Problem]:
-    """The next `count` problems that are wanted and whose question is not in `seen`, which grows."""
-    found: list[Problem] = []
+def _distinct(spec: DatasetSpec) -> Iterator[Chat]:
+    """Chats that are short enough, each prompt once; ends after many in a row that are not."""
+    longest = None if isinstance(spec, FactsDataset) else spec.max_chars
+    seen: set[str] = set()
     misses = 0
-    while len(found) < count:
-        problem = next(source)
-        if problem.question in seen or not wanted(problem):
+    for chat in chats(spec):
+        key = prompt(chat.messages)
+        unfit = len(chat.messages) < 2 or chat.messages[-1]["role"] != "assistant"
+        if unfit or key in seen or (longest is not None and chat.chars() > longest):
             misses += 1
             if misses > _MAX_MISSES:
-                raise UserError(f"found no {count} distinct {what}")
+                return
             continue
         misses = 0
-        seen.add(problem.question)
-        found.append(problem)
-    return found
+        seen.add(key)
+        yield chat
 
 
-def _row(split: Split, problem: Problem) -> dict[str, Any]:
-    messages = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.response}]
-    return {"split": split, "source": problem.source, "messages": messages}
+def _take(source: Iterator[Chat], count: int, what: str) -> list[Chat]:
+    """The next `count` chats.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    taken = list(islice(source, count))
+    if len(taken) < count:
+        raise UserError(f"found no {count} distinct {what}")
+    return taken
 
 
-def prompt(messages: Messages) -> str:
-    """All that comes before the last assistant turn, normalised: what makes two examples the same."""
-    return "\n".join(" ".join(m["content"].split()) for m in messages[:-1])
+def _row(split: Split, chat: Chat) -> dict[str, Any]:
+    return {"split": split, "source": chat.source, "messages": chat.messages}
 
 
 def check_disjoint(rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lorabench.data.sft import SPLITS, Messages, Split
+from lorabench.data.chat import Messages
+from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
 from lorabench.records import atomic_path, file_sha256
 

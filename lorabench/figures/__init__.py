@@ -165,6 +165,75 @@ FIGURES = {
             ),
             experiment="short_run",
         ),
+        PaperFigure(
+            name="early",
+            title="Early curves. Training loss by LoRA rank at one learning rate",
+            caption=(
+                "Left: training loss (nats per scored token) of each step's batch before its update, by LoRA rank, all "
+                "at one learning rate and on the same batches; mean over seeds, each with its own data order. Right: "
+                "by how much the loss of the lowest rank above 1 differs from that of the highest on the same batches, "
+                "mean over seeds, without its sign: filled where the lower rank has the higher loss, open where it has "
+                "the lower. Points below the grey line, the half width of their 95% interval over seeds, can't be told "
+                "from zero. Dashed: two standard deviations of the training loss over batches. Before the first update "
+                "the difference is zero, which has no place on the axis. Diverged runs are left out and counted."
+            ),
+            experiment="early",
+        ),
+        PaperFigure(
+            name="parametrization",
+            title="Parametrization. What alpha/r, A's initial scale and the two learning rates do",
+            caption=(
+                "First update: first-order fall of the loss by the first update over that of the highest rank, by how "
+                "the factor before BA depends on rank r; mean over seeds with 95% interval, band 5% to either side of "
+                "equal. Redundant pair: largest difference of the training loss up to a step (nats per scored token), "
+                "of runs that should be one run since alpha * init_A * LR_B and init_A / LR_A are the same (black, the "
+                "largest of all pairs) and of others (grey, all pairs; dashed, the smallest); dotted is numerical "
+                "precision. When A moves: steps until A has moved by its own initial norm, geometric mean over seeds "
+                "with 95% interval, against init_A (in units of 1/sqrt(d_in)) over the learning rate of A; dotted is "
+                "slope 1, and an open triangle, at the end of its runs, one that did not get there. Size of updates: "
+                "Frobenius norm of the change of W by one step over the learning rate, in the standard parametrisation "
+                "at its best learning rate, mean over seeds with 95% interval. Colour is LoRA rank."
+            ),
+            experiment="parametrization",
+        ),
+        PaperFigure(
+            name="variants",
+            title="Variants. Alpha and LoRA+ against the standard parametrisation, each LR-tuned",
+            caption=(
+                "Left: final test loss (nats per scored token) at the best learning rate of each variant of alpha and "
+                "of the ratio of B's learning rate to A's, mean over seeds with 95% interval. The square is the "
+                "standard parametrisation, and the grey band two seed standard deviations to either side of it, where "
+                "repeats let them be measured; a variant is better if it is to the left of the band. An open mark has "
+                "its best learning rate at the edge of its grid. Right: optimal learning rate of A, interpolated on "
+                "the first seed's grid, with its 95% bootstrap interval; an open diamond is not resolved. Diverged "
+                "runs are counted."
+            ),
+            experiment="parametrization",
+        ),
+        PaperFigure(
+            name="compute",
+            title="Compute. FLOPs, time and memory of a training step",
+            caption=(
+                "A training step of LoRA over one of full fine-tuning, by rank. Left: FLOPs of the linear layers, "
+                "forward and backward. Circles are counted as the model runs, every layer with the gradient of its "
+                "input; the grey line is the paper's 2/3 + 2R/N, where N (above the panel) is the width of square "
+                "layers that would give the same ratio, and the dotted line its limit 2/3. Right: measured on the "
+                "machine named above the panel, median time of an optimizer step (squares) and peak memory "
+                "(triangles). The black line is as much as full fine-tuning takes."
+            ),
+            experiment="compute",
+        ),
+        PaperFigure(
+            name="loss_by_flops",
+            title="Learning curves by training FLOPs",
+            caption=(
+                "Validation loss (nats per scored token) against the FLOPs that training has spent, counted in the "
+                "linear layers. Each line is the envelope of one arm: at every step the lowest loss over its learning "
+                "rates, so it is not a single run. Black is full fine-tuning; colour is LoRA rank. Above a panel, the "
+                "seed standard deviation and the number of runs that diverged."
+            ),
+            experiment="rank",
+        ),
     )
 }
 

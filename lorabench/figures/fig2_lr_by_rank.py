@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lorabench.analysis.arms import arm_label, with_arm_columns
 from lorabench.figures import style
 from lorabench.figures.lr_panel import COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.figures.published import sweep_of
+from lorabench.published import sweep_of
 from lorabench.tables import Tables
 
 

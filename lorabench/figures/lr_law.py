@@ -16,8 +16,8 @@ from lorabench.analysis.claims.learning_rate import SweptModel, fitted_law, swep
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict
 from lorabench.analysis.optimum import lr_optima
 from lorabench.figures import style
-from lorabench.figures.published import numbers, sweeps
 from lorabench.figures.short_run import ratio_axis
+from lorabench.published import numbers, sweeps
 from lorabench.tables import Tables
 
 _COLUMNS = [

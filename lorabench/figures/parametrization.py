@@ -128,11 +128,11 @@ def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     sizes = step_sizes(runs, curves)
-    for (_, step), seeds in sizes.groupby([sizes[SETTING].astype(str).agg("|".join, axis=1), "step"]):
+    for key, seeds in sizes.groupby([*SETTING, "step"], dropna=False):
         value, low, high = mean_interval(seeds["size"])
         first = {name: seeds.iloc[0][name] for name in SETTING} | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"}
         ends = {"value": value, "low": low, "high": high, "n": len(seeds)}
-        rows.append(first | ends | {"element": "update_norm", "step": step})
+        rows.append(first | ends | {"element": "update_norm", "step": key[-1]})
     return pd.DataFrame(rows)
 
 

@@ -17,7 +17,7 @@ from lorabench.analysis.claims.evidence import Arm, Comparison, comparisons
 from lorabench.analysis.claims.learning_rate import SHORT_STEPS, lr_ratio
 from lorabench.figures import style
 from lorabench.figures.lr_panel import COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.figures.published import numbers
+from lorabench.published import numbers
 from lorabench.tables import Tables
 
 _COLUMNS = [*COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]

@@ -3,8 +3,8 @@
 They exist so that every comparison runs without a hub or a GPU on models that were really pretrained,
 of two families, two widths, dense and mixture of experts. `RECIPES` is all there is to them, `build`
 follows one, and `lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat
-template, recipe with hash and held-out loss). All share text and tokenizer. Rebuild one with
-`lorabench tiny NAME OUT`.
+template, recipe with hash and held-out loss). All share the tokenizer and learn from the same tasks. Rebuild
+one with `lorabench tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
 """
 
 from __future__ import annotations

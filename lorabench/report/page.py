@@ -40,7 +40,7 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
         claims=summary.claims(claims, runs),
         environment=summary.environment(runs),
         figures=[_figure(figure, layout) for figure in _figures(plan)],
-        experiments=[summary.experiment(name, runs) for name in plan.preset.experiments.sft()],
+        experiments=[found for name in plan.preset.experiments.sft() if (found := summary.experiment(name, runs))],
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench import cost
-from lorabench.analysis.arms import ARM, arm_label, first_seed, rows_of
+from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, rows_of
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_draws, lr_optima
@@ -22,13 +22,16 @@ VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 
 Rows = list[dict[str, Any]]
 
-_PLACE = ["model", "dataset", "batch_size"]
+_PLACE = ["model", "dataset", "batch_size", "steps"]
+
+# An arm with fewer LRs was not tuned, so it has no optimum.
+_MIN_LRS = 3
 _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs in reading order, with the name of their arm as `label`."""
-    order = ["model", "dataset", "batch_size", "method", "rank", "placement", "lr", "seed"]
+    order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed"]
     ordered = runs.sort_values(order, na_position="first").reset_index(drop=True)
     return ordered.assign(label=[arm_label(row) for _, row in ordered.iterrows()])
 
@@ -50,9 +53,13 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
     return rows
 
 
-def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any]:
-    """Seed noise, optimal LR and best loss of each arm, and LR ratios, from the runs of one experiment."""
+def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
+    """Seed noise, optimal LR and best loss of each tuned arm, and LR ratios, from one experiment; None without any."""
     runs = runs[[name in words(value) for value in runs["experiments"]]]
+    tuned = [of_arm for _, of_arm in each_arm(runs) if of_arm["lr"].nunique() >= _MIN_LRS]
+    if not tuned:
+        return None
+    runs = pd.concat(tuned)
     noise = seed_noise(runs)
     losses = best_losses(runs)[[*ARM, "nll_mean", "nll_sd", "n_seeds"]]
     arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
@@ -73,7 +80,7 @@ def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Rows
         index: None if missing(arm["lr_low"]) else lr_draws(rows_of(grid, arm), noise) for index, arm in arms.iterrows()
     }
     rows = []
-    for place, group in arms.groupby(_PLACE):
+    for place, group in arms.groupby(_PLACE, dropna=False):
         for base_index, base in group[group["method"] == "fullft"].iterrows():
             for index, arm in group[group["method"] == "lora"].iterrows():
                 row = dict(zip(_PLACE, place, strict=True)) | {"label": arm["label"]}

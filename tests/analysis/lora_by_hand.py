@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import pandas as pd
 RECORDED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+@cache
 def difficulty(seed: int, step: int) -> float:
     """How much harder than the average one batch is, the same for all runs of a seed; in nats."""
     return float(0.05 * np.random.default_rng([seed, step]).standard_normal())
 
 
+@cache
 def luck(*key: int, size: float) -> float:
     """A small number that depends on the key alone."""
     return float(size * np.random.default_rng(list(key)).standard_normal())

@@ -23,7 +23,7 @@ def shared(step: int) -> float:
 
 
 def departing(rank: int | None, slope: float = 0.2, first: int = 4, power: float = 1.0):
-    """The shared curve, left at a step proportional to rank for one that is less steep by `slope`; the highest stays."""
+    """The shared curve, left at a step proportional to rank for one less steep by `slope`; the highest stays."""
 
     def shape(step: int) -> float:
         if rank in (None, RANKS[-1]):

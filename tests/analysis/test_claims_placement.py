@@ -193,7 +193,7 @@ def test_expert_ratio():
     same = found()
     assert same["verdict"] == "confirmed"
     assert same["estimate"] == pytest.approx(5.0)
-    assert "5.0 times in the attention and 3.0 times in the unembedding" in same["reason"]
+    assert "(attention / experts 5.0, unembedding / experts 3.0)" in same["reason"]
     assert found({"unembedding": 2e-2})["verdict"] == "contradicted"
     lower = found({"attention": 5e-5})
     assert (lower["verdict"], lower["estimate"]) == ("contradicted", pytest.approx(0.05))

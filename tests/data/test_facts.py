@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from lorabench.config import FactsDataset
-from lorabench.data.sft import make_dataset, prompt, read_dataset, write_dataset
+from lorabench.data.chat import prompt
+from lorabench.data.sft import make_dataset, read_dataset, write_dataset
 
 SPEC = FactsDataset(kind="facts", facts=300, digits=6)
 

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench import published
 from lorabench.analysis.claims.evidence import Evidence
 from lorabench.analysis.claims.learning_rate import fitted_law, swept_models
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from lorabench.figures import FIGURES, published
+from lorabench.figures import FIGURES
 from lorabench.tables import Tables
 from tests.analysis.tables_by_hand import CURVATURE, OFFSETS, arm, tables
 

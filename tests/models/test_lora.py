@@ -343,5 +343,7 @@ def test_lora_elsewhere_than_asked_is_refused():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
-    with pytest.raises(UserError, match="PEFT put LoRA elsewhere than asked in Qwen3MoeForCausalLM, for one at model.layers.0"):
+    with pytest.raises(
+        UserError, match="PEFT put LoRA elsewhere than asked in Qwen3MoeForCausalLM, for one at model.layers.0"
+    ):
         add_lora(model, 8, "all", 32.0, True, seed=0)

@@ -25,7 +25,8 @@ def test_a_few_real_steps(tmp_path, monkeypatch):
     raw = yaml.safe_load((PRESETS / "smollm2.yaml").read_text())
     raw["datasets"] = {"instruct": {"kind": "instruct", "train": 24, "validation": 8, "test": 8, "max_chars": 300}}
     lrs = {"fullft": [1e-4], "lora": [1e-3]}
-    raw["experiments"]["rank"][0] |= {"datasets": ["instruct"], "ranks": {"all": [8]}, "batch_sizes": [4], "lrs": lrs, "seeds": 1}
+    block = {"datasets": ["instruct"], "ranks": {"all": [8]}, "batch_sizes": [4], "lrs": lrs, "seeds": 1}
+    raw["experiments"]["rank"][0] |= block
     raw["protocol"] |= {"precision": "fp32", "curve_points": 2}
     raw["execution"] = {"threads": 2, "gflops": 50.0}
     Path("few.yaml").write_text(yaml.safe_dump(raw))

@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lorabench.analysis.arms import ARM
+from lorabench.analysis.claims import CLAIMS
+from lorabench.figures import FIGURES
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
 from tests.conftest import REPOSITORY
@@ -103,14 +106,18 @@ def test_smoke_runs_to_the_report(smoke):
     assert runs.run_id.is_unique
     assert {row["run_id"] for row in plan.rows() if row["run_id"]} <= set(runs.run_id)
     # The repeats are at the LR that was best on the validation split.
-    for _, arm in runs.groupby(["method", "rank"], dropna=False):
+    for _, arm in runs.groupby(ARM, dropna=False):
         grid, repeats = arm[arm.seed == 0], arm[arm.seed > 0]
         assert set(repeats.lr) == {grid.loc[grid.final_valid_nll.idxmin(), "lr"]}
     page = (results / "report/index.html").read_text()
     claims = pd.read_csv(results / "tables/claims.csv")
-    assert len(claims) >= 8
+    assert len(claims) == len(CLAIMS)
+    # What needs no runs is judged in the smallest preset too.
+    assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
-    for name in ("fig1_envelopes", "fig2_lr_by_rank"):
+    drawn = {figure.name for figure in FIGURES.values() if figure.experiment in layout.preset.experiments.chosen()}
+    assert {"fig1_envelopes", "fig2_lr_by_rank", "fig4_placement", "early", "compute"} <= drawn
+    for name in drawn:
         for suffix in ("svg", "png", "csv"):
             assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
     assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
@@ -126,13 +133,17 @@ def test_records_say_what_happened_and_where(smoke):
     fullft = runs[runs.method == "fullft"]
     assert (fullft.trainable_params == fullft.base_params).all()
     lora = runs[runs.method == "lora"]
-    assert (lora.trainable_params == 8256 * lora["rank"]).all()
+    per_rank = {"all": 8256, "attn": 4224, "mlp": 5184}
+    assert (lora.trainable_params == lora.placement.map(per_rank) * lora["rank"]).all()
+    assert set(runs.family) == {"llama"}
+    assert set(runs.hidden_size) == {128}
+    assert runs.first_epoch_nats.notna().eq(runs.steps == 16).all(), "early runs stop before the epoch ends"
 
 
 def test_weights_are_kept_at_the_best_lr_only(smoke):
     folder = smoke[0] / "results/smoke"
     runs = pq.read_table(folder / "tables/runs.parquet").to_pandas()
-    for _, arm in runs.groupby(["method", "rank"], dropna=False):
+    for _, arm in runs.groupby(ARM, dropna=False):
         best = arm.loc[arm.seed > 0, "lr"].item()
         for run in arm.itertuples():
             assert (folder / "runs" / run.run_id / "weights").exists() == (run.lr == best), run
@@ -146,7 +157,7 @@ def test_a_second_call_has_nothing_to_do(smoke):
 def test_status_and_plan_from_another_terminal(smoke):
     command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
     text = subprocess.run(command, cwd=smoke[0], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"12/12 runs \(100%\), 3/3 sweeps done", text)
+    assert re.search(r"24/24 runs \(100%\), 7/7 sweeps done", text)
     assert "results/smoke/report/index.html" in text
 
 

@@ -1,3 +1,8 @@
+# May download, so never on a compute node.
+localrules:
+    dataset,
+
+
 rule dataset:
     output:
         LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",

@@ -24,6 +24,7 @@ from lorabench.analysis.claims import (
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import NEEDED, Evidence, in_experiments
 from lorabench.analysis.claims.finding import Finding, UnjudgedError
+from lorabench.published import beside_claims
 from lorabench.tables import CLAIMS as COLUMNS
 from lorabench.tables import Tables
 
@@ -50,14 +51,16 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
         several models and datasets, the estimate is that of the one that decides, and the reason names each.
 
     Raises:
-        UserError: the tables can't be trusted, see `check_table` and `check_curves`; an arm has two runs of the same LR and seed.
+        UserError: the tables can't be trusted, see `check_table` and `check_curves`; an arm has two runs of the same
+            LR and seed.
     """
     runs = tables.runs
     missing = [name for name in NEEDED if name not in runs]
+    check_table(runs)
+    check_curves(tables.curves)
     if not missing:
         runs = with_arm_columns(runs)
-        check_table(runs)
-    check_curves(tables.curves)
+    replications = beside_claims()
     evidence: dict[tuple[str, ...], Evidence] = {}
     rows = []
     for claim in claims:
@@ -80,6 +83,7 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
                 "verdict": found.verdict,
                 "reason": found.reason,
                 "paper_value": claim.paper_value,
+                "published": replications.get(claim.id),
                 "run_ids": list(found.run_ids),
             }
         )

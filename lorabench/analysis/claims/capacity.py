@@ -504,7 +504,10 @@ CLAIMS = (
             "spacing of the points. Ranks that never leave, never joined the shared curve, or have their best LR at "
             "the edge of its grid give no point"
         ),
-        needs=f"{SWEEP}; four ranks, on one or more datasets, that leave the shared curve; validation curves; seeds that give sigma",
+        needs=(
+            f"{SWEEP}; four ranks, on one or more datasets, that leave the shared curve; validation curves; seeds that "
+            "give sigma"
+        ),
         paper_value="proportional; no number",
         unit="log-log slope",
         experiments=("rank", "capacity"),

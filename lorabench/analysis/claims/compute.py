@@ -21,7 +21,7 @@ from lorabench.analysis.claims.finding import (
     together,
     within,
 )
-from lorabench.analysis.compute import NEEDED, SETTING, equal_flops_gap, flops_ratio, loss_by_flops
+from lorabench.analysis.compute import NEEDED, each_setting, equal_flops_gap, flops_ratio, loss_by_flops
 
 TOLERANCE = 0.01
 """How far a count of FLOPs may be from the formula."""
@@ -33,7 +33,7 @@ FAR_BELOW = 8
 def slightly_over_two_thirds(evidence: Evidence) -> Finding:
     """G1: the counted ratio of FLOPs against the formula, at every rank of every model."""
     ratios = _ratios(evidence.compute, NEEDED)
-    return together([_as_formula(setting, rows) for setting, rows in _by_setting(ratios)])
+    return together([_as_formula(setting, rows) for setting, rows in each_setting(ratios)])
 
 
 def _as_formula(setting: str, rows: pd.DataFrame) -> Finding:
@@ -85,7 +85,7 @@ def memory_of_fullft(evidence: Evidence) -> Finding:
     """G3: what is known of the memory, though not of that of sampling."""
     ratios = _ratios(evidence.compute, [*NEEDED, "peak_mem_bytes"])
     told = []
-    for setting, rows in _by_setting(ratios):
+    for setting, rows in each_setting(ratios):
         known = rows.dropna(subset=["memory_ratio"])
         pairs = zip(known["rank"], 1 / known["memory_ratio"], strict=True)
         told += [f"{setting} r{rank} {ratio:.2f}" for rank, ratio in pairs]
@@ -109,19 +109,6 @@ def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     if ratios.empty:
         raise UnjudgedError("not tested", "the compute table has no LoRA")
     return ratios
-
-
-def _by_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Rows of one model and placement in one setting, and what to call them: what they do not share with all."""
-    columns = [*SETTING, "placement"]
-    groups = ratios.groupby(columns, dropna=False)
-    varied = [name for name in columns[1:] if ratios[name].nunique(dropna=False) > 1]
-    found = []
-    for key, rows in groups:
-        values = dict(zip(columns, key, strict=True))
-        name = " ".join([str(values["model"]), *(f"{one} {values[one]}" for one in varied)])
-        found.append((name, rows))
-    return found
 
 
 CLAIMS = (

@@ -206,9 +206,9 @@ def expert_ratio(evidence: Evidence) -> Finding:
         factors = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
         furthest = max(factors.values(), key=lambda factor: max(factor, 1 / factor))
         told = ", ".join(f"{part} {share[part]:.3%}" for part in _MOE_PARTS)
-        times = " and ".join(f"{factor:.1f} times in the {part}" for part, factor in factors.items())
+        times = ", ".join(f"{part} / experts {factor:.1f}" for part, factor in factors.items())
         verdict = within(furthest, furthest, (1 / SAME_ORDER, SAME_ORDER))
-        text = f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: {told}; that of the experts {times}"
+        text = f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: {told} ({times})"
         found.append(Finding(verdict, text, estimate=furthest, strain=max(furthest, 1 / furthest)))
     if not found:
         raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
@@ -325,8 +325,9 @@ CLAIMS = (
         statement="A rank of total/8 for each expert keeps LoRA's share of parameters the same as in other layers",
         figure="text",
         criterion=(
-            f"Counted on Qwen3-30B-A3B with expert rank = total rank / 8: LoRA over base parameters of attention and "
-            f"of the unembedding, each over that of the experts, lies within {1 / SAME_ORDER:g} to {SAME_ORDER:g}. "
+            "Counted on Qwen3-30B-A3B with expert rank = total rank / 8, gate and up of an expert as one matrix: LoRA "
+            "over base parameters of attention and of the unembedding, each over that of the experts, lies within "
+            f"{1 / SAME_ORDER:g} to {SAME_ORDER:g}. "
             "The estimate is the factor furthest from 1"
         ),
         needs="the table of parameter counts; no runs",

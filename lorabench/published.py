@@ -1,6 +1,6 @@
-"""Published numbers that figures are overlaid with, from `paper_figures/reference` (sources: SOURCES.md there).
+"""Published numbers, for beside ours, from `paper_figures/reference` (sources: SOURCES.md there).
 
-The folder lies next to the package in the repository. Where it is not there, nothing is published and nothing overlaid.
+The folder lies next to the package in the repository. Where it is not there, nothing is published and nothing shown.
 """
 
 from __future__ import annotations
@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-REFERENCE = Path(__file__).parents[2] / "paper_figures" / "reference"
+from lorabench.analysis.optimum import vertex
+
+REFERENCE = Path(__file__).parents[1] / "paper_figures" / "reference"
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
 
@@ -66,6 +69,44 @@ def sweep_of(model: str, dataset: str) -> pd.DataFrame:
     table = sweeps()
     same_model = table["model"].map(_short) == _short(model)
     return table[same_model & (table["dataset"] == _dataset(dataset))]
+
+
+def beside_claims() -> dict[str, str]:
+    """What published runs give for a claim's estimate, by claim id; each names model, data and source."""
+    table = sweeps()
+    found = {}
+    of_replication = table[table["source"] == _REPLICATION]
+    if len(of_replication):
+        label = [f"LoRA r{rank} {where}" if rank > 0 else "FullFT" for rank, where in _arms_of(of_replication)]
+        lr, nll = (dict(zip(label, of_replication[column], strict=True)) for column in ("lr", "nll"))
+        best = "LoRA r256 all"
+        gap = f"{nll[best] - nll['FullFT']:.4f} nats"
+        told = {
+            "A7": gap,
+            "B1": f"{lr[best] / lr['FullFT']:.3g}",
+            "B2": gap,
+            "B4": f"{lr['LoRA r1 all'] / lr[best]:.2g}",
+            "E2": f"{nll['LoRA r256 mlp'] - nll[best]:.4f} nats",
+        }
+        found |= {claim: f"{text} (Qwen3-4B, No Robots, one seed; {_REPLICATION})" for claim, text in told.items()}
+    llama = sweep_of("Llama-3.1-8B", "tulu3")
+    if len(llama):
+        optima = {rank: _optimum(grid.sort_values("lr")) for rank, grid in llama.groupby("rank")}
+        low, high = min(optima), max(optima)
+        ratio = optima[high] / optima[low]
+        found["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
+    return found
+
+
+def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
+    return list(zip(table["rank"].fillna(0), table["placement"].fillna(""), strict=True))
+
+
+def _optimum(grid: pd.DataFrame) -> float:
+    """The interpolated optimum of one ascending grid whose best LR is not at its edge."""
+    best = int(grid["nll"].to_numpy().argmin())
+    around = grid.iloc[best - 1 : best + 2]
+    return float(np.exp(vertex(np.log(around["lr"].to_numpy()), around["nll"].to_numpy())))
 
 
 def _short(model: str) -> str:

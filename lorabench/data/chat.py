@@ -1,0 +1,29 @@
+"""Chats: what every SFT dataset is made of, whatever it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages (role, content) that end with an assistant's turn, and where they come from."""
+
+    source: str
+    messages: Messages
+
+    @classmethod
+    def of(cls, source: str, question: str, response: str) -> Chat:
+        """A question and its response."""
+        return cls(source, [{"role": "user", "content": question}, {"role": "assistant", "content": response}])
+
+    def chars(self) -> int:
+        """Characters of all turns."""
+        return sum(len(message["content"]) for message in self.messages)
+
+
+def prompt(messages: Messages) -> str:
+    """All that comes before the last assistant turn, normalised: what makes two examples the same."""
+    return "\n".join(" ".join(m["content"].split()) for m in messages[:-1])

@@ -1,0 +1,108 @@
+"""Compute: FLOPs, time and memory of a training step of LoRA over those of full fine-tuning, by rank (paper's text)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lorabench.analysis.compute import SETTING, each_setting, flops_ratio
+from lorabench.errors import UserError
+from lorabench.figures import style
+from lorabench.tables import Tables
+
+_COLUMNS = [*SETTING, "placement", "effective_width", "element", "rank", "ratio"]
+
+# Points of the formula's line, which is curved on a log axis.
+_LINE_POINTS = 33
+
+_LOOKS: dict[str, dict[str, Any]] = {
+    "counted": {"label": "counted as it runs", "color": "black", "marker": "o", "linestyle": "none", "markersize": 5},
+    "formula": {"label": "2/3 + 2R/N", "color": "0.45", "linewidth": 1.4},
+    "step_time": {"label": "step time", "color": "#d8576b", "marker": "s", "linestyle": "-", "markersize": 4.5},
+    "memory": {"label": "peak memory", "color": "#5c01a6", "marker": "^", "linestyle": "--", "markersize": 5},
+}
+_REFERENCES: dict[float, dict[str, Any]] = {
+    2 / 3: {"label": "2/3", "color": "0.45", "linestyle": ":", "linewidth": 1.2},
+    1.0: {"label": "as full fine-tuning", "color": "black", "linestyle": "-", "linewidth": 0.8},
+}
+_ELEMENTS = {"counted": "flops_ratio", "step_time": "step_ratio", "memory": "memory_ratio"}
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what the ratio LoRA / FullFT is of: `counted` (FLOPs of the linear layers), `formula`
+    (points of its line, whose ranks are not whole numbers), `step_time` or `memory`.
+
+    Raises:
+        UserError: there is no table compute, it has no LoRA, or see `flops_ratio`.
+    """
+    if tables.compute.empty:
+        raise UserError("there is no table compute")
+    ratios = flops_ratio(tables.compute)
+    settings = each_setting(ratios)
+    if not settings:
+        raise UserError("the compute table has no LoRA")
+    figure = Figure(figsize=(style.WIDTH, 0.8 + 2.6 * len(settings)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(settings), 2, squeeze=False, sharey="row")
+    drawn = []
+    for (name, rows), (flops, measured) in zip(settings, panels, strict=True):
+        plotted = _plotted(rows)
+        drawn.append(plotted)
+        first, ranks = rows.iloc[0], sorted(set(rows["rank"]))
+        _draw_panel(flops, plotted, ranks, ["formula", "counted"], [2 / 3, 1.0], "FLOPs, LoRA / FullFT")
+        _draw_panel(measured, plotted, ranks, ["step_time", "memory"], [1.0], "measured, LoRA / FullFT")
+        flops.set_title(name, pad=18, parse_math=False)
+        style.note(flops, "" if pd.isna(first["effective_width"]) else f"N = {first['effective_width']:.4g}")
+        style.note(measured, _setting_text(first))
+    plotted = pd.concat(drawn, ignore_index=True)
+    shown = set(plotted["element"])
+    looks = [*(look for element, look in _LOOKS.items() if element in shown), *_REFERENCES.values()]
+    figure.legend(handles=[Line2D([], [], **look) for look in looks], loc="outside upper left", ncols=len(looks))
+    return figure, plotted
+
+
+def _plotted(rows: pd.DataFrame) -> pd.DataFrame:
+    """The marks of one setting, and its line."""
+    ranks = rows["rank"].astype(float)
+    parts = [
+        rows.assign(element=element, ratio=rows[column], rank=ranks).dropna(subset=["ratio"])
+        for element, column in _ELEMENTS.items()
+    ]
+    line = rows.iloc[[0] * _LINE_POINTS].assign(
+        element="formula", rank=np.geomspace(ranks.min() / 1.2, ranks.max() * 1.2, _LINE_POINTS)
+    )
+    line["ratio"] = 2 / 3 + 2 * line["rank"] / line["effective_width"].astype(float)
+    return pd.concat([*parts, line.dropna(subset=["ratio"])], ignore_index=True)[_COLUMNS]
+
+
+def _draw_panel(
+    axes: Axes, plotted: pd.DataFrame, ranks: list[int], elements: list[str], references: list[float], label: str
+) -> None:
+    for height in references:
+        axes.axhline(height, zorder=1, **_REFERENCES[height])
+    for element in elements:
+        points = plotted[plotted["element"] == element]
+        axes.plot(points["rank"], points["ratio"], **_LOOKS[element])
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="LoRA rank R", ylabel=label, xlim=(min(ranks) / 1.3, max(ranks) * 1.3), xticks=ranks)
+    style.plain_log_ticks(axes)
+    axes.set_ylim(0, 1.08 * max(1.0, plotted["ratio"].max()))
+
+
+def _setting_text(row: pd.Series[Any]) -> str:
+    """Where and on what it was measured."""
+    facts = []
+    if not pd.isna(row["batch_size"]) and not pd.isna(row["sequence_length"]):
+        facts.append(f"{row['batch_size']} x {row['sequence_length']} tokens")
+    if not pd.isna(row["device"]):
+        facts.append(str(row["device"]))
+    return " · ".join(facts)

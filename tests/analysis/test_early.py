@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.early import early_difference, train_curves
+from tests.analysis.lora_by_hand import difficulty, lora_run, lora_tables, nll
+
+SEEDS = range(3)
+
+
+def made(ranks=(1, 4, 64), seeds=SEEDS, lrs=(1e-3,), steps=16):
+    """Rank 4 lies above the others by a hundredth per step and seed number."""
+
+    def loss(run, step):
+        return nll(run, step) + (0.01 * step * (1 + run["seed"]) if run["rank"] == 4 else 0.0)
+
+    runs = [lora_run(rank, seed=seed, lr=lr, steps=steps) for rank in ranks for seed in seeds for lr in lrs]
+    return lora_tables(runs, nll=loss)
+
+
+def test_the_difference_is_paired_by_seed_and_step():
+    early = early_difference(*made())
+    assert (early.low, early.high, early.lr, early.n_seeds) == (4, 64, 1e-3, 3)
+    for seed in SEEDS:
+        np.testing.assert_allclose(early.by_seed[seed], [0.01 * step * (1 + seed) for step in range(1, 17)])
+    assert list(early.by_seed.index) == list(range(1, 17))
+    assert len(early.run_ids) == 6
+    loss = np.mean([nll(lora_run(64, seed=seed), 3) for seed in SEEDS]) + 0.01 * 3 * 2 / 2
+    assert early.loss[3] == pytest.approx(loss)
+
+
+def test_mean_and_interval_over_seeds():
+    by_step = early_difference(*made()).over_seeds()
+    values = np.array([0.05, 0.10, 0.15])
+    half = 4.302652729911275 * values.std(ddof=1) / math.sqrt(3)
+    assert by_step.loc[5].tolist() == pytest.approx([0.1, 0.1 - half, 0.1 + half])
+
+
+def test_sigma_is_that_of_batches_over_both_ranks():
+    luck = np.array([[difficulty(seed, step) for seed in SEEDS] for step in range(1, 17)])
+    fall = np.array([[nll(lora_run(4), step) - difficulty(0, step)] for step in range(1, 17)])
+    upper = luck + fall + 0.01 * np.arange(1, 17)[:, None] * (1 + np.arange(3))
+    pooled = (luck.var(axis=1, ddof=1).mean() + upper.var(axis=1, ddof=1).mean()) / 2
+    assert early_difference(*made()).sigma_batch == pytest.approx(math.sqrt(pooled))
+    assert math.isnan(early_difference(*made(seeds=[0])).sigma_batch)
+
+
+def test_steps_may_be_cut():
+    assert list(early_difference(*made(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
+
+
+def test_the_lr_with_most_pairs_counts():
+    runs, curves = made(lrs=(1e-4, 1e-3))
+    assert early_difference(runs, curves).lr == 1e-4
+    fewer = runs[~((runs["lr"] == 1e-4) & (runs["rank"] == 64) & (runs["seed"] == 1))]
+    early = early_difference(fewer, curves)
+    assert (early.lr, early.n_seeds) == (1e-3, 3)
+
+
+def test_seeds_that_one_rank_lacks_are_left_out_and_diverged_ones_counted():
+    runs, curves = made()
+    runs.loc[(runs["rank"] == 64) & (runs["seed"] == 1), "status"] = "diverged"
+    early = early_difference(runs, curves)
+    assert list(early.by_seed.columns) == [0, 2]
+    assert early.n_diverged == 1
+    assert len(early.run_ids) == 4
+
+
+def test_without_two_ranks_or_losses_there_is_none():
+    assert early_difference(*made(ranks=(1, 4))) is None
+    runs, curves = made()
+    assert early_difference(runs, curves.iloc[:0]) is None
+    assert early_difference(runs, pd.DataFrame()) is None
+    assert early_difference(runs, curves.assign(value=math.nan)) is None
+    assert early_difference(runs.iloc[:0], curves) is None
+
+
+def test_train_curves_are_of_the_metric_and_the_runs():
+    runs, curves = made()
+    moved = train_curves(runs.iloc[:2], curves, "a_moved")
+    assert set(moved["run_id"]) == set(runs["run_id"].iloc[:2])
+    assert moved["step"].tolist() == [1, 2, 4, 8, 16] * 2
+    other = curves.assign(split="validation")
+    assert train_curves(runs, other).empty

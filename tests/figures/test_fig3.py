@@ -1,0 +1,117 @@
+"""Figure 3 from tables made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.gaps import best_losses, gap
+from lorabench.figures import FIGURES
+from lorabench.figures.style import arm_styles
+from lorabench.tables import Tables
+from tests.handmade import curves_of, make_sweep, runs_table
+
+
+def sweeps(ranks=(None, 8), sizes=(4, 16, 64), **changes):
+    rows = []
+    for size in sizes:
+        for rank in ranks:
+            found = make_sweep(rank, batch_size=size, steps=640 // size, **changes)
+            rows += [row | {"run_id": f"{row['run_id']}-b{size}"} for row in found]
+    return rows
+
+
+def drawn(rows):
+    runs = runs_table(rows)
+    return FIGURES["fig3_batch_size"].draw(Tables(runs, curves_of(runs)))
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def test_panels_by_batch_size_then_final_loss_and_gap():
+    figure, _ = drawn(sweeps())
+    assert titles(figure) == ["batch 4", "batch 16", "batch 64", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes[3:]] == [
+        "final test NLL (nats / token)",
+        "LoRA - FullFT (nats / token)",
+    ]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"160 steps · 2 diverged"}
+
+
+def test_numbers_are_those_of_the_tables():
+    rows = sweeps()
+    figure, plotted = drawn(rows)
+    runs = runs_table(rows)
+    best = best_losses(runs)
+    final = plotted[plotted["element"] == "final"]
+    np.testing.assert_allclose(final["nll"].astype(float), best["nll_mean"].astype(float))
+    gaps = plotted[plotted["element"] == "gap"].set_index("batch_size")
+    for size in (4, 16, 64):
+        fullft, lora = (row for _, row in best[best["batch_size"] == size].iterrows())
+        expected = gap(runs, lora, fullft)
+        found = gaps.loc[size, ["gap", "low", "high"]].astype(float)
+        np.testing.assert_allclose(found, [expected.estimate, expected.ci_low, expected.ci_high])
+    lora = arm_styles(plotted.dropna(subset=["arm"]))["LoRA r8"]
+    by_size = [line for line in figure.axes[4].get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_color() for line in by_size] == [lora.colour]
+    np.testing.assert_allclose(by_size[0].get_ydata(), gaps["gap"].astype(float))
+
+
+def test_curves_are_envelopes_fullft_solid_and_lora_dashed():
+    figure, plotted = drawn(sweeps())
+    for arm, linestyle, size, axes in (("FullFT", "-", 4, 0), ("LoRA r8", "--", 64, 2)):
+        points = plotted[plotted["element"].eq("envelope") & plotted["arm"].eq(arm) & plotted["batch_size"].eq(size)]
+        [line] = [line for line in figure.axes[axes].get_lines() if line.get_linestyle() == linestyle]
+        np.testing.assert_allclose(line.get_xdata(), points["examples"].astype(float))
+        np.testing.assert_allclose(line.get_ydata(), points["nll"].astype(float))
+    assert (plotted.loc[plotted["element"] == "envelope", "step"] > 0).all()
+
+
+def test_a_best_lr_at_the_edge_is_open():
+    figure, plotted = drawn(sweeps((None, 8), lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
+    assert plotted.loc[plotted["element"].eq("final") & plotted["arm"].eq("LoRA r8"), "at_edge"].all()
+    marks = [line for line in figure.axes[3].get_lines() if line.get_marker() == "o"]
+    assert {line.get_markerfacecolor() for line in marks} == {"white"}
+    assert any("edge" in text.get_text() for legend in figure.legends for text in legend.get_texts())
+
+
+def test_of_several_lengths_the_longest_is_compared():
+    short = [row | {"steps": 20, "run_id": row["run_id"] + "s"} for row in sweeps(sizes=(64,))]
+    figure, _ = drawn(sweeps() + short)
+    assert titles(figure)[:4] == ["batch 4", "batch 16", "batch 64", "batch 64"]
+    [line] = [line for line in figure.axes[-1].get_lines() if line.get_linestyle() == "--"]
+    assert len(line.get_xdata()) == 3
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(sweeps((None,)), id="no LoRA"),
+        pytest.param(sweeps((8,)), id="no full fine-tuning"),
+        pytest.param(sweeps(sizes=(4,)), id="one batch size"),
+        pytest.param(sweeps(sizes=(1, 2, 4, 8, 16)), id="five batch sizes"),
+        pytest.param(sweeps(diverged_from=0.0), id="every run diverged"),
+        pytest.param(sweeps(seeds=1), id="one seed"),
+        pytest.param(sweeps((None,), sizes=(4,)) + sweeps((8,), sizes=(16,)), id="no batch size in common"),
+    ],
+)
+def test_odd_tables_are_drawn(rows):
+    figure, plotted = drawn(rows)
+    figure.canvas.draw()
+    assert len(plotted)
+
+
+def test_each_model_and_dataset_has_its_block():
+    figure, _ = drawn(sweeps(sizes=(4, 16)) + sweeps(sizes=(4,), dataset="$worked$"))
+    assert [place.get_suptitle() for place in figure.subfigs] == ["tiny · $worked$", "tiny · instruct"]
+    assert titles(figure) == ["batch 4", "", "", "batch 4", "batch 16", "", ""]
+
+
+def test_without_curves_the_losses_are_drawn():
+    runs = runs_table(sweeps())
+    figure, plotted = FIGURES["fig3_batch_size"].draw(Tables(runs, pd.DataFrame()))
+    figure.canvas.draw()
+    assert set(plotted["element"]) == {"final", "gap", "diverged"}

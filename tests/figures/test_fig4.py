@@ -1,0 +1,128 @@
+"""Figures 4 and 5 from tables made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.noise import seed_noise
+from lorabench.figures import FIGURES
+from lorabench.figures.fig4_placement import parameter_words
+from lorabench.tables import Tables
+from tests.handmade import make_sweep, runs_table
+
+PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
+
+
+def sweeps(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), fullft=True, **changes):
+    rows = make_sweep(None, **changes) if fullft else []
+    for placement, rank in arms:
+        found = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
+        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in found]
+    return rows
+
+
+def drawn(rows, name="fig4_placement"):
+    return FIGURES[name].draw(Tables(runs_table(rows), pd.DataFrame()))
+
+
+@pytest.mark.parametrize("name", ["fig4_placement", "fig5_placement_small"])
+def test_numbers_are_those_of_the_tables(name):
+    rows = sweeps()
+    figure, plotted = drawn(rows, name)
+    runs = runs_table(rows)
+    expected = best_losses(runs)
+    best = plotted[plotted["element"] == "best"]
+    np.testing.assert_allclose(best["nll"].astype(float), expected["nll_mean"].astype(float))
+    half = 4.302653 * expected["nll_sd"].astype(float) / math.sqrt(3)
+    np.testing.assert_allclose((best["nll_high"] - best["nll"]).astype(float), half, rtol=1e-5)
+    counts = best.set_index("arm")["parameters"].to_dict()
+    assert counts == {
+        "FullFT": "0.83M",
+        "LoRA r16": "0.22M",
+        "LoRA r16 attn": "88.0K",
+        "LoRA r16 mlp": "0.14M",
+        "LoRA r27 attn": "0.15M",
+    }
+    band = plotted[plotted["element"] == "noise_band"].iloc[0]
+    sigma = seed_noise(runs)["sigma"].item()
+    assert band["nll_high"] - band["nll_low"] == pytest.approx(4 * sigma)
+    assert (band["nll_high"] + band["nll_low"]) / 2 == pytest.approx(best["nll"].min())
+    listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "attn r27  0.15M", "all r16  0.22M", "FullFT  0.83M"]
+
+
+def test_losses_by_learning_rate_are_those_of_figure_2():
+    rows = sweeps()
+    _, plotted = drawn(rows)
+    _, by_rank = drawn(rows, "fig2_lr_by_rank")
+    own = plotted[~plotted["element"].isin(["best", "noise_band"])].reset_index(drop=True)
+    shared = ["arm", "element", "lr", "nll", "nll_sd", "run_id"]
+    other = by_rank[by_rank["element"].isin(own["element"].unique())].reset_index(drop=True)
+    pd.testing.assert_frame_equal(own[shared], other[shared], check_dtype=False)
+
+
+def test_placement_is_line_style_and_marker_and_rank_is_colour():
+    figure, _ = drawn(sweeps())
+    lines = [line for line in figure.axes[0].get_lines() if line.get_linestyle() != "None"]
+    assert {line.get_linestyle() for line in lines} == {"-", "--", ":"}
+    assert {"o", "P", "v", "s"} <= {line.get_marker() for line in figure.axes[0].get_lines()}
+    assert len({line.get_color() for line in lines if line.get_linestyle() == ":"}) == 2
+
+
+def test_a_best_lr_at_the_edge_is_open():
+    figure, plotted = drawn(sweeps(lrs=[3e-4, 1e-3, 3e-3], diverged_from=1.0))
+    assert plotted.loc[plotted["element"].eq("best") & plotted["method"].eq("lora"), "at_edge"].all()
+    faces = {line.get_markerfacecolor() for line in figure.axes[1].get_lines() if line.get_marker() in ("o", "P", "v")}
+    assert faces == {"white"}
+
+
+def test_each_model_has_its_pair_of_panels():
+    figure, plotted = drawn(sweeps() + sweeps(model="sparse", family="qwen3_moe"))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["sparse · instruct", "", "tiny · instruct", ""]
+    assert (plotted["element"] == "noise_band").sum() == 2
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(sweeps(()), id="no LoRA"),
+        pytest.param(sweeps(fullft=False), id="no full fine-tuning"),
+        pytest.param(sweeps((("mlp", 16),), diverged_from=0.0), id="every run diverged"),
+        pytest.param(sweeps(seeds=1), id="one seed"),
+        pytest.param([row | {"trainable_params": None} for row in sweeps()], id="no parameter counts"),
+        pytest.param([row | {"placement": None} for row in sweeps((("all", 16),))], id="placement not given"),
+    ],
+)
+def test_odd_tables_are_drawn(rows):
+    figure, plotted = drawn(rows)
+    figure.canvas.draw()
+    assert len(plotted)
+
+
+def test_arms_without_a_parameter_count_are_named():
+    rows = [row | ({"trainable_params": None} if row["placement"] == "attn" else {}) for row in sweeps()]
+    figure, _ = drawn(rows)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no parameter count: LoRA r16 attn, LoRA r27 attn"]
+    without = runs_table(sweeps()).drop(columns="trainable_params")
+    figure, _ = FIGURES["fig4_placement"].draw(Tables(without, pd.DataFrame()))
+    assert "FullFT" in figure.axes[1].texts[0].get_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (486_866_944, "0.49B"),
+        (251_985_920, "0.25B"),
+        (704_970_752, "0.70B"),
+        (243_433_472, "0.24B"),
+        (2_753_792, "2.75M"),
+        (88_000, "88.0K"),
+    ],
+)
+def test_counts_are_written_as_in_the_papers_table(count, words):
+    assert parameter_words(count) == words

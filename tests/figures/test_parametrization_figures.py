@@ -1,0 +1,254 @@
+"""The figures on early curves, on the parametrisation and on its variants, from tables made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.figures import FIGURES
+from lorabench.figures.style import arm_styles
+from lorabench.tables import Tables
+from tests.analysis.lora_by_hand import a_moved, difficulty, lora_run, lora_tables, nll
+from tests.analysis.tables_by_hand import arm, tables
+
+SEEDS = range(3)
+NAMES = ("early", "parametrization", "variants")
+
+
+def draw(name, runs, curves):
+    return FIGURES[name].draw(Tables(runs, curves))
+
+
+def of(plotted, element, **values):
+    rows = plotted[plotted["element"] == element]
+    for column, value in values.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def grid(*configurations, seeds=SEEDS, **columns):
+    return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in seeds]
+
+
+def line_at(axes, **properties):
+    """The one line of an axes that has these properties."""
+    [line] = [
+        line
+        for line in axes.get_lines()
+        if all(getattr(line, f"get_{k}")() == value for k, value in properties.items())
+    ]
+    return line
+
+
+# Early curves
+
+
+def sign(step):
+    return -1 if step < 10 else 1
+
+
+def early_tables(ranks=(1, 4, 64), **columns):
+    def loss(run, step):
+        return nll(run, step) + (0.001 * sign(step) * step * (1 + 0.1 * run["seed"]) if run["rank"] == 4 else 0.0)
+
+    return lora_tables(grid(*({"rank": rank} for rank in ranks), steps=32, **columns), nll=loss)
+
+
+def test_early_curves_are_means_over_seeds():
+    figure, plotted = draw("early", *early_tables())
+    curve = of(plotted, "curve", arm="LoRA r64").sort_values("step")
+    run = lora_run(64, lr=1e-3)
+    expected = [np.mean([nll(run | {"seed": seed}, step) for seed in SEEDS]) for step in range(1, 33)]
+    np.testing.assert_allclose(curve["nll"].astype(float), expected)
+    styles = arm_styles(plotted.dropna(subset=["arm"]))
+    line = line_at(figure.axes[0], color=styles["LoRA r64"].colour)
+    np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+def test_early_differences_show_their_sign():
+    figure, plotted = draw("early", *early_tables())
+    rows = of(plotted, "difference").set_index("step")
+    # The lowest rank is 1, which stands for no low rank of the paper.
+    assert set(rows["rank"]) == {4}
+    assert set(rows["other_rank"]) == {64}
+    for step in (2, 9, 10, 32):
+        assert rows.loc[step, "difference"] == pytest.approx(0.001 * sign(step) * step * 1.1)
+    right = figure.axes[1]
+    below = line_at(right, markerfacecolor="white")
+    assert list(below.get_xdata()) == list(range(1, 10))
+    assert (below.get_ydata() > 0).all()
+    assert right.get_yscale() == "log"
+    losses = [[difficulty(seed, step) for seed in SEEDS] for step in range(1, 33)]
+    assert of(plotted, "sigma")["difference"].item() == pytest.approx(
+        2 * np.sqrt(np.mean(np.var(losses, axis=1, ddof=1))), rel=0.05
+    )
+
+
+def test_early_seeds_that_a_rank_lacks_are_left_out_of_all():
+    runs, curves = early_tables()
+    lost = (runs["rank"] == 1) & (runs["seed"] == 2)
+    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    figure, plotted = draw("early", runs, curves)
+    assert set(of(plotted, "curve")["n_seeds"]) == {2}
+    assert list(of(plotted, "diverged")["run_id"]) == list(runs.loc[lost, "run_id"])
+    assert any("1 diverged" in text.get_text() for text in figure.axes[0].texts)
+
+
+# Parametrisation
+
+CONFIGURATIONS = [
+    {"rank": 1},
+    {"rank": 8},
+    {"rank": 16},
+    {"rank": 16, "alpha": 128.0},
+    {"rank": 16, "alpha": 512.0},
+    {"rank": 8, "alpha": 16.0, "init_a": 2.0, "lr": 2e-3, "lr_ratio": 0.5},
+    {"rank": 8, "lr": 4e-3},
+    {"rank": 8, "lr": 1e-5},
+]
+
+
+def wobble(run, step):
+    return nll(run, step) + (1e-7 * step if run["lr_ratio"] != 1 else 0.0)
+
+
+def parametrization_tables(**columns):
+    return lora_tables(grid(*CONFIGURATIONS, **columns), nll=wobble)
+
+
+def test_first_descents_by_rule():
+    figure, plotted = draw("parametrization", *parametrization_tables())
+    rows = of(plotted, "first_descent").set_index(["rule", "rank"])["value"]
+    assert rows["alpha / r", 1] == pytest.approx(1.0, abs=0.05)
+    assert rows["alpha / sqrt(r)", 1] == pytest.approx(1 / 4, rel=0.05)
+    assert rows["constant factor", 1] == pytest.approx(1 / 16, rel=0.05)
+    drawn = [line.get_ydata() for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+    assert any(np.allclose(values, [rows["constant factor", 1], 1.0]) for values in drawn if len(values) == 2)
+
+
+def test_equivalent_pairs_and_others():
+    figure, plotted = draw("parametrization", *parametrization_tables())
+    last = of(plotted, "equivalent", step=50)
+    assert last["value"].item() == pytest.approx(5e-6, rel=1e-4)
+    assert last["n"].item() == len(SEEDS)
+    others = of(plotted, "not_equivalent", step=50)
+    # Of four configurations in the setting there are five other pairs.
+    assert others["n"].item() == 5 * len(SEEDS)
+    assert 1e-5 < others["value"].item() == others["low"].item() < others["high"].item()
+    levels = [line.get_ydata()[0] for line in figure.axes[1].get_lines() if line.get_linestyle() == ":"]
+    assert levels == [1e-5]
+    assert plotted["step"].min() >= 1
+
+
+def test_times_until_a_moves_and_sizes_of_updates():
+    figure, plotted = draw("parametrization", *parametrization_tables())
+    moved = of(plotted, "a_moved", time_scale=250.0)
+    assert a_moved({"init_a": 1.0, "lr": 4e-3}, 1 + 12.5) == pytest.approx(1.0)
+    assert moved["value"].item() == pytest.approx(13.5, rel=0.03)
+    assert len(of(plotted, "a_not_moved")) == 1
+    assert of(plotted, "a_not_moved")["value"].item() == 64
+    triangles = [line for line in figure.axes[2].get_lines() if line.get_marker() == "^"]
+    assert [line.get_xdata()[0] for line in triangles] == [pytest.approx(1e5)]
+    sizes = of(plotted, "update_norm", arm="LoRA r16")
+    assert set(sizes["step"]) == {1, 2, 4, 8, 16, 32, 64}
+    assert sizes.set_index("step").loc[1, "value"] == pytest.approx(1.0)
+
+
+def test_runs_equal_to_the_last_bit_are_said_to_be():
+    figure, _ = draw("parametrization", *lora_tables(grid(*CONFIGURATIONS), nll=lambda run, step: 3.0 + run["seed"]))
+    assert any("equal to the last bit" in text.get_text() for text in figure.axes[1].texts)
+
+
+# Variants
+
+
+def variant_tables(*configurations, **columns):
+    standard = {"alpha": 32.0, "lr_ratio": 1.0}
+    return tables(
+        arm(16, init_a=1.0, **({"optimum": 3.2e-3} | standard | config | columns))
+        for config in (standard, *configurations)
+    )
+
+
+def test_variants_are_those_of_the_tables():
+    figure, plotted = draw(
+        "variants", *variant_tables({"alpha": 8.0, "floor": 2.1, "optimum": 1.1e-3}, {"lr_ratio": 4.0})
+    )
+    rows = of(plotted, "variant").set_index("arm")
+    assert list(rows.index) == ["LoRA r16 LR_B/LR_A 4", "LoRA r16", "LoRA r16 alpha 8"]
+    excess = 0.1 * math.log(1e-3 / 1.1e-3) ** 2
+    assert rows.loc["LoRA r16 alpha 8", "nll"] == pytest.approx(2.1 + excess)
+    assert rows.loc["LoRA r16 alpha 8", "lr"] == pytest.approx(1.1e-3)
+    half = 4.303 * 0.004 / math.sqrt(3)
+    assert rows.loc["LoRA r16", "nll_high"] - rows.loc["LoRA r16", "nll"] == pytest.approx(half, rel=1e-3)
+    band = of(plotted, "noise_band")
+    assert band["nll_high"].item() - band["nll_low"].item() == pytest.approx(4 * 0.004)
+    left, right = figure.axes
+    marks = {line.get_xdata()[0] for line in left.get_lines() if line.get_marker() in "so"}
+    assert marks >= set(rows["nll"])
+    assert {line.get_xdata()[0] for line in right.get_lines()} == set(rows["lr"])
+
+
+def test_variants_at_the_edge_are_open():
+    figure, plotted = draw("variants", *variant_tables({"alpha": 8.0, "optimum": 1.0}))
+    assert of(plotted, "variant", arm="LoRA r16 alpha 8")["at_edge"].item()
+    faces = {line.get_marker(): line.get_markerfacecolor() for line in figure.axes[0].get_lines()}
+    assert faces["o"] == "white"
+    assert faces["s"] == "black"
+
+
+def test_variants_that_diverged_are_named():
+    runs, curves = variant_tables({"alpha": 8.0})
+    lost = runs["alpha"] == 8.0
+    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    figure, plotted = draw("variants", runs, curves)
+    assert set(of(plotted, "diverged")["run_id"]) == set(runs.loc[lost, "run_id"])
+    assert any("no loss: LoRA r16 alpha 8" in text.get_text() for text in figure.axes[0].texts)
+
+
+# Odd tables
+
+
+def early_without(**changes):
+    """The early tables with some columns of runs replaced, and one run a seed where they become one arm."""
+    runs, curves = early_tables()
+    return runs.assign(**changes).drop_duplicates(["method", "rank", "lr", "seed"]), curves
+
+
+DIVERGED = {"status": "diverged", "final_valid_nll": math.nan, "final_test_nll": math.nan}
+ODD = {
+    "no curves": lambda runs, curves: (runs, curves.iloc[:0]),
+    "no curve table": lambda runs, curves: (runs, pd.DataFrame()),
+    "one run": lambda runs, curves: (runs.iloc[:1], curves),
+    "one seed": lambda runs, curves: (runs[runs["seed"] == 0], curves),
+    "one rank": lambda runs, curves: (runs[runs["rank"] == 4], curves),
+    "NaN": lambda runs, curves: (runs, curves.assign(value=math.nan)),
+    "every run diverged": lambda runs, curves: (runs.assign(**DIVERGED), curves),
+    "two lengths": lambda *_: lora_tables(grid({"steps": 8}, {"steps": 16}, {"steps": 16, "rank": 4})),
+    "no parametrisation": lambda runs, curves: (runs.drop(columns=["alpha", "init_a", "lr_ratio", "eps"]), curves),
+    "FullFT": lambda *_: early_without(method="fullft", rank=pd.NA, placement=None),
+    "variants without curves": lambda *_: variant_tables({"alpha": 8.0}, {"lr_ratio": 4.0}),
+    "variants of one seed": lambda *_: variant_tables({"alpha": 8.0}, offsets=(0.0,)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", ODD)
+def test_odd_tables_are_drawn(name, case):
+    figure, plotted = draw(name, *ODD[case](*early_tables()))
+    assert figure.axes
+    assert "element" in plotted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_models_are_drawn_and_saved(name, tmp_path):
+    names = {"model": "$x^$", "placement": "attn"}
+    made = [lora_tables(grid(*CONFIGURATIONS[:3], steps=8) + grid(*CONFIGURATIONS[:3], steps=8, **names))]
+    made.append(variant_tables({"alpha": 8.0}))
+    runs, curves = (pd.concat(parts) for parts in zip(*made, strict=True))
+    figure, plotted = draw(name, runs, curves)
+    figure.savefig(tmp_path / "figure.png", dpi=30)
+    assert set(plotted["model"]) >= ({"tiny"} if name == "variants" else {"tiny", "$x^$"})
