@@ -255,8 +255,6 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
-    if not frame.columns.is_unique:
-        raise UserError(f"{path} has two columns {frame.columns[frame.columns.duplicated()][0]}")
     for column in SCHEMAS[name]:
         if column.name in frame:
             frame[column.name] = _typed(frame[column.name], column.type, path)
@@ -282,13 +280,13 @@ def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series
     there = column.notna()
     typed: pd.Series[Any]
     if pa.types.is_string(wanted):
-        return column.astype(object).map(str).where(there, None)
+        return column.map(str, na_action="ignore").astype(object).where(there, None)
     if pa.types.is_list(wanted):
         what, right = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
         typed = column.where(right).map(words)
     elif pa.types.is_boolean(wanted):
-        what, right = "truth value", column.isin([True, False])
-        typed = column.where(right).astype("boolean")
+        truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
+        what, right, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
         numbers = pd.to_numeric(column.where(column.map(pd.api.types.is_scalar)), errors="coerce")
         what, right, typed = "number", numbers.notna(), numbers.astype("float64")

@@ -101,6 +101,50 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
     return pairs[tested & (wanted | ~pairs["equivalent"])]
 
 
+def tenfold_pairs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of `run_pairs` those with one update scale and time scales that differ at least tenfold: LR_A, in effect."""
+    pairs = run_pairs(runs)
+    return pairs[pairs["same_update_scale"] & (pairs["time_ratio"] >= 10 * (1 - SAME))]
+
+
+def still_controls(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of `tenfold_pairs` those whose fast run is in the standard parametrisation: beside it, the slow one's A is still.
+
+    Both have the same Adam, the same A at first and the same first update; what their updates do differently later
+    is what A's movement does.
+    """
+    pairs = tenfold_pairs(runs)
+    standard = [pairs[f"{name}_fast"].eq(value) for name, value in STANDARD.items()]
+    return pairs[np.logical_and.reduce([*standard, pairs["init_a_slow"].eq(STANDARD["init_a"])])]
+
+
+def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """How much larger single steps change W where A moves than where it is still, at the last step that both record.
+
+    Args:
+        pairs: as from `still_controls`.
+        curves: columns run_id, step, split, metric, value, with the metric `update_norm` at step 1 and later.
+
+    Returns:
+        The pairs that have it, with step and growth: the norm of the change of W by that step of the fast run over
+        that of the slow one, each relative to its first step.
+    """
+    rows = []
+    for pair in pairs.to_dict("records"):
+        norms = [_norms(str(pair[f"run_id_{speed}"]), curves) for speed in ("fast", "slow")]
+        both = norms[0].index.intersection(norms[1].index)
+        if 1 in both and len(both) > 1:
+            fast, slow = (float(norm[both.max()] / norm[1]) for norm in norms)
+            rows.append({**pair, "step": int(both.max()), "growth": fast / slow})
+    return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
+
+
+def _norms(run_id: str, curves: pd.DataFrame) -> pd.Series[float]:
+    return (
+        train_curves(pd.DataFrame({"run_id": [run_id]}), curves, "update_norm").set_index("step")["value"].astype(float)
+    )
+
+
 def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
     """How far the training losses of paired runs are apart.
 

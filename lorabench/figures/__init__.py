@@ -192,7 +192,8 @@ FIGURES = {
                 "with 95% interval, against init_A (in units of 1/sqrt(d_in)) over the learning rate of A; dotted is "
                 "slope 1, and an open triangle, at the end of its runs, one that did not get there. Size of updates: "
                 "Frobenius norm of the change of W by one step over the learning rate, in the standard parametrisation "
-                "at its best learning rate, mean over seeds with 95% interval. Colour is LoRA rank."
+                "at its best learning rate, mean over seeds with 95% interval; dashed, runs with a tenth or less of "
+                "the learning rate of A and the same one of B, so that A is still. Colour is LoRA rank."
             ),
             experiment="parametrization",
         ),

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lorabench.analysis.early import train_curves
 from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.parametrization import (
     CONFIGURATION,
@@ -21,6 +22,7 @@ from lorabench.analysis.parametrization import (
     invariance_pairs,
     move_times,
     step_sizes,
+    still_controls,
     with_scales,
 )
 from lorabench.analysis.slopes import log_log
@@ -57,7 +59,8 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     `first_descent` (ratio to that of the highest rank, by `rule`; n seeds), `equivalent` (largest difference of
     training NLL so far over n pairs, nats per token), `not_equivalent` (smallest, `low` to `high` over the pairs),
     `a_moved` (steps until A has moved by its own norm; n seeds), `a_not_moved` (steps of runs in which it did not),
-    `update_norm` (per unit of LR; n seeds), `diverged` (one run).
+    `update_norm` (per unit of LR; n seeds), `still_a` (the same, per unit of LR of B, of runs in which A is still),
+    `diverged` (one run).
     """
     lora = with_scales(tables.runs) if len(tables.runs) else pd.DataFrame()
     if lora.empty:
@@ -133,6 +136,14 @@ def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         first = {name: seeds.iloc[0][name] for name in SETTING} | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"}
         ends = {"value": value, "low": low, "high": high, "n": len(seeds)}
         rows.append(first | ends | {"element": "update_norm", "step": key[-1]})
+    controls = runs[runs["run_id"].isin(still_controls(runs)["run_id_slow"])]
+    norms = train_curves(controls, curves, "update_norm")
+    # The same LR of B as that of the run beside it.
+    norms = norms.assign(size=norms["value"] / (norms["lr"] * norms["lr_ratio"]))
+    for key, seeds in norms.groupby([*SETTING, "lr", "lr_ratio", "step"], dropna=False):
+        first = {name: seeds.iloc[0][name] for name in SETTING} | {"time_scale": seeds["time_scale"].iloc[0]}
+        ends = dict(zip(("value", "low", "high"), mean_interval(seeds["size"]), strict=True))
+        rows.append(first | ends | {"n": len(seeds), "element": "still_a", "step": key[-1]})
     return pd.DataFrame(rows)
 
 
@@ -241,11 +252,16 @@ def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
         low, high = of_arm["low"].astype(float), of_arm["high"].astype(float)
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
         axes.plot(steps, of_arm["value"], **look.line, marker="o", ms=3)
+    still = elements.get("still_a", points.iloc[:0])
+    for _, control in still.groupby([*SETTING, "time_scale"], dropna=False):
+        control = control.sort_values("step")
+        axes.plot(control["step"].astype(float), control["value"], "--", color="0.45", linewidth=1.2, zorder=2)
     axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")
     style.plain_log_ticks(axes)
     style.number_log_ticks(axes.yaxis)
     seeds = points["n"].astype(int)
     counted = f"{seeds.min()}" if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()}"
     diverged = elements.get("diverged")
-    facts = [f"{counted} seeds"] + ([f"{len(diverged)} runs diverged"] if diverged is not None else [])
+    facts = [f"{counted} seeds"] + (["dashed: A still"] if len(still) else [])
+    facts += [f"{len(diverged)} runs diverged"] if diverged is not None else []
     style.note(axes, " · ".join(facts))

@@ -212,7 +212,9 @@ def plain_log_ticks(axes: Axes) -> None:
 
 def note(axes: Axes, text: str, strip: float = 0.0) -> None:
     """A small line between a panel, with the strip above it, and its title."""
-    axes.annotate(text, (0, 1), (0, strip + 5), "axes fraction", "offset points", color=MUTED, fontsize=7.5)
+    axes.annotate(
+        text, (0, 1), (0, strip + 5), "axes fraction", "offset points", color=MUTED, fontsize=7.5, parse_math=False
+    )
 
 
 def legends(figure: Figure, styles: dict[str, ArmStyle], marks: list[Artist]) -> None:

@@ -208,10 +208,10 @@ def test_missing_arms_are_inconclusive_and_nothing_at_all_is_not_tested():
 
 @pytest.mark.parametrize("runs", [pd.DataFrame(), world()[0].iloc[:0], world()[0].drop(columns="seed")])
 def test_tables_without_runs_or_columns_are_not_tested(runs):
-    found = judge_claims(Tables(runs, pd.DataFrame()))
+    found = judged(runs, pd.DataFrame(), [claim.id for claim in CLAIMS])
     assert set(found["verdict"]) == {"not tested"}
-    assert found["reason"].str.contains("empty|no such runs|no column seed").all()
-    assert list(found["claim_id"]) == IDS
+    assert found.loc[IDS, "reason"].str.contains("empty|no such runs|no column seed").all()
+    assert list(found.index) == [claim.id for claim in CLAIMS]
 
 
 def test_columns_that_no_criterion_needs_may_be_missing():

@@ -453,6 +453,34 @@ def test_the_effective_lr_of_the_standard_parametrisation_in_the_first_half():
     assert found["n_runs"] == len(SEEDS)
 
 
+MOVING_AND_STILL = [{}, {"lr": 1e-4, "lr_ratio": 10.0}]
+
+
+def shrinking(by_a):
+    """Steps that shrink as Adam's do, and grow by a power of the step where A moves."""
+
+    def norm(run, step):
+        moves = 1.0 if run["lr_ratio"] == 1 else 0.0
+        return run["lr"] * run["lr_ratio"] * (1 + luck(run["seed"], step, size=0.02)) * step ** (moves * by_a - 0.5)
+
+    return norm
+
+
+@pytest.mark.parametrize(("by_a", "verdict"), [(0.2, "confirmed"), (-0.2, "contradicted"), (0.0, "inconclusive")])
+def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
+    def norm(run, step):
+        noise = 1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
+        return shrinking(by_a)(run, step) * noise
+
+    found = judged("C11", *lora_tables(grid(*MOVING_AND_STILL), update_norm=norm))
+    assert found["verdict"] == verdict
+    assert found["estimate"] == pytest.approx(64**by_a, rel=0.05)
+    assert "with LR_A 0.0001 and the same LR_B" in found["reason"]
+    assert found["n_runs"] == 2 * len(SEEDS)
+    few = judged("C11", *lora_tables(grid(*MOVING_AND_STILL, seeds=range(2)), update_norm=norm))
+    assert few["verdict"] == "inconclusive"
+
+
 def test_the_effective_lr_needs_seeds_and_records():
     assert judged("C11", *lora_tables(grid({}, seeds=range(2))))["verdict"] == "inconclusive"
     one = judged("C11", *lora_tables(grid({}, seeds=range(1))))

@@ -11,7 +11,7 @@ import pytest
 from lorabench.figures import FIGURES
 from lorabench.figures.style import arm_styles
 from lorabench.tables import Tables
-from tests.analysis.lora_by_hand import a_moved, difficulty, lora_run, lora_tables, nll
+from tests.analysis.lora_by_hand import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
 from tests.analysis.tables_by_hand import arm, tables
 
 SEEDS = range(3)
@@ -155,6 +155,15 @@ def test_times_until_a_moves_and_sizes_of_updates():
     sizes = of(plotted, "update_norm", arm="LoRA r16")
     assert set(sizes["step"]) == {1, 2, 4, 8, 16, 32, 64}
     assert sizes.set_index("step").loc[1, "value"] == pytest.approx(1.0)
+
+
+def test_sizes_of_updates_beside_runs_in_which_a_is_still():
+    figure, plotted = draw("parametrization", *lora_tables(grid({}, {"lr": 1e-4, "lr_ratio": 10.0})))
+    still = of(plotted, "still_a").set_index("step")
+    norms = [update_norm({"lr": 1e-4, "seed": seed}, 16) / 1e-3 for seed in SEEDS]
+    assert still.loc[16, "value"] == pytest.approx(np.mean(norms))
+    line = line_at(figure.axes[3], linestyle="--")
+    np.testing.assert_allclose(line.get_ydata(), still.sort_index()["value"].astype(float))
 
 
 def test_runs_equal_to_the_last_bit_are_said_to_be():

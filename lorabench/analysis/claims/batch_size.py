@@ -19,6 +19,7 @@ from lorabench.analysis.claims.finding import (
     Finding,
     UnjudgedError,
     Verdict,
+    equality_problems,
     exceeds,
     finding,
     nats,
@@ -215,11 +216,12 @@ def _same_gap(comparison: Comparison, size: int, high_rank: Arm, low_rank: Arm) 
     estimate, interval, text, problems = comparison.final_gap(high_rank, low_rank)
     sigma, dof = comparison.sigma("test")
     loss = float(comparison.losses[arm_label(low_rank)]["nll_mean"])
+    verdict = within(*interval, (-2 * sigma, 2 * sigma))
     return finding(
         comparison.of([high_rank, low_rank])["run_id"],
         f"batch {size}: {text}, {sigma_text(sigma)}",
-        within(*interval, (-2 * sigma, 2 * sigma)),
-        noise_problems(sigma, dof, loss) + problems,
+        verdict,
+        noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss) + problems,
         estimate,
         interval,
         abs(estimate) / sigma if sigma > 0 else math.nan,

@@ -31,6 +31,7 @@ from lorabench.analysis.claims.finding import (
     Finding,
     UnjudgedError,
     Verdict,
+    equality_problems,
     exceeds,
     finding,
     interval_text,
@@ -120,8 +121,9 @@ def same_curve(comparison: Comparison) -> Finding:
         f"{arm_label(lora)} - FullFT at most {nats(difference, *interval)} (step {furthest['step']} of "
         f"{len(both)} points), margin {margin:.4f}, {sigma_text(sigma)}"
     )
-    problems = noise_problems(sigma, dof, furthest["value_y"]) + comparison.edge_problems([lora, fullft])
     verdict = within(*interval, (-margin, margin))
+    problems = noise_problems(sigma, dof) + equality_problems(verdict, sigma, furthest["value_y"])
+    problems += comparison.edge_problems([lora, fullft])
     return finding(
         comparison.of([lora, fullft])["run_id"], text, verdict, problems, difference, interval, furthest["strain"]
     )
@@ -341,8 +343,8 @@ def same_final_loss(comparison: Comparison) -> Finding:
     sigma, dof = comparison.sigma("test")
     loss = float(comparison.losses[arm_label(arms[1])]["nll_mean"])
     margin = float(np.fmax(2 * sigma, 0.005 * loss))
-    problems += noise_problems(sigma, dof, loss)
     verdict, text = within(*interval, (-margin, margin)), f"{text}, margin {margin:.4f}, {sigma_text(sigma)}"
+    problems += noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss)
     return finding(comparison.of(arms)["run_id"], text, verdict, problems, estimate, interval, abs(estimate) / margin)
 
 

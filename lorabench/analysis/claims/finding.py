@@ -111,10 +111,13 @@ def sigma_text(sigma: float) -> str:
     return "sigma not measured" if math.isnan(sigma) else f"sigma {sigma:.4f}"
 
 
-def noise_problems(sigma: float, dof: int, loss: float | None = None) -> list[str]:
-    """Why the seed noise does not carry a verdict; `loss` is given where sigma widens a margin."""
-    if not sigma > 0 or dof < MIN_SEEDS - 1:
-        return ["seed noise not measured"]
-    if loss is not None and 2 * sigma > MAX_NOISE * loss:
-        return [f"2 sigma is more than {MAX_NOISE:.0%} of the loss"]
-    return []
+def noise_problems(sigma: float, dof: int) -> list[str]:
+    """Why the seed noise does not carry a verdict."""
+    return [] if sigma > 0 and dof >= MIN_SEEDS - 1 else ["seed noise not measured"]
+
+
+def equality_problems(verdict: Verdict, sigma: float, loss: float) -> list[str]:
+    """Why two losses, found equal within a margin that grows with sigma, may not be. Noise undoes no difference."""
+    if verdict == "contradicted" or not 2 * sigma > MAX_NOISE * loss:
+        return []
+    return [f"2 sigma is more than {MAX_NOISE:.0%} of the loss"]

@@ -18,6 +18,7 @@ from lorabench.analysis.claims.finding import (
     Finding,
     UnjudgedError,
     Verdict,
+    equality_problems,
     finding,
     interval_text,
     nats,
@@ -40,9 +41,11 @@ from lorabench.analysis.parametrization import (
     invariance_pairs,
     move_times,
     ratio_of_means,
-    run_pairs,
     step_sizes,
+    still_controls,
+    tenfold_pairs,
     tuned,
+    update_growth,
     with_scales,
 )
 from lorabench.analysis.slopes import against_log, log_log
@@ -224,9 +227,10 @@ def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool
         raise UnjudgedError("not tested", "no training losses of runs that should be equivalent")
     furthest = equal.sort_values("difference").iloc[-1]
     largest, eps = float(furthest["difference"]), float(furthest["eps"])
+    at_eps = "" if math.isnan(eps) else f", eps {eps:g}"
     text = (
         f"{len(equal)} equivalent pairs of runs differ by at most {largest:.2g} nats (r{furthest['rank']}, "
-        f"{_named(furthest, 'fast')} and {_named(furthest, 'slow')}{'' if math.isnan(eps) else f', eps {eps:g}'}) over {equal['step'].min()} steps"
+        f"{_named(furthest, 'fast')} and {_named(furthest, 'slow')}{at_eps}) over {equal['step'].min()} steps"
     )
     problems = []
     if len(equal) < int(pairs["equivalent"].sum()):
@@ -254,8 +258,7 @@ def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
 
 def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     """C6: fall of the training loss where LR_A alone is ten times as large."""
-    pairs = run_pairs(lora)
-    pairs = pairs[pairs["same_update_scale"] & (pairs["time_ratio"] >= 10 * (1 - 1e-6))]
+    pairs = tenfold_pairs(lora)
     if pairs.empty:
         raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
     falls = _falls(lora, curves)
@@ -367,7 +370,7 @@ def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[d
     row = rows_of(noise, standard, ["model", "dataset", "batch_size", "steps"]).iloc[0]
     sigma, dof = sigma_of(noise, standard, "test"), int(row["dof"])
     losses = {arm_label(loss): loss for _, loss in best_losses(runs).iterrows()}
-    common = noise_problems(sigma, dof, float(losses[arm_label(standard)]["nll_mean"]))
+    common = noise_problems(sigma, dof)
     for name in ("alpha", "lr_ratio"):
         if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants):
             common.append(f"no variant of {name}")
@@ -386,6 +389,7 @@ def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[d
             problems.append(f"{apart.n_diverged} repeats at the best LR diverged")
         text = f"{arm_label(variant)} - standard = {nats(apart.estimate, *interval)} over {apart.n_seeds} seeds"
         verdict = within(*interval, (-2 * sigma, math.inf))
+        problems += equality_problems(verdict, sigma, float(losses[arm_label(standard)]["nll_mean"]))
         run_ids = rows_of(runs, variant)["run_id"]
         found.append(finding(run_ids, text, verdict, problems, apart.estimate, interval, -apart.estimate))
     decided = together(found)
@@ -441,7 +445,39 @@ def longest_runs(comparisons: list[Comparison]) -> list[Scoped]:
 
 
 def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C11: the change of W by one step over the LR, in the first half of the run against the first step."""
+    """C11: the change of W by one step, against runs in which A is still; without such, against the first step."""
+    by_itself = _growth_by_itself(lora, curves)
+    growth = update_growth(still_controls(lora), curves)
+    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
+    found = [_growth_by_a(of_pair) for _, of_pair in growth.groupby([*SETTING, *names], dropna=False)]
+    if not found and not by_itself:
+        raise UnjudgedError("not tested", "no update_norm of the standard parametrisation at step 1 and later")
+    decided = together(found or by_itself)
+    if not found or not by_itself:
+        return decided
+    uncorrected = together(by_itself)
+    run_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
+    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=run_ids)
+
+
+def _growth_by_a(of_pair: pd.DataFrame) -> Finding:
+    """The finding on one LR and rank with its control, over seeds."""
+    first = of_pair.iloc[0]
+    mean, low, high = mean_interval(np.log(of_pair["growth"]))
+    ratio, interval = math.exp(mean), (math.exp(low), math.exp(high))
+    text = (
+        f"r{first['rank']} LR {first['lr_fast']:g}: change of W at step {first['step']} over the first is {ratio:.2f} "
+        f"{interval_text(*interval, 2)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(of_pair)} "
+        "seeds"
+    )
+    problems = [f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed"] if len(of_pair) < MIN_SEEDS else []
+    verdict: Verdict = "confirmed" if low > 0 else "contradicted" if high < 0 else "inconclusive"
+    run_ids = [*of_pair["run_id_fast"], *of_pair["run_id_slow"]]
+    return finding(run_ids, text, verdict, problems, ratio, interval, -ratio)
+
+
+def _growth_by_itself(lora: pd.DataFrame, curves: pd.DataFrame) -> list[Finding]:
+    """The findings without a control, one per rank at its best LR."""
     sizes = step_sizes(lora, curves)
     early = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
     found = []
@@ -450,9 +486,7 @@ def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
         by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
         if by_run:
             found.append(_growth(arm_label(arm), by_run))
-    if not found:
-        raise UnjudgedError("not tested", "no update_norm of the standard parametrisation at step 1 and later")
-    return together(found)
+    return found
 
 
 def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
@@ -671,12 +705,14 @@ CLAIMS = (
         statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
         figure="text",
         criterion=(
-            "||change of W by one step|| / LR in the later part of the first half of the longest runs (recorded steps "
-            "from its square root on, mean of logs) over that of the first step, in the standard parametrisation at "
-            "the best LR: 95% interval over seeds above 1. Adam's first update is its largest, LR in every entry, "
-            f"which works against this; so contradicted only if it is below 1 and falls from step {FIRST_STEPS} on"
+            "Norm of the change of W by one step, relative to the first, over that of a run with a tenth of LR_A and "
+            "the same LR_B, in which A is still and Adam's own shrinking is the same; at the last step recorded: "
+            "95% interval over paired seeds above 1, contradicted if below. Without such a control: ||change of W|| / "
+            "LR in the later part of the first half of the longest runs at the best LR (recorded steps from its square "
+            "root on, mean of logs) over that of the first step is above 1; contradicted only if it is below 1 and "
+            f"falls from step {FIRST_STEPS} on, since Adam's first update is its largest, LR in every entry"
         ),
-        needs=f"LoRA with update_norm recorded at the first step and later; {MIN_SEEDS} seeds at the best LR",
+        needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
         paper_value="grows; derived",
         unit="ratio",
         experiments=("parametrization",),

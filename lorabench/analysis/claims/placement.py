@@ -15,6 +15,7 @@ from lorabench.analysis.claims.finding import (
     Finding,
     UnjudgedError,
     Verdict,
+    equality_problems,
     exceeds,
     finding,
     noise_problems,
@@ -107,11 +108,12 @@ def _same_loss(comparison: Comparison, mlp: Arm, every: Arm) -> Finding:
     estimate, interval, text, problems = comparison.final_gap(mlp, every)
     sigma, dof = comparison.sigma("test")
     loss = float(comparison.losses[arm_label(every)]["nll_mean"])
+    verdict = within(*interval, (-2 * sigma, 2 * sigma))
     return finding(
         comparison.of([mlp, every])["run_id"],
         f"{text}, {sigma_text(sigma)}",
-        within(*interval, (-2 * sigma, 2 * sigma)),
-        noise_problems(sigma, dof, loss) + problems,
+        verdict,
+        noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss) + problems,
         estimate,
         interval,
         abs(estimate),

@@ -1,0 +1,169 @@
+"""The figures about compute: what they draw is what the tables say, and odd tables do not break them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.compute import loss_by_flops
+from lorabench.errors import UserError
+from lorabench.figures import FIGURES, save
+from lorabench.figures.style import arm_styles, write_figure
+from lorabench.tables import Tables
+from tests.analysis.test_claims_compute import compute_table
+from tests.handmade import curves_of, make_run, make_sweep, runs_table
+
+NOTHING = pd.DataFrame()
+
+
+def draw_compute(compute: pd.DataFrame):
+    return FIGURES["compute"].draw(Tables(NOTHING, NOTHING, compute=compute))
+
+
+def draw_loss(rows: list[dict]):
+    runs = runs_table(rows)
+    return FIGURES["loss_by_flops"].draw(Tables(runs, curves_of(runs)))
+
+
+def drawn(axes, marker: str):
+    """The data of the one line with a marker."""
+    [line] = [line for line in axes.get_lines() if line.get_marker() == marker and len(line.get_xdata()) != 2]
+    return line.get_xdata(), line.get_ydata()
+
+
+def test_compute_draws_the_ratios_of_the_table():
+    times = [2.0, 1.0, 1.4, 3.0]
+    figure, plotted = draw_compute(compute_table(step_s=times))
+    flops, measured = figure.axes
+    wanted = {"o": [0.68, 2 / 3 + 16 / 150, 2 / 3 + 128 / 150], "s": [0.5, 0.7, 1.5], "^": [0.5, 0.5, 0.5]}
+    for axes, marker, element in ((flops, "o", "counted"), (measured, "s", "step_time"), (measured, "^", "memory")):
+        ranks, ratios = drawn(axes, marker)
+        assert list(ranks) == [1, 8, 64]
+        np.testing.assert_allclose(ratios, wanted[marker])
+        of_element = plotted[plotted["element"] == element]
+        assert list(of_element["rank"]) == [1, 8, 64]
+        np.testing.assert_allclose(of_element["ratio"], wanted[marker])
+    assert flops.get_ylim() == measured.get_ylim()
+    assert flops.get_ylim()[0] == 0
+    assert flops.get_ylim()[1] > 1.52
+
+
+def test_the_line_is_the_formula():
+    figure, plotted = draw_compute(compute_table())
+    line = plotted[plotted["element"] == "formula"]
+    np.testing.assert_allclose(line["ratio"], 2 / 3 + 2 * line["rank"] / 150)
+    assert line["rank"].min() < 1
+    assert line["rank"].max() > 64
+    lines = [drawn.get_xydata().tolist() for drawn in figure.axes[0].get_lines()]
+    assert line[["rank", "ratio"]].to_numpy().tolist() in lines
+    heights = {points[0][1] for points in lines if len(points) == 2}
+    assert heights == {2 / 3, 1.0}
+
+
+def test_each_model_and_setting_has_a_row_of_panels():
+    tables = [compute_table(), compute_table(model="other"), compute_table(model="other", batch_size=16)]
+    figure, plotted = draw_compute(pd.concat(tables))
+    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == [
+        "other batch_size 8",
+        "other batch_size 16",
+        "tiny",
+    ]
+    assert len(figure.axes) == 6
+    assert plotted.groupby(["model", "batch_size"]).ngroups == 3
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        pytest.param(compute_table().iloc[1:], id="no full fine-tuning"),
+        pytest.param(compute_table(ranks=[4]), id="one rank"),
+        pytest.param(compute_table(step_s=math.nan, peak_mem_bytes=pd.NA), id="nothing measured"),
+        pytest.param(compute_table(effective_width=math.nan), id="no width"),
+        pytest.param(compute_table(linear_flops=math.nan, effective_width=math.nan), id="no counts"),
+        pytest.param(
+            compute_table(linear_flops=math.nan, effective_width=math.nan, step_s=math.nan, peak_mem_bytes=pd.NA),
+            id="no number at all",
+        ),
+        pytest.param(
+            compute_table()[["model", "method", "rank", "effective_width", "linear_flops"]], id="only needed columns"
+        ),
+        pytest.param(compute_table(model="<b>$x^$&", device="$_{$"), id="markup"),
+    ],
+)
+def test_odd_compute_tables_are_drawn(compute: pd.DataFrame, tmp_path: Path):
+    compute.to_parquet(tmp_path / "compute.parquet")
+    save("compute", tmp_path, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert "<b>" not in (tmp_path / "out" / "compute.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("compute", "told"),
+    [
+        (NOTHING, "no table compute"),
+        (compute_table().iloc[:1], "no LoRA"),
+        (compute_table().drop(columns="rank"), "no column rank"),
+        (compute_table(method="dora"), "method = 'dora'"),
+    ],
+)
+def test_compute_tables_without_anything_to_draw_are_refused(compute: pd.DataFrame, told: str):
+    with pytest.raises(UserError, match=told):
+        draw_compute(compute)
+
+
+def test_loss_by_flops_draws_each_envelope_over_its_flops():
+    rows = make_sweep(None, train_flops=3e12) + make_sweep(8, train_flops=2.1e12)
+    figure, plotted = draw_loss(rows)
+    runs = runs_table(rows)
+    wanted = loss_by_flops(runs, curves_of(runs))
+    for label, style in arm_styles(plotted).items():
+        method = "fullft" if label == "FullFT" else "lora"
+        points = wanted[wanted["method"] == method]
+        [line] = [line for line in figure.axes[0].get_lines() if line.get_color() == style.colour]
+        np.testing.assert_array_equal(line.get_xdata(), points["flops"])
+        np.testing.assert_array_equal(line.get_ydata(), points["value"])
+        of_arm = plotted[(plotted["arm"] == label) & (plotted["element"] == "envelope")]
+        np.testing.assert_array_equal(of_arm["flops"].astype(float), points["flops"])
+        # The whole run at its last step.
+        assert of_arm["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def test_loss_by_flops_counts_what_diverged():
+    rows = make_sweep(None) + make_sweep(8, diverged_from=5e-3)
+    figure, plotted = draw_loss(rows)
+    assert set(plotted.loc[plotted["element"] == "diverged", "run_id"]) == {
+        row["run_id"] for row in rows if row["status"] == "diverged"
+    }
+    assert any("3 diverged" in text.get_text() for text in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(make_sweep(None) + make_sweep(1, diverged_from=0.0), id="an arm with all runs diverged"),
+        pytest.param(make_sweep(None, diverged_from=0.0), id="every run diverged"),
+        pytest.param(make_sweep(None, seeds=1) + make_sweep(8, seeds=1), id="one seed"),
+        pytest.param([make_run(None, 1e-3)], id="one run"),
+        pytest.param(make_sweep(8), id="no full fine-tuning"),
+        pytest.param(make_sweep(None) + make_sweep(8, train_flops=None), id="an arm without FLOPs"),
+        pytest.param(make_sweep(None, model="a") + make_sweep(8, model="b", dataset="worked"), id="two models"),
+    ],
+)
+def test_odd_runs_are_drawn(rows: list[dict], tmp_path: Path):
+    figure, _ = draw_loss(rows)
+    write_figure(figure, tmp_path / "figure.svg")
+
+
+def test_loss_by_flops_needs_flops():
+    runs = runs_table(make_sweep(None) + make_sweep(8))
+    for table, told in (
+        (runs.drop(columns="train_flops"), "no column train_flops"),
+        (runs[runs["status"] == "done"].assign(train_flops=math.nan), "no validation curves of runs whose training"),
+    ):
+        with pytest.raises(UserError, match=told):
+            FIGURES["loss_by_flops"].draw(Tables(table, curves_of(table)))
