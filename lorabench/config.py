@@ -184,8 +184,8 @@ class Protocol(Strict):
     """LoRA also on the unembedding, as the paper's parameter table shows."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Adam's betas. The learning rate is constant, without warm-up."""
-    eps: Annotated[float, Field(ge=0)] = 1e-8
-    """Adam's epsilon."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon. Not 0: where B is zero so is A's first gradient, and Adam would divide 0 by 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     clip_norm: PositiveFloat | None = None
@@ -246,7 +246,7 @@ class SftExperiment(Strict):
     transforms: list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]] = []
     """Pairs p, q: each LoRA arm also with alpha/(pq), p times A's init and LR, q times B's LR (paper, section on
     parametrization invariances)."""
-    eps: Annotated[float, Field(ge=0)] | None = None
+    eps: PositiveFloat | None = None
     """Adam's epsilon, in place of the protocol's."""
 
     @model_validator(mode="after")
