@@ -40,6 +40,13 @@ def _one_sentence() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def _fix_hashes() -> None:
+    """Start this command anew with fixed hashes of text: a task of reasoning-gym walks over a set of letters."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "lorabench.cli", *sys.argv[1:]])
+
+
 def _open(preset: str) -> tuple[Plan, Layout]:
     from lorabench.layout import Layout
     from lorabench.plan import make_plan
@@ -89,6 +96,7 @@ def schema() -> None:
 @app.command()
 def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset of a preset: its examples in chat form, split."""
+    _fix_hashes()
     with _one_sentence():
         from lorabench.data.sft import make_dataset, write_dataset
 
@@ -115,6 +123,7 @@ def tokens(model: str, dataset: str, preset: PresetOption = "laptop") -> None:
 @app.command()
 def tiny(name: str, out: Path) -> None:
     """Pretrain a tiny base by its recipe (10 to 20 minutes on 2 cores) and write it to OUT."""
+    _fix_hashes()
     with _one_sentence():
         from lorabench.models.tiny import RECIPES, build
 

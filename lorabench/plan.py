@@ -35,7 +35,7 @@ from lorabench.models.tiny import shipped
 
 # Part of every run's identity. Raise it when a change alters what a run computes; the test
 # tests/test_protocol_version.py says when that may be the case.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Method = Literal["fullft", "lora"]
 

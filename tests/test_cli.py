@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -56,3 +57,16 @@ def test_answers_at_once(arguments):
     start = cpu_seconds()
     assert lorabench(*arguments).returncode == 0
     assert cpu_seconds() - start < 1.0
+
+
+def test_a_dataset_is_the_same_whatever_the_hashes_of_text(tmp_path, raw_preset, write_preset):
+    preset = write_preset(raw_preset)
+    made = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        command = [sys.executable, "-m", "lorabench.cli", "dataset", "instruct", "--preset", preset]
+        subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+        [path] = (folder / "results/mine/data").iterdir()
+        made.append(path.read_bytes())
+    assert made[0] == made[1]

@@ -17,7 +17,9 @@ from lorabench.plan import PROTOCOL_VERSION
 from .conftest import REPOSITORY
 
 CODE = (
+    "lorabench/data/chat.py",
     "lorabench/data/facts.py",
+    "lorabench/data/hub.py",
     "lorabench/data/reasoning.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
