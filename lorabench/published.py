@@ -74,7 +74,7 @@ def sweep_of(model: str, dataset: str) -> pd.DataFrame:
 def beside_claims() -> dict[str, str]:
     """What published runs give for a claim's estimate, by claim id; each names model, data and source."""
     table = sweeps()
-    found = {}
+    found: dict[str, str] = {}
     of_replication = table[table["source"] == _REPLICATION]
     if len(of_replication):
         label = [f"LoRA r{rank} {where}" if rank > 0 else "FullFT" for rank, where in _arms_of(of_replication)]
@@ -91,7 +91,9 @@ def beside_claims() -> dict[str, str]:
         found |= {claim: f"{text} (Qwen3-4B, No Robots, one seed; {_REPLICATION})" for claim, text in told.items()}
     llama = sweep_of("Llama-3.1-8B", "tulu3")
     if len(llama):
-        optima = {rank: _optimum(grid.sort_values("lr")) for rank, grid in llama.groupby("rank")}
+        optima = {
+            int(rank): _optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()
+        }
         low, high = min(optima), max(optima)
         ratio = optima[high] / optima[low]
         found["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"

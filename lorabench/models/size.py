@@ -1,4 +1,4 @@
-"""How large a model is: all its parameters, and those that take part in a token."""
+"""How large a model is, and what a token costs in training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,29 @@ def base_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
 
 
-def active_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the base that take part in a token: of a mixture of experts, the share of the active ones."""
+def train_flops_per_token(model: torch.nn.Module) -> int:
+    """FLOPs of a forward and backward pass for one token, linear layers only, as the paper counts (paper.md, 3.6).
+
+    A weight that is trained takes 6: 2 for the output, 2 for the gradient of the input, 2 for its own. A frozen one
+    takes 4. LoRA's A and B are trained, the layers below them frozen. Of a mixture of experts the active
+    ones count, without their router.
+    """
+    import torch
+
+    flops = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            share = _active_share(model) if ".experts." in name else 1.0
+            flops += share * module.weight.numel() * (6 if module.weight.requires_grad else 4)
+    for name, parameter in model.named_parameters():
+        # Experts that are one parameter for all.
+        if parameter.ndim == 3 and ".experts." in name:
+            flops += _active_share(model) * parameter.numel() * (6 if parameter.requires_grad else 4)
+    return round(flops)
+
+
+def _active_share(model: torch.nn.Module) -> float:
+    """Active experts over all; 1 in a dense model."""
     config: Any = model.config
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if not experts:
-        return base_parameters(model)
-    in_experts = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if ".experts." in name and ".lora_" not in name
-    )
-    return base_parameters(model) - in_experts + in_experts * config.num_experts_per_tok // experts
+    return float(config.num_experts_per_tok) / experts if experts else 1.0

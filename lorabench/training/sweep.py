@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorabench import cost
 from lorabench.config import FactsDataset
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.lora import add_lora
-from lorabench.models.size import active_parameters, base_parameters
+from lorabench.models.size import base_parameters, train_flops_per_token
 from lorabench.plan import Plan, Run, Sweep
 from lorabench.progress import Progress
 from lorabench.records import RunFolder, write_json
@@ -176,7 +175,6 @@ def _write_run(
     parameters = base_parameters(model)
     config: Any = model.config
     trained = sum(parameter.numel() for parameter in trainable(model).values())
-    train_flops = cost.train_flops(condition, active_parameters(model), config.hidden_size, outcome.train_tokens)
     dataset = plan.preset.datasets[condition.dataset]
     record = {
         "run_id": run.run_id,
@@ -193,7 +191,7 @@ def _write_run(
             "family": config.model_type,
             "hidden_size": config.hidden_size,
             "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
-            "train_flops": train_flops,
+            "train_flops": train_flops_per_token(model) * outcome.train_tokens,
             "peak_mem_bytes": peak_memory_bytes(machine.device),
         },
         "environment": environment,
