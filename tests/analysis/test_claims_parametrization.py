@@ -133,6 +133,13 @@ def test_first_updates_do_not_depend_on_rank():
     assert found["n_runs"] == 7 * len(SEEDS)
 
 
+def test_runs_of_one_rank_are_not_about_the_first_update():
+    # As those on the redundant pair are, whose epsilon is another.
+    found = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT, {"rank": 4, "eps": 1e-16})))
+    assert found["verdict"] == "confirmed"
+    assert found["n_runs"] == 7 * len(SEEDS)
+
+
 def rising(run, step):
     return descent(run, step) * (1 + 0.1 * math.log2(run["rank"]))
 
@@ -266,15 +273,19 @@ def test_lr_a_does_not_matter_at_first(size, moved, verdict):
     runs, curves = lora_tables(grid(*TENFOLD), nll=sooner(size), a_moved=lambda run, step: moved)
     found = judged("C6", runs, curves)
     assert found["verdict"] == verdict
-    assert found["n_runs"] == 10
+    # Pairs whose A moved are not what the claim is about.
+    assert found["n_runs"] == (0 if moved > 0.1 else 10)
+    assert ("1 pairs left out" in found["reason"]) == (moved > 0.1)
     if not size:
         assert found["estimate"] == pytest.approx(1.0, abs=0.01)
         assert 0.98 < found["ci_low"] < found["ci_high"] < 1.02
 
 
 def test_slopes_need_seeds_and_a_falling_loss():
-    assert judged("C6", *lora_tables(grid(*TENFOLD, seeds=range(2))))["verdict"] == "inconclusive"
-    rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step)
+    few = judged("C6", *lora_tables(grid(*TENFOLD, seeds=range(2)), a_moved=lambda run, step: 0.0))
+    assert few["verdict"] == "inconclusive"
+    assert "2 paired seeds" in few["reason"]
+    rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step, a_moved=lambda run, step: 0.0)
     found = judged("C6", *rising_loss)
     assert found["verdict"] == "inconclusive"
     assert "does not fall" in found["reason"]
