@@ -118,7 +118,7 @@ def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmSt
 def _list_counts(axes: Axes, counts: pd.Series[float]) -> None:
     """Ticks as the paper writes counts, and the legend with each arm's below the panel."""
     wide = counts.max() > 100 * counts.min()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0, 6.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: parameter_words(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     below = axes.transAxes + ScaledTranslation(0, -_AXIS_POINTS / 72, axes.figure.dpi_scale_trans)

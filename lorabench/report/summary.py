@@ -13,6 +13,7 @@ from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, rows_o
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_draws, lr_optima
+from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
 from lorabench.figures import FIGURES
 from lorabench.plan import Plan
 from lorabench.report.text import missing
@@ -23,9 +24,6 @@ VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 Rows = list[dict[str, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
-
-# An arm with fewer LRs was not tuned, so it has no optimum.
-_MIN_LRS = 3
 _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
 
@@ -56,18 +54,20 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
 def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
     """Seed noise, optimal LR and best loss of each tuned arm, and LR ratios, from one experiment; None without any."""
     runs = runs[[name in words(value) for value in runs["experiments"]]]
-    tuned = [of_arm for _, of_arm in each_arm(runs) if of_arm["lr"].nunique() >= _MIN_LRS]
+    tuned = [of_arm for _, of_arm in each_arm(runs) if of_arm["lr"].nunique() >= MIN_LRS]
     if not tuned:
         return None
     runs = pd.concat(tuned)
     noise = seed_noise(runs)
     losses = best_losses(runs)[[*ARM, "nll_mean", "nll_sd", "n_seeds"]]
     arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
+    arms = arms.merge(over_studies(seed_studies(runs)), on=ARM, how="left")
     arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
     return {
         "name": name,
         "noise": noise.to_dict("records"),
         "arms": arms.to_dict("records"),
+        "studies": bool((arms["n_studies"] > 1).any()),
         "ratios": _ratios(runs, noise, arms),
     }
 
