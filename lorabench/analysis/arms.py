@@ -115,9 +115,11 @@ def refuse(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: s
     Raises:
         UserError: there are.
     """
-    for row in table[wrong].to_dict("records"):
-        value = "missing" if pd.isna(row[column]) else repr(row[column])
-        raise UserError(f"{named_by} {row.get(named_by)}: {column} = {value}; allowed: {allowed}")
+    if not wrong.any():
+        return
+    [row] = table[wrong].head(1).to_dict("records")
+    value = "missing" if pd.isna(row[column]) else repr(row[column])
+    raise UserError(f"{named_by} {row.get(named_by)}: {column} = {value}; allowed: {allowed}")
 
 
 def check_curves(curves: pd.DataFrame) -> None:
@@ -131,7 +133,9 @@ def check_curves(curves: pd.DataFrame) -> None:
     point = ["run_id", "step", "split", "metric"]
     if missing := [name for name in (*point, "value") if name not in curves]:
         raise UserError(f"the curves table has no column {', '.join(missing)}")
-    for row in curves[curves.duplicated(point)].to_dict("records"):
+    twice = curves.duplicated(point)
+    if twice.any():
+        [row] = curves[twice].head(1).to_dict("records")
         told = f"{row['split']} {row['metric']} of step {row['step']}"
         raise UserError(f"the curves table has {told} of run_id {row['run_id']} more than once")
 

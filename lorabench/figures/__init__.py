@@ -278,7 +278,7 @@ def save(name: str, tables: Path, out: Path) -> None:
 def _of_experiment(tables: Tables, experiment: str) -> Tables:
     """The tables with the runs of one experiment, checked; one without runs reads the table of its name."""
     from lorabench.analysis.arms import check_curves, check_table, with_arm_columns
-    from lorabench.analysis.claims.evidence import NEEDED, in_experiments
+    from lorabench.analysis.claims.evidence import NEEDED, curves_of, in_experiments
 
     if experiment == "compute":
         return tables
@@ -291,4 +291,4 @@ def _of_experiment(tables: Tables, experiment: str) -> Tables:
     runs = with_arm_columns(tables.runs[in_experiments(tables.runs, [experiment])])
     if runs.empty:
         raise UserError(f"the runs table has no runs of the experiment {experiment}")
-    return replace(tables, runs=runs)
+    return replace(tables, runs=runs, curves=curves_of(tables.curves, runs))

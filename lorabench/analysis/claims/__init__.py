@@ -22,7 +22,7 @@ from lorabench.analysis.claims import (
     reinforcement,
 )
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import NEEDED, Evidence, in_experiments
+from lorabench.analysis.claims.evidence import NEEDED, Evidence, curves_of, in_experiments
 from lorabench.analysis.claims.finding import Finding, UnjudgedError
 from lorabench.published import beside_claims
 from lorabench.tables import CLAIMS as COLUMNS
@@ -66,7 +66,8 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
     for claim in claims:
         if claim.experiments not in evidence:
             chosen = runs.iloc[:0] if missing else runs[in_experiments(runs, claim.experiments)]
-            evidence[claim.experiments] = Evidence(chosen, tables.curves, tables.compute, tables.counts)
+            curves = tables.curves if missing else curves_of(tables.curves, chosen)
+            evidence[claim.experiments] = Evidence(chosen, curves, tables.compute, tables.counts)
         found = _judge(claim, evidence[claim.experiments], [*missing, *(c for c in claim.columns if c not in runs)])
         rows.append(
             {

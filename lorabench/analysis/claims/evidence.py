@@ -239,6 +239,11 @@ def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
     return [arm for _, arm in arms if arm is not None]
 
 
+def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The curves of some runs; of a table without columns, all there is."""
+    return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
+
+
 def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
     """Which runs belong to one of the experiments; a run that says nothing belongs to all."""
     if "experiments" not in runs:
