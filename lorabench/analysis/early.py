@@ -42,20 +42,21 @@ class EarlyDifference:
         return pd.DataFrame(rows, columns=["mean", "low", "high"], index=self.by_seed.index, dtype=float)
 
 
-def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll") -> pd.DataFrame:
-    """A training metric of some runs, by step.
+def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
+    """A metric of some runs by step, of training unless another split is given.
 
     Args:
         runs: column run_id, and others.
         curves: columns run_id, step, split, metric, value; null values are left out.
-        metric: `nll` (of a step's batch before its update, nats per token), or another of the split `train`.
+        metric: `nll` (of a step's batch before its update, nats per token), or another of that split.
+        split: `validation` has `nll` after a step's update.
 
     Returns:
         The runs' columns with step and value, by run and ascending in step.
     """
     if curves.empty:
         return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
-    chosen = curves[(curves["split"] == "train") & (curves["metric"] == metric) & curves["value"].notna()]
+    chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
     return runs.merge(chosen[["run_id", "step", "value"]], on="run_id").sort_values(["run_id", "step"])
 
 

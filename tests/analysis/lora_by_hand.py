@@ -102,6 +102,18 @@ def lora_tables(
                 for step in steps
                 if step <= run["steps"]
             ]
+        # Validation comes after a step's update, on examples that are no harder than others.
+        rows += [
+            {
+                "run_id": run["run_id"],
+                "step": step,
+                "metric": "nll",
+                "split": "validation",
+                "value": (METRICS | changes)["nll"](run, step + 1) - difficulty(run["seed"], step + 1),
+            }
+            for step in sorted({0, *RECORDED, run["steps"]})
+            if step <= run["steps"]
+        ]
     integers = dict.fromkeys(("rank", "batch_size", "steps", "seed"), "Int64")
-    curves = pd.DataFrame(rows, columns=["run_id", "step", "metric", "value"]).assign(split="train")
+    curves = pd.DataFrame(rows, columns=["run_id", "step", "split", "metric", "value"]).fillna({"split": "train"})
     return pd.DataFrame(runs).astype(integers), curves.astype({"step": "Int64", "value": float})
