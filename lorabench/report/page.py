@@ -31,15 +31,16 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
     Raises:
         FileNotFoundError: a table or a figure is not there.
     """
+    figures = _figures(plan)
     runs = summary.labelled(read_table(layout.tables(), "runs"))
     claims = read_table(layout.tables(), "claims")
     page = _template().render(
         name=layout.name,
         preset=plan.preset,
         verdicts=summary.by_verdict(claims),
-        claims=summary.claims(claims, runs),
+        claims=summary.claims(claims, runs, [figure.name for figure in figures]),
         environment=summary.environment(runs),
-        figures=[_figure(figure, layout) for figure in _figures(plan)],
+        figures=[_figure(figure, layout) for figure in figures],
         experiments=[found for name in plan.preset.experiments.sft() if (found := summary.experiment(name, runs))],
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),

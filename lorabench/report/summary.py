@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_draws, lr_optima
 from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
-from lorabench.figures import FIGURES
 from lorabench.plan import Plan
 from lorabench.report.text import missing
 from lorabench.tables import words
@@ -39,14 +39,14 @@ def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
 
 
-def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
-    """Each claim with the runs behind it, and the names of the figures that show it."""
+def claims(table: pd.DataFrame, runs: pd.DataFrame, shown: Collection[str]) -> Rows:
+    """Each claim with the runs behind it, and the names of the figures, of those shown, that it is about."""
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
     rows = []
     for claim in table.to_dict("records"):
         behind = [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]
         numbers = words(claim["figure"])
-        figures = [(number, name) for number in numbers for name in FIGURES if name.startswith(f"fig{number}_")]
+        figures = [(number, name) for number in numbers for name in shown if name.startswith(f"fig{number}_")]
         rows.append({str(name): value for name, value in claim.items()} | {"runs": behind, "figures": figures})
     return rows
 

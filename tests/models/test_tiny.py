@@ -13,7 +13,6 @@ from lorabench.config import TinyModel
 from lorabench.cost import shape
 from lorabench.models import tiny
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
-from lorabench.models.size import active_parameters
 from lorabench.models.tiny import RECIPES, build, heldout_nll, new_model, packed_blocks, shipped
 
 TYPES = {"llama": "llama", "qwen": "qwen3", "moe": "qwen3_moe"}
@@ -52,7 +51,10 @@ def test_family_and_width_are_those_of_the_name(name):
 @each
 def test_shape_is_what_the_cost_model_believes(name):
     model = load_model(spec(name))
-    assert (active_parameters(model), model.config.hidden_size) == shape(spec(name))
+    experts = sum(p.numel() for parameter, p in model.named_parameters() if ".experts." in parameter)
+    idle = experts - experts * RECIPES[name].active_experts // max(1, RECIPES[name].experts)
+    assert shape(spec(name)) == (model.num_parameters() - idle, model.config.hidden_size)
+    assert bool(idle) == (name == "moe-128")
     assert record(name)["parameters"] == model.num_parameters()
 
 
