@@ -518,9 +518,12 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
     )
     text = (
         f"{label}: change of W per step over the LR is {ratio:.2f} {interval_text(*interval, 2)} times that "
-        f"of the first step from step {math.ceil(math.sqrt(last))} to {last}, and goes as step to the power "
-        f"{slope:.2f} {interval_text(slope_low, slope_high, 2)} from step {FIRST_STEPS} on, {len(sizes)} seeds"
+        f"of the first step from step {math.ceil(math.sqrt(last))} to {last}, {len(sizes)} seeds"
     )
+    # It takes two recorded steps to tell.
+    if not math.isnan(slope):
+        text += f"; it goes as step to the power {slope:.2f} {interval_text(slope_low, slope_high, 2)} from "
+        text += f"step {FIRST_STEPS} on"
     problems = [f"{len(sizes)} seeds, {MIN_SEEDS} needed"] if len(sizes) < MIN_SEEDS else []
     verdict: Verdict = "inconclusive"
     if interval[0] > 1:
