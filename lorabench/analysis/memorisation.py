@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lorabench.analysis.arms import ARM, arm_table, each_arm, with_arm_columns
-from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.gaps import best_losses, mean_interval
 from lorabench.analysis.noise import GROUP
 
 BITS_PER_PARAMETER = 2.0
@@ -166,12 +165,3 @@ def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
             growth.append(late / float(stored["bits_stored"][run_id]))
         rows.append(arm | {"growth": float(np.mean(growth)) if growth else math.nan})
     return arm_table(rows, ["growth"])
-
-
-def mean_interval(values: pd.Series[Any]) -> tuple[float, float, float]:
-    """Mean and 95% t interval of a few values; NaN for the interval of one."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.sem())
-    return mean, mean - half, mean + half

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,20 +12,18 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim, untestable
-from lorabench.analysis.claims.evidence import SWEEP, Arm, Comparison, Evidence, over, require
+from lorabench.analysis.claims.evidence import SWEEP, Arm, Comparison, Evidence, judge_each, over, require
 from lorabench.analysis.claims.finding import (
     MIN_SEEDS,
     Finding,
     UnjudgedError,
     Verdict,
-    equality_problems,
     exceeds,
     finding,
     nats,
     noise_problems,
     sigma_text,
     together,
-    within,
     worst,
 )
 from lorabench.analysis.gap_curve import envelope_gap, gap_at, gap_curve
@@ -209,22 +206,9 @@ def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
         raise UnjudgedError("not tested", "fewer than two LoRA ranks above 1")
     lowest, *_, highest = sizes.ranks
     low_rank, high_rank = sizes.lora(lowest), sizes.lora(highest)
-    return together([_same_gap(sizes.by_size[size], size, high_rank[size], low_rank[size]) for size in sizes.by_size])
-
-
-def _same_gap(comparison: Comparison, size: int, high_rank: Arm, low_rank: Arm) -> Finding:
-    estimate, interval, text, problems = comparison.final_gap(high_rank, low_rank)
-    sigma, dof = comparison.sigma("test")
-    loss = float(comparison.losses[arm_label(low_rank)]["nll_mean"])
-    verdict = within(*interval, (-2 * sigma, 2 * sigma))
-    return finding(
-        comparison.of([high_rank, low_rank])["run_id"],
-        f"batch {size}: {text}, {sigma_text(sigma)}",
-        verdict,
-        noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss) + problems,
-        estimate,
-        interval,
-        abs(estimate) / sigma if sigma > 0 else math.nan,
+    return judge_each(
+        (f"batch {size}", partial(comparison.equal_losses, high_rank[size], low_rank[size]))
+        for size, comparison in sizes.by_size.items()
     )
 
 

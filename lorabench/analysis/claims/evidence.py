@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -17,8 +17,13 @@ from lorabench.analysis.claims.finding import (
     Finding,
     UnjudgedError,
     Verdict,
+    equality_problems,
+    finding,
     nats,
+    noise_problems,
+    sigma_text,
     together,
+    within,
 )
 from lorabench.analysis.gaps import best_losses, gap
 from lorabench.analysis.noise import GROUP, seed_noise
@@ -140,6 +145,22 @@ class Comparison:
         text = f"{arm_label(arm)} - {arm_label(other)} = {nats(found.estimate, *interval)} over {found.n_seeds} seeds"
         return found.estimate, interval, text, problems
 
+    def equal_losses(self, arm: Arm, other: Arm) -> Finding:
+        """Whether the test NLL of two arms is the same within 2 sigma."""
+        estimate, interval, text, problems = self.final_gap(arm, other)
+        sigma, dof = self.sigma("test")
+        loss = float(self.losses[arm_label(other)]["nll_mean"])
+        verdict = within(*interval, (-2 * sigma, 2 * sigma))
+        return finding(
+            self.of([arm, other])["run_id"],
+            f"{text}, {sigma_text(sigma)}",
+            verdict,
+            noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss) + problems,
+            estimate,
+            interval,
+            abs(estimate) / sigma if sigma > 0 else math.nan,
+        )
+
 
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Comparison]:
     """The comparisons that a runs table holds, one per model, dataset, batch size and length."""
@@ -176,19 +197,23 @@ def over(
 ) -> Callable[[Evidence], Finding]:
     """Judge each in scope by itself; the worst finding decides, and the reason names all."""
 
-    def judge_all(evidence: Evidence) -> Finding:
-        found = []
-        for judged, note in scope(evidence.comparisons):
-            try:
-                one = judge(judged)
-            except UnjudgedError as unjudged:
-                one = unjudged.finding
-            found.append(replace(one, reason=f"{judged.label}{note}: {one.reason}"))
-        if not found:
-            raise UnjudgedError("not tested", "no such runs")
-        return together(found)
+    return lambda evidence: judge_each(
+        (f"{judged.label}{note}", partial(judge, judged)) for judged, note in scope(evidence.comparisons)
+    )
 
-    return judge_all
+
+def judge_each(named: Iterable[tuple[str, Callable[[], Finding]]]) -> Finding:
+    """The finding that decides over several, each with its name in the reason."""
+    found = []
+    for name, judge in named:
+        try:
+            one = judge()
+        except UnjudgedError as unjudged:
+            one = unjudged.finding
+        found.append(replace(one, reason=f"{name}: {one.reason}"))
+    if not found:
+        raise UnjudgedError("not tested", "no such runs")
+    return together(found)
 
 
 def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label, each_arm, rows_of
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import Comparison, Evidence, Scoped, every_dataset, over
+from lorabench.analysis.claims.evidence import Comparison, Evidence, Scoped, every_dataset, judge_each, over
 from lorabench.analysis.claims.finding import (
     MIN_SEEDS,
     Finding,
@@ -536,19 +537,10 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
 def _on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
     """Judge the LoRA runs of each model and dataset, whatever their parametrisation; the worst finding decides."""
 
-    def judge_all(evidence: Evidence) -> Finding:
-        found = []
-        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"]):
-            try:
-                one = judge(runs, evidence.curves)
-            except UnjudgedError as unjudged:
-                one = unjudged.finding
-            found.append(replace(one, reason=f"{model}/{dataset}: {one.reason}"))
-        if not found:
-            raise UnjudgedError("not tested", "no LoRA runs")
-        return together(found)
-
-    return judge_all
+    return lambda evidence: judge_each(
+        (f"{model}/{dataset}", partial(judge, runs, evidence.curves))
+        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"])
+    )
 
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"

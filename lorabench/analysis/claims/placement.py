@@ -15,7 +15,6 @@ from lorabench.analysis.claims.finding import (
     Finding,
     UnjudgedError,
     Verdict,
-    equality_problems,
     exceeds,
     finding,
     noise_problems,
@@ -101,23 +100,7 @@ def attention_adds_nothing(comparison: Comparison) -> Finding:
     ranks = [rank for rank in mlp if rank in every]
     if not ranks:
         raise UnjudgedError("inconclusive", "no rank with LoRA on the MLP and on all layers")
-    return together([_same_loss(comparison, mlp[rank], every[rank]) for rank in ranks])
-
-
-def _same_loss(comparison: Comparison, mlp: Arm, every: Arm) -> Finding:
-    estimate, interval, text, problems = comparison.final_gap(mlp, every)
-    sigma, dof = comparison.sigma("test")
-    loss = float(comparison.losses[arm_label(every)]["nll_mean"])
-    verdict = within(*interval, (-2 * sigma, 2 * sigma))
-    return finding(
-        comparison.of([mlp, every])["run_id"],
-        f"{text}, {sigma_text(sigma)}",
-        verdict,
-        noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss) + problems,
-        estimate,
-        interval,
-        abs(estimate),
-    )
+    return together([comparison.equal_losses(mlp[rank], every[rank]) for rank in ranks])
 
 
 def both_parts(comparison: Comparison) -> Finding:
