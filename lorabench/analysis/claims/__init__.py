@@ -98,7 +98,8 @@ def _judge(claim: Claim, evidence: Evidence, missing: list[str]) -> Finding:
     if claim.experiments and missing:
         return Finding("not tested", f"the runs table has no column {', '.join(missing)}")
     if claim.experiments and evidence.runs.empty:
-        return Finding("not tested", f"no such runs in the experiment {' or '.join(claim.experiments)}")
+        absent = f"no runs of the experiment {' or '.join(claim.experiments)}"
+        return Finding("not tested", f"{absent}; it needs {claim.needs}")
     try:
         return claim.judge(evidence)
     except UnjudgedError as unjudged:
