@@ -271,6 +271,13 @@ def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
     return pd.read_csv(path, dtype=text)
 
 
+def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The table `name` with the documented columns that it lacks, as nulls of their type."""
+    absent = [column for column in SCHEMAS[name] if column.name not in frame]
+    nulls = pd.Series(None, index=frame.index, dtype=object)
+    return frame.assign(**{column.name: _typed(nulls, column.type, Path(name)) for column in absent})
+
+
 def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series[Any]:
     """A column in its documented type.
 

@@ -240,7 +240,7 @@ FIGURES = {
 
 
 def drawable(tables: Path) -> list[str]:
-    """Figures that the tables in a folder hold something for; all, if the runs do not say what experiments they are of.
+    """Figures that the tables in a folder hold something for; all on runs, if those do not say of what experiment.
 
     Raises:
         UserError: the folder holds no tables, or one that can't be read.
@@ -248,9 +248,9 @@ def drawable(tables: Path) -> list[str]:
     from lorabench.tables import Tables
 
     found = Tables.read(tables)
-    if "experiments" not in found.runs:
-        return list(FIGURES)
-    experiments = {name for names in found.runs["experiments"] for name in names}
+    experiments = {figure.experiment for figure in FIGURES.values()} - {"compute"}
+    if "experiments" in found.runs:
+        experiments = {name for names in found.runs["experiments"] for name in names}
     experiments |= set() if found.compute.empty else {"compute"}
     return [name for name, figure in FIGURES.items() if figure.experiment in experiments]
 
@@ -276,19 +276,23 @@ def save(name: str, tables: Path, out: Path) -> None:
 
 
 def _of_experiment(tables: Tables, experiment: str) -> Tables:
-    """The tables with the runs of one experiment, checked; one without runs reads the table of its name."""
-    from lorabench.analysis.arms import check_curves, check_table, with_arm_columns
+    """The tables with the runs of one experiment, checked; one without runs reads the table of its name.
+
+    Columns that are missing, and all of a table that is, are nulls to a figure: it shows what there is.
+    """
+    from lorabench.analysis.arms import check_curves, check_table
     from lorabench.analysis.claims.evidence import NEEDED, curves_of, in_experiments
+    from lorabench.tables import with_all_columns
 
     if experiment == "compute":
-        return tables
+        return replace(tables, compute=with_all_columns(tables.compute, "compute"))
     if tables.runs.columns.empty:
         raise UserError("there is no table runs")
     if missing := [name for name in NEEDED if name not in tables.runs]:
         raise UserError(f"the runs table has no column {', '.join(missing)}")
     check_table(tables.runs)
     check_curves(tables.curves)
-    runs = with_arm_columns(tables.runs[in_experiments(tables.runs, [experiment])])
+    runs = with_all_columns(tables.runs[in_experiments(tables.runs, [experiment])], "runs")
     if runs.empty:
         raise UserError(f"the runs table has no runs of the experiment {experiment}")
-    return replace(tables, runs=runs, curves=curves_of(tables.curves, runs))
+    return replace(tables, runs=runs, curves=with_all_columns(curves_of(tables.curves, runs), "curves"))

@@ -102,7 +102,8 @@ def _draw_block(place: SubFigure, block: pd.DataFrame, styles: dict[str, style.A
     _limit_curves(axes[0, 0], block[block["element"] == "envelope"])
     final, difference = below.subplots(1, 2)
     # Of several lengths at one batch size, the longest.
-    longest = block[block["steps"].isna() | block["steps"].eq(block.groupby("batch_size")["steps"].transform("max"))]
+    steps = block["steps"].astype("Int64")
+    longest = block[steps.isna() | steps.eq(steps.groupby(block["batch_size"]).transform("max")).fillna(False)]
     _draw_by_size(final, longest[longest["element"] == "final"], "nll", styles)
     final.set_ylabel("final test NLL (nats / token)")
     _draw_by_size(difference, longest[longest["element"] == "gap"], "gap", styles)

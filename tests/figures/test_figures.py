@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures import FIGURES, save
+from lorabench.figures import FIGURES, drawable, save
 from lorabench.figures.style import ArmStyle, arm_styles
 from lorabench.tables import Tables
 from tests.handmade import LRS, curves_of, laptop_like, make_run, make_sweep, runs_table
@@ -60,6 +60,18 @@ def test_save_writes_whole_files_with_stable_bytes(name: str, tables: Path, tmp_
     assert all(written.values())
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
     assert b"<dc:date>" not in written[f"{name}.svg"]
+
+
+def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path):
+    kept = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
+    runs = laptop_like()[[*kept, "final_valid_nll", "final_test_nll"]]
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    assert drawable(tmp_path) == OF_RUNS
+    for name in OF_RUNS:
+        save(name, tmp_path, tmp_path / "drawn")
+    assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in OF_RUNS}
+    with pytest.raises(UserError, match="there is no table compute"):
+        save("compute", tmp_path, tmp_path / "drawn")
 
 
 @pytest.mark.parametrize("name", OF_RUNS)

@@ -12,6 +12,8 @@ import time
 import pytest
 import torch
 
+from lorabench.training.batches import scored_tokens
+
 from .conftest import condition_of, train, trained
 
 
@@ -35,8 +37,24 @@ def test_resumed_equals_unbroken(method, rank, data, tmp_path):
     assert resumed_steps == list(range(9, 17))
     assert resumed.curve == whole.curve
     assert (resumed.final_test_nll, resumed.train_tokens) == (whole.final_test_nll, whole.train_tokens)
+    assert whole.first_epoch_nats is None, "16 steps of 4 are less than an epoch of 80"
     for (name, a), (_, b) in zip(model.named_parameters(), resumed_model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_description_length_survives_a_break(data, tmp_path):
+    condition = condition_of("lora", 4, steps=20, batch_size=4)
+    whole, _ = train(condition, data, tmp_path / "whole", lr=3e-3)
+
+    def break_at_nine(step):
+        if step == 9:
+            raise BrokenError
+
+    with pytest.raises(BrokenError):
+        train(condition, data, tmp_path / "broken", lr=3e-3, checkpoint_seconds=0, tick=break_at_nine)
+    resumed, _ = train(condition, data, tmp_path / "broken", lr=3e-3)
+    assert resumed.first_epoch_nats == whole.first_epoch_nats > 0
+    assert resumed.first_epoch_scored_tokens == whole.first_epoch_scored_tokens == scored_tokens(data["train"])
 
 
 def numbers(runs) -> list[dict]:
