@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 
 import numpy as np
@@ -21,6 +21,7 @@ from lorabench.analysis.claims.evidence import (
     Evidence,
     comparisons,
     every_dataset,
+    judge_each,
     over,
     require,
 )
@@ -112,17 +113,16 @@ def across_models(judge: Callable[[list[SweptModel]], Finding]) -> Callable[[Evi
         largest = max(map(len, groups), default=0)
         if largest < 2:
             raise UnjudgedError("not tested", "no two models with FullFT and LoRA swept on the same data")
-        found = []
-        for models in groups:
-            if len(models) >= min(MIN_MODELS, largest):
-                first = models[0].fullft
-                label = f"{len(models)} models on {first['dataset']}, batch {first['batch_size']}"
-                label += f", {first['steps']} steps" if first["steps"] is not None else ""
-                one = judge(models)
-                found.append(replace(one, reason=f"{label}: {one.reason}"))
-        return together(found)
+        judged = [models for models in groups if len(models) >= min(MIN_MODELS, largest)]
+        return judge_each((_data_of(models), partial(judge, models)) for models in judged)
 
     return judge_all
+
+
+def _data_of(models: list[SweptModel]) -> str:
+    first = models[0].fullft
+    length = f", {first['steps']} steps" if first["steps"] is not None else ""
+    return f"{len(models)} models on {first['dataset']}, batch {first['batch_size']}{length}"
 
 
 def swept_models(evidence: Evidence) -> list[list[SweptModel]]:
