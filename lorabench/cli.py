@@ -28,6 +28,7 @@ OutFile = Annotated[Path | None, typer.Option("--out", help="Write the runs ther
 FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
 TablesFolder = Annotated[Path | None, typer.Option("--out", help="Folder for the table, if not the preset's.")]
 TablesOption = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
+TablesOptions = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
 
 
 @contextmanager
@@ -95,12 +96,17 @@ def schema() -> None:
 
 @app.command()
 def dataset(name: str, preset: PresetOption = "laptop") -> None:
-    """Make a dataset of a preset: its examples in chat form, split."""
+    """Make a dataset of a preset (its examples in chat form) or a problem set (questions and answers), split."""
     _fix_hashes()
     with _one_sentence():
+        from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import make_dataset, write_dataset
 
         made, layout = _open(preset)
+        problems = made.preset.problems.get(name)
+        if problems is not None:
+            write_problems(make_problems(problems), layout.dataset(name))
+            return
         spec = _named(made.preset.datasets, name, "dataset")
         write_dataset(make_dataset(spec), layout.dataset(name))
 
@@ -228,7 +234,7 @@ def claims(tables: TablesOption, out: Annotated[Path, typer.Option(help="Folder 
 
 
 @app.command()
-def figure(name: str, tables: TablesOption, out: FigureFolder) -> None:
+def figure(name: str, tables: TablesOptions, out: FigureFolder) -> None:
     """Draw one figure from tidy tables, or with the name `all` each that the tables hold something for."""
     with _one_sentence():
         from lorabench.figures import drawable, save

@@ -24,6 +24,18 @@ SCHEMA = PRESETS / "schema.json"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
+"""Tasks of reasoning-gym whose answer is one number."""
+HUB_PROBLEMS = {
+    "gsm8k": ("openai/gsm8k",),
+    "math": ("EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"),
+    "deepmath": ("zwhe99/DeepMath-103K",),
+    "aime24": ("HuggingFaceH4/aime_2024",),
+    "aime25": ("math-ai/aime25",),
+}
+"""The hub's datasets by kind of problem set."""
 
 
 class PresetError(UserError):
@@ -175,6 +187,89 @@ class HubDataset(Strict):
 DatasetSpec = Annotated[ChatDataset | FactsDataset | HubDataset, Field(discriminator="kind")]
 
 
+class ReasoningProblems(Strict):
+    """Problems from reasoning-gym whose answer is one number; made here, nothing is downloaded."""
+
+    kind: Literal["arithmetic", "gsm_symbolic"]
+    """`arithmetic`: answered with the bare number; `gsm_symbolic`: grade-school problems, the last number counts."""
+    train: Positive
+    """Problems that are trained on."""
+    validation: Positive
+    """Problems on which the LR is picked."""
+    test: Positive
+    """Problems on which rewards are reported."""
+    tasks: Annotated[list[NumberTask], Field(min_length=1)] = ["chain_sum"]
+    """Tasks of `arithmetic`, drawn uniformly."""
+    min_digits: Positive = 1
+    """Fewest digits of a term, in `chain_sum` and `products`."""
+    max_digits: Positive = 2
+    """Most digits of a term."""
+    max_value: Annotated[int, Field(ge=10)] = 100
+    """Largest number, in `gcd` and `lcm`."""
+    min_terms: Annotated[int, Field(ge=2)] = 2
+    """Fewest terms, in `chain_sum`, `products`, `gcd` and `lcm`."""
+    max_terms: Annotated[int, Field(ge=2)] = 2
+    """Most terms. More digits and terms make a set harder, up to one that is out of reach."""
+    max_chars: Annotated[int, Field(ge=32)] = 400
+    """Longer problems (question and worked solution together) are left out."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the problems."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        for what in ("digits", "terms"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if low > high:
+                raise ValueError(f"min_{what} = {low} is more than max_{what} = {high}")
+        sizes = ("tasks", "min_digits", "max_digits", "max_value", "min_terms", "max_terms")
+        changed = [name for name in sizes if getattr(self, name) != type(self).model_fields[name].default]
+        if self.kind == "gsm_symbolic" and changed:
+            raise ValueError(f"{', '.join(changed)}: gsm_symbolic has no such choice; allowed with arithmetic")
+        return self
+
+
+class HubProblems(Strict):
+    """A set of mathematical problems on the Hugging Face hub; the answer is asked for, and read, in a box."""
+
+    kind: Literal["gsm8k", "math", "deepmath", "aime24", "aime25"]
+    """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
+    revisions: dict[str, str] = {}
+    """Commit or tag by hub id, `main` where none is given; pin commits for a reproducible run."""
+    path: str | None = None
+    """Folder with copies of the repositories, each in a folder `owner/name`, to be read in place of the hub."""
+    train: NotNegative
+    """Problems that are trained on."""
+    validation: NotNegative
+    """Problems on which the LR is picked, held out of the training problems."""
+    test: Positive
+    """Problems on which rewards are reported."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of problems."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The hub's datasets that the set is made of."""
+        return HUB_PROBLEMS[self.kind]
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        for name in self.revisions:
+            if name not in self.ids:
+                raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
+        if self.path is not None and not Path(self.path).is_dir():
+            raise ValueError(f"folder {self.path!r} does not exist")
+        counts = f"train = {self.train}, validation = {self.validation}"
+        if self.kind in ("aime24", "aime25"):
+            if self.train or self.validation:
+                raise ValueError(f"{counts}: {self.kind} is only tested on; both must be 0")
+        elif not (self.train and self.validation):
+            raise ValueError(f"{counts}: both must be at least 1")
+        return self
+
+
+ProblemSpec = Annotated[ReasoningProblems | HubProblems, Field(discriminator="kind")]
+
+
 class Protocol(Strict):
     """How every run of the preset is trained; the same in both arms."""
 
@@ -215,21 +310,13 @@ class LearningRates(Strict):
         return self
 
 
-class SftExperiment(Strict):
-    """A block of an experiment: a full factorial of conditions, each with its LR grid and seeds."""
+class Block(Strict):
+    """A block of an experiment: models and arms, each arm with its LR grid and seeds."""
 
     models: Annotated[list[str], Field(min_length=1)]
     """Names from `models`."""
-    datasets: Annotated[list[str], Field(min_length=1)]
-    """Names from `datasets`."""
     ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
-    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
-    """Examples per optimizer step."""
-    epochs: PositiveFloat = 1.0
-    """Passes over the training split."""
-    steps: Positive | None = None
-    """Stop after so many steps; null for all epochs."""
     lrs: LearningRates
     seeds: Positive = 3
     """Seeds at each condition's best LR; the grid itself is run with the first seed."""
@@ -256,6 +343,56 @@ class SftExperiment(Strict):
         return self
 
 
+class SftExperiment(Block):
+    """A block that trains on examples: every model, dataset, batch size and arm with every other."""
+
+    datasets: Annotated[list[str], Field(min_length=1)]
+    """Names from `datasets`."""
+    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    """Examples per optimizer step."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training split."""
+    steps: Positive | None = None
+    """Stop after so many steps; null for all epochs."""
+
+
+class RlExperiment(Block):
+    """A block of reinforcement learning: every model, problem set and arm with every other."""
+
+    problems: Annotated[list[str], Field(min_length=1)]
+    """Names from `problems`."""
+    problems_per_step: Positive
+    """Problems of one step."""
+    group_size: Annotated[int, Field(ge=2)]
+    """Responses to each problem; the advantage of one is its reward minus their mean."""
+    steps: Positive
+    """Optimizer steps, one for each batch of responses."""
+    max_new_tokens: Positive
+    """Responses are cut at this length."""
+    evaluations: Positive = 6
+    """Greedy evaluations of validation and test split, evenly spaced, the last at the end."""
+    held_out: list[str] = []
+    """Names from `problems` whose test split is evaluated at the same steps, never trained on."""
+    held_out_samples: Positive = 1
+    """Responses to each problem of those; 1 is greedy, several are drawn at temperature 1."""
+    prompt: str | None = None
+    """Text with `{question}` in it, for a model without a chat template; null for the template."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a response, beside the model's end token."""
+    mean_response_tokens: Positive
+    """Tokens of an average response, for the cost estimate."""
+
+    @model_validator(mode="after")
+    def _prompt_has_question(self) -> Self:
+        if self.prompt is not None and self.prompt.count("{question}") != 1:
+            raise ValueError(f"prompt = {self.prompt!r}: must contain {{question}} once")
+        if self.mean_response_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"mean_response_tokens = {self.mean_response_tokens} is more than max_new_tokens = {self.max_new_tokens}"
+            )
+        return self
+
+
 class ComputeExperiment(Strict):
     """What a training step costs: counted FLOPs, measured time and memory, by rank."""
 
@@ -272,6 +409,7 @@ class ComputeExperiment(Strict):
 
 
 SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]
+RlBlocks = Annotated[list[RlExperiment], Field(min_length=1)]
 
 
 class Experiments(Strict):
@@ -295,6 +433,16 @@ class Experiments(Strict):
     """Alpha, initial scale and LRs of A and B: what is redundant, and what the 1/r does."""
     capacity: SftBlocks | None = None
     """Where an adapter runs out of capacity: longer data, and facts to memorise."""
+    rl_arithmetic: RlBlocks | None = None
+    """RL on problems of reasoning-gym: ranks against full fine-tuning over a LR sweep (figures 6 to 8, at any scale)."""
+    rl_gsm8k: RlBlocks | None = None
+    """RL on GSM8K (figure 6)."""
+    rl_math: RlBlocks | None = None
+    """RL on MATH (figure 6)."""
+    rl_deepmath: RlBlocks | None = None
+    """RL on DeepMath, AIME held out (figures 7 and 8)."""
+    placement_rl: RlBlocks | None = None
+    """RL by the layers that carry LoRA (figure 5)."""
     compute: ComputeExperiment | None = None
     """FLOPs, time and memory of a training step."""
 
@@ -302,7 +450,7 @@ class Experiments(Strict):
         """Names of the experiments that the preset asks for, in the paper's order."""
         return [name for name in type(self).model_fields if getattr(self, name) is not None]
 
-    def sft(self) -> dict[str, list[SftExperiment]]:
+    def trained(self) -> dict[str, list[SftExperiment] | list[RlExperiment]]:
         """The blocks of each chosen experiment that trains."""
         return {name: getattr(self, name) for name in self.chosen() if name != "compute"}
 
@@ -314,6 +462,10 @@ class Execution(Strict):
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
     """Tokens, padding included, that go through the model at once; larger batches are accumulated."""
+    max_cache_tokens: Positive = 65_536
+    """Tokens of prompts and responses whose keys and values are kept at once when sampling."""
+    lanes: Positive = 8
+    """LoRA runs of a sweep that sample together in RL."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """A run longer than this leaves a checkpoint to go on from; 0 means after every step."""
     keep_weights: Literal["best", "all"] = "best"
@@ -330,7 +482,10 @@ class Preset(Strict):
     limits: list[str] = []
     """What this preset cannot test, one sentence each, for the report."""
     models: Annotated[dict[Name, ModelSpec], Field(min_length=1)]
-    datasets: Annotated[dict[Name, DatasetSpec], Field(min_length=1)]
+    datasets: dict[Name, DatasetSpec] = {}
+    """What SFT trains on."""
+    problems: dict[Name, ProblemSpec] = {}
+    """What RL trains on."""
     protocol: Protocol = Protocol()
     experiments: Experiments
     execution: Execution
@@ -340,23 +495,53 @@ class Preset(Strict):
         if not self.experiments.chosen():
             allowed = ", ".join(Experiments.model_fields)
             raise ValueError(f"experiments is empty; allowed: {allowed}")
-        if not self.experiments.sft():
+        if not self.experiments.trained():
             raise ValueError("experiments: compute alone trains nothing; add another one")
+        if twice := self.datasets.keys() & self.problems.keys():
+            raise ValueError(f"problems: the name {min(twice)!r} is that of a dataset too")
         if self.experiments.compute:
             _known(self.experiments.compute.models, self.models, "experiments.compute.models")
-        for name, blocks in self.experiments.sft().items():
+        for name, blocks in self.experiments.trained().items():
             for number, block in enumerate(blocks):
                 where = f"experiments.{name}.{number}"
                 _known(block.models, self.models, f"{where}.models")
-                _known(block.datasets, self.datasets, f"{where}.datasets")
-                for dataset in block.datasets:
-                    for batch_size in block.batch_sizes:
-                        if self.datasets[dataset].train * block.epochs < batch_size:
-                            raise ValueError(
-                                f"{where}.batch_sizes: {batch_size} is more than the "
-                                f"{self.datasets[dataset].train} training examples of {dataset!r}"
-                            )
+                match block:
+                    case SftExperiment():
+                        self._check_sft(block, where)
+                    case RlExperiment():
+                        self._check_rl(block, where)
         return self
+
+    def _check_sft(self, block: SftExperiment, where: str) -> None:
+        _known(block.datasets, self.datasets, f"{where}.datasets")
+        for dataset in block.datasets:
+            train = self.datasets[dataset].train
+            for batch_size in block.batch_sizes:
+                if train * block.epochs < batch_size:
+                    raise ValueError(
+                        f"{where}.batch_sizes: {batch_size} is more than the {train} training examples of {dataset!r}"
+                    )
+
+    def _check_rl(self, block: RlExperiment, where: str) -> None:
+        _known(block.problems, self.problems, f"{where}.problems")
+        _known(block.held_out, self.problems, f"{where}.held_out")
+        for name in block.problems:
+            train = self.problems[name].train
+            if train < block.problems_per_step:
+                raise ValueError(
+                    f"{where}.problems_per_step: {block.problems_per_step} is more than the {train} training problems "
+                    f"of {name!r}"
+                )
+            if name in block.held_out:
+                raise ValueError(f"{where}.held_out: {name!r} is trained on")
+        for name in block.held_out:
+            if name in ("train", "validation", "test"):
+                raise ValueError(f"{where}.held_out: {name!r} is the name of a split; name the problem set otherwise")
+
+    @property
+    def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:
+        """Datasets and problem sets by name."""
+        return {**self.datasets, **self.problems}
 
 
 def _known(wanted: list[str], known: Mapping[str, object], where: str) -> None:
@@ -429,6 +614,7 @@ def _sentence(problem: Any) -> str:
 _KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "models": (TinyModel, HubModel, PathModel, GgufModel),
     "datasets": (ChatDataset, FactsDataset, HubDataset),
+    "problems": (ReasoningProblems, HubProblems),
 }
 
 

@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
+_CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400}
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
+
+
+# A token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time leaves
+# most of a machine idle. Measured with the laptop preset on 2 cores; on a GPU it depends on the batch.
+_DECODING = 3.0
 
 
 @dataclass(frozen=True)
@@ -67,30 +73,60 @@ def train_flops(condition: Condition, parameters: int, width: int, tokens: float
     return 6.0 * parameters * tokens * ratio
 
 
+@dataclass(frozen=True)
+class _RunTokens:
+    """Tokens of one run: trained on, evaluated without a gradient, and drawn."""
+
+    trained: float
+    evaluated: float
+    drawn: float
+
+
+def _run_tokens(preset: Preset, sweep: Sweep) -> _RunTokens:
+    condition, rollouts = sweep.condition, sweep.condition.rollouts
+    model = preset.models[condition.model]
+    if rollouts is None:
+        dataset = preset.datasets[condition.dataset]
+        per_example = tokens_per_example(model, dataset)
+        examples = preset.protocol.curve_points * dataset.validation + dataset.test
+        return _RunTokens(condition.steps * condition.batch_size * per_example, examples * per_example, 0.0)
+    problems = preset.problems[condition.dataset]
+    prompt = _CHARS_OF_A_PROBLEM[problems.kind] / _CHARS_PER_TOKEN[model.kind]
+    episodes = condition.steps * condition.batch_size
+    held_out = sum(preset.problems[name].test for name in rollouts.held_out) * rollouts.held_out_samples
+    graded = problems.validation + problems.test + held_out
+    answers = episodes + rollouts.evaluations * graded
+    # A prompt goes through the model once for its group, in sampling and in learning.
+    prompts = episodes / rollouts.group_size * prompt
+    evaluated = prompts + rollouts.evaluations * graded * prompt
+    response = rollouts.mean_response_tokens
+    return _RunTokens(episodes * response + prompts, evaluated, answers * response)
+
+
 def sweep_flops(preset: Preset, sweep: Sweep) -> float:
-    """FLOPs of all runs of a sweep, evaluation included."""
-    condition = sweep.condition
-    model, dataset = preset.models[condition.model], preset.datasets[condition.dataset]
-    parameters, width = shape(model)
-    per_example = tokens_per_example(model, dataset)
-    trained = train_flops(condition, parameters, width, condition.steps * condition.batch_size * per_example)
-    evaluated = preset.protocol.curve_points * dataset.validation + dataset.test
-    forward = train_flops(condition, parameters, width, evaluated * per_example) / 3
+    """FLOPs of all runs of a sweep, evaluation and sampling included."""
+    trained, forward, _ = _run_flops(preset, sweep)
     return sweep.n_runs * (trained + forward)
+
+
+def _run_flops(preset: Preset, sweep: Sweep) -> tuple[float, float, float]:
+    """FLOPs of one run: training; forward passes, drawn tokens among them; drawn tokens alone."""
+    parameters, width = shape(preset.models[sweep.condition.model])
+    tokens = _run_tokens(preset, sweep)
+
+    def flops(count: float) -> float:
+        return train_flops(sweep.condition, parameters, width, count)
+
+    return flops(tokens.trained), flops(tokens.evaluated + tokens.drawn) / 3, flops(tokens.drawn) / 3
 
 
 def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
     """What some sweeps of a plan cost on a machine with that many cores."""
     preset = plan.preset
     flops = sum(sweep_flops(preset, sweep) for sweep in sweeps)
-    tokens = sum(
-        sweep.n_runs
-        * sweep.condition.steps
-        * sweep.condition.batch_size
-        * tokens_per_example(preset.models[sweep.condition.model], preset.datasets[sweep.condition.dataset])
-        for sweep in sweeps
-    )
-    seconds = flops / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS
+    tokens = sum(sweep.n_runs * _run_tokens(preset, sweep).trained for sweep in sweeps)
+    drawn = sum(sweep.n_runs * _run_flops(preset, sweep)[2] for sweep in sweeps)
+    seconds = (flops + (_DECODING - 1) * drawn) / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS
     at_once = max(1, min(jobs_at_once(plan, cores), len(sweeps)))
     return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / at_once / 60)
 

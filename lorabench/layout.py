@@ -50,7 +50,8 @@ class Layout:
         return self.root / "tables" / experiment if experiment else self.root / "tables"
 
     def dataset(self, dataset: str) -> Path:
-        return self.root / "data" / f"{dataset}.{dataset_id(self.preset.datasets[dataset])}.parquet"
+        """File of a dataset or a problem set."""
+        return self.root / "data" / f"{dataset}.{dataset_id(self.preset.sources[dataset])}.parquet"
 
     def tokens(self, model: str, dataset: str) -> Path:
         model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])

@@ -19,13 +19,16 @@ from typing import Any, Literal
 
 from lorabench import cost
 from lorabench.config import (
+    Block,
     DatasetSpec,
     GgufModel,
     HubModel,
     ModelSpec,
     PathModel,
     Preset,
+    ProblemSpec,
     Protocol,
+    RlExperiment,
     SftExperiment,
     TinyModel,
 )
@@ -47,10 +50,28 @@ def digest(value: Any, length: int = 12) -> str:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """What is compared. Names of models and datasets are the preset's; `identity` says what they stand for."""
+class Rollouts:
+    """How a run of RL samples and is evaluated; see `lorabench.config.RlExperiment`."""
 
-    task: Literal["sft"]
+    group_size: int
+    max_new_tokens: int
+    evaluations: int
+    held_out: tuple[str, ...]
+    held_out_samples: int
+    prompt: str | None
+    stop: tuple[str, ...]
+    # For the cost estimate; not part of what a run is.
+    mean_response_tokens: int = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is compared. Names of models and datasets are the preset's; `identity` says what they stand for.
+
+    In RL the dataset is a problem set, and the batch size counts responses (problems times group size).
+    """
+
+    task: Literal["sft", "rl"]
     model: str
     dataset: str
     method: Method
@@ -64,6 +85,7 @@ class Condition:
     init_a: float | None = None
     lr_ratio: float | None = None
     eps: float = 1e-8
+    rollouts: Rollouts | None = None
 
     @property
     def label(self) -> str:
@@ -83,6 +105,10 @@ class Run:
     @cached_property
     def run_id(self) -> str:
         condition = {k: v for k, v in asdict(self.condition).items() if k not in {"model", "dataset"}}
+        if self.condition.rollouts is None:
+            del condition["rollouts"]
+        else:
+            del condition["rollouts"]["mean_response_tokens"]
         return digest({"condition": condition, "lr": self.lr, "seed": self.seed})
 
 
@@ -145,7 +171,7 @@ class Plan:
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
             grid = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
-            condition = {k: v for k, v in asdict(sweep.condition).items() if k != "identity"}
+            condition = {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
             for run_id, lr, seed in [*grid, *((None, None, seed) for seed in range(1, sweep.seeds))]:
                 row = {"run_id": run_id, "sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}
                 rows.append(row | condition | {"lr": lr, "seed": seed})
@@ -156,9 +182,10 @@ def make_plan(preset: Preset) -> Plan:
     """All sweeps of a preset; a condition that several experiments ask for appears once."""
     wanted = [
         sweep
-        for name, blocks in preset.experiments.sft().items()
+        for name, blocks in preset.experiments.trained().items()
         for block in blocks
-        for sweep in _sweeps(preset, name, block)
+        for common in (_sft(preset, block) if isinstance(block, SftExperiment) else _rl(preset, block))
+        for sweep in _sweeps(preset, name, block, common)
     ]
     longest_first = sorted(merge_sweeps(wanted), key=lambda sweep: -cost.sweep_flops(preset, sweep))
     return Plan(preset, tuple(longest_first))
@@ -181,31 +208,62 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
     return list(merged.values())
 
 
-def _sweeps(preset: Preset, name: str, block: SftExperiment) -> Iterator[Sweep]:
+def _sft(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
+    """Fields that the arms of a block share: once per model, dataset and batch size."""
     for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
         spec = preset.datasets[dataset]
         steps = int(spec.train * block.epochs) // batch_size
-        common: dict[str, Any] = {
+        yield {
             "task": "sft",
             "model": model,
             "dataset": dataset,
             "batch_size": batch_size,
             "steps": steps if block.steps is None else min(steps, block.steps),
-            "identity": _identity(preset.models[model], spec, preset.protocol),
-            "eps": preset.protocol.eps if block.eps is None else block.eps,
+            "identity": _identity(preset.models[model], dataset_id(spec), preset.protocol),
         }
-        for arm, lrs in _arms(block, preset.protocol):
-            every = range(1, block.seeds) if block.repeat == "every" else ()
-            yield Sweep(
-                Condition(**common, **arm),
-                tuple(lrs),
-                seeds=block.seeds if block.repeat == "best" else 1,
-                experiments=(name,),
-                repeated=tuple((lr, seed) for lr in lrs for seed in every),
-            )
 
 
-def _arms(block: SftExperiment, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float]]]:
+def _rl(preset: Preset, block: RlExperiment) -> Iterator[dict[str, Any]]:
+    """Fields that the arms of a block share: once per model and problem set."""
+    rollouts = Rollouts(
+        block.group_size,
+        block.max_new_tokens,
+        block.evaluations,
+        tuple(block.held_out),
+        block.held_out_samples,
+        block.prompt,
+        tuple(block.stop),
+        block.mean_response_tokens,
+    )
+    for model, problems in product(block.models, block.problems):
+        sets = [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]
+        yield {
+            "task": "rl",
+            "model": model,
+            "dataset": problems,
+            "batch_size": block.problems_per_step * block.group_size,
+            "steps": block.steps,
+            "identity": _identity(preset.models[model], sets, preset.protocol),
+            "rollouts": rollouts,
+        }
+
+
+def _sweeps(
+    preset: Preset, name: str, block: SftExperiment | RlExperiment, common: dict[str, Any]
+) -> Iterator[Sweep]:
+    eps = preset.protocol.eps if block.eps is None else block.eps
+    for arm, lrs in _arms(block, preset.protocol):
+        every = range(1, block.seeds) if block.repeat == "every" else ()
+        yield Sweep(
+            Condition(**common, **arm, eps=eps),
+            tuple(lrs),
+            seeds=block.seeds if block.repeat == "best" else 1,
+            experiments=(name,),
+            repeated=tuple((lr, seed) for lr in lrs for seed in every),
+        )
+
+
+def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float]]]:
     """Fields of each arm's condition, and its LR grid."""
     if block.lrs.fullft:
         absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))
@@ -226,8 +284,8 @@ def _arms(block: SftExperiment, protocol: Protocol) -> Iterator[tuple[dict[str, 
             yield arm, [lr * p for lr in block.lrs.lora]
 
 
-def dataset_id(spec: DatasetSpec) -> str:
-    """Hash of what determines a dataset's examples."""
+def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
+    """Hash of what determines the examples of a dataset, or a set of problems."""
     return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
 
 
@@ -255,8 +313,8 @@ def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
         return hashlib.sha256(ends + file.read(size)).hexdigest()
 
 
-def _identity(model: ModelSpec, dataset: DatasetSpec, protocol: Protocol) -> str:
+def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
     """Hash of what determines a run's result beside its condition, LR and seed."""
     # Alpha and epsilon stand in the condition itself.
     rules = protocol.model_dump(exclude={"alpha", "eps"})
-    return digest([PROTOCOL_VERSION, model_id(model), dataset_id(dataset), rules])
+    return digest([PROTOCOL_VERSION, model_id(model), data, rules])

@@ -23,7 +23,7 @@ def plan_table(plan: Plan, cores: int) -> None:
     table.add_column("experiment")
     for column in ("sweeps", "runs", "tokens", "PFLOPs", "minutes"):
         table.add_column(column, justify="right")
-    experiments = list(plan.preset.experiments.sft())
+    experiments = list(plan.preset.experiments.trained())
     for name, sweeps in [(name, plan.of(name)) for name in experiments] + [("total", list(plan.sweeps))]:
         work = cost.estimate(plan, sweeps, cores)
         if name == "total":

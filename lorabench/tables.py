@@ -28,7 +28,7 @@ from lorabench.records import RunFolder, atomic_path
 
 if TYPE_CHECKING:
     from lorabench.plan import Plan, Sweep
-    from lorabench.training.sft import Point
+    from lorabench.training.run import Point
 
 RUNS = pa.schema(
     [
@@ -56,6 +56,12 @@ RUNS = pa.schema(
         ("first_epoch_nats", pa.float64()),
         ("first_epoch_scored_tokens", pa.int64()),
         ("entropy_bits", pa.float64()),
+        ("group_size", pa.int64()),
+        ("max_new_tokens", pa.int64()),
+        ("base_reward", pa.float64()),
+        ("final_valid_reward", pa.float64()),
+        ("final_reward", pa.float64()),
+        ("best_reward", pa.float64()),
         ("family", pa.string()),
         ("hidden_size", pa.int64()),
         ("trainable_params", pa.int64()),
@@ -156,12 +162,16 @@ def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any
 
 
 def best_lr(records: list[dict[str, Any]]) -> float | None:
-    """The LR with the lowest final validation loss; None if every run diverged."""
-    scored = [
-        (record["outcome"]["final_valid_nll"], record["spec"]["lr"])
-        for record in records
-        if record["outcome"]["final_valid_nll"] is not None
-    ]
+    """The LR with the lowest final validation loss, in RL the highest validation accuracy; None if every run diverged.
+
+    Of equals the lowest LR.
+    """
+    scored = []
+    for record in records:
+        outcome = record["outcome"]
+        nll, reward = outcome.get("final_valid_nll"), outcome.get("final_valid_reward")
+        if nll is not None or reward is not None:
+            scored.append((-reward if nll is None else nll, record["spec"]["lr"]))
     return min(scored)[1] if scored else None
 
 
@@ -315,16 +325,28 @@ class Tables:
     counts: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
-    def read(cls, folder: Path) -> Tables:
-        """The tables of a folder, of which any but all may be missing.
+    def read(cls, *folders: Path) -> Tables:
+        """The tables of one or several folders, of which any but all may be missing.
+
+        What several folders have appears once, as `lorabench merge` makes it.
 
         Raises:
-            UserError: the folder holds none, or see `read_table`.
+            UserError: a folder holds none; or see `read_table` and `merge_tables`.
         """
         names = ("runs", "curves", "compute", "counts")
-        if not any(table_path(folder, name) for name in names):
-            raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")
-        return cls(*(read_table(folder, name, optional=True) for name in names))
+        for folder in folders:
+            if not any(table_path(folder, name) for name in names):
+                raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")
+        return cls(*(_read_merged(folders, name) for name in names))
+
+
+def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
+    found = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
+    if len(found) < 2:
+        return next(iter(found.values()), pd.DataFrame())
+    from lorabench.merge import merge_tables
+
+    return merge_tables(name, found)
 
 
 def words(value: Any) -> list[str]:

@@ -23,6 +23,10 @@ MISTAKES = {
     "not gguf": (("convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
     "sweep": (("sweep", "nope", "--preset", "smoke"), "sweep 'nope' is not in the plan"),
     "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: fig1_envelopes"),
+    "figure of folders": (
+        ("figure", "all", "--tables", "/nowhere", "--tables", "/elsewhere", "--out", "."),
+        "no table runs, curves, compute or counts (.parquet or .csv) in /nowhere",
+    ),
     "tiny base": (("tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),

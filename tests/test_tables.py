@@ -224,7 +224,7 @@ def test_bad_curves_are_refused(kind: str, tmp_path: Path):
     with pytest.raises(UserError, match=told):
         judge_claims(Tables.read(folder))
     with pytest.raises(UserError, match=told):
-        save("fig1_envelopes", folder, tmp_path / "out")
+        save("fig1_envelopes", [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -234,7 +234,7 @@ def test_curves_of_other_runs_change_nothing(tmp_path: Path):
     with_stray = Tables(RUNS, pd.concat([CURVES, stray]))
     pd.testing.assert_frame_equal(judge_claims(with_stray, claims), judge_claims(Tables(RUNS, CURVES), claims))
     for name, tables in (("without", CURVES), ("with", with_stray.curves)):
-        save("fig1_envelopes", write(tmp_path / f"{name}-tables", RUNS, curves=tables), tmp_path / name)
+        save("fig1_envelopes", [write(tmp_path / f"{name}-tables", RUNS, curves=tables)], tmp_path / name)
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("with", "without")]
     assert files[0] == files[1]
 
@@ -247,12 +247,12 @@ def test_curves_need_not_say_examples_and_tokens():
 
 def test_a_figure_draws_its_own_experiment_and_says_if_there_is_none(tmp_path: Path):
     other = RUNS.assign(run_id="other-" + RUNS["run_id"], experiments=[["batch_size"]] * len(RUNS), batch_size=64)
-    save("fig2_lr_by_rank", write(tmp_path / "one", RUNS), tmp_path / "own")
-    save("fig2_lr_by_rank", write(tmp_path / "both", pd.concat([RUNS, other]), "parquet"), tmp_path / "merged")
+    save("fig2_lr_by_rank", [write(tmp_path / "one", RUNS)], tmp_path / "own")
+    save("fig2_lr_by_rank", [write(tmp_path / "both", pd.concat([RUNS, other]), "parquet")], tmp_path / "merged")
     csv = [(tmp_path / folder / "fig2_lr_by_rank.csv").read_text() for folder in ("own", "merged")]
     assert csv[0] == csv[1]
     with pytest.raises(UserError, match="no runs of the experiment rank"):
-        save("fig2_lr_by_rank", write(tmp_path / "other", other), tmp_path / "none")
+        save("fig2_lr_by_rank", [write(tmp_path / "other", other)], tmp_path / "none")
     with pytest.raises(UserError, match="the runs table has no column seed"):
-        save("fig2_lr_by_rank", write(tmp_path / "seedless", RUNS.drop(columns="seed")), tmp_path / "none")
+        save("fig2_lr_by_rank", [write(tmp_path / "seedless", RUNS.drop(columns="seed"))], tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -19,6 +19,8 @@ ARM = ["model", "dataset", "method", "rank", "placement", "batch_size", "steps",
 OPTIONAL = ["steps", *STANDARD, "eps"]
 """Columns of ARM that a table may lack; all its runs are then taken to have the same value."""
 
+_LOSSES = ["final_valid_nll", "final_test_nll"]
+
 _INTEGERS = ("rank", "batch_size", "steps")
 
 # Losses are comparable for one text, cut into tokens one way, on one base model: what is one, and per what.
@@ -58,12 +60,20 @@ def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     return standard | (runs["method"] == "fullft")
 
 
+def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
+    """Which runs are reinforcement learning; a run that does not say its task is supervised."""
+    if "task" not in runs:
+        return pd.Series(False, index=runs.index)
+    return runs["task"].eq("rl").fillna(False).astype(bool)
+
+
 def check_table(runs: pd.DataFrame) -> None:
     """Refuse a table that can't be trusted. Columns that it lacks are not checked.
 
     Raises:
-        UserError: a run_id is missing or appears twice; a method, status, rank, LR or seed is none; a run that is done
-            has no finite losses; or one name stands for several tokenizers, chat templates, datasets or models.
+        UserError: a run_id is missing or appears twice; a task, method, status, rank, LR or seed is none; a finished
+            run has no finite losses, or in RL no rewards of 0 to 1; or one name stands for several tokenizers, chat
+            templates, datasets or models.
     """
     if runs.empty:
         return
@@ -86,20 +96,27 @@ def check_table(runs: pd.DataFrame) -> None:
 
 
 def _check_values(runs: pd.DataFrame) -> None:
-    names = ["method", "status", "rank", "lr", "seed", "final_valid_nll", "final_test_nll"]
-    column = runs.reindex(columns=names)
+    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
+    column = runs.reindex(columns=["task", "method", "status", "rank", "lr", "seed", *_LOSSES, *rewards])
     lora, fullft = column["method"].eq("lora"), column["method"].eq("fullft")
-    done, diverged = column["status"].eq("done"), column["status"].eq("diverged")
+    done, diverged, unrewarded = (column["status"].eq(name) for name in ("done", "diverged", "unrewarded"))
+    rl = is_rl(runs)
+    finished_rl = rl & (done | unrewarded)
     ranked = (lora & column["rank"].ge(1)) | (fullft & column["rank"].isna()) | ("method" not in runs)
     rules = [
+        ("task", column["task"].isna() | column["task"].isin(["sft", "rl"]), "sft, rl"),
         ("method", lora | fullft, "fullft, lora"),
-        ("status", done | diverged, "done, diverged"),
+        ("status", done | diverged | (rl & unrewarded), "done, diverged, and unrewarded in RL"),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
         ("lr", _finite(column["lr"]) & column["lr"].gt(0), "numbers above 0"),
         ("seed", column["seed"].notna(), "whole numbers"),
-        ("final_valid_nll", ~done | _finite(column["final_valid_nll"]), "a finite number where status is done"),
-        ("final_test_nll", ~done | _finite(column["final_test_nll"]), "a finite number where status is done"),
     ]
+    for name in _LOSSES:
+        rules.append((name, rl | ~done | _finite(column[name]), "a finite number where status is done"))
+    for name in rewards:
+        needed = finished_rl if name.startswith("final") else pd.Series(False, index=runs.index)
+        share = column[name].between(0, 1).fillna(False) | (column[name].isna() & ~needed)
+        rules.append((name, share, "a share of 0 to 1" + (" where RL finished" if name.startswith("final") else "")))
     for name, right, allowed in rules:
         if name in runs:
             refuse(runs, ~right.fillna(False).astype(bool), "run_id", name, allowed)

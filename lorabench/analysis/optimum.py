@@ -88,7 +88,7 @@ def lr_optima(runs: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000, 
     rows = []
     for arm, of_arm in each_arm(runs):
         grid = lr_grid(of_arm)
-        found = _optimum(grid, sigma_of(noise, arm, "validation"), n_bootstrap, _rng(arm, seed))
+        found = _optimum(grid, sigma_of(noise, arm, "validation"), n_bootstrap, arm_rng(arm, seed))
         counts = {"n_runs": len(grid.lr), "n_diverged": int(grid.diverged.sum())}
         rows.append(arm | found | counts | {"run_ids": list(first_seed(of_arm)["run_id"])})
     columns = ["lr_best", "lr_opt", "lr_low", "lr_high", "nll_opt", "edge", "resolved", "n_runs", "n_diverged"]
@@ -110,7 +110,7 @@ def lr_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000,
     grid, sigma = lr_grid(of_arm), sigma_of(noise, arm, "validation")
     if best_index(grid) is None or not math.isfinite(sigma):
         return np.full(n_bootstrap, math.nan)
-    draws, _ = _bootstrap(grid, sigma, n_bootstrap, _rng(arm, seed))
+    draws, _ = _bootstrap(grid, sigma, n_bootstrap, arm_rng(arm, seed))
     return np.asarray(np.exp(draws))
 
 
@@ -185,7 +185,7 @@ def _bracket(grid: LrGrid, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return finished[best] & finished[best + 2], finished[best] & diverged[best + 2]
 
 
-def _rng(arm: dict[str, Any], seed: int) -> np.random.Generator:
+def arm_rng(arm: dict[str, Any], seed: int) -> np.random.Generator:
     """Random numbers of an arm's own, so that its interval does not depend on which other arms are in the table."""
     name = "/".join([*(str(arm[column]) for column in ("model", "dataset", "batch_size", "steps")), arm_label(arm)])
     return np.random.default_rng([seed, zlib.crc32(name.encode())])

@@ -12,19 +12,28 @@ from lorabench.errors import UserError
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
+def hub_rows(name: str, config: str | None, split: str, revision: str) -> Any:
+    """A split of a dataset of the hub, memory-mapped (a datasets.Dataset).
+
+    Raises:
+        UserError: it can't be fetched.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, name=config, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise UserError(f"dataset {name} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
 def hub_chats(spec: HubDataset) -> Iterator[Chat]:
     """The chat of each row, in an order that the seed decides; the dataset is memory-mapped, not loaded.
 
     Raises:
         UserError: it can't be fetched, or its rows are no chats.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(spec.id, name=spec.config, split=spec.split, revision=spec.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(f"dataset {spec.id} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    rows = hub_rows(spec.id, spec.config, spec.split, spec.revision)
     if not {"messages", "conversations"} & set(rows.column_names):
         columns = ", ".join(rows.column_names)
         raise UserError(f"dataset {spec.id} has the columns {columns}; messages or conversations is needed")

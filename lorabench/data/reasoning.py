@@ -74,20 +74,25 @@ class Problem:
         """What the assistant should say: the worked solution if there is one, else the answer."""
         return self.solution or self.answer
 
+    @property
+    def key(self) -> str:
+        """The question, normalised: what makes two problems the same."""
+        return " ".join(self.question.split())
+
 
 # reasoning-gym wants to know a size beforehand; items are built on demand, so a large one is free.
 _ENDLESS = 10_000_000
 
 
-def task_problems(task: str, seed: int) -> Iterator[Problem]:
-    """Endless problems of one reasoning-gym task.
+def task_problems(task: str, seed: int, **settings: int) -> Iterator[Problem]:
+    """Endless problems of one reasoning-gym task, with the task's own settings where they are given.
 
     Raises:
         ValueError: reasoning-gym has no task of that name.
     """
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset(task, seed=seed, size=_ENDLESS)
+    dataset = reasoning_gym.create_dataset(task, seed=seed, size=_ENDLESS, **settings)
     for index in range(_ENDLESS):
         item = dataset[index]
         # Some tasks have puzzles without a solution.
@@ -97,7 +102,11 @@ def task_problems(task: str, seed: int) -> Iterator[Problem]:
 
 def mixture(tasks: tuple[str, ...], seed: int) -> Iterator[Problem]:
     """Endless problems, each from a task drawn uniformly."""
-    streams = [task_problems(task, seed) for task in tasks]
+    return drawn([task_problems(task, seed) for task in tasks], seed)
+
+
+def drawn(streams: list[Iterator[Problem]], seed: int) -> Iterator[Problem]:
+    """Endless problems, each from a stream drawn uniformly."""
     rng = Random(seed)
     while True:
         yield next(rng.choice(streams))

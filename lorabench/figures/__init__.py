@@ -6,6 +6,7 @@ A new figure is a module with a function `draw(tables)` and an entry here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,22 +18,41 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from lorabench.analysis.claims.evidence import Task
     from lorabench.tables import Tables
+
+
+COMPUTE = ("compute",)
+"""The experiment that has no runs but a table of its own."""
 
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure of the paper. `name` is its module and file name, `experiment` the one whose tables it reads."""
+    """A figure of the paper. `name` is its module and file name; it shows the runs of its experiments and task."""
 
     name: str
     title: str
     caption: str
-    experiment: str
+    experiments: tuple[str, ...]
+    task: Task = "sft"
 
     def draw(self, tables: Tables) -> tuple[Figure, pd.DataFrame]:
-        """The figure and, tidy, exactly what it plots."""
-        drawn: tuple[Figure, pd.DataFrame] = import_module(f"{__name__}.{self.name}").draw(tables)
+        """The figure and, tidy, exactly what it plots. Runs of another task are left out."""
+        shown = replace(tables, runs=self.of_task(tables.runs))
+        drawn: tuple[Figure, pd.DataFrame] = import_module(f"{__name__}.{self.name}").draw(shown)
         return drawn
+
+    def of_task(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """The runs of the figure's task; one that does not say which is supervised."""
+        from lorabench.analysis.arms import is_rl
+
+        return runs[is_rl(runs) == (self.task == "rl")]
+
+    def of_experiments(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """The runs of the figure's task and experiments; one that does not say which is of all experiments."""
+        from lorabench.analysis.claims.evidence import in_experiments
+
+        return self.of_task(runs[in_experiments(runs, self.experiments)])
 
 
 _PLACEMENT = (
@@ -45,6 +65,14 @@ _PLACEMENT = (
     "learning rate, mean over seeds with 95% interval, against its trainable parameters, which are listed below the "
     "panel; open where the best learning rate is at the edge of its grid. The grey band is two seed standard "
     "deviations to either side of the lowest, where repeats let them be measured."
+)
+
+_ACCURACY_BY_LR = (
+    "accuracy (greedy answers, test split, after the last step) against learning rate, the mean over seeds where there "
+    "are several, with their standard deviation as error bar. A diamond is the optimum of an arm, interpolated on the "
+    "first seed's grid by accuracy on validation, and its bar the 95% bootstrap interval of the optimal learning rate; "
+    "an open one is not resolved. The grey line is the model before training. Above the panel, a cross is a run that "
+    "diverged and a zero one that never got a reward: it counts with the accuracy of the model before training."
 )
 
 FIGURES = {
@@ -60,7 +88,7 @@ FIGURES = {
                 "the lowest envelope, where repeats let them be measured. An open circle marks the step from which "
                 "an arm stays above that band to the end."
             ),
-            experiment="rank",
+            experiments=("rank",),
         ),
         PaperFigure(
             name="fig2_lr_by_rank",
@@ -75,7 +103,7 @@ FIGURES = {
                 "others published for the model and dataset of a panel, where there are such; their data order, "
                 "chat template, schedule and length may differ."
             ),
-            experiment="rank",
+            experiments=("rank",),
         ),
         PaperFigure(
             name="fig3_batch_size",
@@ -89,19 +117,66 @@ FIGURES = {
                 "LoRA's minus that of full fine-tuning, paired by seed. Bars are 95% intervals over seeds, there "
                 "where there are several. An open mark has its best learning rate at the edge of its grid."
             ),
-            experiment="batch_size",
+            experiments=("batch_size",),
         ),
         PaperFigure(
             name="fig4_placement",
             title="Figure 4. Final loss by the layers that carry LoRA",
             caption=_PLACEMENT,
-            experiment="placement",
+            experiments=("placement",),
         ),
         PaperFigure(
             name="fig5_placement_small",
             title="Figure 5. Final loss by the layers that carry LoRA, on a small dataset",
             caption=_PLACEMENT,
-            experiment="placement_small",
+            experiments=("placement_small",),
+        ),
+        PaperFigure(
+            name="fig5_placement_rl",
+            title="Figure 5. Accuracy after reinforcement learning by the layers that carry LoRA",
+            caption=(
+                "Solid lines and circles are LoRA on all layers, dashed and crosses on the MLP, dotted and triangles "
+                "pointing down on attention; colour is rank, black full fine-tuning. Left: "
+                f"{_ACCURACY_BY_LR} Right: accuracy at an arm's best learning rate, mean over seeds with 95% interval, "
+                "against its trainable parameters, which are listed below the panel; open where the best learning rate "
+                "is at the edge of its grid. The grey band is two seed standard deviations to either side of the "
+                "highest, where repeats let them be measured."
+            ),
+            experiments=("placement_rl",),
+            task="rl",
+        ),
+        PaperFigure(
+            name="fig6_rl_lr",
+            title="Figure 6. Accuracy after reinforcement learning against learning rate by LoRA rank",
+            caption=f"Final {_ACCURACY_BY_LR} Black is full fine-tuning; colour is LoRA rank.",
+            experiments=("rl_gsm8k", "rl_math", "rl_arithmetic"),
+            task="rl",
+        ),
+        PaperFigure(
+            name="fig7_rl_curves",
+            title="Figure 7. Accuracy over reinforcement learning, and against learning rate",
+            caption=(
+                "Left: accuracy (greedy answers, test split) over training, each arm at the learning rate with its "
+                "highest accuracy on validation; mean over seeds, the band their standard deviation. Black is full "
+                f"fine-tuning; colour is LoRA rank. Right: final {_ACCURACY_BY_LR}"
+            ),
+            experiments=("rl_deepmath", "rl_arithmetic"),
+            task="rl",
+        ),
+        PaperFigure(
+            name="fig8_aime_and_length",
+            title="Figure 8. Further problem sets, and responses over reinforcement learning",
+            caption=(
+                "Each arm at the learning rate with its highest accuracy on validation; mean over seeds, the band "
+                "their standard deviation. First: accuracy on problem sets that are not trained on, the share of "
+                "answers that are right; how many a run gives is above the panel. Response length: tokens of a "
+                "response in the training batches, and above the panel the share cut at the most tokens allowed, at "
+                "the end of training. Reflection: share of those responses with a word of backtracking or checking. "
+                "Both are running means over a twentieth of the steps. Diverged runs are counted. Black is full "
+                "fine-tuning; colour is LoRA rank."
+            ),
+            experiments=("rl_deepmath", "rl_arithmetic"),
+            task="rl",
         ),
         PaperFigure(
             name="capacity",
@@ -118,7 +193,7 @@ FIGURES = {
                 "dashed line is where 2 bits per parameter hold the summed loss of the first epoch, the most that the "
                 "data could ask for. Diverged runs are counted."
             ),
-            experiment="capacity",
+            experiments=("capacity",),
         ),
         PaperFigure(
             name="memorisation",
@@ -131,7 +206,7 @@ FIGURES = {
                 "parameter, the level line is all there is to store. A rank that stored nothing is named above the "
                 "panel, and diverged runs are counted."
             ),
-            experiment="capacity",
+            experiments=("capacity",),
         ),
         PaperFigure(
             name="lr_law",
@@ -148,7 +223,7 @@ FIGURES = {
                 "64. An open mark is not resolved: its optimum or interval is at the edge of the grid, or the seed "
                 "noise is unknown. Diverged runs are counted."
             ),
-            experiment="lr_law",
+            experiments=("lr_law",),
         ),
         PaperFigure(
             name="short_run",
@@ -163,7 +238,7 @@ FIGURES = {
                 "learning rate over that of full fine-tuning by length, with its 95% interval; dashed, the paper's "
                 "ratios for long and short runs."
             ),
-            experiment="short_run",
+            experiments=("short_run",),
         ),
         PaperFigure(
             name="early",
@@ -177,7 +252,7 @@ FIGURES = {
                 "from zero. Dashed: two standard deviations of the training loss over batches. Before the first update "
                 "the difference is zero, which has no place on the axis. Diverged runs are left out and counted."
             ),
-            experiment="early",
+            experiments=("early",),
         ),
         PaperFigure(
             name="parametrization",
@@ -195,7 +270,7 @@ FIGURES = {
                 "at its best learning rate, mean over seeds with 95% interval; dashed, runs with a tenth or less of "
                 "the learning rate of A and the same one of B, so that A is still. Colour is LoRA rank."
             ),
-            experiment="parametrization",
+            experiments=("parametrization",),
         ),
         PaperFigure(
             name="variants",
@@ -209,7 +284,7 @@ FIGURES = {
                 "the first seed's grid, with its 95% bootstrap interval; an open diamond is not resolved. Diverged "
                 "runs are counted."
             ),
-            experiment="parametrization",
+            experiments=("parametrization",),
         ),
         PaperFigure(
             name="compute",
@@ -222,7 +297,7 @@ FIGURES = {
                 "machine named above the panel, median time of an optimizer step (squares) and peak memory "
                 "(triangles). The black line is as much as full fine-tuning takes."
             ),
-            experiment="compute",
+            experiments=("compute",),
         ),
         PaperFigure(
             name="loss_by_flops",
@@ -233,66 +308,66 @@ FIGURES = {
                 "rates, so it is not a single run. Black is full fine-tuning; colour is LoRA rank. Above a panel, the "
                 "seed standard deviation and the number of runs that diverged."
             ),
-            experiment="rank",
+            experiments=("rank",),
         ),
     )
 }
 
 
-def drawable(tables: Path) -> list[str]:
-    """Figures that the tables in a folder hold something for; all on runs, if those do not say of what experiment.
+def drawable(folders: Sequence[Path]) -> list[str]:
+    """Figures that the tables in some folders hold something for.
 
     Raises:
-        UserError: the folder holds no tables, or one that can't be read.
+        UserError: see `Tables.read`.
     """
     from lorabench.tables import Tables
 
-    found = Tables.read(tables)
-    experiments = {figure.experiment for figure in FIGURES.values()} - {"compute"}
-    if "experiments" in found.runs:
-        experiments = {name for names in found.runs["experiments"] for name in names}
-    experiments |= set() if found.compute.empty else {"compute"}
-    return [name for name, figure in FIGURES.items() if figure.experiment in experiments]
+    found = Tables.read(*folders)
+    return [
+        figure.name
+        for figure in FIGURES.values()
+        if not (found.compute if figure.experiments == COMPUTE else figure.of_experiments(found.runs)).empty
+    ]
 
 
-def save(name: str, tables: Path, out: Path) -> None:
-    """Draw a figure from the tidy tables in `tables` and write `<name>.svg`, `.png` and `.csv` into `out`.
+def save(name: str, folders: Sequence[Path], out: Path) -> None:
+    """Draw a figure from the tidy tables in some folders and write `<name>.svg`, `.png` and `.csv` into `out`.
 
-    Of merged tables it draws the runs of its own experiment. Nothing is written where the tables are refused.
+    Of merged tables it draws the runs of its own experiments. Nothing is written where the tables are refused.
 
     Raises:
-        UserError: there is no such figure; the folder `tables` holds no tables, or nothing for this figure; or see
-            `check_table` and `check_curves`.
+        UserError: there is no such figure; the folders hold no tables, tables that contradict one another, or nothing
+            for this figure; or see `check_table` and `check_curves`.
     """
     from lorabench.figures.style import write_figure
     from lorabench.tables import Tables, write_csv
 
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure, plotted = FIGURES[name].draw(_of_experiment(Tables.read(tables), FIGURES[name].experiment))
+    figure, plotted = FIGURES[name].draw(_of_figure(Tables.read(*folders), FIGURES[name]))
     for kind in ("svg", "png"):
         write_figure(figure, out / f"{name}.{kind}")
     write_csv(plotted, out / f"{name}.csv")
 
 
-def _of_experiment(tables: Tables, experiment: str) -> Tables:
-    """The tables with the runs of one experiment, checked; one without runs reads the table of its name.
+def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
+    """The tables with the runs of a figure, checked; one without runs reads the table of its experiment's name.
 
     Columns that are missing, and all of a table that is, are nulls to a figure: it shows what there is.
     """
     from lorabench.analysis.arms import check_curves, check_table
-    from lorabench.analysis.claims.evidence import NEEDED, curves_of, in_experiments
+    from lorabench.analysis.claims.evidence import NEEDED_BY, curves_of
     from lorabench.tables import with_all_columns
 
-    if experiment == "compute":
+    if figure.experiments == COMPUTE:
         return replace(tables, compute=with_all_columns(tables.compute, "compute"))
     if tables.runs.columns.empty:
         raise UserError("there is no table runs")
-    if missing := [name for name in NEEDED if name not in tables.runs]:
+    if missing := [name for name in NEEDED_BY[figure.task] if name not in tables.runs]:
         raise UserError(f"the runs table has no column {', '.join(missing)}")
     check_table(tables.runs)
     check_curves(tables.curves)
-    runs = with_all_columns(tables.runs[in_experiments(tables.runs, [experiment])], "runs")
+    runs = with_all_columns(figure.of_experiments(tables.runs), "runs")
     if runs.empty:
-        raise UserError(f"the runs table has no runs of the experiment {experiment}")
+        raise UserError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
     return replace(tables, runs=runs, curves=with_all_columns(curves_of(tables.curves, runs), "curves"))

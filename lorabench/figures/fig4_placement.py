@@ -18,7 +18,7 @@ from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.figures import lr_panel, style
 from lorabench.tables import Tables
 
-_COLUMNS = [*lr_panel.COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
+COLUMNS = [*lr_panel.COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
 
 # Points that the x-axis takes with its labels.
 _AXIS_POINTS = 30
@@ -32,18 +32,22 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     with its 95% interval, its trainable parameters, and these as the paper writes them) or `noise_band` (two sigma
     around the lowest of these). All in nats per scored token.
     """
-    best = _best(tables.runs)
-    parts = [lr_panel.lr_rows(tables.runs), best, _noise_band(best, tables.runs)]
-    plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)
+    parts = [lr_panel.lr_rows(tables.runs), *best_rows(tables.runs)]
+    plotted = pd.concat([part.reindex(columns=COLUMNS) for part in parts if len(part)], ignore_index=True)
+    return draw_placement(plotted, lr_panel.LOSS), plotted
+
+
+def draw_placement(plotted: pd.DataFrame, measure: lr_panel.Measure) -> Figure:
+    """The figure of what is plotted: rows of `best_rows` and of the panels by LR, in a measure."""
     figure, panels = style.panel_pairs(plotted, lr_panel.STRIP)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, by_lr, by_count in panels:
-        lr_panel.draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "noise_band"])], styles)
-        _draw_by_count(by_count, rows, styles)
-    band = Patch(label=f"lowest best loss ± 2{style.SIGMA} of seeds", facecolor="0.85")
+        lr_panel.draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "noise_band"])], styles, measure)
+        _draw_by_count(by_count, rows, styles, measure)
+    band = Patch(label=f"{measure.band} of seeds", facecolor="0.85")
     marks = lr_panel.lr_marks(plotted) + ([band] if (plotted["element"] == "noise_band").any() else [])
     style.legends(figure, styles, marks)
-    return figure, plotted
+    return figure
 
 
 def parameter_words(count: float) -> str:
@@ -51,6 +55,12 @@ def parameter_words(count: float) -> str:
     if count >= 1e8:
         return f"{count / 1e9:.2f}B"
     return f"{count / 1e6:.2f}M" if count >= 1e5 else f"{count / 1e3:.1f}K"
+
+
+def best_rows(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """Rows `best` and rows `noise_band` of the figure, in losses."""
+    best = _best(runs)
+    return [best, _noise_band(best, runs)]
 
 
 def _best(runs: pd.DataFrame) -> pd.DataFrame:
@@ -65,7 +75,7 @@ def _best(runs: pd.DataFrame) -> pd.DataFrame:
             | {"nll": nll, "nll_low": low, "nll_high": high, "trainable_params": count}
             | {"parameters": None if pd.isna(count) else parameter_words(count)}
         )
-    return pd.DataFrame(rows, columns=[*ARM, *(name for name in _COLUMNS if name not in ARM)])
+    return pd.DataFrame(rows, columns=[*ARM, *(name for name in COLUMNS if name not in ARM)])
 
 
 def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -79,10 +89,13 @@ def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return band.dropna(subset=["nll_low"])
 
 
-def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    """Best loss against trainable parameters; below it the counts, as the paper's table has them."""
+def _draw_by_count(
+    axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: lr_panel.Measure
+) -> None:
+    """What an arm reaches at its best LR against trainable parameters; below it the counts, as the paper's table."""
+    value, lower, upper = measure.column, f"{measure.column}_low", f"{measure.column}_high"
     for band in rows[rows["element"] == "noise_band"].to_dict("records"):
-        axes.axhspan(band["nll_low"], band["nll_high"], color="0.85", linewidth=0, zorder=0)
+        axes.axhspan(band[lower], band[upper], color="0.85", linewidth=0, zorder=0)
     best = rows[rows["element"] == "best"]
     placed = best.dropna(subset=["trainable_params"]).sort_values("trainable_params")
     for _, of_placement in placed.groupby("placement"):
@@ -91,22 +104,22 @@ def _draw_by_count(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmSt
             "linestyle": styles[of_placement["arm"].iloc[0]].linestyle,
             "linewidth": 0.8,
         }
-        axes.plot(of_placement["trainable_params"].astype(float), of_placement["nll"], zorder=1, **line)
+        axes.plot(of_placement["trainable_params"].astype(float), of_placement[value], zorder=1, **line)
     for row in placed.to_dict("records"):
         look = styles[row["arm"]]
-        half = np.array([[row["nll"] - row["nll_low"]], [row["nll_high"] - row["nll"]]])
+        half = np.array([[row[value] - row[lower]], [row[upper] - row[value]]])
         face: dict[str, Any] = {"mfc": "white" if row["at_edge"] else look.colour, "mec": look.colour}
         bar: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "capsize": 2.5, "ms": 6, **face}
         layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{row['rank']}"
         axes.errorbar(
             float(row["trainable_params"]),
-            row["nll"],
+            row[value],
             half,
             label=f"{layers}  {row['parameters']}",
             zorder=look.zorder,
             **bar,
         )
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel="best test NLL (nats / token)")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=measure.best)
     if placed.empty:
         axes.set(xticks=[], yticks=[])
     else:

@@ -1,17 +1,24 @@
-"""A panel of final loss against learning rate, by arm: the rows it plots, and its marks. Figures 2, 4 and 5 have it."""
+"""A panel of final loss against learning rate, by arm: the rows it plots, and its marks. Figures 2 and 4 to 7 have it.
+
+In RL it is one of final accuracy: rows of losses are made from error rates, and turned around by `as_accuracies`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from lorabench.analysis.arms import ARM, arm_label
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.rewards import errors
 from lorabench.figures import style
 
 COLUMNS = [
@@ -21,11 +28,47 @@ COLUMNS = [
 ]
 
 
+def accuracy_columns(columns: Sequence[str]) -> list[str]:
+    """Columns of losses as columns of accuracies, of which none is above the range: all lie between 0 and 1."""
+    return [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
+
+
+ACCURACY_COLUMNS = accuracy_columns(COLUMNS)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What stands for a run's end: the column with it, the element of rows that are means of it, and axis labels."""
+
+    column: str
+    element: str
+    final: str
+    best: str
+    band: str
+
+
+LOSS = Measure(
+    "nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)", f"lowest best loss ± 2{style.SIGMA}"
+)
+ACCURACY = Measure(
+    "accuracy",
+    "accuracy",
+    "final test accuracy",
+    "accuracy at the best LR",
+    f"highest accuracy ± 2{style.SIGMA}",
+)
+
 STRIP = 11.0
 """Points above a panel that hold the marks of what is not inside."""
 
 # Points between arms there at one LR.
 _DODGE = 4.5
+
+# Marks there of runs that have not learned.
+DIVERGED, UNREWARDED = "x", "$0$"
+
+BASE: dict[str, Any] = {"color": "0.6", "linewidth": 1.2, "zorder": 1}
+"""Look of the line at the accuracy of the base model."""
 
 
 def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
@@ -52,6 +95,32 @@ def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
+def accuracy_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    """What the panels plot of RL runs, columns ACCURACY_COLUMNS.
+
+    Its column `element` says what a row is: `accuracy` (mean over the seeds of one arm and LR), `optimum` and
+    `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; its accuracy, that of the base, is in the
+    means) or `base` (the model before training). Accuracies are greedy ones on the test split, 0 to 1.
+    """
+    unrewarded = runs[runs["status"] == "unrewarded"].assign(element="unrewarded")
+    unrewarded["arm"] = [arm_label(run) for _, run in unrewarded.iterrows()]
+    base = runs.groupby(style.PANEL, dropna=False, as_index=False).agg(accuracy=("base_reward", "median"))
+    parts = [as_accuracies(lr_rows(errors(runs))), unrewarded, base.dropna(subset=["accuracy"]).assign(element="base")]
+    return pd.concat([part.reindex(columns=ACCURACY_COLUMNS) for part in parts if len(part)], ignore_index=True)
+
+
+def as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of error rates as rows of accuracies: 1 minus the rate, with the ends of its interval exchanged."""
+    names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
+    turned = rows.rename(columns=names)
+    turned["element"] = turned["element"].replace(LOSS.element, ACCURACY.element)
+    # A parabola may pass below an error of 0.
+    turned["accuracy"] = (1 - turned["accuracy"].astype(float)).clip(0, 1)
+    for end in {"accuracy_low", "accuracy_high"} & set(turned.columns):
+        turned[end] = 1 - turned[end].astype(float)
+    return turned
+
+
 def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
     """Which losses of a panel are so high that showing them would flatten the rest; never an arm's best."""
     nll = loss["nll"]
@@ -63,42 +132,54 @@ def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
     return above
 
 
-def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
+def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: Measure = LOSS) -> None:
     """Draw the rows of one panel; needs STRIP points above it."""
-    loss, optimum, diverged = (rows[rows["element"] == element] for element in ("loss", "optimum", "diverged"))
-    above = loss[loss["above_range"].astype(bool)]
-    for arm, points in loss.groupby("arm"):
+    means, optimum, diverged, unrewarded, base = (
+        rows[rows["element"] == element] for element in (measure.element, "optimum", "diverged", "unrewarded", "base")
+    )
+    above, value = means[_is_above(means)], measure.column
+    axes.set(xscale="log", xlabel="learning rate", ylabel=measure.final)
+    for level in base[value]:
+        axes.axhline(level, **BASE)
+    for arm, points in means.groupby("arm"):
         arm_style = styles[str(arm)]
         colour = arm_style.colour
-        axes.plot(points["lr"], points["nll"], **arm_style.line)
+        axes.plot(points["lr"], points[value], **arm_style.line)
         inside = points.drop(above.index, errors="ignore")
-        axes.plot(inside["lr"], inside["nll"], arm_style.marker, color=colour, ms=3.5, zorder=arm_style.zorder)
+        axes.plot(inside["lr"], inside[value], arm_style.marker, color=colour, ms=3.5, zorder=arm_style.zorder)
         repeated = inside[inside["n_seeds"] > 1]
         bars: dict[str, Any] = {"fmt": "none", "ecolor": colour, "capsize": 2.5, "zorder": 4}
-        axes.errorbar(repeated["lr"], repeated["nll"], repeated["nll_sd"], **bars)
+        axes.errorbar(repeated["lr"], repeated[value], repeated[f"{value}_sd"], **bars)
     for best in optimum.to_dict("records"):
         colour = styles[best["arm"]].colour
-        axes.hlines(best["nll"], best["lr_low"], best["lr_high"], color=colour, linewidth=1.2, zorder=5)
+        axes.hlines(best[value], best["lr_low"], best["lr_high"], color=colour, linewidth=1.2, zorder=5)
         face, edge = (colour, "white") if best["resolved"] else ("white", colour)
-        axes.plot(best["lr"], best["nll"], "D", ms=5.5, mfc=face, mec=edge, mew=1.0, zorder=6)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="final test NLL (nats / token)")
-    _limit(axes, rows)
-    _marks_above(axes, pd.concat([above.assign(marker="^"), diverged.assign(marker="x")]), styles)
-    style.note(axes, _facts(loss, diverged), STRIP)
+        axes.plot(best["lr"], best[value], "D", ms=5.5, mfc=face, mec=edge, mew=1.0, zorder=6)
+    _limit(axes, rows, measure)
+    outside = [above.assign(marker="^"), diverged.assign(marker=DIVERGED), unrewarded.assign(marker=UNREWARDED)]
+    _marks_above(axes, pd.concat(outside), styles)
+    style.note(axes, _facts(rows, measure), STRIP)
 
 
-def _limit(axes: Axes, rows: pd.DataFrame) -> None:
+def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are losses above the range; rows of accuracies have no such column."""
+    above: pd.Series[bool] = rows.get("above_range", pd.Series(False, index=rows.index)).eq(True)
+    return above
+
+
+def _limit(axes: Axes, rows: pd.DataFrame, measure: Measure) -> None:
     """Set the range: all LRs, and all losses but those above the range."""
     lowest, highest = rows["lr"].min(), rows["lr"].max()
     beside = max(1.3, (highest / lowest) ** 0.1)
     axes.set_xlim(lowest / beside, highest * beside)
-    shown = rows[rows["nll"].notna() & ~rows["above_range"].eq(True)]
+    value = measure.column
+    shown = rows[rows[value].notna() & ~_is_above(rows)]
     if shown.empty:
         axes.set(ylim=(0, 1), yticks=[])
         return
-    spread = shown["nll_sd"].astype(float).fillna(0.0)
-    low, high = (shown["nll"] - spread).min(), (shown["nll"] + spread).max()
-    pad = 0.04 * (high - low) or 0.04 * abs(high)
+    spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
+    low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
+    pad = 0.04 * (high - low) or 0.04 * abs(high) or 0.04
     axes.set_ylim(low - pad, high + pad)
 
 
@@ -110,24 +191,30 @@ def _marks_above(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
         for place, row in enumerate(ordered):
             points = ((place - (len(ordered) - 1) / 2) * _DODGE, STRIP / 2)
             shift = ScaledTranslation(points[0] / 72, points[1] / 72, axes.figure.dpi_scale_trans)
-            look: dict[str, Any] = {"ms": 4.5, "mew": 1.4, "color": styles[row["arm"]].colour, "clip_on": False}
-            axes.plot(row["lr"], 1, row["marker"], transform=data_by_height + shift, **look)
+            size, edge = (5.5, 0.6) if row["marker"] == UNREWARDED else (4.5, 1.4)
+            look: dict[str, Any] = {"ms": size, "mew": edge, "color": styles[row["arm"]].colour, "clip_on": False}
+            axes.plot(row["lr"], 1, ls="none", marker=row["marker"], transform=data_by_height + shift, **look)
 
 
-def _facts(loss: pd.DataFrame, diverged: pd.DataFrame) -> str:
-    facts = [f"{len(diverged)} diverged", f"{int(loss['above_range'].sum())} above the range"]
-    lost = sorted(set(diverged["arm"]) - set(loss["arm"]))
-    return " · ".join(facts + ([f"no loss: {', '.join(lost)}"] if lost else []))
+def _facts(rows: pd.DataFrame, measure: Measure) -> str:
+    diverged, unrewarded = rows[rows["element"] == "diverged"], rows[rows["element"] == "unrewarded"]
+    facts = [f"{len(diverged)} diverged"]
+    facts.append(f"{_is_above(rows).sum()} above the range" if measure is LOSS else f"{len(unrewarded)} unrewarded")
+    lost = sorted(set(diverged["arm"]) - set(rows.loc[rows["element"] == measure.element, "arm"]))
+    return " · ".join(facts + ([f"no {measure.element}: {', '.join(lost)}"] if lost else []))
 
 
 def lr_marks(plotted: pd.DataFrame) -> list[Artist]:
     """Legend entries of the marks that occur."""
     optimum = plotted[plotted["element"] == "optimum"]
     resolved = optimum["resolved"].astype(bool)
+    there = set(plotted["element"])
     entries = [
         (resolved.any(), style.mark("optimum, interval", "D", linestyle="-", linewidth=1.2)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", markerfacecolor="white", markeredgewidth=1.2)),
-        (plotted["above_range"].eq(True).any(), style.mark("above the range", "^")),
-        ((plotted["element"] == "diverged").any(), style.mark("diverged", "x", markeredgewidth=1.5)),
+        (_is_above(plotted).any(), style.mark("above the range", "^")),
+        ("diverged" in there, style.mark("diverged", DIVERGED, markeredgewidth=1.5)),
+        ("unrewarded" in there, style.mark("never rewarded", UNREWARDED, markeredgewidth=0.6)),
+        ("base" in there, Line2D([], [], label="before training", **BASE)),
     ]
     return [entry for occurs, entry in entries if occurs]

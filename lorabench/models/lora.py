@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorabench.errors import UserError
@@ -104,11 +104,13 @@ def add_lora(
     include_unembedding: bool,
     seed: int,
     init_a: float = 1.0,
+    adapter: str = "default",
 ) -> PeftModel:
     """Put LoRA on a base model, A drawn from `seed`; the base is frozen. `.unload()` takes it off again.
 
     Args:
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
+        adapter: its name to PEFT.
 
     Raises:
         UserError: the model has no such layers, or PEFT put LoRA elsewhere than asked.
@@ -126,16 +128,41 @@ def add_lora(
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         # The rank of fused experts does take effect; PEFT looks for its pattern among modules only.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        peft_model = get_peft_model(model, config)
+        peft_model = get_peft_model(model, config, adapter_name=adapter)
     layers = dict(lora_layers(peft_model))
     # PEFT rewrites the targets of some mixtures of experts, to load what older versions saved.
     if layers.keys() != wanted:
         differ = sorted(layers.keys() ^ wanted)
         raise UserError(f"PEFT put LoRA elsewhere than asked in {type(model).__name__}, for one at {differ[0]}")
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.lora_A["default"].weight.mul_(init_a)
+    _scale_a(peft_model, adapter, init_a)
     return peft_model
+
+
+def add_lane(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> None:
+    """Put another adapter on a model, of the same kind as the one it has, and make it the one that is trained.
+
+    It starts as `add_lora` with that seed would have it.
+    """
+    import torch
+
+    config = replace(model.active_peft_config)
+    torch.manual_seed(seed)
+    model.add_adapter(adapter, config)
+    model.set_adapter(adapter)
+    _scale_a(model, adapter, init_a)
+
+
+def can_share(model: PeftModel) -> bool:
+    """Whether rows of several adapters can go through the model as one batch; PEFT has no such way for experts."""
+    return not model.active_peft_config.target_parameters
+
+
+def _scale_a(model: PeftModel, adapter: str, init_a: float) -> None:
+    import torch
+
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_A[adapter].weight.mul_(init_a)
 
 
 def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

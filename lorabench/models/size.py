@@ -18,13 +18,15 @@ def train_flops_per_token(model: torch.nn.Module) -> int:
 
     A weight that is trained takes 6: 2 for the output, 2 for the gradient of the input, 2 for its own. A frozen one
     takes 4. LoRA's A and B are trained, the layers below them frozen. Of a mixture of experts the active
-    ones count, without their router.
+    ones count, without their router; of several adapters the one that is trained.
     """
     import torch
 
     flops = 0.0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
+            if ".lora_" in name and not module.weight.requires_grad:
+                continue
             share = _active_share(model) if ".experts." in name else 1.0
             flops += share * module.weight.numel() * (6 if module.weight.requires_grad else 4)
     for name, parameter in model.named_parameters():

@@ -41,7 +41,7 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
         claims=summary.claims(claims, runs, [figure.name for figure in figures]),
         environment=summary.environment(runs),
         figures=[_figure(figure, layout) for figure in figures],
-        experiments=[found for name in plan.preset.experiments.sft() if (found := summary.experiment(name, runs))],
+        experiments=[found for name in plan.preset.experiments.trained() if (found := summary.experiment(name, runs))],
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
@@ -65,9 +65,9 @@ def _template() -> jinja2.Template:
 
 
 def _figures(plan: Plan) -> list[PaperFigure]:
-    """The figures whose experiment the preset has, in the paper's order."""
-    chosen = plan.preset.experiments.chosen()
-    return [figure for figure in FIGURES.values() if figure.experiment in chosen]
+    """The figures of which the preset has an experiment, in the paper's order."""
+    chosen = set(plan.preset.experiments.chosen())
+    return [figure for figure in FIGURES.values() if chosen & set(figure.experiments)]
 
 
 def _figure(figure: PaperFigure, layout: Layout) -> dict[str, Any]:

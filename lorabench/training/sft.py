@@ -25,35 +25,10 @@ from lorabench.training.adapter import AdapterProbe
 from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from lorabench.training.loss import mean_nll, nll_sum
+from lorabench.training.run import Machine, Point, make_optimizer
 
 # A run whose training loss is this many nats above a uniform guess has exploded.
 EXPLODED_ABOVE_UNIFORM = 1.0
-
-
-@dataclass(frozen=True)
-class Point:
-    """One value of a learning curve."""
-
-    step: int
-    examples: int
-    tokens: int
-    split: Split
-    metric: str
-    value: float | None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How a run is computed; nothing here changes what it is."""
-
-    device: torch.device
-    max_batch_tokens: int
-    checkpoint_seconds: float
-    micro_groups: int = 2
-
-    def autocast(self, protocol: Protocol) -> torch.dtype | None:
-        """The autocast type that the protocol asks for, None in fp32."""
-        return torch.bfloat16 if protocol.precision == "bf16" else None
 
 
 @dataclass
@@ -101,13 +76,7 @@ def train_run(
     """
     condition, train = run.condition, data["train"]
     parameters = list(trainable(model).values())
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, run),
-        betas=(protocol.betas[0], protocol.betas[1]),
-        eps=condition.eps,
-        weight_decay=protocol.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, run, protocol)
     # Made before a checkpoint is loaded: it remembers the initial A.
     probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
@@ -197,12 +166,3 @@ def _backward(
         part_loss.backward()
         loss += part_loss.item()
     return loss, int(lengths.sum()), scored
-
-
-def _parameter_groups(model: torch.nn.Module, run: Run) -> list[dict[str, Any]]:
-    """Trained parameters with their LR; those of LoRA's B, whose LR may differ, apart."""
-    ratio = run.condition.lr_ratio or 1.0
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, parameter in trainable(model).items():
-        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
-    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]

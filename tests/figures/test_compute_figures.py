@@ -96,7 +96,7 @@ def test_each_model_and_setting_has_a_row_of_panels():
 )
 def test_odd_compute_tables_are_drawn(compute: pd.DataFrame, tmp_path: Path):
     compute.to_parquet(tmp_path / "compute.parquet")
-    save("compute", tmp_path, tmp_path / "out")
+    save("compute", [tmp_path], tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "<b>" not in (tmp_path / "out" / "compute.svg").read_text()
 

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures import FIGURES, drawable, save
+from lorabench.figures import COMPUTE, FIGURES, drawable, save
 from lorabench.figures.style import ArmStyle, arm_styles
 from lorabench.tables import Tables
 from tests.handmade import LRS, curves_of, laptop_like, make_run, make_sweep, runs_table
 
-# Figures that are drawn from runs; they are shown runs that do not say what experiment they are of.
-OF_RUNS = [name for name, figure in FIGURES.items() if figure.experiment != "compute"]
+# Figures that are drawn from supervised runs; they are shown runs that do not say what experiment they are of.
+OF_RUNS = [name for name, figure in FIGURES.items() if figure.experiments != COMPUTE and figure.task == "sft"]
 # Those that show every run; others show one at the best LR, or a part.
 OF_RANK = ["fig1_envelopes", "fig2_lr_by_rank"]
 ARMS = ["arm", "method", "rank", "placement"]
@@ -54,7 +54,7 @@ def test_registry_is_cheap_to_import():
 @pytest.mark.parametrize("name", OF_RUNS)
 def test_save_writes_whole_files_with_stable_bytes(name: str, tables: Path, tmp_path: Path):
     for folder in ("one", "two"):
-        save(name, tables, tmp_path / folder)
+        save(name, [tables], tmp_path / folder)
     written = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert set(written) == {f"{name}.svg", f"{name}.png", f"{name}.csv"}
     assert all(written.values())
@@ -66,17 +66,17 @@ def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path)
     kept = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
     runs = laptop_like()[[*kept, "final_valid_nll", "final_test_nll"]]
     runs.to_csv(tmp_path / "runs.csv", index=False)
-    assert drawable(tmp_path) == OF_RUNS
+    assert drawable([tmp_path]) == OF_RUNS
     for name in OF_RUNS:
-        save(name, tmp_path, tmp_path / "drawn")
+        save(name, [tmp_path], tmp_path / "drawn")
     assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in OF_RUNS}
     with pytest.raises(UserError, match="there is no table compute"):
-        save("compute", tmp_path, tmp_path / "drawn")
+        save("compute", [tmp_path], tmp_path / "drawn")
 
 
 @pytest.mark.parametrize("name", OF_RUNS)
 def test_csv_is_what_draw_returns(name: str, tables: Path, tmp_path: Path):
-    save(name, tables, tmp_path)
+    save(name, [tables], tmp_path)
     runs = laptop_like()
     _, plotted = FIGURES[name].draw(Tables(runs, curves_of(runs)))
     written = pd.read_csv(tmp_path / f"{name}.csv")
@@ -112,13 +112,13 @@ def test_sparse_tables_are_drawn(name: str, rows: list[dict], tmp_path: Path):
     runs = runs_table(rows).drop(columns="experiments")
     runs.to_parquet(tmp_path / "runs.parquet")
     curves_of(runs).to_parquet(tmp_path / "curves.parquet")
-    save(name, tmp_path, tmp_path / "out")
+    save(name, [tmp_path], tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_unknown_figure_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="fig1_envelopes"):
-        save("fig9", tmp_path, tmp_path)
+        save("fig9", [tmp_path], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fig1_envelopes", "fig2_lr_by_rank"])
@@ -223,5 +223,5 @@ def test_names_with_markup_or_formula_signs_are_plain_text(name: str, tmp_path: 
     )
     runs.to_parquet(tmp_path / "runs.parquet")
     curves_of(runs).to_parquet(tmp_path / "curves.parquet")
-    save(name, tmp_path, tmp_path)
+    save(name, [tmp_path], tmp_path)
     assert "<b>" not in (tmp_path / f"{name}.svg").read_text()

@@ -3,7 +3,7 @@ from snakemake.exceptions import WorkflowError
 
 from lorabench.config import GgufModel
 from lorabench.errors import UserError
-from lorabench.figures import FIGURES
+from lorabench.figures import COMPUTE, FIGURES
 from lorabench.layout import Layout
 from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.plan import make_plan
@@ -17,9 +17,11 @@ except UserError as error:
 PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
-# A figure is drawn where the preset has the experiment it shows.
+# A figure is drawn where the preset has one of the experiments it shows.
 FIGURE_NAMES = [
-    name for name, figure in FIGURES.items() if figure.experiment in EXPERIMENTS
+    name
+    for name, figure in FIGURES.items()
+    if any(experiment in EXPERIMENTS for experiment in figure.experiments)
 ]
 
 
@@ -28,8 +30,8 @@ wildcard_constraints:
     model="[a-z0-9_-]+",
     model_id="[0-9a-f]{8}",
     dataset_id="[0-9a-f]{8}",
-    experiment="|".join(LAYOUT.preset.experiments.sft()),
-    figure="|".join(FIGURES),
+    experiment="|".join(LAYOUT.preset.experiments.trained()),
+    figure="|".join(FIGURE_NAMES),
 
 
 def sweep_files(experiment=None):
@@ -48,18 +50,26 @@ def model_files(model):
     )
 
 
-def sweep_tokens(wildcards):
+def sweep_data(wildcards):
+    """What a sweep reads: a token cache, or in RL the problem sets and the model's files."""
     condition = SWEEPS[wildcards.sweep].condition
-    return LAYOUT.tokens(condition.model, condition.dataset)
+    if condition.rollouts is None:
+        return [LAYOUT.tokens(condition.model, condition.dataset)]
+    sets = [condition.dataset, *condition.rollouts.held_out]
+    return [LAYOUT.dataset(name) for name in sets] + model_files(condition.model)
 
 
 def figure_tables(wildcards):
-    """What a figure reads: the tables of its experiment."""
-    experiment = FIGURES[wildcards.figure].experiment
-    if experiment == "compute":
+    """What a figure reads: the tables of those of its experiments that the preset has."""
+    figure = FIGURES[wildcards.figure]
+    if figure.experiments == COMPUTE:
         return [LAYOUT.tables() / "compute.parquet"]
-    folder = LAYOUT.tables(experiment)
-    return [folder / "runs.parquet", folder / "curves.parquet"]
+    return [
+        LAYOUT.tables(experiment) / f"{name}.parquet"
+        for experiment in figure.experiments
+        if experiment in EXPERIMENTS
+        for name in ("runs", "curves")
+    ]
 
 
 def claims_tables():

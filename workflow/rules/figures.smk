@@ -19,9 +19,13 @@ rule figure:
     conda:
         "../envs/lorabench.yaml"
     params:
-        tables=lambda wildcards, input: Path(input[0]).parent,
+        # An option for each folder, in the order of the input.
+        tables=lambda wildcards, input: [
+            f"--tables={folder}"
+            for folder in dict.fromkeys(Path(path).parent for path in input)
+        ],
         out=LAYOUT.figures,
         caption=lambda wildcards: FIGURES[wildcards.figure].caption,
     shell:
-        "lorabench figure {wildcards.figure} --tables {params.tables:q} --out {params.out:q} "
+        "lorabench figure {wildcards.figure} {params.tables:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"

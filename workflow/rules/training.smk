@@ -24,7 +24,7 @@ rule compute:
 # goes on where it was.
 rule sweep:
     input:
-        sweep_tokens,
+        sweep_data,
     output:
         LAYOUT.root / "sweeps/{sweep}.parquet",
     log:

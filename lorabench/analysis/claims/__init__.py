@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lorabench.analysis.arms import check_curves, check_table, with_arm_columns
+from lorabench.analysis.arms import check_curves, check_table, is_rl, with_arm_columns
 from lorabench.analysis.claims import (
     batch_size,
     capacity,
@@ -22,7 +22,7 @@ from lorabench.analysis.claims import (
     reinforcement,
 )
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import NEEDED, Evidence, curves_of, in_experiments
+from lorabench.analysis.claims.evidence import NEEDED_BY, Evidence, Task, curves_of, in_experiments
 from lorabench.analysis.claims.finding import Finding, UnjudgedError
 from lorabench.published import beside_claims
 from lorabench.tables import CLAIMS as COLUMNS
@@ -55,20 +55,22 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
             LR and seed.
     """
     runs = tables.runs
-    missing = [name for name in NEEDED if name not in runs]
     check_table(runs)
     check_curves(tables.curves)
-    if not missing:
+    missing = {task: [name for name in needed if name not in runs] for task, needed in NEEDED_BY.items()}
+    if "run_id" in runs:
         runs = with_arm_columns(runs)
     replications = beside_claims()
-    evidence: dict[tuple[str, ...], Evidence] = {}
+    evidence: dict[tuple[Task, tuple[str, ...]], Evidence] = {}
     rows = []
     for claim in claims:
-        if claim.experiments not in evidence:
-            chosen = runs.iloc[:0] if missing else runs[in_experiments(runs, claim.experiments)]
-            curves = tables.curves if missing else curves_of(tables.curves, chosen)
-            evidence[claim.experiments] = Evidence(chosen, curves, tables.compute, tables.counts)
-        found = _judge(claim, evidence[claim.experiments], [*missing, *(c for c in claim.columns if c not in runs)])
+        key = (claim.task, claim.experiments)
+        if key not in evidence:
+            chosen = runs[in_experiments(runs, claim.experiments) & (is_rl(runs) == (claim.task == "rl"))]
+            curves = curves_of(tables.curves, chosen) if "run_id" in runs else tables.curves
+            evidence[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs)
+        absent = [*missing[claim.task], *(name for name in claim.columns if name not in runs)]
+        found = _judge(claim, evidence[key], absent)
         rows.append(
             {
                 "claim_id": claim.id,
@@ -95,11 +97,11 @@ def _judge(claim: Claim, evidence: Evidence, missing: list[str]) -> Finding:
     """The finding on one claim; a claim without experiments does not look at runs."""
     if claim.experiments and evidence.runs.columns.empty:
         return Finding("not tested", "the runs table is empty")
-    if claim.experiments and missing:
-        return Finding("not tested", f"the runs table has no column {', '.join(missing)}")
     if claim.experiments and evidence.runs.empty:
         absent = f"no runs of the experiment {' or '.join(claim.experiments)}"
         return Finding("not tested", f"{absent}; it needs {claim.needs}")
+    if claim.experiments and missing:
+        return Finding("not tested", f"the runs table has no column {', '.join(missing)}")
     try:
         return claim.judge(evidence)
     except UnjudgedError as unjudged:

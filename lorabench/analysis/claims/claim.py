@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.claims.evidence import Evidence, Task
 from lorabench.analysis.claims.finding import Finding
 
 Kind = Literal["empirical", "theory", "opinion", "prediction"]
@@ -30,7 +30,9 @@ class Claim:
     """Experiments whose runs it reads; in a table without the column `experiments`, all runs."""
     judge: Callable[[Evidence], Finding]
     columns: tuple[str, ...] = ()
-    """Columns of `runs` that it needs beyond those of every claim."""
+    """Columns of `runs` that it needs beyond those of every claim on its task."""
+    task: Task = "sft"
+    """The task whose runs it reads."""
 
 
 def untestable(reason: str) -> Callable[[Evidence], Finding]:

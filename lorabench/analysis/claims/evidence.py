@@ -6,18 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, each_arm, is_standard, rows_of
+from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, each_arm, is_rl, is_standard, rows_of
 from lorabench.analysis.claims.finding import (
     MIN_SEEDS,
     Finding,
     UnjudgedError,
     Verdict,
     equality_problems,
+    error_equality_problems,
+    error_rate,
     finding,
     nats,
     noise_problems,
@@ -32,9 +34,15 @@ from lorabench.tables import words
 
 Arm = dict[str, Any]
 
-NEEDED = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
-NEEDED += ["final_valid_nll", "final_test_nll"]
-"""Columns of `runs` that every claim on runs needs."""
+Task = Literal["sft", "rl"]
+
+_ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
+
+NEEDED = [*_ARM_AND_STATUS, "final_valid_nll", "final_test_nll"]
+"""Columns of `runs` that every claim on supervised runs needs."""
+
+NEEDED_BY: dict[Task, list[str]] = {"sft": NEEDED, "rl": [*_ARM_AND_STATUS, "final_valid_reward", "final_reward"]}
+"""Columns of `runs` that every claim on runs needs, by their task."""
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
 """What most claims need, in words."""
@@ -42,12 +50,16 @@ SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is no
 
 @dataclass(frozen=True)
 class Evidence:
-    """The tidy tables as a claim sees them: `runs` holds its experiments only; a table that is not there is empty."""
+    """The tidy tables as a claim sees them; a table that is not there is empty."""
 
     runs: pd.DataFrame
+    """Those of its task and its experiments."""
     curves: pd.DataFrame
+    """Of those runs."""
     compute: pd.DataFrame
     counts: pd.DataFrame
+    every_run: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """All of the table, for a claim that sets one task beside the other."""
 
     @cached_property
     def standard(self) -> pd.DataFrame:
@@ -66,6 +78,7 @@ class Comparison:
 
     label: str
     runs: pd.DataFrame
+    """Those of RL as from `rewards.errors`: their losses are error rates."""
     curves: pd.DataFrame
     noise: pd.DataFrame = field(repr=False)
 
@@ -101,7 +114,7 @@ class Comparison:
         return next((arm for rank, arm in reversed(self.lora.items()) if rank > 1), None)
 
     def sigma(self, split: str) -> tuple[float, int]:
-        """Seed noise in nats and its degrees of freedom."""
+        """Seed noise of the final loss and its degrees of freedom."""
         column = "sigma_valid" if split == "validation" else "sigma"
         return float(self.noise[column].iloc[0]), int(self.noise["dof"].iloc[0])
 
@@ -134,7 +147,7 @@ class Comparison:
         ]
 
     def final_gap(self, arm: Arm, other: Arm) -> tuple[float, tuple[float, float], str, list[str]]:
-        """Test NLL of an arm minus another's: estimate, interval, their words, and what speaks against a verdict."""
+        """Test NLL (in RL error rate) of an arm minus another's: estimate, interval, text, and problems with it."""
         found = gap(self.runs, arm, other)
         problems = self.edge_problems([arm, other])
         if found.n_seeds < MIN_SEEDS:
@@ -142,23 +155,34 @@ class Comparison:
         if found.n_diverged:
             problems.append(f"{found.n_diverged} repeats at the best LR diverged")
         interval = (found.ci_low, found.ci_high)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {nats(found.estimate, *interval)} over {found.n_seeds} seeds"
+        words = (error_rate if self.is_rl else nats)(found.estimate, *interval)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {words} over {found.n_seeds} seeds"
         return found.estimate, interval, text, problems
 
-    def equal_losses(self, arm: Arm, other: Arm) -> Finding:
-        """Whether the test NLL of two arms is the same within 2 sigma."""
+    @property
+    def is_rl(self) -> bool:
+        return bool(is_rl(self.runs).all())
+
+    def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
+        """Whether the test NLL (in RL the error rate) of two arms is the same within 2 sigma.
+
+        Args:
+            better_too: that the arm is better than the other by more than 2 sigma speaks for the claim as well.
+        """
         estimate, interval, text, problems = self.final_gap(arm, other)
         sigma, dof = self.sigma("test")
         loss = float(self.losses[arm_label(other)]["nll_mean"])
-        verdict = within(*interval, (-2 * sigma, 2 * sigma))
+        verdict = within(*interval, (-math.inf if better_too else -2 * sigma, 2 * sigma))
+        noisy = error_equality_problems(verdict, 2 * sigma) if self.is_rl else equality_problems(verdict, sigma, loss)
+        off = estimate if better_too else abs(estimate)
         return finding(
             self.of([arm, other])["run_id"],
             f"{text}, {sigma_text(sigma)}",
             verdict,
-            noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss) + problems,
+            noise_problems(sigma, dof) + noisy + problems,
             estimate,
             interval,
-            abs(estimate) / sigma if sigma > 0 else math.nan,
+            off / sigma if sigma > 0 else math.nan,
         )
 
 

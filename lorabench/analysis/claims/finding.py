@@ -22,6 +22,10 @@ MAX_NOISE = 0.05
 """Two sigma above this share of the loss is too noisy to call two losses equal: the margin would grow with sigma."""
 
 
+MAX_ERROR_MARGIN = 0.1
+"""The same for two accuracies: a margin that grows with noise is no ground for equality above this difference."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What one comparison, or all together, say about a claim."""
@@ -101,6 +105,11 @@ def nats(estimate: float, low: float, high: float) -> str:
     return f"{estimate:.4f} nats {interval_text(low, high, 4)}"
 
 
+def error_rate(estimate: float, low: float, high: float) -> str:
+    """A difference of error rates in words."""
+    return f"{estimate:+.4f} in error rate {interval_text(low, high, 4)}"
+
+
 def interval_text(low: float, high: float, digits: int) -> str:
     """An interval in words."""
     return "(no interval)" if math.isnan(low + high) else f"[{low:.{digits}f}, {high:.{digits}f}]"
@@ -113,6 +122,8 @@ def sigma_text(sigma: float) -> str:
 
 def noise_problems(sigma: float, dof: int) -> list[str]:
     """Why the seed noise does not carry a verdict."""
+    if sigma == 0 and dof >= MIN_SEEDS - 1:
+        return ["all seeds alike: no seed noise to judge by"]
     return [] if sigma > 0 and dof >= MIN_SEEDS - 1 else ["seed noise not measured"]
 
 
@@ -121,3 +132,10 @@ def equality_problems(verdict: Verdict, sigma: float, loss: float) -> list[str]:
     if verdict == "contradicted" or not 2 * sigma > MAX_NOISE * loss:
         return []
     return [f"2 sigma is more than {MAX_NOISE:.0%} of the loss"]
+
+
+def error_equality_problems(verdict: Verdict, margin: float) -> list[str]:
+    """As `equality_problems` for error rates, which may be near 0: the margin itself is held against a limit."""
+    if verdict == "contradicted" or not margin > MAX_ERROR_MARGIN:
+        return []
+    return [f"the margin of {margin:.2f} is above {MAX_ERROR_MARGIN:g}"]

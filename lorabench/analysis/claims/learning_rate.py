@@ -149,7 +149,7 @@ def swept_models(evidence: Evidence) -> list[list[SweptModel]]:
 def lr_ratio_ten(comparison: Comparison) -> Finding:
     """B1: optimal LR of the highest rank over that of FullFT."""
     arms = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-    return _judge_ratio(comparison, arms[0], arms[1], band=BAND, expected=10.0)
+    return judge_ratio(comparison, arms[0], arms[1], band=BAND, expected=10.0)
 
 
 def lr_independent_of_rank(comparison: Comparison) -> Finding:
@@ -163,7 +163,7 @@ def lr_independent_of_rank(comparison: Comparison) -> Finding:
     optima = {arm["rank"]: float(comparison.optima[arm_label(arm)]["lr_opt"]) for arm in arms}
     ordered = sorted(arms, key=lambda arm: -np.nan_to_num(optima[arm["rank"]]))
     pairs = [
-        _judge_ratio(comparison, pair[0], pair[1], band=(0.5, 2.0), expected=1.0) for pair in combinations(ordered, 2)
+        judge_ratio(comparison, pair[0], pair[1], band=(0.5, 2.0), expected=1.0) for pair in combinations(ordered, 2)
     ]
     told = ", ".join(f"r{rank} {lr:.2g}" for rank, lr in optima.items())
     decisive = worst(pairs)
@@ -176,7 +176,7 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
     """B4: optimal LR of rank 1 over that of each rank from 16 up, or of the highest."""
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
     others = [arm for rank, arm in comparison.lora.items() if rank >= 16] or [highest]
-    pairs = [_judge_ratio(comparison, rank_1, arm, band=(0.0, 1.0), expected=1.0, signed=True) for arm in others]
+    pairs = [judge_ratio(comparison, rank_1, arm, band=(0.0, 1.0), expected=1.0, signed=True) for arm in others]
     return replace(worst(pairs), run_ids=tuple(comparison.of([rank_1, *others])["run_id"]))
 
 
@@ -200,7 +200,7 @@ def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
     if len({(model.lineage, model.hidden_size) for model in models}) < 2:
         problems.append("all of one family and size")
     strain = abs(math.log(furthest.estimate / 10.0))
-    return finding(_run_ids(models), text, _all_of(verdicts), problems, furthest.estimate, furthest.interval, strain)
+    return finding(_run_ids(models), text, all_of(verdicts), problems, furthest.estimate, furthest.interval, strain)
 
 
 def naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
@@ -320,7 +320,7 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
         )
         problems = [f"at {step} steps {fault}" for fault in short.problems]
         problems += [f"at {steps} steps {fault}" for fault in full.problems]
-        verdict = _all_of([above, within(*short.interval, SHORT_BAND)])
+        verdict = all_of([above, within(*short.interval, SHORT_BAND)])
         strain = abs(math.log(short.estimate / 15.0))
         found.append(
             finding(comparison.of(arms)["run_id"], text, verdict, problems, short.estimate, short.interval, strain)
@@ -357,7 +357,7 @@ def lr_ratio(comparison: Comparison, arm: Arm, other: Arm) -> LrRatio:
     return replace(ratio, text=text)
 
 
-def _judge_ratio(
+def judge_ratio(
     comparison: Comparison,
     arm: Arm,
     other: Arm,
@@ -464,7 +464,7 @@ def _mean_regret_of_optima(models: Sequence[SweptModel], method: str) -> float:
     return float(np.mean(regrets))
 
 
-def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
     """The verdict on a criterion with several parts, all of which must hold."""
     if "contradicted" in verdicts:
         return "contradicted"

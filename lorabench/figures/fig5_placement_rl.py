@@ -1,0 +1,26 @@
+"""Figure 5 of the paper, its part on reinforcement learning: as figure 4, with accuracies."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lorabench.analysis.rewards import errors
+from lorabench.figures import style
+from lorabench.figures.fig4_placement import COLUMNS, best_rows, draw_placement
+from lorabench.figures.lr_panel import ACCURACY, accuracy_columns, accuracy_rows, as_accuracies
+from lorabench.tables import Tables
+
+_COLUMNS = accuracy_columns(COLUMNS)
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what a row is: those of `accuracy_rows`, and `best` and `noise_band` as in figure 4, in
+    accuracies of 0 to 1: the band is around the highest.
+    """
+    parts = [accuracy_rows(tables.runs), *map(as_accuracies, best_rows(errors(tables.runs)))]
+    plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)
+    return draw_placement(plotted, ACCURACY), plotted

@@ -1,0 +1,47 @@
+"""Figure 7 of the paper: accuracy over RL training at each arm's best learning rate, and by learning rate."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lorabench.figures import style
+from lorabench.figures.lr_panel import ACCURACY, ACCURACY_COLUMNS, BASE, STRIP, accuracy_rows, draw_lr_panel, lr_marks
+from lorabench.figures.rl_curves import curve_rows, draw_curves, seeds_words
+from lorabench.tables import Tables
+
+_COLUMNS = [*ACCURACY_COLUMNS, "step", "episodes"]
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    Its column `element` says what a row is: `curve` (greedy test accuracy of an arm at its best LR after a step, mean
+    and standard deviation over seeds), or those of `accuracy_rows`.
+    """
+    curves = curve_rows(tables.runs, tables.curves, "test", "accuracy").assign(element="curve")
+    curves = curves.rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
+    parts = [curves, accuracy_rows(tables.runs)]
+    plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)
+    figure, panels = style.panel_pairs(plotted, STRIP)
+    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    for rows, over_time, by_lr in panels:
+        of_curves = rows["element"] == "curve"
+        _draw_curves(over_time, rows, styles)
+        draw_lr_panel(by_lr, rows[~of_curves], styles, ACCURACY)
+    style.legends(figure, styles, lr_marks(plotted))
+    return figure, plotted
+
+
+def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
+    curves = rows[rows["element"] == "curve"].rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
+    if curves.empty:
+        style.say(axes, "no test accuracies over training")
+        return
+    for level in rows.loc[rows["element"] == "base", "accuracy"]:
+        axes.axhline(level, **BASE)
+    draw_curves(axes, curves, styles)
+    axes.set_ylabel("test accuracy at the best LR")
+    style.note(axes, seeds_words(curves), STRIP)

@@ -1,0 +1,123 @@
+"""Figure 8 of the paper: accuracy on further problem sets, and the growth of responses, over RL training."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lorabench.analysis.arms import arm_label, rows_of
+from lorabench.figures import style
+from lorabench.figures.rl_curves import COLUMNS, curve_rows, draw_curves, seeds_words
+from lorabench.tables import Tables
+
+_COLUMNS = [*COLUMNS, "n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]
+
+# Columns of the grid of panels, and inches of height of a panel.
+_GRID, _HEIGHT = 6, 2.6
+
+_OWN_SPLITS = {"train", "validation", "test"}
+
+
+class _Panel(NamedTuple):
+    """What one panel shows: its axis, its rows, what to say if there are none, and what it can't show as a line."""
+
+    ylabel: str
+    rows: pd.DataFrame
+    absent: str
+    facts: list[str]
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table.
+
+    All is of an arm at its best LR, `mean` and `sd` over seeds. The column `element` says what a row is: `accuracy`
+    (on the further problem set `split`, of `n_samples` answers to its `n_problems`), `response_length` (tokens, and
+    the share `truncated` at `max_new_tokens`), `reflection` (share of responses with a word of backtracking or
+    checking; both are of the training batches, as running means) or `diverged` (one run, at any LR).
+    """
+    groups = style.titled(tables.runs)
+    plotted = _plotted(tables.runs, tables.curves)
+    styles = style.arm_styles(plotted)
+    drawn = [(title, _panels(rows_of(plotted, runs.iloc[0], style.PANEL))) for title, runs in groups]
+    # Three in a row where that fills it, else two; both on one grid.
+    widths = [2 if len(panels) % 3 == 0 else 3 for _, panels in drawn]
+    heights = [math.ceil(len(panels) * width / _GRID) for (_, panels), width in zip(drawn, widths, strict=True)]
+    figure = style.new_figure(_HEIGHT * sum(heights))
+    grid = figure.add_gridspec(sum(heights), _GRID)
+    for place, ((title, panels), width) in enumerate(zip(drawn, widths, strict=True)):
+        for number, panel in enumerate(panels):
+            row, column = divmod(number * width, _GRID)
+            axes = figure.add_subplot(grid[sum(heights[:place]) + row, column : column + width])
+            axes.set_title("" if number else title, pad=18, parse_math=False)
+            _draw_panel(axes, panel, styles)
+    style.legends(figure, styles, [])
+    return figure, plotted
+
+
+def _further_sets(curves: pd.DataFrame) -> list[str]:
+    """The problem sets of the curves that are neither trained nor tuned on."""
+    return [] if curves.empty else sorted(set(curves.loc[curves["metric"] == "accuracy", "split"]) - _OWN_SPLITS)
+
+
+def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    on_sets = [
+        curve_rows(runs, curves, name, "accuracy", ("n_problems", "n_samples")) for name in _further_sets(curves)
+    ]
+    length = curve_rows(runs, curves, "train", "response_length", ("truncated",))
+    cap = runs.groupby(style.PANEL, dropna=False, as_index=False)["max_new_tokens"].max()
+    reflection = curve_rows(runs, curves, "train", "reflection")
+    diverged = runs[runs["status"] == "diverged"].assign(element="diverged")
+    diverged["arm"] = [arm_label(run) for _, run in diverged.iterrows()]
+    parts = [*on_sets, length.merge(cap, how="left", on=style.PANEL), reflection, diverged]
+    parts = [part.reindex(columns=_COLUMNS) for part in parts if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_COLUMNS)
+
+
+def _panels(rows: pd.DataFrame) -> list[_Panel]:
+    """The panels of one model and dataset."""
+    accuracy, length, reflection, diverged = (
+        rows[rows["element"] == element] for element in ("accuracy", "response_length", "reflection", "diverged")
+    )
+    sets = {str(name): of_set for name, of_set in accuracy.groupby("split")} or {"": accuracy}
+    absent = "no accuracies on a problem set\nother than the one trained on"
+    return [
+        *(_Panel(f"accuracy on {name}", of_set, absent, _answers(of_set)) for name, of_set in sets.items()),
+        _Panel("response length (tokens)", length, "no response lengths", _cut(length)),
+        _Panel("share with reflection", reflection, "no rates of reflection", [f"{len(diverged)} diverged"]),
+    ]
+
+
+def _draw_panel(axes: Axes, panel: _Panel, styles: dict[str, style.ArmStyle]) -> None:
+    if panel.rows.empty:
+        style.say(axes, panel.absent)
+        return
+    draw_curves(axes, panel.rows, styles)
+    axes.set_ylabel(panel.ylabel, parse_math=False)
+    style.note(axes, " · ".join([seeds_words(panel.rows), *panel.facts]))
+
+
+def _answers(rows: pd.DataFrame) -> list[str]:
+    """How many answers of a run an accuracy is the mean of."""
+    counts = {"answers": rows["n_samples"].max(), "problems": rows["n_problems"].max()}
+    known = [f"{count:,.0f} {what}" for what, count in counts.items() if not pd.isna(count)]
+    return [" to ".join(known)] if known else []
+
+
+def _cut(rows: pd.DataFrame) -> list[str]:
+    """How many responses were cut at the end of training, which bounds their length."""
+    last = rows.dropna(subset=["truncated"]).groupby("arm")["truncated"].last()
+    if last.empty:
+        return []
+    fewest, most = f"{last.min():.0%}", f"{last.max():.0%}"
+    cap = rows["max_new_tokens"].max()
+    words = [
+        fewest if fewest == most else f"{fewest} to {most}",
+        "cut",
+        *([] if pd.isna(cap) else [f"at {cap:.0f} tokens"]),
+    ]
+    return [" ".join(words)]

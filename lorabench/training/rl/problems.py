@@ -1,0 +1,86 @@
+"""Problems as a run meets them: prompts in token ids, and the answers to grade against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorabench.data.grading import Grader
+from lorabench.data.problems import read_problems
+from lorabench.errors import UserError
+from lorabench.plan import Rollouts
+from lorabench.training.rl.sampler import Response, Stop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Problems:
+    """One split: prompt and answer of each problem."""
+
+    prompts: list[tuple[int, ...]]
+    answers: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How text becomes tokens and responses become rewards, for one model and problem set."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rollouts: Rollouts
+    max_length: int
+
+    @property
+    def stop(self) -> Stop:
+        """What ends a response."""
+        return Stop((int(self.tokenizer.eos_token_id),), self.rollouts.max_new_tokens, self.rollouts.stop)
+
+    def prompt(self, question: str) -> tuple[int, ...]:
+        """Token ids of a question: the chat template's, or those of the preset's plain prompt."""
+        encoded: Any
+        if self.rollouts.prompt is None:
+            messages = [{"role": "user", "content": question}]
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        else:
+            encoded = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
+        return tuple(encoded["input_ids"])
+
+    def text(self, response: Response) -> str:
+        """What a response says, up to the text that ended it."""
+        said: str = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        ends = [place for text in self.rollouts.stop if (place := said.find(text)) >= 0]
+        return said[: min(ends, default=len(said))]
+
+    def read(self, path: Path) -> dict[str, Problems]:
+        """The splits of a problem set's file.
+
+        Raises:
+            UserError: the tokenizer has no chat template and the preset gives no prompt; or a prompt with the longest
+                response does not fit the model.
+        """
+        if self.rollouts.prompt is None and not self.tokenizer.chat_template:
+            name = self.tokenizer.name_or_path
+            raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
+        splits: dict[str, Problems] = {split: Problems([], []) for split in ("train", "validation", "test")}
+        for row in read_problems(path):
+            prompt = self.prompt(row["question"])
+            if len(prompt) + self.rollouts.max_new_tokens > self.max_length:
+                raise UserError(
+                    f"a problem of {len(prompt)} tokens with a response of {self.rollouts.max_new_tokens} is more than "
+                    f"the {self.max_length} tokens that the model takes: {row['question'][:80]!r}"
+                )
+            splits[row["split"]].prompts.append(prompt)
+            splits[row["split"]].answers.append(row["answer"])
+        return splits
+
+
+def grade(grader: Grader, texts: list[str], answers: list[str]) -> np.ndarray:
+    """Rewards, (n,): 1 for a right answer, else 0."""
+    return np.array(grader.grade(texts, answers), dtype=np.float64)

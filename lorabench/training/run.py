@@ -1,0 +1,55 @@
+"""What the loops of SFT and RL share: the machine, a point of a curve, the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorabench.config import Protocol
+from lorabench.plan import Run
+from lorabench.training.checkpoint import trainable
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a learning curve."""
+
+    step: int
+    examples: int
+    tokens: int
+    split: str
+    metric: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run is computed; nothing here changes what it is."""
+
+    device: torch.device
+    max_batch_tokens: int
+    checkpoint_seconds: float
+    micro_groups: int = 2
+    max_cache_tokens: int = 65_536
+
+    def autocast(self, protocol: Protocol) -> torch.dtype | None:
+        """The autocast type that the protocol asks for, None in fp32."""
+        return torch.bfloat16 if protocol.precision == "bf16" else None
+
+
+def make_optimizer(model: torch.nn.Module, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
+    """Adam over what is trainable, at the run's constant LR; that of LoRA's B may differ."""
+    ratio = run.condition.lr_ratio or 1.0
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in trainable(model).items():
+        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
+    parameters: list[dict[str, Any]] = [{"params": group, "lr": lr} for lr, group in groups.items()]
+    return torch.optim.AdamW(
+        parameters,
+        betas=(protocol.betas[0], protocol.betas[1]),
+        eps=run.condition.eps,
+        weight_decay=protocol.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,89 @@
+"""The runs of an SFT sweep, one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
+from lorabench.errors import UserError
+from lorabench.models.base import load_tokenizer
+from lorabench.plan import Run
+from lorabench.training.loss import check_plain_head, mean_nll
+from lorabench.training.sft import train_run
+from lorabench.training.sweep import Job, now, provenance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
+    """Train runs, given with their number in the sweep, and write each as it ends."""
+    if not runs:
+        return
+    condition, preset = job.sweep.condition, job.plan.preset
+    tokenizer = load_tokenizer(preset.models[condition.model])
+    key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
+    data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
+    environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
+    adapter = "default" if condition.method == "lora" else None
+    bases = _Bases(job)
+    for number, run in runs:
+        job.announce(number, run)
+        base_nll = bases.base_valid_nll(data["validation"])
+        started = {"started": now()}
+        with bases.ready(run) as model:
+            tick = partial(job.progress.tick, number, run)
+            checkpoint = job.folder(run).checkpoint
+            outcome = train_run(run, model, data, preset.protocol, job.machine, checkpoint, base_nll, tick)
+            job.write(run, outcome, model, environment | started, adapter)
+
+
+class _Bases:
+    """Base models of one job: loaded once for LoRA, which leaves them as they were; anew for each full fine-tuning."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._model: PreTrainedModel | None = None
+        self._base_nll: float | None = None
+
+    def _pristine(self) -> PreTrainedModel:
+        if self._model is None:
+            self._model = self.job.load()
+            check_plain_head(self._model)
+        return self._model
+
+    def base_valid_nll(self, validation: TokenizedSplit) -> float:
+        """Validation NLL of the untouched base; stops the job if it is worse than guessing."""
+        if self._base_nll is None:
+            model, machine = self._pristine(), self.job.machine
+            autocast = machine.autocast(self.job.plan.preset.protocol)
+            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast)
+            uniform = math.log(model.config.vocab_size)
+            if not nll < uniform + 1:
+                raise UserError(
+                    f"base model {self.job.sweep.condition.model} has a validation loss of {nll:.2f} nats, worse than "
+                    f"guessing ({uniform:.2f}): wrong weights or tokenizer"
+                )
+            self._base_nll = nll
+        return self._base_nll
+
+    @contextmanager
+    def ready(self, run: Run) -> Iterator[torch.nn.Module]:
+        """The model that a run trains."""
+        model = self._pristine()
+        if run.condition.method == "fullft":
+            self._model = None
+            yield model
+            return
+        peft_model = self.job.with_lora(model, run)
+        try:
+            yield peft_model
+        finally:
+            self._model = peft_model.unload()
+            self._model.requires_grad_(True)

@@ -1,0 +1,112 @@
+"""Tables `runs` and `curves` of RL with known answers: accuracies are parabolas in log LR, no lower than the base's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from tests.analysis.tables_by_hand import ArmTables
+
+LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+OFFSETS = (0.0, 0.004, -0.004)  # of every accuracy, by seed: the same luck in every arm
+UNPAIRED = (0.0, -0.005, 0.004)
+BASE = 0.1
+CURVATURE = 0.04  # accuracy lost per squared unit of log LR
+STEPS = 20
+AIME = {"aime24": 0.3, "aime25": 0.2}
+SAMPLES = 30 * 16
+
+Series = Callable[[float], float]
+"""A metric's value by the share of the steps done, 0 to 1."""
+
+
+def grown(start: float, end: float) -> Series:
+    return lambda done: start + (end - start) * done
+
+
+def arm(
+    rank: int | None = None,
+    *,
+    optimum: float,
+    peak: float = 0.8,
+    curvature: float = CURVATURE,
+    lrs: Sequence[float] = LRS,
+    offsets: Sequence[float] = OFFSETS,
+    diverges_from: float = math.inf,
+    best_gain: float = 0.0,
+    sets: dict[str, float] = AIME,
+    train: dict[str, Series] | None = None,
+    model: str = "tiny",
+    dataset: str = "problems",
+    placement: str = "all",
+    **columns: Any,
+) -> ArmTables:
+    """One arm's runs and curves: FullFT without a rank.
+
+    `peak` is its final test accuracy at `optimum`, `best_gain` how much higher that of its best evaluation is, `sets`
+    the final accuracies of further problem sets (all start at 0.02), `train` replaces metrics of the train steps.
+    """
+    method = "fullft" if rank is None else "lora"
+    best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
+    cells = [(lr, 0) for lr in lrs] + [(best, seed) for seed in range(1, len(offsets))]
+    runs, curves = [], []
+    for lr, seed in cells:
+        run_id = f"rl-{model}-{dataset}-{method}-{rank}-{placement}-{lr}-{seed}"
+        final = max(BASE, min(1.0, peak - curvature * math.log(lr / optimum) ** 2 + offsets[seed]))
+        diverged = lr >= diverges_from
+        runs.append(
+            {
+                "run_id": run_id,
+                "model": model,
+                "dataset": dataset,
+                "task": "rl",
+                "method": method,
+                "rank": rank,
+                "placement": None if rank is None else placement,
+                "lr": lr,
+                "batch_size": 64,
+                "steps": STEPS,
+                "seed": seed,
+                "status": "diverged" if diverged else "done",
+                "base_reward": BASE,
+                "final_valid_reward": None if diverged else final,
+                "final_reward": None if diverged else final,
+                "best_reward": None if diverged else final + best_gain,
+                **columns,
+            }
+        )
+        metrics: dict[tuple[str, str], Series] = {
+            ("train", "reward"): grown(BASE, final),
+            ("train", "response_length"): grown(200, 400),
+            ("train", "truncated"): grown(0, 0.01),
+            ("train", "reflection"): grown(0, 0.2),
+            ("train", "equal_groups"): lambda done: float(done == 0.5),
+            ("train", "grad_norm"): lambda done: 0.3 * (done != 0.5),
+        }
+        metrics |= {("train", name): series for name, series in (train or {}).items()}
+        metrics |= {(split, "accuracy"): grown(BASE, final) for split in ("validation", "test")}
+        for name, accuracy in sets.items():
+            metrics |= {(name, "accuracy"): grown(0.02, accuracy), (name, "n_samples"): grown(SAMPLES, SAMPLES)}
+        for (split, metric), series in metrics.items():
+            steps = range(1, STEPS + 1) if split == "train" else (0, STEPS // 2, STEPS)
+            curves += [
+                {"run_id": run_id, "step": step, "examples": 64 * step, "tokens": 64 * 300 * step}
+                | {"split": split, "metric": metric, "value": series(step / STEPS)}
+                for step in steps
+                if not (diverged and step > 4)
+            ]
+    return runs, curves
+
+
+def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
+    arms = list(arms)
+    runs = pd.DataFrame([row for rows, _ in arms for row in rows])
+    curves = pd.DataFrame([row for _, rows in arms for row in rows])
+    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
+    integers = ["rank", "batch_size", "steps", "seed"]
+    runs = runs.astype(dict.fromkeys(integers, "Int64") | dict.fromkeys(rewards, float))
+    return runs, curves.astype({"step": "Int64", "value": float})

@@ -1,0 +1,288 @@
+"""Graders, with the real worker processes: what is right, what is wrong, and that no answer does harm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lorabench.data import grading
+from lorabench.data.answers import MAX_CHARS
+from lorabench.data.grading import Grader
+
+
+@pytest.fixture(scope="module")
+def math():
+    with Grader("math", seconds=1.0) as grader:
+        yield grader
+
+
+def box(content):
+    return rf"So the answer is $\boxed{{{content}}}$."
+
+
+def worker_pid(grader):
+    return grader._workers[0]._process.pid
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("12", True),
+        (" 12\n", True),
+        ("12.0", True),
+        ("+12", True),
+        ("012", True),
+        ("12.0000001", False),
+        ("-12", False),
+        ("= 12", False),
+        ("12 12", False),
+        ("12.", False),
+        ("6+6", False),
+        ("1e1000000000", False),
+        ("9" * 1_000_000, False),
+        ("", False),
+        ("\x00\ud800", False),
+    ],
+)
+def test_arithmetic_wants_the_bare_number(response, right):
+    assert Grader("arithmetic").grade([response], ["12"]) == [right]
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("2 * 617 = 1234 apples\n#### 1234", True),
+        ("so he pays $1,234.00.", True),
+        ("1234 and then 5", False),
+        ("-1234", False),
+        ("#### 1234.5", False),
+        ("nothing", False),
+        ("1," * 500_000, False),
+    ],
+)
+def test_gsm_symbolic_takes_the_last_number(response, right):
+    assert Grader("gsm_symbolic").grade([response], ["1234"]) == [right]
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("1/2", "0.5"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"\dfrac12", r"\frac{1}{2}"),
+        ("0.5", r"\frac12"),
+        (r"\sqrt{8}", r"2\sqrt2"),
+        (r"(x+1)^2", "x^2+2x+1"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+        (r"\{3,1,2\}", r"\{1,2,3\}"),
+        ("2, 1", "1,2"),
+        (r"[1,2)\cup(3,\infty)", r"(3, \infty) \cup [1, 2)"),
+        (r"x \in [1,2]", "[1,2]"),
+        ("x=5", "5"),
+        ("3<x", "x>3"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ \frac{4}{2} \end{pmatrix}"),
+        (r"\text{Yes}", "Yes"),
+        (r"\text{(A)}", "A"),
+        (r"90^\circ", "90"),
+        (r"50\%", "50"),
+        (r"5\text{ cm}", "5"),
+        (r"\int_0^1 x^2\,dx", r"\frac13"),
+        ("5!", "120"),
+    ],
+)
+def test_equal_answers(math, content, answer):
+    assert math.grade([box(content)], [answer]) == [True]
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("0.333", r"\frac13"),
+        ("(1,2)", "[1,2]"),
+        ("(2,1)", "(1,2)"),
+        (r"\{1,2\}", r"\{1,2,3\}"),
+        ("x^2", "2x"),
+        ("x", "5"),
+        (r"\text{No}", "Yes"),
+        (r"5 \text{ or } 6", "5"),
+        ("", "0"),
+        ("$ $", "0"),
+        (r"\frac{1}{0}", "1"),
+        (r"\text{" + "a" * MAX_CHARS + "}", "a"),
+    ],
+)
+def test_answers_that_differ(math, content, answer):
+    assert math.grade([box(content)], [answer]) == [False]
+
+
+def test_the_last_box_counts(math):
+    responses = [box(1) + box(2), r"\boxed{2} no, \fbox{1}", "2", r"\boxed{1}, \boxed{2", r"$\boxed 2$"]
+    assert math.grade(responses, ["2"] * 5) == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "content", ["1,234", "1{,}234", r"\$1,234", "$1234$", "1234.00", r"1234\text{ dollars}", "01234"]
+)
+def test_gsm8k_takes_dollars_commas_and_units(content):
+    with Grader("gsm8k", seconds=1.0) as grader:
+        assert grader.grade([box(content), box("1235")], ["1234", "1234"]) == [True, False]
+
+
+def test_plain_answers_need_no_process():
+    with Grader("aime24") as grader:
+        assert grader.grade([box("25"), box("26"), "none"], ["025"] * 3) == [True, False, False]
+        assert grader._workers[0]._process is None
+
+
+HARMFUL = {
+    "power": "9**9**9**9",
+    "tower": "9^{9^{9^9}}",
+    "factorial": "10000000!",
+    "product": r"\prod_{k=1}^{1000000000} k",
+    "matrix": r"\operatorname{eye}(100000)",
+    "exponent": "1e9999999999",
+    "brackets": "[" * 1_000_000,
+    "braces": "{" * 100_000 + "1" + "}" * 100_000,
+    "parentheses": "(" * 100_000 + "1" + ")" * 100_000,
+    "short parentheses": "(" * 450 + "1" + ")" * 450,
+    "fractions": r"\frac" * 190,
+    "boxes": r"\boxed{" * 100_000,
+    "unicode": "\uff11\uff12\U0001f916\u202e\u2028\xe9",
+    "surrogate": "\ud800\x00\x1b",
+    "newlines": 'true\ntrue\n["1", "1"]\n',
+    "python": "__import__('os').system('touch {file}')",
+    "python in text": r"\text{__import__('os').system('touch {file}')}",
+    "python call": r"\operatorname{eval}(\text{__import__('os').system('touch {file}')})",
+    "python function": r"\text{open('{file}','w').write}(1)",
+}
+
+
+def test_harmful_answers_are_wrong_and_do_nothing(tmp_path):
+    file = tmp_path / "file"
+    responses = [box(content.replace("{file}", str(file))) for content in HARMFUL.values()]
+    good = [box(rf"\frac{{{n}}}{{{2 * n}}}") for n in range(1, len(responses) + 1)]
+    mixed = [response for pair in zip(responses, good, strict=True) for response in pair]
+    start = time.monotonic()
+    with Grader("math", workers=2, seconds=0.5) as grader:
+        verdicts = grader.grade(mixed, ["0.5"] * len(mixed))
+    assert verdicts == [False, True] * len(good)
+    assert not file.exists()
+    assert time.monotonic() - start < 30, "a limit on time does not hold"
+
+
+def test_a_worker_that_dies_is_replaced(math):
+    assert math.grade([box("1/2")], ["0.5"]) == [True]
+    first = worker_pid(math)
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    responses = [box("1/2"), box("9^{9^{9^9}}"), box("1/4")]
+    assert math.grade(responses, ["0.5", "2", "0.25"]) == [True, False, True]
+    assert worker_pid(math) != first
+
+
+def test_a_worker_that_stops_is_replaced(monkeypatch):
+    monkeypatch.setattr(grading, "_WALL_PER_CPU_SECOND", 0.5)
+    with Grader("math", seconds=1.0) as grader:
+        assert grader.grade([box("1/2")], ["0.5"]) == [True]
+        first = worker_pid(grader)
+        os.kill(first, signal.SIGSTOP)
+        assert grader.grade([box("1/3")], [r"\frac{2}{6}"]) == [False]
+        monkeypatch.undo()
+        assert grader.grade([box("1/3")], [r"\frac{2}{6}"]) == [True]
+
+
+def test_workers_end_with_the_grader():
+    with Grader("math", seconds=1.0) as grader:
+        grader.grade([box("1/2")], ["0.5"])
+        process = grader._workers[0]._process
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_an_orphaned_worker_ends():
+    """Its parent is killed in the middle of a comparison that would never end."""
+    code = (
+        "from lorabench.data.grading import Grader\n"
+        "grader = Grader('math', seconds=0.5)\n"
+        "grader.grade([r'\\boxed{1/2}'], ['0.5'])\n"
+        "process = grader._workers[0]._process\n"
+        "print(process.pid, flush=True)\n"
+        'process.stdin.write(b\'["9^{9^{9^9}}", "2"]\\n\')\n'
+        "process.stdin.flush()\n"
+        "import os; os.abort()\n"
+    )
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    worker = int(parent.stdout)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and alive(worker):
+        time.sleep(0.05)
+    assert not alive(worker)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_worker_that_does_not_start_is_no_wrong_answer(monkeypatch, tmp_path):
+    broken = tmp_path / "worker.py"
+    broken.write_text("import no_such_module")
+    monkeypatch.setattr(grading, "_WORKER", broken)
+    with Grader("math") as grader, pytest.raises(RuntimeError, match="did not start"):
+        grader.grade([box("1/2")], ["0.5"])
+
+
+def test_the_worker_imports_neither_torch_nor_the_package():
+    code = f"import runpy, sys; runpy.run_path({str(grading._WORKER)!r}); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "math_verify" in loaded
+    assert not {"torch", "numpy", "lorabench"} & set(loaded)
+
+
+REFUSED = {
+    "eval('1 + 1 if print else 2')": "PermissionError",
+    "eval('(lambda: 1)()')": "PermissionError",
+    "exec('import os')": "PermissionError",
+    "sympy.sympify('x')": "PermissionError",
+    "sympy.lambdify(sympy.Symbol('x'), sympy.Symbol('x'))": "PermissionError",
+    "os.system('true')": "PermissionError",
+    "os.fork()": "PermissionError",
+    "subprocess.run(['true'])": "PermissionError",
+    "open('file', 'w')": "PermissionError",
+    "os.open('file', os.O_CREAT | os.O_WRONLY)": "PermissionError",
+    "os.remove('file')": "PermissionError",
+    "socket.create_connection(('127.0.0.1', 1))": "PermissionError",
+    "ctypes.CDLL(None)": "PermissionError",
+    "bytearray(2**31)": "MemoryError",
+}
+
+
+def test_a_confined_process_can_do_no_harm(tmp_path):
+    """The limits hold whatever a library would be made to do."""
+    tries = (
+        f"try:\n    {harm}\n    print('done')\nexcept Exception as error:\n    print(type(error).__name__)\n"
+        for harm in REFUSED
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import ctypes, os, runpy, socket, subprocess, sympy\n"
+        f"worker = runpy.run_path({str(grading._WORKER)!r})\n"
+        "worker['confine']()\n"
+        "assert worker['equal']('1/2', '0.5')\n" + "".join(tries)
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert dict(zip(REFUSED, done.stdout.split(), strict=True)) == REFUSED
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="no grader for problems of kind 'poems'"):
+        Grader("poems")

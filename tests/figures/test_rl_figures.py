@@ -1,0 +1,375 @@
+"""The figures of reinforcement learning, from tables made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.noise import seed_noise
+from lorabench.analysis.rewards import errors, reward_curves, reward_optima
+from lorabench.errors import UserError
+from lorabench.figures import COMPUTE, FIGURES, drawable, save
+from lorabench.figures.style import arm_styles, write_figure
+from lorabench.tables import Tables, with_all_columns
+from tests.analysis.rl_by_hand import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
+from tests.handmade import curves_of, laptop_like
+
+OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
+BY_LR = ["fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves"]
+SD = float(np.std(OFFSETS, ddof=1))
+COUNTS = {"attn": 88_000, "mlp": 144_000, "all": 224_000}
+
+
+def read(arms) -> Tables:
+    """The tables of some arms, as a figure is given them."""
+    runs, curves = tables(arms)
+    return Tables(with_all_columns(runs, "runs"), with_all_columns(curves, "curves"))
+
+
+def arms(ranks=(None, 1, 16), **settings):
+    """FullFT with its optimum at 1e-4, LoRA with its at 1e-3; the lowest LR never gets a reward."""
+    found = []
+    for rank in ranks:
+        about = {"trainable_params": 828_288 if rank is None else 14_000 * rank, "max_new_tokens": 500}
+        found.append(arm(rank, optimum=1e-4 if rank is None else 1e-3, **(about | settings)))
+    for runs, _ in found:
+        for run in runs:
+            if run["lr"] == 1e-5 and run["status"] == "done":
+                run |= {"status": "unrewarded"} | dict.fromkeys(("final_valid_reward", "final_reward"), BASE)
+    return found
+
+
+def diverged(arms):
+    """The same arms, had every run diverged."""
+    lost = {"status": "diverged"} | dict.fromkeys(("final_valid_reward", "final_reward", "best_reward"))
+    return [([run | lost for run in runs], curves) for runs, curves in arms]
+
+
+def out_of_reach(arms):
+    """The same arms on problems of which none is ever solved."""
+    none = {"status": "unrewarded"} | dict.fromkeys(
+        ("base_reward", "final_valid_reward", "final_reward", "best_reward"), 0.0
+    )
+    unsolved = {("test", "accuracy"), ("train", "reward")}
+    return [
+        (
+            [run | none for run in runs],
+            [point | ({"value": 0.0} if (point["split"], point["metric"]) in unsolved else {}) for point in curves],
+        )
+        for runs, curves in arms
+    ]
+
+
+def placements(**settings):
+    peaks = {"attn": 0.6, "mlp": 0.8, "all": 0.8}
+    lora = [
+        arm(16, optimum=1e-3, placement=name, trainable_params=COUNTS[name], **({"peak": peak} | settings))
+        for name, peak in peaks.items()
+    ]
+    return arms((None,), **settings) + lora
+
+
+def draw(name, arms):
+    return FIGURES[name].draw(read(arms))
+
+
+def of(plotted, element):
+    return plotted[plotted["element"] == element]
+
+
+def texts(axes):
+    return " ".join(text.get_text() for text in axes.texts)
+
+
+def legend(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+# Accuracy against learning rate.
+
+
+@pytest.mark.parametrize("name", BY_LR)
+def test_accuracies_are_means_over_seeds_with_their_deviation(name):
+    found = read(arms())
+    _, plotted = FIGURES[name].draw(found)
+    rows = of(plotted, "accuracy").set_index(["arm", "lr"])
+    expected = found.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].agg(["mean", "std", "size"])
+    assert len(rows) == len(expected) == 3 * 7
+    np.testing.assert_allclose(rows["accuracy"].sort_values(), expected["mean"].sort_values())
+    best = rows.loc[("LoRA r16", 1e-3)]
+    assert best["accuracy"] == pytest.approx(0.8)
+    assert best["accuracy_sd"] == pytest.approx(SD)
+    assert best["n_seeds"] == 3
+    assert rows["accuracy_sd"].notna().sum() == 3
+    assert not any("nll" in column for column in plotted)
+
+
+@pytest.mark.parametrize("name", BY_LR)
+def test_optima_are_those_of_the_analysis(name):
+    found = read(arms())
+    _, plotted = FIGURES[name].draw(found)
+    optima = reward_optima(found.runs)
+    drawn = of(plotted, "optimum")
+    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("accuracy", "reward_opt")):
+        np.testing.assert_allclose(drawn[ours].astype(float), optima[theirs].astype(float))
+    assert drawn["lr"].tolist() == pytest.approx([1e-4, 1e-3, 1e-3], rel=0.05)
+    assert drawn["resolved"].tolist() == optima["resolved"].tolist() == [True] * 3
+
+
+def test_an_optimum_at_the_edge_is_open():
+    figure, plotted = draw("fig6_rl_lr", [arm(16, optimum=3e-2)])
+    assert not of(plotted, "optimum")["resolved"].item()
+    diamonds = [line for line in figure.axes[0].get_lines() if line.get_marker() == "D"]
+    assert [line.get_markerfacecolor() for line in diamonds] == ["white"]
+
+
+@pytest.mark.parametrize("name", BY_LR)
+def test_what_has_not_learned_is_marked_and_counted(name):
+    found = read(arms((1, 16), diverges_from=9e-3))
+    figure, plotted = FIGURES[name].draw(found)
+    for status in ("diverged", "unrewarded"):
+        assert set(of(plotted, status)["run_id"]) == set(found.runs.loc[found.runs["status"] == status, "run_id"])
+    axes = figure.axes[1 if name == "fig7_rl_curves" else 0]
+    assert "2 diverged · 2 unrewarded" in texts(axes)
+    marks = [line.get_marker() for line in axes.get_lines()]
+    assert marks.count("x") == marks.count("$0$") == 2
+    assert {"diverged", "never rewarded"} <= set(legend(figure))
+
+
+@pytest.mark.parametrize("name", BY_LR)
+def test_the_base_is_a_line(name):
+    figure, plotted = draw(name, arms())
+    assert of(plotted, "base")["accuracy"].tolist() == [BASE]
+    for axes in figure.axes[: 2 if name == "fig7_rl_curves" else 1]:
+        lines = [line for line in axes.get_lines() if list(line.get_xdata()) == [0, 1] and line.get_linestyle() == "-"]
+        assert [line.get_ydata()[0] for line in lines] == [BASE]
+        low, high = axes.get_ylim()
+        assert low < BASE < high
+    assert "before training" in legend(figure)
+
+
+def test_no_accuracy_is_beyond_the_range():
+    """A policy that fell apart is what the figure is about, however far off it is."""
+    arms_of = arms((None, 16), peak=1.0)
+    for run in arms_of[0][0]:
+        run["final_reward"] = 0.0 if run["lr"] > 1e-3 else run["final_reward"]
+    figure, plotted = draw("fig6_rl_lr", arms_of)
+    low, high = figure.axes[0].get_ylim()
+    assert low < of(plotted, "accuracy")["accuracy"].min() == 0
+    assert high > 1
+    assert not [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
+
+
+def test_fig6_has_a_panel_per_model_and_problem_set():
+    figure, _ = draw("fig6_rl_lr", arms(dataset="gsm8k") + arms(dataset="math") + arms(dataset="math", model="big"))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["big · math", "tiny · gsm8k", "tiny · math"]
+
+
+# Placement.
+
+
+def test_placement_shows_best_accuracies_by_parameters():
+    found = read(placements())
+    figure, plotted = FIGURES["fig5_placement_rl"].draw(found)
+    best, expected = of(plotted, "best"), best_losses(errors(found.runs))
+    np.testing.assert_allclose(best["accuracy"].astype(float), 1 - expected["nll_mean"].astype(float))
+    half = 4.302653 * SD / math.sqrt(3)
+    np.testing.assert_allclose((best["accuracy_high"] - best["accuracy"]).astype(float), half, rtol=1e-5)
+    np.testing.assert_allclose((best["accuracy"] - best["accuracy_low"]).astype(float), half, rtol=1e-5)
+    assert best.set_index("arm")["accuracy"]["LoRA r16 attn"] == pytest.approx(0.6)
+    [band] = of(plotted, "noise_band").to_dict("records")
+    sigma = seed_noise(errors(found.runs))["sigma"].item()
+    assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(4 * sigma)
+    assert (band["accuracy_high"] + band["accuracy_low"]) / 2 == pytest.approx(best["accuracy"].max())
+    listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "all r16  0.22M", "FullFT  0.83M"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["final test accuracy", "accuracy at the best LR"]
+    assert f"highest accuracy ± 2{chr(0x3C3)} of seeds" in legend(figure)
+
+
+# Curves.
+
+
+def test_fig7_curves_are_test_accuracies_at_the_best_lr():
+    found = read(arms())
+    figure, plotted = FIGURES["fig7_rl_curves"].draw(found)
+    curves, expected = of(plotted, "curve"), reward_curves(found.runs, found.curves, "test", "accuracy")
+    for ours, theirs in (("accuracy", "mean"), ("accuracy_sd", "sd"), ("step", "step"), ("lr", "lr")):
+        np.testing.assert_allclose(curves[ours].astype(float), expected[theirs].astype(float))
+    assert set(curves["step"]) == {0, STEPS // 2, STEPS}
+    assert curves.loc[curves["step"] == STEPS, "accuracy"].tolist() == pytest.approx([0.8] * 3)
+    styles = arm_styles(plotted.dropna(subset=["arm"]))
+    lines = {line.get_color(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    for label, points in curves.groupby("arm"):
+        assert lines[styles[str(label)].colour] == pytest.approx(points["accuracy"].tolist())
+    assert "3 seeds" in texts(figure.axes[0])
+
+
+def test_fig8_shows_each_further_set():
+    figure, plotted = draw("fig8_aime_and_length", arms())
+    accuracy = of(plotted, "accuracy")
+    assert set(accuracy["split"]) == set(AIME)
+    at_end = accuracy[accuracy["step"] == STEPS].set_index(["split", "arm"])["mean"]
+    assert {split for (split, _), mean in at_end.items() if mean == pytest.approx(AIME[split])} == set(AIME)
+    assert set(accuracy["n_samples"]) == {SAMPLES}
+    labels = ["accuracy on aime24", "accuracy on aime25", "response length (tokens)", "share with reflection"]
+    assert [axes.get_ylabel() for axes in figure.axes] == labels
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["tiny · problems", "", "", ""]
+    assert texts(figure.axes[0]) == "3 seeds · 480 answers"
+
+
+def test_fig8_says_where_there_is_no_further_set():
+    figure, plotted = draw("fig8_aime_and_length", arms(sets={}))
+    assert of(plotted, "accuracy").empty
+    assert "no accuracies on a problem set" in texts(figure.axes[0])
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["response length (tokens)", "share with reflection"]
+
+
+def test_fig8_lengths_are_running_means_of_the_training_batches():
+    zigzag = {"response_length": lambda done: 200 + 100 * done + (-1) ** round(done * 100)}
+    found = read(arms())
+    long = read([arm(16, optimum=1e-3, max_new_tokens=500, train=zigzag)])
+    steps = pd.concat(
+        [long.curves.assign(step=long.curves["step"] + part * STEPS) for part in (0, 1)], ignore_index=True
+    )
+    steps = steps[(steps["split"] == "train") | (steps["step"] <= STEPS)].drop_duplicates(
+        ["run_id", "step", "split", "metric"]
+    )
+    _, plotted = FIGURES["fig8_aime_and_length"].draw(Tables(long.runs, steps))
+    length = of(plotted, "response_length").set_index("step")["mean"]
+    raw = reward_curves(long.runs, steps, "train", "response_length").set_index("step")["mean"]
+    # Two of 40 steps.
+    assert length[10] == pytest.approx((raw[9] + raw[10]) / 2)
+    figure, plotted = FIGURES["fig8_aime_and_length"].draw(found)
+    assert of(plotted, "response_length").groupby("arm")["mean"].last().tolist() == pytest.approx([400.0] * 3)
+    assert of(plotted, "reflection").groupby("arm")["mean"].last().tolist() == pytest.approx([0.2] * 3)
+    assert texts(figure.axes[2]) == "3 seeds · 1% cut at 500 tokens"
+
+
+def test_fig8_counts_diverged_runs_and_the_range_of_cut_responses():
+    cut = arm(16, optimum=1e-3, max_new_tokens=500, diverges_from=9e-3, train={"truncated": grown(0, 0.3)})
+    figure, plotted = draw("fig8_aime_and_length", [*arms((None,)), cut])
+    assert len(of(plotted, "diverged")) == 1
+    assert texts(figure.axes[3]) == "3 seeds · 1 diverged"
+    assert texts(figure.axes[2]) == "3 seeds · 1% to 30% cut at 500 tokens"
+
+
+# Tables of every kind.
+
+
+@pytest.mark.parametrize("name", OF_RL)
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(diverged(arms()), id="every run diverged"),
+        pytest.param(arms((None,)) + diverged(arms((1,))), id="an arm with all runs diverged"),
+        pytest.param(arms(offsets=(0.0,)), id="one seed"),
+        pytest.param(arms((None, 16), lrs=(1e-3,), offsets=(0.0,)), id="one learning rate"),
+        pytest.param(arms((16,)), id="no full fine-tuning"),
+        pytest.param(arms((None,)), id="full fine-tuning alone"),
+        pytest.param(arms(lrs=(1e-5,)), id="never rewarded"),
+        pytest.param(out_of_reach(arms()), id="out of reach"),
+        pytest.param(arms(peak=1.0, curvature=0.0), id="all right everywhere"),
+        pytest.param(arms(base_reward=None), id="base not measured"),
+        pytest.param(arms(dataset="a", sets={}) + arms(dataset="b", sets={"x^$": 0.2}), id="one set of two further"),
+        pytest.param([(runs, points[:1]) for runs, points in arms()], id="hardly any curves"),
+        pytest.param(placements(), id="placements"),
+        pytest.param(arms(dataset="<b>$x^$&", model="$y", sets={"<b>$x^$&": 0.2}), id="markup and formulas"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_tables_are_drawn(name, found, tmp_path):
+    figure, plotted = draw(name, found)
+    assert "element" in plotted
+    write_figure(figure, tmp_path / "figure.svg")
+    assert "<b>" not in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize("name", OF_RL)
+def test_without_curves_a_sentence_says_so(name, tmp_path):
+    found = read(arms())
+    figure, _ = FIGURES[name].draw(Tables(found.runs, pd.DataFrame()))
+    write_figure(figure, tmp_path / "figure.svg")
+    told = " ".join(map(texts, figure.axes))
+    wanted = {
+        "fig7_rl_curves": ["no test accuracies"],
+        "fig8_aime_and_length": ["no accuracies", "no response lengths", "no rates of reflection"],
+    }
+    assert all(words in told for words in wanted.get(name, []))
+
+
+def mixed() -> Tables:
+    supervised, found = laptop_like(), read(arms())
+    runs = pd.concat([supervised.assign(experiments=None), found.runs], ignore_index=True)
+    curves = pd.concat([curves_of(supervised), found.curves], ignore_index=True)
+    return Tables(runs, curves)
+
+
+@pytest.mark.parametrize("name", [name for name, figure in FIGURES.items() if figure.experiments != COMPUTE])
+def test_supervised_and_rl_runs_are_never_drawn_together(name):
+    _, plotted = FIGURES[name].draw(mixed())
+    drawn = set(plotted["dataset"].dropna())
+    assert drawn == {"problems"} if FIGURES[name].task == "rl" else "problems" not in drawn
+
+
+# Somebody else's tables, and several folders.
+
+
+def write(folder, runs, curves=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.to_csv(folder / "runs.csv", index=False)
+    if curves is not None:
+        curves.to_csv(folder / "curves.csv", index=False)
+    return folder
+
+
+def test_a_few_columns_are_enough(tmp_path):
+    columns = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
+    kept = tables(arms())[0][[*columns, "task", "final_valid_reward", "final_reward"]]
+    folder = write(tmp_path / "tables", kept)
+    assert drawable([folder]) == OF_RL
+    for name in OF_RL:
+        save(name, [folder], tmp_path / "drawn")
+    assert {path.stem for path in (tmp_path / "drawn").glob("*.svg")} == set(OF_RL)
+
+
+@pytest.mark.parametrize("name", OF_RL)
+def test_csv_is_what_draw_returns_and_bytes_are_stable(name, tmp_path):
+    runs, curves = tables(placements())
+    folder = write(tmp_path / "tables", runs, curves)
+    for out in ("one", "two"):
+        save(name, [folder], tmp_path / out)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert set(written) == {f"{name}.{kind}" for kind in ("svg", "png", "csv")}
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    _, plotted = draw(name, placements())
+    found = pd.read_csv(tmp_path / "one" / f"{name}.csv")
+    assert list(found.columns) == list(plotted.columns)
+    for column in found.select_dtypes("number"):
+        np.testing.assert_allclose(found[column].astype(float), plotted[column].to_numpy(float, na_value=np.nan))
+
+
+def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
+    shared, of_math = arms((None,), dataset="gsm8k"), arms((16,), dataset="math")
+    folders = []
+    for name, parts in {"rl_gsm8k": shared, "rl_math": [*shared, *of_math]}.items():
+        runs, curves = tables(parts)
+        folders.append(write(tmp_path / name, runs.assign(experiments="rl_gsm8k rl_math"), curves))
+    save("fig6_rl_lr", folders, tmp_path / "both")
+    save("fig6_rl_lr", folders[1:], tmp_path / "one")
+    # Runs that both folders have are there once.
+    assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() == (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
+    save("fig6_rl_lr", folders[:1], tmp_path / "one")
+    assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() != (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
+
+
+def test_folders_that_contradict_each_other_are_refused(tmp_path):
+    runs, _ = tables(arms((None,)))
+    folders = [write(tmp_path / name, runs.assign(base_reward=base)) for name, base in (("a", 0.1), ("b", 0.2))]
+    with pytest.raises(UserError, match="base_reward"):
+        save("fig6_rl_lr", folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

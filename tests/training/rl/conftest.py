@@ -1,0 +1,112 @@
+"""The tiny base, a few arithmetic problems, and one call that trains an RL condition on them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorabench.config import Protocol, ReasoningProblems, TinyModel
+from lorabench.data.grading import Grader
+from lorabench.data.problems import make_problems, write_problems
+from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lora import add_lora
+from lorabench.plan import Condition, Rollouts, Run
+from lorabench.training.rl.lanes import alone
+from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
+from lorabench.training.rl.problems import Texts
+from lorabench.training.rl.sampler import Request, Response, Stop, sample
+from lorabench.training.run import Machine
+
+TINY = TinyModel(kind="tiny")
+ROLLOUTS = Rollouts(4, 8, 2, (), 1, None, (), 3)
+CPU = torch.device("cpu")
+
+
+def machine(**changes) -> Machine:
+    return Machine(**{"device": CPU, "max_batch_tokens": 16_384, "checkpoint_seconds": 1e9} | changes)
+
+
+def condition_of(rank: int | None = None, steps: int = 4, batch_size: int = 32, rollouts: Rollouts = ROLLOUTS) -> Condition:
+    method, placement, alpha = ("fullft", None, None) if rank is None else ("lora", "all", 32.0)
+    return Condition(
+        "rl", "tiny", "gcd", method, rank, placement, alpha, batch_size, steps, identity="test", rollouts=rollouts
+    )
+
+
+def problem_file(folder: Path, **changes) -> Path:
+    sizes = {"train": 40, "validation": 8, "test": 16, "tasks": ["gcd"], "max_value": 50}
+    path = folder / "problems.parquet"
+    write_problems(make_problems(ReasoningProblems(kind="arithmetic", **sizes | changes)), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory, tokenizer) -> Environment:
+    """Greatest common divisors up to 50, of which the base knows about every fourth."""
+    return environment_of(problem_file(tmp_path_factory.mktemp("problems")), tokenizer)
+
+
+def environment_of(path: Path, tokenizer, rollouts: Rollouts = ROLLOUTS) -> Environment:
+    texts = Texts(tokenizer, rollouts, 512)
+    return Environment(texts, texts.read(path), {}, Grader("arithmetic"), {})
+
+
+@pytest.fixture
+def base():
+    """The base model, fresh."""
+    return load_model(TINY)
+
+
+@pytest.fixture(scope="session")
+def prompts(environment) -> list[tuple[int, ...]]:
+    return environment.splits["train"].prompts
+
+
+def drawn(model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop) -> list[Response]:
+    """Responses, ended by the tokenizer's end token."""
+    end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
+    return sample(model, tokenizer, requests, end, cache)
+
+
+def same_tokens(one: list[Response], other: list[Response]) -> bool:
+    return len(one) == len(other) and all(
+        np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True)
+    )
+
+
+def lane_of(run: Run, model, environment: Environment, folder: Path, lane=None, protocol=None, tick=lambda step: None, **changes):
+    """A run of RL, not yet started; `model` must be untrained."""
+    protocol, where = protocol or Protocol(), machine(**changes)
+    take = partial(sampler_of(model, environment))
+    scores, _ = alone(evaluate(environment, run.condition.rollouts, 0, 0, lane), take)
+    checkpoint = folder / f"{run.run_id}.safetensors"
+    return train_rl(run, model, environment, protocol, where, checkpoint, scores, lane, tick)
+
+
+def sampler_of(model, environment: Environment):
+    texts = environment.texts
+
+    def take(requests: list[Request]) -> list[Response]:
+        return sample(model, texts.tokenizer, requests, texts.stop, 100_000)
+
+    return take
+
+
+def train(run: Run, environment: Environment, folder: Path, **changes) -> tuple[RlOutcome, torch.nn.Module]:
+    """Train a run on a fresh model; returns the outcome and the trained model."""
+    model = load_model(TINY)
+    lane = None
+    if run.condition.rank:
+        model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed, adapter="one")
+        lane = "one"
+    running = lane_of(run, model, environment, folder, lane, **changes)
+    return alone(running, sampler_of(model, environment)), model

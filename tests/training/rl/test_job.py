@@ -1,0 +1,101 @@
+"""The job of an RL sweep, as the workflow runs it: lanes, weights, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from peft import PeftModel
+
+from lorabench.data.problems import make_problems, write_problems
+from lorabench.layout import Layout
+from lorabench.models.base import load_model
+from lorabench.plan import make_plan
+from lorabench.tables import collect, read_table
+from lorabench.training.sweep import run_sweep
+
+from .conftest import TINY
+
+PRESET = {
+    "description": "RL for tests",
+    "models": {"tiny": {"kind": "tiny"}},
+    "problems": {
+        "gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 32, "validation": 8, "test": 8},
+        "sums": {"kind": "arithmetic", "train": 4, "validation": 4, "test": 8},
+    },
+    "experiments": {
+        "rl_arithmetic": [
+            {
+                "models": ["tiny"],
+                "problems": ["gcd"],
+                "ranks": {"all": [2]},
+                "problems_per_step": 4,
+                "group_size": 4,
+                "steps": 3,
+                "max_new_tokens": 4,
+                "mean_response_tokens": 2,
+                "evaluations": 1,
+                "held_out": ["sums"],
+                "lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3, 9e-3]},
+                "seeds": 2,
+            }
+        ]
+    },
+    "execution": {"gflops": 1.0, "lanes": 2},
+}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(PRESET))
+    layout = Layout.of("mine.yaml")
+    for name, spec in layout.preset.problems.items():
+        write_problems(make_problems(spec), layout.dataset(name))
+    plan = make_plan(layout.preset)
+    return plan, layout, {sweep.condition.method: sweep for sweep in plan.sweeps}
+
+
+def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
+    plan, layout, sweeps = job
+    said: list[str] = []
+    for sweep in sweeps.values():
+        run_sweep(plan, sweep, layout, said.append)
+    collect([layout.sweep(sweep) for sweep in plan.sweeps], layout.tables())
+    runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
+    assert len(runs) == 2 + 4
+    assert set(runs["task"]) == {"rl"}
+    assert set(runs["group_size"]) == {4}
+    assert set(runs["batch_size"]) == {16}
+    rewards = runs[["base_reward", "final_valid_reward", "final_reward", "best_reward"]]
+    assert rewards.notna().all(axis=None)
+    assert rewards["base_reward"].nunique() == 1
+    assert (runs["final_test_nll"].isna()).all()
+    assert set(curves["split"]) == {"train", "validation", "test", "sums"}
+    lora = runs[runs["method"] == "lora"]
+    # Lanes don't count the adapters of others.
+    assert lora["trainable_params"].nunique() == 1
+    assert lora["train_flops"].div(lora["train_tokens"]).nunique() == 1
+    assert any("accuracy" in line for line in said)
+
+    at_best = lora[lora["seed"] == 1]["lr"].item()
+    kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
+    assert kept == set(lora.loc[lora["lr"] == at_best, "run_id"])
+    for run_id in kept:
+        weights = layout.runs / run_id / "weights"
+        model = PeftModel.from_pretrained(load_model(TINY), weights)
+        trained = {name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0}
+        assert trained
+
+
+def test_a_sweep_goes_on_where_it_was(job, monkeypatch):
+    plan, layout, sweeps = job
+    run_sweep(plan, sweeps["lora"], layout, lambda line: None)
+    first = pq.read_table(layout.sweep(sweeps["lora"])).to_pandas()
+    layout.sweep(sweeps["lora"]).unlink()
+    monkeypatch.setattr("lorabench.training.rl.job.train_lanes", None)
+    run_sweep(plan, sweeps["lora"], layout, lambda line: None)
+    again = pq.read_table(layout.sweep(sweeps["lora"])).to_pandas()
+    assert list(again["run_id"]) == list(first["run_id"])

@@ -1,0 +1,194 @@
+"""The RL loop: on-policy, moving, resumable, and at rest where there is nothing to learn."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lorabench.models.lora import add_lane, add_lora
+from lorabench.plan import Run
+from lorabench.training.rl.lanes import train_lanes
+from lorabench.training.rl.loop import evaluation_steps
+from lorabench.training.rl.problems import Texts
+from lorabench.training.rl.sampler import Request
+
+from .conftest import ROLLOUTS, condition_of, drawn, environment_of, lane_of, problem_file, sampler_of, same_tokens, train
+
+
+class Killed(Exception):
+    """The job is gone."""
+
+
+def weights_hash(model) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if ".lora_" not in name:
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def metric(outcome, name, split="train"):
+    return [point.value for point in outcome.curve if (point.metric, point.split) == (name, split)]
+
+
+def untimed(outcome):
+    """The curve without what a clock says."""
+    return [point for point in outcome.curve if not point.metric.endswith("_per_s")]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts, tokenizer, base, rank):
+    run = Run(condition_of(rank, steps=6), 2e-3 if rank else 2e-4, 0)
+    outcome, model = train(run, environment, tmp_path)
+    assert outcome.status == "done"
+    # One update per batch: sampler and learner are the same policy at every step.
+    assert metric(outcome, "ratio_max") == pytest.approx([1.0] * 6, abs=1e-4)
+    assert metric(outcome, "ratio_mean") == pytest.approx([1.0] * 6, abs=1e-4)
+    assert np.abs(metric(outcome, "kl")).max() < 1e-4
+    requests = [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts[:10]) for s in range(4)]
+    assert not same_tokens(drawn(model, tokenizer, requests), drawn(base, tokenizer, requests))
+    for name in ("reward", "response_length", "truncated", "equal_groups", "reflection", "entropy", "grad_norm"):
+        values = metric(outcome, name)
+        assert len(values) == 6
+        assert all(math.isfinite(value) for value in values)
+    assert all(value > 0 for name in ("sample_tokens_per_s", "learn_tokens_per_s") for value in metric(outcome, name))
+    assert outcome.final_reward == metric(outcome, "accuracy", "test")[-1]
+    assert outcome.final_valid_reward == metric(outcome, "accuracy", "validation")[-1]
+    assert outcome.base_reward == metric(outcome, "accuracy", "test")[0]
+    pairs = list(zip(metric(outcome, "accuracy", "validation")[1:], metric(outcome, "accuracy", "test")[1:], strict=True))
+    assert outcome.best_reward == max(pairs, key=lambda pair: pair[0])[1]
+
+
+def test_lora_leaves_the_base_as_it_was(environment, tmp_path, base):
+    outcome, model = train(Run(condition_of(2), 5e-3, 0), environment, tmp_path)
+    assert max(metric(outcome, "grad_norm")) > 0
+    assert weights_hash(model.unload()) == weights_hash(base)
+
+
+def test_equal_rewards_change_nothing(environment, tmp_path, base):
+    """Also after steps that did: Adam's momentum must not move the policy."""
+    rights = replace(environment, grader=Every(True))
+    outcome, model = train(Run(condition_of(None), 1e-3, 0), rights, tmp_path)
+    assert outcome.status == "done"
+    assert metric(outcome, "equal_groups") == [1.0] * 4
+    assert metric(outcome, "grad_norm") == [0.0] * 4
+    assert weights_hash(model) == weights_hash(base)
+
+    # The last of three steps has equal rewards: the policy is that after two.
+    after = {
+        steps: weights_hash(train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grader=grader), tmp_path)[1])
+        for steps, grader in ((2, environment.grader), (3, Until(environment.grader, 2)))
+    }
+    assert after[2] == after[3] != weights_hash(base)
+
+
+class Every:
+    """Grades all responses alike."""
+
+    def __init__(self, verdict: bool) -> None:
+        self.verdict = verdict
+
+    def grade(self, responses, answers):
+        return [self.verdict] * len(responses)
+
+
+class Until:
+    """Grades rightly some training steps (batches of 32) long, then all responses alike."""
+
+    def __init__(self, grader, steps: int) -> None:
+        self.grader, self.left = grader, steps
+
+    def grade(self, responses, answers):
+        if len(responses) != 32:
+            return self.grader.grade(responses, answers)
+        self.left -= 1
+        return self.grader.grade(responses, answers) if self.left >= 0 else [True] * len(responses)
+
+
+def test_a_base_without_any_reward_is_stopped(tmp_path, tokenizer, base):
+    # Sums of four numbers of nine digits: the base never finds one.
+    path = problem_file(tmp_path, tasks=["chain_sum"], min_digits=9, max_digits=9, min_terms=4, max_terms=4)
+    outcome, model = train(Run(condition_of(None, steps=30), 1e-3, 0), environment_of(path, tokenizer), tmp_path)
+    assert outcome.status == "unrewarded"
+    assert metric(outcome, "reward") == [0.0] * 6
+    assert (outcome.base_reward, outcome.final_valid_reward, outcome.final_reward, outcome.best_reward) == (0,) * 4
+    assert weights_hash(model) == weights_hash(base)
+
+
+def test_a_run_that_blows_up_is_diverged(environment, tmp_path):
+    outcome, _ = train(Run(condition_of(None, steps=5), 1e30, 0), environment, tmp_path)
+    assert outcome.status == "diverged"
+    assert 1 < outcome.diverged_at <= 5
+    assert outcome.final_reward is None
+    assert outcome.base_reward is not None
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
+    run = Run(condition_of(rank, steps=5), 3e-3 if rank else 3e-4, 0)
+    (tmp_path / "unbroken").mkdir()
+    (tmp_path / "broken").mkdir()
+    unbroken, _ = train(run, environment, tmp_path / "unbroken")
+
+    def die(step):
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(run, environment, tmp_path / "broken", tick=die, checkpoint_seconds=0)
+    resumed, _ = train(run, environment, tmp_path / "broken")
+    assert untimed(resumed) == untimed(unbroken)
+    assert (resumed.final_reward, resumed.best_reward) == (unbroken.final_reward, unbroken.best_reward)
+    assert resumed.train_tokens == unbroken.train_tokens
+
+
+def test_packed_runs_are_those_alone(environment, tmp_path, base):
+    """Lanes of other LRs and seeds, one of which ends sooner, leave a run's samples and numbers as they are."""
+    runs = [Run(condition_of(2, steps=4), 1e-3, 0), Run(condition_of(2, steps=4), 4e-3, 1), Run(condition_of(2, 2), 2e-3, 0)]
+    model = add_lora(base, 2, "all", 32.0, True, runs[0].seed, adapter="0")
+    for number, run in enumerate(runs[1:], 1):
+        add_lane(model, str(number), run.seed)
+    lanes = {str(n): lane_of(run, model, environment, tmp_path, str(n)) for n, run in enumerate(runs)}
+    packed = dict(train_lanes(lanes, sampler_of(model, environment)))
+    for number, run in enumerate(runs):
+        alone, _ = train(run, environment, tmp_path)
+        for name in ("reward", "response_length"):
+            assert metric(packed[str(number)], name) == metric(alone, name)
+        assert metric(packed[str(number)], "grad_norm") == pytest.approx(metric(alone, "grad_norm"), rel=1e-3)
+        assert packed[str(number)].final_reward == alone.final_reward
+
+
+def test_another_seed_draws_other_samples(environment, tmp_path):
+    one, other = (train(Run(condition_of(None, 2), 1e-4, seed), environment, tmp_path)[0] for seed in (0, 1))
+    assert metric(one, "response_length") != metric(other, "response_length")
+    assert one.base_reward == other.base_reward
+
+
+def test_held_out_problems_are_evaluated_and_not_trained_on(environment, tmp_path, tokenizer):
+    rollouts = replace(ROLLOUTS, held_out=("sums",), held_out_samples=3)
+    path = problem_file(tmp_path, tasks=["chain_sum"], max_digits=1)
+    sums = Texts(tokenizer, rollouts, 512).read(path)["test"]
+    both = replace(environment, held_out={"sums": sums}, held_out_graders={"sums": environment.grader})
+    with_sums, _ = train(Run(condition_of(None, rollouts=rollouts), 1e-4, 0), both, tmp_path)
+    without, _ = train(Run(condition_of(None), 1e-4, 0), environment, tmp_path)
+    assert metric(with_sums, "n_problems", "sums") == [16] * 3
+    assert metric(with_sums, "n_samples", "sums") == [48] * 3
+    assert len(metric(with_sums, "accuracy", "sums")) == 3
+    assert metric(with_sums, "reward") == metric(without, "reward")
+    assert with_sums.final_reward == without.final_reward
+
+
+def test_evaluations_are_evenly_spaced_and_the_last_is_the_end():
+    assert evaluation_steps(40, 4) == {10, 20, 30, 40}
+    assert evaluation_steps(7, 3) == {3, 5, 7}
+    assert evaluation_steps(2, 6) == {1, 2}
+
+
+def test_trained_weights_are_finite(environment, tmp_path):
+    _, model = train(Run(condition_of(None), 1e-4, 0), environment, tmp_path)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -1,0 +1,200 @@
+"""The objective: advantages, and a gradient that is the one derived by hand, the one without any shared prompt, and TRL's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lorabench.training.checkpoint import trainable
+from lorabench.training.rl.objective import Group, backward, parts
+from lorabench.training.rl.sampler import Request, Response
+
+from .conftest import CPU, drawn
+
+
+def response(tokens, logprobs=None):
+    tokens = np.array(tokens)
+    return Response(tokens, np.zeros(len(tokens), np.float32) if logprobs is None else np.array(logprobs), False)
+
+
+def gradients(model):
+    found = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+    model.zero_grad()
+    return found
+
+
+@pytest.fixture
+def groups(base, tokenizer, prompts):
+    """Groups of sampled responses of several lengths, some rewards equal; the sampler's probabilities off by a bit."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number, prompt in enumerate(prompts[:5]):
+        responses = drawn(base, tokenizer, [Request(prompt, (0, 0, number, s)) for s in range(6)])
+        shifted = [
+            Response(r.tokens, r.logprobs + rng.normal(0, 0.1, len(r.tokens)).astype(np.float32), r.truncated)
+            for r in responses
+        ]
+        made.append(Group.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
+    return made
+
+
+def test_advantage_is_reward_minus_the_group_mean():
+    group = Group.of((1, 2), [response([3])] * 4, np.array([1.0, 0.0, 0.0, 0.0]))
+    assert group.advantages == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    assert not group.equal
+    same = Group.of((1, 2), [response([3])] * 3, np.ones(3))
+    assert same.equal
+    assert same.advantages == pytest.approx([0, 0, 0])
+
+
+def test_gradient_of_one_token_is_the_one_derived_by_hand(base):
+    """With one token t, d loss / d logits = -(1 / n) * ratio * advantage * (onehot(t) - p)."""
+    prompt, tokens, rewards = (5, 9, 200), [7, 8, 9, 7], np.array([1.0, 0.0, 0.0, 1.0])
+    sampler = [-2.0, -3.0, -2.5, -2.0]
+    group = Group.of(prompt, [response([t], [p]) for t, p in zip(tokens, sampler, strict=True)], rewards)
+    measured = backward(base, [group], 10_000)
+
+    with torch.no_grad():
+        hidden = base.get_decoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
+        logp = base.get_output_embeddings()(hidden).log_softmax(-1)
+    expected, loss = torch.zeros_like(base.get_output_embeddings().weight), 0.0
+    for token, old, reward in zip(tokens, sampler, rewards, strict=True):
+        ratio, advantage = (logp[token] - old).exp(), reward - 0.5
+        onehot = torch.nn.functional.one_hot(torch.tensor(token), len(logp))
+        expected -= ratio * advantage / 4 * torch.outer(onehot - logp.exp(), hidden)
+        loss -= float(ratio) * advantage / 4
+    assert measured.loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(base.get_output_embeddings().weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def plain_gradients(model, groups):
+    """The same objective, each response in a forward pass of its own."""
+    episodes = sum(len(group.responses) for group in groups)
+    loss = 0.0
+    for group in groups:
+        for one, advantage in zip(group.responses, group.advantages, strict=True):
+            ids = torch.tensor([[*group.prompt, *one.tokens]])
+            logp = model(ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
+            chosen = logp.gather(-1, torch.from_numpy(one.tokens)[:, None]).squeeze(-1)
+            loss = loss - ((chosen - torch.from_numpy(one.logprobs)).exp() * float(advantage)).sum() / episodes
+    loss.backward()
+    return gradients(model), loss.item()
+
+
+@pytest.mark.parametrize("max_tokens", [60, 150, 10_000])
+def test_sharing_a_prompt_and_splitting_a_batch_change_nothing(base, groups, max_tokens):
+    expected, loss = plain_gradients(base, groups)
+    measured = backward(base, groups, max_tokens)
+    assert measured.loss == pytest.approx(loss, abs=1e-5)
+    assert measured.tokens == sum(len(r.tokens) for group in groups for r in group.responses)
+    for name, gradient in gradients(base).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_long_response_does_not_pad_the_others():
+    """Twenty groups of a short prompt, one response in a hundred is long."""
+    made = []
+    for number in range(20):
+        lengths = [50 if (number, row) == (7, 3) else 2 for row in range(5)]
+        made.append(Group.of((number, 1, 2), [response([1] * n) for n in lengths], np.arange(5.0)))
+    found = list(parts(made, 10_000))
+    assert len(found) == 2
+    longest = [max(len(r.tokens) for g in part for r in g.responses) for part in found]
+    assert sorted(longest) == [2, 50]
+    assert sum(len(g.responses) for part in found for g in part) == 100
+
+
+def test_parts_hold_every_response_once_and_fit(groups):
+    for limit in (60, 100, 200):
+        found = list(parts(groups, limit))
+        assert sum(len(g.responses) for part in found for g in part) == sum(len(g.responses) for g in groups)
+        assert sum(g.advantages.sum() for part in found for g in part) == pytest.approx(0, abs=1e-9)
+        for part in found:
+            width = max(len(g.prompt) for g in part)
+            longest = max(len(r.tokens) for g in part for r in g.responses)
+            tokens = len(part) * width + (longest - 1) * sum(len(g.responses) for g in part)
+            assert tokens <= limit or sum(len(g.responses) for g in part) == 1
+
+
+def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups):
+    informative = [group for group in groups if not group.equal]
+    idle = [Group.of(group.prompt, group.responses, np.ones(6)) for group in groups]
+    with_idle = backward(base, [*informative, *idle], 10_000)
+    gradient = gradients(base)
+    without = backward(base, informative, 10_000)
+    assert with_idle.tokens == without.tokens + sum(len(r.tokens) for group in idle for r in group.responses)
+    share = len(informative) / (len(informative) + len(idle))
+    assert with_idle.loss == pytest.approx(share * without.loss, abs=1e-6)
+    for name, expected in gradients(base).items():
+        torch.testing.assert_close(gradient[name], share * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
+    exact = drawn(base, tokenizer, [Request(prompts[0], (0, 0, 0, s)) for s in range(6)])
+    rewards = np.array([1.0, 0, 0, 0, 0, 0])
+    same = backward(base, [Group.of(prompts[0], exact, rewards)], 10_000)
+    assert same.ratio_mean == pytest.approx(1, abs=1e-4)
+    assert same.ratio_max == pytest.approx(1, abs=1e-4)
+    assert same.kl == pytest.approx(0, abs=1e-5)
+    halved = [Response(r.tokens, r.logprobs + np.float32(np.log(2)), r.truncated) for r in exact]
+    off = backward(base, [Group.of(prompts[0], halved, rewards)], 10_000)
+    assert off.ratio_mean == pytest.approx(0.5, abs=1e-4)
+    assert off.kl == pytest.approx(np.log(2), abs=1e-4)
+    ids = torch.tensor([prompts[0]])
+    with torch.no_grad():
+        first = base(ids).logits[0, -1].log_softmax(-1)
+    single = [Response(r.tokens[:1], r.logprobs[:1], False) for r in exact]
+    entropy = backward(base, [Group.of(prompts[0], single, rewards)], 10_000).entropy
+    assert entropy == pytest.approx(-(first.exp() * first).sum().item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
+    """TRL's GRPO as the same objective: no KL, no clipping, its loss (a mean over a fixed length) times that length."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    longest = max(len(r.tokens) for group in groups for r in group.responses)
+    responses = [r for group in groups for r in group.responses]
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        loss_type="dr_grpo",
+        beta=0.0,
+        epsilon=1e6,
+        max_completion_length=longest,
+        num_generations=6,
+        per_device_train_batch_size=len(responses),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+    )
+    rows = Dataset.from_dict({"prompt": ["a"]})
+    trainer = trl.GRPOTrainer(base, lambda completions, **_: [0.0], config, rows, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1
+
+    width = max(len(group.prompt) for group in groups)
+    prompt_ids, prompt_mask = (torch.zeros(len(responses), width, dtype=torch.long) for _ in range(2))
+    ids, mask = (torch.zeros(len(responses), longest, dtype=torch.long) for _ in range(2))
+    old = torch.zeros(len(responses), longest)
+    owners = [group.prompt for group in groups for _ in group.responses]
+    for row, (prompt, one) in enumerate(zip(owners, responses, strict=True)):
+        prompt_ids[row, width - len(prompt) :], prompt_mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+        n = len(one.tokens)
+        ids[row, :n], mask[row, :n], old[row, :n] = torch.from_numpy(one.tokens), 1, torch.from_numpy(one.logprobs)
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "old_per_token_logps": old,
+        "advantages": torch.from_numpy(np.concatenate([group.advantages for group in groups])).float(),
+    }
+    base.to(CPU).train()
+    loss = trainer._compute_loss(base, inputs) * longest
+    loss.backward()
+    expected = gradients(base)
+    assert backward(base, groups, 10_000).loss == pytest.approx(loss.item(), abs=1e-5)
+    for name, gradient in gradients(base).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)

@@ -1,0 +1,134 @@
+"""Sampling: the right distribution, the model's own log-probabilities, the same responses in any batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorabench.models.lora import add_lane, add_lora, adapter_pairs
+from lorabench.training.rl.sampler import Request, draw, uniforms
+
+from .conftest import drawn, same_tokens
+
+
+def keyed(prompts, samples=3, lane=None, seed=0):
+    return [Request(prompt, (seed, 5, number, s), lane) for number, prompt in enumerate(prompts) for s in range(samples)]
+
+
+def move(model, scale=0.02):
+    """Give every B of every adapter something to say."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def test_draws_follow_the_distribution():
+    logprobs = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]]))
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens = draw(logprobs.expand(1000, -1), grid)
+    assert tokens.bincount(minlength=4).tolist() == [100, 0, 600, 300]
+
+
+def test_a_negative_number_takes_the_most_likely():
+    assert draw(torch.log(torch.tensor([[0.2, 0.5, 0.3]])), torch.tensor([-1.0])).item() == 1
+
+
+@given(st.lists(st.floats(-60, 5), min_size=2, max_size=50), st.floats(0, 1, exclude_max=True), st.integers(0, 49))
+def test_what_has_no_probability_is_never_drawn(scores, uniform, masked):
+    scores = torch.tensor([scores], dtype=torch.float32)
+    scores[0, masked % (scores.shape[1] - 1)] = -torch.inf
+    logprobs = scores.log_softmax(-1)
+    token = draw(logprobs, torch.tensor([uniform], dtype=torch.float64)).item()
+    assert logprobs[0, token] > -torch.inf
+
+
+@given(st.tuples(*[st.integers(0, 2**31)] * 4), st.integers(1, 20), st.integers(1, 20))
+def test_random_numbers_belong_to_the_key(key, few, more):
+    assert np.array_equal(uniforms(key, few), uniforms(key, few + more)[:few])
+    other = (*key[:3], key[3] + 1)
+    assert uniforms(key, 1)[0] != uniforms(other, 1)[0]
+
+
+def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts):
+    requests = keyed(prompts[:6])
+    for request, response in zip(requests, drawn(base, tokenizer, requests), strict=True):
+        ids = torch.tensor([[*request.prompt, *response.tokens]])
+        with torch.no_grad():
+            logits = base(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
+        assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
+    longest = 12
+    found = drawn(base, tokenizer, [Request(prompt, None) for prompt in prompts[:8]], longest)
+    for prompt, response in zip(prompts, found, strict=False):
+        ids = torch.tensor([prompt])
+        text = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False)
+        assert response.tokens.tolist() == text[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("cache", [40, 200, 100_000])
+def test_a_response_does_not_depend_on_its_batch(base, tokenizer, prompts, cache):
+    requests = keyed(prompts[:10])
+    together = drawn(base, tokenizer, requests, cache=cache)
+    by_itself = [drawn(base, tokenizer, [request])[0] for request in requests]
+    assert same_tokens(together, by_itself)
+    assert len({tuple(response.tokens) for response in together}) > 5
+    for one, other in zip(together, by_itself, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_length_limit_only_cuts(base, tokenizer, prompts):
+    requests = keyed(prompts[:10])
+    short, long = (drawn(base, tokenizer, requests, limit) for limit in (2, 8))
+    for cut, whole in zip(short, long, strict=True):
+        assert np.array_equal(cut.tokens, whole.tokens[:2])
+        assert cut.truncated == (len(whole.tokens) > 2)
+        assert whole.truncated == (tokenizer.eos_token_id not in whole.tokens)
+
+
+def test_lanes_get_what_they_would_get_alone(base, tokenizer, prompts):
+    model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="a")
+    add_lane(model, "b", seed=1)
+    move(model)
+    asked = {lane: keyed(prompts[:6], lane=lane) for lane in ("a", "b")}
+    # Mixed up, as when lanes are at different steps.
+    mixed = [request for pair in zip(asked["a"], asked["b"], strict=True) for request in pair]
+    together = drawn(model, tokenizer, mixed)
+    alone = {lane: drawn(model, tokenizer, requests) for lane, requests in asked.items()}
+    assert same_tokens(together[::2], alone["a"])
+    assert same_tokens(together[1::2], alone["b"])
+    assert not same_tokens(alone["a"], alone["b"])
+
+
+def test_a_lane_starts_as_an_adapter_of_its_own_does(base):
+    model = add_lora(base, 4, "all", 32.0, True, seed=0, init_a=0.5, adapter="other")
+    add_lane(model, "default", seed=7, init_a=2.0)
+    lane = {name: a.clone() for name, (a, _, _) in adapter_pairs(model).items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".default." in name for name in trained)
+    alone = adapter_pairs(add_lora(model.unload(), 4, "all", 32.0, True, seed=7, init_a=2.0))
+    assert lane.keys() == alone.keys()
+    assert all(torch.equal(lane[name], a) for name, (a, _, _) in alone.items())
+
+
+def test_a_text_ends_a_response(base, tokenizer, prompts):
+    requests = keyed(prompts[:10])
+    whole = drawn(base, tokenizer, requests)
+    texts = tuple("123456789")
+    ended = drawn(base, tokenizer, requests, texts=texts)
+    assert any(len(a.tokens) < len(b.tokens) for a, b in zip(ended, whole, strict=True))
+    for short, long in zip(ended, whole, strict=True):
+        assert np.array_equal(short.tokens, long.tokens[: len(short.tokens)])
+        said = [tokenizer.decode(short.tokens[:n]) for n in range(1, len(short.tokens) + 1)]
+        assert not any(text in part for part in said[:-1] for text in texts)
+        if len(short.tokens) < len(long.tokens):
+            assert any(text in said[-1] for text in texts)
+            assert not short.truncated
