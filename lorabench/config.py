@@ -387,9 +387,8 @@ class RlExperiment(Block):
         if self.prompt is not None and self.prompt.count("{question}") != 1:
             raise ValueError(f"prompt = {self.prompt!r}: must contain {{question}} once")
         if self.mean_response_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"mean_response_tokens = {self.mean_response_tokens} is more than max_new_tokens = {self.max_new_tokens}"
-            )
+            mean, longest = self.mean_response_tokens, self.max_new_tokens
+            raise ValueError(f"mean_response_tokens = {mean} is more than max_new_tokens = {longest}")
         return self
 
 
@@ -434,7 +433,7 @@ class Experiments(Strict):
     capacity: SftBlocks | None = None
     """Where an adapter runs out of capacity: longer data, and facts to memorise."""
     rl_arithmetic: RlBlocks | None = None
-    """RL on problems of reasoning-gym: ranks against full fine-tuning over a LR sweep (figures 6 to 8, at any scale)."""
+    """RL on problems of reasoning-gym: ranks against full fine-tuning over a LR sweep (figures 6 to 8)."""
     rl_gsm8k: RlBlocks | None = None
     """RL on GSM8K (figure 6)."""
     rl_math: RlBlocks | None = None

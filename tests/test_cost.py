@@ -34,5 +34,5 @@ def test_more_cores_are_faster_until_there_are_no_more_sweeps():
     minutes = [cost.estimate(plan, list(plan.sweeps), cores).minutes for cores in (1, 2, 64, 128)]
     assert minutes[0] > minutes[1] > minutes[2] == minutes[3]
     work = cost.estimate(plan, list(plan.sweeps), 2)
-    # FullFT, two ranks, two placements: 3 LRs and a repeat each; two ranks with two seeds at one LR.
-    assert (work.runs, work.sweeps) == (5 * 4 + 2 * 2, 7)
+    # FullFT, two ranks, two placements: 3 LRs and a repeat each; two ranks with two seeds at one LR; RL like the first.
+    assert (work.runs, work.sweeps) == (5 * 4 + 2 * 2 + 3 * 4, 10)

@@ -17,9 +17,14 @@ from lorabench.plan import PROTOCOL_VERSION
 from .conftest import REPOSITORY
 
 CODE = (
+    "lorabench/data/answers.py",
     "lorabench/data/chat.py",
     "lorabench/data/facts.py",
+    "lorabench/data/grading.py",
+    "lorabench/data/grading_worker.py",
     "lorabench/data/hub.py",
+    "lorabench/data/hub_problems.py",
+    "lorabench/data/problems.py",
     "lorabench/data/reasoning.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
@@ -28,6 +33,12 @@ CODE = (
     "lorabench/training/adapter.py",
     "lorabench/training/batches.py",
     "lorabench/training/loss.py",
+    "lorabench/training/rl/lanes.py",
+    "lorabench/training/rl/loop.py",
+    "lorabench/training/rl/objective.py",
+    "lorabench/training/rl/problems.py",
+    "lorabench/training/rl/sampler.py",
+    "lorabench/training/run.py",
     "lorabench/training/sft.py",
 )
 RECORDED = Path(__file__).parent / "protocol_digest.txt"

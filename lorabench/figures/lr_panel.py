@@ -179,7 +179,10 @@ def _limit(axes: Axes, rows: pd.DataFrame, measure: Measure) -> None:
         return
     spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
     low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
-    pad = 0.04 * (high - low) or 0.04 * abs(high) or 0.04
+    if measure is ACCURACY:
+        # Where all are 0, or all 1, there is still a range.
+        low, high = min(low, 0.95), max(high, 0.05)
+    pad = 0.04 * (high - low) or 0.04 * abs(high)
     axes.set_ylim(low - pad, high + pad)
 
 

@@ -62,6 +62,9 @@ def draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
         axes.plot(steps, mean, **look.line)
     axes.set_xlabel("training step")
     axes.set_xlim(left=0)
+    # No measure is negative, though a band may be, and so is half of the range that matplotlib gives to zeros.
+    low, high = axes.get_ylim()
+    axes.set_ylim(bottom=max(low, -0.04 * high))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 

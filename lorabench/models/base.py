@@ -187,5 +187,6 @@ def _from_wheel(requirement: str, member: str, scratch: Path) -> Path:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that a run's numbers depend on."""
-    names = ("torch", "transformers", "peft", "safetensors", "tokenizers", "reasoning-gym", "numpy", "lorabench")
+    numeric = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+    names = (*numeric, "reasoning-gym", "math-verify", "lorabench")
     return {name: importlib.metadata.version(name) for name in names}

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from lorabench import cost
-from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, rows_of
+from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, is_rl, rows_of
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_draws, lr_optima
+from lorabench.analysis.rewards import errors
 from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
 from lorabench.plan import Plan
 from lorabench.report.text import missing
@@ -24,6 +25,7 @@ VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 Rows = list[dict[str, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
+_RESULTS = ["best_mean", "best_median", "best_low", "best_high"]
 _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
 
@@ -52,8 +54,13 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame, shown: Collection[str]) -> R
 
 
 def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
-    """Seed noise, optimal LR and best loss of each tuned arm, and LR ratios, from one experiment; None without any."""
+    """Seed noise, optimal LR and best result of each tuned arm, and LR ratios, from one experiment; None without any.
+
+    A result is the test NLL, or in RL the test accuracy (columns best_mean, best_median, best_low, best_high).
+    """
     runs = runs[[name in words(value) for value in runs["experiments"]]]
+    rewarded = bool(is_rl(runs).any())
+    runs = errors(runs) if rewarded else runs
     tuned = [of_arm for _, of_arm in each_arm(runs) if of_arm["lr"].nunique() >= MIN_LRS]
     if not tuned:
         return None
@@ -63,8 +70,13 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
     arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
     arms = arms.merge(over_studies(seed_studies(runs)), on=ARM, how="left")
     arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
+    # A low error is a high accuracy.
+    ends = ("nll_max", "nll_min") if rewarded else ("nll_min", "nll_max")
+    for column, loss in zip(_RESULTS, ("nll_mean", "nll_median", *ends), strict=True):
+        arms[column] = 1 - arms[loss] if rewarded else arms[loss]
     return {
         "name": name,
+        "result": "accuracy" if rewarded else "NLL",
         "noise": noise.to_dict("records"),
         "arms": arms.to_dict("records"),
         "studies": bool((arms["n_studies"] > 1).any()),
@@ -124,6 +136,7 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
         },
         "done": int((runs["status"] == "done").sum()),
         "diverged": int((runs["status"] == "diverged").sum()),
+        "unrewarded": int((runs["status"] == "unrewarded").sum()),
         "sweeps": planned.sweeps,
     }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 if TYPE_CHECKING:
-    from lorabench.config import SftExperiment
+    from lorabench.config import Block
 
 DASH = "\N{EN DASH}"
 
@@ -98,7 +98,7 @@ def text(value: Any) -> str:
     return DASH if missing(value) or value == "" else str(value)
 
 
-def parametrisation(block: SftExperiment) -> str:
+def parametrisation(block: Block) -> str:
     """How a block's LoRA differs from the paper's parametrisation."""
     words = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
     if block.alpha_power:

@@ -336,6 +336,16 @@ def test_problem_sets_are_judged_apart():
     assert "tiny/easy" in found.loc["F1", "reason"]
 
 
+def test_a_set_without_any_reward_decides_nothing_but_f7():
+    good, bad = world(dataset="easy"), world(dataset="hopeless")
+    bad[0]["status"], bad[0]["base_reward"] = "unrewarded", 0.0
+    bad[0][["final_valid_reward", "final_reward", "best_reward"]] = 0.0
+    both = judged(*(pd.concat(pair) for pair in zip(good, bad, strict=True)), ids=["F1"]).loc["F1"]
+    assert both["verdict"] == "confirmed"
+    assert "hopeless" not in both["reason"]
+    assert judged(*bad, ids=["F1"]).loc["F1", "verdict"] == "not tested"
+
+
 def test_best_rewards_are_compared_by_placement():
     # Only the best evaluations differ.
     changes = {

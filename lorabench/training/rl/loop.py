@@ -183,9 +183,7 @@ def train_rl(
         _activate(model, lane)
         learning = time.perf_counter()
         measured = backward(model, groups, machine.max_batch_tokens, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(trainable(model).values()), protocol.clip_norm or math.inf
-        ).item()
+        norm = torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), protocol.clip_norm or math.inf).item()
         finite = math.isfinite(measured.loss) and math.isfinite(norm)
         # Where the rewards of each group are equal there is no gradient, and Adam's momentum shall move nothing.
         if finite and norm > 0:

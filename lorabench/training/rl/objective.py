@@ -6,7 +6,6 @@ deviation. There is no KL term, no clipping, no entropy bonus. The loss is the m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorabench.training.rl.sampler import Response, left_padded, positions
+from lorabench.training.rl.sampler import Response
 
-# A split by response length must save a tenth of the tokens; it is tried at these quantiles of the lengths.
-_WORTH_SPLITTING = 0.9
-_SPLITS = np.linspace(0.1, 0.95, 12)
+# Responses share a row with their prompt: any number up to the short limit, a few up to the long one.
+_SHORT_ROW, _LONG_ROW, _RESPONSES = 192, 2048, 4
 
 
 @dataclass(frozen=True)
@@ -100,110 +98,85 @@ def backward(
 
 
 def parts(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
-    """Split a batch into parts of little padding that fit `max_tokens`; groups are split as that needs.
+    """Split a batch into rows and these into parts of little padding that fit `max_tokens`; one row always fits.
 
-    One response with its prompt always fits.
+    A row is a prompt with some of its responses, a group as far as it goes through the model as one sequence.
     """
-    for alike in _alike(list(groups)):
-        part: list[Group] = []
-        for piece in sorted(_pieces(alike, max_tokens), key=lambda piece: len(piece.prompt)):
-            if part and _padded_tokens([*part, piece]) > max_tokens:
-                yield part
-                part = []
-            part.append(piece)
-        if part:
+    rows = sorted((row for group in groups for row in _rows(group, max_tokens)), key=_length)
+    part: list[Group] = []
+    for row in rows:
+        if part and (len(part) + 1) * _length(row) > max_tokens:
             yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
 
 
-def _alike(groups: list[Group]) -> Iterator[list[Group]]:
-    """Split by response length where that saves tokens: a few long responses would pad all others to their length."""
-    lengths = np.array([len(response.tokens) for group in groups for response in group.responses])
-    whole = _padded_tokens(groups) if groups else 0
-    best, best_tokens = None, _WORTH_SPLITTING * whole
-    for limit in np.unique(np.quantile(lengths, _SPLITS, method="lower")) if groups else ():
-        short, long = _of_length(groups, 0, limit), _of_length(groups, limit, math.inf)
-        if long and (tokens := _padded_tokens(short) + _padded_tokens(long)) < best_tokens:
-            best, best_tokens = (short, long), tokens
-    if best:
-        for half in best:
-            yield from _alike(half)
-    elif groups:
-        yield groups
+def _rows(group: Group, max_tokens: int) -> Iterator[Group]:
+    """Fill rows with responses. A prompt is shared, but attention reaches over the whole row, so it has a limit."""
+    longest = len(group.prompt) + max(len(response.tokens) for response in group.responses)
+    limit = min(max_tokens, max(_SHORT_ROW, longest, min(_LONG_ROW, _RESPONSES * longest)))
+    row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
+    for index, response in enumerate(group.responses[1:], 1):
+        if length + len(response.tokens) > limit:
+            yield group.part(row)
+            row, length = [], len(group.prompt)
+        row.append(index)
+        length += len(response.tokens)
+    yield group.part(row)
 
 
-def _of_length(groups: list[Group], above: float, limit: float) -> list[Group]:
-    """The groups with those of their responses that are longer than `above`, up to `limit`; without empty ones."""
-    chosen = [
-        group.part([row for row, response in enumerate(group.responses) if above < len(response.tokens) <= limit])
-        for group in groups
-    ]
-    return [group for group in chosen if group.responses]
-
-
-def _pieces(groups: Sequence[Group], max_tokens: int) -> Iterator[Group]:
-    for group in groups:
-        longest = max(len(response.tokens) for response in group.responses)
-        count = max(1, (max_tokens - len(group.prompt)) // longest)
-        rows = list(range(len(group.responses)))
-        for start in range(0, len(rows), count):
-            yield group.part(rows[start : start + count])
-
-
-def _padded_tokens(groups: Sequence[Group]) -> int:
-    """Tokens, padding included, of prompts and responses; the last of a response is predicted but not read."""
-    prompts = len(groups) * max(len(group.prompt) for group in groups)
-    longest = max(len(response.tokens) for group in groups for response in group.responses)
-    return prompts + (longest - 1) * sum(len(group.responses) for group in groups)
+def _length(row: Group) -> int:
+    """Tokens of a row. The last token of a response is predicted but not read."""
+    return len(row.prompt) + sum(len(response.tokens) - 1 for response in row.responses)
 
 
 def response_logprobs(
-    model: torch.nn.Module, groups: Sequence[Group], device: torch.device
+    model: torch.nn.Module, rows: Sequence[Group], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of every response token, with gradient; entropy there, without; where there is a token.
 
-    A prompt goes through the model once for all its responses: they continue its keys and values, through which
-    their gradient flows back. All three are (responses, longest response).
+    A row is one sequence: the prompt, then its responses, each of which sees the prompt and itself and has the
+    positions that it would have alone. All three results are (responses, longest response).
     """
-    from transformers import DynamicCache
-
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    responses = [response.tokens for group in groups for response in group.responses]
-    width = max(map(len, responses))
-    ids, mask = (np.zeros((len(responses), width), np.int64) for _ in range(2))
-    for row, tokens in enumerate(responses):
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    targets, there = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    width = max(map(_length, rows))
+    # A token's segment is 0 in the prompt, else the number of its response; padding has one of its own.
+    ids, places, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
+    segments -= 1
+    responses = [response.tokens for row in rows for response in row.responses]
+    there = np.zeros((len(responses), max(map(len, responses))), np.bool_)
+    sources, targets = [], []
+    number = 0
+    for index, row in enumerate(rows):
+        prompt = len(row.prompt)
+        ids[index, :prompt], places[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
+        start = prompt
+        for segment, response in enumerate(row.responses, 1):
+            own = slice(start, start + len(response.tokens) - 1)
+            ids[index, own], segments[index, own] = response.tokens[:-1], segment
+            places[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
+            # The prompt's last token predicts the first of every response.
+            sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
+            targets.append(response.tokens)
+            there[number, : len(response.tokens)] = True
+            number, start = number + 1, own.stop
 
-    prompts, prompt_mask = left_padded([group.prompt for group in groups], device)
-    cache = DynamicCache()
-    hidden = decoder(
-        input_ids=prompts,
-        attention_mask=prompt_mask,
-        position_ids=positions(prompt_mask),
-        cache=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1:]
-    sizes = torch.tensor([len(group.responses) for group in groups], device=device)
-    source = torch.arange(len(groups), device=device).repeat_interleave(sizes)
-    hidden = hidden[source]
-    if width > 1:
-        cache.batch_select_indices(source)
-        whole = torch.cat([prompt_mask[source], there[:, :-1]], dim=-1)
-        follow = decoder(
-            input_ids=targets[:, :-1],
-            attention_mask=whole,
-            position_ids=positions(whole)[:, prompts.shape[1] :],
-            cache=cache,
-            use_cache=True,
-        ).last_hidden_state
-        hidden = torch.cat([hidden, follow], dim=1)
-
-    scored = there.bool()
-    distribution = torch.log_softmax(head(hidden[scored]).float(), -1)
-    chosen = distribution.gather(-1, targets[scored][:, None]).squeeze(-1)
+    segment_ids = torch.from_numpy(segments).to(device)
+    seen = (segment_ids[:, None, :] == segment_ids[:, :, None]) | (segment_ids[:, None, :] == 0)
+    hidden = base.get_decoder()(
+        input_ids=torch.from_numpy(ids).to(device),
+        position_ids=torch.from_numpy(places).to(device),
+        attention_mask=seen.tril()[:, None],
+        use_cache=False,
+    ).last_hidden_state
+    source = torch.from_numpy(np.concatenate(sources)).to(device)
+    distribution = torch.log_softmax(base.get_output_embeddings()(hidden.flatten(0, 1)[source]).float(), -1)
+    chosen = distribution.gather(-1, torch.from_numpy(np.concatenate(targets)).to(device)[:, None]).squeeze(-1)
     with torch.no_grad():
         entropy = -(distribution.exp() * distribution).sum(-1)
+    scored = torch.from_numpy(there).to(device)
     empty = torch.zeros(scored.shape, device=device)
     return empty.masked_scatter(scored, chosen), empty.masked_scatter(scored, entropy), scored
 

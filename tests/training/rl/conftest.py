@@ -30,7 +30,9 @@ def machine(**changes) -> Machine:
     return Machine(**{"device": CPU, "max_batch_tokens": 16_384, "checkpoint_seconds": 1e9} | changes)
 
 
-def condition_of(rank: int | None = None, steps: int = 4, batch_size: int = 32, rollouts: Rollouts = ROLLOUTS) -> Condition:
+def condition_of(
+    rank: int | None = None, steps: int = 4, batch_size: int = 32, rollouts: Rollouts = ROLLOUTS
+) -> Condition:
     method, placement, alpha = ("fullft", None, None) if rank is None else ("lora", "all", 32.0)
     return Condition(
         "rl", "tiny", "gcd", method, rank, placement, alpha, batch_size, steps, identity="test", rollouts=rollouts
@@ -71,19 +73,21 @@ def prompts(environment) -> list[tuple[int, ...]]:
     return environment.splits["train"].prompts
 
 
-def drawn(model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop) -> list[Response]:
+def drawn(
+    model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop
+) -> list[Response]:
     """Responses, ended by the tokenizer's end token."""
     end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
     return sample(model, tokenizer, requests, end, cache)
 
 
 def same_tokens(one: list[Response], other: list[Response]) -> bool:
-    return len(one) == len(other) and all(
-        np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 
-def lane_of(run: Run, model, environment: Environment, folder: Path, lane=None, protocol=None, tick=lambda step: None, **changes):
+def lane_of(
+    run: Run, model, environment: Environment, folder: Path, lane=None, protocol=None, tick=lambda step: None, **changes
+):
     """A run of RL, not yet started; `model` must be untrained."""
     protocol, where = protocol or Protocol(), machine(**changes)
     take = partial(sampler_of(model, environment))

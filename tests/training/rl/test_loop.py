@@ -17,10 +17,20 @@ from lorabench.training.rl.loop import evaluation_steps
 from lorabench.training.rl.problems import Texts
 from lorabench.training.rl.sampler import Request
 
-from .conftest import ROLLOUTS, condition_of, drawn, environment_of, lane_of, problem_file, sampler_of, same_tokens, train
+from .conftest import (
+    ROLLOUTS,
+    condition_of,
+    drawn,
+    environment_of,
+    lane_of,
+    problem_file,
+    same_tokens,
+    sampler_of,
+    train,
+)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The job is gone."""
 
 
@@ -60,7 +70,9 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
     assert outcome.final_reward == metric(outcome, "accuracy", "test")[-1]
     assert outcome.final_valid_reward == metric(outcome, "accuracy", "validation")[-1]
     assert outcome.base_reward == metric(outcome, "accuracy", "test")[0]
-    pairs = list(zip(metric(outcome, "accuracy", "validation")[1:], metric(outcome, "accuracy", "test")[1:], strict=True))
+    pairs = list(
+        zip(metric(outcome, "accuracy", "validation")[1:], metric(outcome, "accuracy", "test")[1:], strict=True)
+    )
     assert outcome.best_reward == max(pairs, key=lambda pair: pair[0])[1]
 
 
@@ -81,7 +93,9 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
 
     # The last of three steps has equal rewards: the policy is that after two.
     after = {
-        steps: weights_hash(train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grader=grader), tmp_path)[1])
+        steps: weights_hash(
+            train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grader=grader), tmp_path)[1]
+        )
         for steps, grader in ((2, environment.grader), (3, Until(environment.grader, 2)))
     }
     assert after[2] == after[3] != weights_hash(base)
@@ -137,9 +151,9 @@ def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
 
     def die(step):
         if step == 4:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(run, environment, tmp_path / "broken", tick=die, checkpoint_seconds=0)
     resumed, _ = train(run, environment, tmp_path / "broken")
     assert untimed(resumed) == untimed(unbroken)
@@ -149,7 +163,11 @@ def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
 
 def test_packed_runs_are_those_alone(environment, tmp_path, base):
     """Lanes of other LRs and seeds, one of which ends sooner, leave a run's samples and numbers as they are."""
-    runs = [Run(condition_of(2, steps=4), 1e-3, 0), Run(condition_of(2, steps=4), 4e-3, 1), Run(condition_of(2, 2), 2e-3, 0)]
+    runs = [
+        Run(condition_of(2, steps=4), 1e-3, 0),
+        Run(condition_of(2, steps=4), 4e-3, 1),
+        Run(condition_of(2, 2), 2e-3, 0),
+    ]
     model = add_lora(base, 2, "all", 32.0, True, runs[0].seed, adapter="0")
     for number, run in enumerate(runs[1:], 1):
         add_lane(model, str(number), run.seed)

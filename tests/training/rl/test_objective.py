@@ -1,10 +1,12 @@
-"""The objective: advantages, and a gradient that is the one derived by hand, the one without any shared prompt, and TRL's."""
+"""The objective: advantages, and a gradient that is the one derived by hand, that without shared prompts, and TRL's."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.training.checkpoint import trainable
 from lorabench.training.rl.objective import Group, backward, parts
@@ -92,29 +94,33 @@ def test_sharing_a_prompt_and_splitting_a_batch_change_nothing(base, groups, max
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
 
 
+def row_length(row):
+    return len(row.prompt) + sum(len(r.tokens) - 1 for r in row.responses)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 60), st.lists(st.integers(1, 90), min_size=2, max_size=9)), min_size=1, max_size=6
+    ),
+    st.sampled_from([50, 200, 1000]),
+)
+def test_parts_hold_every_response_once_and_fit(shapes, limit):
+    made = [
+        Group.of((number,) * prompt, [response([1] * n) for n in lengths], np.arange(float(len(lengths))))
+        for number, (prompt, lengths) in enumerate(shapes)
+    ]
+    found = list(parts(made, limit))
+    held = sorted((row.prompt[0], reward) for part in found for row in part for reward in row.rewards)
+    assert held == sorted((group.prompt[0], reward) for group in made for reward in group.rewards)
+    assert sum(row.advantages.sum() for part in found for row in part) == pytest.approx(0, abs=1e-9)
+    for part in found:
+        assert len(part) * max(map(row_length, part)) <= limit or len(part) == len(part[0].responses) == 1
+
+
 def test_a_long_response_does_not_pad_the_others():
-    """Twenty groups of a short prompt, one response in a hundred is long."""
-    made = []
-    for number in range(20):
-        lengths = [50 if (number, row) == (7, 3) else 2 for row in range(5)]
-        made.append(Group.of((number, 1, 2), [response([1] * n) for n in lengths], np.arange(5.0)))
-    found = list(parts(made, 10_000))
-    assert len(found) == 2
-    longest = [max(len(r.tokens) for g in part for r in g.responses) for part in found]
-    assert sorted(longest) == [2, 50]
-    assert sum(len(g.responses) for part in found for g in part) == 100
-
-
-def test_parts_hold_every_response_once_and_fit(groups):
-    for limit in (60, 100, 200):
-        found = list(parts(groups, limit))
-        assert sum(len(g.responses) for part in found for g in part) == sum(len(g.responses) for g in groups)
-        assert sum(g.advantages.sum() for part in found for g in part) == pytest.approx(0, abs=1e-9)
-        for part in found:
-            width = max(len(g.prompt) for g in part)
-            longest = max(len(r.tokens) for g in part for r in g.responses)
-            tokens = len(part) * width + (longest - 1) * sum(len(g.responses) for g in part)
-            assert tokens <= limit or sum(len(g.responses) for g in part) == 1
+    lengths = [2] * 40 + [150]
+    [part] = parts([Group.of((1, 2, 3), [response([1] * n) for n in lengths], np.arange(41.0))], 10_000)
+    assert sum(map(row_length, part)) <= 3 * len(part) + 40 + 149
 
 
 def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups):

@@ -8,14 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.models.lora import add_lane, add_lora, adapter_pairs
+from lorabench.models.lora import adapter_pairs, add_lane, add_lora
 from lorabench.training.rl.sampler import Request, draw, uniforms
 
 from .conftest import drawn, same_tokens
 
 
 def keyed(prompts, samples=3, lane=None, seed=0):
-    return [Request(prompt, (seed, 5, number, s), lane) for number, prompt in enumerate(prompts) for s in range(samples)]
+    return [
+        Request(prompt, (seed, 5, number, s), lane) for number, prompt in enumerate(prompts) for s in range(samples)
+    ]
 
 
 def move(model, scale=0.02):
