@@ -248,9 +248,7 @@ def _rl(preset: Preset, block: RlExperiment) -> Iterator[dict[str, Any]]:
         }
 
 
-def _sweeps(
-    preset: Preset, name: str, block: SftExperiment | RlExperiment, common: dict[str, Any]
-) -> Iterator[Sweep]:
+def _sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment, common: dict[str, Any]) -> Iterator[Sweep]:
     eps = preset.protocol.eps if block.eps is None else block.eps
     for arm, lrs in _arms(block, preset.protocol):
         every = range(1, block.seeds) if block.repeat == "every" else ()

@@ -39,6 +39,39 @@ def raw_preset() -> dict[str, Any]:
 
 
 @pytest.fixture
+def raw_rl_preset() -> dict[str, Any]:
+    """A small valid preset of RL as plain data, to be changed by a test."""
+    sizes = {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50}
+    return {
+        "description": "RL for tests",
+        "models": {"tiny": {"kind": "tiny"}},
+        "problems": {
+            "gcd": {**sizes, "train": 32, "validation": 8, "test": 8},
+            "gcd-of-three": {**sizes, "min_terms": 3, "max_terms": 3, "train": 4, "validation": 4, "test": 8},
+        },
+        "experiments": {
+            "rl_arithmetic": [
+                {
+                    "models": ["tiny"],
+                    "problems": ["gcd"],
+                    "ranks": {"all": [2]},
+                    "problems_per_step": 4,
+                    "group_size": 4,
+                    "steps": 3,
+                    "max_new_tokens": 4,
+                    "mean_response_tokens": 2,
+                    "evaluations": 1,
+                    "held_out": ["gcd-of-three"],
+                    "lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3, 9e-3]},
+                    "seeds": 2,
+                }
+            ]
+        },
+        "execution": {"gflops": 1.0, "lanes": 2},
+    }
+
+
+@pytest.fixture
 def write_preset(tmp_path: Path):
     """Writes plain data as a preset file and returns its path."""
 

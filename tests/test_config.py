@@ -29,6 +29,57 @@ def change(raw, path, value):
     raw[last] = value
 
 
+RL = ("experiments", "rl_arithmetic", 0)
+RL_MISTAKES = {
+    "unknown problems": ((*RL, "problems"), ["sums"], r"problems: unknown name 'sums'; allowed: gcd, gcd-of-three"),
+    "a dataset as problems": (
+        ("datasets", "gcd"),
+        {"kind": "facts", "facts": 9},
+        r"problems: the name 'gcd' is that of",
+    ),
+    "too many problems": (
+        (*RL, "problems_per_step"),
+        33,
+        r"problems_per_step: 33 is more than the 32 training problems",
+    ),
+    "a group of one": ((*RL, "group_size"), 1, r"group_size = 1: input should be greater than or equal to 2"),
+    "held out and trained on": ((*RL, "held_out"), ["gcd"], r"held_out: 'gcd' is trained on"),
+    "a prompt without question": ((*RL, "prompt"), "Solve!", r"prompt = 'Solve!': must contain \{question\} once"),
+    "longer on average": (
+        (*RL, "mean_response_tokens"),
+        5,
+        r"mean_response_tokens = 5 is more than max_new_tokens = 4",
+    ),
+    "epochs": ((*RL, "epochs"), 1.0, r"rl_arithmetic\.0: unknown key 'epochs'; allowed: .*problems_per_step"),
+    "digits out of order": (
+        ("problems", "gcd", "min_digits"),
+        3,
+        r"problems\.gcd: min_digits = 3 is more than max_digits",
+    ),
+    "unknown kind": (
+        ("problems", "gcd", "kind"),
+        "x",
+        r"problems\.gcd\.kind = 'x': allowed: 'arithmetic', 'gsm_symbolic'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), RL_MISTAKES.values(), ids=RL_MISTAKES.keys())
+def test_mistakes_of_rl_are_named(raw_rl_preset, write_preset, path, value, message):
+    raw_rl_preset["datasets"] = {}
+    change(raw_rl_preset, path, value)
+    with pytest.raises(PresetError) as error:
+        load_preset(str(write_preset(raw_rl_preset)))
+    assert re.search(message, str(error.value)), error.value
+
+
+def test_a_held_out_set_is_not_named_like_a_split(raw_rl_preset, write_preset):
+    raw_rl_preset["problems"]["test"] = raw_rl_preset["problems"]["gcd-of-three"]
+    change(raw_rl_preset, (*RL, "held_out"), ["test"])
+    with pytest.raises(PresetError, match="held_out: 'test' is the name of a split"):
+        load_preset(str(write_preset(raw_rl_preset)))
+
+
 RANK = ("experiments", "rank", 0)
 MISTAKES = {
     "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),

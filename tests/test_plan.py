@@ -217,3 +217,35 @@ def test_a_transform_keeps_what_the_paper_says_it_keeps(raw_preset):
     assert len(runs) == 4 * 3
     assert len(kept) == 3, "one class for each LR"
     assert len({run.run_id for run in runs}) == 12
+
+
+def test_rl_counts_responses(raw_rl_preset):
+    plan = planned(raw_rl_preset)
+    assert sum(sweep.n_runs for sweep in plan.sweeps) == (1 + 1) + (3 + 1)
+    for sweep in plan.sweeps:
+        assert (sweep.condition.task, sweep.condition.steps, sweep.condition.batch_size) == ("rl", 3, 16)
+        assert sweep.condition.rollouts.held_out == ("gcd-of-three",)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("mean_response_tokens", 3, True),
+        ("group_size", 2, False),
+        ("max_new_tokens", 5, False),
+        ("evaluations", 2, False),
+        ("held_out", [], False),
+        ("stop", ["x"], False),
+    ],
+)
+def test_what_changes_an_rl_run_changes_its_id(raw_rl_preset, key, value, same):
+    changed = copy.deepcopy(raw_rl_preset)
+    changed["experiments"]["rl_arithmetic"][0][key] = value
+    assert (run_ids(planned(changed)) == run_ids(planned(raw_rl_preset))) == same
+
+
+def test_problems_are_part_of_an_rl_run(raw_rl_preset):
+    for name in ("gcd", "gcd-of-three"):
+        changed = copy.deepcopy(raw_rl_preset)
+        changed["problems"][name]["seed"] = 1
+        assert not run_ids(planned(changed)) & run_ids(planned(raw_rl_preset))

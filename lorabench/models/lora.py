@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -121,13 +122,7 @@ def add_lora(
     config = lora_config(model, rank, placement, alpha, include_unembedding)
     wanted = {*config.target_modules, *(config.target_parameters or ())}
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        # Of a tied pair the unembedding alone carries LoRA, as meant; the embedding stays as it was.
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        # PEFT asks transformers by an old name; a user can do nothing about it.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # The rank of fused experts does take effect; PEFT looks for its pattern among modules only.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+    with _without_idle_warnings():
         peft_model = get_peft_model(model, config, adapter_name=adapter)
     layers = dict(lora_layers(peft_model))
     # PEFT rewrites the targets of some mixtures of experts, to load what older versions saved.
@@ -147,7 +142,8 @@ def add_lane(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> 
 
     config = replace(model.active_peft_config)
     torch.manual_seed(seed)
-    model.add_adapter(adapter, config)
+    with _without_idle_warnings():
+        model.add_adapter(adapter, config)
     model.set_adapter(adapter)
     _scale_a(model, adapter, init_a)
 
@@ -155,6 +151,19 @@ def add_lane(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> 
 def can_share(model: PeftModel) -> bool:
     """Whether rows of several adapters can go through the model as one batch; PEFT has no such way for experts."""
     return not model.active_peft_config.target_parameters
+
+
+@contextmanager
+def _without_idle_warnings() -> Iterator[None]:
+    """Without those of PEFT that are about nothing."""
+    with warnings.catch_warnings():
+        # Of a tied pair the unembedding alone carries LoRA, as meant; the embedding stays as it was.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        # PEFT asks transformers by an old name; a user can do nothing about it.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # The rank of fused experts does take effect; PEFT looks for its pattern among modules only.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        yield
 
 
 def _scale_a(model: PeftModel, adapter: str, init_a: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,19 +38,30 @@ class Texts:
     rollouts: Rollouts
     max_length: int
 
-    @property
+    @cached_property
     def stop(self) -> Stop:
-        """What ends a response."""
-        return Stop((int(self.tokenizer.eos_token_id),), self.rollouts.max_new_tokens, self.rollouts.stop)
+        """What ends a response: the end token, those special tokens that close a turn of the template, the texts."""
+        ends = {int(self.tokenizer.eos_token_id)}
+        if self.rollouts.prompt is None:
+            # Base models with a template may close a turn by another token than their end of text.
+            turn = self._chat("a", "b")[len(self._chat("a")) :]
+            ends |= set(turn) & set(self.tokenizer.all_special_ids)
+        return Stop(tuple(sorted(ends)), self.rollouts.max_new_tokens, self.rollouts.stop)
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """Token ids of a question: the chat template's, or those of the preset's plain prompt."""
-        encoded: Any
         if self.rollouts.prompt is None:
-            messages = [{"role": "user", "content": question}]
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        else:
-            encoded = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
+            return self._chat(question)
+        encoded: Any = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
+        return tuple(encoded["input_ids"])
+
+    def _chat(self, question: str, response: str | None = None) -> tuple[int, ...]:
+        """Token ids of a chat, up to where the assistant starts, or through its turn."""
+        messages = [{"role": "user", "content": question}]
+        messages += [] if response is None else [{"role": "assistant", "content": response}]
+        encoded: Any = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=response is None, return_dict=True
+        )
         return tuple(encoded["input_ids"])
 
     def text(self, response: Response) -> str:

@@ -18,39 +18,11 @@ from lorabench.training.sweep import run_sweep
 
 from .conftest import TINY
 
-PRESET = {
-    "description": "RL for tests",
-    "models": {"tiny": {"kind": "tiny"}},
-    "problems": {
-        "gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 32, "validation": 8, "test": 8},
-        "sums": {"kind": "arithmetic", "train": 4, "validation": 4, "test": 8},
-    },
-    "experiments": {
-        "rl_arithmetic": [
-            {
-                "models": ["tiny"],
-                "problems": ["gcd"],
-                "ranks": {"all": [2]},
-                "problems_per_step": 4,
-                "group_size": 4,
-                "steps": 3,
-                "max_new_tokens": 4,
-                "mean_response_tokens": 2,
-                "evaluations": 1,
-                "held_out": ["sums"],
-                "lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3, 9e-3]},
-                "seeds": 2,
-            }
-        ]
-    },
-    "execution": {"gflops": 1.0, "lanes": 2},
-}
-
 
 @pytest.fixture
-def job(tmp_path, monkeypatch):
+def job(tmp_path, monkeypatch, raw_rl_preset):
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(yaml.safe_dump(PRESET))
+    Path("mine.yaml").write_text(yaml.safe_dump(raw_rl_preset))
     layout = Layout.of("mine.yaml")
     for name, spec in layout.preset.problems.items():
         write_problems(make_problems(spec), layout.dataset(name))
@@ -73,7 +45,7 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
     assert rewards.notna().all(axis=None)
     assert rewards["base_reward"].nunique() == 1
     assert (runs["final_test_nll"].isna()).all()
-    assert set(curves["split"]) == {"train", "validation", "test", "sums"}
+    assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
     lora = runs[runs["method"] == "lora"]
     # Lanes don't count the adapters of others.
     assert lora["trainable_params"].nunique() == 1
