@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from lorabench.analysis.arms import ARM, arm_label
@@ -139,6 +140,8 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmSty
     )
     above, value = means[_is_above(means)], measure.column
     axes.set(xscale="log", xlabel="learning rate", ylabel=measure.final)
+    # Within one power of ten their labels would overlap.
+    axes.xaxis.set_minor_formatter(NullFormatter())
     for level in base[value]:
         axes.axhline(level, **BASE)
     for arm, points in means.groupby("arm"):

@@ -61,7 +61,8 @@ def draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
         axes.fill_between(steps, mean - sd, mean + sd, color=look.colour, alpha=0.15, linewidth=0, zorder=1)
         axes.plot(steps, mean, **look.line)
     axes.set_xlabel("training step")
-    axes.set_xlim(left=0)
+    # Runs that were stopped at once have a point at step 0 only.
+    axes.set_xlim(0, max(1, axes.get_xlim()[1]))
     # No measure is negative, though a band may be, and so is half of the range that matplotlib gives to zeros.
     low, high = axes.get_ylim()
     axes.set_ylim(bottom=max(low, -0.04 * high))
