@@ -180,12 +180,61 @@ def sweep(
 
 
 @app.command()
+def pretraining(preset: PresetOption = "laptop") -> None:
+    """Make the held-out pretraining text that a preset's evaluation reads."""
+    _fix_hashes()
+    with _one_sentence():
+        from lorabench.evaluation.pretraining import write_pretraining
+
+        made, layout = _open(preset)
+        if made.preset.evaluation is None:
+            raise UserError(f"preset {layout.name} has no evaluation")
+        write_pretraining(made.preset.evaluation.pretraining_documents, layout.pretraining)
+
+
+@app.command()
+def fetch(
+    preset: PresetOption = "laptop", out: Annotated[Path | None, typer.Option(help="The file of names.")] = None
+) -> None:
+    """Look up the tasks of a preset's evaluation and download their data, for jobs without a connection."""
+    with _one_sentence():
+        from lorabench.evaluation.catalog import fetch as fetch_tasks
+
+        made, layout = _open(preset)
+        if made.preset.evaluation is None:
+            raise UserError(f"preset {layout.name} has no evaluation")
+        fetch_tasks(layout, out or layout.eval_tasks)
+
+
+@app.command()
+def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
+    """Run lm-eval's tasks on a base, or on the best run of a sweep."""
+    with _one_sentence():
+        made, layout = _open(preset)
+        job = made.evaluation(eval_id)
+        # Read when tqdm is first imported: a bar per step would drown the log.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        from lorabench.evaluation.runner import evaluate_job
+
+        evaluate_job(made, job, layout)
+
+
+@app.command()
 def collect(sweeps: list[Path], out: Annotated[Path, typer.Option(help="Folder of the tables.")]) -> None:
     """Merge sweep files into the tidy tables `runs` and `curves`."""
     with _one_sentence():
         from lorabench.tables import collect as merge
 
         merge(sweeps, out)
+
+
+@app.command("collect-evals")
+def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Folder of the table.")]) -> None:
+    """Merge the scores of evaluations into the tidy table `evals`."""
+    with _one_sentence():
+        from lorabench.tables import collect_evals as merge_evals
+
+        merge_evals(evals, out)
 
 
 @app.command()

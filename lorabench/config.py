@@ -454,6 +454,39 @@ class Experiments(Strict):
         return {name: getattr(self, name) for name in self.chosen() if name != "compute"}
 
 
+class EvalTask(Strict):
+    """A task of lm-eval, by the name it has there, or one of this project's own (lorabench/evaluation/tasks)."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Its name."""
+    about: Literal["learned", "forgotten"]
+    """What it shows: what fine-tuning teaches, or what it may lose."""
+    source: str | None = None
+    """For a task of this project: the dataset or problem set whose test split it reads."""
+    num_fewshot: NotNegative | None = None
+    """Worked examples in the prompt; null for as many as the task has by itself."""
+    limit: Positive | None = None
+    """Only so many documents; null for all."""
+    chat: bool = False
+    """Put prompts into the model's chat template."""
+    mean_tokens: Positive = 200
+    """Tokens of an average document with what is generated for it, for the cost estimate."""
+    documents: Positive = 1000
+    """Documents of the task, for the cost estimate; `limit` is less if it is given."""
+
+
+class Evaluation(Strict):
+    """What lm-eval measures, of each base and of the best run of each condition."""
+
+    experiments: Annotated[list[str], Field(min_length=1)]
+    """Experiments whose conditions are evaluated, each at its best LR."""
+    tasks: Annotated[list[EvalTask], Field(min_length=1)]
+    batch_size: Positive = 16
+    """Sequences that go through the model at once; fixed, never searched for."""
+    pretraining_documents: Positive = 200
+    """Documents of the held-out pretraining text of the tiny bases, for the task that reads it."""
+
+
 class Execution(Strict):
     """Where and how the work is done. Nothing here changes what a run is."""
 
@@ -487,6 +520,8 @@ class Preset(Strict):
     """What RL trains on."""
     protocol: Protocol = Protocol()
     experiments: Experiments
+    evaluation: Evaluation | None = None
+    """Evaluation with lm-eval; null for none."""
     execution: Execution
 
     @model_validator(mode="after")
@@ -509,7 +544,18 @@ class Preset(Strict):
                         self._check_sft(block, where)
                     case RlExperiment():
                         self._check_rl(block, where)
+        if self.evaluation:
+            self._check_evaluation(self.evaluation)
         return self
+
+    def _check_evaluation(self, evaluation: Evaluation) -> None:
+        _known(evaluation.experiments, self.experiments.trained(), "evaluation.experiments")
+        names = [task.name for task in evaluation.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluation.tasks: {twice[0]!r} appears twice")
+        for number, task in enumerate(evaluation.tasks):
+            if task.source is not None:
+                _known([task.source], self.sources, f"evaluation.tasks.{number}.source")
 
     def _check_sft(self, block: SftExperiment, where: str) -> None:
         _known(block.datasets, self.datasets, f"{where}.datasets")

@@ -8,7 +8,7 @@ the frozen part (4N) and pays for A and B, in all a ratio of 2/3 + 2r/width.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ _CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "mat
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
+_EVALUATION_START_SECONDS = 12.0
 
 
 # A token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time leaves
@@ -43,6 +44,10 @@ class Estimate:
     tokens: float
     flops: float
     minutes: float
+
+    def plus(self, other: Estimate) -> Estimate:
+        """One after the other."""
+        return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
@@ -129,6 +134,23 @@ def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
     seconds = (flops + (_DECODING - 1) * drawn) / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS
     at_once = max(1, min(jobs_at_once(plan, cores), len(sweeps)))
     return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / at_once / 60)
+
+
+def evaluation(plan: Plan, cores: int) -> Estimate:
+    """What the evaluation of a plan costs on a machine with that many cores; its `sweeps` are its jobs."""
+    preset, jobs = plan.preset, plan.evaluations()
+    tokens = flops = seconds = 0.0
+    for job in jobs:
+        assert preset.evaluation
+        parameters, _ = shape(preset.models[job.model])
+        for task in preset.evaluation.tasks:
+            read = min(task.documents, task.limit or task.documents) * task.mean_tokens
+            tokens, flops = tokens + read, flops + 2.0 * parameters * read
+            # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
+            seconds += (_DECODING if task.about == "learned" else 1.0) * 2.0 * parameters * read
+    seconds = seconds / (preset.execution.gflops * 1e9) + len(jobs) * _EVALUATION_START_SECONDS
+    at_once = max(1, min(jobs_at_once(plan, cores), len(jobs)))
+    return Estimate(0, len(jobs), tokens, flops, seconds / at_once / 60)
 
 
 def jobs_at_once(plan: Plan, cores: int) -> int:

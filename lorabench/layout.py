@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabench.config import Preset, load_preset, preset_path
-from lorabench.plan import Sweep, dataset_id, model_id
+from lorabench.plan import EvalJob, Sweep, dataset_id, digest, model_id
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,25 @@ class Layout:
 
     def progress(self, sweep: Sweep) -> Path:
         return self.root / "progress" / f"{sweep.sweep_id}.json"
+
+    def evals(self, job: EvalJob) -> Path:
+        """Scores of one evaluation; its samples lie beside it."""
+        return self.root / "evals" / f"{job.eval_id}.parquet"
+
+    def samples(self, job: EvalJob) -> Path:
+        """What the model answered to each document of an evaluation."""
+        return self.root / "evals" / f"{job.eval_id}.samples.parquet"
+
+    @property
+    def eval_tasks(self) -> Path:
+        """The evaluation's tasks, looked up; the name changes with them."""
+        assert self.preset.evaluation
+        tasks = [task.model_dump() for task in self.preset.evaluation.tasks]
+        return self.root / "evals" / f"tasks-{digest(tasks, 8)}.json"
+
+    @property
+    def pretraining(self) -> Path:
+        """Held-out pretraining text of the tiny bases."""
+        assert self.preset.evaluation
+        documents = self.preset.evaluation.pretraining_documents
+        return self.root / "data" / f"pretraining-{documents}.parquet"

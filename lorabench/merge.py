@@ -18,6 +18,10 @@ KEYS = {
     "curves": ["run_id", "step", "split", "metric"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
+    "evals": [
+        *("run_id", "model", "dataset", "task", "metric", "filter", "num_fewshot", "n_samples"),
+        *("eval_batch_size", "task_version", "template_sha256"),
+    ],
 }
 """What tells the rows of a table apart."""
 
@@ -27,12 +31,13 @@ MAY_DIFFER = {
         *("started", "git_sha", "git_dirty_patch", "versions"),
     ],
     "compute": ["step_s", "peak_mem_bytes"],
+    "evals": ["versions"],
 }
 """Columns that tell of the machine and not of the result: the first folder's are kept."""
 
 
 def merge(folders: list[Path], out: Path) -> None:
-    """Merge the tables runs, curves, compute and counts of several folders into the folder `out`, parquet and CSV.
+    """Merge the tables in KEYS of several folders into the folder `out`, parquet and CSV.
 
     Of the documented columns those are written that some folder has; they are null in rows from where they are missing.
 

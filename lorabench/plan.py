@@ -145,11 +145,53 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class EvalJob:
+    """An evaluation with lm-eval: of the best run of a sweep, or of a base model."""
+
+    model: str
+    sweep: Sweep | None
+    identity: str = field(compare=False)
+    """Hash of the tasks and what they read."""
+
+    @property
+    def eval_id(self) -> str:
+        """Name for files."""
+        return f"{self.sweep.sweep_id if self.sweep else self.model + '-base'}-{self.identity}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """All sweeps of a preset, in the order they should start: the longest first."""
 
     preset: Preset
     sweeps: tuple[Sweep, ...]
+
+    def evaluations(self) -> list[EvalJob]:
+        """What lm-eval evaluates: each base, then the best run of each condition of the chosen experiments."""
+        evaluation = self.preset.evaluation
+        if evaluation is None:
+            return []
+        chosen = [sweep for sweep in self.sweeps if set(sweep.experiments) & set(evaluation.experiments)]
+        jobs: list[EvalJob] = []
+        for model in sorted({sweep.condition.model for sweep in chosen}):
+            sources = {task.source for task in evaluation.tasks if task.source}
+            data = {name: dataset_id(self.preset.sources[name]) for name in sorted(sources)}
+            rules = evaluation.model_dump(exclude={"experiments"})
+            identity = digest([PROTOCOL_VERSION, rules, data, model_id(self.preset.models[model])], 8)
+            jobs.append(EvalJob(model, None, identity))
+            jobs += [EvalJob(model, sweep, identity) for sweep in chosen if sweep.condition.model == model]
+        return jobs
+
+    def evaluation(self, eval_id: str) -> EvalJob:
+        """The evaluation of that id.
+
+        Raises:
+            UserError: the plan has no such evaluation.
+        """
+        for job in self.evaluations():
+            if job.eval_id == eval_id:
+                return job
+        raise UserError(f"evaluation {eval_id!r} is not in the plan; has the preset changed since the job was made?")
 
     def of(self, experiment: str) -> list[Sweep]:
         """The sweeps that an experiment needs."""

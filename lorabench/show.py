@@ -11,7 +11,7 @@ from lorabench.progress import Status
 
 
 def plan_table(plan: Plan, cores: int) -> None:
-    """Per experiment: sweeps, runs, tokens and estimated minutes; shared runs count once in the total."""
+    """Per experiment: jobs, runs, tokens and estimated minutes; shared runs count once in the total."""
     execution = plan.preset.execution
     at_once = cost.jobs_at_once(plan, cores)
     table = Table(
@@ -21,17 +21,21 @@ def plan_table(plan: Plan, cores: int) -> None:
         caption_justify="left",
     )
     table.add_column("experiment")
-    for column in ("sweeps", "runs", "tokens", "PFLOPs", "minutes"):
+    for column in ("jobs", "runs", "tokens", "PFLOPs", "minutes"):
         table.add_column(column, justify="right")
-    experiments = list(plan.preset.experiments.trained())
-    for name, sweeps in [(name, plan.of(name)) for name in experiments] + [("total", list(plan.sweeps))]:
-        work = cost.estimate(plan, sweeps, cores)
+    rows = [(name, cost.estimate(plan, plan.of(name), cores)) for name in plan.preset.experiments.trained()]
+    every = cost.estimate(plan, list(plan.sweeps), cores)
+    if plan.preset.evaluation:
+        evaluation = cost.evaluation(plan, cores)
+        rows.append(("evaluation", evaluation))
+        every = every.plus(evaluation)
+    for name, work in [*rows, ("total", every)]:
         if name == "total":
             table.add_section()
         table.add_row(
             name,
             str(work.sweeps),
-            str(work.runs),
+            str(work.runs) if work.runs else "",
             f"{work.tokens / 1e6:.1f} M",
             f"{work.flops / 1e15:.3g}",
             f"{work.minutes:.0f}" if work.minutes >= 2 else f"{work.minutes:.1f}",

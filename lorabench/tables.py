@@ -4,6 +4,7 @@
     curves    one row per run, step, split and metric
     compute   one row per model and arm: FLOPs, time and memory of a training step
     counts    one row per architecture and placement: parameters, counted without weights
+    evals     one row per evaluated model, task, metric and filter: scores of lm-eval
     claims    one row per claim
 
 Everything downstream (analysis, claims, figures, report) reads these and nothing else.
@@ -127,6 +128,42 @@ COUNTS = pa.schema(
     ]
 )
 
+EVALS = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("model", pa.string()),
+        ("dataset", pa.string()),
+        ("method", pa.string()),
+        ("rank", pa.int64()),
+        ("placement", pa.string()),
+        ("alpha", pa.float64()),
+        ("init_a", pa.float64()),
+        ("lr_ratio", pa.float64()),
+        ("eps", pa.float64()),
+        ("lr", pa.float64()),
+        ("batch_size", pa.int64()),
+        ("steps", pa.int64()),
+        ("seed", pa.int64()),
+        ("final_test_nll", pa.float64()),
+        ("final_reward", pa.float64()),
+        ("about", pa.string()),
+        ("task", pa.string()),
+        ("source", pa.string()),
+        ("metric", pa.string()),
+        ("filter", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("higher_is_better", pa.bool_()),
+        ("n_samples", pa.int64()),
+        ("num_fewshot", pa.int64()),
+        ("eval_batch_size", pa.int64()),
+        ("task_version", pa.string()),
+        ("task_config", pa.string()),
+        ("template_sha256", pa.string()),
+        ("versions", pa.string()),
+    ]
+)
+
 CLAIMS = pa.schema(
     [
         ("claim_id", pa.string()),
@@ -213,6 +250,24 @@ def collect(sweeps: list[Path], out: Path) -> None:
         write_csv(part.to_pandas(), out / f"{name}.csv")
 
 
+def collect_evals(files: list[Path], out: Path) -> None:
+    """Merge the scores of evaluations into `evals` (parquet and CSV) in the folder `out`; a model's base comes first.
+
+    Raises:
+        UserError: a file is not one of `lorabench evaluate`.
+    """
+    order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
+    tables = []
+    for path in files:
+        table = pq.read_table(path)
+        if missing := [name for name in EVALS.names if name not in table.column_names]:
+            raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
+        tables.append(table.select(EVALS.names).cast(EVALS))
+    # The rows of one model stay in the order of its tasks.
+    frame = pa.concat_tables(tables).to_pandas()
+    write_frame(frame.sort_values(order, na_position="first", kind="stable"), "evals", out)
+
+
 def write_plan(plan: Plan, path: Path) -> None:
     """Write the planned runs, one row each."""
     write_table(pa.Table.from_pylist(plan.rows()), path)
@@ -236,7 +291,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
         flat.to_csv(partial, index=False)
 
 
-SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS, "claims": CLAIMS}
+SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS, "evals": EVALS, "claims": CLAIMS}
 
 
 def table_path(folder: Path, name: str) -> Path | None:
@@ -323,6 +378,7 @@ class Tables:
     curves: pd.DataFrame
     compute: pd.DataFrame = field(default_factory=pd.DataFrame)
     counts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    evals: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
     def read(cls, *folders: Path) -> Tables:
@@ -333,7 +389,7 @@ class Tables:
         Raises:
             UserError: a folder holds none; or see `read_table` and `merge_tables`.
         """
-        names = ("runs", "curves", "compute", "counts")
+        names = ("runs", "curves", "compute", "counts", "evals")
         for folder in folders:
             if not any(table_path(folder, name) for name in names):
                 raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from lorabench.tables import CURVES, RUNS
+from lorabench.tables import CURVES, EVALS, RUNS
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 STEPS = [0, 1, 2, 3, 5, 8, 13, 22, 35, 57, 92, 150]
@@ -76,12 +76,43 @@ def make_sweep(
     return grid + repeats
 
 
+def make_eval(rank: int | str | None, value: float, **changes: Any) -> dict[str, Any]:
+    """One row of `evals`, of a run as `make_run` makes it, or where `rank` is `base` of the base."""
+    base = rank == "base"
+    run = {} if base else make_run(rank, 3e-3, **{k: v for k, v in changes.items() if k in ("model", "dataset")})
+    row = {name: run.get(name) for name in EVALS.names} | {
+        "model": "tiny",
+        "about": "learned",
+        "task": "lorabench_instruct",
+        "source": "instruct",
+        "metric": "exact_match",
+        "filter": "strict-match",
+        "value": value,
+        "stderr": 0.02,
+        "higher_is_better": True,
+        "n_samples": 1319,
+        "num_fewshot": 5,
+        "eval_batch_size": 16,
+        "task_version": "3.0",
+        "versions": '{"lm_eval": "0.4.13"}',
+    }
+    return row | changes
+
+
 def runs_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows as `read_table` returns them."""
-    names = RUNS.names
-    frame = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], schema=RUNS).to_pandas()
-    whole = {name: "Int64" for name in names if pa.types.is_int64(RUNS.field(name).type)}
-    return frame.astype(whole)
+    return _table(rows, RUNS)
+
+
+def evals_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows as `read_table` returns them."""
+    return _table(rows, EVALS)
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
+    table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
+    whole = {field.name: "Int64" for field in schema if pa.types.is_int64(field.type)}
+    return table.to_pandas().astype(whole)
 
 
 def curves_of(runs: pd.DataFrame) -> pd.DataFrame:

@@ -80,6 +80,29 @@ def test_a_held_out_set_is_not_named_like_a_split(raw_rl_preset, write_preset):
         load_preset(str(write_preset(raw_rl_preset)))
 
 
+EVAL_MISTAKES = {
+    "unknown experiment": (
+        {"experiments": ["placement"]},
+        r"evaluation\.experiments: unknown name 'placement'; allowed: rank",
+    ),
+    "unknown source": ({"source": "worked"}, r"evaluation\.tasks\.0\.source: unknown name 'worked'; allowed: instruct"),
+    "a task twice": ({"twice": True}, r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
+    "an unknown purpose": ({"about": "lost"}, r"evaluation\.tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
+    "no tasks": ({"tasks": []}, r"evaluation\.tasks = \[\]: must not be empty"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "message"), EVAL_MISTAKES.values(), ids=EVAL_MISTAKES.keys())
+def test_mistakes_of_an_evaluation_are_named(raw_preset, write_preset, mistake, message):
+    task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"}
+    task |= {key: value for key, value in mistake.items() if key in task}
+    evaluation = {"experiments": ["rank"], "tasks": [task] * (2 if "twice" in mistake else 1)}
+    raw_preset["evaluation"] = evaluation | {key: mistake[key] for key in ("experiments", "tasks") if key in mistake}
+    with pytest.raises(PresetError) as error:
+        load_preset(str(write_preset(raw_preset)))
+    assert re.search(message, str(error.value)), error.value
+
+
 RANK = ("experiments", "rank", 0)
 MISTAKES = {
     "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lorabench.errors import UserError
 from lorabench.merge import KEYS, merge
 from lorabench.tables import SCHEMAS, Tables, write_csv
-from tests.handmade import curves_of, make_run, make_sweep, runs_table
+from tests.handmade import curves_of, evals_table, make_eval, make_run, make_sweep, runs_table
 
 COMPUTE = pd.DataFrame(
     [
@@ -91,7 +91,7 @@ def test_merging_the_parts_of_a_table_gives_it_back(parts, kinds):
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_merging_again_changes_nothing(tmp_path, kind):
     one = write(tmp_path / "one", kind, runs=RUNS.iloc[:7], curves=CURVES, compute=COMPUTE.iloc[:2], counts=COUNTS)
-    two = write(tmp_path / "two", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:])
+    two = write(tmp_path / "two", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], evals=evals_table([make_eval(8, 0.5)]))
     once, twice = tmp_path / "once", tmp_path / "twice"
     merge([one, two], once)
     merge([once, one, two], twice)
@@ -204,6 +204,17 @@ def test_tables_that_can_not_be_compared_are_refused(tmp_path, column, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_scores_merge_where_they_agree_the_base_among_them(tmp_path):
+    base, run = make_eval("base", 0.1), make_eval(8, 0.5)
+    a = write(tmp_path / "a", evals=evals_table([base, run]))
+    b = write(tmp_path / "b", evals=evals_table([base | {"versions": "{}"}, run | {"num_fewshot": 0, "value": 0.4}]))
+    assert merged(a, b).evals["value"].tolist() == [0.1, 0.5, 0.4]
+    c = write(tmp_path / "c", evals=evals_table([base | {"value": 0.2}]))
+    with pytest.raises(UserError, match="evals: model tiny task lorabench_instruct .* has value = 0.1 in"):
+        merge([a, c], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_row_must_be_told_apart(tmp_path):
     a = write(tmp_path / "a", compute=COMPUTE.assign(device="cpu"))
     b = write(tmp_path / "b", compute=COMPUTE)
@@ -216,7 +227,7 @@ def test_a_row_must_be_told_apart(tmp_path):
 def test_a_folder_without_tables_is_named(tmp_path):
     a = write(tmp_path / "a", runs=RUNS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"no table runs, curves, compute, counts .* in {tmp_path / 'empty'}"):
+    with pytest.raises(UserError, match=f"no table runs, curves, compute, counts, evals .* in {tmp_path / 'empty'}"):
         merge([a, tmp_path / "empty"], tmp_path / "out")
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench import cost
 from lorabench.config import Preset, load_preset
 from lorabench.errors import UserError
 from lorabench.models.tiny import shipped
@@ -249,3 +250,42 @@ def test_problems_are_part_of_an_rl_run(raw_rl_preset):
         changed = copy.deepcopy(raw_rl_preset)
         changed["problems"][name]["seed"] = 1
         assert not run_ids(planned(changed)) & run_ids(planned(raw_rl_preset))
+
+
+def evaluated(raw, **changes):
+    task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"}
+    raw = copy.deepcopy(raw)
+    raw["evaluation"] = {"experiments": ["rank"], "tasks": [task]} | changes
+    return planned(raw)
+
+
+def test_the_base_and_each_condition_are_evaluated_once(raw_preset):
+    plan = evaluated(raw_preset)
+    jobs = plan.evaluations()
+    assert [job.sweep for job in jobs] == [None, *plan.sweeps]
+    assert {job.model for job in jobs} == {"tiny"}
+    assert len({job.eval_id for job in jobs}) == len(jobs)
+    assert all(plan.evaluation(job.eval_id) == job for job in jobs)
+    with pytest.raises(UserError, match="evaluation 'other' is not in the plan"):
+        plan.evaluation("other")
+    assert planned(raw_preset).evaluations() == []
+
+
+def test_what_changes_scores_changes_an_evaluation(raw_preset):
+    def ids(raw, **changes):
+        return {job.eval_id for job in evaluated(raw, **changes).evaluations()}
+
+    other_data = copy.deepcopy(raw_preset)
+    other_data["datasets"]["instruct"]["seed"] = 1
+    assert not ids(raw_preset) & ids(raw_preset, batch_size=8)
+    assert not ids(raw_preset) & ids(other_data)
+
+
+def test_the_estimate_has_the_evaluation(raw_preset):
+    plan = evaluated(raw_preset)
+    one, two = (cost.evaluation(plan, cores) for cores in (1, 2))
+    assert (one.runs, one.sweeps) == (0, 4)
+    # Four jobs of 1000 documents of 200 tokens.
+    assert one.tokens == 4 * 1000 * 200
+    assert one.minutes == pytest.approx(2 * two.minutes)
+    assert cost.evaluation(planned(raw_preset), 2).tokens == 0

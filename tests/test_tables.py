@@ -18,8 +18,8 @@ from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.cli import app
 from lorabench.errors import UserError
 from lorabench.figures import save
-from lorabench.tables import Tables, read_table, write_csv
-from tests.handmade import curves_of, make_sweep, runs_table
+from lorabench.tables import EVALS, Tables, read_table, write_csv
+from tests.handmade import curves_of, evals_table, make_eval, make_sweep, runs_table
 
 RUNS = runs_table(make_sweep(None) + make_sweep(1) + make_sweep(8))
 CURVES = curves_of(RUNS)
@@ -256,3 +256,29 @@ def test_a_figure_draws_its_own_experiment_and_says_if_there_is_none(tmp_path: P
     with pytest.raises(UserError, match="the runs table has no column seed"):
         save("fig2_lr_by_rank", [write(tmp_path / "seedless", RUNS.drop(columns="seed"))], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_path: Path):
+    files = []
+    for rank in (8, None, "base"):
+        rows = [make_eval(rank, 0.5), make_eval(rank, 0.4, task="aime24", stderr=None)]
+        files.append(tmp_path / f"{rank}.parquet")
+        pq.write_table(pa.Table.from_pandas(evals_table(rows), schema=EVALS), files[-1])
+    arguments = ["collect-evals", *map(str, files), "--out", str(tmp_path / "tables")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    for kind in ("csv", "parquet"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / "tables" / f"evals.{kind}").rename(tmp_path / kind / f"evals.{kind}")
+        found = Tables.read(tmp_path / kind).evals
+        assert found["method"].tolist() == [None, None, "fullft", "fullft", "lora", "lora"]
+        assert found["task"].tolist() == ["lorabench_instruct", "aime24"] * 3
+        assert found["rank"].tolist() == [pd.NA] * 4 + [8, 8]
+        assert found["higher_is_better"].all()
+
+
+def test_a_file_that_is_no_evaluation_is_refused(tmp_path: Path):
+    pq.write_table(pa.table({"run_id": ["a"]}), tmp_path / "a.parquet")
+    result = CliRunner().invoke(app, ["collect-evals", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "tables")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"lorabench: {tmp_path}/a.parquet is no evaluation: it has no column model, ")
+    assert not (tmp_path / "tables").exists()

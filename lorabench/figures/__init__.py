@@ -19,16 +19,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lorabench.analysis.claims.evidence import Task
+    from lorabench.config import Preset
     from lorabench.tables import Tables
 
 
 COMPUTE = ("compute",)
 """The experiment that has no runs but a table of its own."""
 
+EVALS = ("evaluation",)
+"""In place of experiments: the scores of lm-eval, which a preset has if it has an evaluation."""
+
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure of the paper. `name` is its module and file name; it shows the runs of its experiments and task."""
+    """A figure of the paper. `name` is its module and file name; it shows the runs of its experiments and task.
+
+    One of COMPUTE or EVALS shows that table instead.
+    """
 
     name: str
     title: str
@@ -310,8 +317,30 @@ FIGURES = {
             ),
             experiments=("rank",),
         ),
+        PaperFigure(
+            name="learned_forgotten",
+            title="Evaluation. Learned against forgotten, and accuracy against loss",
+            caption=(
+                "Scores of lm-eval, one mark for the run of each arm at its best learning rate (first seed). Left: "
+                "accuracy on the task of the data trained on (the strict filter where there are two), or where no task "
+                "is of these the mean over all tasks of what is learned, against what is lost on tasks of what may be "
+                "forgotten: bits per byte of held-out pretraining text above those of the base, or accuracy below the "
+                "base's, the mean over tasks where there are several. The cross, where the grey lines meet, is the "
+                "base before training. Right: the same accuracy against the test loss (nats per scored token). Bars "
+                "are one standard error over documents of each score alone. All models read the same documents, so a "
+                "difference between two is known better than their bars tell. Runs that lack one of the tasks are "
+                "counted above the panel. Black squares are full fine-tuning; colour is LoRA rank."
+            ),
+            experiments=EVALS,
+        ),
     )
 }
+
+
+def of_preset(preset: Preset) -> list[PaperFigure]:
+    """The figures that a preset makes something for, in the paper's order."""
+    made = {*preset.experiments.chosen(), *(EVALS if preset.evaluation else ())}
+    return [figure for figure in FIGURES.values() if made & set(figure.experiments)]
 
 
 def drawable(folders: Sequence[Path]) -> list[str]:
@@ -323,10 +352,11 @@ def drawable(folders: Sequence[Path]) -> list[str]:
     from lorabench.tables import Tables
 
     found = Tables.read(*folders)
+    own = {COMPUTE: found.compute, EVALS: found.evals}
     return [
         figure.name
         for figure in FIGURES.values()
-        if not (found.compute if figure.experiments == COMPUTE else figure.of_experiments(found.runs)).empty
+        if not (own[figure.experiments] if figure.experiments in own else figure.of_experiments(found.runs)).empty
     ]
 
 
@@ -351,7 +381,7 @@ def save(name: str, folders: Sequence[Path], out: Path) -> None:
 
 
 def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
-    """The tables with the runs of a figure, checked; one without runs reads the table of its experiment's name.
+    """The tables with the runs of a figure, checked; one without runs reads a table of its own.
 
     Columns that are missing, and all of a table that is, are nulls to a figure: it shows what there is.
     """
@@ -361,6 +391,8 @@ def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
 
     if figure.experiments == COMPUTE:
         return replace(tables, compute=with_all_columns(tables.compute, "compute"))
+    if figure.experiments == EVALS:
+        return replace(tables, evals=with_all_columns(tables.evals, "evals"))
     if tables.runs.columns.empty:
         raise UserError("there is no table runs")
     if missing := [name for name in NEEDED_BY[figure.task] if name not in tables.runs]:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from lorabench.config import PRESETS
-from lorabench.figures import FIGURES, PaperFigure
+from lorabench.figures import PaperFigure, of_preset
 from lorabench.layout import Layout
 from lorabench.plan import Plan
 from lorabench.records import atomic_path
@@ -21,7 +21,7 @@ _DEFAULT_PRESET = "laptop"
 
 
 def build(plan: Plan, layout: Layout, out: Path) -> None:
-    """Write the report of a preset from its tidy tables (runs, curves, claims) and figures.
+    """Write the report of a preset from its tidy tables (runs, curves, claims, and evals if there is one) and figures.
 
     Args:
         plan: what was to be run.
@@ -31,7 +31,7 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
     Raises:
         FileNotFoundError: a table or a figure is not there.
     """
-    figures = _figures(plan)
+    figures = of_preset(plan.preset)
     runs = summary.labelled(read_table(layout.tables(), "runs"))
     claims = read_table(layout.tables(), "claims")
     page = _template().render(
@@ -42,6 +42,7 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
         environment=summary.environment(runs),
         figures=[_figure(figure, layout) for figure in figures],
         experiments=[found for name in plan.preset.experiments.trained() if (found := summary.experiment(name, runs))],
+        evaluation=summary.evaluation(read_table(layout.tables(), "evals", optional=True)),
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
@@ -62,12 +63,6 @@ def _template() -> jinja2.Template:
     environment.filters.update(FILTERS)
     environment.tests["missing"] = missing
     return environment.get_template("template.html.j2")
-
-
-def _figures(plan: Plan) -> list[PaperFigure]:
-    """The figures of which the preset has an experiment, in the paper's order."""
-    chosen = set(plan.preset.experiments.chosen())
-    return [figure for figure in FIGURES.values() if chosen & set(figure.experiments)]
 
 
 def _figure(figure: PaperFigure, layout: Layout) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lorabench.analysis.rewards import errors
 from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
 from lorabench.plan import Plan
 from lorabench.report.text import missing
-from lorabench.tables import words
+from lorabench.tables import with_all_columns, words
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 
@@ -26,6 +26,7 @@ Rows = list[dict[str, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
 _RESULTS = ["best_mean", "best_median", "best_low", "best_high"]
+_SCORE = ["about", "task", "metric", "filter"]
 _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
 
@@ -103,6 +104,52 @@ def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Rows
                     row["low"], row["high"] = np.quantile(above / below, [0.025, 0.975])
                 rows.append(row)
     return rows
+
+
+def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
+    """Scores of lm-eval: per model, dataset, batch size and length the arms as rows, the base first, tasks as columns.
+
+    `tasks` has what a column of each score is; a row's `scores` are in their order, null where there is none.
+    """
+    if evals.empty:
+        return []
+    evals = _without_perplexities(with_all_columns(evals, "evals"))
+    base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
+    found = []
+    for place, of_place in trained.groupby(_PLACE, dropna=False):
+        of_base = base[base["model"] == place[0]].assign(label="base")
+        scores = pd.concat([of_base, of_place], ignore_index=True)
+        columns = sorted(scores.groupby(_SCORE, dropna=False, sort=False), key=lambda column: column[0][0] != "learned")
+        arms = [
+            {
+                **{name: of_arm[name].iloc[0] for name in ("label", "lr", "run_id")},
+                "scores": [_of_score(of_arm, column) for _, column in columns],
+            }
+            for _, of_arm in scores.groupby(["label", "run_id"], dropna=False, sort=False)
+        ]
+        tasks = [dict(zip(_SCORE, key, strict=True)) | _settings(column) for key, column in columns]
+        found.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
+    return found
+
+
+def _without_perplexities(evals: pd.DataFrame) -> pd.DataFrame:
+    """Without what says the same as bits per byte on another scale."""
+    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
+    again = evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"])
+    return evals[~again]
+
+
+def _of_score(of_arm: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
+    """An arm's value in a column and its standard error."""
+    of_column = of_arm.loc[of_arm.index.intersection(column.index), ["value", "stderr"]]
+    return None if of_column.empty else {str(name): value for name, value in of_column.iloc[0].items()}
+
+
+def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
+    """How scores were taken: one value each where all models were evaluated alike."""
+    names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "eval_batch_size")
+    versions = [_versions(text).get("lm_eval") for text in _distinct(scores["versions"])]
+    return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
 
 
 def environment(runs: pd.DataFrame) -> dict[str, Any]:

@@ -12,13 +12,15 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures import COMPUTE, FIGURES, drawable, save
+from lorabench.figures import COMPUTE, EVALS, FIGURES, drawable, save
 from lorabench.figures.style import ArmStyle, arm_styles
 from lorabench.tables import Tables
 from tests.handmade import LRS, curves_of, laptop_like, make_run, make_sweep, runs_table
 
 # Figures that are drawn from supervised runs; they are shown runs that do not say what experiment they are of.
-OF_RUNS = [name for name, figure in FIGURES.items() if figure.experiments != COMPUTE and figure.task == "sft"]
+OF_RUNS = [
+    name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE, EVALS) and figure.task == "sft"
+]
 # Those that show every run; others show one at the best LR, or a part.
 OF_RANK = ["fig1_envelopes", "fig2_lr_by_rank"]
 ARMS = ["arm", "method", "rank", "placement"]

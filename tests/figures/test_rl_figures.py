@@ -12,7 +12,7 @@ from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.rewards import errors, reward_curves, reward_optima
 from lorabench.errors import UserError
-from lorabench.figures import COMPUTE, FIGURES, drawable, save
+from lorabench.figures import COMPUTE, EVALS, FIGURES, drawable, save
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.tables import Tables, with_all_columns
 from tests.analysis.rl_by_hand import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
@@ -309,7 +309,9 @@ def mixed() -> Tables:
     return Tables(runs, curves)
 
 
-@pytest.mark.parametrize("name", [name for name, figure in FIGURES.items() if figure.experiments != COMPUTE])
+@pytest.mark.parametrize(
+    "name", [name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE, EVALS)]
+)
 def test_supervised_and_rl_runs_are_never_drawn_together(name):
     _, plotted = FIGURES[name].draw(mixed())
     drawn = set(plotted["dataset"].dropna())

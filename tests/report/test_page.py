@@ -18,7 +18,7 @@ from lorabench.layout import Layout
 from lorabench.plan import make_plan
 from lorabench.report.page import build
 from lorabench.tables import Tables, write_frame
-from tests.handmade import curves_of, make_run, make_sweep, runs_table
+from tests.handmade import curves_of, evals_table, make_eval, make_run, make_sweep, runs_table
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -59,7 +59,7 @@ def report(tmp_path: Path, raw_preset: dict[str, Any], write_preset, monkeypatch
     """Builds the report of some runs in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
-    def make(rows: list[dict[str, Any]], **changes: Any) -> Page:
+    def make(rows: list[dict[str, Any]], evals: list[dict[str, Any]] | None = None, **changes: Any) -> Page:
         layout = Layout.of(write_preset(raw_preset | changes))
         runs = runs_table(rows)
         curves = curves_of(runs)
@@ -68,6 +68,8 @@ def report(tmp_path: Path, raw_preset: dict[str, Any], write_preset, monkeypatch
         runs.to_parquet(tables / "runs.parquet")
         curves.to_parquet(tables / "curves.parquet")
         write_frame(judge_claims(Tables(runs, curves)), "claims", tables)
+        if evals is not None:
+            write_frame(evals_table(evals), "evals", tables)
         # The page embeds whatever lies there; drawing is tested with the figures.
         layout.figures.mkdir(parents=True)
         for name in FIGURES:
@@ -170,7 +172,7 @@ def test_diverged_runs_are_listed(report, rows):
 
 def test_says_so_when_none_diverged(report):
     rows = [row for rank in (None, 1) for row in make_sweep(rank, diverged_from=1.0)]
-    assert "None. All 14 runs ended with finite losses." in report(rows).text
+    assert "None. All 14 runs ended with finite numbers." in report(rows).text
 
 
 def test_sparse_runs_show_dashes_and_no_nan(report):
@@ -195,6 +197,55 @@ def test_uncommitted_changes_are_shown(report):
 
 def test_limits_of_the_preset_are_listed(report, rows):
     assert "It cannot fly." in report(rows, limits=["It cannot fly."]).text
+
+
+EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
+
+
+def evals_of(*ranks: int | str | None) -> list[dict[str, Any]]:
+    """Of each arm, last to first, accuracy by both filters, and bits per byte with a perplexity."""
+    bits = {"about": "forgotten", "task": "pretraining", "metric": "bits_per_byte", "filter": "none"}
+    bits |= {"higher_is_better": False, "num_fewshot": 0}
+    rows = []
+    for place, rank in enumerate(ranks):
+        rows += [make_eval(rank, 1.5 + place / 100, **bits)]
+        rows += [make_eval(rank, 3.0, **(bits | {"metric": "byte_perplexity"}))]
+        rows += [make_eval(rank, 0.25 + place / 100), make_eval(rank, 0.35, filter="flexible-extract", stderr=None)]
+    return rows
+
+
+def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
+    page = report(rows, evals_of(16, None, "base"), evaluation=EVALUATION)
+    section = Page(page.source.split('<section aria-labelledby="evaluation">')[1].split("</section>")[0])
+    body = [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section.source.split("<tbody>")[1], re.DOTALL)]
+    assert body == [
+        "base \N{EN DASH} 0.2700 ± 0.0200 0.3500 1.5200 ± 0.0200",
+        "FullFT 3e-3 0.2600 ± 0.0200 0.3500 1.5100 ± 0.0200",
+        "LoRA r16 3e-3 0.2500 ± 0.0200 0.3500 1.5000 ± 0.0200",
+    ]
+    assert "Arm LR Learned Forgotten lorabench_instruct exact_match strict-match higher is better" in section.text
+    assert "flexible-extract higher is better n 1,319, 5-shot, version 3.0 pretraining" in section.text
+    assert "pretraining bits_per_byte lower is better n 1,319, 0-shot" in section.text
+    assert "perplexity" not in section.text
+    assert "lm-eval 0.4.13, 16 sequences at once" in section.text
+    assert "#learned_forgotten" in section.all("a", "href")
+    targets = {href[1:] for href in page.all("a", "href") if href.startswith("#")}
+    assert targets <= set(page.ids)
+
+
+def test_a_score_that_is_not_there_is_a_dash(report, rows):
+    evals = [*evals_of("base", None), make_eval(16, 0.5, num_fewshot=None, n_samples=None, versions=None)]
+    page = report(rows, evals, evaluation=EVALUATION)
+    section = page.source.split('<section aria-labelledby="evaluation">')[1].split("</section>")[0]
+    assert "LoRA r16 3e-3 0.5000 ± 0.0200 \N{EN DASH} \N{EN DASH}" in Page(section).text
+    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", Page(section).text)
+
+
+@pytest.mark.parametrize("evals", [None, [], [make_eval("base", 0.1)]])
+def test_without_scores_there_is_no_section(report, rows, evals):
+    page = report(rows, evals)
+    assert "evaluation" not in page.ids
+    assert "#evaluation" not in page.all("a", "href")
 
 
 def test_same_tables_give_the_same_page(report, rows):

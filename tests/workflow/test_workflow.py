@@ -16,7 +16,7 @@ import yaml
 
 from lorabench.analysis.arms import ARM
 from lorabench.analysis.claims import CLAIMS
-from lorabench.figures import FIGURES
+from lorabench.figures import of_preset
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
 from tests.conftest import REPOSITORY
@@ -125,13 +125,25 @@ def test_smoke_runs_to_the_report(smoke):
     # What needs no runs is judged in the smallest preset too.
     assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
-    chosen = set(layout.preset.experiments.chosen())
-    drawn = {figure.name for figure in FIGURES.values() if chosen & set(figure.experiments)}
-    assert {"fig1_envelopes", "fig2_lr_by_rank", "fig4_placement", "early", "compute"} <= drawn
+    drawn = {figure.name for figure in of_preset(layout.preset)}
+    assert {"fig1_envelopes", "fig4_placement", "early", "fig6_rl_lr", "compute", "learned_forgotten"} <= drawn
     for name in drawn:
         for suffix in ("svg", "png", "csv"):
             assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
     assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
+
+
+def test_the_base_and_every_condition_are_evaluated(smoke):
+    results = smoke[0] / "results/smoke"
+    evals = pq.read_table(results / "tables/evals.parquet").to_pandas()
+    plan = make_plan(Layout.of("smoke").preset)
+    evaluated = evals.run_id.fillna("base").nunique()
+    assert evaluated == len(plan.evaluations()) == 1 + len(plan.of("placement"))
+    assert set(evals.task) == {"lorabench_instruct", "lorabench_pretraining"}
+    assert set(evals.n_samples) == {8}
+    for job in plan.evaluations():
+        samples = pq.read_table(results / f"evals/{job.eval_id}.samples.parquet").to_pandas()
+        assert (samples.groupby("task").doc_id.nunique() == 8).all()
 
 
 def test_records_say_what_happened_and_where(smoke):

@@ -3,7 +3,7 @@ from snakemake.exceptions import WorkflowError
 
 from lorabench.config import GgufModel
 from lorabench.errors import UserError
-from lorabench.figures import COMPUTE, FIGURES
+from lorabench.figures import COMPUTE, EVALS, FIGURES, of_preset
 from lorabench.layout import Layout
 from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.plan import make_plan
@@ -16,13 +16,9 @@ except UserError as error:
 
 PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
+EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
-# A figure is drawn where the preset has one of the experiments it shows.
-FIGURE_NAMES = [
-    name
-    for name, figure in FIGURES.items()
-    if any(experiment in EXPERIMENTS for experiment in figure.experiments)
-]
+FIGURE_NAMES = [figure.name for figure in of_preset(LAYOUT.preset)]
 
 
 wildcard_constraints:
@@ -30,6 +26,9 @@ wildcard_constraints:
     model="[a-z0-9_-]+",
     model_id="[0-9a-f]{8}",
     dataset_id="[0-9a-f]{8}",
+    tasks="[0-9a-f]{8}",
+    documents="[0-9]+",
+    evaluation="|".join(EVALUATIONS) or "none",
     experiment="|".join(LAYOUT.preset.experiments.trained()),
     figure="|".join(FIGURE_NAMES),
 
@@ -64,12 +63,25 @@ def figure_tables(wildcards):
     figure = FIGURES[wildcards.figure]
     if figure.experiments == COMPUTE:
         return [LAYOUT.tables() / "compute.parquet"]
+    if figure.experiments == EVALS:
+        return [LAYOUT.tables() / "evals.parquet"]
     return [
         LAYOUT.tables(experiment) / f"{name}.parquet"
         for experiment in figure.experiments
         if experiment in EXPERIMENTS
         for name in ("runs", "curves")
     ]
+
+
+def eval_inputs(wildcards):
+    """What an evaluation reads: the sweep whose best run it is of, data of the project's tasks, the base's files."""
+    job, evaluation = EVALUATIONS[wildcards.evaluation], LAYOUT.preset.evaluation
+    sources = dict.fromkeys(task.source for task in evaluation.tasks if task.source)
+    reads = [LAYOUT.dataset(source) for source in sources]
+    reads += [LAYOUT.sweep(job.sweep)] if job.sweep else []
+    if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
+        reads.append(LAYOUT.pretraining)
+    return [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
 
 
 def claims_tables():

@@ -8,6 +8,7 @@ rule report_page:
         runs=LAYOUT.tables() / "runs.parquet",
         curves=LAYOUT.tables() / "curves.parquet",
         claims=LAYOUT.tables() / "claims.parquet",
+        evals=[LAYOUT.tables() / "evals.parquet"] if EVALUATIONS else [],
         figures=expand(
             LAYOUT.figures / "{figure}.{ext}",
             figure=FIGURE_NAMES,

@@ -1,0 +1,56 @@
+"""What the tasks beside this file read: `path` is a parquet file that lorabench made, given in `dataset_kwargs`.
+
+The documents are held in memory. lm-eval's own way, a parquet file through the datasets library, would leave copies
+in the user's home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from lorabench.data.answers import gsm8k_answer
+from lorabench.data.problems import read_problems
+from lorabench.data.sft import read_dataset
+from lorabench.errors import UserError
+
+Documents = dict[str, Dataset]
+
+
+def worked(path: str, **_: Any) -> Documents:
+    """Question and final answer of each worked solution of the test split."""
+    return _test(path, [_document(row, gsm8k_answer(row["messages"][-1]["content"])) for row in _chats(path)])
+
+
+def instruct(path: str, **_: Any) -> Documents:
+    """Question and whole answer of each example of the test split."""
+    return _test(path, [_document(row, row["messages"][-1]["content"].strip()) for row in _chats(path)])
+
+
+def arithmetic(path: str, **_: Any) -> Documents:
+    """Question and answer of each problem of the test split."""
+    rows = [row for row in read_problems(Path(path)) if row["split"] == "test"]
+    return _test(path, [{name: row[name] for name in ("source", "question", "answer")} for row in rows])
+
+
+def pretraining(path: str, **_: Any) -> Documents:
+    """Held-out pretraining text."""
+    return _test(path, pq.read_table(Path(path), columns=["text"]).to_pylist())
+
+
+def _chats(path: str) -> list[dict[str, Any]]:
+    return [row for row in read_dataset(Path(path)) if row["split"] == "test"]
+
+
+def _document(row: Mapping[str, Any], answer: str | None) -> dict[str, str | None]:
+    return {"source": row["source"], "question": row["messages"][0]["content"], "answer": answer}
+
+
+def _test(path: str, documents: list[dict[str, Any]]) -> Documents:
+    if not documents or None in documents[0].values() or any(None in d.values() for d in documents):
+        raise UserError(f"{path} has no test document with an answer; was it made for this task?")
+    return {"test": Dataset.from_list(documents)}

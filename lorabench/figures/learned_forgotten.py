@@ -1,0 +1,212 @@
+"""Learned against forgotten by method and rank, and accuracy against NLL, from scores of lm-eval.
+
+What "LoRA Learns Less and Forgets Less" (Biderman et al., 2024) plots, each arm at its best LR.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lorabench.analysis.arms import arm_label
+from lorabench.errors import UserError
+from lorabench.figures import style
+from lorabench.tables import Tables
+
+BITS = "bits_per_byte"
+# Of a task's shares of right answers, the one that is drawn: the strictest, or the customary one, first.
+_ACCURACIES = ("exact_match", "prompt_level_strict_acc", "acc_norm", "acc")
+_MEASURES = {BITS: "bits per byte above the base", "accuracy": "accuracy below the base"}
+_REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
+
+_RUN = [*style.PANEL, "run_id", "method", "rank", "placement", "arm", "lr", "seed", "final_test_nll"]
+_SCORES = ["learned", "learned_stderr", "learned_tasks", "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
+COLUMNS = [*_RUN, *_SCORES]
+BASE = "base"
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """The figure, and what it plots as one tidy table: a row per run and measure of forgetting, the base's among them.
+
+    `arm` is `base` for the model before training. `learned` is an accuracy of 0 to 1. `measure` says what `forgotten`
+    is: `bits_per_byte` that the base needs less, or `accuracy` that it has more; the mean over `forgotten_tasks`.
+    Both standard errors are over documents, those of `forgotten` of the run alone.
+
+    Raises:
+        UserError: there is no table evals, or none of a trained run; or a run has two scores of one kind.
+    """
+    evals = tables.evals
+    if evals.empty:
+        raise UserError("there is no table evals")
+    score = ["model", "run_id", "task", "metric", "filter"]
+    if (twice := evals.duplicated(score)).any():
+        told = evals.loc[twice, score].dropna(axis="columns").iloc[0]
+        raise UserError(f"the evals table has more than once: {' '.join(map(str, told))}")
+    trained = evals[evals["method"].notna()]
+    if trained.empty:
+        raise UserError("the evals table has no trained run")
+    trained = trained.assign(arm=[arm_label(row) for _, row in trained.iterrows()])
+    panels = [
+        (title, _panel_rows(of_panel, evals[evals["method"].isna() & evals["model"].eq(of_panel["model"].iloc[0])]))
+        for title, of_panel in style.titled(trained)
+    ]
+    plotted = pd.concat([rows for _, rows in panels], ignore_index=True)
+    return _figure(panels, plotted), plotted
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A mean of scores, by run."""
+
+    values: pd.Series[float]
+    stderrs: pd.Series[float]
+    tasks: str
+
+
+def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """What one model trained on one dataset plots, from its scores and those of its base."""
+    base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in style.PANEL})
+    # One key for a run and the base, which has no run_id.
+    scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))
+    learned = _learned(scores)
+    forgotten = _forgotten(scores)
+    rows = []
+    for key, of_run in scores.groupby("key", sort=False):
+        told: dict[Any, Any] = of_run.iloc[0].reindex(_RUN).to_dict()
+        told |= {"learned": learned.values.get(key), "learned_stderr": learned.stderrs.get(key)}
+        told |= {"learned_tasks": learned.tasks}
+        for measure, lost in forgotten.items():
+            told_of: dict[str, Any] = {"measure": measure, "forgotten_tasks": lost.tasks}
+            told_of |= {"forgotten": lost.values.get(key), "forgotten_stderr": lost.stderrs.get(key)}
+            rows.append(told | told_of)
+        if not forgotten:
+            rows.append(told)
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64", "seed": "Int64"})
+
+
+def _learned(scores: pd.DataFrame) -> _Mean:
+    """Accuracy of the task on the data trained on, or the mean over all tasks of what is learned."""
+    shares = _accuracies(scores[scores["about"] == "learned"])
+    own = shares[shares["source"].eq(scores["dataset"].iloc[0]).fillna(False).astype(bool)]
+    return _mean(shares if own.empty else own)
+
+
+def _forgotten(scores: pd.DataFrame) -> dict[str, _Mean]:
+    """By measure how much worse than the base each run is; nothing where the base was not evaluated."""
+    forgotten = scores[scores["about"] == "forgotten"]
+    measured = {BITS: forgotten[forgotten["metric"] == BITS], "accuracy": _accuracies(forgotten)}
+    found = {}
+    for measure, of_measure in measured.items():
+        mean = _mean(of_measure)
+        if BASE in mean.values:
+            worse = mean.values - mean.values[BASE]
+            found[measure] = _Mean(worse if measure == BITS else 0 - worse, mean.stderrs, mean.tasks)
+    return found
+
+
+def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
+    """Of each task the one metric and filter that is drawn, for all runs the same; tasks without an accuracy go."""
+    kept = []
+    for _, of_task in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
+        metrics = list(of_task["metric"].unique())
+        metric = next((name for name in _ACCURACIES if name in metrics), metrics[0])
+        of_metric = of_task[of_task["metric"] == metric]
+        strictest = min(of_metric["filter"].fillna("none").unique(), key=_looseness)
+        kept.append(of_metric[of_metric["filter"].fillna("none") == strictest])
+    return pd.concat(kept) if kept else scores.iloc[:0]
+
+
+def _looseness(name: str) -> tuple[int, str]:
+    """Strict filters first, flexible ones last."""
+    return (0 if "strict" in name else 2 if "flexible" in name else 1, name)
+
+
+def _mean(scores: pd.DataFrame) -> _Mean:
+    """The mean over tasks of each run that has them all, with its standard error: documents are independent."""
+    values = scores.pivot(index="key", columns="task", values="value").dropna()
+    stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)
+    names = ["task", "metric", "filter"]
+    tasks = scores[names].fillna("none").drop_duplicates().sort_values(names)
+    return _Mean(
+        values.mean(axis="columns"),
+        np.sqrt((stderrs**2).sum(axis="columns", skipna=False)) / max(1, len(values.columns)),
+        "; ".join(" ".join(row) for row in tasks.itertuples(index=False)),
+    )
+
+
+def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Figure:
+    measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [BITS]
+    figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
+    grid = figure.subplots(len(panels), len(measures) + 1, squeeze=False, sharey="row")
+    styles = style.arm_styles(plotted[plotted["arm"] != BASE])
+    for (title, rows), of_row in zip(panels, grid, strict=True):
+        of_row[0].set_title(title, pad=18, parse_math=False)
+        for measure, axes in zip(measures, of_row[:-1], strict=True):
+            _draw_forgotten(axes, rows[rows["measure"] == measure], measure, styles)
+        _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles)
+        # The height is told once, where the first panel is that isn't a sentence.
+        drawn = [axes for axes in of_row if axes.axison]
+        for axes in drawn[:1]:
+            axes.tick_params(labelleft=True)
+            axes.set_ylabel(
+                f"{_named('accuracy: ', rows['learned_tasks'].iloc[0])}\n(higher is better)", parse_math=False
+            )
+    marks: list[Artist] = [style.mark(look.label, look.marker, color=look.colour) for look in styles.values()]
+    if (plotted["arm"] == BASE).any():
+        marks.append(style.mark("before training", "x", markeredgewidth=1.8))
+    style.legends(figure, {}, marks)
+    return figure
+
+
+def _draw_forgotten(axes: Axes, rows: pd.DataFrame, measure: str, styles: dict[str, style.ArmStyle]) -> None:
+    """What was learned against what was forgotten; the base is where its two lines cross."""
+    if rows.empty:
+        style.say(axes, "forgetting is measured from the base,\nand the base has no such score")
+        return
+    label = _named(f"{_MEASURES[measure]}:\n", rows["forgotten_tasks"].iloc[0])
+    axes.axvline(0, **_REFERENCE)
+    _draw_points(axes, rows, "forgotten", styles)
+    axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
+
+
+def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
+    """Accuracy against the test NLL of the data trained on, over runs."""
+    if not rows["final_test_nll"].notna().any():
+        style.say(axes, "no test NLL:\nreinforcement learning has none")
+        return
+    _draw_points(axes, rows, "final_test_nll", styles)
+    axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
+
+
+def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle]) -> None:
+    """Runs with their standard errors, and the base's score as a line. Runs without both numbers are counted."""
+    for row in rows[rows["arm"] == BASE].dropna(subset=["learned"]).to_dict("records"):
+        axes.axhline(row["learned"], **_REFERENCE)
+    placed = rows.dropna(subset=["learned", across])
+    for row in placed.to_dict("records"):
+        look = styles.get(row["arm"])
+        point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
+        if look:
+            point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
+        across_error = row["forgotten_stderr"] if across == "forgotten" else None
+        axes.errorbar(
+            *(row[across], row["learned"]), row["learned_stderr"], across_error, markersize=6, elinewidth=0.9, **point
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    # The base was trained on no dataset of its own, so it has no test NLL.
+    lost = len(rows[rows["arm"] != BASE]) - len(placed[placed["arm"] != BASE])
+    style.note(axes, f"{lost} without a score" if lost else "")
+
+
+def _named(what: str, tasks: str) -> str:
+    """A score by its task, or by how many tasks it is the mean of."""
+    of = tasks.split("; ")
+    return f"{what}{of[0].split(' ')[0]}" if len(of) == 1 else f"{what}mean of {len(of)} tasks"

@@ -1,0 +1,89 @@
+"""A small preset, trained once, to be evaluated by many tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorabench.data.problems import make_problems, write_problems
+from lorabench.data.sft import make_dataset, write_dataset
+from lorabench.evaluation.pretraining import write_pretraining
+from lorabench.layout import Layout
+from lorabench.plan import EvalJob, Plan, make_plan
+
+TASKS = [
+    {"name": "lorabench_worked", "about": "learned", "source": "worked", "chat": True, "limit": 6},
+    {"name": "lorabench_instruct", "about": "learned", "source": "instruct", "chat": True, "limit": 6},
+    {"name": "lorabench_arithmetic", "about": "learned", "source": "gcd", "chat": True, "limit": 6},
+    {"name": "lorabench_pretraining", "about": "forgotten"},
+]
+SIZES = {"train": 64, "validation": 8, "test": 12}
+RAW: dict[str, Any] = {
+    "description": "evaluation for tests",
+    "models": {"tiny": {"kind": "tiny"}, "other": {"kind": "tiny", "name": "llama-64"}},
+    "datasets": {
+        "instruct": {"kind": "instruct", **SIZES, "max_chars": 240},
+        "worked": {"kind": "worked", **SIZES, "max_chars": 300},
+    },
+    "problems": {"gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, **SIZES}},
+    "experiments": {
+        "rank": [
+            {
+                "models": ["tiny"],
+                "datasets": ["instruct"],
+                "ranks": {"all": [4]},
+                "batch_sizes": [8],
+                "lrs": {"fullft": [3e-4, 1e-3, 3e-3], "lora": [1e-3, 3e-3, 1e-2]},
+            }
+        ]
+    },
+    "evaluation": {"experiments": ["rank"], "tasks": TASKS, "batch_size": 4, "pretraining_documents": 8},
+    "execution": {"gflops": 20.0},
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A preset's plan whose sweeps are trained, in the working directory."""
+
+    plan: Plan
+    layout: Layout
+
+    def job(self, method: str | None) -> EvalJob:
+        """The evaluation of the base, or of the sweep of a method."""
+        jobs = self.plan.evaluations()
+        return next(job for job in jobs if (job.sweep.condition.method if job.sweep else None) == method)
+
+
+@pytest.fixture(scope="package")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    """The preset above: data made, both sweeps trained."""
+    from lorabench.data.sft import read_dataset
+    from lorabench.data.tokens import write_tokens
+    from lorabench.models.base import load_tokenizer, max_length
+    from lorabench.training.sweep import run_sweep
+
+    folder, home = tmp_path_factory.mktemp("evaluation"), Path.cwd()
+    os.chdir(folder)
+    try:
+        Path("mine.yaml").write_text(yaml.safe_dump(RAW))
+        layout = Layout.of("mine.yaml")
+        plan = make_plan(layout.preset)
+        for name, spec in plan.preset.datasets.items():
+            write_dataset(make_dataset(spec), layout.dataset(name))
+        write_problems(make_problems(plan.preset.problems["gcd"]), layout.dataset("gcd"))
+        write_pretraining(8, layout.pretraining)
+        model = plan.preset.models["tiny"]
+        source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
+        write_tokens(read_dataset(source), load_tokenizer(model), source, target, max_length(model))
+        for sweep in plan.sweeps:
+            run_sweep(plan, sweep, layout, lambda line: None)
+        yield Trained(plan, layout)
+    finally:
+        os.chdir(home)

@@ -1,0 +1,113 @@
+"""Tasks by name: filters through lm-eval's own machinery, bad input, the command that looks them up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lorabench.cli import app
+from lorabench.config import EvalTask
+from lorabench.errors import UserError
+from lorabench.evaluation import catalog
+from tests.evaluation.conftest import RAW, Trained
+
+
+def task(name: str, source: str | None = None) -> EvalTask:
+    return EvalTask(name=name, about="learned", source=source)
+
+
+def graded(trained: Trained, name: str, source: str, response: str, target: str) -> dict[str, float]:
+    """Score of a response by filter."""
+    from lm_eval.api.instance import Instance
+
+    wanted = task(name, source)
+    built = catalog.load(catalog.manager([wanted]), wanted, trained.layout).leaves[name]
+    doc = {"question": "?", "answer": target, "source": "made up"}
+    instance = Instance("generate_until", doc, ("?", {}), 0, metadata=(name, 0, 1))
+    instance.resps.append(response)
+    built._instances = [instance]
+    built.apply_filters()
+    return {key: built.process_results(doc, [value])["exact_match"] for key, value in instance.filtered_resps.items()}
+
+
+@pytest.mark.parametrize(
+    ("response", "strict", "flexible"),
+    [
+        ("3 + 4 = 7\n#### 7", 1, 1),
+        ("3 + 4 = 7\n#### 7\n", 1, 1),
+        ("3 + 4 = 7", 0, 1),
+        ("#### 7 apples", 0, 1),
+        ("#### 8\nno: #### 8\n#### 7", 1, 1),
+        ("#### 7\nthat is 9", 1, 0),
+        ("it is 7 or 8\n#### 8", 0, 0),
+        ("no number", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_strict_and_flexible_filters(trained, response, strict, flexible):
+    found = graded(trained, "lorabench_worked", "worked", response, "7")
+    assert found == {"strict-match": strict, "flexible-extract": flexible}
+
+
+def test_commas_and_decimals_of_worked_answers(trained):
+    assert set(graded(trained, "lorabench_worked", "worked", "#### 1,612.5", "1612.5").values()) == {1}
+    assert set(graded(trained, "lorabench_worked", "worked", "#### -7", "7").values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "response", "right"),
+    [
+        ("lorabench_arithmetic", "gcd", " 12 ", 1),
+        ("lorabench_arithmetic", "gcd", "12.", 0),
+        ("lorabench_arithmetic", "gcd", "it is 12", 0),
+        ("lorabench_instruct", "instruct", "\n12\n", 1),
+        ("lorabench_instruct", "instruct", "12 3", 0),
+    ],
+)
+def test_whole_answers(trained, name, source, response, right):
+    assert graded(trained, name, source, response, "12") == {"none": right}
+
+
+def test_an_unknown_task_is_named_with_those_near_it():
+    with pytest.raises(UserError, match="'lorabench_workd' is not known to lm-eval; near it: lorabench_worked"):
+        catalog.manager([task("lorabench_workd", "worked")])
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("lorabench_worked", "instruct", "source 'instruct'; it reads a source of kind worked: worked"),
+        ("lorabench_instruct", None, "source None; it reads a source of kind instruct: instruct"),
+        ("lorabench_pretraining", "instruct", "reads no source; 'instruct' is given"),
+        ("gsm8k", "instruct", "reads no source; 'instruct' is given"),
+    ],
+)
+def test_a_source_of_another_kind_is_refused(trained, name, source, message):
+    with pytest.raises(UserError, match=message):
+        catalog.check([task(name, source)], trained.layout)
+
+
+def test_a_missing_file_is_named(trained):
+    path = trained.layout.dataset("gcd")
+    aside = path.rename(path.with_suffix(".aside"))
+    wanted = task("lorabench_arithmetic", "gcd")
+    try:
+        with pytest.raises(UserError, match=f"reads {path}, which is not there"):
+            catalog.load(catalog.manager([wanted]), wanted, trained.layout)
+    finally:
+        aside.rename(path)
+
+
+def test_fetch_and_evaluate_as_commands(trained):
+    result = CliRunner().invoke(app, ["fetch", "--preset", "mine.yaml", "--out", "found.json"])
+    assert result.exit_code == 0, result.output
+    with open("found.json") as file:
+        assert json.load(file)["tasks"].keys() == {one["name"] for one in RAW["evaluation"]["tasks"]}
+    job = trained.job("lora")
+    result = CliRunner().invoke(app, ["evaluate", job.eval_id, "--preset", "mine.yaml"])
+    assert result.exit_code == 0, result.output
+    assert trained.layout.evals(job).is_file()
+    assert trained.layout.samples(job).is_file()
+    assert CliRunner().invoke(app, ["evaluate", "nothing", "--preset", "mine.yaml"]).exit_code == 2

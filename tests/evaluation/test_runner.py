@@ -1,0 +1,189 @@
+"""A whole evaluation on the tiny base: its tables, agreement with the project's own NLL, determinism."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lorabench.data.sft import read_dataset
+from lorabench.data.tokens import TokenizedSplit, encode_chat
+from lorabench.errors import UserError
+from lorabench.evaluation import catalog
+from lorabench.evaluation.runner import SAMPLES, best_record, evaluate_job, harness, load, run_tasks
+from lorabench.models.base import load_model, load_tokenizer
+from lorabench.records import RunFolder, write_json
+from lorabench.tables import EVALS
+from lorabench.training.loss import mean_nll
+from tests.evaluation.conftest import Trained
+
+CPU = torch.device("cpu")
+
+
+def scores(trained: Trained, method: str | None) -> pd.DataFrame:
+    job = trained.job(method)
+    evaluate_job(trained.plan, job, trained.layout)
+    assert pq.read_schema(trained.layout.evals(job)).equals(EVALS)
+    assert pq.read_schema(trained.layout.samples(job)).equals(SAMPLES)
+    return pq.read_table(trained.layout.evals(job)).to_pandas()
+
+
+def of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
+    return frame[(frame["task"] == task) & (frame["filter"] == filter_name)].iloc[0]
+
+
+@pytest.fixture(scope="module")
+def base(trained: Trained) -> pd.DataFrame:
+    return scores(trained, None)
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Trained) -> pd.DataFrame:
+    return scores(trained, "lora")
+
+
+def test_scores_of_a_base_have_all_that_tells_how_they_were_made(trained, base):
+    assert base[["run_id", "method", "lr", "dataset"]].isna().all().all()
+    worked = base[base["task"] == "lorabench_worked"]
+    assert set(worked["filter"]) == {"strict-match", "flexible-extract"}
+    assert set(base.loc[base["task"] == "lorabench_pretraining", "metric"]) == {
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+    }
+    assert base[["about", "value", "higher_is_better", "n_samples", "num_fewshot", "task_version"]].notna().all().all()
+    assert (base["eval_batch_size"] == 4).all()
+    assert base["stderr"].notna().equals(base["metric"] == "exact_match")
+    assert base["template_sha256"].notna().equals(base["about"] == "learned")
+    assert of(base, "lorabench_worked", "strict-match")["n_samples"] == 6
+    assert of(base, "lorabench_pretraining")["n_samples"] == 8
+    assert {"lm_eval", "torch", "transformers"} <= json.loads(base["versions"][0]).keys()
+    assert json.loads(of(base, "lorabench_arithmetic")["task_config"])["generation_kwargs"]["max_gen_toks"] == 8
+
+
+def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
+    samples = pq.read_table(trained.layout.samples(trained.job(None))).to_pandas()
+    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
+    found = samples[samples["task"] == "lorabench_instruct"].sort_values("doc_id")
+    assert found["target"].tolist() == [row["messages"][1]["content"].strip() for row in rows[:6]]
+    hits = found["metrics"].map(lambda text: json.loads(text)["exact_match"])
+    assert hits.mean() == of(base, "lorabench_instruct")["value"]
+    assert hits.tolist() == (found["response"].str.strip() == found["target"]).astype(float).tolist()
+
+
+def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted):
+    record = best_record(trained.job("lora"), trained.layout)
+    first = adapted.iloc[0]
+    assert first["run_id"] == record["run_id"]
+    assert (first["method"], first["rank"], first["dataset"], first["seed"]) == ("lora", 4, "instruct", 0)
+    assert first["lr"] == record["spec"]["lr"]
+    assert first["final_test_nll"] == record["outcome"]["final_test_nll"]
+    for metric in ("bits_per_byte", "word_perplexity"):
+        values = [frame.loc[frame["metric"] == metric, "value"].item() for frame in (base, adapted)]
+        assert values[0] != pytest.approx(values[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [None, "lora", "fullft"])
+def test_nll_of_lm_eval_is_this_projects(trained, method):
+    from lm_eval.api.instance import Instance
+
+    job = trained.job(method)
+    record = best_record(job, trained.layout) if method else None
+    model = load(trained.plan, job, record, trained.layout)
+    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
+    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
+    encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
+    split = TokenizedSplit(
+        np.concatenate([ids for ids, _ in encoded]),
+        np.concatenate([scored for _, scored in encoded]),
+        np.cumsum([0, *(len(ids) for ids, _ in encoded)]),
+    )
+    own = mean_nll(model, split, 2048, CPU, None)
+    lm = harness(model, tokenizer, 4, None)
+    pairs = [
+        (lm.apply_chat_template(row["messages"][:1]), row["messages"][1]["content"] + tokenizer.eos_token)
+        for row in rows
+    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    theirs = -sum(value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)) / split.scored.sum()
+    assert theirs == pytest.approx(own, abs=1e-3)
+    if record is not None:
+        assert own == pytest.approx(record["outcome"]["final_test_nll"], abs=1e-3)
+
+
+def test_rolling_likelihood_starts_from_the_end_token(trained, base):
+    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
+    texts = pq.read_table(trained.layout.pretraining)["text"].to_pylist()
+    encoded = [[tokenizer.eos_token_id, *tokenizer.encode(text)] for text in texts]
+    scored = [[False] + [True] * (len(ids) - 1) for ids in encoded]
+    offsets = np.cumsum([0, *map(len, encoded)])
+    split = TokenizedSplit(np.concatenate(encoded), np.concatenate(scored), offsets)
+    own = mean_nll(load_model(trained.plan.preset.models["tiny"]), split, 2048, CPU, None)
+    bits = base.loc[base["metric"] == "bits_per_byte", "value"].item()
+    theirs = bits * math.log(2) * sum(len(text.encode()) for text in texts) / split.scored.sum()
+    assert theirs == pytest.approx(own, abs=1e-3)
+
+
+def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base, adapted):
+    plan, layout = trained.plan, trained.layout
+    tokenizer = load_tokenizer(plan.preset.models["tiny"])
+    keys = ["task", "metric", "filter"]
+
+    def again(batch_size: int) -> pd.Series:
+        tasks = plan.preset.evaluation.tasks
+        index = catalog.manager(tasks)
+        loaded = [catalog.load(index, task, layout) for task in tasks]
+        lm = harness(load_model(plan.preset.models["tiny"]), tokenizer, batch_size, None)
+        rows, _ = run_tasks(lm, index, loaded, plan.preset.evaluation)
+        return pd.DataFrame(rows).set_index(keys)["value"]
+
+    # The fixtures evaluated the base, then an adapter.
+    alone = base.set_index(keys)["value"]
+    pd.testing.assert_series_equal(again(4), alone, check_exact=True)
+    other = again(3)
+    exact = alone.index.get_level_values("metric") == "exact_match"
+    pd.testing.assert_series_equal(other[exact], alone[exact], check_exact=True)
+    pd.testing.assert_series_equal(other, alone, rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_base_is_refused(trained):
+    job = trained.job("lora")
+    record = best_record(job, trained.layout)
+    record["environment"]["model_sha256"] = {"model.safetensors": "0" * 64}
+    with pytest.raises(UserError, match=f"run {record['run_id']} was trained from a base with weights model.saf"):
+        load(trained.plan, job, record, trained.layout)
+
+
+def test_what_is_not_there_is_named(trained):
+    job, layout = trained.job("fullft"), trained.layout
+    record = best_record(job, layout)
+    folder = RunFolder(layout.runs, record["run_id"])
+    aside = folder.weights.with_name("aside")
+    shutil.move(folder.weights, aside)
+    try:
+        with pytest.raises(UserError, match=f"weights of run {record['run_id']} are not there"):
+            load(trained.plan, job, record, layout)
+    finally:
+        shutil.move(aside, folder.weights)
+
+
+def test_a_sweep_that_diverged_leaves_tables_without_rows(trained):
+    job, layout = trained.job("fullft"), trained.layout
+    folders = [RunFolder(layout.runs, run.run_id) for run in job.sweep.grid()]
+    before = [folder.read_record() for folder in folders]
+    try:
+        for folder, record in zip(folders, before, strict=True):
+            diverged = record["outcome"] | {"status": "diverged", "final_valid_nll": None, "final_test_nll": None}
+            write_json(record | {"outcome": diverged}, folder.record)
+        evaluate_job(trained.plan, job, layout)
+        assert pq.read_table(layout.evals(job)).num_rows == pq.read_table(layout.samples(job)).num_rows == 0
+    finally:
+        for folder, record in zip(folders, before, strict=True):
+            write_json(record, folder.record)

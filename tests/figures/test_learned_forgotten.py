@@ -1,0 +1,176 @@
+"""What the figure of learned against forgotten plots, from scores made by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.text
+import pandas as pd
+import pytest
+
+from lorabench.config import load_preset
+from lorabench.errors import UserError
+from lorabench.figures import EVALS, FIGURES, drawable, of_preset, save
+from lorabench.tables import Tables, write_frame
+from tests.handmade import evals_table, make_eval
+
+ACC = {"metric": "exact_match", "filter": "strict-match"}
+BITS = {"about": "forgotten", "task": "pretraining", "source": None, "metric": "bits_per_byte", "filter": "none"}
+BITS |= {"higher_is_better": False}
+HELLA = {"about": "forgotten", "task": "hellaswag", "source": None, "metric": "acc_norm", "filter": "none"}
+ARC = HELLA | {"task": "arc_challenge"}
+
+
+def of_arm(rank: int | str | None, learned: float, bits: float, **changes: Any) -> list[dict[str, Any]]:
+    """Scores of one run (rank null is FullFT, `base` the base): accuracy by both filters, and bits per byte."""
+    return [
+        make_eval(rank, learned, **ACC, **changes),
+        make_eval(rank, learned + 0.1, **(ACC | {"filter": "flexible-extract"}), **changes),
+        make_eval(rank, bits, **BITS, **changes),
+        make_eval(rank, 2**bits, **(BITS | {"metric": "byte_perplexity"}), **changes),
+    ]
+
+
+ROWS = of_arm("base", 0.05, 1.50) + of_arm(None, 0.60, 1.62) + of_arm(8, 0.55, 1.53)
+
+
+def draw(rows: list[dict[str, Any]]):
+    none = pd.DataFrame()
+    return FIGURES["learned_forgotten"].draw(Tables(none, none, evals=evals_table(rows)))
+
+
+def elsewhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same runs, trained on what no task reads."""
+    return [row | ({"dataset": "hub_set"} if row["method"] else {}) for row in rows]
+
+
+def words(figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def by_arm(plotted: pd.DataFrame, column: str) -> dict[str, float]:
+    return dict(zip(plotted["arm"], plotted[column], strict=True))
+
+
+def test_what_is_plotted_is_the_strict_accuracy_and_the_bits_above_the_base():
+    figure, plotted = draw(ROWS)
+    assert by_arm(plotted, "learned") == {"base": 0.05, "FullFT": 0.60, "LoRA r8": 0.55}
+    assert by_arm(plotted, "forgotten") == pytest.approx({"base": 0, "FullFT": 0.12, "LoRA r8": 0.03})
+    assert set(plotted["learned_tasks"]) == {"lorabench_instruct exact_match strict-match"}
+    assert set(plotted["measure"]) == {"bits_per_byte"}
+    assert plotted["learned_stderr"].eq(0.02).all()
+    assert plotted["forgotten_stderr"].eq(0.02).all()
+    for said in ("accuracy: lorabench_instruct", "bits per byte above the base:\npretraining", "higher is better"):
+        assert said in words(figure)
+    assert words(figure).count("lower is better") == 2
+
+
+def test_marks_lie_where_the_table_says():
+    figure, plotted = draw(ROWS)
+    for axes, across in zip(figure.axes, ("forgotten", "final_test_nll"), strict=True):
+        drawn = {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
+        assert drawn == set(plotted[[across, "learned"]].dropna().itertuples(index=False, name=None))
+        assert [line.get_ydata() for line in axes.lines if line.get_color() == "0.7"][-1] == [0.05, 0.05]
+    # The base has no loss on what it was not trained on.
+    assert [len(axes.containers) for axes in figure.axes] == [3, 2]
+
+
+def test_the_task_on_the_data_trained_on_counts_and_else_the_mean_of_all():
+    other = {"task": "lorabench_worked", "source": "worked", **ACC}
+    rows = ROWS + [make_eval(rank, 0.2, **other) for rank in ("base", None, 8)]
+    assert by_arm(draw(rows)[1], "learned")["LoRA r8"] == 0.55
+    figure, plotted = draw(elsewhere(rows))
+    assert by_arm(plotted, "learned") == pytest.approx({"base": 0.125, "FullFT": 0.40, "LoRA r8": 0.375})
+    # Of two independent means of which each has 0.02.
+    assert plotted["learned_stderr"].tolist() == pytest.approx([0.02 / math.sqrt(2)] * 3)
+    assert "mean of 2 tasks" in words(figure)
+
+
+def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
+    rows = [make_eval(rank, 0.5, **ACC) for rank in ("base", None, 8)]
+    for rank, hella, arc in (("base", 0.70, 0.50), (None, 0.60, 0.46), (8, 0.70, 0.48)):
+        rows += [make_eval(rank, hella, **HELLA), make_eval(rank, arc, **ARC)]
+        rows += [make_eval(rank, 0.1, **(HELLA | {"metric": "acc"}))]
+    figure, plotted = draw(rows)
+    assert by_arm(plotted, "forgotten") == pytest.approx({"base": 0, "FullFT": 0.07, "LoRA r8": 0.01})
+    assert set(plotted["forgotten_tasks"]) == {"arc_challenge acc_norm none; hellaswag acc_norm none"}
+    assert "accuracy below the base:\nmean of 2 tasks" in words(figure)
+
+
+def test_each_measure_of_forgetting_has_a_panel():
+    rows = ROWS + [make_eval(rank, value, **HELLA) for rank, value in (("base", 0.7), (None, 0.6), (8, 0.7))]
+    figure, plotted = draw(rows)
+    assert len(figure.axes) == 3
+    lost = plotted.pivot(index="arm", columns="measure", values="forgotten")
+    assert lost.loc["FullFT"].to_dict() == pytest.approx({"bits_per_byte": 0.12, "accuracy": 0.1})
+
+
+def test_each_dataset_is_set_against_the_base_of_its_model():
+    rows = ROWS + of_arm(8, 0.3, 2.0, dataset="worked") + of_arm("base", 0.1, 3.0, model="big")
+    rows += of_arm(8, 0.2, 3.5, model="big")
+    _, plotted = draw(rows)
+    lora = plotted[plotted["arm"] == "LoRA r8"].set_index(["model", "dataset"])["forgotten"].to_dict()
+    assert lora == pytest.approx({("tiny", "instruct"): 0.03, ("tiny", "worked"): 0.5, ("big", "instruct"): 0.5})
+
+
+def test_a_run_without_one_of_the_tasks_is_counted_not_averaged():
+    worked = [make_eval(rank, 0.2, task="lorabench_worked", source="worked", **ACC) for rank in ("base", 8)]
+    figure, plotted = draw(elsewhere(ROWS + worked))
+    assert math.isnan(by_arm(plotted, "learned")["FullFT"])
+    assert by_arm(plotted, "learned")["LoRA r8"] == pytest.approx(0.375)
+    assert words(figure).count("1 without a score") == 2
+
+
+def test_without_the_base_or_a_loss_there_is_a_sentence():
+    figure, plotted = draw([row for row in ROWS if row["method"]])
+    assert "the base has no such score" in words(figure)
+    assert plotted["forgotten"].isna().all()
+    assert plotted["learned"].tolist() == [0.60, 0.55]
+    figure, _ = draw([row | {"final_test_nll": None, "final_reward": 0.4} for row in ROWS])
+    assert "reinforcement learning has none" in words(figure)
+
+
+def test_a_score_without_standard_error_is_drawn_without_a_bar():
+    figure, plotted = draw([row | {"stderr": None} for row in ROWS])
+    assert plotted["learned_stderr"].isna().all()
+    assert [len(axes.containers) for axes in figure.axes] == [3, 2]
+
+
+def test_only_runs_of_what_nothing_was_learned_still_make_a_figure():
+    figure, plotted = draw([row for row in ROWS if row["about"] == "forgotten"])
+    assert plotted["learned"].isna().all()
+    assert "2 without a score" in words(figure)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "there is no table evals"),
+        (of_arm("base", 0.1, 1.5), "no trained run"),
+        (ROWS + ROWS[-1:], "more than once: tiny .* pretraining byte_perplexity none"),
+    ],
+)
+def test_a_table_that_says_nothing_is_refused(rows, told):
+    with pytest.raises(UserError, match=told):
+        draw(rows)
+
+
+def test_it_reads_a_folder_with_evals_only_and_writes_the_same_bytes_again(tmp_path: Path):
+    write_frame(evals_table(ROWS), "evals", tmp_path)
+    assert drawable([tmp_path]) == ["learned_forgotten"]
+    for out in ("one", "two"):
+        save("learned_forgotten", [tmp_path], tmp_path / out)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
+    assert one == two
+    assert set(one) == {f"learned_forgotten.{kind}" for kind in ("svg", "png", "csv")}
+
+
+def test_a_preset_has_the_figure_where_it_has_an_evaluation(raw_preset, write_preset):
+    assert EVALS == ("evaluation",)
+    assert "learned_forgotten" not in {figure.name for figure in of_preset(load_preset(write_preset(raw_preset)))}
+    tasks = [{"name": "hellaswag", "about": "forgotten"}]
+    evaluation = {"experiments": ["rank"], "tasks": tasks}
+    preset = load_preset(write_preset(raw_preset | {"evaluation": evaluation}))
+    assert "learned_forgotten" in {figure.name for figure in of_preset(preset)}

@@ -1,0 +1,67 @@
+# May download, so never on a compute node.
+localrules:
+    eval_tasks,
+    pretraining,
+    evals_table,
+
+
+# Every task is looked up, and what it reads is fetched, before the first evaluation.
+rule eval_tasks:
+    output:
+        LAYOUT.root / "evals/tasks-{tasks}.json",
+    log:
+        LAYOUT.root / "logs/eval_tasks.{tasks}.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench fetch --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
+
+
+rule pretraining:
+    output:
+        LAYOUT.root / "data/pretraining-{documents}.parquet",
+    log:
+        LAYOUT.root / "logs/pretraining.{documents}.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+
+
+# One job per base and per condition, at its best LR. The run's weights are kept by the sweep that trained it.
+rule evaluate:
+    input:
+        eval_inputs,
+    output:
+        LAYOUT.root / "evals/{evaluation}.parquet",
+        LAYOUT.root / "evals/{evaluation}.samples.parquet",
+    log:
+        LAYOUT.root / "logs/{evaluation}.log",
+    conda:
+        "../envs/lorabench.yaml"
+    threads: LAYOUT.preset.execution.threads
+    params:
+        preset=PRESET,
+    shell:
+        "HF_HUB_OFFLINE=1 lorabench evaluate {wildcards.evaluation} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
+
+
+rule evals_table:
+    input:
+        [LAYOUT.evals(job) for job in EVALUATIONS.values()],
+    output:
+        LAYOUT.tables() / "evals.parquet",
+        LAYOUT.tables() / "evals.csv",
+    log:
+        LAYOUT.root / "logs/evals_table.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        out=LAYOUT.tables(),
+    shell:
+        "lorabench collect-evals {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
