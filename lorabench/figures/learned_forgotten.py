@@ -201,6 +201,9 @@ def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, 
             *(row[across], row["learned"]), row["learned_stderr"], across_error, markersize=6, elinewidth=0.9, **point
         )
     axes.xaxis.set_major_locator(MaxNLocator(5))
+    # Where all accuracies are 0 there is still a range.
+    if placed["learned"].max() == 0:
+        axes.set_ylim(-0.002, 0.05)
     # The base was trained on no dataset of its own, so it has no test NLL.
     lost = len(rows[rows["arm"] != BASE]) - len(placed[placed["arm"] != BASE])
     style.note(axes, f"{lost} without a score" if lost else "")
