@@ -25,12 +25,12 @@ MISTAKES = {
     "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: fig1_envelopes"),
     "figure of folders": (
         ("figure", "all", "--tables", "/nowhere", "--tables", "/elsewhere", "--out", "."),
-        "no table runs, curves, compute or counts (.parquet or .csv) in /nowhere",
+        "no table runs, curves, compute, counts or evals (.parquet or .csv) in /nowhere",
     ),
     "tiny base": (("tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),
-        "no table runs, curves, compute or counts (.parquet or .csv) in /nowhere",
+        "no table runs, curves, compute, counts or evals (.parquet or .csv) in /nowhere",
     ),
 }
 
