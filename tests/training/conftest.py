@@ -17,7 +17,8 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.plan import Condition, Run, make_plan
 from lorabench.training.loss import mean_nll
-from lorabench.training.sft import Machine, train_run
+from lorabench.training.run import Machine
+from lorabench.training.sft import train_run
 from lorabench.training.sweep import run_sweep
 
 TINY = TinyModel(kind="tiny")

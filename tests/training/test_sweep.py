@@ -39,7 +39,7 @@ def test_a_sweep_of_diverged_runs_only_has_no_repeats(ready):
 def test_a_second_call_trains_nothing(ready, monkeypatch):
     plan, layout = ready("twice")
     first, _ = trained(plan, layout, "lora")
-    monkeypatch.setattr("lorabench.training.sweep.train_run", None)
+    monkeypatch.setattr("lorabench.training.sft_job.train_run", None)
     again, _ = trained(plan, layout, "lora")
     assert again.equals(first) or again.to_json() == first.to_json()
 
