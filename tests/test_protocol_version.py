@@ -33,6 +33,7 @@ CODE = (
     "lorabench/training/adapter.py",
     "lorabench/training/batches.py",
     "lorabench/training/loss.py",
+    "lorabench/training/rl/cache.py",
     "lorabench/training/rl/lanes.py",
     "lorabench/training/rl/loop.py",
     "lorabench/training/rl/objective.py",

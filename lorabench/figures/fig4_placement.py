@@ -110,7 +110,7 @@ def _draw_by_count(
         half = np.array([[row[value] - row[lower]], [row[upper] - row[value]]])
         face: dict[str, Any] = {"mfc": "white" if row["at_edge"] else look.colour, "mec": look.colour}
         bar: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "capsize": 2.5, "ms": 6, **face}
-        layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{row['rank']}"
+        layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{int(row['rank'])}"
         axes.errorbar(
             float(row["trainable_params"]),
             row[value],

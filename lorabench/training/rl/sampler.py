@@ -136,7 +136,7 @@ def _sample_chunk(
     stop: Stop,
     device: torch.device,
 ) -> list[Response]:
-    from transformers import DynamicCache
+    from lorabench.training.rl.cache import growing_cache
 
     n = len(requests)
     chance = np.full((n, stop.max_new_tokens), -1.0)
@@ -153,7 +153,7 @@ def _sample_chunk(
     # A prompt goes through the model once, however many responses it gets.
     unique = list(dict.fromkeys((request.lane, request.prompt) for request in requests))
     ids, mask = left_padded([prompt for _, prompt in unique], device)
-    cache = DynamicCache()
+    cache = growing_cache()
     logits = _next_logits(model, ids, mask, positions(mask), cache, [lane for lane, _ in unique])
     place = {prompt: index for index, prompt in enumerate(unique)}
     source = torch.tensor([place[request.lane, request.prompt] for request in requests], device=device)
