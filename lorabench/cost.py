@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorabench.plan import Condition, Plan, Sweep
 
 # Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
-# per token of the tiny base's tokenizer and, roughly, of large ones.
+# per token of the tiny base's tokenizer and, roughly, of large ones. Those of the hub's problems are guesses.
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
@@ -31,7 +31,8 @@ _EVALUATION_START_SECONDS = 12.0
 
 
 # A token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time leaves
-# most of a machine idle. Measured with the laptop preset on 2 cores; on a GPU it depends on the batch.
+# most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000. On a GPU
+# it depends on the batch, and this is a guess.
 _DECODING = 3.0
 
 

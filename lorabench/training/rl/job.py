@@ -53,20 +53,19 @@ class _Work:
 
     def train_lora(self, runs: Mapping[str, tuple[int, Run]]) -> None:
         """Train LoRA runs in lanes, as far as their adapters can go through the model together."""
-        base, waiting = self.job.load(), dict(runs)
+        base = self.job.load()
         self._base_scores(base)
-        first, *others = waiting
-        model = self.job.with_lora(base, waiting[first][1], first)
+        first, *others = runs
+        model = self.job.with_lora(base, runs[first][1], first)
         if not can_share(model):
-            together = {first: waiting[first]}
-            self.train(model, together)
+            self.train(model, {first: runs[first]})
             if others:
-                self.train_lora({name: waiting[name] for name in others})
+                self.train_lora({name: runs[name] for name in others})
             return
         for name in others:
-            run = waiting[name][1]
+            run = runs[name][1]
             add_lane(model, name, run.seed, run.condition.init_a or 1.0)
-        self.train(model, waiting)
+        self.train(model, runs)
 
     def train(self, model: torch.nn.Module, runs: Mapping[str, tuple[int, Run]]) -> None:
         """Train the runs that a model is ready for; for LoRA it has an adapter named after each."""
