@@ -319,7 +319,7 @@ FIGURES = {
         ),
         PaperFigure(
             name="learned_forgotten",
-            title="Evaluation. Learned against forgotten, and accuracy against loss",
+            title="Learned and forgotten. What each arm gained and lost, and accuracy against loss",
             caption=(
                 "Scores of lm-eval, one mark for the run of each arm at its best learning rate (first seed). Left: "
                 "accuracy on the task of the data trained on (the strict filter where there are two), or where no task "
