@@ -14,6 +14,8 @@ import typer
 
 from lorabench.config import json_schema
 from lorabench.errors import UserError
+from lorabench.exhausted import memory_for, space_for
+from lorabench.training import stop
 
 if TYPE_CHECKING:
     from lorabench.layout import Layout
@@ -33,12 +35,23 @@ TablesOptions = Annotated[list[Path], typer.Option("--tables", help="Folder with
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Show an error that a user can mend as what it is, without a traceback, and exit with 2."""
+    """Show an error that a user can mend as what it is, without a traceback, and exit with 2.
+
+    A command that is stopped by a signal exits with 128 and the signal's number, as shells have it.
+    """
     try:
-        yield
+        with (
+            stop.at_once(),
+            space_for("this command's files"),
+            memory_for("this command", "give it more, or a larger machine"),
+        ):
+            yield
     except UserError as error:
         print(f"lorabench: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+    except stop.Stopped as stopped:
+        print(f"lorabench: {stopped}", file=sys.stderr)
+        raise typer.Exit(stopped.exit_status) from stopped
 
 
 def _fix_hashes() -> None:
@@ -166,8 +179,11 @@ def sweep(
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(log))
+        # A log that can't be written, to a full disk, is no reason for a traceback per line.
+        logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
+        from lorabench.lock import locked
         from lorabench.progress import status as read_status
         from lorabench.training.sweep import run_sweep
 
@@ -176,7 +192,12 @@ def sweep(
             whole = f"[{state.runs_done}/{state.runs_planned} runs of {layout.name}]"
             logging.info("%s %s %s", whole, wanted.condition.label, line)
 
-        run_sweep(made, wanted, layout, say)
+        execution, label = layout.preset.execution, wanted.condition.label
+        lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
+        if wanted.condition.task == "rl":
+            lower += f", max_cache_tokens ({execution.max_cache_tokens}) or lanes ({execution.lanes})"
+        with stop.after_this_step(), locked(layout.lock(wanted), label, logging.info), memory_for(label, lower):
+            run_sweep(made, wanted, layout, say)
 
 
 @app.command()
@@ -216,16 +237,24 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         from lorabench.evaluation.runner import evaluate_job
 
-        evaluate_job(made, job, layout)
+        assert made.preset.evaluation
+        with memory_for(eval_id, f"lower evaluation.batch_size (now {made.preset.evaluation.batch_size})"):
+            evaluate_job(made, job, layout)
 
 
 @app.command()
-def collect(sweeps: list[Path], out: Annotated[Path, typer.Option(help="Folder of the tables.")]) -> None:
+def collect(
+    sweeps: list[Path],
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Take only sweeps of its plan, and their experiments from it.")
+    ] = None,
+) -> None:
     """Merge sweep files into the tidy tables `runs` and `curves`."""
     with _one_sentence():
         from lorabench.tables import collect as merge
 
-        merge(sweeps, out)
+        merge(sweeps, out, None if preset is None else _open(preset)[0])
 
 
 @app.command("collect-evals")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lorabench.config import Preset, load_preset, preset_path
@@ -62,6 +62,10 @@ class Layout:
 
     def log(self, sweep: Sweep) -> Path:
         return self.root / "logs" / f"{sweep.sweep_id}.log"
+
+    def lock(self, sweep: Sweep) -> Path:
+        """Lock on the runs of a sweep's condition, which a sweep of another plan may have too."""
+        return self.root / "locks" / f"{digest(asdict(sweep.condition))}.lock"
 
     def progress(self, sweep: Sweep) -> Path:
         return self.root / "progress" / f"{sweep.sweep_id}.json"

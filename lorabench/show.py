@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +45,15 @@ def plan_table(plan: Plan, cores: int) -> None:
     Console().print(table)
 
 
+def _silence(word: str, job: dict[str, Any]) -> str:
+    """How long a job has been silent: killed, or stopped and not taken up again."""
+    if word == "running" or job["silent_s"] is None:
+        return ""
+    if job["silent_s"] < 0:
+        return f"; last sign of life {-job['silent_s'] / 60:.0f} minutes ahead of this file system's clock"
+    return f"; last sign of life {job['silent_s'] / 60:.0f} minutes ago"
+
+
 def status_table(status: Status) -> None:
     """How far the work is, what is running, and what has gone silent."""
     console = Console()
@@ -55,7 +66,7 @@ def status_table(status: Status) -> None:
         for job in jobs:
             console.print(
                 f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
-                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}"
+                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{_silence(word, job)}"
             )
     if status.report is not None:
         console.print(f"  report: {status.report}")

@@ -17,7 +17,7 @@ from lorabench.data.hub_problems import hub_pools
 from lorabench.data.reasoning import Problem, drawn, odd, task_problems, worked_solutions
 from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
-from lorabench.records import atomic_path
+from lorabench.records import atomic_path, read_parquet
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "question", "answer")])
 
@@ -127,6 +127,6 @@ def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
     """The rows of a problem file; splits checked to be disjoint."""
-    rows: list[dict[str, Any]] = pq.read_table(path, schema=_SCHEMA).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
     check_disjoint(rows)
     return rows

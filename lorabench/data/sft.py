@@ -16,7 +16,7 @@ from lorabench.data.facts import SOURCE, random_facts
 from lorabench.data.hub import hub_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, odd, worked_solutions
 from lorabench.errors import UserError
-from lorabench.records import atomic_path
+from lorabench.records import atomic_path, read_parquet
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -117,6 +117,6 @@ def write_dataset(rows: list[dict[str, Any]], path: Path) -> None:
 
 def read_dataset(path: Path) -> list[dict[str, Any]]:
     """The rows of a dataset file; splits checked to be disjoint."""
-    rows: list[dict[str, Any]] = pq.read_table(path, schema=_SCHEMA).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
     check_disjoint(rows)
     return rows

@@ -1,7 +1,7 @@
 """Token caches: a dataset's examples as token ids with the mask of scored tokens.
 
 A cache is keyed by dataset, tokenizer and chat template: the three hashes stand in the file and
-`read_tokens` refuses a file that belongs to others.
+`read_tokens` refuses a file that belongs to others, or is damaged.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from lorabench.data.chat import Messages
 from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
-from lorabench.records import atomic_path, file_sha256
+from lorabench.records import file_sha256
+from lorabench.tensors import DamagedError, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,22 +118,23 @@ def write_tokens(
         tensors[f"{split}.ids"] = np.concatenate([np.asarray(ids, np.int32) for ids, _ in encoded])
         tensors[f"{split}.scored"] = np.concatenate([np.asarray(scored, np.bool_) for _, scored in encoded])
         tensors[f"{split}.offsets"] = np.cumsum([0, *(len(ids) for ids, _ in encoded)], dtype=np.int64)
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata=cache_key(tokenizer, dataset))
+    write_tensors(path, tensors, cache_key(tokenizer, dataset))
 
 
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
     """The splits of a cache file.
 
     Raises:
-        UserError: the file was made from another dataset, tokenizer or template than `key` says.
+        UserError: the file is damaged, or was made from another dataset, tokenizer or template than `key` says.
     """
-    with safe_open(path, framework="numpy") as file:
-        found = file.metadata()
-        if found != key:
-            wrong = ", ".join(name for name in key if found.get(name) != key[name])
-            raise UserError(f"token cache {path} was made with another {wrong}; delete it to have it made again")
-        return {
-            split: TokenizedSplit(*(file.get_tensor(f"{split}.{name}") for name in ("ids", "scored", "offsets")))
-            for split in SPLITS
-        }
+    try:
+        tensors, found = read_tensors(path, "numpy")
+    except DamagedError as error:
+        raise UserError(f"token cache {error}; delete it to have it made again") from error
+    if found != key:
+        wrong = ", ".join(name for name in key if found.get(name) != key[name])
+        raise UserError(f"token cache {path} was made with another {wrong}; delete it to have it made again")
+    return {
+        split: TokenizedSplit(*(tensors[f"{split}.{name}"] for name in ("ids", "scored", "offsets")))
+        for split in SPLITS
+    }

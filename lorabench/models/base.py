@@ -125,8 +125,14 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
 @contextmanager
 def _explained(spec: ModelSpec) -> Iterator[None]:
     """Turn a loader's error into one sentence that names the model."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"model {location(spec)} has a damaged .safetensors file ({error}); delete it, get it anew"
+        ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"model {location(spec)} can't be loaded: {reason}") from error

@@ -21,6 +21,7 @@ from lorabench.data.sft import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lora import adapter_pairs
 from lorabench.plan import Run
+from lorabench.training import stop
 from lorabench.training.adapter import AdapterProbe
 from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
@@ -86,8 +87,8 @@ def train_run(
 
     outcome = Outcome(status="done", curve=[Point(0, 0, 0, "validation", "nll", base_valid_nll)])
     first_step, epoch_nats, epoch_scored = 0, 0.0, 0
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint, model, optimizer)
+    saved = load_checkpoint(checkpoint, run.run_id, model, optimizer)
+    if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         epoch_nats, epoch_scored = saved["epoch_nats"], saved["epoch_scored"]
         outcome.curve = [Point(**point) for point in saved["curve"]]
@@ -124,7 +125,9 @@ def train_run(
         if step in validate_at:
             record(step, "validation", "nll", evaluate("validation"))
         tick(step)
-        if time.perf_counter() - last_saved >= machine.checkpoint_seconds and step < condition.steps:
+        stopping = stop.requested()
+        due = stopping or time.perf_counter() - last_saved >= machine.checkpoint_seconds
+        if due and step < condition.steps:
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -133,8 +136,10 @@ def train_run(
                 "wall_s": time.perf_counter() - started,
                 "curve": [vars(point) for point in outcome.curve],
             }
-            save_checkpoint(checkpoint, model, optimizer, progress)
+            save_checkpoint(checkpoint, run.run_id, model, optimizer, progress)
             last_saved = time.perf_counter()
+            if stopping:
+                stop.check()
 
     if outcome.status == "done":
         valid, test = outcome.curve[-1].value, evaluate("test")

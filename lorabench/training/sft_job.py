@@ -14,6 +14,7 @@ from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.plan import Run
+from lorabench.training import stop
 from lorabench.training.loss import check_plain_head, mean_nll
 from lorabench.training.sft import train_run
 from lorabench.training.sweep import Job, now, provenance
@@ -34,6 +35,7 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
     adapter = "default" if condition.method == "lora" else None
     bases = _Bases(job)
     for number, run in runs:
+        stop.check()
         job.announce(number, run)
         base_nll = bases.base_valid_nll(data["validation"])
         started = {"started": now()}

@@ -149,10 +149,16 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
         for number, run in runs:
             job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
 
+    for run in sweep.grid():
+        job.folder(run).tidy()
     # The grid of the first seed picks the LR; what is repeated anyway comes with it.
     grid = sweep.grid()
     finish(list(enumerate(grid, 1)))
     best = best_lr([job.folder(run).read_record() for run in grid if run.seed == 0])
+    # The grid of an earlier plan may have had another best LR, and let these weights go.
+    if best is not None and not (chosen := job.folder(Run(sweep.condition, best, 0))).weights.exists():
+        chosen.record.unlink()
+        finish(list(enumerate(grid, 1)))
     repeats = sweep.repeats(best) if best is not None else []
     finish(list(enumerate(repeats, len(grid) + 1)))
     if plan.preset.execution.keep_weights == "best":

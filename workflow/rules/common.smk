@@ -39,6 +39,12 @@ def sweep_files(experiment=None):
     return [LAYOUT.sweep(sweep) for sweep in wanted]
 
 
+def sweep_experiments(experiment=None):
+    """Those sweeps with what asks for them, which a table says: without its runs, that may change with the preset."""
+    wanted = PLAN.of(experiment) if experiment else PLAN.sweeps
+    return [(sweep.sweep_id, sweep.experiments) for sweep in wanted]
+
+
 def model_files(model):
     """What has to be made before a model can be loaded: the safetensors of a GGUF file."""
     spec = LAYOUT.preset.models[model]
@@ -50,12 +56,17 @@ def model_files(model):
 
 
 def sweep_data(wildcards):
-    """What a sweep reads: a token cache, or in RL the problem sets and the model's files."""
+    """What a sweep reads: a token cache, or in RL the problem sets and the model's files.
+
+    Their names say what is in them, so their times do not matter: clocks of nodes may differ.
+    """
     condition = SWEEPS[wildcards.sweep].condition
     if condition.rollouts is None:
-        return [LAYOUT.tokens(condition.model, condition.dataset)]
-    sets = [condition.dataset, *condition.rollouts.held_out]
-    return [LAYOUT.dataset(name) for name in sets] + model_files(condition.model)
+        reads = [LAYOUT.tokens(condition.model, condition.dataset)]
+    else:
+        sets = [condition.dataset, *condition.rollouts.held_out]
+        reads = [LAYOUT.dataset(name) for name in sets] + model_files(condition.model)
+    return [ancient(path) for path in reads]
 
 
 def figure_tables(wildcards):
@@ -81,7 +92,9 @@ def eval_inputs(wildcards):
     reads += [LAYOUT.sweep(job.sweep)] if job.sweep else []
     if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
         reads.append(LAYOUT.pretraining)
-    return [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
+    reads = [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
+    # As in sweep_data.
+    return [ancient(path) for path in reads]
 
 
 def claims_tables():

@@ -18,8 +18,9 @@ rule dataset:
 
 rule tokens:
     input:
-        dataset=LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
-        model=lambda wildcards: model_files(wildcards.model),
+        # As in sweep_data, the names say what is in them.
+        dataset=ancient(LAYOUT.root / "data/{dataset}.{dataset_id}.parquet"),
+        model=lambda wildcards: [ancient(path) for path in model_files(wildcards.model)],
     output:
         LAYOUT.root / "tokens/{model}.{model_id}.{dataset}.{dataset_id}.safetensors",
     log:

@@ -22,6 +22,8 @@ rule report_page:
         "../envs/lorabench.yaml"
     params:
         preset=PRESET,
+        # What the page says of the preset beside its tables.
+        about=[LAYOUT.preset.description, LAYOUT.preset.limits],
     shell:
         "lorabench report --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"

@@ -14,6 +14,7 @@ from lorabench.models.base import load_tokenizer, max_length
 from lorabench.models.lora import add_lane, can_share
 from lorabench.plan import Run
 from lorabench.records import file_sha256
+from lorabench.training import stop
 from lorabench.training.loss import check_plain_head
 from lorabench.training.rl.lanes import Lane, alone, train_lanes
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
@@ -69,6 +70,7 @@ class _Work:
 
     def train(self, model: torch.nn.Module, runs: Mapping[str, tuple[int, Run]]) -> None:
         """Train the runs that a model is ready for; for LoRA it has an adapter named after each."""
+        stop.check()
         check_plain_head(model)
         base = self._base_scores(model)
         started = now()

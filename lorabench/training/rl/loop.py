@@ -23,6 +23,7 @@ from lorabench.config import Protocol
 from lorabench.data.grading import Grader
 from lorabench.data.reflection import reflects
 from lorabench.plan import Rollouts, Run
+from lorabench.training import stop
 from lorabench.training.batches import data_order
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from lorabench.training.rl.objective import Group, Step, backward
@@ -158,8 +159,8 @@ def train_rl(
             examples = step * condition.batch_size
             outcome.curve.append(Point(step, examples, response_tokens, split, metric, finite))
 
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint, model, optimizer)
+    saved = load_checkpoint(checkpoint, run.run_id, model, optimizer)
+    if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
         evaluations = [(valid, test) for valid, test in saved["evaluations"]]
@@ -208,7 +209,9 @@ def train_rl(
             for split, values in scores.items():
                 record(step, split, values)
         tick(step)
-        if time.perf_counter() - last_saved >= machine.checkpoint_seconds and step < condition.steps:
+        stopping = stop.requested()
+        due = stopping or time.perf_counter() - last_saved >= machine.checkpoint_seconds
+        if due and step < condition.steps:
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -219,8 +222,10 @@ def train_rl(
                 "curve": [vars(point) for point in outcome.curve],
             }
             _activate(model, lane)
-            save_checkpoint(checkpoint, model, optimizer, progress)
+            save_checkpoint(checkpoint, run.run_id, model, optimizer, progress)
             last_saved = time.perf_counter()
+            if stopping:
+                stop.check()
 
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
