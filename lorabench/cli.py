@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -170,11 +170,17 @@ def sweep(
     sweep_id: str,
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, typer.Option(help="Also write the progress lines here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Train each run in so many processes, one per GPU.")] = 1,
 ) -> None:
     """Train all runs of one sweep; finished runs are skipped, a broken one goes on from its checkpoint."""
-    with _one_sentence():
+    from lorabench.training.launch import launch, reporting, started
+
+    with _one_sentence(), reporting():
         made, layout = _open(preset)
         wanted = made.sweep(sweep_id)
+        if processes > 1 and not started():
+            launch(processes, sys.argv[1:])
+            return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +191,10 @@ def sweep(
 
         from lorabench.lock import locked
         from lorabench.progress import status as read_status
+        from lorabench.training.distributed import ALONE, join, leave
         from lorabench.training.sweep import run_sweep
+
+        group = join(made.preset.execution.sharding) if started() else ALONE
 
         def say(line: str) -> None:
             state = read_status(made, layout)
@@ -196,8 +205,11 @@ def sweep(
         lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
         if wanted.condition.task == "rl":
             lower += f", max_cache_tokens ({execution.max_cache_tokens}) or lanes ({execution.lanes})"
-        with stop.after_this_step(), locked(layout.lock(wanted), label, logging.info), memory_for(label, lower):
-            run_sweep(made, wanted, layout, say)
+        lock = locked(layout.lock(wanted), label, logging.info) if group.first else nullcontext()
+        with stop.after_this_step(), lock, memory_for(label, lower):
+            group.wait()
+            run_sweep(made, wanted, layout, say, group)
+        leave(group)
 
 
 @app.command()

@@ -16,35 +16,32 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lorabench.records import atomic_path
-
 
 class DamagedError(Exception):
     """A file that is not as it was written."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Write tensors, all of torch or all of numpy, with `about` in the header, whole or not at all."""
+    """Write tensors, all of torch or all of numpy, with `about` in the header."""
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
     else:
         from safetensors.torch import save_file
-    with atomic_path(path) as partial:
-        save_file(dict(tensors), partial, metadata={**about, "sha256": _sha256(tensors, about)})
+    save_file(dict(tensors), path, metadata={**about, "sha256": _sha256(tensors, about)})
 
 
 def read_tensors(path: Path, framework: Literal["numpy", "pt"]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors, and what the header says about them.
 
     Raises:
-        DamagedError: the file is cut short, or holds anything but what was written.
+        DamagedError: the file is missing, is cut short, or holds anything but what was written.
     """
     try:
         with safe_open(path, framework=framework) as file:
             about: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DamagedError(f"{path} is damaged ({error})") from error
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} can't be read ({error})") from error
     if about.pop("sha256", None) != _sha256(tensors, about):
         raise DamagedError(f"{path} is damaged (its checksum is not that of its content)")
     return tensors, about

@@ -17,7 +17,7 @@ import numpy as np
 from lorabench.data.chat import Messages
 from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
-from lorabench.records import file_sha256
+from lorabench.records import atomic_path, file_sha256
 from lorabench.tensors import DamagedError, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def write_tokens(
         tensors[f"{split}.ids"] = np.concatenate([np.asarray(ids, np.int32) for ids, _ in encoded])
         tensors[f"{split}.scored"] = np.concatenate([np.asarray(scored, np.bool_) for _, scored in encoded])
         tensors[f"{split}.offsets"] = np.cumsum([0, *(len(ids) for ids, _ in encoded)], dtype=np.int64)
-    write_tensors(path, tensors, cache_key(tokenizer, dataset))
+    with atomic_path(path) as partial:
+        write_tensors(partial, tensors, cache_key(tokenizer, dataset))
 
 
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:

@@ -1,8 +1,8 @@
 """Signals that ask a job to end: SIGTERM (Slurm's time limit, preemption, `kill`) and SIGINT (Ctrl-C).
 
 Training ends after the step at hand: its loop reads `requested` after each step, writes a checkpoint, and calls
-`check`. A second signal does not wait. Whatever else a command does it ends at once, by an exception, so that no
-half-written file is left. Several processes that train one run must agree: let one of them say what all do.
+`end`. A second signal does not wait. Whatever else a command does it ends at once, by an exception, so that no
+half-written file is left. Several processes that train one run must agree before they call `end`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _asked: int | None = None
@@ -34,8 +34,13 @@ def requested() -> bool:
 
 def check() -> None:
     """Raise Stopped if that was asked for; to be called where nothing is lost by it."""
-    if _asked is not None:
-        raise Stopped(_asked)
+    if requested():
+        end()
+
+
+def end() -> NoReturn:
+    """Raise Stopped, also where another process of the job was asked."""
+    raise Stopped(_asked or signal.SIGTERM)
 
 
 @contextmanager

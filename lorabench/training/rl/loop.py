@@ -225,7 +225,7 @@ def train_rl(
             save_checkpoint(checkpoint, run.run_id, model, optimizer, progress)
             last_saved = time.perf_counter()
             if stopping:
-                stop.check()
+                stop.end()
 
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
