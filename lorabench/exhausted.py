@@ -15,8 +15,9 @@ from lorabench.errors import UserError
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors gives the number in its text only.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-# Of torch's allocators, cuBLAS, C++ and the system; torch's RuntimeErrors have no type for it on a CPU.
-_NO_MEMORY = ("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+# Of torch's allocators, cuBLAS, C++ and the system; torch's RuntimeErrors have no type for it on a CPU. A thread that
+# can't start had no memory for its stack.
+_NO_MEMORY = ("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "start new thread")
 _ASKED = re.compile(r"allocate ([\d.]+ \w+)")
 
 

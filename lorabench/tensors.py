@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,21 +31,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, st
     save_file(dict(tensors), path, metadata={**about, "sha256": _sha256(tensors, about)})
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """What the header says, unchecked.
+
+    Raises:
+        DamagedError: the file is missing or cut short.
+    """
+    with _opened(path, "numpy") as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path, framework: Literal["numpy", "pt"]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors, and what the header says about them.
 
     Raises:
         DamagedError: the file is missing, is cut short, or holds anything but what was written.
     """
-    try:
-        with safe_open(path, framework=framework) as file:
-            about: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DamagedError(f"{path} can't be read ({error})") from error
+    with _opened(path, framework) as file:
+        about: dict[str, str] = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about.pop("sha256", None) != _sha256(tensors, about):
         raise DamagedError(f"{path} is damaged (its checksum is not that of its content)")
     return tensors, about
+
+
+@contextmanager
+def _opened(path: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} can't be read ({error})") from error
 
 
 def _sha256(tensors: Mapping[str, Any], about: Mapping[str, str]) -> str:

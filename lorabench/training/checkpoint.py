@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.plan import PROTOCOL_VERSION
 from lorabench.records import atomic_path
-from lorabench.tensors import DamagedError, read_tensors, write_tensors
+from lorabench.tensors import DamagedError, read_header, read_tensors, write_tensors
 from lorabench.training.distributed import ALONE, Processes, local, placed, whole
 
 if TYPE_CHECKING:
@@ -106,6 +106,15 @@ def load_checkpoint(
     if processes.first:
         logging.info("run %s goes on after step %d", run_id, progress["step"])
     return progress
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint says it is of; 0 if there is none that can be read."""
+    try:
+        about = read_header(path)
+    except DamagedError:
+        return 0
+    return int(json.loads(about.get("progress", '{"step": 0}'))["step"])
 
 
 def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
-    """Train runs, given with their number in the sweep, and write each as it ends."""
+    """Train those runs that are not finished, given with their number in the sweep, and write each as it ends."""
+    runs = job.unfinished(runs)
     if not runs:
         return
     condition, preset = job.sweep.condition, job.plan.preset

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -67,6 +67,10 @@ class Job:
     def folder(self, run: Run) -> RunFolder:
         """Where a run lies."""
         return RunFolder(self.layout.runs, run.run_id)
+
+    def unfinished(self, runs: Iterable[tuple[int, Run]]) -> list[tuple[int, Run]]:
+        """Those that are still to be trained."""
+        return [(number, run) for number, run in runs if not self.folder(run).done()]
 
     def load(self) -> PreTrainedModel:
         """The base model, fresh; one that is to be sharded is on the CPU of the first process, and nowhere else."""
@@ -172,7 +176,7 @@ def run_sweep(
     job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
-        train_runs(job, [(number, run) for number, run in runs if not job.folder(run).done()])
+        train_runs(job, runs)
         for number, run in runs:
             job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
 

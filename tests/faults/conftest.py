@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +64,21 @@ PRESET: dict[str, Any] = {
 }
 
 
+# The run of the grid in whose middle a job is killed.
+AT_WORK = {"sft": 1, "rl": 0}
+
+
 @dataclass(frozen=True)
 class Place:
     """A working directory with the preset `mine.yaml` in it."""
 
     folder: Path
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout.of(str(self.folder / "mine.yaml"))
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         return make_plan(self.layout.preset)
 
@@ -86,6 +94,8 @@ class Place:
         raw = yaml.safe_load((self.folder / "mine.yaml").read_text())
         change(raw)
         (self.folder / "mine.yaml").write_text(yaml.safe_dump(raw))
+        self.__dict__.pop("layout", None)
+        self.__dict__.pop("plan", None)
 
     def copy(self, folder: Path) -> Place:
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
@@ -108,7 +118,8 @@ class Place:
             file_size: bytes that a file of the process may have.
         """
         with_preset = [*arguments, "--preset", "mine.yaml"]
-        output = self.folder / f"output-{time.monotonic_ns()}"
+        # Beside the folder, which may lie on a full disk.
+        output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
         process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
         process.start()
         return Job(process, output)
@@ -166,6 +177,11 @@ class Job:
             raise AssertionError(self.text)
         return self.process.exitcode
 
+    def catches(self, number: int) -> bool:
+        """Whether the process has a handler for a signal."""
+        [caught] = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{self.pid}/status").read_text())
+        return bool(int(caught, 16) >> (number - 1) & 1)
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
@@ -193,7 +209,8 @@ def fresh(tmp_path_factory) -> Place:
     (place.folder / "mine.yaml").write_text(yaml.safe_dump(PRESET, sort_keys=False))
     for name in ("instruct", "gcd"):
         # Restarts itself with fixed hashes, so it takes a process of its own anyway.
-        subprocess.run(["lorabench", "dataset", name, "--preset", "mine.yaml"], cwd=place.folder, check=True)
+        command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]
+        subprocess.run(command, cwd=place.folder, check=True)
     place.run("tokens", "tiny", "instruct")
     return place
 
@@ -214,14 +231,11 @@ def unbroken(fresh, tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="session")
 def killed(fresh, tmp_path_factory) -> Place:
-    """Both sweeps killed in the middle of a later run, whose checkpoint is there; the first run is finished."""
-    import signal
-
+    """Both sweeps killed in the middle of a run: the second of SFT, whose first is finished; two lanes of RL."""
     place = fresh.copy(tmp_path_factory.mktemp("killed"))
-    for task in ("sft", "rl"):
-        last = len(place.sweep(task).grid()) - 1
+    for task, number in AT_WORK.items():
         job = place.start("sweep", place.sweep(task).sweep_id)
-        job.until(place.checkpoint(task, last).exists)
+        job.until(place.checkpoint(task, number).exists)
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
     return place

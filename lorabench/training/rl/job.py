@@ -16,6 +16,7 @@ from lorabench.plan import Run
 from lorabench.records import file_sha256
 from lorabench.training import stop
 from lorabench.training.loss import check_plain_head
+from lorabench.training.rl.checkpoints import Checkpoints
 from lorabench.training.rl.lanes import Lane, alone, train_lanes
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
 from lorabench.training.rl.problems import Texts
@@ -27,19 +28,20 @@ if TYPE_CHECKING:
 
 
 def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
-    """Train runs, given with their number in the sweep, and write each as it ends."""
-    if not runs:
+    """Train those runs that are not finished, given with their number in the sweep, and write each as it ends."""
+    # Formed before finished ones are left out: what goes on does so beside the same runs.
+    lanes = 1 if job.sweep.condition.method == "fullft" else job.plan.preset.execution.lanes
+    groups = [job.unfinished(runs[start : start + lanes]) for start in range(0, len(runs), lanes)]
+    if not any(groups):
         return
     with ExitStack() as open_graders:
         environment = _environment(job, open_graders)
         work = _Work(job, environment, provenance(job) | _fingerprints(job, environment.texts))
-        if job.sweep.condition.method == "fullft":
-            for number, run in runs:
-                work.train(job.load(), {run.run_id: (number, run)})
-        else:
-            lanes = job.plan.preset.execution.lanes
-            for start in range(0, len(runs), lanes):
-                together = {run.run_id: (number, run) for number, run in runs[start : start + lanes]}
+        for group in filter(None, groups):
+            together = {run.run_id: (number, run) for number, run in group}
+            if job.sweep.condition.method == "fullft":
+                work.train(job.load(), together)
+            else:
                 work.train_lora(together)
 
 
@@ -74,14 +76,16 @@ class _Work:
         check_plain_head(model)
         base = self._base_scores(model)
         started = now()
+        paths = {name: self.job.folder(run).checkpoint for name, (_, run) in runs.items()}
+        checkpoints = Checkpoints(paths, self.job.machine.checkpoint_seconds)
+        protocol = self.job.plan.preset.protocol
         lanes: dict[str, Lane] = {}
         for name, (number, run) in runs.items():
             self.job.announce(number, run)
             lane = name if run.condition.method == "lora" else None
             tick = partial(self.job.progress.tick, number, run)
-            checkpoint, protocol = self.job.folder(run).checkpoint, self.job.plan.preset.protocol
             lanes[name] = train_rl(
-                run, model, self.environment, protocol, self.job.machine, checkpoint, base, lane, tick
+                run, model, self.environment, protocol, self.job.machine, checkpoints, base, lane, tick
             )
         for name, outcome in train_lanes(lanes, partial(self._sample, model)):
             _, run = runs[name]
@@ -89,6 +93,7 @@ class _Work:
             if adapter is not None:
                 model.set_adapter(adapter)  # type: ignore[operator]
             self.job.write(run, outcome, model, self.provenance | {"started": started}, adapter)
+            checkpoints.ended(name)
 
     def _sample(self, model: torch.nn.Module, requests: list[Request]) -> list[Response]:
         machine, texts = self.job.machine, self.environment.texts

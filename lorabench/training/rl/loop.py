@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,8 @@ from lorabench.data.reflection import reflects
 from lorabench.plan import Rollouts, Run
 from lorabench.training import stop
 from lorabench.training.batches import data_order
-from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
+from lorabench.training.checkpoint import trainable
+from lorabench.training.rl.checkpoints import Checkpoints
 from lorabench.training.rl.objective import Group, Step, backward
 from lorabench.training.rl.problems import Problems, Texts, grade
 from lorabench.training.rl.sampler import Request, Response
@@ -119,16 +119,17 @@ def train_rl(
     environment: Environment,
     protocol: Protocol,
     machine: Machine,
-    checkpoint: Path,
+    checkpoints: Checkpoints,
     base: Scores,
     lane: str | None = None,
     tick: Callable[[int], None] = lambda step: None,
 ) -> Generator[list[Request], Sampled, RlOutcome]:
     """Train `model` (an adapter already on it, or fully trainable) as `run` says and measure it.
 
-    Goes on from `checkpoint` if there is one and ends with the same numbers as an unbroken run.
+    Goes on from its checkpoint if there is one and ends with the same numbers as an unbroken run.
 
     Args:
+        checkpoints: those of the runs that are trained together.
         base: scores of the untouched base, the curve's points at step 0.
         lane: name of the run's adapter; None for full fine-tuning.
         tick: called after each step with the number of steps done.
@@ -159,7 +160,7 @@ def train_rl(
             examples = step * condition.batch_size
             outcome.curve.append(Point(step, examples, response_tokens, split, metric, finite))
 
-    saved = load_checkpoint(checkpoint, run.run_id, model, optimizer)
+    saved = checkpoints.load(run.run_id, model, optimizer)
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
@@ -168,7 +169,6 @@ def train_rl(
     else:
         for split, metrics in base.items():
             record(0, split, metrics)
-    last_saved = time.perf_counter()
 
     for step in range(first_step + 1, condition.steps + 1):
         chosen = [int(problem) for problem in order[step - 1]]
@@ -209,9 +209,7 @@ def train_rl(
             for split, values in scores.items():
                 record(step, split, values)
         tick(step)
-        stopping = stop.requested()
-        due = stopping or time.perf_counter() - last_saved >= machine.checkpoint_seconds
-        if due and step < condition.steps:
+        if checkpoints.due(step, last=step == condition.steps):
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -222,9 +220,8 @@ def train_rl(
                 "curve": [vars(point) for point in outcome.curve],
             }
             _activate(model, lane)
-            save_checkpoint(checkpoint, run.run_id, model, optimizer, progress)
-            last_saved = time.perf_counter()
-            if stopping:
+            checkpoints.save(run.run_id, model, optimizer, progress)
+            if checkpoints.stopping:
                 stop.end()
 
     if outcome.status != "diverged":
