@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorabench.config import PathModel
 from lorabench.errors import UserError
@@ -14,6 +15,7 @@ from lorabench.models.tiny import shipped
 from lorabench.records import RunFolder
 from lorabench.tables import collect
 from lorabench.tensors import read_tensors, write_tensors
+from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def cut(path: Path) -> None:
@@ -29,11 +31,10 @@ def flip(path: Path) -> None:
 
 
 def flip_header(path: Path) -> None:
-    """Another number in what the header says about the run."""
-    content = path.read_bytes()
-    written = b'\\"epoch_scored\\": 1'
-    assert content.count(written) == 1
-    path.write_bytes(content.replace(written, written[:-1] + b"2"))
+    """Turn around one bit of what the header says about the run."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"step") + len(b'step\\": ')] ^= 1
+    path.write_bytes(content)
 
 
 def empty(path: Path) -> None:
@@ -71,18 +72,30 @@ def test_damaged_weights_of_a_base_are_told(damage, tmp_path):
 
 
 def of_another_run(path: Path) -> None:
-    tensors, about = read_tensors(path, "pt")
-    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, about | {"run_id": "other"})
+    rewrite(path, run_id="other")
 
 
 def of_another_protocol(path: Path) -> None:
-    tensors, about = read_tensors(path, "pt")
-    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, about | {"protocol_version": "1"})
+    rewrite(path, protocol_version="1")
+
+
+def rewrite(path: Path, **about: str) -> None:
+    tensors, header = read_tensors(path, "pt")
+    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, header | about)
 
 
 def of_another_model(path: Path) -> None:
-    tensors, about = read_tensors(path, "pt")
-    write_tensors(path, {name: tensor.clone().flatten() for name, tensor in tensors.items()}, about)
+    save_checkpoint(path, "mine", *model_and_optimizer(width=4), {"step": 7})
+
+
+def model_and_optimizer(width: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model after one step of Adam."""
+    torch.manual_seed(width)
+    model = torch.nn.Linear(width, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(width)).sum().backward()
+    optimizer.step()
+    return model, optimizer
 
 
 REASONS = {
@@ -90,19 +103,33 @@ REASONS = {
     empty: "can't be read (",
     flip: "is damaged (its checksum is not that of its content)",
     flip_header: "is damaged (its checksum is not that of its content)",
-    of_another_run: "is of run other",
-    of_another_protocol: "protocol 1",
+    of_another_run: "is of run other, protocol 2",
+    of_another_protocol: "is of run mine, protocol 1",
     of_another_model: "is of a model with other parameters",
 }
 
 
 @pytest.mark.parametrize(("damage", "reason"), REASONS.items())
-def test_a_checkpoint_that_can_not_be_used_is_told_and_the_run_starts_anew(damage, reason, half, unbroken):
+def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_path, caplog):
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, "mine", *model_and_optimizer(), {"step": 7})
+    model, optimizer = model_and_optimizer()
+    assert load_checkpoint(path, "mine", model, optimizer) == {"step": 7}
+    damage(path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    caplog.clear()
+    assert load_checkpoint(path, "mine", model, optimizer) is None
+    [told] = caplog.messages
+    assert told.startswith(f"run mine starts anew: checkpoint {path} ")
+    assert reason in told
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_the_run_of_a_damaged_checkpoint_starts_anew(damage, half, unbroken):
     damage(half.checkpoint("sft", 1))
     said = half.train("sft")
-    [told] = [line for line in said.splitlines() if "starts anew" in line]
-    assert reason in told
-    assert str(half.layout.runs) in told
+    assert len([line for line in said.splitlines() if "starts anew" in line]) == 1
     assert "goes on after step" not in said
     assert half.numbers("sft") == unbroken.numbers("sft")
 
