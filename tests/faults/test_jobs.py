@@ -45,9 +45,12 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
 
 def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
     monkeypatch.chdir(half.folder)
+    locks = list(half.path(half.layout.root).glob("locks/*"))
+    for lock in locks:
+        os.utime(lock)
     state = status(half.plan, half.layout)
-    assert (state.sweeps_done, len(state.running)) == (0, 2), "its last sign of life is seconds old"
-    for lock in half.path(half.layout.root).glob("locks/*"):
+    assert (state.sweeps_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
+    for lock in locks:
         os.utime(lock, (time.time() - 2 * SILENT,) * 2)
     state = status(half.plan, half.layout)
     assert not state.running
