@@ -68,7 +68,7 @@ def downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """The tables in a folder that have a CSV file, each as a data: URI, compressed if it is large.
 
     Returns:
-        One for each: name, file, bytes (of the CSV), and uri, null where even compressed it is too large.
+        One for each: file, bytes (of the CSV), and uri, None where even compressed it is too large.
     """
     found = []
     for name in names:
@@ -76,17 +76,13 @@ def downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
         if not path.is_file():
             continue
         text = path.read_bytes()
-        plain = len(text) <= MAX_PLAIN
-        packed = text if plain else gzip.compress(text, 6, mtime=0)
-        fits = len(packed) <= MAX_EMBEDDED
-        found.append(
-            {
-                "name": name,
-                "file": path.name if plain else f"{path.name}.gz",
-                "bytes": len(text),
-                "uri": data_uri(packed, "text/csv" if plain else "application/gzip") if fits else None,
-            }
-        )
+        if len(text) <= MAX_PLAIN:
+            file, uri = path.name, data_uri(text, "text/csv")
+        elif len(packed := gzip.compress(text, 6, mtime=0)) <= MAX_EMBEDDED:
+            file, uri = f"{path.name}.gz", data_uri(packed, "application/gzip")
+        else:
+            file, uri = path.name, None
+        found.append({"file": file, "bytes": len(text), "uri": uri})
     return found
 
 
