@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,29 +49,20 @@ def rows() -> list[dict[str, Any]]:
     return [*rows, make_run(64, 3e-3, train_flops=None)]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("report") / "index.html"
-
-
 @pytest.fixture
-def page(browser, report, built, rows):
-    """Opens the page of those runs, built once for all tests."""
-    if not built.exists():
-        report(rows, [make_eval("base", 0.2), make_eval(16, 0.5)], evaluation=EVALUATION)
-        shutil.copy(Layout.of("mine.yaml").report, built)
-    return lambda **how: show(browser, built, **how)
+def page(browser, report, rows):
+    """Opens the page of those runs."""
+    report(rows, [make_eval("base", 0.2), make_eval(16, 0.5)], evaluation=EVALUATION)
+    return lambda **how: show(browser, **how)
 
 
-def show(
-    browser: Any, path: Path, width: int = WIDE, fragment: str = "", scheme: str = "light", media: str = "screen"
-) -> None:
+def show(browser: Any, width: int = WIDE, fragment: str = "", scheme: str = "light", media: str = "screen") -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     browser.get("about:blank")
-    browser.get(path.absolute().as_uri() + fragment)
+    browser.get(Layout.of("mine.yaml").report.absolute().as_uri() + fragment)
 
 
 def visible(browser: Any) -> list[str]:
@@ -151,7 +141,7 @@ return [...low];
 
 def test_text_from_tables_runs_nothing(browser, report):
     hostile_report(report)
-    show(browser, Layout.of("mine.yaml").report)
+    show(browser)
     choose(browser, "experiments", "rank")
     browser.find_element("css selector", ".claim button").click()
     assert browser.execute_script("return window.hacked") is None

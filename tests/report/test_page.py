@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from typing import Any
 
 import pandas as pd
@@ -279,8 +280,10 @@ def test_same_tables_give_the_same_page(report, rows):
     assert layout.report.read_text() == first
 
 
-def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows):
+def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows, tmp_path, monkeypatch):
     before = report(rows).source
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
     layout = Layout.of("mine.yaml")
     (layout.figures / "fig1_envelopes.svg").unlink()
     with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
