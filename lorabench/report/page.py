@@ -25,7 +25,6 @@ from lorabench.report.text import FILTERS, missing
 from lorabench.tables import read_table
 
 _DEFAULT_PRESET = "laptop"
-_QUESTION = "Does LoRA match full fine-tuning here?"
 _HERE = Path(__file__).parent
 
 
@@ -50,7 +49,6 @@ def build(plan: Plan, layout: Layout, source: str, out: Path) -> None:
     page = _template().render(
         name=layout.name,
         preset=plan.preset,
-        question=_QUESTION,
         style=_inline("page.css"),
         script=_inline("page.js"),
         verdicts=summary.by_verdict(judged),

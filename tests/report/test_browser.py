@@ -162,7 +162,7 @@ def test_policy_stops_what_gets_in(browser, page):
 
 def test_tables_sort_by_value_with_what_is_missing_last(browser, page, rows):
     page()
-    browser.find_element("css selector", "#explorer button[type=reset]").click()
+    browser.find_element("id", "clear").click()
     header = browser.find_element("xpath", "//section[@aria-labelledby='runs']//th[contains(., 'Test NLL')]")
     for direction in ("ascending", "descending"):
         header.find_element("tag name", "button").click()
@@ -189,7 +189,7 @@ def test_explorer_filters_by_each_field(browser, page, rows):
     wanted |= {"status": "diverged"}
     left = rows
     fields = {"lr": lambda row: f"{row['lr']:.0e}".replace("e-0", "e-"), "rank": lambda row: str(row["rank"])}
-    browser.find_element("css selector", "#explorer button[type=reset]").click()
+    browser.find_element("id", "clear").click()
     assert len(visible(browser)) == len(rows)
     assert "can't be compared" in said(browser)
     for name, value in wanted.items():
@@ -211,6 +211,17 @@ def test_explorer_draws_what_is_ticked(browser, page):
     assert said(browser).endswith("2 curves drawn, of the 2 runs ticked.")
     # Few enough to be named at their ends.
     assert len(browser.find_elements("css selector", "#chart .end")) == 2
+
+
+def test_runs_without_a_curve_are_no_stumbling_block(browser, report):
+    rows = make_sweep(None) + make_sweep(16)
+    report(rows, curves=lambda table: table[table["run_id"].eq(rows[0]["run_id"]) & table["step"].eq(0)])
+    show(browser)
+    assert curves(browser) == 0
+    assert "No curve to draw" in browser.find_element("id", "chart").text
+    choose(browser, "scale", "linear")
+    assert curves(browser) == 1
+    assert browser.get_log("browser") == []
 
 
 def test_a_claim_leads_to_its_runs_and_their_curves(browser, page):

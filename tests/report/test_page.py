@@ -126,6 +126,17 @@ def test_figures_are_embedded_with_caption_data_and_command(report, rows):
         assert command in page.text
 
 
+def test_commands_are_for_a_shell(report, rows, tmp_path, monkeypatch):
+    report(rows)
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    layout, out = Layout.of("mine.yaml"), tmp_path / "page.html"
+    build(make_plan(layout.preset), layout, "my presets/mine.yaml", out)
+    assert "index.html --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
+    build(make_plan(layout.preset), layout, "laptop", out)
+    assert "--config" not in Page(out.read_text()).section("cost").text
+
+
 def test_text_from_outside_stays_text(report):
     page = hostile_report(report)
     for table in ("runs", "evals", "claims"):
