@@ -212,8 +212,9 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     with _one_sentence():
         made, layout = _open(preset)
         job = made.evaluation(eval_id)
-        # Read when tqdm is first imported: a bar per step would drown the log.
+        # Read when tqdm is first imported: a bar per step would drown the log. lm-eval's own can't be turned off.
         os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
         from lorabench.evaluation.runner import evaluate_job
 
         evaluate_job(made, job, layout)
