@@ -97,7 +97,7 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
 def _check_splitter(tasks: Iterable[str]) -> None:
     """Raise LookupError if IFEval's splitter of sentences is not there.
 
-    IFEval downloads it when it is first loaded, and if it can't, it goes on and fails at a prompt that asks for sentences.
+    IFEval downloads it when first loaded; if it can't, it says nothing, and fails at a prompt about sentences.
     """
     if any("ifeval" in name for name in tasks):
         import nltk

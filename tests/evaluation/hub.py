@@ -43,7 +43,7 @@ def serve(root: Path) -> Iterator[str]:
 class _Handler(BaseHTTPRequestHandler):
     repositories: Path
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         match parts:
             case ["api", "datasets", owner, name]:
@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         """Say nothing."""
 
 

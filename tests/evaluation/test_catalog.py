@@ -106,8 +106,8 @@ def test_answers_that_leave_no_room_for_the_prompt_are_refused(trained):
     catalog.check_room(loaded, "tiny", 9)
     with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
         catalog.check_room(loaded, "tiny", 8)
+    longer = replace(loaded, task=wanted.model_copy(update={"max_new_tokens": 512}))
     with pytest.raises(UserError, match="draws up to 512 tokens; model 'tiny' takes 512"):
-        longer = replace(loaded, task=wanted.model_copy(update={"max_new_tokens": 512}))
         catalog.check_room(longer, "tiny", 512)
 
 

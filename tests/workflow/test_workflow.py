@@ -16,6 +16,7 @@ import yaml
 
 from lorabench.analysis.arms import ARM
 from lorabench.analysis.claims import CLAIMS
+from lorabench.config import EVAL_SOURCES
 from lorabench.figures import of_preset
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
@@ -139,7 +140,7 @@ def test_the_base_and_every_condition_are_evaluated(smoke):
     plan = make_plan(Layout.of("smoke").preset)
     evaluated = evals.run_id.fillna("base").nunique()
     assert evaluated == len(plan.evaluations()) == 1 + len(plan.of("placement"))
-    assert set(evals.task) == {"lorabench_instruct", "lorabench_pretraining"}
+    assert set(evals.task) == EVAL_SOURCES.keys()
     assert set(evals.n_samples) == {8}
     for job in plan.evaluations():
         samples = pq.read_table(results / f"evals/{job.eval_id}.samples.parquet").to_pandas()
