@@ -294,13 +294,16 @@ def figure(name: str, tables: TablesOptions, out: FigureFolder) -> None:
 
 
 @app.command()
-def report(preset: PresetOption = "laptop") -> None:
+def report(
+    preset: PresetOption = "laptop",
+    evaluation: Annotated[bool, typer.Option(help="Show scores of lm-eval, if there are any.")] = True,
+) -> None:
     """Build the report page of a preset from its tables and figures."""
     with _one_sentence():
         from lorabench.report.page import build
 
         made, layout = _open(preset)
-        build(made, layout, layout.report)
+        build(made, layout, layout.report if evaluation else layout.report_without_evaluation, evaluation)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,9 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
             _draw_forgotten(axes, rows[rows["measure"] == measure], measure, saved, styles)
         _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles)
         if saved:
-            _tell_height(of_row[:-1], "bits per byte below the base:\n", rows["learned_bits_tasks"].iloc[0])
+            _tell_height(
+                of_row[:-1], "bits per byte of right answers\nbelow the base: ", rows["learned_bits_tasks"].iloc[0]
+            )
             _tell_height(of_row[-1:], "accuracy: ", rows["learned_tasks"].iloc[0])
         else:
             _tell_height(of_row, "accuracy: ", rows["learned_tasks"].iloc[0])

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from lorabench.config import PRESETS
-from lorabench.figures import PaperFigure, of_preset
+from lorabench.figures import EVALS, PaperFigure, of_preset
 from lorabench.layout import Layout
 from lorabench.plan import Plan
 from lorabench.records import atomic_path
@@ -20,18 +20,19 @@ from lorabench.tables import read_table
 _DEFAULT_PRESET = "laptop"
 
 
-def build(plan: Plan, layout: Layout, out: Path) -> None:
+def build(plan: Plan, layout: Layout, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its tidy tables (runs, curves, claims, and evals if there is one) and figures.
 
     Args:
         plan: what was to be run.
         layout: where tables and figures lie.
         out: the HTML file, written whole or not at all.
+        evaluated: whether to show scores of lm-eval; without them the page needs neither their table nor their figures.
 
     Raises:
         FileNotFoundError: a table or a figure is not there.
     """
-    figures = of_preset(plan.preset)
+    figures = [figure for figure in of_preset(plan.preset) if evaluated or figure.experiments != EVALS]
     runs = summary.labelled(read_table(layout.tables(), "runs"))
     claims = read_table(layout.tables(), "claims")
     page = _template().render(
@@ -42,11 +43,12 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
         environment=summary.environment(runs),
         figures=[_figure(figure, layout) for figure in figures],
         experiments=[found for name in plan.preset.experiments.trained() if (found := summary.experiment(name, runs))],
-        evaluation=summary.evaluation(read_table(layout.tables(), "evals", optional=True)),
+        evaluation=summary.evaluation(read_table(layout.tables(), "evals", optional=True)) if evaluated else [],
+        evaluated=evaluated,
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
-        command=_command(layout, layout.report),
+        command=_command(layout, out),
     )
     with atomic_path(out) as partial:
         partial.write_text(page, encoding="utf-8")

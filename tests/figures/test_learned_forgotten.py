@@ -103,7 +103,10 @@ def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_
     for axes, across, up in ((left, "forgotten", "learned_bits"), (right, "final_test_nll", "learned")):
         drawn = {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
         assert drawn == set(plotted[[across, up]].dropna().itertuples(index=False, name=None))
-    assert left.get_ylabel() == "bits per byte below the base:\nlorabench_instruct_bits\n(higher is better)"
+    assert (
+        left.get_ylabel()
+        == "bits per byte of right answers\nbelow the base: lorabench_instruct_bits\n(higher is better)"
+    )
     assert right.get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
 
 
