@@ -108,20 +108,29 @@ def _check_splitter(tasks: Iterable[str]) -> None:
             raise LookupError(f"nltk has no {_SPLITTER} in {', '.join(nltk.data.path)}") from None
 
 
-def check_room(loaded: Loaded, model: str, max_length: int) -> None:
-    """Refuse a task whose answers leave no room for its prompts in a model that takes so many tokens.
+def check_settings(loaded: Iterable[Loaded], model: str, max_length: int) -> None:
+    """Refuse settings that lm-eval would pass over, or fail at after hours.
+
+    Args:
+        model: name of the model, for the message.
+        max_length: tokens that it takes, of prompt and answer together.
 
     Raises:
-        UserError: a task draws as many tokens as the model takes, or more.
+        UserError: a task's answers leave no room for its prompts, or it takes no examples and shall have some.
     """
-    for name, leaf in loaded.leaves.items():
-        own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
-        drawn = loaded.task.max_new_tokens or own
-        if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
-            raise UserError(
-                f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the prompt "
-                "among them; set the task's max_new_tokens to less"
-            )
+    for one in loaded:
+        for name, leaf in one.leaves.items():
+            own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
+            drawn = one.task.max_new_tokens or own
+            if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
+                raise UserError(
+                    f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the "
+                    "prompt among them; set the task's max_new_tokens to less"
+                )
+            if one.task.num_fewshot and leaf.get_config("num_fewshot") == 0:
+                raise UserError(
+                    f"evaluation task {name!r} takes no examples; num_fewshot = {one.task.num_fewshot} is given"
+                )
 
 
 def fetch(layout: Layout, path: Path) -> None:

@@ -74,8 +74,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
         tokenizer = load_tokenizer(spec)
         index = catalog.manager(evaluation.tasks)
         loaded = [catalog.load(index, task, layout) for task in evaluation.tasks]
-        for one in loaded:
-            catalog.check_room(one, job.model, max_length(spec))
+        catalog.check_settings(loaded, job.model, max_length(spec))
         machine = this_machine(plan)
         model = load(spec, record, layout).to(machine.device)
         lm = harness(model, tokenizer, evaluation.batch_size, machine.autocast(plan.preset.protocol))

@@ -167,7 +167,7 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     styles = style.arm_styles(plotted[plotted["arm"] != BASE])
     for (title, rows), of_row in zip(panels, grid, strict=True):
         of_row[0].set_title(title, pad=18, parse_math=False)
-        saved = rows["learned_bits"].notna().any()
+        saved = bool(rows["learned_bits"].notna().any())
         for measure, axes in zip(measures, of_row[:-1], strict=True):
             _draw_forgotten(axes, rows[rows["measure"] == measure], measure, saved, styles)
         _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles)

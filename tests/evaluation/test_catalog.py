@@ -100,15 +100,23 @@ def test_every_task_of_this_project_has_its_kind_of_source():
     assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
 
 
-def test_answers_that_leave_no_room_for_the_prompt_are_refused(trained):
+def test_settings_that_lm_eval_would_pass_over_are_refused(trained):
     wanted = task("lorabench_arithmetic", "gcd")
     loaded = catalog.load(catalog.manager([wanted]), wanted, trained.layout)
-    catalog.check_room(loaded, "tiny", 9)
+
+    def check(max_length: int, **changes: int) -> None:
+        catalog.check_settings([replace(loaded, task=wanted.model_copy(update=changes))], "tiny", max_length)
+
+    check(9)
     with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
-        catalog.check_room(loaded, "tiny", 8)
-    longer = replace(loaded, task=wanted.model_copy(update={"max_new_tokens": 512}))
+        check(8)
     with pytest.raises(UserError, match="draws up to 512 tokens; model 'tiny' takes 512"):
-        catalog.check_room(longer, "tiny", 512)
+        check(512, max_new_tokens=512)
+    check(9, num_fewshot=2)
+    loaded.leaves["lorabench_arithmetic"].set_config("num_fewshot", 0)
+    check(9, num_fewshot=0)
+    with pytest.raises(UserError, match="'lorabench_arithmetic' takes no examples; num_fewshot = 2 is given"):
+        check(9, num_fewshot=2)
 
 
 def test_a_missing_file_is_named(trained):

@@ -175,6 +175,26 @@ def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base
     pd.testing.assert_series_equal(other, alone, rtol=1e-5)
 
 
+def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
+    plan = trained.plan
+    tokenizer = load_tokenizer(plan.preset.models["tiny"])
+    tokenizer.chat_template = None
+    tasks = [task for task in plan.preset.evaluation.tasks if task.name == "lorabench_arithmetic"]
+    assert tasks[0].chat
+    index = catalog.manager(tasks)
+    lm = harness(load_model(plan.preset.models["tiny"]), tokenizer, 4, None)
+    rows, samples = run_tasks(lm, index, [catalog.load(index, tasks[0], trained.layout)], plan.preset.evaluation)
+    assert [row["template_sha256"] for row in rows] == [None]
+    assert len(samples) == 6
+
+
+def test_the_language_of_an_answer_is_always_told_alike(adapted):
+    from langdetect import detect_langs
+
+    # IFEval's detector draws at random; the fixture has run an evaluation.
+    assert len({str(detect_langs("an in das")) for _ in range(20)}) == 1
+
+
 def test_a_checkpoint_of_another_base_is_refused(trained):
     job = trained.job("lora")
     record = best_record(job, trained.layout)
