@@ -303,7 +303,16 @@ def report(
         from lorabench.report.page import build
 
         made, layout = _open(preset)
-        build(made, layout, layout.report if evaluation else layout.report_without_evaluation, evaluation)
+        build(made, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
+
+
+@app.command()
+def publish(preset: PresetOption = "laptop", readme: Annotated[Path, typer.Option()] = Path("README.md")) -> None:
+    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+    with _one_sentence():
+        from lorabench.report.publish import publish as write
+
+        write(_open(preset)[1], readme)
 
 
 if __name__ == "__main__":
