@@ -14,7 +14,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lorabench.analysis.recipe import recipe
-from lorabench.figures import PaperFigure, of_preset
+from lorabench.figures import EVALS, PaperFigure, of_preset
 from lorabench.layout import Layout
 from lorabench.plan import Plan
 from lorabench.records import atomic_path
@@ -28,7 +28,7 @@ _DEFAULT_PRESET = "laptop"
 _HERE = Path(__file__).parent
 
 
-def build(plan: Plan, layout: Layout, source: str, out: Path) -> None:
+def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its tidy tables (runs, curves, claims, and evals if there is one) and figures.
 
     Args:
@@ -36,10 +36,12 @@ def build(plan: Plan, layout: Layout, source: str, out: Path) -> None:
         layout: where tables and figures lie.
         source: the preset as it was named: a shipped one, or the path of its file.
         out: the HTML file, written whole or not at all.
+        evaluated: whether to show scores of lm-eval; without them the page needs neither their table nor their figures.
 
     Raises:
         FileNotFoundError: a table or a figure is not there.
     """
+    figures = [figure for figure in of_preset(plan.preset) if evaluated or figure.experiments != EVALS]
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
@@ -54,19 +56,22 @@ def build(plan: Plan, layout: Layout, source: str, out: Path) -> None:
         verdicts=summary.by_verdict(judged),
         claims=claims,
         recipe=recipe(all_runs),
-        sections=arrange([_figure(figure, layout, source) for figure in of_preset(plan.preset)], claims),
+        sections=arrange([_figure(figure, layout, source) for figure in figures], claims),
         environment=summary.environment(runs),
         experiments=[found for name in plan.preset.experiments.trained() if (found := summary.experiment(name, runs))],
-        evaluation=summary.evaluation(read_table(tables, "evals", optional=True)),
+        evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
+        evaluated=evaluated,
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
         curves=_json(curves),
         points=curves["points"],
-        downloads=downloads(tables, ("runs", "curves", "claims", "evals", "compute", "counts")),
+        downloads=downloads(
+            tables, ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts")
+        ),
         tables=tables,
         figures_folder=layout.figures,
-        command=_command(source, layout.report),
+        command=_command(source, out),
     )
     with atomic_path(out) as partial:
         partial.write_text(page, encoding="utf-8")

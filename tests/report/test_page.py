@@ -284,6 +284,20 @@ def test_without_scores_there_is_no_section(report, rows, evals):
     assert "#evaluation" not in page.all("a", "href")
 
 
+def test_a_page_without_evaluation_needs_neither_scores_nor_their_figure(report, rows):
+    report(rows, None, evaluation=EVALUATION)
+    layout = Layout.of("mine.yaml")
+    for file in layout.figures.glob("learned_forgotten.*"):
+        file.unlink()
+    out = layout.report_without_evaluation
+    build(make_plan(layout.preset), layout, "mine.yaml", out, evaluated=False)
+    page = Page(out.read_text())
+    assert "made without the scores of lm-evaluation-harness" in page.text
+    assert "evaluation" not in page.ids
+    assert "learned_forgotten" not in page.ids
+    assert f"snakemake --cores all {out} --config preset=mine.yaml" in page.text
+
+
 def test_same_tables_give_the_same_page(report, rows):
     first = report(rows).source
     layout = Layout.of("mine.yaml")
