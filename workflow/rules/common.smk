@@ -69,6 +69,12 @@ def sweep_data(wildcards):
     return [ancient(path) for path in reads]
 
 
+def figure_files(names):
+    """What is drawn of some figures."""
+    kinds = ("svg", "png", "csv")
+    return [LAYOUT.figures / f"{name}.{kind}" for name in names for kind in kinds]
+
+
 def figure_tables(wildcards):
     """What a figure reads: the tables of those of its experiments that the preset has."""
     figure = FIGURES[wildcards.figure]
