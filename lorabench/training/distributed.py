@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -51,10 +54,10 @@ class Processes:
         """Numbers of every process, (processes, values) in double precision; the same in each."""
         if self.count == 1:
             return np.array([values], np.float64)
-        own = torch.tensor([values], dtype=torch.float64, device=self.device)
-        everyone = own.repeat(self.count, 1)
-        dist.all_gather_into_tensor(everyone, own)
-        return everyone.cpu().numpy()
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(everyone, own)
+        return torch.stack(everyone).cpu().numpy()
 
     def total(self, value: float) -> float:
         """The sum over processes."""
@@ -107,6 +110,8 @@ class Processes:
             reshard_after_forward=True,
             cpu_ram_efficient_loading=True,
         )
+        if isinstance(model, PeftModel):
+            _tie_beneath(model)
         sharded: M = fsdp2_prepare_model(accelerator, model)
         sharded.enter = MethodType(_call, sharded)  # type: ignore[assignment]
         register_fsdp_forward_method(sharded, "enter")
@@ -142,7 +147,23 @@ def enter(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T
     if not isinstance(model, FSDPModule):
         return function(model, *inputs)
     entered: T = model.enter(function, *inputs)  # type: ignore[operator]
+    if not torch.is_grad_enabled():
+        # The last layers stay together for a backward pass, which does not come.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     return entered
+
+
+def _tie_beneath(model: PeftModel) -> None:
+    """Tell transformers, which ties weights anew once they are sharded, where PEFT put an adapted layer's weight."""
+    base: Any = model.get_base_model()
+    for name, source in list(base.all_tied_weights_keys.items()):
+        layer, _, weight = name.rpartition(".")
+        if isinstance(base.get_submodule(layer), BaseTunerLayer):
+            del base.all_tied_weights_keys[name]
+            base.all_tied_weights_keys[f"{layer}.base_layer.{weight}"] = source
+    model.tie_weights = partial(base.tie_weights, recompute_mapping=False)
 
 
 def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:
