@@ -10,7 +10,7 @@ autocast as on one GPU. `ddp` keeps the whole model in each process and sums gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -50,34 +50,40 @@ class Processes:
         """Whether a model's parameters are spread over the processes."""
         return self.count > 1 and self.sharding == "fsdp"
 
-    def gather(self, *values: float) -> np.ndarray:
-        """Numbers of every process, (processes, values) in double precision; the same in each."""
+    def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        """As many numbers of every process, (processes, values) in double precision; the same in each."""
+        own = torch.from_numpy(np.asarray(values, np.float64)).to(self.device)
         if self.count == 1:
-            return np.array([values], np.float64)
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return own.cpu().numpy()[None]
         everyone = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(everyone, own)
         return torch.stack(everyone).cpu().numpy()
 
     def total(self, value: float) -> float:
         """The sum over processes."""
-        return float(self.gather(value).sum())
+        return float(self.gather([value]).sum())
 
     def most(self, value: float) -> float:
         """The largest of all processes."""
-        return float(self.gather(value).max())
+        return float(self.gather([value]).max())
 
     def any(self, happened: bool) -> bool:
         """Whether it happened in any process, so that all decide alike."""
-        return bool(self.gather(happened).any())
+        return bool(self.gather([happened]).any())
 
     def wait(self) -> None:
         """Until all are here."""
-        self.gather(0.0)
+        self.gather([0.0])
 
     def share(self, lengths: np.ndarray) -> np.ndarray:
         """Positions of the sequences that this process computes, ordered by length, so that all have as much to do."""
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
+
+    def owners(self, lengths: np.ndarray) -> np.ndarray:
+        """The process in whose share each sequence is, (sequences,)."""
+        ranks = np.empty(len(lengths), np.int64)
+        ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths)) % self.count
+        return ranks
 
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
         """This process's parts, filled up with `nothing` to as many as any has: all must compute together."""

@@ -66,6 +66,8 @@ def write_tied(folder: Path) -> None:
     model = load_model(TINY)
     model.config.tie_word_embeddings = True
     model.tie_weights()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
     model.save_pretrained(folder)
 
 
