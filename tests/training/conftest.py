@@ -18,7 +18,7 @@ from lorabench.models.lora import add_lora
 from lorabench.plan import Condition, Run, make_plan
 from lorabench.training.distributed import ALONE, Processes
 from lorabench.training.loss import mean_nll
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, recompute_activations
 from lorabench.training.sft import train_run
 from lorabench.training.sweep import run_sweep
 
@@ -64,11 +64,14 @@ def train(
     tick=lambda step: None,
     spec: ModelSpec = TINY,
     processes: Processes = ALONE,
+    recompute: bool = False,
 ):
     """Train on a fresh model; returns the outcome and the trained model."""
     protocol = protocol or Protocol()
     machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds, processes=processes)
     model = load_model(spec) if processes.first or not processes.sharded else skeleton(spec)
+    if recompute:
+        recompute_activations(model)
     if condition.method == "lora":
         model = add_lora(model, condition.rank, "all", condition.alpha, protocol.include_unembedding, seed)
     model = processes.shard(model)

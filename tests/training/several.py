@@ -15,7 +15,7 @@ import torch
 
 from lorabench.config import ModelSpec, PathModel, Protocol, TinyModel
 from lorabench.models.base import load_model
-from lorabench.training.distributed import ALONE, Processes, Sharding, join, leave
+from lorabench.training.distributed import ALONE, Processes, Sharding, join, leave, local
 
 from .conftest import TINY, condition_of, splits_of, train
 
@@ -33,6 +33,7 @@ class Case:
     lr: float = 3e-3
     precision: str = "fp32"
     breaks_after: int | None = None
+    recompute: bool = False
 
 
 MOE = "moe-128"
@@ -53,6 +54,8 @@ CASES = {
     "tied-lora": Case("lora", 4, base="tied"),
     "bf16-fsdp": Case("fullft", precision="bf16"),
     "bf16-lora": Case("lora", 4, precision="bf16"),
+    "recompute-fullft": Case("fullft", recompute=True),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
     "diverges": Case("fullft", lr=1e3),
 }
 
@@ -80,7 +83,7 @@ def spec_of(case: Case, folder: Path) -> ModelSpec:
 def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE, tick=lambda step: None):
     """Train a case, from the checkpoint in `checkpoints` if there is one; returns its numbers as plain data."""
     condition = condition_of(case.method, case.rank, case.steps, case.batch_size)
-    outcome, _ = train(
+    outcome, model = train(
         condition,
         data,
         checkpoints,
@@ -90,8 +93,11 @@ def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Proce
         tick=tick,
         spec=spec_of(case, folder),
         processes=processes,
+        recompute=case.recompute,
     )
-    return json.loads(json.dumps({**vars(outcome), "curve": [vars(point) for point in outcome.curve]}))
+    held = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+    found = {**vars(outcome), "curve": [vars(point) for point in outcome.curve], "held": held}
+    return json.loads(json.dumps(found))
 
 
 def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE) -> None:

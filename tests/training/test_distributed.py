@@ -57,8 +57,10 @@ def test_two_processes_give_the_numbers_of_one(name, several, data, tmp_path):
     assert_same(found[name][0]["unbroken"], alone, rtol=2e-2 if case.precision == "bf16" else 5e-5)
     assert alone["status"] == ("diverged" if name == "diverges" else "done")
     # Every process has the same, bit for bit: none decides otherwise than the others.
-    first, second = ({**process["unbroken"], "wall_s": 0} for process in found[name])
+    first, second = ({**process["unbroken"], "wall_s": 0, "held": 0} for process in found[name])
     assert first == second
+    held = [process["unbroken"]["held"] for process in found[name]]
+    assert held == pytest.approx([0.5, 0.5] if case.sharding == "fsdp" else [1, 1], abs=0.05)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.breaks_after])

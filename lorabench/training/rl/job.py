@@ -37,7 +37,8 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
             for number, run in runs:
                 work.train(job.load(), {run.run_id: (number, run)})
         else:
-            lanes = job.plan.preset.execution.lanes
+            # A sharded model keeps to what is trained when it is sharded; lanes take turns.
+            lanes = 1 if job.machine.processes.sharded else job.plan.preset.execution.lanes
             for start in range(0, len(runs), lanes):
                 together = {run.run_id: (number, run) for number, run in runs[start : start + lanes]}
                 work.train_lora(together)
@@ -55,13 +56,11 @@ class _Work:
     def train_lora(self, runs: Mapping[str, tuple[int, Run]]) -> None:
         """Train LoRA runs in lanes, as far as their adapters can go through the model together."""
         base = self.job.load()
-        sharded = self.job.machine.processes.sharded
-        if not sharded:
+        if not self.job.machine.processes.sharded:
             self._base_scores(partial(self._sample, base))
         first, *others = runs
         model = self.job.with_lora(base, runs[first][1], first)
-        # Sharding fixes what is trained, which lanes change.
-        if sharded or not can_share(model):
+        if not can_share(model):
             self.train(model, {first: runs[first]})
             if others:
                 self.train_lora({name: runs[name] for name in others})
