@@ -16,8 +16,11 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors gives the number in its text only.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 # Of torch's allocators, cuBLAS, C++ and the system; torch's RuntimeErrors have no type for it on a CPU. A thread that
-# can't start had no memory for its stack.
-_NO_MEMORY = ("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "start new thread")
+# can't start had no memory for its stack; torch's own words may be cut short for want of memory to put them in.
+_NO_MEMORY = (
+    *("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"),
+    *("start new thread", "[enforce fail a"),
+)
 _ASKED = re.compile(r"allocate ([\d.]+ \w+)")
 
 

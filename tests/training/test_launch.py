@@ -138,6 +138,29 @@ def test_killed_processes_go_on_where_they_were(ready):
     assert resumed[[*KEPT, *LOSSES]].equals(unbroken[[*KEPT, *LOSSES]])
 
 
+@pytest.mark.slow
+def test_processes_that_are_told_to_end_save_together(ready):
+    plan, layout = ready("told", {"checkpoint_minutes": 1000, "keep_weights": "all"})
+    sweep = sweep_of(plan, "lora")
+    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not layout.progress(sweep).exists():
+        assert process.poll() is None, "the sweep ended before it could be told"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # To the one that started them, as Slurm does to all; it tells the others.
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    told = [line for line in said.splitlines() if line.startswith("lorabench:")]
+    assert told == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
+    assert "Traceback" not in said
+    assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
+    assert not layout.lock(sweep).exists()
+    _, said = together(plan, layout, "lora")
+    assert said.count("goes on after step") == 1
+
+
 def children(pid: int) -> list[int]:
     """Processes that a process started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
