@@ -123,7 +123,7 @@ def _fetch(wanted: Wanted, pins: Path) -> Fetched:
             choice = {"allow_patterns": [*_MODEL_FILES, *code], "ignore_patterns": [*_ELSEWHERE]}
         where = {"repo_id": wanted.id, "repo_type": wanted.kind, "revision": commit, **choice}
         files = snapshot_download(**where, dry_run=True)
-        sizes = {file.filename: file.file_size or 0 for file in files}
+        sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
         if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
             raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
         _check_space(wanted, sum(sizes[file.filename] for file in files if file.will_download))
@@ -158,9 +158,14 @@ def _part_name(config: str | None, split: str) -> str:
 def _part_files(wanted: Wanted, commit: str, config: str | None, split: str) -> list[str]:
     """Names of the files of a part, as the datasets library finds them by the repository's card and names."""
     import datasets
+    from huggingface_hub import HfApi
 
     try:
         builder = datasets.load_dataset_builder(wanted.id, name=config, revision=commit)
+    except datasets.exceptions.DatasetNotFoundError:
+        # The library hides why; the hub's own client says it.
+        HfApi().auth_check(wanted.id, repo_type="dataset")
+        raise
     except ValueError as error:
         raise UserError(f"{wanted} has no configuration {config!r}: {_first_line(error)}") from error
     files = builder.config.data_files or {}
@@ -196,14 +201,12 @@ def _explained(wanted: Wanted) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # The datasets library wraps what the client raises.
-        causes = [error, error.__cause__, error.__context__]
         at = f"at {wanted.revision}"
         # Of the client's HTTP library, which was another one in earlier versions.
         no_connection: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
         def is_one_of(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
+            return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
 
         if is_one_of(errors.GatedRepoError):
             page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
