@@ -194,38 +194,45 @@ def _check_space(wanted: Wanted, needed: int) -> None:
 @contextmanager
 def _explained(wanted: Wanted) -> Iterator[None]:
     """Turn what the hub's client raises into one sentence."""
-    from huggingface_hub import constants, errors
-
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        at = f"at {wanted.revision}"
-        # Of the client's HTTP library, which was another one in earlier versions.
-        no_connection: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-
-        def is_one_of(*kinds: type[BaseException]) -> bool:
-            return isinstance(error, kinds) or isinstance(error.__cause__, kinds)
-
-        if is_one_of(errors.GatedRepoError):
-            page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
-            said = f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
-        elif is_one_of(errors.RevisionNotFoundError):
-            said = f"{wanted} has no revision {wanted.revision!r}"
-        elif is_one_of(errors.RepositoryNotFoundError):
-            said = f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
-        elif is_one_of(errors.OfflineModeIsEnabled):
-            said = f"{wanted} can't be fetched {at}: HF_HUB_OFFLINE is set"
-        elif is_one_of(errors.HfHubHTTPError):
-            said = f"{wanted} can't be fetched {at}: {_first_line(error)}"
-        elif is_one_of(no_connection, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError):
-            said = f"{wanted} can't be fetched {at}: no connection to {constants.ENDPOINT} ({_first_line(error)})"
-        elif is_one_of(OSError, FileNotFoundError):
-            said = f"{wanted} can't be fetched {at}: {_first_line(error)}"
-        else:
+        said = _sentence(wanted, error)
+        if said is None:
             raise
         raise UserError(said) from error
+
+
+def _sentence(wanted: Wanted, error: Exception) -> str | None:
+    """What went wrong, as a user can mend it; None if it is something else."""
+    from huggingface_hub import constants, errors
+
+    failed = f"{wanted} can't be fetched at {wanted.revision}"
+    # The last is of the client's HTTP library, which is not the same in all versions.
+    no_connection = (
+        *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
+        errors.HTTPError,  # type: ignore[attr-defined]
+    )
+    # Errors of the hub are errors of HTTP too, and a gated repository is one that is not found: the order matters.
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
+            return f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"{wanted} has no revision {wanted.revision!r}"
+        case errors.RepositoryNotFoundError():
+            return f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
+        case errors.OfflineModeIsEnabled():
+            return f"{failed}: HF_HUB_OFFLINE is set"
+        case errors.HfHubHTTPError():
+            return f"{failed}: {_first_line(error)}"
+        case _ if isinstance(error, no_connection):
+            return f"{failed}: no connection to {constants.ENDPOINT} ({_first_line(error)})"
+        case OSError():
+            return f"{failed}: {_first_line(error)}"
+    return None
 
 
 def _first_line(error: BaseException) -> str:

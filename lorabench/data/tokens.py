@@ -76,7 +76,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, messages[:position], generation=True)
-        through = _render(tokenizer, messages[: position + 1])
+        through = _render(tokenizer, messages[: position + 1]) if messages[position + 1 :] else ids
         if ids[: len(through)] != through or through[: len(before)] != before:
             raise UserError("the chat template rewrites earlier turns, so assistant tokens can't be told apart")
         turn = through[len(before) :]

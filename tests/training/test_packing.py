@@ -56,12 +56,12 @@ def model_of(family, lora=True):
     return model
 
 
-def loss_and_gradient(model, split, packing, autocast=False):
+def loss_and_gradient(model, split, packing, autocast=False, device="cpu"):
     model.zero_grad()
-    total = torch.zeros(())
+    total = torch.zeros((), device=device)
     for batch in batches(split, np.arange(len(split)), 64, packing=packing):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = nll_sum(model, *batch)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast or device == "cuda"):
+            loss = nll_sum(model, *batch.to(device))
         loss.backward()
         total += loss.detach()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -157,6 +157,17 @@ def test_a_model_that_lets_examples_see_each_other_is_refused():
     decoder.forward = lambda position_ids=None, **rest: forward(**rest)
     with pytest.raises(UserError, match="LlamaForCausalLM lets packed examples see each other"):
         check_packing(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_in_bf16_gradients_are_those_of_padded_examples(family):
+    model, split = model_of(family).cuda(), split_of([20, 3, 9, 14, 2, 6, 11, 5])
+    check_packing(model.get_base_model())
+    _, padded = loss_and_gradient(model, split, packing=False, device="cuda")
+    _, packed = loss_and_gradient(model, split, packing=True, device="cuda")
+    for name, gradient in padded.items():
+        assert (packed[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 
 
 def test_the_mean_over_a_split_is_the_same(data):
