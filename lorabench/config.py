@@ -520,6 +520,11 @@ class Execution(Strict):
     """A run longer than this leaves a checkpoint to go on from; 0 means after every step."""
     keep_weights: Literal["best", "all"] = "best"
     """Trained weights to keep: those at each condition's best LR, or all."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each layer again in the backward pass instead of keeping them: a third more work, far
+    less memory."""
+    sharding: Literal["fsdp", "ddp"] = "fsdp"
+    """How several GPUs hold a model: each a part of it, or each the whole where one GPU has room for it."""
     gflops: PositiveFloat
     """Useful GFLOP/s of one job on the machine meant, for the time estimate."""
 

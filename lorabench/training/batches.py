@@ -7,7 +7,7 @@ by default; it pays where examples are short and their lengths differ much.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +31,9 @@ def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.nd
     return shuffled[: steps * batch_size].reshape(steps, batch_size)
 
 
-def micro_batches(lengths: np.ndarray, max_tokens: int, groups: int = 1) -> Iterator[np.ndarray]:
+def micro_batches(
+    lengths: np.ndarray, max_tokens: int, groups: int = 1, packing: bool = False
+) -> Iterator[np.ndarray | list[np.ndarray]]:
     """Split a batch, by length, into parts of little padding that fit `max_tokens`.
 
     The parts together are the batch: with token-summed losses the gradient is the same, only less
@@ -39,12 +41,16 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, groups: int = 1) -> Iter
 
     Args:
         lengths: tokens of each example of the batch, (n,).
-        max_tokens: limit of examples times longest length in a part; one example always fits.
-        groups: split into at least this many parts (as far as there are examples).
+        max_tokens: limit of rows times longest length in a part; one example always fits.
+        groups: split into at least this many parts (as far as there are examples), but for packed ones.
+        packing: lay several examples into a row.
 
     Yields:
-        Positions within the batch, each exactly once.
+        Rows: a position within the batch, or those of several packed examples; each position exactly once.
     """
+    if packing and len(lengths):
+        yield from _packed(lengths, max_tokens)
+        return
     by_length = np.argsort(lengths, kind="stable")
     cap = max(1, -(-len(lengths) // groups))
     start = 0
@@ -56,6 +62,14 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, groups: int = 1) -> Iter
             end += 1
         yield by_length[start:end]
         start = end
+
+
+def _packed(lengths: np.ndarray, max_tokens: int) -> Iterator[list[np.ndarray]]:
+    # An example's last token is only a target.
+    rows = packed_rows(lengths - 1)
+    at_once = max(1, max_tokens // int(lengths.max()))
+    for start in range(0, len(rows), at_once):
+        yield [np.array(row) for row in rows[start : start + at_once]]
 
 
 def packed_rows(lengths: np.ndarray) -> list[list[int]]:
@@ -104,34 +118,13 @@ class Batch(NamedTuple):
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
-def batches(
-    split: TokenizedSplit, indices: np.ndarray, max_tokens: int, groups: int = 1, packing: bool = False
-) -> Iterator[Batch]:
-    """Some examples as micro-batches of at most `max_tokens`; see `micro_batches`, and with packing `packed_rows`."""
-    lengths = split.lengths()[indices]
-    if not packing:
-        for part in micro_batches(lengths, max_tokens, groups):
-            yield collate(split, indices[part])
-        return
-    rows = packed_rows(lengths - 1)
-    at_once = max(1, max_tokens // int(lengths.max() - 1))
-    for start in range(0, len(rows), at_once):
-        yield collate_packed(split, [indices[row] for row in rows[start : start + at_once]])
-
-
-def collate(split: TokenizedSplit, indices: np.ndarray) -> Batch:
-    """Some examples, one to a row."""
-    inputs, targets, _ = collate_packed(split, [np.array([index]) for index in indices])
-    return Batch(inputs, targets, None)
-
-
-def collate_packed(split: TokenizedSplit, rows: list[np.ndarray]) -> Batch:
-    """Some examples, several to a row, end to end."""
+def collate(split: TokenizedSplit, rows: Iterable[int | np.ndarray]) -> Batch:
+    """Some examples, one to a row or several, end to end. Without any it is one token that is not scored."""
     import torch
 
-    examples = [[split.example(int(index)) for index in row] for row in rows]
+    examples = [[split.example(int(index)) for index in np.atleast_1d(row)] for row in rows]
     # An example's last token is only a target.
-    shape = len(rows), max(sum(len(ids) - 1 for ids, _ in row) for row in examples)
+    shape = max(1, len(examples)), max((sum(len(ids) - 1 for ids, _ in row) for row in examples), default=1)
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     positions = np.tile(np.arange(shape[1]), (shape[0], 1))
     for number, row in enumerate(examples):
@@ -140,10 +133,11 @@ def collate_packed(split: TokenizedSplit, rows: list[np.ndarray]) -> Batch:
             end = start + len(ids) - 1
             inputs[number, start:end] = ids[:-1]
             targets[number, start:end] = np.where(scored[1:], ids[1:], IGNORED)
-            # Through the end of the row, so that padding goes on with the last example's.
+            # Through the end of the row: padding counts on.
             positions[number, start:] = np.arange(shape[1] - start)
             start = end
-    return Batch(*map(torch.from_numpy, (inputs, targets, positions)))
+    packed = any(len(row) > 1 for row in examples)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions) if packed else None)
 
 
 def scored_tokens(split: TokenizedSplit) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
-from lorabench.training.batches import IGNORED, batches
+from lorabench.training.batches import IGNORED, collate, micro_batches
+from lorabench.training.distributed import ALONE, Processes, enter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +24,12 @@ def nll_sum(
     Logits are computed where a token is scored and nowhere else. The decoder and the unembedding are
     called as modules, so LoRA on either takes part.
     """
+    return enter(model, _nll_sum, inputs, targets, positions)
+
+
+def _nll_sum(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None
+) -> torch.Tensor:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = base.get_decoder()(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     scored = targets != IGNORED
@@ -71,12 +77,15 @@ def mean_nll(
     max_tokens: int,
     device: torch.device,
     autocast: torch.dtype | None,
+    processes: Processes = ALONE,
     packing: bool = False,
 ) -> float:
     """NLL in nats per scored token of a whole split, token-weighted."""
     total, count = 0.0, 0
-    for batch in batches(split, np.arange(len(split)), max_tokens, packing=packing):
+    own = processes.share(split.lengths())
+    for part in processes.even(micro_batches(split.lengths()[own], max_tokens, packing=packing), own[:0]):
+        batch = collate(split, [own[row] for row in part])
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             total += nll_sum(model, *batch.to(device)).item()
         count += batch.scored
-    return total / count
+    return processes.total(total) / processes.total(count)

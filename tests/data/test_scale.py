@@ -26,7 +26,7 @@ from lorabench.config import HubDataset, TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.base import load_tokenizer
-from lorabench.training.batches import batches, data_order
+from lorabench.training.batches import collate, data_order
 
 def own():
     status = Path("/proc/self/status").read_text()
@@ -56,7 +56,7 @@ stage("dataset", lambda: build_dataset(spec, data))
 stage("tokens", lambda: write_tokens(data, tokenizer, cache, Limits(100_000), processes))
 split = stage("read", lambda: read_tokens(cache, cache_key(tokenizer, data)))["train"]
 order = data_order(len(split), 20, 32, 0)
-stage("batches", lambda: [list(batches(split, order[step], 16_384)) for step in range(20)])
+stage("batches", lambda: [collate(split, order[step]) for step in range(20)])
 report["rows"], report["tokens_in_all"] = len(split), int(split.offsets[-1])
 print(json.dumps(report))
 """
