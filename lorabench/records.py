@@ -66,11 +66,19 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     Raises:
         UserError: it is damaged, or has other columns.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with damage_told(path):
         return pq.read_table(path, schema=schema)
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Raise UserError where a parquet file, which can be made again, can't be read."""
+    import pyarrow as pa
+
+    try:
+        yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

@@ -69,7 +69,9 @@ def _sha256(tensors: Mapping[str, Any], about: Mapping[str, str]) -> str:
 
     def one(name: str) -> str:
         tensor = tensors[name]
-        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
+        # Numpy and torch call a type by one name, but for this.
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"{name} {dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
 
     with ThreadPoolExecutor() as threads:
         parts = list(threads.map(one, sorted(tensors)))

@@ -68,7 +68,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     record = best_record(job, layout) if job.sweep else None
     if record is not None or job.sweep is None:
         # What may be wrong is found before anything is computed, the cheapest first.
-        spec = plan.preset.models[job.model]
+        spec = layout.model(job.model)
         if record is not None:
             check_run(record, job.model, spec, layout)
         tokenizer = load_tokenizer(spec)

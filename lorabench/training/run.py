@@ -37,6 +37,7 @@ class Machine:
     checkpoint_seconds: float
     micro_groups: int = 2
     max_cache_tokens: int = 65_536
+    packing: bool = False
     processes: Processes = ALONE
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from lorabench.config import Protocol
-from lorabench.data.sft import Split
+from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lora import adapter_pairs
 from lorabench.plan import Run
 from lorabench.training import stop
 from lorabench.training.adapter import AdapterProbe
-from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
+from lorabench.training.batches import collate, data_order, micro_batches, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from lorabench.training.distributed import whole
 from lorabench.training.loss import mean_nll, nll_sum
@@ -98,7 +98,8 @@ def train_run(
     last_saved = time.perf_counter()
 
     def evaluate(split: Split) -> float:
-        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast, processes)
+        limit, packing = machine.max_batch_tokens, machine.packing
+        return mean_nll(model, data[split], limit, machine.device, autocast, processes, packing)
 
     def record(step: int, split: Split, metric: str, value: float) -> None:
         finite = value if math.isfinite(value) else None
@@ -164,13 +165,13 @@ def _backward(
     processes = machine.processes
     own = indices[processes.share(train.lengths()[indices])]
     lengths = train.lengths()[own]
-    split = micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
-    parts = [collate(train, own[part]) for part in processes.even(split, own[:0])]
-    scored = int(processes.total(sum(int((targets != IGNORED).sum()) for _, targets in parts)))
+    split = micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups, machine.packing)
+    parts = [collate(train, [own[row] for row in part]) for part in processes.even(split, own[:0])]
+    scored = int(processes.total(sum(part.scored for part in parts)))
     loss = 0.0
-    for inputs, targets in parts:
+    for part in parts:
         with torch.autocast(machine.device.type, dtype=autocast, enabled=autocast is not None):
-            part_loss = nll_sum(model, inputs.to(machine.device), targets.to(machine.device)) / scored
+            part_loss = nll_sum(model, *part.to(machine.device)) / scored
         part_loss.backward()
         loss += part_loss.item()
     processes.sum_gradients(trainable(model).values())

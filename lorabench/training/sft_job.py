@@ -14,7 +14,7 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.plan import Run
 from lorabench.training import stop
-from lorabench.training.loss import check_plain_head, mean_nll
+from lorabench.training.loss import check_packing, check_plain_head, mean_nll
 from lorabench.training.sft import train_run
 from lorabench.training.sweep import Job, now, provenance
 
@@ -28,7 +28,7 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
     if not runs:
         return
     condition, preset = job.sweep.condition, job.plan.preset
-    tokenizer = load_tokenizer(preset.models[condition.model])
+    tokenizer = load_tokenizer(job.layout.model(condition.model))
     key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
     data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
     environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
@@ -63,6 +63,10 @@ class _Bases:
         if self._model is None:
             self._model = self.job.load()
             check_plain_head(self._model)
+            machine = self.job.machine
+            # Of a model that is to be sharded, the other processes have no weights.
+            if machine.packing and machine.processes.first:
+                check_packing(self._model)
         return self._model
 
     def base_valid_nll(self, validation: TokenizedSplit) -> float:
@@ -71,7 +75,9 @@ class _Bases:
             machine = self.job.machine
             processes, autocast = machine.processes, machine.autocast(self.job.plan.preset.protocol)
             model = processes.shard(self._pristine())
-            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast, processes)
+            nll = mean_nll(
+                model, validation, machine.max_batch_tokens, machine.device, autocast, processes, machine.packing
+            )
             if processes.sharded:
                 self._model = None  # LoRA goes on before a model is sharded
             uniform = math.log(model.config.vocab_size)

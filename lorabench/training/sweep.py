@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config import FactsDataset
+from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lora import add_lora
@@ -49,6 +50,7 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
         execution.max_batch_tokens,
         execution.checkpoint_minutes * 60,
         max_cache_tokens=execution.max_cache_tokens,
+        packing=execution.packing,
         processes=processes,
     )
 
@@ -74,7 +76,7 @@ class Job:
 
     def load(self) -> PreTrainedModel:
         """The base model, fresh; one that is to be sharded is on the CPU of the first process, and nowhere else."""
-        spec, processes = self.plan.preset.models[self.sweep.condition.model], self.machine.processes
+        spec, processes = self.layout.model(self.sweep.condition.model), self.machine.processes
         # A sharded model that is no longer used is a ring of references, and as large as what is loaded now.
         gc.collect()
         if processes.sharded:
@@ -174,6 +176,7 @@ def run_sweep(
     job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
+        _check_commits(job, [run for _, run in runs if job.folder(run).done()])
         train_runs(job, runs)
         for number, run in runs:
             job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
@@ -205,15 +208,29 @@ def run_sweep(
     progress.close()
 
 
+def _check_commits(job: Job, finished: list[Run]) -> None:
+    """Raise UserError if a finished run read another commit of the hub than is fetched now."""
+    now = job.layout.commits(job.sweep.condition)
+    for run in finished:
+        then = job.folder(run).read_record()["environment"].get("hub_commits", {})
+        for name in (name for name in now if now[name] != then.get(name)):
+            raise UserError(
+                f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
+                f"write the former into the file of {name} in {job.layout.pins} and fetch again, or delete "
+                f"{job.folder(run).final} to have the run made anew"
+            )
+
+
 def provenance(job: Job) -> dict[str, Any]:
     """What all runs of a job ran on; the hashes of their data come on top."""
-    spec, processes = job.plan.preset.models[job.sweep.condition.model], job.machine.processes
+    condition, processes = job.sweep.condition, job.machine.processes
     return {
         **machine_state(job.machine.device),
         "processes": processes.count,
         "sharding": processes.sharding if processes.count > 1 else None,
         **code_state(job.layout.patches),
-        "model_sha256": weights_sha256(spec),
+        "model_sha256": weights_sha256(job.layout.model(condition.model)),
+        "hub_commits": job.layout.commits(condition),
     }
 
 
