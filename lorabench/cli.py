@@ -302,5 +302,14 @@ def report(preset: PresetOption = "laptop") -> None:
         build(made, layout, layout.report)
 
 
+@app.command()
+def publish(preset: PresetOption = "laptop", readme: Annotated[Path, typer.Option()] = Path("README.md")) -> None:
+    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+    with _one_sentence():
+        from lorabench.report.publish import publish as write
+
+        write(_open(preset)[1], readme)
+
+
 if __name__ == "__main__":
     app()
