@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Of a GPU's memory; the rest is the driver's, or lost between blocks.
 USABLE = 0.92
+# Of a process on a CPU that has imported its libraries, and in RL the graders' too: measured on the laptop preset.
+_SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
 _LORA_LAYERS = 7  # linear layers with LoRA in a decoder layer, of placement all
 
 
@@ -111,6 +113,13 @@ def step_memory(
         logits=tokens * sizes.vocabulary * (16 if is_rl else 12),
         sampling=0,
     )
+
+
+def peak_bytes(preset: Preset, sweep: Sweep) -> float:
+    """The peak as runs report it: of tensors on each GPU, or of the whole process on a CPU."""
+    gpus = gpus_needed(preset, sweep)
+    process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
+    return process + sweep_memory(preset, sweep, max(1, gpus)).total
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +59,15 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         counted = [str(one.runs) if one.runs else "", _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
         table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
     Console().print(table)
+
+
+def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
+    """The numbers of `plan_table`, in hours and bytes."""
+    rows = {name: asdict(one) for name, one in bill.per_experiment(plan).items()}
+    for row in rows.values():
+        row["money"] = None if price is None else row["gpu_hours"] * price
+    every = {"gpu": plan.preset.execution.gpu, "flops_per_s": cost.speed(plan.preset.execution), "cores": cores}
+    return json.dumps({**every, "notes": list(notes), "experiments": rows}, indent=2)
 
 
 def _short(number: float) -> str:
