@@ -91,8 +91,11 @@ def step_memory(
     bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
     trained, parts = cost.trained_parameters(preset, sizes, rank, placement), _parts(preset, gpus)
     layer = _layer_bytes(sizes, rank, bf16)
-    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time.
-    kept = sizes.layers * 4 * sizes.hidden + layer if again else sizes.layers * layer
+    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time, when the
+    # logits are gone.
+    kept = sizes.layers * (4 * sizes.hidden if again else layer)
+    # Logits and their gradient, in fp32; of RL also the entropy's.
+    logits = sizes.vocabulary * (16 if is_rl else 12)
     # Sharded layers come together one by one; the next is fetched while one is computed.
     gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
     # Autocast keeps a copy of what is trained until the end of the pass, and any layer one for its backward pass;
@@ -109,8 +112,7 @@ def step_memory(
         copies=copies * share,
         # Beside the layers: embeddings, the last norm, what goes into the unembedding.
         activations=tokens * (kept + 10 * sizes.hidden),
-        # Logits and their gradient, in fp32; of RL also the entropy's.
-        logits=tokens * sizes.vocabulary * (16 if is_rl else 12),
+        logits=tokens * (max(logits, layer) if again else logits),
         sampling=0,
     )
 
