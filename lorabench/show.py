@@ -36,7 +36,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     else:
         every = rows["total"]
         caption = [
-            f"on {execution.gpu} ({GPUS[execution.gpu].memory / GB:.0f} GB) at {rate / 1e3:,.4g} TFLOP/s each ({given})",
+            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {rate / 1e3:,.4g} TFLOP/s ({given})",
             f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
         ]
         last["GPU-hours"] = lambda one: _short(one.gpu_hours)
