@@ -40,9 +40,8 @@ _GPU_START_SECONDS = 60.0
 _READING = 1e9
 # Launching one layer for one position from Python: what a token costs at least, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
-# Several GPUs wait for each other, and have so many bytes/s between them.
+# Several GPUs wait for each other: their share of the speed of as many single ones.
 _SHARDED = 0.8
-_BETWEEN_GPUS = 300e9
 # Of a document whose answer is drawn, the share that is drawn; the longest answer of a batch is twice as long.
 _DRAWN_SHARE = 0.25
 
@@ -91,9 +90,10 @@ def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, plac
     return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
 
 
-def lanes(preset: Preset, sweep: Sweep) -> int:
-    """Runs of a sweep that are held in memory together: those of LoRA in RL."""
-    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora"
+def lanes(preset: Preset, sweep: Sweep, gpus: int) -> int:
+    """Runs of a sweep that are held in memory together: those of LoRA in RL, but on a sharded model they take turns."""
+    sharded = gpus > 1 and preset.execution.sharding == "fsdp"
+    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora" and not sharded
     return min(preset.execution.lanes, sweep.n_runs) if together else 1
 
 
@@ -225,19 +225,19 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     assert rollouts
     assert execution.gpu
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    together = lanes(preset, sweep)
+    together = lanes(preset, sweep, gpus)
     rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
     # Batches of rows, each drawn until its longest response ends; lanes share them.
     batches = condition.steps * max(1.0, together * condition.batch_size / rows)
     batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
-    # Autocast copies frozen weights for every position, and trained ones once.
-    weights = (8 if condition.method == "lora" else 2) * sizes.parameters / gpu.bandwidth
-    between = 4 * sizes.parameters / _BETWEEN_GPUS if gpus > 1 else 0.0
+    # Autocast copies frozen weights for every position, and trained ones once; the copy that processes of a sharded
+    # model sample from is in bf16 already.
+    weights = (8 if condition.method == "lora" and gpus == 1 else 2) * sizes.parameters / gpu.bandwidth
     positions = batches / together * rollouts.max_new_tokens
     # Keys and values are repeated for all heads, cast, and read.
     tokens = run_tokens(preset, condition)
     cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
-    return positions * (sizes.layers * _LAYER_SECONDS + weights + between) + cache
+    return positions * (sizes.layers * _LAYER_SECONDS + weights) + cache
 
 
 def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:

@@ -9,7 +9,7 @@ bytes follow the code of transformers and PEFT, and were checked by the life of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorabench import cost
@@ -49,9 +49,6 @@ class Memory:
         held = self.weights + self.moments
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     """Peak memory of a sweep's job, on each of its GPUs."""
@@ -60,17 +57,18 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     longest = cost.longest_sequence(preset, condition)
     # A batch goes through the model in two parts at least; all of its tokens may be scored.
     tokens = max(longest, min(execution.max_batch_tokens, -(-condition.batch_size // 2) * longest))
-    lanes = cost.lanes(preset, sweep)
     is_rl = condition.rollouts is not None
     step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, gpus, is_rl)
-    if condition.rollouts is None:
+    if not is_rl:
         return step
-    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
-    others = (lanes - 1) * trained / _parts(preset, gpus)
-    wanted = lanes * condition.batch_size * longest
-    cached = max(longest, min(execution.max_cache_tokens, wanted))
-    drawing = _sampling(sizes, cached, cached / longest, preset.protocol.precision == "bf16")
-    return step + Memory(4 * others, 0, 8 * others, 0, 0, 0, drawing)
+    lanes, bf16 = cost.lanes(preset, sweep, gpus), preset.protocol.precision == "bf16"
+    others = (lanes - 1) * cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    # Each process of a sharded model samples from a whole copy, whose linear layers are in the type of their products.
+    copy = 4 * sizes.parameters - (2 * linear if bf16 else 0) if _parts(preset, gpus) > 1 else 0
+    cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
+    drawing = _sampling(sizes, cached, cached / longest, bf16)
+    return replace(step, weights=step.weights + copy + 4 * others, moments=step.moments + 8 * others, sampling=drawing)
 
 
 def step_memory(

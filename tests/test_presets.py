@@ -8,12 +8,15 @@ from itertools import pairwise
 
 import pytest
 
+from lorabench import bill
 from lorabench.analysis.claims import CLAIMS
 from lorabench.analysis.lr_law import PUBLISHED, predict
 from lorabench.config import SftExperiment, TinyModel, load_preset
 from lorabench.figures import FIGURES, of_preset
 from lorabench.models.dimensions import dimensions
 from lorabench.plan import make_plan
+
+from .conftest import REPOSITORY
 
 GPU_PRESETS = ("smollm2", "core", "paper")
 # As written: 1, 2.2, 4.6 for a third of a decade.
@@ -162,3 +165,13 @@ def test_runs_are_shared_where_experiments_ask_for_the_same():
     shared = [sweep for sweep in plan.sweeps if {"placement", "lr_law"} <= set(sweep.experiments)]
     # On the mixture of experts: full fine-tuning, and LoRA on all layers.
     assert {sweep.condition.rank for sweep in shared} == {None, 128}
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("smollm2", "A100"), ("core", "H100"), ("paper", "H200")])
+def test_the_readme_tells_what_they_cost(name, gpu):
+    row = next(line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith(f"| `{name}`"))
+    told = re.search(rf"about ([\d,]+) hours of an {gpu}", row)
+    assert told, row
+    preset = load_preset(name)
+    assert preset.execution.gpu.startswith(gpu)
+    assert bill.total(make_plan(preset)).gpu_hours == pytest.approx(int(told[1].replace(",", "")), rel=0.1)
