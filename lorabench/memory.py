@@ -135,11 +135,12 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     gpus = 1
     while (needed := sweep_memory(preset, sweep, gpus).total) > available:
         if 2 * gpus > execution.max_gpus:
+            again = "" if execution.activation_checkpointing else "set activation_checkpointing, "
             raise UserError(
                 f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which "
-                f"has {available / GB:.0f} GB to give; lower execution.max_batch_tokens ({execution.max_batch_tokens}) "
-                f"or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus ({execution.max_gpus}), set "
-                f"activation_checkpointing, or choose another gpu"
+                f"has {available / GB:.0f} GB to give; of execution, {again}lower max_batch_tokens "
+                f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
+                f"({execution.max_gpus}), or choose another gpu"
             )
         gpus *= 2
     return gpus

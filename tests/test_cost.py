@@ -330,6 +330,9 @@ def test_of_several_models_the_dearest_goes():
     steps = [step.what for step in order(make_plan(paper))]
     assert steps.index("rank on llama-3-1-8b") < steps.index("rank")
     assert "rank on llama-3-2-1b" not in steps
+    # A core claim on placement is about a dense model.
+    assert steps.index("placement on qwen3-30b-a3b-base") < steps.index("placement")
+    assert "placement on llama-3-1-8b" not in steps
     kept, _ = within(paper, 2500)
     assert {model for block in kept.experiments.rank for model in block.models} == {"llama-3-2-1b"}
 
@@ -364,6 +367,9 @@ def test_budgets_keep_the_names_of_sweeps_and_folders(smoke):
     assert split_budget("paper@500") == ("paper", 500)
     assert split_budget("mine@home.yaml") == ("mine@home.yaml", None)
     assert with_budget("paper@500", 20) == "paper@20"
+    for wrong in ("much", -1, "nan"):
+        with pytest.raises(PresetError, match="a number of hours above 0"):
+            with_budget("paper", wrong)
     layout = Layout.of("core@350")
     assert layout.root == Layout.of("core").root
     everything = {sweep.sweep_id for sweep in make_plan(Layout.of("core").preset).sweeps}

@@ -13,7 +13,7 @@ PRESET = config.get("preset", "laptop")
 try:
     # Every command below gets the budget with the preset's name.
     if "budget" in config:
-        PRESET = with_budget(PRESET, float(config["budget"]))
+        PRESET = with_budget(PRESET, config["budget"])
     LAYOUT = Layout.of(PRESET)
 except UserError as error:
     raise WorkflowError(str(error))
