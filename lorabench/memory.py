@@ -115,9 +115,8 @@ def step_memory(
     )
 
 
-def peak_bytes(preset: Preset, sweep: Sweep) -> float:
-    """The peak as runs report it: of tensors on each GPU, or of the whole process on a CPU."""
-    gpus = gpus_needed(preset, sweep)
+def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """The peak as runs report it: of tensors on each of so many GPUs, or with none of the whole process."""
     process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
     return process + sweep_memory(preset, sweep, max(1, gpus)).total
 

@@ -151,6 +151,11 @@ def test_compute_must_fit_one_gpu():
         bill.compute(make_plan(changed))
 
 
+def test_an_evaluated_model_must_fit_one_gpu():
+    with pytest.raises(UserError, match="the evaluation needs 48 GB for llama-3-1-8b on one L40S, which has 44 GB"):
+        bill.evaluation(make_plan(with_execution(load_preset("paper"), gpu="L40S")))
+
+
 # The bill
 
 

@@ -104,6 +104,15 @@ def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
     assert "Traceback" not in output
 
 
+def test_what_fits_on_no_gpu_is_one_sentence(checkout):
+    raw = yaml.safe_load((REPOSITORY / "workflow/presets/core.yaml").read_text())
+    raw["execution"] |= {"gpu": "A10"}
+    (checkout / "small.yaml").write_text(yaml.safe_dump(raw))
+    output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)
+    assert re.search(r"sweep \S+ needs \d+ GB on each of 4 x A10", output)
+    assert "Traceback" not in output
+
+
 def test_an_unknown_preset_is_one_sentence(checkout):
     output = snakemake(checkout, "--config", "preset=lpatop", fails=True)
     assert "preset 'lpatop': no file" in output

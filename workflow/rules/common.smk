@@ -1,6 +1,7 @@
 # The preset, its plan, and the paths of both. Cheap: this is parsed again by every cluster job.
 from snakemake.exceptions import WorkflowError
 
+from lorabench.bill import total
 from lorabench.budget import with_budget
 from lorabench.config import GgufModel
 from lorabench.errors import UserError
@@ -15,10 +16,12 @@ try:
     if "budget" in config:
         PRESET = with_budget(PRESET, config["budget"])
     LAYOUT = Layout.of(PRESET)
+    PLAN = make_plan(LAYOUT.preset)
+    # What fits on no GPU is said before anything is computed.
+    total(PLAN)
 except UserError as error:
     raise WorkflowError(str(error))
 
-PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
