@@ -252,8 +252,9 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     with _one_sentence():
         made, layout = _open(preset)
         job = made.evaluation(eval_id)
-        # Read when tqdm is first imported: a bar per step would drown the log.
+        # Read when tqdm is first imported: a bar per step would drown the log. lm-eval's own can't be turned off.
         os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
         from lorabench.evaluation.runner import evaluate_job
 
         evaluate_job(made, job, layout)
@@ -333,13 +334,16 @@ def figure(name: str, tables: TablesOptions, out: FigureFolder) -> None:
 
 
 @app.command()
-def report(preset: PresetOption = "laptop") -> None:
+def report(
+    preset: PresetOption = "laptop",
+    evaluation: Annotated[bool, typer.Option(help="Show scores of lm-eval, if there are any.")] = True,
+) -> None:
     """Build the report page of a preset from its tables and figures."""
     with _one_sentence():
         from lorabench.report.page import build
 
         made, layout = _open(preset)
-        build(made, layout, layout.report)
+        build(made, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
 
 
 @app.command()

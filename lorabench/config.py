@@ -38,6 +38,16 @@ HUB_PROBLEMS = {
 }
 """The hub's datasets by kind of problem set."""
 
+EVAL_SOURCES = {
+    "lorabench_worked": "worked",
+    "lorabench_worked_bits": "worked",
+    "lorabench_instruct": "instruct",
+    "lorabench_instruct_bits": "instruct",
+    "lorabench_arithmetic": "arithmetic",
+    "lorabench_pretraining": None,
+}
+"""This project's tasks of evaluation: the kind of dataset or problem set that each reads, null for none."""
+
 
 class PresetError(UserError):
     """A preset that can't be run; the message says which field, which value, what is allowed."""
@@ -468,8 +478,10 @@ class EvalTask(Strict):
     """Worked examples in the prompt; null for as many as the task has by itself."""
     limit: Positive | None = None
     """Only so many documents; null for all."""
+    max_new_tokens: Positive | None = None
+    """Longest answer; null for as many tokens as the task has by itself, in lm-eval 256 where it says nothing."""
     chat: bool = False
-    """Put prompts into the model's chat template."""
+    """Put prompts into the model's chat template; a model that has none gets them as they are."""
     mean_tokens: Positive = 200
     """Tokens of an average document with what is generated for it, for the cost estimate."""
     documents: Positive = 1000
@@ -576,8 +588,18 @@ class Preset(Strict):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"evaluation.tasks: {twice[0]!r} appears twice")
         for number, task in enumerate(evaluation.tasks):
-            if task.source is not None:
-                _known([task.source], self.sources, f"evaluation.tasks.{number}.source")
+            where = f"evaluation.tasks.{number}"
+            if task.name.startswith("lorabench_"):
+                _known([task.name], EVAL_SOURCES, f"{where}.name")
+            kind = EVAL_SOURCES.get(task.name)
+            allowed = [name for name, spec in self.sources.items() if spec.kind == kind]
+            if kind is None and task.source is not None:
+                raise ValueError(f"{where}.source = {task.source!r}: task {task.name!r} reads no source; leave it out")
+            if kind is not None and task.source not in allowed:
+                raise ValueError(
+                    f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
+                    f"allowed: {', '.join(allowed) or 'none in this preset'}"
+                )
 
     def _check_sft(self, block: SftExperiment, where: str) -> None:
         _known(block.datasets, self.datasets, f"{where}.datasets")

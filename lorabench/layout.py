@@ -53,6 +53,11 @@ class Layout:
     def report(self) -> Path:
         return self.root / "report" / "index.html"
 
+    @property
+    def report_without_evaluation(self) -> Path:
+        """What can be said where an evaluation fails."""
+        return self.report.with_name("without_evaluation.html")
+
     def tables(self, experiment: str | None = None) -> Path:
         """Folder of the tidy tables: of one experiment, or of all."""
         return self.root / "tables" / experiment if experiment else self.root / "tables"

@@ -19,6 +19,8 @@ from lorabench.plan import EvalJob, Plan, make_plan
 
 TASKS = [
     {"name": "lorabench_worked", "about": "learned", "source": "worked", "chat": True, "limit": 6},
+    {"name": "lorabench_worked_bits", "about": "learned", "source": "worked", "chat": True, "limit": 6},
+    {"name": "lorabench_instruct_bits", "about": "learned", "source": "instruct", "chat": True},
     {"name": "lorabench_instruct", "about": "learned", "source": "instruct", "chat": True, "limit": 6},
     {"name": "lorabench_arithmetic", "about": "learned", "source": "gcd", "chat": True, "limit": 6},
     {"name": "lorabench_pretraining", "about": "forgotten"},

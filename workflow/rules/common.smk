@@ -65,6 +65,12 @@ def sweep_data(wildcards):
     return [LAYOUT.dataset(name) for name in sets] + model_files(condition.model)
 
 
+def figure_files(names):
+    """What is drawn of some figures."""
+    kinds = ("svg", "png", "csv")
+    return [LAYOUT.figures / f"{name}.{kind}" for name in names for kind in kinds]
+
+
 def figure_tables(wildcards):
     """What a figure reads: the tables of those of its experiments that the preset has."""
     figure = FIGURES[wildcards.figure]
