@@ -42,8 +42,8 @@ _READING = 1e9
 _LAYER_SECONDS = 0.8e-3
 # Several GPUs wait for each other: their share of the speed of as many single ones.
 _SHARDED = 0.8
-# Of a document whose answer is drawn, the share that is drawn; the longest answer of a batch is twice as long.
-_DRAWN_SHARE = 0.25
+# Where a task of lm-eval says nothing of the longest answer, and the preset neither. A batch lasts as long as that.
+_LONGEST_ANSWER = 256
 
 
 def speed(execution: Execution, gpus: int = 1) -> float:
@@ -259,7 +259,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
         drawn = task.about == "learned"
         seconds += read * _DECODING if drawn and gpu is None else read
         if drawn and gpu is not None:
-            positions = _documents(task) / preset.evaluation.batch_size * 2 * _DRAWN_SHARE * task.mean_tokens
+            positions = _documents(task) / preset.evaluation.batch_size * (task.max_new_tokens or _LONGEST_ANSWER)
             weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
             seconds += positions * (sizes.layers * _LAYER_SECONDS + weights)
     return seconds

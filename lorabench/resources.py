@@ -66,9 +66,12 @@ def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     Raises:
         UserError: the model doesn't fit.
     """
-    preset = plan.preset
-    # fp32 weights, and bf16 copies that may live at the same time.
-    peak = 6.0 * dimensions(preset.models[job.model]).parameters
+    preset, evaluation = plan.preset, plan.preset.evaluation
+    assert evaluation
+    sizes = dimensions(preset.models[job.model])
+    # fp32 weights, and bf16 copies that may live at the same time; logits of a batch of long texts, in both types.
+    longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
+    peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     return _on_one(preset, "the evaluation", job.model, peak, cost.evaluation_seconds(preset, job), 20 * MB)
 
 
