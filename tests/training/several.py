@@ -1,6 +1,6 @@
 """What the tests of several processes run in each: `torchrun ... -m tests.training.several DATA OUT CASE ...`.
 
-Trains each of the named cases and leaves, per case and process, its curve and results as JSON, and broken runs' checkpoints.
+Trains each of the named cases and leaves, per case and process, its curve and results as JSON, and checkpoints.
 """
 
 from __future__ import annotations

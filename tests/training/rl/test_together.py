@@ -30,7 +30,7 @@ def make(folder: Path, raw: dict, sharding: str, precision: str) -> None:
     """A preset and its problems."""
     raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
     changed = deepcopy(raw) | {"protocol": {"precision": precision}}
-    changed["execution"] |= {"sharding": sharding, "keep_weights": "all"}
+    changed["execution"] |= {"sharding": sharding, "keep_weights": "all", "checkpoint_minutes": 0.0}
     folder.mkdir()
     (folder / "mine.yaml").write_text(yaml.safe_dump(changed))
     layout = Layout.of(str(folder / "mine.yaml"))
