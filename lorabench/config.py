@@ -26,6 +26,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[int, Field(ge=0)]
+Sharding = Literal["fsdp", "ddp"]
 
 NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
 """Tasks of reasoning-gym whose answer is one number."""
@@ -518,7 +519,7 @@ class Execution(Strict):
     activation_checkpointing: bool = False
     """Compute the activations of each layer again in the backward pass instead of keeping them: a third more work, far
     less memory."""
-    sharding: Literal["fsdp", "ddp"] = "fsdp"
+    sharding: Sharding = "fsdp"
     """How several GPUs hold a model: each a part of it, or each the whole where one GPU has room for it."""
     gpu: str | None = None
     """The GPU meant, by its name in lorabench/gpus.py, for the estimates; null for a CPU."""

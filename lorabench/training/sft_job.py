@@ -41,6 +41,7 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
             checkpoint = job.folder(run).checkpoint
             outcome = train_run(run, model, data, preset.protocol, job.machine, checkpoint, base_nll, tick)
             job.write(run, outcome, model, environment | started, adapter)
+        del model  # before the next is loaded
 
 
 class _Bases:

@@ -28,7 +28,7 @@ from lorabench.tables import best_lr, write_curves, write_sweep
 from lorabench.training.checkpoint import trainable, whole_weights
 from lorabench.training.distributed import ALONE, Processes
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, recompute_activations
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,9 +78,7 @@ class Job:
         else:
             model = load_model(spec).to(self.machine.device)
         if self.plan.preset.execution.activation_checkpointing:
-            # No random numbers to restore: models have no dropout.
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            recompute_activations(model)
         return model
 
     def with_lora(self, model: PreTrainedModel, run: Run, adapter: str = "default") -> PeftModel:

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from lorabench.config import Protocol
-from lorabench.data.grading import Grader
 from lorabench.data.reflection import reflects
 from lorabench.plan import Rollouts, Run
 from lorabench.training.batches import data_order
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
+from lorabench.training.distributed import whole
 from lorabench.training.rl.objective import Group, Step, backward
-from lorabench.training.rl.problems import Problems, Texts, grade
+from lorabench.training.rl.problems import Grades, Problems, Texts, grade
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine, Point, make_optimizer
 
@@ -59,8 +59,8 @@ class Environment:
     texts: Texts
     splits: Mapping[str, Problems]
     held_out: Mapping[str, Problems]
-    grader: Grader
-    held_out_graders: Mapping[str, Grader]
+    grader: Grades
+    held_out_graders: Mapping[str, Grades]
 
 
 @dataclass
@@ -146,7 +146,7 @@ def train_rl(
     train = environment.splits["train"]
     order = data_order(len(train), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
-    autocast = machine.autocast(protocol)
+    autocast, processes = machine.autocast(protocol), machine.processes
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
     first_step, response_tokens, rewarded = 0, 0, False
@@ -182,9 +182,11 @@ def train_rl(
         rewarded = rewarded or metrics["reward"] > 0
         _activate(model, lane)
         learning = time.perf_counter()
-        measured = backward(model, groups, machine.max_batch_tokens, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), protocol.clip_norm or math.inf).item()
-        finite = math.isfinite(measured.loss) and math.isfinite(norm)
+        measured = backward(model, groups, machine.max_batch_tokens, autocast, processes)
+        parameters = list(trainable(model).values())
+        processes.sum_gradients(parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf)).item()
+        finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # Where the rewards of each group are equal there is no gradient, and Adam's momentum shall move nothing.
         if finite and norm > 0:
             optimizer.step()
@@ -208,7 +210,8 @@ def train_rl(
             for split, values in scores.items():
                 record(step, split, values)
         tick(step)
-        if time.perf_counter() - last_saved >= machine.checkpoint_seconds and step < condition.steps:
+        due = time.perf_counter() - last_saved >= machine.checkpoint_seconds
+        if processes.any(due) and step < condition.steps:
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -219,7 +222,7 @@ def train_rl(
                 "curve": [vars(point) for point in outcome.curve],
             }
             _activate(model, lane)
-            save_checkpoint(checkpoint, model, optimizer, progress)
+            save_checkpoint(checkpoint, model, optimizer, progress, processes)
             last_saved = time.perf_counter()
 
     if outcome.status != "diverged":
