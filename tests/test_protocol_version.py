@@ -33,6 +33,7 @@ CODE = (
     "lorabench/models/placement.py",
     "lorabench/training/adapter.py",
     "lorabench/training/batches.py",
+    "lorabench/training/distributed.py",
     "lorabench/training/loss.py",
     "lorabench/training/rl/cache.py",
     "lorabench/training/rl/lanes.py",
@@ -40,6 +41,7 @@ CODE = (
     "lorabench/training/rl/objective.py",
     "lorabench/training/rl/problems.py",
     "lorabench/training/rl/sampler.py",
+    "lorabench/training/rl/together.py",
     "lorabench/training/run.py",
     "lorabench/training/sft.py",
 )

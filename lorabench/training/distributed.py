@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lorabench.config import Sharding
+
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
 
-Sharding = Literal["fsdp", "ddp"]
 _CPU = torch.device("cpu")
 
 
@@ -52,9 +54,10 @@ class Processes:
 
     def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """As many numbers of every process, (processes, values) in double precision; the same in each."""
-        own = torch.from_numpy(np.asarray(values, np.float64)).to(self.device)
+        numbers = np.asarray(values, np.float64)
         if self.count == 1:
-            return own.cpu().numpy()[None]
+            return numbers[None]
+        own = torch.from_numpy(numbers).to(self.device)
         everyone = [torch.empty_like(own) for _ in range(self.count)]
         dist.all_gather(everyone, own)
         return torch.stack(everyone).cpu().numpy()
@@ -138,7 +141,8 @@ def join(sharding: Sharding) -> Processes:
     """Join the processes that were started with this one (see `launch.py`)."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The others wait while the first reads a large model from a slow disk.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     return Processes(state.process_index, state.num_processes, sharding, torch.device(state.device))
 
 

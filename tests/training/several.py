@@ -1,6 +1,6 @@
-"""What the tests of several processes run in each: `torchrun ... -m tests.training.several DATA OUT`.
+"""What the tests of several processes run in each: `torchrun ... -m tests.training.several DATA OUT CASE ...`.
 
-Trains each of `CASES` and leaves, per case and process, its curve and results as JSON, and broken runs' checkpoints.
+Trains each of the named cases and leaves, per case and process, its curve and results as JSON, and checkpoints.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lorabench.config import ModelSpec, PathModel, Protocol, TinyModel
+from lorabench.config import ModelSpec, PathModel, Protocol, Sharding, TinyModel
 from lorabench.models.base import load_model
-from lorabench.training.distributed import ALONE, Processes, Sharding, join, leave, local
+from lorabench.training.distributed import ALONE, Processes, join, leave, local
 
 from .conftest import TINY, condition_of, splits_of, train
 
@@ -34,6 +34,7 @@ class Case:
     precision: str = "fp32"
     breaks_after: int | None = None
     recompute: bool = False
+    slow: bool = False
 
 
 MOE = "moe-128"
@@ -47,15 +48,15 @@ CASES = {
     # One process has two sequences and the other one, so that it computes a part without any.
     "odd-batch": Case("fullft", batch_size=3),
     "moe-lora-fsdp": Case("lora", 4, base=MOE),
-    "moe-lora-ddp": Case("lora", 4, base=MOE, sharding="ddp"),
-    "moe-fullft": Case("fullft", base=MOE),
+    "moe-lora-ddp": Case("lora", 4, base=MOE, sharding="ddp", slow=True),
+    "moe-fullft": Case("fullft", base=MOE, slow=True),
     # The unembedding is the embedding, as in small Llama models.
-    "tied-fullft": Case("fullft", base="tied"),
+    "tied-fullft": Case("fullft", base="tied", slow=True),
     "tied-lora": Case("lora", 4, base="tied"),
     "bf16-fsdp": Case("fullft", precision="bf16"),
-    "bf16-lora": Case("lora", 4, precision="bf16"),
-    "recompute-fullft": Case("fullft", recompute=True),
-    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
+    "bf16-lora": Case("lora", 4, precision="bf16", slow=True),
+    "recompute-fullft": Case("fullft", recompute=True, slow=True),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True, slow=True),
     "diverges": Case("fullft", lr=1e3),
 }
 
@@ -115,11 +116,12 @@ def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Pro
     raise AssertionError("the run did not break")
 
 
-def main(data_folder: Path, out: Path) -> None:
+def main(data_folder: Path, out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     alike = join("fsdp")
     data = splits_of(data_folder)
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         processes = replace(alike, sharding=case.sharding)
         found = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
         if case.breaks_after:
@@ -136,4 +138,4 @@ def main(data_folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

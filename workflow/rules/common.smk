@@ -1,6 +1,8 @@
 # The preset, its plan, and the paths of both. Cheap: this is parsed again by every cluster job.
 from snakemake.exceptions import WorkflowError
 
+from lorabench.bill import total
+from lorabench.budget import with_budget
 from lorabench.config import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures import COMPUTE, EVALS, FIGURES, of_preset
@@ -10,11 +12,16 @@ from lorabench.plan import make_plan
 
 PRESET = config.get("preset", "laptop")
 try:
+    # Every command below gets the budget with the preset's name.
+    if "budget" in config:
+        PRESET = with_budget(PRESET, config["budget"])
     LAYOUT = Layout.of(PRESET)
+    PLAN = make_plan(LAYOUT.preset)
+    # What fits on no GPU is said before anything is computed.
+    total(PLAN)
 except UserError as error:
     raise WorkflowError(str(error))
 
-PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()

@@ -1,13 +1,12 @@
 """What the tests of RL in several processes run in each: `torchrun ... -m tests.training.rl.several FOLDER`.
 
-Trains the sweeps of every preset in the folder; a preset's file is named after how its model is held.
+Trains the sweeps of the preset in the folder.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,14 +20,12 @@ from lorabench.training.sweep import run_sweep
 def main(folder: Path) -> None:
     os.chdir(folder)
     torch.set_num_threads(1)
-    alike = join("fsdp")
-    for preset in sorted(folder.glob("*.yaml")):
-        layout = Layout.of(str(preset))
-        plan = make_plan(layout.preset)
-        processes = replace(alike, sharding=layout.preset.execution.sharding)
-        for sweep in plan.sweeps:
-            run_sweep(plan, sweep, layout, lambda line: None, processes)
-    leave(alike)
+    layout = Layout.of("mine.yaml")
+    plan = make_plan(layout.preset)
+    processes = join(layout.preset.execution.sharding)
+    for sweep in plan.sweeps:
+        run_sweep(plan, sweep, layout, lambda line: None, processes)
+    leave(processes)
 
 
 if __name__ == "__main__":

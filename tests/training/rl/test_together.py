@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -27,58 +26,50 @@ HELD = {"fsdp": ("fsdp", "fp32"), "ddp": ("ddp", "fp32"), "bf16": ("fsdp", "bf16
 SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy", "n_samples")
 
 
-def make(folder: Path, raw: dict) -> None:
-    """Presets that differ in how they are computed, and their problems."""
+def make(folder: Path, raw: dict, sharding: str, precision: str) -> None:
+    """A preset and its problems."""
     raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
-    for name, (sharding, precision) in HELD.items():
-        changed = deepcopy(raw) | {"protocol": {"precision": precision}}
-        changed["execution"] |= {"sharding": sharding, "keep_weights": "all"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(changed))
-        layout = Layout.of(str(folder / f"{name}.yaml"))
-        for problems, spec in layout.preset.problems.items():
-            write_problems(make_problems(spec), folder / layout.dataset(problems))
+    changed = deepcopy(raw) | {"protocol": {"precision": precision}}
+    changed["execution"] |= {"sharding": sharding, "keep_weights": "all", "checkpoint_minutes": 0.0}
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(yaml.safe_dump(changed))
+    layout = Layout.of(str(folder / "mine.yaml"))
+    for problems, spec in layout.preset.problems.items():
+        write_problems(make_problems(spec), folder / layout.dataset(problems))
 
 
-def runs_of(folder: Path, name: str) -> dict[str, dict]:
-    """The runs of a preset by id."""
-    layout = Layout.of(str(folder / f"{name}.yaml"))
+def runs_of(folder: Path) -> dict[str, dict]:
+    """The runs of the preset by id."""
+    layout = Layout.of(str(folder / "mine.yaml"))
     files = [folder / layout.sweep(sweep) for sweep in make_plan(layout.preset).sweeps]
     return {row["run_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
 
 
-@pytest.fixture
-def here_again():
-    """Back to where the tests were started."""
-    before = Path.cwd()
-    yield
-    os.chdir(before)
-
-
-def test_two_processes_sample_and_learn_as_one(tmp_path, raw_rl_preset, here_again):
+@pytest.mark.parametrize("held", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "bf16"))])
+def test_two_processes_sample_and_learn_as_one(held, tmp_path, raw_rl_preset, monkeypatch):
     alone, several = tmp_path / "alone", tmp_path / "several"
     for folder in (alone, several):
-        folder.mkdir()
-        make(folder, deepcopy(raw_rl_preset))
+        make(folder, raw_rl_preset, *HELD[held])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "tests.training.rl.several", str(several)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    os.chdir(alone)
-    for name in HELD:
-        layout = Layout.of(f"{name}.yaml")
-        plan = make_plan(layout.preset)
-        for sweep in plan.sweeps:
-            run_sweep(plan, sweep, layout, lambda line: None)
-        expected = runs_of(alone, name)
-        assert len(expected) == 3
-        for run_id, found in runs_of(several, name).items():
-            same_run(found, expected[run_id], name == "bf16")
-            weights = several / layout.runs / run_id / "weights"
-            if found["method"] == "lora":
-                adapted = PeftModel.from_pretrained(load_model(TINY), weights)
-                assert any(p.abs().max() > 0 for n, p in adapted.named_parameters() if ".lora_B." in n)
-            else:
-                assert (weights / "model.safetensors").is_file()
+    monkeypatch.chdir(alone)
+    layout = Layout.of("mine.yaml")
+    plan = make_plan(layout.preset)
+    for sweep in plan.sweeps:
+        run_sweep(plan, sweep, layout, lambda line: None)
+    expected, found = runs_of(alone), runs_of(several)
+    assert len(expected) == 3
+    assert found.keys() == expected.keys()
+    for run_id, run in found.items():
+        same_run(run, expected[run_id], held == "bf16")
+        weights = several / layout.runs / run_id / "weights"
+        if run["method"] == "lora":
+            adapted = PeftModel.from_pretrained(load_model(TINY), weights)
+            assert any(p.abs().max() > 0 for n, p in adapted.named_parameters() if ".lora_B." in n)
+        else:
+            assert (weights / "model.safetensors").is_file()
 
 
 def same_run(found: dict, expected: dict, rounded: bool) -> None:
