@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorabench.errors import UserError
+from lorabench.gpus import GPUS
 from lorabench.models.placement import Placement
 
 PRESETS = Path(__file__).parent.parent / "workflow" / "presets"
@@ -525,8 +526,24 @@ class Execution(Strict):
     less memory."""
     sharding: Literal["fsdp", "ddp"] = "fsdp"
     """How several GPUs hold a model: each a part of it, or each the whole where one GPU has room for it."""
-    gflops: PositiveFloat
-    """Useful GFLOP/s of one job on the machine meant, for the time estimate."""
+    gpu: str | None = None
+    """The GPU meant, by its name in lorabench/gpus.py, for the estimates; null for a CPU."""
+    max_gpus: Positive = 1
+    """Most GPUs of one job; it asks for as few as hold it."""
+    gflops: PositiveFloat | None = None
+    """Useful GFLOP/s of one job on a CPU, or of one GPU, for the time estimate; null with `gpu` for what is assumed
+    of that GPU."""
+
+    @model_validator(mode="after")
+    def _hardware(self) -> Self:
+        if self.gpu is None:
+            if self.gflops is None:
+                raise ValueError("gflops: missing; without a gpu the speed of a job must be given")
+            if self.max_gpus > 1:
+                raise ValueError(f"max_gpus = {self.max_gpus}: without a gpu a job has none; name the gpu")
+        elif self.gpu not in GPUS:
+            raise ValueError(f"gpu = {self.gpu!r}: not known; allowed: {', '.join(GPUS)}")
+        return self
 
 
 class Preset(Strict):

@@ -1,22 +1,25 @@
-"""What a preset costs, before it is run.
+"""What a job costs, before it is run: tokens, FLOPs, seconds.
 
-Linear layers only, as the paper counts (its section on compute efficiency): per token, a forward and
-backward pass of N parameters takes 6N FLOPs when all are trained; LoRA saves the weight gradient of
-the frozen part (4N) and pays for A and B, in all a ratio of 2/3 + 2r/width.
+FLOPs of linear layers, as the paper counts (its section on compute efficiency): per token 6 for each parameter that
+is trained, forward and backward, and 4 for each that is frozen; LoRA saves the weight gradient of the base and pays
+for A and B. On top come the two products of attention, which the paper leaves out: with contexts of thousands of
+tokens they are no longer small. Seconds are FLOPs at the speed of `execution`, and what does not depend on it:
+starting, loading, and on a GPU drawing token after token.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import astuple, dataclass
-from functools import cache
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench.config import DatasetSpec, ModelSpec, Preset
-from lorabench.models.tiny import Recipe, shipped
+from lorabench.gpus import GPUS
+from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.placement import Placement
 
 if TYPE_CHECKING:
-    from lorabench.plan import Condition, Plan, Sweep
+    from lorabench.config import EvalTask, Execution
+    from lorabench.plan import Condition, EvalJob, Sweep
 
 # Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
 # per token of the tiny base's tokenizer and, roughly, of large ones. Those of the hub's problems are guesses.
@@ -28,27 +31,30 @@ _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
 _EVALUATION_START_SECONDS = 12.0
-
-
-# A token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time leaves
-# most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000. On a GPU
-# it depends on the batch, and this is a guess.
+# On a CPU a token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time
+# leaves most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000.
 _DECODING = 3.0
 
+# Assumptions about GPUs, until runs were measured. A job starts and imports; weights are read from disk, bytes/s.
+_GPU_START_SECONDS = 60.0
+_READING = 1e9
+# Launching one layer for one position from Python: what a token costs at least, whatever the batch.
+_LAYER_SECONDS = 0.8e-3
+# Several GPUs wait for each other: their share of the speed of as many single ones.
+_SHARDED = 0.8
+# Of a document whose answer is drawn, the share that is drawn; the longest answer of a batch is twice as long.
+_DRAWN_SHARE = 0.25
 
-@dataclass(frozen=True)
-class Estimate:
-    """Planned work. `tokens` pass forward and backward; `minutes` is wall-clock on `cores` cores."""
 
-    runs: int
-    sweeps: int
-    tokens: float
-    flops: float
-    minutes: float
-
-    def plus(self, other: Estimate) -> Estimate:
-        """One after the other."""
-        return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+def speed(execution: Execution, gpus: int = 1) -> float:
+    """Useful FLOP/s of a job: of a CPU, or of that many GPUs."""
+    if execution.gflops is not None:
+        one = execution.gflops * 1e9
+    else:
+        assert execution.gpu
+        gpu = GPUS[execution.gpu]
+        one = gpu.peak_flops * gpu.efficiency
+    return one if gpus <= 1 else one * gpus * _SHARDED
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
@@ -62,98 +68,216 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     return chars / _CHARS_PER_TOKEN[model.kind]
 
 
-@cache
-def shape(model: ModelSpec) -> tuple[int, int]:
-    """Number of parameters that take part in a token, and width, of a model."""
-    if model.kind == "tiny":
-        record = json.loads((shipped(model.name) / "recipe.json").read_text())
-        recipe = Recipe(**record["recipe"])
-        idle = (recipe.experts - recipe.active_experts) * recipe.layers * 3 * recipe.hidden_size
-        return record["parameters"] - idle * recipe.intermediate_size, recipe.hidden_size
-    return model.parameters, model.hidden_size
+def longest_sequence(preset: Preset, condition: Condition) -> int:
+    """Tokens of the longest example, or of a prompt with the longest response."""
+    model = preset.models[condition.model]
+    if condition.rollouts is not None:
+        return round(_prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens
+    dataset = preset.datasets[condition.dataset]
+    chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
+    return round(chars / _CHARS_PER_TOKEN[model.kind])
 
 
-def train_flops(condition: Condition, parameters: int, width: int, tokens: float) -> float:
-    """FLOPs of training on that many tokens, forward and backward."""
-    ratio = 1.0 if condition.rank is None else 2 / 3 + 2 * condition.rank / width
-    return 6.0 * parameters * tokens * ratio
+def _prompt_tokens(preset: Preset, condition: Condition) -> float:
+    kind = preset.problems[condition.dataset].kind
+    return _CHARS_OF_A_PROBLEM[kind] / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
+
+
+def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
+    """Parameters that an arm trains; rank None is full fine-tuning."""
+    if rank is None or placement is None:
+        return sizes.parameters
+    return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
+
+
+def lanes(preset: Preset, sweep: Sweep, gpus: int) -> int:
+    """Runs of a sweep that are held in memory together: those of LoRA in RL, but on a sharded model they take turns."""
+    sharded = gpus > 1 and preset.execution.sharding == "fsdp"
+    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora" and not sharded
+    return min(preset.execution.lanes, sweep.n_runs) if together else 1
+
+
+def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
+    """FLOPs of a forward and backward pass for one token, linear layers only, as the paper counts.
+
+    Args:
+        lora: parameters of LoRA that a token goes through; None in full fine-tuning.
+    """
+    return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
+
+
+def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
+    """FLOPs of the forward pass for one token that sees so many others; backward takes twice as many."""
+    return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
 
 
 @dataclass(frozen=True)
-class _RunTokens:
-    """Tokens of one run: trained on, evaluated without a gradient, and drawn."""
+class RunTokens:
+    """Tokens of one run: trained on, evaluated without a gradient, and drawn; and how many a token sees on average."""
 
     trained: float
     evaluated: float
     drawn: float
+    context: float
 
 
-def _run_tokens(preset: Preset, sweep: Sweep) -> _RunTokens:
-    condition, rollouts = sweep.condition, sweep.condition.rollouts
-    model = preset.models[condition.model]
+def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
+    """Estimated tokens of each run of a condition."""
+    rollouts = condition.rollouts
     if rollouts is None:
         dataset = preset.datasets[condition.dataset]
-        per_example = tokens_per_example(model, dataset)
-        examples = preset.protocol.curve_points * dataset.validation + dataset.test
-        return _RunTokens(condition.steps * condition.batch_size * per_example, examples * per_example, 0.0)
-    problems = preset.problems[condition.dataset]
-    prompt = _CHARS_OF_A_PROBLEM[problems.kind] / _CHARS_PER_TOKEN[model.kind]
+        per_example = tokens_per_example(preset.models[condition.model], dataset)
+        examples = _validations(preset, condition.steps) * dataset.validation + dataset.test
+        trained = condition.steps * condition.batch_size * per_example
+        # A causal token sees half of its example, but most tokens are in examples twice as long as the mean.
+        return RunTokens(trained, examples * per_example, 0.0, per_example)
+    prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
     episodes = condition.steps * condition.batch_size
-    held_out = sum(preset.problems[name].test for name in rollouts.held_out) * rollouts.held_out_samples
-    graded = problems.validation + problems.test + held_out
-    answers = episodes + rollouts.evaluations * graded
+    graded = rollouts.evaluations * _graded(preset, condition)
     # A prompt goes through the model once for its group, in sampling and in learning.
     prompts = episodes / rollouts.group_size * prompt
-    evaluated = prompts + rollouts.evaluations * graded * prompt
-    response = rollouts.mean_response_tokens
-    return _RunTokens(episodes * response + prompts, evaluated, answers * response)
+    drawn = (episodes + graded) * response
+    return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
+
+
+def _validations(preset: Preset, steps: int) -> int:
+    """Points of a run's validation curve after the first step, as `lorabench.training.sft.curve_steps` places them."""
+    protocol = preset.protocol
+    spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
+    return len(spaced | {step for step in protocol.validate_at if step <= steps})
+
+
+def _graded(preset: Preset, condition: Condition) -> int:
+    """Responses of one evaluation in RL."""
+    assert condition.rollouts
+    problems = preset.problems[condition.dataset]
+    held_out = sum(preset.problems[name].test for name in condition.rollouts.held_out)
+    return problems.validation + problems.test + held_out * condition.rollouts.held_out_samples
+
+
+@dataclass(frozen=True)
+class _RunFlops:
+    trained: float
+    evaluated: float
+    drawn: float
+    again: float
+    """Of forward passes that activation checkpointing repeats."""
+
+
+def _run_flops(preset: Preset, condition: Condition) -> _RunFlops:
+    sizes = dimensions(preset.models[condition.model])
+    tokens = run_tokens(preset, condition)
+    lora = None
+    if condition.rank is not None and condition.placement is not None:
+        lora = sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[1]
+    attention = attention_flops_per_token(sizes, tokens.context)
+    forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
+    train = linear_flops_per_token(sizes, lora) + 3 * attention
+    again = tokens.trained * forward if preset.execution.activation_checkpointing else 0.0
+    return _RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, again)
 
 
 def sweep_flops(preset: Preset, sweep: Sweep) -> float:
     """FLOPs of all runs of a sweep, evaluation and sampling included."""
-    trained, forward, _ = _run_flops(preset, sweep)
-    return sweep.n_runs * (trained + forward)
+    flops = _run_flops(preset, sweep.condition)
+    return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
 
 
-def _run_flops(preset: Preset, sweep: Sweep) -> tuple[float, float, float]:
-    """FLOPs of one run: training; forward passes, drawn tokens among them; drawn tokens alone."""
-    parameters, width = shape(preset.models[sweep.condition.model])
-    tokens = _run_tokens(preset, sweep)
+def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
+    """What the wall-clock seconds of one run are made of, on so many GPUs (0: a CPU).
 
-    def flops(count: float) -> float:
-        return train_flops(sweep.condition, parameters, width, count)
-
-    return flops(tokens.trained), flops(tokens.evaluated + tokens.drawn) / 3, flops(tokens.drawn) / 3
-
-
-def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
-    """What some sweeps of a plan cost on a machine with that many cores."""
-    preset = plan.preset
-    flops = sum(sweep_flops(preset, sweep) for sweep in sweeps)
-    tokens = sum(sweep.n_runs * _run_tokens(preset, sweep).trained for sweep in sweeps)
-    drawn = sum(sweep.n_runs * _run_flops(preset, sweep)[2] for sweep in sweeps)
-    seconds = (flops + (_DECODING - 1) * drawn) / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS
-    at_once = max(1, min(jobs_at_once(plan, cores), len(sweeps)))
-    return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / at_once / 60)
+    Returns:
+        Seconds that go with the speed of `execution`, and those that don't.
+    """
+    flops = _run_flops(preset, sweep.condition)
+    work = flops.trained + flops.evaluated + flops.again
+    if not gpus:
+        return (work + _DECODING * flops.drawn) / speed(preset.execution), 0.0
+    computing = work / speed(preset.execution, gpus)
+    waiting = max(0.0, _launch_seconds(preset, sweep.condition, gpus) - computing)
+    drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
+    return computing + flops.drawn / speed(preset.execution, gpus), waiting + drawing
 
 
-def evaluation(plan: Plan, cores: int) -> Estimate:
-    """What the evaluation of a plan costs on a machine with that many cores; its `sweeps` are its jobs."""
-    preset, jobs = plan.preset, plan.evaluations()
-    tokens = flops = seconds = 0.0
-    for job in jobs:
-        assert preset.evaluation
-        parameters, _ = shape(preset.models[job.model])
-        for task in preset.evaluation.tasks:
-            read = min(task.documents, task.limit or task.documents) * task.mean_tokens
-            tokens, flops = tokens + read, flops + 2.0 * parameters * read
-            # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
-            seconds += (_DECODING if task.about == "learned" else 1.0) * 2.0 * parameters * read
-    seconds = seconds / (preset.execution.gflops * 1e9) + len(jobs) * _EVALUATION_START_SECONDS
-    at_once = max(1, min(jobs_at_once(plan, cores), len(jobs)))
-    return Estimate(0, len(jobs), tokens, flops, seconds / at_once / 60)
+def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Wall-clock seconds of a sweep's job on so many GPUs; 0 is a CPU."""
+    seconds = sweep.n_runs * sum(run_seconds(preset, sweep, gpus))
+    if not gpus:
+        return seconds + _START_SECONDS
+    # Full fine-tuning loads the base anew for each run.
+    loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
+    weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
+    return seconds + _GPU_START_SECONDS + loads * weights / _READING
 
 
-def jobs_at_once(plan: Plan, cores: int) -> int:
-    """Sweep jobs that fit on that many cores."""
-    return max(1, cores // plan.preset.execution.threads)
+def _launch_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
+    """What a run takes at least on GPUs, however small the model: its passes through layers, launched one by one."""
+    tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
+    # Backward takes two of three; a batch goes through the model in two parts at least.
+    passes = 3 * condition.steps * max(2.0, tokens.trained / condition.steps / most) + tokens.evaluated / most
+    return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
+
+
+def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Seconds of one run that drawing takes on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
+    condition, execution = sweep.condition, preset.execution
+    rollouts = condition.rollouts
+    assert rollouts
+    assert execution.gpu
+    sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
+    together = lanes(preset, sweep, gpus)
+    rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
+    # Batches of rows, each drawn until its longest response ends; lanes share them.
+    batches = condition.steps * max(1.0, together * condition.batch_size / rows)
+    batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
+    # Autocast copies frozen weights for every position, and trained ones once; the copy that processes of a sharded
+    # model sample from is in bf16 already.
+    weights = (8 if condition.method == "lora" and gpus == 1 else 2) * sizes.parameters / gpu.bandwidth
+    positions = batches / together * rollouts.max_new_tokens
+    # Keys and values are repeated for all heads, cast, and read.
+    tokens = run_tokens(preset, condition)
+    cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
+    return positions * (sizes.layers * _LAYER_SECONDS + weights) + cache
+
+
+def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
+    """Tokens that an evaluation with lm-eval reads or draws, and their FLOPs."""
+    assert preset.evaluation
+    parameters = dimensions(preset.models[job.model]).active_linear
+    tokens = sum(_documents(task) * task.mean_tokens for task in preset.evaluation.tasks)
+    return tokens, 2.0 * parameters * tokens
+
+
+def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
+    """Wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
+    assert preset.evaluation
+    sizes, gpu = dimensions(preset.models[job.model]), preset.execution.gpu
+    seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
+    for task in preset.evaluation.tasks:
+        read = 2.0 * sizes.active_linear * _documents(task) * task.mean_tokens / speed(preset.execution)
+        # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
+        drawn = task.about == "learned"
+        seconds += read * _DECODING if drawn and gpu is None else read
+        if drawn and gpu is not None:
+            positions = _documents(task) / preset.evaluation.batch_size * 2 * _DRAWN_SHARE * task.mean_tokens
+            weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
+            seconds += positions * (sizes.layers * _LAYER_SECONDS + weights)
+    return seconds
+
+
+def _documents(task: EvalTask) -> int:
+    return min(task.documents, task.limit or task.documents)
+
+
+def compute_seconds(preset: Preset) -> float:
+    """Wall-clock seconds of the job that measures training steps; counting and memory take a few steps more."""
+    experiment = preset.experiments.compute
+    assert experiment
+    tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 8)
+    seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+    for model in experiment.models:
+        sizes = dimensions(preset.models[model])
+        adapters = (sizes.lora("all", rank, preset.protocol.include_unembedding)[1] for rank in experiment.ranks)
+        flops = sum(linear_flops_per_token(sizes, lora) for lora in (None, *adapters))
+        seconds += flops * tokens / speed(preset.execution)
+    return seconds

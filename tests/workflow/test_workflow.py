@@ -91,6 +91,19 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
     assert not (checkout / "results/wrong").exists()
 
 
+def test_a_budget_is_what_the_plan_says(checkout):
+    jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules", "--config", "preset=core", "budget=60"))
+    within, whole = (make_plan(Layout.of(preset).preset) for preset in ("core@60", "core"))
+    assert jobs["sweep"] == len(within.sweeps) < len(whole.sweeps)
+
+
+@pytest.mark.parametrize(("budget", "message"), [("much", "budget = 'much': a number"), ("0.01", "is less than the")])
+def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
+    output = snakemake(checkout, "--dry-run", "--config", "preset=core", f"budget={budget}", fails=True)
+    assert message in output
+    assert "Traceback" not in output
+
+
 def test_an_unknown_preset_is_one_sentence(checkout):
     output = snakemake(checkout, "--config", "preset=lpatop", fails=True)
     assert "preset 'lpatop': no file" in output

@@ -1,0 +1,121 @@
+"""What each job asks of a cluster, from the same estimates that `lorabench plan` prints. No torch: this is called for
+every job of the DAG.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorabench import cost
+from lorabench.config import Preset
+from lorabench.errors import UserError
+from lorabench.gpus import GB, GPUS
+from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory
+from lorabench.models.dimensions import dimensions
+
+if TYPE_CHECKING:
+    from lorabench.plan import EvalJob, Plan, Sweep
+
+MB = 1e6
+# Asked for over what is estimated: a job that is cut off costs more than one that waits a little longer to start.
+_TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
+_EXTRA_MINUTES = 10
+# A process with its libraries and data on a CPU; what one needs of the host beside weights on a GPU. Guesses.
+_PROCESS, _GPU_PROCESS = 1.5e9, 6e9
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for."""
+
+    gpus: int
+    """0 for a CPU job."""
+    cpus: int
+    mem_mb: int
+    """Memory of the host."""
+    gpu_mem_mb: int
+    """Estimated peak on each GPU; 0 on a CPU."""
+    minutes: int
+    """Wall-clock limit: the estimate with a margin."""
+    disk_mb: int
+    """What the job leaves under results/."""
+
+
+def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
+    """Of a sweep's job.
+
+    Raises:
+        UserError: no number of GPUs that the preset allows holds it.
+    """
+    preset = plan.preset
+    gpus = gpus_needed(preset, sweep)
+    peak = peak_bytes(preset, sweep)
+    condition = sweep.condition
+    sizes = dimensions(preset.models[condition.model])
+    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
+    kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
+    seconds = cost.sweep_seconds(preset, sweep, gpus)
+    return _resources(preset, condition.model, gpus, peak, seconds, 4 * trained * kept)
+
+
+def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
+    """Of an evaluation's job: one GPU, the model and its batch."""
+    preset = plan.preset
+    gpus = 0 if preset.execution.gpu is None else 1
+    # fp32 weights, and bf16 copies that may live at the same time.
+    peak = 6 * dimensions(preset.models[job.model]).parameters + (0 if gpus else _PROCESS)
+    return _resources(preset, job.model, gpus, peak, cost.evaluation_seconds(preset, job), 20 * MB)
+
+
+def compute_resources(plan: Plan) -> Resources:
+    """Of the job that measures training steps, on one GPU: all arms of a model are held at once and share its base.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    preset, plain = plan.preset, plan.preset.execution.model_copy(update={"activation_checkpointing": False})
+    experiment, protocol = preset.experiments.compute, preset.protocol
+    assert experiment
+
+    def peak(model: str) -> float:
+        sizes = dimensions(preset.models[model])
+        adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
+        uncut = preset.model_copy(update={"execution": plain})
+        step = step_memory(uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length)
+        return step.total + 12 * adapters + (_PROCESS if preset.execution.gpu is None else 0)
+
+    largest = max(experiment.models, key=peak)
+    gpu = preset.execution.gpu
+    if gpu is not None and peak(largest) > USABLE * GPUS[gpu].memory:
+        raise UserError(
+            f"experiment compute needs {peak(largest) / GB:.0f} GB for {largest} on one {gpu}, which has "
+            f"{USABLE * GPUS[gpu].memory / GB:.0f} GB to give; name a smaller model or batch in experiments.compute"
+        )
+    gpus = 0 if gpu is None else 1
+    return _resources(preset, largest, gpus, peak(largest), cost.compute_seconds(preset), MB)
+
+
+def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
+    """Of the job that tokenizes a dataset: one core, no GPU."""
+    spec = preset.datasets[dataset]
+    examples = spec.train + spec.validation + spec.test
+    tokens = examples * cost.tokens_per_example(preset.models[model], spec)
+    # Ids of 4 bytes, a byte for what is scored, and the texts themselves.
+    size = 5 * tokens
+    minutes = math.ceil(_TIME_MARGIN * tokens / 500_000 / 60) + _EXTRA_MINUTES
+    return Resources(0, 1, math.ceil((_PROCESS + 6 * size) / MB), 0, minutes, math.ceil(size / MB))
+
+
+def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:
+    # Weights are read, and written, through the host's memory.
+    host = 6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak
+    return Resources(
+        gpus=gpus,
+        cpus=preset.execution.threads * max(1, gpus),
+        mem_mb=math.ceil(_MEMORY_MARGIN * host / MB),
+        gpu_mem_mb=math.ceil(peak / MB) if gpus else 0,
+        minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
+        disk_mb=math.ceil(disk / MB),
+    )
