@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -373,9 +375,6 @@ def test_a_dataset_whose_form_has_changed(hub, fixed_hashes):
 @pytest.mark.slow
 def test_snakemake_fetches_by_local_jobs_and_trains_without_a_connection(hub, tmp_path):
     """The rules themselves, in processes of their own: while the hub answers the fetching jobs, then the rest."""
-    import os
-    import sys
-
     preset(hub)
     for name in ("Snakefile", "workflow", "lorabench", "pyproject.toml"):
         (Path.cwd() / name).symlink_to(REPOSITORY / name)

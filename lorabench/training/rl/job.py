@@ -106,7 +106,7 @@ class _Work:
 
     def _sharded(self, model: torch.nn.Module, runs: Mapping[str, tuple[int, Run]]) -> tuple[torch.nn.Module, Sampler]:
         """The model of a run, spread over the processes, and what samples from it."""
-        blank: torch.nn.Module = skeleton(self.job.plan.preset.models[self.job.sweep.condition.model])
+        blank: torch.nn.Module = skeleton(self.job.layout.model(self.job.sweep.condition.model))
         for name, (_, run) in runs.items():
             if run.condition.method == "lora":
                 blank = self.job.with_lora(blank, run, name)
