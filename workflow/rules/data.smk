@@ -26,6 +26,12 @@ rule tokens:
         LAYOUT.root / "logs/tokens.{model}.{model_id}.{dataset}.{dataset_id}.log",
     conda:
         "../envs/lorabench.yaml"
+    resources:
+        **asked(
+            lambda wildcards: tokens_resources(
+                LAYOUT.preset, wildcards.model, wildcards.dataset
+            )
+        ),
     params:
         preset=PRESET,
     shell:

@@ -14,6 +14,8 @@ rule compute:
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
+    resources:
+        **asked(lambda wildcards: compute_resources(PLAN)),
     params:
         preset=PRESET,
     shell:
@@ -34,6 +36,8 @@ rule sweep:
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
+    resources:
+        **asked(lambda wildcards: sweep_resources(PLAN, SWEEPS[wildcards.sweep])),
     params:
         preset=PRESET,
     shell:
