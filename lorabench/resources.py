@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from lorabench import cost
 from lorabench.config import Preset
-from lorabench.memory import gpus_needed, sweep_memory
+from lorabench.errors import UserError
+from lorabench.gpus import GB, GPUS
+from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory
 from lorabench.models.dimensions import dimensions
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ MB = 1e6
 # Asked for over what is estimated: a job that is cut off costs more than one that waits a little longer to start.
 _TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
 _EXTRA_MINUTES = 10
-# A process that has imported torch, transformers and peft, with its token caches or problem sets.
-_PROCESS_MB = 1500
+# A process with its libraries and data on a CPU; what one needs of the host beside weights on a GPU. Guesses.
+_PROCESS, _GPU_PROCESS = 1.5e9, 6e9
 
 
 @dataclass(frozen=True)
@@ -49,37 +51,50 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
     """
     preset = plan.preset
     gpus = gpus_needed(preset, sweep)
-    peak = sweep_memory(preset, sweep, max(1, gpus)).total
-    trained = cost.trained_parameters(preset, sweep.condition)
+    peak = peak_bytes(preset, sweep)
+    condition = sweep.condition
+    sizes = dimensions(preset.models[condition.model])
+    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
     kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
     seconds = cost.sweep_seconds(preset, sweep, gpus)
-    return _resources(preset, sweep.condition.model, gpus, peak, seconds, 4 * trained * kept)
+    return _resources(preset, condition.model, gpus, peak, seconds, 4 * trained * kept)
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     """Of an evaluation's job: one GPU, the model and its batch."""
     preset = plan.preset
-    seconds = cost.evaluation_seconds(preset, job)
     gpus = 0 if preset.execution.gpu is None else 1
-    weights = 6 * dimensions(preset.models[job.model]).parameters
-    return _resources(preset, job.model, gpus, weights, seconds, 20 * MB)
+    # fp32 weights, and bf16 copies that may live at the same time.
+    peak = 6 * dimensions(preset.models[job.model]).parameters + (0 if gpus else _PROCESS)
+    return _resources(preset, job.model, gpus, peak, cost.evaluation_seconds(preset, job), 20 * MB)
 
 
 def compute_resources(plan: Plan) -> Resources:
-    """Of the job that measures training steps."""
-    preset = plan.preset
-    experiment = preset.experiments.compute
+    """Of the job that measures training steps, on one GPU: all arms of a model are held at once and share its base.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    preset, plain = plan.preset, plan.preset.execution.model_copy(update={"activation_checkpointing": False})
+    experiment, protocol = preset.experiments.compute, preset.protocol
     assert experiment
-    sizes = [dimensions(preset.models[name]) for name in experiment.models]
-    largest = max(sizes, key=lambda size: size.parameters)
-    arms = 1 + len(experiment.ranks)
-    tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 4) * arms
-    flops = sum(6.0 * size.active_linear * tokens for size in sizes)
-    # The base, whose optimizer state stays beside that of each rank.
-    peak = 18 * largest.parameters + sum(16 * largest.lora("all", rank, True)[0] for rank in experiment.ranks)
-    gpus = 0 if preset.execution.gpu is None else 1
-    model = experiment.models[sizes.index(largest)]
-    return _resources(preset, model, gpus, peak, flops / cost.speed(preset.execution) + 60, MB)
+
+    def peak(model: str) -> float:
+        sizes = dimensions(preset.models[model])
+        adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
+        uncut = preset.model_copy(update={"execution": plain})
+        step = step_memory(uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length)
+        return step.total + 12 * adapters + (_PROCESS if preset.execution.gpu is None else 0)
+
+    largest = max(experiment.models, key=peak)
+    gpu = preset.execution.gpu
+    if gpu is not None and peak(largest) > USABLE * GPUS[gpu].memory:
+        raise UserError(
+            f"experiment compute needs {peak(largest) / GB:.0f} GB for {largest} on one {gpu}, which has "
+            f"{USABLE * GPUS[gpu].memory / GB:.0f} GB to give; name a smaller model or batch in experiments.compute"
+        )
+    gpus = 0 if gpu is None else 1
+    return _resources(preset, largest, gpus, peak(largest), cost.compute_seconds(preset), MB)
 
 
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
@@ -90,16 +105,16 @@ def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
     # Ids of 4 bytes, a byte for what is scored, and the texts themselves.
     size = 5 * tokens
     minutes = math.ceil(_TIME_MARGIN * tokens / 500_000 / 60) + _EXTRA_MINUTES
-    return Resources(0, 1, math.ceil(_PROCESS_MB + 6 * size / MB), 0, minutes, math.ceil(size / MB))
+    return Resources(0, 1, math.ceil((_PROCESS + 6 * size) / MB), 0, minutes, math.ceil(size / MB))
 
 
 def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:
-    weights = 4 * dimensions(preset.models[model]).parameters
-    host = peak if gpus == 0 else 1.5 * weights
+    # Weights are read, and written, through the host's memory.
+    host = 6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak
     return Resources(
         gpus=gpus,
         cpus=preset.execution.threads * max(1, gpus),
-        mem_mb=math.ceil(_PROCESS_MB + _MEMORY_MARGIN * host / MB),
+        mem_mb=math.ceil(_MEMORY_MARGIN * host / MB),
         gpu_mem_mb=math.ceil(peak / MB) if gpus else 0,
         minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
         disk_mb=math.ceil(disk / MB),
