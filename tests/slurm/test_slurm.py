@@ -22,7 +22,7 @@ from lorabench.layout import Layout
 from lorabench.plan import Sweep, make_plan
 from lorabench.resources import sweep_resources
 from tests.slurm.cluster import Cluster, until
-from tests.workflow.checkout import copy_checkout, snakemake
+from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
 
 pytestmark = pytest.mark.slurm
 
@@ -40,17 +40,9 @@ def checkout(tmp_path_factory):
     """A fresh clone, its profile adapted to a site without accounting."""
     folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
     shutil.copy(PRESET, folder)
-    adapt(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
-    adapt(folder, "status-checks: 40", "status-checks: 2")
+    adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
+    adapt_profile(folder, "status-checks: 40", "status-checks: 2")
     return folder
-
-
-def adapt(checkout: Path, old: str, new: str) -> None:
-    """Change a setting of the profile, as a site does."""
-    profile = checkout / "slurm/config.yaml"
-    text = profile.read_text()
-    assert text.count(old) == 1, old
-    profile.write_text(text.replace(old, new))
 
 
 @contextmanager
@@ -243,7 +235,7 @@ def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
 
 
 def test_a_site_may_take_gres_only(seen, cluster, checkout):
-    adapt(checkout, "gpu_option: gpu", "gpu_option: gres")
+    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
     with workflow(cluster, checkout, "results/cluster/tables/compute.parquet", "--forcerun", "compute") as output:
         until(output, "the end of the workflow", 120)
     compute = of_rule(cluster.jobs(), "compute")[-1]

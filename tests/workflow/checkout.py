@@ -24,6 +24,14 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
+def adapt_profile(checkout: Path, old: str, new: str) -> None:
+    """Change a setting of the Slurm profile, as a site does."""
+    profile = checkout / "slurm/config.yaml"
+    text = profile.read_text()
+    assert text.count(old) == 1, old
+    profile.write_text(text.replace(old, new))
+
+
 def snakemake(checkout: Path, *arguments: str, fails: bool = False) -> str:
     """Run Snakemake on two cores in the working copy; returns all it printed."""
     # The commands of the rules lie beside the interpreter that runs the tests.

@@ -31,8 +31,7 @@ rule sweep:
         LAYOUT.root / "sweeps/{sweep}.parquet",
     log:
         LAYOUT.root / "logs/{sweep}.log",
-    # The longest first, so that no core waits at the end.
-    priority: lambda wildcards: len(PLAN.sweeps) - PLAN.sweeps.index(SWEEPS[wildcards.sweep])
+    priority: lambda wildcards: PRIORITIES[wildcards.sweep]
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
