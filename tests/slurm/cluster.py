@@ -10,6 +10,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,17 @@ def started(folder: Path) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        _kill_rest(folder)
+
+
+def _kill_rest(folder: Path) -> None:
+    """Kill what jobs left: without cgroups, Slurm loses processes whose parent died with the node."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{folder}/".encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except OSError:  # It has just ended.
+            continue
 
 
 def _sinfo(cluster: Cluster) -> str:

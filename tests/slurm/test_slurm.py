@@ -135,9 +135,6 @@ def seen(cluster, checkout):
         for record in runs.glob("*/record.json"):
             records.setdefault(record, (record.stat().st_mtime_ns, record.read_text()))
 
-    def going_on() -> str | None:
-        return next((run for run, step in stopped_at.items() if watcher.steps[run][-1] > step), None)
-
     with Watcher(runs) as watcher, workflow(cluster, checkout, "--set-resources", "compute:gpu=2") as output:
 
         def wait(condition: Callable[[], str | None], what: str) -> str:
@@ -147,9 +144,10 @@ def seen(cluster, checkout):
 
         remember(wait(lambda: watcher.middle(CANCELLED), "a sweep in its middle"))
         cluster("scancel", of_sweep(cluster.jobs(), CANCELLED)[0]["JobId"])
-        remember(wait(lambda: watcher.middle(KILLED), "another sweep in its middle"))
+        run = wait(lambda: watcher.middle(KILLED), "another sweep in its middle")
+        remember(run)
         os.kill(training(KILLED), signal.SIGKILL)
-        remember(wait(going_on, "a job that is tried again"))
+        remember(wait(lambda: run if watcher.steps[run][-1] > stopped_at[run] else None, "a job that is tried again"))
         cluster.node_state("down")
         cluster.node_state("resume")
         text = until(output, "the end of the workflow", 300)

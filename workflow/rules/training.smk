@@ -37,7 +37,12 @@ rule sweep:
     threads: LAYOUT.preset.execution.threads
     resources:
         **asked(lambda wildcards: sweep_resources(PLAN, SWEEPS[wildcards.sweep])),
+        # A run is trained by a process per GPU.
+        processes=lambda wildcards: max(
+            1, sweep_resources(PLAN, SWEEPS[wildcards.sweep]).gpus
+        ),
     params:
         preset=PRESET,
     shell:
-        "lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q}"
+        "lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q} "
+        "--processes {resources.processes}"
