@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import resource
 import subprocess
@@ -43,11 +44,13 @@ def code_state(patches: Path) -> dict[str, str | None]:
 
 
 def machine_state(device: torch.device) -> dict[str, Any]:
-    """Device, threads, host and versions."""
+    """Device, the GPUs that this process may see, threads, host and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "device_type": device.type,
+        # Which of the node's GPUs a scheduler gave to this process.
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
         "python": platform.python_version(),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -21,38 +18,13 @@ from lorabench.figures import of_preset
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
 from tests.conftest import REPOSITORY
-
-CODE = ("Snakefile", "workflow", "lorabench", "pyproject.toml")
+from tests.workflow.checkout import copy_checkout, snakemake
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A working copy to run in, so that the repository stays clean."""
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in CODE:
-        source = REPOSITORY / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
-    return folder
-
-
-def snakemake(checkout: Path, *arguments: str, fails: bool = False) -> str:
-    """Run Snakemake in the working copy; returns all it printed."""
-    # The commands of the rules lie beside the interpreter that runs the tests.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
-        cwd=checkout,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    text = result.stdout + result.stderr
-    assert (result.returncode != 0) == fails, text
-    return text
+    """A working copy to run in."""
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def planned_jobs(output: str) -> dict[str, int]:

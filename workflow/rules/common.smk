@@ -23,6 +23,8 @@ except UserError as error:
     raise WorkflowError(str(error))
 
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
+# The longest first, so that no core waits at the end.
+PRIORITIES = {sweep_id: -number for number, sweep_id in enumerate(SWEEPS, -len(SWEEPS))}
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
 FIGURE_NAMES = [figure.name for figure in of_preset(LAYOUT.preset)]
@@ -35,7 +37,7 @@ wildcard_constraints:
     dataset_id="[0-9a-f]{8}",
     tasks="[0-9a-f]{8}",
     documents="[0-9]+",
-    evaluation="|".join(EVALUATIONS) or "none",
+    evaluation="[a-z0-9_-]+",
     experiment="|".join(LAYOUT.preset.experiments.trained()),
     figure="|".join(FIGURE_NAMES),
 

@@ -45,6 +45,12 @@ rule tokens:
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
+    resources:
+        **asked(
+            lambda wildcards: tokens_resources(
+                LAYOUT.preset, wildcards.model, wildcards.dataset
+            )
+        ),
     params:
         preset=PRESET,
     shell:

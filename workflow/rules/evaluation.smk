@@ -46,6 +46,12 @@ rule evaluate:
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
+    resources:
+        **asked(
+            lambda wildcards: evaluation_resources(
+                PLAN, EVALUATIONS[wildcards.evaluation]
+            )
+        ),
     params:
         preset=PRESET,
     shell:

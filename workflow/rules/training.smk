@@ -14,6 +14,8 @@ rule compute:
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
+    resources:
+        **asked(lambda wildcards: compute_resources(PLAN)),
     params:
         preset=PRESET,
     shell:
@@ -29,12 +31,18 @@ rule sweep:
         LAYOUT.root / "sweeps/{sweep}.parquet",
     log:
         LAYOUT.root / "logs/{sweep}.log",
-    # The longest first, so that no core waits at the end.
-    priority: lambda wildcards: len(PLAN.sweeps) - PLAN.sweeps.index(SWEEPS[wildcards.sweep])
+    priority: lambda wildcards: PRIORITIES[wildcards.sweep]
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
+    resources:
+        **asked(lambda wildcards: sweep_resources(PLAN, SWEEPS[wildcards.sweep])),
+        # A run is trained by a process per GPU.
+        processes=lambda wildcards: max(
+            1, sweep_resources(PLAN, SWEEPS[wildcards.sweep]).gpus
+        ),
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q}"
+        "HF_HUB_OFFLINE=1 lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q} "
+        "--processes {resources.processes}"

@@ -1,0 +1,182 @@
+"""A Slurm of one node on this machine: munged, slurmctld and slurmd in a folder of their own, and two GPUs to give.
+
+The daemons, the scheduler, sbatch and srun are Slurm's; only the devices behind the GPUs are /dev/null and /dev/zero.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_CONF = """
+ClusterName=lorabench
+SlurmctldHost={node}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# How long credentials live is also how long a job that was put back into the queue has to wait.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+GresTypes=gpu
+# Finished jobs can be asked after until the test ends: there is no accounting database.
+MinJobAge=3600
+KillWait=10
+NodeName={node} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:2
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+_GRES = "NodeName={node} Name=gpu File=/dev/null\nNodeName={node} Name=gpu File=/dev/zero\n"
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+
+
+def missing() -> str | None:
+    """What this machine lacks, or None."""
+    if os.geteuid() != 0:
+        return "Slurm's daemons need root"
+    absent = [program for program in _PROGRAMS if not shutil.which(program, path=_path())]
+    return f"no {', '.join(absent)}: install Debian's slurm-wlm and munge" if absent else None
+
+
+def until(condition: Callable[[], T], what: str, seconds: float) -> T:
+    """Wait until something is true, and return it; it is an error if that does not come."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+    return value
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Slurm."""
+
+    folder: Path
+    node: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes that talk to this Slurm. The commands of the rules lie beside the interpreter of the tests."""
+        path = f"{self.folder}/bin:{Path(sys.executable).parent}:{_path()}"
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
+
+    def __call__(self, *command: str) -> str:
+        """Run one of Slurm's commands; returns what it printed."""
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
+        assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
+        return result.stdout
+
+    def jobs(self) -> list[dict[str, str]]:
+        """All jobs so far, as `scontrol show job` describes them, in the order of their submission."""
+        lines = self("scontrol", "show", "job", "--oneliner").splitlines()
+        return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines if line.startswith("JobId=")]
+
+    def node_state(self, state: str) -> None:
+        """Tell Slurm that the node is `down`, or back by `resume`."""
+        self("scontrol", "update", f"nodename={self.node}", f"state={state}", "reason=test")
+
+    def log(self) -> str:
+        """What the daemons logged last."""
+        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
+        return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in files)
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Cluster]:
+    """A Slurm whose files are all in `folder`; stopped, with its jobs, at the end."""
+    cluster = Cluster(folder, platform.node().partition(".")[0])
+    for name in ("state", "spool", "bin"):
+        (folder / name).mkdir(parents=True)
+    key = folder / "munge.key"
+    key.write_bytes(secrets.token_bytes(1024))
+    key.chmod(0o600)
+    ports = _free_ports(2)
+    names = {"folder": folder, "node": cluster.node, "controller_port": ports[0], "node_port": ports[1]}
+    (folder / "slurm.conf").write_text(_CONF.format(**names))
+    (folder / "gres.conf").write_text(_GRES.format(**names))
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    # Snakemake's plugin drops SLURM_CONF from the environment of srun: on a cluster it lies in /etc/slurm.
+    srun = folder / "bin/srun"
+    srun.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun", path=_path())} "$@"\n')
+    srun.chmod(0o755)
+
+    munge = [f"--{name}={folder}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+    daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(*command: str) -> None:
+        with (folder / f"{command[0]}.out").open("wb") as out:
+            daemons.append(subprocess.Popen(command, env=cluster.environment, stdout=out, stderr=out))
+
+    try:
+        # By force: pytest's folders are closed to other users, who are none here.
+        start("munged", "--foreground", "--force", f"--key-file={key}", *munge)
+        until((folder / "munge.socket").exists, "munged", 20)
+        start("slurmctld", "-D")
+        start("slurmd", "-D", "-N", cluster.node)
+        until(lambda: "idle" in _sinfo(cluster), f"an idle node; {cluster.log()}", 60)
+        yield cluster
+        cluster("scancel", "--user=root")
+        until(lambda: not cluster("squeue", "--noheader"), "the end of all jobs", 60)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(30)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        _kill_rest(folder)
+
+
+def _kill_rest(folder: Path) -> None:
+    """Kill what jobs left: without cgroups, Slurm loses processes whose parent died with the node."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{folder}/".encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except OSError:  # It has just ended.
+            continue
+
+
+def _sinfo(cluster: Cluster) -> str:
+    command = ["sinfo", "--noheader", "--format=%t"]
+    return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False).stdout
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports

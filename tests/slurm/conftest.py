@@ -1,0 +1,16 @@
+"""A running Slurm for the tests that need one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.slurm.cluster import missing, started
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Slurm of one node with two GPUs; the tests are skipped where it cannot run."""
+    if lacks := missing():
+        pytest.skip(lacks)
+    with started(tmp_path_factory.mktemp("slurm") / "etc") as cluster:
+        yield cluster

@@ -1,0 +1,247 @@
+"""`snakemake --cores all --profile slurm` on a real Slurm: what jobs ask for, and what they survive."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lorabench.layout import Layout
+from lorabench.plan import Sweep, make_plan
+from lorabench.resources import sweep_resources
+from tests.slurm.cluster import Cluster, until
+from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
+
+pytestmark = pytest.mark.slurm
+
+PRESET = Path(__file__).parent / "cluster.yaml"
+PLAN = make_plan(Layout.of(str(PRESET)).preset)
+CANCELLED, KILLED = (sweep for sweep in PLAN.sweeps if sweep.condition.task == "sft")
+
+# What a run computes; the rest of its row says where and how fast.
+MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward", "final_reward", "train_tokens"]
+TIMES = ["sample_tokens_per_s", "learn_tokens_per_s"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A fresh clone, its profile adapted to a site without accounting."""
+    folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
+    shutil.copy(PRESET, folder)
+    adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
+    adapt_profile(folder, "status-checks: 40", "status-checks: 2")
+    return folder
+
+
+@contextmanager
+def workflow(cluster: Cluster, checkout: Path, *arguments: str) -> Iterator[Callable[[], str]]:
+    """The README's command in the background; gives a function that returns its output, empty until it has ended."""
+    log = checkout / "snakemake.out"
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
+    command += ["--config", "preset=cluster.yaml"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=checkout, env=cluster.environment, stdout=out, stderr=out)
+
+    def output() -> str:
+        if process.poll() is None:
+            return ""
+        assert process.returncode == 0, log.read_text()
+        return log.read_text()
+
+    try:
+        yield output
+    finally:
+        process.kill()
+        process.wait()
+
+
+def saved_step(checkpoint: Path) -> int:
+    """The step of a checkpoint that may be replaced at any time, from the header of the file."""
+    with checkpoint.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["progress"])["step"]
+
+
+@dataclass
+class Watcher:
+    """Looks at the checkpoints of all runs: the steps that each had, in the order of time."""
+
+    runs: Path
+    steps: dict[str, list[int]] = field(default_factory=dict)
+
+    def __enter__(self) -> Watcher:
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(0.05):
+            for path in self.runs.glob("*.partial/checkpoint.safetensors"):
+                try:
+                    step = saved_step(path)
+                except FileNotFoundError:  # The run has just ended.
+                    continue
+                seen = self.steps.setdefault(path.parent.name.removesuffix(".partial"), [])
+                if not seen or seen[-1] != step:
+                    seen.append(step)
+
+    def middle(self, sweep: Sweep) -> str | None:
+        """A run of the sweep that is in its middle, if another one has ended."""
+        grid = [run.run_id for run in sweep.grid()]
+        ended = [run for run in grid if (self.runs / run).exists()]
+        going = [run for run in grid if run not in ended and self.steps.get(run, [0])[-1] >= 3]
+        return going[0] if ended and going else None
+
+
+@dataclass
+class Seen:
+    """What was seen of a workflow whose jobs were disturbed."""
+
+    output: str
+    jobs: list[dict[str, str]]
+    steps: dict[str, list[int]]
+    stopped_at: dict[str, int]
+    """The step of each run that was stopped in its middle."""
+    records: dict[Path, tuple[int, str]]
+    """Records of runs that had ended by then: time and content."""
+
+
+@pytest.fixture(scope="module")
+def seen(cluster, checkout):
+    """The whole preset, while one job is cancelled, another one is killed, and then the node goes down."""
+    runs = checkout / "results/cluster/runs"
+    stopped_at: dict[str, int] = {}
+    records: dict[Path, tuple[int, str]] = {}
+
+    def remember(run: str) -> None:
+        stopped_at[run] = watcher.steps[run][-1]
+        for record in runs.glob("*/record.json"):
+            records.setdefault(record, (record.stat().st_mtime_ns, record.read_text()))
+
+    with Watcher(runs) as watcher, workflow(cluster, checkout, "--set-resources", "compute:gpu=2") as output:
+
+        def wait(condition: Callable[[], str | None], what: str) -> str:
+            found = until(lambda: condition() or output(), what, 240)
+            assert found != output(), f"the workflow ended before {what}"
+            return found
+
+        remember(wait(lambda: watcher.middle(CANCELLED), "a sweep in its middle"))
+        cluster("scancel", of_sweep(cluster.jobs(), CANCELLED)[0]["JobId"])
+        run = wait(lambda: watcher.middle(KILLED), "another sweep in its middle")
+        remember(run)
+        os.kill(training(KILLED), signal.SIGKILL)
+        remember(wait(lambda: run if watcher.steps[run][-1] > stopped_at[run] else None, "a job that is tried again"))
+        cluster.node_state("down")
+        cluster.node_state("resume")
+        text = until(output, "the end of the workflow", 300)
+    return Seen(text, cluster.jobs(), watcher.steps, stopped_at, records)
+
+
+def of_sweep(jobs: list[dict[str, str]], sweep: Sweep) -> list[dict[str, str]]:
+    """The jobs of a sweep, in the order of their submission."""
+    return [job for job in jobs if job["Comment"] == f"rule_sweep_wildcards_{sweep.sweep_id}"]
+
+
+def of_rule(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
+    """The jobs of a rule."""
+    return [job for job in jobs if re.match(rf"rule_{rule}(_wildcards|$)", job["Comment"])]
+
+
+def training(sweep: Sweep) -> int:
+    """The process that trains a sweep."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:  # It has just ended.
+            continue
+        if "sweep" in words and sweep.sweep_id in words:
+            return int(path.parent.name)
+    raise AssertionError(f"nothing trains {sweep.sweep_id}")
+
+
+def test_every_job_asks_slurm_for_what_the_plan_says(seen):
+    for sweep in PLAN.sweeps:
+        asked, job = sweep_resources(PLAN, sweep), of_sweep(seen.jobs, sweep)[0]
+        assert job["TresPerJob"] == f"gres/gpu:{asked.gpus}" == "gres/gpu:1"
+        assert f"cpu={asked.cpus},mem={asked.mem_mb}M,node=1" in job["ReqTRES"]
+        assert job["TimeLimit"] == f"00:{asked.minutes:02}:00"
+    (compute,) = of_rule(seen.jobs, "compute")
+    assert compute["TresPerJob"] == "gres/gpu:2"
+    assert {job["TresPerJob"] for job in of_rule(seen.jobs, "evaluate")} == {"gres/gpu:1"}
+    (tokens,) = of_rule(seen.jobs, "tokens")
+    assert "TresPerJob" not in tokens
+    # Downloads, tables and figures are no jobs.
+    assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"tokens", "sweep", "evaluate", "compute"}
+
+
+def test_slurm_gives_each_run_its_gpu(seen, checkout):
+    records = [json.loads(path.read_text()) for path in (checkout / "results/cluster/runs").glob("*/record.json")]
+    assert {record["environment"]["cuda_visible_devices"] for record in records} <= {"0", "1"}
+    assert len(records) == sum(sweep.n_runs for sweep in PLAN.sweeps)
+
+
+def test_a_stopped_job_is_tried_again_and_goes_on(seen):
+    for sweep in (CANCELLED, KILLED):
+        first, again, *_ = of_sweep(seen.jobs, sweep)
+        assert first["JobState"] in {"CANCELLED", "FAILED"}
+        assert again["JobState"] == "COMPLETED"
+        minutes = sweep_resources(PLAN, sweep).minutes
+        assert again["TimeLimit"] == f"00:{2 * minutes:02}:00"
+    assert of_sweep(seen.jobs, CANCELLED)[0]["JobState"] == "CANCELLED"
+    # Slurm itself puts a job back that lost its node.
+    assert {job["JobState"] for job in seen.jobs if int(job["Restarts"])} == {"COMPLETED"}
+    assert len(seen.stopped_at) >= 2
+    for run, steps in seen.steps.items():
+        assert steps == sorted(steps), f"{run} did not go on from its checkpoint: {steps}"
+
+
+def test_finished_runs_are_not_trained_again(seen):
+    assert len(seen.records) >= 2
+    for record, (time, text) in seen.records.items():
+        assert (record.stat().st_mtime_ns, record.read_text()) == (time, text)
+
+
+def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
+    shutil.copy(PRESET, checkout / "local.yaml")
+    snakemake(checkout, "results/local/tables/runs.parquet", "--config", "preset=local.yaml")
+    for table, keys in (("runs", ["run_id"]), ("curves", ["run_id", "split", "metric", "step"])):
+        ours, theirs = (
+            pd.read_parquet(checkout / f"results/{preset}/tables/{table}.parquet").set_index(keys).sort_index()
+            for preset in ("cluster", "local")
+        )
+        columns = MEASURED if table == "runs" else ["value"]
+        if table == "curves":
+            ours, theirs = (frame.drop(index=TIMES, level="metric") for frame in (ours, theirs))
+        pd.testing.assert_frame_equal(ours[columns], theirs[columns], check_exact=True)
+
+
+def test_a_site_may_take_gres_only(seen, cluster, checkout):
+    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
+    with workflow(cluster, checkout, "results/cluster/tables/compute.parquet", "--forcerun", "compute") as output:
+        until(output, "the end of the workflow", 120)
+    compute = of_rule(cluster.jobs(), "compute")[-1]
+    assert compute["TresPerNode"] == "gres/gpu:1"
+    assert "TresPerJob" not in compute
+    assert compute["JobState"] == "COMPLETED"
+
+
+def test_logs_of_successful_jobs_are_kept(seen, checkout):
+    logs = {path.stem for path in (checkout / "slurm_logs").rglob("*.log")}
+    assert {job["JobId"] for job in seen.jobs} <= logs

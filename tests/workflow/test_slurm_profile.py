@@ -1,0 +1,86 @@
+"""The Slurm profile without a Slurm: what each job would ask for. tests/slurm runs it on a real one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lorabench.layout import Layout
+from lorabench.plan import make_plan
+from lorabench.resources import evaluation_resources, sweep_resources
+from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A fresh clone."""
+    return copy_checkout(tmp_path)
+
+
+def asked(output: str, rule: str) -> dict[str, dict[str, str]]:
+    """Resources of a rule's jobs in a dry run, by their first wildcard."""
+    blocks = re.findall(rf"^rule {rule}:\n((?:    .*\n)+)", output, re.MULTILINE)
+    found = {}
+    for block in blocks:
+        name = re.search(r"wildcards: \w+=([^,\n]+)", block)
+        (resources,) = re.findall(r"resources: (.*)", block)
+        found[name.group(1) if name else ""] = dict(re.findall(r"(\w+)=([^,]+)", resources))
+    return found
+
+
+def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
+    return snakemake(checkout, "--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}")
+
+
+def test_every_job_asks_for_what_the_plan_says(checkout):
+    output = dry_run(checkout)
+    plan = make_plan(Layout.of("paper").preset)
+    sweeps, evaluations = asked(output, "sweep"), asked(output, "evaluate")
+    needed = {sweep.sweep_id: sweep_resources(plan, sweep) for sweep in plan.sweeps}
+    needed |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
+    assert sweeps.keys() | evaluations.keys() == needed.keys()
+    for name, resources in (sweeps | evaluations).items():
+        wanted = needed[name]
+        assert resources["gpu"] == str(wanted.gpus)
+        assert resources["cpus_per_task"] == str(wanted.cpus)
+        assert resources["mem_mb"] == str(wanted.mem_mb)
+        assert resources["runtime"] == str(wanted.minutes)
+        assert resources["nodes"] == "1"
+        assert "gres" not in resources
+        assert "gpu_model" not in resources
+    assert all("gpu" not in resources for resources in asked(output, "tokens").values())
+
+
+def test_a_preset_for_cpus_asks_for_no_gpu(checkout):
+    output = dry_run(checkout, preset="smoke")
+    for rule in ("sweep", "evaluate", "compute", "tokens"):
+        jobs = asked(output, rule)
+        assert jobs
+        assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
+
+
+def test_a_site_names_its_gpus(checkout):
+    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
+    output = dry_run(checkout)
+    assert {resources["gpu_model"] for resources in asked(output, "sweep").values()} == {"h100"}
+    assert all("gpu_model" not in resources for resources in asked(output, "tokens").values())
+
+
+def test_a_site_takes_gres_only(checkout):
+    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
+    adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
+    plan = make_plan(Layout.of("paper").preset)
+    output = dry_run(checkout)
+    for name, resources in asked(output, "sweep").items():
+        assert resources["gres"] == f"gpu:h100:{sweep_resources(plan, plan.sweep(name)).gpus}"
+        assert "gpu" not in resources
+        assert "gpu_model" not in resources
+    assert all("gres" not in resources for resources in asked(output, "tokens").values())
+
+
+def test_a_wrong_way_to_ask_is_one_sentence(checkout):
+    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: grse")
+    output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
+    assert "gpu_option = 'grse' in the profile: allowed: gpu, gres" in output
+    assert "Traceback" not in output
