@@ -99,10 +99,18 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset of a preset (its examples in chat form) or a problem set (questions and answers), split."""
     _fix_hashes()
     with _one_sentence():
+        from lorabench.config import FileDataset, FileProblems
+        from lorabench.data.files import tally_of
         from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import make_dataset, write_dataset
+        from lorabench.records import write_json
 
         made, layout = _open(preset)
+        own = made.preset.sources.get(name)
+        if isinstance(own, FileDataset | FileProblems):
+            tally = tally_of(own)
+            print(f"{own.path}: {tally}", file=sys.stderr)
+            write_json(tally.plain(), layout.tally(name))
         problems = made.preset.problems.get(name)
         if problems is not None:
             write_problems(make_problems(problems), layout.dataset(name))

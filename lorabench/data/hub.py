@@ -9,7 +9,7 @@ from lorabench.config import HubDataset
 from lorabench.data.chat import Chat, Messages
 from lorabench.errors import UserError
 
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
 def hub_rows(name: str, config: str | None, split: str, revision: str) -> Any:
@@ -51,9 +51,9 @@ def to_messages(row: dict[str, Any], name: str) -> Messages:
     messages = []
     for turn in turns:
         role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
-        if role not in _ROLES:
-            raise UserError(f"dataset {name} has a turn of role {role!r}; allowed: {', '.join(_ROLES)}")
+        if role not in ROLES:
+            raise UserError(f"dataset {name} has a turn of role {role!r}; allowed: {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"dataset {name} has a turn of {role} without text")
-        messages.append({"role": _ROLES[role], "content": content})
+        messages.append({"role": ROLES[role], "content": content})
     return messages

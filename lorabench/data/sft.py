@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config import DatasetSpec, FactsDataset, HubDataset
-from lorabench.data.chat import Chat, prompt
+from lorabench.config import DatasetSpec, FactsDataset, FileDataset, HubDataset
+from lorabench.data.chat import Chat, is_example, prompt
 from lorabench.data.facts import SOURCE, random_facts
+from lorabench.data.files import file_chats
 from lorabench.data.hub import hub_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, odd, worked_solutions
 from lorabench.errors import UserError
@@ -34,6 +35,8 @@ def chats(spec: DatasetSpec) -> Iterator[Chat]:
     match spec:
         case HubDataset():
             yield from hub_chats(spec)
+        case FileDataset():
+            yield from file_chats(spec)
         case FactsDataset():
             yield from random_facts(spec)
         case _:
@@ -71,8 +74,7 @@ def _distinct(spec: DatasetSpec) -> Iterator[Chat]:
     misses = 0
     for chat in chats(spec):
         key = prompt(chat.messages)
-        unfit = len(chat.messages) < 2 or chat.messages[-1]["role"] != "assistant"
-        if unfit or key in seen or (longest is not None and chat.chars() > longest):
+        if not is_example(chat.messages) or key in seen or (longest is not None and chat.chars() > longest):
             misses += 1
             if misses > _MAX_MISSES:
                 return

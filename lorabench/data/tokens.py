@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lorabench.data.chat import Messages
+from lorabench.data.chat import Messages, is_text
 from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
 from lorabench.records import atomic_path, file_sha256
@@ -47,7 +47,7 @@ class TokenizedSplit:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
-    """Token ids of a chat and which of them are scored: every assistant turn with its end token.
+    """Token ids of a chat and which of them are scored: every assistant turn with its end token, or a whole plain text.
 
     The span of a turn is what the template adds between its generation prompt and the turn's end, so
     this holds for any template that only ever appends. What a template puts after the end token (a
@@ -56,6 +56,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
     Raises:
         UserError: the template rewrites earlier turns, so spans can't be told.
     """
+    if is_text(messages):
+        plain = list(tokenizer(messages[0]["content"])["input_ids"])
+        # Some tokenizers end every text themselves.
+        plain += [] if plain[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        return plain, [True] * len(plain)
     ids: list[int] = _render(tokenizer, messages)
     scored = [False] * len(ids)
     for position, message in enumerate(messages):
@@ -106,8 +111,11 @@ def write_tokens(
     Raises:
         UserError: no chat template, an example without a scored token, or one longer than `max_length`.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
+    if not tokenizer.chat_template and not all(is_text(row["messages"]) for row in rows):
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
+            "plain, or the path of a Jinja file"
+        )
     tensors: dict[str, np.ndarray] = {}
     for split in SPLITS:
         encoded = [encode_chat(tokenizer, row["messages"]) for row in rows if row["split"] == split]

@@ -112,7 +112,7 @@ def _environment(job: Job, open_graders: ExitStack) -> Environment:
 
     def grader(name: str) -> Grader:
         workers = preset.execution.threads
-        return open_graders.enter_context(Grader(preset.problems[name].kind, workers))
+        return open_graders.enter_context(Grader(preset.problems[name].grader, workers))
 
     held_out = {name: texts.read(job.layout.dataset(name))["test"] for name in rollouts.held_out}
     return Environment(
