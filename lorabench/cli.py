@@ -102,36 +102,82 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
         from lorabench.config import FileDataset, FileProblems
         from lorabench.data.files import tally_of
         from lorabench.data.problems import make_problems, write_problems
-        from lorabench.data.sft import make_dataset, write_dataset
+        from lorabench.data.sft import build_dataset
+        from lorabench.hub import read_fetched
         from lorabench.records import write_json
 
         made, layout = _open(preset)
-        own = made.preset.sources.get(name)
-        if isinstance(own, FileDataset | FileProblems):
-            tally = tally_of(own)
-            print(f"{own.path}: {tally}", file=sys.stderr)
+        spec = _named(made.preset.sources, name, "dataset")
+        if isinstance(spec, FileDataset | FileProblems):
+            tally = tally_of(spec)
+            print(f"{spec.path}: {tally}", file=sys.stderr)
             write_json(tally.plain(), layout.tally(name))
-        problems = made.preset.problems.get(name)
-        if problems is not None:
-            write_problems(make_problems(problems), layout.dataset(name))
-            return
-        spec = _named(made.preset.datasets, name, "dataset")
-        write_dataset(make_dataset(spec), layout.dataset(name))
+        found = layout.fetched_data(name)
+        fetched = read_fetched(found) if found else {}
+        if name in made.preset.problems:
+            write_problems(make_problems(made.preset.problems[name], fetched), layout.dataset(name))
+        else:
+            build_dataset(made.preset.datasets[name], layout.dataset(name), fetched)
 
 
 @app.command()
-def tokens(model: str, dataset: str, preset: PresetOption = "laptop") -> None:
+def tokens(
+    model: str,
+    dataset: str,
+    preset: PresetOption = "laptop",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+) -> None:
     """Tokenize a dataset for a model."""
     with _one_sentence():
-        from lorabench.data.sft import read_dataset
-        from lorabench.data.tokens import write_tokens
+        from lorabench.config import HubDataset
+        from lorabench.data.tokens import Limits, write_tokens
         from lorabench.models.base import load_tokenizer, max_length
 
         made, layout = _open(preset)
-        spec = _named(made.preset.models, model, "model")
-        _named(made.preset.datasets, dataset, "dataset")
+        _named(made.preset.models, model, "model")
+        data, spec = _named(made.preset.datasets, dataset, "dataset"), layout.model(model)
+        limits = Limits(max_length(spec), data.max_tokens if isinstance(data, HubDataset) else None)
         source, target = layout.dataset(dataset), layout.tokens(model, dataset)
-        write_tokens(read_dataset(source), load_tokenizer(spec), source, target, max_length(spec))
+        write_tokens(source, load_tokenizer(spec), target, limits, processes)
+
+
+@app.command("fetch-model")
+def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
+    """Download a preset's model from the hub, once: configuration, tokenizer and safetensors."""
+    with _one_sentence():
+        from lorabench.config import HubModel
+        from lorabench.hub import Wanted
+        from lorabench.hub import fetch as fetch_repositories
+
+        made, layout = _open(preset)
+        spec, out = _named(made.preset.models, model, "model"), layout.fetched_model(model)
+        if out is None or not isinstance(spec, HubModel):
+            raise UserError(f"model {model!r} is of kind {spec.kind!r}; only hub models are fetched")
+        wanted = Wanted("model", spec.id, spec.revision, code=spec.trust_remote_code)
+        fetch_repositories([wanted], layout.pins, out)
+
+
+@app.command("fetch-data")
+def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
+    """Download a preset's dataset or problem set from the hub, once."""
+    with _one_sentence():
+        from lorabench.config import HubDataset, HubProblems
+        from lorabench.data.hub import repository
+        from lorabench.data.hub_problems import repositories
+        from lorabench.hub import fetch as fetch_repositories
+
+        made, layout = _open(preset)
+        spec, out = _named(made.preset.sources, name, "dataset"), layout.fetched_data(name)
+        match spec:
+            case HubDataset():
+                wanted = [repository(spec)]
+            case HubProblems():
+                wanted = repositories(spec)
+            case _:
+                wanted = []
+        if out is None:
+            raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
+        fetch_repositories(wanted, layout.pins, out)
 
 
 @app.command()
@@ -257,7 +303,9 @@ def compute(preset: PresetOption = "laptop", out: TablesFolder = None) -> None:
         made, layout = _open(preset)
         if made.preset.experiments.compute is None:
             raise UserError(f"preset {layout.name} has no experiment compute")
-        measured = [compute_table(made.preset, model) for model in made.preset.experiments.compute.models]
+        names = made.preset.experiments.compute.models
+        at_commits = made.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
+        measured = [compute_table(at_commits, name) for name in names]
         write_frame(pd.concat(measured), "compute", out or layout.tables())
 
 

@@ -94,7 +94,8 @@ class HubModel(Strict):
     id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub id, `owner/name`."""
     revision: str = "main"
-    """Commit or tag; pin a commit for a reproducible run."""
+    """Commit, tag or branch. What moves stands for one commit from when it is first fetched (`results/<preset>/pins`);
+    pin a commit for runs that others can repeat."""
     trust_remote_code: bool = False
     """Run the repository's own Python code. Off unless you have read that code."""
     chat_template: ChatTemplate | None = None
@@ -195,6 +196,11 @@ class FactsDataset(Strict):
         return self.facts * self.digits * math.log2(10)
 
 
+def _check_copies(path: str | None) -> None:
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"folder {path!r} does not exist")
+
+
 class HubDataset(Strict):
     """Chats of a dataset on the Hugging Face hub, with a column `messages` or `conversations`."""
 
@@ -202,7 +208,8 @@ class HubDataset(Strict):
     id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub id, `owner/name`."""
     revision: str = "main"
-    """Commit or tag; pin a commit for a reproducible run."""
+    """Commit, tag or branch. What moves stands for one commit from when it is first fetched (`results/<preset>/pins`);
+    pin a commit for runs that others can repeat."""
     config: str | None = None
     """Configuration of the dataset, where it has several."""
     split: str = "train"
@@ -214,11 +221,21 @@ class HubDataset(Strict):
     test: Positive
     """Examples on which losses are reported."""
     max_chars: Annotated[int, Field(ge=32)]
-    """Longer examples (all turns together) are left out."""
+    """Longer examples (all turns together) are left out; all models are trained on the same choice."""
+    max_tokens: Positive | None = None
+    """Of the examples chosen, those with more tokens are left out of a model's training and tests, and counted; never
+    cut. Null where every example fits every model."""
+    path: str | None = None
+    """Folder with a copy of the repository, in a folder `owner/name`, to be read in place of the hub."""
     mean_tokens: Positive
     """Tokens of an average example, for the cost estimate."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choice of examples."""
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        _check_copies(self.path)
+        return self
 
 
 class FileDataset(Strict):
@@ -298,7 +315,7 @@ class HubProblems(Strict):
     kind: Literal["gsm8k", "math", "deepmath", "aime24", "aime25"]
     """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
     revisions: dict[str, str] = {}
-    """Commit or tag by hub id, `main` where none is given; pin commits for a reproducible run."""
+    """Commit, tag or branch by hub id, `main` where none is given; as in datasets of the hub."""
     path: str | None = None
     """Folder with copies of the repositories, each in a folder `owner/name`, to be read in place of the hub."""
     train: NotNegative
@@ -325,8 +342,7 @@ class HubProblems(Strict):
         for name in self.revisions:
             if name not in self.ids:
                 raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
-        if self.path is not None and not Path(self.path).is_dir():
-            raise ValueError(f"folder {self.path!r} does not exist")
+        _check_copies(self.path)
         counts = f"train = {self.train}, validation = {self.validation}"
         if self.kind in ("aime24", "aime25"):
             if self.train or self.validation:
@@ -587,6 +603,8 @@ class Execution(Strict):
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
     """Tokens, padding included, that go through the model at once; larger batches are accumulated."""
+    packing: bool = False
+    """Lay several examples end to end where a batch of them would be padded; see lorabench/training/batches.py."""
     max_cache_tokens: Positive = 65_536
     """Tokens of prompts and responses whose keys and values are kept at once when sampling."""
     lanes: Positive = 8

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabench.config import Preset, load_preset, preset_path
-from lorabench.plan import EvalJob, Sweep, dataset_id, digest, model_id
+from lorabench.config import HubDataset, HubModel, HubProblems, ModelSpec, Preset, load_preset, preset_path
+from lorabench.hub import read_fetched
+from lorabench.plan import Condition, EvalJob, Sweep, dataset_id, digest, model_id
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,46 @@ class Layout:
     def tokens(self, model: str, dataset: str) -> Path:
         model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])
         return self.root / "tokens" / f"{model}.{model_key}.{dataset}.{dataset_key}.safetensors"
+
+    @property
+    def pins(self) -> Path:
+        """Folder of the commits that the hub's moving revisions stand for."""
+        return self.root / "pins"
+
+    def fetched_model(self, model: str) -> Path | None:
+        """What was fetched of a model of the hub; None for others."""
+        spec = self.preset.models[model]
+        if not isinstance(spec, HubModel):
+            return None
+        return self.root / "hub" / "models" / f"{model}.{model_id(spec)}.json"
+
+    def fetched_data(self, dataset: str) -> Path | None:
+        """What was fetched of a dataset or a problem set of the hub; None for others and for local copies."""
+        spec = self.preset.sources[dataset]
+        if not isinstance(spec, HubDataset | HubProblems) or spec.path is not None:
+            return None
+        return self.root / "hub" / "data" / f"{dataset}.{dataset_id(spec)}.json"
+
+    def model(self, model: str) -> ModelSpec:
+        """A model's spec, one of the hub at the commit that was fetched.
+
+        Raises:
+            UserError: it was not fetched yet.
+        """
+        spec, fetched = self.preset.models[model], self.fetched_model(model)
+        if fetched is None or not isinstance(spec, HubModel):
+            return spec
+        return spec.model_copy(update={"revision": read_fetched(fetched)[spec.id].commit})
+
+    def commits(self, condition: Condition) -> dict[str, str]:
+        """The commit of all that a condition reads from the hub, by id.
+
+        Raises:
+            UserError: something was not fetched yet.
+        """
+        held_out = condition.rollouts.held_out if condition.rollouts else ()
+        files = [self.fetched_model(condition.model), *map(self.fetched_data, (condition.dataset, *held_out))]
+        return {name: one.commit for file in files if file for name, one in read_fetched(file).items()}
 
     def sweep(self, sweep: Sweep) -> Path:
         return self.root / "sweeps" / f"{sweep.sweep_id}.parquet"

@@ -27,6 +27,7 @@ CODE = (
     "lorabench/data/hub_problems.py",
     "lorabench/data/problems.py",
     "lorabench/data/reasoning.py",
+    "lorabench/data/rows.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
     "lorabench/models/lora.py",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import json
 import tempfile
 from array import array
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 
 from lorabench.config import FILE_SUFFIXES, FileDataset, FileFormat, FileProblems
 from lorabench.data.answers import gsm8k_answer, last_box, number
-from lorabench.data.chat import Chat, Messages, is_example, prompt
+from lorabench.data.chat import Chat, Messages, is_example, prompt_digest
 from lorabench.data.hub import ROLES
 from lorabench.data.hub_problems import BOX
 from lorabench.data.reasoning import Problem
@@ -185,7 +184,7 @@ def _usable(rows: Iterable[Row], source: str, tally: Tally, max_chars: int | Non
             chat = Chat(source, to_messages(_object(row), tally.format))
             if max_chars is not None and chat.chars() > max_chars:
                 raise UnusableError(TOO_LONG)
-            key = int.from_bytes(hashlib.blake2b(prompt(chat.messages).encode(), digest_size=8).digest())
+            key = prompt_digest(chat.messages)
             if key in seen:
                 raise UnusableError(REPEATED)
         except UnusableError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +14,12 @@ import pyarrow.parquet as pq
 
 from lorabench.config import FileProblems, HubProblems, ProblemSpec, ReasoningProblems
 from lorabench.data.answers import number
+from lorabench.data.chat import SPLITS, Split
 from lorabench.data.files import file_problems
 from lorabench.data.hub_problems import hub_pools
 from lorabench.data.reasoning import Problem, drawn, odd, task_problems, worked_solutions
-from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
+from lorabench.hub import Fetched
 from lorabench.records import atomic_path
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "question", "answer")])
@@ -26,13 +28,16 @@ _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "questi
 _MAX_MISSES = 500
 
 
-def make_problems(spec: ProblemSpec) -> list[dict[str, Any]]:
+def make_problems(spec: ProblemSpec, fetched: Mapping[str, Fetched] = MappingProxyType({})) -> list[dict[str, Any]]:
     """Rows (split, source, question, answer), distinct by question across all splits.
 
+    Args:
+        fetched: the repositories of a set of the hub, by id.
+
     Raises:
-        UserError: there are not that many distinct problems, or they can't be fetched.
+        UserError: there are not that many distinct problems, or they are not there.
     """
-    train, test = _pools(spec)
+    train, test = _pools(spec, fetched)
     seen: set[str] = set()
     # What is held out is taken first, so that on the hub it does not depend on how much is trained on.
     pools: dict[Split, Iterator[Problem]] = {"test": test, "validation": train, "train": train}
@@ -47,11 +52,11 @@ def make_problems(spec: ProblemSpec) -> list[dict[str, Any]]:
     ]
 
 
-def _pools(spec: ProblemSpec) -> tuple[Iterator[Problem], Iterator[Problem]]:
+def _pools(spec: ProblemSpec, fetched: Mapping[str, Fetched]) -> tuple[Iterator[Problem], Iterator[Problem]]:
     """Problems to train on and to test on; one and the same where the set has no test of its own."""
     match spec:
         case HubProblems():
-            return hub_pools(spec)
+            return hub_pools(spec, fetched)
         case FileProblems():
             pool = iter(file_problems(spec)[0])
         case _:

@@ -71,7 +71,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
         catalog.check(evaluation.tasks, layout)
         index = catalog.manager(evaluation.tasks)
         loaded = [catalog.load(index, task, layout) for task in evaluation.tasks]
-        spec = plan.preset.models[job.model]
+        spec = layout.model(job.model)
         tokenizer = load_tokenizer(spec)
         machine = this_machine(plan)
         model = load(plan, job, record, layout).to(machine.device)
@@ -110,7 +110,7 @@ def load(plan: Plan, job: EvalJob, record: dict[str, Any] | None, layout: Layout
     Raises:
         UserError: the weights are not there, or were trained from other weights of the base.
     """
-    spec = plan.preset.models[job.model]
+    spec = layout.model(job.model)
     model: torch.nn.Module
     if record is None:
         model = load_model(spec)

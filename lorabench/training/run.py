@@ -33,6 +33,7 @@ class Machine:
     checkpoint_seconds: float
     micro_groups: int = 2
     max_cache_tokens: int = 65_536
+    packing: bool = False
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
         """The autocast type that the protocol asks for, None in fp32."""

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from lorabench.config import Protocol
-from lorabench.data.sft import Split
+from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lora import adapter_pairs
 from lorabench.plan import Run
 from lorabench.training.adapter import AdapterProbe
-from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
+from lorabench.training.batches import batches, data_order, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from lorabench.training.loss import mean_nll, nll_sum
 from lorabench.training.run import Machine, Point, make_optimizer
@@ -95,7 +95,7 @@ def train_run(
     last_saved = time.perf_counter()
 
     def evaluate(split: Split) -> float:
-        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast)
+        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast, machine.packing)
 
     def record(step: int, split: Split, metric: str, value: float) -> None:
         finite = value if math.isfinite(value) else None
@@ -154,15 +154,12 @@ def _backward(
     model: torch.nn.Module, train: TokenizedSplit, indices: np.ndarray, machine: Machine, autocast: torch.dtype | None
 ) -> tuple[float, int, int]:
     """Gradient of a batch's token-weighted NLL; returns that NLL, the batch's tokens, and those scored."""
-    lengths = train.lengths()[indices]
-    parts = [
-        collate(train, indices[part]) for part in micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
-    ]
-    scored = sum(int((targets != IGNORED).sum()) for _, targets in parts)
+    parts = list(batches(train, indices, machine.max_batch_tokens, machine.micro_groups, machine.packing))
+    scored = sum(part.scored for part in parts)
     loss = 0.0
-    for inputs, targets in parts:
+    for part in parts:
         with torch.autocast(machine.device.type, dtype=autocast, enabled=autocast is not None):
-            part_loss = nll_sum(model, inputs.to(machine.device), targets.to(machine.device)) / scored
+            part_loss = nll_sum(model, *part.to(machine.device)) / scored
         part_loss.backward()
         loss += part_loss.item()
-    return loss, int(lengths.sum()), scored
+    return loss, int(train.lengths()[indices].sum()), scored

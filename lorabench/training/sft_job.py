@@ -14,7 +14,7 @@ from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.plan import Run
-from lorabench.training.loss import check_plain_head, mean_nll
+from lorabench.training.loss import check_packing, check_plain_head, mean_nll
 from lorabench.training.sft import train_run
 from lorabench.training.sweep import Job, now, provenance
 
@@ -27,7 +27,7 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
     if not runs:
         return
     condition, preset = job.sweep.condition, job.plan.preset
-    tokenizer = load_tokenizer(preset.models[condition.model])
+    tokenizer = load_tokenizer(job.layout.model(condition.model))
     key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
     data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
     environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
@@ -56,6 +56,8 @@ class _Bases:
         if self._model is None:
             self._model = self.job.load()
             check_plain_head(self._model)
+            if self.job.machine.packing:
+                check_packing(self._model)
         return self._model
 
     def base_valid_nll(self, validation: TokenizedSplit) -> float:
@@ -63,7 +65,7 @@ class _Bases:
         if self._base_nll is None:
             model, machine = self._pristine(), self.job.machine
             autocast = machine.autocast(self.job.plan.preset.protocol)
-            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast)
+            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast, machine.packing)
             uniform = math.log(model.config.vocab_size)
             if not nll < uniform + 1:
                 raise UserError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config import FactsDataset
+from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, weights_sha256
 from lorabench.models.lora import add_lora
@@ -46,6 +47,7 @@ def this_machine(plan: Plan) -> Machine:
         execution.max_batch_tokens,
         execution.checkpoint_minutes * 60,
         max_cache_tokens=execution.max_cache_tokens,
+        packing=execution.packing,
     )
 
 
@@ -66,7 +68,7 @@ class Job:
 
     def load(self) -> PreTrainedModel:
         """The base model, fresh."""
-        return load_model(self.plan.preset.models[self.sweep.condition.model]).to(self.machine.device)
+        return load_model(self.layout.model(self.sweep.condition.model)).to(self.machine.device)
 
     def with_lora(self, model: PreTrainedModel, run: Run, adapter: str = "default") -> PeftModel:
         """The model with the run's LoRA on it."""
@@ -145,6 +147,7 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     job = Job(plan, sweep, layout, this_machine(plan), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
+        _check_commits(job, [run for _, run in runs if job.folder(run).done()])
         train_runs(job, [(number, run) for number, run in runs if not job.folder(run).done()])
         for number, run in runs:
             job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
@@ -163,13 +166,27 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     progress.close()
 
 
+def _check_commits(job: Job, finished: list[Run]) -> None:
+    """Raise UserError if a finished run read another commit of the hub than is fetched now."""
+    now = job.layout.commits(job.sweep.condition)
+    for run in finished:
+        then = job.folder(run).read_record()["environment"].get("hub_commits", {})
+        for name in (name for name in now if now[name] != then.get(name)):
+            raise UserError(
+                f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
+                f"write the former into the file of {name} in {job.layout.pins} and fetch again, or delete "
+                f"{job.folder(run).final} to have the run made anew"
+            )
+
+
 def provenance(job: Job) -> dict[str, Any]:
     """What all runs of a job ran on; the hashes of their data come on top."""
-    spec = job.plan.preset.models[job.sweep.condition.model]
+    condition = job.sweep.condition
     return {
         **machine_state(job.machine.device),
         **code_state(job.layout.patches),
-        "model_sha256": weights_sha256(spec),
+        "model_sha256": weights_sha256(job.layout.model(condition.model)),
+        "hub_commits": job.layout.commits(condition),
     }
 
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from lorabench.config import ChatDataset, Protocol, TinyModel
-from lorabench.data.sft import make_dataset, write_dataset
-from lorabench.data.tokens import cache_key, read_tokens, write_tokens
+from lorabench.data.sft import build_dataset
+from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
@@ -29,10 +29,9 @@ def data(tmp_path_factory):
     """Token splits of a small instruction mixture: 80 train, 8 validation, 8 test."""
     folder = tmp_path_factory.mktemp("data")
     spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=240)
-    rows = make_dataset(spec)
     tokenizer = load_tokenizer(TINY)
-    write_dataset(rows, folder / "data.parquet")
-    write_tokens(rows, tokenizer, folder / "data.parquet", folder / "tokens", 512)
+    build_dataset(spec, folder / "data.parquet")
+    write_tokens(folder / "data.parquet", tokenizer, folder / "tokens", Limits(512))
     return read_tokens(folder / "tokens", cache_key(tokenizer, folder / "data.parquet"))
 
 
@@ -75,10 +74,9 @@ def ready(tmp_path, raw_preset, monkeypatch):
         monkeypatch.chdir(tmp_path / name)
         Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
         layout = Layout.of("mine.yaml")
-        rows = make_dataset(layout.preset.datasets["instruct"])
-        write_dataset(rows, layout.dataset("instruct"))
+        build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
         tokenizer = load_tokenizer(layout.preset.models["tiny"])
-        write_tokens(rows, tokenizer, layout.dataset("instruct"), layout.tokens("tiny", "instruct"), 512)
+        write_tokens(layout.dataset("instruct"), tokenizer, layout.tokens("tiny", "instruct"), Limits(512))
         return make_plan(layout.preset), layout
 
     return make

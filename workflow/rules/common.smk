@@ -40,22 +40,30 @@ def sweep_files(experiment=None):
 
 
 def model_files(model):
-    """What has to be made before a model can be loaded: the safetensors of a GGUF file."""
-    spec = LAYOUT.preset.models[model]
-    return (
-        [converted_folder(spec) / "model.safetensors"]
-        if isinstance(spec, GgufModel)
-        else []
-    )
+    """What has to be there before a model can be loaded: the safetensors of a GGUF file, a model of the hub."""
+    spec, fetched = LAYOUT.preset.models[model], LAYOUT.fetched_model(model)
+    if isinstance(spec, GgufModel):
+        return [converted_folder(spec) / "model.safetensors"]
+    return [fetched] if fetched else []
+
+
+def fetched_data(dataset):
+    """What has to be fetched before a dataset can be made: its files, if they are on the hub."""
+    fetched = LAYOUT.fetched_data(dataset)
+    return [fetched] if fetched else []
 
 
 def sweep_data(wildcards):
-    """What a sweep reads: a token cache, or in RL the problem sets and the model's files."""
+    """What a sweep reads: a token cache, or in RL the problem sets; the model's files; what was fetched of the hub."""
     condition = SWEEPS[wildcards.sweep].condition
+    sets = [condition.dataset]
     if condition.rollouts is None:
-        return [LAYOUT.tokens(condition.model, condition.dataset)]
-    sets = [condition.dataset, *condition.rollouts.held_out]
-    return [LAYOUT.dataset(name) for name in sets] + model_files(condition.model)
+        reads = [LAYOUT.tokens(condition.model, condition.dataset)]
+    else:
+        sets += condition.rollouts.held_out
+        reads = [LAYOUT.dataset(name) for name in sets]
+    fetched = [file for name in sets for file in fetched_data(name)]
+    return [*reads, *model_files(condition.model), *fetched]
 
 
 def figure_tables(wildcards):

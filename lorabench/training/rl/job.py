@@ -107,7 +107,7 @@ def _environment(job: Job, open_graders: ExitStack) -> Environment:
     condition, preset = job.sweep.condition, job.plan.preset
     rollouts = condition.rollouts
     assert rollouts
-    spec = preset.models[condition.model]
+    spec = job.layout.model(condition.model)
     texts = Texts(load_tokenizer(spec), rollouts, max_length(spec))
 
     def grader(name: str) -> Grader:
