@@ -142,12 +142,19 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset of a preset (its examples in chat form) or a problem set (questions and answers), split."""
     _fix_hashes()
     with _one_sentence():
+        from lorabench.config import FileDataset, FileProblems
+        from lorabench.data.files import tally_of
         from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import build_dataset
         from lorabench.hub import read_fetched
+        from lorabench.records import write_json
 
         made, layout = _open(preset)
-        _named(made.preset.sources, name, "dataset")
+        spec = _named(made.preset.sources, name, "dataset")
+        if isinstance(spec, FileDataset | FileProblems):
+            tally = tally_of(spec)
+            print(f"{spec.path}: {tally}", file=sys.stderr)
+            write_json(tally.plain(), layout.tally(name))
         found = layout.fetched_data(name)
         fetched = read_fetched(found) if found else {}
         if name in made.preset.problems:

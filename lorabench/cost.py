@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
-_CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400}
+_CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400, "file": 300}
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
@@ -59,7 +59,7 @@ def speed(execution: Execution, gpus: int = 1) -> float:
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     """Estimated tokens of one example."""
-    if dataset.kind == "hub":
+    if dataset.kind in ("hub", "file"):
         return dataset.mean_tokens
     if dataset.kind == "facts":
         chars: float = _CHARS_OF_A_FACT

@@ -67,6 +67,10 @@ class Layout:
         """File of a dataset or a problem set."""
         return self.root / "data" / f"{dataset}.{dataset_id(self.preset.sources[dataset])}.parquet"
 
+    def tally(self, dataset: str) -> Path:
+        """What was found in the file of a dataset or problem set of your own: its rows, and the bad ones by reason."""
+        return self.dataset(dataset).with_suffix(".rows.json")
+
     def tokens(self, model: str, dataset: str) -> Path:
         model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])
         return self.root / "tokens" / f"{model}.{model_key}.{dataset}.{dataset_key}.safetensors"

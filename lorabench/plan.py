@@ -21,6 +21,8 @@ from lorabench import cost
 from lorabench.config import (
     Block,
     DatasetSpec,
+    FileDataset,
+    FileProblems,
     GgufModel,
     HubModel,
     ModelSpec,
@@ -33,8 +35,10 @@ from lorabench.config import (
     TinyModel,
 )
 from lorabench.errors import UserError
+from lorabench.models.chat_template import template_text
 from lorabench.models.placement import Placement
 from lorabench.models.tiny import shipped
+from lorabench.records import file_sha256
 
 # Part of every run's identity. Raise it when a change alters what a run computes; the test
 # tests/test_protocol_version.py says when that may be the case.
@@ -326,12 +330,30 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
     """Hash of what determines the examples of a dataset, or a set of problems."""
+    if isinstance(spec, FileDataset | FileProblems):
+        # What is in the file counts, not where it lies.
+        rules = spec.model_dump(exclude={"path", "mean_tokens"})
+        path = Path(spec.path)
+        return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
 
 
 @cache
+def _content(path: Path, size: int, changed_ns: int) -> str:
+    """A file's hash, read again in this process only if its size or time has changed."""
+    return file_sha256(path)
+
+
+@cache
 def model_id(spec: ModelSpec) -> str:
-    """Hash of what determines a model's weights and tokenizer, wherever they lie."""
+    """Hash of what determines a model's weights, tokenizer and chat template, wherever they lie."""
+    template = None if isinstance(spec, TinyModel) else spec.chat_template
+    return weights_id(spec) if template is None else digest([weights_id(spec), template_text(template)], 8)
+
+
+@cache
+def weights_id(spec: ModelSpec) -> str:
+    """Hash of what determines a model's weights and tokenizer."""
     match spec:
         case TinyModel():
             return digest(json.loads((shipped(spec.name) / "recipe.json").read_text())["weights_sha256"], 8)

@@ -20,6 +20,7 @@ CODE = (
     "lorabench/data/answers.py",
     "lorabench/data/chat.py",
     "lorabench/data/facts.py",
+    "lorabench/data/files.py",
     "lorabench/data/grading.py",
     "lorabench/data/grading_worker.py",
     "lorabench/data/hub.py",

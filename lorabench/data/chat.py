@@ -14,7 +14,10 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages (role, content) that end with an assistant's turn, and where they come from."""
+    """Messages (role, content) that end with an assistant's turn, and where they come from.
+
+    A plain text, which no chat template touches, is one message of the role `text`.
+    """
 
     source: str
     messages: Messages
@@ -29,9 +32,20 @@ class Chat:
         return sum(len(message["content"]) for message in self.messages)
 
 
+def is_text(messages: Messages) -> bool:
+    """Whether this is a plain text rather than a chat."""
+    return [message["role"] for message in messages] == ["text"]
+
+
+def is_example(messages: Messages) -> bool:
+    """Whether there is something to train on: a plain text, or an assistant's turn after some other."""
+    return is_text(messages) or (len(messages) > 1 and messages[-1]["role"] == "assistant")
+
+
 def prompt(messages: Messages) -> str:
-    """All that comes before the last assistant turn, normalised: what makes two examples the same."""
-    return "\n".join(" ".join(m["content"].split()) for m in messages[:-1])
+    """What makes two examples the same: all before the last assistant turn, or the plain text; normalised."""
+    told = messages if is_text(messages) else messages[:-1]
+    return "\n".join(" ".join(m["content"].split()) for m in told)
 
 
 def prompt_digest(messages: Messages) -> int:

@@ -36,19 +36,20 @@ class Grader:
     """Grades responses to the problems of one kind of set. A context manager: its workers end with it.
 
     - `arithmetic`: the whole response is the number.
-    - `gsm_symbolic`: the last number of the response.
-    - the sets of the hub: the content of the last box, equal as text without layout, as a number, or to math-verify
-      (which takes a decimal for a fraction when they agree to six decimals, and `9\\%` for both 9 and 0.09).
+    - `gsm_symbolic`, `number`: the last number of the response.
+    - the sets of the hub, `boxed`: the content of the last box, equal as text without layout, as a number, or to
+      math-verify (which takes a decimal for a fraction when they agree to six decimals, and `9\\%` for both 9 and
+      0.09).
     """
 
     def __init__(self, kind: str, workers: int = 1, seconds: float = 2.0) -> None:
         """
         Args:
-            kind: a kind of problem set (see config.ProblemSpec).
+            kind: a kind of problem set, of a file its grader (see config.ProblemSpec).
             workers: processes that compare boxed answers; each starts when it is first needed.
             seconds: CPU time after which a comparison is given up, and the answer wrong.
         """
-        if kind not in ("arithmetic", "gsm_symbolic", *HUB_PROBLEMS):
+        if kind not in ("arithmetic", "gsm_symbolic", "number", "boxed", *HUB_PROBLEMS):
             raise ValueError(f"no grader for problems of kind {kind!r}")
         self._kind = kind
         self._workers = [_Worker(seconds) for _ in range(workers)]
@@ -62,7 +63,7 @@ class Grader:
         match self._kind:
             case "arithmetic":
                 return [_same(number(response.strip()), number(answer)) for response, answer in pairs]
-            case "gsm_symbolic":
+            case "gsm_symbolic" | "number":
                 return [_same(last_number(response), number(answer)) for response, answer in pairs]
             case _:
                 return self._grade_boxes([(last_box(response), answer) for response, answer in pairs])

@@ -26,7 +26,7 @@ from lorabench.data.rows import local_files, read_rows
 from lorabench.errors import UserError
 from lorabench.hub import Fetched, Wanted
 
-_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _FORMS = ("messages", "conversations")
 
 
@@ -140,9 +140,9 @@ def to_messages(row: dict[str, Any], name: str) -> Messages:
                 f"dataset {name} has a turn of {form} with {', '.join(turn)}; {role_key} and {content_key} are needed"
             )
         role, content = turn[role_key], turn[content_key]
-        if role not in _ROLES:
-            raise UserError(f"dataset {name} has a turn of role {role!r}; allowed: {', '.join(_ROLES)}")
+        if role not in ROLES:
+            raise UserError(f"dataset {name} has a turn of role {role!r}; allowed: {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"dataset {name} has a turn of {role} without text")
-        messages.append({"role": _ROLES[role], "content": content})
+        messages.append({"role": ROLES[role], "content": content})
     return messages

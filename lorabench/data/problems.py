@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config import HubProblems, ProblemSpec, ReasoningProblems
+from lorabench.config import FileProblems, HubProblems, ProblemSpec, ReasoningProblems
 from lorabench.data.answers import number
 from lorabench.data.chat import SPLITS, Split
+from lorabench.data.files import file_problems
 from lorabench.data.hub_problems import hub_pools
 from lorabench.data.reasoning import Problem, drawn, odd, task_problems, worked_solutions
 from lorabench.errors import UserError
@@ -36,7 +37,7 @@ def make_problems(spec: ProblemSpec, fetched: Mapping[str, Fetched] = MappingPro
     Raises:
         UserError: there are not that many distinct problems, or they are not there.
     """
-    train, test = hub_pools(spec, fetched) if isinstance(spec, HubProblems) else (pool := _reasoning_pool(spec), pool)
+    train, test = _pools(spec, fetched)
     seen: set[str] = set()
     # What is held out is taken first, so that on the hub it does not depend on how much is trained on.
     pools: dict[Split, Iterator[Problem]] = {"test": test, "validation": train, "train": train}
@@ -49,6 +50,18 @@ def make_problems(spec: ProblemSpec, fetched: Mapping[str, Fetched] = MappingPro
         for split in SPLITS
         for problem in taken[split]
     ]
+
+
+def _pools(spec: ProblemSpec, fetched: Mapping[str, Fetched]) -> tuple[Iterator[Problem], Iterator[Problem]]:
+    """Problems to train on and to test on; one and the same where the set has no test of its own."""
+    match spec:
+        case HubProblems():
+            return hub_pools(spec, fetched)
+        case FileProblems():
+            pool = iter(file_problems(spec)[0])
+        case _:
+            pool = _reasoning_pool(spec)
+    return pool, pool
 
 
 def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:

@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config import ChatDataset, DatasetSpec, FactsDataset, HubDataset
+from lorabench.config import ChatDataset, DatasetSpec, FactsDataset, FileDataset, HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, prompt, prompt_digest
 from lorabench.data.facts import SOURCE, random_facts
+from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, odd, worked_solutions
 from lorabench.errors import UserError
@@ -55,8 +56,8 @@ def build_dataset(spec: DatasetSpec, path: Path, fetched: Mapping[str, Fetched] 
         write_dataset(make_dataset(spec), path)
 
 
-def make_dataset(spec: ChatDataset | FactsDataset) -> Iterator[Row]:
-    """Rows of a dataset made here, distinct by prompt across all splits; random facts are the same in every split.
+def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
+    """Rows of a dataset that is not of the hub, distinct by prompt across all splits; random facts are the same in all.
 
     Raises:
         UserError: there are not that many distinct chats of that length.
@@ -66,7 +67,8 @@ def make_dataset(spec: ChatDataset | FactsDataset) -> Iterator[Row]:
             for fact in _take(_distinct(random_facts(spec), None), spec.facts, "facts"):
                 yield _row(split, fact)
         return
-    source = _distinct(_chats(spec), spec.max_chars)
+    chats = file_chats(spec) if isinstance(spec, FileDataset) else _chats(spec)
+    source = _distinct(chats, spec.max_chars)
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     for split in SPLITS:
         for chat in _take(source, getattr(spec, split), f"{split} examples {what}"):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from lorabench.data.chat import SPLITS, Messages, Split
+from lorabench.data.chat import SPLITS, Messages, Split, is_text
 from lorabench.data.sft import Row, read_dataset
 from lorabench.errors import UserError
 from lorabench.exhausted import space_for
@@ -61,7 +61,7 @@ class TokenizedSplit:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
-    """Token ids of a chat and which of them are scored: every assistant turn with its end token.
+    """Token ids of a chat and which of them are scored: every assistant turn with its end token, or a whole plain text.
 
     The span of a turn is what the template adds between its generation prompt and the turn's end, so
     this holds for any template that only ever appends. What a template puts after the end token (a
@@ -70,6 +70,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
     Raises:
         UserError: the template rewrites earlier turns, so spans can't be told.
     """
+    if is_text(messages):
+        plain = list(tokenizer(messages[0]["content"])["input_ids"])
+        # Some tokenizers end every text themselves.
+        plain += [] if plain[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        return plain, [True] * len(plain)
     ids: list[int] = _render(tokenizer, messages)
     scored = [False] * len(ids)
     for position, message in enumerate(messages):
@@ -135,10 +140,13 @@ def write_tokens(
         UserError: no chat template, splits that share an example, an example without a scored token or longer than the
             model takes, or a split of which more than a tenth is longer than the dataset's limit.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
-    for _ in read_dataset(dataset):
-        pass  # Splits that share an example are told here.
+    # All of it is read, so that splits that share an example are told here.
+    chats = sum(not is_text(row["messages"]) for row in read_dataset(dataset))
+    if chats and not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
+            "plain, or the path of a Jinja file"
+        )
     left_out = dict.fromkeys(SPLITS, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with space_for(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:

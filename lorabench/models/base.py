@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config import GgufModel, HubModel, ModelSpec, PathModel
+from lorabench.config import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
+from lorabench.models.chat_template import template_text
 from lorabench.models.tiny import shipped
-from lorabench.plan import model_id
+from lorabench.plan import weights_id
 from lorabench.records import atomic_path, file_sha256
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ModelError(UserError):
 
 def converted_folder(spec: GgufModel) -> Path:
     """Where a GGUF model lies once dequantised."""
-    return CONVERTED / f"{Path(spec.path).stem}-{model_id(spec)}"
+    return CONVERTED / f"{Path(spec.path).stem}-{weights_id(spec)}"
 
 
 def location(spec: ModelSpec) -> str:
@@ -67,7 +68,7 @@ def check_folder(spec: ModelSpec) -> None:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, with the chat template that the preset gives it.
 
     Raises:
         ModelError: the model can't be read.
@@ -77,6 +78,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     check_folder(spec)
     with _explained(spec):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location(spec), **_options(spec))
+    if not isinstance(spec, TinyModel) and spec.chat_template is not None:
+        tokenizer.chat_template = template_text(spec.chat_template)
     return tokenizer
 
 

@@ -143,7 +143,7 @@ def _environment(job: Job, open_graders: ExitStack) -> Environment:
 
     def grader(name: str) -> Grades:
         workers = preset.execution.threads
-        opened = open_graders.enter_context(Grader(preset.problems[name].kind, workers))
+        opened = open_graders.enter_context(Grader(preset.problems[name].grader, workers))
         return OneVerdict(opened, job.machine.processes)
 
     held_out = {name: texts.read(job.layout.dataset(name))["test"] for name in rollouts.held_out}

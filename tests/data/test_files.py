@@ -1,0 +1,319 @@
+"""Data files of a user's own: formats with known answers, bad rows counted, hostile contents told in a sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabench.config import FileDataset, FileProblems
+from lorabench.data import files
+from lorabench.data.chat import Chat
+from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
+from lorabench.data.problems import make_problems
+from lorabench.data.sft import make_dataset, read_dataset, write_dataset
+from lorabench.errors import UserError
+from lorabench.plan import dataset_id
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+PAIR = [("user", "q"), ("assistant", "a")]
+
+
+def write(folder: Path, rows, name="own.jsonl") -> Path:
+    path = folder / name
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def spec(path: Path, **changes) -> FileDataset:
+    sizes = {"train": 4, "validation": 2, "test": 2, "max_chars": 1000, "mean_tokens": 10}
+    return FileDataset(**({"kind": "file", "path": str(path)} | sizes | changes))
+
+
+def pairs(count, prompt="prompt", completion="completion"):
+    return [{prompt: f"question {number}", completion: f"answer {number}"} for number in range(count)]
+
+
+def read(path: Path) -> tuple[list[Chat], Tally]:
+    tally = Tally(chosen_format(path))
+    return list(usable_chats(path, tally)), tally
+
+
+FORMATS = {
+    "messages": ({"messages": [USER, ASSISTANT]}, PAIR),
+    "conversations": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
+    "prompt/completion": ({"prompt": "q", "completion": "a"}, PAIR),
+    "turns on both sides": ({"prompt": [USER], "completion": [ASSISTANT]}, PAIR),
+    "prompt/response": ({"prompt": "q", "response": "a"}, PAIR),
+    "question/answer": ({"question": "q", "answer": 42}, [("user", "q"), ("assistant", "42")]),
+    "instruction/output": (
+        {"instruction": "translate", "input": "q", "output": "a"},
+        [("user", "translate\n\nq"), ("assistant", "a")],
+    ),
+    "no input": ({"instruction": "q", "input": "", "output": "a"}, PAIR),
+    "text": ({"text": "all of it"}, [("text", "all of it")]),
+    "a chat comes first": ({"text": "rendered", "prompt": "x", "completion": "y", "messages": [USER, ASSISTANT]}, PAIR),
+    "a pair before a text": ({"text": "rendered", "prompt": "q", "completion": "a"}, PAIR),
+    "an empty system prompt": ({"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]}, PAIR),
+    "a system prompt": (
+        {"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]},
+        [("system", "s"), *PAIR],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "turns"), FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_row_becomes_turns(row, turns, suffix, tmp_path):
+    [chat], _ = read(write(tmp_path, [row], f"own{suffix}"))
+    assert [(turn["role"], turn["content"]) for turn in chat.messages] == turns
+
+
+def test_csv_keeps_line_ends_commas_and_what_looks_like_a_formula(tmp_path):
+    cells = ["two\nlines", 'a "quoted", comma', "=HYPERLINK(1)", "+1", "@sum", "[red]no markup[/red]"]
+    rows = [{"question": cell, "answer": cell} for cell in cells]
+    chats, tally = read(write(tmp_path, rows, "own.csv"))
+    assert [chat.messages[0]["content"] for chat in chats] == cells
+    assert (tally.rows, tally.usable, tally.bad) == (6, 6, {})
+
+
+def test_an_object_a_line_may_be_called_json(tmp_path):
+    path = write(tmp_path, pairs(3))
+    chats, tally = read(path.rename(tmp_path / "own.json"))
+    assert len(chats) == tally.rows == 3
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
+    for name in ("own.jsonl", "own.csv"):
+        path = write(tmp_path, pairs(3), name)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+        chats, tally = read(path)
+        assert [chat.messages[1]["content"] for chat in chats] == ["answer 0", "answer 1", "answer 2"]
+        assert tally.rows == 3
+
+
+BAD = {
+    '{"messages": [': "not JSON",
+    "[1, 2]": "not a JSON object",
+    "null": "not a JSON object",
+    "[" * 100_000: "not JSON",
+    "9" * 10_000: "not JSON",
+    '{"messages": "hello"}': files.NO_CHAT,
+    '{"messages": [null]}': files.NO_CHAT,
+    '{"messages": [[{"role": null}]]}': files.NO_CHAT,
+    '{"messages": null}': files.NO_TEXT,
+    '{"messages": []}': files.NO_TEXT,
+    '{"other": 1}': files.NO_TEXT,
+    '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}': files.NO_TEXT,
+    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  "}]}': files.NO_TEXT,
+    '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"a": [null]}}]}': files.NO_TEXT,
+    '{"messages": [{"role": "user", "content": "q"}]}': files.NO_ASSISTANT,
+    '{"messages": [{"role": "assistant", "content": "a"}]}': files.NO_ASSISTANT,
+    '{"messages": [{"role": "robot", "content": "q"}]}': "a turn of unknown role",
+    '{"messages": [{"role": ["user"], "content": "q"}]}': "a turn of unknown role",
+    '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': files.NOT_UNICODE,
+    json.dumps({"messages": [USER, ASSISTANT]}): files.REPEATED,
+    json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 2000}]}): files.TOO_LONG,
+    "\udcff\udcfe": files.NOT_UTF8,
+    '{"messages": "a\0b"}': "not JSON",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD.items(), ids=[line[:40] for line in BAD])
+def test_a_bad_row_is_counted_by_its_reason(line, reason, tmp_path):
+    path = tmp_path / "own.jsonl"
+    good = json.dumps({"messages": [USER, ASSISTANT]})
+    path.write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
+    tally = Tally(chosen_format(path))
+    assert len(list(usable_chats(path, tally, max_chars=1000))) == tally.usable == 1
+    assert tally.rows == 2
+    [(found, (count, first))] = tally.bad.items()
+    assert found.startswith(reason)
+    assert (count, first) == (1, 2)
+
+
+def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"text": "' + "x" * 1000 + '"}\n{"text": "next"}\n')
+    chats, tally = read(path)
+    assert [chat.messages[0]["content"] for chat in chats] == ["next"]
+    assert tally.bad == {files.TOO_LONG: (1, 1)}
+
+
+def test_bad_rows_of_csv_and_parquet(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_bytes(b"question,answer\nq,a\n\xff,a\nq2\nq3,a,b\nnul\0,a\nq4,\n")
+    chats, tally = read(path)
+    assert [chat.messages[0]["content"] for chat in chats] == ["q", "nul\0"]
+    assert tally.bad == {
+        files.NOT_UNICODE: (1, 3),
+        "not the 2 fields of the header": (2, 4),
+        files.NO_TEXT: (1, 7),
+    }
+    rows = [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}, {"question": "q2", "answer": None}]
+    chats, tally = read(write(tmp_path, rows, "own.parquet"))
+    assert (len(chats), tally.bad) == (1, {files.NO_TEXT: (2, 2)})
+
+
+WHOLE = {
+    "empty": (b"", "own.jsonl", "is empty"),
+    "blank": (b"\n\n \n", "own.jsonl", "has no rows"),
+    "header only": (b"question,answer\n", "own.csv", "has no rows"),
+    "utf-16": ("\ufefftext".encode("utf-16-le"), "own.csv", "is UTF-16; save it as UTF-8"),
+    "binary lines": (bytes(range(128, 255)) + b"\n\0\0\n", "own.jsonl", "none of its 2 rows can be used: 1 not UTF-8"),
+    "binary csv": (b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "own.csv", "has the columns '\\udc89PNG'; needed are those of"),
+    "binary parquet": (b"\0" * 100, "own.parquet", "can't be read as parquet: "),
+    "binary json": (b"\x89PNG\0", "own.json", "is no JSON: "),
+    "deep json": (b"[" * 200_000, "own.json", "is no JSON: nested too deeply"),
+    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is no JSON: Expecting ':' delimiter: line 2 column 8"),
+    "no array": (b"3", "own.json", "must be an array of objects, or an object a line"),
+    "other columns": (
+        b'{"a": 1, "b": 2}\n',
+        "own.jsonl",
+        "has the columns 'a', 'b'; needed are those of one format: mes",
+    ),
+    "no columns": (b"{}\n", "own.jsonl", "has the columns none; needed"),
+    "two pairs": (
+        b'{"prompt": "q", "completion": "a", "question": "q", "answer": "a"}\n',
+        "own.jsonl",
+        "may be read as prompt/completion or question/answer; set `format`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "name", "message"), WHOLE.values(), ids=WHOLE.keys())
+def test_a_file_that_is_no_use_is_one_sentence(content, name, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_and_an_unreadable_file_are_one_sentence(tmp_path):
+    (tmp_path / "own.jsonl").mkdir()
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
+        chosen_format(tmp_path / "own.jsonl")
+    with pytest.raises(UserError, match="must end in one of .jsonl, .json, .csv, .parquet"):
+        chosen_format(tmp_path / "own.txt")
+
+
+def test_too_few_rows_say_how_many_and_why(tmp_path):
+    path = write(tmp_path, [*pairs(6), {"prompt": "q"}, {"prompt": "q"}])
+    wanted = (
+        "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are asked for: train = 4, validation = 2, test = 2"
+    )
+    with pytest.raises(UserError, match=r"own.jsonl, read as prompt/completion: ") as error:
+        list(make_dataset(spec(path)))
+    assert wanted in str(error.value)
+
+
+def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
+    path = write(tmp_path, pairs(40))
+    rows = list(make_dataset(spec(path, train=20, validation=10, test=10)))
+    assert [row["split"] for row in rows] == ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
+    prompts = [row["messages"][0]["content"] for row in rows]
+    assert sorted(prompts) == sorted(row["prompt"] for row in pairs(40))
+    # Not in the order of the file, which may be sorted by topic.
+    assert {int(text.split()[1]) for text in prompts[:20]} != set(range(20))
+    assert rows == list(make_dataset(spec(path, train=20, validation=10, test=10)))
+    assert rows != list(make_dataset(spec(path, train=20, validation=10, test=10, seed=1)))
+    write_dataset(rows, tmp_path / "made.parquet")
+    assert list(read_dataset(tmp_path / "made.parquet")) == rows
+
+
+def test_plain_texts_are_told_apart_by_all_of_them(tmp_path):
+    path = write(tmp_path, [{"text": f"text {number}"} for number in range(8)])
+    assert len(list(make_dataset(spec(path)))) == 8
+
+
+def test_the_content_makes_the_dataset_not_the_name(tmp_path):
+    path = write(tmp_path, pairs(8))
+    copy = write(tmp_path, pairs(8), "copy.jsonl")
+    other = write(tmp_path, pairs(9), "other.jsonl")
+    assert dataset_id(spec(path)) == dataset_id(spec(copy)) == dataset_id(spec(path, mean_tokens=99))
+    assert len({dataset_id(spec(path)), dataset_id(spec(other)), dataset_id(spec(path, seed=1))}) == 3
+    before = dataset_id(spec(path))
+    write(tmp_path, pairs(10))
+    assert dataset_id(spec(path)) != before
+
+
+ROWS = st.one_of(
+    st.integers(0, 30).map(lambda number: json.dumps({"prompt": f"q{number}", "completion": "a"})),
+    st.integers(33, 200).map(lambda size: json.dumps({"prompt": "p" * size, "completion": "a"})),
+    st.sampled_from([*BAD]).map(lambda line: line if len(line) < 5000 else "[" * 10),
+    st.recursive(st.none() | st.booleans() | st.text(), lambda inner: st.dictionaries(st.text(), inner)).map(
+        json.dumps
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lines=st.lists(ROWS, max_size=30))
+def test_every_row_is_either_used_or_counted(lines, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "own.jsonl"
+    first = json.dumps({"prompt": "first", "completion": "a"})
+    path.write_bytes("".join(f"{line}\n" for line in [first, *lines]).encode(errors="surrogateescape"))
+    tally = Tally("prompt/completion")
+    chats = list(usable_chats(path, tally, max_chars=100))
+    assert tally.rows == 1 + len(lines)
+    assert len(chats) == tally.usable
+    assert tally.usable + sum(count for count, _ in tally.bad.values()) == tally.rows
+    assert len({chat.messages[0]["content"] for chat in chats}) == len(chats)
+    good = {json.loads(line)["prompt"] for line in lines if line.startswith('{"prompt": "q')}
+    assert good <= {chat.messages[0]["content"] for chat in chats}
+    wanted = {"train": len(chats), "validation": 1, "test": 1, "max_chars": 100}
+    with pytest.raises(UserError, match=f"{len(chats)} of its {tally.rows} rows can be used"):
+        next(file_chats(spec(path, format="prompt/completion", **wanted)))
+
+
+def problems(path: Path, grader: str, **changes) -> FileProblems:
+    sizes = {"train": 2, "validation": 1, "test": 1, "grader": grader}
+    return FileProblems(**({"kind": "file", "path": str(path)} | sizes | changes))
+
+
+def test_problems_of_a_file(tmp_path):
+    rows = [
+        {"question": "1+1?", "answer": 2},
+        {"question": "2+2?", "answer": "so 2 and 2 #### 4"},
+        {"question": "10*150?", "answer": "it is \\boxed{1,500}"},
+        {"question": "1/4?", "answer": "0.25"},
+        {"question": "why?", "answer": "because"},
+        {"question": " 1+1? ", "answer": "3"},
+        {"question": "?", "answer": None},
+    ]
+    path = write(tmp_path, rows)
+    made = make_problems(problems(path, "number"))
+    assert {row["question"]: row["answer"] for row in made} == {
+        "1+1?": "2",
+        "2+2?": "4",
+        "10*150?": "1,500",
+        "1/4?": "0.25",
+    }
+    tally = tally_of(problems(path, "number"))
+    assert tally.bad == {files.NO_NUMBER: (1, 5), files.REPEATED: (1, 6), files.NO_TEXT: (1, 7)}
+    boxed = make_problems(problems(path, "boxed", train=3))
+    assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
+    assert all(row["question"].endswith(r" Write your answer in \boxed{} format.") for row in boxed)
+    with pytest.raises(UserError, match="has the columns 'question', 'answer'; 'solution' is needed"):
+        make_problems(problems(path, "boxed", answer="solution"))
