@@ -16,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorabench.errors import UserError
+from lorabench.gpus import GPUS
 from lorabench.models.placement import Placement
 
 PRESETS = Path(__file__).parent.parent / "workflow" / "presets"
@@ -595,8 +596,26 @@ class Execution(Strict):
     """A run longer than this leaves a checkpoint to go on from; 0 means after every step."""
     keep_weights: Literal["best", "all"] = "best"
     """Trained weights to keep: those at each condition's best LR, or all."""
-    gflops: PositiveFloat
-    """Useful GFLOP/s of one job on the machine meant, for the time estimate."""
+    gpu: str | None = None
+    """The GPU meant, by its name in lorabench/gpus.py, for the estimates; null for a CPU."""
+    max_gpus: Positive = 1
+    """Most GPUs of one job; it asks for as few as hold it."""
+    activation_checkpointing: bool = False
+    """Compute what a layer needs for the backward pass again, rather than keep it: less memory, a third more work."""
+    gflops: PositiveFloat | None = None
+    """Useful GFLOP/s of one job on a CPU, or of one GPU, for the time estimate; null with `gpu` for what is assumed
+    of that GPU."""
+
+    @model_validator(mode="after")
+    def _hardware(self) -> Self:
+        if self.gpu is None:
+            if self.gflops is None:
+                raise ValueError("gflops: missing; without a gpu the speed of a job must be given")
+            if self.max_gpus > 1:
+                raise ValueError(f"max_gpus = {self.max_gpus}: without a gpu a job has none; name the gpu")
+        elif self.gpu not in GPUS:
+            raise ValueError(f"gpu = {self.gpu!r}: not known; allowed: {', '.join(GPUS)}")
+        return self
 
 
 class Preset(Strict):

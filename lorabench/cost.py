@@ -1,22 +1,23 @@
 """What a preset costs, before it is run.
 
-Linear layers only, as the paper counts (its section on compute efficiency): per token, a forward and
-backward pass of N parameters takes 6N FLOPs when all are trained; LoRA saves the weight gradient of
-the frozen part (4N) and pays for A and B, in all a ratio of 2/3 + 2r/width.
+FLOPs of linear layers, as the paper counts (its section on compute efficiency): per token 6 for each parameter that
+is trained, forward and backward, and 4 for each that is frozen; LoRA saves the weight gradient of the base and pays
+for A and B. On top come the two products of attention, which the paper leaves out: with contexts of thousands of
+tokens they are no longer small. What a job takes is these FLOPs at the speed of `execution`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import astuple, dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from lorabench.config import DatasetSpec, ModelSpec, Preset
-from lorabench.models.tiny import Recipe, shipped
+from lorabench.gpus import GPUS
+from lorabench.models.dimensions import Dimensions, dimensions
 
 if TYPE_CHECKING:
-    from lorabench.plan import Condition, Plan, Sweep
+    from lorabench.config import Execution
+    from lorabench.plan import Condition, EvalJob, Plan, Sweep
 
 # Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
 # per token of the tiny base's tokenizer and, roughly, of large ones. Those of the hub's problems are guesses.
@@ -28,12 +29,12 @@ _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
 _EVALUATION_START_SECONDS = 12.0
-
-
 # A token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time leaves
 # most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000. On a GPU
 # it depends on the batch, and this is a guess.
 _DECODING = 3.0
+# Several GPUs wait for each other: their share of the speed of as many single ones. An assumption.
+_SHARDED = 0.8
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class Estimate:
         return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+def speed(execution: Execution, gpus: int = 1) -> float:
+    """Useful FLOP/s of a job: of a CPU, or of that many GPUs."""
+    if execution.gflops is not None:
+        one = execution.gflops * 1e9
+    else:
+        assert execution.gpu
+        gpu = GPUS[execution.gpu]
+        one = gpu.peak_flops * gpu.efficiency
+    return one if gpus <= 1 else one * gpus * _SHARDED
+
+
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     """Estimated tokens of one example."""
     if dataset.kind in ("hub", "file"):
@@ -62,21 +74,37 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
     return chars / _CHARS_PER_TOKEN[model.kind]
 
 
-@cache
-def shape(model: ModelSpec) -> tuple[int, int]:
-    """Number of parameters that take part in a token, and width, of a model."""
-    if model.kind == "tiny":
-        record = json.loads((shipped(model.name) / "recipe.json").read_text())
-        recipe = Recipe(**record["recipe"])
-        idle = (recipe.experts - recipe.active_experts) * recipe.layers * 3 * recipe.hidden_size
-        return record["parameters"] - idle * recipe.intermediate_size, recipe.hidden_size
-    return model.parameters, model.hidden_size
+def longest_sequence(preset: Preset, condition: Condition) -> int:
+    """Tokens of the longest example, or of a prompt with the longest response."""
+    model = preset.models[condition.model]
+    if condition.rollouts is not None:
+        prompt = _CHARS_OF_A_PROBLEM[preset.problems[condition.dataset].kind] / _CHARS_PER_TOKEN[model.kind]
+        return round(prompt) + condition.rollouts.max_new_tokens
+    dataset = preset.datasets[condition.dataset]
+    chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
+    return round(chars / _CHARS_PER_TOKEN[model.kind])
 
 
-def train_flops(condition: Condition, parameters: int, width: int, tokens: float) -> float:
-    """FLOPs of training on that many tokens, forward and backward."""
-    ratio = 1.0 if condition.rank is None else 2 / 3 + 2 * condition.rank / width
-    return 6.0 * parameters * tokens * ratio
+def trained_parameters(preset: Preset, condition: Condition) -> int:
+    """Parameters that a run trains."""
+    return _lora(preset, condition)[0] or dimensions(preset.models[condition.model]).parameters
+
+
+def _lora(preset: Preset, condition: Condition) -> tuple[int, int]:
+    """Parameters of a run's LoRA, and those that a token goes through; none in full fine-tuning."""
+    if condition.rank is None or condition.placement is None:
+        return 0, 0
+    sizes = dimensions(preset.models[condition.model])
+    return sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)
+
+
+def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
+    """FLOPs of a forward and backward pass for one token, linear layers only, as the paper counts.
+
+    Args:
+        lora: parameters of LoRA that a token goes through; None in full fine-tuning.
+    """
+    return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
 
 @dataclass(frozen=True)
@@ -117,13 +145,20 @@ def sweep_flops(preset: Preset, sweep: Sweep) -> float:
 
 def _run_flops(preset: Preset, sweep: Sweep) -> tuple[float, float, float]:
     """FLOPs of one run: training; forward passes, drawn tokens among them; drawn tokens alone."""
-    parameters, width = shape(preset.models[sweep.condition.model])
+    condition = sweep.condition
+    sizes = dimensions(preset.models[condition.model])
     tokens = _run_tokens(preset, sweep)
+    lora = _lora(preset, condition)[1] if condition.method == "lora" else None
+    train = linear_flops_per_token(sizes, lora)
+    forward = 2.0 * (sizes.active_linear + (lora or 0))
+    return tokens.trained * train, (tokens.evaluated + tokens.drawn) * forward, tokens.drawn * forward
 
-    def flops(count: float) -> float:
-        return train_flops(sweep.condition, parameters, width, count)
 
-    return flops(tokens.trained), flops(tokens.evaluated + tokens.drawn) / 3, flops(tokens.drawn) / 3
+def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Wall-clock seconds of a sweep's job on so many GPUs; 0 is a CPU."""
+    trained, forward, drawn = _run_flops(preset, sweep)
+    work = trained + forward + (_DECODING - 1) * drawn
+    return sweep.n_runs * work / speed(preset.execution, gpus) + _START_SECONDS
 
 
 def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
@@ -131,10 +166,28 @@ def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
     preset = plan.preset
     flops = sum(sweep_flops(preset, sweep) for sweep in sweeps)
     tokens = sum(sweep.n_runs * _run_tokens(preset, sweep).trained for sweep in sweeps)
-    drawn = sum(sweep.n_runs * _run_flops(preset, sweep)[2] for sweep in sweeps)
-    seconds = (flops + (_DECODING - 1) * drawn) / (preset.execution.gflops * 1e9) + len(sweeps) * _START_SECONDS
+    seconds = sum(sweep_seconds(preset, sweep, 1) for sweep in sweeps)
     at_once = max(1, min(jobs_at_once(plan, cores), len(sweeps)))
     return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / at_once / 60)
+
+
+def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
+    """Wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
+    _, work = _evaluation_work(preset, job)
+    return work / speed(preset.execution) + _EVALUATION_START_SECONDS
+
+
+def _evaluation_work(preset: Preset, job: EvalJob) -> tuple[float, float]:
+    """Tokens that an evaluation reads or draws, and FLOPs, drawn tokens counted by what they take."""
+    assert preset.evaluation
+    parameters = dimensions(preset.models[job.model]).active_linear
+    tokens = work = 0.0
+    for task in preset.evaluation.tasks:
+        read = min(task.documents, task.limit or task.documents) * task.mean_tokens
+        tokens += read
+        # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
+        work += (_DECODING if task.about == "learned" else 1.0) * 2.0 * parameters * read
+    return tokens, work
 
 
 def evaluation(plan: Plan, cores: int) -> Estimate:
@@ -142,14 +195,9 @@ def evaluation(plan: Plan, cores: int) -> Estimate:
     preset, jobs = plan.preset, plan.evaluations()
     tokens = flops = seconds = 0.0
     for job in jobs:
-        assert preset.evaluation
-        parameters, _ = shape(preset.models[job.model])
-        for task in preset.evaluation.tasks:
-            read = min(task.documents, task.limit or task.documents) * task.mean_tokens
-            tokens, flops = tokens + read, flops + 2.0 * parameters * read
-            # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
-            seconds += (_DECODING if task.about == "learned" else 1.0) * 2.0 * parameters * read
-    seconds = seconds / (preset.execution.gflops * 1e9) + len(jobs) * _EVALUATION_START_SECONDS
+        read, _ = _evaluation_work(preset, job)
+        tokens, flops = tokens + read, flops + 2.0 * dimensions(preset.models[job.model]).active_linear * read
+        seconds += evaluation_seconds(preset, job)
     at_once = max(1, min(jobs_at_once(plan, cores), len(jobs)))
     return Estimate(0, len(jobs), tokens, flops, seconds / at_once / 60)
 

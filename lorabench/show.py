@@ -17,7 +17,7 @@ def plan_table(plan: Plan, cores: int) -> None:
     table = Table(
         title=plan.preset.description,
         title_justify="left",
-        caption=f"minutes at {execution.gflops:,g} GFLOP/s per job (execution.gflops), {at_once} at a time",
+        caption=f"minutes at {cost.speed(execution) / 1e9:,g} GFLOP/s per job (execution.gflops), {at_once} at a time",
         caption_justify="left",
     )
     table.add_column("experiment")

@@ -1,0 +1,40 @@
+"""The GPUs that work can be priced on. Peaks are dense, without sparsity; from the vendors' data sheets.
+
+`efficiency` is what the cost model assumes of the peak in training until runs were measured (`lorabench plan
+--measured`): eager PyTorch with autocast of fp32 weights, not a tuned kernel. It is an assumption, not a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU; FLOP/s of dense bf16 products with fp32 accumulation, bytes and bytes/s of its memory."""
+
+    peak_flops: float
+    memory: float
+    bandwidth: float
+    efficiency: float = 0.35
+
+
+GPUS = {
+    # NVIDIA A100 data sheet (nvidia-a100-datasheet-us): 312 TFLOPS bf16; 40 GB, 1,555 GB/s; 80 GB SXM, 2,039 GB/s.
+    "A100-40GB": Gpu(312e12, 40 * GB, 1555e9),
+    "A100-80GB": Gpu(312e12, 80 * GB, 2039e9),
+    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS bf16 with sparsity, so 989.5 dense; 80 GB, 3.35 TB/s.
+    "H100-80GB": Gpu(989.5e12, 80 * GB, 3350e9),
+    # NVIDIA H200 data sheet, SXM: compute as H100; 141 GB, 4.8 TB/s.
+    "H200": Gpu(989.5e12, 141 * GB, 4800e9),
+    # NVIDIA DGX B200 data sheet, of eight: 72 PFLOPS in FP8 with sparsity, so 2.25 each in dense bf16; 180 GB, 8 TB/s.
+    "B200": Gpu(2250e12, 180 * GB, 8000e9, efficiency=0.3),
+    # NVIDIA L40S data sheet: 733 TFLOPS bf16 with sparsity, 362 dense; 48 GB, 864 GB/s.
+    "L40S": Gpu(362e12, 48 * GB, 864e9, efficiency=0.3),
+    # NVIDIA A10 data sheet: 125 TFLOPS bf16 dense; 24 GB, 600 GB/s.
+    "A10": Gpu(125e12, 24 * GB, 600e9),
+    # NVIDIA Ada architecture paper, RTX 4090: 165.2 TFLOPS bf16 with fp32 accumulation, dense; 24 GB, 1,008 GB/s.
+    "RTX-4090": Gpu(165.2e12, 24 * GB, 1008e9),
+}
