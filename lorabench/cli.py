@@ -26,6 +26,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
 OutFile = Annotated[Path | None, typer.Option("--out", help="Write the runs there instead of a table here.")]
 FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+ModelName = Annotated[
+    str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
+]
+DataFormat = Annotated[
+    str | None, typer.Option("--format", help="The columns that hold an example, where the file leaves a choice.")
+]
 TablesFolder = Annotated[Path | None, typer.Option("--out", help="Folder for the table, if not the preset's.")]
 TablesOption = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
 TablesOptions = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
@@ -75,6 +81,33 @@ def plan(preset: PresetOption = "laptop", out: OutFile = None) -> None:
         from lorabench.show import plan_table
 
         plan_table(made, os.cpu_count() or 1)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data_format: DataFormat = None,
+    ranks: Annotated[list[int] | None, typer.Option("--rank", help="LoRA ranks, in place of those suggested.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and as much for the test.")
+    ] = 0.1,
+    gpu: Annotated[str | None, typer.Option(help="The GPU meant, such as H100-80GB; without it a CPU.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it is there.")] = False,
+) -> None:
+    """Write a small preset that asks whether LoRA matches full fine-tuning on a model and data of your own."""
+    with _one_sentence():
+        from lorabench.own.preset import Choices, init_preset
+        from lorabench.plan import make_plan
+        from lorabench.show import plan_table
+
+        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu)
+        made = init_preset(out, model, data, data_format, choices, force, say=print)
+        plan_table(make_plan(made), os.cpu_count() or 1)
+        print(f"wrote {out}; next: snakemake --cores all --config preset={out}")
 
 
 @app.command()
