@@ -25,7 +25,7 @@ _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
 _CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400, "file": 300}
-_CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
+CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
 _EVALUATION_START_SECONDS = 12.0
@@ -71,18 +71,18 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
         chars: float = _CHARS_OF_A_FACT
     else:
         chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
-    return chars / _CHARS_PER_TOKEN[model.kind]
+    return chars / CHARS_PER_TOKEN[model.kind]
 
 
 def longest_sequence(preset: Preset, condition: Condition) -> int:
     """Tokens of the longest example, or of a prompt with the longest response."""
     model = preset.models[condition.model]
     if condition.rollouts is not None:
-        prompt = _CHARS_OF_A_PROBLEM[preset.problems[condition.dataset].kind] / _CHARS_PER_TOKEN[model.kind]
+        prompt = _CHARS_OF_A_PROBLEM[preset.problems[condition.dataset].kind] / CHARS_PER_TOKEN[model.kind]
         return round(prompt) + condition.rollouts.max_new_tokens
     dataset = preset.datasets[condition.dataset]
     chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
-    return round(chars / _CHARS_PER_TOKEN[model.kind])
+    return round(chars / CHARS_PER_TOKEN[model.kind])
 
 
 def trained_parameters(preset: Preset, condition: Condition) -> int:
@@ -125,7 +125,7 @@ def _run_tokens(preset: Preset, sweep: Sweep) -> _RunTokens:
         examples = preset.protocol.curve_points * dataset.validation + dataset.test
         return _RunTokens(condition.steps * condition.batch_size * per_example, examples * per_example, 0.0)
     problems = preset.problems[condition.dataset]
-    prompt = _CHARS_OF_A_PROBLEM[problems.kind] / _CHARS_PER_TOKEN[model.kind]
+    prompt = _CHARS_OF_A_PROBLEM[problems.kind] / CHARS_PER_TOKEN[model.kind]
     episodes = condition.steps * condition.batch_size
     held_out = sum(preset.problems[name].test for name in rollouts.held_out) * rollouts.held_out_samples
     graded = problems.validation + problems.test + held_out

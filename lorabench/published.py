@@ -92,7 +92,7 @@ def beside_claims() -> dict[str, str]:
     llama = sweep_of("Llama-3.1-8B", "tulu3")
     if len(llama):
         optima = {
-            int(rank): _optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()
+            int(rank): optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()
         }
         low, high = min(optima), max(optima)
         ratio = optima[high] / optima[low]
@@ -104,7 +104,7 @@ def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
     return list(zip(table["rank"].fillna(0), table["placement"].fillna(""), strict=True))
 
 
-def _optimum(grid: pd.DataFrame) -> float:
+def optimum(grid: pd.DataFrame) -> float:
     """The interpolated optimum of one ascending grid whose best LR is not at its edge."""
     best = int(grid["nll"].to_numpy().argmin())
     around = grid.iloc[best - 1 : best + 2]

@@ -15,6 +15,8 @@ MAX_RANK = 512
 SHORT_STEPS = 100
 SHORT_RATIO = 15.0
 """LR ratio in runs below SHORT_STEPS, called anecdotal (paper notes, 2.6)."""
+SMALLEST_WIDTH = 1000
+"""Of the models whose LR the authors print by their law."""
 LAW_BATCH = 128
 """Examples per step in the sweep that the law was fitted on."""
 POINTS_PER_DECADE = 3

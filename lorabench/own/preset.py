@@ -25,7 +25,6 @@ _MOST_VALIDATION, _MOST_TEST = 500, 1000
 _FEWEST_EXAMPLES = 10
 # On one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
-DEFAULT_GPU = "H100-80GB"
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,20 @@ def _lr_source(family: str, fullft: advice.Lr, lora: advice.Lr) -> str:
     return f"the paper's law: {fullft.value:.2g} and {lora.value:.2g}"
 
 
+def checked_gpu(name: str) -> str:
+    """The name of a GPU as a user wrote it.
+
+    Raises:
+        UserError: it is not known.
+    """
+    if name not in GPUS:
+        raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
+    return name
+
+
 def _execution(model: Model, gpu: str | None) -> dict[str, object]:
     if gpu is not None:
-        if gpu not in GPUS:
-            raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")
-        return {"threads": 8, "gpu": gpu}
+        return {"threads": 8, "gpu": checked_gpu(gpu)}
     # Tiny models do not fill several threads.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
     return {"threads": threads, "max_batch_tokens": 2048, "gflops": _GFLOPS_PER_CORE * threads}
