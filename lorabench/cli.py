@@ -198,11 +198,17 @@ def sweep(
     sweep_id: str,
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, typer.Option(help="Also write the progress lines here.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Train each run in so many processes, one per GPU.")] = 1,
 ) -> None:
     """Train all runs of one sweep; finished runs are skipped, a broken one goes on from its checkpoint."""
-    with _one_sentence():
+    from lorabench.training.launch import launch, reporting, started
+
+    with _one_sentence(), reporting():
         made, layout = _open(preset)
         wanted = made.sweep(sweep_id)
+        if processes > 1 and not started():
+            launch(processes, sys.argv[1:])
+            return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -210,14 +216,18 @@ def sweep(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
         from lorabench.progress import status as read_status
+        from lorabench.training.distributed import ALONE, join, leave
         from lorabench.training.sweep import run_sweep
+
+        group = join(made.preset.execution.sharding) if started() else ALONE
 
         def say(line: str) -> None:
             state = read_status(made, layout)
             whole = f"[{state.runs_done}/{state.runs_planned} runs of {layout.name}]"
             logging.info("%s %s %s", whole, wanted.condition.label, line)
 
-        run_sweep(made, wanted, layout, say)
+        run_sweep(made, wanted, layout, say, group)
+        leave(group)
 
 
 @app.command()
@@ -341,6 +351,15 @@ def report(preset: PresetOption = "laptop") -> None:
 
         made, layout = _open(preset)
         build(made, layout, layout.report)
+
+
+@app.command()
+def publish(preset: PresetOption = "laptop", readme: Annotated[Path, typer.Option()] = Path("README.md")) -> None:
+    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+    with _one_sentence():
+        from lorabench.report.publish import publish as write
+
+        write(_open(preset)[1], readme)
 
 
 if __name__ == "__main__":

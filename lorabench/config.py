@@ -596,12 +596,15 @@ class Execution(Strict):
     """A run longer than this leaves a checkpoint to go on from; 0 means after every step."""
     keep_weights: Literal["best", "all"] = "best"
     """Trained weights to keep: those at each condition's best LR, or all."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each layer again in the backward pass instead of keeping them: a third more work, far
+    less memory."""
+    sharding: Literal["fsdp", "ddp"] = "fsdp"
+    """How several GPUs hold a model: each a part of it, or each the whole where one GPU has room for it."""
     gpu: str | None = None
     """The GPU meant, by its name in lorabench/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1
     """Most GPUs of one job; it asks for as few as hold it."""
-    activation_checkpointing: bool = False
-    """Compute what a layer needs for the backward pass again, rather than keep it: less memory, a third more work."""
     gflops: PositiveFloat | None = None
     """Useful GFLOP/s of one job on a CPU, or of one GPU, for the time estimate; null with `gpu` for what is assumed
     of that GPU."""

@@ -1,23 +1,25 @@
-"""What a preset costs, before it is run.
+"""What a job costs, before it is run: tokens, FLOPs, seconds.
 
 FLOPs of linear layers, as the paper counts (its section on compute efficiency): per token 6 for each parameter that
 is trained, forward and backward, and 4 for each that is frozen; LoRA saves the weight gradient of the base and pays
 for A and B. On top come the two products of attention, which the paper leaves out: with contexts of thousands of
-tokens they are no longer small. What a job takes is these FLOPs at the speed of `execution`.
+tokens they are no longer small. Seconds are FLOPs at the speed of `execution`, and what does not depend on it:
+starting, loading, and on a GPU drawing token after token.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench.config import DatasetSpec, ModelSpec, Preset
 from lorabench.gpus import GPUS
 from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.placement import Placement
 
 if TYPE_CHECKING:
-    from lorabench.config import Execution
-    from lorabench.plan import Condition, EvalJob, Plan, Sweep
+    from lorabench.config import EvalTask, Execution
+    from lorabench.plan import Condition, EvalJob, Sweep
 
 # Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
 # per token of the tiny base's tokenizer and, roughly, of large ones. Those of the hub's problems are guesses.
@@ -25,31 +27,24 @@ _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
 _CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400, "file": 300}
-CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
+_CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
 _EVALUATION_START_SECONDS = 12.0
-# A token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time leaves
-# most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000. On a GPU
-# it depends on the batch, and this is a guess.
+# On a CPU a token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time
+# leaves most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000.
 _DECODING = 3.0
-# Several GPUs wait for each other: their share of the speed of as many single ones. An assumption.
+
+# Assumptions about GPUs, until runs were measured. A job starts and imports; weights are read from disk, bytes/s.
+_GPU_START_SECONDS = 60.0
+_READING = 1e9
+# Launching one layer for one position from Python: what a token costs at least, whatever the batch.
+_LAYER_SECONDS = 0.8e-3
+# Several GPUs wait for each other, and have so many bytes/s between them.
 _SHARDED = 0.8
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Planned work. `tokens` pass forward and backward; `minutes` is wall-clock on `cores` cores."""
-
-    runs: int
-    sweeps: int
-    tokens: float
-    flops: float
-    minutes: float
-
-    def plus(self, other: Estimate) -> Estimate:
-        """One after the other."""
-        return Estimate(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+_BETWEEN_GPUS = 300e9
+# Of a document whose answer is drawn, the share that is drawn; the longest answer of a batch is twice as long.
+_DRAWN_SHARE = 0.25
 
 
 def speed(execution: Execution, gpus: int = 1) -> float:
@@ -71,31 +66,35 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
         chars: float = _CHARS_OF_A_FACT
     else:
         chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
-    return chars / CHARS_PER_TOKEN[model.kind]
+    return chars / _CHARS_PER_TOKEN[model.kind]
 
 
 def longest_sequence(preset: Preset, condition: Condition) -> int:
     """Tokens of the longest example, or of a prompt with the longest response."""
     model = preset.models[condition.model]
     if condition.rollouts is not None:
-        prompt = _CHARS_OF_A_PROBLEM[preset.problems[condition.dataset].kind] / CHARS_PER_TOKEN[model.kind]
-        return round(prompt) + condition.rollouts.max_new_tokens
+        return round(_prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens
     dataset = preset.datasets[condition.dataset]
     chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
-    return round(chars / CHARS_PER_TOKEN[model.kind])
+    return round(chars / _CHARS_PER_TOKEN[model.kind])
 
 
-def trained_parameters(preset: Preset, condition: Condition) -> int:
-    """Parameters that a run trains."""
-    return _lora(preset, condition)[0] or dimensions(preset.models[condition.model]).parameters
+def _prompt_tokens(preset: Preset, condition: Condition) -> float:
+    kind = preset.problems[condition.dataset].kind
+    return _CHARS_OF_A_PROBLEM[kind] / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
 
 
-def _lora(preset: Preset, condition: Condition) -> tuple[int, int]:
-    """Parameters of a run's LoRA, and those that a token goes through; none in full fine-tuning."""
-    if condition.rank is None or condition.placement is None:
-        return 0, 0
-    sizes = dimensions(preset.models[condition.model])
-    return sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)
+def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
+    """Parameters that an arm trains; rank None is full fine-tuning."""
+    if rank is None or placement is None:
+        return sizes.parameters
+    return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
+
+
+def lanes(preset: Preset, sweep: Sweep) -> int:
+    """Runs of a sweep that are held in memory together: those of LoRA in RL."""
+    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora"
+    return min(preset.execution.lanes, sweep.n_runs) if together else 1
 
 
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
@@ -107,101 +106,161 @@ def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
 
+def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
+    """FLOPs of the forward pass for one token that sees so many others; backward takes twice as many."""
+    return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
+
+
 @dataclass(frozen=True)
-class _RunTokens:
-    """Tokens of one run: trained on, evaluated without a gradient, and drawn."""
+class RunTokens:
+    """Tokens of one run: trained on, evaluated without a gradient, and drawn; and how many a token sees on average."""
 
     trained: float
     evaluated: float
     drawn: float
+    context: float
 
 
-def _run_tokens(preset: Preset, sweep: Sweep) -> _RunTokens:
-    condition, rollouts = sweep.condition, sweep.condition.rollouts
-    model = preset.models[condition.model]
+def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
+    """Estimated tokens of each run of a condition."""
+    rollouts = condition.rollouts
     if rollouts is None:
         dataset = preset.datasets[condition.dataset]
-        per_example = tokens_per_example(model, dataset)
+        per_example = tokens_per_example(preset.models[condition.model], dataset)
         examples = preset.protocol.curve_points * dataset.validation + dataset.test
-        return _RunTokens(condition.steps * condition.batch_size * per_example, examples * per_example, 0.0)
-    problems = preset.problems[condition.dataset]
-    prompt = _CHARS_OF_A_PROBLEM[problems.kind] / CHARS_PER_TOKEN[model.kind]
+        trained = condition.steps * condition.batch_size * per_example
+        # A causal token sees half of its example, but most tokens are in examples twice as long as the mean.
+        return RunTokens(trained, examples * per_example, 0.0, per_example)
+    prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
     episodes = condition.steps * condition.batch_size
-    held_out = sum(preset.problems[name].test for name in rollouts.held_out) * rollouts.held_out_samples
-    graded = problems.validation + problems.test + held_out
-    answers = episodes + rollouts.evaluations * graded
+    graded = rollouts.evaluations * _graded(preset, condition)
     # A prompt goes through the model once for its group, in sampling and in learning.
     prompts = episodes / rollouts.group_size * prompt
-    evaluated = prompts + rollouts.evaluations * graded * prompt
-    response = rollouts.mean_response_tokens
-    return _RunTokens(episodes * response + prompts, evaluated, answers * response)
+    drawn = (episodes + graded) * response
+    return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
+
+
+def _graded(preset: Preset, condition: Condition) -> int:
+    """Responses of one evaluation in RL."""
+    assert condition.rollouts
+    problems = preset.problems[condition.dataset]
+    held_out = sum(preset.problems[name].test for name in condition.rollouts.held_out)
+    return problems.validation + problems.test + held_out * condition.rollouts.held_out_samples
+
+
+@dataclass(frozen=True)
+class _RunFlops:
+    trained: float
+    evaluated: float
+    drawn: float
+    again: float
+    """Of forward passes that activation checkpointing repeats."""
+
+
+def _run_flops(preset: Preset, condition: Condition) -> _RunFlops:
+    sizes = dimensions(preset.models[condition.model])
+    tokens = run_tokens(preset, condition)
+    lora = None
+    if condition.rank is not None and condition.placement is not None:
+        lora = sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[1]
+    attention = attention_flops_per_token(sizes, tokens.context)
+    forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
+    train = linear_flops_per_token(sizes, lora) + 3 * attention
+    again = tokens.trained * forward if preset.execution.activation_checkpointing else 0.0
+    return _RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, again)
 
 
 def sweep_flops(preset: Preset, sweep: Sweep) -> float:
     """FLOPs of all runs of a sweep, evaluation and sampling included."""
-    trained, forward, _ = _run_flops(preset, sweep)
-    return sweep.n_runs * (trained + forward)
+    flops = _run_flops(preset, sweep.condition)
+    return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
 
 
-def _run_flops(preset: Preset, sweep: Sweep) -> tuple[float, float, float]:
-    """FLOPs of one run: training; forward passes, drawn tokens among them; drawn tokens alone."""
-    condition = sweep.condition
-    sizes = dimensions(preset.models[condition.model])
-    tokens = _run_tokens(preset, sweep)
-    lora = _lora(preset, condition)[1] if condition.method == "lora" else None
-    train = linear_flops_per_token(sizes, lora)
-    forward = 2.0 * (sizes.active_linear + (lora or 0))
-    return tokens.trained * train, (tokens.evaluated + tokens.drawn) * forward, tokens.drawn * forward
+def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
+    """What the wall-clock seconds of one run are made of, on so many GPUs (0: a CPU).
+
+    Returns:
+        Seconds that go with the speed of `execution`, and those that don't.
+    """
+    flops = _run_flops(preset, sweep.condition)
+    work = flops.trained + flops.evaluated + flops.again
+    if not gpus:
+        return (work + _DECODING * flops.drawn) / speed(preset.execution), 0.0
+    drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
+    return (work + flops.drawn) / speed(preset.execution, gpus), drawing
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     """Wall-clock seconds of a sweep's job on so many GPUs; 0 is a CPU."""
-    trained, forward, drawn = _run_flops(preset, sweep)
-    work = trained + forward + (_DECODING - 1) * drawn
-    return sweep.n_runs * work / speed(preset.execution, gpus) + _START_SECONDS
+    seconds = sweep.n_runs * sum(run_seconds(preset, sweep, gpus))
+    if not gpus:
+        return seconds + _START_SECONDS
+    # Full fine-tuning loads the base anew for each run.
+    loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
+    weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
+    return seconds + _GPU_START_SECONDS + loads * weights / _READING
 
 
-def estimate(plan: Plan, sweeps: list[Sweep], cores: int) -> Estimate:
-    """What some sweeps of a plan cost on a machine with that many cores."""
-    preset = plan.preset
-    flops = sum(sweep_flops(preset, sweep) for sweep in sweeps)
-    tokens = sum(sweep.n_runs * _run_tokens(preset, sweep).trained for sweep in sweeps)
-    seconds = sum(sweep_seconds(preset, sweep, 1) for sweep in sweeps)
-    at_once = max(1, min(jobs_at_once(plan, cores), len(sweeps)))
-    return Estimate(sum(sweep.n_runs for sweep in sweeps), len(sweeps), tokens, flops, seconds / at_once / 60)
+def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Seconds of one run that drawing takes on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
+    condition, execution = sweep.condition, preset.execution
+    rollouts = condition.rollouts
+    assert rollouts
+    assert execution.gpu
+    sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
+    together = lanes(preset, sweep)
+    rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
+    # Batches of rows, each drawn until its longest response ends; lanes share them.
+    batches = condition.steps * max(1.0, together * condition.batch_size / rows)
+    batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
+    # Autocast copies frozen weights for every position, and trained ones once.
+    weights = (8 if condition.method == "lora" else 2) * sizes.parameters / gpu.bandwidth
+    between = 4 * sizes.parameters / _BETWEEN_GPUS if gpus > 1 else 0.0
+    positions = batches / together * rollouts.max_new_tokens
+    # Keys and values are repeated for all heads, cast, and read.
+    tokens = run_tokens(preset, condition)
+    cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
+    return positions * (sizes.layers * _LAYER_SECONDS + weights + between) + cache
+
+
+def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
+    """Tokens that an evaluation with lm-eval reads or draws, and their FLOPs."""
+    assert preset.evaluation
+    parameters = dimensions(preset.models[job.model]).active_linear
+    tokens = sum(_documents(task) * task.mean_tokens for task in preset.evaluation.tasks)
+    return tokens, 2.0 * parameters * tokens
 
 
 def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     """Wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
-    _, work = _evaluation_work(preset, job)
-    return work / speed(preset.execution) + _EVALUATION_START_SECONDS
-
-
-def _evaluation_work(preset: Preset, job: EvalJob) -> tuple[float, float]:
-    """Tokens that an evaluation reads or draws, and FLOPs, drawn tokens counted by what they take."""
     assert preset.evaluation
-    parameters = dimensions(preset.models[job.model]).active_linear
-    tokens = work = 0.0
+    sizes, gpu = dimensions(preset.models[job.model]), preset.execution.gpu
+    seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
-        read = min(task.documents, task.limit or task.documents) * task.mean_tokens
-        tokens += read
+        read = 2.0 * sizes.active_linear * _documents(task) * task.mean_tokens / speed(preset.execution)
         # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
-        work += (_DECODING if task.about == "learned" else 1.0) * 2.0 * parameters * read
-    return tokens, work
+        drawn = task.about == "learned"
+        seconds += read * _DECODING if drawn and gpu is None else read
+        if drawn and gpu is not None:
+            positions = _documents(task) / preset.evaluation.batch_size * 2 * _DRAWN_SHARE * task.mean_tokens
+            weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
+            seconds += positions * (sizes.layers * _LAYER_SECONDS + weights)
+    return seconds
 
 
-def evaluation(plan: Plan, cores: int) -> Estimate:
-    """What the evaluation of a plan costs on a machine with that many cores; its `sweeps` are its jobs."""
-    preset, jobs = plan.preset, plan.evaluations()
-    tokens = flops = seconds = 0.0
-    for job in jobs:
-        read, _ = _evaluation_work(preset, job)
-        tokens, flops = tokens + read, flops + 2.0 * dimensions(preset.models[job.model]).active_linear * read
-        seconds += evaluation_seconds(preset, job)
-    at_once = max(1, min(jobs_at_once(plan, cores), len(jobs)))
-    return Estimate(0, len(jobs), tokens, flops, seconds / at_once / 60)
+def _documents(task: EvalTask) -> int:
+    return min(task.documents, task.limit or task.documents)
 
 
-def jobs_at_once(plan: Plan, cores: int) -> int:
-    """Sweep jobs that fit on that many cores."""
-    return max(1, cores // plan.preset.execution.threads)
+def compute_seconds(preset: Preset) -> float:
+    """Wall-clock seconds of the job that measures training steps; counting and memory take a few steps more."""
+    experiment = preset.experiments.compute
+    assert experiment
+    tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 8)
+    seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+    for model in experiment.models:
+        sizes = dimensions(preset.models[model])
+        adapters = (sizes.lora("all", rank, preset.protocol.include_unembedding)[1] for rank in experiment.ranks)
+        flops = sum(linear_flops_per_token(sizes, lora) for lora in (None, *adapters))
+        seconds += flops * tokens / speed(preset.execution)
+    return seconds

@@ -1,8 +1,10 @@
 """Memory of a job, estimated from the sizes of its model: what decides how many GPUs it needs. No torch.
 
-Per process: fp32 master weights; gradients and Adam's two moments of what is trained; the bf16 copies that autocast
-makes; activations of one micro-batch; logits of its scored tokens; in RL the cache of keys and values. With several
-GPUs weights, gradients and moments are split over them (FSDP), activations and logits are not.
+Per process: fp32 master weights; gradients and Adam's two moments of what is trained; the bf16 copies of weights that
+autocast makes; activations of one micro-batch; logits of its scored tokens; in RL the cache of keys and values. Over
+several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers of
+bytes follow the code of transformers and PEFT, and were checked by the life of every tensor's storage
+(`lorabench.training.compute`, tests/test_cost.py).
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GB, GPUS
 from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.placement import Placement
 
 if TYPE_CHECKING:
-    from lorabench.plan import Condition, Sweep
+    from lorabench.plan import Sweep
 
 # Of a GPU's memory; the rest is the driver's, or lost between blocks.
 USABLE = 0.92
+_LORA_LAYERS = 7  # linear layers with LoRA in a decoder layer, of placement all
 
 
 @dataclass(frozen=True)
@@ -31,38 +35,81 @@ class Memory:
     gradients: float
     moments: float
     copies: float
+    """Weights in bf16 that live until the backward pass; with experts, their weights with LoRA added."""
     activations: float
     logits: float
-    cache: float
+    sampling: float
+    """Keys, values and distributions while responses are drawn; not at the same time as the four above."""
 
     @property
     def total(self) -> float:
-        """All together: an upper bound of the peak."""
-        return float(sum(getattr(self, field.name) for field in fields(self)))
+        """The peak: of a training step, or of sampling. The gradients of a part of the batch wait for the next."""
+        held = self.weights + self.moments
+        return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     """Peak memory of a sweep's job, on each of its GPUs."""
     condition, execution = sweep.condition, preset.execution
     sizes = dimensions(preset.models[condition.model])
-    bf16 = preset.protocol.precision == "bf16"
-    trained = cost.trained_parameters(preset, condition)
-    lora = condition.method == "lora"
-    lanes = min(execution.lanes, sweep.n_runs) if lora and condition.rollouts else 1
-    tokens, scored = _micro_batch(preset, condition)
-    gathered = 2 * 4 * sizes.layer_parameters if gpus > 1 else 0
-    linear = sum(matrix.parameters for matrix in sizes.matrices)
-    again, layer = execution.activation_checkpointing, _activation_bytes(sizes, condition, bf16)
+    longest = cost.longest_sequence(preset, condition)
+    # A batch goes through the model in two parts at least; all of its tokens may be scored.
+    tokens = max(longest, min(execution.max_batch_tokens, -(-condition.batch_size // 2) * longest))
+    lanes = cost.lanes(preset, sweep)
+    is_rl = condition.rollouts is not None
+    step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, gpus, is_rl)
+    if condition.rollouts is None:
+        return step
+    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
+    others = (lanes - 1) * trained / _parts(preset, gpus)
+    wanted = lanes * condition.batch_size * longest
+    cached = max(longest, min(execution.max_cache_tokens, wanted))
+    drawing = _sampling(sizes, cached, cached / longest, preset.protocol.precision == "bf16")
+    return step + Memory(4 * others, 0, 8 * others, 0, 0, 0, drawing)
+
+
+def step_memory(
+    preset: Preset,
+    sizes: Dimensions,
+    rank: int | None,
+    placement: Placement | None,
+    tokens: int,
+    gpus: int = 1,
+    is_rl: bool = False,
+) -> Memory:
+    """Memory of a training step of an arm on micro-batches of so many tokens, all scored.
+
+    Args:
+        rank: of LoRA, None for full fine-tuning.
+        is_rl: whether the loss is that of RL, which also measures the entropy.
+    """
+    bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
+    trained, parts = cost.trained_parameters(preset, sizes, rank, placement), _parts(preset, gpus)
+    layer = _layer_bytes(sizes, rank, bf16)
     # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time.
     kept = sizes.layers * 4 * sizes.hidden + layer if again else sizes.layers * layer
+    # Sharded layers come together one by one; the next is fetched while one is computed.
+    gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
+    # Autocast keeps a copy of what is trained until the end of the pass, and any layer one for its backward pass;
+    # with checkpoints, where nothing large is trained or sharding turns the former off, one layer's at a time.
+    share = 1 / sizes.layers if again and (rank is not None or parts > 1) else 1.0
+    copies = 2.0 * sum(matrix.parameters for matrix in sizes.matrices) if bf16 else 0.0
+    if rank is not None and placement != "attn":
+        # PEFT adds LoRA to the weights of fused experts, in fp32.
+        copies += 4 * sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
     return Memory(
-        weights=4 * (sizes.parameters + (trained * lanes if lora else 0)) / gpus + gathered,
-        gradients=4 * trained / gpus,
-        moments=8 * trained * lanes / gpus,
-        copies=2 * linear if bf16 and not (again and (lora or gpus > 1)) else 0,
-        activations=tokens * kept,
-        logits=scored * sizes.vocabulary * (16 if condition.rollouts else 12),
-        cache=_cache(preset, sweep, sizes, lanes, bf16) / gpus,
+        weights=4 * (sizes.parameters + (trained if rank else 0)) / parts + gathered,
+        gradients=4 * trained / parts,
+        moments=8 * trained / parts,
+        copies=copies * share,
+        # Beside the layers: embeddings, the last norm, what goes into the unembedding.
+        activations=tokens * (kept + 10 * sizes.hidden),
+        # Logits and their gradient, in fp32; of RL also the entropy's.
+        logits=tokens * sizes.vocabulary * (16 if is_rl else 12),
+        sampling=0,
     )
 
 
@@ -80,36 +127,44 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     while (needed := sweep_memory(preset, sweep, gpus).total) > available:
         if 2 * gpus > execution.max_gpus:
             raise UserError(
-                f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which has "
-                f"{available / GB:.0f} GB to give; lower execution.max_batch_tokens ({execution.max_batch_tokens}), "
-                f"raise execution.max_gpus ({execution.max_gpus}), or choose another execution.gpu"
+                f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which "
+                f"has {available / GB:.0f} GB to give; lower execution.max_batch_tokens ({execution.max_batch_tokens}) "
+                f"or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus ({execution.max_gpus}), set "
+                f"activation_checkpointing, or choose another gpu"
             )
         gpus *= 2
     return gpus
 
 
-def _micro_batch(preset: Preset, condition: Condition) -> tuple[int, int]:
-    """Tokens, padding included, and scored tokens of the largest micro-batch; all may be scored."""
-    longest = cost.longest_sequence(preset, condition)
-    # A batch is split at least in two.
-    tokens = max(longest, min(preset.execution.max_batch_tokens, -(-condition.batch_size // 2) * longest))
-    return tokens, tokens
+def _parts(preset: Preset, gpus: int) -> int:
+    """Parts that weights and what belongs to them are split into."""
+    return gpus if preset.execution.sharding == "fsdp" else 1
 
 
-def _activation_bytes(sizes: Dimensions, condition: Condition, bf16: bool) -> float:
+def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
     """What a layer keeps of each token for the backward pass."""
-    d, queries, keys = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    mlp = sizes.intermediate * max(1, sizes.active_experts)
-    if not bf16:
-        return 4 * (6 * d + 3 * queries + 2 * keys + 4 * mlp)
-    return 26 * d + 6 * queries + 4 * keys + 8 * mlp
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    full = rank is None
+    if bf16:
+        kept = (26 if full else 18) * sizes.hidden + (4 if full else 6) * queries + 4 * keys
+    else:
+        kept = (24 if full else 16) * sizes.hidden + 8 * queries + 8 * keys
+    if sizes.query_key_norms:
+        kept += (4 if not full else 6 if bf16 else 8) * (queries + keys)
+    if sizes.experts:
+        # Experts compute in fp32, each on a copy of its tokens.
+        kept += sizes.active_experts * (8 * sizes.hidden + 16 * sizes.intermediate)
+    else:
+        kept += (8 if bf16 else 16) * sizes.intermediate
+    return kept + _LORA_LAYERS * (rank or 0) * (2 if bf16 else 4)
 
 
-def _cache(preset: Preset, sweep: Sweep, sizes: Dimensions, lanes: int, bf16: bool) -> float:
-    rollouts = sweep.condition.rollouts
-    if rollouts is None:
-        return 0.0
-    wanted = lanes * sweep.condition.batch_size * cost.longest_sequence(preset, sweep.condition)
-    tokens = min(preset.execution.max_cache_tokens, wanted)
-    # Keys come out of their rotation in fp32, values in the type of their product.
-    return tokens * sizes.layers * sizes.kv_heads * sizes.head_dim * (6 if bf16 else 8)
+def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
+    """Of so many tokens in the cache, in so many rows."""
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    # Keys come out of their rotation in fp32, values in the type of their product; a layer's buffers grow by copying.
+    cache = tokens * (sizes.layers + 1) * keys * (6 if bf16 else 8)
+    # One layer's keys and values, repeated for all heads, then cast.
+    repeated = tokens * queries * (10 if bf16 else 8)
+    # Log-probabilities, and their cumulated exponentials in double precision.
+    return cache + repeated + rows * sizes.vocabulary * 34

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from lorabench import cost
 from lorabench.config import Preset
-from lorabench.memory import gpus_needed, sweep_memory
+from lorabench.errors import UserError
+from lorabench.gpus import GB, GPUS
+from lorabench.memory import USABLE, gpus_needed, step_memory, sweep_memory
 from lorabench.models.dimensions import dimensions
 
 if TYPE_CHECKING:
@@ -50,36 +52,49 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
     preset = plan.preset
     gpus = gpus_needed(preset, sweep)
     peak = sweep_memory(preset, sweep, max(1, gpus)).total
-    trained = cost.trained_parameters(preset, sweep.condition)
+    condition = sweep.condition
+    sizes = dimensions(preset.models[condition.model])
+    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
     kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
     seconds = cost.sweep_seconds(preset, sweep, gpus)
-    return _resources(preset, sweep.condition.model, gpus, peak, seconds, 4 * trained * kept)
+    return _resources(preset, condition.model, gpus, peak, seconds, 4 * trained * kept)
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     """Of an evaluation's job: one GPU, the model and its batch."""
     preset = plan.preset
-    seconds = cost.evaluation_seconds(preset, job)
+    # fp32 weights, and bf16 copies that may live at the same time.
+    peak = 6 * dimensions(preset.models[job.model]).parameters
     gpus = 0 if preset.execution.gpu is None else 1
-    weights = 6 * dimensions(preset.models[job.model]).parameters
-    return _resources(preset, job.model, gpus, weights, seconds, 20 * MB)
+    return _resources(preset, job.model, gpus, peak, cost.evaluation_seconds(preset, job), 20 * MB)
 
 
 def compute_resources(plan: Plan) -> Resources:
-    """Of the job that measures training steps."""
-    preset = plan.preset
-    experiment = preset.experiments.compute
+    """Of the job that measures training steps, on one GPU: all arms of a model are held at once and share its base.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    preset, plain = plan.preset, plan.preset.execution.model_copy(update={"activation_checkpointing": False})
+    experiment, protocol = preset.experiments.compute, preset.protocol
     assert experiment
-    sizes = [dimensions(preset.models[name]) for name in experiment.models]
-    largest = max(sizes, key=lambda size: size.parameters)
-    arms = 1 + len(experiment.ranks)
-    tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 4) * arms
-    flops = sum(6.0 * size.active_linear * tokens for size in sizes)
-    # The base, whose optimizer state stays beside that of each rank.
-    peak = 18 * largest.parameters + sum(16 * largest.lora("all", rank, True)[0] for rank in experiment.ranks)
-    gpus = 0 if preset.execution.gpu is None else 1
-    model = experiment.models[sizes.index(largest)]
-    return _resources(preset, model, gpus, peak, flops / cost.speed(preset.execution) + 60, MB)
+
+    def peak(model: str) -> float:
+        sizes = dimensions(preset.models[model])
+        adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
+        uncut = preset.model_copy(update={"execution": plain})
+        step = step_memory(uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length)
+        return step.total + 12 * adapters
+
+    largest = max(experiment.models, key=peak)
+    gpu = preset.execution.gpu
+    if gpu is not None and peak(largest) > USABLE * GPUS[gpu].memory:
+        raise UserError(
+            f"experiment compute needs {peak(largest) / GB:.0f} GB for {largest} on one {gpu}, which has "
+            f"{USABLE * GPUS[gpu].memory / GB:.0f} GB to give; name a smaller model or batch in experiments.compute"
+        )
+    gpus = 0 if gpu is None else 1
+    return _resources(preset, largest, gpus, peak(largest), cost.compute_seconds(preset), MB)
 
 
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:

@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from lorabench import cost
+from lorabench import bill, cost
+from lorabench.gpus import GB, GPUS
 from lorabench.plan import Plan
 from lorabench.progress import Status
 
 
-def plan_table(plan: Plan, cores: int) -> None:
-    """Per experiment: jobs, runs, tokens and estimated minutes; shared runs count once in the total."""
+def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
+    """Per experiment: jobs, runs, tokens, FLOPs, and minutes on a CPU or GPU-hours, memory, disk and money.
+
+    Args:
+        price: of an hour of one GPU.
+        notes: sentences below the table.
+    """
     execution = plan.preset.execution
-    at_once = cost.jobs_at_once(plan, cores)
+    rate = cost.speed(execution) / 1e9
+    given = "execution.gflops" if execution.gflops is not None else "an assumption, see lorabench/gpus.py"
+    rows = bill.per_experiment(plan)
+    last: dict[str, Callable[[bill.Bill], str]] = {}
+    if execution.gpu is None:
+        at_once = bill.jobs_at_once(plan.preset, cores)
+        caption = [f"minutes at {rate:,.4g} GFLOP/s per job ({given}), {at_once} at a time"]
+        last["minutes"] = lambda one: _short(bill.minutes(plan, one, cores))
+    else:
+        every = rows["total"]
+        caption = [
+            f"on {execution.gpu} at {rate / 1e3:,.4g} TFLOP/s each ({given}); memory: the most on one GPU, which has "
+            f"{GPUS[execution.gpu].memory / GB:.0f} GB",
+            f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
+        ]
+        last["GPU-hours"] = lambda one: _short(one.gpu_hours)
+        last["GPUs"] = lambda one: f"1-{one.gpus}" if one.gpus > 1 else "1"
+        last["memory"] = lambda one: f"{one.memory / GB:.0f} GB"
+        last["disk"] = lambda one: f"{_short(one.disk / GB)} GB"
+        if price is not None:
+            last["money"] = lambda one: f"{one.gpu_hours * price:,.0f}"
     table = Table(
         title=plan.preset.description,
         title_justify="left",
-        caption=f"minutes at {cost.speed(execution) / 1e9:,g} GFLOP/s per job (execution.gflops), {at_once} at a time",
+        caption="\n".join([*caption, *notes]),
         caption_justify="left",
     )
     table.add_column("experiment")
-    for column in ("jobs", "runs", "tokens", "PFLOPs", "minutes"):
+    for column in ("jobs", "runs", "tokens", "PFLOPs", *last):
         table.add_column(column, justify="right")
-    rows = [(name, cost.estimate(plan, plan.of(name), cores)) for name in plan.preset.experiments.trained()]
-    every = cost.estimate(plan, list(plan.sweeps), cores)
-    if plan.preset.evaluation:
-        evaluation = cost.evaluation(plan, cores)
-        rows.append(("evaluation", evaluation))
-        every = every.plus(evaluation)
-    for name, work in [*rows, ("total", every)]:
+    for name, one in rows.items():
         if name == "total":
             table.add_section()
-        table.add_row(
-            name,
-            str(work.sweeps),
-            str(work.runs) if work.runs else "",
-            f"{work.tokens / 1e6:.1f} M",
-            f"{work.flops / 1e15:.3g}",
-            f"{work.minutes:.0f}" if work.minutes >= 2 else f"{work.minutes:.1f}",
-        )
+        counted = [str(one.runs) if one.runs else "", _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
+        table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
     Console().print(table)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _tokens(number: float) -> str:
+    return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:,.1f} G"
 
 
 def status_table(status: Status) -> None:

@@ -133,6 +133,26 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     return model.train()
 
 
+def skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """The model as `load_model` gives it, but for its weights, which have a shape and no memory.
+
+    Raises:
+        ModelError: the model's configuration can't be read.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(spec)
+    options = _options(spec)
+    with _explained(spec), init_empty_weights():
+        config = AutoConfig.from_pretrained(location(spec), **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
+        )
+    return model.train()
+
+
 def weights_sha256(spec: ModelSpec) -> dict[str, str]:
     """SHA-256 of each weights file of a local model; for a hub model its id and revision."""
     if isinstance(spec, HubModel):

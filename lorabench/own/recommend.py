@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
-from lorabench import cost
 from lorabench.analysis.arms import is_rl
 from lorabench.analysis.recipe import Choice, recipe
+from lorabench.bill import Bill, training
 from lorabench.config import parse_preset
 from lorabench.errors import UserError
-from lorabench.memory import gpus_needed, sweep_memory
+from lorabench.gpus import GB
 from lorabench.own import advice
 from lorabench.own.data import Data
 from lorabench.own.model import Model
@@ -33,7 +33,7 @@ DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by def
 # Without data, of which costs are told.
 _SOME_TOKENS = 1_000_000
 _SOME_EXAMPLE_TOKENS = 500
-_SOME_LONGEST_TOKENS = 2000
+_SOME_LONGEST_CHARS = 6000
 # A model of a table is the one that is asked about if its parameters agree but for so much.
 _AGREE = 0.02
 
@@ -61,16 +61,6 @@ class Seen:
     low: float | None
     high: float | None
     where: str
-
-
-class Bill(NamedTuple):
-    """What one run of a method costs."""
-
-    gpus: int
-    gigabytes: float
-    """On each of them."""
-    hours: float
-    """Times GPUs."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +127,8 @@ def recommend(
     for method, title in (("lora", "LoRA"), ("fullft", "FullFT")):
         bill = bills[method]
         how = f"estimated for {bill.gpus} x {gpu}"
-        settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.gigabytes, 2), how))
-        settings.append(Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {of}", float(f"{bill.hours:.2g}"), how))
+        settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), how))
+        settings.append(Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {of}", float(f"{bill.gpu_hours:.2g}"), how))
     seen = (*_measured(model, results), *_published(model.name, rank))
     return Recommendation(
         model, rank, batch, tuple(settings), seen, tuple(_notes(model, rank, batch, examples, completion_tokens))
@@ -201,9 +191,9 @@ def _bills(
 ) -> dict[str, Bill]:
     """One run of each method, an epoch long, priced as a preset of its own would be."""
     mean = data.mean_tokens if data else (completion_tokens or _SOME_TOKENS) / examples
-    longest = data.max_chars if data else _SOME_LONGEST_TOKENS * cost.CHARS_PER_TOKEN[model.spec.kind]
+    longest = data.max_chars if data else _SOME_LONGEST_CHARS
     # The estimate reads no data; so a dataset of the hub stands for any.
-    sizes = {"train": examples, "validation": 1, "test": 1, "max_chars": max(32, round(longest))}
+    sizes = {"train": examples, "validation": 1, "test": 1, "max_chars": max(32, longest)}
     raw = {
         "description": "priced",
         "models": {"m": model.spec.model_dump()},
@@ -224,12 +214,8 @@ def _bills(
         "execution": {"gpu": gpu, "max_gpus": 1024},
     }
     preset = parse_preset(raw, Path("recommendation"))
-    bills = {}
-    for sweep in make_plan(preset).sweeps:
-        gpus = gpus_needed(preset, sweep)
-        hours = cost.sweep_seconds(preset, sweep, gpus) * gpus / 3600
-        bills[sweep.condition.method] = Bill(gpus, sweep_memory(preset, sweep, gpus).total / 1e9, hours)
-    return bills
+    plan = make_plan(preset)
+    return {sweep.condition.method: training(plan, [sweep]) for sweep in plan.sweeps}
 
 
 def _measured(model: Model, results: Path) -> list[Seen]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench import cost
+from lorabench import bill
 from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, is_rl, rows_of
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
@@ -167,13 +167,13 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Runs, tokens, FLOPs and seconds (of one job at a time): planned before anything ran, and spent."""
-    planned = cost.estimate(plan, list(plan.sweeps), cores=plan.preset.execution.threads)
+    planned = bill.training(plan, plan.sweeps)
     return {
         "planned": {
             "runs": planned.runs,
             "tokens": planned.tokens,
             "flops": planned.flops,
-            "seconds": planned.minutes * 60,
+            "seconds": planned.job_hours * 3600,
         },
         "spent": {
             "runs": len(runs),
@@ -184,7 +184,7 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
         "done": int((runs["status"] == "done").sum()),
         "diverged": int((runs["status"] == "diverged").sum()),
         "unrewarded": int((runs["status"] == "unrewarded").sum()),
-        "sweeps": planned.sweeps,
+        "sweeps": planned.jobs,
     }
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorabench.training.distributed import whole
+
 METRICS = ("a_moved", "update_norm", "b_over_a", "descent")
 """What `AdapterProbe` measures, in its order."""
 
@@ -65,7 +67,9 @@ class AdapterProbe:
             return {}
         layers = []
         for name, (a, b, scaling) in self._pairs.items():
-            before, initial_a = self._before.pop(name), self._initial_a[name]
+            before, initial_a = self._before.pop(name), whole(self._initial_a[name])
+            before = _Before(*(whole(tensor) for tensor in vars(before).values()))
+            a, b = whole(a), whole(b)
             a_step, b_step = (a - before.a).double(), (b - before.b).double()
             descent = -(a_step * before.a_grad).sum() - (b_step * before.b_grad).sum()
             # B'A' - BA = (B' - B) A' + B (A' - A).

@@ -57,14 +57,14 @@ def collate(split: TokenizedSplit, indices: np.ndarray) -> tuple[torch.Tensor, t
     """Inputs and next-token targets of some examples, both (n, longest - 1), padded on the right.
 
     Targets are `IGNORED` where the next token is not scored. No attention mask is needed: attention is
-    causal and padding comes last, so no scored position sees any.
+    causal and padding comes last, so no scored position sees any. Without examples it is one token that is not scored.
     """
     import torch
 
     examples = [split.example(int(index)) for index in indices]
-    width = max(len(ids) for ids, _ in examples) - 1
-    inputs = np.zeros((len(examples), width), np.int64)
-    targets = np.full((len(examples), width), IGNORED, np.int64)
+    shape = max(1, len(examples)), max((len(ids) for ids, _ in examples), default=2) - 1
+    inputs = np.zeros(shape, np.int64)
+    targets = np.full(shape, IGNORED, np.int64)
     for row, (ids, scored) in enumerate(examples):
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], IGNORED)

@@ -10,6 +10,7 @@ import torch
 from lorabench.config import Protocol
 from lorabench.plan import Run
 from lorabench.training.checkpoint import trainable
+from lorabench.training.distributed import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Machine:
     checkpoint_seconds: float
     micro_groups: int = 2
     max_cache_tokens: int = 65_536
+    processes: Processes = ALONE
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
         """The autocast type that the protocol asks for, None in fp32."""

@@ -24,6 +24,7 @@ from lorabench.plan import Run
 from lorabench.training.adapter import AdapterProbe
 from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
+from lorabench.training.distributed import whole
 from lorabench.training.loss import mean_nll, nll_sum
 from lorabench.training.run import Machine, Point, make_optimizer
 
@@ -79,6 +80,7 @@ def train_run(
     optimizer = make_optimizer(model, run, protocol)
     # Made before a checkpoint is loaded: it remembers the initial A.
     probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
+    processes = machine.processes
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
     autocast = machine.autocast(protocol)
@@ -95,7 +97,7 @@ def train_run(
     last_saved = time.perf_counter()
 
     def evaluate(split: Split) -> float:
-        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast)
+        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast, processes)
 
     def record(step: int, split: Split, metric: str, value: float) -> None:
         finite = value if math.isfinite(value) else None
@@ -104,11 +106,11 @@ def train_run(
 
     for step in range(first_step + 1, condition.steps + 1):
         loss, tokens, scored = _backward(model, train, order[step - 1], machine, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf)).item()
         outcome.train_tokens += tokens
         record(step, "train", "nll", loss)
         record(step, "train", "grad_norm", norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded:
+        if processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
             outcome.status, outcome.diverged_at = "diverged", step
             break
         if step * condition.batch_size <= len(train):
@@ -124,7 +126,8 @@ def train_run(
         if step in validate_at:
             record(step, "validation", "nll", evaluate("validation"))
         tick(step)
-        if time.perf_counter() - last_saved >= machine.checkpoint_seconds and step < condition.steps:
+        due = time.perf_counter() - last_saved >= machine.checkpoint_seconds
+        if processes.any(due) and step < condition.steps:
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -133,7 +136,7 @@ def train_run(
                 "wall_s": time.perf_counter() - started,
                 "curve": [vars(point) for point in outcome.curve],
             }
-            save_checkpoint(checkpoint, model, optimizer, progress)
+            save_checkpoint(checkpoint, model, optimizer, progress, processes)
             last_saved = time.perf_counter()
 
     if outcome.status == "done":
@@ -154,15 +157,17 @@ def _backward(
     model: torch.nn.Module, train: TokenizedSplit, indices: np.ndarray, machine: Machine, autocast: torch.dtype | None
 ) -> tuple[float, int, int]:
     """Gradient of a batch's token-weighted NLL; returns that NLL, the batch's tokens, and those scored."""
-    lengths = train.lengths()[indices]
-    parts = [
-        collate(train, indices[part]) for part in micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
-    ]
-    scored = sum(int((targets != IGNORED).sum()) for _, targets in parts)
+    processes = machine.processes
+    own = indices[processes.share(train.lengths()[indices])]
+    lengths = train.lengths()[own]
+    split = micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
+    parts = [collate(train, own[part]) for part in processes.even(split, own[:0])]
+    scored = int(processes.total(sum(int((targets != IGNORED).sum()) for _, targets in parts)))
     loss = 0.0
     for inputs, targets in parts:
         with torch.autocast(machine.device.type, dtype=autocast, enabled=autocast is not None):
             part_loss = nll_sum(model, inputs.to(machine.device), targets.to(machine.device)) / scored
         part_loss.backward()
         loss += part_loss.item()
-    return loss, int(lengths.sum()), scored
+    processes.sum_gradients(trainable(model).values())
+    return processes.total(loss), int(processes.total(lengths.sum())), scored

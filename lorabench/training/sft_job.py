@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,14 +37,17 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
         base_nll = bases.base_valid_nll(data["validation"])
         started = {"started": now()}
         with bases.ready(run) as model:
-            tick = partial(job.progress.tick, number, run)
+            tick = job.ticker(number, run)
             checkpoint = job.folder(run).checkpoint
             outcome = train_run(run, model, data, preset.protocol, job.machine, checkpoint, base_nll, tick)
             job.write(run, outcome, model, environment | started, adapter)
 
 
 class _Bases:
-    """Base models of one job: loaded once for LoRA, which leaves them as they were; anew for each full fine-tuning."""
+    """Base models of one job: loaded once for LoRA, which leaves them as they were; anew for each full fine-tuning.
+
+    Where a model is sharded it is loaded anew for each run.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -61,9 +63,12 @@ class _Bases:
     def base_valid_nll(self, validation: TokenizedSplit) -> float:
         """Validation NLL of the untouched base; stops the job if it is worse than guessing."""
         if self._base_nll is None:
-            model, machine = self._pristine(), self.job.machine
-            autocast = machine.autocast(self.job.plan.preset.protocol)
-            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast)
+            machine = self.job.machine
+            processes, autocast = machine.processes, machine.autocast(self.job.plan.preset.protocol)
+            model = processes.shard(self._pristine())
+            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast, processes)
+            if processes.sharded:
+                self._model = None  # LoRA goes on before a model is sharded
             uniform = math.log(model.config.vocab_size)
             if not nll < uniform + 1:
                 raise UserError(
@@ -76,14 +81,16 @@ class _Bases:
     @contextmanager
     def ready(self, run: Run) -> Iterator[torch.nn.Module]:
         """The model that a run trains."""
-        model = self._pristine()
-        if run.condition.method == "fullft":
+        model: Any = self._pristine()
+        lora, processes = run.condition.method == "lora", self.job.machine.processes
+        if lora:
+            model = self.job.with_lora(model, run)
+        if not lora or processes.sharded:
             self._model = None
-            yield model
+            yield processes.shard(model)
             return
-        peft_model = self.job.with_lora(model, run)
         try:
-            yield peft_model
+            yield model
         finally:
-            self._model = peft_model.unload()
+            self._model = model.unload()
             self._model.requires_grad_(True)

@@ -5,25 +5,28 @@ The grid first, with the first seed; then the other seeds at the LR that was bes
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorabench.config import FactsDataset
 from lorabench.layout import Layout
-from lorabench.models.base import load_model, weights_sha256
+from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lora import add_lora
 from lorabench.models.size import base_parameters, train_flops_per_token
 from lorabench.plan import Plan, Run, Sweep
 from lorabench.progress import Progress
 from lorabench.records import RunFolder, write_json
 from lorabench.tables import best_lr, write_curves, write_sweep
-from lorabench.training.checkpoint import trainable
+from lorabench.training.checkpoint import trainable, whole_weights
+from lorabench.training.distributed import ALONE, Processes
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
 from lorabench.training.run import Machine
 
@@ -35,17 +38,18 @@ if TYPE_CHECKING:
     from lorabench.training.sft import Outcome
 
 
-def this_machine(plan: Plan) -> Machine:
-    """The GPU if there is one, else the CPU with the preset's number of threads."""
+def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
+    """The GPU if there is one (one for each process), else the CPU with the preset's number of threads."""
     execution = plan.preset.execution
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
     if device.type == "cpu":
-        torch.set_num_threads(execution.threads)
+        torch.set_num_threads(max(1, execution.threads // processes.count))
     return Machine(
         device,
         execution.max_batch_tokens,
         execution.checkpoint_minutes * 60,
         max_cache_tokens=execution.max_cache_tokens,
+        processes=processes,
     )
 
 
@@ -65,8 +69,19 @@ class Job:
         return RunFolder(self.layout.runs, run.run_id)
 
     def load(self) -> PreTrainedModel:
-        """The base model, fresh."""
-        return load_model(self.plan.preset.models[self.sweep.condition.model]).to(self.machine.device)
+        """The base model, fresh; one that is to be sharded is on the CPU of the first process, and nowhere else."""
+        spec, processes = self.plan.preset.models[self.sweep.condition.model], self.machine.processes
+        # A sharded model that is no longer used is a ring of references, and as large as what is loaded now.
+        gc.collect()
+        if processes.sharded:
+            model = load_model(spec) if processes.first else skeleton(spec)
+        else:
+            model = load_model(spec).to(self.machine.device)
+        if self.plan.preset.execution.activation_checkpointing:
+            # No random numbers to restore: models have no dropout.
+            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        return model
 
     def with_lora(self, model: PreTrainedModel, run: Run, adapter: str = "default") -> PeftModel:
         """The model with the run's LoRA on it."""
@@ -78,10 +93,15 @@ class Job:
         init_a = condition.init_a or 1.0
         return add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed, init_a, adapter)
 
+    def ticker(self, number: int, run: Run) -> Callable[[int], None]:
+        """What a run calls after each step: one process says how far all are."""
+        return partial(self.progress.tick, number, run) if self.machine.processes.first else lambda step: None
+
     def announce(self, number: int, run: Run, result: str | None = None) -> None:
         """Say that a run starts, or how it ended."""
         end = "" if result is None else f": {result}"
-        self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
+        if self.machine.processes.first:
+            self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
 
     def write(
         self,
@@ -91,12 +111,12 @@ class Job:
         environment: dict[str, Any],
         adapter: str | None = None,
     ) -> None:
-        """Write a finished run's record, curves and weights, whole or not at all.
+        """Write a finished run's record, curves and weights, whole or not at all. Called in every process.
 
         Args:
             adapter: name of the adapter to keep, None for the whole model.
         """
-        condition, preset = run.condition, self.plan.preset
+        condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
         config = model.config
         dataset = preset.sources[condition.dataset]
         rollouts = condition.rollouts
@@ -117,23 +137,30 @@ class Job:
                 "hidden_size": config.hidden_size,
                 "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
                 "train_flops": train_flops_per_token(model) * outcome.train_tokens,
-                "peak_mem_bytes": peak_memory_bytes(self.machine.device),
+                "peak_mem_bytes": int(processes.most(peak_memory_bytes(self.machine.device))),
             },
             "environment": environment,
         }
-        with self.folder(run).finishing() as staging:
-            staged = RunFolder(staging.parent, staging.name)
-            write_curves(run.run_id, outcome.curve, staged.curves)
-            if outcome.status != "diverged":
-                _save_weights(model, staged, adapter)
-            write_json(record, staged.record)
+        keep = outcome.status != "diverged"
+        weights = whole_weights(model, processes) if keep and processes.sharded else None
+        if processes.first:
+            with self.folder(run).finishing() as staging:
+                staged = RunFolder(staging.parent, staging.name)
+                write_curves(run.run_id, outcome.curve, staged.curves)
+                if keep:
+                    _save_weights(model, staged, adapter, weights)
+                write_json(record, staged.record)
+        processes.wait()
 
 
-def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None]) -> None:
+def run_sweep(
+    plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None], processes: Processes = ALONE
+) -> None:
     """Train all runs of a sweep and write its parquet.
 
     Args:
-        say: takes one line of progress for a person.
+        say: takes one line of progress for a person; called in the first process only.
+        processes: those that do this together; each calls this function.
     """
     # Each brings its own libraries: SFT needs no graders, RL no token caches.
     if sweep.condition.task == "sft":
@@ -142,7 +169,7 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
         from lorabench.training.rl.job import train_runs
 
     progress = Progress(layout.progress(sweep), sweep)
-    job = Job(plan, sweep, layout, this_machine(plan), progress, say)
+    job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
         train_runs(job, [(number, run) for number, run in runs if not job.folder(run).done()])
@@ -155,6 +182,8 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
     best = best_lr([job.folder(run).read_record() for run in grid if run.seed == 0])
     repeats = sweep.repeats(best) if best is not None else []
     finish(list(enumerate(repeats, len(grid) + 1)))
+    if not processes.first:
+        return
     if plan.preset.execution.keep_weights == "best":
         for run in grid:
             if run.lr != best:
@@ -165,9 +194,11 @@ def run_sweep(plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], Non
 
 def provenance(job: Job) -> dict[str, Any]:
     """What all runs of a job ran on; the hashes of their data come on top."""
-    spec = job.plan.preset.models[job.sweep.condition.model]
+    spec, processes = job.plan.preset.models[job.sweep.condition.model], job.machine.processes
     return {
         **machine_state(job.machine.device),
+        "processes": processes.count,
+        "sharding": processes.sharding if processes.count > 1 else None,
         **code_state(job.layout.patches),
         "model_sha256": weights_sha256(spec),
     }
@@ -187,12 +218,13 @@ def _result(outcome: dict[str, Any]) -> str:
     return f"test {outcome['final_test_nll']:.4f} nats"
 
 
-def _save_weights(model: Any, folder: RunFolder, adapter: str | None) -> None:
+def _save_weights(model: Any, folder: RunFolder, adapter: str | None, weights: dict[str, torch.Tensor] | None) -> None:
+    """Save a model or an adapter; of a sharded one the `weights` are given, put together."""
     if adapter is None:
-        model.save_pretrained(folder.weights)
+        model.save_pretrained(folder.weights, state_dict=weights)
         return
     # The adapter alone: PEFT would add a copy of the unembedding it sits on, and puts names into folders of their own.
-    model.save_pretrained(folder.weights, save_embedding_layers=False, selected_adapters=[adapter])
+    model.save_pretrained(folder.weights, save_embedding_layers=False, selected_adapters=[adapter], state_dict=weights)
     named = folder.weights / adapter
     if named.is_dir():
         for path in named.iterdir():

@@ -1,0 +1,124 @@
+"""What a plan costs, added up: per experiment, and in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorabench import cost
+from lorabench.config import Preset
+from lorabench.errors import UserError
+from lorabench.gpus import GPUS
+from lorabench.resources import MB, Resources, compute_resources, evaluation_resources, sweep_resources
+
+if TYPE_CHECKING:
+    from lorabench.plan import Plan, Sweep
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Planned work. `tokens` pass forward and backward; of an evaluation, forward."""
+
+    jobs: int = 0
+    runs: int = 0
+    tokens: float = 0.0
+    flops: float = 0.0
+    job_hours: float = 0.0
+    """Wall-clock hours of all jobs, one after the other."""
+    gpu_hours: float = 0.0
+    longest_hours: float = 0.0
+    """Of the longest job."""
+    gpus: int = 0
+    """Of the largest job; 0 on a CPU."""
+    memory: float = 0.0
+    """Bytes: the largest peak of a job, on each GPU, or of the process on a CPU."""
+    disk: float = 0.0
+    """Bytes that stay under results/."""
+
+    def __add__(self, other: Bill) -> Bill:
+        """Both; of what shares no machine the larger."""
+        return Bill(
+            self.jobs + other.jobs,
+            self.runs + other.runs,
+            self.tokens + other.tokens,
+            self.flops + other.flops,
+            self.job_hours + other.job_hours,
+            self.gpu_hours + other.gpu_hours,
+            max(self.longest_hours, other.longest_hours),
+            max(self.gpus, other.gpus),
+            max(self.memory, other.memory),
+            self.disk + other.disk,
+        )
+
+
+def training(plan: Plan, sweeps: Iterable[Sweep]) -> Bill:
+    """Of some sweeps of a plan.
+
+    Raises:
+        UserError: a sweep fits on no number of GPUs that the preset allows.
+    """
+    preset, total = plan.preset, Bill()
+    for sweep in sweeps:
+        asked = sweep_resources(plan, sweep)
+        tokens = sweep.n_runs * cost.run_tokens(preset, sweep.condition).trained
+        seconds = cost.sweep_seconds(preset, sweep, asked.gpus)
+        total += _job(asked, sweep.n_runs, tokens, cost.sweep_flops(preset, sweep), seconds)
+    return total
+
+
+def evaluation(plan: Plan) -> Bill:
+    """Of all evaluations with lm-eval."""
+    total = Bill()
+    for job in plan.evaluations():
+        tokens, flops = cost.evaluation_flops(plan.preset, job)
+        total += _job(evaluation_resources(plan, job), 0, tokens, flops, cost.evaluation_seconds(plan.preset, job))
+    return total
+
+
+def compute(plan: Plan) -> Bill:
+    """Of the job that measures training steps; it is no training, so it has no tokens."""
+    if plan.preset.experiments.compute is None:
+        return Bill()
+    return _job(compute_resources(plan), 0, 0.0, 0.0, cost.compute_seconds(plan.preset))
+
+
+def _job(asked: Resources, runs: int, tokens: float, flops: float, seconds: float) -> Bill:
+    hours = seconds / 3600
+    memory = asked.gpu_mem_mb if asked.gpus else asked.mem_mb
+    return Bill(1, runs, tokens, flops, hours, asked.gpus * hours, hours, asked.gpus, memory * MB, asked.disk_mb * MB)
+
+
+def per_experiment(plan: Plan) -> dict[str, Bill]:
+    """The bill of each experiment by itself, of the evaluation, and `total`, where shared runs count once."""
+    rows = {name: training(plan, plan.of(name)) for name in plan.preset.experiments.trained()}
+    others = {"compute": compute(plan), "evaluation": evaluation(plan)}
+    rows |= {name: bill for name, bill in others.items() if bill.jobs}
+    return rows | {"total": total(plan)}
+
+
+def total(plan: Plan) -> Bill:
+    """Of everything; runs that experiments share count once."""
+    return training(plan, plan.sweeps) + compute(plan) + evaluation(plan)
+
+
+def minutes(plan: Plan, bill: Bill, cores: int) -> float:
+    """Wall-clock minutes of a CPU preset on a machine with that many cores."""
+    return bill.job_hours * 60 / max(1, min(jobs_at_once(plan.preset, cores), bill.jobs))
+
+
+def jobs_at_once(preset: Preset, cores: int) -> int:
+    """Jobs that fit on that many cores."""
+    return max(1, cores // preset.execution.threads)
+
+
+def on_gpu(preset: Preset, gpu: str) -> Preset:
+    """The preset as it would be run on other GPUs; a speed that was given for the preset's own does not hold there.
+
+    Raises:
+        UserError: the GPU is not known.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")
+    execution = preset.execution.model_copy(update={"gpu": gpu, "gflops": None})
+    return preset.model_copy(update={"execution": execution})
