@@ -350,7 +350,7 @@ def report(preset: PresetOption = "laptop") -> None:
         from lorabench.report.page import build
 
         made, layout = _open(preset)
-        build(made, layout, layout.report)
+        build(made, layout, preset, layout.report)
 
 
 @app.command()
