@@ -111,6 +111,49 @@ def init(
 
 
 @app.command()
+def recommend(
+    model: ModelName,
+    dataset_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Scored (assistant) tokens of the training data.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The data themselves, as for init.")] = None,
+    data_format: DataFormat = None,
+    gpu: Annotated[str, typer.Option(help="The GPU that is priced.")] = "H100-80GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_script: Annotated[
+        bool, typer.Option("--script", help="Print a training script of transformers and PEFT with these settings.")
+    ] = False,
+) -> None:
+    """Recommend learning rates, rank and placement for a model, each with its source."""
+    with _one_sentence():
+        from lorabench.own.model import find_model
+        from lorabench.own.recommend import recommend as find_settings
+        from lorabench.own.show import recommendation_table
+
+        if dataset_tokens is not None and data is not None:
+            raise UserError("--dataset-tokens and --data: give one of them")
+        if as_json and as_script:
+            raise UserError("--json and --script: give one of them")
+        found, known, template = find_model(model), None, None
+        if data is not None:
+            from lorabench.own.data import look_at
+
+            known, template = look_at(found, data, data_format)
+        tokens = known.usable * known.mean_completion_tokens if known else dataset_tokens
+        settings = find_settings(found, tokens, known, gpu)
+        if as_json:
+            import json
+
+            print(json.dumps(settings.plain(), indent=2, allow_nan=False))
+        elif as_script:
+            from lorabench.own.script import script
+
+            print(script(settings, known, template), end="")
+        else:
+            recommendation_table(settings, known)
+
+
+@app.command()
 def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
     with _one_sentence():

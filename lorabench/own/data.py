@@ -18,6 +18,7 @@ from lorabench.data.files import FORMATS, Row, Tally, chosen_format, formats_in,
 from lorabench.data.hub import hub_rows
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
+from lorabench.models.chat_template import template_text
 from lorabench.own.model import HUB_ID, Model
 
 if TYPE_CHECKING:
@@ -91,6 +92,19 @@ def checked_format(name: str | None) -> FileFormat | None:
     if name is not None:
         raise UserError(f"format {name!r}: allowed: {', '.join(FORMATS)}")
     return None
+
+
+def look_at(model: Model, name: str, form: str | None) -> tuple[Data, str | None]:
+    """What is known of a dataset for a model, and the `chat_template` that a preset has to give a model without one.
+
+    Raises:
+        UserError: the format, or the data, can't be read; see `find_data`.
+    """
+    tokenizer, template = load_tokenizer(model), None
+    if tokenizer is not None and not tokenizer.chat_template:
+        template = "plain"
+        tokenizer.chat_template = template_text(template)
+    return find_data(name, checked_format(form), tokenizer, model.max_length), template
 
 
 def find_data(

@@ -31,7 +31,7 @@ MAX_TOKENS = 4096  # longer examples are left out
 SEED = 0
 OUT = "finetuned"
 
-LAYERS = "q_proj k_proj v_proj o_proj qkv_proj gate_proj up_proj down_proj gate_up_proj".split()
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"]
 IGNORED = -100
 
 
@@ -57,7 +57,8 @@ def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
         return list(rendered["input_ids"])
 
     turns = messages(row)
-    ids, labels = render(turns), []
+    ids = render(turns)
+    labels: list[int] = []
     for place, turn in enumerate(turns):
         if turn["role"] == "assistant":
             start, end = len(render(turns[:place], generation=True)), len(render(turns[: place + 1]))
@@ -134,9 +135,10 @@ def main() -> None:
             optimizer.zero_grad()
             print(f"epoch {epoch + 1}, step {step}: training loss {loss:.4f}", flush=True)
     print(f"test loss after: {test_nll(model, test, device):.4f} nats per token")
+    out = f"{OUT}-full" if full else OUT
     # PEFT would add a copy of the unembedding, which the adapter only sits on.
-    model.save_pretrained(OUT, **({} if full else {"save_embedding_layers": False}))
-    tokenizer.save_pretrained(OUT)
+    model.save_pretrained(out, **({} if full else {"save_embedding_layers": False}))
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

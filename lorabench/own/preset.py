@@ -14,9 +14,8 @@ from pydantic import BaseModel
 from lorabench.config import PRESETS, HubModel, Preset, TinyModel, parse_preset, yaml_number
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
-from lorabench.models.chat_template import template_text
 from lorabench.own import advice
-from lorabench.own.data import Data, checked_format, find_data, load_tokenizer
+from lorabench.own.data import Data, look_at
 from lorabench.own.model import Model, find_model
 from lorabench.records import atomic_path
 
@@ -80,13 +79,9 @@ def init_preset(
     _check_place(path, force)
     found = find_model(model)
     say(str(found))
-    tokenizer = load_tokenizer(found)
-    template = None
-    if tokenizer is not None and not tokenizer.chat_template:
-        template = "plain"
-        tokenizer.chat_template = template_text(template)
-        say("the model has no chat template; the preset gives it the plain one (chat_template: plain)")
-    examples = find_data(data, checked_format(form), tokenizer, found.max_length)
+    examples, template = look_at(found, data, form)
+    if template:
+        say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
     preset = write_preset(path, found, examples, choices, template)
     dataset = next(iter(preset.datasets.values()))

@@ -34,6 +34,8 @@ DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by def
 _SOME_TOKENS = 1_000_000
 _SOME_EXAMPLE_TOKENS = 500
 _SOME_LONGEST_CHARS = 6000
+# At once through the model, so that activations are not what decides.
+_MICRO_BATCH_TOKENS = 2048
 # A model of a table is the one that is asked about if its parameters agree but for so much.
 _AGREE = 0.02
 
@@ -128,7 +130,9 @@ def recommend(
         bill = bills[method]
         how = f"estimated for {bill.gpus} x {gpu}"
         settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), how))
-        settings.append(Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {of}", float(f"{bill.gpu_hours:.2g}"), how))
+        settings.append(
+            Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {of}", float(f"{bill.gpu_hours:.2g}"), how)
+        )
     seen = (*_measured(model, results), *_published(model.name, rank))
     return Recommendation(
         model, rank, batch, tuple(settings), seen, tuple(_notes(model, rank, batch, examples, completion_tokens))
@@ -148,14 +152,12 @@ def _digits(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def _notes(
-    model: Model, rank: int, batch: int, examples: int, completion_tokens: float | None
-) -> list[str]:
+def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens: float | None) -> list[str]:
     notes = []
     scale = math.sqrt(batch / advice.LAW_BATCH)
     notes.append(
-        f"The law was fitted at batch size {advice.LAW_BATCH}. The authors suggest the square root of the batch size as "
-        f"scale: at {batch} that is {scale:.2g} times the LR."
+        f"The law was fitted at batch size {advice.LAW_BATCH}. By the authors' rule of thumb the LR goes with the "
+        f"square root of the batch size: at {batch} that is {scale:.2g} times as much."
     )
     if (steps := examples // batch) < advice.SHORT_STEPS:
         notes.append(
@@ -168,13 +170,13 @@ def _notes(
         parameters = model.lora_parameters(rank)
         if parameters < completion_tokens:
             notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and is as high as "
-                "is sensible here: LoRA may run out of capacity; compare with full fine-tuning."
+                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and is as high "
+                "as is sensible here: LoRA may run out of capacity; compare with full fine-tuning."
             )
         # A token holds about a bit, a parameter about two (paper notes, 3.1).
         notes.append(
-            f"About {completion_tokens / 1e6:.3g} Mbit in the data at a bit a token (its cost in the first epoch, so more "
-            f"than generalising needs), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits a parameter."
+            f"About {completion_tokens / 1e6:.3g} Mbit in the data at a bit a token (what learning them by heart "
+            f"takes; generalising takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits a parameter."
         )
     notes.append("`lorabench init` writes a preset that measures all this on your own data.")
     return notes
@@ -211,7 +213,7 @@ def _bills(
                 }
             ]
         },
-        "execution": {"gpu": gpu, "max_gpus": 1024},
+        "execution": {"gpu": gpu, "max_gpus": 1024, "max_batch_tokens": _MICRO_BATCH_TOKENS},
     }
     preset = parse_preset(raw, Path("recommendation"))
     plan = make_plan(preset)

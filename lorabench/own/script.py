@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from lorabench.config import GgufModel
+from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import location
 from lorabench.own.data import Data
@@ -43,12 +45,17 @@ def script(found: Recommendation, data: Data | None, chat_template: str | None) 
     if data is not None:
         if data.source["kind"] != "file":
             raise UserError(f"data {data.name} is on the hub; the script reads a file")
+        unread = {reason: found for reason, found in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
+        if unread:
+            reasons = replace(data.tally, bad=unread).reasons()
+            raise UserError(f"{data.name} has rows that the script would not leave out: {reasons}; remove them")
         settings |= {"DATA": data.name, "FORMAT": data.source["format"]}
     text = _TEMPLATE.read_text(encoding="utf-8")
     for name, value in settings.items():
-        line = re.compile(rf"^{name} = [^#\n]*?(  #.*)?$", re.MULTILINE)
-        text, count = line.subn(lambda match, name=name, value=value: f"{name} = {value!r}{match[1] or ''}", text)
-        assert count == 1, name
+        # The comment behind it stays.
+        [line] = re.findall(rf"^{name} = .*$", text, re.MULTILINE)
+        comment = "".join(line.partition("  # ")[1:])
+        text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
     return text
 
 
