@@ -128,13 +128,15 @@ def find_data(
         raise UserError(f"{name}: none of its {tally.rows} rows can be used as {form}: {tally.reasons()}")
     tokens = [_tokens(chat, tokenizer) for chat in sample]
     totals = [total for total, _ in tokens]
-    longest = _longest_that_fits([chat.chars() for chat in sample], totals, lengths, max_length)
+    limit = _limit([chat.chars() for chat in sample], totals, lengths, max_length)
+    longest = max((length for length in lengths if length <= limit), default=0)
+    if not longest:
+        raise UserError(f"{name}: no example fits the {max_length} tokens that the model takes")
     if longest < max(lengths):
         chats, tally = _chats(source, form, longest)
         deque(chats, maxlen=0)
-    kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest]
-    if not kept:
-        raise UserError(f"{name}: no example fits the {max_length} tokens that the model takes")
+    # Of the sample all may be too long.
+    kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
     mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
     return Data(source, tally, int(tally.usable * share), longest, mean, scored, tokenizer is not None)
 
@@ -191,7 +193,7 @@ def _tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase | None) -> tuple[floa
     return len(ids), sum(mask)
 
 
-def _longest_that_fits(chars: list[int], tokens: list[float], lengths: array[int], max_length: int | None) -> int:
+def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int | None) -> int:
     """Characters up to which every example fits the model; of a sample, in all likelihood."""
     longest = max(lengths)
     if max_length is None:

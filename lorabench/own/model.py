@@ -63,9 +63,8 @@ def find_model(name: str) -> Model:
         return _folder(name)
     if HUB_ID.fullmatch(name):
         return _hub(name)
-    raise UserError(
-        f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and not tiny, {', '.join(TINY)}"
-    )
+    known = ", ".join(("tiny", *TINY))
+    raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
 
 
 def _tiny(name: str) -> Model:

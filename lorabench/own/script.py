@@ -11,6 +11,7 @@ from lorabench.config import GgufModel
 from lorabench.data.files import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import location
+from lorabench.models.chat_template import template_text
 from lorabench.own.data import Data
 from lorabench.own.recommend import Recommendation, Setting
 
@@ -23,7 +24,7 @@ def script(found: Recommendation, data: Data | None, chat_template: str | None) 
 
     Args:
         data: what to train on; None leaves a name to fill in.
-        chat_template: for a model without one.
+        chat_template: a preset's setting, for a model without one.
 
     Raises:
         UserError: a model or data that the script has no place for.
@@ -35,7 +36,7 @@ def script(found: Recommendation, data: Data | None, chat_template: str | None) 
         raise UserError(f"{model.name} is a GGUF file; the script needs safetensors, which `lorabench convert` makes")
     settings: dict[str, object] = {
         "MODEL": location(model.spec),
-        "CHAT_TEMPLATE": chat_template,
+        "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
         "RANK": found.rank,
         "LORA_LR": _one(found.setting("lora_lr")),
         "FULL_LR": _one(found.setting("fullft_lr")),
