@@ -61,7 +61,9 @@ def test_the_report_answers_for_this_model_and_data(finished):
     runs = pd.read_csv(results / "tables/runs.csv")
     # Two arms of five LRs, and the second seed at the best of each.
     assert len(runs) == 2 * (5 + 1)
-    assert set(runs["status"]) == {"done"}
+    # The highest LR may diverge; what is repeated is the best.
+    assert set(runs["status"]) <= {"done", "diverged"}
+    assert set(runs.loc[runs["seed"] == 1, "status"]) == {"done"}
     assert set(runs["dataset"]) == {"mine"}
     assert runs["template_sha256"].notna().all()
     page = (results / "report/index.html").read_text()
