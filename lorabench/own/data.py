@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from lorabench.config import FileFormat, GgufModel, HubModel
 from lorabench.data.chat import Chat, is_text
 from lorabench.data.files import FORMATS, Row, Tally, chosen_format, formats_in, usable_chats, usable_rows
-from lorabench.data.hub import hub_rows
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.chat_template import template_text
@@ -42,7 +41,7 @@ class Data:
     """For a preset: kind, and path or id."""
     tally: Tally
     usable: int
-    """Distinct usable examples; of a large dataset of the hub, estimated."""
+    """Distinct usable examples; of a large dataset of the hub, estimated, or those of its first rows."""
     max_chars: int
     """Of an example that fits the model."""
     mean_tokens: float
@@ -148,12 +147,15 @@ def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], F
         return {"kind": "file", "path": name, "format": form}, form, 1.0
     if not HUB_ID.fullmatch(name):
         raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
-    rows = hub_rows(name, None, "train", "main")
-    form = next(iter(formats_in(rows.column_names)), "text")
+    rows = _hub_stream(name)
+    columns = list(next(iter(rows), {}))
+    form = next(iter(formats_in(columns)), "text")
     if form not in ("messages", "conversations"):
-        columns = ", ".join(rows.column_names)
-        raise UserError(f"dataset {name} has the columns {columns}; messages or conversations is needed, or a file")
-    return {"kind": "hub", "id": name}, form, max(1.0, len(rows) / _HUB_ROWS)
+        named = ", ".join(columns) or "none"
+        raise UserError(f"dataset {name} has the columns {named}; messages or conversations is needed, or a file")
+    splits = rows.info.splits or {}
+    total = splits["train"].num_examples if "train" in splits else 0
+    return {"kind": "hub", "id": name}, form, max(1.0, (total or 0) / _HUB_ROWS)
 
 
 def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
@@ -163,9 +165,24 @@ def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = Non
     return usable_rows(_first_hub_rows(source["id"], tally), source["id"], tally, max_chars), tally
 
 
+def _hub_stream(name: str) -> Any:
+    """The train split of a dataset of the hub, row by row as it comes (a datasets.IterableDataset).
+
+    Raises:
+        UserError: it can't be had.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"dataset {name} can't be had from the hub: {reason}") from error
+
+
 def _first_hub_rows(name: str, tally: Tally) -> Iterator[Row]:
     tally.unit = "row"
-    for place, content in enumerate(islice(hub_rows(name, None, "train", "main"), _HUB_ROWS), 1):
+    for place, content in enumerate(islice(_hub_stream(name), _HUB_ROWS), 1):
         tally.rows += 1
         yield Row(place, content)
 

@@ -149,5 +149,6 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     data, _ = look_at(find_model("tiny"), "owner/name", None)
     assert data.source == {"kind": "hub", "id": "owner/name"}
     assert (data.usable, data.tally.bad) == (25, {})
-    monkeypatch.setattr("lorabench.own.data._HUB_ROWS", 10)
-    assert look_at(find_model("tiny"), "owner/name", None)[0].usable == 25
+    (folder / "train.jsonl").write_text('{"q": "1", "a": "2"}\n')
+    with pytest.raises(UserError, match="has the columns q, a; messages or conversations is needed, or a file"):
+        look_at(find_model("tiny"), "owner/name", None)
