@@ -91,9 +91,7 @@ def beside_claims() -> dict[str, str]:
         found |= {claim: f"{text} (Qwen3-4B, No Robots, one seed; {_REPLICATION})" for claim, text in told.items()}
     llama = sweep_of("Llama-3.1-8B", "tulu3")
     if len(llama):
-        optima = {
-            int(rank): optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()
-        }
+        optima = {int(rank): optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()}
         low, high = min(optima), max(optima)
         ratio = optima[high] / optima[low]
         found["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
