@@ -23,7 +23,9 @@ T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
+PresetOption = Annotated[
+    str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file, with @HOURS for a budget.")
+]
 OutFile = Annotated[Path | None, typer.Option("--out", help="Write the runs there instead of a table here.")]
 FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
 ModelName = Annotated[
@@ -69,18 +71,46 @@ def _named(things: Mapping[str, T], name: str, what: str) -> T:
 
 
 @app.command()
-def plan(preset: PresetOption = "laptop", out: OutFile = None) -> None:
-    """Show what a preset will run: per experiment the runs, tokens and estimated minutes."""
+def plan(
+    preset: PresetOption = "laptop",
+    out: OutFile = None,
+    gpu: Annotated[str | None, typer.Option(help="Price it on another GPU; its name in lorabench/gpus.py.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of an hour of one GPU.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Hours (of GPUs, or of a CPU job) to stay within.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with a table `runs` to take the speed from; without, those under results/."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show what a preset will run, and what that costs: per experiment runs, tokens, FLOPs, time, memory, money."""
     with _one_sentence():
-        made, _ = _open(preset)
+        from lorabench import bill
+        from lorabench.budget import with_budget
+        from lorabench.calibration import calibrated, measure
+        from lorabench.plan import make_plan
+
+        made, layout = _open(preset if budget is None else with_budget(preset, budget))
         if out is not None:
             from lorabench.tables import write_plan
 
             write_plan(made, out)
             return
-        from lorabench.show import plan_table
+        from lorabench.show import plan_json, plan_table
 
-        plan_table(made, os.cpu_count() or 1)
+        if gpu is not None:
+            made = make_plan(bill.on_gpu(made.preset, gpu))
+        found = measure(made, measured or [])
+        if found is not None:
+            made = make_plan(calibrated(made.preset, found))
+        cores = os.cpu_count() or 1
+        notes = [*([found.sentence] if found else []), *layout.dropped]
+        if as_json:
+            print(plan_json(made, cores, price, notes))
+        else:
+            plan_table(made, cores, price, notes)
 
 
 @app.command()

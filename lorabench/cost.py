@@ -127,7 +127,7 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
     if rollouts is None:
         dataset = preset.datasets[condition.dataset]
         per_example = tokens_per_example(preset.models[condition.model], dataset)
-        examples = preset.protocol.curve_points * dataset.validation + dataset.test
+        examples = _validations(preset, condition.steps) * dataset.validation + dataset.test
         trained = condition.steps * condition.batch_size * per_example
         # A causal token sees half of its example, but most tokens are in examples twice as long as the mean.
         return RunTokens(trained, examples * per_example, 0.0, per_example)
@@ -138,6 +138,13 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
     prompts = episodes / rollouts.group_size * prompt
     drawn = (episodes + graded) * response
     return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
+
+
+def _validations(preset: Preset, steps: int) -> int:
+    """Points of a run's validation curve after the first step, as `lorabench.training.sft.curve_steps` places them."""
+    protocol = preset.protocol
+    spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
+    return len(spaced | {step for step in protocol.validate_at if step <= steps})
 
 
 def _graded(preset: Preset, condition: Condition) -> int:
@@ -186,8 +193,10 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     work = flops.trained + flops.evaluated + flops.again
     if not gpus:
         return (work + _DECODING * flops.drawn) / speed(preset.execution), 0.0
+    computing = work / speed(preset.execution, gpus)
+    waiting = max(0.0, _launch_seconds(preset, sweep.condition, gpus) - computing)
     drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
-    return (work + flops.drawn) / speed(preset.execution, gpus), drawing
+    return computing + flops.drawn / speed(preset.execution, gpus), waiting + drawing
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
@@ -199,6 +208,14 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
     weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
     return seconds + _GPU_START_SECONDS + loads * weights / _READING
+
+
+def _launch_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
+    """What a run takes at least on GPUs, however small the model: its passes through layers, launched one by one."""
+    tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
+    # Backward takes two of three; a batch goes through the model in two parts at least.
+    passes = 3 * condition.steps * max(2.0, tokens.trained / condition.steps / most) + tokens.evaluated / most
+    return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
 
 
 def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:

@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 GB = 1e9
 
@@ -38,3 +41,18 @@ GPUS = {
     # NVIDIA Ada architecture paper, RTX 4090: 165.2 TFLOPS bf16 with fp32 accumulation, dense; 24 GB, 1,008 GB/s.
     "RTX-4090": Gpu(165.2e12, 24 * GB, 1008e9),
 }
+
+
+def is_called(gpu: str, device: str) -> bool:
+    """Whether a GPU of that name calls itself so to torch: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
+    return set(gpu.split("-")) <= set(re.split(r"[ -]", device))
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

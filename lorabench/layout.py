@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorabench.budget import split_budget, within
 from lorabench.config import Preset, load_preset, preset_path
 from lorabench.plan import EvalJob, Sweep, dataset_id, digest, model_id
 
@@ -15,15 +16,22 @@ class Layout:
 
     name: str
     preset: Preset
+    dropped: tuple[str, ...] = ()
+    """What was left out to stay within a budget, a sentence each."""
 
     @classmethod
     def of(cls, preset: str) -> Layout:
-        """The layout of a preset by shipped name or path.
+        """The layout of a preset by shipped name or path, within a budget if one is named (`NAME@HOURS`).
 
         Raises:
-            PresetError: there is no such preset, or it is not valid.
+            PresetError: there is no such preset, it is not valid, or nothing of it fits the budget.
         """
-        return cls(preset_path(preset).stem, load_preset(preset))
+        preset, hours = split_budget(preset)
+        name, loaded = preset_path(preset).stem, load_preset(preset)
+        if hours is None:
+            return cls(name, loaded)
+        kept, dropped = within(loaded, hours)
+        return cls(name, kept, tuple(dropped))
 
     @property
     def root(self) -> Path:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Of a GPU's memory; the rest is the driver's, or lost between blocks.
 USABLE = 0.92
+# Of a process on a CPU that has imported its libraries, and in RL the graders' too: measured on the laptop preset.
+_SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
 _LORA_LAYERS = 7  # linear layers with LoRA in a decoder layer, of placement all
 
 
@@ -89,8 +91,11 @@ def step_memory(
     bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
     trained, parts = cost.trained_parameters(preset, sizes, rank, placement), _parts(preset, gpus)
     layer = _layer_bytes(sizes, rank, bf16)
-    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time.
-    kept = sizes.layers * 4 * sizes.hidden + layer if again else sizes.layers * layer
+    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time, when the
+    # logits are gone.
+    kept = sizes.layers * (4 * sizes.hidden if again else layer)
+    # Logits and their gradient, in fp32; of RL also the entropy's.
+    logits = sizes.vocabulary * (16 if is_rl else 12)
     # Sharded layers come together one by one; the next is fetched while one is computed.
     gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
     # Autocast keeps a copy of what is trained until the end of the pass, and any layer one for its backward pass;
@@ -107,10 +112,16 @@ def step_memory(
         copies=copies * share,
         # Beside the layers: embeddings, the last norm, what goes into the unembedding.
         activations=tokens * (kept + 10 * sizes.hidden),
-        # Logits and their gradient, in fp32; of RL also the entropy's.
-        logits=tokens * sizes.vocabulary * (16 if is_rl else 12),
+        logits=tokens * (max(logits, layer) if again else logits),
         sampling=0,
     )
+
+
+def peak_bytes(preset: Preset, sweep: Sweep) -> float:
+    """The peak as runs report it: of tensors on each GPU, or of the whole process on a CPU."""
+    gpus = gpus_needed(preset, sweep)
+    process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
+    return process + sweep_memory(preset, sweep, max(1, gpus)).total
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:

@@ -12,7 +12,7 @@ from lorabench import cost
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GB, GPUS
-from lorabench.memory import USABLE, gpus_needed, step_memory, sweep_memory
+from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory
 from lorabench.models.dimensions import dimensions
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ MB = 1e6
 # Asked for over what is estimated: a job that is cut off costs more than one that waits a little longer to start.
 _TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
 _EXTRA_MINUTES = 10
-# A process that has imported torch, transformers and peft, with its token caches or problem sets.
-_PROCESS_MB = 1500
+# A process with its libraries and data on a CPU; what one needs of the host beside weights on a GPU. Guesses.
+_PROCESS, _GPU_PROCESS = 1.5e9, 6e9
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
     """
     preset = plan.preset
     gpus = gpus_needed(preset, sweep)
-    peak = sweep_memory(preset, sweep, max(1, gpus)).total
+    peak = peak_bytes(preset, sweep)
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
     trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
@@ -63,9 +63,9 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     """Of an evaluation's job: one GPU, the model and its batch."""
     preset = plan.preset
-    # fp32 weights, and bf16 copies that may live at the same time.
-    peak = 6 * dimensions(preset.models[job.model]).parameters
     gpus = 0 if preset.execution.gpu is None else 1
+    # fp32 weights, and bf16 copies that may live at the same time.
+    peak = 6 * dimensions(preset.models[job.model]).parameters + (0 if gpus else _PROCESS)
     return _resources(preset, job.model, gpus, peak, cost.evaluation_seconds(preset, job), 20 * MB)
 
 
@@ -84,7 +84,7 @@ def compute_resources(plan: Plan) -> Resources:
         adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
         uncut = preset.model_copy(update={"execution": plain})
         step = step_memory(uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length)
-        return step.total + 12 * adapters
+        return step.total + 12 * adapters + (_PROCESS if preset.execution.gpu is None else 0)
 
     largest = max(experiment.models, key=peak)
     gpu = preset.execution.gpu
@@ -105,16 +105,16 @@ def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
     # Ids of 4 bytes, a byte for what is scored, and the texts themselves.
     size = 5 * tokens
     minutes = math.ceil(_TIME_MARGIN * tokens / 500_000 / 60) + _EXTRA_MINUTES
-    return Resources(0, 1, math.ceil(_PROCESS_MB + 6 * size / MB), 0, minutes, math.ceil(size / MB))
+    return Resources(0, 1, math.ceil((_PROCESS + 6 * size) / MB), 0, minutes, math.ceil(size / MB))
 
 
 def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:
-    weights = 4 * dimensions(preset.models[model]).parameters
-    host = peak if gpus == 0 else 1.5 * weights
+    # Weights are read, and written, through the host's memory.
+    host = 6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak
     return Resources(
         gpus=gpus,
         cpus=preset.execution.threads * max(1, gpus),
-        mem_mb=math.ceil(_PROCESS_MB + _MEMORY_MARGIN * host / MB),
+        mem_mb=math.ceil(_MEMORY_MARGIN * host / MB),
         gpu_mem_mb=math.ceil(peak / MB) if gpus else 0,
         minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
         disk_mb=math.ceil(disk / MB),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,21 +36,20 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     else:
         every = rows["total"]
         caption = [
-            f"on {execution.gpu} at {rate / 1e3:,.4g} TFLOP/s each ({given}); memory: the most on one GPU, which has "
-            f"{GPUS[execution.gpu].memory / GB:.0f} GB",
+            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {rate / 1e3:,.4g} TFLOP/s ({given})",
             f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
         ]
         last["GPU-hours"] = lambda one: _short(one.gpu_hours)
         last["GPUs"] = lambda one: f"1-{one.gpus}" if one.gpus > 1 else "1"
-        last["memory"] = lambda one: f"{one.memory / GB:.0f} GB"
-        last["disk"] = lambda one: f"{_short(one.disk / GB)} GB"
+        last["GB/GPU"] = lambda one: f"{one.memory / GB:.0f}"
+        last["disk GB"] = lambda one: _short(one.disk / GB)
         if price is not None:
             last["money"] = lambda one: f"{one.gpu_hours * price:,.0f}"
     table = Table(
         title=plan.preset.description,
         title_justify="left",
-        caption="\n".join([*caption, *notes]),
-        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("experiment")
     for column in ("jobs", "runs", "tokens", "PFLOPs", *last):
@@ -56,7 +59,20 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
             table.add_section()
         counted = [str(one.runs) if one.runs else "", _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
         table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
-    Console().print(table)
+    # Where there is no terminal, none is too narrow.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for sentence in (*caption, *notes):
+        console.print(sentence, highlight=False, soft_wrap=True)
+
+
+def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
+    """The numbers of `plan_table`, in hours and bytes."""
+    rows = {name: asdict(one) for name, one in bill.per_experiment(plan).items()}
+    for row in rows.values():
+        row["money"] = None if price is None else row["gpu_hours"] * price
+    every = {"gpu": plan.preset.execution.gpu, "flops_per_s": cost.speed(plan.preset.execution), "cores": cores}
+    return json.dumps({**every, "notes": list(notes), "experiments": rows}, indent=2)
 
 
 def _short(number: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lorabench.gpus import processor
 from lorabench.models.base import package_versions
 from lorabench.records import atomic_path
 
@@ -41,7 +42,7 @@ def code_state(patches: Path) -> dict[str, str | None]:
 
 def machine_state(device: torch.device) -> dict[str, Any]:
     """Device, threads, host and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "device_type": device.type,
@@ -57,12 +58,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

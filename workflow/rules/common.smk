@@ -1,6 +1,7 @@
 # The preset, its plan, and the paths of both. Cheap: this is parsed again by every cluster job.
 from snakemake.exceptions import WorkflowError
 
+from lorabench.budget import with_budget
 from lorabench.config import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures import COMPUTE, EVALS, FIGURES, of_preset
@@ -10,6 +11,9 @@ from lorabench.plan import make_plan
 
 PRESET = config.get("preset", "laptop")
 try:
+    # Every command below gets the budget with the preset's name.
+    if "budget" in config:
+        PRESET = with_budget(PRESET, float(config["budget"]))
     LAYOUT = Layout.of(PRESET)
 except UserError as error:
     raise WorkflowError(str(error))
