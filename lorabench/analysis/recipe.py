@@ -8,7 +8,7 @@ are error rates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,28 +157,34 @@ def recipe(runs: pd.DataFrame) -> Recipe:
     """
     found: list[Recommendation] = []
     placements: list[PlacementChoice] = []
-    for comparison in _comparisons(runs):
-        fullft, by_rank = comparison.fullft, list(comparison.lora.values())
-        if fullft and by_rank:
-            found.append(_recommendation(comparison, fullft, by_rank))
-        parts = [arms for name in ("mlp", "attn") if (arms := list(comparison.placed(name).values()))]
-        if by_rank and parts:
-            placements.append(_placements(comparison, by_rank, parts))
+    for standard in _standard(runs):
+        # Noise is that of the arms compared, as in the claims.
+        for comparison in _tuned(standard[standard["placement"].isna() | standard["placement"].eq("all")]):
+            if comparison.fullft and comparison.lora:
+                found.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
+        for comparison in _tuned(standard[standard["method"].eq("lora")]):
+            parts = [arms for name in ("mlp", "attn") if (arms := list(comparison.placed(name).values()))]
+            if comparison.lora and parts:
+                placements.append(_placements(comparison, list(comparison.lora.values()), parts))
     return Recipe(tuple(found), tuple(placements))
 
 
-def _comparisons(runs: pd.DataFrame) -> Iterable[Comparison]:
-    """The comparisons of tuned arms, supervised first."""
+def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The runs of each task in the paper's parametrisation; of RL as error rates."""
     rl = is_rl(runs)
     of_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
     for task, chosen in of_task.items():
-        if chosen.empty or not set(NEEDED_BY[task]) <= set(chosen.columns):
-            continue
-        standard = with_all_columns(chosen[is_standard(chosen)], "runs")
-        for comparison in comparisons(rewarded_errors(standard) if task == "rl" else standard, pd.DataFrame()):
-            tuned = [rows for rows in comparison.rows.values() if rows["lr"].nunique() >= MIN_LRS]
-            if tuned:
-                yield Comparison(comparison.label, pd.concat(tuned), comparison.curves, comparison.noise)
+        if len(chosen) and set(NEEDED_BY[task]) <= set(chosen.columns):
+            standard = with_all_columns(chosen[is_standard(chosen)], "runs")
+            yield rewarded_errors(standard) if task == "rl" else standard
+
+
+def _tuned(runs: pd.DataFrame) -> Iterator[Comparison]:
+    """The comparisons of arms that have enough LRs to pick from."""
+    for comparison in comparisons(runs, pd.DataFrame()):
+        rows = [of_arm for of_arm in comparison.rows.values() if of_arm["lr"].nunique() >= MIN_LRS]
+        if rows:
+            yield Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.noise)
 
 
 def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm]) -> Recommendation:

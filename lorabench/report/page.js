@@ -87,8 +87,7 @@ function prepare() {
     button.textContent = "Draw them";
     button.setAttribute("aria-label", `Draw the runs behind claim ${id}`);
     button.addEventListener("click", () => {
-      form.reset();
-      for (const tick of ticks.values()) tick.checked = false;
+      clear();
       form.elements.claim.value = id;
       update();
       document.getElementById("explorer").scrollIntoView();
@@ -121,10 +120,7 @@ function prepare() {
     row.addEventListener("pointerleave", () => light(null));
   }
   form.addEventListener("change", update);
-  form.addEventListener("reset", () => {
-    for (const tick of ticks.values()) tick.checked = false;
-    setTimeout(update); // once the fields have their first values again
-  });
+  document.getElementById("clear").addEventListener("click", clear);
 }
 
 // All runs at once are too many to see anything: begin with one experiment, on one model and dataset.
@@ -135,6 +131,12 @@ function begin() {
   form.elements.experiments.value = wanted;
   form.elements.model.value = row.dataset.model;
   form.elements.dataset.value = row.dataset.dataset;
+}
+
+function clear() {
+  form.reset();
+  for (const tick of ticks.values()) tick.checked = false;
+  update();
 }
 
 function matches(row) {
@@ -202,7 +204,7 @@ function logTicks(low, high) {
 
 // Lowest and highest value but for those far from most: beyond 1.5 times the range of the middle half.
 function usualRange(values) {
-  const sorted = values.toSorted((a, b) => a - b);
+  const sorted = [...values].sort((a, b) => a - b);
   const [lower, upper] = [0.25, 0.75].map((share) => sorted[Math.floor(share * (sorted.length - 1))]);
   const usual = sorted.filter((value) => value >= lower - 1.5 * (upper - lower) && value <= upper + 1.5 * (upper - lower));
   return [usual[0], usual.at(-1)];
@@ -219,12 +221,14 @@ function draw(curves) {
   const legend = document.getElementById("legend");
   legend.replaceChildren();
   const { width, height } = chart.getBoundingClientRect();
-  if (!curves.length || !width) {
+  const log = form.elements.scale.value === "log";
+  const shown = curves
+    .map(({ row, points }) => ({ row, points: points.filter(([step]) => !log || step > 0) }))
+    .filter(({ points }) => points.length);
+  if (!shown.length || !width) {
     chart.append(svg("text", { x: 12, y: 24 }, "No curve to draw: the chosen runs have none of this kind."));
     return;
   }
-  const log = form.elements.scale.value === "log";
-  const shown = curves.map(({ row, points }) => ({ row, points: points.filter(([step]) => !log || step > 0) }));
   const all = shown.flatMap((one) => one.points);
   const lastStep = Math.max(...all.map(([step]) => step));
   const late = all.filter(([step]) => step >= lastStep / 10).map(([, value]) => value);
@@ -235,7 +239,7 @@ function draw(curves) {
   const x = log ? Math.log10 : (step) => step;
   const [first, last] = [Math.min(...all.map(([step]) => x(step))), x(lastStep)];
   const named = shown.length <= LABELLED && width > 500;
-  const box = { left: 58, right: width - (named ? 120 : 12), top: 10, bottom: height - 40 };
+  const box = { left: 58, right: width - (named ? 150 : 12), top: 10, bottom: height - 40 };
   const across = (step) => box.left + ((x(step) - first) / (last - first || 1)) * (box.right - box.left);
   const up = (value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - box.top);
 
@@ -275,15 +279,15 @@ function draw(curves) {
   }
 }
 
-// Each curve's arm and LR beside its last point, kept apart from one another.
+// Each curve's arm, LR and seed beside its last point, kept apart from one another.
 function nameEnds(box) {
   let free = box.top;
   const ends = drawnNow.map((one) => ({ one, y: Math.min(Math.max(one.places.at(-1)[1], box.top), box.bottom) }));
   for (const { one, y } of ends.sort((a, b) => a.y - b.y)) {
-    const { label, lr } = one.row.dataset;
+    const { label, lr, seed } = one.row.dataset;
     const place = Math.max(y + 4, free);
     free = place + 12;
-    const text = `${label.replace("LoRA ", "")} ${lr}`;
+    const text = `${label.replace("LoRA ", "")} ${lr}, seed ${seed}`;
     chart.append(svg("text", { class: "end", x: one.places.at(-1)[0] + 6, y: place }, text));
   }
 }
@@ -298,9 +302,9 @@ function light(row, point) {
     pointed.textContent = pointedAtFirst;
     return;
   }
-  const { run, label, model, dataset, lr, status } = row.dataset;
+  const { run, label, model, dataset, lr, seed, status } = row.dataset;
   const [step, value] = point ?? found.points.at(-1);
-  pointed.textContent = `${run}: ${label} on ${model}, ${dataset}, LR ${lr}, ${status}; step ${step}: ${written(value)}`;
+  pointed.textContent = `${run}: ${label} on ${model}, ${dataset}, LR ${lr}, seed ${seed}, ${status}; step ${step}: ${written(value)}`;
 }
 
 function pointAt(event) {
@@ -319,10 +323,7 @@ function pointAt(event) {
 function showTarget() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;
-  if (target.hidden && ticks.has(target)) {
-    form.reset();
-    target.hidden = false;
-  }
+  if (target.hidden && ticks.has(target)) clear();
   for (let part = target.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
   target.scrollIntoView();
 }

@@ -25,7 +25,6 @@ from lorabench.report.text import FILTERS, missing
 from lorabench.tables import read_table
 
 _DEFAULT_PRESET = "laptop"
-_QUESTION = "Does LoRA match full fine-tuning here?"
 _HERE = Path(__file__).parent
 
 
@@ -44,15 +43,15 @@ def build(plan: Plan, layout: Layout, source: str, out: Path) -> None:
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
-    claims = summary.claims(read_table(tables, "claims"), runs)
+    judged = read_table(tables, "claims")
+    claims = summary.claims(judged, runs)
     curves = curves_to_draw(runs, read_table(tables, "curves"))
     page = _template().render(
         name=layout.name,
         preset=plan.preset,
-        question=_QUESTION,
         style=_inline("page.css"),
         script=_inline("page.js"),
-        verdicts=summary.by_verdict(claims),
+        verdicts=summary.by_verdict(judged),
         claims=claims,
         recipe=recipe(all_runs),
         sections=arrange([_figure(figure, layout, source) for figure in of_preset(plan.preset)], claims),

@@ -98,7 +98,7 @@ SECTIONS = (
     ),
     Section(
         "parametrization-section",
-        "Invariance",
+        "Alpha",
         "Parametrization. Two of four hyperparameters are redundant",
         "Only alpha * init_A * LR_B and init_A / LR_A matter; the standard values could not be improved on.",
         ("parametrization", "variants"),
@@ -114,7 +114,7 @@ SECTIONS = (
     ),
     Section(
         "length",
-        "Short runs",
+        "Length",
         "Short and long runs",
         "In runs of fewer than 100 steps the ratio is about 15.",
         ("short_run",),

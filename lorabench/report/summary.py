@@ -36,6 +36,11 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     return ordered.assign(label=[arm_label(row) for _, row in ordered.iterrows()])
 
 
+def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """Each verdict with the ids of its claims."""
+    return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
+
+
 def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
     """Each claim with the runs behind it."""
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
@@ -43,11 +48,6 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
         claim | {"runs": [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]}
         for claim in _records(table)
     ]
-
-
-def by_verdict(rows: Rows) -> list[tuple[str, Rows]]:
-    """Each verdict with its claims."""
-    return [(verdict, [claim for claim in rows if claim["verdict"] == verdict]) for verdict in VERDICTS]
 
 
 def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from lorabench.analysis.claims import judge_claims
 from lorabench.figures import FIGURES
@@ -56,38 +57,62 @@ class Page(HTMLParser):
         return Page(self.source.split(f'<section aria-labelledby="{of}"')[1].split("</section>")[0])
 
 
+@pytest.fixture(scope="module")
+def built() -> dict[str, Path]:
+    """Folders of reports that were built in this module, by what they are made of."""
+    return {}
+
+
 @pytest.fixture
-def report(tmp_path: Path, raw_preset: dict[str, Any], write_preset, monkeypatch):
-    """Builds the report of some runs in an empty directory; the preset is `mine.yaml` there."""
-    monkeypatch.chdir(tmp_path)
+def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any], monkeypatch):
+    """Builds the report of some runs, once of equal ones, in a folder that is entered; the preset is `mine.yaml` there.
+
+    Texts of claims and curves are changed by functions of those tables.
+    """
 
     def make(
         rows: list[dict[str, Any]],
         evals: list[dict[str, Any]] | None = None,
-        claims: Change = lambda table: table,
-        curves: Change = lambda table: table,
+        claims: Change | None = None,
+        curves: Change | None = None,
         **changes: Any,
     ) -> Page:
-        write_preset(raw_preset | changes)
-        layout = Layout.of("mine.yaml")
-        runs = runs_table(rows)
-        points = curves(curves_of(runs))
-        tables = layout.tables()
-        write_frame(runs, "runs", tables)
-        write_frame(points, "curves", tables)
-        write_frame(claims(judge_claims(Tables(runs, points))), "claims", tables)
-        if evals is not None:
-            write_frame(evals_table(evals), "evals", tables)
-        # The page embeds whatever lies there; drawing is tested with the figures.
-        layout.figures.mkdir(parents=True)
-        for name in FIGURES:
-            picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
-            (layout.figures / f"{name}.svg").write_text(picture)
-            (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
-        build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
-        return Page(layout.report.read_text())
+        key = repr((rows, evals, claims, curves, changes))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("report")
+            monkeypatch.chdir(built[key])
+            _build(raw_preset | changes, rows, evals, claims, curves)
+        monkeypatch.chdir(built[key])
+        return Page(Layout.of("mine.yaml").report.read_text())
 
     return make
+
+
+def _build(
+    preset: dict[str, Any],
+    rows: list[dict[str, Any]],
+    evals: list[dict[str, Any]] | None,
+    claims: Change | None,
+    curves: Change | None,
+) -> None:
+    Path("mine.yaml").write_text(yaml.safe_dump(preset))
+    layout = Layout.of("mine.yaml")
+    runs = runs_table(rows)
+    points = curves(curves_of(runs)) if curves else curves_of(runs)
+    judged = judge_claims(Tables(runs, points))
+    tables = layout.tables()
+    write_frame(runs, "runs", tables)
+    write_frame(points, "curves", tables)
+    write_frame(claims(judged) if claims else judged, "claims", tables)
+    if evals is not None:
+        write_frame(evals_table(evals), "evals", tables)
+    # The page embeds whatever lies there; drawing is tested with the figures.
+    layout.figures.mkdir(parents=True)
+    for name in FIGURES:
+        picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
+        (layout.figures / f"{name}.svg").write_text(picture)
+        (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
+    build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,29 +49,20 @@ def rows() -> list[dict[str, Any]]:
     return [*rows, make_run(64, 3e-3, train_flops=None)]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("report") / "index.html"
-
-
 @pytest.fixture
-def page(browser, report, built, rows):
-    """Opens the page of those runs, built once for all tests."""
-    if not built.exists():
-        report(rows, [make_eval("base", 0.2), make_eval(16, 0.5)], evaluation=EVALUATION)
-        shutil.copy(Layout.of("mine.yaml").report, built)
-    return lambda **how: show(browser, built, **how)
+def page(browser, report, rows):
+    """Opens the page of those runs."""
+    report(rows, [make_eval("base", 0.2), make_eval(16, 0.5)], evaluation=EVALUATION)
+    return lambda **how: show(browser, **how)
 
 
-def show(
-    browser: Any, path: Path, width: int = WIDE, fragment: str = "", scheme: str = "light", media: str = "screen"
-) -> None:
+def show(browser: Any, width: int = WIDE, fragment: str = "", scheme: str = "light", media: str = "screen") -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
     browser.get("about:blank")
-    browser.get(path.absolute().as_uri() + fragment)
+    browser.get(Layout.of("mine.yaml").report.absolute().as_uri() + fragment)
 
 
 def visible(browser: Any) -> list[str]:
@@ -151,7 +141,7 @@ return [...low];
 
 def test_text_from_tables_runs_nothing(browser, report):
     hostile_report(report)
-    show(browser, Layout.of("mine.yaml").report)
+    show(browser)
     choose(browser, "experiments", "rank")
     browser.find_element("css selector", ".claim button").click()
     assert browser.execute_script("return window.hacked") is None
@@ -172,7 +162,7 @@ def test_policy_stops_what_gets_in(browser, page):
 
 def test_tables_sort_by_value_with_what_is_missing_last(browser, page, rows):
     page()
-    browser.find_element("css selector", "#explorer button[type=reset]").click()
+    browser.find_element("id", "clear").click()
     header = browser.find_element("xpath", "//section[@aria-labelledby='runs']//th[contains(., 'Test NLL')]")
     for direction in ("ascending", "descending"):
         header.find_element("tag name", "button").click()
@@ -199,7 +189,7 @@ def test_explorer_filters_by_each_field(browser, page, rows):
     wanted |= {"status": "diverged"}
     left = rows
     fields = {"lr": lambda row: f"{row['lr']:.0e}".replace("e-0", "e-"), "rank": lambda row: str(row["rank"])}
-    browser.find_element("css selector", "#explorer button[type=reset]").click()
+    browser.find_element("id", "clear").click()
     assert len(visible(browser)) == len(rows)
     assert "can't be compared" in said(browser)
     for name, value in wanted.items():
@@ -221,6 +211,17 @@ def test_explorer_draws_what_is_ticked(browser, page):
     assert said(browser).endswith("2 curves drawn, of the 2 runs ticked.")
     # Few enough to be named at their ends.
     assert len(browser.find_elements("css selector", "#chart .end")) == 2
+
+
+def test_runs_without_a_curve_are_no_stumbling_block(browser, report):
+    rows = make_sweep(None) + make_sweep(16)
+    report(rows, curves=lambda table: table[table["run_id"].eq(rows[0]["run_id"]) & table["step"].eq(0)])
+    show(browser)
+    assert curves(browser) == 0
+    assert "No curve to draw" in browser.find_element("id", "chart").text
+    choose(browser, "scale", "linear")
+    assert curves(browser) == 1
+    assert browser.get_log("browser") == []
 
 
 def test_a_claim_leads_to_its_runs_and_their_curves(browser, page):

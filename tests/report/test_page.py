@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from typing import Any
 
 import pandas as pd
@@ -123,6 +124,17 @@ def test_figures_are_embedded_with_caption_data_and_command(report, rows):
         assert figure.caption in page.text
         command = f"snakemake --cores all paper_figures/mine/{figure.name}.svg --config preset=mine.yaml"
         assert command in page.text
+
+
+def test_commands_are_for_a_shell(report, rows, tmp_path, monkeypatch):
+    report(rows)
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    layout, out = Layout.of("mine.yaml"), tmp_path / "page.html"
+    build(make_plan(layout.preset), layout, "my presets/mine.yaml", out)
+    assert "index.html --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
+    build(make_plan(layout.preset), layout, "laptop", out)
+    assert "--config" not in Page(out.read_text()).section("cost").text
 
 
 def test_text_from_outside_stays_text(report):
@@ -279,8 +291,10 @@ def test_same_tables_give_the_same_page(report, rows):
     assert layout.report.read_text() == first
 
 
-def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows):
+def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows, tmp_path, monkeypatch):
     before = report(rows).source
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
     layout = Layout.of("mine.yaml")
     (layout.figures / "fig1_envelopes.svg").unlink()
     with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
