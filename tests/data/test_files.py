@@ -224,27 +224,27 @@ def test_too_few_rows_say_how_many_and_why(tmp_path):
         "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are asked for: train = 4, validation = 2, test = 2"
     )
     with pytest.raises(UserError, match=r"own.jsonl, read as prompt/completion: ") as error:
-        make_dataset(spec(path))
+        list(make_dataset(spec(path)))
     assert wanted in str(error.value)
 
 
 def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
     path = write(tmp_path, pairs(40))
-    rows = make_dataset(spec(path, train=20, validation=10, test=10))
+    rows = list(make_dataset(spec(path, train=20, validation=10, test=10)))
     assert [row["split"] for row in rows] == ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
     prompts = [row["messages"][0]["content"] for row in rows]
     assert sorted(prompts) == sorted(row["prompt"] for row in pairs(40))
     # Not in the order of the file, which may be sorted by topic.
     assert {int(text.split()[1]) for text in prompts[:20]} != set(range(20))
-    assert rows == make_dataset(spec(path, train=20, validation=10, test=10))
-    assert rows != make_dataset(spec(path, train=20, validation=10, test=10, seed=1))
+    assert rows == list(make_dataset(spec(path, train=20, validation=10, test=10)))
+    assert rows != list(make_dataset(spec(path, train=20, validation=10, test=10, seed=1)))
     write_dataset(rows, tmp_path / "made.parquet")
-    assert read_dataset(tmp_path / "made.parquet") == rows
+    assert list(read_dataset(tmp_path / "made.parquet")) == rows
 
 
 def test_plain_texts_are_told_apart_by_all_of_them(tmp_path):
     path = write(tmp_path, [{"text": f"text {number}"} for number in range(8)])
-    assert len(make_dataset(spec(path))) == 8
+    assert len(list(make_dataset(spec(path)))) == 8
 
 
 def test_the_content_makes_the_dataset_not_the_name(tmp_path):

@@ -40,7 +40,7 @@ def test_the_preset_holds_what_was_found(tmp_path):
     assert block.lrs.fullft == [1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3]
     assert block.lrs.lora == [1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2]
     assert (block.batch_sizes, block.seeds, block.epochs) == ([8], 3, 1.0)
-    assert len(make_dataset(dataset)) == 1000
+    assert len(list(make_dataset(dataset))) == 1000
 
 
 def test_what_a_user_chooses_counts(tmp_path):
