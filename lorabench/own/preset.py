@@ -125,7 +125,7 @@ def preset_text(model: Model, data: Data, choices: Choices, template: str | None
     sizes = splits(data.usable, choices.held_out)
     batch = advice.batch_size(sizes.train)
     ranks = choices.ranks or suggested_ranks(model, data.mean_completion_tokens * sizes.train)
-    model_name, data_name = _slug(model.name), _slug(data.name)
+    model_name, data_name = _quoted(_slug(model.name)), _quoted(_slug(data.name))
     fullft, lora = (advice.law_lr(model.family, model.sizes.hidden, method) for method in ("fullft", "lora"))
     model_fields = _fields(model.spec) | ({"chat_template": template} if template else {})
     data_fields = data.source | vars(sizes) | {"max_chars": max(32, data.max_chars)}
@@ -196,7 +196,8 @@ def checked_gpu(name: str) -> str:
 
 def _execution(model: Model, gpu: str | None) -> dict[str, object]:
     if gpu is not None:
-        return {"threads": 8, "gpu": checked_gpu(gpu)}
+        # A job asks for as few GPUs as hold it.
+        return {"threads": 8, "max_batch_tokens": 8192, "gpu": checked_gpu(gpu), "max_gpus": 8}
     # Tiny models do not fill several threads.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
     return {"threads": threads, "max_batch_tokens": 2048, "gflops": _GFLOPS_PER_CORE * threads}

@@ -25,7 +25,7 @@ from lorabench.own.model import Model
 from lorabench.own.preset import checked_gpu
 from lorabench.plan import make_plan
 from lorabench.published import optimum, sweep_of, sweeps
-from lorabench.tables import read_table, table_path
+from lorabench.tables import read_table, table_path, with_all_columns
 
 LAW = "the paper's law with its authors' constants, fitted at batch size 128 (tinker-cookbook)"
 PAPER = "the paper"
@@ -227,22 +227,24 @@ def _measured(model: Model, results: Path) -> list[Seen]:
         if table_path(folder, "runs") is None:
             continue
         try:
-            runs = read_table(folder, "runs")
+            measured = recipe(_of_model(with_all_columns(read_table(folder, "runs"), "runs"), model))
         except UserError:
+            # A table that can't be trusted says nothing; `lorabench claims` says what is wrong with it.
             continue
-        same = (
-            (runs["family"] == model.family)
-            & (runs["hidden_size"] == model.sizes.hidden)
-            & ((runs["base_params"] / model.parameters - 1).abs() < _AGREE)
-            & ~is_rl(runs)
-        )
-        for one in recipe(runs[same]).found:
+        for one in measured.found:
             place = one.place
             where = f"measured, {folder.parent}: {place.dataset}, batch {place.batch_size}, {place.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
             found += [_of_choice("fullft", one.fullft, where)]
             found += [_of_choice("lora", one.use, f"{where}; {answer[one.answer]}")]
     return found
+
+
+def _of_model(runs: pd.DataFrame, model: Model) -> pd.DataFrame:
+    """The supervised runs on a model of the same family, width and size."""
+    size = (runs["base_params"].astype(float) / model.parameters - 1).abs() < _AGREE
+    width = runs["hidden_size"].astype(float) == model.sizes.hidden
+    return runs[size & width & (runs["family"] == model.family).fillna(False).astype(bool) & ~is_rl(runs)]
 
 
 def _published(model: str, rank: int) -> list[Seen]:

@@ -93,11 +93,11 @@ def found(tmp_path) -> tuple[Data, None]:
 
 
 def test_names_of_files_can_hold_anything(tmp_path):
-    odd = tmp_path / 'true # "x" \u2028: {no}\n[a].jsonl'
-    preset, _ = init(tmp_path / "my odd.yaml", "tiny", write_rows(odd, 20))
-    [dataset] = preset.datasets.values()
-    assert isinstance(dataset, FileDataset)
-    assert dataset.path == str(odd)
+    for name in ('true # "x" \u2028: {no}\n[a].jsonl', "true.jsonl", "2024.jsonl", "_.jsonl"):
+        preset, _ = init(tmp_path / "my odd.yaml", "tiny", write_rows(tmp_path / name, 20), force=True)
+        [dataset] = preset.datasets.values()
+        assert isinstance(dataset, FileDataset)
+        assert dataset.path == str(tmp_path / name)
 
 
 def test_split_sizes():

@@ -81,6 +81,10 @@ def test_ones_own_finished_runs_are_told_with_their_interval(tmp_path):
         assert one.low <= one.lr <= one.high
         assert one.where.startswith(f"measured, {tmp_path / 'mine'}: ")
     assert asked("llama-64", results=tmp_path).seen == ()
+    # A table that can't be trusted, or lacks columns, is passed over.
+    (tmp_path / "broken" / "tables").mkdir(parents=True)
+    (tmp_path / "broken" / "tables" / "runs.csv").write_text("run_id,lr\na,1\na,2\n")
+    assert asked("tiny", results=tmp_path).seen == seen
 
 
 def test_capacity_and_short_runs_are_told(tmp_path):
