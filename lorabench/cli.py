@@ -30,6 +30,12 @@ PresetOption = Annotated[
 ]
 OutFile = Annotated[Path | None, typer.Option("--out", help="Write the runs there instead of a table here.")]
 FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+ModelName = Annotated[
+    str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
+]
+DataFormat = Annotated[
+    str | None, typer.Option("--format", help="The columns that hold an example, where the file leaves a choice.")
+]
 TablesFolder = Annotated[Path | None, typer.Option("--out", help="Folder for the table, if not the preset's.")]
 TablesOption = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
 TablesOptions = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
@@ -118,6 +124,76 @@ def plan(
             print(plan_json(made, cores, price, notes))
         else:
             plan_table(made, cores, price, notes)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data_format: DataFormat = None,
+    ranks: Annotated[list[int] | None, typer.Option("--rank", help="LoRA ranks, in place of those suggested.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and as much for the test.")
+    ] = 0.1,
+    gpu: Annotated[str | None, typer.Option(help="The GPU meant, such as H100-80GB; without it a CPU.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it is there.")] = False,
+) -> None:
+    """Write a small preset that asks whether LoRA matches full fine-tuning on a model and data of your own."""
+    with _one_sentence():
+        from lorabench.own.preset import Choices, init_preset
+        from lorabench.plan import make_plan
+        from lorabench.show import plan_table
+
+        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu)
+        made = init_preset(out, model, data, data_format, choices, force, say=print)
+        plan_table(make_plan(made), os.cpu_count() or 1)
+        print(f"wrote {out}; next: snakemake --cores all --config preset={out}")
+
+
+@app.command()
+def recommend(
+    model: ModelName,
+    dataset_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Scored (assistant) tokens of the training data.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The data themselves, as for init.")] = None,
+    data_format: DataFormat = None,
+    gpu: Annotated[str, typer.Option(help="The GPU that is priced.")] = "H100-80GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_script: Annotated[
+        bool, typer.Option("--script", help="Print a training script of transformers and PEFT with these settings.")
+    ] = False,
+) -> None:
+    """Recommend learning rates, rank and placement for a model, each with its source."""
+    with _one_sentence():
+        from lorabench.own.model import find_model
+        from lorabench.own.recommend import recommend as find_settings
+        from lorabench.own.show import recommendation_table
+
+        if dataset_tokens is not None and data is not None:
+            raise UserError("--dataset-tokens and --data: give one of them")
+        if as_json and as_script:
+            raise UserError("--json and --script: give one of them")
+        found, known, template = find_model(model), None, None
+        if data is not None:
+            from lorabench.own.data import look_at
+
+            known, template = look_at(found, data, data_format)
+        tokens = known.usable * known.mean_completion_tokens if known else dataset_tokens
+        settings = find_settings(found, tokens, known, gpu)
+        if as_json:
+            import json
+
+            print(json.dumps(settings.plain(), indent=2, allow_nan=False))
+        elif as_script:
+            from lorabench.own.script import script
+
+            print(script(settings, known, template), end="")
+        else:
+            recommendation_table(settings, known)
 
 
 @app.command()

@@ -777,6 +777,15 @@ def load_preset(preset: str) -> Preset:
         raise PresetError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise PresetError(f"{path}: a preset is a mapping of {', '.join(Preset.model_fields)}, not {raw!r}")
+    return parse_preset(raw, path)
+
+
+def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
+    """A preset from plain data; `path` is what errors name.
+
+    Raises:
+        PresetError: a field that is wrong; one line per field.
+    """
     try:
         return Preset.model_validate(raw)
     except ValidationError as error:

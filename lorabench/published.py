@@ -91,9 +91,7 @@ def beside_claims() -> dict[str, str]:
         found |= {claim: f"{text} (Qwen3-4B, No Robots, one seed; {_REPLICATION})" for claim, text in told.items()}
     llama = sweep_of("Llama-3.1-8B", "tulu3")
     if len(llama):
-        optima = {
-            int(rank): _optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()
-        }
+        optima = {int(rank): optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()}
         low, high = min(optima), max(optima)
         ratio = optima[high] / optima[low]
         found["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
@@ -104,7 +102,7 @@ def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
     return list(zip(table["rank"].fillna(0), table["placement"].fillna(""), strict=True))
 
 
-def _optimum(grid: pd.DataFrame) -> float:
+def optimum(grid: pd.DataFrame) -> float:
     """The interpolated optimum of one ascending grid whose best LR is not at its edge."""
     best = int(grid["nll"].to_numpy().argmin())
     around = grid.iloc[best - 1 : best + 2]

@@ -173,10 +173,11 @@ def usable_chats(path: Path, tally: Tally, max_chars: int | None = None) -> Iter
     Raises:
         UserError: the file can't be read.
     """
-    return _usable(_rows(path, tally), path.name, tally, max_chars)
+    return usable_rows(_rows(path, tally), path.name, tally, max_chars)
 
 
-def _usable(rows: Iterable[Row], source: str, tally: Tally, max_chars: int | None) -> Iterator[Chat]:
+def usable_rows(rows: Iterable[Row], source: str, tally: Tally, max_chars: int | None) -> Iterator[Chat]:
+    """The usable examples among rows that were read elsewhere; see `usable_chats`."""
     # Hashes take less memory than prompts.
     seen: set[int] = set()
     for row in rows:

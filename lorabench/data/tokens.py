@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 import pyarrow.parquet as pq
 
@@ -92,7 +93,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation: bool = False) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=True)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=True)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template refuses turns of {roles}: {error}") from error
     return list(encoded["input_ids"])
 
 

@@ -83,6 +83,21 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"GGUF file {file} has no tokenizer that can be read: {error}") from error
+    return tokenizer
+
+
 def max_length(spec: ModelSpec) -> int:
     """Longest sequence the model takes, in tokens.
 

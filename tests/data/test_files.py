@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.config import FileDataset, FileProblems
+from lorabench.config import FileDataset, FileProblems, TinyModel
 from lorabench.data import files
 from lorabench.data.chat import Chat
 from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
 from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset, read_dataset, write_dataset
+from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
+from lorabench.models.base import load_tokenizer
 from lorabench.plan import dataset_id
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -245,6 +247,14 @@ def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
 def test_plain_texts_are_told_apart_by_all_of_them(tmp_path):
     path = write(tmp_path, [{"text": f"text {number}"} for number in range(8)])
     assert len(list(make_dataset(spec(path)))) == 8
+
+
+def test_all_of_a_plain_text_is_scored_and_no_template_touches_it():
+    tokenizer = load_tokenizer(TinyModel(kind="tiny"))
+    tokenizer.chat_template = None
+    ids, scored = encode_chat(tokenizer, [{"role": "text", "content": "2+2"}])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["2", "+", "2", "<|end|>"]
+    assert scored == [True] * 4
 
 
 def test_the_content_makes_the_dataset_not_the_name(tmp_path):

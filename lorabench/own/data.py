@@ -1,0 +1,225 @@
+"""What is known of a dataset before it is used: its form, its rows and the bad ones, and how many tokens they are."""
+
+from __future__ import annotations
+
+import statistics
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from lorabench.config import FileFormat, GgufModel, HubModel
+from lorabench.data.chat import Chat, is_text
+from lorabench.data.files import FORMATS, Row, Tally, chosen_format, formats_in, usable_chats, usable_rows
+from lorabench.data.tokens import encode_chat
+from lorabench.errors import UserError
+from lorabench.models.chat_template import template_text
+from lorabench.own.model import HUB_ID, Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# So many examples are tokenized; a larger dataset is judged by as many drawn from it.
+_SAMPLE = 2000
+# Of a dataset of the hub so many rows are looked at.
+_HUB_ROWS = 20_000
+# Without a tokenizer. Rough: 4 in English prose, 2 in code or digits.
+_CHARS_PER_TOKEN = 3.0
+# The longest example of a sample is not the longest of all.
+_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset that a user named."""
+
+    source: dict[str, Any]
+    """For a preset: kind, and path or id."""
+    tally: Tally
+    usable: int
+    """Distinct usable examples; of a large dataset of the hub, estimated, or those of its first rows."""
+    max_chars: int
+    """Of an example that fits the model."""
+    mean_tokens: float
+    mean_completion_tokens: float
+    """Those that are scored."""
+    counted: bool
+    """Whether tokens were counted with the model's tokenizer; else they are a guess."""
+
+    def __str__(self) -> str:
+        how = "" if self.counted else f" (a guess: {_CHARS_PER_TOKEN:g} characters a token)"
+        scored = f"{self.mean_completion_tokens:.0f} of them scored{how}"
+        return f"{self.name}: {self.tally}\nabout {self.mean_tokens:.0f} tokens an example, {scored}"
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        return str(self.source.get("path") or self.source["id"])
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None for a model of the hub that is not on this machine and can't be fetched.
+
+    Raises:
+        UserError: a local model without one.
+    """
+    from lorabench.models import base
+
+    if isinstance(model.spec, GgufModel):
+        return base.gguf_tokenizer(Path(model.spec.path))
+    try:
+        return base.load_tokenizer(model.spec)
+    except UserError:
+        if isinstance(model.spec, HubModel):
+            return None
+        raise
+
+
+def checked_format(name: str | None) -> FileFormat | None:
+    """A format as a user wrote it.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    for known in FORMATS:
+        if name == known:
+            return known
+    if name is not None:
+        raise UserError(f"format {name!r}: allowed: {', '.join(FORMATS)}")
+    return None
+
+
+def look_at(model: Model, name: str, form: str | None) -> tuple[Data, str | None]:
+    """What is known of a dataset for a model, and the `chat_template` that a preset has to give a model without one.
+
+    Raises:
+        UserError: the format, or the data, can't be read; see `find_data`.
+    """
+    tokenizer, template = load_tokenizer(model), None
+    if tokenizer is not None and not tokenizer.chat_template:
+        template = "plain"
+        tokenizer.chat_template = template_text(template)
+    return find_data(name, checked_format(form), tokenizer, model.max_length), template
+
+
+def find_data(
+    name: str, wanted: FileFormat | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> Data:
+    """Read a dataset through and count what it holds.
+
+    Args:
+        name: a data file, or the id of a dataset of the hub, whose chats are in `messages` or `conversations`.
+        wanted: the format, where a file leaves a choice.
+        tokenizer: with its chat template; None to guess.
+        max_length: tokens that the model takes; None if that is not known.
+
+    Raises:
+        UserError: the data can't be read, or none of it can be used.
+    """
+    source, form, share = _identified(name, wanted)
+    chats, tally = _chats(source, form)
+    sample, lengths = _sampled(chats)
+    if not lengths:
+        raise UserError(f"{name}: none of its {tally.rows} rows can be used as {form}: {tally.reasons()}")
+    tokens = [_tokens(chat, tokenizer) for chat in sample]
+    totals = [total for total, _ in tokens]
+    limit = _limit([chat.chars() for chat in sample], totals, lengths, max_length)
+    longest = max((length for length in lengths if length <= limit), default=0)
+    if not longest:
+        raise UserError(f"{name}: no example fits the {max_length} tokens that the model takes")
+    if longest < max(lengths):
+        chats, tally = _chats(source, form, longest)
+        deque(chats, maxlen=0)
+    # Of the sample all may be too long.
+    kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
+    mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
+    return Data(source, tally, int(tally.usable * share), longest, mean, scored, tokenizer is not None)
+
+
+def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
+    """What a preset says of the source, its format, and how many times its rows are those that are looked at."""
+    if Path(name).is_file():
+        form = chosen_format(Path(name), wanted)
+        return {"kind": "file", "path": name, "format": form}, form, 1.0
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
+    rows = _hub_stream(name)
+    columns = list(next(iter(rows), {}))
+    form = next(iter(formats_in(columns)), "text")
+    if form not in ("messages", "conversations"):
+        named = ", ".join(columns) or "none"
+        raise UserError(f"dataset {name} has the columns {named}; messages or conversations is needed, or a file")
+    splits = rows.info.splits or {}
+    total = splits["train"].num_examples if "train" in splits else 0
+    return {"kind": "hub", "id": name}, form, max(1.0, (total or 0) / _HUB_ROWS)
+
+
+def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
+    tally = Tally(form)
+    if source["kind"] == "file":
+        return usable_chats(Path(source["path"]), tally, max_chars), tally
+    return usable_rows(_first_hub_rows(source["id"], tally), source["id"], tally, max_chars), tally
+
+
+def _hub_stream(name: str) -> Any:
+    """The train split of a dataset of the hub, row by row as it comes (a datasets.IterableDataset).
+
+    Raises:
+        UserError: it can't be had.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"dataset {name} can't be had from the hub: {reason}") from error
+
+
+def _first_hub_rows(name: str, tally: Tally) -> Iterator[Row]:
+    tally.unit = "row"
+    for place, content in enumerate(islice(_hub_stream(name), _HUB_ROWS), 1):
+        tally.rows += 1
+        yield Row(place, content)
+
+
+def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
+    """As many chats as the sample has room for, each as likely as any other; and the characters of all."""
+    rng = Random(0)
+    sample: list[Chat] = []
+    lengths = array("q")
+    for chat in chats:
+        lengths.append(chat.chars())
+        if len(sample) < _SAMPLE:
+            sample.append(chat)
+        elif (place := rng.randrange(len(lengths))) < _SAMPLE:
+            sample[place] = chat
+    return sample, lengths
+
+
+def _tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase | None) -> tuple[float, float]:
+    """Tokens of an example, and those of them that are scored."""
+    if tokenizer is None:
+        scored = chat.chars() if is_text(chat.messages) else len(chat.messages[-1]["content"])
+        return chat.chars() / _CHARS_PER_TOKEN, scored / _CHARS_PER_TOKEN
+    ids, mask = encode_chat(tokenizer, chat.messages)
+    return len(ids), sum(mask)
+
+
+def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int | None) -> int:
+    """Characters up to which every example fits the model; of a sample, in all likelihood."""
+    longest = max(lengths)
+    if max_length is None:
+        return longest
+    unfit = [length for length, count in zip(chars, tokens, strict=True) if count > max_length]
+    limit = min(unfit) - 1 if unfit else longest
+    if len(lengths) > len(chars):
+        # Of the longer half: in short ones the template's own tokens count most.
+        median = statistics.median(chars)
+        densest = max(count / length for length, count in zip(chars, tokens, strict=True) if length >= median)
+        limit = min(limit, int(_MARGIN * max_length / densest))
+    return limit

@@ -1,0 +1,69 @@
+"""`lorabench recommend --script`: the training script of finetune.py with a recommendation's settings in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from lorabench.config import GgufModel
+from lorabench.data.files import REPEATED, TOO_LONG
+from lorabench.errors import UserError
+from lorabench.models.base import location
+from lorabench.models.chat_template import template_text
+from lorabench.own.data import Data
+from lorabench.own.recommend import Recommendation, Setting
+
+_TEMPLATE = Path(__file__).with_name("finetune.py")
+_MAX_TOKENS = 4096
+
+
+def script(found: Recommendation, data: Data | None, chat_template: str | None) -> str:
+    """A script of transformers and PEFT that trains the model.
+
+    Args:
+        data: what to train on; None leaves a name to fill in.
+        chat_template: a preset's setting, for a model without one.
+
+    Raises:
+        UserError: a model or data that the script has no place for.
+    """
+    model = found.model
+    if model.sizes.experts:
+        raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")
+    if isinstance(model.spec, GgufModel):
+        raise UserError(f"{model.name} is a GGUF file; the script needs safetensors, which `lorabench convert` makes")
+    settings: dict[str, object] = {
+        "MODEL": location(model.spec),
+        "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
+        "RANK": found.rank,
+        "LORA_LR": _one(found.setting("lora_lr")),
+        "FULL_LR": _one(found.setting("fullft_lr")),
+        "BATCH_SIZE": found.batch_size,
+        "MAX_TOKENS": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
+    }
+    if data is not None:
+        if data.source["kind"] != "file":
+            raise UserError(f"data {data.name} is on the hub; the script reads a file")
+        unread = {reason: found for reason, found in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
+        if unread:
+            reasons = replace(data.tally, bad=unread).reasons()
+            raise UserError(f"{data.name} has rows that the script would not leave out: {reasons}; remove them")
+        settings |= {"DATA": data.name, "FORMAT": data.source["format"]}
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    for name, value in settings.items():
+        # The comment behind it stays.
+        [line] = re.findall(rf"^{name} = .*$", text, re.MULTILINE)
+        comment = "".join(line.partition("  # ")[1:])
+        text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
+    return text
+
+
+def _one(lr: Setting) -> float:
+    """An LR to put into the script: the middle of a range where there is nothing else."""
+    if isinstance(lr.value, float):
+        return lr.value
+    assert lr.low
+    assert lr.high
+    return float(f"{math.sqrt(lr.low * lr.high):.1g}")
