@@ -21,4 +21,5 @@ rule all:
     default_target: True
     input:
         LAYOUT.report,
+        [LAYOUT.report_without_evaluation] if EVALUATIONS else [],
         expand(LAYOUT.figures / "{figure}.svg", figure=FIGURE_NAMES),

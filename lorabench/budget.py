@@ -15,11 +15,13 @@ same runs. A larger budget keeps what a smaller one keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lorabench import bill
 from lorabench.config import Preset, PresetError
+from lorabench.models.dimensions import dimensions
 from lorabench.plan import Plan, make_plan
 
 CORE_CLAIMS = {
@@ -33,6 +35,8 @@ CORE_CLAIMS = {
     "rl_math": ("F1", "F2"),
 }
 """The claims that make up the paper's core, by the experiment that tests them."""
+
+_OF_DENSE_MODELS = ("E1", "E2")
 
 Unit = tuple[str, str]
 """An experiment on a model; what measures steps has no model of its own."""
@@ -51,9 +55,16 @@ class Step:
     hours: float
 
 
-def with_budget(preset: str, hours: float) -> str:
-    """The name of a preset within a budget, in place of any that it had."""
-    return f"{split_budget(preset)[0]}@{hours:g}"
+def with_budget(preset: str, hours: float | str) -> str:
+    """The name of a preset within a budget, in place of any that it had.
+
+    Raises:
+        PresetError: the budget is no number of hours.
+    """
+    name, found = split_budget(f"{split_budget(preset)[0]}@{hours}")
+    if found is None or not 0 < found < math.inf:
+        raise PresetError(f"budget = {hours!r}: a number of hours above 0 is needed")
+    return f"{name}@{found:g}"
 
 
 def split_budget(preset: str) -> tuple[str, float | None]:
@@ -107,7 +118,7 @@ def order(plan: Plan) -> Iterator[Step]:
         return sweeps + (_hours(bill.compute(plan)) if _COMPUTE in more else 0.0)
 
     def lost(more: frozenset[Unit]) -> int:
-        return len(_claims(left) - _claims(left - more))
+        return len(_claims(plan.preset, left) - _claims(plan.preset, left - more))
 
     while True:
         whole = {name: frozenset(one for one in left if one[0] == name) for name, _ in left}
@@ -132,9 +143,14 @@ def order(plan: Plan) -> Iterator[Step]:
         yield best
 
 
-def _claims(units: set[Unit]) -> set[str]:
+def _claims(preset: Preset, units: Iterable[Unit]) -> set[str]:
     """The core claims that experiments test together."""
-    return {claim for name, _ in units for claim in CORE_CLAIMS.get(name, ())}
+    return {
+        claim
+        for name, model in units
+        for claim in CORE_CLAIMS.get(name, ())
+        if claim not in _OF_DENSE_MODELS or not dimensions(preset.models[model]).experts
+    }
 
 
 def _hours(one: bill.Bill) -> float:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from lorabench import cost
+from lorabench.bill import on_gpu
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import is_called, processor
@@ -67,26 +68,32 @@ def calibrate(runs: pd.DataFrame, sweeps: Mapping[str, tuple[Preset, Sweep]], de
     """
     done = runs[(runs["status"] == "done") & (runs["device"] == device) & (runs["wall_s"] > 0)]
     measured = [
-        (*sweeps[run_id], seconds, peak)
+        (*sweeps[run_id], _gpus(*sweeps[run_id]), seconds, peak)
         for run_id, seconds, peak in zip(done["run_id"], done["wall_s"], done["peak_mem_bytes"], strict=True)
         if run_id in sweeps
     ]
     if not measured:
         return None
-    flops, seconds_of_flops, parts = 0.0, 0.0, []
-    for preset, sweep, seconds, _ in measured:
-        gpus = gpus_needed(preset, sweep)
-        moving, fixed = cost.run_seconds(preset, sweep, gpus)
-        flops += moving * cost.speed(preset.execution)
-        # What is launched one by one is an assumption; of what was measured it is never all.
-        seconds_of_flops += max(seconds - fixed, seconds / 2)
-        parts.append((moving * cost.speed(preset.execution), fixed))
-    speed = flops / seconds_of_flops
-    times = [
-        (work / speed + fixed) / seconds for (work, fixed), (_, _, seconds, _) in zip(parts, measured, strict=True)
-    ]
-    memory = [peak_bytes(preset, sweep) / peak for preset, sweep, _, peak in measured if peak > 0]
+    work, fixed = [], []
+    for preset, sweep, gpus, _, _ in measured:
+        of_flops, of_launches = cost.run_seconds(preset, sweep, gpus)
+        work.append(of_flops * cost.speed(preset.execution))
+        fixed.append(of_launches)
+    seconds = [seconds for *_, seconds, _ in measured]
+    # What is launched one by one is an assumption; of what was measured it is never all.
+    computing = [max(of_run - launches, of_run / 2) for of_run, launches in zip(seconds, fixed, strict=True)]
+    speed = sum(work) / sum(computing)
+    times = [(flops / speed + rest) / of_run for flops, rest, of_run in zip(work, fixed, seconds, strict=True)]
+    memory = [peak_bytes(preset, sweep, gpus) / peak for preset, sweep, gpus, _, peak in measured if peak > 0]
     return Calibration(device, len(measured), speed / 1e9, _error(times), _error(memory or [math.nan]))
+
+
+def _gpus(preset: Preset, sweep: Sweep) -> int:
+    """GPUs of a run's job: it ran, so it had some, even if the estimate finds no room."""
+    try:
+        return gpus_needed(preset, sweep)
+    except UserError:
+        return preset.execution.max_gpus
 
 
 def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
@@ -147,9 +154,9 @@ def _named_plans(folders: Sequence[Path], plan: Plan) -> Iterator[Plan]:
 
     for name in dict.fromkeys(folder.resolve().parent.name for folder in folders):
         if (PRESETS / f"{name}.yaml").is_file():
-            preset = load_preset(name)
-            if (preset.execution.gpu is None) == (plan.preset.execution.gpu is None):
-                yield make_plan(preset)
+            preset, gpu = load_preset(name), plan.preset.execution.gpu
+            if (preset.execution.gpu is None) == (gpu is None):
+                yield make_plan(on_gpu(preset, gpu) if gpu else preset)
 
 
 def _error(ratios: Sequence[float]) -> Error:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -14,6 +14,8 @@ import typer
 
 from lorabench.config import json_schema
 from lorabench.errors import UserError
+from lorabench.exhausted import memory_for, space_for
+from lorabench.training import stop
 
 if TYPE_CHECKING:
     from lorabench.layout import Layout
@@ -35,12 +37,23 @@ TablesOptions = Annotated[list[Path], typer.Option("--tables", help="Folder with
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Show an error that a user can mend as what it is, without a traceback, and exit with 2."""
+    """Show an error that a user can mend as what it is, without a traceback, and exit with 2.
+
+    A command that is stopped by a signal exits with 128 and the signal's number, as shells have it.
+    """
     try:
-        yield
+        with (
+            stop.at_once(),
+            space_for("this command's files"),
+            memory_for("this command", "give it more, or a larger machine"),
+        ):
+            yield
     except UserError as error:
         print(f"lorabench: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+    except stop.Stopped as stopped:
+        print(f"lorabench: {stopped}", file=sys.stderr)
+        raise typer.Exit(stopped.exit_status) from stopped
 
 
 def _fix_hashes() -> None:
@@ -130,30 +143,77 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     _fix_hashes()
     with _one_sentence():
         from lorabench.data.problems import make_problems, write_problems
-        from lorabench.data.sft import make_dataset, write_dataset
+        from lorabench.data.sft import build_dataset
+        from lorabench.hub import read_fetched
 
         made, layout = _open(preset)
-        problems = made.preset.problems.get(name)
-        if problems is not None:
-            write_problems(make_problems(problems), layout.dataset(name))
-            return
-        spec = _named(made.preset.datasets, name, "dataset")
-        write_dataset(make_dataset(spec), layout.dataset(name))
+        _named(made.preset.sources, name, "dataset")
+        found = layout.fetched_data(name)
+        fetched = read_fetched(found) if found else {}
+        if name in made.preset.problems:
+            write_problems(make_problems(made.preset.problems[name], fetched), layout.dataset(name))
+        else:
+            build_dataset(made.preset.datasets[name], layout.dataset(name), fetched)
 
 
 @app.command()
-def tokens(model: str, dataset: str, preset: PresetOption = "laptop") -> None:
+def tokens(
+    model: str,
+    dataset: str,
+    preset: PresetOption = "laptop",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+) -> None:
     """Tokenize a dataset for a model."""
     with _one_sentence():
-        from lorabench.data.sft import read_dataset
-        from lorabench.data.tokens import write_tokens
+        from lorabench.config import HubDataset
+        from lorabench.data.tokens import Limits, write_tokens
         from lorabench.models.base import load_tokenizer, max_length
 
         made, layout = _open(preset)
-        spec = _named(made.preset.models, model, "model")
-        _named(made.preset.datasets, dataset, "dataset")
+        _named(made.preset.models, model, "model")
+        data, spec = _named(made.preset.datasets, dataset, "dataset"), layout.model(model)
+        limits = Limits(max_length(spec), data.max_tokens if isinstance(data, HubDataset) else None)
         source, target = layout.dataset(dataset), layout.tokens(model, dataset)
-        write_tokens(read_dataset(source), load_tokenizer(spec), source, target, max_length(spec))
+        write_tokens(source, load_tokenizer(spec), target, limits, processes)
+
+
+@app.command("fetch-model")
+def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
+    """Download a preset's model from the hub, once: configuration, tokenizer and safetensors."""
+    with _one_sentence():
+        from lorabench.config import HubModel
+        from lorabench.hub import Wanted
+        from lorabench.hub import fetch as fetch_repositories
+
+        made, layout = _open(preset)
+        spec, out = _named(made.preset.models, model, "model"), layout.fetched_model(model)
+        if out is None or not isinstance(spec, HubModel):
+            raise UserError(f"model {model!r} is of kind {spec.kind!r}; only hub models are fetched")
+        wanted = Wanted("model", spec.id, spec.revision, code=spec.trust_remote_code)
+        fetch_repositories([wanted], layout.pins, out)
+
+
+@app.command("fetch-data")
+def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
+    """Download a preset's dataset or problem set from the hub, once."""
+    with _one_sentence():
+        from lorabench.config import HubDataset, HubProblems
+        from lorabench.data.hub import repository
+        from lorabench.data.hub_problems import repositories
+        from lorabench.hub import fetch as fetch_repositories
+
+        made, layout = _open(preset)
+        spec, out = _named(made.preset.sources, name, "dataset"), layout.fetched_data(name)
+        match spec:
+            case HubDataset():
+                wanted = [repository(spec)]
+            case HubProblems():
+                wanted = repositories(spec)
+            case _:
+                wanted = []
+        if out is None:
+            raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
+        fetch_repositories(wanted, layout.pins, out)
 
 
 @app.command()
@@ -202,8 +262,11 @@ def sweep(
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(log))
+        # A log that can't be written, to a full disk, is no reason for a traceback per line.
+        logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
+        from lorabench.lock import locked
         from lorabench.progress import status as read_status
         from lorabench.training.distributed import ALONE, join, leave
         from lorabench.training.sweep import run_sweep
@@ -215,7 +278,14 @@ def sweep(
             whole = f"[{state.runs_done}/{state.runs_planned} runs of {layout.name}]"
             logging.info("%s %s %s", whole, wanted.condition.label, line)
 
-        run_sweep(made, wanted, layout, say, group)
+        execution, label = layout.preset.execution, wanted.condition.label
+        lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
+        if wanted.condition.task == "rl":
+            lower += f", max_cache_tokens ({execution.max_cache_tokens}) or lanes ({execution.lanes})"
+        lock = locked(layout.lock(wanted), label, logging.info) if group.first else nullcontext()
+        with stop.after_this_step(), lock, memory_for(label, lower):
+            group.wait()
+            run_sweep(made, wanted, layout, say, group)
         leave(group)
 
 
@@ -252,20 +322,29 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     with _one_sentence():
         made, layout = _open(preset)
         job = made.evaluation(eval_id)
-        # Read when tqdm is first imported: a bar per step would drown the log.
+        # Read when tqdm is first imported: a bar per step would drown the log. lm-eval's own can't be turned off.
         os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
         from lorabench.evaluation.runner import evaluate_job
 
-        evaluate_job(made, job, layout)
+        assert made.preset.evaluation
+        with memory_for(eval_id, f"lower evaluation.batch_size (now {made.preset.evaluation.batch_size})"):
+            evaluate_job(made, job, layout)
 
 
 @app.command()
-def collect(sweeps: list[Path], out: Annotated[Path, typer.Option(help="Folder of the tables.")]) -> None:
+def collect(
+    sweeps: list[Path],
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Take only sweeps of its plan, and their experiments from it.")
+    ] = None,
+) -> None:
     """Merge sweep files into the tidy tables `runs` and `curves`."""
     with _one_sentence():
         from lorabench.tables import collect as merge
 
-        merge(sweeps, out)
+        merge(sweeps, out, None if preset is None else _open(preset)[0])
 
 
 @app.command("collect-evals")
@@ -289,7 +368,9 @@ def compute(preset: PresetOption = "laptop", out: TablesFolder = None) -> None:
         made, layout = _open(preset)
         if made.preset.experiments.compute is None:
             raise UserError(f"preset {layout.name} has no experiment compute")
-        measured = [compute_table(made.preset, model) for model in made.preset.experiments.compute.models]
+        names = made.preset.experiments.compute.models
+        at_commits = made.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
+        measured = [compute_table(at_commits, name) for name in names]
         write_frame(pd.concat(measured), "compute", out or layout.tables())
 
 
@@ -333,13 +414,16 @@ def figure(name: str, tables: TablesOptions, out: FigureFolder) -> None:
 
 
 @app.command()
-def report(preset: PresetOption = "laptop") -> None:
+def report(
+    preset: PresetOption = "laptop",
+    evaluation: Annotated[bool, typer.Option(help="Show scores of lm-eval, if there are any.")] = True,
+) -> None:
     """Build the report page of a preset from its tables and figures."""
     with _one_sentence():
         from lorabench.report.page import build
 
         made, layout = _open(preset)
-        build(made, layout, layout.report)
+        build(made, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
 
 
 @app.command()

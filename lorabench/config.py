@@ -26,6 +26,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[int, Field(ge=0)]
+Sharding = Literal["fsdp", "ddp"]
 
 NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
 """Tasks of reasoning-gym whose answer is one number."""
@@ -37,6 +38,16 @@ HUB_PROBLEMS = {
     "aime25": ("math-ai/aime25",),
 }
 """The hub's datasets by kind of problem set."""
+
+EVAL_SOURCES = {
+    "lorabench_worked": "worked",
+    "lorabench_worked_bits": "worked",
+    "lorabench_instruct": "instruct",
+    "lorabench_instruct_bits": "instruct",
+    "lorabench_arithmetic": "arithmetic",
+    "lorabench_pretraining": None,
+}
+"""This project's tasks of evaluation: the kind of dataset or problem set that each reads, null for none."""
 
 
 class PresetError(UserError):
@@ -64,7 +75,8 @@ class HubModel(Strict):
     id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub id, `owner/name`."""
     revision: str = "main"
-    """Commit or tag; pin a commit for a reproducible run."""
+    """Commit, tag or branch. What moves stands for one commit from when it is first fetched (`results/<preset>/pins`);
+    pin a commit for runs that others can repeat."""
     trust_remote_code: bool = False
     """Run the repository's own Python code. Off unless you have read that code."""
     parameters: Positive
@@ -159,6 +171,11 @@ class FactsDataset(Strict):
         return self.facts * self.digits * math.log2(10)
 
 
+def _check_copies(path: str | None) -> None:
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"folder {path!r} does not exist")
+
+
 class HubDataset(Strict):
     """Chats of a dataset on the Hugging Face hub, with a column `messages` or `conversations`."""
 
@@ -166,7 +183,8 @@ class HubDataset(Strict):
     id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub id, `owner/name`."""
     revision: str = "main"
-    """Commit or tag; pin a commit for a reproducible run."""
+    """Commit, tag or branch. What moves stands for one commit from when it is first fetched (`results/<preset>/pins`);
+    pin a commit for runs that others can repeat."""
     config: str | None = None
     """Configuration of the dataset, where it has several."""
     split: str = "train"
@@ -178,11 +196,21 @@ class HubDataset(Strict):
     test: Positive
     """Examples on which losses are reported."""
     max_chars: Annotated[int, Field(ge=32)]
-    """Longer examples (all turns together) are left out."""
+    """Longer examples (all turns together) are left out; all models are trained on the same choice."""
+    max_tokens: Positive | None = None
+    """Of the examples chosen, those with more tokens are left out of a model's training and tests, and counted; never
+    cut. Null where every example fits every model."""
+    path: str | None = None
+    """Folder with a copy of the repository, in a folder `owner/name`, to be read in place of the hub."""
     mean_tokens: Positive
     """Tokens of an average example, for the cost estimate."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choice of examples."""
+
+    @model_validator(mode="after")
+    def _is_there(self) -> Self:
+        _check_copies(self.path)
+        return self
 
 
 DatasetSpec = Annotated[ChatDataset | FactsDataset | HubDataset, Field(discriminator="kind")]
@@ -235,7 +263,7 @@ class HubProblems(Strict):
     kind: Literal["gsm8k", "math", "deepmath", "aime24", "aime25"]
     """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
     revisions: dict[str, str] = {}
-    """Commit or tag by hub id, `main` where none is given; pin commits for a reproducible run."""
+    """Commit, tag or branch by hub id, `main` where none is given; as in datasets of the hub."""
     path: str | None = None
     """Folder with copies of the repositories, each in a folder `owner/name`, to be read in place of the hub."""
     train: NotNegative
@@ -257,8 +285,7 @@ class HubProblems(Strict):
         for name in self.revisions:
             if name not in self.ids:
                 raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
-        if self.path is not None and not Path(self.path).is_dir():
-            raise ValueError(f"folder {self.path!r} does not exist")
+        _check_copies(self.path)
         counts = f"train = {self.train}, validation = {self.validation}"
         if self.kind in ("aime24", "aime25"):
             if self.train or self.validation:
@@ -468,8 +495,10 @@ class EvalTask(Strict):
     """Worked examples in the prompt; null for as many as the task has by itself."""
     limit: Positive | None = None
     """Only so many documents; null for all."""
+    max_new_tokens: Positive | None = None
+    """Longest answer; null for as many tokens as the task has by itself, in lm-eval 256 where it says nothing."""
     chat: bool = False
-    """Put prompts into the model's chat template."""
+    """Put prompts into the model's chat template; a model that has none gets them as they are."""
     mean_tokens: Positive = 200
     """Tokens of an average document with what is generated for it, for the cost estimate."""
     documents: Positive = 1000
@@ -495,6 +524,8 @@ class Execution(Strict):
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
     """Tokens, padding included, that go through the model at once; larger batches are accumulated."""
+    packing: bool = False
+    """Lay several examples end to end where a batch of them would be padded; see lorabench/training/batches.py."""
     max_cache_tokens: Positive = 65_536
     """Tokens of prompts and responses whose keys and values are kept at once when sampling."""
     lanes: Positive = 8
@@ -506,7 +537,7 @@ class Execution(Strict):
     activation_checkpointing: bool = False
     """Compute the activations of each layer again in the backward pass instead of keeping them: a third more work, far
     less memory."""
-    sharding: Literal["fsdp", "ddp"] = "fsdp"
+    sharding: Sharding = "fsdp"
     """How several GPUs hold a model: each a part of it, or each the whole where one GPU has room for it."""
     gpu: str | None = None
     """The GPU meant, by its name in lorabench/gpus.py, for the estimates; null for a CPU."""
@@ -576,8 +607,18 @@ class Preset(Strict):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"evaluation.tasks: {twice[0]!r} appears twice")
         for number, task in enumerate(evaluation.tasks):
-            if task.source is not None:
-                _known([task.source], self.sources, f"evaluation.tasks.{number}.source")
+            where = f"evaluation.tasks.{number}"
+            if task.name.startswith("lorabench_"):
+                _known([task.name], EVAL_SOURCES, f"{where}.name")
+            kind = EVAL_SOURCES.get(task.name)
+            allowed = [name for name, spec in self.sources.items() if spec.kind == kind]
+            if kind is None and task.source is not None:
+                raise ValueError(f"{where}.source = {task.source!r}: task {task.name!r} reads no source; leave it out")
+            if kind is not None and task.source not in allowed:
+                raise ValueError(
+                    f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
+                    f"allowed: {', '.join(allowed) or 'none in this preset'}"
+                )
 
     def _check_sft(self, block: SftExperiment, where: str) -> None:
         _known(block.datasets, self.datasets, f"{where}.datasets")

@@ -40,11 +40,10 @@ _GPU_START_SECONDS = 60.0
 _READING = 1e9
 # Launching one layer for one position from Python: what a token costs at least, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
-# Several GPUs wait for each other, and have so many bytes/s between them.
+# Several GPUs wait for each other: their share of the speed of as many single ones.
 _SHARDED = 0.8
-_BETWEEN_GPUS = 300e9
-# Of a document whose answer is drawn, the share that is drawn; the longest answer of a batch is twice as long.
-_DRAWN_SHARE = 0.25
+# Where a task of lm-eval says nothing of the longest answer, and the preset neither. A batch lasts as long as that.
+_LONGEST_ANSWER = 256
 
 
 def speed(execution: Execution, gpus: int = 1) -> float:
@@ -91,9 +90,10 @@ def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, plac
     return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
 
 
-def lanes(preset: Preset, sweep: Sweep) -> int:
-    """Runs of a sweep that are held in memory together: those of LoRA in RL."""
-    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora"
+def lanes(preset: Preset, sweep: Sweep, gpus: int) -> int:
+    """Runs of a sweep that are held in memory together: those of LoRA in RL, but on a sharded model they take turns."""
+    sharded = gpus > 1 and preset.execution.sharding == "fsdp"
+    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora" and not sharded
     return min(preset.execution.lanes, sweep.n_runs) if together else 1
 
 
@@ -127,7 +127,7 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
     if rollouts is None:
         dataset = preset.datasets[condition.dataset]
         per_example = tokens_per_example(preset.models[condition.model], dataset)
-        examples = preset.protocol.curve_points * dataset.validation + dataset.test
+        examples = _validations(preset, condition.steps) * dataset.validation + dataset.test
         trained = condition.steps * condition.batch_size * per_example
         # A causal token sees half of its example, but most tokens are in examples twice as long as the mean.
         return RunTokens(trained, examples * per_example, 0.0, per_example)
@@ -138,6 +138,13 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
     prompts = episodes / rollouts.group_size * prompt
     drawn = (episodes + graded) * response
     return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
+
+
+def _validations(preset: Preset, steps: int) -> int:
+    """Points of a run's validation curve after the first step, as `lorabench.training.sft.curve_steps` places them."""
+    protocol = preset.protocol
+    spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
+    return len(spaced | {step for step in protocol.validate_at if step <= steps})
 
 
 def _graded(preset: Preset, condition: Condition) -> int:
@@ -186,8 +193,10 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     work = flops.trained + flops.evaluated + flops.again
     if not gpus:
         return (work + _DECODING * flops.drawn) / speed(preset.execution), 0.0
+    computing = work / speed(preset.execution, gpus)
+    waiting = max(0.0, _launch_seconds(preset, sweep.condition, gpus) - computing)
     drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
-    return (work + flops.drawn) / speed(preset.execution, gpus), drawing
+    return computing + flops.drawn / speed(preset.execution, gpus), waiting + drawing
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
@@ -201,6 +210,14 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     return seconds + _GPU_START_SECONDS + loads * weights / _READING
 
 
+def _launch_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
+    """What a run takes at least on GPUs, however small the model: its passes through layers, launched one by one."""
+    tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
+    # Backward takes two of three; a batch goes through the model in two parts at least.
+    passes = 3 * condition.steps * max(2.0, tokens.trained / condition.steps / most) + tokens.evaluated / most
+    return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
+
+
 def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     """Seconds of one run that drawing takes on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
     condition, execution = sweep.condition, preset.execution
@@ -208,19 +225,19 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     assert rollouts
     assert execution.gpu
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    together = lanes(preset, sweep)
+    together = lanes(preset, sweep, gpus)
     rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
     # Batches of rows, each drawn until its longest response ends; lanes share them.
     batches = condition.steps * max(1.0, together * condition.batch_size / rows)
     batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
-    # Autocast copies frozen weights for every position, and trained ones once.
-    weights = (8 if condition.method == "lora" else 2) * sizes.parameters / gpu.bandwidth
-    between = 4 * sizes.parameters / _BETWEEN_GPUS if gpus > 1 else 0.0
+    # Autocast copies frozen weights for every position, and trained ones once; the copy that processes of a sharded
+    # model sample from is in bf16 already.
+    weights = (8 if condition.method == "lora" and gpus == 1 else 2) * sizes.parameters / gpu.bandwidth
     positions = batches / together * rollouts.max_new_tokens
     # Keys and values are repeated for all heads, cast, and read.
     tokens = run_tokens(preset, condition)
     cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
-    return positions * (sizes.layers * _LAYER_SECONDS + weights + between) + cache
+    return positions * (sizes.layers * _LAYER_SECONDS + weights) + cache
 
 
 def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
@@ -242,7 +259,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
         drawn = task.about == "learned"
         seconds += read * _DECODING if drawn and gpu is None else read
         if drawn and gpu is not None:
-            positions = _documents(task) / preset.evaluation.batch_size * 2 * _DRAWN_SHARE * task.mean_tokens
+            positions = _documents(task) / preset.evaluation.batch_size * (task.max_new_tokens or _LONGEST_ANSWER)
             weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
             seconds += positions * (sizes.layers * _LAYER_SECONDS + weights)
     return seconds

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lorabench.budget import split_budget, within
-from lorabench.config import Preset, load_preset, preset_path
-from lorabench.plan import EvalJob, Sweep, dataset_id, digest, model_id
+from lorabench.config import HubDataset, HubModel, HubProblems, ModelSpec, Preset, load_preset, preset_path
+from lorabench.hub import read_fetched
+from lorabench.plan import Condition, EvalJob, Sweep, dataset_id, digest, model_id
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Layout:
     def report(self) -> Path:
         return self.root / "report" / "index.html"
 
+    @property
+    def report_without_evaluation(self) -> Path:
+        """What can be said where an evaluation fails."""
+        return self.report.with_name("without_evaluation.html")
+
     def tables(self, experiment: str | None = None) -> Path:
         """Folder of the tidy tables: of one experiment, or of all."""
         return self.root / "tables" / experiment if experiment else self.root / "tables"
@@ -65,11 +71,55 @@ class Layout:
         model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])
         return self.root / "tokens" / f"{model}.{model_key}.{dataset}.{dataset_key}.safetensors"
 
+    @property
+    def pins(self) -> Path:
+        """Folder of the commits that the hub's moving revisions stand for."""
+        return self.root / "pins"
+
+    def fetched_model(self, model: str) -> Path | None:
+        """What was fetched of a model of the hub; None for others."""
+        spec = self.preset.models[model]
+        if not isinstance(spec, HubModel):
+            return None
+        return self.root / "hub" / "models" / f"{model}.{model_id(spec)}.json"
+
+    def fetched_data(self, dataset: str) -> Path | None:
+        """What was fetched of a dataset or a problem set of the hub; None for others and for local copies."""
+        spec = self.preset.sources[dataset]
+        if not isinstance(spec, HubDataset | HubProblems) or spec.path is not None:
+            return None
+        return self.root / "hub" / "data" / f"{dataset}.{dataset_id(spec)}.json"
+
+    def model(self, model: str) -> ModelSpec:
+        """A model's spec, one of the hub at the commit that was fetched.
+
+        Raises:
+            UserError: it was not fetched yet.
+        """
+        spec, fetched = self.preset.models[model], self.fetched_model(model)
+        if fetched is None or not isinstance(spec, HubModel):
+            return spec
+        return spec.model_copy(update={"revision": read_fetched(fetched)[spec.id].commit})
+
+    def commits(self, condition: Condition) -> dict[str, str]:
+        """The commit of all that a condition reads from the hub, by id.
+
+        Raises:
+            UserError: something was not fetched yet.
+        """
+        held_out = condition.rollouts.held_out if condition.rollouts else ()
+        files = [self.fetched_model(condition.model), *map(self.fetched_data, (condition.dataset, *held_out))]
+        return {name: one.commit for file in files if file for name, one in read_fetched(file).items()}
+
     def sweep(self, sweep: Sweep) -> Path:
         return self.root / "sweeps" / f"{sweep.sweep_id}.parquet"
 
     def log(self, sweep: Sweep) -> Path:
         return self.root / "logs" / f"{sweep.sweep_id}.log"
+
+    def lock(self, sweep: Sweep) -> Path:
+        """Lock on the runs of a sweep's condition, which a sweep of another plan may have too."""
+        return self.root / "locks" / f"{digest(asdict(sweep.condition))}.lock"
 
     def progress(self, sweep: Sweep) -> Path:
         return self.root / "progress" / f"{sweep.sweep_id}.json"

@@ -9,7 +9,7 @@ bytes follow the code of transformers and PEFT, and were checked by the life of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorabench import cost
@@ -49,9 +49,6 @@ class Memory:
         held = self.weights + self.moments
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     """Peak memory of a sweep's job, on each of its GPUs."""
@@ -60,17 +57,18 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
     longest = cost.longest_sequence(preset, condition)
     # A batch goes through the model in two parts at least; all of its tokens may be scored.
     tokens = max(longest, min(execution.max_batch_tokens, -(-condition.batch_size // 2) * longest))
-    lanes = cost.lanes(preset, sweep)
     is_rl = condition.rollouts is not None
     step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, gpus, is_rl)
-    if condition.rollouts is None:
+    if not is_rl:
         return step
-    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
-    others = (lanes - 1) * trained / _parts(preset, gpus)
-    wanted = lanes * condition.batch_size * longest
-    cached = max(longest, min(execution.max_cache_tokens, wanted))
-    drawing = _sampling(sizes, cached, cached / longest, preset.protocol.precision == "bf16")
-    return step + Memory(4 * others, 0, 8 * others, 0, 0, 0, drawing)
+    lanes, bf16 = cost.lanes(preset, sweep, gpus), preset.protocol.precision == "bf16"
+    others = (lanes - 1) * cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    # Each process of a sharded model samples from a whole copy, whose linear layers are in the type of their products.
+    copy = 4 * sizes.parameters - (2 * linear if bf16 else 0) if _parts(preset, gpus) > 1 else 0
+    cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
+    drawing = _sampling(sizes, cached, cached / longest, bf16)
+    return replace(step, weights=step.weights + copy + 4 * others, moments=step.moments + 8 * others, sampling=drawing)
 
 
 def step_memory(
@@ -91,8 +89,11 @@ def step_memory(
     bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
     trained, parts = cost.trained_parameters(preset, sizes, rank, placement), _parts(preset, gpus)
     layer = _layer_bytes(sizes, rank, bf16)
-    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time.
-    kept = sizes.layers * 4 * sizes.hidden + layer if again else sizes.layers * layer
+    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time, when the
+    # logits are gone.
+    kept = sizes.layers * (4 * sizes.hidden if again else layer)
+    # Logits and their gradient, in fp32; of RL also the entropy's.
+    logits = sizes.vocabulary * (16 if is_rl else 12)
     # Sharded layers come together one by one; the next is fetched while one is computed.
     gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
     # Autocast keeps a copy of what is trained until the end of the pass, and any layer one for its backward pass;
@@ -109,15 +110,13 @@ def step_memory(
         copies=copies * share,
         # Beside the layers: embeddings, the last norm, what goes into the unembedding.
         activations=tokens * (kept + 10 * sizes.hidden),
-        # Logits and their gradient, in fp32; of RL also the entropy's.
-        logits=tokens * sizes.vocabulary * (16 if is_rl else 12),
+        logits=tokens * (max(logits, layer) if again else logits),
         sampling=0,
     )
 
 
-def peak_bytes(preset: Preset, sweep: Sweep) -> float:
-    """The peak as runs report it: of tensors on each GPU, or of the whole process on a CPU."""
-    gpus = gpus_needed(preset, sweep)
+def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """The peak as runs report it: of tensors on each of so many GPUs, or with none of the whole process."""
     process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
     return process + sweep_memory(preset, sweep, max(1, gpus)).total
 
@@ -135,11 +134,12 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     gpus = 1
     while (needed := sweep_memory(preset, sweep, gpus).total) > available:
         if 2 * gpus > execution.max_gpus:
+            again = "" if execution.activation_checkpointing else "set activation_checkpointing, "
             raise UserError(
                 f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which "
-                f"has {available / GB:.0f} GB to give; lower execution.max_batch_tokens ({execution.max_batch_tokens}) "
-                f"or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus ({execution.max_gpus}), set "
-                f"activation_checkpointing, or choose another gpu"
+                f"has {available / GB:.0f} GB to give; of execution, {again}lower max_batch_tokens "
+                f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
+                f"({execution.max_gpus}), or choose another gpu"
             )
         gpus *= 2
     return gpus

@@ -1,36 +1,41 @@
-"""How far the work is: a heartbeat per sweep job, and the whole picture from the files on disk."""
+"""How far the work is: what each sweep job is at, and the whole picture from the files on disk.
+
+Whether a job is alive says the heartbeat of its lock (lock.py).
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.exhausted import NoSpaceError
+from lorabench.lock import alive, silence
 from lorabench.records import write_json
 
 if TYPE_CHECKING:
     from lorabench.layout import Layout
     from lorabench.plan import Plan, Run, Sweep
 
-# Seconds between heartbeats, and after how many of silence a job counts as gone.
-HEARTBEAT, SILENT = 2.0, 60.0
+# Seconds between two notes of how far a job is.
+EVERY = 2.0
 
 
 class Progress:
-    """The heartbeat file of one sweep job; removed when the job ends well."""
+    """The file that says how far one sweep job is; removed when the job ends well."""
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
-        self.path, self.sweep, self.last = path, sweep, 0.0
+        self.path, self.sweep, self.last = path, sweep, -EVERY
 
     def tick(self, number: int, run: Run, step: int) -> None:
-        """Say that a run has done `step` steps; written at most every `HEARTBEAT` seconds."""
-        now = time.time()
-        if now - self.last >= HEARTBEAT:
+        """Say that a run has done `step` steps; written at most every `EVERY` seconds."""
+        now = time.monotonic()
+        if now - self.last >= EVERY:
             self.last = now
             state = {
-                "time": now,
                 "label": self.sweep.condition.label,
                 "run": number,
                 "runs": self.sweep.n_runs,
@@ -39,7 +44,9 @@ class Progress:
                 "step": step,
                 "steps": run.condition.steps,
             }
-            write_json(state, self.path)
+            # A full disk ends a job where it costs something.
+            with suppress(NoSpaceError):
+                write_json(state, self.path)
 
     def close(self) -> None:
         """The job has ended well."""
@@ -48,7 +55,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Status:
-    """State of a preset's work. `running` holds the heartbeats of jobs that are alive, `silent` the others."""
+    """State of a preset's work. `running` holds what jobs that are alive are at, `silent` what the others were at.
+
+    A silent job has `silent_s`, the seconds since its last sign of life; null if it has let go of its runs.
+    """
 
     runs_done: int
     runs_planned: int
@@ -70,10 +80,12 @@ def status(plan: Plan, layout: Layout) -> Status:
             done += sweep.n_runs
             continue
         done += _finished_runs(sweep, layout)
-        heartbeat = layout.progress(sweep)
-        if heartbeat.exists():
-            state = json.loads(heartbeat.read_text())
-            (running if time.time() - state["time"] < SILENT else silent).append(state)
+        try:
+            state = json.loads(layout.progress(sweep).read_text())
+        except FileNotFoundError:
+            continue
+        age = silence(layout.lock(sweep))
+        (running if alive(age) else silent).append(state | {"silent_s": age})
     return Status(
         runs_done=done,
         runs_planned=sum(sweep.n_runs for sweep in plan.sweeps),

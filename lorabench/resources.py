@@ -51,7 +51,7 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
     """
     preset = plan.preset
     gpus = gpus_needed(preset, sweep)
-    peak = peak_bytes(preset, sweep)
+    peak = peak_bytes(preset, sweep, gpus)
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
     trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
@@ -61,12 +61,18 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
-    """Of an evaluation's job: one GPU, the model and its batch."""
-    preset = plan.preset
-    gpus = 0 if preset.execution.gpu is None else 1
-    # fp32 weights, and bf16 copies that may live at the same time.
-    peak = 6 * dimensions(preset.models[job.model]).parameters + (0 if gpus else _PROCESS)
-    return _resources(preset, job.model, gpus, peak, cost.evaluation_seconds(preset, job), 20 * MB)
+    """Of an evaluation's job, on one GPU.
+
+    Raises:
+        UserError: the model doesn't fit.
+    """
+    preset, evaluation = plan.preset, plan.preset.evaluation
+    assert evaluation
+    sizes = dimensions(preset.models[job.model])
+    # fp32 weights, and bf16 copies that may live at the same time; logits of a batch of long texts, in both types.
+    longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
+    peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
+    return _on_one(preset, "the evaluation", job.model, peak, cost.evaluation_seconds(preset, job), 20 * MB)
 
 
 def compute_resources(plan: Plan) -> Resources:
@@ -79,22 +85,16 @@ def compute_resources(plan: Plan) -> Resources:
     experiment, protocol = preset.experiments.compute, preset.protocol
     assert experiment
 
+    uncut = preset.model_copy(update={"execution": plain})
+
     def peak(model: str) -> float:
         sizes = dimensions(preset.models[model])
         adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
-        uncut = preset.model_copy(update={"execution": plain})
         step = step_memory(uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length)
-        return step.total + 12 * adapters + (_PROCESS if preset.execution.gpu is None else 0)
+        return step.total + 12 * adapters
 
     largest = max(experiment.models, key=peak)
-    gpu = preset.execution.gpu
-    if gpu is not None and peak(largest) > USABLE * GPUS[gpu].memory:
-        raise UserError(
-            f"experiment compute needs {peak(largest) / GB:.0f} GB for {largest} on one {gpu}, which has "
-            f"{USABLE * GPUS[gpu].memory / GB:.0f} GB to give; name a smaller model or batch in experiments.compute"
-        )
-    gpus = 0 if gpu is None else 1
-    return _resources(preset, largest, gpus, peak(largest), cost.compute_seconds(preset), MB)
+    return _on_one(preset, "experiment compute", largest, peak(largest), cost.compute_seconds(preset), MB)
 
 
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
@@ -106,6 +106,20 @@ def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
     size = 5 * tokens
     minutes = math.ceil(_TIME_MARGIN * tokens / 500_000 / 60) + _EXTRA_MINUTES
     return Resources(0, 1, math.ceil((_PROCESS + 6 * size) / MB), 0, minutes, math.ceil(size / MB))
+
+
+def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float) -> Resources:
+    """Of a job in one process, on a GPU if the preset has one."""
+    gpu = preset.execution.gpu
+    if gpu is None:
+        return _resources(preset, model, 0, peak + _PROCESS, seconds, disk)
+    available = USABLE * GPUS[gpu].memory
+    if peak > available:
+        raise UserError(
+            f"{what} needs {peak / GB:.0f} GB for {model} on one {gpu}, which has {available / GB:.0f} GB to give; "
+            f"leave that model out of it, or choose another execution.gpu"
+        )
+    return _resources(preset, model, 1, peak, seconds, disk)
 
 
 def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,21 +37,20 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     else:
         every = rows["total"]
         caption = [
-            f"on {execution.gpu} at {rate / 1e3:,.4g} TFLOP/s each ({given}); memory: the most on one GPU, which has "
-            f"{GPUS[execution.gpu].memory / GB:.0f} GB",
+            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {rate / 1e3:,.4g} TFLOP/s ({given})",
             f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
         ]
         last["GPU-hours"] = lambda one: _short(one.gpu_hours)
         last["GPUs"] = lambda one: f"1-{one.gpus}" if one.gpus > 1 else "1"
-        last["memory"] = lambda one: f"{one.memory / GB:.0f} GB"
-        last["disk"] = lambda one: f"{_short(one.disk / GB)} GB"
+        last["GB/GPU"] = lambda one: f"{one.memory / GB:.0f}"
+        last["disk GB"] = lambda one: _short(one.disk / GB)
         if price is not None:
             last["money"] = lambda one: f"{one.gpu_hours * price:,.0f}"
     table = Table(
         title=plan.preset.description,
         title_justify="left",
-        caption="\n".join([*caption, *notes]),
-        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("experiment")
     for column in ("jobs", "runs", "tokens", "PFLOPs", *last):
@@ -58,7 +60,11 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
             table.add_section()
         counted = [str(one.runs) if one.runs else "", _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
         table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
-    Console().print(table)
+    # Where there is no terminal, none is too narrow.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for sentence in (*caption, *notes):
+        console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
@@ -78,6 +84,15 @@ def _tokens(number: float) -> str:
     return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:,.1f} G"
 
 
+def _silence(word: str, job: dict[str, Any]) -> str:
+    """How long a job has been silent: killed, or stopped and not taken up again."""
+    if word == "running" or job["silent_s"] is None:
+        return ""
+    if job["silent_s"] < 0:
+        return f"; last sign of life {-job['silent_s'] / 60:.0f} minutes ahead of this file system's clock"
+    return f"; last sign of life {job['silent_s'] / 60:.0f} minutes ago"
+
+
 def status_table(status: Status) -> None:
     """How far the work is, what is running, and what has gone silent."""
     console = Console()
@@ -90,7 +105,7 @@ def status_table(status: Status) -> None:
         for job in jobs:
             console.print(
                 f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
-                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}"
+                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{_silence(word, job)}"
             )
     if status.report is not None:
         console.print(f"  report: {status.report}")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
-from lorabench.records import RunFolder, atomic_path
+from lorabench.records import RunFolder, atomic_path, read_parquet
 
 if TYPE_CHECKING:
     from lorabench.plan import Plan, Sweep
@@ -220,10 +220,12 @@ def write_curves(run_id: str, points: list[Point], path: Path) -> None:
 
 def write_sweep(folders: list[RunFolder], sweep: Sweep, path: Path) -> None:
     """Write a sweep's runs, curves nested, from their finished folders."""
+    # A run that was trained before the preset gave its model or dataset another name.
+    names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
     rows = []
     for folder in folders:
-        curve = pq.read_table(folder.curves).drop_columns(["run_id"]).to_pylist()
-        rows.append({**run_row(folder.read_record(), sweep.experiments), "curve": curve})
+        curve = folder.read_curves().drop_columns(["run_id"]).to_pylist()
+        rows.append({**run_row(folder.read_record(), sweep.experiments), **names, "curve": curve})
     write_table(pa.Table.from_pylist(rows, schema=_SWEEP), path)
 
 
@@ -233,9 +235,16 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def collect(sweeps: list[Path], out: Path) -> None:
-    """Merge sweep files into `runs` and `curves` (parquet and CSV) in the folder `out`."""
-    table = pa.concat_tables([pq.read_table(path, schema=_SWEEP) for path in sweeps])
+def collect(sweeps: list[Path], out: Path, plan: Plan | None = None) -> None:
+    """Merge sweep files into `runs` and `curves` (parquet and CSV) in the folder `out`.
+
+    Args:
+        plan: says which experiments a run is of, now; else the files say what it was when they were made.
+
+    Raises:
+        UserError: a file is damaged, or of a sweep that is not in the plan.
+    """
+    table = pa.concat_tables([_read_sweep(path, plan) for path in sweeps])
     runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves = pa.Table.from_pylist(
         [
@@ -250,6 +259,14 @@ def collect(sweeps: list[Path], out: Path) -> None:
         write_csv(part.to_pandas(), out / f"{name}.csv")
 
 
+def _read_sweep(path: Path, plan: Plan | None) -> pa.Table:
+    table = read_parquet(path, _SWEEP)
+    if plan is None:
+        return table
+    experiments = pa.array([plan.sweep(path.stem).experiments] * len(table), pa.list_(pa.string()))
+    return table.set_column(table.schema.get_field_index("experiments"), RUNS.field("experiments"), experiments)
+
+
 def collect_evals(files: list[Path], out: Path) -> None:
     """Merge the scores of evaluations into `evals` (parquet and CSV) in the folder `out`; a model's base comes first.
 
@@ -259,7 +276,7 @@ def collect_evals(files: list[Path], out: Path) -> None:
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
     tables = []
     for path in files:
-        table = pq.read_table(path)
+        table = read_parquet(path)
         if missing := [name for name in EVALS.names if name not in table.column_names]:
             raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
         tables.append(table.select(EVALS.names).cast(EVALS))

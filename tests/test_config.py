@@ -85,7 +85,10 @@ EVAL_MISTAKES = {
         {"experiments": ["placement"]},
         r"evaluation\.experiments: unknown name 'placement'; allowed: rank",
     ),
-    "unknown source": ({"source": "worked"}, r"evaluation\.tasks\.0\.source: unknown name 'worked'; allowed: instruct"),
+    "unknown source": (
+        {"source": "worked"},
+        r"evaluation\.tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
+    ),
     "a task twice": ({"twice": True}, r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
     "an unknown purpose": ({"about": "lost"}, r"evaluation\.tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
     "no tasks": ({"tasks": []}, r"evaluation\.tasks = \[\]: must not be empty"),

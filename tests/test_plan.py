@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench import cost
+from lorabench import bill
 from lorabench.config import Preset, load_preset
 from lorabench.errors import UserError
 from lorabench.models.tiny import shipped
@@ -283,9 +283,9 @@ def test_what_changes_scores_changes_an_evaluation(raw_preset):
 
 def test_the_estimate_has_the_evaluation(raw_preset):
     plan = evaluated(raw_preset)
-    one, two = (cost.evaluation(plan, cores) for cores in (1, 2))
-    assert (one.runs, one.sweeps) == (0, 4)
+    work = bill.evaluation(plan)
+    assert (work.runs, work.jobs) == (0, 4)
     # Four jobs of 1000 documents of 200 tokens.
-    assert one.tokens == 4 * 1000 * 200
-    assert one.minutes == pytest.approx(2 * two.minutes)
-    assert cost.evaluation(planned(raw_preset), 2).tokens == 0
+    assert work.tokens == 4 * 1000 * 200
+    assert bill.minutes(plan, work, 1) == pytest.approx(2 * bill.minutes(plan, work, 2))
+    assert bill.evaluation(planned(raw_preset)).tokens == 0

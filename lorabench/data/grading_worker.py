@@ -77,6 +77,9 @@ def main(seconds: float) -> None:
     Args:
         seconds: CPU time of one comparison; the kernel ends the process that takes more.
     """
+    # A signal to all processes of a job asks for its end; it must not make the answer at hand wrong.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
     # Whatever a library prints must not be taken for a reply.
     silent = os.open(os.devnull, os.O_WRONLY)

@@ -6,20 +6,18 @@ MATH-500 and trains on everything else; DeepMath has one split only; AIME is a t
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
 from random import Random
-from typing import Any, NamedTuple
-
-import pyarrow.parquet as pq
+from typing import NamedTuple
 
 from lorabench.config import HubProblems
 from lorabench.data.answers import gsm8k_answer, last_box
-from lorabench.data.hub import hub_rows
+from lorabench.data.hub import part_files
 from lorabench.data.reasoning import Problem
+from lorabench.data.rows import read_rows
 from lorabench.errors import UserError
+from lorabench.hub import Fetched, Wanted
 
 BOX = r" Write your answer in \boxed{} format."
 NUMBER_BOX = r" Provide a numerical answer without units, written inside \boxed{}."
@@ -63,16 +61,25 @@ _TEST = {
 }
 
 
-def hub_pools(spec: HubProblems) -> tuple[Iterator[Problem], Iterator[Problem]]:
+def repositories(spec: HubProblems) -> list[Wanted]:
+    """What has to be fetched for a set."""
+    parts: dict[str, list[tuple[str | None, str]]] = {}
+    for part in (*_TRAIN.get(spec.kind, ()), *_TEST.get(spec.kind, ())):
+        parts.setdefault(part.id, []).append((part.config, part.split))
+    return [Wanted("dataset", name, spec.revisions.get(name, "main"), tuple(found)) for name, found in parts.items()]
+
+
+def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterator[Problem], Iterator[Problem]]:
     """All problems to train on and all to test on, in an order that the seed decides; one and the same for DeepMath.
 
     What can't be graded is left out, and logged.
 
     Raises:
-        UserError: the data can't be fetched or read.
+        UserError: the data is not there, or can't be read.
     """
     train, test = (
-        [problem for part in parts.get(spec.kind, []) for problem in _problems(spec, part)] for parts in (_TRAIN, _TEST)
+        [problem for part in parts.get(spec.kind, []) for problem in _problems(spec, fetched, part)]
+        for parts in (_TRAIN, _TEST)
     )
     for pool in (train, test):
         Random(spec.seed).shuffle(pool)
@@ -84,11 +91,19 @@ def hub_pools(spec: HubProblems) -> tuple[Iterator[Problem], Iterator[Problem]]:
     return (problem for problem in train if problem.key not in tested), iter(test)
 
 
-def _problems(spec: HubProblems, part: _Part) -> list[Problem]:
+def _problems(spec: HubProblems, fetched: Mapping[str, Fetched], part: _Part) -> list[Problem]:
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     source = "/".join(name for name in (part.id, part.config) if name)
     problems, without = [], 0
-    for row in _rows(spec, part):
+
+    def columns(names: Collection[str], where: str) -> list[str]:
+        # DeepMath also has three long solutions of each problem.
+        for name in (part.question, part.answer):
+            if name not in names:
+                raise UserError(f"{part.id} has the columns {', '.join(names)} in {where}; {name} is needed")
+        return [part.question, part.answer]
+
+    for row in read_rows(part_files(fetched, spec.path, part.id, part.config, part.split), columns):
         question, text = row[part.question], row[part.answer]
         answer = None if text is None else part.gold(str(text))
         if question and answer:
@@ -98,49 +113,3 @@ def _problems(spec: HubProblems, part: _Part) -> list[Problem]:
     if without:
         logging.warning("%s: left out %d problems of %s without an answer", source, without, part.split)
     return problems
-
-
-def _rows(spec: HubProblems, part: _Part) -> Iterator[dict[str, Any]]:
-    """The rows of a part, with its two columns.
-
-    Raises:
-        UserError: a part, a column or a file that is not as it should be.
-    """
-    if spec.path is not None:
-        yield from _local_rows(Path(spec.path), part)
-        return
-    rows = hub_rows(part.id, part.config, part.split, spec.revisions.get(part.id, "main"))
-    _check_columns(rows.column_names, part, part.id)
-    # DeepMath also has three long solutions of each problem.
-    yield from rows.select_columns([part.question, part.answer])
-
-
-def _local_rows(path: Path, part: _Part) -> Iterator[dict[str, Any]]:
-    folder = path.joinpath(part.id, part.config or "")
-    files = [file for file in sorted(folder.rglob(f"{part.split}*")) if file.suffix in (".parquet", ".jsonl")]
-    if not files:
-        raise UserError(f"folder {folder} has no {part.split}*.parquet or {part.split}*.jsonl")
-    for file in files:
-        if file.suffix == ".parquet":
-            _check_columns(pq.read_schema(file).names, part, file)
-            yield from pq.read_table(file, columns=[part.question, part.answer]).to_pylist()
-        else:
-            yield from _json_rows(file, part)
-
-
-def _json_rows(file: Path, part: _Part) -> Iterator[dict[str, Any]]:
-    # Texts hold other line ends, such as U+2028, that are none here.
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{number} is no JSON: {error}") from error
-            _check_columns(row, part, f"{file}:{number}")
-            yield row
-
-
-def _check_columns(names: Any, part: _Part, where: object) -> None:
-    for name in (part.question, part.answer):
-        if name not in names:
-            raise UserError(f"{where} has the columns {', '.join(names)}; {name} is needed")

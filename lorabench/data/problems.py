@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +14,12 @@ import pyarrow.parquet as pq
 
 from lorabench.config import HubProblems, ProblemSpec, ReasoningProblems
 from lorabench.data.answers import number
+from lorabench.data.chat import SPLITS, Split
 from lorabench.data.hub_problems import hub_pools
 from lorabench.data.reasoning import Problem, drawn, odd, task_problems, worked_solutions
-from lorabench.data.sft import SPLITS, Split
 from lorabench.errors import UserError
-from lorabench.records import atomic_path
+from lorabench.hub import Fetched
+from lorabench.records import atomic_path, read_parquet
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "question", "answer")])
 
@@ -25,13 +27,16 @@ _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "questi
 _MAX_MISSES = 500
 
 
-def make_problems(spec: ProblemSpec) -> list[dict[str, Any]]:
+def make_problems(spec: ProblemSpec, fetched: Mapping[str, Fetched] = MappingProxyType({})) -> list[dict[str, Any]]:
     """Rows (split, source, question, answer), distinct by question across all splits.
 
+    Args:
+        fetched: the repositories of a set of the hub, by id.
+
     Raises:
-        UserError: there are not that many distinct problems, or they can't be fetched.
+        UserError: there are not that many distinct problems, or they are not there.
     """
-    train, test = hub_pools(spec) if isinstance(spec, HubProblems) else (pool := _reasoning_pool(spec), pool)
+    train, test = hub_pools(spec, fetched) if isinstance(spec, HubProblems) else (pool := _reasoning_pool(spec), pool)
     seen: set[str] = set()
     # What is held out is taken first, so that on the hub it does not depend on how much is trained on.
     pools: dict[Split, Iterator[Problem]] = {"test": test, "validation": train, "train": train}
@@ -127,6 +132,6 @@ def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
     """The rows of a problem file; splits checked to be disjoint."""
-    rows: list[dict[str, Any]] = pq.read_table(path, schema=_SCHEMA).to_pylist()
+    rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
     check_disjoint(rows)
     return rows

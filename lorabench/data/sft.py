@@ -1,78 +1,92 @@
-"""SFT datasets in the chat-messages form of Tulu3 and OpenThoughts3: made, split, written, read."""
+"""SFT datasets in the chat-messages form of Tulu3 and OpenThoughts3: made, split, written, read; a row at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config import DatasetSpec, FactsDataset, HubDataset
-from lorabench.data.chat import Chat, prompt
+from lorabench.config import ChatDataset, DatasetSpec, FactsDataset, HubDataset
+from lorabench.data.chat import SPLITS, Chat, Split, prompt, prompt_digest
 from lorabench.data.facts import SOURCE, random_facts
-from lorabench.data.hub import hub_chats
+from lorabench.data.hub import choose_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, odd, worked_solutions
 from lorabench.errors import UserError
-from lorabench.records import atomic_path
+from lorabench.hub import Fetched
+from lorabench.records import atomic_path, damage_told
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+Row = dict[str, Any]
+"""`split`, `source`, `messages`."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _SCHEMA = pa.schema([("split", pa.string()), ("source", pa.string()), ("messages", pa.list_(_MESSAGE))])
+_ABOUT = b"lorabench"
 
+# A row group has at most so many examples and, but for its last one, characters: what is held in memory at once.
+_GROUP_ROWS = 4096
+_GROUP_CHARS = 16_000_000
+
+# Rows that are read at once.
+_BATCH_ROWS = 256
 
 # So many chats in a row that are unfit or known mean that there are no more.
 _MAX_MISSES = 500
 
 
-def chats(spec: DatasetSpec) -> Iterator[Chat]:
-    """The chats of the dataset's kind, as many as there are."""
-    match spec:
-        case HubDataset():
-            yield from hub_chats(spec)
-        case FactsDataset():
-            yield from random_facts(spec)
-        case _:
-            problems = (
-                mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions(odd, spec.seed)
-            )
-            for problem in problems:
-                yield Chat.of(problem.source, problem.question, problem.response)
+def build_dataset(spec: DatasetSpec, path: Path, fetched: Mapping[str, Fetched] = MappingProxyType({})) -> None:
+    """Make a dataset and write it; one of the hub with a note of what was left out and why (`about`).
+
+    Args:
+        fetched: the repository of a dataset of the hub, by id.
+
+    Raises:
+        UserError: there are not that many distinct chats of that length, or the dataset of the hub is not there.
+    """
+    if isinstance(spec, HubDataset):
+        chats = choose_chats(spec, fetched)
+        write_dataset((_row(split, chat) for split, chat in chats), path, chats.about)
+    else:
+        write_dataset(make_dataset(spec), path)
 
 
-def make_dataset(spec: DatasetSpec) -> list[dict[str, Any]]:
-    """Rows (split, source, messages), distinct by prompt across all splits; random facts are the same in every split.
+def make_dataset(spec: ChatDataset | FactsDataset) -> Iterator[Row]:
+    """Rows of a dataset made here, distinct by prompt across all splits; random facts are the same in every split.
 
     Raises:
         UserError: there are not that many distinct chats of that length.
     """
-    source = _distinct(spec)
     if isinstance(spec, FactsDataset):
-        facts = _take(source, spec.facts, "facts")
-        return [_row(split, fact) for split in SPLITS for fact in facts]
+        for split in SPLITS:
+            for fact in _take(_distinct(random_facts(spec), None), spec.facts, "facts"):
+                yield _row(split, fact)
+        return
+    source = _distinct(_chats(spec), spec.max_chars)
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
-    rows = [
-        _row(split, chat)
-        for split in SPLITS
-        for chat in _take(source, getattr(spec, split), f"{split} examples {what}")
-    ]
-    check_disjoint(rows)
-    return rows
+    for split in SPLITS:
+        for chat in _take(source, getattr(spec, split), f"{split} examples {what}"):
+            yield _row(split, chat)
 
 
-def _distinct(spec: DatasetSpec) -> Iterator[Chat]:
+def _chats(spec: ChatDataset) -> Iterator[Chat]:
+    """Endless chats of the dataset's kind."""
+    problems = mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions(odd, spec.seed)
+    for problem in problems:
+        yield Chat.of(problem.source, problem.question, problem.response)
+
+
+def _distinct(chats: Iterator[Chat], longest: int | None) -> Iterator[Chat]:
     """Chats that are short enough, each prompt once; ends after many in a row that are not."""
-    longest = None if isinstance(spec, FactsDataset) else spec.max_chars
-    seen: set[str] = set()
+    seen: set[int] = set()
     misses = 0
-    for chat in chats(spec):
-        key = prompt(chat.messages)
-        unfit = len(chat.messages) < 2 or chat.messages[-1]["role"] != "assistant"
-        if unfit or key in seen or (longest is not None and chat.chars() > longest):
+    for chat in chats:
+        key = prompt_digest(chat.messages)
+        if key in seen or (longest is not None and chat.chars() > longest):
             misses += 1
             if misses > _MAX_MISSES:
                 return
@@ -82,41 +96,68 @@ def _distinct(spec: DatasetSpec) -> Iterator[Chat]:
         yield chat
 
 
-def _take(source: Iterator[Chat], count: int, what: str) -> list[Chat]:
+def _take(source: Iterator[Chat], count: int, what: str) -> Iterator[Chat]:
     """The next `count` chats.
 
     Raises:
         UserError: there are fewer.
     """
-    taken = list(islice(source, count))
-    if len(taken) < count:
-        raise UserError(f"found no {count} distinct {what}")
-    return taken
+    taken = 0
+    for chat in islice(source, count):
+        taken += 1
+        yield chat
+    if taken < count:
+        raise UserError(f"found {taken} distinct {what}; {count} are asked for")
 
 
-def _row(split: Split, chat: Chat) -> dict[str, Any]:
+def _row(split: Split, chat: Chat) -> Row:
     return {"split": split, "source": chat.source, "messages": chat.messages}
 
 
-def check_disjoint(rows: list[dict[str, Any]]) -> None:
-    """Raises UserError, naming the prompt, if two splits share one; random facts are meant to be shared."""
-    home: dict[str, str] = {}
+def disjoint(rows: Iterable[Row]) -> Iterator[Row]:
+    """The same rows; raises UserError, naming the prompt, once two splits share one. Random facts may be shared."""
+    home: dict[int, Split] = {}
     for row in rows:
-        if row["source"] == SOURCE:
-            continue
-        text = prompt(row["messages"])
-        if home.setdefault(text, row["split"]) != row["split"]:
-            raise UserError(f"splits {home[text]!r} and {row['split']!r} share the example {text[:80]!r}")
+        if row["source"] != SOURCE:
+            found = home.setdefault(prompt_digest(row["messages"]), row["split"])
+            if found != row["split"]:
+                text = prompt(row["messages"])[:80]
+                raise UserError(f"splits {found!r} and {row['split']!r} share the example {text!r}")
+        yield row
 
 
-def write_dataset(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows as parquet, whole or not at all."""
-    with atomic_path(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), partial)
+def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
+    """Write rows as parquet, whole or not at all, a row group at a time.
+
+    Args:
+        about: a note that `about` reads again: plain JSON data.
+    """
+    schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for group in _groups(rows):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def read_dataset(path: Path) -> list[dict[str, Any]]:
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    chars = 0
+    for row in rows:
+        group.append(row)
+        chars += sum(len(message["content"]) for message in row["messages"])
+        if len(group) == _GROUP_ROWS or chars >= _GROUP_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
+
+
+def read_dataset(path: Path) -> Iterator[Row]:
     """The rows of a dataset file; splits checked to be disjoint."""
-    rows: list[dict[str, Any]] = pq.read_table(path, schema=_SCHEMA).to_pylist()
-    check_disjoint(rows)
-    return rows
+    with damage_told(path), pq.ParquetFile(path) as file:
+        yield from disjoint(row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+
+
+def about(path: Path) -> dict[str, Any] | None:
+    """What was noted of a dataset of the hub: its id and commit, how many rows it has, which were left out and why."""
+    note = (pq.read_schema(path).metadata or {}).get(_ABOUT)
+    return None if note is None else json.loads(note)

@@ -1,28 +1,42 @@
 """Token caches: a dataset's examples as token ids with the mask of scored tokens.
 
 A cache is keyed by dataset, tokenizer and chat template: the three hashes stand in the file and
-`read_tokens` refuses a file that belongs to others.
+`read_tokens` refuses a file that belongs to others, or is damaged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import multiprocessing
+import tempfile
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+import pyarrow.parquet as pq
 
-from lorabench.data.chat import Messages
-from lorabench.data.sft import SPLITS, Split
+from lorabench.data.chat import SPLITS, Messages, Split
+from lorabench.data.sft import Row, read_dataset
 from lorabench.errors import UserError
+from lorabench.exhausted import space_for
 from lorabench.records import atomic_path, file_sha256
+from lorabench.tensors import DamagedError, read_header, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Rows that are read at once.
+_BATCH_ROWS = 256
+# A larger share of examples over the limit is no matter of a few.
+_MOST_LEFT_OUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, messages[:position], generation=True)
-        through = _render(tokenizer, messages[: position + 1])
+        through = _render(tokenizer, messages[: position + 1]) if messages[position + 1 :] else ids
         if ids[: len(through)] != through or through[: len(before)] != before:
             raise UserError("the chat template rewrites earlier turns, so assistant tokens can't be told apart")
         turn = through[len(before) :]
@@ -98,43 +112,170 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, dataset: Path) -> dict[str, st
     }
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How long an example may be, in tokens."""
+
+    model: int
+    """What the model takes; a longer example is an error."""
+    dataset: int | None = None
+    """The dataset's own limit; longer examples are left out and counted."""
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.dataset > self.model:
+            raise UserError(f"max_tokens = {self.dataset} is more than the {self.model} tokens that the model takes")
+
+
 def write_tokens(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, dataset: Path, path: Path, max_length: int
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, path: Path, limits: Limits, processes: int = 1
 ) -> None:
-    """Tokenize a dataset's rows into a cache file.
+    """Tokenize a dataset file into a cache file, a row group at a time.
 
     Raises:
-        UserError: no chat template, an example without a scored token, or one longer than `max_length`.
+        UserError: no chat template, splits that share an example, an example without a scored token or longer than the
+            model takes, or a split of which more than a tenth is longer than the dataset's limit.
     """
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
-    tensors: dict[str, np.ndarray] = {}
-    for split in SPLITS:
-        encoded = [encode_chat(tokenizer, row["messages"]) for row in rows if row["split"] == split]
-        for ids, scored in encoded:
-            if not any(scored):
-                raise UserError(f"an example of split {split!r} has no assistant token: {tokenizer.decode(ids)[:80]!r}")
-            if len(ids) > max_length:
-                raise UserError(f"an example of split {split!r} has {len(ids)} tokens; the model takes {max_length}")
-        tensors[f"{split}.ids"] = np.concatenate([np.asarray(ids, np.int32) for ids, _ in encoded])
-        tensors[f"{split}.scored"] = np.concatenate([np.asarray(scored, np.bool_) for _, scored in encoded])
-        tensors[f"{split}.offsets"] = np.cumsum([0, *(len(ids) for ids, _ in encoded)], dtype=np.int64)
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata=cache_key(tokenizer, dataset))
+    for _ in read_dataset(dataset):
+        pass  # Splits that share an example are told here.
+    left_out = dict.fromkeys(SPLITS, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with space_for(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        with ExitStack() as open_files:
+            parts = {split: _Part(Path(scratch), split, open_files) for split in SPLITS}
+            for encoded in _encoded_groups(dataset, tokenizer, limits, processes):
+                for split, ids, scored in encoded:
+                    if limits.dataset is not None and len(ids) > limits.dataset:
+                        left_out[split] += 1
+                    else:
+                        parts[split].append(ids, scored)
+        _check_left_out(left_out, {split: len(part.lengths) for split, part in parts.items()}, limits)
+        metadata = cache_key(tokenizer, dataset)
+        if limits.dataset is not None:
+            metadata["left_out"] = json.dumps(left_out)
+        tensors = {name: array for split in SPLITS for name, array in parts[split].tensors().items()}
+        with atomic_path(path) as partial:
+            write_tensors(partial, tensors, metadata)
+
+
+class _Part:
+    """The tokens of one split on their way into a cache, in files of their own."""
+
+    def __init__(self, folder: Path, split: Split, open_files: ExitStack) -> None:
+        self.split = split
+        self.lengths = array("q")
+        self._paths = {name: folder / f"{split}.{name}" for name in _TYPES}
+        self._files = {name: open_files.enter_context(path.open("wb")) for name, path in self._paths.items()}
+
+    def append(self, ids: np.ndarray, scored: np.ndarray) -> None:
+        self.lengths.append(len(ids))
+        self._files["ids"].write(ids.tobytes())
+        self._files["scored"].write(scored.tobytes())
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The split's tensors, memory-mapped, once its files are closed."""
+        mapped = {name: np.memmap(path, _TYPES[name], "r") for name, path in self._paths.items()}
+        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        return {f"{self.split}.{name}": values for name, values in (mapped | {"offsets": offsets}).items()}
+
+
+_TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
+_Encoded = list[tuple[Split, np.ndarray, np.ndarray]]
+
+
+def _check_left_out(left_out: dict[Split, int], kept: dict[Split, int], limits: Limits) -> None:
+    for split, count in left_out.items():
+        whole = count + kept[split]
+        if count:
+            said = f"{count} of {whole} examples of split {split!r} have more than max_tokens = {limits.dataset} tokens"
+            if count > whole * _MOST_LEFT_OUT:
+                raise UserError(f"{said}; lower max_chars, so that the examples chosen are shorter")
+            logging.warning("left out: %s", said)
+
+
+def _encoded_groups(
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int
+) -> Iterator[_Encoded]:
+    """The examples of each row group, in order, each group encoded by one of several processes."""
+    with pq.ParquetFile(dataset) as file:
+        groups = range(file.num_row_groups)
+    worker = _Worker(dataset, tokenizer, limits)
+    processes = min(processes, len(groups))
+    if processes == 1:
+        yield from map(worker.encode, groups)
+        return
+    # Not forked: the threads of libraries that are loaded by now would not come along.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(worker,)) as pool:
+        running: deque[Future[_Encoded]] = deque()
+        for group in groups:
+            running.append(pool.submit(_encode, group))
+            # No more groups than these are held in memory.
+            if len(running) > processes:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Encodes the row groups of a dataset file."""
+
+    dataset: Path
+    tokenizer: PreTrainedTokenizerBase
+    limits: Limits
+
+    def encode(self, group: int) -> _Encoded:
+        with pq.ParquetFile(self.dataset) as file:
+            batches = file.iter_batches(_BATCH_ROWS, row_groups=[group])
+            return [self._example(row) for batch in batches for row in batch.to_pylist()]
+
+    def _example(self, row: Row) -> tuple[Split, np.ndarray, np.ndarray]:
+        split: Split = row["split"]
+        ids, scored = encode_chat(self.tokenizer, row["messages"])
+        if not any(scored):
+            text = self.tokenizer.decode(ids)[:80]
+            raise UserError(f"an example of split {split!r} has no assistant token: {text!r}")
+        if len(ids) > self.limits.model and self.limits.dataset is None:
+            raise UserError(f"an example of split {split!r} has {len(ids)} tokens; the model takes {self.limits.model}")
+        return split, np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])
+
+
+# The worker of this process, where it is one of several.
+_worker: _Worker
+
+
+def _start(worker: _Worker) -> None:
+    global _worker
+    _worker = worker
+
+
+def _encode(group: int) -> _Encoded:
+    return _worker.encode(group)
 
 
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
-    """The splits of a cache file.
+    """The splits of a cache file, memory-mapped: what is read of them is loaded when it is.
 
     Raises:
-        UserError: the file was made from another dataset, tokenizer or template than `key` says.
+        UserError: the file is damaged, or was made from another dataset, tokenizer or template than `key` says.
     """
-    with safe_open(path, framework="numpy") as file:
-        found = file.metadata()
-        if found != key:
-            wrong = ", ".join(name for name in key if found.get(name) != key[name])
-            raise UserError(f"token cache {path} was made with another {wrong}; delete it to have it made again")
-        return {
-            split: TokenizedSplit(*(file.get_tensor(f"{split}.{name}") for name in ("ids", "scored", "offsets")))
-            for split in SPLITS
-        }
+    # For numpy it would read whole tensors; for torch on a CPU it maps them.
+    try:
+        tensors, found = read_tensors(path, "pt")
+    except DamagedError as error:
+        raise UserError(f"token cache {error}; delete it to have it made again") from error
+    wrong = ", ".join(name for name in key if found.get(name) != key[name])
+    if wrong:
+        raise UserError(f"token cache {path} was made with another {wrong}; delete it to have it made again")
+    return {
+        split: TokenizedSplit(*(tensors[f"{split}.{name}"].numpy() for name in ("ids", "scored", "offsets")))
+        for split in SPLITS
+    }
+
+
+def examples_left_out(path: Path) -> dict[Split, int]:
+    """Examples of each split that a cache file leaves out as longer than the dataset's limit; empty without a limit."""
+    counts: dict[Split, int] = json.loads(read_header(path).get("left_out", "{}"))
+    return counts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config import ChatDataset, EvalTask, ReasoningProblems
+from lorabench.config import EVAL_SOURCES, EvalTask
 from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.records import write_json
@@ -23,13 +23,10 @@ if TYPE_CHECKING:
 
 TASKS = Path(__file__).parent / "tasks"
 
-# Kind of dataset or problem set that a task of this project reads; None for the held-out pretraining text.
-READS = {
-    "lorabench_worked": "worked",
-    "lorabench_instruct": "instruct",
-    "lorabench_arithmetic": "arithmetic",
-    "lorabench_pretraining": None,
-}
+# Of a task that does not say, in lm-eval.
+_MAX_NEW_TOKENS = 256
+
+_SPLITTER = "tokenizers/punkt_tab"
 
 
 @dataclass(frozen=True)
@@ -46,26 +43,6 @@ class Loaded:
         return list(self.leaves.values()) if self.group is None else [self.group]
 
 
-def check(tasks: Iterable[EvalTask], layout: Layout) -> None:
-    """Refuse a task of this project whose source is not what it reads.
-
-    Raises:
-        UserError: no source, one of another kind, or one that nothing reads.
-    """
-    sources = layout.preset.sources
-    for task in tasks:
-        wanted = READS.get(task.name)
-        if wanted is None:
-            if task.source is not None:
-                raise UserError(f"evaluation task {task.name!r} reads no source; {task.source!r} is given")
-            continue
-        kinds = {name: spec.kind for name, spec in sources.items() if isinstance(spec, ChatDataset | ReasoningProblems)}
-        if task.source is None or kinds.get(task.source) != wanted:
-            allowed = ", ".join(name for name, kind in kinds.items() if kind == wanted) or "none in this preset"
-            given = f"source {task.source!r}"
-            raise UserError(f"evaluation task {task.name!r} has {given}; it reads a source of kind {wanted}: {allowed}")
-
-
 def manager(tasks: Iterable[EvalTask]) -> TaskManager:
     """lm-eval's index: of this project's tasks, and of its own where one of them is asked for.
 
@@ -74,12 +51,15 @@ def manager(tasks: Iterable[EvalTask]) -> TaskManager:
     """
     import logging
 
+    import datasets
     from lm_eval.tasks import TaskManager
 
+    # It warns of each set that it takes from its cache, which is meant.
+    datasets.logging.set_verbosity_error()
     # It warns of each task of this project that the task makes its data itself, which is meant.
     logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.msg)
     names = [task.name for task in tasks]
-    index = TaskManager(include_path=str(TASKS), include_defaults=any(name not in READS for name in names))
+    index = TaskManager(include_path=str(TASKS), include_defaults=any(name not in EVAL_SOURCES for name in names))
     for name in names:
         if name not in index.all_tasks:
             near = difflib.get_close_matches(name, index.all_tasks, n=5, cutoff=0.5)
@@ -94,7 +74,7 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
     Raises:
         UserError: its data are not there.
     """
-    if task.name in READS:
+    if task.name in EVAL_SOURCES:
         path = layout.pretraining if task.source is None else layout.dataset(task.source)
         if not path.is_file():
             raise UserError(f"evaluation task {task.name!r} reads {path}, which is not there; make it first")
@@ -104,6 +84,7 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
         return Loaded(task, built["tasks"], None)
     try:
         built = index.load(task.name)
+        _check_splitter(built["tasks"])
     # Tasks bring code of their own, with whatever errors it raises for data or packages that are not there.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -113,23 +94,69 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
     return Loaded(task, built["tasks"], built["groups"].get(task.name))
 
 
+def _check_splitter(tasks: Iterable[str]) -> None:
+    """Raise LookupError if IFEval's splitter of sentences is not there.
+
+    IFEval downloads it when first loaded; if it can't, it says nothing, and fails at a prompt about sentences.
+    """
+    if any("ifeval" in name for name in tasks):
+        import nltk
+
+        try:
+            nltk.data.find(_SPLITTER)
+        except LookupError:
+            raise LookupError(f"nltk has no {_SPLITTER} in {', '.join(nltk.data.path)}") from None
+
+
+def check_settings(loaded: Iterable[Loaded], model: str, max_length: int) -> None:
+    """Refuse settings that lm-eval would pass over, or fail at after hours.
+
+    Args:
+        model: name of the model, for the message.
+        max_length: tokens that it takes, of prompt and answer together.
+
+    Raises:
+        UserError: a task's answers leave no room for its prompts, or it takes no examples and shall have some.
+    """
+    for one in loaded:
+        for name, leaf in one.leaves.items():
+            own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
+            drawn = one.task.max_new_tokens or own
+            if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
+                raise UserError(
+                    f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the "
+                    "prompt among them; set the task's max_new_tokens to less"
+                )
+            if one.task.num_fewshot and leaf.get_config("num_fewshot") == 0:
+                raise UserError(
+                    f"evaluation task {name!r} takes no examples; num_fewshot = {one.task.num_fewshot} is given"
+                )
+
+
 def fetch(layout: Layout, path: Path) -> None:
     """Look up every task of a preset, download the data of those of the hub, and write their names and versions.
 
     Raises:
-        UserError: a task is not known, reads another kind of source, or can't be loaded.
+        UserError: a task is not known or can't be loaded.
     """
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
-    check(evaluation.tasks, layout)
     index = manager(evaluation.tasks)
     found: dict[str, Any] = {}
     for task in evaluation.tasks:
         # The project's own files may not be made yet.
-        leaves = {} if task.name in READS else load(index, task, layout).leaves
-        found[task.name] = {name: str(leaf.VERSION) for name, leaf in sorted(leaves.items())}
+        leaves = {} if task.name in EVAL_SOURCES else load(index, task, layout).leaves
+        found[task.name] = {
+            name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
+        }
     write_json({"lm_eval": lm_eval_version(), "tasks": found}, path)
+
+
+def data_revision(task: Task) -> str | None:
+    """Commit of the hub's dataset that a task reads, which is the folder that `datasets` keeps it in; else None."""
+    files = next(iter(task.dataset.values())).cache_files
+    return Path(files[0]["filename"]).parent.name if files else None
 
 
 def lm_eval_version() -> str:

@@ -7,18 +7,17 @@ import math
 import os
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lorabench.config import Evaluation, PathModel
+from lorabench.config import Evaluation, ModelSpec, PathModel
 from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import Loaded
 from lorabench.layout import Layout
-from lorabench.models.base import load_model, load_tokenizer, package_versions, weights_sha256
+from lorabench.models.base import load_model, load_tokenizer, max_length, package_versions, weights_sha256
 from lorabench.plan import EvalJob, Plan
 from lorabench.records import RunFolder
 from lorabench.tables import EVALS, best_lr, write_table
@@ -59,7 +58,8 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     A sweep whose runs all diverged has nothing to evaluate: its tables have no rows.
 
     Raises:
-        UserError: a task is not known, its data or the run's weights are not there, or the run is of another base.
+        UserError: a task is not known or draws more than the model takes, its data or the run's weights are not there,
+            or the run is of another base.
     """
     evaluation = plan.preset.evaluation
     assert evaluation
@@ -67,21 +67,19 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     samples: list[dict[str, Any]] = []
     record = best_record(job, layout) if job.sweep else None
     if record is not None or job.sweep is None:
-        # What may be wrong in a preset is found before a model is loaded.
-        catalog.check(evaluation.tasks, layout)
+        # What may be wrong is found before anything is computed, the cheapest first.
+        spec = layout.model(job.model)
+        if record is not None:
+            check_run(record, job.model, spec, layout)
+        tokenizer = load_tokenizer(spec)
         index = catalog.manager(evaluation.tasks)
         loaded = [catalog.load(index, task, layout) for task in evaluation.tasks]
-        spec = plan.preset.models[job.model]
-        tokenizer = load_tokenizer(spec)
+        catalog.check_settings(loaded, job.model, max_length(spec))
         machine = this_machine(plan)
-        model = load(plan, job, record, layout).to(machine.device)
+        model = load(spec, record, layout).to(machine.device)
         lm = harness(model, tokenizer, evaluation.batch_size, machine.autocast(plan.preset.protocol))
         scores, samples = run_tasks(lm, index, loaded, evaluation)
-        common = {"model": job.model, "template": template_key(tokenizer), **_run_columns(record)}
-        rows = [common | row for row in scores]
-        for row in rows:
-            # Null where prompts are used as they are.
-            row["template_sha256"] = row.pop("template") if row.pop("chat") else None
+        rows = [{"model": job.model, **_run_columns(record)} | row for row in scores]
     write_table(pa.Table.from_pylist(samples, schema=SAMPLES), layout.samples(job))
     write_table(pa.Table.from_pylist(rows, schema=EVALS), layout.evals(job))
 
@@ -104,46 +102,45 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     return next((record for record in records if record["spec"]["lr"] == best), None)
 
 
-def load(plan: Plan, job: EvalJob, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
-    """The base, with a run's adapter on it, or the model of a full fine-tuning.
+def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layout) -> None:
+    """Refuse a run that can't be evaluated.
 
     Raises:
         UserError: the weights are not there, or were trained from other weights of the base.
     """
-    spec = plan.preset.models[job.model]
-    model: torch.nn.Module
-    if record is None:
-        model = load_model(spec)
-        return model
     run_id = record["run_id"]
-    weights = RunFolder(layout.runs, run_id).weights
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(spec)
     if trained_from != base:
         raise UserError(
             f"run {run_id} was trained from a base with weights {_hashes(trained_from)}; "
-            f"model {job.model!r} has {_hashes(base)}"
+            f"model {model!r} has {_hashes(base)}"
         )
-    if record["spec"]["method"] == "fullft":
-        outcome = record["outcome"]
-        size = {"parameters": outcome["base_params"], "hidden_size": outcome["hidden_size"]}
-        _check_weights(weights, "config.json", run_id)
-        model = load_model(PathModel(kind="path", path=str(weights), **size))
-        return model
-    from peft import PeftModel
-
     # PEFT would go on to a pickled file.
-    _check_weights(weights, "adapter_model.safetensors", run_id)
-    model = PeftModel.from_pretrained(load_model(spec), weights)
-    return model
-
-
-def _check_weights(weights: Path, file: str, run_id: str) -> None:
-    if not (weights / file).is_file():
-        raise UserError(f"weights of run {run_id} are not there: no {weights / file}")
+    file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
+    path = RunFolder(layout.runs, run_id).weights / file
+    if not path.is_file():
+        raise UserError(f"weights of run {run_id} are not there: no {path}")
 
 
 def _hashes(weights: dict[str, str]) -> str:
     return ", ".join(f"{name} {value[:12]}" for name, value in weights.items())
+
+
+def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
+    """The base, with a run's adapter on it, or the model of a full fine-tuning."""
+    model: torch.nn.Module
+    if record is None:
+        model = load_model(spec)
+        return model
+    weights, outcome = RunFolder(layout.runs, record["run_id"]).weights, record["outcome"]
+    if record["spec"]["method"] == "fullft":
+        size = {"parameters": outcome["base_params"], "hidden_size": outcome["hidden_size"]}
+        model = load_model(PathModel(kind="path", path=str(weights), **size))
+        return model
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_model(spec), weights)
+    return model
 
 
 def harness(
@@ -170,23 +167,34 @@ def run_tasks(
     lm: HFLM, index: TaskManager, loaded: Iterable[Loaded], evaluation: Evaluation
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Scores as rows of `evals` without the columns of the model, and samples; one call of lm-eval per setting."""
+    import logging
+
+    from langdetect import DetectorFactory
     from lm_eval.evaluator import simple_evaluate
 
+    # IFEval asks it for the language of an answer, and without a seed it guesses anew each time.
+    DetectorFactory.seed = _SEED
+    # It warns of each task whose examples are as many as the preset says.
+    logging.getLogger("lm_eval.evaluator").addFilter(lambda record: "num_fewshot" not in record.msg)
     # Standard errors without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    settings: dict[tuple[bool, int | None, int | None], list[Loaded]] = {}
+    template = template_key(lm.tokenizer) if lm.tokenizer.chat_template else None
+    settings: dict[tuple[bool, int | None, int | None, int | None], list[Loaded]] = {}
     for one in loaded:
-        settings.setdefault((one.task.chat, one.task.num_fewshot, one.task.limit), []).append(one)
+        chat = one.task.chat and template is not None
+        key = (chat, one.task.num_fewshot, one.task.limit, one.task.max_new_tokens)
+        settings.setdefault(key, []).append(one)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     versions = json.dumps(_versions(), sort_keys=True)
-    for (chat, num_fewshot, limit), together in settings.items():
+    for (chat, num_fewshot, limit, max_new_tokens), together in settings.items():
         results = simple_evaluate(
             lm,
             tasks=[item for one in together for item in one.items],
             num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=chat,
+            gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens else None,
             # It would index all its tasks anew.
             task_manager=index,
             bootstrap_iters=_BOOTSTRAP,
@@ -196,7 +204,9 @@ def run_tasks(
             fewshot_random_seed=_SEED,
         )
         assert results
-        common = {"eval_batch_size": evaluation.batch_size, "versions": versions, "chat": chat}
+        common = {"eval_batch_size": evaluation.batch_size, "versions": versions}
+        # Null where prompts are used as they are.
+        common["template_sha256"] = template if chat else None
         for one in together:
             rows += [common | row for row in _rows(results, one)]
             samples += [row for name in one.leaves for row in _samples(name, results["samples"][name])]
@@ -210,8 +220,8 @@ def _rows(results: Any, one: Loaded) -> list[dict[str, Any]]:
     for name in whole:
         scores = results["results"][name]
         leaves = [name] if name in one.leaves else list(one.leaves)
-        better = results["higher_is_better"].get(name, {})
-        config = {leaf: results["configs"][leaf] for leaf in leaves}
+        revisions = {leaf: catalog.data_revision(one.leaves[leaf]) for leaf in leaves}
+        config = {leaf: results["configs"][leaf] | {"data_revision": revisions[leaf]} for leaf in leaves}
         for metric, filter_name in _metrics(scores):
             rows.append(
                 {
@@ -222,14 +232,20 @@ def _rows(results: Any, one: Loaded) -> list[dict[str, Any]]:
                     "filter": filter_name,
                     "value": _number(scores[f"{metric},{filter_name}"]),
                     "stderr": _number(scores.get(f"{metric}_stderr,{filter_name}")),
-                    "higher_is_better": better.get(metric),
+                    "higher_is_better": _agreed(results["higher_is_better"][leaf].get(metric) for leaf in leaves),
                     "n_samples": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-                    "num_fewshot": results["n-shot"].get(name),
+                    "num_fewshot": _agreed(results["n-shot"][leaf] for leaf in leaves),
                     "task_version": _text(results["versions"].get(name)),
                     "task_config": json.dumps(config.get(name, config), default=str, sort_keys=True),
                 }
             )
     return rows
+
+
+def _agreed(values: Iterable[Any]) -> Any:
+    """What all members of a group have; None where they differ. lm-eval says it of members alone."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
 
 
 def _metrics(scores: dict[str, Any]) -> list[tuple[str, str]]:

@@ -322,12 +322,14 @@ FIGURES = {
             title="Learned and forgotten. What each arm gained and lost, and accuracy against loss",
             caption=(
                 "Scores of lm-eval, one mark for the run of each arm at its best learning rate (first seed). Left: "
-                "accuracy on the task of the data trained on (the strict filter where there are two), or where no task "
-                "is of these the mean over all tasks of what is learned, against what is lost on tasks of what may be "
-                "forgotten: bits per byte of held-out pretraining text above those of the base, or accuracy below the "
-                "base's, the mean over tasks where there are several. The cross, where the grey lines meet, is the "
-                "base before training. Right: the same accuracy against the test loss (nats per scored token). Bars "
-                "are one standard error over documents of each score alone. All models read the same documents, so a "
+                "what was learned against what is lost on tasks of what may be forgotten. Learned is accuracy on the "
+                "task of the data trained on (the strict filter where there are two), or where no task is of these "
+                "the mean over all tasks of what is learned; where a task tells the likelihood of the right answers, "
+                "as for models too small to be right often, it is their bits per byte below those of the base. "
+                "Forgotten are bits per byte of held-out pretraining text above those of the base, or accuracy below "
+                "the base's, the mean over tasks where there are several. The cross, where the grey lines meet, is "
+                "the base before training. Right: accuracy against the test loss (nats per scored token). Bars are "
+                "one standard error over documents of each score alone. All models read the same documents, so a "
                 "difference between two is known better than their bars tell. Runs that lack one of the tasks are "
                 "counted above the panel. Black squares are full fine-tuning; colour is LoRA rank."
             ),

@@ -1,10 +1,12 @@
 """Learned against forgotten by method and rank, and accuracy against NLL, from scores of lm-eval.
 
-What "LoRA Learns Less and Forgets Less" (Biderman et al., 2024) plots, each arm at its best LR.
+What "LoRA Learns Less and Forgets Less" (Biderman et al., 2024) plots, each arm at its best LR. Where a task tells the
+likelihood of the right answers, that is what was learned: a small model's accuracy is near 0 whatever it learned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,8 @@ _MEASURES = {BITS: "bits per byte above the base", "accuracy": "accuracy below t
 _REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
 
 _RUN = [*style.PANEL, "run_id", "method", "rank", "placement", "arm", "lr", "seed", "final_test_nll"]
-_SCORES = ["learned", "learned_stderr", "learned_tasks", "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
+_LEARNED = ["learned", "learned_stderr", "learned_tasks", "learned_bits", "learned_bits_tasks"]
+_SCORES = [*_LEARNED, "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
 COLUMNS = [*_RUN, *_SCORES]
 BASE = "base"
 
@@ -36,9 +39,10 @@ BASE = "base"
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """The figure, and what it plots as one tidy table: a row per run and measure of forgetting, the base's among them.
 
-    `arm` is `base` for the model before training. `learned` is an accuracy of 0 to 1. `measure` says what `forgotten`
-    is: `bits_per_byte` that the base needs less, or `accuracy` that it has more; the mean over `forgotten_tasks`.
-    Both standard errors are over documents, those of `forgotten` of the run alone.
+    `arm` is `base` for the model before training. `learned` is an accuracy of 0 to 1, `learned_bits` the bits per byte
+    that the base needs more for the right answers, null where no task tells. `measure` says what `forgotten` is:
+    `bits_per_byte` that the base needs less, or `accuracy` that it has more; the mean over `forgotten_tasks`.
+    The standard errors are over documents, those of `forgotten` of the run alone.
 
     Raises:
         UserError: there is no table evals, or none of a trained run; or a run has two scores of one kind.
@@ -76,13 +80,15 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in style.PANEL})
     # One key for a run and the base, which has no run_id.
     scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))
-    learned = _learned(scores)
+    learned, saved = _learned(scores), _learned_bits(scores)
     forgotten = _forgotten(scores)
     rows = []
     for key, of_run in scores.groupby("key", sort=False):
         told: dict[Any, Any] = of_run.iloc[0].reindex(_RUN).to_dict()
         told |= {"learned": learned.values.get(key), "learned_stderr": learned.stderrs.get(key)}
         told |= {"learned_tasks": learned.tasks}
+        if saved:
+            told |= {"learned_bits": saved.values.get(key), "learned_bits_tasks": saved.tasks}
         for measure, lost in forgotten.items():
             told_of: dict[str, Any] = {"measure": measure, "forgotten_tasks": lost.tasks}
             told_of |= {"forgotten": lost.values.get(key), "forgotten_stderr": lost.stderrs.get(key)}
@@ -94,9 +100,21 @@ def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
 
 def _learned(scores: pd.DataFrame) -> _Mean:
     """Accuracy of the task on the data trained on, or the mean over all tasks of what is learned."""
-    shares = _accuracies(scores[scores["about"] == "learned"])
-    own = shares[shares["source"].eq(scores["dataset"].iloc[0]).fillna(False).astype(bool)]
-    return _mean(shares if own.empty else own)
+    return _mean(_own(_accuracies(scores[scores["about"] == "learned"])))
+
+
+def _learned_bits(scores: pd.DataFrame) -> _Mean | None:
+    """How many bits per byte of the right answers each run saves, in the same tasks; None without a base's."""
+    bits = _mean(_own(scores[(scores["about"] == "learned") & (scores["metric"] == BITS)]))
+    if BASE not in bits.values:
+        return None
+    return _Mean(bits.values[BASE] - bits.values, bits.stderrs, bits.tasks)
+
+
+def _own(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores of tasks on the data trained on, or all if there are none."""
+    own = scores[scores["source"].eq(scores["dataset"]).fillna(False).astype(bool)]
+    return scores if own.empty else own
 
 
 def _forgotten(scores: pd.DataFrame) -> dict[str, _Mean]:
@@ -145,20 +163,21 @@ def _mean(scores: pd.DataFrame) -> _Mean:
 def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Figure:
     measures = [name for name in _MEASURES if (plotted["measure"] == name).any()] or [BITS]
     figure = style.new_figure((style.PANEL_HEIGHT + 0.4) * len(panels))
-    grid = figure.subplots(len(panels), len(measures) + 1, squeeze=False, sharey="row")
+    grid = figure.subplots(len(panels), len(measures) + 1, squeeze=False)
     styles = style.arm_styles(plotted[plotted["arm"] != BASE])
     for (title, rows), of_row in zip(panels, grid, strict=True):
         of_row[0].set_title(title, pad=18, parse_math=False)
+        saved = bool(rows["learned_bits"].notna().any())
         for measure, axes in zip(measures, of_row[:-1], strict=True):
-            _draw_forgotten(axes, rows[rows["measure"] == measure], measure, styles)
+            _draw_forgotten(axes, rows[rows["measure"] == measure], measure, saved, styles)
         _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles)
-        # The height is told once, where the first panel is that isn't a sentence.
-        drawn = [axes for axes in of_row if axes.axison]
-        for axes in drawn[:1]:
-            axes.tick_params(labelleft=True)
-            axes.set_ylabel(
-                f"{_named('accuracy: ', rows['learned_tasks'].iloc[0])}\n(higher is better)", parse_math=False
+        if saved:
+            _tell_height(
+                of_row[:-1], "bits per byte of right answers\nbelow the base: ", rows["learned_bits_tasks"].iloc[0]
             )
+            _tell_height(of_row[-1:], "accuracy: ", rows["learned_tasks"].iloc[0])
+        else:
+            _tell_height(of_row, "accuracy: ", rows["learned_tasks"].iloc[0])
     marks: list[Artist] = [style.mark(look.label, look.marker, color=look.colour) for look in styles.values()]
     if (plotted["arm"] == BASE).any():
         marks.append(style.mark("before training", "x", markeredgewidth=1.8))
@@ -166,14 +185,28 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     return figure
 
 
-def _draw_forgotten(axes: Axes, rows: pd.DataFrame, measure: str, styles: dict[str, style.ArmStyle]) -> None:
+def _tell_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
+    """Give panels one height, told once, where the first panel is that isn't a sentence."""
+    drawn = [axes for axes in of_row if axes.axison]
+    for axes in drawn[:1]:
+        axes.set_ylabel(f"{_named(what, tasks)}\n(higher is better)", parse_math=False)
+    for axes in drawn[1:]:
+        axes.sharey(drawn[0])
+        axes.tick_params(labelleft=False)
+    if drawn:
+        drawn[0].autoscale_view()
+
+
+def _draw_forgotten(
+    axes: Axes, rows: pd.DataFrame, measure: str, saved: bool, styles: dict[str, style.ArmStyle]
+) -> None:
     """What was learned against what was forgotten; the base is where its two lines cross."""
     if rows.empty:
         style.say(axes, "forgetting is measured from the base,\nand the base has no such score")
         return
     label = _named(f"{_MEASURES[measure]}:\n", rows["forgotten_tasks"].iloc[0])
     axes.axvline(0, **_REFERENCE)
-    _draw_points(axes, rows, "forgotten", styles)
+    _draw_points(axes, rows, "forgotten", styles, "learned_bits" if saved else "learned")
     axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
 
 
@@ -186,23 +219,24 @@ def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle])
     axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
 
 
-def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle]) -> None:
+def _draw_points(
+    axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str = "learned"
+) -> None:
     """Runs with their standard errors, and the base's score as a line. Runs without both numbers are counted."""
-    for row in rows[rows["arm"] == BASE].dropna(subset=["learned"]).to_dict("records"):
-        axes.axhline(row["learned"], **_REFERENCE)
-    placed = rows.dropna(subset=["learned", across])
+    for row in rows[rows["arm"] == BASE].dropna(subset=[up]).to_dict("records"):
+        axes.axhline(row[up], **_REFERENCE)
+    placed = rows.dropna(subset=[up, across])
     for row in placed.to_dict("records"):
         look = styles.get(row["arm"])
         point: dict[str, Any] = {"color": style.MUTED, "fmt": "x", "markeredgewidth": 1.8, "zorder": 1.5}
         if look:
             point = {"color": look.colour, "fmt": look.marker, "zorder": look.zorder}
+        error = row["learned_stderr"] if up == "learned" else None
         across_error = row["forgotten_stderr"] if across == "forgotten" else None
-        axes.errorbar(
-            *(row[across], row["learned"]), row["learned_stderr"], across_error, markersize=6, elinewidth=0.9, **point
-        )
+        axes.errorbar(row[across], row[up], error, across_error, markersize=6, elinewidth=0.9, **point)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     # Where all accuracies are 0 there is still a range.
-    if placed["learned"].max() == 0:
+    if up == "learned" and placed[up].max() == 0:
         axes.set_ylim(-0.002, 0.05)
     # The base was trained on no dataset of its own, so it has no test NLL.
     lost = len(rows[rows["arm"] != BASE]) - len(placed[placed["arm"] != BASE])

@@ -50,7 +50,9 @@ def location(spec: ModelSpec) -> str:
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": getattr(spec, "trust_remote_code", False)}
-    return options | ({"revision": spec.revision} if isinstance(spec, HubModel) else {"local_files_only": True})
+    # What lies on the hub was fetched by a job of its own.
+    options["local_files_only"] = True
+    return options | ({"revision": spec.revision} if isinstance(spec, HubModel) else {})
 
 
 def check_folder(spec: ModelSpec) -> None:
@@ -136,7 +138,7 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
 
 
 def weights_sha256(spec: ModelSpec) -> dict[str, str]:
-    """SHA-256 of each weights file of a local model; for a hub model its id and revision."""
+    """SHA-256 of each weights file of a local model; for a hub model its id and commit."""
     if isinstance(spec, HubModel):
         return {spec.id: spec.revision}
     return {path.name: file_sha256(path) for path in sorted(Path(location(spec)).glob("*.safetensors"))}
@@ -145,8 +147,14 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
 @contextmanager
 def _explained(spec: ModelSpec) -> Iterator[None]:
     """Turn a loader's error into one sentence that names the model."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"model {location(spec)} has a damaged .safetensors file ({error}); delete it, get it anew"
+        ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"model {location(spec)} can't be loaded: {reason}") from error

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lorabench.errors import UserError
+from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.models.lora import add_lora, in_expert, lora_layers
 from lorabench.models.placement import SUFFIXES, Placement
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-ARCHITECTURES = Path(__file__).parent / "architectures"
 
 # Architecture, placement, rank, with the unembedding, by part.
 _CONDITIONS: tuple[tuple[str, Placement, int, bool, bool], ...] = (

@@ -3,50 +3,75 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
-from lorabench.config import PRESETS
-from lorabench.figures import PaperFigure, of_preset
+from lorabench.analysis.recipe import recipe
+from lorabench.figures import EVALS, PaperFigure, of_preset
 from lorabench.layout import Layout
 from lorabench.plan import Plan
 from lorabench.records import atomic_path
 from lorabench.report import summary
+from lorabench.report.explorer import curves_to_draw, data_uri, downloads
+from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS, missing
 from lorabench.tables import read_table
 
 _DEFAULT_PRESET = "laptop"
+_HERE = Path(__file__).parent
 
 
-def build(plan: Plan, layout: Layout, out: Path) -> None:
+def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
     """Write the report of a preset from its tidy tables (runs, curves, claims, and evals if there is one) and figures.
 
     Args:
         plan: what was to be run.
         layout: where tables and figures lie.
+        source: the preset as it was named: a shipped one, or the path of its file.
         out: the HTML file, written whole or not at all.
+        evaluated: whether to show scores of lm-eval; without them the page needs neither their table nor their figures.
 
     Raises:
         FileNotFoundError: a table or a figure is not there.
     """
-    figures = of_preset(plan.preset)
-    runs = summary.labelled(read_table(layout.tables(), "runs"))
-    claims = read_table(layout.tables(), "claims")
+    figures = [figure for figure in of_preset(plan.preset) if evaluated or figure.experiments != EVALS]
+    tables = layout.tables()
+    all_runs = read_table(tables, "runs")
+    runs = summary.labelled(all_runs)
+    judged = read_table(tables, "claims")
+    claims = summary.claims(judged, runs)
+    curves = curves_to_draw(runs, read_table(tables, "curves"))
     page = _template().render(
         name=layout.name,
         preset=plan.preset,
-        verdicts=summary.by_verdict(claims),
-        claims=summary.claims(claims, runs, [figure.name for figure in figures]),
+        style=_inline("page.css"),
+        script=_inline("page.js"),
+        verdicts=summary.by_verdict(judged),
+        claims=claims,
+        recipe=recipe(all_runs),
+        sections=arrange([_figure(figure, layout, source) for figure in figures], claims),
         environment=summary.environment(runs),
-        figures=[_figure(figure, layout) for figure in figures],
         experiments=[found for name in plan.preset.experiments.trained() if (found := summary.experiment(name, runs))],
-        evaluation=summary.evaluation(read_table(layout.tables(), "evals", optional=True)),
+        evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
+        evaluated=evaluated,
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
-        command=_command(layout, layout.report),
+        curves=_json(curves),
+        points=curves["points"],
+        downloads=downloads(
+            tables, ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts")
+        ),
+        tables=tables,
+        figures_folder=layout.figures,
+        command=_command(source, out),
     )
     with atomic_path(out) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -54,7 +79,7 @@ def build(plan: Plan, layout: Layout, out: Path) -> None:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -62,25 +87,32 @@ def _template() -> jinja2.Template:
     )
     environment.filters.update(FILTERS)
     environment.tests["missing"] = missing
-    return environment.get_template("template.html.j2")
+    return environment.get_template("page.html.j2")
 
 
-def _figure(figure: PaperFigure, layout: Layout) -> dict[str, Any]:
-    """What the page shows of a figure; its files as data: URIs."""
-    kinds = {"svg": "image/svg+xml", "png": "image/png", "csv": "text/csv"}
-    files = {kind: _data_uri(layout.figures / f"{figure.name}.{kind}", mime) for kind, mime in kinds.items()}
-    command = _command(layout, layout.figures / f"{figure.name}.svg")
+def _inline(name: str) -> dict[str, str]:
+    """A file of this package as it stands in the page, and its hash for the page's policy: nothing else runs."""
+    text = (_HERE / name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": Markup(text), "hash": f"sha256-{digest}"}
+
+
+def _json(data: Any) -> Markup:
+    """Data for the page's script; no text in it can end the element that it stands in."""
+    return htmlsafe_json_dumps(data, dumps=json.dumps, separators=(",", ":"), allow_nan=False)
+
+
+def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
+    """What the page shows of a figure; its picture and data as data: URIs."""
+    kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
+    path = layout.figures / figure.name
+    files = {kind: data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
+    command = _command(source, path.with_suffix(".svg"))
     return {"name": figure.name, "title": figure.title, "caption": figure.caption, "command": command, **files}
 
 
-def _data_uri(path: Path, mime: str) -> str:
-    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _command(layout: Layout, target: Path) -> str:
+def _command(source: str, target: Path) -> str:
     """What to type to make a file again."""
-    shipped = (PRESETS / f"{layout.name}.yaml").is_file()
-    preset = layout.name if shipped else f"PATH/TO/{layout.name}.yaml"
     # Snakemake's --config takes all words that follow it, so it comes last.
-    config = "" if preset == _DEFAULT_PRESET else f" --config preset={preset}"
-    return f"snakemake --cores all {target}{config}"
+    config = [] if source == _DEFAULT_PRESET else ["--config", f"preset={source}"]
+    return shlex.join(["snakemake", "--cores", "all", str(target), *config])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -42,16 +41,13 @@ def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
 
 
-def claims(table: pd.DataFrame, runs: pd.DataFrame, shown: Collection[str]) -> Rows:
-    """Each claim with the runs behind it, and the names of the figures, of those shown, that it is about."""
+def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
+    """Each claim with the runs behind it."""
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
-    rows = []
-    for claim in table.to_dict("records"):
-        behind = [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]
-        numbers = words(claim["figure"])
-        figures = [(number, name) for number in numbers for name in shown if name.startswith(f"fig{number}_")]
-        rows.append({str(name): value for name, value in claim.items()} | {"runs": behind, "figures": figures})
-    return rows
+    return [
+        claim | {"runs": [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]}
+        for claim in _records(table)
+    ]
 
 
 def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lorabench.tables import words
+
 if TYPE_CHECKING:
     from lorabench.config import Block
 
@@ -31,6 +33,11 @@ def number(value: Any, digits: int = 3) -> str:
         decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
         return f"{value:,.{decimals}f}"
     return lr(value, digits)
+
+
+def signed(value: Any) -> str:
+    """A difference of losses or shares, with its sign."""
+    return DASH if missing(value) else f"{value:+.4f}"
 
 
 def nll(value: Any) -> str:
@@ -98,20 +105,26 @@ def text(value: Any) -> str:
     return DASH if missing(value) or value == "" else str(value)
 
 
+def in_paper(figure: Any) -> str:
+    """Where the paper says it, by the column `figure` of a claim."""
+    where = text(figure)
+    return f"fig. {where}" if where[0].isdigit() else where
+
+
 def parametrisation(block: Block) -> str:
     """How a block's LoRA differs from the paper's parametrisation."""
-    words = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
+    parts = [f"alpha {_listed(block.alphas)}"] if block.alphas else []
     if block.alpha_power:
-        words.append(f"alpha times rank^{block.alpha_power:g}")
+        parts.append(f"alpha times rank^{block.alpha_power:g}")
     if block.inits_a != [1.0]:
-        words.append(f"init of A times {_listed(block.inits_a)}")
+        parts.append(f"init of A times {_listed(block.inits_a)}")
     if block.lr_ratios != [1.0]:
-        words.append(f"LR of B / LR of A {_listed(block.lr_ratios)}")
+        parts.append(f"LR of B / LR of A {_listed(block.lr_ratios)}")
     if block.transforms:
-        words.append("p, q " + " and ".join(_listed(pair) for pair in block.transforms))
+        parts.append("p, q " + " and ".join(_listed(pair) for pair in block.transforms))
     if block.eps is not None:
-        words.append(f"Adam's epsilon {block.eps:g}")
-    return "; ".join(words) or "standard"
+        parts.append(f"Adam's epsilon {block.eps:g}")
+    return "; ".join(parts) or "standard"
 
 
 def _listed(values: list[float]) -> str:
@@ -135,7 +148,7 @@ def _safe(name: Any) -> str:
 FILTERS = {
     function.__name__: function
     for function in (
-        *(number, nll, lr, interval, lr_interval, count, amount, duration, when, text, parametrisation),
-        *(anchor_run, anchor_claim),
+        *(number, signed, nll, lr, interval, lr_interval, count, amount, duration, when, text, words),
+        *(in_paper, parametrisation, anchor_run, anchor_claim),
     )
 }

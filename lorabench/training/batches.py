@@ -1,9 +1,14 @@
-"""From token caches to tensors: the data order, micro-batches, and the scored next-token targets."""
+"""From token caches to tensors: the data order, micro-batches, and the scored next-token targets.
+
+A batch is split by length into parts of little padding. Packing removes the rest of it, at a price: attention then
+needs a mask, so that fused causal kernels, which skip half of the products and hold no mask, do not apply. It is off
+by default; it pays where examples are short and their lengths differ much.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -26,7 +31,9 @@ def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.nd
     return shuffled[: steps * batch_size].reshape(steps, batch_size)
 
 
-def micro_batches(lengths: np.ndarray, max_tokens: int, groups: int = 1) -> Iterator[np.ndarray]:
+def micro_batches(
+    lengths: np.ndarray, max_tokens: int, groups: int = 1, packing: bool = False
+) -> Iterator[np.ndarray | list[np.ndarray]]:
     """Split a batch, by length, into parts of little padding that fit `max_tokens`.
 
     The parts together are the batch: with token-summed losses the gradient is the same, only less
@@ -34,12 +41,16 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, groups: int = 1) -> Iter
 
     Args:
         lengths: tokens of each example of the batch, (n,).
-        max_tokens: limit of examples times longest length in a part; one example always fits.
-        groups: split into at least this many parts (as far as there are examples).
+        max_tokens: limit of rows times longest length in a part; one example always fits.
+        groups: split into at least this many parts (as far as there are examples), but for packed ones.
+        packing: lay several examples into a row.
 
     Yields:
-        Positions within the batch, each exactly once.
+        Rows: a position within the batch, or those of several packed examples; each position exactly once.
     """
+    if packing and len(lengths):
+        yield from _packed(lengths, max_tokens)
+        return
     by_length = np.argsort(lengths, kind="stable")
     cap = max(1, -(-len(lengths) // groups))
     start = 0
@@ -53,22 +64,80 @@ def micro_batches(lengths: np.ndarray, max_tokens: int, groups: int = 1) -> Iter
         start = end
 
 
-def collate(split: TokenizedSplit, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and next-token targets of some examples, both (n, longest - 1), padded on the right.
+def _packed(lengths: np.ndarray, max_tokens: int) -> Iterator[list[np.ndarray]]:
+    # An example's last token is only a target.
+    rows = packed_rows(lengths - 1)
+    at_once = max(1, max_tokens // int(lengths.max()))
+    for start in range(0, len(rows), at_once):
+        yield [np.array(row) for row in rows[start : start + at_once]]
 
-    Targets are `IGNORED` where the next token is not scored. No attention mask is needed: attention is
-    causal and padding comes last, so no scored position sees any. Without examples it is one token that is not scored.
+
+def packed_rows(lengths: np.ndarray) -> list[list[int]]:
+    """Examples laid end to end in rows as long as the longest example: first fit, the longest first.
+
+    Rows as long as all of `max_tokens` would need no padding at all, but attention costs the square of a row.
+
+    Args:
+        lengths: tokens of each example, (n,).
+
+    Returns:
+        Places of the examples of each row.
     """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        row = next((row for row, left in enumerate(free) if left >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(int(lengths.max()))
+        rows[row].append(place)
+        free[row] -= length
+    return rows
+
+
+class Batch(NamedTuple):
+    """Examples as a model takes them, each tensor (rows, width), padded on the right.
+
+    Targets are `IGNORED` where the next token is not scored. Positions restart where an example begins, which tells
+    transformers to keep attention within each example; None where every row is one example. No attention mask is
+    needed: attention is causal and padding comes last, so no scored position sees any.
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor | None
+
+    @property
+    def scored(self) -> int:
+        """Scored targets."""
+        return int((self.targets != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+
+def collate(split: TokenizedSplit, rows: Iterable[int | np.ndarray]) -> Batch:
+    """Some examples, one to a row or several, end to end. Without any it is one token that is not scored."""
     import torch
 
-    examples = [split.example(int(index)) for index in indices]
-    shape = max(1, len(examples)), max((len(ids) for ids, _ in examples), default=2) - 1
-    inputs = np.zeros(shape, np.int64)
-    targets = np.full(shape, IGNORED, np.int64)
-    for row, (ids, scored) in enumerate(examples):
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        targets[row, : len(ids) - 1] = np.where(scored[1:], ids[1:], IGNORED)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+    examples = [[split.example(int(index)) for index in np.atleast_1d(row)] for row in rows]
+    # An example's last token is only a target.
+    shape = max(1, len(examples)), max((sum(len(ids) - 1 for ids, _ in row) for row in examples), default=1)
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    positions = np.tile(np.arange(shape[1]), (shape[0], 1))
+    for number, row in enumerate(examples):
+        start = 0
+        for ids, scored in row:
+            end = start + len(ids) - 1
+            inputs[number, start:end] = ids[:-1]
+            targets[number, start:end] = np.where(scored[1:], ids[1:], IGNORED)
+            # Through the end of the row: padding counts on.
+            positions[number, start:] = np.arange(shape[1] - start)
+            start = end
+    packed = any(len(row) > 1 for row in examples)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions) if packed else None)
 
 
 def scored_tokens(split: TokenizedSplit) -> int:

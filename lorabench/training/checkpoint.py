@@ -1,21 +1,25 @@
 """Checkpoints of a run in progress: trained parameters, Adam's state, and the curve so far.
 
-Safetensors with a JSON header, replaced atomically; no pickle. A run has no other state: the data
+Safetensors with a checksum and a JSON header, replaced atomically; no pickle. A run has no other state: the data
 order follows from the seed and the step, and models have no dropout.
 
 Of a model that is sharded over processes each writes its part. The first process's file is the checkpoint: its header
 says at which step and of how many parts it is, and it takes the old one's place when the other parts are there, so that
 parts of two steps never meet. Any number of processes can read it.
+
+A checkpoint that is damaged or another run's is worth nothing, and no reason to fail: the run starts anew.
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.plan import PROTOCOL_VERSION
 from lorabench.records import atomic_path
+from lorabench.tensors import DamagedError, read_header, read_tensors, write_tensors
 from lorabench.training.distributed import ALONE, Processes, local, placed, whole
 
 if TYPE_CHECKING:
@@ -29,14 +33,13 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def save_checkpoint(
     path: Path,
+    run_id: str,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     processes: Processes = ALONE,
 ) -> None:
     """Write parameters, optimizer state and `progress` (plain JSON data with the `step`), whole or not at all."""
-    from safetensors.torch import save_file
-
     tensors = {}
     for name, parameter in trainable(model).items():
         tensors[f"parameter/{name}"] = local(parameter.detach()).contiguous()
@@ -44,47 +47,100 @@ def save_checkpoint(
             tensors[f"{key}/{name}"] = local(value).contiguous()
     count = processes.count if processes.sharded else 1
     parts = _parts(path, progress["step"], count)
+    about = _owner(run_id)
     if processes.first:
+        about |= {"progress": json.dumps(progress), "parts": str(count)}
         with atomic_path(path) as partial:
-            save_file(tensors, partial, metadata={"progress": json.dumps(progress), "parts": str(count)})
+            write_tensors(partial, tensors, about)
             processes.wait()
         for old in set(path.parent.glob(f"{path.stem}.*{path.suffix}")).difference(parts):
             old.unlink()
         return
     if processes.sharded:
         with atomic_path(parts[processes.rank]) as partial:
-            save_file(tensors, partial)
+            write_tensors(partial, tensors, about)
     processes.wait()
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore parameters and optimizer state in place; returns what was saved as `progress`."""
+def load_checkpoint(
+    path: Path,
+    run_id: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes = ALONE,
+) -> dict[str, Any] | None:
+    """Restore parameters and optimizer state in place; returns what was saved as `progress`.
+
+    None, with nothing touched, if there is no checkpoint, or none that can be used: then the log says why.
+    """
     import torch
-    from safetensors import safe_open
 
-    with ExitStack() as opened, torch.no_grad():
-        first = opened.enter_context(safe_open(path, framework="pt"))
-        header = first.metadata()
-        progress: dict[str, Any] = json.loads(header["progress"])
-        others = _parts(path, progress["step"], int(header.get("parts", 1)))[1:]
-        files = [first, *(opened.enter_context(safe_open(part, framework="pt")) for part in others)]
-        names = set(first.keys())
+    if not path.exists():
+        return None
+    parameters = trainable(model)
+    try:
+        parts, progress = _read(path, run_id)
+        there = {name: _shape(parts, name) for name in parts[0] if name.startswith("parameter/")}
+        if there != {f"parameter/{name}": tuple(parameter.shape) for name, parameter in parameters.items()}:
+            raise DamagedError(f"{path} is of a model with other parameters")
+    except DamagedError as error:
+        if processes.first:
+            logging.warning("run %s starts anew: checkpoint %s", run_id, error)
+        return None
 
-        def read(name: str, parameter: torch.Tensor) -> torch.Tensor:
-            parts: list[torch.Tensor] = [file.get_tensor(name) for file in files]
-            if parts[0].ndim == 0:
-                # Adam's step count, which is on the CPU unless it is fused on a GPU.
-                return parts[0].to(parameter.device)
-            return placed(torch.cat(parts), parameter)
+    def read(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        tensors: list[torch.Tensor] = [part[name] for part in parts]
+        if tensors[0].ndim == 0:
+            # Adam's step count, which is on the CPU unless it is fused on a GPU.
+            return tensors[0].to(parameter.device)
+        return placed(torch.cat(tensors), parameter)
 
-        for name, parameter in trainable(model).items():
+    with torch.no_grad():
+        for name, parameter in parameters.items():
             parameter.copy_(read(f"parameter/{name}", parameter))
             optimizer.state[parameter] = {
                 key: read(f"{key}/{name}", parameter)
                 for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}/{name}" in names
+                if f"{key}/{name}" in parts[0]
             }
+    if processes.first:
+        logging.info("run %s goes on after step %d", run_id, progress["step"])
     return progress
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint says it is of; 0 if there is none that can be read."""
+    try:
+        about = read_header(path)
+    except DamagedError:
+        return 0
+    return int(json.loads(about.get("progress", '{"step": 0}'))["step"])
+
+
+def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The tensors of each part of a checkpoint, and its progress.
+
+    Raises:
+        DamagedError: a part is missing, is not as it was written, or is another run's.
+    """
+    tensors, about = _read_part(path, run_id)
+    progress: dict[str, Any] = json.loads(about["progress"])
+    others = _parts(path, progress["step"], int(about["parts"]))[1:]
+    return [tensors, *(_read_part(part, run_id)[0] for part in others)], progress
+
+
+def _read_part(path: Path, run_id: str) -> tuple[dict[str, Any], dict[str, str]]:
+    tensors, about = read_tensors(path, "pt")
+    if not about.items() >= _owner(run_id).items():
+        raise DamagedError(f"{path} is of run {about.get('run_id')}, protocol {about.get('protocol_version')}")
+    return tensors, about
+
+
+def _shape(parts: list[dict[str, Any]], name: str) -> tuple[int, ...]:
+    """Shape of a parameter whose rows are spread over parts."""
+    if len(parts) == 1:
+        return tuple(parts[0][name].shape)
+    return (sum(part[name].shape[0] for part in parts), *parts[0][name].shape[1:])
 
 
 def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
@@ -101,3 +157,8 @@ def _parts(path: Path, step: int, count: int) -> list[Path]:
     """The files of a checkpoint, the first process's first."""
     others = [path.with_name(f"{path.stem}.{step}.{rank}-of-{count}{path.suffix}") for rank in range(1, count)]
     return [path, *others]
+
+
+def _owner(run_id: str) -> dict[str, str]:
+    """Whose checkpoint it is."""
+    return {"run_id": run_id, "protocol_version": str(PROTOCOL_VERSION)}

@@ -10,21 +10,26 @@ autocast as on one GPU. `ddp` keeps the whole model in each process and sums gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lorabench.config import Sharding
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
 
-Sharding = Literal["fsdp", "ddp"]
 _CPU = torch.device("cpu")
 
 
@@ -47,34 +52,41 @@ class Processes:
         """Whether a model's parameters are spread over the processes."""
         return self.count > 1 and self.sharding == "fsdp"
 
-    def gather(self, *values: float) -> np.ndarray:
-        """Numbers of every process, (processes, values) in double precision; the same in each."""
+    def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        """As many numbers of every process, (processes, values) in double precision; the same in each."""
+        numbers = np.asarray(values, np.float64)
         if self.count == 1:
-            return np.array([values], np.float64)
-        own = torch.tensor([values], dtype=torch.float64, device=self.device)
-        everyone = own.repeat(self.count, 1)
-        dist.all_gather_into_tensor(everyone, own)
-        return everyone.cpu().numpy()
+            return numbers[None]
+        own = torch.from_numpy(numbers).to(self.device)
+        everyone = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(everyone, own)
+        return torch.stack(everyone).cpu().numpy()
 
     def total(self, value: float) -> float:
         """The sum over processes."""
-        return float(self.gather(value).sum())
+        return float(self.gather([value]).sum())
 
     def most(self, value: float) -> float:
         """The largest of all processes."""
-        return float(self.gather(value).max())
+        return float(self.gather([value]).max())
 
     def any(self, happened: bool) -> bool:
         """Whether it happened in any process, so that all decide alike."""
-        return bool(self.gather(happened).any())
+        return bool(self.gather([happened]).any())
 
     def wait(self) -> None:
         """Until all are here."""
-        self.gather(0.0)
+        self.gather([0.0])
 
     def share(self, lengths: np.ndarray) -> np.ndarray:
         """Positions of the sequences that this process computes, ordered by length, so that all have as much to do."""
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
+
+    def owners(self, lengths: np.ndarray) -> np.ndarray:
+        """The process in whose share each sequence is, (sequences,)."""
+        ranks = np.empty(len(lengths), np.int64)
+        ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths)) % self.count
+        return ranks
 
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
         """This process's parts, filled up with `nothing` to as many as any has: all must compute together."""
@@ -107,6 +119,8 @@ class Processes:
             reshard_after_forward=True,
             cpu_ram_efficient_loading=True,
         )
+        if isinstance(model, PeftModel):
+            _tie_beneath(model)
         sharded: M = fsdp2_prepare_model(accelerator, model)
         sharded.enter = MethodType(_call, sharded)  # type: ignore[assignment]
         register_fsdp_forward_method(sharded, "enter")
@@ -127,7 +141,8 @@ def join(sharding: Sharding) -> Processes:
     """Join the processes that were started with this one (see `launch.py`)."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The others wait while the first reads a large model from a slow disk.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     return Processes(state.process_index, state.num_processes, sharding, torch.device(state.device))
 
 
@@ -142,7 +157,23 @@ def enter(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T
     if not isinstance(model, FSDPModule):
         return function(model, *inputs)
     entered: T = model.enter(function, *inputs)  # type: ignore[operator]
+    if not torch.is_grad_enabled():
+        # The last layers stay together for a backward pass, which does not come.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     return entered
+
+
+def _tie_beneath(model: PeftModel) -> None:
+    """Tell transformers, which ties weights anew once they are sharded, where PEFT put an adapted layer's weight."""
+    base: Any = model.get_base_model()
+    for name, source in list(base.all_tied_weights_keys.items()):
+        layer, _, weight = name.rpartition(".")
+        if isinstance(base.get_submodule(layer), BaseTunerLayer):
+            del base.all_tied_weights_keys[name]
+            base.all_tied_weights_keys[f"{layer}.base_layer.{weight}"] = source
+    model.tie_weights = partial(base.tie_weights, recompute_mapping=False)
 
 
 def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorabench.errors import UserError
+from lorabench.training.stop import Stopped
 
 # Seconds that processes have to save what they have done when the job is told to end.
 _GRACE = 120
@@ -29,7 +30,8 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: there are not so many GPUs, or what one of the processes met.
-        SystemExit: a process ended badly, or the job was told to end.
+        Stopped: the job was told to end.
+        SystemExit: a process ended badly.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -63,14 +65,18 @@ def launch(count: int, arguments: Sequence[str]) -> None:
             raise UserError(told["message"].partition(": ")[2]) from error
         sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        raise Stopped(error.sigval) from error
 
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Hand a UserError of one process among several to the one that started them."""
+    """Hand a UserError of one process among several to the one that started them, which knows of signals itself."""
     try:
         yield
+    except Stopped as stopped:
+        if not started():
+            raise
+        sys.exit(stopped.exit_status)
     except UserError as error:
         if not started():
             raise

@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def nll_sum(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the NLL over scored targets, a scalar, in fp32.
+def nll_sum(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of the NLL over scored targets, a scalar, in fp32; the arguments are those of a `Batch`.
 
     Logits are computed where a token is scored and nowhere else. The decoder and the unembedding are
     called as modules, so LoRA on either takes part.
     """
-    return enter(model, _nll_sum, inputs, targets)
+    return enter(model, _nll_sum, inputs, targets, positions)
 
 
-def _nll_sum(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _nll_sum(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None
+) -> torch.Tensor:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = base.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state
+    hidden = base.get_decoder()(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
     scored = targets != IGNORED
     logits = base.get_output_embeddings()(hidden[scored])
     return torch.nn.functional.cross_entropy(logits.float(), targets[scored], reduction="sum")
@@ -46,6 +50,27 @@ def check_plain_head(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Refuse models in which an example sees those packed before it.
+
+    Raises:
+        UserError: the second of two packed examples changes with the first.
+    """
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    first = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], device=device)
+    second = torch.tensor([9, 10, 11, 12], device=device)
+    alone, beside = (
+        model.get_decoder()(  # type: ignore[operator]
+            input_ids=torch.cat([ids, second])[None], position_ids=positions, use_cache=False
+        ).last_hidden_state[0, 4:]
+        for ids in first
+    )
+    if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
+        raise UserError(f"{type(model).__name__} lets packed examples see each other; set execution.packing to false")
+
+
+@torch.no_grad()
 def mean_nll(
     model: nn.Module,
     split: TokenizedSplit,
@@ -53,13 +78,14 @@ def mean_nll(
     device: torch.device,
     autocast: torch.dtype | None,
     processes: Processes = ALONE,
+    packing: bool = False,
 ) -> float:
     """NLL in nats per scored token of a whole split, token-weighted."""
     total, count = 0.0, 0
     own = processes.share(split.lengths())
-    for part in processes.even(micro_batches(split.lengths()[own], max_tokens), own[:0]):
-        inputs, targets = (tensor.to(device) for tensor in collate(split, own[part]))
+    for part in processes.even(micro_batches(split.lengths()[own], max_tokens, packing=packing), own[:0]):
+        batch = collate(split, [own[row] for row in part])
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            total += nll_sum(model, inputs, targets).item()
-        count += int((targets != IGNORED).sum())
+            total += nll_sum(model, *batch.to(device)).item()
+        count += batch.scored
     return processes.total(total) / processes.total(count)

@@ -36,8 +36,10 @@ def code_state(patches: Path) -> dict[str, str | None]:
     patch = None
     if diff:
         patch = hashlib.sha256(diff.encode()).hexdigest()[:16]
-        with atomic_path(patches / f"{patch}.patch") as partial:
-            partial.write_text(diff)
+        path = patches / f"{patch}.patch"
+        if not path.exists():
+            with atomic_path(path) as partial:
+                partial.write_text(diff)
     return {"git_sha": sha.strip() if sha else None, "git_dirty_patch": patch}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +11,9 @@ from lorabench.config import Protocol
 from lorabench.plan import Run
 from lorabench.training.checkpoint import trainable
 from lorabench.training.distributed import ALONE, Processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,18 @@ class Machine:
     checkpoint_seconds: float
     micro_groups: int = 2
     max_cache_tokens: int = 65_536
+    packing: bool = False
     processes: Processes = ALONE
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
         """The autocast type that the protocol asks for, None in fp32."""
         return torch.bfloat16 if protocol.precision == "bf16" else None
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep what goes into a layer only; the backward pass computes the layer again, with the same result."""
+    # No random numbers to restore: models have no dropout.
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def make_optimizer(model: torch.nn.Module, run: Run, protocol: Protocol) -> torch.optim.Optimizer:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from lorabench.config import Protocol
-from lorabench.data.sft import Split
+from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lora import adapter_pairs
 from lorabench.plan import Run
+from lorabench.training import stop
 from lorabench.training.adapter import AdapterProbe
-from lorabench.training.batches import IGNORED, collate, data_order, micro_batches, scored_tokens
+from lorabench.training.batches import collate, data_order, micro_batches, scored_tokens
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from lorabench.training.distributed import whole
 from lorabench.training.loss import mean_nll, nll_sum
@@ -88,8 +89,8 @@ def train_run(
 
     outcome = Outcome(status="done", curve=[Point(0, 0, 0, "validation", "nll", base_valid_nll)])
     first_step, epoch_nats, epoch_scored = 0, 0.0, 0
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint, model, optimizer)
+    saved = load_checkpoint(checkpoint, run.run_id, model, optimizer, processes)
+    if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         epoch_nats, epoch_scored = saved["epoch_nats"], saved["epoch_scored"]
         outcome.curve = [Point(**point) for point in saved["curve"]]
@@ -97,7 +98,8 @@ def train_run(
     last_saved = time.perf_counter()
 
     def evaluate(split: Split) -> float:
-        return mean_nll(model, data[split], machine.max_batch_tokens, machine.device, autocast, processes)
+        limit, packing = machine.max_batch_tokens, machine.packing
+        return mean_nll(model, data[split], limit, machine.device, autocast, processes, packing)
 
     def record(step: int, split: Split, metric: str, value: float) -> None:
         finite = value if math.isfinite(value) else None
@@ -126,8 +128,9 @@ def train_run(
         if step in validate_at:
             record(step, "validation", "nll", evaluate("validation"))
         tick(step)
+        stopping = processes.any(stop.requested())
         due = time.perf_counter() - last_saved >= machine.checkpoint_seconds
-        if processes.any(due) and step < condition.steps:
+        if (stopping or processes.any(due)) and step < condition.steps:
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -136,8 +139,10 @@ def train_run(
                 "wall_s": time.perf_counter() - started,
                 "curve": [vars(point) for point in outcome.curve],
             }
-            save_checkpoint(checkpoint, model, optimizer, progress, processes)
+            save_checkpoint(checkpoint, run.run_id, model, optimizer, progress, processes)
             last_saved = time.perf_counter()
+            if stopping:
+                stop.end()
 
     if outcome.status == "done":
         valid, test = outcome.curve[-1].value, evaluate("test")
@@ -160,13 +165,13 @@ def _backward(
     processes = machine.processes
     own = indices[processes.share(train.lengths()[indices])]
     lengths = train.lengths()[own]
-    split = micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups)
-    parts = [collate(train, own[part]) for part in processes.even(split, own[:0])]
-    scored = int(processes.total(sum(int((targets != IGNORED).sum()) for _, targets in parts)))
+    split = micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups, machine.packing)
+    parts = [collate(train, [own[row] for row in part]) for part in processes.even(split, own[:0])]
+    scored = int(processes.total(sum(part.scored for part in parts)))
     loss = 0.0
-    for inputs, targets in parts:
+    for part in parts:
         with torch.autocast(machine.device.type, dtype=autocast, enabled=autocast is not None):
-            part_loss = nll_sum(model, inputs.to(machine.device), targets.to(machine.device)) / scored
+            part_loss = nll_sum(model, *part.to(machine.device)) / scored
         part_loss.backward()
         loss += part_loss.item()
     processes.sum_gradients(trainable(model).values())

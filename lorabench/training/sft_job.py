@@ -13,7 +13,8 @@ from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.plan import Run
-from lorabench.training.loss import check_plain_head, mean_nll
+from lorabench.training import stop
+from lorabench.training.loss import check_packing, check_plain_head, mean_nll
 from lorabench.training.sft import train_run
 from lorabench.training.sweep import Job, now, provenance
 
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
 
 
 def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
-    """Train runs, given with their number in the sweep, and write each as it ends."""
+    """Train those runs that are not finished, given with their number in the sweep, and write each as it ends."""
+    runs = job.unfinished(runs)
     if not runs:
         return
     condition, preset = job.sweep.condition, job.plan.preset
-    tokenizer = load_tokenizer(preset.models[condition.model])
+    tokenizer = load_tokenizer(job.layout.model(condition.model))
     key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
     data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
     environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
     adapter = "default" if condition.method == "lora" else None
     bases = _Bases(job)
     for number, run in runs:
+        if job.machine.processes.any(stop.requested()):
+            stop.end()
         job.announce(number, run)
         base_nll = bases.base_valid_nll(data["validation"])
         started = {"started": now()}
@@ -41,6 +45,7 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
             checkpoint = job.folder(run).checkpoint
             outcome = train_run(run, model, data, preset.protocol, job.machine, checkpoint, base_nll, tick)
             job.write(run, outcome, model, environment | started, adapter)
+        del model  # before the next is loaded
 
 
 class _Bases:
@@ -58,6 +63,10 @@ class _Bases:
         if self._model is None:
             self._model = self.job.load()
             check_plain_head(self._model)
+            machine = self.job.machine
+            # Of a model that is to be sharded, the other processes have no weights.
+            if machine.packing and machine.processes.first:
+                check_packing(self._model)
         return self._model
 
     def base_valid_nll(self, validation: TokenizedSplit) -> float:
@@ -66,7 +75,9 @@ class _Bases:
             machine = self.job.machine
             processes, autocast = machine.processes, machine.autocast(self.job.plan.preset.protocol)
             model = processes.shard(self._pristine())
-            nll = mean_nll(model, validation, machine.max_batch_tokens, machine.device, autocast, processes)
+            nll = mean_nll(
+                model, validation, machine.max_batch_tokens, machine.device, autocast, processes, machine.packing
+            )
             if processes.sharded:
                 self._model = None  # LoRA goes on before a model is sharded
             uniform = math.log(model.config.vocab_size)

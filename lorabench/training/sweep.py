@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config import FactsDataset
+from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lora import add_lora
@@ -28,7 +29,7 @@ from lorabench.tables import best_lr, write_curves, write_sweep
 from lorabench.training.checkpoint import trainable, whole_weights
 from lorabench.training.distributed import ALONE, Processes
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, recompute_activations
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,6 +50,7 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
         execution.max_batch_tokens,
         execution.checkpoint_minutes * 60,
         max_cache_tokens=execution.max_cache_tokens,
+        packing=execution.packing,
         processes=processes,
     )
 
@@ -68,9 +70,13 @@ class Job:
         """Where a run lies."""
         return RunFolder(self.layout.runs, run.run_id)
 
+    def unfinished(self, runs: Iterable[tuple[int, Run]]) -> list[tuple[int, Run]]:
+        """Those that are still to be trained."""
+        return [(number, run) for number, run in runs if not self.folder(run).done()]
+
     def load(self) -> PreTrainedModel:
         """The base model, fresh; one that is to be sharded is on the CPU of the first process, and nowhere else."""
-        spec, processes = self.plan.preset.models[self.sweep.condition.model], self.machine.processes
+        spec, processes = self.layout.model(self.sweep.condition.model), self.machine.processes
         # A sharded model that is no longer used is a ring of references, and as large as what is loaded now.
         gc.collect()
         if processes.sharded:
@@ -78,9 +84,7 @@ class Job:
         else:
             model = load_model(spec).to(self.machine.device)
         if self.plan.preset.execution.activation_checkpointing:
-            # No random numbers to restore: models have no dropout.
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            recompute_activations(model)
         return model
 
     def with_lora(self, model: PreTrainedModel, run: Run, adapter: str = "default") -> PeftModel:
@@ -172,14 +176,26 @@ def run_sweep(
     job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
-        train_runs(job, [(number, run) for number, run in runs if not job.folder(run).done()])
+        _check_commits(job, [run for _, run in runs if job.folder(run).done()])
+        train_runs(job, runs)
         for number, run in runs:
             job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
 
+    if processes.first:
+        for run in sweep.grid():
+            job.folder(run).tidy()
+    processes.wait()
     # The grid of the first seed picks the LR; what is repeated anyway comes with it.
     grid = sweep.grid()
     finish(list(enumerate(grid, 1)))
     best = best_lr([job.folder(run).read_record() for run in grid if run.seed == 0])
+    # The grid of an earlier plan may have had another best LR, and let these weights go.
+    if best is not None and not (chosen := job.folder(Run(sweep.condition, best, 0))).weights.exists():
+        processes.wait()
+        if processes.first:
+            chosen.record.unlink()
+        processes.wait()
+        finish(list(enumerate(grid, 1)))
     repeats = sweep.repeats(best) if best is not None else []
     finish(list(enumerate(repeats, len(grid) + 1)))
     if not processes.first:
@@ -192,15 +208,29 @@ def run_sweep(
     progress.close()
 
 
+def _check_commits(job: Job, finished: list[Run]) -> None:
+    """Raise UserError if a finished run read another commit of the hub than is fetched now."""
+    now = job.layout.commits(job.sweep.condition)
+    for run in finished:
+        then = job.folder(run).read_record()["environment"].get("hub_commits", {})
+        for name in (name for name in now if now[name] != then.get(name)):
+            raise UserError(
+                f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
+                f"write the former into the file of {name} in {job.layout.pins} and fetch again, or delete "
+                f"{job.folder(run).final} to have the run made anew"
+            )
+
+
 def provenance(job: Job) -> dict[str, Any]:
     """What all runs of a job ran on; the hashes of their data come on top."""
-    spec, processes = job.plan.preset.models[job.sweep.condition.model], job.machine.processes
+    condition, processes = job.sweep.condition, job.machine.processes
     return {
         **machine_state(job.machine.device),
         "processes": processes.count,
         "sharding": processes.sharding if processes.count > 1 else None,
         **code_state(job.layout.patches),
-        "model_sha256": weights_sha256(spec),
+        "model_sha256": weights_sha256(job.layout.model(condition.model)),
+        "hub_commits": job.layout.commits(condition),
     }
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lorabench.config import FactsDataset
 from lorabench.data.chat import prompt
-from lorabench.data.sft import make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import build_dataset, make_dataset, read_dataset
 
 SPEC = FactsDataset(kind="facts", facts=300, digits=6)
 
@@ -20,11 +20,11 @@ def answers(rows, split="train"):
 
 
 def test_what_is_measured_is_what_was_trained(tmp_path):
-    rows = make_dataset(SPEC)
+    rows = list(make_dataset(SPEC))
     assert answers(rows, "train") == answers(rows, "validation") == answers(rows, "test")
     assert len(answers(rows)) == SPEC.facts == SPEC.train == SPEC.validation == SPEC.test
-    write_dataset(rows, tmp_path / "facts.parquet")
-    assert read_dataset(tmp_path / "facts.parquet") == rows
+    build_dataset(SPEC, tmp_path / "facts.parquet")
+    assert list(read_dataset(tmp_path / "facts.parquet")) == rows
 
 
 def test_answers_hold_the_entropy_that_is_claimed():
@@ -36,6 +36,6 @@ def test_answers_hold_the_entropy_that_is_claimed():
 
 
 def test_facts_follow_from_the_seed():
-    again, other = make_dataset(SPEC), make_dataset(SPEC.model_copy(update={"seed": 1}))
-    assert answers(make_dataset(SPEC)) == answers(again)
-    assert not answers(again).keys() & answers(other).keys()
+    first, again = answers(make_dataset(SPEC)), answers(make_dataset(SPEC))
+    assert first == again
+    assert not first.keys() & answers(make_dataset(SPEC.model_copy(update={"seed": 1}))).keys()

@@ -1,109 +1,166 @@
-"""Hub datasets in the forms of Tulu3 and OpenThoughts3, read from local files of the same form."""
+"""Hub datasets in the forms of Tulu3 and OpenThoughts3, read from local copies of the same form."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from lorabench.config import HubDataset
+from lorabench.data.chat import prompt
 from lorabench.data.hub import to_messages
-from lorabench.data.sft import make_dataset
+from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
+from tests.hub_repositories import (
+    openthoughts3_row,
+    tulu3_row,
+    write_jsonl,
+    write_openthoughts3,
+    write_parquet,
+    write_tulu3,
+)
 
-
-def tulu(number):
-    turns = [("user", f"question {number}"), ("assistant", f"answer {number}")]
-    if number % 3 == 0:
-        turns = [("system", "be brief"), *turns, ("user", "and more?"), ("assistant", "no")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return {"id": f"row{number}", "messages": messages, "source": f"part{number % 2}"}
-
-
-def thoughts(number):
-    chat = [{"from": "human", "value": f"riddle {number}"}, {"from": "gpt", "value": f"<think>\u2028</think> {number}"}]
-    return {"difficulty": 7, "source": "maths", "domain": "math", "conversations": chat}
+SIZES = {"train": 40, "validation": 8, "test": 8}
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Writes rows where the datasets library looks before it asks the hub; returns their spec."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def made(tmp_path):
+    """Makes a dataset from the copy in a folder; returns its rows."""
 
-    def write(rows, **changes):
-        folder = Path("owner/name")
-        folder.mkdir(parents=True)
-        (folder / "train.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        spec = {"kind": "hub", "id": "owner/name", "train": 40, "validation": 8, "test": 8, "max_chars": 100}
-        return HubDataset(**(spec | {"mean_tokens": 50} | changes))
+    def make(folder, **changes):
+        owner_name = "/".join(folder.parts[-2:])
+        spec = {"kind": "hub", "id": owner_name, "path": str(tmp_path), "max_chars": 100, "mean_tokens": 50}
+        build_dataset(HubDataset(**(spec | SIZES | changes)), tmp_path / "made.parquet")
+        return list(read_dataset(tmp_path / "made.parquet"))
 
-    return write
+    return make
 
 
-@pytest.mark.parametrize("form", [tulu, thoughts])
-def test_both_forms_become_chats(form, hub):
-    rows = make_dataset(hub([form(number) for number in range(100)]))
-    assert Counter(row["split"] for row in rows) == {"train": 40, "validation": 8, "test": 8}
+def prompts(rows, split=None):
+    return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
+
+
+def test_tulu3(made, tmp_path):
+    rows = made(write_tulu3(tmp_path, map(tulu3_row, range(100))))
+    assert Counter(row["split"] for row in rows) == SIZES
+    assert {row["source"] for row in rows} == {"ai2-adapt-dev/part0", "ai2-adapt-dev/part1"}
+    originals = [[dict(m) for m in tulu3_row(number)["messages"]] for number in range(100)]
+    assert all(row["messages"] in originals for row in rows)
+    assert {len(row["messages"]) for row in rows} == {2, 5}
+
+
+def test_openthoughts3_has_each_question_once(made, tmp_path):
+    """It has 16 answers to each; two in this copy."""
+    rows = made(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
+    assert Counter(row["split"] for row in rows) == SIZES
+    assert len(set(prompts(rows))) == len(rows) == 56
     for row in rows:
-        roles = [message["role"] for message in row["messages"]]
-        assert set(roles) <= {"system", "user", "assistant"}
-        assert roles[-1] == "assistant"
-    questions = {row["messages"][-2]["content"] for row in rows}
-    assert questions <= {
-        form(number)[key][position][field]
-        for number in range(100)
-        for key, field in [("messages", "content") if form is tulu else ("conversations", "value")]
-        for position in (0, 2 if form is tulu and number % 3 == 0 else 0, -2)
+        (user, assistant) = row["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        riddle, answer = user["content"].split()[-1], assistant["content"].split()[-1]
+        assert int(riddle) == int(answer) // 2
+        assert assistant["content"] == f"<think>\u2028</think> {answer}"
+
+
+def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(made, tmp_path):
+    folder = write_tulu3(tmp_path, map(tulu3_row, range(1000)))
+    chosen = made(folder)
+    assert made(folder) == chosen
+    assert prompts(made(folder, seed=1)) != prompts(chosen)
+    numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in chosen if len(row["messages"]) == 2]
+    # Of a uniform choice, the mean is 500 with a standard error of about 50.
+    assert 300 < np.mean(numbers) < 700
+
+
+def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(made, tmp_path):
+    folder = write_tulu3(tmp_path, map(tulu3_row, range(200)))
+    few, many = made(folder), made(folder, train=150)
+    for split in ("validation", "test"):
+        assert prompts(few, split) == prompts(many, split)
+    assert set(prompts(few, "train")) < set(prompts(many, "train"))
+
+
+def test_what_is_left_out_is_counted_and_noted(made, tmp_path):
+    rows = [tulu3_row(number) for number in range(100)]
+    rows += [tulu3_row(number, answer="another") for number in range(1, 100, 3)]
+    # The same but for its spaces.
+    rows += [tulu3_row(1, question="question  1 ")]
+    rows += [{**tulu3_row(500), "messages": [{"role": "user", "content": f"alone {n}"}]} for n in range(20)]
+    rows += [tulu3_row(601, answer="  "), {**tulu3_row(602), "messages": []}]
+    rows += [tulu3_row(number, question=f"{number} " * 60) for number in range(700, 709)]
+    chosen = made(write_tulu3(tmp_path, rows))
+    assert len(set(prompts(chosen))) == len(chosen) == 56
+    assert not any("alone" in text or len(text) > 300 for text in prompts(chosen))
+    assert about(tmp_path / "made.parquet") == {
+        "id": "allenai/tulu-3-sft-mixture",
+        "commit": None,
+        "rows": 165,
+        "usable": 100,
+        "left_out": {"without a last answer": 22, "of more than 100 characters": 9, "with the prompt of another": 34},
     }
 
 
-def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(hub):
-    spec = hub([tulu(number) for number in range(1000)])
-    chosen = [row["messages"][0]["content"] for row in make_dataset(spec)]
-    assert chosen == [row["messages"][0]["content"] for row in make_dataset(spec)]
-    numbers = [int(text.split()[-1]) for text in chosen if text.startswith("question")]
-    assert max(numbers) > 700
-    assert min(numbers) < 300
+def test_too_few_examples_are_one_sentence_with_counts(made, tmp_path):
+    rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
+    message = (
+        "dataset allenai/tulu-3-sft-mixture has 45 usable examples of 47; 56 are asked for (40 train, 8 validation, "
+        "8 test); left out: 1 of more than 100 characters, 1 with the prompt of another"
+    )
+    with pytest.raises(UserError) as caught:
+        made(write_tulu3(tmp_path, rows))
+    assert str(caught.value) == message
+    assert not (tmp_path / "made.parquet").exists()
 
 
-def test_repeated_long_and_unanswered_chats_are_left_out(hub):
-    answered = [tulu(number) for number in range(1, 100)]
-    unanswered = [{**tulu(500), "messages": [{"role": "user", "content": f"alone {n}"}]} for n in range(20)]
-    long = [
-        {**tulu(n), "messages": [{"role": "user", "content": f"{n} " * 60}, tulu(1)["messages"][1]]} for n in range(9)
-    ]
-    rows = make_dataset(hub([*answered, *answered, *unanswered, *long]))
-    prompts = [json.dumps(row["messages"][:-1]) for row in rows]
-    assert len(set(prompts)) == len(prompts) == 56
-    assert not any("alone" in text or len(text) > 300 for text in prompts)
+def test_other_columns_are_named(made, tmp_path):
+    write_parquet(tmp_path / "owner/name/train.parquet", {"question": "string", "answer": "string"}, [])
+    with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
+        made(tmp_path / "owner/name")
 
 
-def test_too_few_examples_are_named(hub):
-    with pytest.raises(UserError, match="found no 8 distinct validation examples of at most 100 characters"):
-        make_dataset(hub([tulu(number) for number in range(45)]))
+def test_another_kind_of_file_is_named(made, tmp_path):
+    (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/train.csv").write_text("messages\n")
+    with pytest.raises(UserError, match=r"has no train\*\.parquet or train\*\.jsonl"):
+        made(tmp_path / "owner/name")
 
 
-def test_other_columns_are_named(hub):
-    with pytest.raises(UserError, match="owner/name has the columns question, answer; messages or conversations"):
-        make_dataset(hub([{"question": "1+1", "answer": "2"}]))
+def test_lines_of_json_are_read_as_parquet_is(made, tmp_path):
+    rows = [tulu3_row(number) for number in range(100)]
+    write_jsonl(tmp_path / "owner/name/train.jsonl", rows)
+    of_lines = made(tmp_path / "owner/name")
+    assert of_lines == made(write_tulu3(tmp_path, rows, files=1))
+    with (tmp_path / "owner/name/train.jsonl").open("a") as file:
+        file.write("{")
+    with pytest.raises(UserError, match="train.jsonl:101 is no JSON"):
+        made(tmp_path / "owner/name")
 
 
-def test_a_dataset_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    spec = HubDataset(kind="hub", id="no/where", train=1, validation=1, test=1, max_chars=99, mean_tokens=9)
-    with pytest.raises(UserError, match="dataset no/where can't be loaded: "):
-        make_dataset(spec)
+def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
+    with pytest.raises(ValidationError, match="folder 'no/where' does not exist"):
+        HubDataset(kind="hub", id="a/b", path="no/where", train=1, validation=1, test=1, max_chars=99, mean_tokens=9)
 
 
 @pytest.mark.parametrize(
-    ("turn", "message"),
-    [({"role": "tool", "content": "x"}, "role 'tool'"), ({"role": "user", "content": None}, "user without text")],
+    ("row", "message"),
+    [
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "owner/name has a turn of role 'tool'; allowed: user, human",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "user without text"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "a turn of messages with from, value; role and content are"),
+        ({"conversations": [{"from": "gpt"}]}, "a turn of conversations with from; from and value are needed"),
+    ],
 )
-def test_turns_that_can_not_be_told(turn, message):
+def test_turns_that_can_not_be_told(row, message):
     with pytest.raises(UserError, match=message):
-        to_messages({"messages": [turn]}, "owner/name")
+        to_messages(row, "owner/name")
+
+
+def test_empty_text_is_text():
+    row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": json.dumps({})}]}
+    assert to_messages(row, "owner/name") == row["messages"]

@@ -232,33 +232,13 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     with pytest.raises(UserError, match=r"aime25 has no test\*.parquet or test\*.jsonl"):
         make_problems(spec)
     write_rows(folder, "test.jsonl", [{"problem": "?", "result": "1"}])
-    with pytest.raises(UserError, match="test.jsonl:1 has the columns problem, result; answer is needed"):
+    with pytest.raises(
+        UserError, match=r"math-ai/aime25 has the columns problem, result in .*test.jsonl:1; answer is needed"
+    ):
         make_problems(spec)
     (folder / "test.jsonl").write_text("{")
     with pytest.raises(UserError, match="test.jsonl:1 is no JSON"):
         make_problems(spec)
-
-
-def test_the_hub_is_asked_for_the_same_files(tmp_path, monkeypatch):
-    """The datasets library looks into a local folder of that name first."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    repository = tmp_path / "openai/gsm8k"
-    write_rows(repository / "main", "train.jsonl", map(gsm8k, range(60)))
-    write_rows(repository / "main", "test.jsonl", map(gsm8k, range(100, 120)))
-    files = [{"split": split, "path": f"main/{split}.jsonl"} for split in ("train", "test")]
-    card = json.dumps({"configs": [{"config_name": "main", "data_files": files}]})
-    (repository / "README.md").write_text(f"---\n{card}\n---\n")
-    spec = HubProblems(kind="gsm8k", **COUNTS)
-    assert make_problems(spec) == make_problems(spec.model_copy(update={"path": str(tmp_path)}))
-
-
-def test_other_columns_of_the_hub_are_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    write_rows(tmp_path / "math-ai/aime25", "test.jsonl", [{"problem": "?", "result": "1"}])
-    with pytest.raises(UserError, match="math-ai/aime25 has the columns problem, result; answer is needed"):
-        make_problems(HubProblems(kind="aime25", train=0, validation=0, test=1))
 
 
 @pytest.mark.parametrize(

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import pyarrow.parquet as pq
 import pytest
 
 from lorabench.config import ChatDataset
+from lorabench.data import sft
+from lorabench.data.chat import prompt
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
-from lorabench.data.sft import check_disjoint, make_dataset, prompt, read_dataset, write_dataset
+from lorabench.data.sft import disjoint, make_dataset, read_dataset, write_dataset
 from lorabench.errors import UserError
 
 
-def spec(**changes):
-    return ChatDataset(**{"kind": "instruct", "train": 40, "validation": 10, "test": 10, "max_chars": 300} | changes)
+def made(**changes):
+    sizes = {"train": 40, "validation": 10, "test": 10}
+    return list(make_dataset(ChatDataset(**{"kind": "instruct", "max_chars": 300} | sizes | changes)))
 
 
 @pytest.mark.parametrize("kind", ["instruct", "worked"])
 def test_splits_are_whole_distinct_and_short(kind):
-    rows = make_dataset(spec(kind=kind))
+    rows = made(kind=kind)
     assert [row["split"] for row in rows] == ["train"] * 40 + ["validation"] * 10 + ["test"] * 10
     assert len({prompt(row["messages"]) for row in rows}) == 60
     assert all(sum(len(m["content"]) for m in row["messages"]) <= 300 for row in rows)
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
-    check_disjoint(rows)
+    assert list(disjoint(rows)) == rows
 
 
 def test_same_seed_same_rows_and_another_seed_others():
-    assert make_dataset(spec()) == make_dataset(spec())
-    assert make_dataset(spec()) != make_dataset(spec(seed=1))
+    assert made() == made()
+    assert made() != made(seed=1)
 
 
 def test_worked_solutions_end_in_their_answer_and_use_odd_templates():
-    for row in make_dataset(spec(kind="worked")):
+    for row in made(kind="worked"):
         assert "####" in row["messages"][1]["content"]
         assert int(row["source"].partition("/")[2]) % 2 == 1
 
@@ -40,27 +44,42 @@ def test_fine_tuning_tasks_are_unseen_in_pretraining():
 
 
 def test_a_shared_example_is_named_whatever_its_spaces():
-    rows = make_dataset(spec())
+    rows = made()
     copy = {**rows[0], "split": "test"}
     copy["messages"] = [{"role": "user", "content": f" {rows[0]['messages'][0]['content']}\n"}, rows[0]["messages"][1]]
     with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
-        check_disjoint([*rows, copy])
+        list(disjoint([*rows, copy]))
 
 
 def test_a_file_with_a_shared_example_is_refused(tmp_path):
-    rows = make_dataset(spec())
+    rows = made()
     write_dataset([*rows, {**rows[0], "split": "test"}], tmp_path / "bad.parquet")
     with pytest.raises(UserError, match="share the example"):
-        read_dataset(tmp_path / "bad.parquet")
+        list(read_dataset(tmp_path / "bad.parquet"))
 
 
 def test_round_trip(tmp_path):
-    rows = make_dataset(spec())
+    rows = made()
     write_dataset(rows, tmp_path / "data.parquet")
-    assert read_dataset(tmp_path / "data.parquet") == rows
+    assert list(read_dataset(tmp_path / "data.parquet")) == rows
     assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
 
 
+def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
+    rows = made()
+    monkeypatch.setattr(sft, "_GROUP_ROWS", 7)
+    write_dataset(iter(rows), tmp_path / "rows.parquet")
+    monkeypatch.setattr(sft, "_GROUP_CHARS", 300)
+    write_dataset(iter(rows), tmp_path / "chars.parquet")
+    counts = [pq.ParquetFile(tmp_path / f"{name}.parquet").num_row_groups for name in ("rows", "chars")]
+    assert counts[0] == 9
+    assert counts[1] > counts[0]
+    assert list(read_dataset(tmp_path / "rows.parquet")) == list(read_dataset(tmp_path / "chars.parquet")) == rows
+
+
 def test_impossible_wishes_are_refused():
-    with pytest.raises(UserError, match="found no 40 distinct train examples"):
-        make_dataset(spec(max_chars=32))
+    message = (
+        r"found \d+ distinct train examples of at most 32 characters in a dataset of kind 'instruct'; 40 are asked"
+    )
+    with pytest.raises(UserError, match=message):
+        made(max_chars=32)

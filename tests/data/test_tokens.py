@@ -6,10 +6,12 @@ import copy
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from lorabench.config import ChatDataset, TinyModel
-from lorabench.data.sft import make_dataset, write_dataset
-from lorabench.data.tokens import cache_key, encode_chat, read_tokens, write_tokens
+from lorabench.data import sft
+from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
+from lorabench.data.tokens import Limits, cache_key, encode_chat, examples_left_out, read_tokens, write_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 
@@ -64,14 +66,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 @pytest.fixture
 def dataset(tmp_path):
     spec = ChatDataset(kind="instruct", train=12, validation=4, test=4, max_chars=200)
-    rows = make_dataset(spec)
-    write_dataset(rows, tmp_path / "data.parquet")
-    return rows, tmp_path / "data.parquet"
+    build_dataset(spec, tmp_path / "data.parquet")
+    return list(make_dataset(spec)), tmp_path / "data.parquet"
 
 
 def test_cache_round_trip(tokenizer, dataset, tmp_path):
     rows, path = dataset
-    write_tokens(rows, tokenizer, path, tmp_path / "cache", max_length=512)
+    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
     splits = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))
     assert {name: len(split) for name, split in splits.items()} == {"train": 12, "validation": 4, "test": 4}
     for index in range(12):
@@ -83,8 +84,8 @@ def test_cache_round_trip(tokenizer, dataset, tmp_path):
 
 @pytest.mark.parametrize("part", ["dataset", "tokenizer", "template"])
 def test_a_cache_of_something_else_is_refused(part, tokenizer, dataset, tmp_path):
-    rows, path = dataset
-    write_tokens(rows, tokenizer, path, tmp_path / "cache", max_length=512)
+    _, path = dataset
+    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
     with pytest.raises(UserError, match=f"made with another {part}; delete it"):
         read_tokens(tmp_path / "cache", cache_key(tokenizer, path) | {part: "other"})
 
@@ -98,10 +99,10 @@ def test_the_key_follows_the_template(tokenizer, dataset):
 def test_too_long_and_unscored_examples_are_refused(tokenizer, dataset, tmp_path):
     rows, path = dataset
     with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
-        write_tokens(rows, tokenizer, path, tmp_path / "cache", max_length=8)
-    silent = [{**rows[0], "messages": [{"role": "user", "content": "hello"}]}, *rows]
+        write_tokens(path, tokenizer, tmp_path / "cache", Limits(8))
+    write_dataset([{**rows[0], "messages": [{"role": "user", "content": "hello"}]}, *rows], path)
     with pytest.raises(UserError, match="has no assistant token"):
-        write_tokens(silent, tokenizer, path, tmp_path / "cache", max_length=512)
+        write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
     assert not (tmp_path / "cache").exists()
 
 
@@ -109,4 +110,58 @@ def test_no_template_is_refused(tokenizer, dataset, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
-        write_tokens(dataset[0], other, dataset[1], tmp_path / "cache", max_length=512)
+        write_tokens(dataset[1], other, tmp_path / "cache", Limits(512))
+
+
+def contents(path, tokenizer, dataset):
+    splits = read_tokens(path, cache_key(tokenizer, dataset))
+    return {(name, part): getattr(split, part).tolist() for name, split in splits.items() for part in vars(split)}
+
+
+def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, monkeypatch):
+    rows, path = dataset
+    monkeypatch.setattr(sft, "_GROUP_ROWS", 3)
+    write_dataset(rows, path)
+    write_tokens(path, tokenizer, tmp_path / "one", Limits(512))
+    write_tokens(path, tokenizer, tmp_path / "two", Limits(512), processes=2)
+    assert contents(tmp_path / "one", tokenizer, path) == contents(tmp_path / "two", tokenizer, path)
+    with pytest.raises(UserError, match=r"has \d+ tokens; the model takes 8"):
+        write_tokens(path, tokenizer, tmp_path / "short", Limits(8), processes=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.parquet", "one", "two"]
+
+
+def test_a_cache_is_what_safetensors_would_write(tokenizer, dataset, tmp_path):
+    """Made by hand from the examples; also the dtypes, which others read."""
+    rows, path = dataset
+    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
+    with safe_open(tmp_path / "cache", framework="numpy") as file:
+        assert file.metadata().keys() == {*cache_key(tokenizer, path), "sha256"}
+        assert file.metadata().items() >= cache_key(tokenizer, path).items()
+        for split in ("train", "validation", "test"):
+            encoded = [encode_chat(tokenizer, row["messages"]) for row in rows if row["split"] == split]
+            ids, scored, offsets = (file.get_tensor(f"{split}.{name}") for name in ("ids", "scored", "offsets"))
+            assert (ids.dtype, scored.dtype, offsets.dtype) == (np.int32, np.bool_, np.int64)
+            assert ids.tolist() == [token for tokens, _ in encoded for token in tokens]
+            assert scored.tolist() == [flag for _, flags in encoded for flag in flags]
+            assert offsets.tolist() == np.cumsum([0, *(len(tokens) for tokens, _ in encoded)]).tolist()
+
+
+def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokenizer, dataset, tmp_path, caplog):
+    _, path = dataset
+    rows = list(read_dataset(path))
+    train = [row for row in rows if row["split"] == "train"]
+    lengths = sorted(len(encode_chat(tokenizer, row["messages"])[0]) for row in train)
+    limit = lengths[-2]
+    assert lengths[-1] > limit
+    assert max(len(encode_chat(tokenizer, row["messages"])[0]) for row in rows if row["split"] != "train") <= limit
+    write_tokens(path, tokenizer, tmp_path / "cache", Limits(512, limit))
+    split = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["train"]
+    assert sorted(split.lengths()) == lengths[:-1]
+    assert examples_left_out(tmp_path / "cache") == {"train": 1, "validation": 0, "test": 0}
+    assert f"1 of 12 examples of split 'train' have more than max_tokens = {limit} tokens" in caplog.text
+    with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {lengths[6]}"):
+        write_tokens(path, tokenizer, tmp_path / "other", Limits(512, lengths[6]))
+    with pytest.raises(UserError, match="max_tokens = 513 is more than the 512 tokens that the model takes"):
+        Limits(512, 513)
+    write_tokens(path, tokenizer, tmp_path / "all", Limits(512))
+    assert examples_left_out(tmp_path / "all") == {}

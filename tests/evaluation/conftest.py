@@ -12,13 +12,15 @@ import pytest
 import yaml
 
 from lorabench.data.problems import make_problems, write_problems
-from lorabench.data.sft import make_dataset, write_dataset
+from lorabench.data.sft import build_dataset
 from lorabench.evaluation.pretraining import write_pretraining
 from lorabench.layout import Layout
 from lorabench.plan import EvalJob, Plan, make_plan
 
 TASKS = [
     {"name": "lorabench_worked", "about": "learned", "source": "worked", "chat": True, "limit": 6},
+    {"name": "lorabench_worked_bits", "about": "learned", "source": "worked", "chat": True, "limit": 6},
+    {"name": "lorabench_instruct_bits", "about": "learned", "source": "instruct", "chat": True},
     {"name": "lorabench_instruct", "about": "learned", "source": "instruct", "chat": True, "limit": 6},
     {"name": "lorabench_arithmetic", "about": "learned", "source": "gcd", "chat": True, "limit": 6},
     {"name": "lorabench_pretraining", "about": "forgotten"},
@@ -64,8 +66,7 @@ class Trained:
 @pytest.fixture(scope="package")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """The preset above: data made, both sweeps trained."""
-    from lorabench.data.sft import read_dataset
-    from lorabench.data.tokens import write_tokens
+    from lorabench.data.tokens import Limits, write_tokens
     from lorabench.models.base import load_tokenizer, max_length
     from lorabench.training.sweep import run_sweep
 
@@ -76,12 +77,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         layout = Layout.of("mine.yaml")
         plan = make_plan(layout.preset)
         for name, spec in plan.preset.datasets.items():
-            write_dataset(make_dataset(spec), layout.dataset(name))
+            build_dataset(spec, layout.dataset(name))
         write_problems(make_problems(plan.preset.problems["gcd"]), layout.dataset("gcd"))
         write_pretraining(8, layout.pretraining)
         model = plan.preset.models["tiny"]
         source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
-        write_tokens(read_dataset(source), load_tokenizer(model), source, target, max_length(model))
+        write_tokens(source, load_tokenizer(model), target, Limits(max_length(model)))
         for sweep in plan.sweeps:
             run_sweep(plan, sweep, layout, lambda line: None)
         yield Trained(plan, layout)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lorabench.cli import app
-from lorabench.config import EvalTask
+from lorabench.config import EVAL_SOURCES, EvalTask, PresetError, load_preset
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from tests.evaluation.conftest import RAW, Trained
@@ -71,22 +73,50 @@ def test_whole_answers(trained, name, source, response, right):
 
 
 def test_an_unknown_task_is_named_with_those_near_it():
-    with pytest.raises(UserError, match="'lorabench_workd' is not known to lm-eval; near it: lorabench_worked"):
-        catalog.manager([task("lorabench_workd", "worked")])
+    with pytest.raises(UserError, match="'gsm8' is not known to lm-eval; near it: .*gsm8k"):
+        catalog.manager([task("gsm8")])
 
 
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("lorabench_worked", "instruct", "source 'instruct'; it reads a source of kind worked: worked"),
-        ("lorabench_instruct", None, "source None; it reads a source of kind instruct: instruct"),
-        ("lorabench_pretraining", "instruct", "reads no source; 'instruct' is given"),
-        ("gsm8k", "instruct", "reads no source; 'instruct' is given"),
+        ("lorabench_workd", "worked", "tasks.0.name: unknown name 'lorabench_workd'; allowed: lorabench_worked, "),
+        ("lorabench_worked", "instruct", "'lorabench_worked' reads a source of kind worked; allowed: worked"),
+        ("lorabench_instruct", None, "source = None: task 'lorabench_instruct' reads a source of kind instruct"),
+        ("lorabench_arithmetic", "gsm", "source = 'gsm': .* kind arithmetic; allowed: gcd"),
+        ("lorabench_pretraining", "instruct", "source = 'instruct': task 'lorabench_pretraining' reads no source"),
+        ("gsm8k", "instruct", "source = 'instruct': task 'gsm8k' reads no source; leave it out"),
     ],
 )
-def test_a_source_of_another_kind_is_refused(trained, name, source, message):
-    with pytest.raises(UserError, match=message):
-        catalog.check([task(name, source)], trained.layout)
+def test_a_preset_with_a_wrong_task_is_refused_before_anything_is_computed(tmp_path, name, source, message):
+    tasks = [{"name": name, "about": "learned", "source": source}]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}))
+    with pytest.raises(PresetError, match=message):
+        load_preset(str(path))
+
+
+def test_every_task_of_this_project_has_its_kind_of_source():
+    assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
+
+
+def test_settings_that_lm_eval_would_pass_over_are_refused(trained):
+    wanted = task("lorabench_arithmetic", "gcd")
+    loaded = catalog.load(catalog.manager([wanted]), wanted, trained.layout)
+
+    def check(max_length: int, **changes: int) -> None:
+        catalog.check_settings([replace(loaded, task=wanted.model_copy(update=changes))], "tiny", max_length)
+
+    check(9)
+    with pytest.raises(UserError, match="draws up to 8 tokens; model 'tiny' takes 8, the prompt among them"):
+        check(8)
+    with pytest.raises(UserError, match="draws up to 512 tokens; model 'tiny' takes 512"):
+        check(512, max_new_tokens=512)
+    check(9, num_fewshot=2)
+    loaded.leaves["lorabench_arithmetic"].set_config("num_fewshot", 0)
+    check(9, num_fewshot=0)
+    with pytest.raises(UserError, match="'lorabench_arithmetic' takes no examples; num_fewshot = 2 is given"):
+        check(9, num_fewshot=2)
 
 
 def test_a_missing_file_is_named(trained):

@@ -17,7 +17,7 @@ from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
-from lorabench.evaluation.runner import SAMPLES, best_record, evaluate_job, harness, load, run_tasks
+from lorabench.evaluation.runner import SAMPLES, best_record, check_run, evaluate_job, harness, load, run_tasks
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.records import RunFolder, write_json
 from lorabench.tables import EVALS
@@ -37,6 +37,17 @@ def scores(trained: Trained, method: str | None) -> pd.DataFrame:
 
 def of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
     return frame[(frame["task"] == task) & (frame["filter"] == filter_name)].iloc[0]
+
+
+def split_of(encoded: list[tuple[list[int], list[bool]]]) -> TokenizedSplit:
+    """Token ids and what is scored of each text, as one split."""
+    ids, scored = ([np.array(part) for part in column] for column in zip(*encoded, strict=True))
+    return TokenizedSplit(np.concatenate(ids), np.concatenate(scored), np.cumsum([0, *map(len, ids)]))
+
+
+def bits(frame: pd.DataFrame, task: str) -> float:
+    """Bits per byte of a task."""
+    return frame.loc[(frame["task"] == task) & (frame["metric"] == "bits_per_byte"), "value"].item()
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +96,10 @@ def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted):
     assert (first["method"], first["rank"], first["dataset"], first["seed"]) == ("lora", 4, "instruct", 0)
     assert first["lr"] == record["spec"]["lr"]
     assert first["final_test_nll"] == record["outcome"]["final_test_nll"]
-    for metric in ("bits_per_byte", "word_perplexity"):
-        values = [frame.loc[frame["metric"] == metric, "value"].item() for frame in (base, adapted)]
-        assert values[0] != pytest.approx(values[1], rel=1e-3)
+    for task in ("lorabench_pretraining", "lorabench_instruct_bits"):
+        before, after = (bits(frame, task) for frame in (base, adapted))
+        assert before != pytest.approx(after, rel=1e-3)
+    assert bits(adapted, "lorabench_instruct_bits") < bits(base, "lorabench_instruct_bits")
 
 
 @pytest.mark.parametrize("method", [None, "lora", "fullft"])
@@ -96,15 +108,11 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
 
     job = trained.job(method)
     record = best_record(job, trained.layout) if method else None
-    model = load(trained.plan, job, record, trained.layout)
-    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
+    spec = trained.plan.preset.models["tiny"]
+    model = load(spec, record, trained.layout)
+    tokenizer = load_tokenizer(spec)
     rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
-    encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
-    split = TokenizedSplit(
-        np.concatenate([ids for ids, _ in encoded]),
-        np.concatenate([scored for _, scored in encoded]),
-        np.cumsum([0, *(len(ids) for ids, _ in encoded)]),
-    )
+    split = split_of([encode_chat(tokenizer, row["messages"]) for row in rows])
     own = mean_nll(model, split, 2048, CPU, None)
     lm = harness(model, tokenizer, 4, None)
     pairs = [
@@ -119,16 +127,30 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
 
 
 def test_rolling_likelihood_starts_from_the_end_token(trained, base):
-    tokenizer = load_tokenizer(trained.plan.preset.models["tiny"])
+    spec = trained.plan.preset.models["tiny"]
+    tokenizer = load_tokenizer(spec)
     texts = pq.read_table(trained.layout.pretraining)["text"].to_pylist()
     encoded = [[tokenizer.eos_token_id, *tokenizer.encode(text)] for text in texts]
-    scored = [[False] + [True] * (len(ids) - 1) for ids in encoded]
-    offsets = np.cumsum([0, *map(len, encoded)])
-    split = TokenizedSplit(np.concatenate(encoded), np.concatenate(scored), offsets)
-    own = mean_nll(load_model(trained.plan.preset.models["tiny"]), split, 2048, CPU, None)
-    bits = base.loc[base["metric"] == "bits_per_byte", "value"].item()
-    theirs = bits * math.log(2) * sum(len(text.encode()) for text in texts) / split.scored.sum()
-    assert theirs == pytest.approx(own, abs=1e-3)
+    split = split_of([(ids, [False] + [True] * (len(ids) - 1)) for ids in encoded])
+    own = mean_nll(load_model(spec), split, 2048, CPU, None)
+    assert nats_per_token(bits(base, "lorabench_pretraining"), texts, split) == pytest.approx(own, abs=1e-3)
+
+
+def test_bits_of_right_answers_are_their_nll_without_the_end_token(trained, base):
+    spec = trained.plan.preset.models["tiny"]
+    tokenizer = load_tokenizer(spec)
+    rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
+    encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
+    without = [[on and i != tokenizer.eos_token_id for i, on in zip(*one, strict=True)] for one in encoded]
+    split = split_of([(ids, scored) for (ids, _), scored in zip(encoded, without, strict=True)])
+    own = mean_nll(load_model(spec), split, 2048, CPU, None)
+    answers = [row["messages"][1]["content"] for row in rows]
+    assert nats_per_token(bits(base, "lorabench_instruct_bits"), answers, split) == pytest.approx(own, abs=1e-3)
+
+
+def nats_per_token(bits_per_byte: float, texts: list[str], split: TokenizedSplit) -> float:
+    """Bits per byte of texts as nats per scored token."""
+    return bits_per_byte * math.log(2) * sum(len(text.encode()) for text in texts) / int(split.scored.sum())
 
 
 def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base, adapted):
@@ -153,23 +175,44 @@ def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base
     pd.testing.assert_series_equal(other, alone, rtol=1e-5)
 
 
+def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
+    plan = trained.plan
+    tokenizer = load_tokenizer(plan.preset.models["tiny"])
+    tokenizer.chat_template = None
+    tasks = [task for task in plan.preset.evaluation.tasks if task.name == "lorabench_arithmetic"]
+    assert tasks[0].chat
+    index = catalog.manager(tasks)
+    lm = harness(load_model(plan.preset.models["tiny"]), tokenizer, 4, None)
+    rows, samples = run_tasks(lm, index, [catalog.load(index, tasks[0], trained.layout)], plan.preset.evaluation)
+    assert [row["template_sha256"] for row in rows] == [None]
+    assert len(samples) == 6
+
+
+def test_the_language_of_an_answer_is_always_told_alike(adapted):
+    from langdetect import detect_langs
+
+    # IFEval's detector draws at random; the fixture has run an evaluation.
+    assert len({str(detect_langs("an in das")) for _ in range(20)}) == 1
+
+
 def test_a_checkpoint_of_another_base_is_refused(trained):
     job = trained.job("lora")
     record = best_record(job, trained.layout)
     record["environment"]["model_sha256"] = {"model.safetensors": "0" * 64}
     with pytest.raises(UserError, match=f"run {record['run_id']} was trained from a base with weights model.saf"):
-        load(trained.plan, job, record, trained.layout)
+        check_run(record, "tiny", trained.plan.preset.models["tiny"], trained.layout)
 
 
-def test_what_is_not_there_is_named(trained):
-    job, layout = trained.job("fullft"), trained.layout
+@pytest.mark.parametrize("method", ["lora", "fullft"])
+def test_what_is_not_there_is_named(trained, method):
+    job, layout = trained.job(method), trained.layout
     record = best_record(job, layout)
     folder = RunFolder(layout.runs, record["run_id"])
     aside = folder.weights.with_name("aside")
     shutil.move(folder.weights, aside)
     try:
         with pytest.raises(UserError, match=f"weights of run {record['run_id']} are not there"):
-            load(trained.plan, job, record, layout)
+            evaluate_job(trained.plan, job, layout)
     finally:
         shutil.move(aside, folder.weights)
 

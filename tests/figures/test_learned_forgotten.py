@@ -88,6 +88,41 @@ def test_the_task_on_the_data_trained_on_counts_and_else_the_mean_of_all():
     assert "mean of 2 tasks" in words(figure)
 
 
+ANSWERS = {"task": "lorabench_instruct_bits", "metric": "bits_per_byte", "filter": "none", "higher_is_better": False}
+ANSWERED = [make_eval(rank, bits, **ANSWERS) for rank, bits in (("base", 3.0), (None, 1.2), (8, 1.25))]
+
+
+def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_it():
+    # Another dataset's answers do not count, nor a task of what is forgotten.
+    other = [make_eval(rank, 9.0, **(ANSWERS | {"task": "other", "source": "worked"})) for rank in ("base", None, 8)]
+    figure, plotted = draw(ROWS + ANSWERED + other)
+    assert by_arm(plotted, "learned_bits") == pytest.approx({"base": 0, "FullFT": 1.8, "LoRA r8": 1.75})
+    assert set(plotted["learned_bits_tasks"]) == {"lorabench_instruct_bits bits_per_byte none"}
+    assert by_arm(plotted, "learned") == {"base": 0.05, "FullFT": 0.60, "LoRA r8": 0.55}
+    left, right = figure.axes
+    for axes, across, up in ((left, "forgotten", "learned_bits"), (right, "final_test_nll", "learned")):
+        drawn = {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
+        assert drawn == set(plotted[[across, up]].dropna().itertuples(index=False, name=None))
+    assert (
+        left.get_ylabel()
+        == "bits per byte of right answers\nbelow the base: lorabench_instruct_bits\n(higher is better)"
+    )
+    assert right.get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
+
+
+def test_without_a_bases_likelihood_accuracy_is_what_was_learned():
+    figure, plotted = draw(ROWS + ANSWERED[1:])
+    assert plotted["learned_bits"].isna().all()
+    assert figure.axes[0].get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
+
+
+def test_panels_of_one_height_tell_it_once():
+    rows = ROWS + [make_eval(rank, value, **HELLA) for rank, value in (("base", 0.7), (None, 0.6), (8, 0.7))]
+    figure, _ = draw(rows)
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert [bool(axes.get_ylabel()) for axes in figure.axes] == [True, False, False]
+
+
 def test_accuracy_lost_is_the_mean_over_the_tasks_by_their_customary_metric():
     rows = [make_eval(rank, 0.5, **ACC) for rank in ("base", None, 8)]
     for rank, hella, arc in (("base", 0.70, 0.50), (None, 0.60, 0.46), (8, 0.70, 0.48)):

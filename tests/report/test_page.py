@@ -3,87 +3,22 @@
 from __future__ import annotations
 
 import base64
-import html
+import hashlib
+import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
+import shutil
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from lorabench.analysis.claims import judge_claims
 from lorabench.figures import FIGURES
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
 from lorabench.report.page import build
-from lorabench.tables import Tables, write_frame
-from tests.handmade import curves_of, evals_table, make_eval, make_run, make_sweep, runs_table
-
-SCRIPT = "<script>alert(1)</script>"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text outside of <style>."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.source, self.tags, self.words, self._in_style = source, [], [], False
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._in_style = tag == "style"
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_style = False
-
-    def handle_data(self, data: str) -> None:
-        if not self._in_style:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str, attribute: str) -> list[str]:
-        return [found[attribute] for name, found in self.tags if name == tag and attribute in found]
-
-    @property
-    def ids(self) -> list[str]:
-        return [found["id"] for _, found in self.tags if "id" in found]
-
-
-@pytest.fixture
-def report(tmp_path: Path, raw_preset: dict[str, Any], write_preset, monkeypatch):
-    """Builds the report of some runs in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def make(rows: list[dict[str, Any]], evals: list[dict[str, Any]] | None = None, **changes: Any) -> Page:
-        layout = Layout.of(write_preset(raw_preset | changes))
-        runs = runs_table(rows)
-        curves = curves_of(runs)
-        tables = layout.tables()
-        tables.mkdir(parents=True)
-        runs.to_parquet(tables / "runs.parquet")
-        curves.to_parquet(tables / "curves.parquet")
-        write_frame(judge_claims(Tables(runs, curves)), "claims", tables)
-        if evals is not None:
-            write_frame(evals_table(evals), "evals", tables)
-        # The page embeds whatever lies there; drawing is tested with the figures.
-        layout.figures.mkdir(parents=True)
-        for name in FIGURES:
-            for kind in ("svg", "png", "csv"):
-                (layout.figures / f"{name}.{kind}").write_text(f"{name} as {kind}")
-        build(make_plan(layout.preset), layout, layout.report)
-        return Page(layout.report.read_text())
-
-    return make
-
-
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    return [row for rank in (None, 1, 16) for row in make_sweep(rank)]
+from tests.handmade import make_eval, make_run, make_sweep
+from tests.report.conftest import Page
+from tests.report.hostile import HOSTILE, columns, hostile_report
 
 
 def test_every_claim_is_there_with_its_verdict(report, rows):
@@ -99,9 +34,35 @@ def test_every_claim_is_there_with_its_verdict(report, rows):
 def test_every_claim_links_to_its_runs(report, rows):
     page = report(rows)
     claims = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet").set_index("claim_id")
-    for claim_id, section in re.findall(r'<tr id="claim-(\w+)">(.*?)</tr>', page.source, re.S):
-        linked = re.findall(r'href="#run-([^"]+)"', section)
+    cards = re.findall(r'<article class="claim" id="claim-(\w+)"(.*?)</article>', page.source, re.S)
+    assert {claim_id for claim_id, _ in cards} == set(claims.index)
+    for claim_id, card in cards:
+        linked = re.findall(r'href="#run-([^"]+)"', card)
         assert sorted(linked) == sorted(claims.loc[claim_id, "run_ids"])
+
+
+def test_first_screen_has_the_answer_and_the_verdicts(report, rows):
+    header = Page(report(rows).source.split("<header>")[1].split("</header>")[0])
+    claims = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet")
+    for verdict, ids in claims.groupby("verdict")["claim_id"]:
+        assert re.search(rf"{len(ids)} \S {verdict} {' '.join(ids)}\b", header.text)
+    assert "Does LoRA match full fine-tuning here?" in header.text
+    assert "a preset for tests" in header.text
+    assert re.search(r"21 of \d+ planned: 18 done, 3 diverged", header.text)
+
+
+def test_figures_stand_beside_their_claims_in_the_papers_order(report, rows):
+    page = report(rows)
+    first = page.section("rank")
+    assert "fig1_envelopes" in first.ids
+    assert {"claim-A1", "claim-A3", "claim-A8"} <= set(first.ids)
+    assert "claim-B1" in page.section("learning-rate").ids
+    assert page.ids.index("rank") < page.ids.index("learning-rate") < page.ids.index("batch-size")
+
+
+def test_claims_and_figures_that_no_section_names_are_shown_last(report, rows):
+    page = report(rows, claims=lambda table: table.assign(claim_id=["Z9", *table["claim_id"][1:]]))
+    assert "claim-Z9" in page.section("further").ids
 
 
 def test_anchors_are_unique_and_resolve(report, rows):
@@ -117,32 +78,40 @@ def test_anchors_are_unique_and_resolve(report, rows):
 
 def test_nothing_is_fetched(report, rows):
     page = report(rows)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not page.all("script", "src")
+    assert not page.all("form", "action")
     assert all(source.startswith("data:image/") for source in page.all("img", "src"))
     outward = [href for href in page.all("a", "href") if not href.startswith(("#", "data:"))]
     assert set(outward) == {"https://doi.org/10.64434/tml.20250929"}
-    assert "url(" not in page.source
     assert "@import" not in page.source
-    assert not any(name.startswith("on") for _, found in page.tags for name in found)
+    assert not re.search(r"url\((?!#)", page.source)
 
 
-def test_policy_forbids_all_but_inline_styles_and_embedded_images(report, rows):
-    (policy,) = [found["content"] for tag, found in report(rows).tags if found.get("http-equiv")]
-    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
-    assert rules == {
+def test_policy_allows_the_pages_own_script_and_style_and_nothing_else(report, rows):
+    page = report(rows)
+    (policy,) = [found["content"] for tag, found in page.tags if found.get("http-equiv")]
+    assert dict(rule.split(maxsplit=1) for rule in policy.split("; ")) == {
         "default-src": "'none'",
-        "style-src": "'unsafe-inline'",
+        "script-src": hash_of(re.search(r"<script>(.*?)</script>", page.source, re.S)[1]),
+        "style-src": hash_of(re.search(r"<style>(.*?)</style>", page.source, re.S)[1]),
         "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
     }
+    # Neither style attributes nor handlers are of that policy.
+    assert not [name for _, found in page.tags for name in found if name == "style" or name.startswith("on")]
+
+
+def hash_of(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def test_figures_are_embedded_with_caption_data_and_command(report, rows):
     page = report(rows)
     sources, texts = page.all("img", "src"), page.all("img", "alt")
-    shown = [figure for figure in FIGURES.values() if "rank" in figure.experiments]
-    assert len(sources) == len(shown) >= 3
+    shown = [FIGURES[name] for name in ("fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops")]
+    assert len(sources) == len(shown)
     downloads = {found["download"]: found["href"] for tag, found in page.tags if "download" in found}
     for figure, source, alt in zip(shown, sources, texts, strict=True):
         files = Layout.of("mine.yaml").figures / figure.name
@@ -153,19 +122,88 @@ def test_figures_are_embedded_with_caption_data_and_command(report, rows):
         )
         assert figure.caption in alt
         assert figure.caption in page.text
-        assert f"snakemake --cores all paper_figures/mine/{figure.name}.svg" in page.text
+        command = f"snakemake --cores all paper_figures/mine/{figure.name}.svg --config preset=mine.yaml"
+        assert command in page.text
 
 
-def test_text_from_outside_is_escaped(report):
-    rows = make_sweep(None, dataset=SCRIPT, device=SCRIPT, versions=SCRIPT) + make_sweep(1, dataset=SCRIPT, host=SCRIPT)
-    page = report(rows, description=SCRIPT, limits=[SCRIPT])
-    assert "<script" not in page.source
-    assert page.source.count(html.escape(SCRIPT)) >= 4 + len(rows)
+def test_commands_are_for_a_shell(report, rows, tmp_path, monkeypatch):
+    report(rows)
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    layout, out = Layout.of("mine.yaml"), tmp_path / "page.html"
+    build(make_plan(layout.preset), layout, "my presets/mine.yaml", out)
+    assert "index.html --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
+    build(make_plan(layout.preset), layout, "laptop", out)
+    assert "--config" not in Page(out.read_text()).section("cost").text
+
+
+def test_text_from_outside_stays_text(report):
+    page = hostile_report(report)
+    for table in ("runs", "evals", "claims"):
+        for column in columns(table):
+            assert " ".join(f"{column}{HOSTILE}".split()) in page.text, f"{table}.{column}"
+    assert f"description{HOSTILE}".split()[0] in page.text
+    assert [found.get("type") for tag, found in page.tags if tag == "script"] == ["application/json", None]
+    assert "x-evil" not in {tag for tag, _ in page.tags}
+    assert all(source.startswith("data:image/") for source in page.all("img", "src"))
+    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    assert not [href for href in page.all("a", "href") if not href.startswith(("#", "data:", "https://doi.org/"))]
+
+
+def test_data_for_the_script_survives_hostile_text(report):
+    curves = curves_in(hostile_report(report))
+    assert curves["measures"] == [[f"split{HOSTILE}", f"metric{HOSTILE}"]]
+    assert f"run_id{HOSTILE}0" in curves["curves"]
+
+
+def curves_in(page: Page) -> dict[str, Any]:
+    [text] = re.findall(r'<script type="application/json" id="curves">(.*?)</script>', page.source, re.S)
+    return json.loads(text)
+
+
+def test_explorer_is_for_browsers_with_a_script_only(report, rows):
+    page = report(rows)
+    [explorer] = [found for _, found in page.tags if found.get("id") == "explorer"]
+    assert "hidden" in explorer
+    assert explorer["data-begin"] == "rank"
+    # Without it, every run and its provenance stand in the table.
+    section = page.section("runs").text
+    assert all(f"{row['run_id']} rank tiny instruct" in section for row in rows)
+    assert section.count("node1 2026-01-02 03:0") == len(rows)
+
+
+def test_tables_can_be_taken_along(report, rows):
+    page = report(rows, evals_of("base", None), evaluation=EVALUATION)
+    files = {found["download"]: found["href"] for tag, found in page.tags if "download" in found}
+    tables = Layout.of("mine.yaml").tables()
+    for name in ("runs", "curves", "claims", "evals"):
+        assert base64.b64decode(files[f"{name}.csv"].partition(",")[2]) == (tables / f"{name}.csv").read_bytes()
+
+
+def test_recipe_says_what_to_use(report):
+    rows = [row for rank in (None, 1, 64) for row in make_sweep(rank, seeds=24)]
+    page = report(rows)
+    header = Page(page.source.split("<header>")[1].split("</header>")[0]).text
+    assert re.search(r"\byes tiny on instruct, batch 16: LoRA r64 at a learning rate of 2\.\d+e-3 is within", header)
+    section = page.section("recipe").text
+    assert "tiny on instruct, batch 16: 64 (of 1, 64)" in section
+    assert "10 times that of full fine-tuning" in section
+
+
+def test_recipe_says_when_nothing_matches(report):
+    header = report([row for rank in (None, 1) for row in make_sweep(rank)]).text
+    assert "No rank that was tried matches. The best, LoRA r1" in header
+
+
+def test_without_full_fine_tuning_there_is_no_answer(report):
+    page = report(make_sweep(16))
+    assert "not tested It takes full fine-tuning and LoRA" in page.text
+    assert "Not compared." in page.section("recipe").text
 
 
 def test_diverged_runs_are_listed(report, rows):
     page = report(rows)
-    section = page.source.split('id="diverged"')[1].split("</section>")[0]
+    section = page.section("diverged").source
     diverged = {row["run_id"] for row in rows if row["status"] == "diverged"}
     assert set(re.findall(r'href="#run-([^"]+)"', section)) == diverged
 
@@ -178,7 +216,7 @@ def test_says_so_when_none_diverged(report):
 def test_sparse_runs_show_dashes_and_no_nan(report):
     page = report([make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")])
     # Reasons are the words of the claims.
-    own = Page(re.sub(r'<td data-label="Reason".*?</td>', "", page.source, flags=re.DOTALL))
+    own = Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL))
     assert "\N{EN DASH}" in own.text
     assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own.text)
 
@@ -216,29 +254,27 @@ def evals_of(*ranks: int | str | None) -> list[dict[str, Any]]:
 
 def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     page = report(rows, evals_of(16, None, "base"), evaluation=EVALUATION)
-    section = Page(page.source.split('<section aria-labelledby="evaluation">')[1].split("</section>")[0])
+    section = page.section("evaluation")
     body = [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section.source.split("<tbody>")[1], re.DOTALL)]
     assert body == [
         "base \N{EN DASH} 0.2700 ± 0.0200 0.3500 1.5200 ± 0.0200",
         "FullFT 3e-3 0.2600 ± 0.0200 0.3500 1.5100 ± 0.0200",
         "LoRA r16 3e-3 0.2500 ± 0.0200 0.3500 1.5000 ± 0.0200",
     ]
-    assert "Arm LR Learned Forgotten lorabench_instruct exact_match strict-match higher is better" in section.text
-    assert "flexible-extract higher is better n 1,319, 5-shot, version 3.0 pretraining" in section.text
-    assert "pretraining bits_per_byte lower is better n 1,319, 0-shot" in section.text
+    assert "Arm LR Learned: lorabench_instruct exact_match, strict-match higher is better" in section.text
+    assert "flexible-extract higher is better n 1,319, 5-shot, version 3.0" in section.text
+    assert "Forgotten: pretraining bits_per_byte lower is better n 1,319, 0-shot" in section.text
     assert "perplexity" not in section.text
     assert "lm-eval 0.4.13, 16 sequences at once" in section.text
-    assert "#learned_forgotten" in section.all("a", "href")
-    targets = {href[1:] for href in page.all("a", "href") if href.startswith("#")}
-    assert targets <= set(page.ids)
+    assert "learned_forgotten" in page.ids
 
 
 def test_a_score_that_is_not_there_is_a_dash(report, rows):
     evals = [*evals_of("base", None), make_eval(16, 0.5, num_fewshot=None, n_samples=None, versions=None)]
     page = report(rows, evals, evaluation=EVALUATION)
-    section = page.source.split('<section aria-labelledby="evaluation">')[1].split("</section>")[0]
-    assert "LoRA r16 3e-3 0.5000 ± 0.0200 \N{EN DASH} \N{EN DASH}" in Page(section).text
-    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", Page(section).text)
+    section = page.section("evaluation")
+    assert "LoRA r16 3e-3 0.5000 ± 0.0200 \N{EN DASH} \N{EN DASH}" in section.text
+    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", section.text)
 
 
 @pytest.mark.parametrize("evals", [None, [], [make_eval("base", 0.1)]])
@@ -248,17 +284,33 @@ def test_without_scores_there_is_no_section(report, rows, evals):
     assert "#evaluation" not in page.all("a", "href")
 
 
+def test_a_page_without_evaluation_needs_neither_scores_nor_their_figure(report, rows):
+    report(rows, None, evaluation=EVALUATION)
+    layout = Layout.of("mine.yaml")
+    for file in layout.figures.glob("learned_forgotten.*"):
+        file.unlink()
+    out = layout.report_without_evaluation
+    build(make_plan(layout.preset), layout, "mine.yaml", out, evaluated=False)
+    page = Page(out.read_text())
+    assert "made without the scores of lm-evaluation-harness" in page.text
+    assert "evaluation" not in page.ids
+    assert "learned_forgotten" not in page.ids
+    assert f"snakemake --cores all {out} --config preset=mine.yaml" in page.text
+
+
 def test_same_tables_give_the_same_page(report, rows):
     first = report(rows).source
     layout = Layout.of("mine.yaml")
-    build(make_plan(layout.preset), layout, layout.report)
+    build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
     assert layout.report.read_text() == first
 
 
-def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows):
+def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows, tmp_path, monkeypatch):
     before = report(rows).source
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
     layout = Layout.of("mine.yaml")
     (layout.figures / "fig1_envelopes.svg").unlink()
     with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
-        build(make_plan(layout.preset), layout, layout.report)
+        build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
     assert layout.report.read_text() == before

@@ -24,10 +24,17 @@ def test_lr(value: float, written: str):
     assert text.lr(value) == written
 
 
-@pytest.mark.parametrize("write", [text.number, text.nll, text.lr, text.count, text.amount, text.duration, text.when])
+@pytest.mark.parametrize(
+    "write", [text.number, text.signed, text.nll, text.lr, text.count, text.amount, text.duration, text.when]
+)
 @pytest.mark.parametrize("null", [None, math.nan, pd.NA, pd.NaT])
 def test_null_is_a_dash(write, null):
     assert write(null) == text.DASH
+
+
+def test_signed_and_place_in_the_paper():
+    assert [text.signed(value) for value in (0.0041, -0.5, 0.0)] == ["+0.0041", "-0.5000", "+0.0000"]
+    assert [text.in_paper(figure) for figure in ("1, 2", "text", None)] == ["fig. 1, 2", "text", text.DASH]
 
 
 def test_intervals_need_both_ends():

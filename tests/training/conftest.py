@@ -9,15 +9,16 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config import ChatDataset, Protocol, TinyModel
-from lorabench.data.sft import make_dataset, write_dataset
-from lorabench.data.tokens import cache_key, read_tokens, write_tokens
+from lorabench.config import ChatDataset, ModelSpec, Protocol, TinyModel
+from lorabench.data.sft import build_dataset
+from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.layout import Layout
-from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.base import load_model, load_tokenizer, skeleton
 from lorabench.models.lora import add_lora
 from lorabench.plan import Condition, Run, make_plan
+from lorabench.training.distributed import ALONE, Processes
 from lorabench.training.loss import mean_nll
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, recompute_activations
 from lorabench.training.sft import train_run
 from lorabench.training.sweep import run_sweep
 
@@ -25,15 +26,23 @@ TINY = TinyModel(kind="tiny")
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Token splits of a small instruction mixture: 80 train, 8 validation, 8 test."""
+def data_folder(tmp_path_factory):
+    """A small instruction mixture, and its tokens: 80 train, 8 validation, 8 test."""
     folder = tmp_path_factory.mktemp("data")
     spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=240)
-    rows = make_dataset(spec)
-    tokenizer = load_tokenizer(TINY)
-    write_dataset(rows, folder / "data.parquet")
-    write_tokens(rows, tokenizer, folder / "data.parquet", folder / "tokens", 512)
-    return read_tokens(folder / "tokens", cache_key(tokenizer, folder / "data.parquet"))
+    build_dataset(spec, folder / "data.parquet")
+    write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", Limits(512))
+    return folder
+
+
+def splits_of(folder: Path):
+    """The token splits that lie in a folder."""
+    return read_tokens(folder / "tokens", cache_key(load_tokenizer(TINY), folder / "data.parquet"))
+
+
+@pytest.fixture(scope="session")
+def data(data_folder):
+    return splits_of(data_folder)
 
 
 def condition_of(method: str, rank: int | None, steps: int, batch_size: int) -> Condition:
@@ -51,14 +60,20 @@ def train(
     protocol: Protocol | None = None,
     checkpoint_seconds: float = 1e9,
     tick=lambda step: None,
+    spec: ModelSpec = TINY,
+    processes: Processes = ALONE,
+    recompute: bool = False,
 ):
     """Train on a fresh model; returns the outcome and the trained model."""
     protocol = protocol or Protocol()
-    machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds)
-    model = load_model(TINY)
-    base_nll = mean_nll(model, data["validation"], max_batch_tokens, machine.device, None)
+    machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds, processes=processes)
+    model = load_model(spec) if processes.first or not processes.sharded else skeleton(spec)
+    if recompute:
+        recompute_activations(model)
     if condition.method == "lora":
         model = add_lora(model, condition.rank, "all", condition.alpha, protocol.include_unembedding, seed)
+    model = processes.shard(model)
+    base_nll = mean_nll(model, data["validation"], max_batch_tokens, machine.device, None, processes)
     run = Run(condition, lr, seed)
     checkpoint = folder / "checkpoint.safetensors"
     return train_run(run, model, data, protocol, machine, checkpoint, base_nll, tick), model
@@ -75,10 +90,9 @@ def ready(tmp_path, raw_preset, monkeypatch):
         monkeypatch.chdir(tmp_path / name)
         Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
         layout = Layout.of("mine.yaml")
-        rows = make_dataset(layout.preset.datasets["instruct"])
-        write_dataset(rows, layout.dataset("instruct"))
+        build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
         tokenizer = load_tokenizer(layout.preset.models["tiny"])
-        write_tokens(rows, tokenizer, layout.dataset("instruct"), layout.tokens("tiny", "instruct"), 512)
+        write_tokens(layout.dataset("instruct"), tokenizer, layout.tokens("tiny", "instruct"), Limits(512))
         return make_plan(layout.preset), layout
 
     return make

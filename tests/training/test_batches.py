@@ -42,7 +42,8 @@ def test_collate_by_hand():
         scored=np.array([False, False, True, True, False, True]),
         offsets=np.array([0, 4, 6]),
     )
-    inputs, targets = collate(split, np.array([1, 0]))
+    inputs, targets, positions = collate(split, np.array([1, 0]))
+    assert positions is None
     assert inputs.tolist() == [[9, 0, 0], [5, 6, 7]]
     assert targets.tolist() == [[3, IGNORED, IGNORED], [IGNORED, 7, 8]]
 

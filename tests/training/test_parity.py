@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lorabench.config import Protocol, TinyModel
 from lorabench.models.tiny import shipped
 from lorabench.training.batches import data_order
 
@@ -69,3 +70,16 @@ def test_arms_of_one_seed_see_the_same_batches_and_seeds_differ():
     two_epochs = data_order(64, 32, 4, seed=0)
     assert np.array_equal(two_epochs[:16], order)
     assert sorted(two_epochs[16:].flatten()) == list(range(64))
+
+
+@pytest.mark.parametrize(("method", "rank", "base"), [("fullft", None, "llama-128"), ("lora", 4, "moe-128")])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, data, tmp_path):
+    condition = condition_of(method, rank, steps=6, batch_size=4)
+    changes = {"spec": TinyModel(kind="tiny", name=base), "protocol": Protocol(precision=precision)}
+    kept, model = train(condition, data, tmp_path / "a", lr=LR, **changes)
+    again, recomputing = train(condition, data, tmp_path / "b", lr=LR, recompute=True, **changes)
+    assert not model.is_activation_checkpointing
+    assert recomputing.is_activation_checkpointing
+    assert again.curve == kept.curve
+    assert again.final_test_nll == kept.final_test_nll

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from lorabench.config import PRESETS
-from lorabench.data.sft import make_dataset, write_dataset
-from lorabench.data.tokens import write_tokens
+from lorabench.data.sft import build_dataset
+from lorabench.data.tokens import Limits, write_tokens
 from lorabench.layout import Layout
 from lorabench.models.base import convert_gguf, load_model, load_tokenizer, max_length
 from lorabench.plan import make_plan
@@ -43,10 +43,9 @@ def test_a_few_real_steps(tmp_path, monkeypatch):
     answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
 
-    rows = make_dataset(layout.preset.datasets["instruct"])
-    write_dataset(rows, layout.dataset("instruct"))
+    build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
     tokens = layout.tokens("smollm2-135m", "instruct")
-    write_tokens(rows, tokenizer, layout.dataset("instruct"), tokens, max_length(spec))
+    write_tokens(layout.dataset("instruct"), tokenizer, tokens, Limits(max_length(spec)))
     plan = make_plan(layout.preset)
     for method in ("lora", "fullft"):
         runs, _ = trained(plan, layout, method)

@@ -13,6 +13,7 @@ import yaml
 
 from lorabench.analysis.arms import ARM
 from lorabench.analysis.claims import CLAIMS
+from lorabench.config import EVAL_SOURCES
 from lorabench.figures import of_preset
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
@@ -63,6 +64,28 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
     assert not (checkout / "results/wrong").exists()
 
 
+def test_a_budget_is_what_the_plan_says(checkout):
+    jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules", "--config", "preset=core", "budget=60"))
+    within, whole = (make_plan(Layout.of(preset).preset) for preset in ("core@60", "core"))
+    assert jobs["sweep"] == len(within.sweeps) < len(whole.sweeps)
+
+
+@pytest.mark.parametrize(("budget", "message"), [("much", "budget = 'much': a number"), ("0.01", "is less than the")])
+def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
+    output = snakemake(checkout, "--dry-run", "--config", "preset=core", f"budget={budget}", fails=True)
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_what_fits_on_no_gpu_is_one_sentence(checkout):
+    raw = yaml.safe_load((REPOSITORY / "workflow/presets/core.yaml").read_text())
+    raw["execution"] |= {"gpu": "A10"}
+    (checkout / "small.yaml").write_text(yaml.safe_dump(raw))
+    output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)
+    assert re.search(r"sweep \S+ needs \d+ GB on each of 4 x A10", output)
+    assert "Traceback" not in output
+
+
 def test_an_unknown_preset_is_one_sentence(checkout):
     output = snakemake(checkout, "--config", "preset=lpatop", fails=True)
     assert "preset 'lpatop': no file" in output
@@ -111,7 +134,7 @@ def test_the_base_and_every_condition_are_evaluated(smoke):
     plan = make_plan(Layout.of("smoke").preset)
     evaluated = evals.run_id.fillna("base").nunique()
     assert evaluated == len(plan.evaluations()) == 1 + len(plan.of("placement"))
-    assert set(evals.task) == {"lorabench_instruct", "lorabench_pretraining"}
+    assert set(evals.task) == EVAL_SOURCES.keys()
     assert set(evals.n_samples) == {8}
     for job in plan.evaluations():
         samples = pq.read_table(results / f"evals/{job.eval_id}.samples.parquet").to_pandas()
@@ -164,3 +187,41 @@ def test_snakemakes_own_report(smoke):
     text = (smoke[0] / "snakemake_report.html").read_text()
     for part in ("fig2_lr_by_rank", "claims with verdicts", "interpolated on the first seed"):
         assert part in text
+
+
+BAD_TASKS = [
+    {"name": "lorabench_pretraining", "about": "forgotten", "limit": 4},
+    # Known to nobody, which only lm-eval's index can tell.
+    {"name": "gsm8", "about": "learned"},
+]
+BAD_EVALUATION = {
+    "description": "an evaluation that fails",
+    "models": {"tiny": {"kind": "tiny"}},
+    "datasets": {"instruct": {"kind": "instruct", "train": 16, "validation": 4, "test": 8, "max_chars": 240}},
+    "experiments": {
+        "rank": [
+            {
+                "models": ["tiny"],
+                "datasets": ["instruct"],
+                "ranks": {"all": [1]},
+                "batch_sizes": [8],
+                "lrs": {"fullft": [3.0e-4, 1.0e-3, 3.0e-3], "lora": [1.0e-3, 3.0e-3, 1.0e-2]},
+                "seeds": 1,
+            }
+        ]
+    },
+    "evaluation": {"experiments": ["rank"], "tasks": BAD_TASKS, "pretraining_documents": 4},
+    "execution": {"gflops": 20.0},
+}
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_is_told_early_and_keeps_back_only_its_scores(checkout):
+    (checkout / "mine.yaml").write_text(yaml.safe_dump(BAD_EVALUATION))
+    output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
+    assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; near it: " in output
+    assert output.index("rule eval_tasks:") < output.index("rule sweep:")
+    layout = Layout.of(str(checkout / "mine.yaml"))
+    assert all((checkout / layout.sweep(sweep)).is_file() for sweep in make_plan(layout.preset).sweeps)
+    assert "without the scores" in (checkout / layout.report_without_evaluation).read_text()
+    assert not (checkout / layout.report).exists()

@@ -16,7 +16,7 @@ rule plan:
     params:
         preset=PRESET,
         # The file follows from the plan alone.
-        sweeps=[sweep.sweep_id for sweep in PLAN.sweeps],
+        sweeps=sweep_experiments(),
     shell:
         "lorabench plan --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
@@ -35,9 +35,12 @@ rule experiment_tables:
     conda:
         "../envs/lorabench.yaml"
     params:
+        preset=PRESET,
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
+        sweeps=lambda wildcards: sweep_experiments(wildcards.experiment),
     shell:
-        "lorabench collect {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        "lorabench collect {input:q} --preset {params.preset:q} --out {params.out:q} "
+        "2> >(tee {log:q} >&2)"
 
 
 rule tables:
@@ -53,9 +56,12 @@ rule tables:
     conda:
         "../envs/lorabench.yaml"
     params:
+        preset=PRESET,
         out=LAYOUT.tables(),
+        sweeps=sweep_experiments(),
     shell:
-        "lorabench collect {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        "lorabench collect {input:q} --preset {params.preset:q} --out {params.out:q} "
+        "2> >(tee {log:q} >&2)"
 
 
 # Parameters of large models, counted on their configurations: no weights, no runs.

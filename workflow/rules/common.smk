@@ -1,6 +1,7 @@
 # The preset, its plan, and the paths of both. Cheap: this is parsed again by every cluster job.
 from snakemake.exceptions import WorkflowError
 
+from lorabench.bill import total
 from lorabench.budget import with_budget
 from lorabench.config import GgufModel
 from lorabench.errors import UserError
@@ -13,12 +14,14 @@ PRESET = config.get("preset", "laptop")
 try:
     # Every command below gets the budget with the preset's name.
     if "budget" in config:
-        PRESET = with_budget(PRESET, float(config["budget"]))
+        PRESET = with_budget(PRESET, config["budget"])
     LAYOUT = Layout.of(PRESET)
+    PLAN = make_plan(LAYOUT.preset)
+    # What fits on no GPU is said before anything is computed.
+    total(PLAN)
 except UserError as error:
     raise WorkflowError(str(error))
 
-PLAN = make_plan(LAYOUT.preset)
 SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
 # The longest first, so that no core waits at the end.
 PRIORITIES = {sweep_id: -number for number, sweep_id in enumerate(SWEEPS, -len(SWEEPS))}
@@ -45,23 +48,47 @@ def sweep_files(experiment=None):
     return [LAYOUT.sweep(sweep) for sweep in wanted]
 
 
+def sweep_experiments(experiment=None):
+    """Those sweeps with what asks for them, which a table says: without its runs, that may change with the preset."""
+    wanted = PLAN.of(experiment) if experiment else PLAN.sweeps
+    return [(sweep.sweep_id, sweep.experiments) for sweep in wanted]
+
+
 def model_files(model):
-    """What has to be made before a model can be loaded: the safetensors of a GGUF file."""
-    spec = LAYOUT.preset.models[model]
-    return (
-        [converted_folder(spec) / "model.safetensors"]
-        if isinstance(spec, GgufModel)
-        else []
-    )
+    """What has to be there before a model can be loaded: the safetensors of a GGUF file, a model of the hub."""
+    spec, fetched = LAYOUT.preset.models[model], LAYOUT.fetched_model(model)
+    if isinstance(spec, GgufModel):
+        return [converted_folder(spec) / "model.safetensors"]
+    return [fetched] if fetched else []
+
+
+def fetched_data(dataset):
+    """What has to be fetched before a dataset can be made: its files, if they are on the hub."""
+    fetched = LAYOUT.fetched_data(dataset)
+    return [fetched] if fetched else []
 
 
 def sweep_data(wildcards):
-    """What a sweep reads: a token cache, or in RL the problem sets and the model's files."""
+    """What a sweep reads: a token cache, or in RL the problem sets; the model's files; what was fetched of the hub.
+
+    Their names say what is in them, so their times do not matter: clocks of nodes may differ.
+    """
     condition = SWEEPS[wildcards.sweep].condition
+    sets = [condition.dataset]
     if condition.rollouts is None:
-        return [LAYOUT.tokens(condition.model, condition.dataset)]
-    sets = [condition.dataset, *condition.rollouts.held_out]
-    return [LAYOUT.dataset(name) for name in sets] + model_files(condition.model)
+        reads = [LAYOUT.tokens(condition.model, condition.dataset)]
+    else:
+        sets += condition.rollouts.held_out
+        reads = [LAYOUT.dataset(name) for name in sets]
+    reads += model_files(condition.model)
+    reads += [file for name in sets for file in fetched_data(name)]
+    return [ancient(path) for path in reads]
+
+
+def figure_files(names):
+    """What is drawn of some figures."""
+    kinds = ("svg", "png", "csv")
+    return [LAYOUT.figures / f"{name}.{kind}" for name in names for kind in kinds]
 
 
 def figure_tables(wildcards):
@@ -87,7 +114,9 @@ def eval_inputs(wildcards):
     reads += [LAYOUT.sweep(job.sweep)] if job.sweep else []
     if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
         reads.append(LAYOUT.pretraining)
-    return [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
+    reads = [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
+    # As in sweep_data.
+    return [ancient(path) for path in reads]
 
 
 def claims_tables():

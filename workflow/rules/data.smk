@@ -1,9 +1,26 @@
-# May download, so never on a compute node.
+# Downloads, so never on a compute node.
 localrules:
-    dataset,
+    fetch_data,
+
+
+rule fetch_data:
+    output:
+        LAYOUT.root / "hub/data/{dataset}.{dataset_id}.json",
+    log:
+        LAYOUT.root / "logs/fetch_data.{dataset}.{dataset_id}.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+    shell:
+        "HF_HUB_OFFLINE=0 lorabench fetch-data {wildcards.dataset} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
 
 
 rule dataset:
+    input:
+        # As in sweep_data, the names say what is in them.
+        lambda wildcards: [ancient(path) for path in fetched_data(wildcards.dataset)],
     output:
         LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
     log:
@@ -13,19 +30,21 @@ rule dataset:
     params:
         preset=PRESET,
     shell:
-        "lorabench dataset {wildcards.dataset} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench dataset {wildcards.dataset} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
 
 
 rule tokens:
     input:
-        dataset=LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
-        model=lambda wildcards: model_files(wildcards.model),
+        dataset=ancient(LAYOUT.root / "data/{dataset}.{dataset_id}.parquet"),
+        model=lambda wildcards: [ancient(path) for path in model_files(wildcards.model)],
     output:
         LAYOUT.root / "tokens/{model}.{model_id}.{dataset}.{dataset_id}.safetensors",
     log:
         LAYOUT.root / "logs/tokens.{model}.{model_id}.{dataset}.{dataset_id}.log",
     conda:
         "../envs/lorabench.yaml"
+    threads: LAYOUT.preset.execution.threads
     resources:
         **asked(
             lambda wildcards: tokens_resources(
@@ -35,5 +54,5 @@ rule tokens:
     params:
         preset=PRESET,
     shell:
-        "lorabench tokens {wildcards.model} {wildcards.dataset} --preset {params.preset:q} "
-        "2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench tokens {wildcards.model} {wildcards.dataset} "
+        "--preset {params.preset:q} --processes {threads} 2> >(tee {log:q} >&2)"

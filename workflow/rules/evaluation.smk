@@ -11,6 +11,8 @@ rule eval_tasks:
         LAYOUT.root / "evals/tasks-{tasks}.json",
     log:
         LAYOUT.root / "logs/eval_tasks.{tasks}.log",
+    # Before anything is trained.
+    priority: len(PLAN.sweeps) + 1
     conda:
         "../envs/lorabench.yaml"
     params:

@@ -7,9 +7,24 @@ GGUF_MODELS = {
 }
 
 
-# Downloads, so never on a compute node.
+# Download, so never on a compute node.
 localrules:
     convert_gguf,
+    fetch_model,
+
+
+rule fetch_model:
+    output:
+        LAYOUT.root / "hub/models/{model}.{model_id}.json",
+    log:
+        LAYOUT.root / "logs/fetch_model.{model}.{model_id}.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+    shell:
+        "HF_HUB_OFFLINE=0 lorabench fetch-model {wildcards.model} --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
 
 
 rule convert_gguf:

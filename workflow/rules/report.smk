@@ -1,19 +1,36 @@
 localrules:
+    report_without_evaluation,
     report_page,
 
 
-rule report_page:
+# An evaluation that fails keeps back the page with its scores, not this one.
+rule report_without_evaluation:
     input:
         plan=LAYOUT.root / "plan.parquet",
         runs=LAYOUT.tables() / "runs.parquet",
         curves=LAYOUT.tables() / "curves.parquet",
         claims=LAYOUT.tables() / "claims.parquet",
-        evals=[LAYOUT.tables() / "evals.parquet"] if EVALUATIONS else [],
-        figures=expand(
-            LAYOUT.figures / "{figure}.{ext}",
-            figure=FIGURE_NAMES,
-            ext=["svg", "png", "csv"],
+        figures=figure_files(
+            name for name in FIGURE_NAMES if FIGURES[name].experiments != EVALS
         ),
+    output:
+        LAYOUT.report_without_evaluation,
+    log:
+        LAYOUT.root / "logs/report_without_evaluation.log",
+    conda:
+        "../envs/lorabench.yaml"
+    params:
+        preset=PRESET,
+    shell:
+        "lorabench report --no-evaluation --preset {params.preset:q} "
+        "2> >(tee {log:q} >&2)"
+
+
+rule report_page:
+    input:
+        rules.report_without_evaluation.input,
+        evals=[LAYOUT.tables() / "evals.parquet"] if EVALUATIONS else [],
+        figures=figure_files(FIGURE_NAMES),
     output:
         LAYOUT.report,
     log:
@@ -22,6 +39,8 @@ rule report_page:
         "../envs/lorabench.yaml"
     params:
         preset=PRESET,
+        # What the page says of the preset beside its tables.
+        about=[LAYOUT.preset.description, LAYOUT.preset.limits],
     shell:
         "lorabench report --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"

@@ -19,7 +19,7 @@ rule compute:
     params:
         preset=PRESET,
     shell:
-        "lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # One job per sweep. Its finished runs and checkpoints lie outside the declared output, so a killed job
@@ -44,5 +44,5 @@ rule sweep:
     params:
         preset=PRESET,
     shell:
-        "lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q} "
-        "--processes {resources.processes}"
+        "HF_HUB_OFFLINE=1 lorabench sweep {wildcards.sweep} --preset {params.preset:q} "
+        "--log {log:q} --processes {resources.processes}"

@@ -80,35 +80,39 @@ def over_problems(
     """
 
     def over_rewarded(evidence: Evidence) -> Finding:
-        runs = evidence.standard
-        rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
-        if not rewarded.any():
+        rewarded = rewarded_errors(evidence.standard, test_reward)
+        if rewarded.empty:
             raise UnjudgedError("not tested", "no run ever got a reward")
         return judge_each(
-            (comparison.label, partial(judge, comparison))
-            for comparison in comparisons(errors(runs[rewarded], test_reward), evidence.curves)
+            (comparison.label, partial(judge, comparison)) for comparison in comparisons(rewarded, evidence.curves)
         )
 
     return over_rewarded
+
+
+def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
+    """RL runs as from `errors`, of the models and problem sets on which any run ever got a reward."""
+    rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
+    return errors(runs[rewarded.astype(bool)], test_reward)
 
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     """B10: optimal LR of the highest rank over that of FullFT."""
     lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
     found = judge_ratio(comparison, lora, fullft, band=LR_BAND, expected=10.0)
-    return _if_learned(comparison, found, [lora, fullft])
+    return if_learned(comparison, found, [lora, fullft])
 
 
 def placement_in_rl(comparison: Comparison) -> Finding:
     """E5: attention is worse, and the MLP alone is as good as all layers."""
-    return _if_learned(comparison, both_parts(comparison), list(comparison.placed("mlp").values()))
+    return if_learned(comparison, both_parts(comparison), list(comparison.placed("mlp").values()))
 
 
 def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     """F1: error rate of rank 1 minus FullFT's; that rank 1 is better speaks for it."""
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     found = comparison.equal_losses(rank_1, fullft, better_too=True)
-    return _if_learned(comparison, found, [fullft])
+    return if_learned(comparison, found, [fullft])
 
 
 def wider_range_of_lrs(comparison: Comparison) -> Finding:
@@ -328,12 +332,12 @@ def _each_rank(
     fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
 
     def judge_one(lora: Arm) -> Finding:
-        return _if_learned(comparison, judge(lora, fullft), learners(lora, fullft))
+        return if_learned(comparison, judge(lora, fullft), learners(lora, fullft))
 
     return judge_each((arm_label(lora), partial(judge_one, lora)) for lora in comparison.lora.values())
 
 
-def _if_learned(comparison: Comparison, found: Finding, arms: list[Arm]) -> Finding:
+def if_learned(comparison: Comparison, found: Finding, arms: list[Arm]) -> Finding:
     """The finding with the accuracies of arms; inconclusive where one has not learned, as all are alike then."""
     if not arms:
         return found

@@ -42,12 +42,18 @@ def pretraining(path: str, **_: Any) -> Documents:
     return _test(path, pq.read_table(Path(path), columns=["text"]).to_pylist())
 
 
+def bits_of_response(doc: Mapping[str, str], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """Log-likelihood of the response in nats, and its bytes; lm-eval makes bits per byte of all documents of them."""
+    return {"bits_per_byte": (results[0][0], len(doc["response"].encode()))}
+
+
 def _chats(path: str) -> list[dict[str, Any]]:
     return [row for row in read_dataset(Path(path)) if row["split"] == "test"]
 
 
 def _document(row: Mapping[str, Any], answer: str | None) -> dict[str, str | None]:
-    return {"source": row["source"], "question": row["messages"][0]["content"], "answer": answer}
+    question, response = (message["content"] for message in row["messages"])
+    return {"source": row["source"], "question": question, "response": response, "answer": answer}
 
 
 def _test(path: str, documents: list[dict[str, Any]]) -> Documents:

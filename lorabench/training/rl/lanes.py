@@ -1,6 +1,7 @@
 """Several runs of one sweep side by side: each asks for responses, all are sampled as one batch.
 
-What a lane gets does not depend on the others (see `sampler.py`); a lane that ends leaves, the others go on.
+What a lane gets does not depend on the others (see `sampler.py`); a lane that ends leaves, the others go on. A lane
+that stops on a signal has saved its state, and so have the others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 from lorabench.training.rl.loop import RlOutcome, Sampled
 from lorabench.training.rl.sampler import Request, Response
+from lorabench.training.stop import Stopped
 
 Lane = Generator[list[Request], Sampled, RlOutcome]
 Sampler = Callable[[list[Request]], list[Response]]
@@ -23,15 +25,27 @@ def train_lanes(lanes: Mapping[str, Lane], sample: Sampler) -> Iterator[tuple[st
     Args:
         lanes: the runs by name, not yet started.
         sample: responses to requests of any lanes.
+
+    Raises:
+        Stopped: all lanes have ended or stopped on a signal.
     """
-    wanted = {name: next(lane) for name, lane in lanes.items()}
-    while wanted:
-        asked, wanted = wanted, {}
-        for name, sampled in _sampled(asked, sample).items():
+    answers: Mapping[str, Sampled | None] = dict.fromkeys(lanes)
+    stopped: Stopped | None = None
+    while answers:
+        asked: dict[str, list[Request]] = {}
+        ended: dict[str, RlOutcome] = {}
+        for name, sampled in answers.items():
             try:
-                wanted[name] = lanes[name].send(sampled)
-            except StopIteration as ended:
-                yield name, ended.value
+                asked[name] = next(lanes[name]) if sampled is None else lanes[name].send(sampled)
+            except StopIteration as end:
+                ended[name] = end.value
+            except Stopped as error:
+                stopped = error
+        # When all have saved what they will.
+        yield from ended.items()
+        answers = _sampled(asked, sample) if asked else {}
+    if stopped is not None:
+        raise stopped
 
 
 def alone(asking: Generator[list[Request], Sampled, T], sample: Sampler) -> T:

@@ -13,20 +13,21 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from lorabench.config import Protocol
-from lorabench.data.grading import Grader
 from lorabench.data.reflection import reflects
 from lorabench.plan import Rollouts, Run
+from lorabench.training import stop
 from lorabench.training.batches import data_order
-from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
+from lorabench.training.checkpoint import trainable
+from lorabench.training.distributed import whole
+from lorabench.training.rl.checkpoints import Checkpoints
 from lorabench.training.rl.objective import Group, Step, backward
-from lorabench.training.rl.problems import Problems, Texts, grade
+from lorabench.training.rl.problems import Grades, Problems, Texts, grade
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine, Point, make_optimizer
 
@@ -59,8 +60,8 @@ class Environment:
     texts: Texts
     splits: Mapping[str, Problems]
     held_out: Mapping[str, Problems]
-    grader: Grader
-    held_out_graders: Mapping[str, Grader]
+    grader: Grades
+    held_out_graders: Mapping[str, Grades]
 
 
 @dataclass
@@ -118,16 +119,17 @@ def train_rl(
     environment: Environment,
     protocol: Protocol,
     machine: Machine,
-    checkpoint: Path,
+    checkpoints: Checkpoints,
     base: Scores,
     lane: str | None = None,
     tick: Callable[[int], None] = lambda step: None,
 ) -> Generator[list[Request], Sampled, RlOutcome]:
     """Train `model` (an adapter already on it, or fully trainable) as `run` says and measure it.
 
-    Goes on from `checkpoint` if there is one and ends with the same numbers as an unbroken run.
+    Goes on from its checkpoint if there is one and ends with the same numbers as an unbroken run.
 
     Args:
+        checkpoints: those of the runs that are trained together.
         base: scores of the untouched base, the curve's points at step 0.
         lane: name of the run's adapter; None for full fine-tuning.
         tick: called after each step with the number of steps done.
@@ -146,7 +148,7 @@ def train_rl(
     train = environment.splits["train"]
     order = data_order(len(train), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
-    autocast = machine.autocast(protocol)
+    autocast, processes = machine.autocast(protocol), machine.processes
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
     first_step, response_tokens, rewarded = 0, 0, False
@@ -158,8 +160,8 @@ def train_rl(
             examples = step * condition.batch_size
             outcome.curve.append(Point(step, examples, response_tokens, split, metric, finite))
 
-    if checkpoint.exists():
-        saved = load_checkpoint(checkpoint, model, optimizer)
+    saved = checkpoints.load(run.run_id, model, optimizer)
+    if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
         evaluations = [(valid, test) for valid, test in saved["evaluations"]]
@@ -167,7 +169,6 @@ def train_rl(
     else:
         for split, metrics in base.items():
             record(0, split, metrics)
-    last_saved = time.perf_counter()
 
     for step in range(first_step + 1, condition.steps + 1):
         chosen = [int(problem) for problem in order[step - 1]]
@@ -182,9 +183,11 @@ def train_rl(
         rewarded = rewarded or metrics["reward"] > 0
         _activate(model, lane)
         learning = time.perf_counter()
-        measured = backward(model, groups, machine.max_batch_tokens, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), protocol.clip_norm or math.inf).item()
-        finite = math.isfinite(measured.loss) and math.isfinite(norm)
+        measured = backward(model, groups, machine.max_batch_tokens, autocast, processes)
+        parameters = list(trainable(model).values())
+        processes.sum_gradients(parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf)).item()
+        finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # Where the rewards of each group are equal there is no gradient, and Adam's momentum shall move nothing.
         if finite and norm > 0:
             optimizer.step()
@@ -208,7 +211,7 @@ def train_rl(
             for split, values in scores.items():
                 record(step, split, values)
         tick(step)
-        if time.perf_counter() - last_saved >= machine.checkpoint_seconds and step < condition.steps:
+        if checkpoints.due(step, last=step == condition.steps):
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
@@ -219,8 +222,9 @@ def train_rl(
                 "curve": [vars(point) for point in outcome.curve],
             }
             _activate(model, lane)
-            save_checkpoint(checkpoint, model, optimizer, progress)
-            last_saved = time.perf_counter()
+            checkpoints.save(run.run_id, model, optimizer, progress)
+            if checkpoints.stopping:
+                stop.end()
 
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lorabench.training.distributed import ALONE, Processes, enter
 from lorabench.training.rl.sampler import Response
 
 # Responses share a row with their prompt: any number up to the short limit, a few up to the long one.
@@ -45,6 +46,10 @@ class Group:
         return Group(self.prompt, [self.responses[row] for row in rows], self.rewards[rows], self.advantages[rows])
 
 
+# What a process computes that has nothing to do, while others have.
+_NOTHING = Group((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1), np.zeros(1))
+
+
 @dataclass(frozen=True)
 class Step:
     """Measures of one step's batch before its update, over all response tokens."""
@@ -60,14 +65,18 @@ class Step:
 
 
 def backward(
-    model: torch.nn.Module, groups: Sequence[Group], max_tokens: int, autocast: torch.dtype | None = None
+    model: torch.nn.Module,
+    groups: Sequence[Group],
+    max_tokens: int,
+    autocast: torch.dtype | None = None,
+    processes: Processes = ALONE,
 ) -> Step:
     """Add the gradient of the loss to the parameters; returns what was measured on the way.
 
     Groups of equal rewards add nothing to the gradient and are only measured, unless there are no others.
 
     Args:
-        groups: the whole batch of a step.
+        groups: the whole batch of a step; each process computes a share of it.
         max_tokens: limit of tokens, padding included, that go through the model at once.
     """
     device = next(model.parameters()).device
@@ -76,12 +85,16 @@ def backward(
     idle = [group for group in groups if group.equal] if len(teaching) < len(groups) else []
     sums, ratio_max = torch.zeros(5, dtype=torch.float64), 0.0
     for some, learn in ((teaching, True), (idle, False)):
-        for part in parts(some, max_tokens):
+        for part in processes.even(parts(some, max_tokens, processes), []):
             with (
                 torch.set_grad_enabled(learn),
                 torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
             ):
-                learner, entropy, mask = response_logprobs(model, part, device)
+                learner, entropy, mask = enter(model, response_logprobs, part or [_NOTHING], device)
+            if not part:
+                if learn:
+                    (0.0 * learner.sum()).backward()
+                continue
             sampler, advantages = _padded(part, mask)
             difference = torch.where(mask, learner - sampler, 0.0)
             ratio = difference.exp()
@@ -92,17 +105,20 @@ def backward(
                 measured = [mask.sum(), loss, entropy[mask].sum(), -difference.sum(), ratio[mask].sum()]
                 sums += torch.stack([value.double() for value in measured]).cpu()
                 ratio_max = max(ratio_max, ratio[mask].max().item())
-    tokens, loss_sum, *others = sums.tolist()
+    tokens, loss_sum, *others = processes.gather(sums.numpy()).sum(0).tolist()
+    ratio_max = processes.most(ratio_max)
     entropy_mean, kl, ratio_mean = (value / tokens for value in others)
     return Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, ratio_max)
 
 
-def parts(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
+def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE) -> Iterator[list[Group]]:
     """Split a batch into rows and these into parts of little padding that fit `max_tokens`; one row always fits.
 
-    A row is a prompt with some of its responses, a group as far as it goes through the model as one sequence.
+    A row is a prompt with some of its responses, a group as far as it goes through the model as one sequence. Each of
+    several processes has its share of the rows.
     """
-    rows = sorted((row for group in groups for row in _rows(group, max_tokens)), key=_length)
+    rows = [row for group in groups for row in _rows(group, max_tokens)]
+    rows = [rows[place] for place in processes.share(np.array([_length(row) for row in rows]))]
     part: list[Group] = []
     for row in rows:
         if part and (len(part) + 1) * _length(row) > max_tokens:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lorabench.data.grading import Grader
 from lorabench.data.problems import read_problems
 from lorabench.errors import UserError
 from lorabench.plan import Rollouts
@@ -93,6 +93,13 @@ class Texts:
         return splits
 
 
-def grade(grader: Grader, texts: list[str], answers: list[str]) -> np.ndarray:
+class Grades(Protocol):
+    """Tells right answers from wrong ones: `lorabench.data.grading.Grader`, or one that asks it."""
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Whether each response gives the right answer of the same place."""
+
+
+def grade(grader: Grades, texts: list[str], answers: list[str]) -> np.ndarray:
     """Rewards, (n,): 1 for a right answer, else 0."""
     return np.array(grader.grade(texts, answers), dtype=np.float64)

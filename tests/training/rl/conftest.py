@@ -15,6 +15,7 @@ from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.plan import Condition, Rollouts, Run
+from lorabench.training.rl.checkpoints import Checkpoints
 from lorabench.training.rl.lanes import alone
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
 from lorabench.training.rl.problems import Texts
@@ -92,8 +93,8 @@ def lane_of(
     protocol, where = protocol or Protocol(), machine(**changes)
     take = partial(sampler_of(model, environment))
     scores, _ = alone(evaluate(environment, run.condition.rollouts, 0, 0, lane), take)
-    checkpoint = folder / f"{run.run_id}.safetensors"
-    return train_rl(run, model, environment, protocol, where, checkpoint, scores, lane, tick)
+    checkpoints = Checkpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
+    return train_rl(run, model, environment, protocol, where, checkpoints, scores, lane, tick)
 
 
 def sampler_of(model, environment: Environment):

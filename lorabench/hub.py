@@ -1,0 +1,239 @@
+"""The Hugging Face hub: local jobs fetch what a preset needs, once; everything later reads the cache, offline.
+
+A revision that may move (`main`, a tag) stands for one commit in a preset's results: the one it had when it was
+first fetched, kept in `results/<preset>/pins/`. That file is no output of a rule, so making the rest anew does not
+move it. What was fetched, with commit, files and sizes, stands in a small JSON file that later jobs need.
+
+Runs are named by the revision that the preset says, so a plan needs no connection; the commit stands in each run's
+record, and runs of different commits are never mixed (`lorabench/training/sweep.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from lorabench.errors import UserError
+from lorabench.records import write_json
+
+# Top-level files only: some repositories hold the same weights in other formats in folders.
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_ELSEWHERE = ("*/*",)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Left on a disk beside what is downloaded.
+_SPARE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A repository at the revision that a preset names."""
+
+    kind: Literal["model", "dataset"]
+    id: str
+    revision: str
+    parts: tuple[tuple[str | None, str], ...] = ()
+    """Of a dataset: configurations and their splits."""
+    code: bool = False
+    """Of a model: its Python files too."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id}"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A repository as it lies in the hub's cache. `files` are their sizes in bytes, `parts` the files of each part."""
+
+    kind: Literal["model", "dataset"]
+    id: str
+    revision: str
+    commit: str
+    files: dict[str, int]
+    parts: dict[str, list[str]]
+
+    def data_files(self, config: str | None, split: str) -> list[Path]:
+        """The local files of a dataset's part.
+
+        Raises:
+            UserError: they are not in the cache (any more), or were never fetched.
+        """
+        return [self._cached(name) for name in self.parts[_part_name(config, split)]]
+
+    def _cached(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(self.id, name, repo_type=self.kind, revision=self.commit, local_files_only=True)
+            )
+        except LocalEntryNotFoundError as error:
+            where = f"the hub's cache {_cache_folder()}"
+            raise UserError(f"{name} of {self.kind} {self.id} is not in {where}; fetch it again") from error
+
+
+@cache
+def read_fetched(path: Path) -> dict[str, Fetched]:
+    """What a fetching job left, by hub id.
+
+    Raises:
+        UserError: nothing was fetched.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"not fetched from the hub yet: no {path}; run `lorabench fetch-model` or `lorabench fetch-data`"
+        )
+    return {entry["id"]: Fetched(**entry) for entry in json.loads(path.read_text())}
+
+
+def fetch(wanted: list[Wanted], pins: Path, out: Path) -> None:
+    """Download repositories into the hub's cache and write what they are to `out`.
+
+    Args:
+        pins: folder of the commits that revisions stand for.
+
+    Raises:
+        UserError: a repository can't be had, holds no safetensors or no such part, or is larger than the disk.
+    """
+    write_json([asdict(_fetch(one, pins)) for one in wanted], out)
+    read_fetched.cache_clear()
+
+
+def _fetch(wanted: Wanted, pins: Path) -> Fetched:
+    from huggingface_hub import snapshot_download
+
+    with _explained(wanted):
+        commit = _pinned(wanted, pins)
+        parts: dict[str, list[str]] = {}
+        choice: dict[str, Any]
+        if wanted.kind == "dataset":
+            parts = {_part_name(*part): _part_files(wanted, commit, *part) for part in wanted.parts}
+            choice = {"allow_patterns": [name for names in parts.values() for name in names]}
+        else:
+            code = ("*.py",) if wanted.code else ()
+            choice = {"allow_patterns": [*_MODEL_FILES, *code], "ignore_patterns": [*_ELSEWHERE]}
+        where = {"repo_id": wanted.id, "repo_type": wanted.kind, "revision": commit, **choice}
+        files = snapshot_download(**where, dry_run=True)
+        sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
+        if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
+            raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
+        _check_space(wanted, sum(sizes[file.filename] for file in files if file.will_download))
+        snapshot_download(**where)
+    return Fetched(wanted.kind, wanted.id, wanted.revision, commit, sizes, parts)
+
+
+def _pinned(wanted: Wanted, pins: Path) -> str:
+    """The commit that a revision stands for: looked up once, then always the same."""
+    if _COMMIT.fullmatch(wanted.revision):
+        return wanted.revision
+    from huggingface_hub import HfApi
+
+    name = "--".join([f"{wanted.kind}s", *wanted.id.split("/"), *wanted.revision.split("/")])
+    pin = pins / f"{name}.txt"
+    if not pin.is_file():
+        commit = HfApi().repo_info(wanted.id, repo_type=wanted.kind, revision=wanted.revision).sha
+        pins.mkdir(parents=True, exist_ok=True)
+        # Two datasets of one repository may be fetched at once: whoever is first decides.
+        with tempfile.NamedTemporaryFile("w", dir=pins, suffix=".partial") as partial:
+            partial.write(f"{commit}\n")
+            partial.flush()
+            with suppress(FileExistsError):
+                os.link(partial.name, pin)
+    return pin.read_text().strip()
+
+
+def _part_name(config: str | None, split: str) -> str:
+    return f"{config}/{split}" if config else split
+
+
+def _part_files(wanted: Wanted, commit: str, config: str | None, split: str) -> list[str]:
+    """Names of the files of a part, as the datasets library finds them by the repository's card and names."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        builder = datasets.load_dataset_builder(wanted.id, name=config, revision=commit)
+    except datasets.exceptions.DatasetNotFoundError:
+        # The library hides why; the hub's own client says it.
+        HfApi().auth_check(wanted.id, repo_type="dataset")
+        raise
+    except ValueError as error:
+        raise UserError(f"{wanted} has no configuration {config!r}: {_first_line(error)}") from error
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise UserError(f"{wanted} has no split {split!r}; allowed: {', '.join(map(str, files))}")
+    return [str(file).removeprefix(f"hf://datasets/{wanted.id}@{commit}/") for file in files[split]]
+
+
+def _cache_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _check_space(wanted: Wanted, needed: int) -> None:
+    folder = _cache_folder()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed and needed + _SPARE_BYTES > free:
+        raise UserError(
+            f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; make "
+            "room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+@contextmanager
+def _explained(wanted: Wanted) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = _sentence(wanted, error)
+        if said is None:
+            raise
+        raise UserError(said) from error
+
+
+def _sentence(wanted: Wanted, error: Exception) -> str | None:
+    """What went wrong, as a user can mend it; None if it is something else."""
+    from huggingface_hub import constants, errors
+
+    failed = f"{wanted} can't be fetched at {wanted.revision}"
+    # The last is of the client's HTTP library, which is not the same in all versions.
+    no_connection = (
+        *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
+        errors.HTTPError,  # type: ignore[attr-defined]
+    )
+    # Errors of the hub are errors of HTTP too, and a gated repository is one that is not found: the order matters.
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
+            return f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"{wanted} has no revision {wanted.revision!r}"
+        case errors.RepositoryNotFoundError():
+            return f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
+        case errors.OfflineModeIsEnabled():
+            return f"{failed}: HF_HUB_OFFLINE is set"
+        case errors.HfHubHTTPError():
+            return f"{failed}: {_first_line(error)}"
+        case _ if isinstance(error, no_connection):
+            return f"{failed}: no connection to {constants.ENDPOINT} ({_first_line(error)})"
+        case OSError():
+            return f"{failed}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,169 @@
+"""The page's sections in the paper's order: which figures and claims are shown together.
+
+A figure or a claim that none of them names is shown in a last section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the paper: what it says there, the figures drawn for it here, and the claims on it."""
+
+    id: str
+    short: str
+    """For the list of contents."""
+    title: str
+    paper: str
+    figures: tuple[str, ...]
+    claims: tuple[str, ...]
+
+
+SECTIONS = (
+    Section(
+        "rank",
+        "Fig. 1",
+        "Figure 1. Learning curves by rank",
+        "High ranks learn as full fine-tuning does; a low rank leaves the shared curve when it is full.",
+        ("fig1_envelopes",),
+        ("A1", "A2", "A3", "A4", "A6", "A7", "A8"),
+    ),
+    Section(
+        "learning-rate",
+        "Fig. 2",
+        "Figure 2. Loss against learning rate",
+        "Both methods reach the same loss; LoRA's best learning rate is ten times as high, nearly whatever its rank.",
+        ("fig2_lr_by_rank",),
+        ("B1", "B2", "B3", "B4"),
+    ),
+    Section(
+        "batch-size",
+        "Fig. 3",
+        "Figure 3. Batch size",
+        "LoRA loses more against full fine-tuning at large batches, at every rank.",
+        ("fig3_batch_size",),
+        ("D1", "D2", "D3", "D4", "D5"),
+    ),
+    Section(
+        "placement",
+        "Fig. 4",
+        "Figure 4 and its table. Which layers carry LoRA",
+        "LoRA belongs on all layers, above all on the MLP or the experts; on attention alone it is worse.",
+        ("fig4_placement",),
+        ("E1", "E2", "E3", "E6", "M1"),
+    ),
+    Section(
+        "placement-elsewhere",
+        "Fig. 5",
+        "Figure 5. Which layers, on a small dataset and in reinforcement learning",
+        "The same holds on little data and in reinforcement learning.",
+        ("fig5_placement_small", "fig5_placement_rl"),
+        ("E4", "E5", "E7"),
+    ),
+    Section(
+        "reinforcement",
+        "Fig. 6",
+        "Figure 6. Reinforcement learning against learning rate",
+        "LoRA reaches the same accuracy, rank 1 is enough, and more learning rates work.",
+        ("fig6_rl_lr",),
+        ("F1", "F2", "B10", "F6", "F7", "F8", "F9"),
+    ),
+    Section(
+        "rl-curves",
+        "Fig. 7",
+        "Figure 7. Accuracy over reinforcement learning",
+        "All ranks and full fine-tuning progress alike.",
+        ("fig7_rl_curves",),
+        ("F3",),
+    ),
+    Section(
+        "further-sets",
+        "Fig. 8",
+        "Figure 8. Further problem sets and the length of responses",
+        "The same on held-out problems; responses grow alike, with backtracking and checking.",
+        ("fig8_aime_and_length",),
+        ("F4", "F5"),
+    ),
+    Section(
+        "early-curves",
+        "Early",
+        "Early curves. The first steps do not depend on rank",
+        "At one learning rate the curves of all ranks begin alike, thanks to the factor 1/r.",
+        ("early",),
+        ("C1", "C2", "C3"),
+    ),
+    Section(
+        "parametrization-section",
+        "Alpha",
+        "Parametrization. Two of four hyperparameters are redundant",
+        "Only alpha * init_A * LR_B and init_A / LR_A matter; the standard values could not be improved on.",
+        ("parametrization", "variants"),
+        ("C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11"),
+    ),
+    Section(
+        "law",
+        "LR law",
+        "The optimal learning rate over models",
+        "The ratio of about 10 is the same for all models; the optimum itself falls with width, by family.",
+        ("lr_law",),
+        ("B5", "B6", "B7", "B8", "B11"),
+    ),
+    Section(
+        "length",
+        "Length",
+        "Short and long runs",
+        "In runs of fewer than 100 steps the ratio is about 15.",
+        ("short_run",),
+        ("B9",),
+    ),
+    Section(
+        "capacity-section",
+        "Capacity",
+        "How much an adapter holds",
+        "Capacity goes with the number of parameters, about 2 bits each; text brings about 1 bit per token.",
+        ("capacity", "memorisation"),
+        ("A5", "N1", "N2"),
+    ),
+    Section(
+        "compute-section",
+        "Compute",
+        "What a step costs",
+        "A step of LoRA takes slightly more than two thirds of the FLOPs.",
+        ("compute", "loss_by_flops"),
+        ("G1", "G2", "G3"),
+    ),
+    Section(
+        "learned-and-forgotten",
+        "Learned",
+        "What was learned, and what was forgotten",
+        "It looks at loss alone; what a model can do with it, and what fine-tuning cost, is asked here.",
+        ("learned_forgotten",),
+        (),
+    ),
+)
+
+REST = Section("further", "Further", "Further figures and claims", "", (), ())
+
+Named = dict[str, Any]
+
+
+def arrange(figures: Sequence[Named], claims: Sequence[Named]) -> list[Named]:
+    """Each section that has anything, with its figures and claims in order.
+
+    Args:
+        figures: what the page shows of each, by `name`.
+        claims: likewise, by `claim_id`.
+    """
+    by_name = {figure["name"]: figure for figure in figures}
+    by_id = {claim["claim_id"]: claim for claim in claims}
+    found = []
+    for section in SECTIONS:
+        its_figures = [by_name.pop(name) for name in section.figures if name in by_name]
+        its_claims = [by_id.pop(claim) for claim in section.claims if claim in by_id]
+        found.append({"about": section, "figures": its_figures, "claims": its_claims})
+    found.append({"about": REST, "figures": list(by_name.values()), "claims": list(by_id.values())})
+    return [section for section in found if section["figures"] or section["claims"]]

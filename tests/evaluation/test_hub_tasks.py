@@ -1,0 +1,146 @@
+"""The tasks of lm-eval that `core` and `paper` name, fetched from a hub on this machine and evaluated without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lorabench.config import load_preset
+from lorabench.layout import Layout
+from lorabench.plan import make_plan
+from tests.evaluation import hub
+from tests.evaluation.conftest import RAW
+
+pytestmark = pytest.mark.slow
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A working directory with a preset `mine.yaml`, its caches beside it."""
+
+    folder: Path
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command of this project, with no cache but this one's."""
+        caches = {"HF_HOME": str(self.folder / "hf"), "NLTK_DATA": str(self.folder / "nltk"), "HOME": str(self.folder)}
+        # HF_DATASETS_CACHE and its like would be gone by before HF_HOME.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        command = [sys.executable, "-m", "lorabench.cli", *arguments, "--preset", "mine.yaml"]
+        return subprocess.run(
+            command, cwd=self.folder, env=inherited | caches | environment, capture_output=True, text=True, check=False
+        )
+
+    def evaluate(self) -> subprocess.CompletedProcess[str]:
+        """The evaluation of the base, without a hub."""
+        return self.run("evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT=NOWHERE)
+
+    @property
+    def job(self):
+        return make_plan(load_preset(str(self.folder / "mine.yaml"))).evaluations()[0]
+
+
+def place(folder: Path, tasks: list[dict]) -> Place:
+    folder.mkdir(exist_ok=True)
+    raw = RAW | {"evaluation": RAW["evaluation"] | {"tasks": tasks}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(raw))
+    return Place(folder)
+
+
+def write_splitter(folder: Path) -> None:
+    """nltk's splitter of sentences as it lies after a download, with hardly anything learned."""
+    english = folder / "nltk/tokenizers/punkt_tab/english"
+    english.mkdir(parents=True)
+    learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
+    for name, text in (learned | {"sent_starters.txt": "he"}).items():
+        (english / name).write_text(text)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    named = {task.name: task for name in ("core", "paper") for task in load_preset(name).evaluation.tasks}
+    tasks = [task.model_dump(exclude_unset=True) | {"limit": 2, "max_new_tokens": 6} for task in named.values()]
+    here = place(tmp_path_factory.mktemp("hub") / "work", tasks)
+    write_splitter(here.folder)
+    hub.write_repositories(here.folder / "repositories")
+    with hub.serve(here.folder / "repositories") as address:
+        fetched = here.run("fetch", "--out", "found.json", HF_ENDPOINT=address)
+    assert fetched.returncode == 0, fetched.stderr
+    result = here.evaluate()
+    assert result.returncode == 0, result.stderr
+    return here
+
+
+@pytest.fixture(scope="module")
+def scores(evaluated: Place) -> pd.DataFrame:
+    layout = Layout.of(str(evaluated.folder / "mine.yaml"))
+    return pq.read_table(evaluated.folder / layout.evals(evaluated.job)).to_pandas()
+
+
+def test_versions_and_commits_of_what_was_fetched_are_kept(evaluated):
+    found = json.loads((evaluated.folder / "found.json").read_text())["tasks"]
+    assert found["gsm8k"] == {"gsm8k": {"version": "3.0", "data": hub.COMMIT}}
+    assert len(found["mmlu"]) == hub.SUBJECTS
+    assert {leaf["data"] for leaves in found.values() for leaf in leaves.values()} == {hub.COMMIT}
+
+
+def test_every_task_has_its_scores(scores):
+    found = {(row.task, row.metric, row.filter) for row in scores.itertuples()}
+    assert found == {
+        ("gsm8k", "exact_match", "strict-match"),
+        ("gsm8k", "exact_match", "flexible-extract"),
+        ("hendrycks_math500", "exact_match", "none"),
+        ("aime24", "exact_match", "none"),
+        ("aime25", "exact_match", "none"),
+        ("ifeval", "prompt_level_strict_acc", "none"),
+        ("ifeval", "inst_level_strict_acc", "none"),
+        ("ifeval", "prompt_level_loose_acc", "none"),
+        ("ifeval", "inst_level_loose_acc", "none"),
+        ("hellaswag", "acc", "none"),
+        ("hellaswag", "acc_norm", "none"),
+        ("arc_challenge", "acc", "none"),
+        ("arc_challenge", "acc_norm", "none"),
+        ("mmlu", "acc", "none"),
+    }
+    assert scores["value"].between(0, 1).all()
+    assert scores["higher_is_better"].all()
+
+
+def test_settings_are_those_of_the_preset_and_of_the_tasks(scores):
+    by_task = scores.drop_duplicates("task").set_index("task")
+    assert by_task["num_fewshot"].to_dict() == dict.fromkeys(by_task.index, 0) | {"gsm8k": 5}
+    assert by_task["n_samples"].to_dict() == dict.fromkeys(by_task.index, 2) | {"mmlu": 2 * hub.SUBJECTS}
+    assert by_task.index[by_task["template_sha256"].notna()].tolist() == ["ifeval"]
+    config = json.loads(by_task.loc["gsm8k", "task_config"])
+    assert config["generation_kwargs"]["max_gen_toks"] == 6
+    assert config["data_revision"] == hub.COMMIT
+    assert len(json.loads(by_task.loc["mmlu", "task_config"])) == hub.SUBJECTS
+
+
+def test_data_that_were_not_fetched_are_named(tmp_path):
+    empty = place(tmp_path, [{"name": "arc_challenge", "about": "forgotten"}])
+    result = empty.evaluate()
+    assert result.returncode == 2
+    assert "'arc_challenge' can't be loaded; run `lorabench fetch` with a connection: " in result.stderr
+
+
+def test_ifeval_without_its_splitter_of_sentences_is_refused(tmp_path):
+    here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
+    hub.write_repositories(tmp_path / "repositories")
+    with hub.serve(tmp_path / "repositories") as address:
+        result = here.run("fetch", "--out", "found.json", HF_ENDPOINT=address)
+    assert result.returncode == 2
+    assert "'ifeval' can't be loaded; run `lorabench fetch` with a connection: nltk has no tokenizers/punkt_tab in" in (
+        result.stderr
+    )
+    assert not (tmp_path / "found.json").exists()

@@ -1,0 +1,258 @@
+"""Real jobs in processes of their own: each is forked from one that has torch imported, so that it starts at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lorabench.layout import Layout
+from lorabench.plan import Plan, Sweep, make_plan
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lorabench.cli", "lorabench.training.sft_job", "lorabench.training.rl.job", "peft"])
+
+PRESET: dict[str, Any] = {
+    "description": "faults",
+    "models": {"tiny": {"kind": "tiny"}},
+    "datasets": {"instruct": {"kind": "instruct", "train": 48, "validation": 8, "test": 8, "max_chars": 200}},
+    "problems": {
+        "gcd": {"kind": "arithmetic", "tasks": ["gcd"], "max_value": 50, "train": 32, "validation": 8, "test": 8}
+    },
+    "experiments": {
+        "rank": [
+            {
+                "models": ["tiny"],
+                "datasets": ["instruct"],
+                "ranks": {"all": [2]},
+                "batch_sizes": [4],
+                "lrs": {"fullft": [], "lora": [1e-3, 3e-3]},
+                "seeds": 2,
+            }
+        ],
+        "rl_arithmetic": [
+            {
+                "models": ["tiny"],
+                "problems": ["gcd"],
+                "ranks": {"all": [2]},
+                "problems_per_step": 4,
+                "group_size": 4,
+                "steps": 8,
+                "max_new_tokens": 4,
+                "mean_response_tokens": 2,
+                "evaluations": 2,
+                "lrs": {"fullft": [], "lora": [1e-3, 3e-3, 9e-3]},
+            }
+        ],
+    },
+    "execution": {"gflops": 20.0, "lanes": 2, "checkpoint_minutes": 0.0},
+}
+
+
+# The run of the grid in whose middle a job is killed.
+AT_WORK = {"sft": 1, "rl": 0}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A working directory with the preset `mine.yaml` in it."""
+
+    folder: Path
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of(str(self.folder / "mine.yaml"))
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(self.layout.preset)
+
+    def sweep(self, task: str) -> Sweep:
+        return next(sweep for sweep in self.plan.sweeps if sweep.condition.task == task)
+
+    def path(self, path: Path) -> Path:
+        """Where a path of the layout lies."""
+        return self.folder / path
+
+    def change(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Change the preset, given as plain data."""
+        raw = yaml.safe_load((self.folder / "mine.yaml").read_text())
+        change(raw)
+        (self.folder / "mine.yaml").write_text(yaml.safe_dump(raw))
+        self.__dict__.pop("layout", None)
+        self.__dict__.pop("plan", None)
+
+    def copy(self, folder: Path) -> Place:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Place(folder)
+
+    def run_path(self, task: str, number: int, *parts: str) -> Path:
+        """The folder of a run of the grid, or what lies in it or beside it."""
+        run_id = self.sweep(task).grid()[number].run_id
+        return self.path(self.layout.runs).joinpath(run_id, *parts)
+
+    def checkpoint(self, task: str, number: int) -> Path:
+        final = self.run_path(task, number)
+        return final.with_name(f"{final.name}.partial") / "checkpoint.safetensors"
+
+    def start(self, *arguments: str, memory: int | None = None, file_size: int | None = None) -> Job:
+        """Start a command of lorabench.
+
+        Args:
+            memory: bytes that the process may take beyond what it has at its start.
+            file_size: bytes that a file of the process may have.
+        """
+        with_preset = [*arguments, "--preset", "mine.yaml"]
+        # Beside the folder, which may lie on a full disk.
+        output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
+        process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
+        process.start()
+        return Job(process, output)
+
+    def run(self, *arguments: str, status: int = 0, **limits: int) -> str:
+        """Run a command to its end; returns what it printed."""
+        job = self.start(*arguments, **limits)
+        assert job.wait() == status, job.text
+        return job.text
+
+    def train(self, task: str, status: int = 0, **limits: int) -> str:
+        return self.run("sweep", self.sweep(task).sweep_id, status=status, **limits)
+
+    def numbers(self, task: str) -> list[dict[str, Any]]:
+        """What must not depend on what happened to a job."""
+        return numbers(pq.read_table(self.path(self.layout.sweep(self.sweep(task)))).to_pylist())
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of runs without what is measured by a clock or says where they ran."""
+    names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
+    return [
+        {name: row[name] for name in names}
+        | {"curve": [point for point in row["curve"] if not point["metric"].endswith("tokens_per_s")]}
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    process: Any
+    output: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait until something is so; the job must not end before."""
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.is_alive(), self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.002)
+
+    def wait(self) -> int:
+        """Exit status, negative for the signal that ended the process."""
+        self.process.join(120)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(self.text)
+        return self.process.exitcode
+
+    def catches(self, number: int) -> bool:
+        """Whether the process has a handler for a signal."""
+        [caught] = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{self.pid}/status").read_text())
+        return bool(int(caught, 16) >> (number - 1) & 1)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _command(arguments: list[str], folder: Path, output: Path, memory: int | None, file_size: int | None) -> None:
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if memory is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    from lorabench.cli import app
+
+    app(arguments)
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory) -> Place:
+    """The preset with its data and nothing trained; to be copied."""
+    place = Place(tmp_path_factory.mktemp("fresh"))
+    (place.folder / "mine.yaml").write_text(yaml.safe_dump(PRESET, sort_keys=False))
+    for name in ("instruct", "gcd"):
+        # Restarts itself with fixed hashes, so it takes a process of its own anyway.
+        command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]
+        subprocess.run(command, cwd=place.folder, check=True)
+    place.run("tokens", "tiny", "instruct")
+    return place
+
+
+@pytest.fixture
+def place(fresh, tmp_path) -> Place:
+    return fresh.copy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def unbroken(fresh, tmp_path_factory) -> Place:
+    """All sweeps, trained with nothing in their way."""
+    place = fresh.copy(tmp_path_factory.mktemp("unbroken"))
+    for task in ("sft", "rl"):
+        place.train(task)
+    return place
+
+
+@pytest.fixture(scope="session")
+def killed(fresh, tmp_path_factory) -> Place:
+    """Both sweeps killed in the middle of a run: the second of SFT, whose first is finished; two lanes of RL."""
+    place = fresh.copy(tmp_path_factory.mktemp("killed"))
+    for task, number in AT_WORK.items():
+        job = place.start("sweep", place.sweep(task).sweep_id)
+        job.until(place.checkpoint(task, number).exists)
+        job.signal(signal.SIGKILL)
+        assert job.wait() == -signal.SIGKILL
+    return place
+
+
+@pytest.fixture
+def half(killed, tmp_path) -> Place:
+    return killed.copy(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[Place], Place]]:
+    """Copies a place to a disk of 64 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a small disk here; the limit on file sizes is tested anyway")
+    yield lambda place: place.copy(disk)
+    subprocess.run(["umount", "-l", str(disk)], check=True)

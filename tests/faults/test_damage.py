@@ -1,0 +1,175 @@
+"""Files that are not as they were written: told before anything is trained, or not relied on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorabench.config import PathModel
+from lorabench.errors import UserError
+from lorabench.models.base import load_model
+from lorabench.models.tiny import shipped
+from lorabench.records import RunFolder
+from lorabench.tables import collect
+from lorabench.tensors import read_tensors, write_tensors
+from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """Turn around one bit of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def flip_header(path: Path) -> None:
+    """Turn around one bit of what the header says about the run."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"step") + len(b'step\\": ')] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_a_damaged_token_cache_is_told_before_training(damage, place):
+    path = place.layout.tokens("tiny", "instruct")
+    damage(place.path(path))
+    told = place.train("sft", status=2).splitlines()[-1]
+    assert told.startswith(f"lorabench: token cache {path} ")
+    assert told.endswith("; delete it to have it made again")
+    assert not place.path(place.layout.runs).exists()
+
+
+@pytest.mark.parametrize(("task", "dataset"), [("sft", "instruct"), ("rl", "gcd")])
+def test_a_damaged_dataset_is_told_by_what_reads_it(task, dataset, place):
+    path = place.layout.dataset(dataset)
+    cut(place.path(path))
+    command = ["tokens", "tiny", "instruct"] if task == "sft" else ["sweep", place.sweep("rl").sweep_id]
+    told = place.run(*command, status=2).splitlines()[-1]
+    assert told.startswith(f"lorabench: {path} is damaged; delete it to have it made again")
+    if task == "sft":
+        # A cache made before the damage does not hide it.
+        assert "was made with another dataset" in place.train("sft", status=2)
+
+
+@pytest.mark.parametrize("damage", [cut, empty])
+def test_damaged_weights_of_a_base_are_told(damage, tmp_path):
+    shutil.copytree(shipped("llama-64"), tmp_path / "base")
+    damage(tmp_path / "base/model.safetensors")
+    with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; delete it, get it"):
+        load_model(PathModel(kind="path", path=str(tmp_path / "base"), parameters=1, hidden_size=64))
+
+
+def of_another_run(path: Path) -> None:
+    rewrite(path, run_id="other")
+
+
+def of_another_protocol(path: Path) -> None:
+    rewrite(path, protocol_version="1")
+
+
+def rewrite(path: Path, **about: str) -> None:
+    tensors, header = read_tensors(path, "pt")
+    write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, header | about)
+
+
+def of_another_model(path: Path) -> None:
+    save_checkpoint(path, "mine", *model_and_optimizer(width=4), {"step": 7})
+
+
+def model_and_optimizer(width: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model after one step of Adam."""
+    torch.manual_seed(width)
+    model = torch.nn.Linear(width, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(width)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+REASONS = {
+    cut: "can't be read (",
+    empty: "can't be read (",
+    flip: "is damaged (its checksum is not that of its content)",
+    flip_header: "is damaged (its checksum is not that of its content)",
+    of_another_run: "is of run other, protocol 2",
+    of_another_protocol: "is of run mine, protocol 1",
+    of_another_model: "is of a model with other parameters",
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), REASONS.items())
+def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_path, caplog):
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, "mine", *model_and_optimizer(), {"step": 7})
+    model, optimizer = model_and_optimizer()
+    assert load_checkpoint(path, "mine", model, optimizer) == {"step": 7}
+    damage(path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    caplog.clear()
+    assert load_checkpoint(path, "mine", model, optimizer) is None
+    [told] = caplog.messages
+    assert told.startswith(f"run mine starts anew: checkpoint {path} ")
+    assert reason in told
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_the_run_of_a_damaged_checkpoint_starts_anew(damage, half, unbroken):
+    damage(half.checkpoint("sft", 1))
+    said = half.train("sft")
+    assert len([line for line in said.splitlines() if "starts anew" in line]) == 1
+    assert "goes on after step" not in said
+    assert half.numbers("sft") == unbroken.numbers("sft")
+
+
+def next_of(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".next")
+
+
+def test_lanes_are_at_the_same_step_when_a_job_dies_between_two_of_their_checkpoints(half, unbroken):
+    second = half.checkpoint("rl", 1)
+    # Both had saved, and one new file had its place.
+    second.rename(next_of(second))
+    said = half.train("rl")
+    assert said.count("goes on after step") == 2
+    assert half.numbers("rl") == unbroken.numbers("rl")
+
+
+def test_a_checkpoint_that_not_all_lanes_have_is_not_used(half, unbroken):
+    first, second = (half.checkpoint("rl", number) for number in (0, 1))
+    # The first lane had saved for the first time, the second not yet.
+    first.rename(next_of(first))
+    second.unlink()
+    said = half.train("rl")
+    assert "goes on after step" not in said
+    assert half.numbers("rl") == unbroken.numbers("rl")
+
+
+def test_a_damaged_result_is_named(unbroken, tmp_path):
+    place = unbroken.copy(tmp_path)
+    sweep = place.path(place.layout.sweep(place.sweep("sft")))
+    cut(sweep)
+    with pytest.raises(UserError, match=f"{sweep} is damaged; delete it to have it made again"):
+        collect([sweep], tmp_path / "tables")
+    assert not (tmp_path / "tables").exists()
+    folder = RunFolder(place.path(place.layout.runs), place.sweep("sft").grid()[0].run_id)
+    for file in (folder.record, folder.curves):
+        whole = file.read_bytes()
+        cut(file)
+        with pytest.raises(
+            UserError, match=f"run {folder.run_id} is damaged; delete {folder.final} to have it trained"
+        ):
+            (folder.read_record if file == folder.record else folder.read_curves)()
+        file.write_bytes(whole)

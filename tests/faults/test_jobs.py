@@ -1,0 +1,269 @@
+"""What can happen to a job: killed, told to end, out of memory or of disk space, beside another one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorabench.data.grading import Grader
+from lorabench.errors import UserError
+from lorabench.exhausted import memory_for
+from lorabench.lock import SILENT, locked
+from lorabench.progress import status
+from lorabench.training import stop
+
+from .conftest import AT_WORK
+
+TASKS = pytest.mark.parametrize("task", ["sft", "rl"])
+
+
+def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, unbroken):
+    first = half.run_path("sft", 0, "record.json")
+    kept = first.stat().st_mtime_ns
+    for task, number in AT_WORK.items():
+        final, checkpoint = half.run_path(task, number), half.checkpoint(task, number)
+        assert checkpoint.exists()
+        assert not final.exists()
+        # What a job leaves that is killed while it writes.
+        checkpoint.with_name(".checkpoint.safetensors.elsewhere.1.partial").write_bytes(b"half")
+        staging = final.with_name(f"{final.name}.finishing")
+        staging.mkdir()
+        (staging / "record.json").write_text("{")
+        assert "goes on after step" in half.train(task)
+        assert half.numbers(task) == unbroken.numbers(task)
+    assert first.stat().st_mtime_ns == kept
+    results = half.path(half.layout.root)
+    rest = [*results.rglob("*.partial"), *results.rglob("*.finishing")]
+    assert [*rest, *results.glob("progress/*"), *results.glob("locks/*")] == []
+
+
+def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
+    monkeypatch.chdir(half.folder)
+    locks = list(half.path(half.layout.root).glob("locks/*"))
+    for lock in locks:
+        os.utime(lock)
+    state = status(half.plan, half.layout)
+    assert (state.sweeps_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
+    for lock in locks:
+        os.utime(lock, (time.time() - 2 * SILENT,) * 2)
+    state = status(half.plan, half.layout)
+    assert not state.running
+    assert {job["label"] for job in state.silent} == {sweep.condition.label for sweep in half.plan.sweeps}
+    assert all(job["silent_s"] == pytest.approx(2 * SILENT, abs=10) for job in state.silent)
+    assert "silent" in half.run("status")
+    assert "last sign of life 2 minutes ago" in " ".join(half.run("status").split())
+
+
+@pytest.mark.parametrize(("task", "number"), [("sft", signal.SIGTERM), ("rl", signal.SIGTERM), ("sft", signal.SIGINT)])
+def test_a_job_that_is_told_to_end_saves_what_it_has(task, number, place, unbroken):
+    # No checkpoint but that of the signal.
+    place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
+    job = place.start("sweep", place.sweep(task).sweep_id)
+    job.until(place.path(place.layout.progress(place.sweep(task))).exists)
+    asked = time.monotonic()
+    job.signal(number)
+    assert job.wait() == 128 + number
+    assert time.monotonic() - asked < 10
+    told = [line for line in job.text.splitlines() if not line[:2].isdigit()]
+    assert told == [f"lorabench: stopped by {number.name}; what was done is kept, the same command goes on from there"]
+    # In RL both lanes have theirs.
+    at_work = 2 if task == "rl" else 1
+    assert [place.checkpoint(task, index).exists() for index in range(at_work)] == [True] * at_work
+    assert not place.path(place.layout.lock(place.sweep(task))).exists()
+
+    said = place.train(task)
+    assert said.count("goes on after step") == at_work
+    assert place.numbers(task) == unbroken.numbers(task)
+
+
+def test_the_second_signal_does_not_wait():
+    with stop.at_once(), stop.after_this_step():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested()
+        with pytest.raises(stop.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not stop.requested()
+
+
+def test_a_signal_leaves_no_half_written_file(place):
+    tokens = place.path(place.layout.tokens("tiny", "instruct"))
+    tokens.unlink()
+    job = place.start("tokens", "tiny", "instruct")
+    job.until(lambda: job.catches(signal.SIGTERM))
+    job.signal(signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM, job.text
+    assert list(tokens.parent.iterdir()) == []
+    place.run("tokens", "tiny", "instruct")
+    assert tokens.exists()
+
+
+def test_a_signal_to_all_processes_of_a_job_makes_no_answer_wrong():
+    hard = (["\\boxed{\\frac{2}{4}}"], ["\\frac{1}{2}"])
+    with Grader("math") as grader:
+        assert grader.grade(*hard) == [True]
+        [worker] = grader._workers
+        pid = worker._process.pid
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+        time.sleep(0.2)
+        assert grader.grade(["\\boxed{\\frac{3}{6}}"], ["\\frac{1}{2}"]) == [True]
+        assert worker._process.pid == pid
+
+
+@TASKS
+def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken):
+    checkpoint = half.checkpoint(task, AT_WORK[task]).read_bytes()
+    # Less than the model and a step need.
+    said = half.train(task, status=2, memory=60_000_000)
+    told = said.splitlines()[-1]
+    assert "is out of memory" in told
+    assert "lower execution.max_batch_tokens (now 16384)" in told
+    assert ("lanes (2)" in told) == (task == "rl")
+    assert "Traceback" not in said
+    assert half.checkpoint(task, AT_WORK[task]).read_bytes() == checkpoint
+    assert "goes on after step" in half.train(task)
+    assert half.numbers(task) == unbroken.numbers(task)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "is out of memory: "),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
+            ),
+            "is out of memory (no 20.00 GiB more): ",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "is out of memory: "),
+        (OSError(12, "Cannot allocate memory"), "is out of memory: "),
+    ],
+)
+def test_every_kind_of_full_memory_is_told(error, said):
+    with pytest.raises(UserError) as told, memory_for("the sweep", "lower x"):
+        raise error
+    assert str(told.value) == f"the sweep {said}lower x; what is finished is kept"
+    with pytest.raises(RuntimeError, match="shapes"), memory_for("the sweep", "lower x"):
+        raise RuntimeError("shapes do not fit")
+
+
+def fill(disk: Path, but_for: int) -> Path:
+    """A file that takes all space of a disk but so many bytes."""
+    space = os.statvfs(disk)
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - but_for)
+    return filler
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "run"])
+def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what, half, unbroken, small_disk):
+    place = small_disk(half)
+    checkpoint = place.checkpoint("sft", 1)
+    if what == "run":
+        # No further checkpoint, so that the finished run is the first thing there is no room for.
+        place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
+    old = checkpoint.read_bytes()
+    filler = fill(place.folder, but_for=64_000)
+    said = place.train("sft", status=2)
+    path = checkpoint if what == "checkpoint" else place.run_path("sft", 1)
+    told = said.splitlines()[-1]
+    assert told.startswith(f"lorabench: no space left to write {path.relative_to(place.folder)}; make room and give")
+    assert "Traceback" not in said
+    assert checkpoint.read_bytes() == old
+    assert [entry.name for entry in checkpoint.parent.iterdir()] == ["checkpoint.safetensors"]
+    assert not place.run_path("sft", 1).exists()
+    filler.unlink()
+    assert "goes on after step" in place.train("sft")
+    assert place.numbers("sft") == unbroken.numbers("sft")
+
+
+def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
+    place = small_disk(unbroken)
+    tokens = place.path(place.layout.tokens("tiny", "instruct"))
+    tokens.unlink()
+    sweeps = [str(place.layout.sweep(sweep)) for sweep in place.plan.sweeps]
+    filler = fill(place.folder, but_for=8_000)
+    for command in (["tokens", "tiny", "instruct"], ["collect", *sweeps, "--out", "tables"]):
+        said = place.run(*command, status=2)
+        assert "no space left to write" in said
+        assert "Traceback" not in said
+    assert [path for path in place.folder.rglob("*") if path.parent.name in {"tables", "tokens"}] == []
+    filler.unlink()
+    place.run("collect", *sweeps, "--out", "tables")
+    place.run("tokens", "tiny", "instruct")
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
+    old = half.checkpoint("sft", 1).read_bytes()
+    said = half.train("sft", status=2, file_size=100_000)
+    assert "no space left to write" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert half.checkpoint("sft", 1).read_bytes() == old
+    half.train("sft")
+    assert half.numbers("sft") == unbroken.numbers("sft")
+
+
+def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
+    sweep = place.sweep("sft")
+    first = place.start("sweep", sweep.sweep_id)
+    first.until(place.path(place.layout.lock(sweep)).exists)
+    second = place.start("sweep", sweep.sweep_id)
+    assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
+    assert f"waits for process {first.pid} on " in second.text
+    assert "goes on after" not in second.text
+    assert place.numbers("sft") == unbroken.numbers("sft")
+    [record] = place.run_path("sft", 0).glob("record.json")
+    assert record.stat().st_mtime < first.output.stat().st_mtime
+    assert not list(place.path(place.layout.root).glob("locks/*"))
+
+
+def test_the_lock_of_a_job_that_hangs_is_named(place):
+    sweep = place.sweep("sft")
+    lock = place.path(place.layout.lock(sweep))
+    first = place.start("sweep", sweep.sweep_id)
+    first.until(lock.exists)
+    first.signal(signal.SIGSTOP)
+    os.utime(lock, (time.time() - 3 * SILENT,) * 2)
+    try:
+        told = place.train("sft", status=2).splitlines()[-1]
+        assert f"is locked by process {first.pid} on " in told
+        assert f"silent for {3 * SILENT:.0f} s" in told
+        assert f"delete {place.layout.lock(sweep)}" in told
+    finally:
+        first.process.kill()
+        first.wait()
+
+
+def test_a_sweep_of_another_plan_has_the_lock_of_the_same_runs(place):
+    before = place.sweep("sft")
+    lock = place.layout.lock(before)
+    place.change(lambda raw: raw["experiments"]["rank"][0].update(seeds=3))
+    assert place.sweep("sft").sweep_id != before.sweep_id
+    assert place.layout.lock(place.sweep("sft")) == lock
+    assert place.layout.lock(place.sweep("rl")) != lock
+
+
+def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    path, said = tmp_path / "x.lock", []
+    with locked(path, "x", said.append):
+        assert path.exists()
+        with stop.after_this_step():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(stop.Stopped):
+                locked(path, "x", said.append).__enter__()
+    assert said == [f"waits for process {os.getpid()} on {os.uname().nodename}, which is at work on x"]
+    path.write_text("process 1 on a dead node")
+    os.utime(path, (0, 0))
+    with locked(path, "x", said.append):
+        assert len(said) == 1

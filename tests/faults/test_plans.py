@@ -1,0 +1,195 @@
+"""A preset that changes half-way, clocks that differ, and Snakemake itself killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorabench.tables import read_table
+from tests.conftest import REPOSITORY
+
+from .conftest import Place
+
+TABLES = "results/mine/tables/runs.parquet"
+HOURS = 3600
+
+
+@pytest.fixture
+def done(unbroken, tmp_path) -> Place:
+    return unbroken.copy(tmp_path)
+
+
+def records(place: Place) -> dict[str, int]:
+    """The finished runs that lie there, with the time of their record."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in place.folder.glob("results/mine/runs/*/record.json")}
+
+
+def collected(place: Place):
+    """The table `runs` of the plan as it is."""
+    place.run("collect", *(str(place.layout.sweep(sweep)) for sweep in place.plan.sweeps), "--out", "tables")
+    return read_table(place.folder / "tables", "runs")
+
+
+def test_a_longer_grid_trains_only_what_is_new(done, unbroken):
+    before = records(done)
+    old = done.layout.sweep(done.sweep("sft"))
+    done.change(lambda raw: raw["experiments"]["rank"][0]["lrs"].update(lora=[1e-3, 3e-3, 1e-2]))
+    done.train("sft")
+    after = records(done)
+    wanted = {run.run_id for run in done.sweep("sft").grid()}
+    assert before.items() <= after.items(), "what was finished is kept as it was"
+    assert wanted <= after.keys()
+    assert len(after.keys() - before.keys()) in (1, 2), "the new LR, and its second seed if it is the best"
+    assert done.layout.sweep(done.sweep("sft")) != old
+    runs = collected(done)
+    assert wanted == set(runs.run_id[(runs.task == "sft") & (runs.seed == 0)])
+    # A file of the old plan is refused where a preset is given.
+    assert "is not in the plan" in done.run("collect", str(old), "--out", "tables", status=2)
+    kept = {row["run_id"]: row for row in unbroken.numbers("sft")}
+    assert all(row == kept[row["run_id"]] for row in done.numbers("sft") if row["run_id"] in kept)
+
+
+def test_weights_that_a_shorter_grid_needs_again_are_trained_again(done):
+    grid = done.sweep("sft").grid()
+    [lost] = [number for number in range(2) if not done.run_path("sft", number, "weights").exists()]
+    weights = done.run_path("sft", lost, "weights")
+    done.change(lambda raw: raw["experiments"]["rank"][0]["lrs"].update(lora=[grid[lost].lr]))
+    done.train("sft")
+    assert (weights / "adapter_model.safetensors").exists()
+
+
+def test_another_experiment_with_the_same_runs_appears_in_the_tables(done):
+    before = records(done)
+    sweep = done.sweep("sft")
+    done.change(lambda raw: raw["experiments"].update(placement=raw["experiments"]["rank"]))
+    assert done.sweep("sft").sweep_id == sweep.sweep_id
+    runs = collected(done)
+    assert {tuple(names) for names in runs.experiments[runs.task == "sft"]} == {("rank", "placement")}
+    assert records(done) == before
+    done.change(lambda raw: raw["experiments"].pop("rank"))
+    runs = collected(done)
+    assert {tuple(names) for names in runs.experiments[runs.task == "sft"]} == {("placement",)}
+
+
+def test_a_dataset_of_another_name_has_it_in_the_tables(done):
+    before = records(done)
+    data, tokens = done.path(done.layout.dataset("instruct")), done.path(done.layout.tokens("tiny", "instruct"))
+
+    def rename(raw):
+        raw["datasets"]["chats"] = raw["datasets"].pop("instruct")
+        raw["experiments"]["rank"][0]["datasets"] = ["chats"]
+
+    done.change(rename)
+    data.rename(done.path(done.layout.dataset("chats")))
+    tokens.rename(done.path(done.layout.tokens("tiny", "chats")))
+    done.train("sft")
+    assert records(done) == before
+    runs = collected(done)
+    assert set(runs.dataset[runs.task == "sft"]) == {"chats"}
+
+
+def test_a_dataset_of_another_size_shares_no_file_with_the_old_one(done):
+    def paths() -> set[Path]:
+        layout, sweep = done.layout, done.sweep("sft")
+        runs = {layout.runs / run.run_id for run in sweep.grid()}
+        return {layout.dataset("instruct"), layout.tokens("tiny", "instruct"), layout.sweep(sweep), *runs}
+
+    before = paths()
+    done.change(lambda raw: raw["datasets"]["instruct"].update(train=96))
+    assert not before & paths()
+
+
+def snakemake(place: Place, *arguments: str, status: int = 0) -> str:
+    process = start_snakemake(place, *arguments)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def start_snakemake(place: Place, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "1"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(
+        [*command, *arguments, "--config", "preset=mine.yaml"],
+        cwd=place.folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A group of its own, like a terminal's; Ctrl-C reaches it even where the tests run in the background.
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def planned(place: Place) -> set[str]:
+    """Rules that would run."""
+    output = snakemake(place, TABLES, "--dry-run", "--quiet", "rules")
+    return {rule for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE)} - {"total"}
+
+
+@pytest.mark.parametrize("ahead", [5 * HOURS, -5 * HOURS])
+def test_clocks_that_differ_by_hours_make_no_job_run_again(ahead, done):
+    """Files of one node are hours older or newer than those of another."""
+    now = time.time()
+    for folder, offset in (("data", ahead), ("tokens", -ahead), ("sweeps", 0.0)):
+        for path in done.folder.glob(f"results/mine/{folder}/*"):
+            os.utime(path, (now + offset, now + offset))
+    assert planned(done) == {"tables"}, "which has not been made yet"
+
+
+def test_status_of_a_node_whose_clock_is_hours_off(half):
+    """The job's own clock is nowhere read; if the file system's was set back, that is said."""
+    for task, offset in (("sft", 0), ("rl", 5 * HOURS)):
+        lock = half.path(half.layout.lock(half.sweep(task)))
+        os.utime(lock, (time.time() + offset,) * 2)
+    said = " ".join(half.run("status").split())
+    assert "running tiny-instruct" in said
+    assert re.search(r"silent tiny-gcd.* last sign of life 300 minutes ahead of this file system's clock", said)
+
+
+@pytest.mark.slow
+def test_snakemake_goes_on_when_it_was_interrupted_or_killed(place, unbroken):
+    sft = place.checkpoint("sft", 1)
+
+    def until_at_work() -> subprocess.Popen[str]:
+        process = start_snakemake(place, TABLES)
+        deadline = time.monotonic() + 300
+        while not sft.exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    # Ctrl-C in a terminal goes to all processes of the group: the job saves, and Snakemake takes its lock away.
+    process = until_at_work()
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert "stopped by SIGINT; what was done is kept" in output
+    assert "Traceback" not in output
+    saved = sft.read_bytes()
+
+    # kill -9 or a power cut: Snakemake's lock stays and it says what to do.
+    shutil.rmtree(place.path(place.layout.runs))
+    process = until_at_work()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert saved
+    assert "--unlock" in snakemake(place, TABLES, status=1)
+    snakemake(place, "--unlock")
+    assert "goes on after step" in snakemake(place, TABLES, "--rerun-incomplete")
+    for task in ("sft", "rl"):
+        assert place.numbers(task) == unbroken.numbers(task)
+    assert planned(place) == set()
+
+    # Metadata of the runs is there now: a change that needs no training plans none.
+    place.change(lambda raw: raw["experiments"].update(placement=raw["experiments"]["rank"]))
+    assert planned(place) == {"tables"}

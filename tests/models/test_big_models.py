@@ -1,0 +1,138 @@
+"""Real architectures on the meta device: parameters, where LoRA goes, and the bytes that the cost model counts with."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorabench.config import HubModel, PathModel, load_preset
+from lorabench.memory import step_memory
+from lorabench.models.dimensions import ARCHITECTURES, dimensions, guessed, of_config
+from lorabench.models.lora import add_lora, expert_rank, in_expert, lora_layers, targets
+
+SIZES = {
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "smollm2-135m": 134_515_008,
+}
+BIG = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "qwen3-30b-a3b")
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+EXPERTS = {"gate_up_proj", "down_proj"}
+
+
+def config(name):
+    return json.loads((ARCHITECTURES / f"{name}.json").read_text())
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(name)))
+
+
+def test_all_architectures_are_tested():
+    assert SIZES.keys() == {path.stem for path in ARCHITECTURES.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_those_of_the_model_and_as_published(name):
+    model, sizes = on_meta(name), of_config(config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == sizes.parameters == SIZES[name]
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    fused = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3 and in_expert(n))
+    assert linear + fused == sum(m.parameters for m in sizes.matrices if m.part != "router")
+
+
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("placement", ["attn", "mlp", "all"])
+def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placement):
+    model, layers = on_meta(name), config(name)["num_hidden_layers"]
+    chosen = targets(model, placement, include_unembedding=True)
+    modules = Counter(path.rpartition(".")[2] for path in chosen.modules)
+    parameters = Counter(path.rpartition(".")[2] for path in chosen.parameters)
+    sparse = "num_experts" in config(name)
+    expected = (ATTENTION if placement != "mlp" else set()) | (MLP if placement != "attn" and not sparse else set())
+    assert modules == {**dict.fromkeys(expected, layers), "lm_head": 1}
+    assert parameters == dict.fromkeys(EXPERTS if sparse and placement != "attn" else set(), layers)
+    assert "lm_head" not in {path.rpartition(".")[2] for path in targets(model, placement, False).modules}
+
+
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize(("placement", "rank"), [("attn", 16), ("mlp", 8), ("all", 64)])
+def test_lora_has_the_parameters_that_are_counted(name, placement, rank):
+    with torch.device("meta"):
+        model = add_lora(on_meta(name), rank, placement, 32.0, True, seed=0)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == of_config(config(name)).lora(placement, rank, True)[0]
+
+
+def test_each_expert_has_a_lora_of_its_own():
+    moe = config("qwen3-30b-a3b")
+    with torch.device("meta"):
+        model = add_lora(on_meta("qwen3-30b-a3b"), 64, "all", 32.0, True, seed=0)
+    # The total rank over the 8 active experts.
+    assert expert_rank(model.get_base_model(), 64) == 8
+    experts = [layer for name, layer in lora_layers(model) if in_expert(name)]
+    assert len(experts) == 2 * moe["num_hidden_layers"]
+    for layer in experts:
+        assert layer.scaling["default"] == 32.0 / 8
+        assert layer.lora_A["default"].weight.shape[0] == moe["num_experts"] * 8
+    routers = [name for name, parameter in model.named_parameters() if ".gate." in name and parameter.requires_grad]
+    assert not routers
+
+
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("rank", [None, 64])
+def test_weights_gradients_and_moments_have_the_bytes_that_are_counted(name, rank):
+    with torch.device("meta"):
+        model = on_meta(name)
+        if rank is not None:
+            model = add_lora(model, rank, "all", 32.0, True, seed=0)
+        model = model.float()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(trained, foreach=False)
+        optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    memory = step_memory(load_preset("paper"), of_config(config(name)), rank, "all" if rank else None, 1024)
+    assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained)
+    assert memory.moments == sum(moment.nbytes for moment in moments)
+
+
+def hub(name, parameters, hidden):
+    return HubModel(kind="hub", id=name, parameters=parameters, hidden_size=hidden)
+
+
+def test_a_known_model_is_known_by_its_name_and_size():
+    llama = of_config(config("llama-3.1-8b"))
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", "somebody/llama-3.1-8b-tuned"):
+        assert dimensions(hub(name, 8_030_261_248, 4096)) == llama
+    # Another model of that name's beginning.
+    assert dimensions(hub("somebody/Llama-3.1-8B-pruned", 5_000_000_000, 4096)) != llama
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_unknown_model_is_guessed_by_its_size(name):
+    known = of_config(config(name))
+    guess = guessed(known.parameters, known.hidden)
+    assert 0.7 < guess.parameters / known.parameters < 1.4
+    assert guess.hidden == known.hidden
+
+
+def test_a_folder_brings_its_own_configuration(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config("qwen3-4b")))
+    spec = PathModel(kind="path", path=str(tmp_path), parameters=4_022_468_096, hidden_size=2560)
+    assert dimensions(spec) == of_config(config("qwen3-4b"))

@@ -1,0 +1,120 @@
+"""A report built from tables made by hand, and a reader of its tags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from lorabench.analysis.claims import judge_claims
+from lorabench.figures import FIGURES
+from lorabench.layout import Layout
+from lorabench.plan import make_plan
+from lorabench.report.page import build
+from lorabench.tables import Tables, write_frame
+from tests.handmade import curves_of, evals_table, make_sweep, runs_table
+
+Change = Callable[[pd.DataFrame], pd.DataFrame]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of <style> and <script>."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.tags, self.words, self._hidden = source, [], [], False
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._hidden = tag in ("style", "script")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str, attribute: str) -> list[str]:
+        return [found[attribute] for name, found in self.tags if name == tag and attribute in found]
+
+    @property
+    def ids(self) -> list[str]:
+        return [found["id"] for _, found in self.tags if "id" in found]
+
+    def section(self, of: str) -> Page:
+        """The section with that heading."""
+        return Page(self.source.split(f'<section aria-labelledby="{of}"')[1].split("</section>")[0])
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Path]:
+    """Folders of reports that were built in this module, by what they are made of."""
+    return {}
+
+
+@pytest.fixture
+def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any], monkeypatch):
+    """Builds the report of some runs, once of equal ones, in a folder that is entered; the preset is `mine.yaml` there.
+
+    Texts of claims and curves are changed by functions of those tables.
+    """
+
+    def make(
+        rows: list[dict[str, Any]],
+        evals: list[dict[str, Any]] | None = None,
+        claims: Change | None = None,
+        curves: Change | None = None,
+        **changes: Any,
+    ) -> Page:
+        key = repr((rows, evals, claims, curves, changes))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("report")
+            monkeypatch.chdir(built[key])
+            _build(raw_preset | changes, rows, evals, claims, curves)
+        monkeypatch.chdir(built[key])
+        return Page(Layout.of("mine.yaml").report.read_text())
+
+    return make
+
+
+def _build(
+    preset: dict[str, Any],
+    rows: list[dict[str, Any]],
+    evals: list[dict[str, Any]] | None,
+    claims: Change | None,
+    curves: Change | None,
+) -> None:
+    Path("mine.yaml").write_text(yaml.safe_dump(preset))
+    layout = Layout.of("mine.yaml")
+    runs = runs_table(rows)
+    points = curves(curves_of(runs)) if curves else curves_of(runs)
+    judged = judge_claims(Tables(runs, points))
+    tables = layout.tables()
+    write_frame(runs, "runs", tables)
+    write_frame(points, "curves", tables)
+    write_frame(claims(judged) if claims else judged, "claims", tables)
+    if evals is not None:
+        write_frame(evals_table(evals), "evals", tables)
+    # The page embeds whatever lies there; drawing is tested with the figures.
+    layout.figures.mkdir(parents=True)
+    for name in FIGURES:
+        picture = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 5"><title>{name}</title></svg>'
+        (layout.figures / f"{name}.svg").write_text(picture)
+        (layout.figures / f"{name}.csv").write_text(f"figure\n{name}\n")
+    build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    return [row for rank in (None, 1, 16) for row in make_sweep(rank)]

@@ -1,0 +1,62 @@
+"""A report whose every text tries to get out of where it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from lorabench.tables import CLAIMS, CURVES, EVALS, RUNS
+from tests.handmade import make_eval, make_sweep
+
+HOSTILE = (
+    "'\"></script></style><script>window.hacked=1</script><img/src=x/onerror=window.hacked=1>"
+    "<a/href=javascript:window.hacked=1>-->]]><x-evil/onclick=window.hacked=1>{{7*7}}\u2028\\u003cx-evil>&lt;"
+)
+
+# Not shown whole (a time, a short hash) or not at all, or limited to a few values.
+_KEPT = {
+    "runs": {"task", "method", "status", "started", "git_sha", "family", "protocol"},
+    "curves": {"run_id"},
+    "evals": {"run_id", "method", "about", "source", "template_sha256", "task_config", "placement"},
+    "claims": {"kind", "verdict"},
+}
+
+
+def columns(name: str) -> list[str]:
+    """The text columns of a table that are made hostile, and shown."""
+    schema = {"runs": RUNS, "curves": CURVES, "evals": EVALS, "claims": CLAIMS}[name]
+    return [column.name for column in schema if pa.types.is_string(column.type) and column.name not in _KEPT[name]]
+
+
+def hostile_report(report: Any) -> Any:
+    """The page of runs, curves, evaluations and claims with HOSTILE in each of those columns."""
+    texts = {name: f"{name}{HOSTILE}" for name in columns("runs")}
+    rows = []
+    for place, row in enumerate(make_sweep(None) + make_sweep(1) + make_sweep(16)):
+        own = {"run_id": f"run_id{HOSTILE}{place}", "experiments": ["rank", f"experiments{HOSTILE}"]}
+        # Without LoRA on all layers no claim would have an estimate.
+        layers = texts["placement"] if row["rank"] == 16 else row["placement"]
+        rows.append(row | texts | own | {"placement": layers})
+    evals = [make_eval(rank, 0.5, **{name: f"{name}{HOSTILE}" for name in columns("evals")}) for rank in ("base", None)]
+
+    def spoilt(name: str) -> Any:
+        return lambda table: table.assign(**{column: _spoil(table, column) for column in columns(name)})
+
+    evaluation = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
+    return report(
+        rows,
+        evals,
+        claims=spoilt("claims"),
+        curves=spoilt("curves"),
+        evaluation=evaluation,
+        description=f"description{HOSTILE}",
+        limits=[f"limit{HOSTILE}"],
+    )
+
+
+def _spoil(table: pd.DataFrame, column: str) -> list[str]:
+    """HOSTILE in each row; the ids of claims stay apart."""
+    number = range(len(table)) if column == "claim_id" else [""] * len(table)
+    return [f"{column}{HOSTILE}{place}" for place in number]

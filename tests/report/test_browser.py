@@ -1,0 +1,254 @@
+"""The report page in a real browser: headless Chromium, driven by Selenium. Skipped where Chromium is not installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lorabench.layout import Layout
+from tests.handmade import make_eval, make_run, make_sweep
+from tests.report.hostile import hostile_report
+
+BINARIES = {"chromium": "chromium", "chromedriver": "chromium-driver"}
+EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
+WIDE, PHONE, A4 = 1280, 390, 794
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[test]'")
+    found = {name: shutil.which(name) for name in BINARIES}
+    if missing := [f"{name} (Debian: {BINARIES[name]})" for name, path in found.items() if path is None]:
+        pytest.skip(f"needs {' and '.join(missing)}")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found["chromium"]
+    for flag in ("headless", "disable-gpu", "no-first-run", "disable-sync", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-background-networking", "disable-component-update", "force-prefers-reduced-motion"):
+        options.add_argument(f"--{flag}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    # A profile of its own, made and removed by the driver.
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found["chromedriver"]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    """Two datasets, two experiments, LoRA and full fine-tuning, a few diverged."""
+    rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]
+    rows += [
+        row for rank in (None, 16) for row in make_sweep(rank, dataset="worked", experiments=["batch_size", "rank"])
+    ]
+    return [*rows, make_run(64, 3e-3, train_flops=None)]
+
+
+@pytest.fixture
+def page(browser, report, rows):
+    """Opens the page of those runs."""
+    report(rows, [make_eval("base", 0.2), make_eval(16, 0.5)], evaluation=EVALUATION)
+    return lambda **how: show(browser, **how)
+
+
+def show(browser: Any, width: int = WIDE, fragment: str = "", scheme: str = "light", media: str = "screen") -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    browser.get("about:blank")
+    browser.get(Layout.of("mine.yaml").report.absolute().as_uri() + fragment)
+
+
+def visible(browser: Any) -> list[str]:
+    """Ids of the runs that the table shows, in its order."""
+    script = "return [...document.querySelectorAll('#all-runs tr:not([hidden])')].map((row) => row.dataset.run)"
+    return browser.execute_script(script)
+
+
+def choose(browser: Any, name: str, value: str) -> None:
+    from selenium.webdriver.support.select import Select
+
+    Select(browser.find_element("name", name)).select_by_visible_text(value)
+
+
+def curves(browser: Any) -> int:
+    return len(browser.find_elements("css selector", "#chart .curve"))
+
+
+def said(browser: Any) -> str:
+    return browser.find_element("id", "matching").text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_to_complain_about(browser, page, scheme):
+    page(scheme=scheme)
+    assert browser.get_log("browser") == []
+    images = browser.execute_script("return [...document.images].map((one) => one.complete && one.naturalWidth > 0)")
+    assert images
+    assert all(images)
+    dead = "return [...document.links].filter((one) => one.hash && !document.getElementById(one.hash.slice(1))).length"
+    assert browser.execute_script(dead) == 0
+
+
+@pytest.mark.parametrize(("width", "media"), [(PHONE, "screen"), (WIDE, "screen"), (A4, "print")])
+def test_the_page_does_not_scroll_sideways(browser, page, width, media):
+    page(width=width, media=media)
+    browser.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
+    across, shown = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert shown == width
+    assert across <= width
+
+
+def test_colours_have_enough_contrast(browser, page):
+    """WCAG AA: 4.5 to 1, of every text against what is behind it, in both schemes."""
+    for scheme in ("light", "dark"):
+        page(scheme=scheme)
+        low = browser.execute_script(CONTRAST)
+        assert low == []
+
+
+CONTRAST = """
+const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const light = (colour) => {
+  const [r, g, b] = parse(colour).slice(0, 3).map((part) => part / 255)
+    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = (element) => {
+  for (let one = element; one; one = one.parentElement) {
+    const colour = getComputedStyle(one).backgroundColor;
+    if ((parse(colour)[3] ?? 1) > 0) return colour;
+  }
+  return "rgb(255, 255, 255)";
+};
+const low = new Set();
+for (const element of document.body.querySelectorAll("*")) {
+  const own = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+  if (!own || element.closest("script, svg, option") || !element.checkVisibility()) continue;
+  const [a, b] = [light(getComputedStyle(element).color), light(behind(element))];
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < 4.5) low.add(`${element.tagName}.${element.className}: ${ratio.toFixed(2)}`);
+}
+return [...low];
+"""
+
+
+def test_text_from_tables_runs_nothing(browser, report):
+    hostile_report(report)
+    show(browser)
+    choose(browser, "experiments", "rank")
+    browser.find_element("css selector", ".claim button").click()
+    assert browser.execute_script("return window.hacked") is None
+    assert browser.execute_script("return document.querySelectorAll('x-evil').length") == 0
+    assert browser.get_log("browser") == []
+    assert curves(browser) > 0
+
+
+def test_policy_stops_what_gets_in(browser, page):
+    page()
+    browser.execute_script("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked=1\">')")
+    browser.execute_script("document.body.append(Object.assign(document.createElement('script'), {text: 'hacked=1'}))")
+    browser.execute_script("document.body.insertAdjacentHTML('beforeend', '<p id=odd style=\"color:red\">x</p>')")
+    assert browser.execute_script("return window.hacked") is None
+    assert browser.execute_script("return getComputedStyle(document.getElementById('odd')).color") != "rgb(255, 0, 0)"
+    assert len([entry for entry in browser.get_log("browser") if "Content Security Policy" in entry["message"]]) >= 3
+
+
+def test_tables_sort_by_value_with_what_is_missing_last(browser, page, rows):
+    page()
+    browser.find_element("id", "clear").click()
+    header = browser.find_element("xpath", "//section[@aria-labelledby='runs']//th[contains(., 'Test NLL')]")
+    for direction in ("ascending", "descending"):
+        header.find_element("tag name", "button").click()
+        assert header.get_attribute("aria-sort") == direction
+        by_id = {row["run_id"]: row["final_test_nll"] for row in rows}
+        losses = [by_id[run] for run in visible(browser)]
+        done = [round(loss, 4) for loss in losses if loss is not None]
+        assert done == sorted(done, reverse=direction == "descending")
+        assert all(loss is None for loss in losses[len(done) :])
+        assert len(done) < len(losses) == len(rows)
+
+
+def test_explorer_begins_with_one_experiment_and_draws_it(browser, page, rows):
+    page()
+    mine = [row for row in rows if row["dataset"] == "instruct"]
+    assert sorted(visible(browser)) == sorted(row["run_id"] for row in mine)
+    assert curves(browser) == len(mine)
+    assert said(browser) == f"{len(mine)} of {len(rows)} runs match; {len(mine)} curves drawn."
+
+
+def test_explorer_filters_by_each_field(browser, page, rows):
+    page()
+    wanted = {"experiments": "batch_size", "dataset": "worked", "method": "lora", "rank": "16", "lr": "3e-2"}
+    wanted |= {"status": "diverged"}
+    left = rows
+    fields = {"lr": lambda row: f"{row['lr']:.0e}".replace("e-0", "e-"), "rank": lambda row: str(row["rank"])}
+    browser.find_element("id", "clear").click()
+    assert len(visible(browser)) == len(rows)
+    assert "can't be compared" in said(browser)
+    for name, value in wanted.items():
+        choose(browser, name, value)
+        if name == "experiments":
+            left = [row for row in left if value in row["experiments"]]
+        else:
+            left = [row for row in left if fields.get(name, lambda row, name=name: row[name])(row) == value]
+        assert sorted(visible(browser)) == sorted(row["run_id"] for row in left)
+    assert len(left) == 1
+
+
+def test_explorer_draws_what_is_ticked(browser, page):
+    page()
+    boxes = browser.find_elements("css selector", "#all-runs tr:not([hidden]) input[type=checkbox]")
+    boxes[0].click()
+    boxes[2].click()
+    assert curves(browser) == 2
+    assert said(browser).endswith("2 curves drawn, of the 2 runs ticked.")
+    # Few enough to be named at their ends.
+    assert len(browser.find_elements("css selector", "#chart .end")) == 2
+
+
+def test_runs_without_a_curve_are_no_stumbling_block(browser, report):
+    rows = make_sweep(None) + make_sweep(16)
+    report(rows, curves=lambda table: table[table["run_id"].eq(rows[0]["run_id"]) & table["step"].eq(0)])
+    show(browser)
+    assert curves(browser) == 0
+    assert "No curve to draw" in browser.find_element("id", "chart").text
+    choose(browser, "scale", "linear")
+    assert curves(browser) == 1
+    assert browser.get_log("browser") == []
+
+
+def test_a_claim_leads_to_its_runs_and_their_curves(browser, page):
+    page()
+    claim = browser.find_element("id", "claim-A7")
+    behind = browser.execute_script("return [...arguments[0].querySelectorAll('a')].map((one) => one.hash)", claim)
+    claim.find_element("tag name", "button").click()
+    assert {f"#run-{run}" for run in visible(browser)} == set(behind)
+    assert curves(browser) == len(behind) > 5
+
+
+def test_a_link_to_a_run_that_is_filtered_out_shows_it(browser, page, rows):
+    page()
+    hidden = rows[25]["run_id"]
+    assert hidden not in visible(browser)
+    page(fragment=f"#run-{hidden}")
+    assert hidden in visible(browser)
+
+
+def test_keyboard_reaches_the_results_first_and_then_everything(browser, page):
+    from selenium.webdriver.common.keys import Keys
+
+    page()
+    browser.find_element("tag name", "body").send_keys(Keys.TAB)
+    assert browser.switch_to.active_element.text == "Skip to the results"
+    # What takes a click takes the keyboard too: a curve's run is reached by its row.
+    out_of_reach = (
+        "return [...document.querySelectorAll('button, a, select, input, summary')].filter((one) => one.tabIndex < 0)"
+    )
+    assert browser.execute_script(out_of_reach) == []

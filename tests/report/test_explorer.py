@@ -1,0 +1,96 @@
+"""Curves thinned for the page, and tables to take along."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import random
+import string
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.report import explorer
+from lorabench.report.explorer import curves_to_draw, downloads, thinned
+from lorabench.report.summary import labelled
+from tests.handmade import curves_of, make_sweep, runs_table
+
+
+@pytest.fixture
+def runs() -> pd.DataFrame:
+    return labelled(runs_table(make_sweep(None) + make_sweep(4)))
+
+
+@pytest.mark.parametrize("n", [1, 5, 60, 61, 1000, 30_000])
+def test_thinned_keeps_the_ends_and_no_more_than_allowed(n):
+    steps = np.arange(n)
+    kept = thinned(steps, 60)
+    assert kept[0] == 0
+    assert kept[-1] == n - 1
+    assert len(kept) <= 60
+    assert (np.diff(kept) > 0).all()
+    assert len(kept) == min(n, 60) or n > 60
+
+
+def test_thinned_is_log_spaced():
+    kept = thinned(np.arange(10_001), 41)
+    assert (kept <= 10).sum() >= 8
+    assert 8 <= ((kept > 100) & (kept <= 1000)).sum() <= 12
+
+
+def test_curves_are_those_of_the_table(runs):
+    curves = curves_of(runs)
+    drawn = curves_to_draw(runs, curves)
+    assert drawn["measures"] == [("validation", "nll")]
+    assert set(drawn["curves"]) == set(runs["run_id"])
+    for run_id, [[measure, grid, values]] in drawn["curves"].items():
+        own = curves[(curves["run_id"] == run_id) & curves["value"].notna()]
+        assert measure == 0
+        assert drawn["grids"][grid] == tuple(own["step"])
+        assert values == pytest.approx(list(own["value"]), rel=1e-3)
+    # One list of steps for those that ran through, one for those that diverged.
+    assert len(drawn["grids"]) == 2
+    assert json.loads(json.dumps(drawn, allow_nan=False))["curves"] == drawn["curves"]
+
+
+def test_arms_look_as_in_the_figures(runs):
+    styles = curves_to_draw(runs, curves_of(runs))["styles"]
+    assert set(styles) == {"FullFT", "LoRA r4"}
+    assert styles["FullFT"][0] == "black"
+
+
+def test_curves_of_unknown_runs_and_values_that_are_no_numbers_are_left_out(runs):
+    curves = curves_of(runs)
+    odd = curves.head(3).assign(run_id=["stranger", *curves["run_id"][1:3]], value=[1.0, np.inf, np.nan], step=999)
+    drawn = curves_to_draw(runs, pd.concat([curves, odd]))
+    assert drawn["curves"] == curves_to_draw(runs, curves)["curves"]
+
+
+@pytest.mark.parametrize("curves", [pd.DataFrame(), curves_of(runs_table(make_sweep(1))).head(0)])
+def test_without_curves_there_are_none(runs, curves):
+    drawn = curves_to_draw(runs, curves)
+    assert drawn["curves"] == {}
+    assert drawn["measures"] == []
+
+
+def test_many_curves_have_fewer_points_each(runs, monkeypatch):
+    monkeypatch.setattr(explorer, "ALL_POINTS", 10 * len(runs))
+    drawn = curves_to_draw(runs, curves_of(runs))
+    assert drawn["points"] == 10
+    assert max(len(values) for [[_, _, values]] in drawn["curves"].values()) == 10
+
+
+def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tmp_path):
+    noise = random.Random(0).choices(string.ascii_letters, k=4_000_000)
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
+    (tmp_path / "curves.csv").write_text("".join(noise))
+    small, large, huge = downloads(tmp_path, ("runs", "absent", "evals", "curves"))
+    assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
+    assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
+    packed = base64.b64decode(large["uri"].partition(",")[2])
+    assert gzip.decompress(packed) == (tmp_path / "evals.csv").read_bytes()
+    assert huge["uri"] is None
+    assert huge["bytes"] == 4_000_000

@@ -1,0 +1,84 @@
+"""What jobs ask of a cluster: cheap to say, and never less than the estimate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lorabench import bill, cost
+from lorabench.config import load_preset
+from lorabench.plan import make_plan
+from lorabench.resources import compute_resources, evaluation_resources, sweep_resources, tokens_resources
+
+PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
+
+
+def every_job(plan):
+    """The resources of all jobs of a plan, by what they are."""
+    preset = plan.preset
+    jobs = {sweep.sweep_id: sweep_resources(plan, sweep) for sweep in plan.sweeps}
+    jobs |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
+    if preset.experiments.compute:
+        jobs["compute"] = compute_resources(plan)
+    return jobs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_job_asks_for_something_sensible(name):
+    plan = make_plan(load_preset(name))
+    execution = plan.preset.execution
+    jobs = every_job(plan)
+    assert jobs
+    for job in jobs.values():
+        assert job.gpus in ((0,) if execution.gpu is None else (1, 2, 4, 8))
+        assert job.gpus <= execution.max_gpus
+        assert (job.gpu_mem_mb > 0) == (job.gpus > 0)
+        assert job.cpus == execution.threads * max(1, job.gpus)
+        assert job.mem_mb > 300
+        assert job.disk_mb >= 1
+    for sweep in plan.sweeps:
+        asked = jobs[sweep.sweep_id]
+        assert asked.minutes * 60 > cost.sweep_seconds(plan.preset, sweep, asked.gpus)
+
+
+def test_tokens_take_no_gpu_and_grow_with_the_dataset():
+    paper = load_preset("paper")
+    small, large = (tokens_resources(paper, "llama-3-1-8b", name) for name in ("tulu3-10k", "tulu3"))
+    assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, 1, 0)
+    assert small.mem_mb < large.mem_mb
+    assert small.disk_mb < large.disk_mb
+    assert small.minutes <= large.minutes
+
+
+def test_weights_of_the_best_runs_stay_on_disk():
+    core = load_preset("core")
+    plan = make_plan(core)
+    full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b")
+    assert sweep_resources(plan, full).disk_mb == pytest.approx(4 * 1235.8144 * full.seeds, abs=1)
+    everything = core.model_copy(update={"execution": core.execution.model_copy(update={"keep_weights": "all"})})
+    assert sweep_resources(make_plan(everything), full).disk_mb == pytest.approx(4 * 1235.8144 * full.n_runs, abs=1)
+
+
+def test_the_bill_counts_the_gpus_that_jobs_ask_for():
+    plan = make_plan(load_preset("core"))
+    largest = max(job.gpus for job in every_job(plan).values())
+    assert bill.total(plan).gpus == largest > 1
+
+
+def test_a_thousand_jobs_take_no_time_and_no_torch():
+    script = (
+        "import sys; from lorabench.config import load_preset; from lorabench.plan import make_plan;"
+        "from lorabench import bill, budget, resources, calibration, show; plan = make_plan(load_preset('paper'));"
+        "bill.per_experiment(plan); budget.within(plan.preset, 3000);"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    plan = make_plan(load_preset("paper"))
+    jobs = len(every_job(plan))
+    started = time.process_time()
+    for _ in range(1000 // jobs + 1):
+        every_job(plan)
+    assert time.process_time() - started < 5

@@ -1,0 +1,32 @@
+"""What the tests of RL in several processes run in each: `torchrun ... -m tests.training.rl.several FOLDER`.
+
+Trains the sweeps of the preset in the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from lorabench.layout import Layout
+from lorabench.plan import make_plan
+from lorabench.training.distributed import join, leave
+from lorabench.training.sweep import run_sweep
+
+
+def main(folder: Path) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    layout = Layout.of("mine.yaml")
+    plan = make_plan(layout.preset)
+    processes = join(layout.preset.execution.sharding)
+    for sweep in plan.sweeps:
+        run_sweep(plan, sweep, layout, lambda line: None, processes)
+    leave(processes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,141 @@
+"""What the tests of several processes run in each: `torchrun ... -m tests.training.several DATA OUT CASE ...`.
+
+Trains each of the named cases and leaves, per case and process, its curve and results as JSON, and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lorabench.config import ModelSpec, PathModel, Protocol, Sharding, TinyModel
+from lorabench.models.base import load_model
+from lorabench.training.distributed import ALONE, Processes, join, leave, local
+
+from .conftest import TINY, condition_of, splits_of, train
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. With `breaks_after` it is broken after that step and goes on from its checkpoint."""
+
+    method: str
+    rank: int | None = None
+    sharding: Sharding = "fsdp"
+    base: str = "llama-128"
+    batch_size: int = 4
+    steps: int = 6
+    lr: float = 3e-3
+    precision: str = "fp32"
+    breaks_after: int | None = None
+    recompute: bool = False
+    slow: bool = False
+
+
+MOE = "moe-128"
+CASES = {
+    "fullft-fsdp": Case("fullft", breaks_after=4),
+    "fullft-ddp": Case("fullft", sharding="ddp", breaks_after=4),
+    "lora-fsdp": Case("lora", 4, breaks_after=4),
+    "lora-ddp": Case("lora", 4, sharding="ddp"),
+    # One process has all of A and the other none.
+    "rank-1": Case("lora", 1, breaks_after=4),
+    # One process has two sequences and the other one, so that it computes a part without any.
+    "odd-batch": Case("fullft", batch_size=3),
+    "moe-lora-fsdp": Case("lora", 4, base=MOE),
+    "moe-lora-ddp": Case("lora", 4, base=MOE, sharding="ddp", slow=True),
+    "moe-fullft": Case("fullft", base=MOE, slow=True),
+    # The unembedding is the embedding, as in small Llama models.
+    "tied-fullft": Case("fullft", base="tied", slow=True),
+    "tied-lora": Case("lora", 4, base="tied"),
+    "bf16-fsdp": Case("fullft", precision="bf16"),
+    "bf16-lora": Case("lora", 4, precision="bf16", slow=True),
+    "recompute-fullft": Case("fullft", recompute=True, slow=True),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True, slow=True),
+    "diverges": Case("fullft", lr=1e3),
+}
+
+
+class BrokenError(Exception):
+    """The run is broken off."""
+
+
+def write_tied(folder: Path) -> None:
+    """A base whose unembedding is its embedding."""
+    model = load_model(TINY)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+    model.save_pretrained(folder)
+
+
+def spec_of(case: Case, folder: Path) -> ModelSpec:
+    if case.base == "tied":
+        return PathModel(kind="path", path=str(folder / "tied"), parameters=1, hidden_size=1)
+    return TinyModel(kind="tiny", name=case.base)
+
+
+def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE, tick=lambda step: None):
+    """Train a case, from the checkpoint in `checkpoints` if there is one; returns its numbers as plain data."""
+    condition = condition_of(case.method, case.rank, case.steps, case.batch_size)
+    outcome, model = train(
+        condition,
+        data,
+        checkpoints,
+        case.lr,
+        protocol=Protocol(precision=case.precision, curve_points=3, clip_norm=2.0),
+        checkpoint_seconds=0 if case.breaks_after else 1e9,
+        tick=tick,
+        spec=spec_of(case, folder),
+        processes=processes,
+        recompute=case.recompute,
+    )
+    held = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+    found = {**vars(outcome), "curve": [vars(point) for point in outcome.curve], "held": held}
+    return json.loads(json.dumps(found))
+
+
+def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE) -> None:
+    """Train a case up to where it breaks."""
+
+    def tick(step: int) -> None:
+        # The checkpoint of a step is written after its tick.
+        if step == case.breaks_after + 1:
+            raise BrokenError
+
+    try:
+        run_case(case, data, folder, checkpoints, processes, tick)
+    except BrokenError:
+        return
+    raise AssertionError("the run did not break")
+
+
+def main(data_folder: Path, out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    alike = join("fsdp")
+    data = splits_of(data_folder)
+    for name in names:
+        case = CASES[name]
+        processes = replace(alike, sharding=case.sharding)
+        found = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
+        if case.breaks_after:
+            broken, resumed = out / name / "broken", out / name / "resumed"
+            break_case(case, data, out, broken, processes)
+            if alike.first:
+                shutil.copytree(broken, resumed)
+            alike.wait()
+            found["resumed"] = run_case(case, data, out, resumed, processes)
+            # And from what one process left.
+            found["more"] = run_case(case, data, out, out / name / "alone", processes)
+        (out / name / f"{alike.rank}.json").write_text(json.dumps(found))
+    leave(alike)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

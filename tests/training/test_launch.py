@@ -1,0 +1,166 @@
+"""`lorabench sweep --processes 2`, as the workflow calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+
+from lorabench.config import PathModel
+from lorabench.models.base import load_model
+
+from .conftest import TINY, trained
+
+KEPT = ["run_id", "lr", "seed", "status", "train_tokens", "train_flops", "trainable_params", "base_params"]
+LOSSES = ["final_valid_nll", "final_test_nll"]
+
+
+def command(sweep, processes: int = 2) -> list[str]:
+    words = ["-m", "lorabench.cli", "sweep", sweep.sweep_id, "--preset", "mine.yaml", "--processes", str(processes)]
+    return [sys.executable, *words]
+
+
+def sweep_of(plan, method: str):
+    return next(sweep for sweep in plan.sweeps if sweep.condition.method == method)
+
+
+def together(plan, layout, method: str):
+    """Trains the sweep of one method in two processes; returns its rows and what was said."""
+    sweep = sweep_of(plan, method)
+    done = subprocess.run(command(sweep), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return pq.read_table(layout.sweep(sweep)).to_pandas(), done.stderr
+
+
+def assert_same(runs, others) -> None:
+    assert runs[KEPT].equals(others[KEPT])
+    for column in LOSSES:
+        assert list(runs[column]) == pytest.approx(list(others[column]), rel=1e-5)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal as a whole; Adam moves single weights whose gradient is about zero one way or the other."""
+    return bool((one - other).norm() <= 1e-3 * other.norm())
+
+
+def compare(ready, method: str, **lrs):
+    """Runs, text and layout of two processes, whose numbers are those of one; the one's runs lie in `alone`."""
+    plan, layout = ready("sweep", {"keep_weights": "all"}, **lrs)
+    alone, _ = trained(plan, layout, method)
+    layout.runs.rename("alone")
+    layout.sweep(sweep_of(plan, method)).unlink()
+    runs, said = together(plan, layout, method)
+    assert_same(runs, alone)
+    assert said.count("run 1/") == 2, "only the first process says when a run starts and ends"
+    assert not layout.progress(sweep_of(plan, method)).exists()
+    record = json.loads((layout.runs / runs.run_id[0] / "record.json").read_text())
+    assert (record["environment"]["processes"], record["environment"]["sharding"]) == (2, "fsdp")
+    return runs, layout
+
+
+def test_full_fine_tuning_in_two_processes_leaves_an_ordinary_model(ready):
+    runs, layout = compare(ready, "fullft")
+    for run_id in runs.run_id:
+        folders = layout.runs / run_id / "weights", Path("alone") / run_id / "weights"
+        assert sorted(p.name for p in folders[0].iterdir()) == sorted(p.name for p in folders[1].iterdir())
+        configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+        assert configs[0] == configs[1]
+        models = [load_model(PathModel(kind="path", path=str(f), parameters=1, hidden_size=1)) for f in folders]
+        for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+            assert close(one, other), name
+
+
+@pytest.mark.slow
+def test_lora_in_two_processes_leaves_an_ordinary_adapter(ready):
+    runs, layout = compare(ready, "lora", lora=[1e-3, 3e-3])
+    assert len(runs) == 3
+    base = load_model(TINY)
+    for run_id in runs.run_id:
+        folders = layout.runs / run_id / "weights", Path("alone") / run_id / "weights"
+        assert sorted(p.name for p in folders[0].iterdir()) == sorted(p.name for p in folders[1].iterdir())
+        states = []
+        for folder in folders:
+            model = PeftModel.from_pretrained(base, folder)
+            states.append({name: p.clone() for name, p in model.named_parameters() if ".lora_" in name})
+            base = model.unload()
+        assert any(p.abs().max() > 0 for name, p in states[0].items() if ".lora_B." in name)
+        assert all(close(one, states[1][name]) for name, one in states[0].items())
+
+
+def test_an_error_ends_all_processes_and_is_shown_once(ready):
+    plan, layout = ready("broken")
+    # Found where the work is, in both processes.
+    layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
+    done = subprocess.run(command(sweep_of(plan, "lora")), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("lorabench:")]
+    assert len(errors) == 1
+    assert "token cache" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_processes_go_on_where_they_were(ready):
+    plan, layout = ready("killed", {"checkpoint_minutes": 0.0, "keep_weights": "all"}, lora=[1e-3, 3e-3])
+    sweep = sweep_of(plan, "lora")
+    first, second = (layout.runs / run.run_id for run in sweep.grid())
+    checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
+    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists():
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+    assert (first / "record.json").exists()
+    assert not second.exists()
+    kept = (first / "record.json").stat().st_mtime_ns
+
+    resumed, _ = together(plan, layout, "lora")
+    assert (first / "record.json").stat().st_mtime_ns == kept
+    assert not checkpoint.exists()
+    layout.sweep(sweep).unlink()
+    layout.runs.rename("resumed")
+    unbroken, _ = together(plan, layout, "lora")
+    assert [list(curve) for curve in resumed.curve] == [list(curve) for curve in unbroken.curve]
+    assert resumed[[*KEPT, *LOSSES]].equals(unbroken[[*KEPT, *LOSSES]])
+
+
+@pytest.mark.slow
+def test_processes_that_are_told_to_end_save_together(ready):
+    plan, layout = ready("told", {"checkpoint_minutes": 1000, "keep_weights": "all"})
+    sweep = sweep_of(plan, "lora")
+    process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not layout.progress(sweep).exists():
+        assert process.poll() is None, "the sweep ended before it could be told"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # To the one that started them, as Slurm does to all; it tells the others.
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    told = [line for line in said.splitlines() if line.startswith("lorabench:")]
+    assert told == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
+    assert "Traceback" not in said
+    assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
+    assert not layout.lock(sweep).exists()
+    _, said = together(plan, layout, "lora")
+    assert said.count("goes on after step") == 1
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
