@@ -188,7 +188,7 @@ def test_every_job_asks_slurm_for_what_the_plan_says(seen):
     (tokens,) = of_rule(seen.jobs, "tokens")
     assert "TresPerJob" not in tokens
     # Downloads, tables and figures are no jobs.
-    assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"tokens", "sweep", "evaluate", "compute"}
+    assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"dataset", "tokens", "sweep", "evaluate", "compute"}
 
 
 def test_slurm_gives_each_run_its_gpu(seen, checkout):

@@ -44,5 +44,5 @@ rule sweep:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench sweep {wildcards.sweep} --preset {params.preset:q} --log {log:q} "
-        "--processes {resources.processes}"
+        "HF_HUB_OFFLINE=1 lorabench sweep {wildcards.sweep} --preset {params.preset:q} "
+        "--log {log:q} --processes {resources.processes}"
