@@ -14,11 +14,13 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lorabench.analysis.recipe import recipe
+from lorabench.config import PRESETS
 from lorabench.figures import EVALS, PaperFigure, of_preset
 from lorabench.layout import Layout
 from lorabench.plan import Plan
 from lorabench.records import atomic_path
 from lorabench.report import summary
+from lorabench.report.datasets import datasets
 from lorabench.report.explorer import curves_to_draw, data_uri, downloads
 from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS, missing
@@ -50,6 +52,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     curves = curves_to_draw(runs, read_table(tables, "curves"))
     page = _template().render(
         name=layout.name,
+        question=not (PRESETS / f"{layout.name}.yaml").is_file(),
         preset=plan.preset,
         style=_inline("page.css"),
         script=_inline("page.js"),
@@ -64,6 +67,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
+        datasets=datasets(layout),
         curves=_json(curves),
         points=curves["points"],
         downloads=downloads(

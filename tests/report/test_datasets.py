@@ -1,0 +1,94 @@
+"""What the report says of data that was left out, from files as the data jobs leave them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from lorabench.data.files import tally_of
+from lorabench.data.sft import SPLITS, build_dataset
+from lorabench.data.tokens import Limits, write_tokens
+from lorabench.layout import Layout
+from lorabench.models.base import load_tokenizer
+from lorabench.records import write_json
+from lorabench.report.datasets import datasets
+from tests.hub_repositories import tulu3_row, write_tulu3
+
+
+@pytest.fixture
+def preset(raw_preset, tmp_path, monkeypatch):
+    """Writes `mine.yaml` with other datasets into an empty folder, and gives its layout."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(**changed: dict[str, Any]) -> Layout:
+        raw = raw_preset | {"datasets": raw_preset["datasets"] | changed}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+        return Layout.of("mine.yaml")
+
+    return make
+
+
+def test_data_made_here_has_nothing_to_tell(preset):
+    layout = preset()
+    build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
+    assert datasets(layout) == []
+
+
+def test_bad_rows_of_a_file_are_told_with_the_first(preset, tmp_path):
+    lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
+    lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    sizes = {"max_chars": 400, "mean_tokens": 10}
+    layout = preset(rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes})
+    write_json(tally_of(layout.preset.datasets["rows"]).plain(), layout.tally("rows"))
+    assert datasets(layout) == [
+        {
+            "name": "rows",
+            "source": "file, prompt/completion",
+            "rows": 15,
+            "usable": 12,
+            "left_out": ["2 not JSON (first: line 4)", "1 no text (first: line 5)"],
+        }
+    ]
+
+
+def test_examples_too_long_for_a_limit_are_told_by_split_and_model(preset):
+    layout = preset()
+    path, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
+    build_dataset(layout.preset.datasets["instruct"], path)
+    tokenizer = load_tokenizer(layout.preset.models["tiny"])
+    write_tokens(path, tokenizer, tokens, Limits(10_000))
+    assert datasets(layout) == []
+    before = _lengths(tokens)
+    limit = max(before) - 1
+    write_tokens(path, tokenizer, tokens, Limits(10_000, limit))
+    [told] = datasets(layout)
+    assert told["rows"] is None
+    counts = [int(sentence.split()[0]) for sentence in told["left_out"]]
+    assert sum(counts) == sum(length > limit for length in before)
+    assert all(sentence.endswith("with more tokens than max_tokens for tiny") for sentence in told["left_out"])
+
+
+def test_rows_of_the_hub_are_told_with_their_reasons(preset, tmp_path):
+    rows = [tulu3_row(number) for number in range(30)]
+    # The same prompt again, and an answer that is too long.
+    rows += [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
+    write_tulu3(tmp_path / "copies", rows)
+    sizes = {"train": 16, "validation": 4, "test": 4, "max_chars": 1500, "mean_tokens": 50}
+    layout = preset(tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", **sizes})
+    build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
+    [told] = datasets(layout)
+    assert (told["rows"], told["usable"]) == (32, 30)
+    assert told["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
+
+
+def _lengths(tokens: Path) -> list[int]:
+    """Tokens of every example of a cache."""
+    tensors = load_file(tokens)
+    return [length for split in SPLITS for length in np.diff(tensors[f"{split}.offsets"]).tolist()]
