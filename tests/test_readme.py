@@ -1,7 +1,7 @@
 """The README's commands, run as they are written.
 
-Those that train for long are run by Snakemake as a dry run, and those that are run elsewhere are named here: a new command
-in the README must be one or the other.
+Those that train for long are run by Snakemake as a dry run, and those that are run elsewhere are named here: a new
+command in the README must be one or the other.
 """
 
 from __future__ import annotations
