@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lorabench.config import TinyModel
-from lorabench.cost import shape
 from lorabench.models import tiny
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
+from lorabench.models.dimensions import dimensions
 from lorabench.models.tiny import RECIPES, build, heldout_nll, new_model, packed_blocks, shipped
 
 TYPES = {"llama": "llama", "qwen": "qwen3", "moe": "qwen3_moe"}
@@ -53,7 +53,12 @@ def test_shape_is_what_the_cost_model_believes(name):
     model = load_model(spec(name))
     experts = sum(p.numel() for parameter, p in model.named_parameters() if ".experts." in parameter)
     idle = experts - experts * RECIPES[name].active_experts // max(1, RECIPES[name].experts)
-    assert shape(spec(name)) == (model.num_parameters() - idle, model.config.hidden_size)
+    believed = dimensions(spec(name))
+    assert (believed.parameters, believed.hidden) == (model.num_parameters(), model.config.hidden_size)
+    # Neither the embedding, which is looked up, nor the router.
+    left_out = ("embed_tokens.weight", "mlp.gate.weight")
+    linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(left_out))
+    assert believed.active_linear == linear - idle
     assert bool(idle) == (name == "moe-128")
     assert record(name)["parameters"] == model.num_parameters()
 

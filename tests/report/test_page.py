@@ -132,7 +132,7 @@ def test_commands_are_for_a_shell(report, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "copy")
     layout, out = Layout.of("mine.yaml"), tmp_path / "page.html"
     build(make_plan(layout.preset), layout, "my presets/mine.yaml", out)
-    assert "index.html --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
+    assert f"{out} --config 'preset=my presets/mine.yaml'" in Page(out.read_text()).text
     build(make_plan(layout.preset), layout, "laptop", out)
     assert "--config" not in Page(out.read_text()).section("cost").text
 
