@@ -74,6 +74,8 @@ def longest_sequence(preset: Preset, condition: Condition) -> int:
     if condition.rollouts is not None:
         return round(_prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens
     dataset = preset.datasets[condition.dataset]
+    if dataset.kind == "hub" and dataset.max_tokens is not None:
+        return dataset.max_tokens
     chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
     return round(chars / _CHARS_PER_TOKEN[model.kind])
 

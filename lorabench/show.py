@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lorabench import bill, cost
 from lorabench.gpus import GB, GPUS
@@ -47,7 +48,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         if price is not None:
             last["money"] = lambda one: f"{one.gpu_hours * price:,.0f}"
     table = Table(
-        title=plan.preset.description,
+        title=Text(plan.preset.description),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from lorabench import bill, cost
 from lorabench.config import load_preset
 from lorabench.plan import make_plan
-from lorabench.resources import compute_resources, evaluation_resources, sweep_resources, tokens_resources
+from lorabench.resources import compute_resources, evaluation_resources, restarts, sweep_resources, tokens_resources
 
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
@@ -44,11 +45,12 @@ def test_every_job_asks_for_something_sensible(name):
         assert asked.minutes * 60 > cost.sweep_seconds(plan.preset, sweep, asked.gpus)
 
 
-def test_tokens_take_no_gpu_and_grow_with_the_dataset():
+def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
     paper = load_preset("paper")
     small, large = (tokens_resources(paper, "llama-3-1-8b", name) for name in ("tulu3-10k", "tulu3"))
-    assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, 1, 0)
-    assert small.mem_mb < large.mem_mb
+    assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, paper.execution.threads, 0)
+    # It is done in pieces.
+    assert small.mem_mb == large.mem_mb
     assert small.disk_mb < large.disk_mb
     assert small.minutes <= large.minutes
 
@@ -82,3 +84,10 @@ def test_a_thousand_jobs_take_no_time_and_no_torch():
     for _ in range(1000 // jobs + 1):
         every_job(plan)
     assert time.process_time() - started < 5
+
+
+def test_a_limit_ends_the_longest_job_so_often():
+    plan = make_plan(load_preset("smoke"))
+    jobs = [replace(sweep_resources(plan, plan.sweeps[0]), minutes=minutes) for minutes in (30, 3000)]
+    assert [restarts(jobs, limit) for limit in (3001, 3000, 1440, 60)] == [0, 1, 2, 50]
+    assert restarts([], 60) == 0

@@ -84,3 +84,18 @@ def test_a_wrong_way_to_ask_is_one_sentence(checkout):
     output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
     assert "gpu_option = 'grse' in the profile: allowed: gpu, gres" in output
     assert "Traceback" not in output
+
+
+def test_no_job_asks_for_more_time_than_a_site_gives(checkout):
+    adapt_profile(checkout, "# max_runtime: 1440", "max_runtime: 1440")
+    plan = make_plan(Layout.of("paper").preset)
+    minutes = {name: int(resources["runtime"]) for name, resources in asked(dry_run(checkout), "sweep").items()}
+    assert minutes == {sweep.sweep_id: min(1440, sweep_resources(plan, sweep).minutes) for sweep in plan.sweeps}
+    assert max(minutes.values()) == 1440
+
+
+def test_a_wrong_limit_of_time_is_one_sentence(checkout):
+    adapt_profile(checkout, "# max_runtime: 1440", "max_runtime: 0")
+    output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
+    assert "max_runtime = 0 in the profile: minutes are needed, at least 1" in output
+    assert "Traceback" not in output

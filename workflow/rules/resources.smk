@@ -2,6 +2,7 @@
 from lorabench.resources import (
     compute_resources,
     evaluation_resources,
+    restarts,
     sweep_resources,
     tokens_resources,
 )
@@ -12,10 +13,35 @@ SITE = {
     for name, resource in (workflow.resource_settings.default_resources or {}).items()
 }
 GPU_OPTION, GPU_TYPE = SITE.get("gpu_option", "gpu"), SITE.get("gpu_type")
+LONGEST = SITE.get("max_runtime")
 if GPU_OPTION not in ("gpu", "gres"):
     raise WorkflowError(
         f"gpu_option = {GPU_OPTION!r} in the profile: allowed: gpu, gres"
     )
+
+if LONGEST is not None and not (str(LONGEST).isdigit() and int(LONGEST) > 0):
+    raise WorkflowError(
+        f"max_runtime = {LONGEST!r} in the profile: minutes are needed, at least 1"
+    )
+LONGEST = LONGEST and int(LONGEST)
+
+
+def in_time(minutes):
+    """The minutes that a job asks for: no more than the site allows one."""
+    return min(minutes, LONGEST or minutes)
+
+
+def retries(jobs):
+    """How often jobs that leave checkpoints start again; 0 is as often as the profile says.
+
+    Where a site limits the time, that may end a job as often as it takes, beside three failures.
+
+    Args:
+        jobs: their `lorabench.resources.Resources`.
+    """
+    if LONGEST is None:
+        return 0
+    return 3 + restarts(jobs, LONGEST)
 
 
 def gpu_request(gpus):
@@ -45,6 +71,6 @@ def asked(of):
         "nodes": 1,
         "cpus_per_task": lambda wildcards, threads: max(threads, of(wildcards).cpus),
         "mem_mb": lambda wildcards, attempt: of(wildcards).mem_mb * (1 + attempt) // 2,
-        "runtime": lambda wildcards, attempt: of(wildcards).minutes * attempt,
+        "runtime": lambda wildcards, attempt: in_time(of(wildcards).minutes * attempt),
         "disk_mb": lambda wildcards: of(wildcards).disk_mb,
     }

@@ -32,6 +32,7 @@ rule sweep:
     log:
         LAYOUT.root / "logs/{sweep}.log",
     priority: lambda wildcards: PRIORITIES[wildcards.sweep]
+    retries: retries(sweep_resources(PLAN, sweep) for sweep in PLAN.sweeps)
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
