@@ -35,22 +35,28 @@ MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward",
 TIMES = ["sample_tokens_per_s", "learn_tokens_per_s"]
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def fresh_clone(folder: Path) -> Path:
     """A fresh clone, its profile adapted to a site without accounting."""
-    folder = copy_checkout(tmp_path_factory.mktemp("checkout"))
+    copy_checkout(folder)
     shutil.copy(PRESET, folder)
     adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
     adapt_profile(folder, "status-checks: 40", "status-checks: 2")
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return fresh_clone(tmp_path_factory.mktemp("checkout"))
+
+
 @contextmanager
-def workflow(cluster: Cluster, checkout: Path, *arguments: str) -> Iterator[Callable[[], str]]:
+def workflow(
+    cluster: Cluster, checkout: Path, *arguments: str, preset: str = "cluster.yaml"
+) -> Iterator[Callable[[], str]]:
     """The README's command in the background; gives a function that returns its output, empty until it has ended."""
     log = checkout / "snakemake.out"
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
-    command += ["--config", "preset=cluster.yaml"]
+    command += ["--config", f"preset={preset}"]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=checkout, env=cluster.environment, stdout=out, stderr=out)
 
@@ -218,18 +224,23 @@ def test_finished_runs_are_not_trained_again(seen):
         assert (record.stat().st_mtime_ns, record.read_text()) == (time, text)
 
 
-def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
-    shutil.copy(PRESET, checkout / "local.yaml")
-    snakemake(checkout, "results/local/tables/runs.parquet", "--config", "preset=local.yaml")
+def check_equal(checkout: Path, cluster: str, local: str) -> None:
+    """Check that runs and curves of two presets' results are the same to the last bit."""
     for table, keys in (("runs", ["run_id"]), ("curves", ["run_id", "split", "metric", "step"])):
         ours, theirs = (
             pd.read_parquet(checkout / f"results/{preset}/tables/{table}.parquet").set_index(keys).sort_index()
-            for preset in ("cluster", "local")
+            for preset in (cluster, local)
         )
         columns = MEASURED if table == "runs" else ["value"]
         if table == "curves":
             ours, theirs = (frame.drop(index=TIMES, level="metric") for frame in (ours, theirs))
         pd.testing.assert_frame_equal(ours[columns], theirs[columns], check_exact=True)
+
+
+def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
+    shutil.copy(PRESET, checkout / "local.yaml")
+    snakemake(checkout, "results/local/tables/runs.parquet", "--config", "preset=local.yaml")
+    check_equal(checkout, "cluster", "local")
 
 
 def test_a_site_may_take_gres_only(seen, cluster, checkout):
@@ -245,3 +256,21 @@ def test_a_site_may_take_gres_only(seen, cluster, checkout):
 def test_logs_of_successful_jobs_are_kept(seen, checkout):
     logs = {path.stem for path in (checkout / "slurm_logs").rglob("*.log")}
     assert {job["JobId"] for job in seen.jobs} <= logs
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_from_a_fresh_clone(cluster, tmp_path):
+    """A preset for CPUs, whose jobs the profile gives a GPU each."""
+    checkout = fresh_clone(tmp_path)
+    gpus = ["--set-resources", "sweep:gpu=1", "evaluate:gpu=1"]
+    before = len(cluster.jobs())
+    with workflow(cluster, checkout, *gpus, preset="smoke") as output:
+        until(output, "the end of the workflow", 900)
+    jobs = cluster.jobs()[before:]
+    assert len(of_rule(jobs, "sweep")) == len(make_plan(Layout.of("smoke").preset).sweeps)
+    assert {job["TresPerJob"] for job in of_rule(jobs, "sweep") + of_rule(jobs, "evaluate")} == {"gres/gpu:1"}
+    assert {job["JobState"] for job in jobs} == {"COMPLETED"}
+    assert (checkout / "results/smoke/report/index.html").is_file()
+    shutil.copy(checkout / "workflow/presets/smoke.yaml", checkout / "alone.yaml")
+    snakemake(checkout, "results/alone/tables/runs.parquet", "--config", "preset=alone.yaml")
+    check_equal(checkout, "smoke", "alone")
