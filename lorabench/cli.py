@@ -139,6 +139,13 @@ def init(
         float, typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and as much for the test.")
     ] = 0.1,
     gpu: Annotated[str | None, typer.Option(help="The GPU meant, such as H100-80GB; without it a CPU.")] = None,
+    grader: Annotated[
+        str | None,
+        typer.Option(
+            help="For reinforcement learning on a file of questions and answers: `number` takes the last number of a "
+            "response, `boxed` compares its box."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it is there.")] = False,
 ) -> None:
     """Write a small preset that asks whether LoRA matches full fine-tuning on a model and data of your own."""
@@ -147,7 +154,7 @@ def init(
         from lorabench.plan import make_plan
         from lorabench.show import plan_table
 
-        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu)
+        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
         made = init_preset(out, model, data, data_format, choices, force, say=print)
         plan_table(make_plan(made), os.cpu_count() or 1)
         print(f"wrote {out}; next: snakemake --cores all --config preset={out}")

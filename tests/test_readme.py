@@ -6,6 +6,7 @@ command in the README must be one or the other.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -48,6 +49,8 @@ def folder(tmp_path_factory) -> Path:
         write_frame(curves_of(runs), "curves", checkout / place / "tables")
     shutil.copytree(shipped("llama-128"), checkout / "path/to/model")
     write_rows(checkout / "my.jsonl", 50)
+    problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]
+    (checkout / "problems.jsonl").write_text("\n".join(problems))
     return checkout
 
 

@@ -20,6 +20,12 @@ SMALLEST_WIDTH = 1000
 LAW_BATCH = 128
 """Examples per step in the sweep that the law was fitted on."""
 POINTS_PER_DECADE = 3
+RL_SHARE = 0.25
+"""Of the law's LR, in reinforcement learning: the authors take 4e-5 and 8e-5 for GSM8K on 8B parameters, where the law
+has 2.9e-4 (paper notes, 4.2)."""
+GROUP_SIZE = PROBLEMS_PER_STEP = 16
+RL_STEPS = (50, 300)
+"""Fewest and most."""
 
 # An LR without a law lies anywhere between those of the law's families, or so far beyond: half a decade, chosen here.
 _BEYOND = math.sqrt(10)
@@ -59,6 +65,17 @@ def lr_grid(lr: Lr) -> list[float]:
     else:
         first, last = round(lowest) - _AROUND, round(highest) + _AROUND
     return [float(f"{10 ** (place / POINTS_PER_DECADE):.1e}") for place in range(first, last + 1)]
+
+
+def rl_lr(lr: Lr) -> Lr:
+    """The LR to start from in reinforcement learning, from that of the law."""
+    return Lr(lr.value and RL_SHARE * lr.value, RL_SHARE * lr.low, RL_SHARE * lr.high)
+
+
+def rl_steps(problems: int, per_step: int, epochs: float) -> int:
+    """Steps of so many problems each that go through all of them so often, within RL_STEPS."""
+    fewest, most = RL_STEPS
+    return min(most, max(fewest, math.ceil(epochs * problems / per_step)))
 
 
 def batch_size(examples: int) -> int:

@@ -93,16 +93,22 @@ def checked_format(name: str | None) -> FileFormat | None:
     return None
 
 
+def prepared_tokenizer(model: Model) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The model's tokenizer (see `load_tokenizer`), and the `chat_template` that it was given for want of one."""
+    tokenizer, template = load_tokenizer(model), None
+    if tokenizer is not None and not tokenizer.chat_template:
+        template = "plain"
+        tokenizer.chat_template = template_text(template)
+    return tokenizer, template
+
+
 def look_at(model: Model, name: str, form: str | None) -> tuple[Data, str | None]:
     """What is known of a dataset for a model, and the `chat_template` that a preset has to give a model without one.
 
     Raises:
         UserError: the format, or the data, can't be read; see `find_data`.
     """
-    tokenizer, template = load_tokenizer(model), None
-    if tokenizer is not None and not tokenizer.chat_template:
-        template = "plain"
-        tokenizer.chat_template = template_text(template)
+    tokenizer, template = prepared_tokenizer(model)
     return find_data(name, checked_format(form), tokenizer, model.max_length), template
 
 

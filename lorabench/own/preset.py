@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,14 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 
-from lorabench.config import PRESETS, HubModel, Preset, TinyModel, parse_preset, yaml_number
+from lorabench.config import PRESETS, HubModel, Preset, TinyModel, parse_preset
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
 from lorabench.own import advice
 from lorabench.own.data import Data, look_at
 from lorabench.own.model import Model, find_model
+from lorabench.own.problems import Problems, look_at_problems
+from lorabench.own.yaml_text import block, numbers, one_line, quoted, slug
 from lorabench.records import atomic_path
 
 # Losses on fewer examples are mostly noise; more cost time at each validation.
@@ -37,6 +38,8 @@ class Choices:
     held_out: float = 0.1
     """Share of the examples for validation, and as much for the test."""
     gpu: str | None = None
+    grader: str | None = None
+    """The data are problems for reinforcement learning, graded so."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +80,30 @@ def init_preset(
         UserError: what is wrong with the model, the data, the choices or the path.
     """
     _check_place(path, force)
+    if form is not None and choices.grader is not None:
+        raise UserError("--format and --grader: problems have the columns question and answer; give one of them")
     found = find_model(model)
     say(str(found))
-    examples, template = look_at(found, data, form)
+    examples: Data | Problems
+    if choices.grader is None:
+        examples, template = look_at(found, data, form)
+    else:
+        examples, template = look_at_problems(found, data, choices.grader)
     if template:
         say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
     preset = write_preset(path, found, examples, choices, template)
-    dataset = next(iter(preset.datasets.values()))
-    say(f"split: {dataset.train} train, {dataset.validation} validation, {dataset.test} test")
-    block = (preset.experiments.rank or [])[0]
-    steps = int(dataset.train * block.epochs) // block.batch_sizes[0]
-    if steps < advice.SHORT_STEPS:
-        say(f"runs have {steps} steps; below {advice.SHORT_STEPS} little is learned and the LoRA optimum lies higher")
+    source = next(iter(preset.sources.values()))
+    say(f"split: {source.train} train, {source.validation} validation, {source.test} test")
+    for rank in preset.experiments.rank or []:
+        steps = int(source.train * rank.epochs) // rank.batch_sizes[0]
+        if steps < advice.SHORT_STEPS:
+            short = f"below {advice.SHORT_STEPS} little is learned and the LoRA optimum lies higher"
+            say(f"runs have {steps} steps; {short}")
     return preset
 
 
-def write_preset(path: Path, model: Model, data: Data, choices: Choices, template: str | None) -> Preset:
+def write_preset(path: Path, model: Model, data: Data | Problems, choices: Choices, template: str | None) -> Preset:
     """Write a preset, validated, and return it.
 
     Args:
@@ -120,33 +130,53 @@ def _check_place(path: Path, force: bool) -> None:
         raise UserError(f"{path} exists; --force overwrites it")
 
 
-def preset_text(model: Model, data: Data, choices: Choices, template: str | None, path: Path) -> str:
+def preset_text(model: Model, data: Data | Problems, choices: Choices, template: str | None, path: Path) -> str:
     """The preset as YAML; see `write_preset`."""
-    sizes = splits(data.usable, choices.held_out)
-    batch = advice.batch_size(sizes.train)
-    ranks = choices.ranks or suggested_ranks(model, data.mean_completion_tokens * sizes.train)
-    model_name, data_name = _quoted(_slug(model.name)), _quoted(_slug(data.name))
-    fullft, lora = (advice.law_lr(model.family, model.sizes.hidden, method) for method in ("fullft", "lora"))
+    names = quoted(slug(model.name)), quoted(slug(data.name))
+    parts = (
+        _sft_parts(model, data, choices, *names) if isinstance(data, Data) else _rl_parts(model, data, choices, *names)
+    )
     model_fields = _fields(model.spec) | ({"chat_template": template} if template else {})
-    data_fields = data.source | vars(sizes) | {"max_chars": max(32, data.max_chars)}
-    data_fields |= {"mean_tokens": max(1, round(data.mean_tokens))}
-    # What is put into comments must not leave its line.
-    shown, family = _one_line(str(path)), _one_line(model.family)
+    shown = one_line(str(path))
     return f"""\
 # Does LoRA match full fine-tuning on this model and data? Written by `lorabench init`; change what you like.
 #   lorabench plan --preset {shown}
 #   snakemake --cores all --config preset={shown}
-description: {_quoted(f"LoRA against full fine-tuning: {model.name} on {data.name}")}
+description: {quoted(f"LoRA against full fine-tuning: {model.name} on {data.name}")}
 models:
-  {model_name}:
-{_block(model_fields)}
-datasets:
-  # {data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each.
-  {data_name}:
-{_block(data_fields)}
+  {names[0]}:
+{block(model_fields)}
+{parts.data}
 protocol:
   precision: {"fp32" if choices.gpu is None else "bf16"}
 experiments:
+{parts.experiment}
+execution:
+{block(_execution(model, choices.gpu))}
+"""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What differs between supervised and reinforcement learning, as YAML."""
+
+    data: str
+    experiment: str
+
+
+def _sft_parts(model: Model, data: Data, choices: Choices, model_name: str, data_name: str) -> _Parts:
+    sizes = splits(data.usable, choices.held_out)
+    ranks = choices.ranks or suggested_ranks(model, data.mean_completion_tokens * sizes.train)
+    fields = data.source | vars(sizes) | {"max_chars": max(32, data.max_chars)}
+    fields |= {"mean_tokens": max(1, round(data.mean_tokens))}
+    fullft, lora = _law(model)
+    return _Parts(
+        f"""\
+datasets:
+  # {data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each.
+  {data_name}:
+{block(fields)}""",
+        f"""\
   rank:
     - models: [{model_name}]
       datasets: [{data_name}]
@@ -154,17 +184,53 @@ experiments:
 {data.mean_completion_tokens * sizes.train:,.0f} scored training tokens.
       ranks: {{all: {list(ranks)}}}
       # Small: both methods do best there.
-      batch_sizes: [{batch}]
+      batch_sizes: [{advice.batch_size(sizes.train)}]
       epochs: {choices.epochs}
-      # Three points per decade around {_lr_source(family, fullft, lora)}.
+      # Three points per decade around {_lr_source(model, fullft, lora)}.
+{_lr_lines(fullft, lora, choices)}""",
+    )
+
+
+def _rl_parts(model: Model, problems: Problems, choices: Choices, model_name: str, problems_name: str) -> _Parts:
+    sizes = splits(problems.usable, choices.held_out)
+    ranks = choices.ranks or tuple(sorted({1, advice.recommended_rank(model.sizes.hidden, 1.0, None)}))
+    fullft, lora = _law(model)
+    per_step = min(advice.PROBLEMS_PER_STEP, sizes.train)
+    return _Parts(
+        f"""\
+problems:
+  # {problems.usable} usable problems.
+  {problems_name}:
+{block(problems.source | vars(sizes))}""",
+        f"""\
+  rl_math:
+    - models: [{model_name}]
+      problems: [{problems_name}]
+      # In the paper rank 1 is enough.
+      ranks: {{all: {list(ranks)}}}
+      problems_per_step: {per_step}
+      group_size: {advice.GROUP_SIZE}
+      steps: {advice.rl_steps(sizes.train, per_step, choices.epochs)}
+      max_new_tokens: {problems.max_new_tokens}
+      # A guess, for the estimate of cost.
+      mean_response_tokens: {max(1, problems.max_new_tokens // 3)}
+      # Three points per decade around a quarter of {_lr_source(model, fullft, lora)}.
+{_lr_lines(advice.rl_lr(fullft), advice.rl_lr(lora), choices)}""",
+    )
+
+
+def _law(model: Model) -> tuple[advice.Lr, advice.Lr]:
+    fullft, lora = (advice.law_lr(model.family, model.sizes.hidden, method) for method in ("fullft", "lora"))
+    return fullft, lora
+
+
+def _lr_lines(fullft: advice.Lr, lora: advice.Lr, choices: Choices) -> str:
+    return f"""\
       # If the report finds an optimum at an edge, widen the grid there.
       lrs:
-        fullft: {_numbers(advice.lr_grid(fullft))}
-        lora: {_numbers(advice.lr_grid(lora))}
-      seeds: {choices.seeds}
-execution:
-{_block(_execution(model, choices.gpu))}
-"""
+        fullft: {numbers(advice.lr_grid(fullft))}
+        lora: {numbers(advice.lr_grid(lora))}
+      seeds: {choices.seeds}"""
 
 
 def suggested_ranks(model: Model, completion_tokens: float) -> tuple[int, ...]:
@@ -173,13 +239,9 @@ def suggested_ranks(model: Model, completion_tokens: float) -> tuple[int, ...]:
     return tuple(sorted({1, max(1, high // 4), high}))
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _lr_source(family: str, fullft: advice.Lr, lora: advice.Lr) -> str:
+def _lr_source(model: Model, fullft: advice.Lr, lora: advice.Lr) -> str:
     if fullft.value is None or lora.value is None:
-        return f"the range for a family that the paper's law does not cover, {family}"
+        return f"the range for a family that the paper's law does not cover, {one_line(model.family)}"
     return f"the paper's law: {fullft.value:.2g} and {lora.value:.2g}"
 
 
@@ -208,31 +270,3 @@ def _fields(spec: BaseModel) -> dict[str, object]:
     defaults = {name: field.default for name, field in type(spec).model_fields.items()}
     kept = {"revision"} if isinstance(spec, HubModel) else set()
     return {name: value for name, value in spec if name in kept or value != defaults[name]}
-
-
-def _block(fields: dict[str, object]) -> str:
-    indent = "  " if "kind" not in fields else "    "
-    return "\n".join(f"{indent}{name}: {_scalar(value)}" for name, value in fields.items())
-
-
-def _scalar(value: object) -> str:
-    if isinstance(value, float):
-        return yaml_number(value)
-    return _quoted(value) if isinstance(value, str) else str(value)
-
-
-def _quoted(text: str) -> str:
-    """A text as YAML on one line, whatever is in it; words that are nothing else to YAML stay bare."""
-    bare = re.fullmatch(r"[A-Za-z][\w./-]*", text) and yaml.safe_load(text) == text
-    return text if bare else yaml.safe_dump(text, default_style='"', width=10**9).strip()
-
-
-def _numbers(lrs: list[float]) -> str:
-    # As the shipped presets write them, 2.2e-4, which YAML reads as a number.
-    return f"[{', '.join(f'{lr:.1e}'.replace('e-0', 'e-') for lr in lrs)}]"
-
-
-def _slug(name: str) -> str:
-    """A name for a preset: `meta-llama/Llama-3.2-1B` becomes `llama-3-2-1b`."""
-    stem = re.sub(r"\.(gguf|jsonl|json|csv|parquet)$", "", name.rstrip("/").rpartition("/")[2].lower())
-    return re.sub(r"[^a-z0-9]+", "-", stem).strip("-") or "own"

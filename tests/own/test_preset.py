@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lorabench.config import FileDataset, PathModel, load_preset
+from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -134,3 +135,60 @@ def test_force_overwrites(tmp_path):
     (tmp_path / "there.yaml").write_text("mine")
     preset, _ = init(tmp_path / "there.yaml", "tiny", data, force=True)
     assert load_preset(str(tmp_path / "there.yaml")) == preset
+
+
+def write_problems(path, count):
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {n} + 2?", "answer": str(n + 2)}) + "\n" for n in range(count))
+    )
+    return path
+
+
+def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path):
+    data = write_problems(tmp_path / "sums.jsonl", 400)
+    with data.open("a") as file:
+        file.write('{"question": "no answer"}\n')
+    preset, said = init(tmp_path / "mine.yaml", "tiny", data, Choices(grader="number"))
+    assert preset == load_preset(str(tmp_path / "mine.yaml"))
+    assert "400 of 401 rows can be used as question/answer; left out: 1" in said
+    assert "split: 320 train, 40 validation, 40 test" in said
+    problems = preset.problems["sums"]
+    assert (problems.kind, problems.grader, problems.train) == ("file", "number", 320)
+    assert not preset.datasets
+    [block] = preset.experiments.rl_math or []
+    assert block.ranks == {"all": [1, 32]}
+    assert (block.problems_per_step, block.group_size, block.steps, block.seeds) == (16, 16, 50, 3)
+    # Half of the 512 tokens that the model takes.
+    assert block.max_new_tokens == 256
+    # A quarter of the law's 4.28e-4, and ten times as much.
+    assert block.lrs.fullft == [2.2e-5, 4.6e-5, 1e-4, 2.2e-4, 4.6e-4]
+    assert block.lrs.lora == [2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3]
+    assert len(list(make_problems(problems))) == 400
+
+
+def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_path, base):
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (base / "config.json").write_text(json.dumps(config))
+    data = write_problems(tmp_path / "sums.jsonl", 2000)
+    preset, said = init(tmp_path / "mine.yaml", str(base), data, Choices(grader="boxed", epochs=2.0, ranks=(4,)))
+    [block] = preset.experiments.rl_math or []
+    assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
+    assert "chat_template: plain" in said
+
+
+@pytest.mark.parametrize(
+    ("grader", "form", "message"),
+    [("numbr", None, "grader 'numbr': allowed: number, boxed"), ("number", "text", "--format and --grader")],
+)
+def test_a_wrong_choice_of_grader_is_one_sentence(grader, form, message, tmp_path):
+    data = write_problems(tmp_path / "sums.jsonl", 40)
+    with pytest.raises(UserError, match=message):
+        init(tmp_path / "mine.yaml", "tiny", data, Choices(grader=grader), form=form)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_problems_must_be_a_file_with_their_columns(tmp_path):
+    with pytest.raises(UserError, match="problems 'owner/name' is no file"):
+        init(tmp_path / "mine.yaml", "tiny", "owner/name", Choices(grader="boxed"))
+    with pytest.raises(UserError, match="has the columns completion, prompt; answer, question is needed|question"):
+        init(tmp_path / "mine.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))

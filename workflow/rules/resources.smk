@@ -32,7 +32,7 @@ def in_time(minutes):
 
 
 def retries(jobs):
-    """How often jobs that leave checkpoints start again; 0 is as often as the profile says.
+    """How often jobs that leave checkpoints start again; None is as often as the profile says.
 
     Where a site limits the time, that may end a job as often as it takes, beside three failures.
 
@@ -40,7 +40,7 @@ def retries(jobs):
         jobs: their `lorabench.resources.Resources`.
     """
     if LONGEST is None:
-        return 0
+        return None
     return 3 + restarts(jobs, LONGEST)
 
 
