@@ -190,5 +190,5 @@ def test_a_wrong_choice_of_grader_is_one_sentence(grader, form, message, tmp_pat
 def test_problems_must_be_a_file_with_their_columns(tmp_path):
     with pytest.raises(UserError, match="problems 'owner/name' is no file"):
         init(tmp_path / "mine.yaml", "tiny", "owner/name", Choices(grader="boxed"))
-    with pytest.raises(UserError, match="has the columns completion, prompt; answer, question is needed|question"):
+    with pytest.raises(UserError, match="has the columns 'prompt', 'completion'; 'question', 'answer' is needed"):
         init(tmp_path / "mine.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))
