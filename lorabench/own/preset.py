@@ -193,7 +193,9 @@ datasets:
 
 def _rl_parts(model: Model, problems: Problems, choices: Choices, model_name: str, problems_name: str) -> _Parts:
     sizes = splits(problems.usable, choices.held_out)
-    ranks = choices.ranks or tuple(sorted({1, advice.recommended_rank(model.sizes.hidden, 1.0, None)}))
+    ranks = choices.ranks or tuple(
+        sorted({1, advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)})
+    )
     fullft, lora = _law(model)
     per_step = min(advice.PROBLEMS_PER_STEP, sizes.train)
     return _Parts(
