@@ -148,11 +148,6 @@ def add_lane(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> 
     _scale_a(model, adapter, init_a)
 
 
-def can_share(model: PeftModel) -> bool:
-    """Whether rows of several adapters can go through the model as one batch; PEFT has no such way for experts."""
-    return not model.active_peft_config.target_parameters
-
-
 @contextmanager
 def _without_idle_warnings() -> Iterator[None]:
     """Without those of PEFT that are about nothing."""
@@ -185,13 +180,15 @@ def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield ".".join(path + ([module.parameter_name] if isinstance(module, ParamWrapper) else [])), module
 
 
-def adapter_pairs(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A (r, d_in), B (d_out, r) and scaling alpha/r of each linear layer with LoRA, experts left out.
+def adapter_pairs(
+    model: torch.nn.Module, adapter: str = "default"
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """A (r, d_in), B (d_out, r) and scaling alpha/r of an adapter in each linear layer with LoRA, experts left out.
 
     The tensors are the parameters themselves, so they follow the training.
     """
     return {
-        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
         for name, layer in lora_layers(model)
         if not in_expert(name)
     }

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lorabench.data.grading import Grader
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
-from lorabench.models.lora import add_lane, can_share
+from lorabench.models.lora import add_lane
+from lorabench.models.lora_lanes import can_share
 from lorabench.plan import Run
 from lorabench.records import file_sha256
 from lorabench.training import stop

@@ -1,0 +1,154 @@
+"""LoRA of several lanes on one frozen base, computed faster than layer by layer.
+
+PEFT puts the adapters on, one for each lane, and saves them; here its linear layers get another forward pass. The base
+is computed for the rows of all lanes as one product. A and B of all lanes are stacked, and added to the result in
+place; the backward pass is written out, so that no product of the size of the activations is kept or scaled. With
+autocast the frozen weights are cast once, not in every pass.
+
+Experts that a model keeps in one parameter have LoRA through PEFT's own forward pass; then there is one lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorabench.models.lanes import Lane, Rows, Shelf, Stack
+from lorabench.models.lora import adapter_pairs, in_expert, lora_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def can_share(model: PeftModel) -> bool:
+    """Whether rows of several lanes can go through the model: experts see tokens without their rows."""
+    return not any(in_expert(name) for name, _ in lora_layers(model))
+
+
+def stack_lora(model: PeftModel, names: Sequence[str]) -> Stack:
+    """The lanes of a model that has an adapter of each of these names, of the same shapes; all adapters but these go on
+    lying idle. `model.unload()` gives the base back.
+
+    Raises:
+        ValueError: several lanes on a model that can't share (see `can_share`).
+    """
+    from peft.tuners.lora import Linear
+
+    if len(names) > 1 and not can_share(model):
+        raise ValueError(f"{len(names)} lanes on a model whose experts carry LoRA")
+    starts: list[dict[str, nn.Parameter]] = []
+    for adapter in names:
+        weights = {name: p for name, p in model.named_parameters() if f".{adapter}." in name and ".lora_" in name}
+        starts.append({lane_name(name, adapter): parameter for name, parameter in weights.items()})
+    groups = [[name for name in starts[0] if (".lora_B." in name) == is_b] for is_b in (False, True)]
+    shelf, rows = Shelf(starts, groups), Rows(len(names))
+    for lane, weights in enumerate(starts):
+        for name, parameter in weights.items():
+            shelf.mirror(lane, name, parameter)
+    modules = {id(module): name for name, module in model.named_modules()}
+    for _, layer in lora_layers(model):
+        # Where experts are one parameter PEFT's own forward pass reads the one lane's mirrors.
+        if isinstance(layer, Linear):
+            keys = [f"{modules[id(layer)]}.lora_{factor}.default.weight" for factor in "AB"]
+            layer.forward = _Forward(layer, shelf, keys, rows, layer.scaling[names[0]])
+    lanes = {name: Lane(shelf.places(lane), adapter_pairs(model, name)) for lane, name in enumerate(names)}
+    return Stack(model, lanes, rows, shelf)
+
+
+def lane_name(name: str, adapter: str) -> str:
+    """A parameter's name, whatever its adapter is called."""
+    return name.replace(f".{adapter}.", ".default.")
+
+
+class _Forward:
+    """The forward pass of one linear layer."""
+
+    def __init__(self, layer: Any, shelf: Shelf, keys: Sequence[str], rows: Rows, scaling: float) -> None:
+        self._base: nn.Linear = layer.base_layer
+        self._shelf, self._keys, self._rows, self._scaling = shelf, tuple(keys), rows, scaling
+        self._cast: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, ..., d_in) to (rows, ..., d_out)."""
+        a, b = (self._shelf.leaves[key] for key in self._keys)
+        weight, bias = self._base.weight, self._base.bias
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if self._cast is None or self._cast[0].dtype != dtype:
+                self._cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+            weight, bias = self._cast
+            x = x.to(dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        counts = self._rows.tokens(len(flat))
+        y: Tensor = _Product.apply(flat, weight, bias, a, b, self._scaling, counts)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+
+class _Product(torch.autograd.Function):
+    """x W' + scaling (x A') B' with each lane's A and B.
+
+    x (tokens, d_in), W (d_out, d_in), A (lanes, r, d_in), B (lanes, d_out, r); the tokens of a lane lie side by side.
+    The gradients of A and B are added to `A.grad` and `B.grad` where these lie, on the shelf.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, counts: list[int]
+    ) -> Tensor:
+        ctx.gradients = a.grad, b.grad
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        if _even(counts):
+            lanes = len(counts)
+            inner = torch.bmm(x.view(lanes, -1, x.shape[-1]), a.mT).mul_(scaling)
+            y.view(lanes, -1, y.shape[-1]).baddbmm_(inner, b.mT)
+            inner = inner.flatten(0, 1)
+        else:
+            inner = x.new_empty(len(x), a.shape[1])
+            for lane, (xs, ys, inners) in enumerate(zip(*(t.split(counts) for t in (x, y, inner)), strict=True)):
+                torch.mm(xs, a[lane].t(), out=inners)
+                ys.addmm_(inners.mul_(scaling), b[lane].t())
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scaling, ctx.counts = scaling, counts
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, inner = ctx.saved_tensors
+        g, counts = gradients[0].contiguous(), ctx.counts
+        to_a, to_b = ctx.gradients
+        gx = g @ weight if ctx.needs_input_grad[0] else None
+        if _even(counts):
+            xs, gs, inners = (tensor.view(len(counts), -1, tensor.shape[-1]) for tensor in (x, g, inner))
+            ginner = torch.bmm(gs, b).mul_(ctx.scaling)
+            _add(to_a, ginner.mT, xs)
+            _add(to_b, gs.mT, inners)
+            if gx is not None:
+                gx.view_as(xs).baddbmm_(ginner, a)
+            return gx, *(None,) * 6
+        for lane, (xs, gs, inners) in enumerate(zip(*(t.split(counts) for t in (x, g, inner)), strict=True)):
+            ginner = (gs @ b[lane]).mul_(ctx.scaling)
+            _add(to_a[lane : lane + 1], ginner.t()[None], xs[None])
+            _add(to_b[lane : lane + 1], gs.t()[None], inners[None])
+            if gx is not None:
+                gx.split(counts)[lane].addmm_(ginner, a[lane])
+        return gx, *(None,) * 6
+
+
+def _even(counts: list[int]) -> bool:
+    """Whether there are several lanes with as many tokens each."""
+    return len(counts) > 1 and len(set(counts)) == 1
+
+
+def _add(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add products, one for each lane, to what is there, in its type."""
+    if to.dtype == left.dtype:
+        to.baddbmm_(left, right)
+    else:
+        to.add_(torch.bmm(left, right))
