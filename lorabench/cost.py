@@ -95,7 +95,11 @@ def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, plac
 def lanes(preset: Preset, sweep: Sweep, gpus: int) -> int:
     """Runs of a sweep that are held in memory together: those of LoRA in RL, but on a sharded model they take turns."""
     sharded = gpus > 1 and preset.execution.sharding == "fsdp"
-    together = sweep.condition.rollouts is not None and sweep.condition.method == "lora" and not sharded
+    together = (
+        sweep.condition.method == "lora"
+        and not sharded
+        and not dimensions(preset.models[sweep.condition.model]).experts
+    )
     return min(preset.execution.lanes, sweep.n_runs) if together else 1
 
 

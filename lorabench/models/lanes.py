@@ -2,9 +2,9 @@
 
 The rows of a batch are dealt to lanes, those of one lane side by side, and every layer that is trained computes each
 lane's rows with that lane's weights; all other layers see one larger batch. What is trained lies lane by lane on a
-`Shelf`: a layer reads the weights of all lanes as one stacked tensor, an optimizer steps all weights of one lane as one.
+`Shelf`: a layer reads the weights of all lanes as one stacked tensor, an optimizer steps those of one lane as one.
 
-Where a model has one lane that needs none of this (full fine-tuning, sharded models), `plain_lane` is its parameters.
+Where a model has one lane that needs none of this (full fine-tuning, sharded models), `alone` takes its parameters.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ class Lane:
         """The tensors that an optimizer steps."""
         return list(dict.fromkeys(place.parameter for place in self.places.values()))
 
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(place.shape.numel() for place in self.places.values())
+
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for place in self.places.values():
@@ -78,10 +83,14 @@ class Lane:
                 parameter.grad.zero_()
 
 
-def plain_lane(model: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor, float]] | None = None) -> Lane:
-    """The parameters of a model that are trained."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Lane({name: Place(parameter, parameter.shape) for name, parameter in trained.items()}, pairs or {})
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def lane_name(name: str, adapter: str) -> str:
+    """A parameter's name, whatever its adapter is called."""
+    return name.replace(f".{adapter}.", ".default.")
 
 
 class Shelf:
@@ -184,6 +193,20 @@ class Stack:
         self.rows.counts = (1,) * len(self.lanes)
 
 
-def alone(model: nn.Module, name: str, pairs: Mapping[str, tuple[Tensor, Tensor, float]] | None = None) -> Stack:
-    """A model's one run, which trains the model's parameters as they are."""
-    return Stack(model, {name: plain_lane(model, pairs)}, Rows(1))
+def alone(
+    model: nn.Module,
+    name: str,
+    adapter: str | None = None,
+    pairs: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
+) -> Stack:
+    """A model's one run, which trains the model's parameters as they are.
+
+    Args:
+        adapter: name of the adapter that is trained, if any.
+        pairs: its factors.
+    """
+    places = {
+        lane_name(key, adapter) if adapter else key: Place(parameter, parameter.shape)
+        for key, parameter in trained_parameters(model).items()
+    }
+    return Stack(model, {name: Lane(places, pairs or {})}, Rows(1))

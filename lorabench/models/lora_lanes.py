@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.models.lanes import Lane, Rows, Shelf, Stack
+from lorabench.models.lanes import Lane, Rows, Shelf, Stack, lane_name
 from lorabench.models.lora import adapter_pairs, in_expert, lora_layers
 
 if TYPE_CHECKING:
@@ -59,11 +59,6 @@ def stack_lora(model: PeftModel, names: Sequence[str]) -> Stack:
     return Stack(model, lanes, rows, shelf)
 
 
-def lane_name(name: str, adapter: str) -> str:
-    """A parameter's name, whatever its adapter is called."""
-    return name.replace(f".{adapter}.", ".default.")
-
-
 class _Forward:
     """The forward pass of one linear layer."""
 
@@ -75,7 +70,8 @@ class _Forward:
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, ..., d_in) to (rows, ..., d_out)."""
         a, b = (self._shelf.leaves[key] for key in self._keys)
-        weight, bias = self._base.weight, self._base.bias
+        weight: Tensor = self._base.weight
+        bias: Tensor | None = self._base.bias
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -98,7 +94,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, counts: list[int]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        counts: list[int],
     ) -> Tensor:
         ctx.gradients = a.grad, b.grad
         a, b = a.to(x.dtype), b.to(x.dtype)

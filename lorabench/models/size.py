@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model that is about to be trained."""
+
+    base_parameters: int
+    train_flops_per_token: int
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Sizes:
+        """Counted from the model."""
+        return cls(base_parameters(model), train_flops_per_token(model))
 
 
 def base_parameters(model: torch.nn.Module) -> int:

@@ -7,7 +7,7 @@ by default; it pays where examples are short and their lengths differ much.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -113,8 +113,17 @@ class Batch(NamedTuple):
         """Scored targets."""
         return int((self.targets != IGNORED).sum())
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+    def scored_by(self, lanes: int) -> np.ndarray:
+        """Scored targets of each lane, (lanes,): so many have as many rows each, one after another."""
+        counts: np.ndarray = (self.targets != IGNORED).view(lanes, -1).sum(1).cpu().numpy()
+        return counts
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device. A GPU fetches it on its own while this process goes on."""
+        import torch
+
+        if torch.device(device).type == "cuda":
+            return Batch(*(None if t is None else t.pin_memory().to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
@@ -138,6 +147,17 @@ def collate(split: TokenizedSplit, rows: Iterable[int | np.ndarray]) -> Batch:
             start = end
     packed = any(len(row) > 1 for row in examples)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions) if packed else None)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of one shape, one batch after another."""
+    import torch
+
+    if len(batches) == 1:
+        return batches[0]
+    inputs, targets, positions = zip(*batches, strict=True)
+    packed = positions[0] is not None
+    return Batch(torch.cat(inputs), torch.cat(targets), torch.cat(positions) if packed else None)
 
 
 def scored_tokens(split: TokenizedSplit) -> int:

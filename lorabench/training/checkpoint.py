@@ -17,6 +17,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.models.lanes import Lane, trained_parameters
 from lorabench.plan import PROTOCOL_VERSION
 from lorabench.records import atomic_path
 from lorabench.tensors import DamagedError, read_header, read_tensors, write_tensors
@@ -26,25 +27,23 @@ if TYPE_CHECKING:
     import torch
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that are trained, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def save_checkpoint(
     path: Path,
     run_id: str,
-    model: torch.nn.Module,
+    lane: Lane,
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     processes: Processes = ALONE,
 ) -> None:
-    """Write parameters, optimizer state and `progress` (plain JSON data with the `step`), whole or not at all."""
+    """Write weights, optimizer state and `progress` (plain JSON data with the `step`), whole or not at all."""
     tensors = {}
-    for name, parameter in trainable(model).items():
-        tensors[f"parameter/{name}"] = local(parameter.detach()).contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}/{name}"] = local(value).contiguous()
+    for name, place in lane.places.items():
+        state = {"parameter": place.parameter.detach(), **optimizer.state[place.parameter]}
+        for key, value in state.items():
+            # Adam's step count is one number for all that is stepped at once.
+            part = value if value.ndim == 0 else place.of(local(value))
+            # On a shelf many weights are one tensor, which is not what safetensors writes.
+            tensors[f"{key}/{name}"] = local(part).contiguous() if place.start is None else part.clone()
     count = processes.count if processes.sharded else 1
     parts = _parts(path, progress["step"], count)
     about = _owner(run_id)
@@ -65,11 +64,11 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path,
     run_id: str,
-    model: torch.nn.Module,
+    lane: Lane,
     optimizer: torch.optim.Optimizer,
     processes: Processes = ALONE,
 ) -> dict[str, Any] | None:
-    """Restore parameters and optimizer state in place; returns what was saved as `progress`.
+    """Restore weights and optimizer state in place; returns what was saved as `progress`.
 
     None, with nothing touched, if there is no checkpoint, or none that can be used: then the log says why.
     """
@@ -77,32 +76,37 @@ def load_checkpoint(
 
     if not path.exists():
         return None
-    parameters = trainable(model)
     try:
         parts, progress = _read(path, run_id)
         there = {name: _shape(parts, name) for name in parts[0] if name.startswith("parameter/")}
-        if there != {f"parameter/{name}": tuple(parameter.shape) for name, parameter in parameters.items()}:
+        if there != {f"parameter/{name}": tuple(place.shape) for name, place in lane.places.items()}:
             raise DamagedError(f"{path} is of a model with other parameters")
     except DamagedError as error:
         if processes.first:
             logging.warning("run %s starts anew: checkpoint %s", run_id, error)
         return None
 
-    def read(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    def read(name: str, like: torch.Tensor) -> torch.Tensor:
         tensors: list[torch.Tensor] = [part[name] for part in parts]
         if tensors[0].ndim == 0:
             # Adam's step count, which is on the CPU unless it is fused on a GPU.
-            return tensors[0].to(parameter.device)
-        return placed(torch.cat(tensors), parameter)
+            return tensors[0].to(like.device)
+        return placed(torch.cat(tensors), like)
 
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(read(f"parameter/{name}", parameter))
-            optimizer.state[parameter] = {
-                key: read(f"{key}/{name}", parameter)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}/{name}" in parts[0]
-            }
+        for name, place in lane.places.items():
+            parameter = place.parameter
+            weight = place.of(parameter.detach())
+            weight.copy_(read(f"parameter/{name}", weight))
+            state = optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{key}/{name}" not in parts[0]:
+                    continue
+                tensor = read(f"{key}/{name}", weight)
+                if tensor.ndim == 0 or place.start is None:
+                    state[key] = tensor
+                else:
+                    place.of(state.setdefault(key, torch.zeros_like(parameter))).copy_(tensor)
     if processes.first:
         logging.info("run %s goes on after step %d", run_id, progress["step"])
     return progress
@@ -115,6 +119,14 @@ def checkpoint_step(path: Path) -> int:
     except DamagedError:
         return 0
     return int(json.loads(about.get("progress", '{"step": 0}'))["step"])
+
+
+def usable_step(path: Path, run_id: str) -> int:
+    """The step of a run's checkpoint, which is read to its end; 0 if there is none that can be used."""
+    try:
+        return int(_read(path, run_id)[1]["step"])
+    except DamagedError:
+        return 0
 
 
 def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -146,7 +158,7 @@ def _shape(parts: list[dict[str, Any]], name: str) -> tuple[int, ...]:
 def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
     """What was trained of a sharded model, put together on the CPU of the first process; empty in the others."""
     gathered = {}
-    for name, parameter in trainable(model).items():
+    for name, parameter in trained_parameters(model).items():
         tensor = whole(parameter.detach())
         if processes.first:
             gathered[name] = tensor.cpu()

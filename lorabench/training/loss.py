@@ -1,40 +1,134 @@
-"""The one loss: NLL in nats, summed over scored tokens."""
+"""The one loss: NLL in nats, summed over scored tokens, for one model or for several lanes of it.
+
+Logits are computed where a token is scored and nowhere else, and of so many tokens at a time that those of a whole
+batch with a large vocabulary are never held at once. The decoder and the unembedding are called as modules, so LoRA on
+either takes part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
-from lorabench.training.batches import IGNORED, collate, micro_batches
+from lorabench.models.lanes import Rows
+from lorabench.training.batches import IGNORED, Batch, collate, joined, micro_batches
 from lorabench.training.distributed import ALONE, Processes, enter
 
 if TYPE_CHECKING:
     from torch import nn
 
+MAX_LOGITS = 1 << 22
+"""Logits that are computed at once: 16 MiB in fp32, and a few times as much with their gradient."""
 
-def nll_sum(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None
-) -> torch.Tensor:
+
+def nll_sum(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
     """Sum of the NLL over scored targets, a scalar, in fp32; the arguments are those of a `Batch`.
 
-    Logits are computed where a token is scored and nowhere else. The decoder and the unembedding are
-    called as modules, so LoRA on either takes part.
+    All logits are computed at once.
     """
-    return enter(model, _nll_sum, inputs, targets, positions)
+    return nll_sums(model, Batch(inputs, targets, positions), Rows(1)).sum()
 
 
-def _nll_sum(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None
-) -> torch.Tensor:
+def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
+    """Sum of the NLL over each lane's scored targets, (lanes,), in fp32.
+
+    With a gradient all logits are computed at once (but see `add_gradient`).
+
+    Args:
+        batch: as many rows of each lane, lane after lane.
+    """
+    with rows.are(_dealt(batch, rows)):
+        return enter(model, _nll_sums, batch, rows)
+
+
+def _nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
+    hidden, targets, counts = _hidden(model, batch, rows)
+    size = max(1, len(targets)) if torch.is_grad_enabled() else _at_once(model, MAX_LOGITS)
+    parts = [_sums(model, hidden[piece], targets[piece], own, rows) for piece, own in _pieces(counts, size)]
+    return torch.stack(parts).sum(0)
+
+
+def add_gradient(
+    model: nn.Module,
+    batch: Batch,
+    rows: Rows,
+    divisors: Sequence[int],
+    autocast: torch.dtype | None,
+    max_logits: int | None = MAX_LOGITS,
+) -> Tensor:
+    """Add the gradient of each lane's NLL over its divisor; returns those quotients, (lanes,), on the device.
+
+    Args:
+        batch: as many rows of each lane, lane after lane.
+        max_logits: of what is computed at once; None for all, as a sharded model needs.
+    """
+    device = batch.inputs.device
+    divisor = torch.tensor(divisors, dtype=torch.float32, device=device)
+
+    def cast() -> torch.autocast:
+        return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+
+    # Around the backward pass too: layers whose activations are computed again ask for their rows again.
+    with rows.are(_dealt(batch, rows)):
+        if max_logits is None or batch.scored <= _at_once(model, max_logits):
+            with cast():
+                nll = nll_sums(model, batch, rows) / divisor
+            nll.sum().backward()
+            return nll.detach()
+        with cast():
+            hidden, targets, counts = _hidden(model, batch, rows)
+        # The graph of the unembedding is walked piece by piece, then that of the decoder once.
+        leaf, total = hidden.detach().requires_grad_(), torch.zeros_like(divisor)
+        for piece, own in _pieces(counts, _at_once(model, max_logits)):
+            with cast():
+                nll = _sums(model, leaf[piece], targets[piece], own, rows) / divisor
+            nll.sum().backward()
+            total += nll.detach()
+        hidden.backward(leaf.grad)
+    return total
+
+
+def _dealt(batch: Batch, rows: Rows) -> tuple[int, ...]:
+    lanes = len(rows.counts)
+    return (len(batch.inputs) // lanes,) * lanes
+
+
+def _at_once(model: nn.Module, max_logits: int) -> int:
+    """Tokens that have so many logits."""
+    return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
+
+
+def _hidden(model: nn.Module, batch: Batch, rows: Rows) -> tuple[Tensor, Tensor, list[int]]:
+    """What goes into the unembedding where a token is scored, (scored, width); those targets; how many of each lane."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = base.get_decoder()(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
-    scored = targets != IGNORED
-    logits = base.get_output_embeddings()(hidden[scored])
-    return torch.nn.functional.cross_entropy(logits.float(), targets[scored], reduction="sum")
+    hidden = base.get_decoder()(input_ids=batch.inputs, position_ids=batch.positions, use_cache=False)
+    scored = batch.targets != IGNORED
+    counts = batch.scored_by(len(rows.counts)).tolist()
+    return hidden.last_hidden_state[scored], batch.targets[scored], counts
+
+
+def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: Rows) -> Tensor:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    with rows.are(counts):
+        logits = base.get_output_embeddings()(hidden)
+    nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.stack([part.sum() for part in nll.split(list(counts))])
+
+
+def _pieces(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[int]]]:
+    """Slices of so many scored tokens, and how many of each lane are in each."""
+    total = sum(counts)
+    ends = [sum(counts[: lane + 1]) for lane in range(len(counts))]
+    for start in range(0, max(total, 1), size):
+        stop = min(start + size, total)
+        own = [max(0, min(stop, end) - max(start, end - count)) for end, count in zip(ends, counts, strict=True)]
+        yield slice(start, stop), own
 
 
 def check_plain_head(model: nn.Module) -> None:
@@ -81,11 +175,33 @@ def mean_nll(
     packing: bool = False,
 ) -> float:
     """NLL in nats per scored token of a whole split, token-weighted."""
-    total, count = 0.0, 0
+    return mean_nlls(model, Rows(1), split, max_tokens, device, autocast, processes, packing)[0]
+
+
+@torch.no_grad()
+def mean_nlls(
+    model: nn.Module,
+    rows: Rows,
+    split: TokenizedSplit,
+    max_tokens: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    processes: Processes = ALONE,
+    packing: bool = False,
+) -> list[float]:
+    """As `mean_nll`, of every lane.
+
+    Args:
+        max_tokens: that go through the model at once, those of all lanes together.
+    """
+    lanes = len(rows.counts)
+    totals, count = torch.zeros(lanes, dtype=torch.float64, device=device), 0
     own = processes.share(split.lengths())
-    for part in processes.even(micro_batches(split.lengths()[own], max_tokens, packing=packing), own[:0]):
+    parts = micro_batches(split.lengths()[own], max_tokens // lanes, packing=packing)
+    for part in processes.even(parts, own[:0]):
         batch = collate(split, [own[row] for row in part])
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            total += nll_sum(model, *batch.to(device)).item()
         count += batch.scored
-    return processes.total(total) / processes.total(count)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            totals += nll_sums(model, joined([batch] * lanes).to(device), rows)
+    scored = processes.total(count)
+    return [processes.total(total) / scored for total in totals.tolist()]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config import Protocol
+from lorabench.models.lanes import Lane
 from lorabench.plan import Run
-from lorabench.training.checkpoint import trainable
 from lorabench.training.distributed import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -51,13 +51,13 @@ def recompute_activations(model: PreTrainedModel) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
-def make_optimizer(model: torch.nn.Module, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
-    """Adam over what is trainable, at the run's constant LR; that of LoRA's B may differ."""
+def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
+    """Adam over what a run trains, at the run's constant LR; that of LoRA's B may differ."""
     ratio = run.condition.lr_ratio or 1.0
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, parameter in trainable(model).items():
-        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
-    parameters: list[dict[str, Any]] = [{"params": group, "lr": lr} for lr, group in groups.items()]
+    groups: dict[float, dict[torch.nn.Parameter, None]] = {}
+    for name, place in lane.places.items():
+        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, {})[place.parameter] = None
+    parameters: list[dict[str, Any]] = [{"params": list(group), "lr": lr} for lr, group in groups.items()]
     return torch.optim.AdamW(
         parameters,
         betas=(protocol.betas[0], protocol.betas[1]),

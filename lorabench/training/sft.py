@@ -2,15 +2,17 @@
 
 Constant LR, no warm-up, Adam; the loss of a step is the token-weighted NLL of its batch. Read it top to
 bottom: `train_run` is the experiment.
+
+`train_run` is a generator: it asks for gradients and measurements by yielding, so that those of several runs are
+computed as one batch (`lanes.py`, `sft_lanes.py`). All else it does by itself.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +21,15 @@ import torch
 from lorabench.config import Protocol
 from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.models.lora import adapter_pairs
+from lorabench.models.lanes import Lane
 from lorabench.plan import Run
 from lorabench.training import stop
 from lorabench.training.adapter import AdapterProbe
-from lorabench.training.batches import collate, data_order, micro_batches, scored_tokens
-from lorabench.training.checkpoint import load_checkpoint, save_checkpoint, trainable
-from lorabench.training.distributed import whole
-from lorabench.training.loss import mean_nll, nll_sum
-from lorabench.training.run import Machine, Point, make_optimizer
+from lorabench.training.batches import data_order, scored_tokens
+from lorabench.training.checkpoints import Checkpoints
+from lorabench.training.distributed import Processes, whole
+from lorabench.training.run import Point, make_optimizer
+from lorabench.training.sft_lanes import Answer, Learn, Measure
 
 # A run whose training loss is this many nats above a uniform guess has exploded.
 EXPLODED_ABOVE_UNIFORM = 1.0
@@ -57,49 +59,46 @@ def curve_steps(steps: int, protocol: Protocol) -> set[int]:
 
 def train_run(
     run: Run,
-    model: torch.nn.Module,
-    data: dict[Split, TokenizedSplit],
+    lane: Lane,
+    vocabulary: int,
+    data: Mapping[Split, TokenizedSplit],
     protocol: Protocol,
-    machine: Machine,
-    checkpoint: Path,
+    processes: Processes,
+    checkpoints: Checkpoints,
     base_valid_nll: float,
     tick: Callable[[int], None] = lambda step: None,
-) -> Outcome:
-    """Train `model` (LoRA already on it, or fully trainable) as `run` says and measure it.
+) -> Generator[Learn | Measure, Answer, Outcome]:
+    """Train `lane` as `run` says and measure it.
 
-    Goes on from `checkpoint` if there is one and ends with the same numbers as an unbroken run.
+    Goes on from its checkpoint if there is one and ends with the same numbers as an unbroken run.
 
     Args:
+        vocabulary: size of the model's.
+        checkpoints: those of the runs that are trained together.
         base_valid_nll: validation NLL of the base model, the curve's point at step 0.
         tick: called after each step with the number of steps done.
+
+    Yields:
+        What is to be computed; what is sent back are the answers.
 
     Returns:
         The outcome; a loss that is not finite, or that explodes, ends the run as `diverged`.
     """
     condition, train = run.condition, data["train"]
-    parameters = list(trainable(model).values())
-    optimizer = make_optimizer(model, run, protocol)
+    optimizer = make_optimizer(lane, run, protocol)
     # Made before a checkpoint is loaded: it remembers the initial A.
-    probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
-    processes = machine.processes
+    probe = AdapterProbe(lane.pairs) if condition.method == "lora" else None
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
-    autocast = machine.autocast(protocol)
-    exploded = math.log(model.config.vocab_size) + EXPLODED_ABOVE_UNIFORM  # type: ignore[union-attr, arg-type]
+    exploded = math.log(vocabulary) + EXPLODED_ABOVE_UNIFORM
 
     outcome = Outcome(status="done", curve=[Point(0, 0, 0, "validation", "nll", base_valid_nll)])
     first_step, epoch_nats, epoch_scored = 0, 0.0, 0
-    saved = load_checkpoint(checkpoint, run.run_id, model, optimizer, processes)
+    saved = checkpoints.load(run.run_id, lane, optimizer)
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         epoch_nats, epoch_scored = saved["epoch_nats"], saved["epoch_scored"]
         outcome.curve = [Point(**point) for point in saved["curve"]]
-    started = time.perf_counter() - outcome.wall_s
-    last_saved = time.perf_counter()
-
-    def evaluate(split: Split) -> float:
-        limit, packing = machine.max_batch_tokens, machine.packing
-        return mean_nll(model, data[split], limit, machine.device, autocast, processes, packing)
 
     def record(step: int, split: Split, metric: str, value: float) -> None:
         finite = value if math.isfinite(value) else None
@@ -107,16 +106,19 @@ def train_run(
         outcome.curve.append(point)
 
     for step in range(first_step + 1, condition.steps + 1):
-        loss, tokens, scored = _backward(model, train, order[step - 1], machine, autocast)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf)).item()
-        outcome.train_tokens += tokens
+        learned = yield Learn(order[step - 1])
+        started = time.perf_counter()
+        loss = learned.nll
+        norm = whole(torch.nn.utils.clip_grad_norm_(lane.parameters, protocol.clip_norm or math.inf)).item()
+        outcome.train_tokens += learned.tokens
+        outcome.wall_s += learned.seconds
         record(step, "train", "nll", loss)
         record(step, "train", "grad_norm", norm)
         if processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
             outcome.status, outcome.diverged_at = "diverged", step
             break
         if step * condition.batch_size <= len(train):
-            epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
+            epoch_nats, epoch_scored = epoch_nats + loss * learned.scored, epoch_scored + learned.scored
         probed = probe if step in validate_at else None
         if probed:
             probed.before_step()
@@ -124,28 +126,30 @@ def train_run(
         if probed:
             for metric, value in probed.after_step().items():
                 record(step, "train", metric, value)
-        optimizer.zero_grad()
+        lane.zero_grad()
+        outcome.wall_s += time.perf_counter() - started
         if step in validate_at:
-            record(step, "validation", "nll", evaluate("validation"))
+            measured = yield Measure("validation")
+            outcome.wall_s += measured.seconds
+            record(step, "validation", "nll", measured.nll)
         tick(step)
-        stopping = processes.any(stop.requested())
-        due = time.perf_counter() - last_saved >= machine.checkpoint_seconds
-        if (stopping or processes.any(due)) and step < condition.steps:
+        if checkpoints.due(step, last=step == condition.steps):
             progress: dict[str, Any] = {
                 "step": step,
                 "train_tokens": outcome.train_tokens,
                 "epoch_nats": epoch_nats,
                 "epoch_scored": epoch_scored,
-                "wall_s": time.perf_counter() - started,
+                "wall_s": outcome.wall_s,
                 "curve": [vars(point) for point in outcome.curve],
             }
-            save_checkpoint(checkpoint, run.run_id, model, optimizer, progress, processes)
-            last_saved = time.perf_counter()
-            if stopping:
+            checkpoints.save(run.run_id, lane, optimizer, progress)
+            if checkpoints.stopping:
                 stop.end()
 
     if outcome.status == "done":
-        valid, test = outcome.curve[-1].value, evaluate("test")
+        measured = yield Measure("test")
+        outcome.wall_s += measured.seconds
+        valid, test = outcome.curve[-1].value, measured.nll
         if valid is None or not math.isfinite(test):
             outcome.status, outcome.diverged_at = "diverged", condition.steps
         else:
@@ -154,25 +158,4 @@ def train_run(
             if (condition.steps + 1) * condition.batch_size > len(train):
                 outcome.first_epoch_nats, outcome.first_epoch_scored_tokens = epoch_nats, epoch_scored
     outcome.test_scored_tokens = scored_tokens(data["test"])
-    outcome.wall_s = time.perf_counter() - started
     return outcome
-
-
-def _backward(
-    model: torch.nn.Module, train: TokenizedSplit, indices: np.ndarray, machine: Machine, autocast: torch.dtype | None
-) -> tuple[float, int, int]:
-    """Gradient of a batch's token-weighted NLL; returns that NLL, the batch's tokens, and those scored."""
-    processes = machine.processes
-    own = indices[processes.share(train.lengths()[indices])]
-    lengths = train.lengths()[own]
-    split = micro_batches(lengths, machine.max_batch_tokens, machine.micro_groups, machine.packing)
-    parts = [collate(train, [own[row] for row in part]) for part in processes.even(split, own[:0])]
-    scored = int(processes.total(sum(part.scored for part in parts)))
-    loss = 0.0
-    for part in parts:
-        with torch.autocast(machine.device.type, dtype=autocast, enabled=autocast is not None):
-            part_loss = nll_sum(model, *part.to(machine.device)) / scored
-        part_loss.backward()
-        loss += part_loss.item()
-    processes.sum_gradients(trainable(model).values())
-    return processes.total(loss), int(processes.total(lengths.sum())), scored

@@ -1,21 +1,25 @@
-"""The runs of an SFT sweep, one after another."""
+"""The runs of an SFT sweep: in lanes as far as the plan has them together, else one after another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
+from lorabench.models.lanes import Stack, alone
+from lorabench.models.lora import adapter_pairs
+from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.size import Sizes
 from lorabench.plan import Run
 from lorabench.training import stop
+from lorabench.training.lanes import train_lanes
 from lorabench.training.loss import check_packing, check_plain_head, mean_nll
 from lorabench.training.sft import train_run
+from lorabench.training.sft_lanes import SftLanes
 from lorabench.training.sweep import Job, now, provenance
 
 if TYPE_CHECKING:
@@ -24,28 +28,45 @@ if TYPE_CHECKING:
 
 def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
     """Train those runs that are not finished, given with their number in the sweep, and write each as it ends."""
-    runs = job.unfinished(runs)
-    if not runs:
+    groups = job.together(runs)
+    if not groups:
         return
-    condition, preset = job.sweep.condition, job.plan.preset
+    condition, protocol, machine = job.sweep.condition, job.plan.preset.protocol, job.machine
     tokenizer = load_tokenizer(job.layout.model(condition.model))
     key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
     data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
     environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
-    adapter = "default" if condition.method == "lora" else None
     bases = _Bases(job)
-    for number, run in runs:
-        if job.machine.processes.any(stop.requested()):
+    for group in groups:
+        if machine.processes.any(stop.requested()):
             stop.end()
-        job.announce(number, run)
+        for number, run in group.values():
+            job.announce(number, run)
         base_nll = bases.base_valid_nll(data["validation"])
+        together = [run for _, run in group.values()]
         started = {"started": now()}
-        with bases.ready(run) as model:
-            tick = job.ticker(number, run)
-            checkpoint = job.folder(run).checkpoint
-            outcome = train_run(run, model, data, preset.protocol, job.machine, checkpoint, base_nll, tick)
-            job.write(run, outcome, model, environment | started, adapter)
-        del model  # before the next is loaded
+        with bases.ready(together) as (stack, sizes):
+            config: Any = stack.model.config
+            checkpoints = job.checkpoints(together)
+            lanes = {
+                name: train_run(
+                    run,
+                    stack.lanes[name],
+                    config.vocab_size,
+                    data,
+                    protocol,
+                    machine.processes,
+                    checkpoints,
+                    base_nll,
+                    job.ticker(number, run),
+                )
+                for name, (number, run) in group.items()
+            }
+            for name, outcome in train_lanes(lanes, SftLanes(stack, data, machine, machine.autocast(protocol))):
+                job.write(group[name][1], outcome, stack, sizes, environment | started)
+                checkpoints.ended(name)
+                stack.drop(name)
+        del stack, lanes  # before the next model is loaded
 
 
 class _Bases:
@@ -90,18 +111,23 @@ class _Bases:
         return self._base_nll
 
     @contextmanager
-    def ready(self, run: Run) -> Iterator[torch.nn.Module]:
-        """The model that a run trains."""
-        model: Any = self._pristine()
-        lora, processes = run.condition.method == "lora", self.job.machine.processes
-        if lora:
-            model = self.job.with_lora(model, run)
-        if not lora or processes.sharded:
+    def ready(self, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
+        """The model that these runs train, a lane each, named by run_id; and its sizes."""
+        model, processes, names = self._pristine(), self.job.machine.processes, [run.run_id for run in runs]
+        if runs[0].condition.method == "fullft":
             self._model = None
-            yield processes.shard(model)
+            sizes = Sizes.of(model)
+            yield alone(processes.shard(model), names[0]), sizes
+            return
+        adapted = self.job.with_lora(model, runs)
+        sizes = Sizes.of(adapted)
+        if processes.sharded:
+            self._model = None
+            adapted = processes.shard(adapted)
+            yield alone(adapted, names[0], names[0], adapter_pairs(adapted, names[0])), sizes
             return
         try:
-            yield model
+            yield stack_lora(adapted, names), sizes
         finally:
-            self._model = model.unload()
+            self._model = adapted.unload()
             self._model.requires_grad_(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config import FactsDataset
+from lorabench.cost import lanes
 from lorabench.errors import UserError
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
-from lorabench.models.lora import add_lora
-from lorabench.models.size import base_parameters, train_flops_per_token
+from lorabench.models.lanes import Stack
+from lorabench.models.lora import add_lane, add_lora
+from lorabench.models.size import Sizes
 from lorabench.plan import Plan, Run, Sweep
 from lorabench.progress import Progress
 from lorabench.records import RunFolder, write_json
 from lorabench.tables import best_lr, write_curves, write_sweep
-from lorabench.training.checkpoint import trainable, whole_weights
+from lorabench.training.checkpoint import whole_weights
+from lorabench.training.checkpoints import Checkpoints, in_step
 from lorabench.training.distributed import ALONE, Processes
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
 from lorabench.training.run import Machine, recompute_activations
@@ -87,15 +90,21 @@ class Job:
             recompute_activations(model)
         return model
 
-    def with_lora(self, model: PreTrainedModel, run: Run, adapter: str = "default") -> PeftModel:
-        """The model with the run's LoRA on it."""
+    def with_lora(self, model: PreTrainedModel, runs: Sequence[Run]) -> PeftModel:
+        """The model with an adapter for each run, named by its run_id."""
         condition = self.sweep.condition
         assert condition.rank
         assert condition.placement
         assert condition.alpha
         head = self.plan.preset.protocol.include_unembedding
         init_a = condition.init_a or 1.0
-        return add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed, init_a, adapter)
+        first, *others = runs
+        adapted = add_lora(
+            model, condition.rank, condition.placement, condition.alpha, head, first.seed, init_a, first.run_id
+        )
+        for run in others:
+            add_lane(adapted, run.run_id, run.seed, init_a)
+        return adapted
 
     def ticker(self, number: int, run: Run) -> Callable[[int], None]:
         """What a run calls after each step: one process says how far all are."""
@@ -107,21 +116,31 @@ class Job:
         if self.machine.processes.first:
             self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
 
-    def write(
-        self,
-        run: Run,
-        outcome: Outcome | RlOutcome,
-        model: Any,
-        environment: dict[str, Any],
-        adapter: str | None = None,
-    ) -> None:
-        """Write a finished run's record, curves and weights, whole or not at all. Called in every process.
+    def together(self, runs: list[tuple[int, Run]]) -> list[dict[str, tuple[int, Run]]]:
+        """Groups of those runs that are still to be trained, each by run_id with its number: a group's go in lanes."""
+        machine = self.machine
+        gpus = machine.processes.count if machine.device.type == "cuda" else 0
+        size = 1 if machine.processes.sharded else lanes(self.plan.preset, self.sweep, gpus)
+        groups = []
+        # Formed before finished ones are left out: what goes on does so beside the same runs.
+        for start in range(0, len(runs), size):
+            group = {run.run_id: (number, run) for number, run in self.unfinished(runs[start : start + size])}
+            if group:
+                paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
+                groups += [{run_id: group[run_id] for run_id in ids} for ids in in_step(paths, machine.processes)]
+        return groups
 
-        Args:
-            adapter: name of the adapter to keep, None for the whole model.
-        """
+    def checkpoints(self, runs: Iterable[Run]) -> Checkpoints:
+        """Those of runs that go in lanes."""
+        paths = {run.run_id: self.folder(run).checkpoint for run in runs}
+        return Checkpoints(paths, self.machine.checkpoint_seconds, self.machine.processes)
+
+    def write(
+        self, run: Run, outcome: Outcome | RlOutcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]
+    ) -> None:
+        """Write a finished run's record, curves and weights, whole or not at all. Called in every process."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
-        config = model.config
+        config: Any = stack.model.config
         dataset = preset.sources[condition.dataset]
         rollouts = condition.rollouts
         record = {
@@ -135,24 +154,24 @@ class Job:
             },
             "outcome": {
                 **{key: value for key, value in asdict(outcome).items() if key != "curve"},
-                "trainable_params": sum(parameter.numel() for parameter in trainable(model).values()),
-                "base_params": base_parameters(model),
+                "trainable_params": stack.lanes[run.run_id].size,
+                "base_params": sizes.base_parameters,
                 "family": config.model_type,
                 "hidden_size": config.hidden_size,
                 "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
-                "train_flops": train_flops_per_token(model) * outcome.train_tokens,
+                "train_flops": sizes.train_flops_per_token * outcome.train_tokens,
                 "peak_mem_bytes": int(processes.most(peak_memory_bytes(self.machine.device))),
             },
             "environment": environment,
         }
         keep = outcome.status != "diverged"
-        weights = whole_weights(model, processes) if keep and processes.sharded else None
+        weights = whole_weights(stack.model, processes) if keep and processes.sharded else None
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_curves(run.run_id, outcome.curve, staged.curves)
                 if keep:
-                    _save_weights(model, staged, adapter, weights)
+                    _save_weights(stack, run, staged, weights)
                 write_json(record, staged.record)
         processes.wait()
 
@@ -248,15 +267,15 @@ def _result(outcome: dict[str, Any]) -> str:
     return f"test {outcome['final_test_nll']:.4f} nats"
 
 
-def _save_weights(model: Any, folder: RunFolder, adapter: str | None, weights: dict[str, torch.Tensor] | None) -> None:
-    """Save a model or an adapter; of a sharded one the `weights` are given, put together."""
-    if adapter is None:
+def _save_weights(stack: Stack, run: Run, folder: RunFolder, weights: dict[str, torch.Tensor] | None) -> None:
+    """Save a run's adapter or whole model; of a sharded one the `weights` are given, put together."""
+    model: Any = stack.model
+    if run.condition.method == "fullft":
         model.save_pretrained(folder.weights, state_dict=weights)
         return
     # The adapter alone: PEFT would add a copy of the unembedding it sits on, and puts names into folders of their own.
+    adapter = run.run_id
     model.save_pretrained(folder.weights, save_embedding_layers=False, selected_adapters=[adapter], state_dict=weights)
-    named = folder.weights / adapter
-    if named.is_dir():
-        for path in named.iterdir():
-            os.replace(path, folder.weights / path.name)
-        named.rmdir()
+    for path in (folder.weights / adapter).iterdir():
+        os.replace(path, folder.weights / path.name)
+    (folder.weights / adapter).rmdir()

@@ -11,6 +11,7 @@ import torch
 from lorabench.config import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.lanes import Lane, alone
 from lorabench.models.tiny import shipped
 from lorabench.records import RunFolder
 from lorabench.tables import collect
@@ -85,17 +86,17 @@ def rewrite(path: Path, **about: str) -> None:
 
 
 def of_another_model(path: Path) -> None:
-    save_checkpoint(path, "mine", *model_and_optimizer(width=4), {"step": 7})
+    save_checkpoint(path, "mine", *lane_and_optimizer(width=4)[:2], {"step": 7})
 
 
-def model_and_optimizer(width: int = 3) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def lane_and_optimizer(width: int = 3) -> tuple[Lane, torch.optim.Optimizer, torch.nn.Module]:
     """A model after one step of Adam."""
     torch.manual_seed(width)
     model = torch.nn.Linear(width, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(width)).sum().backward()
     optimizer.step()
-    return model, optimizer
+    return alone(model, "mine").lanes["mine"], optimizer, model
 
 
 REASONS = {
@@ -112,13 +113,13 @@ REASONS = {
 @pytest.mark.parametrize(("damage", "reason"), REASONS.items())
 def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_path, caplog):
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, "mine", *model_and_optimizer(), {"step": 7})
-    model, optimizer = model_and_optimizer()
-    assert load_checkpoint(path, "mine", model, optimizer) == {"step": 7}
+    save_checkpoint(path, "mine", *lane_and_optimizer()[:2], {"step": 7})
+    lane, optimizer, model = lane_and_optimizer()
+    assert load_checkpoint(path, "mine", lane, optimizer) == {"step": 7}
     damage(path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     caplog.clear()
-    assert load_checkpoint(path, "mine", model, optimizer) is None
+    assert load_checkpoint(path, "mine", lane, optimizer) is None
     [told] = caplog.messages
     assert told.startswith(f"run mine starts anew: checkpoint {path} ")
     assert reason in told

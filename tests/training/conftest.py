@@ -14,12 +14,17 @@ from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer, skeleton
-from lorabench.models.lora import add_lora
+from lorabench.models.lanes import alone
+from lorabench.models.lora import adapter_pairs, add_lora
+from lorabench.models.lora_lanes import stack_lora
 from lorabench.plan import Condition, Run, make_plan
+from lorabench.training.checkpoints import Checkpoints, in_step
 from lorabench.training.distributed import ALONE, Processes
+from lorabench.training.lanes import train_alone
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine, recompute_activations
 from lorabench.training.sft import train_run
+from lorabench.training.sft_lanes import SftLanes
 from lorabench.training.sweep import run_sweep
 
 TINY = TinyModel(kind="tiny")
@@ -75,8 +80,17 @@ def train(
     model = processes.shard(model)
     base_nll = mean_nll(model, data["validation"], max_batch_tokens, machine.device, None, processes)
     run = Run(condition, lr, seed)
-    checkpoint = folder / "checkpoint.safetensors"
-    return train_run(run, model, data, protocol, machine, checkpoint, base_nll, tick), model
+    if condition.method == "lora" and not processes.sharded:
+        stack = stack_lora(model, ["default"])
+    else:
+        stack = alone(model, "default", "default", adapter_pairs(model))
+    paths = {run.run_id: folder / "checkpoint.safetensors"}
+    assert in_step(paths, processes) == [[run.run_id]]
+    checkpoints, vocabulary = Checkpoints(paths, checkpoint_seconds, processes), model.config.vocab_size
+    [lane] = stack.lanes.values()
+    running = train_run(run, lane, vocabulary, data, protocol, processes, checkpoints, base_nll, tick)
+    served = SftLanes(stack, data, machine, machine.autocast(protocol))
+    return train_alone(running, served, "default"), model
 
 
 @pytest.fixture

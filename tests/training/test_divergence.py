@@ -19,16 +19,16 @@ def test_a_huge_learning_rate_ends_as_diverged(method, rank, data, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatch):
-    from lorabench.training import sft
+    from lorabench.training import sft_lanes
 
-    real, calls = sft.nll_sum, []
+    real, calls = sft_lanes.add_gradient, []
 
     def broken(*arguments):
         calls.append(None)
         # Two micro-batches a step: the third step's first.
         return real(*arguments) * (math.nan if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(sft, "nll_sum", broken)
+    monkeypatch.setattr(sft_lanes, "add_gradient", broken)
     outcome, model = train(condition_of("lora", 4, steps=20, batch_size=4), data, tmp_path, lr=1e-3)
     assert (outcome.status, outcome.diverged_at) == ("diverged", 3)
     last = [point for point in outcome.curve if point.step == 3 and point.metric == "nll"]

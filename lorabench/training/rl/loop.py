@@ -3,8 +3,8 @@
 Each step samples a group of responses to each of its problems, grades them, and makes one update by the objective
 of `objective.py`, at constant LR with Adam. Read it top to bottom: `train_rl` is the experiment.
 
-`train_rl` is a generator: it asks for responses by yielding requests, so that `lanes.py` can sample for several runs
-at once. All else it does by itself.
+`train_rl` is a generator: it asks for responses and gradients by yielding, so that several runs sample and learn at
+once (`training/lanes.py`, `rl/serve.py`). All else it does by itself.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import torch
 
 from lorabench.config import Protocol
 from lorabench.data.reflection import reflects
+from lorabench.models.lanes import Lane
 from lorabench.plan import Rollouts, Run
 from lorabench.training import stop
 from lorabench.training.batches import data_order
-from lorabench.training.checkpoint import trainable
-from lorabench.training.distributed import whole
-from lorabench.training.rl.checkpoints import Checkpoints
-from lorabench.training.rl.objective import Group, Step, backward
+from lorabench.training.checkpoints import Checkpoints
+from lorabench.training.distributed import Processes, whole
+from lorabench.training.rl.objective import Group, Step
 from lorabench.training.rl.problems import Grades, Problems, Texts, grade
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.run import Machine, Point, make_optimizer
+from lorabench.training.rl.serve import Learn, Learned, Sample, Sampled
+from lorabench.training.run import Point, make_optimizer
 
 PATIENCE = 0.2
 """A run without a single reward in this share of its steps is stopped: its policy has not moved and will not."""
@@ -39,18 +40,6 @@ MIN_PATIENCE = 3
 
 Scores = dict[str, dict[str, float]]
 """Metrics by split."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Responses in the order of the requests; the seconds that they took, and the speed of the whole batch."""
-
-    responses: list[Response]
-    seconds: float
-    tokens_per_s: float
-
-
-Sampling = Generator[list[Request], Sampled, Any]
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
 
 def evaluate(
     environment: Environment, rollouts: Rollouts, seed: int, step: int, lane: str | None
-) -> Generator[list[Request], Sampled, tuple[Scores, float]]:
+) -> Generator[Sample, Sampled, tuple[Scores, float]]:
     """Metrics of validation, test and held-out sets, and the seconds that sampling took.
 
     Greedy, but for held-out sets with several samples per problem, which are drawn at temperature 1.
@@ -100,7 +89,7 @@ def evaluate(
         for problem, prompt in enumerate(problems.prompts)
         for sample in range(samples)
     ]
-    sampled = yield requests
+    sampled = yield Sample(requests)
     responses = iter(sampled.responses)
     scores: Scores = {}
     for name, (problems, grader, samples) in sets.items():
@@ -115,27 +104,25 @@ def evaluate(
 
 def train_rl(
     run: Run,
-    model: torch.nn.Module,
+    lane: Lane,
     environment: Environment,
     protocol: Protocol,
-    machine: Machine,
+    processes: Processes,
     checkpoints: Checkpoints,
     base: Scores,
-    lane: str | None = None,
     tick: Callable[[int], None] = lambda step: None,
-) -> Generator[list[Request], Sampled, RlOutcome]:
-    """Train `model` (an adapter already on it, or fully trainable) as `run` says and measure it.
+) -> Generator[Sample | Learn, Any, RlOutcome]:
+    """Train `lane` as `run` says and measure it.
 
     Goes on from its checkpoint if there is one and ends with the same numbers as an unbroken run.
 
     Args:
         checkpoints: those of the runs that are trained together.
         base: scores of the untouched base, the curve's points at step 0.
-        lane: name of the run's adapter; None for full fine-tuning.
         tick: called after each step with the number of steps done.
 
     Yields:
-        Requests; what is sent back are the responses.
+        What is to be sampled or learned; what is sent back is `Sampled` or `Learned`.
 
     Returns:
         The outcome. A loss or gradient that is not finite ends the run as `diverged`, a base that gets no reward in
@@ -143,12 +130,10 @@ def train_rl(
     """
     condition, rollouts = run.condition, run.condition.rollouts
     assert rollouts
-    _activate(model, lane)
-    optimizer = make_optimizer(model, run, protocol)
+    optimizer = make_optimizer(lane, run, protocol)
     train = environment.splits["train"]
     order = data_order(len(train), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
-    autocast, processes = machine.autocast(protocol), machine.processes
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
     first_step, response_tokens, rewarded = 0, 0, False
@@ -160,7 +145,7 @@ def train_rl(
             examples = step * condition.batch_size
             outcome.curve.append(Point(step, examples, response_tokens, split, metric, finite))
 
-    saved = checkpoints.load(run.run_id, model, optimizer)
+    saved = checkpoints.load(run.run_id, lane, optimizer)
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
@@ -172,31 +157,32 @@ def train_rl(
 
     for step in range(first_step + 1, condition.steps + 1):
         chosen = [int(problem) for problem in order[step - 1]]
-        sampled = yield [
-            Request(train.prompts[problem], (run.seed, step, problem, sample), lane)
-            for problem in chosen
-            for sample in range(rollouts.group_size)
-        ]
+        sampled: Sampled = yield Sample(
+            [
+                Request(train.prompts[problem], (run.seed, step, problem, sample), run.run_id)
+                for problem in chosen
+                for sample in range(rollouts.group_size)
+            ]
+        )
         started = time.perf_counter()
         groups, metrics = _graded(environment, chosen, sampled.responses, rollouts.group_size)
         response_tokens += sum(len(response.tokens) for response in sampled.responses)
         rewarded = rewarded or metrics["reward"] > 0
-        _activate(model, lane)
-        learning = time.perf_counter()
-        measured = backward(model, groups, machine.max_batch_tokens, autocast, processes)
-        parameters = list(trainable(model).values())
-        processes.sum_gradients(parameters)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, protocol.clip_norm or math.inf)).item()
+        outcome.wall_s += sampled.seconds + time.perf_counter() - started
+        learned: Learned = yield Learn(groups)
+        started = time.perf_counter()
+        measured = learned.step
+        norm = whole(torch.nn.utils.clip_grad_norm_(lane.parameters, protocol.clip_norm or math.inf)).item()
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # Where the rewards of each group are equal there is no gradient, and Adam's momentum shall move nothing.
         if finite and norm > 0:
             optimizer.step()
-        optimizer.zero_grad()
+        lane.zero_grad()
         outcome.train_tokens += measured.tokens + sum(len(group.prompt) for group in groups)
-        speed = measured.tokens / (time.perf_counter() - learning)
+        speed = learned.tokens_per_s
         metrics |= _measures(measured) | {"grad_norm": norm}
         record(step, "train", metrics | {"sample_tokens_per_s": sampled.tokens_per_s, "learn_tokens_per_s": speed})
-        outcome.wall_s += sampled.seconds + time.perf_counter() - started
+        outcome.wall_s += learned.seconds + time.perf_counter() - started
         if not finite:
             outcome.status, outcome.diverged_at = "diverged", step
             break
@@ -205,7 +191,7 @@ def train_rl(
             evaluations = [(base["validation"]["accuracy"], base["test"]["accuracy"])]
             break
         if step in evaluate_at:
-            scores, seconds = yield from evaluate(environment, rollouts, run.seed, step, lane)
+            scores, seconds = yield from evaluate(environment, rollouts, run.seed, step, run.run_id)
             outcome.wall_s += seconds
             evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
             for split, values in scores.items():
@@ -221,8 +207,7 @@ def train_rl(
                 "evaluations": evaluations,
                 "curve": [vars(point) for point in outcome.curve],
             }
-            _activate(model, lane)
-            checkpoints.save(run.run_id, model, optimizer, progress)
+            checkpoints.save(run.run_id, lane, optimizer, progress)
             if checkpoints.stopping:
                 stop.end()
 
@@ -231,12 +216,6 @@ def train_rl(
         # The first of equals; picked on validation, reported on test.
         outcome.best_reward = max(evaluations, key=lambda pair: pair[0])[1]
     return outcome
-
-
-def _activate(model: Any, lane: str | None) -> None:
-    """Make a lane's adapter the one that is computed and trained."""
-    if lane is not None:
-        model.set_adapter(lane)
 
 
 def _graded(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lorabench.models.lanes import Rows, Stack
 from lorabench.training.distributed import ALONE, Processes, enter
 from lorabench.training.rl.sampler import Response
 
@@ -65,50 +67,66 @@ class Step:
 
 
 def backward(
-    model: torch.nn.Module,
-    groups: Sequence[Group],
+    stack: Stack,
+    batches: Sequence[Sequence[Group]],
     max_tokens: int,
     autocast: torch.dtype | None = None,
     processes: Processes = ALONE,
-) -> Step:
-    """Add the gradient of the loss to the parameters; returns what was measured on the way.
+) -> list[Step]:
+    """Add the gradient of each lane's loss to its weights; returns what was measured on the way, for each lane.
 
-    Groups of equal rewards add nothing to the gradient and are only measured, unless there are no others.
+    Groups of equal rewards add nothing to the gradient and are only measured, unless a lane has no others.
 
     Args:
-        groups: the whole batch of a step; each process computes a share of it.
+        batches: the whole batch of a step of each lane; each process computes a share of it.
         max_tokens: limit of tokens, padding included, that go through the model at once.
     """
-    device = next(model.parameters()).device
-    episodes = sum(len(group.responses) for group in groups)
-    teaching = [group for group in groups if not group.equal] or list(groups)
-    idle = [group for group in groups if group.equal] if len(teaching) < len(groups) else []
-    sums, ratio_max = torch.zeros(5, dtype=torch.float64), 0.0
+    device = next(stack.model.parameters()).device
+    lanes = len(batches)
+    episodes = [sum(len(group.responses) for group in groups) for groups in batches]
+    teaching = [[group for group in groups if not group.equal] or list(groups) for groups in batches]
+    idle = [
+        [group for group in groups if group.equal] if len(learned) < len(groups) else []
+        for groups, learned in zip(batches, teaching, strict=True)
+    ]
+    sums, ratio_max = torch.zeros((lanes, 5), dtype=torch.float64), [0.0] * lanes
+    nothing: tuple[list[Group], ...] = ([],) * lanes
     for some, learn in ((teaching, True), (idle, False)):
-        for part in processes.even(parts(some, max_tokens, processes), []):
-            with (
-                torch.set_grad_enabled(learn),
-                torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
-            ):
-                learner, entropy, mask = enter(model, response_logprobs, part or [_NOTHING], device)
-            if not part:
+        split = (parts(groups, max_tokens // lanes, processes) for groups in some)
+        for part in processes.even(zip_longest(*split, fillvalue=[]), nothing):
+            rows = [row for of_lane in part for row in of_lane]
+            # Around the backward pass too: layers whose activations are computed again ask for their rows again.
+            with stack.rows.are([len(of_lane) for of_lane in part]), torch.set_grad_enabled(learn):
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    learner, entropy, mask = enter(
+                        stack.model, response_logprobs, rows or [_NOTHING], device, stack.rows
+                    )
+                if not rows:
+                    if learn:
+                        (0.0 * learner.sum()).backward()
+                    continue
+                sampler, advantages = _padded(rows, mask)
+                difference = torch.where(mask, learner - sampler, 0.0)
+                ratio = difference.exp()
+                each = -torch.where(mask, ratio * advantages[:, None], 0.0)
+                counts = [sum(len(row.responses) for row in of_lane) for of_lane in part]
+                losses = [own.sum() / n for own, n in zip(each.split(counts), episodes, strict=True)]
                 if learn:
-                    (0.0 * learner.sum()).backward()
-                continue
-            sampler, advantages = _padded(part, mask)
-            difference = torch.where(mask, learner - sampler, 0.0)
-            ratio = difference.exp()
-            loss = -(ratio * advantages[:, None])[mask].sum() / episodes
-            if learn:
-                loss.backward()
+                    torch.stack(losses).sum().backward()
             with torch.no_grad():
-                measured = [mask.sum(), loss, entropy[mask].sum(), -difference.sum(), ratio[mask].sum()]
-                sums += torch.stack([value.double() for value in measured]).cpu()
-                ratio_max = max(ratio_max, ratio[mask].max().item())
-    tokens, loss_sum, *others = processes.gather(sums.numpy()).sum(0).tolist()
-    ratio_max = processes.most(ratio_max)
-    entropy_mean, kl, ratio_mean = (value / tokens for value in others)
-    return Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, ratio_max)
+                split_by_lane = (tensor.split(counts) for tensor in (mask, entropy, difference, ratio))
+                for lane, (there, spread, apart, ratios) in enumerate(zip(*split_by_lane, strict=True)):
+                    if not counts[lane]:
+                        continue
+                    measured = [there.sum(), losses[lane], spread[there].sum(), -apart.sum(), ratios[there].sum()]
+                    sums[lane] += torch.stack([value.double() for value in measured]).cpu()
+                    ratio_max[lane] = max(ratio_max[lane], ratios[there].max().item())
+    found = []
+    for own, largest in zip(sums, ratio_max, strict=True):
+        tokens, loss_sum, *others = processes.gather(own.numpy()).sum(0).tolist()
+        entropy_mean, kl, ratio_mean = (value / tokens for value in others)
+        found.append(Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
+    return found
 
 
 def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE) -> Iterator[list[Group]]:
@@ -149,12 +167,15 @@ def _length(row: Group) -> int:
 
 
 def response_logprobs(
-    model: torch.nn.Module, rows: Sequence[Group], device: torch.device
+    model: torch.nn.Module, rows: Sequence[Group], device: torch.device, dealt: Rows
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of every response token, with gradient; entropy there, without; where there is a token.
 
     A row is one sequence: the prompt, then its responses, each of which sees the prompt and itself and has the
     positions that it would have alone. All three results are (responses, longest response).
+
+    Args:
+        dealt: how many of the rows are each lane's.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     width = max(map(_length, rows))
@@ -188,7 +209,12 @@ def response_logprobs(
         use_cache=False,
     ).last_hidden_state
     source = torch.from_numpy(np.concatenate(sources)).to(device)
-    distribution = torch.log_softmax(base.get_output_embeddings()(hidden.flatten(0, 1)[source]).float(), -1)
+    # The unembedding has response tokens in front of it instead of rows.
+    lengths, ends = np.array([sum(len(r.tokens) for r in row.responses) for row in rows]), np.cumsum(dealt.counts)
+    tokens = [int(part.sum()) for part in np.split(lengths, ends[:-1])] if len(ends) > 1 else [int(lengths.sum())]
+    with dealt.are(tokens):
+        logits = base.get_output_embeddings()(hidden.flatten(0, 1)[source])
+    distribution = torch.log_softmax(logits.float(), -1)
     chosen = distribution.gather(-1, torch.from_numpy(np.concatenate(targets)).to(device)[:, None]).squeeze(-1)
     with torch.no_grad():
         entropy = -(distribution.exp() * distribution).sum(-1)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorabench.models.lanes import Stack
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +26,7 @@ _DROP_AT = 0.25
 
 @dataclass(frozen=True)
 class Request:
-    """One response wanted. Without a key it is greedy; `lane` names the adapter, None the model as it is."""
+    """One response wanted. Without a key it is greedy; `lane` names the run whose policy answers, None the only one."""
 
     prompt: tuple[int, ...]
     key: tuple[int, ...] | None
@@ -51,7 +53,7 @@ class Stop:
 
 @torch.no_grad()
 def sample(
-    model: torch.nn.Module,
+    stack: Stack,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     stop: Stop,
@@ -61,21 +63,27 @@ def sample(
     """Draw a response to each request, at temperature 1 from all tokens.
 
     Args:
-        model: a causal LM; with several lanes a PEFT model that has an adapter of each lane's name.
+        stack: a causal LM, with one lane or with those that the requests name.
         max_cache_tokens: limit of rows times prompt and response length in one batch; one row always fits.
 
     Returns:
         The responses, in the order of the requests.
     """
+    model = stack.model
     was_training = model.training
-    # PEFT refuses rows of several adapters in training mode. Models have no dropout: nothing else changes.
+    # A model that is trained with recomputed activations would keep no cache.
     model.eval()
     found: dict[int, Response] = {}
     device = next(model.parameters()).device
+    place: dict[str | None, int] = {name: index for index, name in enumerate(stack.lanes)}
+    lanes = [place[request.lane] if len(place) > 1 else 0 for request in requests]
     try:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for chunk in _chunks(requests, stop, max_cache_tokens):
-                rows = _sample_chunk(model, tokenizer, [requests[index] for index in chunk], stop, device)
+                # The rows of a lane lie side by side.
+                chunk.sort(key=lambda index: lanes[index])
+                chosen = [requests[index] for index in chunk]
+                rows = _sample_chunk(stack, tokenizer, chosen, [lanes[index] for index in chunk], stop, device)
                 found.update(zip(chunk, rows, strict=True))
     finally:
         model.train(was_training)
@@ -130,9 +138,10 @@ def _chunks(requests: Sequence[Request], stop: Stop, max_cache_tokens: int) -> I
 
 
 def _sample_chunk(
-    model: torch.nn.Module,
+    stack: Stack,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[Request],
+    lanes: list[int],
     stop: Stop,
     device: torch.device,
 ) -> list[Response]:
@@ -151,15 +160,15 @@ def _sample_chunk(
     stopped = torch.zeros(n, dtype=torch.bool, device=device)
 
     # A prompt goes through the model once, however many responses it gets.
-    unique = list(dict.fromkeys((request.lane, request.prompt) for request in requests))
+    asked = [(lane, request.prompt) for lane, request in zip(lanes, requests, strict=True)]
+    unique = list(dict.fromkeys(asked))
     ids, mask = left_padded([prompt for _, prompt in unique], device)
     cache = growing_cache()
-    logits = _next_logits(model, ids, mask, positions(mask), cache, [lane for lane, _ in unique])
+    logits = _next_logits(stack, ids, mask, positions(mask), cache, [lane for lane, _ in unique])
     place = {prompt: index for index, prompt in enumerate(unique)}
-    source = torch.tensor([place[request.lane, request.prompt] for request in requests], device=device)
+    source = torch.tensor([place[one] for one in asked], device=device)
     cache.batch_select_indices(source)
     mask, logits = mask[source], logits[source]
-    lanes = [request.lane for request in requests]
     rows = torch.arange(n, device=device)  # the request that each row of the cache belongs to
 
     for step in range(stop.max_new_tokens):
@@ -183,29 +192,25 @@ def _sample_chunk(
             mask, drawn, rows = mask[keep], drawn[keep], rows[keep]
             lanes = [lanes[index] for index in keep.tolist()]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
-        logits = _next_logits(model, drawn[:, None], mask, positions(mask)[:, -1:], cache, lanes)
+        logits = _next_logits(stack, drawn[:, None], mask, positions(mask)[:, -1:], cache, lanes)
 
     columns = zip(*(column.cpu().numpy() for column in (tokens, logprobs, lengths, stopped)), strict=True)
     return [Response(ids[:length].copy(), logp[:length].copy(), not end) for ids, logp, length, end in columns]
 
 
 def _next_logits(
-    model: Any, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: list[str | None]
+    stack: Stack, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: Sequence[int]
 ) -> Tensor:
-    """Logits of the token after the last, (n, vocabulary); the cache grows by `ids`."""
-    # PEFT computes the base of all rows as one batch, and each lane's adapter on its rows.
-    names = {"adapter_names": lanes} if len(set(lanes)) > 1 else {}
-    if not names and lanes[0] is not None:
-        model.set_adapter(lanes[0])
-    logits: Tensor = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        cache=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **names,
-    ).logits
+    """Logits of the token after the last, (n, vocabulary); the cache grows by `ids`. `lanes` is in order."""
+    with stack.rows.are([lanes.count(lane) for lane in range(len(stack.lanes))]):
+        logits: Tensor = stack.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
     return logits[:, -1]
 
 

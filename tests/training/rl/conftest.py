@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,17 @@ from lorabench.config import Protocol, ReasoningProblems, TinyModel
 from lorabench.data.grading import Grader
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lora
+from lorabench.models.lora_lanes import stack_lora
 from lorabench.plan import Condition, Rollouts, Run
-from lorabench.training.rl.checkpoints import Checkpoints
-from lorabench.training.rl.lanes import alone
+from lorabench.training.checkpoints import Checkpoints
+from lorabench.training.distributed import ALONE
+from lorabench.training.lanes import train_alone
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
 from lorabench.training.rl.problems import Texts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
+from lorabench.training.rl.serve import RlLanes, sampling_alone
 from lorabench.training.run import Machine
 
 TINY = TinyModel(kind="tiny")
@@ -77,9 +80,10 @@ def prompts(environment) -> list[tuple[int, ...]]:
 def drawn(
     model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop
 ) -> list[Response]:
-    """Responses, ended by the tokenizer's end token."""
+    """Responses of a model or a stack, ended by the tokenizer's end token."""
     end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
-    return sample(model, tokenizer, requests, end, cache)
+    stack = model if isinstance(model, Stack) else alone(model, "")
+    return sample(stack, tokenizer, requests, end, cache)
 
 
 def same_tokens(one: list[Response], other: list[Response]) -> bool:
@@ -87,31 +91,38 @@ def same_tokens(one: list[Response], other: list[Response]) -> bool:
 
 
 def lane_of(
-    run: Run, model, environment: Environment, folder: Path, lane=None, protocol=None, tick=lambda step: None, **changes
+    run: Run, stack: Stack, environment: Environment, folder: Path, protocol=None, tick=lambda step: None, **changes
 ):
-    """A run of RL, not yet started; `model` must be untrained."""
+    """A run of RL, not yet started, that has a lane of an untrained stack."""
     protocol, where = protocol or Protocol(), machine(**changes)
-    take = partial(sampler_of(model, environment))
-    scores, _ = alone(evaluate(environment, run.condition.rollouts, 0, 0, lane), take)
+    asking = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
+    scores, _ = train_alone(asking, sampling_alone(sampler_of(stack, environment)))
     checkpoints = Checkpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
-    return train_rl(run, model, environment, protocol, where, checkpoints, scores, lane, tick)
+    lane = stack.lanes[run.run_id]
+    return train_rl(run, lane, environment, protocol, ALONE, checkpoints, scores, tick)
 
 
-def sampler_of(model, environment: Environment):
+def sampler_of(stack: Stack, environment: Environment):
     texts = environment.texts
 
     def take(requests: list[Request]) -> list[Response]:
-        return sample(model, texts.tokenizer, requests, texts.stop, 100_000)
+        return sample(stack, texts.tokenizer, requests, texts.stop, 100_000)
 
     return take
+
+
+def serving(stack: Stack, environment: Environment, **changes) -> RlLanes:
+    return RlLanes(stack, sampler_of(stack, environment), machine(**changes), None)
 
 
 def train(run: Run, environment: Environment, folder: Path, **changes) -> tuple[RlOutcome, torch.nn.Module]:
     """Train a run on a fresh model; returns the outcome and the trained model."""
     model = load_model(TINY)
-    lane = None
     if run.condition.rank:
-        model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed, adapter="one")
-        lane = "one"
-    running = lane_of(run, model, environment, folder, lane, **changes)
-    return alone(running, sampler_of(model, environment)), model
+        model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed, adapter=run.run_id)
+        stack = stack_lora(model, [run.run_id])
+    else:
+        stack = alone(model, run.run_id)
+    running = lane_of(run, stack, environment, folder, **changes)
+    changes = {name: value for name, value in changes.items() if name not in ("tick", "protocol")}
+    return train_alone(running, serving(stack, environment, **changes), run.run_id), model

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lorabench.models.lora import add_lane, add_lora
+from lorabench.models.lora_lanes import stack_lora
 from lorabench.plan import Run
-from lorabench.training.rl.lanes import train_lanes
+from lorabench.training.lanes import train_lanes
 from lorabench.training.rl.loop import evaluation_steps
 from lorabench.training.rl.problems import Texts
 from lorabench.training.rl.sampler import Request
@@ -25,7 +26,7 @@ from .conftest import (
     lane_of,
     problem_file,
     same_tokens,
-    sampler_of,
+    serving,
     train,
 )
 
@@ -168,17 +169,21 @@ def test_packed_runs_are_those_alone(environment, tmp_path, base):
         Run(condition_of(2, steps=4), 4e-3, 1),
         Run(condition_of(2, 2), 2e-3, 0),
     ]
-    model = add_lora(base, 2, "all", 32.0, True, runs[0].seed, adapter="0")
-    for number, run in enumerate(runs[1:], 1):
-        add_lane(model, str(number), run.seed)
-    lanes = {str(n): lane_of(run, model, environment, tmp_path, str(n)) for n, run in enumerate(runs)}
-    packed = dict(train_lanes(lanes, sampler_of(model, environment)))
-    for number, run in enumerate(runs):
+    model = add_lora(base, 2, "all", 32.0, True, runs[0].seed, adapter=runs[0].run_id)
+    for run in runs[1:]:
+        add_lane(model, run.run_id, run.seed)
+    stack = stack_lora(model, [run.run_id for run in runs])
+    lanes = {run.run_id: lane_of(run, stack, environment, tmp_path) for run in runs}
+    packed = {}
+    for name, outcome in train_lanes(lanes, serving(stack, environment)):
+        packed[name] = outcome
+        stack.drop(name)
+    for run in runs:
         alone, _ = train(run, environment, tmp_path)
         for name in ("reward", "response_length"):
-            assert metric(packed[str(number)], name) == metric(alone, name)
-        assert metric(packed[str(number)], "grad_norm") == pytest.approx(metric(alone, "grad_norm"), rel=1e-3)
-        assert packed[str(number)].final_reward == alone.final_reward
+            assert metric(packed[run.run_id], name) == metric(alone, name)
+        assert metric(packed[run.run_id], "grad_norm") == pytest.approx(metric(alone, "grad_norm"), rel=1e-3)
+        assert packed[run.run_id].final_reward == alone.final_reward
 
 
 def test_another_seed_draws_other_samples(environment, tmp_path):

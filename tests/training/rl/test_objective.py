@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.training.checkpoint import trainable
-from lorabench.training.rl.objective import Group, backward, parts
+from lorabench.models.lanes import alone, trained_parameters
+from lorabench.training.rl import objective
+from lorabench.training.rl.objective import Group, parts
 from lorabench.training.rl.sampler import Request, Response
 
 from .conftest import CPU, drawn
@@ -21,9 +22,15 @@ def response(tokens, logprobs=None):
 
 
 def gradients(model):
-    found = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+    found = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
     model.zero_grad()
     return found
+
+
+def backward(model, groups, max_tokens):
+    """Of one lane."""
+    [step] = objective.backward(alone(model, ""), [groups], max_tokens)
+    return step
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.models.lora import adapter_pairs, add_lane, add_lora
+from lorabench.models.lora_lanes import stack_lora
 from lorabench.training.rl.sampler import Request, draw, uniforms
 
 from .conftest import drawn, same_tokens
@@ -96,17 +97,21 @@ def test_a_length_limit_only_cuts(base, tokenizer, prompts):
 
 
 def test_lanes_get_what_they_would_get_alone(base, tokenizer, prompts):
-    model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="a")
-    add_lane(model, "b", seed=1)
+    model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="one")
+    add_lane(model, "two", seed=1)
     move(model)
-    asked = {lane: keyed(prompts[:6], lane=lane) for lane in ("a", "b")}
+    asked = {lane: keyed(prompts[:6], lane=lane) for lane in ("one", "two")}
+    # PEFT's own forward pass, an adapter at a time.
+    alone = {}
+    for lane, requests in asked.items():
+        model.set_adapter(lane)
+        alone[lane] = drawn(model, tokenizer, requests)
     # Mixed up, as when lanes are at different steps.
-    mixed = [request for pair in zip(asked["a"], asked["b"], strict=True) for request in pair]
-    together = drawn(model, tokenizer, mixed)
-    alone = {lane: drawn(model, tokenizer, requests) for lane, requests in asked.items()}
-    assert same_tokens(together[::2], alone["a"])
-    assert same_tokens(together[1::2], alone["b"])
-    assert not same_tokens(alone["a"], alone["b"])
+    mixed = [request for pair in zip(asked["one"], asked["two"], strict=True) for request in pair]
+    together = drawn(stack_lora(model, ["one", "two"]), tokenizer, mixed)
+    assert same_tokens(together[::2], alone["one"])
+    assert same_tokens(together[1::2], alone["two"])
+    assert not same_tokens(alone["one"], alone["two"])
 
 
 def test_a_lane_starts_as_an_adapter_of_its_own_does(base):

@@ -1,8 +1,9 @@
-"""Checkpoints of runs that sample together: all of one step, whatever happens.
+"""Checkpoints of runs that are trained together: all of one step, whatever happens.
 
-What is sampled beside a run decides about the last bits of its numbers. So lanes that go on must be at the same step as
-when they were together. All save after the same step, into a file beside the checkpoint; when all have, those files
+What is computed beside a run decides about the last bits of its numbers. So lanes that go on must be at the same step
+as when they were together. All save after the same step, into a file beside the checkpoint; when all have, those files
 take the checkpoints' places. A job that dies between the first and the last of these renames is finished here.
+Runs whose checkpoints are not of one step, since one is damaged or others were together before, are trained apart.
 """
 
 from __future__ import annotations
@@ -15,9 +16,29 @@ from typing import Any
 
 import torch
 
+from lorabench.models.lanes import Lane
 from lorabench.training import stop
-from lorabench.training.checkpoint import checkpoint_step, load_checkpoint, save_checkpoint
+from lorabench.training.checkpoint import checkpoint_step, load_checkpoint, save_checkpoint, usable_step
 from lorabench.training.distributed import ALONE, Processes
+
+
+def in_step(paths: Mapping[str, Path], processes: Processes = ALONE) -> list[list[str]]:
+    """Those of some runs that can go on together, since their checkpoints are of the same step.
+
+    Args:
+        paths: checkpoint of each run, by its run_id.
+    """
+    if processes.first:
+        newest = max(checkpoint_step(path) for path in paths.values())
+        for path in paths.values():
+            if checkpoint_step(path) < newest == checkpoint_step(_next(path)):
+                os.replace(_next(path), path)
+            _next(path).unlink(missing_ok=True)
+    processes.wait()
+    groups: dict[int, list[str]] = {}
+    for run_id, path in paths.items():
+        groups.setdefault(usable_step(path, run_id), []).append(run_id)
+    return list(groups.values())
 
 
 class Checkpoints:
@@ -37,13 +58,6 @@ class Checkpoints:
         self._paths, self._seconds, self._saved = dict(paths), seconds, time.perf_counter()
         self._processes = processes
         self._step, self._due, self.stopping = 0, False, False
-        if processes.first:
-            newest = max(checkpoint_step(path) for path in paths.values())
-            for path in paths.values():
-                if checkpoint_step(path) < newest == checkpoint_step(_next(path)):
-                    os.replace(_next(path), path)
-                _next(path).unlink(missing_ok=True)
-        processes.wait()
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to save after a step; the first lane to ask decides for all.
@@ -58,19 +72,17 @@ class Checkpoints:
                 self._saved = time.perf_counter()
         return self._due
 
-    def save(
-        self, run_id: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
-    ) -> None:
+    def save(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
         """Save a lane's state; see `save_checkpoint`."""
         path = self._paths[run_id]
         if len(self._paths) > 1:
             path = _next(path)
-        save_checkpoint(path, run_id, model, optimizer, progress, self._processes)
+        save_checkpoint(path, run_id, lane, optimizer, progress, self._processes)
         self._commit()
 
-    def load(self, run_id: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def load(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Restore a lane's state; see `load_checkpoint`."""
-        return load_checkpoint(self._paths[run_id], run_id, model, optimizer, self._processes)
+        return load_checkpoint(self._paths[run_id], run_id, lane, optimizer, self._processes)
 
     def ended(self, run_id: str) -> None:
         """A lane is finished; it may have ended before the others saved."""
