@@ -25,15 +25,15 @@ def train_lanes(
 
     Args:
         lanes: the runs by name, not yet started.
-        serve: answers to what lanes ask, by name.
+        serve: answers to what lanes ask, by name; to some of them at least. Others wait.
 
     Raises:
         Stopped: all lanes have ended or stopped on a signal.
     """
     answers: Mapping[str, Answer | None] = dict.fromkeys(lanes)
+    asked: dict[str, Ask] = {}
     stopped: Stopped | None = None
     while answers:
-        asked: dict[str, Ask] = {}
         ended: dict[str, Outcome] = {}
         for name, answer in answers.items():
             try:
@@ -45,6 +45,8 @@ def train_lanes(
         # When all have saved what they will.
         yield from ended.items()
         answers = serve(asked) if asked else {}
+        assert bool(answers) == bool(asked)
+        asked = {name: ask for name, ask in asked.items() if name not in answers}
     if stopped is not None:
         raise stopped
 

@@ -49,19 +49,18 @@ class Learned:
 
 
 class RlLanes:
-    """Serves the lanes of a stack; those that learn at once must be all of its lanes."""
+    """Serves the lanes of a stack."""
 
     def __init__(self, stack: Stack, sampler: Sampler, machine: Machine, autocast: torch.dtype | None) -> None:
         self._stack, self._sampler, self._machine, self._autocast = stack, sampler, machine, autocast
 
     def __call__(self, asked: Mapping[str, Sample | Learn]) -> dict[str, Sampled | Learned]:
-        """Answers to what each lane asks; all ask alike, since they are at the same step."""
-        learn = {name: asked[name] for name in self._stack.lanes if isinstance(asked[name], Learn)}
-        if learn:
-            return dict(self._learn({name: ask.groups for name, ask in learn.items() if isinstance(ask, Learn)}))
-        return dict(
-            sampled({name: ask.requests for name, ask in asked.items() if isinstance(ask, Sample)}, self._sampler)
-        )
+        """Responses to the lanes that ask for some; when none does any more, gradients of all."""
+        requests = {name: ask.requests for name, ask in asked.items() if isinstance(ask, Sample)}
+        if requests:
+            return dict(sampled(requests, self._sampler))
+        groups = {name: ask.groups for name, ask in asked.items() if isinstance(ask, Learn)}
+        return dict(self._learn({name: groups[name] for name in self._stack.lanes}))
 
     def _learn(self, batches: Mapping[str, list[Group]]) -> dict[str, Learned]:
         machine, started = self._machine, time.perf_counter()
