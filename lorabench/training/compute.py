@@ -31,11 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorabench.config import ModelSpec, Preset, Protocol
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.lanes import alone
 from lorabench.models.lora import add_lora, targets
+from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.placement import Placement
 from lorabench.models.size import base_parameters
 from lorabench.tables import COMPUTE
-from lorabench.training.loss import check_plain_head, nll_sum
+from lorabench.training.batches import Batch
+from lorabench.training.loss import add_gradient, check_plain_head, nll_sum
 from lorabench.training.provenance import machine_state
 
 if TYPE_CHECKING:
@@ -167,7 +170,10 @@ def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass
 class _Arm:
-    """A model with its optimizer, and one batch. `rank` is that of LoRA, None for FullFT."""
+    """A model with its optimizer, and one batch. `rank` is that of LoRA, None for FullFT.
+
+    FLOPs are counted on the model as it is given, where PEFT computes LoRA; all else is measured as runs are trained.
+    """
 
     rank: int | None
     model: Any
@@ -176,10 +182,12 @@ class _Arm:
     protocol: Protocol
 
     def __post_init__(self) -> None:
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.counts = self._flops()
+        self.stack = alone(self.model, "") if self.rank is None else stack_lora(self.model, ["default"])
+        [self.lane] = self.stack.lanes.values()
         # At LR 0 a step does all its work and leaves the weights, which the arms share, as they are.
         self.optimizer = torch.optim.AdamW(
-            self.trained,
+            self.lane.parameters,
             lr=0.0,
             betas=(self.protocol.betas[0], self.protocol.betas[1]),
             eps=self.protocol.eps,
@@ -189,7 +197,7 @@ class _Arm:
 
     def row(self, placement: Placement) -> dict[str, Any]:
         """The columns that differ between arms, but for the time."""
-        linear_flops, total_flops = self.flops()
+        linear_flops, total_flops = self.counts
         return {
             "method": "fullft" if self.rank is None else "lora",
             "rank": self.rank,
@@ -197,28 +205,27 @@ class _Arm:
             "linear_flops": linear_flops,
             "total_flops": total_flops,
             "peak_mem_bytes": self.peak_memory(),
-            "trainable_params": sum(parameter.numel() for parameter in self.trained),
+            "trainable_params": self.lane.size,
         }
-
-    def _backward(self) -> None:
-        with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
-            loss = nll_sum(self.model, self.inputs, self.targets) / self.targets.numel()
-        loss.backward()
 
     def step(self) -> None:
         """One optimizer step; leaves no gradient."""
-        self._backward()
+        batch, autocast = Batch(self.inputs, self.targets, None), self.protocol.precision == "bf16"
+        scored = [self.targets.numel()]
+        add_gradient(self.stack.model, batch, self.stack.rows, scored, torch.bfloat16 if autocast else None)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.lane.zero_grad()
 
-    def flops(self) -> tuple[int, int]:
+    def _flops(self) -> tuple[int, int]:
         """FLOPs of one forward and backward pass: of the linear layers, and of all."""
         # The plain kernel of attention is the one whose products are counted on every device.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.model.enable_input_require_grads()
-            self._backward()
+            with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
+                loss = nll_sum(self.model, self.inputs, self.targets)
+            loss.backward()
             self.model.disable_input_require_grads()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         # Not by module: the counter gives a layer also what its siblings with the same input do backwards.
         counts = counter.get_flop_counts()["Global"]
         return sum(counts.get(operation, 0) for operation in _LINEAR), counter.get_total_flops()
