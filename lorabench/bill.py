@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorabench import cost
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
+from lorabench.lanes import lanes_of
 from lorabench.resources import MB, Resources, compute_resources, evaluation_resources, sweep_resources
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Bill:
     """Bytes: the largest peak of a job, on each GPU, or of the process on a CPU."""
     disk: float = 0.0
     """Bytes that stay under results/."""
+    lanes: int = 0
+    """Most runs that a job trains together; 0 where none are trained."""
 
     def __add__(self, other: Bill) -> Bill:
         """Both; of what shares no machine the larger."""
@@ -49,6 +52,7 @@ class Bill:
             max(self.gpus, other.gpus),
             max(self.memory, other.memory),
             self.disk + other.disk,
+            max(self.lanes, other.lanes),
         )
 
 
@@ -63,7 +67,8 @@ def training(plan: Plan, sweeps: Iterable[Sweep]) -> Bill:
         asked = sweep_resources(plan, sweep)
         tokens = sweep.n_runs * cost.run_tokens(preset, sweep.condition).trained
         seconds = cost.sweep_seconds(preset, sweep, asked.gpus)
-        total += _job(asked, sweep.n_runs, tokens, cost.sweep_flops(preset, sweep), seconds)
+        one = _job(asked, sweep.n_runs, tokens, cost.sweep_flops(preset, sweep), seconds)
+        total += replace(one, lanes=lanes_of(preset, sweep, asked.gpus))
     return total
 
 

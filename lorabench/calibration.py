@@ -14,6 +14,7 @@ from lorabench.bill import on_gpu
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import is_called, processor
+from lorabench.lanes import lanes_of
 from lorabench.memory import gpus_needed, peak_bytes
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ def calibrate(runs: pd.DataFrame, sweeps: Mapping[str, tuple[Preset, Sweep]], de
     computing = [max(of_run - launches, of_run / 2) for of_run, launches in zip(seconds, fixed, strict=True)]
     speed = sum(work) / sum(computing)
     times = [(flops / speed + rest) / of_run for flops, rest, of_run in zip(work, fixed, seconds, strict=True)]
-    memory = [peak_bytes(preset, sweep, gpus) / peak for preset, sweep, gpus, _, peak in measured if peak > 0]
+    memory = [
+        peak_bytes(preset, sweep, gpus, lanes_of(preset, sweep, gpus)) / peak
+        for preset, sweep, gpus, _, peak in measured
+        if peak > 0
+    ]
     return Calibration(device, len(measured), speed / 1e9, _error(times), _error(memory or [math.nan]))
 
 

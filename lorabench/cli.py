@@ -356,6 +356,7 @@ def sweep(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
+        from lorabench.lanes import lanes_of
         from lorabench.lock import locked
         from lorabench.progress import status as read_status
         from lorabench.training.distributed import ALONE, join, leave
@@ -369,9 +370,13 @@ def sweep(
             logging.info("%s %s %s", whole, wanted.condition.label, line)
 
         execution, label = layout.preset.execution, wanted.condition.label
-        lower = f"lower execution.max_batch_tokens (now {execution.max_batch_tokens})"
+        limits = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
         if wanted.condition.task == "rl":
-            lower += f", max_cache_tokens ({execution.max_cache_tokens}) or lanes ({execution.lanes})"
+            limits.append(f"max_cache_tokens ({execution.max_cache_tokens})")
+        lanes = lanes_of(layout.preset, wanted, processes)
+        if lanes > 1:
+            limits.append(f"lanes ({lanes})")
+        lower = f"lower execution.{' or '.join(limits)}"
         lock = locked(layout.lock(wanted), label, logging.info) if group.first else nullcontext()
         with stop.after_this_step(), lock, memory_for(label, lower):
             group.wait()

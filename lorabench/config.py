@@ -616,13 +616,15 @@ class Execution(Strict):
     threads: Positive = 1
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
-    """Tokens, padding included, that go through the model at once; larger batches are accumulated."""
+    """Tokens, padding included, that go through the model at once, those of all lanes together; larger batches are
+    accumulated."""
     packing: bool = False
     """Lay several examples end to end where a batch of them would be padded; see lorabench/training/batches.py."""
     max_cache_tokens: Positive = 65_536
     """Tokens of prompts and responses whose keys and values are kept at once when sampling."""
     lanes: Positive = 8
-    """LoRA runs of a sweep that sample together in RL."""
+    """Most runs of a sweep that are trained together, in one process; the plan takes as many as pay and fit. 1 turns it
+    off."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """A run longer than this leaves a checkpoint to go on from; 0 means after every step."""
     keep_weights: Literal["best", "all"] = "best"

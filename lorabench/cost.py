@@ -12,22 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorabench.config import DatasetSpec, ModelSpec, Preset
+from lorabench.config import Preset
 from lorabench.gpus import GPUS
+from lorabench.lanes import lanes_of, turns
+from lorabench.lengths import longest_sequence, prompt_tokens, tokens_per_example
 from lorabench.models.dimensions import Dimensions, dimensions
-from lorabench.models.placement import Placement
 
 if TYPE_CHECKING:
     from lorabench.config import EvalTask, Execution
     from lorabench.plan import Condition, EvalJob, Sweep
 
-# Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
-# per token of the tiny base's tokenizer and, roughly, of large ones. Those of the hub's problems are guesses.
-_SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
-_MEAN_CHARS = {"instruct": 216, "worked": 500}
-_CHARS_OF_A_FACT = 40
-_CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400, "file": 300}
-_CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
 _EVALUATION_START_SECONDS = 12.0
@@ -55,52 +49,6 @@ def speed(execution: Execution, gpus: int = 1) -> float:
         gpu = GPUS[execution.gpu]
         one = gpu.peak_flops * gpu.efficiency
     return one if gpus <= 1 else one * gpus * _SHARDED
-
-
-def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
-    """Estimated tokens of one example."""
-    if dataset.kind in ("hub", "file"):
-        return dataset.mean_tokens
-    if dataset.kind == "facts":
-        chars: float = _CHARS_OF_A_FACT
-    else:
-        chars = min(_SHARE_OF_MAX_CHARS[dataset.kind] * dataset.max_chars, _MEAN_CHARS[dataset.kind])
-    return chars / _CHARS_PER_TOKEN[model.kind]
-
-
-def longest_sequence(preset: Preset, condition: Condition) -> int:
-    """Tokens of the longest example, or of a prompt with the longest response."""
-    model = preset.models[condition.model]
-    if condition.rollouts is not None:
-        return round(_prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens
-    dataset = preset.datasets[condition.dataset]
-    if dataset.kind == "hub" and dataset.max_tokens is not None:
-        return dataset.max_tokens
-    chars = _CHARS_OF_A_FACT if dataset.kind == "facts" else dataset.max_chars
-    return round(chars / _CHARS_PER_TOKEN[model.kind])
-
-
-def _prompt_tokens(preset: Preset, condition: Condition) -> float:
-    kind = preset.problems[condition.dataset].kind
-    return _CHARS_OF_A_PROBLEM[kind] / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
-
-
-def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
-    """Parameters that an arm trains; rank None is full fine-tuning."""
-    if rank is None or placement is None:
-        return sizes.parameters
-    return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
-
-
-def lanes(preset: Preset, sweep: Sweep, gpus: int) -> int:
-    """Runs of a sweep that are held in memory together: those of LoRA in RL, but on a sharded model they take turns."""
-    sharded = gpus > 1 and preset.execution.sharding == "fsdp"
-    together = (
-        sweep.condition.method == "lora"
-        and not sharded
-        and not dimensions(preset.models[sweep.condition.model]).experts
-    )
-    return min(preset.execution.lanes, sweep.n_runs) if together else 1
 
 
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
@@ -137,7 +85,7 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
         trained = condition.steps * condition.batch_size * per_example
         # A causal token sees half of its example, but most tokens are in examples twice as long as the mean.
         return RunTokens(trained, examples * per_example, 0.0, per_example)
-    prompt, response = _prompt_tokens(preset, condition), rollouts.mean_response_tokens
+    prompt, response = prompt_tokens(preset, condition), rollouts.mean_response_tokens
     episodes = condition.steps * condition.batch_size
     graded = rollouts.evaluations * _graded(preset, condition)
     # A prompt goes through the model once for its group, in sampling and in learning.
@@ -200,7 +148,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     if not gpus:
         return (work + _DECODING * flops.drawn) / speed(preset.execution), 0.0
     computing = work / speed(preset.execution, gpus)
-    waiting = max(0.0, _launch_seconds(preset, sweep.condition, gpus) - computing)
+    waiting = max(0.0, _launch_seconds(preset, sweep, gpus) - computing)
     drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
     return computing + flops.drawn / speed(preset.execution, gpus), waiting + drawing
 
@@ -216,11 +164,16 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     return seconds + _GPU_START_SECONDS + loads * weights / _READING
 
 
-def _launch_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
-    """What a run takes at least on GPUs, however small the model: its passes through layers, launched one by one."""
+def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """What a run takes at least on GPUs, however small the model: its passes through layers, launched one by one.
+
+    Of passes that runs share as lanes, its share.
+    """
+    condition = sweep.condition
     tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
-    # Backward takes two of three; a batch goes through the model in two parts at least.
-    passes = 3 * condition.steps * max(2.0, tokens.trained / condition.steps / most) + tokens.evaluated / most
+    share = turns(sweep, lanes_of(preset, sweep, gpus)) / sweep.n_runs
+    # Backward takes two of three; a batch goes through the model in two parts at least, that of each lane.
+    passes = 3 * condition.steps * max(2.0 * share, tokens.trained / condition.steps / most) + tokens.evaluated / most
     return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
 
 
@@ -231,14 +184,17 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     assert rollouts
     assert execution.gpu
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    together = lanes(preset, sweep, gpus)
+    together = lanes_of(preset, sweep, gpus)
     rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
     # Batches of rows, each drawn until its longest response ends; lanes share them.
     batches = condition.steps * max(1.0, together * condition.batch_size / rows)
     batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
-    # Autocast copies frozen weights for every position, and trained ones once; the copy that processes of a sharded
-    # model sample from is in bf16 already.
-    weights = (8 if condition.method == "lora" and gpus == 1 else 2) * sizes.parameters / gpu.bandwidth
+    # Trained weights are copied into bf16 once, and so are those with LoRA and those that processes of a sharded model
+    # sample from; autocast copies other frozen ones for every position.
+    weights = 2 * sizes.parameters / gpu.bandwidth
+    if condition.placement is not None and gpus == 1:
+        carrying = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
+        weights = (2 * carrying + 8 * (sizes.parameters - carrying)) / gpu.bandwidth
     positions = batches / together * rollouts.max_new_tokens
     # Keys and values are repeated for all heads, cast, and read.
     tokens = run_tokens(preset, condition)

@@ -1,10 +1,11 @@
 """Memory of a job, estimated from the sizes of its model: what decides how many GPUs it needs. No torch.
 
-Per process: fp32 master weights; gradients and Adam's two moments of what is trained; the bf16 copies of weights that
-autocast makes; activations of one micro-batch; logits of its scored tokens; in RL the cache of keys and values. Over
-several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers of
-bytes follow the code of transformers and PEFT, and were checked by the life of every tensor's storage
-(`lorabench.training.compute`, tests/test_cost.py).
+Per process: fp32 master weights, and in bf16 those that LoRA goes with; gradients and Adam's two moments of what is
+trained; the bf16 copies of other weights that autocast makes; activations of one micro-batch; logits of its scored
+tokens; in RL the cache of keys and values. Lanes of LoRA share the base, those of full fine-tuning no weights; the
+tokens of all together are as many as those of one run. Over several GPUs (FSDP) weights, gradients and moments are
+split, activations and logits are not. The numbers of bytes follow the code of transformers and PEFT, and were checked
+by the life of every tensor's storage (`lorabench.training.compute`, tests/test_cost.py).
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorabench import cost
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GB, GPUS
+from lorabench.lengths import longest_sequence
 from lorabench.models.dimensions import Dimensions, dimensions
 from lorabench.models.placement import Placement
 
@@ -34,6 +35,7 @@ class Memory:
     """Bytes on each GPU (or in the process, on a CPU)."""
 
     weights: float
+    """Those in fp32, and in bf16 those that stay."""
     gradients: float
     moments: float
     copies: float
@@ -41,7 +43,8 @@ class Memory:
     activations: float
     logits: float
     sampling: float
-    """Keys, values and distributions while responses are drawn; not at the same time as the four above."""
+    """Keys, values and distributions while responses are drawn, and gradients that stay; not at the same time as
+    gradients, copies, activations and logits."""
 
     @property
     def total(self) -> float:
@@ -50,25 +53,32 @@ class Memory:
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
 
-def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
-    """Peak memory of a sweep's job, on each of its GPUs."""
+def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
+    """Parameters that an arm trains; rank None is full fine-tuning."""
+    if rank is None or placement is None:
+        return sizes.parameters
+    return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
+
+
+def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) -> Memory:
+    """Peak memory of a sweep's job, on each of its GPUs, with so many runs at once (see `lorabench.lanes`)."""
     condition, execution = sweep.condition, preset.execution
     sizes = dimensions(preset.models[condition.model])
-    longest = cost.longest_sequence(preset, condition)
+    longest = longest_sequence(preset, condition)
     # A batch goes through the model in two parts at least; all of its tokens may be scored.
-    tokens = max(longest, min(execution.max_batch_tokens, -(-condition.batch_size // 2) * longest))
+    part = max(longest, min(execution.max_batch_tokens // lanes, -(-condition.batch_size // 2) * longest))
     is_rl = condition.rollouts is not None
-    step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, gpus, is_rl)
+    step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, gpus, is_rl, lanes)
     if not is_rl:
         return step
-    lanes, bf16 = cost.lanes(preset, sweep, gpus), preset.protocol.precision == "bf16"
-    others = (lanes - 1) * cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
-    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
     # Each process of a sharded model samples from a whole copy, whose linear layers are in the type of their products.
-    copy = 4 * sizes.parameters - (2 * linear if bf16 else 0) if _parts(preset, gpus) > 1 else 0
+    copy = 4 * sizes.parameters - (2 * _linear(sizes) if bf16 else 0) if sharded else 0
     cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
-    drawing = _sampling(sizes, cached, cached / longest, bf16)
-    return replace(step, weights=step.weights + copy + 4 * others, moments=step.moments + 8 * others, sampling=drawing)
+    # The gradients of LoRA's lanes have their place for good.
+    staying = step.gradients if condition.rank is not None and not sharded else 0
+    drawing = staying + _sampling(sizes, cached, cached / longest, bf16)
+    return replace(step, weights=step.weights + copy, sampling=drawing)
 
 
 def step_memory(
@@ -79,15 +89,18 @@ def step_memory(
     tokens: int,
     gpus: int = 1,
     is_rl: bool = False,
+    lanes: int = 1,
 ) -> Memory:
     """Memory of a training step of an arm on micro-batches of so many tokens, all scored.
 
     Args:
         rank: of LoRA, None for full fine-tuning.
+        tokens: of all lanes together.
         is_rl: whether the loss is that of RL, which also measures the entropy.
     """
     bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
-    trained, parts = cost.trained_parameters(preset, sizes, rank, placement), _parts(preset, gpus)
+    parts = _parts(preset, gpus)
+    trained = lanes * trained_parameters(preset, sizes, rank, placement)
     layer = _layer_bytes(sizes, rank, bf16)
     # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time, when the
     # logits are gone.
@@ -96,15 +109,19 @@ def step_memory(
     logits = sizes.vocabulary * (16 if is_rl else 12)
     # Sharded layers come together one by one; the next is fetched while one is computed.
     gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
-    # Autocast keeps a copy of what is trained until the end of the pass, and any layer one for its backward pass;
-    # with checkpoints, where nothing large is trained or sharding turns the former off, one layer's at a time.
+    # LoRA's own forward pass casts the weights it goes with once, for good; sharded ones can't be.
+    cast = 0
+    if bf16 and rank is not None and placement is not None and parts == 1:
+        cast = sizes.carrying(placement, preset.protocol.include_unembedding)
+    # Autocast keeps a copy of what is trained until the end of the pass, and any other layer one for its backward
+    # pass; with checkpoints, where nothing large is trained or sharding turns the former off, one layer's at a time.
     share = 1 / sizes.layers if again and (rank is not None or parts > 1) else 1.0
-    copies = 2.0 * sum(matrix.parameters for matrix in sizes.matrices) if bf16 else 0.0
+    copies = 2.0 * ((1 if rank else lanes) * _linear(sizes) - cast) if bf16 else 0.0
     if rank is not None and placement != "attn":
         # PEFT adds LoRA to the weights of fused experts, in fp32.
         copies += 4 * sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
     return Memory(
-        weights=4 * (sizes.parameters + (trained if rank else 0)) / parts + gathered,
+        weights=4 * (sizes.parameters + trained if rank else trained) / parts + 2 * cast + gathered,
         gradients=4 * trained / parts,
         moments=8 * trained / parts,
         copies=copies * share,
@@ -115,14 +132,16 @@ def step_memory(
     )
 
 
-def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
+def peak_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
     """The peak as runs report it: of tensors on each of so many GPUs, or with none of the whole process."""
     process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
-    return process + sweep_memory(preset, sweep, max(1, gpus)).total
+    return process + sweep_memory(preset, sweep, max(1, gpus), lanes).total
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:
-    """The smallest power of two of GPUs that holds a sweep's job; 0 on a CPU.
+    """The smallest power of two of GPUs that holds a sweep's job with one run at a time; 0 on a CPU.
+
+    Lanes are as many as it then has room for (see `lorabench.lanes`); more GPUs would be idle without them.
 
     Raises:
         UserError: not even `execution.max_gpus` hold it.
@@ -143,6 +162,11 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
             )
         gpus *= 2
     return gpus
+
+
+def _linear(sizes: Dimensions) -> int:
+    """Parameters of all linear layers."""
+    return sum(matrix.parameters for matrix in sizes.matrices)
 
 
 def _parts(preset: Preset, gpus: int) -> int:

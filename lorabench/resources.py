@@ -13,7 +13,9 @@ from lorabench import cost
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GB, GPUS
-from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory
+from lorabench.lanes import lanes_of
+from lorabench.lengths import tokens_per_example
+from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
 from lorabench.models.dimensions import dimensions
 
 if TYPE_CHECKING:
@@ -54,10 +56,10 @@ def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
     """
     preset = plan.preset
     gpus = gpus_needed(preset, sweep)
-    peak = peak_bytes(preset, sweep, gpus)
+    peak = peak_bytes(preset, sweep, gpus, lanes_of(preset, sweep, gpus))
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
-    trained = cost.trained_parameters(preset, sizes, condition.rank, condition.placement)
+    trained = trained_parameters(preset, sizes, condition.rank, condition.placement)
     kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
     seconds = cost.sweep_seconds(preset, sweep, gpus)
     return _resources(preset, condition.model, gpus, peak, seconds, 4 * trained * kept)
@@ -104,7 +106,7 @@ def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
     """Of the job that tokenizes a dataset: a process per thread and one that writes, all in pieces, no GPU."""
     spec, processes = preset.datasets[dataset], preset.execution.threads
     examples = spec.train + spec.validation + spec.test
-    tokens = examples * cost.tokens_per_example(preset.models[model], spec)
+    tokens = examples * tokens_per_example(preset.models[model], spec)
     # Ids of 4 bytes, a byte for what is scored; files of both, and the cache made of them.
     size = 5 * tokens
     seconds = tokens / (processes * _TOKENIZED_PER_SECOND)

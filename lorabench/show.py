@@ -20,7 +20,8 @@ from lorabench.progress import Status
 
 
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
-    """Per experiment: jobs, runs, tokens, FLOPs, and minutes on a CPU or GPU-hours, memory, disk and money.
+    """Per experiment: jobs, runs, how many of them are trained together, tokens, FLOPs, and minutes on a CPU or
+    GPU-hours, memory, disk and money.
 
     Args:
         price: of an hour of one GPU.
@@ -42,7 +43,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
             f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
         ]
         last["GPU-hours"] = lambda one: _short(one.gpu_hours)
-        last["GPUs"] = lambda one: f"1-{one.gpus}" if one.gpus > 1 else "1"
+        last["GPUs"] = lambda one: _up_to(one.gpus)
         last["GB/GPU"] = lambda one: f"{one.memory / GB:.0f}"
         last["disk GB"] = lambda one: _short(one.disk / GB)
         if price is not None:
@@ -54,12 +55,13 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         padding=(0, 1, 0, 0),
     )
     table.add_column("experiment")
-    for column in ("jobs", "runs", "tokens", "PFLOPs", *last):
+    for column in ("jobs", "runs", "lanes", "tokens", "PFLOPs", *last):
         table.add_column(column, justify="right")
     for name, one in rows.items():
         if name == "total":
             table.add_section()
-        counted = [str(one.runs) if one.runs else "", _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
+        runs = [str(one.runs), _up_to(one.lanes)] if one.runs else ["", ""]
+        counted = [*runs, _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
         table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
     # Where there is no terminal, none is too narrow.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -75,6 +77,10 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
         row["money"] = None if price is None else row["gpu_hours"] * price
     every = {"gpu": plan.preset.execution.gpu, "flops_per_s": cost.speed(plan.preset.execution), "cores": cores}
     return json.dumps({**every, "notes": list(notes), "experiments": rows}, indent=2)
+
+
+def _up_to(most: int) -> str:
+    return f"1-{most}" if most > 1 else "1"
 
 
 def _short(number: float) -> str:

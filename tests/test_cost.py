@@ -19,6 +19,7 @@ from lorabench.cli import app
 from lorabench.config import PresetError, Protocol, TinyModel, load_preset
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS, is_called
+from lorabench.lanes import lanes_of, turns
 from lorabench.layout import Layout
 from lorabench.memory import gpus_needed, step_memory, sweep_memory
 from lorabench.models.dimensions import Dimensions, dimensions
@@ -134,6 +135,48 @@ def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
     assert sweep_memory(whole, full, 4).moments == one.moments
 
 
+def test_lanes_of_lora_share_the_base_and_those_of_full_fine_tuning_nothing():
+    plan = make_plan(with_model(load_preset("smollm2"), ranks={"all": [16]}, datasets=["worked"]))
+    sizes, limit = dimensions(plan.preset.models["smollm2-135m"]), plan.preset.execution.max_batch_tokens
+    for sweep in plan.sweeps:
+        one, four = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 4))
+        lora = sweep.condition.method == "lora"
+        trained = sizes.lora("all", 16, True)[0] if lora else sizes.parameters
+        assert (one.gradients, one.moments) == (4 * trained, 8 * trained)
+        assert (four.gradients, four.moments) == (16 * trained, 32 * trained)
+        assert four.weights - one.weights == 3 * 4 * trained
+        assert four.copies == (0 if lora else 4 * one.copies)
+        # A part of 16 examples of 233 tokens; four lanes have as much as goes through the model at once.
+        assert (one.logits, four.logits) == (16 * 233 * 12 * sizes.vocabulary, limit // 4 * 4 * 12 * sizes.vocabulary)
+        assert four.activations / one.activations == pytest.approx(limit / (16 * 233))
+
+
+def test_lanes_of_rl_have_gradients_and_moments_each():
+    plan = make_plan(load_preset("core"))
+    sweep = next(s for s in plan.sweeps if s.condition.dataset == "gsm8k" and s.condition.rank == 1)
+    trained = dimensions(plan.preset.models["llama-3-2-1b"]).lora("all", 1, True)[0]
+    one, seven = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 7))
+    assert (seven.weights - one.weights, seven.moments) == (6 * 4 * trained, 7 * 8 * trained)
+    # Gradients keep their place while responses are drawn; the cache was full before.
+    assert seven.sampling - one.sampling == 6 * 4 * trained
+    assert seven.logits == 8192 // 7 * 7 * 16 * 128256
+
+
+def test_weights_that_lora_goes_with_stay_in_bf16():
+    paper = load_preset("paper")
+    sizes = dimensions(paper.models["llama-3-1-8b"])
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    attention = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in ("attn", "unembedding"))
+    assert sizes.carrying("all", True) == linear
+    for placement, cast in (("all", linear), ("attn", attention)):
+        trained = sizes.lora(placement, 16, True)[0]
+        step = step_memory(paper, sizes, 16, placement, 8192)
+        assert step.weights == 4 * (sizes.parameters + trained) + 2 * cast
+        # What else autocast copies is one layer's at a time, with checkpoints.
+        assert step.copies == pytest.approx(2 * (linear - cast) / sizes.layers)
+        assert step_memory(paper, sizes, 16, placement, 8192, gpus=2).weights < step.weights / 2 + 2e9
+
+
 def test_what_fits_nowhere_is_one_sentence():
     small = with_execution(load_preset("paper"), gpu="RTX-4090", max_gpus=2)
     plan = make_plan(with_model(small, models=["llama-3-1-8b"]))
@@ -207,6 +250,27 @@ def test_checkpointing_costs_a_third():
     assert 1.25 < hours[1] / hours[0] < 1.55
 
 
+def test_lanes_share_launches_and_no_flops():
+    together = load_preset("smollm2")
+    plan, alone = make_plan(together), with_execution(together, lanes=1)
+    layers = dimensions(together.models["smollm2-135m"]).layers
+    sweep = next(
+        s for s in plan.sweeps if (s.condition.dataset, s.condition.rank, len(s.lrs), s.seeds) == ("worked", 16, 7, 3)
+    )
+    assert lanes_of(together, sweep, 1) == 4
+    assert turns(sweep, 4) == 3
+    (computing, of_one), (same, of_four) = (cost.run_seconds(preset, sweep, 1) for preset in (alone, together))
+    assert computing == same
+    # Two parts of a batch, forward and backward, launched 3 times for 9 runs rather than 9 times.
+    full = 6 * sweep.condition.steps * layers * 0.8e-3
+    tokens = cost.run_tokens(together, sweep.condition)
+    fewer = max(full / 3, 3 * tokens.trained / together.execution.max_batch_tokens * layers * 0.8e-3)
+    launching = full + tokens.evaluated / together.execution.max_batch_tokens * layers * 0.8e-3
+    assert computing + of_one == pytest.approx(launching)
+    assert of_four == pytest.approx(max(0, of_one - (full - fewer)))
+    assert cost.sweep_seconds(together, sweep, 1) < cost.sweep_seconds(alone, sweep, 1) / 2
+
+
 def test_long_responses_cost_more_than_their_tokens():
     paper = load_preset("paper")
     plan = make_plan(paper)
@@ -225,12 +289,13 @@ def test_the_plan_is_printed_with_money_and_json():
     runner = CliRunner()
     shown = runner.invoke(app, ["plan", "--preset", "core", "--price", "3", "--gpu", "H200"])
     assert shown.exit_code == 0, shown.output
-    assert all(word in shown.output for word in ("GPU-hours", "money", "total", "H200"))
+    assert all(word in shown.output for word in ("lanes", "GPU-hours", "money", "total", "H200"))
     laptop = runner.invoke(app, ["plan"])
     assert "minutes" in laptop.output
     assert "GPU-hours" not in laptop.output
     told = json.loads(runner.invoke(app, ["plan", "--preset", "paper", "--json"]).output)
     assert told["experiments"]["total"]["gpu_hours"] > 1000
+    assert [told["experiments"][name]["lanes"] for name in ("rank", "rl_math", "evaluation", "total")] == [1, 4, 0, 4]
 
 
 # Calibration
@@ -391,6 +456,6 @@ def test_core_claims_are_tested_by_those_experiments():
 
 
 def test_bills_add_up():
-    one = bill.Bill(1, 2, 3.0, 4.0, 5.0, 6.0, 7.0, 8, 9.0, 10.0)
-    both = one + replace(one, gpus=4, memory=20.0, longest_hours=1.0)
-    assert both == bill.Bill(2, 4, 6.0, 8.0, 10.0, 12.0, 7.0, 8, 20.0, 20.0)
+    one = bill.Bill(1, 2, 3.0, 4.0, 5.0, 6.0, 7.0, 8, 9.0, 10.0, 3)
+    both = one + replace(one, gpus=4, memory=20.0, longest_hours=1.0, lanes=2)
+    assert both == bill.Bill(2, 4, 6.0, 8.0, 10.0, 12.0, 7.0, 8, 20.0, 20.0, 3)

@@ -92,9 +92,7 @@ class Dimensions:
 
     def lora(self, placement: Placement, rank: int, include_unembedding: bool) -> tuple[int, int]:
         """Parameters of LoRA, and those of them that a token goes through."""
-        parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
-        if include_unembedding:
-            parts = parts | {"unembedding"}
+        parts = _parts(placement, include_unembedding)
         total = active = 0
         for m in self.matrices:
             if m.part in parts:
@@ -103,6 +101,17 @@ class Dimensions:
                 total += m.count * own * (m.d_in + m.d_out)
                 active += m.active * own * (m.d_in + m.d_out)
         return total, active
+
+    def carrying(self, placement: Placement, include_unembedding: bool) -> int:
+        """Parameters of the linear layers that carry LoRA, experts left out."""
+        parts = _parts(placement, include_unembedding) - {"experts"}
+        return sum(m.parameters for m in self.matrices if m.part in parts)
+
+
+def _parts(placement: Placement, include_unembedding: bool) -> set[str]:
+    """What carries LoRA."""
+    parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
+    return parts | {"unembedding"} if include_unembedding else parts
 
 
 def of_config(config: dict[str, Any]) -> Dimensions:

@@ -1,0 +1,89 @@
+"""How many runs of a sweep are trained together in one process, as its lanes. No torch.
+
+As many as pay: lanes fill a machine that one run leaves idle, and give nothing where one run fills it. Never more than
+fit, on the same GPUs that one run needs. The number follows from preset and sweep alone, so that a job that was killed
+goes on in the same lanes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorabench.config import Preset
+from lorabench.gpus import GB, GPUS
+from lorabench.lengths import longest_sequence, tokens_per_example
+from lorabench.memory import USABLE, peak_bytes
+from lorabench.models.dimensions import dimensions
+
+if TYPE_CHECKING:
+    from lorabench.config import Execution
+    from lorabench.plan import Condition, Method, Sweep
+
+# Tokens of one pass through a model times its width that keep a CPU thread busy; more leaves its caches. LoRA's was
+# measured on an AMD EPYC with 1 and 2 threads at widths 64 and 128 (the table is in tests/test_lanes.py): products up
+# to 65,536 for each thread still gained by more lanes, those of 131,072 lost up to 6 percent; this lies between.
+# Drawing responses fits in: it gained up to 16,384 to 32,768 and was level above. Full fine-tuning's is an assumption.
+_BUSY_THREAD: dict[Method, int] = {"lora": 98_304, "fullft": 98_304}
+# Bytes of a job on a CPU for each of its threads, beyond which it takes fewer lanes: clusters commonly have so much.
+_CPU_MEMORY = 4 * GB
+
+
+def lanes_of(preset: Preset, sweep: Sweep, gpus: int) -> int:
+    """Runs of a sweep that are trained together by so many GPUs, a process for each (0: a CPU); at least 1.
+
+    One where the model is sharded or has experts, and in RL's full fine-tuning.
+    """
+    condition, execution = sweep.condition, preset.execution
+    sharded = gpus > 1 and execution.sharding == "fsdp"
+    by_itself = condition.rollouts is not None and condition.method == "fullft"
+    if sharded or by_itself or dimensions(preset.models[condition.model]).experts:
+        return 1
+    most = min(execution.lanes, max(_stages(sweep)), _paying(preset, condition))
+    while most > 1 and not _fit(preset, sweep, gpus, most):
+        most -= 1
+    # Five runs are three and two rather than four and one.
+    return next(lanes for lanes in range(1, most + 1) if turns(sweep, lanes) == turns(sweep, most))
+
+
+def turns(sweep: Sweep, lanes: int) -> int:
+    """How often so many lanes are filled, one after the other, until all runs of a sweep are trained."""
+    return sum(-(-runs // lanes) for runs in _stages(sweep))
+
+
+def paying(execution: Execution, method: Method, tokens: float, hidden: int) -> int:
+    """Lanes that a machine takes before it is full, at least 1.
+
+    One of several GPUs; their number is not counted.
+
+    Args:
+        tokens: those of one lane that go through the model at once, on average.
+        hidden: the model's width.
+    """
+    full = execution.threads * _BUSY_THREAD[method] if execution.gpu is None else GPUS[execution.gpu].busy
+    return max(1, int(full / (tokens * hidden)))
+
+
+def _paying(preset: Preset, condition: Condition) -> int:
+    execution, model = preset.execution, preset.models[condition.model]
+    at_once: float = longest_sequence(preset, condition)
+    if condition.rollouts is None:
+        # A batch goes through the model in two parts at least.
+        tokens = -(-condition.batch_size // 2) * tokens_per_example(model, preset.datasets[condition.dataset])
+        at_once = max(at_once, tokens)
+    else:
+        # Drawing takes longer than learning: one position of all responses at a time.
+        tokens = condition.batch_size
+    # Lanes share the limit of tokens: more of them would cut parts smaller, or not keep it.
+    within = int(execution.max_batch_tokens / at_once)
+    return max(1, min(within, paying(execution, condition.method, tokens, dimensions(model).hidden)))
+
+
+def _stages(sweep: Sweep) -> tuple[int, int]:
+    """Runs that are known from the start, and those that wait for the best LR."""
+    return len(sweep.lrs) + len(sweep.repeated), sweep.seeds - 1
+
+
+def _fit(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> bool:
+    execution = preset.execution
+    available = _CPU_MEMORY * execution.threads if execution.gpu is None else USABLE * GPUS[execution.gpu].memory
+    return peak_bytes(preset, sweep, gpus, lanes) <= available
