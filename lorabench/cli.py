@@ -18,8 +18,9 @@ from lorabench.exhausted import memory_for, space_for
 from lorabench.training import stop
 
 if TYPE_CHECKING:
+    from lorabench.config import Preset
     from lorabench.layout import Layout
-    from lorabench.plan import Plan
+    from lorabench.plan import Plan, Sweep
 
 T = TypeVar("T")
 
@@ -81,6 +82,19 @@ def _named(things: Mapping[str, T], name: str, what: str) -> T:
     if name not in things:
         raise UserError(f"{what} {name!r} is not in the preset; allowed: {', '.join(things)}")
     return things[name]
+
+
+def _to_lower(preset: Preset, sweep: Sweep, processes: int) -> str:
+    """What takes less memory in a sweep's job when it is lower, and how high it is: settings of `execution`."""
+    from lorabench.lanes import lanes_of
+
+    execution, lanes = preset.execution, lanes_of(preset, sweep, processes)
+    found = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
+    if sweep.condition.task == "rl":
+        found.append(f"max_cache_tokens ({execution.max_cache_tokens})")
+    if lanes > 1:
+        found.append(f"lanes ({lanes})")
+    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
 @app.command()
@@ -356,7 +370,6 @@ def sweep(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.lanes import lanes_of
         from lorabench.lock import locked
         from lorabench.progress import status as read_status
         from lorabench.training.distributed import ALONE, join, leave
@@ -369,14 +382,7 @@ def sweep(
             whole = f"[{state.runs_done}/{state.runs_planned} runs of {layout.name}]"
             logging.info("%s %s %s", whole, wanted.condition.label, line)
 
-        execution, label = layout.preset.execution, wanted.condition.label
-        limits = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
-        if wanted.condition.task == "rl":
-            limits.append(f"max_cache_tokens ({execution.max_cache_tokens})")
-        lanes = lanes_of(layout.preset, wanted, processes)
-        if lanes > 1:
-            limits.append(f"lanes ({lanes})")
-        lower = f"lower execution.{' or '.join(limits)}"
+        label, lower = wanted.condition.label, f"lower execution.{_to_lower(layout.preset, wanted, processes)}"
         lock = locked(layout.lock(wanted), label, logging.info) if group.first else nullcontext()
         with stop.after_this_step(), lock, memory_for(label, lower):
             group.wait()

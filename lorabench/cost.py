@@ -16,6 +16,7 @@ from lorabench.config import Preset
 from lorabench.gpus import GPUS
 from lorabench.lanes import lanes_of, turns
 from lorabench.lengths import longest_sequence, prompt_tokens, tokens_per_example
+from lorabench.memory import cast_parameters
 from lorabench.models.dimensions import Dimensions, dimensions
 
 if TYPE_CHECKING:
@@ -189,12 +190,11 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     # Batches of rows, each drawn until its longest response ends; lanes share them.
     batches = condition.steps * max(1.0, together * condition.batch_size / rows)
     batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
-    # Trained weights are copied into bf16 once, and so are those with LoRA and those that processes of a sharded model
-    # sample from; autocast copies other frozen ones for every position.
-    weights = 2 * sizes.parameters / gpu.bandwidth
-    if condition.placement is not None and gpus == 1:
-        carrying = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
-        weights = (2 * carrying + 8 * (sizes.parameters - carrying)) / gpu.bandwidth
+    # Autocast copies frozen weights for every position, and trained ones once; those that stay in bf16 are read there,
+    # as is the copy that processes of a sharded model sample from.
+    cast = cast_parameters(preset, sizes, condition.placement, gpus)
+    other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
+    weights = (2 * cast + other) / gpu.bandwidth
     positions = batches / together * rollouts.max_new_tokens
     # Keys and values are repeated for all heads, cast, and read.
     tokens = run_tokens(preset, condition)

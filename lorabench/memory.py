@@ -60,6 +60,17 @@ def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, plac
     return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
 
 
+def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
+    """Parameters of frozen weights that stay in bf16 beside fp32: those that LoRA goes with, for speed.
+
+    Not of sharded models, nor with `activation_checkpointing`, which is set where memory counts for more.
+    """
+    execution, bf16 = preset.execution, preset.protocol.precision == "bf16"
+    if placement is None or not bf16 or execution.activation_checkpointing or _parts(preset, gpus) > 1:
+        return 0
+    return sizes.carrying(placement, preset.protocol.include_unembedding)
+
+
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) -> Memory:
     """Peak memory of a sweep's job, on each of its GPUs, with so many runs at once (see `lorabench.lanes`)."""
     condition, execution = sweep.condition, preset.execution
@@ -109,10 +120,7 @@ def step_memory(
     logits = sizes.vocabulary * (16 if is_rl else 12)
     # Sharded layers come together one by one; the next is fetched while one is computed.
     gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
-    # LoRA's own forward pass casts the weights it goes with once, for good; sharded ones can't be.
-    cast = 0
-    if bf16 and rank is not None and placement is not None and parts == 1:
-        cast = sizes.carrying(placement, preset.protocol.include_unembedding)
+    cast = cast_parameters(preset, sizes, placement, gpus)
     # Autocast keeps a copy of what is trained until the end of the pass, and any other layer one for its backward
     # pass; with checkpoints, where nothing large is trained or sharding turns the former off, one layer's at a time.
     share = 1 / sizes.layers if again and (rank is not None or parts > 1) else 1.0
