@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config import FactsDataset
-from lorabench.cost import lanes
 from lorabench.errors import UserError
+from lorabench.lanes import lanes_of
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lanes import Stack
@@ -120,7 +120,8 @@ class Job:
         """Groups of those runs that are still to be trained, each by run_id with its number: a group's go in lanes."""
         machine = self.machine
         gpus = machine.processes.count if machine.device.type == "cuda" else 0
-        size = 1 if machine.processes.sharded else lanes(self.plan.preset, self.sweep, gpus)
+        alone = machine.processes.sharded or self.sweep.condition.method == "fullft"
+        size = 1 if alone else lanes_of(self.plan.preset, self.sweep, gpus)
         groups = []
         # Formed before finished ones are left out: what goes on does so beside the same runs.
         for start in range(0, len(runs), size):
