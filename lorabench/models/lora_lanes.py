@@ -29,9 +29,14 @@ def can_share(model: PeftModel) -> bool:
     return not any(in_expert(name) for name, _ in lora_layers(model))
 
 
-def stack_lora(model: PeftModel, names: Sequence[str]) -> Stack:
+def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -> Stack:
     """The lanes of a model that has an adapter of each of these names, of the same shapes; all adapters but these go on
     lying idle. `model.unload()` gives the base back.
+
+    Args:
+        keep_cast: with autocast, keep the frozen weights in its type too, half the memory of the base once more. Without,
+            they are cast in every pass, and kept until the backward pass or, where activations are computed again, no
+            longer than a layer takes.
 
     Raises:
         ValueError: several lanes on a model that can't share (see `can_share`).
@@ -54,7 +59,7 @@ def stack_lora(model: PeftModel, names: Sequence[str]) -> Stack:
         # Where experts are one parameter PEFT's own forward pass reads the one lane's mirrors.
         if isinstance(layer, Linear):
             keys = [f"{modules[id(layer)]}.lora_{factor}.default.weight" for factor in "AB"]
-            layer.forward = _Forward(layer, shelf, keys, rows, layer.scaling[names[0]])
+            layer.forward = _Forward(layer, shelf, keys, rows, layer.scaling[names[0]], keep_cast)
     lanes = {name: Lane(shelf.places(lane), adapter_pairs(model, name)) for lane, name in enumerate(names)}
     return Stack(model, lanes, rows, shelf)
 
@@ -62,9 +67,12 @@ def stack_lora(model: PeftModel, names: Sequence[str]) -> Stack:
 class _Forward:
     """The forward pass of one linear layer."""
 
-    def __init__(self, layer: Any, shelf: Shelf, keys: Sequence[str], rows: Rows, scaling: float) -> None:
+    def __init__(
+        self, layer: Any, shelf: Shelf, keys: Sequence[str], rows: Rows, scaling: float, keep_cast: bool
+    ) -> None:
         self._base: nn.Linear = layer.base_layer
         self._shelf, self._keys, self._rows, self._scaling = shelf, tuple(keys), rows, scaling
+        self._keep_cast = keep_cast
         self._cast: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -75,9 +83,11 @@ class _Forward:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-            if self._cast is None or self._cast[0].dtype != dtype:
-                self._cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-            weight, bias = self._cast
+            cast = self._cast
+            if cast is None or cast[0].dtype != dtype:
+                cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+            self._cast = cast if self._keep_cast else None
+            weight, bias = cast
             x = x.to(dtype)
         flat = x.reshape(-1, x.shape[-1])
         counts = self._rows.tokens(len(flat))

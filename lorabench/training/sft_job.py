@@ -12,7 +12,6 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import adapter_pairs
-from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import Sizes
 from lorabench.plan import Run
 from lorabench.training import stop
@@ -127,7 +126,7 @@ class _Bases:
             yield alone(adapted, names[0], names[0], adapter_pairs(adapted, names[0])), sizes
             return
         try:
-            yield stack_lora(adapted, names), sizes
+            yield self.job.stacked(adapted, runs), sizes
         finally:
             self._model = adapted.unload()
             self._model.requires_grad_(True)

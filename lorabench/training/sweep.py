@@ -23,6 +23,7 @@ from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lanes import Stack
 from lorabench.models.lora import add_lane, add_lora
+from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import Sizes
 from lorabench.plan import Plan, Run, Sweep
 from lorabench.progress import Progress
@@ -105,6 +106,12 @@ class Job:
         for run in others:
             add_lane(adapted, run.run_id, run.seed, init_a)
         return adapted
+
+    def stacked(self, model: PeftModel, runs: Sequence[Run]) -> Stack:
+        """The lanes of a model that has the runs' LoRA on it."""
+        # Who computes activations again has no memory for a second copy of the base.
+        keep_cast = not self.plan.preset.execution.activation_checkpointing
+        return stack_lora(model, [run.run_id for run in runs], keep_cast)
 
     def ticker(self, number: int, run: Run) -> Callable[[int], None]:
         """What a run calls after each step: one process says how far all are."""

@@ -12,7 +12,6 @@ from lorabench.data.grading import Grader
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.lanes import Stack, alone
-from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import Sizes
 from lorabench.plan import Run
 from lorabench.records import file_sha256
@@ -59,7 +58,7 @@ class _Work:
         model: Any = job.load()
         check_plain_head(model)
         together = [run for _, run in runs.values()]
-        lora, names = together[0].condition.method == "lora", list(runs)
+        lora = together[0].condition.method == "lora"
         if not machine.processes.sharded:
             self._base_scores(partial(self._sample, alone(model, "")))
         if lora:
@@ -68,7 +67,7 @@ class _Work:
         if machine.processes.sharded:
             stack, draw = self._sharded(model, together[0])
         else:
-            stack = stack_lora(model, names) if lora else alone(model, names[0])
+            stack = job.stacked(model, together) if lora else alone(model, together[0].run_id)
             draw = partial(self._sample, stack)
         base = self._base_scores(draw)
         started, checkpoints, protocol = now(), job.checkpoints(together), job.plan.preset.protocol
