@@ -34,9 +34,9 @@ def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -
     lying idle. `model.unload()` gives the base back.
 
     Args:
-        keep_cast: with autocast, keep the frozen weights in its type too, half the memory of the base once more. Without,
-            they are cast in every pass, and kept until the backward pass or, where activations are computed again, no
-            longer than a layer takes.
+        keep_cast: with autocast, keep the frozen weights in its type too, half the memory of the base once more.
+            Without, they are cast in every pass, and kept until the backward pass or, where activations are computed
+            again, no longer than a layer takes.
 
     Raises:
         ValueError: several lanes on a model that can't share (see `can_share`).
