@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, even
 from lorabench.models.lora import in_expert
@@ -86,9 +85,7 @@ def _forward(module: nn.Module, shelf: Shelf, keys: Mapping[str, str], rows: Row
         return _Linear(shelf, keys, rows)
     if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
         return _Embedding(shelf, keys["weight"], rows, module.padding_idx)
-    # Without the forward pass that the module gets; it shares the module's parameters and buffers.
-    bare = copy.copy(module)
-    return (_Elementwise if _is_elementwise(bare) else _Lanewise)(bare, shelf, keys, rows)
+    return (_Elementwise if _is_elementwise(module) else _Lanewise)(module, shelf, keys, rows)
 
 
 def _dealt(rows: Rows, x: Tensor) -> list[int]:
@@ -214,15 +211,16 @@ class _Lanewise:
     """The forward pass of any module, one lane after the other."""
 
     def __init__(self, module: nn.Module, shelf: Shelf, keys: Mapping[str, str], rows: Rows) -> None:
-        self._module, self._shelf, self._keys, self._rows = module, shelf, keys, rows
+        self._module, self._bare = module, _bare(module)
+        self._shelf, self._keys, self._rows = shelf, keys, rows
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """What the module gives; of several lanes for one tensor (rows, ...)."""
         if len(self._rows.counts) == 1:
-            return functional_call(self._module, self._weights(0), inputs, options)
+            return self._compute(self._weights(0), *inputs, **options)
         (x,) = (*inputs, *options.values())
         parts = x.split(_dealt(self._rows, x))
-        return torch.cat([functional_call(self._module, self._weights(lane), part) for lane, part in enumerate(parts)])
+        return torch.cat([self._compute(self._weights(lane), part) for lane, part in enumerate(parts)])
 
     def _weights(self, lane: int | slice) -> dict[str, Tensor]:
         """Weights of a lane, or of several stacked."""
@@ -231,6 +229,10 @@ class _Lanewise:
             name: _Weight.apply(leaves[key], lane)  # type: ignore[no-untyped-call]
             for name, key in self._keys.items()
         }
+
+    def _compute(self, weights: Mapping[str, Tensor], *inputs: Any, **options: Any) -> Any:
+        self._bare.training = self._module.training
+        return _with(self._bare, weights, *inputs, **options)
 
 
 class _Elementwise(_Lanewise):
@@ -243,7 +245,7 @@ class _Elementwise(_Lanewise):
         if not even(counts):
             return super().__call__(x)
         weights = {name: weight[:, None] for name, weight in self._weights(slice(None)).items()}
-        return functional_call(self._module, weights, x.reshape(len(counts), -1, x.shape[-1])).view(x.shape)
+        return self._compute(weights, x.reshape(len(counts), -1, x.shape[-1])).view(x.shape)
 
 
 class _Weight(torch.autograd.Function):
@@ -262,30 +264,43 @@ class _Weight(torch.autograd.Function):
         return None, None
 
 
+def _bare(module: nn.Module) -> nn.Module:
+    """A module like another, without its parameters and without a forward pass put on later."""
+    bare = copy.copy(module)
+    bare._parameters = {name: None for name, parameter in module._parameters.items() if parameter is None}
+    return bare
+
+
+def _with(bare: nn.Module, weights: Mapping[str, Tensor], *inputs: Any, **options: Any) -> Any:
+    """What a bare module computes with weights, which it has for that long. Faster than `torch.func.functional_call`,
+    which counts in small models."""
+    vars(bare).update(weights)
+    try:
+        return bare(*inputs, **options)
+    finally:
+        for name in weights:
+            del vars(bare)[name]
+
+
 @torch.no_grad()
 def _is_elementwise(module: nn.Module) -> bool:
     """Whether a module computes vectors one by one, and takes weights (2, 1, d) for two stacks of vectors (2, n, d)."""
-    shapes = {parameter.shape for parameter in module.parameters()}
-    parameter = next(module.parameters())
-    if len(shapes) > 1 or parameter.ndim != 1:
+    parameter, *others = module.parameters()
+    if parameter.ndim != 1 or any(other.shape != parameter.shape for other in others):
         return False
-    generator = torch.Generator().manual_seed(0)
+    bare, generator = _bare(module), torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, len(parameter), generator=generator).to(parameter)
 
     x, weights = draw(2, 3), {name: draw(2, 1) for name, _ in module.named_parameters()}
     try:
-        together = functional_call(module, weights, x)
-        apart = [
-            torch.cat(
-                [
-                    functional_call(module, {name: w[lane, 0] for name, w in weights.items()}, token)
-                    for token in xs.split(1)
-                ]
-            )
-            for lane, xs in enumerate(x)
-        ]
+        together = _with(bare, weights, x)
+        for lane, vectors in enumerate(x):
+            own = {name: weight[lane, 0] for name, weight in weights.items()}
+            apart = torch.cat([_with(bare, own, vector) for vector in vectors.split(1)])
+            if not torch.allclose(together[lane], apart, rtol=1e-4, atol=1e-5):
+                return False
     except (RuntimeError, TypeError, ValueError):
         return False
-    return together.shape == x.shape and torch.allclose(together, torch.stack(apart), rtol=1e-4, atol=1e-5)
+    return True
