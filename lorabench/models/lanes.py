@@ -210,3 +210,16 @@ def alone(
         for key, parameter in trained_parameters(model).items()
     }
     return Stack(model, {name: Lane(places, pairs or {})}, Rows(1))
+
+
+def even(counts: Sequence[int]) -> bool:
+    """Whether there are several lanes with as many tokens each."""
+    return len(counts) > 1 and len(set(counts)) == 1
+
+
+def add_products(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add products, one for each lane, to what is there, in its type."""
+    if to.dtype == left.dtype:
+        to.baddbmm_(left, right)
+    else:
+        to.add_(torch.bmm(left, right))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.models.lanes import Lane, Rows, Shelf, Stack, lane_name
+from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, even, lane_name
 from lorabench.models.lora import adapter_pairs, in_expert, lora_layers
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class _Product(torch.autograd.Function):
         ctx.gradients = a.grad, b.grad
         a, b = a.to(x.dtype), b.to(x.dtype)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        if _even(counts):
+        if even(counts):
             lanes = len(counts)
             inner = torch.bmm(x.view(lanes, -1, x.shape[-1]), a.mT).mul_(scaling)
             y.view(lanes, -1, y.shape[-1]).baddbmm_(inner, b.mT)
@@ -137,31 +137,18 @@ class _Product(torch.autograd.Function):
         g, counts = gradients[0].contiguous(), ctx.counts
         to_a, to_b = ctx.gradients
         gx = g @ weight if ctx.needs_input_grad[0] else None
-        if _even(counts):
+        if even(counts):
             xs, gs, inners = (tensor.view(len(counts), -1, tensor.shape[-1]) for tensor in (x, g, inner))
             ginner = torch.bmm(gs, b).mul_(ctx.scaling)
-            _add(to_a, ginner.mT, xs)
-            _add(to_b, gs.mT, inners)
+            add_products(to_a, ginner.mT, xs)
+            add_products(to_b, gs.mT, inners)
             if gx is not None:
                 gx.view_as(xs).baddbmm_(ginner, a)
             return gx, *(None,) * 6
         for lane, (xs, gs, inners) in enumerate(zip(*(t.split(counts) for t in (x, g, inner)), strict=True)):
             ginner = (gs @ b[lane]).mul_(ctx.scaling)
-            _add(to_a[lane : lane + 1], ginner.t()[None], xs[None])
-            _add(to_b[lane : lane + 1], gs.t()[None], inners[None])
+            add_products(to_a[lane : lane + 1], ginner.t()[None], xs[None])
+            add_products(to_b[lane : lane + 1], gs.t()[None], inners[None])
             if gx is not None:
                 gx.split(counts)[lane].addmm_(ginner, a[lane])
         return gx, *(None,) * 6
-
-
-def _even(counts: list[int]) -> bool:
-    """Whether there are several lanes with as many tokens each."""
-    return len(counts) > 1 and len(set(counts)) == 1
-
-
-def _add(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add products, one for each lane, to what is there, in its type."""
-    if to.dtype == left.dtype:
-        to.baddbmm_(left, right)
-    else:
-        to.add_(torch.bmm(left, right))
