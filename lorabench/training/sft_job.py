@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
+from lorabench.models.full_lanes import stack_full
 from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import adapter_pairs
 from lorabench.models.size import Sizes
@@ -116,7 +117,7 @@ class _Bases:
         if runs[0].condition.method == "fullft":
             self._model = None
             sizes = Sizes.of(model)
-            yield alone(processes.shard(model), names[0]), sizes
+            yield stack_full(model, names) if len(names) > 1 else alone(processes.shard(model), names[0]), sizes
             return
         adapted = self.job.with_lora(model, runs)
         sizes = Sizes.of(adapted)

@@ -21,6 +21,7 @@ from lorabench.errors import UserError
 from lorabench.lanes import lanes_of
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
+from lorabench.models.full_lanes import lane_state
 from lorabench.models.lanes import Stack
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
@@ -127,8 +128,7 @@ class Job:
         """Groups of those runs that are still to be trained, each by run_id with its number: a group's go in lanes."""
         machine = self.machine
         gpus = machine.processes.count if machine.device.type == "cuda" else 0
-        alone = machine.processes.sharded or self.sweep.condition.method == "fullft"
-        size = 1 if alone else lanes_of(self.plan.preset, self.sweep, gpus)
+        size = 1 if machine.processes.sharded else lanes_of(self.plan.preset, self.sweep, gpus)
         groups = []
         # Formed before finished ones are left out: what goes on does so beside the same runs.
         for start in range(0, len(runs), size):
@@ -279,6 +279,8 @@ def _save_weights(stack: Stack, run: Run, folder: RunFolder, weights: dict[str, 
     """Save a run's adapter or whole model; of a sharded one the `weights` are given, put together."""
     model: Any = stack.model
     if run.condition.method == "fullft":
+        if stack.shelf is not None:
+            weights = lane_state(model, stack.lanes[run.run_id])
         model.save_pretrained(folder.weights, state_dict=weights)
         return
     # The adapter alone: PEFT would add a copy of the unembedding it sits on, and puts names into folders of their own.
