@@ -63,9 +63,11 @@ def numbers(runs) -> list[dict]:
     return [row | {"curve": list(curve)} for row, curve in zip(runs[kept].to_dict("records"), runs.curve, strict=True)]
 
 
-def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(ready):
-    plan, layout = ready("killed", {"checkpoint_minutes": 0.0, "keep_weights": "all"}, lora=[1e-3, 3e-3])
-    sweep = next(s for s in plan.sweeps if s.condition.method == "lora")
+@pytest.mark.parametrize(("method", "lanes"), [("lora", 1), ("lora", 2), ("fullft", 2)])
+def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, lanes, ready):
+    execution = {"checkpoint_minutes": 0.0, "keep_weights": "all", "lanes": lanes}
+    plan, layout = ready("killed", execution, **{method: [1e-3, 3e-3]})
+    sweep = next(s for s in plan.sweeps if s.condition.method == method)
     first, second = (layout.runs / run.run_id for run in sweep.grid())
     checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
 
@@ -78,24 +80,25 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(ready):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    # The run in progress has a checkpoint and is not taken for a result; the finished one is kept.
-    assert (first / "record.json").exists()
+    # A run in progress has a checkpoint and is not taken for a result; the one before it is kept, or beside it.
     assert not second.exists()
     assert not layout.sweep(sweep).exists()
-    kept = (first / "record.json").stat().st_mtime_ns
+    finished = first / "record.json"
+    assert finished.exists() == (lanes == 1)
+    kept = finished.stat().st_mtime_ns if lanes == 1 else None
 
-    resumed, _ = trained(plan, layout, "lora")
-    assert (first / "record.json").stat().st_mtime_ns == kept
+    resumed, _ = trained(plan, layout, method)
+    assert kept in (None, finished.stat().st_mtime_ns)
     assert not checkpoint.exists()
 
     layout.sweep(sweep).unlink()
     layout.runs.rename("resumed")
-    unbroken, _ = trained(plan, layout, "lora")
+    unbroken, _ = trained(plan, layout, method)
     assert numbers(resumed) == numbers(unbroken)
-    adapters = sorted(layout.runs.glob("*/weights/adapter_model.safetensors"))
-    assert len(adapters) == 3
-    for adapter in adapters:
-        assert adapter.read_bytes() == ("resumed" / adapter.relative_to(layout.runs)).read_bytes()
+    weights = sorted(layout.runs.glob("*/weights/*.safetensors"))
+    assert len(weights) == 3
+    for file in weights:
+        assert file.read_bytes() == ("resumed" / file.relative_to(layout.runs)).read_bytes()
 
 
 def test_a_half_written_run_is_no_result(ready):
