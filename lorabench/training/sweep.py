@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorabench.allocation import keep_freed_memory
 from lorabench.config import FactsDataset
 from lorabench.errors import UserError
 from lorabench.lanes import lanes_of
@@ -50,6 +51,7 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
+        keep_freed_memory()
     return Machine(
         device,
         execution.max_batch_tokens,
