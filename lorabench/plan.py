@@ -97,6 +97,16 @@ class Condition:
         method = "fullft" if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
         return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
 
+    @cached_property
+    def determining(self) -> dict[str, Any]:
+        """The part of it that determines a run's result, for `Run.run_id`."""
+        condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset"}}
+        if self.rollouts is None:
+            del condition["rollouts"]
+        else:
+            del condition["rollouts"]["mean_response_tokens"]
+        return condition
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,12 +118,7 @@ class Run:
 
     @cached_property
     def run_id(self) -> str:
-        condition = {k: v for k, v in asdict(self.condition).items() if k not in {"model", "dataset"}}
-        if self.condition.rollouts is None:
-            del condition["rollouts"]
-        else:
-            del condition["rollouts"]["mean_response_tokens"]
-        return digest({"condition": condition, "lr": self.lr, "seed": self.seed})
+        return digest({"condition": self.condition.determining, "lr": self.lr, "seed": self.seed})
 
 
 @dataclass(frozen=True)

@@ -320,8 +320,12 @@ def table(plan, gflops, device="a CPU"):
     return pd.DataFrame(rows, columns=["run_id", "status", "device", "wall_s", "peak_mem_bytes"])
 
 
+def rows(frame):
+    return frame.to_dict("records")
+
+
 def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
-    found = calibrate(table(smoke, 12.5), planned_runs([smoke]), "a CPU")
+    found = calibrate(rows(table(smoke, 12.5)), planned_runs([smoke]), "a CPU")
     assert found.gflops == pytest.approx(12.5)
     assert (found.time.median, found.time.worst) == (pytest.approx(1), pytest.approx(1))
     assert found.memory.worst < 2.5
@@ -331,7 +335,7 @@ def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
 def test_calibration_tells_how_far_off_it_is(smoke):
     runs = table(smoke, 10.0)
     runs.loc[0, "wall_s"] *= 4
-    found = calibrate(runs, planned_runs([smoke]), "a CPU")
+    found = calibrate(rows(runs), planned_runs([smoke]), "a CPU")
     assert found.time.lowest == pytest.approx(found.time.median / 4)
     assert found.time.worst == pytest.approx(1 / found.time.lowest)
 
@@ -340,8 +344,8 @@ def test_calibration_leaves_out_what_tells_nothing(smoke):
     runs = table(smoke, 10.0)
     odd = runs.assign(wall_s=1000.0)
     mixed = pd.concat([runs, odd.assign(status="diverged"), odd.assign(device="other"), odd.assign(run_id="unknown")])
-    assert calibrate(mixed, planned_runs([smoke]), "a CPU").gflops == pytest.approx(10)
-    assert calibrate(odd.assign(status="diverged"), planned_runs([smoke]), "a CPU") is None
+    assert calibrate(rows(mixed), planned_runs([smoke]), "a CPU").gflops == pytest.approx(10)
+    assert calibrate(rows(odd.assign(status="diverged")), planned_runs([smoke]), "a CPU") is None
 
 
 def test_tables_are_found_and_must_hold_something(smoke, tmp_path, monkeypatch):
