@@ -187,8 +187,8 @@ CLAIMS = pa.schema(
     ]
 )
 
-# A sweep's parquet holds its runs with their curves nested, since a job has one output.
-_SWEEP = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
+# A job's parquet holds its runs with their curves nested, since a job has one output.
+_JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
 
 
 def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:
@@ -221,15 +221,20 @@ def write_curves(run_id: str, points: list[Point], path: Path) -> None:
     write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
 
 
-def write_sweep(folders: list[RunFolder], sweep: Sweep, path: Path) -> None:
-    """Write a sweep's runs, curves nested, from their finished folders."""
+def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
+    """A sweep's runs, curves nested, from their finished folders."""
     # A run that was trained before the preset gave its model or dataset another name.
     names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
     rows = []
     for folder in folders:
         curve = folder.read_curves().drop_columns(["run_id"]).to_pylist()
         rows.append({**run_row(folder.read_record(), sweep.experiments), **names, "curve": curve})
-    write_table(pa.Table.from_pylist(rows, schema=_SWEEP), path)
+    return rows
+
+
+def write_job(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the `sweep_rows` of all sweeps of a job."""
+    write_table(pa.Table.from_pylist(rows, schema=_JOB), path)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -238,16 +243,16 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def collect(sweeps: list[Path], out: Path, plan: Plan | None = None) -> None:
-    """Merge sweep files into `runs` and `curves` (parquet and CSV) in the folder `out`.
+def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
+    """Merge files of jobs into `runs` and `curves` (parquet and CSV) in the folder `out`.
 
     Args:
         plan: says which experiments a run is of, now; else the files say what it was when they were made.
 
     Raises:
-        UserError: a file is damaged, or of a sweep that is not in the plan.
+        UserError: a file is damaged, or of a job that is not in the plan.
     """
-    table = pa.concat_tables([_read_sweep(path, plan) for path in sweeps])
+    table = pa.concat_tables([_read_job(path, plan) for path in jobs])
     runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves = pa.Table.from_pylist(
         [
@@ -262,11 +267,11 @@ def collect(sweeps: list[Path], out: Path, plan: Plan | None = None) -> None:
         write_csv(part.to_pandas(), out / f"{name}.csv")
 
 
-def _read_sweep(path: Path, plan: Plan | None) -> pa.Table:
-    table = read_parquet(path, _SWEEP)
+def _read_job(path: Path, plan: Plan | None) -> pa.Table:
+    table = read_parquet(path, _JOB)
     if plan is None:
         return table
-    experiments = pa.array([plan.sweep(path.stem).experiments] * len(table), pa.list_(pa.string()))
+    experiments = pa.array([plan.job(path.stem).experiments] * len(table), pa.list_(pa.string()))
     return table.set_column(table.schema.get_field_index("experiments"), RUNS.field("experiments"), experiments)
 
 

@@ -1,10 +1,9 @@
-"""What commands that answer at once import, and what that costs."""
+"""What commands that answer at once import; what they cost is in test_cli.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -27,8 +26,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 def imported(folder, *arguments):
-    """Packages that a command in a folder imports, and the CPU seconds it takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Packages that a command in a folder imports."""
     # Imports of this project come from where this process has them.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path)}
     done = subprocess.run(
@@ -39,20 +37,16 @@ def imported(folder, *arguments):
         text=True,
         check=True,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return set(json.loads(done.stdout.splitlines()[-1])), seconds
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize(
     "arguments", [("--help",), *(("plan", "--preset", name) for name in ("smoke", "laptop", "core"))], ids=" ".join
 )
 def test_help_and_plans_import_nothing_heavy(tmp_path, arguments):
-    packages, seconds = imported(tmp_path, *arguments)
+    packages = imported(tmp_path, *arguments)
     assert "lorabench" in packages
     assert not packages & HEAVY
-    # A third of a second where the machine has nothing else to do; torch alone takes more than one.
-    assert seconds < 2
 
 
 def test_a_plan_reads_measured_runs_without_pandas(tmp_path):
@@ -60,5 +54,5 @@ def test_a_plan_reads_measured_runs_without_pandas(tmp_path):
     folder.mkdir(parents=True)
     run = {"run_id": "unknown", "status": "done", "device": processor(), "wall_s": 1.0, "peak_mem_bytes": 1}
     pq.write_table(pa.Table.from_pylist([run], schema=RUNS), folder / "runs.parquet")
-    packages, _ = imported(tmp_path, "plan", "--preset", "smoke")
+    packages = imported(tmp_path, "plan", "--preset", "smoke")
     assert packages & HEAVY == {"numpy", "pyarrow"}

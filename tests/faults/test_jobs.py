@@ -49,7 +49,7 @@ def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
     for lock in locks:
         os.utime(lock)
     state = status(half.plan, half.layout)
-    assert (state.sweeps_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
+    assert (state.jobs_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
     for lock in locks:
         os.utime(lock, (time.time() - 2 * SILENT,) * 2)
     state = status(half.plan, half.layout)
@@ -64,7 +64,7 @@ def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
 def test_a_job_that_is_told_to_end_saves_what_it_has(task, number, place, unbroken):
     # No checkpoint but that of the signal.
     place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
-    job = place.start("sweep", place.sweep(task).sweep_id)
+    job = place.start("train", place.job(task).job_id)
     job.until(place.path(place.layout.progress(place.sweep(task))).exists)
     asked = time.monotonic()
     job.signal(number)
@@ -188,15 +188,15 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     place = small_disk(unbroken)
     tokens = place.path(place.layout.tokens("tiny", "instruct"))
     tokens.unlink()
-    sweeps = [str(place.layout.sweep(sweep)) for sweep in place.plan.sweeps]
+    jobs = [str(place.layout.job(job)) for job in place.plan.jobs]
     filler = fill(place.folder, but_for=8_000)
-    for command in (["tokens", "tiny", "instruct"], ["collect", *sweeps, "--out", "tables"]):
+    for command in (["tokens", "tiny", "instruct"], ["collect", *jobs, "--out", "tables"]):
         said = place.run(*command, status=2)
         assert "no space left to write" in said
         assert "Traceback" not in said
     assert [path for path in place.folder.rglob("*") if path.parent.name in {"tables", "tokens"}] == []
     filler.unlink()
-    place.run("collect", *sweeps, "--out", "tables")
+    place.run("collect", *jobs, "--out", "tables")
     place.run("tokens", "tiny", "instruct")
 
 
@@ -212,9 +212,9 @@ def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
 
 def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     sweep = place.sweep("sft")
-    first = place.start("sweep", sweep.sweep_id)
+    first = place.start("train", sweep.sweep_id)
     first.until(place.path(place.layout.lock(sweep)).exists)
-    second = place.start("sweep", sweep.sweep_id)
+    second = place.start("train", sweep.sweep_id)
     assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
     assert f"waits for process {first.pid} on " in second.text
     assert "goes on after" not in second.text
@@ -227,7 +227,7 @@ def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
 def test_the_lock_of_a_job_that_hangs_is_named(place):
     sweep = place.sweep("sft")
     lock = place.path(place.layout.lock(sweep))
-    first = place.start("sweep", sweep.sweep_id)
+    first = place.start("train", sweep.sweep_id)
     first.until(lock.exists)
     first.signal(signal.SIGSTOP)
     os.utime(lock, (time.time() - 3 * SILENT,) * 2)
