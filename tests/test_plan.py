@@ -103,7 +103,7 @@ def test_sweep_and_its_grid(raw_preset):
     sweep = plan.job(plan.sweeps[0].sweep_id).sweeps[0]
     assert [run.seed for run in sweep.grid()] == [0] * len(sweep.lrs)
     assert [(run.lr, run.seed) for run in sweep.repeats(0.5)] == [(0.5, 1)]
-    with pytest.raises(UserError, match="sweep 'nope' is not in the plan"):
+    with pytest.raises(UserError, match="job 'nope' is not in the plan"):
         plan.job("nope")
 
 

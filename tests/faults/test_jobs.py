@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from lorabench.lock import SILENT, locked
 from lorabench.progress import status
 from lorabench.training import stop
 
-from .conftest import AT_WORK
+from .conftest import AT_WORK, numbers
 
 TASKS = pytest.mark.parametrize("task", ["sft", "rl"])
 
@@ -41,6 +42,32 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
     results = half.path(half.layout.root)
     rest = [*results.rglob("*.partial"), *results.rglob("*.finishing")]
     assert [*rest, *results.glob("progress/*"), *results.glob("locks/*")] == []
+
+
+def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
+    place.change(lambda raw: raw["experiments"]["rank"][0].update(ranks={"all": [1, 2]}))
+    [job] = [job for job in place.plan.jobs if len(job.sweeps) == 2]
+    first, second = job.sweeps
+    runs, file = place.path(place.layout.runs), place.path(place.layout.job(job))
+
+    def at_work_on_the_second() -> bool:
+        return any((runs / f"{run.run_id}.partial" / "checkpoint.safetensors").exists() for run in second.grid())
+
+    killed = place.start("train", job.job_id)
+    killed.until(at_work_on_the_second)
+    assert [place.path(place.layout.lock(sweep)).exists() for sweep in job.sweeps] == [False, True]
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    ended = {path: path.stat().st_mtime_ns for path in runs.glob("*/record.json")}
+    assert len(ended) == first.n_runs
+    assert not file.exists()
+
+    assert "goes on after step" in place.run("train", job.job_id)
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    rows = numbers(pq.read_table(file).to_pylist())
+    assert len(rows) == job.n_runs
+    kept = [row["run_id"] for row in unbroken.numbers("sft")]
+    assert [row for row in rows if row["run_id"] in kept] == unbroken.numbers("sft")
 
 
 def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):

@@ -1,4 +1,4 @@
-"""The job of a sweep: divergence stays in its run, finished runs are kept, repeats go to the best LR."""
+"""A sweep and its job: divergence stays in its run, finished runs are kept, repeats go to the best LR."""
 
 from __future__ import annotations
 
