@@ -11,10 +11,10 @@ from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
 from lorabench.lanes import lanes_of
-from lorabench.resources import MB, Resources, compute_resources, evaluation_resources, sweep_resources
+from lorabench.resources import MB, Resources, compute_resources, evaluation_resources, job_resources
 
 if TYPE_CHECKING:
-    from lorabench.plan import Plan, Sweep
+    from lorabench.plan import Job, Plan
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class Bill:
         )
 
 
-def training(plan: Plan, sweeps: Iterable[Sweep]) -> Bill:
-    """Of some sweeps of a plan.
+def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
+    """Of some jobs of a plan that train.
 
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
     preset, total = plan.preset, Bill()
-    for sweep in sweeps:
-        asked = sweep_resources(plan, sweep)
-        tokens = sweep.n_runs * cost.run_tokens(preset, sweep.condition).trained
-        seconds = cost.sweep_seconds(preset, sweep, asked.gpus)
-        one = _job(asked, sweep.n_runs, tokens, cost.sweep_flops(preset, sweep), seconds)
-        total += replace(one, lanes=lanes_of(preset, sweep, asked.gpus))
+    for job in jobs:
+        asked = job_resources(plan, job)
+        tokens = sum(sweep.n_runs * cost.run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
+        flops = sum(cost.sweep_flops(preset, sweep) for sweep in job.sweeps)
+        one = _job(asked, job.n_runs, tokens, flops, cost.job_seconds(preset, job, asked.gpus))
+        total += replace(one, lanes=max(lanes_of(preset, sweep, asked.gpus) for sweep in job.sweeps))
     return total
 
 
@@ -96,7 +96,7 @@ def _job(asked: Resources, runs: int, tokens: float, flops: float, seconds: floa
 
 def per_experiment(plan: Plan) -> dict[str, Bill]:
     """The bill of each experiment by itself, of the evaluation, and `total`, where shared runs count once."""
-    rows = {name: training(plan, plan.of(name)) for name in plan.preset.experiments.trained()}
+    rows = {name: training(plan, plan.jobs_of(name)) for name in plan.preset.experiments.trained()}
     others = {"compute": compute(plan), "evaluation": evaluation(plan)}
     rows |= {name: bill for name, bill in others.items() if bill.jobs}
     return rows | {"total": total(plan)}
@@ -104,7 +104,7 @@ def per_experiment(plan: Plan) -> dict[str, Bill]:
 
 def total(plan: Plan) -> Bill:
     """Of everything; runs that experiments share count once."""
-    return training(plan, plan.sweeps) + compute(plan) + evaluation(plan)
+    return training(plan, plan.jobs) + compute(plan) + evaluation(plan)
 
 
 def minutes(plan: Plan, bill: Bill, cores: int) -> float:

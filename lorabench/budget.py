@@ -106,16 +106,16 @@ def within(preset: Preset, hours: float) -> tuple[Preset, list[str]]:
 
 def order(plan: Plan) -> Iterator[Step]:
     """All that may be left out, in this order; the last experiment that trains may not."""
-    needed = {sweep: {(name, sweep.condition.model) for name in sweep.experiments} for sweep in plan.sweeps}
-    hours = {sweep: _hours(bill.training(plan, [sweep])) for sweep in plan.sweeps}
+    needed = {job: {(name, job.sweeps[0].condition.model) for name in job.experiments} for job in plan.jobs}
+    hours = {job: _hours(bill.training(plan, [job])) for job in plan.jobs}
     left: set[Unit] = set().union(*needed.values())
     if plan.preset.experiments.compute:
         left.add(_COMPUTE)
 
     def saved(more: frozenset[Unit]) -> float:
         kept = left - more
-        sweeps = sum(hours[sweep] for sweep, units in needed.items() if units & left and not units & kept)
-        return sweeps + (_hours(bill.compute(plan)) if _COMPUTE in more else 0.0)
+        jobs = sum(hours[job] for job, units in needed.items() if units & left and not units & kept)
+        return jobs + (_hours(bill.compute(plan)) if _COMPUTE in more else 0.0)
 
     def lost(more: frozenset[Unit]) -> int:
         return len(_claims(plan.preset, left) - _claims(plan.preset, left - more))

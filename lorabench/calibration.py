@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorabench import cost
 from lorabench.bill import on_gpu
@@ -18,11 +19,10 @@ from lorabench.lanes import lanes_of
 from lorabench.memory import gpus_needed, peak_bytes
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lorabench.plan import Plan, Sweep
 
 RESULTS = Path("results")
+_COLUMNS = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,20 @@ class Calibration:
         )
 
 
-def calibrate(runs: pd.DataFrame, sweeps: Mapping[str, tuple[Preset, Sweep]], device: str) -> Calibration | None:
+def calibrate(
+    runs: Sequence[Mapping[str, Any]], sweeps: Mapping[str, tuple[Preset, Sweep]], device: str
+) -> Calibration | None:
     """Fit the speed to the finished runs of a device; None if there are none.
 
     Args:
-        runs: a table `runs`: run_id, status, device, wall_s, peak_mem_bytes.
+        runs: rows of a table `runs`: run_id, status, device, wall_s, peak_mem_bytes.
         sweeps: the preset and the sweep of each run that is known, by run_id (see `planned_runs`).
         device: as the table calls it.
     """
-    done = runs[(runs["status"] == "done") & (runs["device"] == device) & (runs["wall_s"] > 0)]
     measured = [
-        (*sweeps[run_id], _gpus(*sweeps[run_id]), seconds, peak)
-        for run_id, seconds, peak in zip(done["run_id"], done["wall_s"], done["peak_mem_bytes"], strict=True)
-        if run_id in sweeps
+        (*sweeps[run["run_id"]], _gpus(*sweeps[run["run_id"]]), run["wall_s"], run["peak_mem_bytes"] or 0)
+        for run in runs
+        if run["run_id"] in sweeps and (run["status"], run["device"]) == ("done", device) and (run["wall_s"] or 0) > 0
     ]
     if not measured:
         return None
@@ -120,19 +121,17 @@ def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
     Raises:
         UserError: a named folder has no run that a plan knows, on such a device.
     """
-    import pandas as pd
-
-    from lorabench.tables import read_table
-
-    found = list(folders) or sorted(RESULTS.glob("*/tables"))
-    tables = [table for folder in found if not (table := read_table(folder, "runs", optional=not folders)).empty]
-    if not tables:
+    found = list(folders) or sorted({path.parent for path in RESULTS.glob("*/tables/runs.*")})
+    if not found:
         return None
+    from lorabench.tables import read_rows
+
+    runs = {row["run_id"]: row for folder in reversed(found) for row in read_rows(folder, "runs", _COLUMNS)}
     sweeps = planned_runs([plan, *_named_plans(found, plan)])
-    runs = pd.concat(tables).drop_duplicates("run_id")
-    known = runs[runs["run_id"].isin(sweeps.keys())]
+    known = [row for run_id, row in runs.items() if run_id in sweeps]
     gpu = plan.preset.execution.gpu
-    devices = [device for device in known["device"].value_counts().index if _is(device, gpu, anywhere=bool(folders))]
+    counted = Counter(row["device"] for row in known if row["device"]).most_common()
+    devices = [device for device, _ in counted if _is(device, gpu, anywhere=bool(folders))]
     result = calibrate(known, sweeps, devices[0]) if devices else None
     if result is None and folders:
         place = ", ".join(str(folder) for folder in folders)

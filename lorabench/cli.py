@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -18,9 +18,8 @@ from lorabench.exhausted import memory_for, space_for
 from lorabench.training import stop
 
 if TYPE_CHECKING:
-    from lorabench.config import Preset
     from lorabench.layout import Layout
-    from lorabench.plan import Plan, Sweep
+    from lorabench.plan import Plan
 
 T = TypeVar("T")
 
@@ -82,19 +81,6 @@ def _named(things: Mapping[str, T], name: str, what: str) -> T:
     if name not in things:
         raise UserError(f"{what} {name!r} is not in the preset; allowed: {', '.join(things)}")
     return things[name]
-
-
-def _to_lower(preset: Preset, sweep: Sweep, processes: int) -> str:
-    """What takes less memory in a sweep's job when it is lower, and how high it is: settings of `execution`."""
-    from lorabench.lanes import lanes_of
-
-    execution, lanes = preset.execution, lanes_of(preset, sweep, processes)
-    found = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
-    if sweep.condition.task == "rl":
-        found.append(f"max_cache_tokens ({execution.max_cache_tokens})")
-    if lanes > 1:
-        found.append(f"lanes ({lanes})")
-    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
 
 
 @app.command()
@@ -347,18 +333,18 @@ def convert(model: str, preset: PresetOption = "smollm2") -> None:
 
 
 @app.command()
-def sweep(
-    sweep_id: str,
+def train(
+    job_id: Annotated[str, typer.Argument(help="A job's id, or that of a single sweep.")],
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, typer.Option(help="Also write the progress lines here.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Train each run in so many processes, one per GPU.")] = 1,
 ) -> None:
-    """Train all runs of one sweep; finished runs are skipped, a broken one goes on from its checkpoint."""
+    """Train all runs of one job; finished runs are skipped, a broken one goes on from its checkpoint."""
     from lorabench.training.launch import launch, reporting, started
 
     with _one_sentence(), reporting():
         made, layout = _open(preset)
-        wanted = made.sweep(sweep_id)
+        wanted = made.job(job_id)
         if processes > 1 and not started():
             launch(processes, sys.argv[1:])
             return
@@ -370,23 +356,18 @@ def sweep(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.lock import locked
         from lorabench.progress import status as read_status
         from lorabench.training.distributed import ALONE, join, leave
-        from lorabench.training.sweep import run_sweep
+        from lorabench.training.job import run_job
 
         group = join(made.preset.execution.sharding) if started() else ALONE
 
         def say(line: str) -> None:
             state = read_status(made, layout)
-            whole = f"[{state.runs_done}/{state.runs_planned} runs of {layout.name}]"
-            logging.info("%s %s %s", whole, wanted.condition.label, line)
+            logging.info("[%s/%s runs of %s] %s", state.runs_done, state.runs_planned, layout.name, line)
 
-        label, lower = wanted.condition.label, f"lower execution.{_to_lower(layout.preset, wanted, processes)}"
-        lock = locked(layout.lock(wanted), label, logging.info) if group.first else nullcontext()
-        with stop.after_this_step(), lock, memory_for(label, lower):
-            group.wait()
-            run_sweep(made, wanted, layout, say, group)
+        with stop.after_this_step():
+            run_job(made, wanted, layout, say, group)
         leave(group)
 
 
@@ -435,17 +416,17 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
 
 @app.command()
 def collect(
-    sweeps: list[Path],
+    jobs: list[Path],
     out: Annotated[Path, typer.Option(help="Folder of the tables.")],
     preset: Annotated[
-        str | None, typer.Option(help="Take only sweeps of its plan, and their experiments from it.")
+        str | None, typer.Option(help="Take only jobs of its plan, and their experiments from it.")
     ] = None,
 ) -> None:
-    """Merge sweep files into the tidy tables `runs` and `curves`."""
+    """Merge files of jobs into the tidy tables `runs` and `curves`."""
     with _one_sentence():
         from lorabench.tables import collect as merge
 
-        merge(sweeps, out, None if preset is None else _open(preset)[0])
+        merge(jobs, out, None if preset is None else _open(preset)[0])
 
 
 @app.command("collect-evals")

@@ -21,7 +21,7 @@ from lorabench.models.dimensions import Dimensions, dimensions
 
 if TYPE_CHECKING:
     from lorabench.config import EvalTask, Execution
-    from lorabench.plan import Condition, EvalJob, Sweep
+    from lorabench.plan import Condition, EvalJob, Job, Sweep
 
 # Imports, loading, and writing of one job, in seconds on one core.
 _START_SECONDS = 8.0
@@ -154,15 +154,25 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     return computing + flops.drawn / speed(preset.execution, gpus), waiting + drawing
 
 
+def start_seconds(preset: Preset) -> float:
+    """Wall-clock seconds that a job takes before its first step, but for reading a large model."""
+    return _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+
+
+def job_seconds(preset: Preset, job: Job, gpus: int) -> float:
+    """Wall-clock seconds of a job on so many GPUs (0: a CPU): it starts once for all its sweeps."""
+    return start_seconds(preset) + sum(sweep_seconds(preset, sweep, gpus) for sweep in job.sweeps)
+
+
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Wall-clock seconds of a sweep's job on so many GPUs; 0 is a CPU."""
+    """Wall-clock seconds of a sweep within a job on so many GPUs; 0 is a CPU."""
     seconds = sweep.n_runs * sum(run_seconds(preset, sweep, gpus))
     if not gpus:
-        return seconds + _START_SECONDS
+        return seconds
     # Full fine-tuning loads the base anew for each run.
     loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
     weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
-    return seconds + _GPU_START_SECONDS + loads * weights / _READING
+    return seconds + loads * weights / _READING
 
 
 def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
@@ -236,7 +246,7 @@ def compute_seconds(preset: Preset) -> float:
     experiment = preset.experiments.compute
     assert experiment
     tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 8)
-    seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+    seconds = start_seconds(preset)
     for model in experiment.models:
         sizes = dimensions(preset.models[model])
         adapters = (sizes.lora("all", rank, preset.protocol.include_unembedding)[1] for rank in experiment.ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lorabench.budget import split_budget, within
 from lorabench.config import HubDataset, HubModel, HubProblems, ModelSpec, Preset, load_preset, preset_path
 from lorabench.hub import read_fetched
-from lorabench.plan import Condition, EvalJob, Sweep, dataset_id, digest, model_id
+from lorabench.plan import Condition, EvalJob, Job, Sweep, dataset_id, digest, model_id
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,9 @@ class Layout:
         files = [self.fetched_model(condition.model), *map(self.fetched_data, (condition.dataset, *held_out))]
         return {name: one.commit for file in files if file for name, one in read_fetched(file).items()}
 
-    def sweep(self, sweep: Sweep) -> Path:
-        return self.root / "sweeps" / f"{sweep.sweep_id}.parquet"
-
-    def log(self, sweep: Sweep) -> Path:
-        return self.root / "logs" / f"{sweep.sweep_id}.log"
+    def job(self, job: Job) -> Path:
+        """File of the runs of a job."""
+        return self.root / "jobs" / f"{job.job_id}.parquet"
 
     def lock(self, sweep: Sweep) -> Path:
         """Lock on the runs of a sweep's condition, which a sweep of another plan may have too."""

@@ -1,9 +1,9 @@
 """From a preset to runs, sweeps and jobs. Pure and fast: no torch, no pandas, no data.
 
 A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines
-its result. A *sweep* is all runs of one condition and the work of one job: the LR grid with the first
-seed, further seeds at LRs named by an experiment, then seeds at the LR that was best on the validation
-split. The last have no run_id before that LR is known.
+its result. A *sweep* is all runs of one condition: the LR grid with the first seed, further seeds at LRs
+named by an experiment, then seeds at the LR that was best on the validation split. The last have no
+run_id before that LR is known. A *job* trains one sweep, or several short ones (grouping.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from lorabench.config import (
     TinyModel,
 )
 from lorabench.errors import UserError
+from lorabench.grouping import grouped
 from lorabench.models.chat_template import template_text
 from lorabench.models.placement import Placement
 from lorabench.models.tiny import shipped
@@ -97,6 +98,16 @@ class Condition:
         method = "fullft" if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
         return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
 
+    @cached_property
+    def determining(self) -> dict[str, Any]:
+        """The part of it that determines a run's result, for `Run.run_id`."""
+        condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset"}}
+        if self.rollouts is None:
+            del condition["rollouts"]
+        else:
+            del condition["rollouts"]["mean_response_tokens"]
+        return condition
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,12 +119,7 @@ class Run:
 
     @cached_property
     def run_id(self) -> str:
-        condition = {k: v for k, v in asdict(self.condition).items() if k not in {"model", "dataset"}}
-        if self.condition.rollouts is None:
-            del condition["rollouts"]
-        else:
-            del condition["rollouts"]["mean_response_tokens"]
-        return digest({"condition": condition, "lr": self.lr, "seed": self.seed})
+        return digest({"condition": self.condition.determining, "lr": self.lr, "seed": self.seed})
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,32 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Job:
+    """Sweeps that one process trains, one after another; all of one model and dataset, for the same experiments."""
+
+    sweeps: tuple[Sweep, ...]
+
+    @cached_property
+    def job_id(self) -> str:
+        """Name for files; of a single sweep its own."""
+        first, *others = self.sweeps
+        if not others:
+            return first.sweep_id
+        names = sorted(sweep.sweep_id for sweep in self.sweeps)
+        return f"{first.condition.model}-{first.condition.dataset}-{len(names)}-sweeps-{digest(names, 8)}"
+
+    @property
+    def experiments(self) -> tuple[str, ...]:
+        """The experiments that asked for its sweeps."""
+        return self.sweeps[0].experiments
+
+    @property
+    def n_runs(self) -> int:
+        """Runs, at most."""
+        return sum(sweep.n_runs for sweep in self.sweeps)
+
+
+@dataclass(frozen=True)
 class EvalJob:
     """An evaluation with lm-eval: of the best run of a sweep, or of a base model."""
 
@@ -165,7 +197,7 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """All sweeps of a preset, in the order they should start: the longest first."""
+    """All sweeps of a preset, the longest first."""
 
     preset: Preset
     sweeps: tuple[Sweep, ...]
@@ -201,16 +233,33 @@ class Plan:
         """The sweeps that an experiment needs."""
         return [sweep for sweep in self.sweeps if experiment in sweep.experiments]
 
-    def sweep(self, sweep_id: str) -> Sweep:
-        """The sweep of that id.
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """What trains the sweeps, in the order they should start: the longest first.
 
         Raises:
-            UserError: the plan has no such sweep (the preset or the protocol version has changed).
+            UserError: a sweep fits on no number of GPUs that the preset allows.
         """
-        for sweep in self.sweeps:
-            if sweep.sweep_id == sweep_id:
-                return sweep
-        raise UserError(f"sweep {sweep_id!r} is not in the plan; has the preset changed since the job was made?")
+        return tuple(Job(sweeps) for sweeps in grouped(self.preset, self.sweeps))
+
+    def jobs_of(self, experiment: str) -> list[Job]:
+        """The jobs that train what an experiment needs, and nothing else."""
+        return [job for job in self.jobs if experiment in job.experiments]
+
+    def job_of(self, sweep: Sweep) -> Job:
+        """The job that trains a sweep of the plan."""
+        return next(job for job in self.jobs if sweep in job.sweeps)
+
+    def job(self, name: str) -> Job:
+        """The job of that id; or a single sweep, by its id.
+
+        Raises:
+            UserError: the plan has no such job (the preset or the protocol version has changed).
+        """
+        for job in (*self.jobs, *(Job((sweep,)) for sweep in self.sweeps)):
+            if job.job_id == name:
+                return job
+        raise UserError(f"job {name!r} is not in the plan; has the preset changed since the job was made?")
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per planned run; `lr` and `run_id` are null for repeats, whose LR is still to be found."""

@@ -1,4 +1,4 @@
-"""How far the work is: what each sweep job is at, and the whole picture from the files on disk.
+"""How far the work is: what each sweep is at, and the whole picture from the files on disk.
 
 Whether a job is alive says the heartbeat of its lock (lock.py).
 """
@@ -25,7 +25,7 @@ EVERY = 2.0
 
 
 class Progress:
-    """The file that says how far one sweep job is; removed when the job ends well."""
+    """The file that says how far one sweep is; removed when it ends well."""
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         self.path, self.sweep, self.last = path, sweep, -EVERY
@@ -49,7 +49,7 @@ class Progress:
                 write_json(state, self.path)
 
     def close(self) -> None:
-        """The job has ended well."""
+        """The sweep has ended well."""
         self.path.unlink(missing_ok=True)
 
 
@@ -62,8 +62,8 @@ class Status:
 
     runs_done: int
     runs_planned: int
-    sweeps_done: int
-    sweeps_planned: int
+    jobs_done: int
+    jobs_planned: int
     running: list[dict[str, Any]]
     silent: list[dict[str, Any]]
     report: Path | None
@@ -73,12 +73,9 @@ def status(plan: Plan, layout: Layout) -> Status:
     """Read the state of a preset's work off the disk."""
     running: list[dict[str, Any]] = []
     silent: list[dict[str, Any]] = []
-    done = sweeps_done = 0
-    for sweep in plan.sweeps:
-        if layout.sweep(sweep).exists():
-            sweeps_done += 1
-            done += sweep.n_runs
-            continue
+    finished = [job for job in plan.jobs if layout.job(job).exists()]
+    done = sum(job.n_runs for job in finished)
+    for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
         done += _finished_runs(sweep, layout)
         try:
             state = json.loads(layout.progress(sweep).read_text())
@@ -89,8 +86,8 @@ def status(plan: Plan, layout: Layout) -> Status:
     return Status(
         runs_done=done,
         runs_planned=sum(sweep.n_runs for sweep in plan.sweeps),
-        sweeps_done=sweeps_done,
-        sweeps_planned=len(plan.sweeps),
+        jobs_done=len(finished),
+        jobs_planned=len(plan.jobs),
         running=running,
         silent=silent,
         report=layout.report if layout.report.exists() else None,

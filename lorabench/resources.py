@@ -19,7 +19,7 @@ from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory, train
 from lorabench.models.dimensions import dimensions
 
 if TYPE_CHECKING:
-    from lorabench.plan import EvalJob, Plan, Sweep
+    from lorabench.plan import EvalJob, Job, Plan, Sweep
 
 MB = 1e6
 # Asked for over what is estimated: a job that is cut off costs more than one that waits a little longer to start.
@@ -48,21 +48,25 @@ class Resources:
     """What the job leaves under results/."""
 
 
-def sweep_resources(plan: Plan, sweep: Sweep) -> Resources:
-    """Of a sweep's job.
+def job_resources(plan: Plan, job: Job) -> Resources:
+    """Of a job that trains: the memory of its largest sweep, the time of all.
 
     Raises:
         UserError: no number of GPUs that the preset allows holds it.
     """
     preset = plan.preset
-    gpus = gpus_needed(preset, sweep)
-    peak = peak_bytes(preset, sweep, gpus, lanes_of(preset, sweep, gpus))
+    gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
+    peak = max(peak_bytes(preset, sweep, gpus, lanes_of(preset, sweep, gpus)) for sweep in job.sweeps)
+    disk = sum(_kept_bytes(preset, sweep) for sweep in job.sweeps)
+    return _resources(preset, job.sweeps[0].condition.model, gpus, peak, cost.job_seconds(preset, job, gpus), disk)
+
+
+def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
+    """Of the weights that stay when a sweep is done."""
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
-    trained = trained_parameters(preset, sizes, condition.rank, condition.placement)
     kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
-    seconds = cost.sweep_seconds(preset, sweep, gpus)
-    return _resources(preset, condition.model, gpus, peak, seconds, 4 * trained * kept)
+    return 4 * kept * trained_parameters(preset, sizes, condition.rank, condition.placement)
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:

@@ -106,7 +106,7 @@ def status_table(status: Status) -> None:
     share = status.runs_done / max(1, status.runs_planned)
     console.print(
         f"{status.runs_done}/{status.runs_planned} runs ({share:.0%}), "
-        f"{status.sweeps_done}/{status.sweeps_planned} sweeps done"
+        f"{status.jobs_done}/{status.jobs_planned} jobs done"
     )
     for word, jobs in (("running", status.running), ("silent ", status.silent)):
         for job in jobs:

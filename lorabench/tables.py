@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,6 +28,9 @@ from lorabench.errors import UserError
 from lorabench.records import RunFolder, atomic_path, read_parquet
 
 if TYPE_CHECKING:
+    # Imported where it is used: reading a plan's speed off a table of ours takes less time than importing it.
+    import pandas as pd
+
     from lorabench.plan import Plan, Sweep
     from lorabench.training.run import Point
 
@@ -184,8 +187,8 @@ CLAIMS = pa.schema(
     ]
 )
 
-# A sweep's parquet holds its runs with their curves nested, since a job has one output.
-_SWEEP = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
+# A job's parquet holds its runs with their curves nested, since a job has one output.
+_JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
 
 
 def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:
@@ -218,15 +221,20 @@ def write_curves(run_id: str, points: list[Point], path: Path) -> None:
     write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
 
 
-def write_sweep(folders: list[RunFolder], sweep: Sweep, path: Path) -> None:
-    """Write a sweep's runs, curves nested, from their finished folders."""
+def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
+    """A sweep's runs, curves nested, from their finished folders."""
     # A run that was trained before the preset gave its model or dataset another name.
     names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
     rows = []
     for folder in folders:
         curve = folder.read_curves().drop_columns(["run_id"]).to_pylist()
         rows.append({**run_row(folder.read_record(), sweep.experiments), **names, "curve": curve})
-    write_table(pa.Table.from_pylist(rows, schema=_SWEEP), path)
+    return rows
+
+
+def write_job(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the `sweep_rows` of all sweeps of a job."""
+    write_table(pa.Table.from_pylist(rows, schema=_JOB), path)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -235,16 +243,16 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def collect(sweeps: list[Path], out: Path, plan: Plan | None = None) -> None:
-    """Merge sweep files into `runs` and `curves` (parquet and CSV) in the folder `out`.
+def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
+    """Merge files of jobs into `runs` and `curves` (parquet and CSV) in the folder `out`.
 
     Args:
         plan: says which experiments a run is of, now; else the files say what it was when they were made.
 
     Raises:
-        UserError: a file is damaged, or of a sweep that is not in the plan.
+        UserError: a file is damaged, or of a job that is not in the plan.
     """
-    table = pa.concat_tables([_read_sweep(path, plan) for path in sweeps])
+    table = pa.concat_tables([_read_job(path, plan) for path in jobs])
     runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves = pa.Table.from_pylist(
         [
@@ -259,11 +267,11 @@ def collect(sweeps: list[Path], out: Path, plan: Plan | None = None) -> None:
         write_csv(part.to_pandas(), out / f"{name}.csv")
 
 
-def _read_sweep(path: Path, plan: Plan | None) -> pa.Table:
-    table = read_parquet(path, _SWEEP)
+def _read_job(path: Path, plan: Plan | None) -> pa.Table:
+    table = read_parquet(path, _JOB)
     if plan is None:
         return table
-    experiments = pa.array([plan.sweep(path.stem).experiments] * len(table), pa.list_(pa.string()))
+    experiments = pa.array([plan.job(path.stem).experiments] * len(table), pa.list_(pa.string()))
     return table.set_column(table.schema.get_field_index("experiments"), RUNS.field("experiments"), experiments)
 
 
@@ -330,7 +338,7 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     path = table_path(folder, name)
     if path is None:
         if optional:
-            return pd.DataFrame()
+            return _no_table()
         raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
     try:
         frame = _read(path, SCHEMAS[name])
@@ -343,7 +351,26 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     return frame
 
 
+def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a tidy table as plain rows, null where there is nothing; a table of ours needs no pandas.
+
+    Raises:
+        UserError: see `read_table`.
+    """
+    path, wanted = table_path(folder, name), [SCHEMAS[name].field(column) for column in columns]
+    if path is not None and path.suffix == ".parquet":
+        # What can't be read is told below.
+        with suppress(pa.ArrowException, OSError), pq.ParquetFile(path) as file:
+            if all(field in file.schema_arrow for field in wanted):
+                rows: list[dict[str, Any]] = file.read(list(columns)).to_pylist()
+                return rows
+    frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
+    return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
+
+
 def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
+    import pandas as pd
+
     if path.suffix == ".parquet":
         # What pandas notes in a file of its own would make a column the index again.
         frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
@@ -355,6 +382,8 @@ def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
 
 def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """The table `name` with the documented columns that it lacks, as nulls of their type."""
+    import pandas as pd
+
     absent = [column for column in SCHEMAS[name] if column.name not in frame]
     nulls = pd.Series(None, index=frame.index, dtype=object)
     return frame.assign(**{column.name: _typed(nulls, column.type, Path(name)) for column in absent})
@@ -366,6 +395,8 @@ def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series
     Raises:
         UserError: a value that is not of that type.
     """
+    import pandas as pd
+
     there = column.notna()
     typed: pd.Series[Any]
     if pa.types.is_string(wanted):
@@ -387,15 +418,21 @@ def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series
     return typed
 
 
+def _no_table() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame()
+
+
 @dataclass(frozen=True)
 class Tables:
     """The tidy tables that claims and figures are made from. One that is not there is empty, without columns."""
 
     runs: pd.DataFrame
     curves: pd.DataFrame
-    compute: pd.DataFrame = field(default_factory=pd.DataFrame)
-    counts: pd.DataFrame = field(default_factory=pd.DataFrame)
-    evals: pd.DataFrame = field(default_factory=pd.DataFrame)
+    compute: pd.DataFrame = field(default_factory=_no_table)
+    counts: pd.DataFrame = field(default_factory=_no_table)
+    evals: pd.DataFrame = field(default_factory=_no_table)
 
     @classmethod
     def read(cls, *folders: Path) -> Tables:
@@ -416,7 +453,7 @@ class Tables:
 def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
     found = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
     if len(found) < 2:
-        return next(iter(found.values()), pd.DataFrame())
+        return next(iter(found.values()), _no_table())
     from lorabench.merge import merge_tables
 
     return merge_tables(name, found)

@@ -21,7 +21,7 @@ MISTAKES = {
     "dataset": (("dataset", "nope", "--preset", "smoke"), "dataset 'nope' is not in the preset; allowed: instruct"),
     "model": (("tokens", "nope", "instruct", "--preset", "smoke"), "model 'nope' is not in the preset; allowed: tiny"),
     "not gguf": (("convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
-    "sweep": (("sweep", "nope", "--preset", "smoke"), "sweep 'nope' is not in the plan"),
+    "job": (("train", "nope", "--preset", "smoke"), "job 'nope' is not in the plan"),
     "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: fig1_envelopes"),
     "figure of folders": (
         ("figure", "all", "--tables", "/nowhere", "--tables", "/elsewhere", "--out", "."),

@@ -206,14 +206,14 @@ def test_an_evaluated_model_must_fit_one_gpu():
 # The bill
 
 
-def test_more_cores_are_faster_until_there_are_no_more_sweeps():
+def test_more_cores_are_faster_until_there_are_no_more_jobs():
     plan = make_plan(load_preset("smoke"))
-    assert len(plan.sweeps) < 64
-    work = bill.training(plan, plan.sweeps)
+    assert len(plan.jobs) < 64
+    work = bill.training(plan, plan.jobs)
     minutes = [bill.minutes(plan, work, cores) for cores in (1, 2, 64, 128)]
     assert minutes[0] > minutes[1] > minutes[2] == minutes[3]
     # FullFT, two ranks, two placements: 3 LRs and a repeat each; two ranks with two seeds at one LR; RL like the first.
-    assert (work.runs, work.jobs, work.gpu_hours) == (5 * 4 + 2 * 2 + 3 * 4, 10, 0)
+    assert (work.runs, work.jobs, work.gpu_hours) == (5 * 4 + 2 * 2 + 3 * 4, 7, 0)
 
 
 def test_shared_runs_are_paid_once():
@@ -320,8 +320,12 @@ def table(plan, gflops, device="a CPU"):
     return pd.DataFrame(rows, columns=["run_id", "status", "device", "wall_s", "peak_mem_bytes"])
 
 
+def rows(frame):
+    return frame.to_dict("records")
+
+
 def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
-    found = calibrate(table(smoke, 12.5), planned_runs([smoke]), "a CPU")
+    found = calibrate(rows(table(smoke, 12.5)), planned_runs([smoke]), "a CPU")
     assert found.gflops == pytest.approx(12.5)
     assert (found.time.median, found.time.worst) == (pytest.approx(1), pytest.approx(1))
     assert found.memory.worst < 2.5
@@ -331,7 +335,7 @@ def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
 def test_calibration_tells_how_far_off_it_is(smoke):
     runs = table(smoke, 10.0)
     runs.loc[0, "wall_s"] *= 4
-    found = calibrate(runs, planned_runs([smoke]), "a CPU")
+    found = calibrate(rows(runs), planned_runs([smoke]), "a CPU")
     assert found.time.lowest == pytest.approx(found.time.median / 4)
     assert found.time.worst == pytest.approx(1 / found.time.lowest)
 
@@ -340,8 +344,8 @@ def test_calibration_leaves_out_what_tells_nothing(smoke):
     runs = table(smoke, 10.0)
     odd = runs.assign(wall_s=1000.0)
     mixed = pd.concat([runs, odd.assign(status="diverged"), odd.assign(device="other"), odd.assign(run_id="unknown")])
-    assert calibrate(mixed, planned_runs([smoke]), "a CPU").gflops == pytest.approx(10)
-    assert calibrate(odd.assign(status="diverged"), planned_runs([smoke]), "a CPU") is None
+    assert calibrate(rows(mixed), planned_runs([smoke]), "a CPU").gflops == pytest.approx(10)
+    assert calibrate(rows(odd.assign(status="diverged")), planned_runs([smoke]), "a CPU") is None
 
 
 def test_tables_are_found_and_must_hold_something(smoke, tmp_path, monkeypatch):

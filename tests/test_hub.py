@@ -26,8 +26,8 @@ from lorabench.errors import UserError
 from lorabench.hub import Wanted, fetch, read_fetched
 from lorabench.layout import Layout
 from lorabench.models.tiny import shipped
-from lorabench.plan import make_plan
-from lorabench.training.sweep import run_sweep
+from lorabench.plan import Job, make_plan
+from lorabench.training.job import run_job
 from tests import hub_repositories
 from tests.conftest import REPOSITORY
 from tests.hub_server import serving
@@ -226,8 +226,8 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
     assert about(layout.dataset("tulu3"))["commit"] == commits[TULU3]
     assert Counter(row["split"] for row in read_dataset(layout.dataset("tulu3")))["train"] == 24
     for sweep in plan.sweeps:
-        run_sweep(plan, sweep, layout, lambda line: None)
-        (row,) = pq.read_table(layout.sweep(sweep)).to_pylist()
+        run_job(plan, Job((sweep,)), layout, lambda line: None)
+        (row,) = pq.read_table(layout.job(Job((sweep,)))).to_pylist()
         environment = json.loads((layout.runs / row["run_id"] / "record.json").read_text())["environment"]
         data = TULU3 if sweep.condition.task == "sft" else "openai/gsm8k"
         assert environment["hub_commits"] == {name: commits[name] for name in ("owner/tiny", data)}
@@ -241,7 +241,7 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
     (sft,) = (sweep for sweep in plan.sweeps if sweep.condition.task == "sft")
     message = f"was made with {TULU3} at commit {commits[TULU3]}, but {'f' * 40} is fetched now"
     with pytest.raises(UserError, match=message):
-        run_sweep(plan, sft, layout, lambda line: None)
+        run_job(plan, Job((sft,)), layout, lambda line: None)
 
 
 def test_an_adapter_is_named_after_its_base_on_the_hub(hub, fixed_hashes):
@@ -252,7 +252,7 @@ def test_an_adapter_is_named_after_its_base_on_the_hub(hub, fixed_hashes):
     assert not lorabench("tokens", "tiny", "tulu3")
     plan = make_plan(layout.preset)
     (sft,) = (sweep for sweep in plan.sweeps if sweep.condition.task == "sft")
-    run_sweep(plan, sft, layout, lambda line: None)
+    run_job(plan, Job((sft,)), layout, lambda line: None)
     (config,) = layout.runs.glob("*/weights/adapter_config.json")
     assert json.loads(config.read_text())["base_model_name_or_path"] == "owner/tiny"
 

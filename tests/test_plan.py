@@ -100,11 +100,11 @@ def test_a_wider_grid_keeps_the_runs_it_had(raw_preset):
 
 def test_sweep_and_its_grid(raw_preset):
     plan = planned(raw_preset)
-    sweep = plan.sweep(plan.sweeps[0].sweep_id)
+    sweep = plan.job(plan.sweeps[0].sweep_id).sweeps[0]
     assert [run.seed for run in sweep.grid()] == [0] * len(sweep.lrs)
     assert [(run.lr, run.seed) for run in sweep.repeats(0.5)] == [(0.5, 1)]
-    with pytest.raises(UserError, match="sweep 'nope' is not in the plan"):
-        plan.sweep("nope")
+    with pytest.raises(UserError, match="job 'nope' is not in the plan"):
+        plan.job("nope")
 
 
 @given(lr=st.floats(1e-8, 1.0), other=st.floats(1e-8, 1.0), seed=st.integers(0, 9))

@@ -97,7 +97,7 @@ def test_snakemake_commands_are_planned_as_they_are_written(folder):
         if line.startswith("snakemake "):
             dry = line if "--dry-run" in line else line.replace("snakemake", "snakemake --dry-run --quiet rules", 1)
             said = run(dry.replace("my.yaml", "planned.yaml"), folder)
-            assert re.search(r"^(sweep|rule sweep)\b", said, re.M), f"{line}\n{said}"
+            assert re.search(r"^(train|rule train)\b", said, re.M), f"{line}\n{said}"
 
 
 def test_nothing_is_left_out():

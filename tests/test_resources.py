@@ -11,8 +11,8 @@ import pytest
 
 from lorabench import bill, cost
 from lorabench.config import load_preset
-from lorabench.plan import make_plan
-from lorabench.resources import compute_resources, evaluation_resources, restarts, sweep_resources, tokens_resources
+from lorabench.plan import Job, make_plan
+from lorabench.resources import compute_resources, evaluation_resources, job_resources, restarts, tokens_resources
 
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
@@ -20,7 +20,7 @@ PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 def every_job(plan):
     """The resources of all jobs of a plan, by what they are."""
     preset = plan.preset
-    jobs = {sweep.sweep_id: sweep_resources(plan, sweep) for sweep in plan.sweeps}
+    jobs = {job.job_id: job_resources(plan, job) for job in plan.jobs}
     jobs |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
     if preset.experiments.compute:
         jobs["compute"] = compute_resources(plan)
@@ -40,9 +40,9 @@ def test_every_job_asks_for_something_sensible(name):
         assert job.cpus == execution.threads * max(1, job.gpus)
         assert job.mem_mb > 300
         assert job.disk_mb >= 1
-    for sweep in plan.sweeps:
-        asked = jobs[sweep.sweep_id]
-        assert asked.minutes * 60 > cost.sweep_seconds(plan.preset, sweep, asked.gpus)
+    for job in plan.jobs:
+        asked = jobs[job.job_id]
+        assert asked.minutes * 60 > cost.job_seconds(plan.preset, job, asked.gpus)
 
 
 def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
@@ -59,9 +59,11 @@ def test_weights_of_the_best_runs_stay_on_disk():
     core = load_preset("core")
     plan = make_plan(core)
     full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b")
-    assert sweep_resources(plan, full).disk_mb == pytest.approx(4 * 1235.8144 * full.seeds, abs=1)
+    assert job_resources(plan, Job((full,))).disk_mb == pytest.approx(4 * 1235.8144 * full.seeds, abs=1)
     everything = core.model_copy(update={"execution": core.execution.model_copy(update={"keep_weights": "all"})})
-    assert sweep_resources(make_plan(everything), full).disk_mb == pytest.approx(4 * 1235.8144 * full.n_runs, abs=1)
+    assert job_resources(make_plan(everything), Job((full,))).disk_mb == pytest.approx(
+        4 * 1235.8144 * full.n_runs, abs=1
+    )
 
 
 def test_the_bill_counts_the_gpus_that_jobs_ask_for():
@@ -72,7 +74,7 @@ def test_the_bill_counts_the_gpus_that_jobs_ask_for():
 
 def test_a_thousand_jobs_take_no_time_and_no_torch():
     script = (
-        "import sys; from lorabench.config import load_preset; from lorabench.plan import make_plan;"
+        "import sys; from lorabench.config import load_preset; from lorabench.plan import Job, make_plan;"
         "from lorabench import bill, budget, resources, calibration, show; plan = make_plan(load_preset('paper'));"
         "bill.per_experiment(plan); budget.within(plan.preset, 3000);"
         "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules), 'heavy imports'"
@@ -88,6 +90,6 @@ def test_a_thousand_jobs_take_no_time_and_no_torch():
 
 def test_a_limit_ends_the_longest_job_so_often():
     plan = make_plan(load_preset("smoke"))
-    jobs = [replace(sweep_resources(plan, plan.sweeps[0]), minutes=minutes) for minutes in (30, 3000)]
+    jobs = [replace(job_resources(plan, plan.jobs[0]), minutes=minutes) for minutes in (30, 3000)]
     assert [restarts(jobs, limit) for limit in (3001, 3000, 1440, 60)] == [0, 1, 2, 50]
     assert restarts([], 60) == 0

@@ -278,6 +278,9 @@ def build(out: Path, recipe: Recipe) -> dict[str, Any]:
     """
     import torch
 
+    from lorabench.allocation import keep_freed_memory
+
+    keep_freed_memory()
     started = time.perf_counter()
     tokenizer = train_tokenizer(recipe) if recipe.tokenizer is None else _shared_tokenizer(recipe.tokenizer)
     model = new_model(recipe)

@@ -23,7 +23,7 @@ from lorabench.own import advice
 from lorabench.own.data import Data
 from lorabench.own.model import Model
 from lorabench.own.preset import checked_gpu
-from lorabench.plan import make_plan
+from lorabench.plan import Job, make_plan
 from lorabench.published import optimum, sweep_of, sweeps
 from lorabench.tables import read_table, table_path, with_all_columns
 
@@ -217,7 +217,7 @@ def _bills(
     }
     preset = parse_preset(raw, Path("recommendation"))
     plan = make_plan(preset)
-    return {sweep.condition.method: training(plan, [sweep]) for sweep in plan.sweeps}
+    return {sweep.condition.method: training(plan, [Job((sweep,))]) for sweep in plan.sweeps}
 
 
 def _measured(model: Model, results: Path) -> list[Seen]:

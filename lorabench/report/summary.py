@@ -163,7 +163,7 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     """Runs, tokens, FLOPs and seconds (of one job at a time): planned before anything ran, and spent."""
-    planned = bill.training(plan, plan.sweeps)
+    planned = bill.training(plan, plan.jobs)
     return {
         "planned": {
             "runs": planned.runs,
@@ -180,7 +180,7 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
         "done": int((runs["status"] == "done").sum()),
         "diverged": int((runs["status"] == "diverged").sum()),
         "unrewarded": int((runs["status"] == "unrewarded").sum()),
-        "sweeps": planned.jobs,
+        "jobs": planned.jobs,
     }
 
 

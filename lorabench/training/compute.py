@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lorabench.allocation import keep_freed_memory
 from lorabench.config import ModelSpec, Preset, Protocol
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
@@ -118,6 +119,8 @@ def measure_compute(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     base = load_model(spec).to(device)
     check_plain_head(base)
     longest = base.config.max_position_embeddings

@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorabench.config import Sharding
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -109,6 +110,7 @@ class Processes:
             return model
         from accelerate import Accelerator
         from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
+        from peft import PeftModel
 
         accelerator = Accelerator(cpu=self.device.type == "cpu")
         # Set by hand, as accelerate itself shards on GPUs alone. No policy of precision: parameters come together in
@@ -167,6 +169,8 @@ def enter(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T
 
 def _tie_beneath(model: PeftModel) -> None:
     """Tell transformers, which ties weights anew once they are sharded, where PEFT put an adapted layer's weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     base: Any = model.get_base_model()
     for name, source in list(base.all_tied_weights_keys.items()):
         layer, _, weight = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The job of a sweep: train its runs in one process, skip what is finished, keep what was done.
+"""A sweep: train its runs in one process, skip what is finished, keep what was done.
 
 The grid first, with the first seed; then the other seeds at the LR that was best on the validation split.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorabench.allocation import keep_freed_memory
 from lorabench.config import FactsDataset
 from lorabench.errors import UserError
 from lorabench.lanes import lanes_of
@@ -29,7 +30,7 @@ from lorabench.models.size import Sizes
 from lorabench.plan import Plan, Run, Sweep
 from lorabench.progress import Progress
 from lorabench.records import RunFolder, write_json
-from lorabench.tables import best_lr, write_curves, write_sweep
+from lorabench.tables import best_lr, sweep_rows, write_curves
 from lorabench.training.checkpoint import whole_weights
 from lorabench.training.checkpoints import Checkpoints, in_step
 from lorabench.training.distributed import ALONE, Processes
@@ -50,6 +51,7 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
+        keep_freed_memory()
     return Machine(
         device,
         execution.max_batch_tokens,
@@ -186,12 +188,15 @@ class Job:
 
 def run_sweep(
     plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None], processes: Processes = ALONE
-) -> None:
-    """Train all runs of a sweep and write its parquet.
+) -> list[dict[str, Any]]:
+    """Train all runs of a sweep.
 
     Args:
         say: takes one line of progress for a person; called in the first process only.
         processes: those that do this together; each calls this function.
+
+    Returns:
+        Its runs, as `lorabench.tables.sweep_rows` has them; of several processes in the first only.
     """
     # Each brings its own libraries: SFT needs no graders, RL no token caches.
     if sweep.condition.task == "sft":
@@ -226,13 +231,13 @@ def run_sweep(
     repeats = sweep.repeats(best) if best is not None else []
     finish(list(enumerate(repeats, len(grid) + 1)))
     if not processes.first:
-        return
+        return []
     if plan.preset.execution.keep_weights == "best":
         for run in grid:
             if run.lr != best:
                 shutil.rmtree(job.folder(run).weights, ignore_errors=True)
-    write_sweep([job.folder(run) for run in (*grid, *repeats)], sweep, layout.sweep(sweep))
     progress.close()
+    return sweep_rows([job.folder(run) for run in (*grid, *repeats)], sweep)
 
 
 def _check_commits(job: Job, finished: list[Run]) -> None:

@@ -15,7 +15,7 @@ from lorabench.data.problems import make_problems, write_problems
 from lorabench.data.sft import build_dataset
 from lorabench.evaluation.pretraining import write_pretraining
 from lorabench.layout import Layout
-from lorabench.plan import EvalJob, Plan, make_plan
+from lorabench.plan import EvalJob, Job, Plan, make_plan
 
 TASKS = [
     {"name": "lorabench_worked", "about": "learned", "source": "worked", "chat": True, "limit": 6},
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """The preset above: data made, both sweeps trained."""
     from lorabench.data.tokens import Limits, write_tokens
     from lorabench.models.base import load_tokenizer, max_length
-    from lorabench.training.sweep import run_sweep
+    from lorabench.training.job import run_job
 
     folder, home = tmp_path_factory.mktemp("evaluation"), Path.cwd()
     os.chdir(folder)
@@ -84,7 +84,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
         write_tokens(source, load_tokenizer(model), target, Limits(max_length(model)))
         for sweep in plan.sweeps:
-            run_sweep(plan, sweep, layout, lambda line: None)
+            run_job(plan, Job((sweep,)), layout, lambda line: None)
         yield Trained(plan, layout)
     finally:
         os.chdir(home)

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from lorabench.layout import Layout
+from lorabench.plan import Job as Wanted
 from lorabench.plan import Plan, Sweep, make_plan
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -85,6 +86,9 @@ class Place:
     def sweep(self, task: str) -> Sweep:
         return next(sweep for sweep in self.plan.sweeps if sweep.condition.task == task)
 
+    def job(self, task: str) -> Wanted:
+        return self.plan.job_of(self.sweep(task))
+
     def path(self, path: Path) -> Path:
         """Where a path of the layout lies."""
         return self.folder / path
@@ -131,11 +135,11 @@ class Place:
         return job.text
 
     def train(self, task: str, status: int = 0, **limits: int) -> str:
-        return self.run("sweep", self.sweep(task).sweep_id, status=status, **limits)
+        return self.run("train", self.job(task).job_id, status=status, **limits)
 
     def numbers(self, task: str) -> list[dict[str, Any]]:
         """What must not depend on what happened to a job."""
-        return numbers(pq.read_table(self.path(self.layout.sweep(self.sweep(task)))).to_pylist())
+        return numbers(pq.read_table(self.path(self.layout.job(self.job(task)))).to_pylist())
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -234,7 +238,7 @@ def killed(fresh, tmp_path_factory) -> Place:
     """Both sweeps killed in the middle of a run: the second of SFT, whose first is finished; two lanes of RL."""
     place = fresh.copy(tmp_path_factory.mktemp("killed"))
     for task, number in AT_WORK.items():
-        job = place.start("sweep", place.sweep(task).sweep_id)
+        job = place.start("train", place.job(task).job_id)
         job.until(place.checkpoint(task, number).exists)
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL

@@ -56,7 +56,7 @@ def test_a_damaged_token_cache_is_told_before_training(damage, place):
 def test_a_damaged_dataset_is_told_by_what_reads_it(task, dataset, place):
     path = place.layout.dataset(dataset)
     cut(place.path(path))
-    command = ["tokens", "tiny", "instruct"] if task == "sft" else ["sweep", place.sweep("rl").sweep_id]
+    command = ["tokens", "tiny", "instruct"] if task == "sft" else ["train", place.job("rl").job_id]
     told = place.run(*command, status=2).splitlines()[-1]
     assert told.startswith(f"lorabench: {path} is damaged; delete it to have it made again")
     if task == "sft":
@@ -160,10 +160,10 @@ def test_a_checkpoint_that_not_all_lanes_have_is_not_used(half, unbroken):
 
 def test_a_damaged_result_is_named(unbroken, tmp_path):
     place = unbroken.copy(tmp_path)
-    sweep = place.path(place.layout.sweep(place.sweep("sft")))
-    cut(sweep)
-    with pytest.raises(UserError, match=f"{sweep} is damaged; delete it to have it made again"):
-        collect([sweep], tmp_path / "tables")
+    job = place.path(place.layout.job(place.job("sft")))
+    cut(job)
+    with pytest.raises(UserError, match=f"{job} is damaged; delete it to have it made again"):
+        collect([job], tmp_path / "tables")
     assert not (tmp_path / "tables").exists()
     folder = RunFolder(place.path(place.layout.runs), place.sweep("sft").grid()[0].run_id)
     for file in (folder.record, folder.curves):

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from lorabench.lock import SILENT, locked
 from lorabench.progress import status
 from lorabench.training import stop
 
-from .conftest import AT_WORK
+from .conftest import AT_WORK, numbers
 
 TASKS = pytest.mark.parametrize("task", ["sft", "rl"])
 
@@ -43,13 +44,39 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
     assert [*rest, *results.glob("progress/*"), *results.glob("locks/*")] == []
 
 
+def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
+    place.change(lambda raw: raw["experiments"]["rank"][0].update(ranks={"all": [1, 2]}))
+    [job] = [job for job in place.plan.jobs if len(job.sweeps) == 2]
+    first, second = job.sweeps
+    runs, file = place.path(place.layout.runs), place.path(place.layout.job(job))
+
+    def at_work_on_the_second() -> bool:
+        return any((runs / f"{run.run_id}.partial" / "checkpoint.safetensors").exists() for run in second.grid())
+
+    killed = place.start("train", job.job_id)
+    killed.until(at_work_on_the_second)
+    assert [place.path(place.layout.lock(sweep)).exists() for sweep in job.sweeps] == [False, True]
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    ended = {path: path.stat().st_mtime_ns for path in runs.glob("*/record.json")}
+    assert len(ended) == first.n_runs
+    assert not file.exists()
+
+    assert "goes on after step" in place.run("train", job.job_id)
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    rows = numbers(pq.read_table(file).to_pylist())
+    assert len(rows) == job.n_runs
+    kept = [row["run_id"] for row in unbroken.numbers("sft")]
+    assert [row for row in rows if row["run_id"] in kept] == unbroken.numbers("sft")
+
+
 def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
     monkeypatch.chdir(half.folder)
     locks = list(half.path(half.layout.root).glob("locks/*"))
     for lock in locks:
         os.utime(lock)
     state = status(half.plan, half.layout)
-    assert (state.sweeps_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
+    assert (state.jobs_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
     for lock in locks:
         os.utime(lock, (time.time() - 2 * SILENT,) * 2)
     state = status(half.plan, half.layout)
@@ -64,7 +91,7 @@ def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
 def test_a_job_that_is_told_to_end_saves_what_it_has(task, number, place, unbroken):
     # No checkpoint but that of the signal.
     place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
-    job = place.start("sweep", place.sweep(task).sweep_id)
+    job = place.start("train", place.job(task).job_id)
     job.until(place.path(place.layout.progress(place.sweep(task))).exists)
     asked = time.monotonic()
     job.signal(number)
@@ -188,15 +215,15 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     place = small_disk(unbroken)
     tokens = place.path(place.layout.tokens("tiny", "instruct"))
     tokens.unlink()
-    sweeps = [str(place.layout.sweep(sweep)) for sweep in place.plan.sweeps]
+    jobs = [str(place.layout.job(job)) for job in place.plan.jobs]
     filler = fill(place.folder, but_for=8_000)
-    for command in (["tokens", "tiny", "instruct"], ["collect", *sweeps, "--out", "tables"]):
+    for command in (["tokens", "tiny", "instruct"], ["collect", *jobs, "--out", "tables"]):
         said = place.run(*command, status=2)
         assert "no space left to write" in said
         assert "Traceback" not in said
     assert [path for path in place.folder.rglob("*") if path.parent.name in {"tables", "tokens"}] == []
     filler.unlink()
-    place.run("collect", *sweeps, "--out", "tables")
+    place.run("collect", *jobs, "--out", "tables")
     place.run("tokens", "tiny", "instruct")
 
 
@@ -212,9 +239,9 @@ def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
 
 def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     sweep = place.sweep("sft")
-    first = place.start("sweep", sweep.sweep_id)
+    first = place.start("train", sweep.sweep_id)
     first.until(place.path(place.layout.lock(sweep)).exists)
-    second = place.start("sweep", sweep.sweep_id)
+    second = place.start("train", sweep.sweep_id)
     assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
     assert f"waits for process {first.pid} on " in second.text
     assert "goes on after" not in second.text
@@ -227,7 +254,7 @@ def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
 def test_the_lock_of_a_job_that_hangs_is_named(place):
     sweep = place.sweep("sft")
     lock = place.path(place.layout.lock(sweep))
-    first = place.start("sweep", sweep.sweep_id)
+    first = place.start("train", sweep.sweep_id)
     first.until(lock.exists)
     first.signal(signal.SIGSTOP)
     os.utime(lock, (time.time() - 3 * SILENT,) * 2)

@@ -34,13 +34,13 @@ def records(place: Place) -> dict[str, int]:
 
 def collected(place: Place):
     """The table `runs` of the plan as it is."""
-    place.run("collect", *(str(place.layout.sweep(sweep)) for sweep in place.plan.sweeps), "--out", "tables")
+    place.run("collect", *(str(place.layout.job(job)) for job in place.plan.jobs), "--out", "tables")
     return read_table(place.folder / "tables", "runs")
 
 
 def test_a_longer_grid_trains_only_what_is_new(done, unbroken):
     before = records(done)
-    old = done.layout.sweep(done.sweep("sft"))
+    old = done.layout.job(done.job("sft"))
     done.change(lambda raw: raw["experiments"]["rank"][0]["lrs"].update(lora=[1e-3, 3e-3, 1e-2]))
     done.train("sft")
     after = records(done)
@@ -48,7 +48,7 @@ def test_a_longer_grid_trains_only_what_is_new(done, unbroken):
     assert before.items() <= after.items(), "what was finished is kept as it was"
     assert wanted <= after.keys()
     assert len(after.keys() - before.keys()) in (1, 2), "the new LR, and its second seed if it is the best"
-    assert done.layout.sweep(done.sweep("sft")) != old
+    assert done.layout.job(done.job("sft")) != old
     runs = collected(done)
     assert wanted == set(runs.run_id[(runs.task == "sft") & (runs.seed == 0)])
     # A file of the old plan is refused where a preset is given.
@@ -100,7 +100,7 @@ def test_a_dataset_of_another_size_shares_no_file_with_the_old_one(done):
     def paths() -> set[Path]:
         layout, sweep = done.layout, done.sweep("sft")
         runs = {layout.runs / run.run_id for run in sweep.grid()}
-        return {layout.dataset("instruct"), layout.tokens("tiny", "instruct"), layout.sweep(sweep), *runs}
+        return {layout.dataset("instruct"), layout.tokens("tiny", "instruct"), layout.job(done.job("sft")), *runs}
 
     before = paths()
     done.change(lambda raw: raw["datasets"]["instruct"].update(train=96))
@@ -140,7 +140,7 @@ def planned(place: Place) -> set[str]:
 def test_clocks_that_differ_by_hours_make_no_job_run_again(ahead, done):
     """Files of one node are hours older or newer than those of another."""
     now = time.time()
-    for folder, offset in (("data", ahead), ("tokens", -ahead), ("sweeps", 0.0)):
+    for folder, offset in (("data", ahead), ("tokens", -ahead), ("jobs", 0.0)):
         for path in done.folder.glob(f"results/mine/{folder}/*"):
             os.utime(path, (now + offset, now + offset))
     assert planned(done) == {"tables"}, "which has not been made yet"

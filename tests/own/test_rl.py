@@ -10,9 +10,9 @@ import yaml
 from lorabench.config import ReasoningProblems
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.layout import Layout
-from lorabench.plan import make_plan
+from lorabench.plan import Job, make_plan
 from lorabench.tables import collect, read_table
-from lorabench.training.sweep import run_sweep
+from lorabench.training.job import run_job
 
 
 def test_rl_on_problems_of_a_file(tmp_path, monkeypatch, raw_rl_preset):
@@ -31,8 +31,8 @@ def test_rl_on_problems_of_a_file(tmp_path, monkeypatch, raw_rl_preset):
     write_problems(make_problems(layout.preset.problems["mine"]), layout.dataset("mine"))
     plan = make_plan(layout.preset)
     [sweep] = plan.sweeps
-    run_sweep(plan, sweep, layout, lambda line: None)
-    collect([layout.sweep(sweep)], layout.tables())
+    run_job(plan, Job((sweep,)), layout, lambda line: None)
+    collect([layout.job(Job((sweep,)))], layout.tables())
     runs = read_table(layout.tables(), "runs")
     # The base finds about one in four, so that the answers of the file are what it is graded by.
     assert 0 < runs["base_reward"].item() < 1

@@ -20,8 +20,8 @@ import pandas as pd
 import pytest
 
 from lorabench.layout import Layout
-from lorabench.plan import Sweep, make_plan
-from lorabench.resources import sweep_resources
+from lorabench.plan import Job, Sweep, make_plan
+from lorabench.resources import job_resources
 from tests.slurm.cluster import Cluster, until
 from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
 
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.slurm
 
 PRESET = Path(__file__).parent / "cluster.yaml"
 PLAN = make_plan(Layout.of(str(PRESET)).preset)
-CANCELLED, KILLED = (sweep for sweep in PLAN.sweeps if sweep.condition.task == "sft")
+(STOPPED,) = (job for job in PLAN.jobs if job.sweeps[0].condition.task == "sft")
+# In the middle of its first sweep, and of its second.
+CANCELLED, KILLED = STOPPED.sweeps
 
 # What a run computes; the rest of its row says where and how fast.
 MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward", "final_reward", "train_tokens"]
@@ -150,10 +152,10 @@ def seen(cluster, checkout):
             return found
 
         remember(wait(lambda: watcher.middle(CANCELLED), "a sweep in its middle"))
-        cluster("scancel", of_sweep(cluster.jobs(), CANCELLED)[0]["JobId"])
+        cluster("scancel", of_job(cluster.jobs(), STOPPED)[0]["JobId"])
         run = wait(lambda: watcher.middle(KILLED), "another sweep in its middle")
         remember(run)
-        os.kill(training(KILLED), signal.SIGKILL)
+        os.kill(training(STOPPED), signal.SIGKILL)
         # Steps that it made until now are no sign of the job that is tried again.
         time.sleep(0.5)
         remember(run)
@@ -164,9 +166,9 @@ def seen(cluster, checkout):
     return Seen(text, cluster.jobs(), watcher.steps, stopped_at, records)
 
 
-def of_sweep(jobs: list[dict[str, str]], sweep: Sweep) -> list[dict[str, str]]:
-    """The jobs of a sweep, in the order of their submission."""
-    return [job for job in jobs if job["Comment"] == f"rule_sweep_wildcards_{sweep.sweep_id}"]
+def of_job(jobs: list[dict[str, str]], job: Job) -> list[dict[str, str]]:
+    """The tries of a job that trains, in the order of their submission."""
+    return [one for one in jobs if one["Comment"] == f"rule_train_wildcards_{job.job_id}"]
 
 
 def of_rule(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
@@ -174,21 +176,21 @@ def of_rule(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
     return [job for job in jobs if re.match(rf"rule_{rule}(_wildcards|$)", job["Comment"])]
 
 
-def training(sweep: Sweep) -> int:
-    """The process that trains a sweep."""
+def training(job: Job) -> int:
+    """The process that trains a job."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_text().split("\0")
         except OSError:  # It has just ended.
             continue
-        if "sweep" in words and sweep.sweep_id in words:
+        if "train" in words and job.job_id in words:
             return int(path.parent.name)
-    raise AssertionError(f"nothing trains {sweep.sweep_id}")
+    raise AssertionError(f"nothing trains {job.job_id}")
 
 
 def test_every_job_asks_slurm_for_what_the_plan_says(seen):
-    for sweep in PLAN.sweeps:
-        asked, job = sweep_resources(PLAN, sweep), of_sweep(seen.jobs, sweep)[0]
+    for wanted in PLAN.jobs:
+        asked, job = job_resources(PLAN, wanted), of_job(seen.jobs, wanted)[0]
         assert job["TresPerJob"] == f"gres/gpu:{asked.gpus}" == "gres/gpu:1"
         assert f"cpu={asked.cpus},mem={asked.mem_mb}M,node=1" in job["ReqTRES"]
         assert job["TimeLimit"] == f"00:{asked.minutes:02}:00"
@@ -198,7 +200,7 @@ def test_every_job_asks_slurm_for_what_the_plan_says(seen):
     (tokens,) = of_rule(seen.jobs, "tokens")
     assert "TresPerJob" not in tokens
     # Downloads, tables and figures are no jobs.
-    assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"dataset", "tokens", "sweep", "evaluate", "compute"}
+    assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"dataset", "tokens", "train", "evaluate", "compute"}
 
 
 def test_slurm_gives_each_run_its_gpu(seen, checkout):
@@ -208,13 +210,10 @@ def test_slurm_gives_each_run_its_gpu(seen, checkout):
 
 
 def test_a_stopped_job_is_tried_again_and_goes_on(seen):
-    for sweep in (CANCELLED, KILLED):
-        first, again, *_ = of_sweep(seen.jobs, sweep)
-        assert first["JobState"] in {"CANCELLED", "FAILED"}
-        assert again["JobState"] == "COMPLETED"
-        minutes = sweep_resources(PLAN, sweep).minutes
-        assert again["TimeLimit"] == f"00:{2 * minutes:02}:00"
-    assert of_sweep(seen.jobs, CANCELLED)[0]["JobState"] == "CANCELLED"
+    tries = of_job(seen.jobs, STOPPED)
+    assert [job["JobState"] for job in tries] == ["CANCELLED", "FAILED", "COMPLETED"]
+    minutes = job_resources(PLAN, STOPPED).minutes
+    assert [job["TimeLimit"] for job in tries] == [f"00:{number * minutes:02}:00" for number in (1, 2, 3)]
     # Slurm itself puts a job back that lost its node.
     assert {job["JobState"] for job in seen.jobs if int(job["Restarts"])} == {"COMPLETED"}
     assert len(seen.stopped_at) >= 2
@@ -266,13 +265,13 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 def test_the_smoke_preset_from_a_fresh_clone(cluster, tmp_path):
     """A preset for CPUs, whose jobs the profile gives a GPU each."""
     checkout = fresh_clone(tmp_path)
-    gpus = ["--set-resources", "sweep:gpu=1", "evaluate:gpu=1"]
+    gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
     before = len(cluster.jobs())
     with workflow(cluster, checkout, *gpus, preset="smoke") as output:
         until(output, "the end of the workflow", 900)
     jobs = cluster.jobs()[before:]
-    assert len(of_rule(jobs, "sweep")) == len(make_plan(Layout.of("smoke").preset).sweeps)
-    assert {job["TresPerJob"] for job in of_rule(jobs, "sweep") + of_rule(jobs, "evaluate")} == {"gres/gpu:1"}
+    assert len(of_rule(jobs, "train")) == len(make_plan(Layout.of("smoke").preset).jobs)
+    assert {job["TresPerJob"] for job in of_rule(jobs, "train") + of_rule(jobs, "evaluate")} == {"gres/gpu:1"}
     assert {job["JobState"] for job in jobs} == {"COMPLETED"}
     assert (checkout / "results/smoke/report/index.html").is_file()
     shutil.copy(checkout / "workflow/presets/smoke.yaml", checkout / "alone.yaml")

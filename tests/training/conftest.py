@@ -17,15 +17,15 @@ from lorabench.models.base import load_model, load_tokenizer, skeleton
 from lorabench.models.lanes import alone
 from lorabench.models.lora import adapter_pairs, add_lora
 from lorabench.models.lora_lanes import stack_lora
-from lorabench.plan import Condition, Run, make_plan
+from lorabench.plan import Condition, Job, Run, make_plan
 from lorabench.training.checkpoints import Checkpoints, in_step
 from lorabench.training.distributed import ALONE, Processes
+from lorabench.training.job import run_job
 from lorabench.training.lanes import train_alone
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine, recompute_activations
 from lorabench.training.sft import train_run
 from lorabench.training.sft_lanes import SftLanes
-from lorabench.training.sweep import run_sweep
 
 TINY = TinyModel(kind="tiny")
 
@@ -116,5 +116,5 @@ def trained(plan, layout, method):
     """Trains the sweep of one method; returns its rows and what it said."""
     sweep = next(s for s in plan.sweeps if s.condition.method == method)
     said: list[str] = []
-    run_sweep(plan, sweep, layout, said.append)
-    return pq.read_table(layout.sweep(sweep)).to_pandas(), said
+    run_job(plan, Job((sweep,)), layout, said.append)
+    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), said

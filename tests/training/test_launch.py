@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from lorabench.config import PathModel
 from lorabench.models.base import load_model
+from lorabench.plan import Job
 
 from .conftest import TINY, trained
 
@@ -25,7 +26,7 @@ LOSSES = ["final_valid_nll", "final_test_nll"]
 
 
 def command(sweep, processes: int = 2) -> list[str]:
-    words = ["-m", "lorabench.cli", "sweep", sweep.sweep_id, "--preset", "mine.yaml", "--processes", str(processes)]
+    words = ["-m", "lorabench.cli", "train", sweep.sweep_id, "--preset", "mine.yaml", "--processes", str(processes)]
     return [sys.executable, *words]
 
 
@@ -38,7 +39,7 @@ def together(plan, layout, method: str):
     sweep = sweep_of(plan, method)
     done = subprocess.run(command(sweep), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return pq.read_table(layout.sweep(sweep)).to_pandas(), done.stderr
+    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), done.stderr
 
 
 def assert_same(runs, others) -> None:
@@ -57,7 +58,7 @@ def compare(ready, method: str, **lrs):
     plan, layout = ready("sweep", {"keep_weights": "all"}, **lrs)
     alone, _ = trained(plan, layout, method)
     layout.runs.rename("alone")
-    layout.sweep(sweep_of(plan, method)).unlink()
+    layout.job(Job((sweep_of(plan, method),))).unlink()
     runs, said = together(plan, layout, method)
     assert_same(runs, alone)
     assert said.count("run 1/") == 2, "only the first process says when a run starts and ends"
@@ -131,7 +132,7 @@ def test_killed_processes_go_on_where_they_were(ready):
     resumed, _ = together(plan, layout, "lora")
     assert (first / "record.json").stat().st_mtime_ns == kept
     assert not checkpoint.exists()
-    layout.sweep(sweep).unlink()
+    layout.job(Job((sweep,))).unlink()
     layout.runs.rename("resumed")
     unbroken, _ = together(plan, layout, "lora")
     assert [list(curve) for curve in resumed.curve] == [list(curve) for curve in unbroken.curve]

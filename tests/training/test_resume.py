@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from lorabench.plan import Job
 from lorabench.training.batches import scored_tokens
 
 from .conftest import condition_of, train, trained
@@ -71,7 +72,7 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, l
     first, second = (layout.runs / run.run_id for run in sweep.grid())
     checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
 
-    command = [sys.executable, "-m", "lorabench.cli", "sweep", sweep.sweep_id, "--preset", "mine.yaml"]
+    command = [sys.executable, "-m", "lorabench.cli", "train", sweep.sweep_id, "--preset", "mine.yaml"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
@@ -82,7 +83,7 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, l
     process.communicate()
     # A run in progress has a checkpoint and is not taken for a result; the one before it is kept, or beside it.
     assert not second.exists()
-    assert not layout.sweep(sweep).exists()
+    assert not layout.job(Job((sweep,))).exists()
     finished = first / "record.json"
     assert finished.exists() == (lanes == 1)
     kept = finished.stat().st_mtime_ns if lanes == 1 else None
@@ -91,7 +92,7 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, l
     assert kept in (None, finished.stat().st_mtime_ns)
     assert not checkpoint.exists()
 
-    layout.sweep(sweep).unlink()
+    layout.job(Job((sweep,))).unlink()
     layout.runs.rename("resumed")
     unbroken, _ = trained(plan, layout, method)
     assert numbers(resumed) == numbers(unbroken)

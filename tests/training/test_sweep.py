@@ -1,4 +1,4 @@
-"""The job of a sweep: divergence stays in its run, finished runs are kept, repeats go to the best LR."""
+"""A sweep and its job: divergence stays in its run, finished runs are kept, repeats go to the best LR."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
 def test_status_counts_what_lies_on_disk(ready):
     plan, layout = ready("status")
     before = status(plan, layout)
-    assert (before.runs_done, before.runs_planned, before.sweeps_planned) == (0, 4, 2)
+    assert (before.runs_done, before.runs_planned, before.jobs_planned) == (0, 4, 2)
     trained(plan, layout, "lora")
     after = status(plan, layout)
-    assert (after.runs_done, after.sweeps_done) == (2, 1)
+    assert (after.runs_done, after.jobs_done) == (2, 1)
     heartbeat = layout.progress(next(s for s in plan.sweeps if s.condition.method == "fullft"))
     heartbeat.parent.mkdir(exist_ok=True)
     state = {"time": 0.0, "label": "x", "run": 1, "runs": 2, "lr": 1e-3, "seed": 0, "step": 1, "steps": 2}

@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
-from lorabench.resources import evaluation_resources, sweep_resources
+from lorabench.resources import evaluation_resources, job_resources
 from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
 
 
@@ -36,11 +36,11 @@ def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
 def test_every_job_asks_for_what_the_plan_says(checkout):
     output = dry_run(checkout)
     plan = make_plan(Layout.of("paper").preset)
-    sweeps, evaluations = asked(output, "sweep"), asked(output, "evaluate")
-    needed = {sweep.sweep_id: sweep_resources(plan, sweep) for sweep in plan.sweeps}
+    jobs, evaluations = asked(output, "train"), asked(output, "evaluate")
+    needed = {job.job_id: job_resources(plan, job) for job in plan.jobs}
     needed |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
-    assert sweeps.keys() | evaluations.keys() == needed.keys()
-    for name, resources in (sweeps | evaluations).items():
+    assert jobs.keys() | evaluations.keys() == needed.keys()
+    for name, resources in (jobs | evaluations).items():
         wanted = needed[name]
         assert resources["gpu"] == str(wanted.gpus)
         assert resources["cpus_per_task"] == str(wanted.cpus)
@@ -54,7 +54,7 @@ def test_every_job_asks_for_what_the_plan_says(checkout):
 
 def test_a_preset_for_cpus_asks_for_no_gpu(checkout):
     output = dry_run(checkout, preset="smoke")
-    for rule in ("sweep", "evaluate", "compute", "tokens"):
+    for rule in ("train", "evaluate", "compute", "tokens"):
         jobs = asked(output, rule)
         assert jobs
         assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
@@ -63,7 +63,7 @@ def test_a_preset_for_cpus_asks_for_no_gpu(checkout):
 def test_a_site_names_its_gpus(checkout):
     adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
     output = dry_run(checkout)
-    assert {resources["gpu_model"] for resources in asked(output, "sweep").values()} == {"h100"}
+    assert {resources["gpu_model"] for resources in asked(output, "train").values()} == {"h100"}
     assert all("gpu_model" not in resources for resources in asked(output, "tokens").values())
 
 
@@ -72,8 +72,8 @@ def test_a_site_takes_gres_only(checkout):
     adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
     plan = make_plan(Layout.of("paper").preset)
     output = dry_run(checkout)
-    for name, resources in asked(output, "sweep").items():
-        assert resources["gres"] == f"gpu:h100:{sweep_resources(plan, plan.sweep(name)).gpus}"
+    for name, resources in asked(output, "train").items():
+        assert resources["gres"] == f"gpu:h100:{job_resources(plan, plan.job(name)).gpus}"
         assert "gpu" not in resources
         assert "gpu_model" not in resources
     assert all("gres" not in resources for resources in asked(output, "tokens").values())
@@ -89,8 +89,8 @@ def test_a_wrong_way_to_ask_is_one_sentence(checkout):
 def test_no_job_asks_for_more_time_than_a_site_gives(checkout):
     adapt_profile(checkout, "# max_runtime: 1440", "max_runtime: 1440")
     plan = make_plan(Layout.of("paper").preset)
-    minutes = {name: int(resources["runtime"]) for name, resources in asked(dry_run(checkout), "sweep").items()}
-    assert minutes == {sweep.sweep_id: min(1440, sweep_resources(plan, sweep).minutes) for sweep in plan.sweeps}
+    minutes = {name: int(resources["runtime"]) for name, resources in asked(dry_run(checkout), "train").items()}
+    assert minutes == {job.job_id: min(1440, job_resources(plan, job).minutes) for job in plan.jobs}
     assert max(minutes.values()) == 1440
 
 

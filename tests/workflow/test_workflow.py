@@ -35,15 +35,15 @@ def planned_jobs(output: str) -> dict[str, int]:
 def test_the_main_job_is_the_laptop_preset(checkout):
     jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules"))
     plan = make_plan(Layout.of("laptop").preset)
-    assert jobs["sweep"] == len(plan.sweeps)
+    assert jobs["train"] == len(plan.jobs) < len(plan.sweeps)
     assert jobs["report_page"] == jobs["claims"] == 1
 
 
 def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     target = "paper_figures/laptop/fig2_lr_by_rank.svg"
     jobs = planned_jobs(snakemake(checkout, target, "--dry-run", "--quiet", "rules"))
-    needed = len(make_plan(Layout.of("laptop").preset).of("rank"))
-    assert jobs == {"dataset": 2, "tokens": 2, "sweep": needed, "experiment_tables": 1, "figure": 1}
+    needed = len(make_plan(Layout.of("laptop").preset).jobs_of("rank"))
+    assert jobs == {"dataset": 2, "tokens": 2, "train": needed, "experiment_tables": 1, "figure": 1}
 
 
 def test_a_figure_of_several_experiments_reads_the_tables_of_those_that_the_preset_has(checkout):
@@ -67,7 +67,7 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
 def test_a_budget_is_what_the_plan_says(checkout):
     jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules", "--config", "preset=core", "budget=60"))
     within, whole = (make_plan(Layout.of(preset).preset) for preset in ("core@60", "core"))
-    assert jobs["sweep"] == len(within.sweeps) < len(whole.sweeps)
+    assert jobs["train"] == len(within.jobs) < len(whole.jobs)
 
 
 @pytest.mark.parametrize(("budget", "message"), [("much", "budget = 'much': a number"), ("0.01", "is less than the")])
@@ -178,7 +178,7 @@ def test_a_second_call_has_nothing_to_do(smoke):
 def test_status_and_plan_from_another_terminal(smoke):
     command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
     text = subprocess.run(command, cwd=smoke[0], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"36/36 runs \(100%\), 10/10 sweeps done", text)
+    assert re.search(r"36/36 runs \(100%\), 7/7 jobs done", text)
     assert "results/smoke/report/index.html" in text
 
 
@@ -220,8 +220,8 @@ def test_an_evaluation_that_fails_is_told_early_and_keeps_back_only_its_scores(c
     (checkout / "mine.yaml").write_text(yaml.safe_dump(BAD_EVALUATION))
     output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
     assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; near it: " in output
-    assert output.index("rule eval_tasks:") < output.index("rule sweep:")
+    assert output.index("rule eval_tasks:") < output.index("rule train:")
     layout = Layout.of(str(checkout / "mine.yaml"))
-    assert all((checkout / layout.sweep(sweep)).is_file() for sweep in make_plan(layout.preset).sweeps)
+    assert all((checkout / layout.job(job)).is_file() for job in make_plan(layout.preset).jobs)
     assert "without the scores" in (checkout / layout.report_without_evaluation).read_text()
     assert not (checkout / layout.report).exists()

@@ -16,7 +16,7 @@ rule plan:
     params:
         preset=PRESET,
         # The file follows from the plan alone.
-        sweeps=sweep_experiments(),
+        jobs=job_experiments(),
     shell:
         "lorabench plan --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
@@ -24,7 +24,7 @@ rule plan:
 # What one experiment's figures read, so that a figure trains only the runs it needs.
 rule experiment_tables:
     input:
-        lambda wildcards: sweep_files(wildcards.experiment),
+        lambda wildcards: job_files(wildcards.experiment),
     output:
         LAYOUT.tables() / "{experiment}/runs.parquet",
         LAYOUT.tables() / "{experiment}/runs.csv",
@@ -37,7 +37,7 @@ rule experiment_tables:
     params:
         preset=PRESET,
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
-        sweeps=lambda wildcards: sweep_experiments(wildcards.experiment),
+        jobs=lambda wildcards: job_experiments(wildcards.experiment),
     shell:
         "lorabench collect {input:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
@@ -45,7 +45,7 @@ rule experiment_tables:
 
 rule tables:
     input:
-        sweep_files(),
+        job_files(),
     output:
         LAYOUT.tables() / "runs.parquet",
         LAYOUT.tables() / "runs.csv",
@@ -58,7 +58,7 @@ rule tables:
     params:
         preset=PRESET,
         out=LAYOUT.tables(),
-        sweeps=sweep_experiments(),
+        jobs=job_experiments(),
     shell:
         "lorabench collect {input:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"

@@ -22,9 +22,9 @@ try:
 except UserError as error:
     raise WorkflowError(str(error))
 
-SWEEPS = {sweep.sweep_id: sweep for sweep in PLAN.sweeps}
+JOBS = {job.job_id: job for job in PLAN.jobs}
 # The longest first, so that no core waits at the end.
-PRIORITIES = {sweep_id: -number for number, sweep_id in enumerate(SWEEPS, -len(SWEEPS))}
+PRIORITIES = {job_id: -number for number, job_id in enumerate(JOBS, -len(JOBS))}
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
 FIGURE_NAMES = [figure.name for figure in of_preset(LAYOUT.preset)]
@@ -42,16 +42,19 @@ wildcard_constraints:
     figure="|".join(FIGURE_NAMES),
 
 
-def sweep_files(experiment=None):
-    """The sweep files of an experiment, or of all."""
-    wanted = PLAN.of(experiment) if experiment else PLAN.sweeps
-    return [LAYOUT.sweep(sweep) for sweep in wanted]
+def jobs_of(experiment=None):
+    """The jobs that train what an experiment needs, or all."""
+    return PLAN.jobs_of(experiment) if experiment else PLAN.jobs
 
 
-def sweep_experiments(experiment=None):
-    """Those sweeps with what asks for them, which a table says: without its runs, that may change with the preset."""
-    wanted = PLAN.of(experiment) if experiment else PLAN.sweeps
-    return [(sweep.sweep_id, sweep.experiments) for sweep in wanted]
+def job_files(experiment=None):
+    """The files of those jobs."""
+    return [LAYOUT.job(job) for job in jobs_of(experiment)]
+
+
+def job_experiments(experiment=None):
+    """Those jobs with what asks for them, which a table says: without their runs, that may change with the preset."""
+    return [(job.job_id, job.experiments) for job in jobs_of(experiment)]
 
 
 def model_files(model):
@@ -68,19 +71,23 @@ def fetched_data(dataset):
     return [fetched] if fetched else []
 
 
-def sweep_data(wildcards):
-    """What a sweep reads: a token cache, or in RL the problem sets; the model's files; what was fetched of the hub.
+def job_data(wildcards):
+    """What a job that trains reads: a token cache, or in RL the problem sets; the model's files; what was fetched of the hub.
 
     Their names say what is in them, so their times do not matter: clocks of nodes may differ.
     """
-    condition = SWEEPS[wildcards.sweep].condition
-    sets = [condition.dataset]
-    if condition.rollouts is None:
-        reads = [LAYOUT.tokens(condition.model, condition.dataset)]
+    conditions = [sweep.condition for sweep in JOBS[wildcards.job].sweeps]
+    # One model and dataset in all; problem sets that are held out may differ.
+    model, dataset = conditions[0].model, conditions[0].dataset
+    sets = [dataset]
+    if conditions[0].rollouts is None:
+        reads = [LAYOUT.tokens(model, dataset)]
     else:
-        sets += condition.rollouts.held_out
+        sets += dict.fromkeys(
+            name for one in conditions for name in one.rollouts.held_out
+        )
         reads = [LAYOUT.dataset(name) for name in sets]
-    reads += model_files(condition.model)
+    reads += model_files(model)
     reads += [file for name in sets for file in fetched_data(name)]
     return [ancient(path) for path in reads]
 
@@ -107,15 +114,15 @@ def figure_tables(wildcards):
 
 
 def eval_inputs(wildcards):
-    """What an evaluation reads: the sweep whose best run it is of, data of the project's tasks, the base's files."""
+    """What an evaluation reads: the job that trained its run, data of the project's tasks, the base's files."""
     job, evaluation = EVALUATIONS[wildcards.evaluation], LAYOUT.preset.evaluation
     sources = dict.fromkeys(task.source for task in evaluation.tasks if task.source)
     reads = [LAYOUT.dataset(source) for source in sources]
-    reads += [LAYOUT.sweep(job.sweep)] if job.sweep else []
+    reads += [LAYOUT.job(PLAN.job_of(job.sweep))] if job.sweep else []
     if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
         reads.append(LAYOUT.pretraining)
     reads = [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
-    # As in sweep_data.
+    # As in job_data.
     return [ancient(path) for path in reads]
 
 

@@ -19,7 +19,7 @@ rule fetch_data:
 
 rule dataset:
     input:
-        # As in sweep_data, the names say what is in them.
+        # As in job_data, the names say what is in them.
         lambda wildcards: [ancient(path) for path in fetched_data(wildcards.dataset)],
     output:
         LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",

@@ -12,7 +12,7 @@ rule eval_tasks:
     log:
         LAYOUT.root / "logs/eval_tasks.{tasks}.log",
     # Before anything is trained.
-    priority: len(PLAN.sweeps) + 1
+    priority: len(JOBS) + 1
     conda:
         "../envs/lorabench.yaml"
     params:
@@ -34,7 +34,7 @@ rule pretraining:
         "lorabench pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
-# One job per base and per condition, at its best LR. The run's weights are kept by the sweep that trained it.
+# One job per base and per condition, at its best LR. The run's weights are kept by the job that trained it.
 rule evaluate:
     input:
         eval_inputs,

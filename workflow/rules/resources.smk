@@ -2,8 +2,8 @@
 from lorabench.resources import (
     compute_resources,
     evaluation_resources,
+    job_resources,
     restarts,
-    sweep_resources,
     tokens_resources,
 )
 

@@ -1,4 +1,4 @@
-# Times are taken in this job, so it has as many threads as a sweep.
+# Times are taken in this job, so it has as many threads as one that trains.
 rule compute:
     input:
         lambda wildcards: [
@@ -22,28 +22,28 @@ rule compute:
         "HF_HUB_OFFLINE=1 lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
-# One job per sweep. Its finished runs and checkpoints lie outside the declared output, so a killed job
-# goes on where it was.
-rule sweep:
+# A long sweep, or several short ones that share what starting takes. Finished runs and checkpoints lie outside the
+# declared output, so a killed job goes on where it was.
+rule train:
     input:
-        sweep_data,
+        job_data,
     output:
-        LAYOUT.root / "sweeps/{sweep}.parquet",
+        LAYOUT.root / "jobs/{job}.parquet",
     log:
-        LAYOUT.root / "logs/{sweep}.log",
-    priority: lambda wildcards: PRIORITIES[wildcards.sweep]
-    retries: retries(sweep_resources(PLAN, sweep) for sweep in PLAN.sweeps)
+        LAYOUT.root / "logs/{job}.log",
+    priority: lambda wildcards: PRIORITIES[wildcards.job]
+    retries: retries(job_resources(PLAN, job) for job in PLAN.jobs)
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **asked(lambda wildcards: sweep_resources(PLAN, SWEEPS[wildcards.sweep])),
+        **asked(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
         # A run is trained by a process per GPU.
         processes=lambda wildcards: max(
-            1, sweep_resources(PLAN, SWEEPS[wildcards.sweep]).gpus
+            1, job_resources(PLAN, JOBS[wildcards.job]).gpus
         ),
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench sweep {wildcards.sweep} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 lorabench train {wildcards.job} --preset {params.preset:q} "
         "--log {log:q} --processes {resources.processes}"

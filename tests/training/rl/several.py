@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from lorabench.layout import Layout
-from lorabench.plan import make_plan
+from lorabench.plan import Job, make_plan
 from lorabench.training.distributed import join, leave
-from lorabench.training.sweep import run_sweep
+from lorabench.training.job import run_job
 
 
 def main(folder: Path) -> None:
@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     plan = make_plan(layout.preset)
     processes = join(layout.preset.execution.sharding)
     for sweep in plan.sweeps:
-        run_sweep(plan, sweep, layout, lambda line: None, processes)
+        run_job(plan, Job((sweep,)), layout, lambda line: None, processes)
     leave(processes)
 
 

@@ -12,9 +12,9 @@ from peft import PeftModel
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.layout import Layout
 from lorabench.models.base import load_model
-from lorabench.plan import make_plan
+from lorabench.plan import Job, make_plan
 from lorabench.tables import collect, read_table
-from lorabench.training.sweep import run_sweep
+from lorabench.training.job import run_job
 
 from .conftest import TINY
 
@@ -34,8 +34,8 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
     plan, layout, sweeps = job
     said: list[str] = []
     for sweep in sweeps.values():
-        run_sweep(plan, sweep, layout, said.append)
-    collect([layout.sweep(sweep) for sweep in plan.sweeps], layout.tables())
+        run_job(plan, Job((sweep,)), layout, said.append)
+    collect([layout.job(Job((sweep,))) for sweep in plan.sweeps], layout.tables())
     runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
     assert len(runs) == 2 + 4
     assert set(runs["task"]) == {"rl"}
@@ -64,10 +64,10 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
 
 def test_a_sweep_goes_on_where_it_was(job, monkeypatch):
     plan, layout, sweeps = job
-    run_sweep(plan, sweeps["lora"], layout, lambda line: None)
-    first = pq.read_table(layout.sweep(sweeps["lora"])).to_pandas()
-    layout.sweep(sweeps["lora"]).unlink()
+    run_job(plan, Job((sweeps["lora"],)), layout, lambda line: None)
+    first = pq.read_table(layout.job(Job((sweeps["lora"],)))).to_pandas()
+    layout.job(Job((sweeps["lora"],))).unlink()
     monkeypatch.setattr("lorabench.training.rl.job.train_lanes", None)
-    run_sweep(plan, sweeps["lora"], layout, lambda line: None)
-    again = pq.read_table(layout.sweep(sweeps["lora"])).to_pandas()
+    run_job(plan, Job((sweeps["lora"],)), layout, lambda line: None)
+    again = pq.read_table(layout.job(Job((sweeps["lora"],)))).to_pandas()
     assert list(again["run_id"]) == list(first["run_id"])

@@ -15,8 +15,8 @@ from peft import PeftModel
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.layout import Layout
 from lorabench.models.base import load_model
-from lorabench.plan import make_plan
-from lorabench.training.sweep import run_sweep
+from lorabench.plan import Job, make_plan
+from lorabench.training.job import run_job
 
 from ...conftest import REPOSITORY
 from .conftest import TINY
@@ -41,7 +41,7 @@ def make(folder: Path, raw: dict, sharding: str, precision: str) -> None:
 def runs_of(folder: Path) -> dict[str, dict]:
     """The runs of the preset by id."""
     layout = Layout.of(str(folder / "mine.yaml"))
-    files = [folder / layout.sweep(sweep) for sweep in make_plan(layout.preset).sweeps]
+    files = [folder / layout.job(Job((sweep,))) for sweep in make_plan(layout.preset).sweeps]
     return {row["run_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
 
 
@@ -58,7 +58,7 @@ def test_two_processes_sample_and_learn_as_one(held, tmp_path, raw_rl_preset, mo
     layout = Layout.of("mine.yaml")
     plan = make_plan(layout.preset)
     for sweep in plan.sweeps:
-        run_sweep(plan, sweep, layout, lambda line: None)
+        run_job(plan, Job((sweep,)), layout, lambda line: None)
     expected, found = runs_of(alone), runs_of(several)
     assert len(expected) == 3
     assert found.keys() == expected.keys()

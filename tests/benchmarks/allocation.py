@@ -1,0 +1,92 @@
+"""A training step with freed memory kept (`lorabench.allocation`), against the C library's own ways.
+
+    python -m tests.benchmarks.allocation
+
+Each turn trains two fresh processes, one of each kind, in alternating order. Prints CPU milliseconds of a step (user
+and system) and the peak memory of both, and the median ratio of the turns, and appends a row for each shape to
+`tests/benchmarks/allocation.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from lorabench.allocation import keep_freed_memory
+from lorabench.config import TinyModel
+from lorabench.models.base import load_model, package_versions
+from lorabench.training.provenance import machine_state
+
+RESULTS = Path(__file__).with_suffix(".csv")
+TURNS, STEPS = 5, 30
+# Model, sequences, tokens of each.
+SHAPES = [("llama-64", 8, 128), ("llama-128", 8, 128), ("llama-128", 32, 200)]
+
+
+def one_process(kept: bool, name: str, sequences: int, length: int) -> tuple[float, int]:
+    """CPU milliseconds of a step of this process, median, and its peak memory in MB."""
+    torch.set_num_threads(1)
+    if kept and not keep_freed_memory():
+        sys.exit("this C library has no such setting: nothing to compare")
+    model = load_model(TinyModel(kind="tiny", name=name))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (sequences, length), generator=generator)
+    steps = []
+    for _ in range(STEPS):
+        started = time.process_time()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(1000 * (time.process_time() - started))
+    # The first steps warm up.
+    return statistics.median(steps[5:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def measure(shape: tuple[str, int, int]) -> dict[bool, list[tuple[float, int]]]:
+    """What `one_process` tells of each turn, by whether freed memory is kept."""
+    told: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+    for turn in range(TURNS):
+        for kept in (turn % 2 == 0, turn % 2 == 1):
+            command = [sys.executable, "-m", "tests.benchmarks.allocation", json.dumps([kept, *shape])]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            told[kept].append(tuple(json.loads(said)))
+    return told
+
+
+def main() -> None:
+    """Measure each shape and keep the results."""
+    torch.set_num_threads(1)
+    machine, versions = machine_state(torch.device("cpu")), package_versions()
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            columns = ["date", "device", "threads", "python", "libc", "torch", "shape"]
+            writer.writerow([*columns, "step_ms", "default_step_ms", "ratio", "peak_mb", "default_peak_mb"])
+        for name, sequences, length in SHAPES:
+            told = measure((name, sequences, length))
+            ratio = statistics.median(b[0] / a[0] for a, b in zip(told[True], told[False], strict=True))
+            kept, default = ([statistics.median(column) for column in zip(*told[key], strict=True)] for key in told)
+            shape = f"{name}: {sequences} x {length} tokens"
+            numbers = [round(kept[0], 1), round(default[0], 1), round(ratio, 3), round(kept[1]), round(default[1])]
+            print("{}: {} ms, by default {} ms, ratio {}; peak {} MB, {} MB".format(shape, *numbers))
+            facts = [machine["device"], 1, platform.python_version(), " ".join(platform.libc_ver())]
+            writer.writerow([f"{datetime.now(UTC):%Y-%m-%d}", *facts, versions["torch"], shape, *numbers])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(one_process(*json.loads(sys.argv[1]))))
+    else:
+        main()

@@ -1,0 +1,130 @@
+"""Which sweeps share a job: each sweep is trained once, a figure needs nothing more, and no core waits for it."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabench import cost
+from lorabench.bill import per_experiment, training
+from lorabench.config import Preset, load_preset
+from lorabench.grouping import START_SHARE, grouped
+from lorabench.memory import gpus_needed
+from lorabench.plan import Job, Plan, make_plan
+
+PLANS = {name: make_plan(load_preset(name)) for name in ("smoke", "laptop", "smollm2", "core", "paper")}
+
+
+def seconds(plan: Plan, job: Job) -> float:
+    return cost.job_seconds(plan.preset, job, max(gpus_needed(plan.preset, sweep) for sweep in job.sweeps))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(sorted(PLANS)), st.floats(0.01, 100), st.data())
+def test_each_sweep_is_in_one_job_with_others_like_it(name, faster, data):
+    preset = PLANS[name].preset
+    gflops = faster * cost.speed(preset.execution) / 1e9
+    preset = preset.model_copy(update={"execution": preset.execution.model_copy(update={"gflops": gflops})})
+    chosen = data.draw(st.lists(st.sampled_from(PLANS[name].sweeps), unique=True))
+    jobs = grouped(preset, chosen)
+    assert sorted(sweep.sweep_id for job in jobs for sweep in job) == sorted(sweep.sweep_id for sweep in chosen)
+    for job in jobs:
+        alike = {
+            (one.condition.model, one.condition.dataset, one.condition.task, one.experiments, gpus_needed(preset, one))
+            for one in job
+        }
+        assert len(alike) == 1
+    times = [seconds(Plan(preset, ()), Job(job)) for job in jobs]
+    assert times == sorted(times, reverse=True)
+    assert grouped(preset, chosen) == jobs
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_job_of_several_is_longer_than_the_longest_sweep_or_a_start(name):
+    plan = PLANS[name]
+    alone = max(seconds(plan, Job((sweep,))) for sweep in plan.sweeps)
+    start = cost.start_seconds(plan.preset)
+    for job in plan.jobs:
+        assert len(job.sweeps) == 1 or seconds(plan, job) <= max(alone, 2.5 * start)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("cores", [1, 2, 8, 64])
+def test_all_is_done_no_later_than_with_a_job_per_sweep(name, cores):
+    plan = PLANS[name]
+
+    def ends(jobs) -> float:
+        """Where the next job, the longest first, goes to the core that is free first."""
+        free = [0.0] * cores
+        for job in sorted((seconds(plan, job) for job in jobs), reverse=True):
+            heapq.heappush(free, heapq.heappop(free) + job)
+        return max(free)
+
+    # Which core gets which job may come out a little worse, where starts are nothing beside the work.
+    assert ends(plan.jobs) <= 1.001 * ends(Job((sweep,)) for sweep in plan.sweeps)
+
+
+def test_starts_take_little_of_the_laptop_preset():
+    plan = PLANS["laptop"]
+    start, whole = cost.start_seconds(plan.preset), training(plan, plan.jobs).job_hours * 3600
+    assert len(plan.jobs) < 0.6 * len(plan.sweeps)
+    assert len(plan.jobs) * start < 1.5 * START_SHARE * whole
+
+
+def test_long_sweeps_stay_alone():
+    plan = PLANS["paper"]
+    start = cost.start_seconds(plan.preset)
+    for job in plan.jobs:
+        if len(job.sweeps) > 1:
+            worked = [seconds(plan, Job((sweep,))) - start for sweep in job.sweeps]
+            assert max(worked) < start / START_SHARE
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_an_experiment_trains_what_it_needs_and_nothing_else(name):
+    plan = PLANS[name]
+    for experiment in plan.preset.experiments.trained():
+        trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
+        assert trained == set(plan.of(experiment))
+
+
+def test_a_start_is_paid_once_per_job():
+    plan = PLANS["smoke"]
+    together = max(plan.jobs, key=lambda job: len(job.sweeps))
+    alone = training(plan, [Job((sweep,)) for sweep in together.sweeps])
+    saved = (len(together.sweeps) - 1) * cost.start_seconds(plan.preset)
+    assert (alone.job_hours - training(plan, [together]).job_hours) * 3600 == pytest.approx(saved)
+    assert per_experiment(plan)["total"].runs == sum(job.n_runs for job in plan.jobs)
+
+
+def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
+    # So fast that the work is nothing beside a start.
+    raw_preset["execution"]["gflops"] = 1e6
+
+    def jobs():
+        return make_plan(Preset.model_validate(raw_preset)).jobs
+
+    before = {job.job_id for job in jobs()}
+    assert len(before) == 1
+    # Another experiment with the same runs, and one with others.
+    raw_preset["experiments"]["placement"] = raw_preset["experiments"]["rank"]
+    assert {job.job_id for job in jobs()} == before
+    raw_preset["experiments"]["early"] = [raw_preset["experiments"]["rank"][0] | {"steps": 3}]
+    assert {job.job_id for job in jobs()} > before
+    raw_preset["experiments"]["rank"] = [raw_preset["experiments"]["rank"][0] | {"seeds": 3}]
+    assert not {job.job_id for job in jobs()} & before
+    assert all(len(job.job_id) < 100 for plan in PLANS.values() for job in plan.jobs)
+    ids = [job.job_id for plan in PLANS.values() for job in plan.jobs]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_job_is_found_by_its_id_and_a_sweep_by_its_own():
+    plan = PLANS["smoke"]
+    for job in plan.jobs:
+        assert plan.job(job.job_id) == job
+        for sweep in job.sweeps:
+            assert plan.job_of(sweep) == job
+            assert plan.job(sweep.sweep_id) == Job((sweep,))
