@@ -104,31 +104,54 @@ class _Linear:
     """The forward pass of a linear layer."""
 
     def __init__(self, shelf: Shelf, keys: Mapping[str, str], rows: Rows) -> None:
-        self._shelf, self._weight, self._bias, self._rows = shelf, keys["weight"], keys.get("bias"), rows
+        self._shelf, self._keys, self._rows = shelf, keys, rows
+        self._cast: tuple[object, list[Tensor | None]] = (None, [])
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # as PyTorch calls it
         """(rows, ..., d_in) to (rows, ..., d_out)."""
-        x, leaves = input, self._shelf.leaves
+        x = input
+        leaves = [self._shelf.leaves[self._keys[name]] if name in self._keys else None for name in ("weight", "bias")]
+        used: Sequence[Tensor | None] = leaves
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat = x.reshape(-1, x.shape[-1])
-        counts = [count * (len(flat) // len(x)) for count in _dealt(self._rows, x)]
-        bias = None if self._bias is None else leaves[self._bias]
-        y: Tensor = _Product.apply(flat, leaves[self._weight], bias, counts)  # type: ignore[no-untyped-call]
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, used = x.to(dtype), self._in(dtype, leaves)
+        counts = [count * x.shape[1:-1].numel() for count in _dealt(self._rows, x)]
+        y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), *used, *leaves, counts)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
+
+    def _in(self, dtype: torch.dtype, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The weights in another type. Passes without a gradient, of which sampling has many, share one cast.
+
+        An optimizer steps after a pass with a gradient, which drops it; fused ones leave the versions as they are.
+        Other changes, as when a checkpoint is read, raise the versions.
+        """
+        key = dtype, [parameter._version for lane in self._shelf.parameters for parameter in lane]
+        learns = torch.is_grad_enabled()
+        if not learns and self._cast[0] == key:
+            return self._cast[1]
+        cast = [None if leaf is None else leaf.detach().to(dtype) for leaf in leaves]
+        self._cast = (None, []) if learns else (key, cast)
+        return cast
 
 
 class _Product(torch.autograd.Function):
     """x W' + b with each lane's W and b.
 
-    x (tokens, d_in), W (lanes, d_out, d_in), b (lanes, d_out); the tokens of a lane lie side by side. The gradients of
-    W and b are added where these lie, on the shelf.
+    x (tokens, d_in), W (lanes, d_out, d_in), b (lanes, d_out), these two in the type of x; the tokens of a lane lie
+    side by side. The gradients of W and b are added to those of the leaves that W and b are cast from, on the shelf.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
-        ctx.gradients, ctx.counts = (weight.grad, None if bias is None else bias.grad), counts
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_leaf: Tensor,
+        bias_leaf: Tensor | None,
+        counts: list[int],
+    ) -> Tensor:
+        ctx.gradients, ctx.counts = (weight_leaf.grad, None if bias_leaf is None else bias_leaf.grad), counts
         ctx.save_for_backward(x, weight)
         if even(counts):
             xs = x.view(len(counts), -1, x.shape[-1])
@@ -153,7 +176,8 @@ class _Product(torch.autograd.Function):
             add_products(to_weight, gs.mT, xs)
             if to_bias is not None:
                 to_bias.add_(gs.sum(1))
-            return torch.bmm(gs, weight).flatten(0, 1) if ctx.needs_input_grad[0] else None, None, None, None
+            gx = torch.bmm(gs, weight).flatten(0, 1) if ctx.needs_input_grad[0] else None
+            return gx, *(None,) * 5
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for lane, (xs, gs) in enumerate(zip(x.split(counts), g.split(counts), strict=True)):
             add_products(to_weight[lane : lane + 1], gs.t()[None], xs[None])
@@ -161,7 +185,7 @@ class _Product(torch.autograd.Function):
                 to_bias[lane].add_(gs.sum(0))
             if gx is not None:
                 torch.mm(gs, weight[lane], out=gx.split(counts)[lane])
-        return gx, None, None, None
+        return gx, *(None,) * 5
 
 
 class _Embedding:
@@ -176,7 +200,7 @@ class _Embedding:
         ids = input
         if len(ids) == 1:
             ids = ids.expand(sum(self._rows.counts), *ids.shape[1:])
-        counts = [count * ids[0].numel() for count in _dealt(self._rows, ids)]
+        counts = [count * ids.shape[1:].numel() for count in _dealt(self._rows, ids)]
         table = self._shelf.leaves[self._key]
         y: Tensor = _Lookup.apply(table, ids.reshape(-1), counts, self._padding)  # type: ignore[no-untyped-call]
         return y.view(*ids.shape, -1)

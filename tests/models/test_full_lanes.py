@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -264,6 +265,62 @@ def test_training_in_lanes_is_training_alone(family):
         expected = torch.nn.utils.parameters_to_vector(alone[name].parameters()).detach()
         (weights,) = lane.parameters
         assert (weights - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_with_autocast_weights_are_cast_anew_when_they_have_changed():
+    stack, alone = stacked("qwen2")
+    steppers = [torch.optim.AdamW(lane.parameters, lr=1e-2, fused=True) for lane in stack.lanes.values()]
+    steppers += [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in alone.values()]
+    ids = batch(6)
+
+    def assert_alike():
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = losses_of(stack, ids, EVEN)
+            parts = zip(alone.values(), ids.split(EVEN), strict=True)
+            expected = torch.stack([nll_sum(model, part[:, :-1], part[:, 1:]) for model, part in parts])
+        torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+        return losses
+
+    seen = [assert_alike()]
+    for _ in range(2):
+        backward(stack, ids, EVEN, torch.bfloat16)
+        for model, part in zip(alone.values(), ids.split(EVEN), strict=True):
+            backward_alone(model, part, torch.bfloat16)
+        for stepper in steppers:
+            stepper.step()
+        seen.append(assert_alike())
+    # As a checkpoint is read.
+    with torch.no_grad():
+        for place, parameter in zip(stack.lanes["a"].places.values(), alone["a"].parameters(), strict=True):
+            place.of(place.parameter).mul_(1.2)
+            parameter.mul_(1.2)
+    seen.append(assert_alike())
+    # By far more than the tolerance.
+    assert all((before[0] - after[0]).abs() > 0.02 * after[0] for before, after in pairwise(seen))
+
+
+def test_with_autocast_weights_are_cast_once_for_many_passes():
+    stack, _ = stacked("qwen2")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), stack.rows.are((1, 1, 1)):
+        stack.model(input_ids=batch(3), use_cache=False)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            stack.model(input_ids=batch(3), use_cache=False)
+    casts = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_to_copy"]
+    weights = {(len(NAMES), *parameter.shape) for parameter in stack.model.parameters()}
+    assert casts
+    assert not weights & {tuple(shape) for shape in casts}
+
+
+def test_a_lane_may_have_no_rows():
+    stack, alone = stacked("gpt2")
+    ids = batch(6)
+    counts = (0, 4, 2)
+    losses = backward(stack, ids, counts)
+    assert losses[0] == 0
+    assert not any(place.of(place.parameter.grad).any() for place in stack.lanes["a"].places.values())
+    for part, (name, lane) in list(zip(ids.split(counts), stack.lanes.items(), strict=True))[1:]:
+        backward_alone(alone[name], part)
+        assert_gradients(lane, alone[name], 1e-5)
 
 
 def test_the_model_keeps_names_type_and_sizes():
