@@ -36,7 +36,7 @@ class Rows:
         """How many are each lane's of so many vectors that a layer has in front of it."""
         if len(self.counts) == 1:
             return [total]
-        per_row = total // sum(self.counts)
+        per_row = total // max(1, sum(self.counts))
         return [count * per_row for count in self.counts]
 
 

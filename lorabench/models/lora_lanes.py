@@ -82,7 +82,7 @@ class _Forward:
         flat = x.reshape(-1, x.shape[-1])
         counts = self._rows.tokens(len(flat))
         y: Tensor = _Product.apply(flat, weight, bias, a, b, self._scaling, counts)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Product(torch.autograd.Function):
@@ -107,9 +107,8 @@ class _Product(torch.autograd.Function):
         a, b = a.to(x.dtype), b.to(x.dtype)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
         if _even(counts):
-            lanes = len(counts)
-            inner = torch.bmm(x.view(lanes, -1, x.shape[-1]), a.mT).mul_(scaling)
-            y.view(lanes, -1, y.shape[-1]).baddbmm_(inner, b.mT)
+            inner = torch.bmm(_by_lane(x, counts), a.mT).mul_(scaling)
+            _by_lane(y, counts).baddbmm_(inner, b.mT)
             inner = inner.flatten(0, 1)
         else:
             inner = x.new_empty(len(x), a.shape[1])
@@ -128,7 +127,7 @@ class _Product(torch.autograd.Function):
         to_a, to_b = ctx.gradients
         gx = g @ weight if ctx.needs_input_grad[0] else None
         if _even(counts):
-            xs, gs, inners = (tensor.view(len(counts), -1, tensor.shape[-1]) for tensor in (x, g, inner))
+            xs, gs, inners = (_by_lane(tensor, counts) for tensor in (x, g, inner))
             ginner = torch.bmm(gs, b).mul_(ctx.scaling)
             _add(to_a, ginner.mT, xs)
             _add(to_b, gs.mT, inners)
@@ -147,6 +146,11 @@ class _Product(torch.autograd.Function):
 def _even(counts: list[int]) -> bool:
     """Whether there are several lanes with as many tokens each."""
     return len(counts) > 1 and len(set(counts)) == 1
+
+
+def _by_lane(tensor: Tensor, counts: list[int]) -> Tensor:
+    """(tokens, width) as (lanes, tokens of each, width); there may be no tokens at all."""
+    return tensor.view(len(counts), counts[0], tensor.shape[-1])
 
 
 def _add(to: Tensor, left: Tensor, right: Tensor) -> None:
