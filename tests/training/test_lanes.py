@@ -76,7 +76,7 @@ def test_losses_are_those_of_each_run_alone_and_of_peft_in_a_plain_loop(method, 
         np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
         np.testing.assert_allclose(series(ours, "grad_norm"), norms, rtol=3e-5)
     learned = series(packed[runs[-1].run_id], "nll", "validation")
-    assert learned[-1] < learned[0] - 0.3
+    assert learned[-1] < learned[0] - 0.1
 
 
 def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
@@ -89,7 +89,7 @@ def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
 
 @pytest.mark.parametrize("method", ["lora", "fullft"])
 def test_experts_alone_have_the_losses_of_peft_in_a_plain_loop(method, short_data, tmp_path):
-    run = run_of(method, 3e-4, 1)
+    run = run_of(method, 3e-4 if method == "lora" else 1e-4, 1)
     [ours] = apart([run], "moe-128", short_data, tmp_path).values()
     losses, norms = plain_loop(base_of("moe-128"), run, short_data)
     np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
@@ -113,7 +113,7 @@ def test_experts_get_one_lane(write_preset, raw_preset):
 @pytest.mark.parametrize("method", METHODS)
 def test_scale_of_a_ratio_of_lrs_eps_and_clipping_are_each_lanes_own(method, short_data, tmp_path):
     protocol = Protocol(clip_norm=0.5)
-    changes = {"init_a": 2.0, "lr_ratio": 4.0} if method == "lora" else {}
+    changes = {"init_a": 0.5, "lr_ratio": 2.0} if method == "lora" else {}
     runs = runs_of(method, eps=1e-5, steps=20, **changes)
     packed = together(runs, "qwen-64", short_data, tmp_path, protocol)
     solo = apart(runs, "qwen-64", short_data, tmp_path, protocol)
