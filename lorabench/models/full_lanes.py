@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, even
+from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, by_lane, even
 from lorabench.models.lora import in_expert
 
 
@@ -154,7 +154,7 @@ class _Product(torch.autograd.Function):
         ctx.gradients, ctx.counts = (weight_leaf.grad, None if bias_leaf is None else bias_leaf.grad), counts
         ctx.save_for_backward(x, weight)
         if even(counts):
-            xs = x.view(len(counts), -1, x.shape[-1])
+            xs = by_lane(x, counts)
             y = torch.bmm(xs, weight.mT) if bias is None else torch.baddbmm(bias[:, None], xs, weight.mT)
             return y.flatten(0, 1)
         y = x.new_empty(len(x), weight.shape[1])
@@ -172,7 +172,7 @@ class _Product(torch.autograd.Function):
         g, counts = gradients[0].contiguous(), ctx.counts
         to_weight, to_bias = ctx.gradients
         if even(counts):
-            xs, gs = (tensor.view(len(counts), -1, tensor.shape[-1]) for tensor in (x, g))
+            xs, gs = by_lane(x, counts), by_lane(g, counts)
             add_products(to_weight, gs.mT, xs)
             if to_bias is not None:
                 to_bias.add_(gs.sum(1))

@@ -36,7 +36,7 @@ class Rows:
         """How many are each lane's of so many vectors that a layer has in front of it."""
         if len(self.counts) == 1:
             return [total]
-        per_row = total // sum(self.counts)
+        per_row = total // max(1, sum(self.counts))
         return [count * per_row for count in self.counts]
 
 
@@ -215,6 +215,11 @@ def alone(
 def even(counts: Sequence[int]) -> bool:
     """Whether there are several lanes with as many tokens each."""
     return len(counts) > 1 and len(set(counts)) == 1
+
+
+def by_lane(tensor: Tensor, counts: Sequence[int]) -> Tensor:
+    """(tokens, width) as (lanes, tokens of each, width) where all lanes have as many; there may be no tokens at all."""
+    return tensor.view(len(counts), counts[0], tensor.shape[-1])
 
 
 def add_products(to: Tensor, left: Tensor, right: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, even, lane_name
+from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, by_lane, even, lane_name
 from lorabench.models.lora import adapter_pairs, in_expert, lora_layers
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class _Forward:
         flat = x.reshape(-1, x.shape[-1])
         counts = self._rows.tokens(len(flat))
         y: Tensor = _Product.apply(flat, weight, bias, a, b, self._scaling, counts)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Product(torch.autograd.Function):
@@ -117,9 +117,8 @@ class _Product(torch.autograd.Function):
         a, b = a.to(x.dtype), b.to(x.dtype)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
         if even(counts):
-            lanes = len(counts)
-            inner = torch.bmm(x.view(lanes, -1, x.shape[-1]), a.mT).mul_(scaling)
-            y.view(lanes, -1, y.shape[-1]).baddbmm_(inner, b.mT)
+            inner = torch.bmm(by_lane(x, counts), a.mT).mul_(scaling)
+            by_lane(y, counts).baddbmm_(inner, b.mT)
             inner = inner.flatten(0, 1)
         else:
             inner = x.new_empty(len(x), a.shape[1])
@@ -138,7 +137,7 @@ class _Product(torch.autograd.Function):
         to_a, to_b = ctx.gradients
         gx = g @ weight if ctx.needs_input_grad[0] else None
         if even(counts):
-            xs, gs, inners = (tensor.view(len(counts), -1, tensor.shape[-1]) for tensor in (x, g, inner))
+            xs, gs, inners = (by_lane(tensor, counts) for tensor in (x, g, inner))
             ginner = torch.bmm(gs, b).mul_(ctx.scaling)
             add_products(to_a, ginner.mT, xs)
             add_products(to_b, gs.mT, inners)

@@ -133,7 +133,7 @@ def collate(split: TokenizedSplit, rows: Iterable[int | np.ndarray]) -> Batch:
 
     examples = [[split.example(int(index)) for index in np.atleast_1d(row)] for row in rows]
     # An example's last token is only a target.
-    shape = max(1, len(examples)), max((sum(len(ids) - 1 for ids, _ in row) for row in examples), default=1)
+    shape = max(1, len(examples)), max([1, *(sum(len(ids) - 1 for ids, _ in row) for row in examples)])
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     positions = np.tile(np.arange(shape[1]), (shape[0], 1))
     for number, row in enumerate(examples):

@@ -108,7 +108,7 @@ class SftLanes:
 
 
 def _batch(split: TokenizedSplit, parts: Sequence[list[Row]]) -> Batch:
-    """One part of each lane, filled up with empty rows to the same number of rows."""
-    most = max(map(len, parts))
+    """One part of each lane, filled up with empty rows to the same number of rows, at least one."""
+    most = max(1, *map(len, parts))
     empty = np.zeros(0, np.int64)
     return collate(split, [row for part in parts for row in (*part, *[empty] * (most - len(part)))])

@@ -30,14 +30,18 @@ from lorabench.training.sft_lanes import SftLanes
 TINY = TinyModel(kind="tiny")
 
 
-@pytest.fixture(scope="session")
-def data_folder(tmp_path_factory):
+def make_data(folder: Path, max_chars: int) -> Path:
     """A small instruction mixture, and its tokens: 80 train, 8 validation, 8 test."""
-    folder = tmp_path_factory.mktemp("data")
-    spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=240)
+    spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=max_chars)
     build_dataset(spec, folder / "data.parquet")
     write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", Limits(512))
     return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """Where the splits of `data` lie."""
+    return make_data(tmp_path_factory.mktemp("data"), max_chars=240)
 
 
 def splits_of(folder: Path):
@@ -47,7 +51,14 @@ def splits_of(folder: Path):
 
 @pytest.fixture(scope="session")
 def data(data_folder):
+    """Examples of 35 to 149 tokens."""
     return splits_of(data_folder)
+
+
+@pytest.fixture(scope="session")
+def short_data(tmp_path_factory):
+    """Examples of 30 to 70 tokens, for many runs of many steps."""
+    return splits_of(make_data(tmp_path_factory.mktemp("short"), max_chars=120))
 
 
 def condition_of(method: str, rank: int | None, steps: int, batch_size: int) -> Condition:

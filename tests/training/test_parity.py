@@ -4,52 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from lorabench.config import Protocol, TinyModel
-from lorabench.models.tiny import shipped
 from lorabench.training.batches import data_order
 
 from .conftest import condition_of, train
+from .lanes import base_of, plain_loop, run_of, series
 
 STEPS, BATCH, LR, SEED = 20, 4, 3e-3, 1
 
 
-def plain_loop(data, method, rank):
-    """What a careful user would write: padded batches, attention mask, labels, Adam."""
-    model = AutoModelForCausalLM.from_pretrained(shipped("llama-128"), dtype=torch.float32)
-    if method == "lora":
-        torch.manual_seed(SEED)
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, target_modules=targets))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    losses = []
-    for indices in data_order(len(data["train"]), STEPS, BATCH, SEED):
-        examples = [data["train"].example(int(index)) for index in indices]
-        width = max(len(ids) for ids, _ in examples)
-        ids = torch.zeros(BATCH, width, dtype=torch.long)
-        mask = torch.zeros(BATCH, width, dtype=torch.long)
-        labels = torch.full((BATCH, width), -100)
-        for row, (tokens, scored) in enumerate(examples):
-            ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-            mask[row, : len(tokens)] = 1
-            labels[row, : len(tokens)] = torch.from_numpy(np.where(scored, tokens, -100).astype(np.int64))
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 1), ("lora", 8)])
 def test_losses_equal_those_of_a_plain_loop(method, rank, data, tmp_path):
-    condition = condition_of(method, rank, steps=STEPS, batch_size=BATCH)
-    outcome, _ = train(condition, data, tmp_path, lr=LR, seed=SEED)
-    ours = [point.value for point in outcome.curve if point.split == "train" and point.metric == "nll"]
-    np.testing.assert_allclose(ours, plain_loop(data, method, rank), rtol=1e-5)
+    run = run_of(method, LR, SEED, STEPS, BATCH, rank)
+    outcome, _ = train(run.condition, data, tmp_path, lr=LR, seed=SEED)
+    ours = series(outcome, "nll")
+    losses, norms = plain_loop(base_of("llama-128"), run, data)
+    np.testing.assert_allclose(ours, losses, rtol=1e-5)
+    np.testing.assert_allclose(series(outcome, "grad_norm"), norms, rtol=1e-4)
     # The loop learns; a frozen model would agree with itself too.
     assert np.mean(ours[-5:]) < np.mean(ours[:5]) - 0.1
 

@@ -94,14 +94,14 @@ def backward(
     for some, learn in ((teaching, True), (idle, False)):
         split = (parts(groups, max_tokens // lanes, processes) for groups in some)
         for part in processes.even(zip_longest(*split, fillvalue=[]), nothing):
+            idling = not any(part)
+            part = ([_NOTHING], *part[1:]) if idling else part
             rows = [row for of_lane in part for row in of_lane]
             # Around the backward pass too: layers whose activations are computed again ask for their rows again.
             with stack.rows.are([len(of_lane) for of_lane in part]), torch.set_grad_enabled(learn):
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    learner, entropy, mask = enter(
-                        stack.model, response_logprobs, rows or [_NOTHING], device, stack.rows
-                    )
-                if not rows:
+                    learner, entropy, mask = enter(stack.model, response_logprobs, rows, device, stack.rows)
+                if idling:
                     if learn:
                         (0.0 * learner.sum()).backward()
                     continue

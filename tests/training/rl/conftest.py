@@ -20,6 +20,7 @@ from lorabench.training.checkpoints import Checkpoints
 from lorabench.training.distributed import ALONE
 from lorabench.training.lanes import train_alone
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
+from lorabench.training.rl.objective import Group
 from lorabench.training.rl.problems import Texts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 from lorabench.training.rl.serve import RlLanes, sampling_alone
@@ -84,6 +85,21 @@ def drawn(
     end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
     stack = model if isinstance(model, Stack) else alone(model, "")
     return sample(stack, tokenizer, requests, end, cache)
+
+
+@pytest.fixture
+def groups(base, tokenizer, prompts):
+    """Groups of sampled responses of several lengths, some rewards equal; the sampler's probabilities off by a bit."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number, prompt in enumerate(prompts[:5]):
+        responses = drawn(base, tokenizer, [Request(prompt, (0, 0, number, s)) for s in range(6)])
+        shifted = [
+            Response(r.tokens, r.logprobs + rng.normal(0, 0.1, len(r.tokens)).astype(np.float32), r.truncated)
+            for r in responses
+        ]
+        made.append(Group.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
+    return made
 
 
 def same_tokens(one: list[Response], other: list[Response]) -> bool:

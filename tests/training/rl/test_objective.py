@@ -33,21 +33,6 @@ def backward(model, groups, max_tokens):
     return step
 
 
-@pytest.fixture
-def groups(base, tokenizer, prompts):
-    """Groups of sampled responses of several lengths, some rewards equal; the sampler's probabilities off by a bit."""
-    rng = np.random.default_rng(0)
-    made = []
-    for number, prompt in enumerate(prompts[:5]):
-        responses = drawn(base, tokenizer, [Request(prompt, (0, 0, number, s)) for s in range(6)])
-        shifted = [
-            Response(r.tokens, r.logprobs + rng.normal(0, 0.1, len(r.tokens)).astype(np.float32), r.truncated)
-            for r in responses
-        ]
-        made.append(Group.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
-    return made
-
-
 def test_advantage_is_reward_minus_the_group_mean():
     group = Group.of((1, 2), [response([3])] * 4, np.array([1.0, 0.0, 0.0, 0.0]))
     assert group.advantages == pytest.approx([0.75, -0.25, -0.25, -0.25])

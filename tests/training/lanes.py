@@ -1,0 +1,178 @@
+"""For the tests of lanes: tiny bases of several families, runs that share one, and a plain loop to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2Config
+
+from lorabench.config import Protocol, TinyModel
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.base import load_model
+from lorabench.models.lanes import Stack, alone
+from lorabench.models.lora import add_lane, add_lora
+from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.tiny import RECIPES
+from lorabench.plan import Run
+from lorabench.training.batches import data_order
+from lorabench.training.checkpoints import Checkpoints
+from lorabench.training.lanes import train_lanes
+from lorabench.training.loss import mean_nll
+from lorabench.training.run import Machine
+from lorabench.training.sft import Outcome, train_run
+from lorabench.training.sft_lanes import SftLanes
+
+from .conftest import condition_of
+
+CPU = torch.device("cpu")
+STEPS, BATCH = 50, 2
+
+# Families of which no base is shipped, with random weights: biases, grouped heads, a tied pair with scaled embeddings.
+FAMILIES: dict[str, Any] = {
+    "mistral": partial(MistralConfig, sliding_window=24),
+    "qwen2": Qwen2Config,
+    "gemma": partial(GemmaConfig, tie_word_embeddings=True),
+}
+DENSE = ("llama-128", "qwen-64", *FAMILIES)
+
+
+def base_of(name: str) -> Any:
+    """A tiny base, fresh: a shipped one, or one of `FAMILIES`."""
+    if name in RECIPES:
+        return load_model(TinyModel(kind="tiny", name=name))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    # No token of padding: Gemma would keep its embedding at zero.
+    tokens = {"vocab_size": 1024, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name](**sizes, **heads, **tokens))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def run_of(
+    method: str, lr: float, seed: int, steps: int = STEPS, batch_size: int = BATCH, rank: int = 4, **changes
+) -> Run:
+    """A run; keyword arguments change its condition."""
+    condition = condition_of(method, rank if method == "lora" else None, steps, batch_size)
+    return Run(replace(condition, **changes), lr, seed)
+
+
+def stack_of(model: Any, runs: Sequence[Run], protocol: Protocol | None = None) -> Stack:
+    """The stack that trains some runs of one condition, a lane each."""
+    condition, names = runs[0].condition, [run.run_id for run in runs]
+    if condition.method == "fullft":
+        return alone(model, *names)
+    head, init_a = (protocol or Protocol()).include_unembedding, condition.init_a or 1.0
+    first, *others = runs
+    model = add_lora(model, condition.rank, "all", condition.alpha, head, first.seed, init_a, first.run_id)
+    for run in others:
+        add_lane(model, run.run_id, run.seed, init_a)
+    return stack_lora(model, names)
+
+
+def train_together(
+    runs: Sequence[Run],
+    model: Any,
+    data: Mapping[Any, TokenizedSplit],
+    folder: Path,
+    protocol: Protocol | None = None,
+    checkpoint_seconds: float = 1e9,
+    tick=lambda run, step: None,
+    ended=lambda stack, run: None,
+    **machine: Any,
+) -> dict[str, Outcome]:
+    """Train some runs of one condition as a job does; returns outcomes by run_id.
+
+    Args:
+        tick: called with the run's number and the step.
+        ended: called with the stack and the run when a run has ended, before its lane is dropped.
+    """
+    protocol = protocol or Protocol()
+    where = Machine(**{"device": CPU, "max_batch_tokens": 16_384, "checkpoint_seconds": checkpoint_seconds} | machine)
+    autocast = where.autocast(protocol)
+    base_nll = mean_nll(model, data["validation"], where.max_batch_tokens, CPU, autocast, packing=where.packing)
+    stack = stack_of(model, runs, protocol)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {run.run_id: folder / f"{run.run_id}.safetensors" for run in runs}
+    checkpoints = Checkpoints(paths, checkpoint_seconds)
+
+    def asking(number: int, run: Run):
+        lane, vocabulary = stack.lanes[run.run_id], model.config.vocab_size
+        ticked = lambda step: tick(number, step)  # noqa: E731
+        return train_run(run, lane, vocabulary, data, protocol, where.processes, checkpoints, base_nll, ticked)
+
+    found, by_id = {}, {run.run_id: run for run in runs}
+    lanes = {run.run_id: asking(number, run) for number, run in enumerate(runs)}
+    for name, outcome in train_lanes(lanes, SftLanes(stack, data, where, autocast)):
+        found[name] = outcome
+        ended(stack, by_id[name])
+        checkpoints.ended(name)
+        stack.drop(name)
+    return found
+
+
+def series(outcome: Outcome, metric: str, split: str = "train") -> list[float]:
+    """The values of a metric, in the order of steps."""
+    return [point.value for point in outcome.curve if (point.split, point.metric) == (split, metric)]
+
+
+def padded(split: TokenizedSplit, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Examples as a user of transformers would have them: ids, attention mask and labels, padded on the right."""
+    examples = [split.example(int(index)) for index in indices]
+    shape = len(examples), max(len(ids) for ids, _ in examples)
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for row, (tokens, scored) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        mask[row, : len(tokens)] = 1
+        labels[row, : len(tokens)] = torch.from_numpy(np.where(scored, tokens, -100).astype(np.int64))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def with_peft(model: Any, run: Run) -> Any:
+    """The model as PEFT alone would train it, in its own parametrisation."""
+    condition = run.condition
+    if condition.method == "fullft":
+        return model
+    if getattr(model.config, "num_experts", None):
+        return add_lora(model, condition.rank, "all", condition.alpha, True, run.seed)
+    torch.manual_seed(run.seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    model = get_peft_model(model, LoraConfig(r=condition.rank, lora_alpha=condition.alpha, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(condition.init_a or 1.0)
+    return model
+
+
+def plain_loop(model: Any, run: Run, data: Mapping[Any, TokenizedSplit], protocol: Protocol | None = None):
+    """What a careful user would write: padded batches, attention mask, labels, Adam; losses and gradient norms."""
+    condition, protocol = run.condition, protocol or Protocol()
+    model = with_peft(model, run)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = [
+        {"params": [p for name, p in trained.items() if "lora_B" not in name], "lr": run.lr},
+        {"params": [p for name, p in trained.items() if "lora_B" in name], "lr": run.lr * (condition.lr_ratio or 1.0)},
+    ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.95), eps=condition.eps)
+    losses, norms = [], []
+    for indices in data_order(len(data["train"]), condition.steps, condition.batch_size, run.seed):
+        loss = model(**padded(data["train"], indices)).loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), protocol.clip_norm or float("inf")).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms

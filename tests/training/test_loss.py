@@ -1,0 +1,192 @@
+"""Logits computed a few at a time: the same losses and gradients, and never all of them in memory."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lorabench.training import loss
+from lorabench.training.batches import IGNORED, Batch
+from lorabench.training.compute import _NewStorages
+from lorabench.training.loss import MAX_LOGITS, add_gradient, nll_sum, nll_sums
+
+from .lanes import run_of, stack_of
+
+VOCABULARY = 96
+# How a model's lanes train it: method, tied or not, lanes.
+KINDS = [("lora", False, 1), ("lora", True, 1), ("lora", False, 3), ("lora", True, 2), ("fullft", False, 1)]
+KINDS += [("fullft", True, 1)]
+
+
+def tiny(tied, vocabulary=VOCABULARY):
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+@cache
+def stack(method, tied, lanes, vocabulary=VOCABULARY):
+    """Lanes whose B is not zero, so that the unembedding's LoRA takes part."""
+    made = stack_of(tiny(tied, vocabulary), [run_of(method, 1e-3, seed) for seed in range(lanes)])
+    if made.shelf is not None:
+        with torch.no_grad():
+            made.shelf.values.normal_(std=0.05)
+    return made
+
+
+def batch_of(lanes, rows, width, share, seed=0, vocabulary=VOCABULARY):
+    """Random tokens, about a share of them scored, at least one of each lane."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = lanes * rows, width
+    inputs, targets = (torch.randint(vocabulary, shape, generator=generator) for _ in range(2))
+    ignored = torch.rand(shape, generator=generator) > share
+    ignored[::rows, seed % width] = False
+    return Batch(inputs, targets.masked_fill(ignored, IGNORED), None)
+
+
+def gradients(made, batch, max_logits, autocast=None):
+    """Losses of the lanes, and the gradient of each weight of each."""
+    lanes = len(made.lanes)
+    found = add_gradient(made.model, batch, made.rows, batch.scored_by(lanes).tolist(), autocast, max_logits)
+    of_lanes = []
+    for lane in made.lanes.values():
+        of_lanes.append({name: place.of(place.parameter.grad).clone() for name, place in lane.places.items()})
+        lane.zero_grad()
+    return found, of_lanes
+
+
+def assert_close(one, other, rtol):
+    assert one.keys() == other.keys()
+    for name, gradient in other.items():
+        assert gradient.norm() > 0, name
+        assert (one[name] - gradient).norm() <= rtol * gradient.norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.integers(1, 3),
+    width=st.integers(2, 12),
+    share=st.floats(0, 1),
+    at_once=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_pieces_of_any_size_add_up(kind, rows, width, share, at_once, seed):
+    made = stack(*kind)
+    batch = batch_of(kind[2], rows, width, share, seed)
+    whole, of_whole = gradients(made, batch, None)
+    pieces, of_pieces = gradients(made, batch, at_once * VOCABULARY)
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
+    for one, other in zip(of_pieces, of_whole, strict=True):
+        # A token alone has no gradient in the first position's queries and keys; in fp32 cancelling leaves dust.
+        assert one.keys() == other.keys()
+        scale = max(gradient.norm() for gradient in other.values())
+        for name, gradient in other.items():
+            assert (one[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("max_logits", [1, 7 * VOCABULARY])
+def test_every_weight_gets_the_same_gradient_from_pieces(kind, max_logits):
+    made = stack(*kind)
+    batch = batch_of(kind[2], 3, 20, 0.6)
+    whole, of_whole = gradients(made, batch, None)
+    pieces, of_pieces = gradients(made, batch, max_logits)
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=0)
+    for one, other in zip(of_pieces, of_whole, strict=True):
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_in_bf16_pieces_are_the_whole_up_to_rounding(kind):
+    made = stack(*kind)
+    batch = batch_of(kind[2], 3, 20, 0.6)
+    whole, of_whole = gradients(made, batch, None, torch.bfloat16)
+    pieces, of_pieces = gradients(made, batch, 7 * VOCABULARY, torch.bfloat16)
+    torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=0)
+    for one, other in zip(of_pieces, of_whole, strict=True):
+        assert_close(one, other, 0.03)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[2] > 1], ids=str)
+@pytest.mark.parametrize("max_logits", [None, 7 * VOCABULARY])
+def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
+    """Against the model of transformers and PEFT's adapter, its weights copied."""
+    made, lanes = stack(*kind), kind[2]
+    batch = batch_of(lanes, 2, 15, 0.5)
+    scored = batch.scored_by(lanes)
+    assert len(set(scored.tolist())) > 1
+    losses, of_lanes = gradients(made, batch, max_logits)
+    for lane in range(lanes):
+        alone = stack_of(tiny(kind[1]), [run_of("lora", 1e-3, 0)])
+        with torch.no_grad():
+            alone.shelf.values.copy_(made.shelf.values[lane : lane + 1])
+        # Back to PEFT's own forward pass.
+        ours = [module for module in alone.model.modules() if "forward" in vars(module)]
+        assert len(ours) == 8
+        for module in ours:
+            del module.forward
+        own = Batch(*(tensor.view(lanes, 2, -1)[lane] for tensor in batch[:2]), None)
+        nll = nll_sum(alone.model, *own) / int(scored[lane])
+        nll.backward()
+        assert losses[lane].item() == pytest.approx(nll.item(), rel=1e-6)
+        expected = {
+            n.replace(run_of("lora", 1e-3, 0).run_id, "default"): p.grad
+            for n, p in alone.model.named_parameters()
+            if ".lora_" in n
+        }
+        assert_close(of_lanes[lane], expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", [("lora", False, 1), ("lora", True, 4), ("fullft", True, 1), ("fullft", False, 1)], ids=str
+)
+def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
+    vocabulary, at_once = 8192, 32
+    made, lanes = stack(*kind, vocabulary), kind[2]
+    batch = batch_of(lanes, 512 // lanes // 32, 32, 1.0, vocabulary=vocabulary)
+    logits = 4 * batch.scored * vocabulary
+    divisors = batch.scored_by(lanes).tolist()
+    # Once before, so that gradients are there.
+    add_gradient(made.model, batch, made.rows, divisors, None, None)
+
+    def peak(max_logits):
+        with _NewStorages() as new:
+            add_gradient(made.model, batch, made.rows, divisors, None, max_logits)
+        return new.peak
+
+    assert peak(None) > 2 * logits
+    # An eighth, and there are 16 pieces: theirs a few times over (gradient, fp32), the decoder's activations.
+    assert peak(at_once * vocabulary) < logits / 2
+    for lane in made.lanes.values():
+        lane.zero_grad()
+    monkeypatch.setattr(loss, "MAX_LOGITS", at_once * vocabulary)
+    with torch.no_grad(), _NewStorages() as new:
+        nll_sums(made.model, batch, made.rows)
+    assert new.peak < logits / 2
+
+
+def test_pieces_cover_every_scored_token_once():
+    counts = [3, 0, 5, 4]
+    found = list(loss._pieces(counts, 5))
+    assert [own for _, own in found] == [[3, 0, 2, 0], [0, 0, 3, 2], [0, 0, 0, 2]]
+    assert [(piece.start, piece.stop) for piece, _ in found] == [(0, 5), (5, 10), (10, 12)]
+    assert [own for _, own in loss._pieces([0, 0], 5)] == [[0, 0]]
+
+
+def test_the_limit_is_of_sixteen_mebibytes():
+    assert 4 * MAX_LOGITS == 16 * 2**20
+    assert loss._at_once(tiny(False), MAX_LOGITS) == MAX_LOGITS // VOCABULARY
+    assert loss._at_once(tiny(False), 1) == 1
