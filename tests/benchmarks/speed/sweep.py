@@ -312,6 +312,9 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = pr
     Raises:
         SystemExit: an arm failed, or the arms did not train the same.
     """
+    chosen = list(chosen)
+    if not chosen:
+        return []
     with TemporaryDirectory() as scratch:
         like = Sweeps(Path(scratch) / "data", shape, lanes=1)
         arms = {name: make_arm(name, Path(scratch) / name, shape, like) for name in chosen}
