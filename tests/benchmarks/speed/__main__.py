@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import rl, steps, sweep, table
@@ -30,6 +30,10 @@ class Form:
     settings: list[steps.Setting]
     repeats: int
     rl: rl.Shape
+
+    def with_threads(self, threads: int) -> Form:
+        """The same with so many threads in every arm."""
+        return replace(self, sweep=replace(self.sweep, threads=threads), rl=replace(self.rl, threads=threads))
 
 
 FULL = Form(sweep.Shape(), steps.SETTINGS, 7, rl.Shape())
@@ -59,12 +63,13 @@ def main() -> None:
     parser.add_argument("--arm", action="append", choices=every, help="only this, and others named like it")
     parser.add_argument("--keep", action="store_true", help="keep the numbers and write the README's table")
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
+    parser.add_argument("--threads", type=int, default=2, help="of every arm (2)")
     options = parser.parse_args()
     if options.keep and (options.quick or options.arm):
         parser.error("--keep is for the whole benchmark")
     load = os.getloadavg()[0]
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
-    rows = measure(QUICK if options.quick else FULL, options.arm or every)
+    rows = measure((QUICK if options.quick else FULL).with_threads(options.threads), options.arm or every)
     print(table.shown(rows))
     out = table.RESULTS if options.keep else options.out
     if out:

@@ -164,7 +164,8 @@ def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[
     peaks: dict[str, float] = {precision: peak(precision) for precision in DTYPES}  # type: ignore[arg-type]
     for precision, speed in peaks.items():
         say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
-        yield Row("peak", f"matmul of {SQUARE}", precision, threads, 1, 2 * SQUARE**3 / speed, gflops=speed / 1e9)
+        case, seconds_of_one = f"matmul of {SQUARE}, {precision}", 2 * SQUARE**3 / speed
+        yield Row("peak", case, "torch", threads, 1, seconds_of_one, gflops=speed / 1e9)
     for setting in settings:
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")

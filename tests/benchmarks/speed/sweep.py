@@ -150,7 +150,7 @@ class Sweeps:
     """
 
     def __init__(self, folder: Path, shape: Shape, lanes: int, processes: int = 1) -> None:
-        self.threads = shape.threads // processes
+        self.threads = max(1, shape.threads // processes)
         shares = [shape.lrs[first::processes] for first in range(processes)]
         shapes = [replace(shape, lrs=lrs, threads=self.threads) for lrs in shares]
         self.jobs = [_Job(folder / str(number), one, lanes) for number, one in enumerate(shapes)]

@@ -89,19 +89,23 @@ def write(rows: list[Row], measured: dict[str, Any], path: Path) -> None:
         writer = csv.DictWriter(file, [*measured, *(field.name for field in fields(Row))], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            numbers = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
+            numbers = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow(measured | numbers)
 
 
 def shown(rows: Iterable[Row]) -> str:
     """The rows as a table for a terminal."""
-    lines = [f"{'what':44} {'arm':42} {'runs':>4} {'s':>9} {'s per run':>9} {'ratio':>6} {'train':>7} {'test':>7} peak"]
+    lines = [
+        f"{'what':44} {'arm':38} {'runs':>4} {'s':>8} {'s per run':>9} {'ratio':>6} {'train':>7} {'test':>7} "
+        f"{'reward':>6} {'GFLOP/s':>7} of peak"
+    ]
     for row in rows:
         numbers = (
-            f"{row.runs:4d} {row.seconds:9.4g} {row.seconds / row.runs:9.4g} {_number(row.ratio, '.2f'):>6} "
-            f"{_number(row.train_nll, '.4f'):>7} {_number(row.test_nll, '.4f'):>7} {_number(row.share_of_peak, '.0%')}"
+            f"{row.runs:4d} {row.seconds:8.3g} {row.seconds / row.runs:9.3g} {_number(row.ratio, '.2f'):>6} "
+            f"{_number(row.train_nll, '.4f'):>7} {_number(row.test_nll, '.4f'):>7} {_number(row.reward, '.2f'):>6} "
+            f"{_number(row.gflops, '.1f'):>7} {_number(row.share_of_peak, '.0%'):>7}"
         )
-        lines.append(f"{row.case:44} {row.arm:42} {numbers.rstrip()}")
+        lines.append(f"{row.case:44} {row.arm:38} {numbers.rstrip()}")
     return "\n".join(lines)
 
 
@@ -114,11 +118,11 @@ def block(results: Path) -> str:
     table = pd.read_csv(results)
     made = table.iloc[0]
     packages = ", ".join(f"{package} {made[package]}" for package in _PACKAGES)
-    peaks = ", ".join(f"{row.arm} {row.gflops:.0f}" for row in table[table["part"] == "peak"].itertuples())
+    peaks = "; ".join(f"{row.case}: {row.gflops:.0f}" for row in table[table["part"] == "peak"].itertuples())
     lines = [
         START,
         f"Measured on {made['device']}, {made['threads']} threads, on {made['date']} at commit {made['commit']} (load "
-        f"before: {made['load']}); {packages}. Matmul there, GFLOP/s: {peaks}.",
+        f"before: {made['load']}); {packages}. GFLOP/s there, {peaks}.",
         "",
         "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
         "|---|---|---|---|---|---|---|---|",
