@@ -25,11 +25,12 @@ SHARED = {
     "commit": "abc",
     "device": "a CPU",
     "load": 0.1,
+    "turns": 3,
     **dict.fromkeys(("torch", "transformers", "peft", "trl"), "1.0"),
 }
 ROWS = [
-    Row("sweep", "7 LRs", "ours", 2, 7, 14.0, 1.5, 1.75),
-    Row("sweep", "7 LRs", "theirs", 2, 7, 70.0, 1.5, 1.75),
+    Row("sweep", "7 LRs", "ours", 2, 7, 14.0, 13.0, 1.5, 1.75),
+    Row("sweep", "7 LRs", "theirs", 2, 7, 70.0, 69.0, 1.5, 1.75),
     Row("peak", "matmul", "torch", 2, 1, 0.1, gflops=141.0),
     Row("step", "tiny", "PEFT", 2, 1, 0.25, gflops=20.0, share_of_peak=0.125),
     Row("step", "tiny", "LoRA, 8 lanes", 2, 8, 0.5, gflops=70.5, share_of_peak=0.5),
@@ -120,6 +121,7 @@ def test_arms_of_a_training_step_have_their_share_of_work():
     """All lanes together do so many times the work of one, and each arm's step can be repeated."""
     setting = steps.QUICK[0]
     made = {name: steps.training_step(setting, *arm) for name, arm in setting.arms().items()}
+    assert made["FullFT, 2 lanes"][1] == 2 * made["FullFT"][1]
     assert made["LoRA, 2 lanes"][1] == 2 * made["LoRA"][1] == 2 * made["PEFT"][1]
     seconds = steps.median_seconds({name: step for name, (step, _) in made.items()}, repeats=1)
     assert seconds.keys() == setting.arms().keys()

@@ -31,9 +31,10 @@ class Form:
     repeats: int
     rl: rl.Shape
 
-    def with_threads(self, threads: int) -> Form:
-        """The same with so many threads in every arm."""
-        return replace(self, sweep=replace(self.sweep, threads=threads), rl=replace(self.rl, threads=threads))
+    def asked(self, threads: int, turns: int | None) -> Form:
+        """The same with so many threads in every arm, and turns of the sweep (None: as many as it has)."""
+        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns)
+        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads))
 
 
 FULL = Form(sweep.Shape(), steps.SETTINGS, 7, rl.Shape())
@@ -64,16 +65,18 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the numbers and write the README's table")
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
     parser.add_argument("--threads", type=int, default=2, help="of every arm (2)")
+    parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
     options = parser.parse_args()
     if options.keep and (options.quick or options.arm):
         parser.error("--keep is for the whole benchmark")
     load = os.getloadavg()[0]
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
-    rows = measure((QUICK if options.quick else FULL).with_threads(options.threads), options.arm or every)
+    form = (QUICK if options.quick else FULL).asked(options.threads, options.turns)
+    rows = measure(form, options.arm or every)
     print(table.shown(rows))
     out = table.RESULTS if options.keep else options.out
     if out:
-        table.write(rows, table.facts(load), out)
+        table.write(rows, table.facts(load, form.sweep.turns), out)
     if options.keep:
         table.write_block(table.RESULTS, table.README)
 

@@ -19,7 +19,8 @@ import torch
 from lorabench.config import GgufModel, ModelSpec, TinyModel, load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.base import converted_folder, load_model
-from lorabench.models.lanes import alone
+from lorabench.models.full_lanes import stack_full
+from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import train_flops_per_token
@@ -49,6 +50,7 @@ class Setting:
     length: int = 128
     precision: Precision = "fp32"
     lanes: tuple[int, ...] = (2, 4, 8, 16)
+    full_lanes: tuple[int, ...] = ()
 
     @property
     def case(self) -> str:
@@ -57,20 +59,21 @@ class Setting:
 
     def arms(self) -> dict[str, tuple[Method, int]]:
         """Method and lanes of each arm; what is done without this project comes first."""
-        together: dict[str, tuple[Method, int]] = {f"LoRA, {lanes} lanes": ("lora", lanes) for lanes in self.lanes}
-        return {"PEFT": ("peft", 1), "LoRA": ("lora", 1), **together, "FullFT": ("fullft", 1)}
+        lora: dict[str, tuple[Method, int]] = {f"LoRA, {lanes} lanes": ("lora", lanes) for lanes in self.lanes}
+        full: dict[str, tuple[Method, int]] = {f"FullFT, {n} lanes": ("fullft", n) for n in self.full_lanes}
+        return {"PEFT": ("peft", 1), "LoRA": ("lora", 1), **lora, "FullFT": ("fullft", 1), **full}
 
 
 SETTINGS = [
-    Setting(),
+    Setting(full_lanes=(4, 8)),
     *(Setting(rank=rank) for rank in (1, 4, 64)),
     *(Setting(length=length, lanes=(8,)) for length in (64, 256)),
     Setting(precision="bf16", lanes=(8,)),
-    Setting(model="llama-64"),
+    Setting(model="llama-64", full_lanes=(4, 8)),
     # A few seconds a step on two cores.
     Setting(model="smollm2-135m", batch=1, length=64, lanes=(4,)),
 ]
-QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,))]
+QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
 
 
 def spec_of(model: str) -> ModelSpec:
@@ -96,10 +99,8 @@ def training_step(setting: Setting, method: Method, lanes: int) -> tuple[Callabl
     flops = lanes * setting.batch * setting.length * train_flops_per_token(base)
     if method == "peft":
         return _peft_step(base, ids, setting.precision), flops
-    for lane in range(1, lanes):
-        add_lane(base, f"lane{lane}", seed=lane)
     names = [f"lane{lane}" for lane in range(lanes)]
-    stack = alone(base, names[0]) if method == "fullft" else stack_lora(base, names)
+    stack = _full(base, names) if method == "fullft" else _lora(base, names)
     optimizers = [_adam(lane.parameters) for lane in stack.lanes.values()]
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
     split = TokenizedSplit(ids.flatten().numpy(), np.ones(ids.numel(), np.bool_), offsets)
@@ -115,6 +116,17 @@ def training_step(setting: Setting, method: Method, lanes: int) -> tuple[Callabl
             lane.zero_grad()
 
     return step, flops
+
+
+def _full(base: Any, names: list[str]) -> Stack:
+    return stack_full(base, names) if len(names) > 1 else alone(base, names[0])
+
+
+def _lora(model: Any, names: list[str]) -> Stack:
+    """Lanes of a model that has the adapter of the first."""
+    for lane, name in enumerate(names[1:], 1):
+        add_lane(model, name, seed=lane)
+    return stack_lora(model, names)
 
 
 def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[[], None]:

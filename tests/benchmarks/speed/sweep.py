@@ -319,12 +319,14 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = pr
         like = Sweeps(Path(scratch) / "data", shape, lanes=1)
         arms = {name: make_arm(name, Path(scratch) / name, shape, like) for name in chosen}
         seconds: dict[str, list[float]] = {name: [] for name in arms}
+        of_cpu: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(shape.turns):
             for name, arm in arms.items():
                 arm.clear()
-                started = time.perf_counter()
+                started, cpu_before = time.perf_counter(), _cpu_seconds()
                 arm.train()
                 seconds[name].append(time.perf_counter() - started)
+                of_cpu[name].append(_cpu_seconds() - cpu_before)
                 say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
             found = {name: arm.losses() for name, arm in arms.items()}
             check_agreement(found)
@@ -336,8 +338,15 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = pr
             shape.threads,
             len(shape.lrs),
             statistics.median(times),
+            statistics.median(of_cpu[name]),
             statistics.mean(loss.train for loss in found[name].values()),
             statistics.mean(loss.test for loss in found[name].values()),
         )
         for name, times in seconds.items()
     ]
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system

@@ -39,6 +39,8 @@ class Row:
     threads: int
     runs: int
     seconds: float
+    cpu_seconds: float | None = None
+    """Of all processes of the arm, a median. Other work on the machine disturbs it less than `seconds`."""
     train_nll: float | None = None
     """Of the last steps, nats per scored token, the mean over runs."""
     test_nll: float | None = None
@@ -61,11 +63,12 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def facts(load: float) -> dict[str, Any]:
+def facts(load: float, turns: int) -> dict[str, Any]:
     """When, from which commit and on what the rows were measured.
 
     Args:
         load: of the machine over the last minute before the measurement.
+        turns: of the sweep.
     """
     described = subprocess.run(
         ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude", "*"],
@@ -78,6 +81,7 @@ def facts(load: float) -> dict[str, Any]:
         "commit": described.stdout.strip() or "unknown",
         "device": processor(),
         "load": round(load, 1),
+        "turns": turns,
         "python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
     }
@@ -96,12 +100,13 @@ def write(rows: list[Row], measured: dict[str, Any], path: Path) -> None:
 def shown(rows: Iterable[Row]) -> str:
     """The rows as a table for a terminal."""
     lines = [
-        f"{'what':44} {'arm':38} {'runs':>4} {'s':>8} {'s per run':>9} {'ratio':>6} {'train':>7} {'test':>7} "
-        f"{'reward':>6} {'GFLOP/s':>7} of peak"
+        f"{'what':44} {'arm':38} {'runs':>4} {'s':>8} {'s per run':>9} {'s of CPU':>8} {'ratio':>6} "
+        f"{'train':>7} {'test':>7} {'reward':>6} {'GFLOP/s':>7} of peak"
     ]
     for row in rows:
         numbers = (
-            f"{row.runs:4d} {row.seconds:8.3g} {row.seconds / row.runs:9.3g} {_number(row.ratio, '.2f'):>6} "
+            f"{row.runs:4d} {row.seconds:8.3g} {row.seconds / row.runs:9.3g} {_number(row.cpu_seconds, '.3g'):>8} "
+            f"{_number(row.ratio, '.2f'):>6} "
             f"{_number(row.train_nll, '.4f'):>7} {_number(row.test_nll, '.4f'):>7} {_number(row.reward, '.2f'):>6} "
             f"{_number(row.gflops, '.1f'):>7} {_number(row.share_of_peak, '.0%'):>7}"
         )
@@ -122,7 +127,7 @@ def block(results: Path) -> str:
     lines = [
         START,
         f"Measured on {made['device']}, {made['threads']} threads, on {made['date']} at commit {made['commit']} (load "
-        f"before: {made['load']}); {packages}. GFLOP/s there, {peaks}.",
+        f"before: {made['load']}); {packages}. A sweep's seconds are a median of {made['turns']}. GFLOP/s there, {peaks}.",
         "",
         "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
         "|---|---|---|---|---|---|---|---|",
