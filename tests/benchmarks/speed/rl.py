@@ -102,5 +102,5 @@ def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = print)
             found = json.loads(result.read_text())
         seconds, reward = statistics.median(found["seconds"][WARM_UP:]), statistics.mean(found["rewards"][WARM_UP:])
         say(f"rl: {ARMS[name]}: {seconds:.2f} s a step")
-        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, len(lrs), seconds, reward=reward))
+        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, found["runs"], seconds, reward=reward))
     return rows

@@ -24,8 +24,8 @@ from lorabench.models.lora import add_lora
 from lorabench.plan import Plan, Run, Sweep, make_plan
 from lorabench.progress import Progress
 
-Found = tuple[list[float], list[float]]
-"""When each step ended, and the mean reward of each."""
+Found = tuple[int, list[float], list[float]]
+"""How many runs were trained together, when each step ended, and the mean reward of each in the first run."""
 
 
 class Clock(Progress):
@@ -43,18 +43,19 @@ class Clock(Progress):
 
 
 def lorabench_steps(plan: Plan, layout: Layout) -> Found:
-    """The runs of the sweep, together."""
+    """Those runs of the sweep that the plan has together."""
     from lorabench.training.rl.job import train_runs
     from lorabench.training.sweep import Job, this_machine
 
     [sweep] = plan.sweeps
     clock = Clock(layout.progress(sweep), sweep)
     job = Job(plan, sweep, layout, this_machine(plan), clock, print)
-    train_runs(job, list(enumerate(sweep.grid(), 1)))
+    together = list(job.together(list(enumerate(sweep.grid(), 1)))[0].values())
+    train_runs(job, together)
     curves = job.folder(sweep.grid()[0]).read_curves().to_pandas()
     of_train = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
     # The last step is evaluated before it ends.
-    return clock.ends[:-1], of_train.sort_values("step")["value"].tolist()[:-1]
+    return len(together), clock.ends[:-1], of_train.sort_values("step")["value"].tolist()[:-1]
 
 
 def trl_steps(plan: Plan, layout: Layout) -> Found:
@@ -127,7 +128,7 @@ def trl_steps(plan: Plan, layout: Layout) -> Found:
     )
     rows = Dataset.from_dict({"prompt": chats, "answer": answers})
     GRPOTrainer(model, reward, config, rows, processing_class=load_tokenizer(spec), callbacks=[Ends()]).train()
-    return ends, rewards
+    return 1, ends, rewards
 
 
 def main(path: Path) -> None:
@@ -135,9 +136,9 @@ def main(path: Path) -> None:
     settings = json.loads(path.read_text())
     layout = Layout("speed", load_preset(settings["preset"]))
     by = {"lorabench": lorabench_steps, "trl": trl_steps}[settings["trainer"]]
-    ends, rewards = by(make_plan(layout.preset), layout)
+    runs, ends, rewards = by(make_plan(layout.preset), layout)
     seconds = [end - start for start, end in pairwise(ends)]
-    Path(settings["result"]).write_text(json.dumps({"seconds": seconds, "rewards": rewards}))
+    Path(settings["result"]).write_text(json.dumps({"runs": runs, "seconds": seconds, "rewards": rewards}))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def block(results: Path) -> str:
     lines = [
         START,
         f"Measured on {made['device']}, {made['threads']} threads, on {made['date']} at commit {made['commit']} (load "
-        f"before: {made['load']}); {packages}. A sweep's seconds are a median of {made['turns']}. GFLOP/s there, {peaks}.",
+        f"before: {made['load']}); {packages}. Turns of a sweep: {made['turns']}. GFLOP/s there, {peaks}.",
         "",
         "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
         "|---|---|---|---|---|---|---|---|",
