@@ -28,6 +28,7 @@ from tests.workflow.checkout import copy_checkout
 ELSEWHERE = {
     "python3 -m venv .venv": "what CI begins with",
     "python -m tests.benchmarks.sampling": "takes minutes; its numbers are kept beside it",
+    "python -m tests.benchmarks.speed": "takes long; tests/benchmarks/test_speed.py runs its quick form",
 }
 """How the commands begin that are not run here, and why."""
 

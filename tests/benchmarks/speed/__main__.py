@@ -1,0 +1,85 @@
+"""How fast this project is, against what users would run otherwise.
+
+    python -m tests.benchmarks.speed              # about 15 minutes on two quiet cores
+    python -m tests.benchmarks.speed --keep       # and keep the numbers: speed.csv, and the README's table
+    python -m tests.benchmarks.speed --quick      # the smallest form of it all, to see that it works
+    python -m tests.benchmarks.speed --arm lanes --arm trl
+
+- sweep: a whole sweep of LoRA's learning rates by the clock on the wall, start-up included, median of turns that
+  alternate the arms. The losses of all arms must agree.
+- step: a training step within one process, by lanes, rank, model, length and precision, as a share of what the machine
+  reaches in matmul.
+- rl: a step of RL, against TRL's GRPOTrainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import rl, steps, sweep, table
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is measured."""
+
+    sweep: sweep.Shape
+    settings: list[steps.Setting]
+    repeats: int
+    rl: rl.Shape
+
+    def asked(self, threads: int, turns: int | None) -> Form:
+        """The same with so many threads in every arm, and turns of the sweep (None: as many as it has)."""
+        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns)
+        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads))
+
+
+FULL = Form(sweep.Shape(), steps.SETTINGS, 7, rl.Shape())
+QUICK = Form(
+    sweep.Shape(lrs=(5e-4, 2e-3), steps=3, batch_size=4, rank=2, test=8, turns=1),
+    steps.QUICK,
+    1,
+    rl.Shape(problems=2, group_size=4, lrs=(1e-4, 1e-3), steps=rl.WARM_UP + 4),
+)
+STEPS = "steps"
+
+
+def measure(form: Form, arms: list[str]) -> list[table.Row]:
+    """The rows of the chosen arms."""
+    rows = sweep.measure(form.sweep, [name for name in sweep.ARMS if name in arms])
+    if STEPS in arms:
+        rows += steps.measure(form.settings, form.sweep.threads, form.repeats)
+    rows += rl.measure(form.rl, [name for name in rl.ARMS if name in arms])
+    return table.with_ratios(rows)
+
+
+def main() -> None:
+    """Measure, and show or keep what was found."""
+    every = [*sweep.ARMS, STEPS, *rl.ARMS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smallest form of it all")
+    parser.add_argument("--arm", action="append", choices=every, help="only this, and others named like it")
+    parser.add_argument("--keep", action="store_true", help="keep the numbers and write the README's table")
+    parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
+    parser.add_argument("--threads", type=int, default=2, help="of every arm (2)")
+    parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
+    options = parser.parse_args()
+    if options.keep and (options.quick or options.arm):
+        parser.error("--keep is for the whole benchmark")
+    load = os.getloadavg()[0]
+    print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
+    form = (QUICK if options.quick else FULL).asked(options.threads, options.turns)
+    rows = measure(form, options.arm or every)
+    print(table.shown(rows))
+    out = table.RESULTS if options.keep else options.out
+    if out:
+        table.write(rows, table.facts(load, form.sweep.turns), out)
+    if options.keep:
+        table.write_block(table.RESULTS, table.README)
+
+
+if __name__ == "__main__":
+    main()

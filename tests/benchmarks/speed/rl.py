@@ -1,0 +1,106 @@
+"""A step of RL, sampling, grading and learning: this project against TRL's GRPOTrainer, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from .sweep import finish, lorabench, start
+from .table import Row
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained: the problems are those of the preset `laptop`."""
+
+    problems: int = 40
+    group_size: int = 16
+    max_new_tokens: int = 4
+    rank: int = 8
+    lrs: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
+    steps: int = 12
+    threads: int = 2
+
+    @property
+    def case(self) -> str:
+        """In words."""
+        return f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
+
+
+ARMS = {
+    "rl-lanes": "lorabench, together",
+    "rl-alone": "lorabench, one run",
+    "rl-trl": "TRL's GRPOTrainer, one run",
+}
+"""What an arm is called, by the word that chooses it."""
+
+
+def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
+    """The preset of the runs."""
+    sizes = {"tasks": ["gcd"], "max_value": 50, "train": 600, "validation": 1, "test": 1}
+    return {
+        "description": "RL whose speed is measured",
+        "models": {"tiny": {"kind": "tiny"}},
+        "problems": {"gcd": {"kind": "arithmetic", **sizes}},
+        # TRL refuses LoRA on the unembedding.
+        "protocol": {"include_unembedding": False},
+        "experiments": {
+            "rl_arithmetic": [
+                {
+                    "models": ["tiny"],
+                    "problems": ["gcd"],
+                    "ranks": {"all": [shape.rank]},
+                    "problems_per_step": shape.problems,
+                    "group_size": shape.group_size,
+                    "steps": shape.steps,
+                    "max_new_tokens": shape.max_new_tokens,
+                    "mean_response_tokens": 2,
+                    "evaluations": 1,
+                    "lrs": {"fullft": [], "lora": list(lrs)},
+                    "seeds": 1,
+                }
+            ]
+        },
+        "execution": {
+            "threads": shape.threads,
+            "lanes": len(lrs),
+            "max_batch_tokens": 2048,
+            "gflops": 50.0,
+        },
+    }
+
+
+def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = print) -> list[Row]:
+    """A row for each arm: the median of its steps after the first few.
+
+    Raises:
+        SystemExit: an arm failed.
+    """
+    rows = []
+    for name in chosen:
+        # All arms have the middle LR.
+        lrs = shape.lrs if name == "rl-lanes" else (shape.lrs[len(shape.lrs) // 2],)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            path, settings, result = (folder / file for file in ("speed.yaml", "settings.json", "result.json"))
+            path.write_text(yaml.safe_dump(preset(shape, lrs)))
+            finish(start(lorabench("dataset", "gcd", path), folder, shape.threads))
+            trainer = "trl" if name == "rl-trl" else "lorabench"
+            settings.write_text(json.dumps({"trainer": trainer, "preset": str(path), "result": str(result)}))
+            command = [sys.executable, "-m", "tests.benchmarks.speed.rl_step", str(settings)]
+            finish(start(command, folder, shape.threads))
+            found = json.loads(result.read_text())
+        seconds, reward = statistics.median(found["seconds"][WARM_UP:]), statistics.mean(found["rewards"][WARM_UP:])
+        say(f"rl: {ARMS[name]}: {seconds:.2f} s a step")
+        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, found["runs"], seconds, reward=reward))
+    return rows

@@ -1,0 +1,145 @@
+"""Steps of RL by one trainer in a process of its own: `python -m tests.benchmarks.speed.rl_step SETTINGS.json`.
+
+Writes the seconds from the end of each step to the end of the next, sampling, grading and learning; and the rewards.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorabench.config import load_preset
+from lorabench.data.grading import Grader
+from lorabench.data.problems import read_problems
+from lorabench.layout import Layout
+from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lora import add_lora
+from lorabench.plan import Plan, Run, Sweep, make_plan
+from lorabench.progress import Progress
+
+Found = tuple[int, list[float], list[float]]
+"""How many runs were trained together, when each step ended, and the mean reward of each in the first run."""
+
+
+class Clock(Progress):
+    """Notes when the steps of the first run end; with others beside it, they end theirs at the same time."""
+
+    def __init__(self, path: Path, sweep: Sweep) -> None:
+        super().__init__(path, sweep)
+        self.ends: list[float] = []
+
+    def tick(self, number: int, run: Run, step: int) -> None:
+        """A step has ended."""
+        if number == 1:
+            self.ends.append(time.perf_counter())
+        super().tick(number, run, step)
+
+
+def lorabench_steps(plan: Plan, layout: Layout) -> Found:
+    """Those runs of the sweep that the plan has together."""
+    from lorabench.training.rl.job import train_runs
+    from lorabench.training.sweep import Job, this_machine
+
+    [sweep] = plan.sweeps
+    clock = Clock(layout.progress(sweep), sweep)
+    job = Job(plan, sweep, layout, this_machine(plan), clock, print)
+    together = list(job.together(list(enumerate(sweep.grid(), 1)))[0].values())
+    train_runs(job, together)
+    curves = job.folder(sweep.grid()[0]).read_curves().to_pandas()
+    of_train = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
+    # The last step is evaluated before it ends.
+    return len(together), clock.ends[:-1], of_train.sort_values("step")["value"].tolist()[:-1]
+
+
+def trl_steps(plan: Plan, layout: Layout) -> Found:
+    """The first run of the sweep by TRL's GRPO, with the paper's objective as far as it goes.
+
+    No KL term, no division by the standard deviation, one update per batch, temperature 1, no clipping.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    [sweep] = plan.sweeps
+    run, preset = sweep.grid()[0], plan.preset
+    condition, protocol = run.condition, preset.protocol
+    rollouts = condition.rollouts
+    assert rollouts
+    assert condition.rank
+    assert condition.placement
+    assert condition.alpha
+    spec = preset.models[condition.model]
+    torch.set_num_threads(preset.execution.threads)
+    model = add_lora(
+        load_model(spec),
+        condition.rank,
+        condition.placement,
+        condition.alpha,
+        protocol.include_unembedding,
+        run.seed,
+    )
+    problems = [row for row in read_problems(layout.dataset(condition.dataset)) if row["split"] == "train"]
+    chats = [[{"role": "user", "content": row["question"]}] for row in problems]
+    answers = [row["answer"] for row in problems]
+    grader, rewards, ends = Grader(preset.problems[condition.dataset].grader), [], []
+
+    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+        right = grader.grade([completion[0]["content"] for completion in completions], answer)
+        rewards.append(statistics.mean(right))
+        return [float(one) for one in right]
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    config = GRPOConfig(
+        output_dir=str(layout.root / "grpo"),
+        max_steps=condition.steps,
+        per_device_train_batch_size=condition.batch_size,
+        num_generations=rollouts.group_size,
+        max_completion_length=rollouts.max_new_tokens,
+        temperature=1.0,
+        beta=0.0,
+        epsilon=1e6,
+        scale_rewards="none",
+        loss_type="dr_grpo",
+        num_iterations=1,
+        learning_rate=run.lr,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        adam_beta1=protocol.betas[0],
+        adam_beta2=protocol.betas[1],
+        weight_decay=protocol.weight_decay,
+        max_grad_norm=0.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_dict({"prompt": chats, "answer": answers})
+    GRPOTrainer(model, reward, config, rows, processing_class=load_tokenizer(spec), callbacks=[Ends()]).train()
+    return 1, ends, rewards
+
+
+def main(path: Path) -> None:
+    """Do the steps and write what was measured."""
+    settings = json.loads(path.read_text())
+    layout = Layout("speed", load_preset(settings["preset"]))
+    by = {"lorabench": lorabench_steps, "trl": trl_steps}[settings["trainer"]]
+    runs, ends, rewards = by(make_plan(layout.preset), layout)
+    seconds = [end - start for start, end in pairwise(ends)]
+    Path(settings["result"]).write_text(json.dumps({"runs": runs, "seconds": seconds, "rewards": rewards}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,193 @@
+"""A training step within one process, start-up left out; and how fast the machine multiplies matrices.
+
+Steps are those of training: this project's own serve lanes as in a run (`SftLanes`), every token is scored, there is
+no padding. At LR 0 a step does all its work and leaves the weights as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lorabench.config import GgufModel, ModelSpec, TinyModel, load_preset
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.base import converted_folder, load_model
+from lorabench.models.full_lanes import stack_full
+from lorabench.models.lanes import Stack, alone
+from lorabench.models.lora import add_lane, add_lora
+from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.size import train_flops_per_token
+from lorabench.training.run import Machine
+from lorabench.training.sft_lanes import Learn, SftLanes
+
+from .table import Row
+
+ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
+MAX_BATCH_TOKENS = 2048
+WARM_UP = 1
+SQUARE = 2048
+"""Side of the matrices that measure the peak."""
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Method = Literal["peft", "lora", "fullft"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared within: the same model, rank, batch and precision."""
+
+    model: str = "llama-128"
+    rank: int = 16
+    batch: int = 8
+    length: int = 128
+    precision: Precision = "fp32"
+    lanes: tuple[int, ...] = (2, 4, 8, 16)
+    full_lanes: tuple[int, ...] = ()
+
+    @property
+    def case(self) -> str:
+        """In words."""
+        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens, {self.precision}"
+
+    def arms(self) -> dict[str, tuple[Method, int]]:
+        """Method and lanes of each arm; what is done without this project comes first."""
+        lora: dict[str, tuple[Method, int]] = {f"LoRA, {lanes} lanes": ("lora", lanes) for lanes in self.lanes}
+        full: dict[str, tuple[Method, int]] = {f"FullFT, {n} lanes": ("fullft", n) for n in self.full_lanes}
+        return {"PEFT": ("peft", 1), "LoRA": ("lora", 1), **lora, "FullFT": ("fullft", 1), **full}
+
+
+SETTINGS = [
+    Setting(full_lanes=(4, 8)),
+    *(Setting(rank=rank) for rank in (1, 4, 64)),
+    *(Setting(length=length, lanes=(8,)) for length in (64, 256)),
+    Setting(precision="bf16", lanes=(8,)),
+    Setting(model="llama-64", full_lanes=(4, 8)),
+    # A few seconds a step on two cores.
+    Setting(model="smollm2-135m", batch=1, length=64, lanes=(4,)),
+]
+QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
+
+
+def spec_of(model: str) -> ModelSpec:
+    """A model by its name: a tiny base, or the preset `smollm2`'s."""
+    if model == "smollm2-135m":
+        return load_preset("smollm2").models[model]
+    return TinyModel.model_validate({"kind": "tiny", "name": model})
+
+
+def is_there(model: str) -> bool:
+    """Whether a model's files are on this machine."""
+    spec = spec_of(model)
+    return not isinstance(spec, GgufModel) or (converted_folder(spec) / "model.safetensors").is_file()
+
+
+def training_step(setting: Setting, method: Method, lanes: int) -> tuple[Callable[[], None], int]:
+    """One optimizer step of all lanes, to be called; and its FLOPs as the paper counts."""
+    base: Any = load_model(spec_of(setting.model))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
+    if method != "fullft":
+        base = add_lora(base, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, adapter="lane0")
+    flops = lanes * setting.batch * setting.length * train_flops_per_token(base)
+    if method == "peft":
+        return _peft_step(base, ids, setting.precision), flops
+    names = [f"lane{lane}" for lane in range(lanes)]
+    stack = _full(base, names) if method == "fullft" else _lora(base, names)
+    optimizers = [_adam(lane.parameters) for lane in stack.lanes.values()]
+    offsets = np.arange(setting.batch + 1) * (setting.length + 1)
+    split = TokenizedSplit(ids.flatten().numpy(), np.ones(ids.numel(), np.bool_), offsets)
+    machine = Machine(torch.device("cpu"), MAX_BATCH_TOKENS, math.inf)
+    serve = SftLanes(stack, {"train": split}, machine, torch.bfloat16 if setting.precision == "bf16" else None)
+    asked = {name: Learn(np.arange(setting.batch)) for name in names}
+
+    def step() -> None:
+        serve(asked)
+        for lane, optimizer in zip(stack.lanes.values(), optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(lane.parameters, math.inf)
+            optimizer.step()
+            lane.zero_grad()
+
+    return step, flops
+
+
+def _full(base: Any, names: list[str]) -> Stack:
+    return stack_full(base, names) if len(names) > 1 else alone(base, names[0])
+
+
+def _lora(model: Any, names: list[str]) -> Stack:
+    """Lanes of a model that has the adapter of the first."""
+    for lane, name in enumerate(names[1:], 1):
+        add_lane(model, name, seed=lane)
+    return stack_lora(model, names)
+
+
+def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[[], None]:
+    """A step of PEFT's model as its documentation shows it."""
+    optimizer = _adam([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+
+
+def median_seconds(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step; they take turns, so that a machine that slows down slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + repeats):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if turn >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak(precision: Precision, repeats: int = 15) -> float:
+    """FLOP/s of the product of two large square matrices: the best of several."""
+    left, right = (torch.randn(SQUARE, SQUARE).to(DTYPES[precision]) for _ in range(2))
+    best = math.inf
+    for _ in range(WARM_UP + repeats):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return 2 * SQUARE**3 / best
+
+
+def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = print) -> Iterator[Row]:
+    """The machine's peaks, then a row for each arm of each setting whose model is there."""
+    torch.set_num_threads(threads)
+    peaks: dict[str, float] = {precision: peak(precision) for precision in DTYPES}  # type: ignore[arg-type]
+    for precision, speed in peaks.items():
+        say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
+        case, seconds_of_one = f"matmul of {SQUARE}, {precision}", 2 * SQUARE**3 / speed
+        yield Row("peak", case, "torch", threads, 1, seconds_of_one, gflops=speed / 1e9)
+    for setting in settings:
+        if not is_there(setting.model):
+            say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
+            continue
+        made = {name: training_step(setting, *arm) for name, arm in setting.arms().items()}
+        seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats)
+        say(f"step: {setting.case}: {len(made)} arms")
+        for name, (_, lanes) in setting.arms().items():
+            speed = made[name][1] / seconds[name]
+            share = speed / peaks[setting.precision]
+            yield Row(
+                "step", setting.case, name, threads, lanes, seconds[name], gflops=speed / 1e9, share_of_peak=share
+            )

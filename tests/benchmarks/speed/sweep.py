@@ -1,0 +1,352 @@
+"""A whole sweep by the clock on the wall, start-up included, against a process per run of other trainers.
+
+Every arm trains the same runs: one model folder, the same batches of the same tokens in one order, LoRA of one kind
+from one seed, Adam at a constant LR. Their losses must agree, or there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+
+from lorabench.config import load_preset
+from lorabench.data.chat import Split
+from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
+from lorabench.layout import Layout
+from lorabench.models.base import load_model, load_tokenizer, location
+from lorabench.models.lora import targets
+from lorabench.plan import Run, Sweep, make_plan
+from lorabench.records import RunFolder
+from lorabench.training.batches import IGNORED, data_order
+
+from .table import REPOSITORY, Row
+
+# Of what is written here.
+disable_progress_bar()
+
+FINETUNE = Path(__file__).with_name("finetune.py")
+NAME, MODEL, DATASET = "speed", "tiny", "instruct"
+TOLERANCE = 1e-3
+"""Nats per token by which the losses of two arms may differ in a run."""
+LAST = 5
+"""Steps at the end whose mean is the final training loss."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained."""
+
+    lrs: tuple[float, ...] = (2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 5e-3, 8e-3)
+    steps: int = 50
+    batch_size: int = 8
+    rank: int = 16
+    test: int = 64
+    threads: int = 2
+    turns: int = 3
+
+    @property
+    def case(self) -> str:
+        """In words."""
+        return f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Final losses of a run, nats per scored token."""
+
+    train: float
+    test: float
+
+
+Found = dict[float, Losses]
+"""By learning rate."""
+
+
+def preset(shape: Shape, lanes: int) -> dict[str, Any]:
+    """The preset of the sweep."""
+    train = shape.steps * shape.batch_size
+    return {
+        "description": "The sweep whose speed is measured",
+        "models": {MODEL: {"kind": "tiny"}},
+        "datasets": {
+            DATASET: {"kind": DATASET, "train": train, "validation": 16, "test": shape.test, "max_chars": 220}
+        },
+        # No more validation than there must be: the other trainers do none.
+        # TRL refuses LoRA on the unembedding.
+        "protocol": {"curve_points": 2, "include_unembedding": False},
+        "experiments": {
+            "rank": [
+                {
+                    "models": [MODEL],
+                    "datasets": [DATASET],
+                    "ranks": {"all": [shape.rank]},
+                    "batch_sizes": [shape.batch_size],
+                    "lrs": {"fullft": [], "lora": list(shape.lrs)},
+                    "seeds": 1,
+                }
+            ]
+        },
+        "execution": {"threads": shape.threads, "lanes": lanes, "max_batch_tokens": 2048, "gflops": 50.0},
+    }
+
+
+def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
+    """The command that trains sweeps of a preset."""
+    [sweep] = sweeps
+    return lorabench("sweep", sweep.sweep_id, path)
+
+
+def lorabench(*arguments: Any) -> list[str]:
+    """A command of this project on a preset, which is the last argument."""
+    *words, path = map(str, arguments)
+    return [sys.executable, "-m", "lorabench.cli", *words, "--preset", path]
+
+
+def start(command: list[str], folder: Path, threads: int) -> subprocess.Popen[str]:
+    """Start a command in a folder, with this checkout's code."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    """Wait for processes.
+
+    Raises:
+        SystemExit: one failed; with what it said.
+    """
+    for process in processes:
+        said, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(process.args)} failed:\n{said[-3000:]}")  # type: ignore[arg-type]
+
+
+class Sweeps:
+    """The sweep as lorabench trains it: in folders of its own, with data and tokens made beforehand.
+
+    Args:
+        lanes: runs that may be trained together.
+        processes: that share learning rates and threads.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, lanes: int, processes: int = 1) -> None:
+        self.threads = max(1, shape.threads // processes)
+        shares = [shape.lrs[first::processes] for first in range(processes)]
+        shapes = [replace(shape, lrs=lrs, threads=self.threads) for lrs in shares]
+        self.jobs = [_Job(folder / str(number), one, lanes) for number, one in enumerate(shapes)]
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        for job in self.jobs:
+            for path in job.results.iterdir():
+                if path.name not in ("data", "tokens"):
+                    shutil.rmtree(path)
+
+    def train(self) -> None:
+        """Train all runs."""
+        finish(*[start(sweep_command(job.plan.sweeps, job.path), job.folder, self.threads) for job in self.jobs])
+
+    def losses(self) -> Found:
+        """Final losses of the finished runs."""
+        return {run.lr: job.losses(run) for job in self.jobs for sweep in job.plan.sweeps for run in sweep.grid()}
+
+
+class _Job:
+    """The folder and the preset of a process."""
+
+    def __init__(self, folder: Path, shape: Shape, lanes: int) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.path, self.results = folder, folder / f"{NAME}.yaml", folder / "results" / NAME
+        self.path.write_text(yaml.safe_dump(preset(shape, lanes)))
+        self.plan = make_plan(load_preset(str(self.path)))
+        finish(start(lorabench("dataset", DATASET, self.path), folder, shape.threads))
+        finish(start(lorabench("tokens", MODEL, DATASET, self.path), folder, shape.threads))
+
+    def losses(self, run: Run) -> Losses:
+        """Final losses of a run; not a number where it diverged."""
+        folder = RunFolder(self.results / "runs", run.run_id)
+        curves = folder.read_curves().to_pandas()
+        train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
+        test = folder.read_record()["outcome"]["final_test_nll"]
+        return Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)
+
+    def tokens(self) -> dict[Split, TokenizedSplit]:
+        """What is trained and tested on."""
+        layout = Layout(NAME, self.plan.preset)
+        key = cache_key(load_tokenizer(self.plan.preset.models[MODEL]), self.folder / layout.dataset(DATASET))
+        return read_tokens(self.folder / layout.tokens(MODEL, DATASET), key)
+
+
+def rows(split: TokenizedSplit, indices: Iterable[int]) -> dict[str, list[list[int]]]:
+    """Examples in the form that trainers take: labels are ids where they are scored."""
+    examples = [split.example(index) for index in indices]
+    labels = [[int(i) if score else IGNORED for i, score in zip(*example, strict=True)] for example in examples]
+    return {"input_ids": [ids.tolist() for ids, _ in examples], "labels": labels}
+
+
+class Trainings:
+    """The same runs by another trainer, a process each, one after another.
+
+    Args:
+        trainer: transformers or trl.
+        like: the sweep to be trained.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, trainer: str, like: Sweeps) -> None:
+        folder.mkdir()
+        self.folder, self.shape = folder, shape
+        job = like.jobs[0]
+        data, run, protocol = job.tokens(), job.plan.sweeps[0].grid()[0], job.plan.preset.protocol
+        order = data_order(len(data["train"]), shape.steps, shape.batch_size, run.seed).ravel().tolist()
+        Dataset.from_dict(rows(data["train"], order)).save_to_disk(folder / "train")
+        Dataset.from_dict(rows(data["test"], range(len(data["test"])))).save_to_disk(folder / "test")
+        spec, condition = job.plan.preset.models[MODEL], run.condition
+        assert condition.placement
+        self.settings = {
+            "trainer": trainer,
+            "model": location(spec),
+            "train": str(folder / "train"),
+            "test": str(folder / "test"),
+            "steps": shape.steps,
+            "batch_size": shape.batch_size,
+            "threads": shape.threads,
+            "rank": condition.rank,
+            "alpha": condition.alpha,
+            "targets": targets(load_model(spec), condition.placement, protocol.include_unembedding).modules,
+            "seed": run.seed,
+            "betas": protocol.betas,
+            "eps": condition.eps,
+        }
+
+    def _result(self, lr: float) -> Path:
+        return self.folder / f"{lr}.result.json"
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        for lr in self.shape.lrs:
+            self._result(lr).unlink(missing_ok=True)
+
+    def train(self) -> None:
+        """Train all runs."""
+        for lr in self.shape.lrs:
+            path = self.folder / f"{lr}.json"
+            path.write_text(json.dumps(self.settings | {"lr": lr, "out": f"{lr}", "result": str(self._result(lr))}))
+            finish(start([sys.executable, str(FINETUNE), str(path)], self.folder, self.shape.threads))
+
+    def losses(self) -> Found:
+        """Final losses of the finished runs."""
+        said = {lr: json.loads(self._result(lr).read_text()) for lr in self.shape.lrs}
+        return {lr: Losses(statistics.mean(one["train"][-LAST:]), one["test"]) for lr, one in said.items()}
+
+
+ARMS: dict[str, str] = {
+    "lanes": "lorabench, together",
+    "alone": "lorabench, one after another",
+    "halves": "lorabench, two processes of one thread",
+    "transformers": "Trainer and PEFT, a process per run",
+    "trl": "TRL's SFTTrainer, a process per run",
+}
+"""What an arm is called, by the word that chooses it."""
+
+
+def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Trainings:
+    """An arm by its word, ready to train.
+
+    Args:
+        like: the sweep whose tokens others train on.
+    """
+    match name:
+        case "lanes":
+            return Sweeps(folder, shape, lanes=len(shape.lrs))
+        case "alone":
+            return Sweeps(folder, shape, lanes=1)
+        case "halves":
+            return Sweeps(folder, shape, lanes=1, processes=2)
+        case _:
+            return Trainings(folder, shape, name, like)
+
+
+def check_agreement(found: dict[str, Found]) -> None:
+    """Refuse to compare arms that did not train the same.
+
+    Args:
+        found: the losses of each arm.
+
+    Raises:
+        SystemExit: losses of a run differ by more than `TOLERANCE`, or are none.
+    """
+    (first, expected), *others = found.items()
+    for name, losses in others:
+        for lr, own in losses.items():
+            for what in ("train", "test"):
+                one, other = getattr(expected[lr], what), getattr(own, what)
+                # Not a number is no agreement.
+                if not abs(one - other) <= TOLERANCE:
+                    said = f"{one:.5f} by {first!r}, {other:.5f} by {name!r}"
+                    raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {said}")
+
+
+def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = print) -> list[Row]:
+    """Train the sweep by each arm in turns; a row for each, the median of its turns.
+
+    Raises:
+        SystemExit: an arm failed, or the arms did not train the same.
+    """
+    chosen = list(chosen)
+    if not chosen:
+        return []
+    with TemporaryDirectory() as scratch:
+        like = Sweeps(Path(scratch) / "data", shape, lanes=1)
+        arms = {name: make_arm(name, Path(scratch) / name, shape, like) for name in chosen}
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        of_cpu: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(shape.turns):
+            for name, arm in arms.items():
+                arm.clear()
+                started, cpu_before = time.perf_counter(), _cpu_seconds()
+                arm.train()
+                seconds[name].append(time.perf_counter() - started)
+                of_cpu[name].append(_cpu_seconds() - cpu_before)
+                say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
+            found = {name: arm.losses() for name, arm in arms.items()}
+            check_agreement(found)
+    return [
+        Row(
+            "sweep",
+            shape.case,
+            ARMS[name],
+            shape.threads,
+            len(shape.lrs),
+            statistics.median(times),
+            statistics.median(of_cpu[name]),
+            statistics.mean(loss.train for loss in found[name].values()),
+            statistics.mean(loss.test for loss in found[name].values()),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system

@@ -1,0 +1,150 @@
+"""The benchmark of speed: its tables, what its arms are told to do, and that README and CSV say the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from lorabench.config import load_preset
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.plan import make_plan
+from lorabench.training.batches import IGNORED
+from tests.benchmarks.speed import rl, steps, sweep, table
+from tests.benchmarks.speed.__main__ import FULL, QUICK
+from tests.benchmarks.speed.table import Row
+from tests.conftest import REPOSITORY
+
+SHARED = {
+    "date": "2026-01-02",
+    "commit": "abc",
+    "device": "a CPU",
+    "load": 0.1,
+    "turns": 3,
+    **dict.fromkeys(("torch", "transformers", "peft", "trl"), "1.0"),
+}
+ROWS = [
+    Row("sweep", "7 LRs", "ours", 2, 7, 14.0, 13.0, 1.5, 1.75),
+    Row("sweep", "7 LRs", "theirs", 2, 7, 70.0, 69.0, 1.5, 1.75),
+    Row("peak", "matmul", "torch", 2, 1, 0.1, gflops=141.0),
+    Row("step", "tiny", "PEFT", 2, 1, 0.25, gflops=20.0, share_of_peak=0.125),
+    Row("step", "tiny", "LoRA, 8 lanes", 2, 8, 0.5, gflops=70.5, share_of_peak=0.5),
+    Row("step", "small", "PEFT", 2, 1, 0.125, gflops=2.0, share_of_peak=0.01),
+    Row("rl", "gcd", "ours", 2, 5, 10.0, reward=0.25),
+]
+
+
+def test_ratios_are_per_run_and_to_the_first_of_a_case():
+    assert [row.ratio for row in table.with_ratios(ROWS)] == [1, 5, 1, 1, 0.25, 1, 1]
+
+
+def test_table_for_a_terminal_has_a_line_for_each_row():
+    header, *lines = table.shown(table.with_ratios(ROWS)).splitlines()
+    assert len(lines) == len(ROWS)
+    assert all(len(line) <= len(header) for line in lines)
+    assert lines[4].split() == ["tiny", "LoRA,", "8", "lanes", "8", "0.5", "0.0625", "0.25", "70.5", "50%"]
+
+
+def test_readme_block_says_what_the_csv_does(tmp_path):
+    path, readme = tmp_path / "speed.csv", tmp_path / "README.md"
+    table.write(table.with_ratios(ROWS), SHARED, path)
+    readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    table.write_block(path, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| A sweep, start-up included: 7 LRs | ours | 7 | 14 | 2 | 1.00 | 1.5000, 1.7500 |  |" in text
+    assert "|  | theirs | 7 | 70 | 10 | 5.00 | 1.5000, 1.7500 |  |" in text
+    assert "|  | LoRA, 8 lanes | 8 | 0.5 | 0.0625 | 0.25 |  | 50% |" in text
+    assert "small" not in text
+    assert "matmul: 141" in text
+    readme.write_text("no place")
+    with pytest.raises(SystemExit, match="no place for the numbers"):
+        table.write_block(path, readme)
+
+
+def test_readme_is_held_to_the_csv():
+    assert table.block(table.RESULTS) in table.README.read_text()
+    kept = pd.read_csv(table.RESULTS)
+    assert set(kept["part"]) == {"sweep", "peak", "step", "rl"}
+    assert set(kept.loc[kept["part"] == "sweep", "arm"]) == set(sweep.ARMS.values())
+
+
+def found(train: float = 1.0, test: float = 2.0) -> sweep.Found:
+    return {1e-3: sweep.Losses(1.0, 2.0), 2e-3: sweep.Losses(train, test)}
+
+
+def test_losses_must_agree():
+    near = sweep.TOLERANCE / 2
+    sweep.check_agreement({"a": found(), "b": found(1.0 + near, 2.0 - near)})
+    for other, what in ((found(train=1.01), "train"), (found(test=1.99), "test"), (found(test=float("nan")), "test")):
+        with pytest.raises(SystemExit, match=f"{what} loss at lr 0.002 is .* by 'a', .* by 'b'"):
+            sweep.check_agreement({"a": found(), "b": other})
+    with pytest.raises(SystemExit, match="did not train the same"):
+        sweep.check_agreement({"a": found(test=float("nan")), "b": found()})
+
+
+@pytest.mark.parametrize("form", [FULL, QUICK], ids=["full", "quick"])
+def test_presets_are_valid_and_of_the_size_they_say(form, tmp_path):
+    path = tmp_path / "speed.yaml"
+    shape = form.sweep
+    path.write_text(yaml.safe_dump(sweep.preset(shape, lanes=3)))
+    loaded = load_preset(str(path))
+    [one] = make_plan(loaded).sweeps
+    assert (one.n_runs, one.condition.steps) == (len(shape.lrs), shape.steps)
+    assert (one.condition.batch_size, one.condition.rank) == (shape.batch_size, shape.rank)
+    assert (loaded.execution.lanes, loaded.execution.threads) == (3, shape.threads)
+    path.write_text(yaml.safe_dump(rl.preset(form.rl, form.rl.lrs)))
+    [one] = make_plan(load_preset(str(path))).sweeps
+    assert one.n_runs == len(form.rl.lrs)
+    assert one.condition.batch_size == form.rl.problems * form.rl.group_size
+
+
+def test_rows_for_other_trainers_are_the_tokens_of_the_cache():
+    split = TokenizedSplit(np.array([5, 6, 7, 8, 9]), np.array([0, 1, 1, 0, 1], bool), np.array([0, 3, 5]))
+    assert sweep.rows(split, [1, 0]) == {"input_ids": [[8, 9], [5, 6, 7]], "labels": [[IGNORED, 9], [IGNORED, 6, 7]]}
+
+
+def test_a_command_that_fails_is_told(tmp_path):
+    process = sweep.start([sys.executable, "-c", "print('what it said'); exit(3)"], tmp_path, 1)
+    with pytest.raises(SystemExit, match="failed:\nwhat it said"):
+        sweep.finish(process)
+
+
+def test_arms_of_a_training_step_have_their_share_of_work():
+    """All lanes together do so many times the work of one, and each arm's step can be repeated."""
+    setting = steps.QUICK[0]
+    made = {name: steps.training_step(setting, *arm) for name, arm in setting.arms().items()}
+    assert made["FullFT, 2 lanes"][1] == 2 * made["FullFT"][1]
+    assert made["LoRA, 2 lanes"][1] == 2 * made["LoRA"][1] == 2 * made["PEFT"][1]
+    seconds = steps.median_seconds({name: step for name, (step, _) in made.items()}, repeats=1)
+    assert seconds.keys() == setting.arms().keys()
+    assert all(value > 0 for value in seconds.values())
+
+
+def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    settings = [replace(steps.QUICK[0], model="smollm2-135m")]
+    parts = [row.part for row in steps.measure(settings, threads=1, repeats=1, say=said.append)]
+    assert parts == ["peak", "peak"]
+    assert "smollm2-135m is not here" in said[-1]
+
+
+@pytest.mark.slow
+def test_the_quick_form_runs_from_end_to_end(tmp_path):
+    out = tmp_path / "speed.csv"
+    command = [sys.executable, "-m", "tests.benchmarks.speed", "--quick", "--threads", "1", "--out", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    measured = pd.read_csv(out)
+    assert set(measured.loc[measured["part"] == "sweep", "arm"]) == set(sweep.ARMS.values())
+    assert set(measured.loc[measured["part"] == "rl", "arm"]) == set(rl.ARMS.values())
+    assert (measured["seconds"] > 0).all()
+    losses = measured.loc[measured["part"] == "sweep", "test_nll"]
+    assert losses.max() - losses.min() < sweep.TOLERANCE
