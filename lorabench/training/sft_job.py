@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
-from lorabench.models.full_lanes import stack_full
+from lorabench.models.full_lanes import can_stack, stack_full
 from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import adapter_pairs
 from lorabench.models.size import Sizes
@@ -20,7 +20,7 @@ from lorabench.training.lanes import train_lanes
 from lorabench.training.loss import check_packing, check_plain_head, mean_nll
 from lorabench.training.sft import train_run
 from lorabench.training.sft_lanes import SftLanes
-from lorabench.training.sweep import Job, now, provenance
+from lorabench.training.sweep import Group, Job, now, provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
     data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
     environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
     bases = _Bases(job)
-    for group in groups:
+    for group in bases.dealt(groups):
         if machine.processes.any(stop.requested()):
             stop.end()
         for number, run in group.values():
@@ -89,6 +89,12 @@ class _Bases:
             if machine.packing and machine.processes.first:
                 check_packing(self._model)
         return self._model
+
+    def dealt(self, groups: list[Group]) -> list[Group]:
+        """The groups, each run by itself where the model's weights can't be stacked."""
+        if self.job.sweep.condition.method == "lora" or max(map(len, groups)) == 1 or can_stack(self._pristine()):
+            return groups
+        return [{name: run} for group in groups for name, run in group.items()]
 
     def base_valid_nll(self, validation: TokenizedSplit) -> float:
         """Validation NLL of the untouched base; stops the job if it is worse than guessing."""

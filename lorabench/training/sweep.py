@@ -62,6 +62,10 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
     )
 
 
+Group = dict[str, tuple[int, Run]]
+"""Runs that go in lanes, by run_id, with their numbers in the sweep."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What the runs of one sweep have in common."""
@@ -126,8 +130,8 @@ class Job:
         if self.machine.processes.first:
             self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
 
-    def together(self, runs: list[tuple[int, Run]]) -> list[dict[str, tuple[int, Run]]]:
-        """Groups of those runs that are still to be trained, each by run_id with its number: a group's go in lanes."""
+    def together(self, runs: list[tuple[int, Run]]) -> list[Group]:
+        """Groups of those runs that are still to be trained."""
         machine = self.machine
         gpus = machine.processes.count if machine.device.type == "cuda" else 0
         size = 1 if machine.processes.sharded else lanes_of(self.plan.preset, self.sweep, gpus)
