@@ -55,11 +55,8 @@ def broken(runs, data, folder, lane):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("lane", [0, 1, 2])
-@pytest.mark.parametrize("count", [2, 3])
-def test_lanes_resumed_equal_unbroken_ones(method, lane, count, short_data, tmp_path):
-    if lane == count:
-        pytest.skip("there is no such lane")
+@pytest.mark.parametrize(("count", "lane"), [(2, 1), (3, 0), (3, 2)])
+def test_lanes_resumed_equal_unbroken_ones(method, count, lane, short_data, tmp_path):
     runs, whole_weights, weights = runs_of(method)[:count], Kept(), Kept()
     whole = train_together(runs, base_of("qwen-64"), short_data, tmp_path / "whole", ended=whole_weights)
     broken(runs, short_data, tmp_path / "broken", lane)
@@ -139,7 +136,7 @@ def numbers(rows):
     return rows[[*kept, "trainable_params"]].sort_values("run_id", ignore_index=True)
 
 
-def test_weights_of_each_lane_are_a_peft_adapter_with_the_runs_test_loss(ready, monkeypatch):
+def test_weights_of_each_lane_are_a_peft_adapter_with_the_runs_test_loss(ready):
     found = {}
     for lanes in (1, 3):
         plan, layout = ready(f"lanes-{lanes}", {"lanes": lanes, "keep_weights": "all"}, lora=[1e-3, 2e-3, 3e-3])

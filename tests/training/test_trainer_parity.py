@@ -12,11 +12,12 @@ from transformers import Trainer, TrainingArguments
 from lorabench.config import Protocol
 from lorabench.training.batches import data_order
 
-from .lanes import base_of, padded, run_of, series, train_together, with_peft
+from .lanes import DENSE, base_of, padded, run_of, series, train_together, with_peft
 
 LRS = {"lora": (3e-4, 1e-3), "fullft": (5e-5, 2e-4)}
 # Of methods whose runs can share a model.
 SHARING = ("lora",)
+FAST = ("llama-128", "gemma")
 
 
 class InOrder(Trainer):
@@ -71,8 +72,7 @@ def trainer_losses(base, run, data, folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", LRS)
 @pytest.mark.parametrize(
-    "base",
-    ["llama-128", "gemma", *(pytest.param(base, marks=pytest.mark.slow) for base in ("qwen-64", "qwen2", "mistral"))],
+    "base", [*FAST, *(pytest.param(base, marks=pytest.mark.slow) for base in DENSE if base not in FAST)]
 )
 def test_losses_of_the_trainer(method, base, short_data, tmp_path):
     runs = [run_of(method, lr, seed) for seed, lr in enumerate(LRS[method], 3)]
