@@ -27,6 +27,11 @@ _PACKAGES = ("torch", "transformers", "peft", "trl")
 _TITLES = {"sweep": "A sweep, start-up included", "step": "A training step", "rl": "A step of RL"}
 
 
+def say(line: str) -> None:
+    """A line of progress, at once."""
+    print(line, flush=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """What one arm took. `seconds` are for all of its `runs` together, a median."""
