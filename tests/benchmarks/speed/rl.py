@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .sweep import finish, lorabench, start
-from .table import Row
+from .table import Row, say
 
 WARM_UP = 2
 
@@ -80,7 +80,7 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
     }
 
 
-def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = print) -> list[Row]:
+def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -> list[Row]:
     """A row for each arm: the median of its steps after the first few.
 
     Raises:

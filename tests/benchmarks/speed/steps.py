@@ -27,7 +27,7 @@ from lorabench.models.size import train_flops_per_token
 from lorabench.training.run import Machine
 from lorabench.training.sft_lanes import Learn, SftLanes
 
-from .table import Row
+from .table import Row, say
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
 MAX_BATCH_TOKENS = 2048
@@ -170,7 +170,7 @@ def peak(precision: Precision, repeats: int = 15) -> float:
     return 2 * SQUARE**3 / best
 
 
-def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = print) -> Iterator[Row]:
+def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = say) -> Iterator[Row]:
     """The machine's peaks, then a row for each arm of each setting whose model is there."""
     torch.set_num_threads(threads)
     peaks: dict[str, float] = {precision: peak(precision) for precision in DTYPES}  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from lorabench.plan import Run, Sweep, make_plan
 from lorabench.records import RunFolder
 from lorabench.training.batches import IGNORED, data_order
 
-from .table import REPOSITORY, Row
+from .table import REPOSITORY, Row, say
 
 # Of what is written here.
 disable_progress_bar()
@@ -306,7 +306,7 @@ def check_agreement(found: dict[str, Found]) -> None:
                     raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {said}")
 
 
-def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = print) -> list[Row]:
+def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = say) -> list[Row]:
     """Train the sweep by each arm in turns; a row for each, the median of its turns.
 
     Raises:

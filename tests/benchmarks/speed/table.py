@@ -27,6 +27,11 @@ _PACKAGES = ("torch", "transformers", "peft", "trl")
 _TITLES = {"sweep": "A sweep, start-up included", "step": "A training step", "rl": "A step of RL"}
 
 
+def say(line: str) -> None:
+    """A line of progress, at once."""
+    print(line, flush=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """What one arm took. `seconds` are for all of its `runs` together, a median."""
@@ -120,6 +125,8 @@ def _number(value: float | None, form: str) -> str:
 
 def block(results: Path) -> str:
     """The README's block, from the CSV: the sweep, the first case of a training step, RL. All else is in the CSV."""
+    if not results.is_file():
+        return f"{START}\nNo numbers are kept yet.\n{END}"
     table = pd.read_csv(results)
     made = table.iloc[0]
     packages = ", ".join(f"{package} {made[package]}" for package in _PACKAGES)
