@@ -117,7 +117,7 @@ class _Linear:
             x, used = x.to(dtype), self._in(dtype, leaves)
         counts = [count * x.shape[1:-1].numel() for count in _dealt(self._rows, x)]
         y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), *used, *leaves, counts)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _in(self, dtype: torch.dtype, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The weights in another type. Passes without a gradient, of which sampling has many, share one cast.

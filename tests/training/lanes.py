@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2
 from lorabench.config import Protocol, TinyModel
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.base import load_model
+from lorabench.models.full_lanes import stack_full
 from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
@@ -72,7 +73,7 @@ def stack_of(model: Any, runs: Sequence[Run], protocol: Protocol | None = None) 
     """The stack that trains some runs of one condition, a lane each."""
     condition, names = runs[0].condition, [run.run_id for run in runs]
     if condition.method == "fullft":
-        return alone(model, *names)
+        return stack_full(model, names) if len(names) > 1 else alone(model, *names)
     head, init_a = (protocol or Protocol()).include_unembedding, condition.init_a or 1.0
     first, *others = runs
     model = add_lora(model, condition.rank, "all", condition.alpha, head, first.seed, init_a, first.run_id)

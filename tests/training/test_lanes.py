@@ -7,11 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.config import Protocol, load_preset
-from lorabench.cost import lanes
+from lorabench.config import Protocol
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import can_share, stack_lora
-from lorabench.plan import make_plan
 from lorabench.training import sft_lanes
 from lorabench.training.batches import data_order, micro_batches
 from lorabench.training.distributed import Processes
@@ -19,17 +17,16 @@ from lorabench.training.run import recompute_activations
 
 from .lanes import BATCH, DENSE, STEPS, base_of, plain_loop, run_of, series, train_together
 
-# Of methods whose runs can share a model.
-METHODS = ("lora",)
+METHODS = ("lora", "fullft")
 # At a few times these LRs rounding alone, in a plain loop on Qwen2 with biases say, grows beyond 1e-5 within 50 steps.
-LRS = (3e-4, 6e-4, 1e-3)
+LRS = {"lora": (3e-4, 6e-4, 1e-3), "fullft": (5e-5, 1e-4, 2e-4)}
 # Gradients are sums in which much cancels.
 METRICS = {"nll": 1e-5, "grad_norm": 3e-5, "a_moved": 1e-4, "update_norm": 1e-4, "b_over_a": 0.0, "descent": 1e-3}
 
 
 def runs_of(method, **changes):
     """A run per LR, each with a seed, and so a data order, of its own."""
-    return [run_of(method, lr, seed, **changes) for seed, lr in enumerate(LRS)]
+    return [run_of(method, lr, seed, **changes) for seed, lr in enumerate(LRS[method])]
 
 
 def assert_same(one, other, factor=1.0):
@@ -87,7 +84,7 @@ def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
     assert (per_step.min(0) < per_step.max(0)).mean() > 0.9
 
 
-@pytest.mark.parametrize("method", ["lora", "fullft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_experts_alone_have_the_losses_of_peft_in_a_plain_loop(method, short_data, tmp_path):
     run = run_of(method, 3e-4 if method == "lora" else 1e-4, 1)
     [ours] = apart([run], "moe-128", short_data, tmp_path).values()
@@ -96,18 +93,12 @@ def test_experts_alone_have_the_losses_of_peft_in_a_plain_loop(method, short_dat
     np.testing.assert_allclose(series(ours, "grad_norm"), norms, rtol=1e-4)
 
 
-def test_experts_get_one_lane(write_preset, raw_preset):
+def test_experts_with_lora_have_one_lane():
     model = add_lora(base_of("moe-128"), 4, "all", 32.0, True, seed=0, adapter="one")
     add_lane(model, "two", seed=1)
     assert not can_share(model)
     with pytest.raises(ValueError, match="2 lanes on a model whose experts carry LoRA"):
         stack_lora(model, ["one", "two"])
-    for name, expected in (("llama-128", 2), ("moe-128", 1)):
-        raw_preset["models"]["tiny"]["name"] = name
-        raw_preset["execution"]["lanes"] = 2
-        preset = load_preset(write_preset(raw_preset))
-        sweep = next(s for s in make_plan(preset).sweeps if s.condition.method == "lora")
-        assert lanes(preset, sweep, gpus=0) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,7 +162,7 @@ def test_a_lane_that_diverges_leaves_and_the_others_are_as_without_it(method, sh
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_but_one_diverge(method, short_data, tmp_path):
-    sound = run_of(method, 1e-3, 0, steps=12)
+    sound = runs_of(method, steps=12)[0]
     wild = [run_of(method, lr, seed, steps=12) for seed, lr in ((1, 1e3), (2, 3e3))]
     packed = together([*wild, sound], "qwen-64", short_data, tmp_path)
     assert [packed[run.run_id].status for run in (*wild, sound)] == ["diverged", "diverged", "done"]
@@ -185,9 +176,10 @@ class WithAnIdlePart(Processes):
         return [*parts, nothing]
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_part_without_any_example_adds_nothing(count, short_data, tmp_path):
-    runs = runs_of("lora", steps=3)[:count]
+def test_a_part_without_any_example_adds_nothing(method, count, short_data, tmp_path):
+    runs = runs_of(method, steps=3)[:count]
     plain = together(runs, "qwen-64", short_data, tmp_path / "a")
     idling = together(runs, "qwen-64", short_data, tmp_path / "b", processes=WithAnIdlePart())
     for run in runs:

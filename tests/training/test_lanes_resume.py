@@ -15,8 +15,7 @@ from lorabench.training.loss import mean_nll
 from .conftest import TINY, trained
 from .lanes import CPU, base_of, run_of, series, train_together
 
-# Of methods whose runs can share a model.
-METHODS = ("lora",)
+LRS = {"lora": (3e-4, 1e-3, 3e-3), "fullft": (5e-5, 2e-4, 5e-4)}
 STEPS, BREAK = 12, 7
 
 
@@ -25,7 +24,7 @@ class BrokenError(Exception):
 
 
 def runs_of(method):
-    return [run_of(method, lr, seed, steps=STEPS) for seed, lr in enumerate((3e-4, 1e-3, 3e-3))]
+    return [run_of(method, lr, seed, steps=STEPS) for seed, lr in enumerate(LRS[method])]
 
 
 def paths_of(runs, folder):
@@ -54,7 +53,7 @@ def broken(runs, data, folder, lane):
         train_together(runs, base_of("qwen-64"), data, folder, checkpoint_seconds=0, tick=tick)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LRS)
 @pytest.mark.parametrize(("count", "lane"), [(2, 1), (3, 0), (3, 2)])
 def test_lanes_resumed_equal_unbroken_ones(method, count, lane, short_data, tmp_path):
     runs, whole_weights, weights = runs_of(method)[:count], Kept(), Kept()
@@ -80,7 +79,7 @@ def test_lanes_resumed_equal_unbroken_ones(method, count, lane, short_data, tmp_
             assert torch.equal(weights.weights[run.run_id][name], weight), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LRS)
 def test_runs_whose_checkpoints_are_of_different_steps_go_on_apart(method, short_data, tmp_path):
     runs = runs_of(method)
     whole = train_together(runs, base_of("qwen-64"), short_data, tmp_path / "whole")

@@ -20,7 +20,7 @@ from .lanes import run_of, stack_of
 VOCABULARY = 96
 # How a model's lanes train it: method, tied or not, lanes.
 KINDS = [("lora", False, 1), ("lora", True, 1), ("lora", False, 3), ("lora", True, 2), ("fullft", False, 1)]
-KINDS += [("fullft", True, 1)]
+KINDS += [("fullft", True, 1), ("fullft", False, 3), ("fullft", True, 2)]
 
 
 def tiny(tied, vocabulary=VOCABULARY):
@@ -42,7 +42,7 @@ def stack(method, tied, lanes, vocabulary=VOCABULARY):
     made = stack_of(tiny(tied, vocabulary), [run_of(method, 1e-3, seed) for seed in range(lanes)])
     if made.shelf is not None:
         with torch.no_grad():
-            made.shelf.values.normal_(std=0.05)
+            made.shelf.values.add_(0.05 * torch.randn_like(made.shelf.values))
     return made
 
 
@@ -120,7 +120,7 @@ def test_in_bf16_pieces_are_the_whole_up_to_rounding(kind):
         assert_close(one, other, 0.03)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[2] > 1], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == "lora" and kind[2] > 1], ids=str)
 @pytest.mark.parametrize("max_logits", [None, 7 * VOCABULARY])
 def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
     """Against the model of transformers and PEFT's adapter, its weights copied."""
@@ -151,7 +151,7 @@ def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
 
 
 @pytest.mark.parametrize(
-    "kind", [("lora", False, 1), ("lora", True, 4), ("fullft", True, 1), ("fullft", False, 1)], ids=str
+    "kind", [("lora", False, 1), ("lora", True, 4), ("fullft", True, 1), ("fullft", False, 2)], ids=str
 )
 def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
     vocabulary, at_once = 8192, 32

@@ -15,8 +15,6 @@ from lorabench.training.batches import data_order
 from .lanes import DENSE, base_of, padded, run_of, series, train_together, with_peft
 
 LRS = {"lora": (3e-4, 1e-3), "fullft": (5e-5, 2e-4)}
-# Of methods whose runs can share a model.
-SHARING = ("lora",)
 FAST = ("llama-128", "gemma")
 
 
@@ -78,7 +76,7 @@ def test_losses_of_the_trainer(method, base, short_data, tmp_path):
     runs = [run_of(method, lr, seed) for seed, lr in enumerate(LRS[method], 3)]
     train = partial(train_together, data=short_data, folder=tmp_path)
     solo = {run_id: o for run in runs for run_id, o in train([run], base_of(base), folder=tmp_path / "solo").items()}
-    packed = train(runs, base_of(base)) if method in SHARING else solo
+    packed = train(runs, base_of(base))
     for run in runs:
         losses = trainer_losses(base_of(base), run, short_data, tmp_path / "trainer")
         assert len(losses) == 50
