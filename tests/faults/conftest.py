@@ -41,7 +41,9 @@ PRESET: dict[str, Any] = {
                 "models": ["tiny"],
                 "datasets": ["instruct"],
                 "ranks": {"all": [2]},
-                "batch_sizes": [4],
+                # So large that runs of SFT go one after another; those of RL go in lanes.
+                "batch_sizes": [16],
+                "epochs": 4.0,
                 "lrs": {"fullft": [], "lora": [1e-3, 3e-3]},
                 "seeds": 2,
             }

@@ -150,8 +150,8 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
     said = half.train(task, status=2, memory=60_000_000)
     told = said.splitlines()[-1]
     assert "is out of memory" in told
-    cache = ", max_cache_tokens (65536)" if task == "rl" else ""
-    assert f"lower execution.max_batch_tokens (now 16384){cache} or lanes (2); what is finished is kept" in told
+    others = ", max_cache_tokens (65536) or lanes (2)" if task == "rl" else ""
+    assert f"lower execution.max_batch_tokens (now 16384){others}; what is finished is kept" in told
     assert "Traceback" not in said
     assert half.checkpoint(task, AT_WORK[task]).read_bytes() == checkpoint
     assert "goes on after step" in half.train(task)
