@@ -1,6 +1,6 @@
 """How fast this project is, against what users would run otherwise.
 
-    python -m tests.benchmarks.speed              # about 15 minutes on two quiet cores
+    python -m tests.benchmarks.speed              # a quarter of an hour, by the CPU it needs
     python -m tests.benchmarks.speed --keep       # and keep the numbers: speed.csv, and the README's table
     python -m tests.benchmarks.speed --quick      # the smallest form of it all, to see that it works
     python -m tests.benchmarks.speed --arm lanes --arm trl

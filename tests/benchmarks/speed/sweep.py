@@ -108,7 +108,7 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
 def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
     """The command that trains sweeps of a preset."""
     [sweep] = sweeps
-    return lorabench("sweep", sweep.sweep_id, path)
+    return lorabench("train", sweep.sweep_id, path)
 
 
 def lorabench(*arguments: Any) -> list[str]:

@@ -133,7 +133,7 @@ def block(results: Path) -> str:
     peaks = "; ".join(f"{row.case}: {row.gflops:.0f}" for row in table[table["part"] == "peak"].itertuples())
     lines = [
         START,
-        f"Measured on {made['device']}, {made['threads']} threads, on {made['date']} at commit {made['commit']} (load "
+        f"Measured on {made['device']}, threads: {made['threads']}, on {made['date']} at commit {made['commit']} (load "
         f"before: {made['load']}); {packages}. Turns of a sweep: {made['turns']}. GFLOP/s there, {peaks}.",
         "",
         "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
