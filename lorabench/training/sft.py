@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from lorabench.config import Protocol
 from lorabench.data.chat import Split
@@ -27,8 +26,8 @@ from lorabench.training import stop
 from lorabench.training.adapter import AdapterProbe
 from lorabench.training.batches import data_order, scored_tokens
 from lorabench.training.checkpoints import Checkpoints
-from lorabench.training.distributed import Processes, whole
-from lorabench.training.run import Point, make_optimizer
+from lorabench.training.distributed import Processes
+from lorabench.training.run import Point, clip_gradient, make_optimizer
 from lorabench.training.sft_lanes import Answer, Learn, Measure
 
 # A run whose training loss is this many nats above a uniform guess has exploded.
@@ -109,7 +108,7 @@ def train_run(
         learned = yield Learn(order[step - 1])
         started = time.perf_counter()
         loss = learned.nll
-        norm = whole(torch.nn.utils.clip_grad_norm_(lane.parameters, protocol.clip_norm or math.inf)).item()
+        norm = clip_gradient(lane, protocol.clip_norm)
         outcome.train_tokens += learned.tokens
         outcome.wall_s += learned.seconds
         record(step, "train", "nll", loss)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from lorabench.config import Protocol
 from lorabench.data.reflection import reflects
@@ -25,12 +24,12 @@ from lorabench.plan import Rollouts, Run
 from lorabench.training import stop
 from lorabench.training.batches import data_order
 from lorabench.training.checkpoints import Checkpoints
-from lorabench.training.distributed import Processes, whole
+from lorabench.training.distributed import Processes
 from lorabench.training.rl.objective import Group, Step
 from lorabench.training.rl.problems import Grades, Problems, Texts, grade
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.rl.serve import Learn, Learned, Sample, Sampled
-from lorabench.training.run import Point, make_optimizer
+from lorabench.training.run import Point, clip_gradient, make_optimizer
 
 PATIENCE = 0.2
 """A run without a single reward in this share of its steps is stopped: its policy has not moved and will not."""
@@ -172,7 +171,7 @@ def train_rl(
         learned: Learned = yield Learn(groups)
         started = time.perf_counter()
         measured = learned.step
-        norm = whole(torch.nn.utils.clip_grad_norm_(lane.parameters, protocol.clip_norm or math.inf)).item()
+        norm = clip_gradient(lane, protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # Where the rewards of each group are equal there is no gradient, and Adam's momentum shall move nothing.
         if finite and norm > 0:
