@@ -46,6 +46,8 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
 
 def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
     place.change(lambda raw: raw["experiments"]["rank"][0].update(ranks={"all": [1, 2]}))
+    # So fast a machine that one is not worth a job.
+    place.change(lambda raw: raw["execution"].update(gflops=2000.0))
     [job] = [job for job in place.plan.jobs if len(job.sweeps) == 2]
     first, second = job.sweeps
     runs, file = place.path(place.layout.runs), place.path(place.layout.job(job))
