@@ -15,7 +15,7 @@ from lorabench.training.batches import data_order
 from .lanes import DENSE, base_of, padded, run_of, series, train_together, with_peft
 
 LRS = {"lora": (3e-4, 1e-3), "fullft": (5e-5, 2e-4)}
-FAST = ("llama-128", "gemma")
+FAST = ("gemma",)
 
 
 class InOrder(Trainer):
