@@ -7,7 +7,7 @@ goes on in the same lanes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lorabench.config import Preset
 from lorabench.gpus import GB, GPUS
@@ -17,13 +17,15 @@ from lorabench.models.dimensions import dimensions
 
 if TYPE_CHECKING:
     from lorabench.config import Execution
-    from lorabench.plan import Condition, Method, Sweep
+    from lorabench.plan import Condition, Sweep
 
-# Tokens of one pass through a model times its width that keep a CPU thread busy; more leaves its caches. LoRA's was
-# measured on an AMD EPYC with 1 and 2 threads at widths 64 and 128 (the table is in tests/test_lanes.py): products up
-# to 65,536 for each thread still gained by more lanes, those of 131,072 lost up to 6 percent; this lies between.
-# Drawing responses fits in: it gained up to 16,384 to 32,768 and was level above. Full fine-tuning's is an assumption.
-_BUSY_THREAD: dict[Method, int] = {"lora": 98_304, "fullft": 98_304}
+Work = Literal["lora", "fullft", "drawing"]
+"""What a pass through a model is for: training by a method of SFT, or drawing responses."""
+
+# Tokens of one pass through a model times its width that keep a CPU thread busy. Measured on an AMD EPYC with 1 and 2
+# threads, on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA still gained at 262,144 for each
+# thread, full fine-tuning up to about 80,000, and lost above. Drawing responses gained up to 32,768 and no more above.
+_BUSY_THREAD: dict[Work, int] = {"lora": 524_288, "fullft": 98_304, "drawing": 65_536}
 # Bytes of a job on a CPU for each of its threads, beyond which it takes fewer lanes: clusters commonly have so much.
 _CPU_MEMORY = 4 * GB
 
@@ -50,7 +52,7 @@ def turns(sweep: Sweep, lanes: int) -> int:
     return sum(-(-runs // lanes) for runs in _stages(sweep))
 
 
-def paying(execution: Execution, method: Method, tokens: float, hidden: int) -> int:
+def paying(execution: Execution, work: Work, tokens: float, hidden: int) -> int:
     """Lanes that a machine takes before it is full, at least 1.
 
     One of several GPUs; their number is not counted.
@@ -59,23 +61,24 @@ def paying(execution: Execution, method: Method, tokens: float, hidden: int) -> 
         tokens: those of one lane that go through the model at once, on average.
         hidden: the model's width.
     """
-    full = execution.threads * _BUSY_THREAD[method] if execution.gpu is None else GPUS[execution.gpu].busy
+    full = execution.threads * _BUSY_THREAD[work] if execution.gpu is None else GPUS[execution.gpu].busy
     return max(1, int(full / (tokens * hidden)))
 
 
 def _paying(preset: Preset, condition: Condition) -> int:
     execution, model = preset.execution, preset.models[condition.model]
-    at_once: float = longest_sequence(preset, condition)
+    longest = longest_sequence(preset, condition)
+    work: Work = condition.method
     if condition.rollouts is None:
         # A batch goes through the model in two parts at least.
-        tokens = -(-condition.batch_size // 2) * tokens_per_example(model, preset.datasets[condition.dataset])
-        at_once = max(at_once, tokens)
+        part = -(-condition.batch_size // 2) * tokens_per_example(model, preset.datasets[condition.dataset])
+        tokens = min(part, float(max(longest, execution.max_batch_tokens)))
     else:
         # Drawing takes longer than learning: one position of all responses at a time.
-        tokens = condition.batch_size
-    # Lanes share the limit of tokens: more of them would cut parts smaller, or not keep it.
-    within = int(execution.max_batch_tokens / at_once)
-    return max(1, min(within, paying(execution, condition.method, tokens, dimensions(model).hidden)))
+        tokens, work = condition.batch_size, "drawing"
+    # Lanes share the limit of tokens: it has room for an example of each.
+    within = execution.max_batch_tokens // longest
+    return max(1, min(within, paying(execution, work, tokens, dimensions(model).hidden)))
 
 
 def _stages(sweep: Sweep) -> tuple[int, int]:

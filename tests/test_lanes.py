@@ -14,26 +14,29 @@ from lorabench.plan import make_plan
 
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
-LANES = (1, 2, 4, 8)
-# Milliseconds of a step for each lane with 1, 2, 4 and 8 lanes of LoRA: an AMD EPYC, 3 layers, two parts of a batch.
-# Threads, width of the model, examples of a part, their tokens.
+# Milliseconds of a step for each lane, by the number of lanes: batches of the laptop preset, LoRA of rank 16, an AMD
+# EPYC. Threads, method, width of the model, tokens of a part of a batch (at most `max_batch_tokens`, 2048).
 MEASURED = {
-    (1, 128, 4, 64): (26.5, 24.9, 25.0, 25.5),
-    (1, 128, 4, 128): (49.2, 52.1, 54.6, 55.3),
-    (1, 128, 8, 128): (102, 104, 107, 111),
-    (1, 128, 2, 128): (29.6, 26.0, 25.9, 26.6),
-    (1, 64, 4, 64): (16.3, 12.9, 11.5, 12.7),
-    (1, 64, 4, 128): (28.2, 26.5, 27.7, 27.8),
-    (1, 64, 8, 128): (50.7, 52.2, 55.8, 58.0),
-    (1, 64, 2, 128): (18.0, 14.8, 13.5, 14.0),
-    (2, 128, 4, 64): (22.2, 15.8, 13.4, 13.8),
-    (2, 128, 4, 128): (33.3, 28.2, 28.6, 28.3),
-    (2, 128, 8, 128): (55.2, 54.6, 55.2, 56.1),
-    (2, 128, 2, 128): (22.7, 15.8, 13.9, 14.3),
-    (2, 64, 4, 64): (15.3, 10.7, 7.8, 6.7),
-    (2, 64, 4, 128): (22.7, 16.0, 14.0, 15.1),
-    (2, 64, 8, 128): (32.6, 29.5, 30.4, 31.2),
-    (2, 64, 2, 128): (15.7, 11.2, 8.3, 7.5),
+    (1, "lora", 128, 286): {1: 36.8, 2: 29.2, 3: 28.4, 5: 26.7},
+    (1, "fullft", 128, 286): {1: 34.0, 2: 32.7, 3: 32.0, 5: 30.5},
+    (1, "lora", 64, 286): {1: 23.2, 2: 16.6, 3: 15.1, 5: 13.5},
+    (1, "fullft", 64, 286): {1: 17.8, 2: 16.5, 3: 15.2, 5: 13.7},
+    (1, "lora", 128, 664): {1: 75.2, 2: 71.4, 3: 71.6, 5: 68.3},
+    (1, "fullft", 128, 664): {1: 75.5, 2: 80.8, 3: 80.9, 5: 78.7},
+    (1, "lora", 128, 332): {1: 45.0, 2: 36.1, 3: 35.4, 5: 35.4},
+    (1, "fullft", 128, 332): {1: 41.0, 2: 39.1, 3: 39.7, 5: 39.7},
+    (1, "lora", 128, 2048): {1: 300.3, 2: 281.7, 3: 274.3, 5: 269.8},
+    (1, "fullft", 128, 2048): {1: 284.3, 2: 277.9, 3: 276.6, 5: 276.6},
+    (2, "lora", 128, 286): {1: 31.0, 2: 22.3, 3: 20.9, 5: 18.9},
+    (2, "fullft", 128, 286): {1: 27.3, 2: 23.4, 5: 21.4},
+    (2, "lora", 64, 286): {1: 21.9, 2: 14.2, 3: 12.7, 5: 11.3},
+    (2, "fullft", 64, 286): {1: 16.9, 2: 14.4, 5: 11.2},
+    (2, "lora", 128, 664): {1: 52.9, 2: 45.4, 3: 47.6, 5: 44.5},
+    (2, "fullft", 128, 664): {1: 49.4, 2: 47.0, 5: 48.2},
+    (2, "lora", 128, 332): {1: 33.7, 2: 23.9, 3: 23.0, 5: 22.0},
+    (2, "fullft", 128, 332): {1: 29.4, 2: 24.8, 5: 24.0},
+    (2, "lora", 128, 2048): {1: 171.4, 2: 162.9, 3: 166.0, 5: 162.3},
+    (2, "fullft", 128, 2048): {1: 164.1, 2: 161.7, 5: 172.3},
 }
 
 
@@ -52,13 +55,13 @@ def first(plan, method, dataset, **fields):
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_as_many_as_were_measured_to_pay(case):
-    threads, hidden, rows, width = case
-    times = dict(zip(LANES, MEASURED[case], strict=True))
-    chosen = min(8, paying(Execution(threads=threads, gflops=1.0), "lora", rows * width, hidden))
-    below, above = max(n for n in LANES if n <= chosen), min(n for n in LANES if n >= chosen)
+    threads, method, hidden, tokens = case
+    times = MEASURED[case]
+    chosen = min(5, paying(Execution(threads=threads, gflops=1.0), method, tokens, hidden))
+    below, above = max(n for n in times if n <= chosen), min(n for n in times if n >= chosen)
     # Never slower than one lane, and near the fastest of all.
     assert max(times[below], times[above]) <= 1.03 * times[1]
-    assert times[below] <= 1.03 * min(times.values())
+    assert times[below] <= 1.1 * min(times.values())
 
 
 def test_one_is_the_least_and_a_gpu_takes_more_than_a_thread():
@@ -96,16 +99,16 @@ def test_the_laptop_trains_together_what_leaves_a_core_idle():
         return lanes_of(preset, first(plan, method, dataset, **fields), 0)
 
     # 4 examples of 71 tokens, of width 128 or 64; 4 and 2 of 166; 10 of 20, at three LRs.
-    assert chosen("lora", "instruct", model="tiny") == chosen("fullft", "instruct", model="tiny") == 2
+    assert (chosen("lora", "instruct", model="tiny"), chosen("fullft", "instruct", model="tiny")) == (5, 2)
     assert chosen("lora", "instruct", model="llama-64") == 5
-    assert chosen("lora", "worked", batch_size=8) == 1
-    assert chosen("lora", "worked", batch_size=4) == 2
+    assert (chosen("lora", "worked", batch_size=8), chosen("fullft", "worked", batch_size=8)) == (5, 1)
+    assert (chosen("lora", "worked", batch_size=4), chosen("fullft", "worked", batch_size=4)) == (4, 2)
     assert chosen("lora", "facts") == 3
     assert chosen("lora", "instruct", model="moe") == 1
     # 640 responses fill a core.
     assert chosen("lora", "gcd") == chosen("fullft", "gcd") == 1
     four = with_execution(preset, threads=4)
-    assert lanes_of(four, first(plan, "lora", "gcd"), 0) == 4
+    assert lanes_of(four, first(plan, "lora", "gcd"), 0) == 3
     assert lanes_of(four, first(plan, "fullft", "gcd"), 0) == 1
     assert lanes_of(with_execution(four, lanes=1), first(plan, "lora", "gcd"), 0) == 1
     # 200 tokens of the longest example go through the model at once for each lane, or none.

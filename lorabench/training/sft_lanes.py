@@ -64,7 +64,7 @@ class SftLanes:
             [split] = {ask.split for ask in asks if isinstance(ask, Measure)}
             found = self._measure(split)
         seconds = (time.perf_counter() - started) / len(asks)
-        return {name: Answer(*numbers, seconds) for name, numbers in zip(asked, found, strict=True)}
+        return {name: Answer(*numbers, seconds) for name, numbers in zip(self._stack.lanes, found, strict=True)}
 
     def _measure(self, split: Split) -> list[tuple[float, int, int]]:
         machine, data = self._machine, self._data[split]
