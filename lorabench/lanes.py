@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Work = Literal["lora", "fullft", "drawing"]
 """What a pass through a model is for: training by a method of SFT, or drawing responses."""
 
-# Tokens of one pass through a model times its width that keep a CPU thread busy. Measured on an AMD EPYC with 1 and 2
+# Tokens of one pass through a model times its width that keep a CPU thread busy. Measured on an Intel Xeon with 1 and 2
 # threads, on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA still gained at 262,144 for each
 # thread, full fine-tuning up to about 80,000, and lost above. Drawing responses gained up to 32,768 and no more above.
 _BUSY_THREAD: dict[Work, int] = {"lora": 524_288, "fullft": 98_304, "drawing": 65_536}

@@ -14,8 +14,8 @@ from lorabench.plan import make_plan
 
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
-# Milliseconds of a step for each lane, by the number of lanes: batches of the laptop preset, LoRA of rank 16, an AMD
-# EPYC. Threads, method, width of the model, tokens of a part of a batch (at most `max_batch_tokens`, 2048).
+# Milliseconds of a step for each lane, by the number of lanes: batches of the laptop preset, LoRA of rank 16, an
+# Intel Xeon. Threads, method, width of the model, tokens of a part of a batch (at most `max_batch_tokens`, 2048).
 MEASURED = {
     (1, "lora", 128, 286): {1: 36.8, 2: 29.2, 3: 28.4, 5: 26.7},
     (1, "fullft", 128, 286): {1: 34.0, 2: 32.7, 3: 32.0, 5: 30.5},

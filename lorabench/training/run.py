@@ -81,7 +81,8 @@ def clip_gradient(lane: Lane, most: float | None) -> float:
     gradients = [parameter.grad for parameter in lane.parameters if parameter.grad is not None]
     pieces: list[torch.Tensor] = []
     for gradient in gradients:
-        pieces += [gradient] if isinstance(gradient, DTensor) else gradient.flatten().split(_PIECE)
+        at_once = isinstance(gradient, DTensor) or gradient.device.type != "cpu"
+        pieces += [gradient] if at_once else gradient.flatten().split(_PIECE)
     norm = torch.nn.utils.get_total_norm(pieces)
     torch.nn.utils.clip_grads_with_norm_(lane.parameters, most or math.inf, norm)
     return float(whole(norm))
