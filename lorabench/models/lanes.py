@@ -213,8 +213,8 @@ def alone(
 
 
 def even(counts: Sequence[int]) -> bool:
-    """Whether there are several lanes with as many tokens each."""
-    return len(counts) > 1 and len(set(counts)) == 1
+    """Whether all lanes have as many tokens."""
+    return len(set(counts)) == 1
 
 
 def by_lane(tensor: Tensor, counts: Sequence[int]) -> Tensor:
