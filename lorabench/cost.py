@@ -183,8 +183,8 @@ def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     condition = sweep.condition
     tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
     share = turns(sweep, lanes_of(preset, sweep, gpus)) / sweep.n_runs
-    # Backward takes two of three; a batch goes through the model in two parts at least, that of each lane.
-    passes = 3 * condition.steps * max(2.0 * share, tokens.trained / condition.steps / most) + tokens.evaluated / most
+    # Backward takes two of three.
+    passes = 3 * condition.steps * max(share, tokens.trained / condition.steps / most) + tokens.evaluated / most
     return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
 
 

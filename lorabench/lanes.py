@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 Work = Literal["lora", "fullft", "drawing"]
 """What a pass through a model is for: training by a method of SFT, or drawing responses."""
 
-# Tokens of one pass through a model times its width that keep a CPU thread busy. Measured on an Intel Xeon with 1 and 2
-# threads, on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA still gained at 262,144 for each
-# thread, full fine-tuning up to about 80,000, and lost above. Drawing responses gained up to 32,768 and no more above.
-_BUSY_THREAD: dict[Work, int] = {"lora": 524_288, "fullft": 98_304, "drawing": 65_536}
+# Tokens of one run's batch, or of one position of all its responses, times the model's width that keep a CPU thread
+# busy. Measured with 1 and 2 threads, on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA still
+# gained at 262,144 for each thread, full fine-tuning up to about 80,000, and no more at 170,000. Drawing responses
+# gained up to 32,768 and no more above.
+_BUSY_THREAD: dict[Work, int] = {"lora": 1_048_576, "fullft": 196_608, "drawing": 65_536}
 # Bytes of a job on a CPU for each of its threads, beyond which it takes fewer lanes: clusters commonly have so much.
 _CPU_MEMORY = 4 * GB
 
@@ -58,7 +59,7 @@ def paying(execution: Execution, work: Work, tokens: float, hidden: int) -> int:
     One of several GPUs; their number is not counted.
 
     Args:
-        tokens: those of one lane that go through the model at once, on average.
+        tokens: those of a lane's batch, on average, or as many as go through the model at once.
         hidden: the model's width.
     """
     full = execution.threads * _BUSY_THREAD[work] if execution.gpu is None else GPUS[execution.gpu].busy
@@ -70,9 +71,8 @@ def _paying(preset: Preset, condition: Condition) -> int:
     longest = longest_sequence(preset, condition)
     work: Work = condition.method
     if condition.rollouts is None:
-        # A batch goes through the model in two parts at least.
-        part = -(-condition.batch_size // 2) * tokens_per_example(model, preset.datasets[condition.dataset])
-        tokens = min(part, float(max(longest, execution.max_batch_tokens)))
+        batch = condition.batch_size * tokens_per_example(model, preset.datasets[condition.dataset])
+        tokens = min(batch, float(max(longest, execution.max_batch_tokens)))
     else:
         # Drawing takes longer than learning: one position of all responses at a time.
         tokens, work = condition.batch_size, "drawing"

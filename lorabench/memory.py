@@ -76,8 +76,8 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) ->
     condition, execution = sweep.condition, preset.execution
     sizes = dimensions(preset.models[condition.model])
     longest = longest_sequence(preset, condition)
-    # A batch goes through the model in two parts at least; all of its tokens may be scored.
-    part = max(longest, min(execution.max_batch_tokens // lanes, -(-condition.batch_size // 2) * longest))
+    # A batch may go through the model at once, and all of its tokens may be scored.
+    part = max(longest, min(execution.max_batch_tokens // lanes, condition.batch_size * longest))
     is_rl = condition.rollouts is not None
     step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, gpus, is_rl, lanes)
     if not is_rl:

@@ -139,18 +139,17 @@ def test_lanes_of_lora_share_the_base_and_those_of_full_fine_tuning_nothing():
     plan = make_plan(with_model(load_preset("smollm2"), ranks={"all": [16]}, datasets=["worked"]))
     sizes, limit = dimensions(plan.preset.models["smollm2-135m"]), plan.preset.execution.max_batch_tokens
     for sweep in plan.sweeps:
-        one, four = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 4))
+        one, two, four = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 2, 4))
         lora = sweep.condition.method == "lora"
         trained = sizes.lora("all", 16, True)[0] if lora else sizes.parameters
         assert (one.gradients, one.moments) == (4 * trained, 8 * trained)
         assert (four.gradients, four.moments) == (16 * trained, 32 * trained)
         assert four.weights - one.weights == 3 * 4 * trained
         assert four.copies == (0 if lora else 4 * one.copies)
-        # A part of 16 examples of 233 tokens; of eight lanes all that goes through the model at once.
-        eight = sweep_memory(plan.preset, sweep, lanes=8)
-        tokens = [step.logits / (12 * sizes.vocabulary) for step in (one, four, eight)]
-        assert tokens == [16 * 233, 4 * 16 * 233, limit]
-        assert (four.activations, eight.activations / limit) == (4 * one.activations, one.activations / (16 * 233))
+        # A batch of 32 examples of 233 tokens; of two lanes and more all that goes through the model at once.
+        tokens = [step.logits / (12 * sizes.vocabulary) for step in (one, two, four)]
+        assert tokens == [32 * 233, 2 * 32 * 233, limit]
+        assert (two.activations, four.activations / limit) == (2 * one.activations, one.activations / (32 * 233))
 
 
 def test_lanes_of_rl_have_gradients_and_moments_each():
@@ -261,17 +260,17 @@ def test_lanes_share_launches_and_no_flops():
     sweep = next(
         s for s in plan.sweeps if (s.condition.dataset, s.condition.rank, len(s.lrs), s.seeds) == ("worked", 16, 7, 3)
     )
-    assert lanes_of(together, sweep, 1) == 4
-    assert turns(sweep, 4) == 3
-    (computing, of_one), (same, of_four) = (cost.run_seconds(preset, sweep, 1) for preset in (alone, together))
+    assert lanes_of(together, sweep, 1) == 3
+    assert turns(sweep, 3) == 4
+    (computing, of_one), (same, of_three) = (cost.run_seconds(preset, sweep, 1) for preset in (alone, together))
     assert computing == same
-    # Two parts of a batch, forward and backward, launched 3 times for 9 runs rather than 9 times.
-    full = 6 * sweep.condition.steps * layers * 0.8e-3
+    # A batch, forward and backward, launched 4 times for 9 runs rather than 9 times.
+    full = 3 * sweep.condition.steps * layers * 0.8e-3
     tokens = cost.run_tokens(together, sweep.condition)
-    fewer = max(full / 3, 3 * tokens.trained / together.execution.max_batch_tokens * layers * 0.8e-3)
+    fewer = max(full * 4 / 9, 3 * tokens.trained / together.execution.max_batch_tokens * layers * 0.8e-3)
     launching = full + tokens.evaluated / together.execution.max_batch_tokens * layers * 0.8e-3
     assert computing + of_one == pytest.approx(launching)
-    assert of_four == pytest.approx(max(0, of_one - (full - fewer)))
+    assert of_three == pytest.approx(max(0, of_one - (full - fewer)))
     assert cost.sweep_seconds(together, sweep, 1) < cost.sweep_seconds(alone, sweep, 1) / 2
 
 

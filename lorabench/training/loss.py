@@ -17,7 +17,7 @@ from torch import Tensor
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.lanes import Rows
-from lorabench.training.batches import IGNORED, Batch, collate, joined, micro_batches
+from lorabench.training.batches import IGNORED, PASS_TOKENS, Batch, collate, joined, micro_batches
 from lorabench.training.distributed import ALONE, Processes, enter
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ def mean_nlls(
     lanes = len(rows.counts)
     totals, count = torch.zeros(lanes, dtype=torch.float64, device=device), 0
     own = processes.share(split.lengths())
-    parts = micro_batches(split.lengths()[own], max_tokens // lanes, packing=packing)
+    # All lanes measure the same examples; a pass is shared.
+    most, cost = max_tokens // lanes, PASS_TOKENS[device.type] // lanes
+    parts = [part for (part,) in micro_batches([split.lengths()[own]], most, cost, packing)]
     for part in processes.even(parts, own[:0]):
         batch = collate(split, [own[row] for row in part])
         count += batch.scored

@@ -40,7 +40,6 @@ class Machine:
     device: torch.device
     max_batch_tokens: int
     checkpoint_seconds: float
-    micro_groups: int = 2
     max_cache_tokens: int = 65_536
     packing: bool = False
     processes: Processes = ALONE

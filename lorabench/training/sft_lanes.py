@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -13,12 +12,9 @@ import torch
 from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lanes import Stack
-from lorabench.training.batches import Batch, collate, micro_batches
+from lorabench.training.batches import PASS_TOKENS, Batch, Row, collate, micro_batches
 from lorabench.training.loss import MAX_LOGITS, add_gradient, mean_nlls
 from lorabench.training.run import Machine
-
-Row = int | np.ndarray
-"""An example, or several that are packed."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class SftLanes:
         processes = machine.processes
         own = [indices[processes.share(train.lengths()[indices])] for indices in examples]
         tokens = [int(processes.total(train.lengths()[indices].sum())) for indices in own]
-        parts = zip_longest(*(self._parts(indices, lanes) for indices in own), fillvalue=[])
+        parts = self._parts(own)
         nothing: tuple[list[Row], ...] = ([],) * lanes
         batches = [_batch(train, part) for part in processes.even(parts, nothing)]
         counts = np.sum([batch.scored_by(lanes) for batch in batches], axis=0)
@@ -99,12 +95,12 @@ class SftLanes:
             processes.sum_gradients(lane.parameters)
         return list(zip(map(processes.total, nll.tolist()), tokens, scored, strict=True))
 
-    def _parts(self, indices: np.ndarray, lanes: int) -> list[list[Row]]:
-        """Parts of a lane's batch, each a list of rows of examples; those of all lanes have room together."""
-        machine = self._machine
-        lengths, most = self._data["train"].lengths()[indices], machine.max_batch_tokens // lanes
-        parts = micro_batches(lengths, most, machine.micro_groups, machine.packing)
-        return [[indices[row] for row in part] for part in parts]
+    def _parts(self, own: Sequence[np.ndarray]) -> Iterator[tuple[list[Row], ...]]:
+        """Parts of the batches, of each lane a list of rows of examples."""
+        machine, lengths = self._machine, [self._data["train"].lengths()[indices] for indices in own]
+        cost = PASS_TOKENS[machine.device.type]
+        for part in micro_batches(lengths, machine.max_batch_tokens, cost, machine.packing):
+            yield tuple([indices[row] for row in rows] for indices, rows in zip(own, part, strict=True))
 
 
 def _batch(split: TokenizedSplit, parts: Sequence[list[Row]]) -> Batch:

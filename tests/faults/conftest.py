@@ -21,12 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lorabench.lanes import lanes_of
 from lorabench.layout import Layout
 from lorabench.plan import Job as Wanted
 from lorabench.plan import Plan, Sweep, make_plan
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lorabench.cli", "lorabench.training.sft_job", "lorabench.training.rl.job", "peft"])
+FORKS.set_forkserver_preload(
+    ["lorabench.cli", "lorabench.training.sft_job", "lorabench.training.rl.job", "peft", "pyarrow.dataset"]
+)
 
 PRESET: dict[str, Any] = {
     "description": "faults",
@@ -41,7 +44,6 @@ PRESET: dict[str, Any] = {
                 "models": ["tiny"],
                 "datasets": ["instruct"],
                 "ranks": {"all": [2]},
-                # So large that runs of SFT go one after another; those of RL go in lanes.
                 "batch_sizes": [16],
                 "epochs": 4.0,
                 "lrs": {"fullft": [], "lora": [1e-3, 3e-3]},
@@ -63,7 +65,8 @@ PRESET: dict[str, Any] = {
             }
         ],
     },
-    "execution": {"gflops": 20.0, "lanes": 2, "checkpoint_minutes": 0.0},
+    # No room for two examples of SFT at once, so its runs go one after another; those of RL go in lanes.
+    "execution": {"gflops": 20.0, "lanes": 2, "max_batch_tokens": 160, "checkpoint_minutes": 0.0},
 }
 
 
@@ -218,6 +221,8 @@ def fresh(tmp_path_factory) -> Place:
         command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]
         subprocess.run(command, cwd=place.folder, check=True)
     place.run("tokens", "tiny", "instruct")
+    lanes = [lanes_of(place.layout.preset, place.sweep(task), gpus=0) for task in AT_WORK]
+    assert lanes == [1, 2], "the tests want runs of SFT one after another and two lanes of RL"
     return place
 
 

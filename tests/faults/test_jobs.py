@@ -18,6 +18,7 @@ from lorabench.exhausted import memory_for
 from lorabench.lock import SILENT, locked
 from lorabench.progress import status
 from lorabench.training import stop
+from lorabench.training.checkpoint import checkpoint_step
 
 from .conftest import AT_WORK, numbers
 
@@ -147,15 +148,17 @@ def test_a_signal_to_all_processes_of_a_job_makes_no_answer_wrong():
 
 @TASKS
 def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken):
-    checkpoint = half.checkpoint(task, AT_WORK[task]).read_bytes()
+    checkpoint = half.checkpoint(task, AT_WORK[task])
+    before = checkpoint_step(checkpoint)
     # Less than the model and a step need.
-    said = half.train(task, status=2, memory=90_000_000)
+    said = half.train(task, status=2, memory=50_000_000)
     told = said.splitlines()[-1]
     assert "is out of memory" in told
     others = ", max_cache_tokens (65536) or lanes (2)" if task == "rl" else ""
-    assert f"lower execution.max_batch_tokens (now 16384){others}; what is finished is kept" in told
+    assert f"lower execution.max_batch_tokens (now 160){others}; what is finished is kept" in told
     assert "Traceback" not in said
-    assert half.checkpoint(task, AT_WORK[task]).read_bytes() == checkpoint
+    # It may have got a few steps further.
+    assert checkpoint_step(checkpoint) >= before > 0
     assert "goes on after step" in half.train(task)
     assert half.numbers(task) == unbroken.numbers(task)
 

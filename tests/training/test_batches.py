@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -24,16 +26,37 @@ CPU = torch.device("cpu")
 
 
 @given(
-    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
-    max_tokens=st.integers(1, 400),
-    groups=st.integers(1, 5),
+    lengths=st.lists(st.lists(st.integers(2, 60), min_size=7, max_size=7), min_size=1, max_size=3),
+    share=st.integers(1, 300),
+    pass_tokens=st.integers(0, 200),
 )
-def test_micro_batches_are_the_batch(lengths, max_tokens, groups):
-    parts = list(micro_batches(np.array(lengths), max_tokens, groups))
-    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
-    for part in parts:
-        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= max_tokens
-    assert len(parts) >= min(groups, len(lengths)) or groups * -(-len(lengths) // groups) > len(lengths)
+def test_micro_batches_are_the_batch_and_cost_least(lengths, share, pass_tokens):
+    lanes, examples = len(lengths), len(lengths[0])
+    max_tokens = lanes * share
+    parts = list(micro_batches([np.array(own) for own in lengths], max_tokens, pass_tokens))
+    for lane in range(lanes):
+        assert sorted(np.concatenate([part[lane] for part in parts])) == list(range(examples))
+    longest = np.max([np.sort(own) for own in lengths], axis=0)
+
+    def cost(ends):
+        """Of parts that end there, infinite where one does not fit."""
+        sizes = np.diff([0, *ends])
+        tokens = lanes * sizes * longest[np.array(ends) - 1]
+        return np.where((tokens > max_tokens) & (sizes > 1), np.inf, tokens + pass_tokens).sum()
+
+    found = cost(np.cumsum([len(part[0]) for part in parts]))
+    inner = itertools.chain.from_iterable(itertools.combinations(range(1, examples), n) for n in range(examples))
+    least = min(cost([*ends, examples]) for ends in inner)
+    assert found == pytest.approx(least)
+    assert np.isfinite(found)
+
+
+def test_a_batch_of_equal_lengths_is_one_part_and_of_unequal_ones_two():
+    [[alike]] = micro_batches([np.full(8, 70)], 2048, 64)
+    assert sorted(alike) == list(range(8))
+    apart = [part.tolist() for (part,) in micro_batches([np.array([90, 20, 95, 22, 21])], 2048, 64)]
+    assert apart == [[1, 4, 3], [0, 2]]
+    assert list(micro_batches([np.zeros(0, np.int64)], 2048, 64)) == []
 
 
 def test_collate_by_hand():

@@ -60,7 +60,7 @@ def model_of(family, lora=True):
 def loss_and_gradient(model, split, packing, autocast=False, device="cpu"):
     model.zero_grad()
     total = torch.zeros((), device=device)
-    for part in micro_batches(split.lengths(), 64, packing=packing):
+    for (part,) in micro_batches([split.lengths()], 64, 0, packing):
         batch = collate(split, part)
         with torch.autocast(device, torch.bfloat16, enabled=autocast or device == "cuda"):
             loss = nll_sum(model, *batch.to(device))
