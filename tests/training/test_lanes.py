@@ -91,7 +91,8 @@ def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_experts_alone_have_the_losses_of_peft_in_a_plain_loop(method, short_data, tmp_path):
-    run = run_of(method, 3e-4 if method == "lora" else 1e-4, 1)
+    # In full fine-tuning at 1e-4 the order of rows alone makes 1.3e-5 of difference in the plain loop.
+    run = run_of(method, 3e-4 if method == "lora" else 3e-5, 1)
     [ours] = apart([run], "moe-128", short_data, tmp_path).values()
     losses, norms = plain_loop(base_of("moe-128"), run, short_data)
     np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
