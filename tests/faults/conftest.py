@@ -197,6 +197,8 @@ class Job:
 
 def _command(arguments: list[str], folder: Path, output: Path, memory: int | None, file_size: int | None) -> None:
     os.chdir(folder)
+    # As from a terminal: tests that a shell runs in the background are deaf to Ctrl-C, and so are their jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
