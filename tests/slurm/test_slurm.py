@@ -115,7 +115,8 @@ class Watcher:
         """A run of the sweep that is in its middle, if another one has ended."""
         grid = [run.run_id for run in sweep.grid()]
         ended = [run for run in grid if (self.runs / run).exists()]
-        going = [run for run in grid if run not in ended and self.steps.get(run, [0])[-1] >= 3]
+        middle = range(3, sweep.condition.steps)
+        going = [run for run in grid if run not in ended and self.steps.get(run, [0])[-1] in middle]
         return going[0] if ended and going else None
 
 
