@@ -260,7 +260,8 @@ def test_the_lock_of_a_job_that_hangs_is_named(place):
     sweep = place.sweep("sft")
     lock = place.path(place.layout.lock(sweep))
     first = place.start("train", sweep.sweep_id)
-    first.until(lock.exists)
+    # It is stopped when its name is in the file.
+    first.until(lambda: lock.exists() and lock.read_text())
     first.signal(signal.SIGSTOP)
     os.utime(lock, (time.time() - 3 * SILENT,) * 2)
     try:
