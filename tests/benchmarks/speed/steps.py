@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lorabench.allocation import keep_freed_memory
 from lorabench.config import GgufModel, ModelSpec, TinyModel, load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.base import converted_folder, load_model
@@ -173,6 +174,8 @@ def peak(precision: Precision, repeats: int = 15) -> float:
 def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = say) -> Iterator[Row]:
     """The machine's peaks, then a row for each arm of each setting whose model is there."""
     torch.set_num_threads(threads)
+    # As in every training process; PEFT's steps share this one, and gain by it too.
+    keep_freed_memory()
     peaks: dict[str, float] = {precision: peak(precision) for precision in DTYPES}  # type: ignore[arg-type]
     for precision, speed in peaks.items():
         say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
