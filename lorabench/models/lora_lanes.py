@@ -2,8 +2,9 @@
 
 PEFT puts the adapters on, one for each lane, and saves them; here its linear layers get another forward pass. The base
 is computed for the rows of all lanes as one product. A and B of all lanes are stacked, and added to the result in
-place; the backward pass is written out, so that no product of the size of the activations is kept or scaled. With
-autocast the frozen weights are cast once, not in every pass.
+place; the backward pass is written out, so that no product of the size of the activations is kept or scaled. Where the
+rank is large for the layer, fewer products are needed with A and B merged into the weights. With autocast the frozen
+weights are cast once, not in every pass.
 
 Experts that a model keeps in one parameter have LoRA through PEFT's own forward pass; then there is one lane.
 """
@@ -91,11 +92,32 @@ class _Forward:
             x = x.to(dtype)
         flat = x.reshape(-1, x.shape[-1])
         counts = self._rows.tokens(len(flat))
-        y: Tensor = _Product.apply(flat, weight, bias, a, b, self._scaling, counts)  # type: ignore[no-untyped-call]
+        merged = _merging_pays(x.dtype, len(flat) / len(counts), x.shape[-1], len(weight), a.shape[1])
+        product = _Merged if merged else _Added
+        y: Tensor = product.apply(flat, weight, bias, a, b, self._scaling, counts)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class _Product(torch.autograd.Function):
+def _merging_pays(dtype: torch.dtype, tokens: float, d_in: int, d_out: int, rank: int) -> bool:
+    """Whether merged weights cost less, if each lane has so many tokens: where the rank is large for the layer.
+
+    By tokens, A and B cost 3 r (d_in + d_out) in both passes, the gradient of merged weights d_in d_out; merging twice,
+    and the gradients of A and B from it, 4 r d_in d_out. In 16 bits small updates of W would be rounded away.
+    """
+    return dtype == torch.float32 and tokens * (3 * rank * (d_in + d_out) - d_in * d_out) > 4 * rank * d_in * d_out
+
+
+def _stacks(tensor: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """Tokens (tokens, width) as (lanes, tokens of each, width): all lanes at once, or each by itself if uneven."""
+    return [by_lane(tensor, counts)] if even(counts) else [part[None] for part in tensor.split(list(counts))]
+
+
+def _factors(stacked: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """A or B of the same lanes."""
+    return [stacked] if even(counts) else stacked.split(1)
+
+
+class _Added(torch.autograd.Function):
     """x W' + scaling (x A') B' with each lane's A and B.
 
     x (tokens, d_in), W (d_out, d_in), A (lanes, r, d_in), B (lanes, d_out, r); the tokens of a lane lie side by side.
@@ -116,15 +138,11 @@ class _Product(torch.autograd.Function):
         ctx.gradients = a.grad, b.grad
         a, b = a.to(x.dtype), b.to(x.dtype)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        if even(counts):
-            inner = torch.bmm(by_lane(x, counts), a.mT).mul_(scaling)
-            by_lane(y, counts).baddbmm_(inner, b.mT)
-            inner = inner.flatten(0, 1)
-        else:
-            inner = x.new_empty(len(x), a.shape[1])
-            for lane, (xs, ys, inners) in enumerate(zip(*(t.split(counts) for t in (x, y, inner)), strict=True)):
-                torch.mm(xs, a[lane].t(), out=inners)
-                ys.addmm_(inners.mul_(scaling), b[lane].t())
+        inner = x.new_empty(len(x), a.shape[1])
+        stacks = (_stacks(tensor, counts) for tensor in (x, y, inner))
+        for xs, ys, inners, own_a, own_b in zip(*stacks, _factors(a, counts), _factors(b, counts), strict=True):
+            torch.bmm(xs, own_a.mT, out=inners)
+            ys.baddbmm_(inners.mul_(scaling), own_b.mT)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scaling, ctx.counts = scaling, counts
         return y
@@ -134,20 +152,53 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, inner = ctx.saved_tensors
         g, counts = gradients[0].contiguous(), ctx.counts
-        to_a, to_b = ctx.gradients
         gx = g @ weight if ctx.needs_input_grad[0] else None
-        if even(counts):
-            xs, gs, inners = (by_lane(tensor, counts) for tensor in (x, g, inner))
-            ginner = torch.bmm(gs, b).mul_(ctx.scaling)
+        stacks = [_stacks(tensor, counts) for tensor in (x, g, inner, x if gx is None else gx)]
+        factors = (_factors(tensor, counts) for tensor in (a, b, *ctx.gradients))
+        for xs, gs, inners, gxs, own_a, own_b, to_a, to_b in zip(*stacks, *factors, strict=True):
+            ginner = torch.bmm(gs, own_b).mul_(ctx.scaling)
             add_products(to_a, ginner.mT, xs)
             add_products(to_b, gs.mT, inners)
             if gx is not None:
-                gx.view_as(xs).baddbmm_(ginner, a)
-            return gx, *(None,) * 6
-        for lane, (xs, gs, inners) in enumerate(zip(*(t.split(counts) for t in (x, g, inner)), strict=True)):
-            ginner = (gs @ b[lane]).mul_(ctx.scaling)
-            add_products(to_a[lane : lane + 1], ginner.t()[None], xs[None])
-            add_products(to_b[lane : lane + 1], gs.t()[None], inners[None])
+                gxs.baddbmm_(ginner, own_a)
+        return gx, *(None,) * 6
+
+
+class _Merged(torch.autograd.Function):
+    """As `_Added`, in fp32, by W + scaling B A, which is made anew in both passes, and by its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        counts: list[int],
+    ) -> Tensor:
+        ctx.gradients = a.grad, b.grad
+        ctx.scaling, ctx.counts = scaling, counts
+        ctx.save_for_backward(x, weight, a, b)
+        y = x.new_empty(len(x), len(weight))
+        stacks = (_stacks(tensor, counts) for tensor in (x, y))
+        for xs, ys, own_a, own_b in zip(*stacks, _factors(a, counts), _factors(b, counts), strict=True):
+            torch.bmm(xs, torch.baddbmm(weight, own_b, own_a, alpha=scaling).mT, out=ys)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        g, counts, scaling = gradients[0].contiguous(), ctx.counts, ctx.scaling
+        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        stacks = [_stacks(tensor, counts) for tensor in (x, g, x if gx is None else gx)]
+        factors = (_factors(tensor, counts) for tensor in (a, b, *ctx.gradients))
+        for xs, gs, gxs, own_a, own_b, to_a, to_b in zip(*stacks, *factors, strict=True):
+            gradient = torch.bmm(gs.mT, xs)
+            to_a.baddbmm_(own_b.mT, gradient, alpha=scaling)
+            to_b.baddbmm_(gradient, own_a.mT, alpha=scaling)
             if gx is not None:
-                gx.split(counts)[lane].addmm_(ginner, a[lane])
+                torch.bmm(gs, torch.baddbmm(weight, own_b, own_a, alpha=scaling), out=gxs)
         return gx, *(None,) * 6
