@@ -1,5 +1,7 @@
 """Sampling with a KV cache, batched over problems, groups and lanes.
 
+Short responses to a prompt share its row of the cache, as they do where they are learned from.
+
 Every response has random numbers of its own, which follow from a key and nothing else, so it is the same in any
 batch (but for rounding, where a draw falls on the border of two tokens). Token ids and log-probabilities are taken
 here, where a token is drawn, and are never made from text again.
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 # Finished rows are dropped from the cache once they are this share of it: dropping copies the rest.
 _DROP_AT = 0.25
+# Responses share a row of the cache as long as they have so many tokens in all.
+_SHARED_TOKENS = 128
+_PROMPTS, _NOBODYS = 0, -1
 
 
 @dataclass(frozen=True)
@@ -147,61 +152,132 @@ def _sample_chunk(
 ) -> list[Response]:
     from lorabench.training.rl.cache import growing_cache
 
-    n = len(requests)
-    chance = np.full((n, stop.max_new_tokens), -1.0)
-    for row, request in enumerate(requests):
+    n, longest = len(requests), stop.max_new_tokens
+    chance = np.full((n, longest), -1.0)
+    for number, request in enumerate(requests):
         if request.key is not None:
-            chance[row] = uniforms(request.key, stop.max_new_tokens)
+            chance[number] = uniforms(request.key, longest)
     uniform = torch.from_numpy(chance).to(device)
     stops = torch.tensor(stop.tokens, dtype=torch.long, device=device)
-    tokens = torch.zeros((n, stop.max_new_tokens), dtype=torch.long, device=device)
-    logprobs = torch.zeros((n, stop.max_new_tokens), device=device)
-    lengths = torch.full((n,), stop.max_new_tokens, device=device)
-    stopped = torch.zeros(n, dtype=torch.bool, device=device)
+    tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
+    logprobs = torch.zeros((n, longest), device=device)
+    lengths, stopped = np.full(n, longest), np.zeros(n, np.bool_)
 
     # A prompt goes through the model once, however many responses it gets.
     asked = [(lane, request.prompt) for lane, request in zip(lanes, requests, strict=True)]
-    unique = list(dict.fromkeys(asked))
+    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(asked))}
+    prompts = np.array([unique[one] for one in asked])
     ids, mask = left_padded([prompt for _, prompt in unique], device)
     cache = growing_cache()
-    logits = _next_logits(stack, ids, mask, positions(mask), cache, [lane for lane, _ in unique])
-    place = {prompt: index for index, prompt in enumerate(unique)}
-    source = torch.tensor([place[one] for one in asked], device=device)
-    cache.batch_select_indices(source)
-    mask, logits = mask[source], logits[source]
-    rows = torch.arange(n, device=device)  # the request that each row of the cache belongs to
+    of_prompts = [lane for lane, _ in unique]
+    logits = _logits(stack, ids, mask, positions(mask), cache, of_prompts, 1)[:, -1][_on(prompts, device)]
+    rows = _Rows(prompts, max(1, _SHARED_TOKENS // longest))
+    if len(rows.prompts) > len(unique):
+        cache.batch_select_indices(_on(rows.prompts, device))
+    mask = mask[_on(rows.prompts, device)]
+    # Whose a column of the cache is: padding's, the prompt's, or that of a response by its seat in the row.
+    owners = torch.where(mask > 0, _PROMPTS, _NOBODYS)
+    starts = mask.sum(-1)
 
-    for step in range(stop.max_new_tokens):
+    live = np.arange(n)
+    for step in range(longest):
+        chosen = _on(live, device)
         distribution = torch.log_softmax(logits.float(), -1)
-        drawn = draw(distribution, uniform[rows, step])
-        tokens[rows, step] = drawn
-        logprobs[rows, step] = distribution.gather(-1, drawn[:, None]).squeeze(-1)
+        drawn = draw(distribution, uniform[chosen, step])
+        tokens[chosen, step] = drawn
+        logprobs[chosen, step] = distribution.gather(-1, drawn[:, None]).squeeze(-1)
         ended = torch.isin(drawn, stops)
         if stop.texts:
-            ended |= _has_text(tokenizer, tokens[rows, : step + 1], stop.texts)
-        # A row that has ended stays until enough have; what it goes on to say is not counted.
-        fresh = rows[ended & ~stopped[rows]]
-        stopped[fresh], lengths[fresh] = True, step + 1
-        live = ~stopped[rows]
-        left = int(live.sum())
-        if not left or step + 1 == stop.max_new_tokens:
+            ended |= _has_text(tokenizer, tokens[chosen, : step + 1], stop.texts)
+        over = ended.cpu().numpy()
+        stopped[live[over]], lengths[live[over]] = True, step + 1
+        live, drawn = live[~over], drawn[_on((~over).nonzero()[0], device)]
+        if not len(live) or step + 1 == longest:
             break
-        if left <= (1 - _DROP_AT) * len(rows):
-            keep = live.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            mask, drawn, rows = mask[keep], drawn[keep], rows[keep]
-            lanes = [lanes[index] for index in keep.tolist()]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
-        logits = _next_logits(stack, drawn[:, None], mask, positions(mask)[:, -1:], cache, lanes)
+        kept = rows.keep(live)
+        if kept is not None:
+            index = _on(kept, device)
+            cache.batch_select_indices(index)
+            owners, starts = owners[index], starts[index]
+        places = rows.places(live)
+        width = int(places[1].max()) + 1
+        row, column = (_on(where, device) for where in places)
+        ids = torch.zeros((len(owners), width), dtype=torch.long, device=device)
+        seats, position_ids = torch.full_like(ids, _NOBODYS), torch.zeros_like(ids)
+        ids[row, column] = drawn
+        seats[row, column] = _on(rows.seats[live], device)
+        position_ids[row, column] = starts[row] + step
+        owners = torch.cat([owners, seats], -1)
+        of_rows = [of_prompts[prompt] for prompt in rows.prompts]
+        seen = _seen(owners, seats, rows.shared)
+        logits = _logits(stack, ids, seen, position_ids, cache, of_rows, width)[row, column]
 
-    columns = zip(*(column.cpu().numpy() for column in (tokens, logprobs, lengths, stopped)), strict=True)
+    columns = zip(*(column.cpu().numpy() for column in (tokens, logprobs)), lengths, stopped, strict=True)
     return [Response(ids[:length].copy(), logp[:length].copy(), not end) for ids, logp, length, end in columns]
 
 
-def _next_logits(
-    stack: Stack, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: Sequence[int]
+class _Rows:
+    """Rows of the cache, each of a prompt and of responses to it that have a seat there.
+
+    Short responses share a row with their prompt, which so lies in the cache once; of longer ones each has a row, since
+    attention reaches over all of it.
+
+    Attributes:
+        prompts: the prompt of each row.
+        seats: of each response, from 1 on.
+        shared: whether a row has several seats.
+    """
+
+    def __init__(self, prompts: np.ndarray, most: int) -> None:
+        """
+        Args:
+            prompts: the prompt of each response, by its number; equal ones lie side by side.
+            most: responses of a row.
+        """
+        _, first, place = np.unique(prompts, return_index=True, return_inverse=True)
+        nth = np.arange(len(prompts)) - first[place]
+        starts = nth % most == 0
+        self.prompts, self.seats = prompts[starts], nth % most + 1
+        self._rows = starts.cumsum() - 1
+        self.shared = bool((self.seats > 1).any())
+
+    def keep(self, live: np.ndarray) -> np.ndarray | None:
+        """Give up rows whose responses have all ended; those that stay, or None where it is not worth it yet."""
+        kept = np.unique(self._rows[live])
+        if len(kept) > (1 - _DROP_AT) * len(self.prompts):
+            return None
+        self._rows = np.searchsorted(kept, self._rows)
+        self.prompts = self.prompts[kept]
+        return kept
+
+    def places(self, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of the next token of each response."""
+        row = self._rows[live]
+        _, first, place = np.unique(row, return_index=True, return_inverse=True)
+        return row, np.arange(len(row)) - first[place]
+
+
+def _seen(owners: Tensor, seats: Tensor, shared: bool) -> Tensor:
+    """The attention mask of new tokens: each sees the prompt and the response that it is of."""
+    if not shared:
+        return owners != _NOBODYS
+    of_prompt = (owners == _PROMPTS)[:, None]
+    return ((owners[:, None] == seats[:, :, None]) | of_prompt)[:, None]
+
+
+def _on(numbers: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers).to(device)
+
+
+def _logits(
+    stack: Stack, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: Sequence[int], last: int
 ) -> Tensor:
-    """Logits of the token after the last, (n, vocabulary); the cache grows by `ids`. `lanes` is in order."""
+    """Logits of what follows the last so many tokens, (rows, last, vocabulary); the cache grows by `ids`.
+
+    Args:
+        mask: (rows, all tokens), or (rows, 1, tokens of ids, all tokens).
+        lanes: of each row, in order.
+    """
     with stack.rows.are([lanes.count(lane) for lane in range(len(stack.lanes))]):
         logits: Tensor = stack.model(
             input_ids=ids,
@@ -209,9 +285,9 @@ def _next_logits(
             position_ids=position_ids,
             cache=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         ).logits
-    return logits[:, -1]
+    return logits
 
 
 def _has_text(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, texts: tuple[str, ...]) -> Tensor:

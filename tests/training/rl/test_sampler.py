@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lorabench.models.lora import adapter_pairs, add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
+from lorabench.training.rl import sampler
 from lorabench.training.rl.sampler import Request, draw, uniforms
 
 from .conftest import drawn, same_tokens
@@ -85,6 +86,35 @@ def test_a_response_does_not_depend_on_its_batch(base, tokenizer, prompts, cache
     assert len({tuple(response.tokens) for response in together}) > 5
     for one, other in zip(together, by_itself, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "seats"), [(1, 1), (16, 2), (10_000, 5)])
+def test_a_response_does_not_depend_on_those_in_its_row(base, tokenizer, prompts, monkeypatch, tokens, seats):
+    monkeypatch.setattr(sampler, "_SHARED_TOKENS", tokens)
+    made, rows = [], sampler._Rows
+    monkeypatch.setattr(sampler, "_Rows", lambda *given: made.append(rows(*given)) or made[-1])
+    requests = keyed(prompts[:6], samples=5)
+    together = drawn(base, tokenizer, requests, 8)
+    [dealt] = made
+    assert dealt.seats.max() == seats
+    by_itself = [drawn(base, tokenizer, [request], 8)[0] for request in requests]
+    assert same_tokens(together, by_itself)
+    # Some end early, so that rows are given up and others have seats left empty.
+    assert len({len(response.tokens) for response in together}) > 2
+    for one, other in zip(together, by_itself, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_rows_are_given_up_when_nobody_in_them_goes_on():
+    rows = sampler._Rows(np.array([0, 0, 0, 1, 1, 1, 1, 2]), 2)
+    assert rows.prompts.tolist() == [0, 0, 1, 1, 2]
+    assert rows.seats.tolist() == [1, 2, 1, 1, 2, 1, 2, 1]
+    # The second response to the first prompt, and the last two of the second prompt.
+    live = np.array([1, 5, 6])
+    assert rows.keep(live).tolist() == [0, 3]
+    assert rows.prompts.tolist() == [0, 1]
+    assert [places.tolist() for places in rows.places(live)] == [[0, 1, 1], [0, 0, 1]]
+    assert rows.keep(live) is None
 
 
 def test_a_length_limit_only_cuts(base, tokenizer, prompts):
