@@ -182,7 +182,7 @@ def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     """
     condition = sweep.condition
     tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
-    share = turns(sweep, lanes_of(preset, sweep, gpus)) / sweep.n_runs
+    share = turns(preset, sweep, lanes_of(preset, sweep, gpus)) / sweep.n_runs
     # Backward takes two of three.
     passes = 3 * condition.steps * max(share, tokens.trained / condition.steps / most) + tokens.evaluated / most
     return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS

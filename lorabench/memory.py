@@ -17,7 +17,7 @@ from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GB, GPUS
 from lorabench.lengths import longest_sequence
-from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.dimensions import Dimensions, dimensions, merges
 from lorabench.models.placement import Placement
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 USABLE = 0.92
 # Of a process on a CPU that has imported its libraries, and in RL the graders' too: measured on the laptop preset.
 _SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
-_LORA_LAYERS = 7  # linear layers with LoRA in a decoder layer, of placement all
+# Linear layers with LoRA in a decoder layer of experts, of placement all.
+_LORA_LAYERS = 7
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,19 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
         kept += sizes.active_experts * (8 * sizes.hidden + 16 * sizes.intermediate)
     else:
         kept += (8 if bf16 else 16) * sizes.intermediate
-    return kept + _LORA_LAYERS * (rank or 0) * (2 if bf16 else 4)
+    return kept + _lora_numbers(sizes, rank or 0, bf16) * (2 if bf16 else 4)
+
+
+def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
+    """What A makes of each token in a layer, kept unless A and B are merged into the weights."""
+    if sizes.experts:
+        return _LORA_LAYERS * rank
+    layers = sum(
+        matrix.count
+        for matrix in sizes.matrices
+        if matrix.part != "unembedding" and (bf16 or not merges(rank, matrix.d_in, matrix.d_out))
+    )
+    return rank * layers // sizes.layers
 
 
 def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:

@@ -261,7 +261,7 @@ def test_lanes_share_launches_and_no_flops():
         s for s in plan.sweeps if (s.condition.dataset, s.condition.rank, len(s.lrs), s.seeds) == ("worked", 16, 7, 3)
     )
     assert lanes_of(together, sweep, 1) == 3
-    assert turns(sweep, 3) == 4
+    assert turns(together, sweep, 3) == 4
     (computing, of_one), (same, of_three) = (cost.run_seconds(preset, sweep, 1) for preset in (alone, together))
     assert computing == same
     # A batch, forward and backward, launched 4 times for 9 runs rather than 9 times.

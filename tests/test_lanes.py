@@ -6,11 +6,11 @@ import pytest
 
 from lorabench.config import Execution, load_preset
 from lorabench.gpus import GB, GPUS
-from lorabench.lanes import lanes_of, paying, turns
+from lorabench.lanes import dealt, lanes_of, paying, turns
 from lorabench.lengths import longest_sequence
 from lorabench.memory import USABLE, gpus_needed, peak_bytes, sweep_memory
 from lorabench.models.dimensions import dimensions
-from lorabench.plan import make_plan
+from lorabench.plan import Run, make_plan
 
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
@@ -80,14 +80,14 @@ def test_lanes_keep_every_limit_and_need_no_more_gpus(name):
     for sweep in plan.sweeps:
         gpus = gpus_needed(preset, sweep)
         lanes, condition = lanes_of(preset, sweep, gpus), sweep.condition
-        runs = len(sweep.lrs) + len(sweep.repeated), sweep.seeds - 1
+        runs = (1, len(sweep.lrs) + len(sweep.repeated), sweep.seeds - 1)
         assert 1 <= lanes <= min(execution.lanes, max(runs))
         assert gpus == gpus_needed(with_execution(preset, lanes=1), sweep)
         available = USABLE * GPUS[execution.gpu].memory if execution.gpu else 4 * GB * execution.threads
         assert peak_bytes(preset, sweep, gpus, lanes) <= available
         if lanes > 1:
             assert lanes * longest_sequence(preset, condition) <= execution.max_batch_tokens
-            assert turns(sweep, lanes) < turns(sweep, lanes - 1)
+            assert turns(preset, sweep, lanes) < turns(preset, sweep, lanes - 1)
             assert not dimensions(preset.models[condition.model]).experts
             assert gpus < 2
             assert condition.task == "sft" or condition.method == "lora"
@@ -123,9 +123,27 @@ def test_runs_are_spread_over_as_few_turns():
     plan = make_plan(preset)
     sweep = first(plan, "lora", "instruct", model="llama-64", rank=16)
     assert (len(sweep.lrs), len(sweep.repeated), sweep.seeds) == (5, 0, 3)
-    assert [turns(sweep, lanes) for lanes in (1, 2, 3, 4, 5)] == [7, 4, 3, 3, 2]
+    assert [turns(preset, sweep, lanes) for lanes in (1, 2, 3, 4, 5)] == [7, 4, 3, 3, 2]
     found = [lanes_of(with_execution(preset, lanes=most), sweep, 0) for most in (1, 2, 3, 4, 5, 8)]
     assert found == [1, 2, 3, 3, 5, 5]
+
+
+def test_full_fine_tuning_on_a_cpu_has_lanes_of_one_seed():
+    preset = load_preset("laptop")
+    plan = make_plan(preset)
+    full, lora = (first(plan, method, "instruct", model="llama-64") for method in ("fullft", "lora"))
+    assert (len(full.lrs), full.seeds) == (len(lora.lrs), lora.seeds) == (5, 3)
+    seeds = [[run.seed for run in group] for group in dealt(preset, [*full.grid(), *full.repeats(full.lrs[0])], 4)]
+    assert seeds == [[0, 0, 0, 0], [0], [1], [2]]
+    seeds = [[run.seed for run in group] for group in dealt(preset, [*lora.grid(), *lora.repeats(lora.lrs[0])], 4)]
+    assert seeds == [[0, 0, 0, 0], [0, 1, 2]]
+    assert (turns(preset, full, 5), turns(preset, lora, 5)) == (1 + 2, 1 + 1)
+    assert turns(with_execution(preset, gpu="A10"), full, 5) == 1 + 1
+    # However the seeds are mixed, each run is in one group.
+    mixed = [Run(full.condition, lr, seed) for lr in full.lrs for seed in range(3)]
+    groups = dealt(preset, mixed, 3)
+    assert sorted(run.run_id for group in groups for run in group) == sorted(run.run_id for run in mixed)
+    assert all(len({run.seed for run in group}) == 1 for group in groups)
 
 
 def test_where_memory_is_short_lanes_are_fewer_and_gpus_not_more():

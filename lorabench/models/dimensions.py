@@ -40,6 +40,15 @@ class Matrix:
         return self.count * self.d_in * self.d_out
 
 
+def merges(rank: int, d_in: int, d_out: int) -> bool:
+    """Whether LoRA's products by A and B are more than the gradient of the layer's weights.
+
+    By tokens they are 3 r (d_in + d_out) in both passes, that is d_in d_out. Where they are more, and in fp32, LoRA is
+    computed by merged weights (`lorabench.models.lora_lanes`).
+    """
+    return 3 * rank * (d_in + d_out) > d_in * d_out
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """Sizes of a decoder of the Llama and Qwen3 families, dense or a mixture of experts."""

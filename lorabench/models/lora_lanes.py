@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorabench.models.dimensions import merges
 from lorabench.models.lanes import Lane, Rows, Shelf, Stack, add_products, by_lane, even, lane_name
 from lorabench.models.lora import adapter_pairs, in_expert, lora_layers
 
@@ -99,12 +100,14 @@ class _Forward:
 
 
 def _merging_pays(dtype: torch.dtype, tokens: float, d_in: int, d_out: int, rank: int) -> bool:
-    """Whether merged weights cost less, if each lane has so many tokens: where the rank is large for the layer.
+    """Whether merged weights cost fewer products, if each lane has so many tokens.
 
-    By tokens, A and B cost 3 r (d_in + d_out) in both passes, the gradient of merged weights d_in d_out; merging twice,
-    and the gradients of A and B from it, 4 r d_in d_out. In 16 bits small updates of W would be rounded away.
+    Merging twice, and the gradients of A and B from that of the weights, are 4 r d_in d_out. In 16 bits small updates
+    of W would be rounded away.
     """
-    return dtype == torch.float32 and tokens * (3 * rank * (d_in + d_out) - d_in * d_out) > 4 * rank * d_in * d_out
+    if dtype != torch.float32 or not merges(rank, d_in, d_out):
+        return False
+    return tokens * (3 * rank * (d_in + d_out) - d_in * d_out) > 4 * rank * d_in * d_out
 
 
 def _stacks(tensor: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ import torch
 from lorabench.allocation import keep_freed_memory
 from lorabench.config import FactsDataset
 from lorabench.errors import UserError
-from lorabench.lanes import lanes_of
+from lorabench.lanes import dealt, lanes_of
 from lorabench.layout import Layout
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.full_lanes import lane_state
@@ -135,10 +135,11 @@ class Job:
         machine = self.machine
         gpus = machine.processes.count if machine.device.type == "cuda" else 0
         size = 1 if machine.processes.sharded else lanes_of(self.plan.preset, self.sweep, gpus)
-        groups = []
+        groups, numbers = [], {run: number for number, run in runs}
         # Formed before finished ones are left out: what goes on does so beside the same runs.
-        for start in range(0, len(runs), size):
-            group = {run.run_id: (number, run) for number, run in self.unfinished(runs[start : start + size])}
+        for together in dealt(self.plan.preset, numbers, size):
+            unfinished = self.unfinished((numbers[run], run) for run in together)
+            group = {run.run_id: (number, run) for number, run in unfinished}
             if group:
                 paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
                 groups += [{run_id: group[run_id] for run_id in ids} for ids in in_step(paths, machine.processes)]
