@@ -110,14 +110,15 @@ def _merging_pays(dtype: torch.dtype, tokens: float, d_in: int, d_out: int, rank
     return tokens * (3 * rank * (d_in + d_out) - d_in * d_out) > 4 * rank * d_in * d_out
 
 
-def _stacks(tensor: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """Tokens (tokens, width) as (lanes, tokens of each, width): all lanes at once, or each by itself if uneven."""
-    return [by_lane(tensor, counts)] if even(counts) else [part[None] for part in tensor.split(list(counts))]
+def _each(counts: Sequence[int], tokens: Sequence[Tensor], stacked: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Tokens (tokens, width) as (lanes, tokens of each, width), and what is stacked by lane.
 
-
-def _factors(stacked: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """A or B of the same lanes."""
-    return [stacked] if even(counts) else stacked.split(1)
+    All lanes at once, or each by itself where they have different numbers of tokens.
+    """
+    if even(counts):
+        return [(*(by_lane(tensor, counts) for tensor in tokens), *stacked)]
+    parts = [[part[None] for part in tensor.split(list(counts))] for tensor in tokens]
+    return list(zip(*parts, *(tensor.split(1) for tensor in stacked), strict=True))
 
 
 class _Added(torch.autograd.Function):
@@ -142,8 +143,7 @@ class _Added(torch.autograd.Function):
         a, b = a.to(x.dtype), b.to(x.dtype)
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
         inner = x.new_empty(len(x), a.shape[1])
-        stacks = (_stacks(tensor, counts) for tensor in (x, y, inner))
-        for xs, ys, inners, own_a, own_b in zip(*stacks, _factors(a, counts), _factors(b, counts), strict=True):
+        for xs, ys, inners, own_a, own_b in _each(counts, (x, y, inner), (a, b)):
             torch.bmm(xs, own_a.mT, out=inners)
             ys.baddbmm_(inners.mul_(scaling), own_b.mT)
         ctx.save_for_backward(x, weight, a, b, inner)
@@ -156,9 +156,8 @@ class _Added(torch.autograd.Function):
         x, weight, a, b, inner = ctx.saved_tensors
         g, counts = gradients[0].contiguous(), ctx.counts
         gx = g @ weight if ctx.needs_input_grad[0] else None
-        stacks = [_stacks(tensor, counts) for tensor in (x, g, inner, x if gx is None else gx)]
-        factors = (_factors(tensor, counts) for tensor in (a, b, *ctx.gradients))
-        for xs, gs, inners, gxs, own_a, own_b, to_a, to_b in zip(*stacks, *factors, strict=True):
+        tokens = (x, g, inner, x if gx is None else gx)
+        for xs, gs, inners, gxs, own_a, own_b, to_a, to_b in _each(counts, tokens, (a, b, *ctx.gradients)):
             ginner = torch.bmm(gs, own_b).mul_(ctx.scaling)
             add_products(to_a, ginner.mT, xs)
             add_products(to_b, gs.mT, inners)
@@ -185,8 +184,7 @@ class _Merged(torch.autograd.Function):
         ctx.scaling, ctx.counts = scaling, counts
         ctx.save_for_backward(x, weight, a, b)
         y = x.new_empty(len(x), len(weight))
-        stacks = (_stacks(tensor, counts) for tensor in (x, y))
-        for xs, ys, own_a, own_b in zip(*stacks, _factors(a, counts), _factors(b, counts), strict=True):
+        for xs, ys, own_a, own_b in _each(counts, (x, y), (a, b)):
             torch.bmm(xs, torch.baddbmm(weight, own_b, own_a, alpha=scaling).mT, out=ys)
         return y if bias is None else y.add_(bias)
 
@@ -196,9 +194,8 @@ class _Merged(torch.autograd.Function):
         x, weight, a, b = ctx.saved_tensors
         g, counts, scaling = gradients[0].contiguous(), ctx.counts, ctx.scaling
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        stacks = [_stacks(tensor, counts) for tensor in (x, g, x if gx is None else gx)]
-        factors = (_factors(tensor, counts) for tensor in (a, b, *ctx.gradients))
-        for xs, gs, gxs, own_a, own_b, to_a, to_b in zip(*stacks, *factors, strict=True):
+        tokens = (x, g, x if gx is None else gx)
+        for xs, gs, gxs, own_a, own_b, to_a, to_b in _each(counts, tokens, (a, b, *ctx.gradients)):
             gradient = torch.bmm(gs.mT, xs)
             to_a.baddbmm_(own_b.mT, gradient, alpha=scaling)
             to_b.baddbmm_(gradient, own_a.mT, alpha=scaling)
