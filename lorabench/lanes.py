@@ -16,7 +16,7 @@ from lorabench.config import Preset
 from lorabench.gpus import GB, GPUS
 from lorabench.lengths import longest_sequence, tokens_per_example
 from lorabench.memory import USABLE, peak_bytes
-from lorabench.models.dimensions import dimensions
+from lorabench.models.dimensions import dimensions, merges
 
 if TYPE_CHECKING:
     from lorabench.config import Execution
@@ -27,9 +27,9 @@ Work = Literal["lora", "fullft", "drawing"]
 
 # Tokens of one run's batch, or of one position of all its responses, times the model's width that keep a CPU thread
 # busy. Measured with 1 and 2 threads, on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA still
-# gained at 262,144 for each thread, full fine-tuning up to about 80,000, and no more at 170,000. Drawing responses
-# gained up to 32,768 and no more above.
-_BUSY_THREAD: dict[Work, int] = {"lora": 1_048_576, "fullft": 196_608, "drawing": 65_536}
+# gained at 262,144 for each thread; full fine-tuning, and LoRA by merged weights, up to about 80,000, and no more at
+# 170,000. Drawing responses gained up to 32,768 and no more above.
+_BUSY_THREAD: dict[Work, int] = {"lora": 1_048_576, "fullft": 327_680, "drawing": 65_536}
 # Bytes of a job on a CPU for each of its threads, beyond which it takes fewer lanes: clusters commonly have so much.
 _CPU_MEMORY = 4 * GB
 
@@ -48,8 +48,9 @@ def lanes_of(preset: Preset, sweep: Sweep, gpus: int) -> int:
     while most > 1 and not _fit(preset, sweep, gpus, most):
         most -= 1
     # Five runs are three and two rather than four and one.
-    least = turns(preset, sweep, most)
-    return next(lanes for lanes in range(1, most + 1) if turns(preset, sweep, lanes) == least)
+    work = _work(preset, condition)
+    taken = {lanes: turns(preset, sweep, lanes) for lanes in range(1, most + 1) if busy(execution, work, lanes)}
+    return min(taken, key=lambda lanes: (taken[lanes], lanes))
 
 
 def turns(preset: Preset, sweep: Sweep, lanes: int) -> int:
@@ -83,19 +84,38 @@ def paying(execution: Execution, work: Work, tokens: float, hidden: int) -> int:
     return max(1, int(full / (tokens * hidden)))
 
 
+def busy(execution: Execution, work: Work, lanes: int) -> bool:
+    """Whether a CPU's threads, each with whole lanes of stacked products, are busy but for a fifth.
+
+    Three lanes on two threads took a tenth longer than each run alone. LoRA's largest products are not stacked.
+    """
+    if lanes == 1 or execution.gpu is not None or work != "fullft":
+        return True
+    return -(-lanes // execution.threads) * execution.threads <= 1.2 * lanes
+
+
 def _paying(preset: Preset, condition: Condition) -> int:
     execution, model = preset.execution, preset.models[condition.model]
     longest = longest_sequence(preset, condition)
-    work: Work = condition.method
     if condition.rollouts is None:
         batch = condition.batch_size * tokens_per_example(model, preset.datasets[condition.dataset])
         tokens = min(batch, float(max(longest, execution.max_batch_tokens)))
     else:
-        # Drawing takes longer than learning: one position of all responses at a time.
-        tokens, work = condition.batch_size, "drawing"
+        tokens = condition.batch_size
     # Lanes share the limit of tokens: it has room for an example of each.
     within = execution.max_batch_tokens // longest
-    return max(1, min(within, paying(execution, work, tokens, dimensions(model).hidden)))
+    return max(1, min(within, paying(execution, _work(preset, condition), tokens, dimensions(model).hidden)))
+
+
+def _work(preset: Preset, condition: Condition) -> Work:
+    """What takes a condition's time."""
+    if condition.rollouts is not None:
+        # Drawing takes longer than learning: one position of all responses at a time.
+        return "drawing"
+    width = dimensions(preset.models[condition.model]).hidden
+    # With merged weights LoRA has the products of full fine-tuning.
+    merged = condition.rank and preset.protocol.precision == "fp32" and merges(condition.rank, width, width)
+    return "fullft" if merged else condition.method
 
 
 def _groups(preset: Preset, sweep: Sweep, lanes: int) -> list[list[Run]]:

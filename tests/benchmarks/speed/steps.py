@@ -73,6 +73,7 @@ SETTINGS = [
     Setting(model="llama-64", full_lanes=(4, 8)),
     # A few seconds a step on two cores.
     Setting(model="smollm2-135m", batch=1, length=64, lanes=(4,)),
+    Setting(model="smollm2-135m", batch=4, precision="bf16", lanes=(2,)),
 ]
 QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
 
