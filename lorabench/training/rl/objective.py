@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lorabench.errors import UserError
 from lorabench.models.lanes import Rows, Stack
 from lorabench.training.distributed import ALONE, Processes, enter
-from lorabench.training.rl.sampler import Response
+from lorabench.training.rl.sampler import Response, window
 
 # Responses share a row with their prompt: any number up to the short limit, a few up to the long one.
 _SHORT_ROW, _LONG_ROW, _RESPONSES = 192, 2048, 4
@@ -176,9 +177,19 @@ def response_logprobs(
 
     Args:
         dealt: how many of the rows are each lane's.
+
+    Raises:
+        UserError: the model has layers that see less far than a prompt with its response is long.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     width = max(map(_length, rows))
+    within = window(base)
+    longest = max(len(row.prompt) + len(response.tokens) for row in rows for response in row.responses)
+    if within is not None and longest > within:
+        raise UserError(
+            f"{type(base).__name__} has sliding attention over {within} tokens, and a prompt with its response has "
+            f"{longest}; in RL both must be within that: lower max_new_tokens or drop long problems"
+        )
     # A token's segment is 0 in the prompt, else the number of its response; padding has one of its own.
     ids, places, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
     segments -= 1

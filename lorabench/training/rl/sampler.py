@@ -128,6 +128,16 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
     return torch.where(uniform < 0, logprobs.argmax(-1), drawn)
 
 
+def window(model: torch.nn.Module) -> int | None:
+    """How far back a model's layers of sliding attention see, in tokens; None if it has none.
+
+    The mask of a row that responses share does not know of it.
+    """
+    config: Any = model.config
+    found = getattr(config, "sliding_window", None)
+    return int(found) if found and getattr(config, "use_sliding_window", True) else None
+
+
 def _chunks(requests: Sequence[Request], stop: Stop, max_cache_tokens: int) -> Iterator[list[int]]:
     """Indices of requests that are sampled together, of similar prompt length, those of one prompt side by side."""
     ordered = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt), requests[index].prompt))
@@ -171,7 +181,9 @@ def _sample_chunk(
     cache = growing_cache()
     of_prompts = [lane for lane, _ in unique]
     logits = _logits(stack, ids, mask, positions(mask), cache, of_prompts, 1)[:, -1][_on(prompts, device)]
-    rows = _Rows(prompts, max(1, _SHARED_TOKENS // longest))
+    within, farthest = window(stack.model), ids.shape[1] + longest
+    seats = max(1, _SHARED_TOKENS // longest) if within is None or farthest <= within else 1
+    rows = _Rows(prompts, seats)
     if len(rows.prompts) > len(unique):
         cache.batch_select_indices(_on(rows.prompts, device))
     mask = mask[_on(rows.prompts, device)]
@@ -203,13 +215,13 @@ def _sample_chunk(
         width = int(places[1].max()) + 1
         row, column = (_on(where, device) for where in places)
         ids = torch.zeros((len(owners), width), dtype=torch.long, device=device)
-        seats, position_ids = torch.full_like(ids, _NOBODYS), torch.zeros_like(ids)
+        takers, position_ids = torch.full_like(ids, _NOBODYS), torch.zeros_like(ids)
         ids[row, column] = drawn
-        seats[row, column] = _on(rows.seats[live], device)
+        takers[row, column] = _on(rows.seats[live], device)
         position_ids[row, column] = starts[row] + step
-        owners = torch.cat([owners, seats], -1)
+        owners = torch.cat([owners, takers], -1)
         of_rows = [of_prompts[prompt] for prompt in rows.prompts]
-        seen = _seen(owners, seats, rows.shared)
+        seen = _seen(owners, takers, rows.shared)
         logits = _logits(stack, ids, seen, position_ids, cache, of_rows, width)[row, column]
 
     columns = zip(*(column.cpu().numpy() for column in (tokens, logprobs)), lengths, stopped, strict=True)
@@ -257,12 +269,12 @@ class _Rows:
         return row, np.arange(len(row)) - first[place]
 
 
-def _seen(owners: Tensor, seats: Tensor, shared: bool) -> Tensor:
+def _seen(owners: Tensor, takers: Tensor, shared: bool) -> Tensor:
     """The attention mask of new tokens: each sees the prompt and the response that it is of."""
     if not shared:
         return owners != _NOBODYS
     of_prompt = (owners == _PROMPTS)[:, None]
-    return ((owners[:, None] == seats[:, :, None]) | of_prompt)[:, None]
+    return ((owners[:, None] == takers[:, :, None]) | of_prompt)[:, None]
 
 
 def _on(numbers: np.ndarray, device: torch.device) -> Tensor:

@@ -8,10 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench.errors import UserError
+from lorabench.models.lanes import alone
 from lorabench.models.lora import adapter_pairs, add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
 from lorabench.training.rl import sampler
+from lorabench.training.rl.objective import Group, backward
 from lorabench.training.rl.sampler import Request, draw, uniforms
+from tests.training.lanes import base_of
 
 from .conftest import drawn, same_tokens
 
@@ -66,6 +70,37 @@ def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts):
             logits = base(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
         expected = logits.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
         assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("short", "shared"), [(12, True), (30, False)])
+def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
+    """Responses share a row only where the window is wider than prompt and response."""
+    model = base_of("mistral").eval()
+    assert sampler.window(model) == 24
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Attention that is not almost uniform.
+            parameter.mul_(8 if parameter.ndim == 2 else 1)
+    made, rows = [], sampler._Rows
+    monkeypatch.setattr(sampler, "_Rows", lambda *given: made.append(rows(*given)) or made[-1])
+    rng = np.random.default_rng(0)
+    requests = keyed([tuple(rng.integers(5, 900, short).tolist()) for _ in range(3)])
+    found = drawn(model, tokenizer, requests, 8)
+    assert made[0].shared == shared
+    for request, response in zip(requests, found, strict=True):
+        ids = torch.tensor([[*request.prompt, *response.tokens]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
+        assert response.logprobs == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_learning_beyond_a_sliding_window_is_refused(tokenizer):
+    model = base_of("mistral")
+    requests = keyed([tuple(range(5, 35))], samples=2)
+    group = Group.of(requests[0].prompt, drawn(model, tokenizer, requests, 8), np.array([0.0, 1.0]))
+    with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be within"):
+        backward(alone(model, "one"), [[group]], 2048)
 
 
 def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
