@@ -17,6 +17,7 @@ from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GB, GPUS
 from lorabench.lengths import longest_sequence
+from lorabench.models.blocks import kept_shares
 from lorabench.models.dimensions import Dimensions, dimensions, merges
 from lorabench.models.placement import Placement
 
@@ -80,7 +81,9 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) ->
     # A batch may go through the model at once, and all of its tokens may be scored.
     part = max(longest, min(execution.max_batch_tokens // lanes, condition.batch_size * longest))
     is_rl = condition.rollouts is not None
-    step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, gpus, is_rl, lanes)
+    # In RL attention has a mask, and is not computed in blocks.
+    row = 0 if is_rl else longest
+    step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
     if not is_rl:
         return step
     bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
@@ -99,6 +102,7 @@ def step_memory(
     rank: int | None,
     placement: Placement | None,
     tokens: int,
+    row: int,
     gpus: int = 1,
     is_rl: bool = False,
     lanes: int = 1,
@@ -108,12 +112,15 @@ def step_memory(
     Args:
         rank: of LoRA, None for full fine-tuning.
         tokens: of all lanes together.
+        row: tokens of a row, that attention reaches over without a mask.
         is_rl: whether the loss is that of RL, which also measures the entropy.
     """
     bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
     parts = _parts(preset, gpus)
     trained = lanes * trained_parameters(preset, sizes, rank, placement)
     layer = _layer_bytes(sizes, rank, bf16)
+    if preset.execution.gpu is None:
+        layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time, when the
     # logits are gone.
     kept = sizes.layers * (4 * sizes.hidden if again else layer)

@@ -153,6 +153,11 @@ class Sweep:
         seeds = (seed for seed in range(1, self.seeds) if (best_lr, seed) not in self.repeated)
         return [Run(self.condition, best_lr, seed) for seed in seeds]
 
+    @cached_property
+    def run_ids(self) -> frozenset[str]:
+        """Of all runs that it may have, whichever LR proves the best."""
+        return frozenset(run.run_id for run in (*self.grid(), *(run for lr in self.lrs for run in self.repeats(lr))))
+
 
 @dataclass(frozen=True)
 class Job:

@@ -6,6 +6,7 @@ Whether a job is alive says the heartbeat of its lock (lock.py).
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.exhausted import NoSpaceError
 from lorabench.lock import alive, silence
-from lorabench.records import write_json
+from lorabench.records import RunFolder, write_json
 
 if TYPE_CHECKING:
     from lorabench.layout import Layout
@@ -75,8 +76,10 @@ def status(plan: Plan, layout: Layout) -> Status:
     silent: list[dict[str, Any]] = []
     finished = [job for job in plan.jobs if layout.job(job).exists()]
     done = sum(job.n_runs for job in finished)
+    # One look at the folder: a job asks after every run, and most that it may have are not there.
+    runs = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
     for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
-        done += _finished_runs(sweep, layout)
+        done += sum(RunFolder(layout.runs, run_id).done() for run_id in runs & sweep.run_ids)
         try:
             state = json.loads(layout.progress(sweep).read_text())
         except FileNotFoundError:
@@ -92,9 +95,3 @@ def status(plan: Plan, layout: Layout) -> Status:
         silent=silent,
         report=layout.report if layout.report.exists() else None,
     )
-
-
-def _finished_runs(sweep: Sweep, layout: Layout) -> int:
-    """Finished runs of a sweep in progress; which LR the repeats have is not known here, so any counts."""
-    candidates = [*sweep.grid(), *(run for lr in sweep.lrs for run in sweep.repeats(lr))]
-    return sum((layout.runs / run.run_id / "record.json").exists() for run in candidates)

@@ -99,7 +99,9 @@ def compute_resources(plan: Plan) -> Resources:
     def peak(model: str) -> float:
         sizes = dimensions(preset.models[model])
         adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
-        step = step_memory(uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length)
+        step = step_memory(
+            uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length, experiment.sequence_length
+        )
         return step.total + 12 * adapters
 
     largest = max(experiment.models, key=peak)

@@ -89,14 +89,14 @@ def test_evaluations_counted_are_those_made():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["llama-128", "qwen-64"])
-def test_memory_is_what_a_step_takes(name, precision):
+@pytest.mark.parametrize(("name", "length"), [("llama-128", 128), ("qwen-64", 128), ("llama-128", 400)])
+def test_memory_is_what_a_step_takes(name, length, precision):
     from lorabench.training.compute import measure_compute
 
     spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
     preset = load_preset("laptop").model_copy(update={"protocol": protocol})
-    for row in measure_compute("tiny", spec, [8, 64], "all", 8, 128, 1, 1, protocol):
-        estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], 8 * 128).total
+    for row in measure_compute("tiny", spec, [8, 64], "all", 8, length, 1, 1, protocol):
+        estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], 8 * length, length).total
         # An upper bound: the last gradients come when the first activations are gone.
         assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
 
@@ -117,7 +117,7 @@ def test_memory_with_checkpoints_is_what_a_step_takes():
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         peaks.append(_Arm(None, model, tokens[0], tokens[1], protocol).peak_memory())
         chosen = with_execution(preset, activation_checkpointing=again)
-        assert 1.0 <= step_memory(chosen, dimensions(spec), None, None, 8 * 128).total / peaks[-1] < 1.25
+        assert 1.0 <= step_memory(chosen, dimensions(spec), None, None, 8 * 128, 128).total / peaks[-1] < 1.25
     assert peaks[1] < peaks[0]
 
 
@@ -172,12 +172,12 @@ def test_weights_that_lora_goes_with_stay_in_bf16():
     assert sizes.carrying("all", True) == linear
     for placement, cast in (("all", linear), ("attn", attention)):
         trained = sizes.lora(placement, 16, True)[0]
-        step = step_memory(plain, sizes, 16, placement, 8192)
+        step = step_memory(plain, sizes, 16, placement, 8192, 1024)
         assert (step.weights, step.copies) == (4 * (sizes.parameters + trained) + 2 * cast, 2 * (linear - cast))
         # Where memory counts for more, and where a part of each weight is elsewhere, they are cast in every pass.
-        short = step_memory(checkpoints, sizes, 16, placement, 8192)
+        short = step_memory(checkpoints, sizes, 16, placement, 8192, 1024)
         assert (short.weights, short.copies) == (4 * (sizes.parameters + trained), 2 * linear / sizes.layers)
-        assert step_memory(plain, sizes, 16, placement, 8192, gpus=2).copies == 2 * linear
+        assert step_memory(plain, sizes, 16, placement, 8192, 1024, gpus=2).copies == 2 * linear
 
 
 def test_what_fits_nowhere_is_one_sentence():

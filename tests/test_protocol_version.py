@@ -30,6 +30,8 @@ CODE = (
     "lorabench/data/rows.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
+    "lorabench/models/attention.py",
+    "lorabench/models/blocks.py",
     "lorabench/models/full_lanes.py",
     "lorabench/models/lanes.py",
     "lorabench/models/lora.py",

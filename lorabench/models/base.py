@@ -122,6 +122,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from lorabench.models.attention import attend_in_blocks
+
     # A bar per run would drown the progress lines.
     logging.disable_progress_bar()
     check_folder(spec)
@@ -132,6 +134,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     for name, value in model.config.to_dict().items():
         if "dropout" in name and value:
             raise ModelError(f"model {location(spec)} has {name} {value}; set it to 0 in its config.json")
+    attend_in_blocks(model)
     return model.train()
 
 
@@ -145,6 +148,8 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lorabench.models.attention import attend_in_blocks
+
     check_folder(spec)
     options = _options(spec)
     with _explained(spec), init_empty_weights():
@@ -152,6 +157,7 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
         )
+    attend_in_blocks(model)
     return model.train()
 
 

@@ -39,7 +39,7 @@ from lorabench.models.placement import Placement
 from lorabench.models.size import base_parameters
 from lorabench.tables import COMPUTE
 from lorabench.training.batches import Batch
-from lorabench.training.loss import add_gradient, check_plain_head, nll_sum
+from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head, nll_sum
 from lorabench.training.provenance import machine_state
 
 if TYPE_CHECKING:
@@ -214,8 +214,8 @@ class _Arm:
     def step(self) -> None:
         """One optimizer step; leaves no gradient."""
         batch, autocast = Batch(self.inputs, self.targets, None), self.protocol.precision == "bf16"
-        scored = [self.targets.numel()]
-        add_gradient(self.stack.model, batch, self.stack.rows, scored, torch.bfloat16 if autocast else None)
+        scored, max_logits = [self.targets.numel()], MAX_LOGITS[self.inputs.device.type]
+        add_gradient(self.stack.model, batch, self.stack.rows, scored, torch.bfloat16 if autocast else None, max_logits)
         self.optimizer.step()
         self.lane.zero_grad()
 

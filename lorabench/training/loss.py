@@ -23,8 +23,10 @@ from lorabench.training.distributed import ALONE, Processes, enter
 if TYPE_CHECKING:
     from torch import nn
 
-MAX_LOGITS = 1 << 22
-"""Logits that are computed at once: 16 MiB in fp32, and a few times as much with their gradient."""
+# Logits that are computed at once, of all scored tokens of a pass: 64 and 256 MiB in fp32, a few times as much with
+# their gradient. Fewer make the products of the unembedding slow, whose weights are read for each piece. On a CPU the
+# best of 2 to the 22 to 25 on SmolLM2-135M (`python -m tests.benchmarks.parts`); of a GPU assumed.
+MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 def nll_sum(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -49,7 +51,7 @@ def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
 
 def _nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
     hidden, targets, counts = _hidden(model, batch, rows)
-    size = max(1, len(targets)) if torch.is_grad_enabled() else _at_once(model, MAX_LOGITS)
+    size = max(1, len(targets)) if torch.is_grad_enabled() else _at_once(model, MAX_LOGITS[targets.device.type])
     parts = [_sums(model, hidden[piece], targets[piece], own, rows) for piece, own in _pieces(counts, size)]
     return torch.stack(parts).sum(0)
 
@@ -60,13 +62,13 @@ def add_gradient(
     rows: Rows,
     divisors: Sequence[int],
     autocast: torch.dtype | None,
-    max_logits: int | None = MAX_LOGITS,
+    max_logits: int | None,
 ) -> Tensor:
     """Add the gradient of each lane's NLL over its divisor; returns those quotients, (lanes,), on the device.
 
     Args:
         batch: as many rows of each lane, lane after lane.
-        max_logits: of what is computed at once; None for all, as a sharded model needs.
+        max_logits: of what is computed at once (see `MAX_LOGITS`); None for all, as a sharded model needs.
     """
     device = batch.inputs.device
     divisor = torch.tensor(divisors, dtype=torch.float32, device=device)

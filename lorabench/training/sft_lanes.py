@@ -87,7 +87,7 @@ class SftLanes:
         counts = np.sum([batch.scored_by(lanes) for batch in batches], axis=0)
         scored = [int(processes.total(count)) for count in counts]
         nll = torch.zeros(lanes, dtype=torch.float64, device=machine.device)
-        max_logits = None if processes.sharded else MAX_LOGITS
+        max_logits = None if processes.sharded else MAX_LOGITS[machine.device.type]
         for batch in batches:
             on_device = batch.to(machine.device)
             nll += add_gradient(self._stack.model, on_device, self._stack.rows, scored, self._autocast, max_logits)

@@ -106,7 +106,7 @@ def test_weights_gradients_and_moments_have_the_bytes_that_are_counted(name, ran
         optimizer = torch.optim.AdamW(trained, foreach=False)
         optimizer.step()
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    memory = step_memory(load_preset("paper"), of_config(config(name)), rank, "all" if rank else None, 1024)
+    memory = step_memory(load_preset("paper"), of_config(config(name)), rank, "all" if rank else None, 1024, 1024)
     assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert memory.moments == sum(moment.nbytes for moment in moments)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2
 
 from lorabench.config import Protocol, TinyModel
 from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import load_model
 from lorabench.models.full_lanes import stack_full
 from lorabench.models.lanes import Stack, alone
@@ -58,6 +59,7 @@ def base_of(name: str) -> Any:
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
                 parameter.normal_(std=0.1)
+    attend_in_blocks(model)
     return model.train()
 
 

@@ -172,7 +172,7 @@ def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
     assert peak(at_once * vocabulary) < logits / 2
     for lane in made.lanes.values():
         lane.zero_grad()
-    monkeypatch.setattr(loss, "MAX_LOGITS", at_once * vocabulary)
+    monkeypatch.setitem(loss.MAX_LOGITS, "cpu", at_once * vocabulary)
     with torch.no_grad(), _NewStorages() as new:
         nll_sums(made.model, batch, made.rows)
     assert new.peak < logits / 2
@@ -186,7 +186,8 @@ def test_pieces_cover_every_scored_token_once():
     assert [own for _, own in loss._pieces([0, 0], 5)] == [[0, 0]]
 
 
-def test_the_limit_is_of_sixteen_mebibytes():
-    assert 4 * MAX_LOGITS == 16 * 2**20
-    assert loss._at_once(tiny(False), MAX_LOGITS) == MAX_LOGITS // VOCABULARY
+def test_the_limit_on_a_cpu_is_of_64_mebibytes():
+    limit = MAX_LOGITS["cpu"]
+    assert 4 * limit == 64 * 2**20
+    assert loss._at_once(tiny(False), limit) == limit // VOCABULARY
     assert loss._at_once(tiny(False), 1) == 1

@@ -1,0 +1,145 @@
+"""Causal attention on a CPU, by plain products in blocks of queries.
+
+PyTorch's kernel for a CPU keeps nothing but the result, and makes the scores anew, in small tiles, for the backward
+pass. Here scores are large products; a block of queries has those of the keys that it sees, so that little of what is
+masked is computed, and the probabilities are kept. Which rows it pays for says `lorabench.models.blocks`.
+
+In bf16 the scores are rounded before they are exponentiated, as in transformers' own eager attention; against fp32 the
+gradient of SmolLM2-135M is as far off as with PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorabench.models.blocks import blocks, blocks_pay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "lorabench_blocks"
+"""As transformers knows it."""
+
+
+def attend_in_blocks(model: PreTrainedModel) -> None:
+    """Have a model whose attention is PyTorch's compute it in blocks, wherever that is the same.
+
+    Masks, caches, GPUs and long rows stay with PyTorch; so do models that have put something of their own there.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
+    from transformers.masking_utils import sdpa_mask
+
+    known = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
+    if known is not modeling_utils.ALL_ATTENTION_FUNCTIONS or model.config._attn_implementation != "sdpa":
+        return
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling q k' + causal mask) v.
+
+    Args:
+        query: (rows, heads, length, width).
+        key: (rows, heads of keys, length, width); each serves heads / heads of keys, side by side.
+        value: as the keys, of any width.
+
+    Returns:
+        (rows, length, heads, width of values).
+    """
+    result: Tensor = _Blocks.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
+    return result.transpose(1, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls attention: in blocks where it is plain and they pay, else by PyTorch."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = causal and attention_mask is None and not dropout and query.shape[2] == key.shape[2]
+    special = any(others.get(name) is not None for name in ("position_bias", "softcap", "output_attentions"))
+    # Who turns PyTorch's fused kernels off, to count products, means this one too.
+    fused = query.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()
+    if plain and fused and not special:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if blocks_pay(query.shape[2], query.dtype == torch.bfloat16):
+            return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
+    )
+    return found
+
+
+def _grouped(tensor: Tensor, groups: int, block: slice) -> Tensor:
+    """A block of (rows, heads, length, width) as (rows, groups, heads of each, length, width), a view."""
+    parts: Tensor = tensor.unflatten(1, (groups, -1))
+    return parts[..., block, :]
+
+
+def _stacked(tensor: Tensor, groups: int, block: slice) -> Tensor:
+    """A block as (rows x groups, heads of each x length, width): heads that share keys are factors of one product."""
+    return _grouped(tensor, groups, block).flatten(2, 3).flatten(0, 1)
+
+
+def _put(to: Tensor, groups: int, block: slice, stacked: Tensor) -> None:
+    """The reverse of `_stacked`."""
+    part = _grouped(to, groups, block)
+    part.copy_(stacked.view(part.shape))
+
+
+class _Blocks(torch.autograd.Function):
+    """See `causal_attention`; the result is (rows, heads, length, width), but lies as that says."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        rows, heads, length, _ = query.shape
+        groups = key.shape[1]
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        result = value.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        kept = []
+        for block in blocks(length):
+            queries = _stacked(query, groups, block)
+            unseen = queries.new_full((block.stop - block.start, block.stop), -math.inf).triu_(block.start + 1)
+            scores = torch.baddbmm(unseen.repeat(heads // groups, 1), queries, keys[:, : block.stop].mT, alpha=scaling)
+            shares = torch.softmax(scores, -1)
+            _put(result, groups, block, shares @ values[:, : block.stop])
+            kept += [queries, shares]
+        ctx.save_for_backward(keys, values, *kept)
+        ctx.scaling, ctx.groups = scaling, groups
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        keys, values, *kept = ctx.saved_tensors
+        [gradient], groups = gradients, ctx.groups
+        rows, heads, length, _ = gradient.shape
+        to_query = gradient.new_empty(rows, length, heads, keys.shape[-1]).transpose(1, 2)
+        to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for block, queries, shares in zip(blocks(length), kept[::2], kept[1::2], strict=True):
+            to_result = _stacked(gradient, groups, block)
+            to_shares = to_result @ values[:, : block.stop].mT
+            to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
+            _put(to_query, groups, block, (to_scores @ keys[:, : block.stop]).mul_(ctx.scaling))
+            to_keys[:, : block.stop].add_(to_scores.mT @ queries, alpha=ctx.scaling)
+            to_values[:, : block.stop].add_(shares.mT @ to_result)
+        return to_query, to_keys.unflatten(0, (rows, groups)), to_values.unflatten(0, (rows, groups)), None

@@ -1,0 +1,93 @@
+"""What parts of a training step gain on a CPU, each against doing without it.
+
+    python -m tests.benchmarks.parts
+
+Attention in blocks of queries (`lorabench.models.attention`) against PyTorch's kernel, and logits of `MAX_LOGITS` at
+once (`lorabench.training.loss`) against a quarter of them. Steps of both ways take turns in one process. Prints seconds
+of both and their ratio, and appends a row for each to `tests/benchmarks/parts.csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from lorabench.allocation import keep_freed_memory
+from lorabench.models import attention
+from lorabench.models.base import package_versions
+from lorabench.training.loss import MAX_LOGITS
+from lorabench.training.provenance import machine_state
+
+from .speed.steps import Method, Setting, is_there, median_seconds, training_step
+
+RESULTS = Path(__file__).with_suffix(".csv")
+REPEATS = 7
+
+
+def by_pytorch() -> AbstractContextManager[object]:
+    """Within, attention is PyTorch's."""
+    return mock.patch.object(attention, "blocks_pay", return_value=False)
+
+
+def a_quarter() -> AbstractContextManager[object]:
+    """Within, a quarter of the logits is computed at once."""
+    return mock.patch.dict(MAX_LOGITS, cpu=MAX_LOGITS["cpu"] // 4)
+
+
+WITHOUT = {"attention in blocks": by_pytorch, "logits at once": a_quarter}
+SMOLLM2 = "smollm2-135m"
+CASES: list[tuple[str, Setting, Method]] = [
+    ("attention in blocks", Setting(batch=8, length=159), "lora"),
+    *(
+        ("attention in blocks", Setting(model=SMOLLM2, batch=4, length=length, precision=precision), "lora")
+        for length, precision in ((127, "bf16"), (511, "bf16"), (511, "fp32"))
+    ),
+    *(
+        ("logits at once", Setting(model=SMOLLM2, batch=batch, length=127, precision="bf16"), method)
+        for batch, method in ((4, "lora"), (16, "lora"), (16, "fullft"))
+    ),
+]
+
+
+def main() -> None:
+    """Measure each case whose model is there and keep the results."""
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    machine, versions = machine_state(torch.device("cpu")), package_versions()
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(["date", "device", "threads", "torch", "part", "case", "seconds", "without", "ratio"])
+        for part, setting, method in CASES:
+            if not is_there(setting.model):
+                print(f"{setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
+                continue
+            step, _ = training_step(setting, method, 1)
+            seconds = median_seconds({"with": step, "without": _within(WITHOUT[part], step)}, REPEATS)
+            case = f"{method}, {setting.case}"
+            numbers = [round(seconds["with"], 4), round(seconds["without"], 4)]
+            ratio = round(seconds["with"] / seconds["without"], 3)
+            print("{}: {}: {} s, without {} s, ratio {}".format(part, case, *numbers, ratio), flush=True)
+            facts = [f"{datetime.now(UTC):%Y-%m-%d}", machine["device"], threads, versions["torch"]]
+            writer.writerow([*facts, part, case, *numbers, ratio])
+
+
+def _within(context: Callable[[], AbstractContextManager[object]], step: Callable[[], None]) -> Callable[[], None]:
+    def stepped() -> None:
+        with context():
+            step()
+
+    return stepped
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Attention in blocks is attention: against the formula, PyTorch's kernel, and in models of several families."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from lorabench.config import TinyModel
+from lorabench.models import attention
+from lorabench.models.attention import attend_in_blocks, causal_attention
+from lorabench.models.base import load_model, skeleton
+from lorabench.models.blocks import LONGEST, MOST, blocks, blocks_pay, kept_shares
+from tests.training.lanes import base_of
+
+TINY = TinyModel(kind="tiny")
+
+
+def draw(rows, heads, groups, length, width, of_values, dtype=torch.float64):
+    """Queries, keys and values as a model has them: heads beside each other in memory."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = (heads, width), (groups, width), (groups, of_values)
+    made = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in made]
+
+
+def formula(query, key, value, scaling):
+    """softmax(scaling q k' + mask) v, each head with its own copy of the keys."""
+    each = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(each, 1) for tensor in (key, value))
+    length = query.shape[2]
+    unseen = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = (scaling * query @ key.mT).masked_fill(unseen, -math.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    each=st.integers(1, 3),
+    length=st.integers(1, 2 * MOST + 3),
+    width=st.integers(1, 5),
+    of_values=st.integers(1, 5),
+)
+def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width, of_values):
+    given = draw(rows, groups * each, groups, length, width, of_values)
+    upstream = torch.randn(rows, length, groups * each, of_values, dtype=torch.float64)
+    found = causal_attention(*given, 0.7)
+    gradients = torch.autograd.grad(found, given, upstream)
+    expected = formula(*given, 0.7)
+    assert_close(found, expected)
+    for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
+        assert_close(own, other)
+
+
+def test_its_gradient_is_that_of_differences():
+    assert torch.autograd.gradcheck(lambda *given: causal_attention(*given, 0.5), draw(1, 4, 2, 5, 3, 2))
+
+
+def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
+    given = draw(2, 6, 2, 200, 16, 16, torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    upstream = torch.randn(2, 200, 6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def off(found):
+        truth = formula(*exact, 0.25)
+        pairs = [(found, truth)]
+        pairs += zip(
+            torch.autograd.grad(found, given, upstream, retain_graph=True),
+            torch.autograd.grad(truth, exact, upstream.double()),
+            strict=True,
+        )
+        return [((own.double() - true).norm() / true.norm()).item() for own, true in pairs]
+
+    by_pytorch = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=True, scale=0.25, enable_gqa=True)
+    for own, theirs in zip(off(causal_attention(*given, 0.25)), off(by_pytorch.transpose(1, 2)), strict=True):
+        assert own < max(0.01, 1.5 * theirs)
+
+
+@given(st.integers(1, 3000))
+def test_blocks_cover_each_query_once(length):
+    found = blocks(length)
+    assert [query for block in found for query in range(length)[block]] == list(range(length))
+    sizes = [block.stop - block.start for block in found]
+    assert max(sizes) <= MOST
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_probabilities_that_are_kept_by_hand():
+    # Two blocks of 80: 80 x 80 and 80 x 160.
+    assert kept_shares(160, bf16=False) == (80 * 80 + 80 * 160) / 160
+    assert kept_shares(2, bf16=True) == 2
+    assert kept_shares(128, bf16=False) == kept_shares(LONGEST + 1, bf16=True) == kept_shares(0, bf16=True) == 0
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Lengths of the rows that were computed in blocks."""
+    made = []
+    real = attention.causal_attention
+    monkeypatch.setattr(attention, "causal_attention", lambda *given: made.append(given[0].shape[2]) or real(*given))
+    return made
+
+
+def loss_and_gradient(model, ids, **given):
+    model.zero_grad()
+    logits = model(ids[:, :-1], use_cache=False, **given).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama-128", "qwen-64", "moe-128", "qwen2", "gemma"])
+def test_models_have_the_loss_and_gradients_of_pytorchs_kernel(name, calls):
+    model = base_of(name)
+    ids = torch.randint(3, 1000, (2, 190), generator=torch.Generator().manual_seed(0))
+    loss, own = loss_and_gradient(model, ids)
+    assert calls == [189] * model.config.num_hidden_layers
+    model.set_attn_implementation("sdpa")
+    expected, theirs = loss_and_gradient(model, ids)
+    assert len(calls) == model.config.num_hidden_layers
+    assert_close(loss, expected, rtol=1e-6, atol=0)
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for key, gradient in theirs.items():
+        assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, key
+
+
+def test_what_is_not_plain_stays_with_pytorch(calls):
+    model = base_of("llama-128").requires_grad_(False)
+    ids = torch.randint(3, 1000, (2, 190), generator=torch.Generator().manual_seed(0))
+    model(ids[:, :128])
+    # Two examples in a row, whose positions restart; padding on the left; no gain by the mask.
+    positions = torch.cat([torch.arange(90), torch.arange(100)]).expand(2, -1)
+    model(ids, position_ids=positions, use_cache=False)
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    model(ids, attention_mask=padded)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(ids)
+    assert not calls
+    cache = model(ids[:, :150], use_cache=True).past_key_values
+    assert calls == [150] * 3
+    together = model(ids).logits
+    assert calls[3:] == [190] * 3
+    # The rest of the rows, on top of the cache.
+    assert_close(model(ids[:, 150:], cache=cache).logits, together[:, 150:], rtol=1e-4, atol=1e-4)
+    assert len(calls) == 6
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids[:, :40])
+    assert calls[6:] == [40] * 3
+
+
+def test_a_sliding_window_is_kept(calls):
+    model = base_of("mistral").requires_grad_(False)
+    ids = torch.randint(3, 1000, (1, 190), generator=torch.Generator().manual_seed(0))
+    own = model(ids).logits
+    assert not calls
+    model.set_attn_implementation("eager")
+    assert_close(own, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_models_with_attention_of_their_own_keep_it(monkeypatch):
+    model = base_of("gemma")
+    model.set_attn_implementation("eager")
+    attend_in_blocks(model)
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    # A module that has put another function in place of transformers' own.
+    monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
+    attend_in_blocks(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_loaded_models_attend_in_blocks_and_do_not_say_so_where_they_are_saved(tmp_path):
+    for model in (load_model(TINY), skeleton(TINY)):
+        assert model.config._attn_implementation == attention.NAME
+    load_model(TINY).save_pretrained(tmp_path)
+    assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_blocks_are_for_rows_of_medium_length_and_in_bf16_for_short_ones():
+    assert [blocks_pay(length, bf16=False) for length in (128, 129, LONGEST, LONGEST + 1)] == [False, True, True, False]
+    assert [blocks_pay(length, bf16=True) for length in (1, 2, LONGEST, LONGEST + 1)] == [False, True, True, False]
