@@ -46,6 +46,23 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     assert jobs == {"dataset": 2, "tokens": 2, "train": needed, "experiment_tables": 1, "figure": 1}
 
 
+def test_what_is_read_comes_first_then_the_longest_job(checkout):
+    output = snakemake(checkout, "--dry-run")
+    found = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
+    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in found]
+    training = {
+        re.search(r"jobs/(\S+)\.parquet", said)[1]: priority for rule, priority, said in given if rule == "train"
+    }
+    plan = make_plan(Layout.of("laptop").preset)
+    assert sorted(training, key=training.get, reverse=True) == [job.job_id for job in plan.jobs]
+    read = {"dataset", "tokens", "pretraining", "eval_tasks"}
+    first = max(training.values()) + 1
+    assert {(rule, priority) for rule, priority, _ in given if rule in read} == {(rule, first) for rule in read}
+    others = {priority for rule, priority, _ in given if rule not in {*read, "train"}}
+    assert others == {0}
+    assert min(training.values()) > 0
+
+
 def test_a_figure_of_several_experiments_reads_the_tables_of_those_that_the_preset_has(checkout):
     target = "paper_figures/core/fig6_rl_lr.svg"
     output = snakemake(checkout, target, "--dry-run", "--printshellcmds", "--config", "preset=core")

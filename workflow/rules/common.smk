@@ -25,6 +25,8 @@ except UserError as error:
 JOBS = {job.job_id: job for job in PLAN.jobs}
 # The longest first, so that no core waits at the end.
 PRIORITIES = {job_id: -number for number, job_id in enumerate(JOBS, -len(JOBS))}
+# Before those, all that they read: until it is there the longest may have to wait for the shortest.
+FIRST = len(JOBS) + 1
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
 FIGURE_NAMES = [figure.name for figure in of_preset(LAYOUT.preset)]

@@ -8,6 +8,7 @@ rule fetch_data:
         LAYOUT.root / "hub/data/{dataset}.{dataset_id}.json",
     log:
         LAYOUT.root / "logs/fetch_data.{dataset}.{dataset_id}.log",
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     params:
@@ -25,6 +26,7 @@ rule dataset:
         LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",
     log:
         LAYOUT.root / "logs/dataset.{dataset}.{dataset_id}.log",
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     params:
@@ -42,6 +44,7 @@ rule tokens:
         LAYOUT.root / "tokens/{model}.{model_id}.{dataset}.{dataset_id}.safetensors",
     log:
         LAYOUT.root / "logs/tokens.{model}.{model_id}.{dataset}.{dataset_id}.log",
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads

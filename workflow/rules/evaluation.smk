@@ -11,8 +11,7 @@ rule eval_tasks:
         LAYOUT.root / "evals/tasks-{tasks}.json",
     log:
         LAYOUT.root / "logs/eval_tasks.{tasks}.log",
-    # Before anything is trained.
-    priority: len(JOBS) + 1
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     params:
@@ -26,6 +25,7 @@ rule pretraining:
         LAYOUT.root / "data/pretraining-{documents}.parquet",
     log:
         LAYOUT.root / "logs/pretraining.{documents}.log",
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     params:

@@ -18,6 +18,7 @@ rule fetch_model:
         LAYOUT.root / "hub/models/{model}.{model_id}.json",
     log:
         LAYOUT.root / "logs/fetch_model.{model}.{model_id}.log",
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     params:
@@ -32,6 +33,7 @@ rule convert_gguf:
         CONVERTED / "{folder}/model.safetensors",
     log:
         LAYOUT.root / "logs/convert_gguf.{folder}.log",
+    priority: FIRST
     conda:
         "../envs/lorabench.yaml"
     params:
