@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorabench.exhausted import memory_for
 from lorabench.lanes import lanes_of
 from lorabench.lock import locked
 from lorabench.tables import write_job
 from lorabench.training.distributed import ALONE, Processes
-from lorabench.training.sweep import run_sweep
+from lorabench.training.sweep import Train, run_sweep
 
 if TYPE_CHECKING:
     from lorabench.config import Preset
@@ -31,14 +31,27 @@ def run_job(plan: Plan, job: Job, layout: Layout, say: Callable[[str], None], pr
         Stopped: it was asked to end; what was done is kept.
     """
     rows: list[dict[str, Any]] = []
-    for sweep in job.sweeps:
-        label, lower = sweep.condition.label, f"lower execution.{_to_lower(plan.preset, sweep, processes.count)}"
-        lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
-        with lock, memory_for(label, lower):
-            processes.wait()
-            rows += run_sweep(plan, sweep, layout, _about(label, say), processes)
+    with _trainer(job.sweeps[0].condition.task) as train:
+        for sweep in job.sweeps:
+            label, lower = sweep.condition.label, f"lower execution.{_to_lower(plan.preset, sweep, processes.count)}"
+            lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
+            with lock, memory_for(label, lower):
+                processes.wait()
+                rows += run_sweep(plan, sweep, layout, train, _about(label, say), processes)
     if processes.first:
         write_job(rows, layout.job(job))
+
+
+def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Train]:
+    """What trains the runs of a job, and keeps what its sweeps have in common until its end."""
+    # Each brings its own libraries: SFT needs no graders, RL no token caches.
+    if task == "sft":
+        from lorabench.training.sft_job import SftTrainer
+
+        return nullcontext(SftTrainer())
+    from lorabench.training.rl.job import RlTrainer
+
+    return RlTrainer()
 
 
 def _about(label: str, say: Callable[[str], None]) -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""The runs of an SFT sweep: in lanes as far as the plan has them together, else one after another."""
+"""The runs of SFT sweeps: in lanes as far as the plan has them together, else one after another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
@@ -26,82 +27,93 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
-    """Train those runs that are not finished, given with their number in the sweep, and write each as it ends."""
-    groups = job.together(runs)
-    if not groups:
-        return
-    condition, protocol, machine = job.sweep.condition, job.plan.preset.protocol, job.machine
-    tokenizer = load_tokenizer(job.layout.model(condition.model))
-    key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
-    data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
-    environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
-    bases = _Bases(job)
-    for group in bases.dealt(groups):
-        if machine.processes.any(stop.requested()):
-            stop.end()
-        for number, run in group.values():
-            job.announce(number, run)
-        base_nll = bases.base_valid_nll(data["validation"])
-        together = [run for _, run in group.values()]
-        started = {"started": now()}
-        with bases.ready(together) as (stack, sizes):
-            config: Any = stack.model.config
-            checkpoints = job.checkpoints(together)
-            lanes = {
-                name: train_run(
-                    run,
-                    stack.lanes[name],
-                    config.vocab_size,
-                    data,
-                    protocol,
-                    machine.processes,
-                    checkpoints,
-                    base_nll,
-                    job.ticker(number, run),
-                )
-                for name, (number, run) in group.items()
-            }
-            for name, outcome in train_lanes(lanes, SftLanes(stack, data, machine, machine.autocast(protocol))):
-                job.write(group[name][1], outcome, stack, sizes, environment | started)
-                checkpoints.ended(name)
-                stack.drop(name)
-        del stack, lanes  # before the next model is loaded
+class SftTrainer:
+    """Trains the runs of a job's sweeps, which are of one model and dataset: both are read once, and measured once."""
+
+    def __init__(self) -> None:
+        self._bases = _Bases()
+        self._data: dict[Split, TokenizedSplit] | None = None
+        self._environment: dict[str, Any] = {}
+
+    def __call__(self, job: Job, runs: list[tuple[int, Run]]) -> None:
+        """Train those runs that are not finished, given with their number in the sweep; write each as it ends."""
+        groups = job.together(runs)
+        if not groups:
+            return
+        protocol, machine, bases = job.plan.preset.protocol, job.machine, self._bases
+        data = self._read(job)
+        for group in bases.dealt(job, groups):
+            if machine.processes.any(stop.requested()):
+                stop.end()
+            for number, run in group.values():
+                job.announce(number, run)
+            base_nll = bases.base_valid_nll(job, data["validation"])
+            together = [run for _, run in group.values()]
+            started = {"started": now()}
+            with bases.ready(job, together) as (stack, sizes):
+                config: Any = stack.model.config
+                checkpoints = job.checkpoints(together)
+                lanes = {
+                    name: train_run(
+                        run,
+                        stack.lanes[name],
+                        config.vocab_size,
+                        data,
+                        protocol,
+                        machine.processes,
+                        checkpoints,
+                        base_nll,
+                        job.ticker(number, run),
+                    )
+                    for name, (number, run) in group.items()
+                }
+                for name, outcome in train_lanes(lanes, SftLanes(stack, data, machine, machine.autocast(protocol))):
+                    job.write(group[name][1], outcome, stack, sizes, self._environment | started)
+                    checkpoints.ended(name)
+                    stack.drop(name)
+            del stack, lanes  # before the next model is loaded
+
+    def _read(self, job: Job) -> dict[Split, TokenizedSplit]:
+        if self._data is None:
+            condition = job.sweep.condition
+            tokenizer = load_tokenizer(job.layout.model(condition.model))
+            key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
+            self._data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
+            self._environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
+        return self._data
 
 
 class _Bases:
-    """Base models of one job: loaded once for LoRA, which leaves them as they were; anew for each full fine-tuning.
+    """The base model: loaded once for LoRA, which leaves it as it was; anew after each full fine-tuning.
 
     Where a model is sharded it is loaded anew for each run.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self) -> None:
         self._model: PreTrainedModel | None = None
         self._base_nll: float | None = None
 
-    def _pristine(self) -> PreTrainedModel:
+    def _pristine(self, job: Job) -> PreTrainedModel:
         if self._model is None:
-            self._model = self.job.load()
+            self._model = job.load()
             check_plain_head(self._model)
-            machine = self.job.machine
             # Of a model that is to be sharded, the other processes have no weights.
-            if machine.packing and machine.processes.first:
+            if job.machine.packing and job.machine.processes.first:
                 check_packing(self._model)
         return self._model
 
-    def dealt(self, groups: list[Group]) -> list[Group]:
+    def dealt(self, job: Job, groups: list[Group]) -> list[Group]:
         """The groups, each run by itself where the model's weights can't be stacked."""
-        if self.job.sweep.condition.method == "lora" or max(map(len, groups)) == 1 or can_stack(self._pristine()):
+        if job.sweep.condition.method == "lora" or max(map(len, groups)) == 1 or can_stack(self._pristine(job)):
             return groups
         return [{name: run} for group in groups for name, run in group.items()]
 
-    def base_valid_nll(self, validation: TokenizedSplit) -> float:
+    def base_valid_nll(self, job: Job, validation: TokenizedSplit) -> float:
         """Validation NLL of the untouched base; stops the job if it is worse than guessing."""
         if self._base_nll is None:
-            machine = self.job.machine
-            processes, autocast = machine.processes, machine.autocast(self.job.plan.preset.protocol)
-            model = processes.shard(self._pristine())
+            machine = job.machine
+            processes, autocast = machine.processes, machine.autocast(job.plan.preset.protocol)
+            model = processes.shard(self._pristine(job))
             nll = mean_nll(
                 model, validation, machine.max_batch_tokens, machine.device, autocast, processes, machine.packing
             )
@@ -110,22 +122,22 @@ class _Bases:
             uniform = math.log(model.config.vocab_size)
             if not nll < uniform + 1:
                 raise UserError(
-                    f"base model {self.job.sweep.condition.model} has a validation loss of {nll:.2f} nats, worse than "
+                    f"base model {job.sweep.condition.model} has a validation loss of {nll:.2f} nats, worse than "
                     f"guessing ({uniform:.2f}): wrong weights or tokenizer"
                 )
             self._base_nll = nll
         return self._base_nll
 
     @contextmanager
-    def ready(self, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
+    def ready(self, job: Job, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
         """The model that these runs train, a lane each, named by run_id; and its sizes."""
-        model, processes, names = self._pristine(), self.job.machine.processes, [run.run_id for run in runs]
+        model, processes, names = self._pristine(job), job.machine.processes, [run.run_id for run in runs]
         if runs[0].condition.method == "fullft":
             self._model = None
             sizes = Sizes.of(model)
             yield stack_full(model, names) if len(names) > 1 else alone(processes.shard(model), names[0]), sizes
             return
-        adapted = self.job.with_lora(model, runs)
+        adapted = job.with_lora(model, runs)
         sizes = Sizes.of(adapted)
         if processes.sharded:
             self._model = None
@@ -133,7 +145,7 @@ class _Bases:
             yield alone(adapted, names[0], names[0], adapter_pairs(adapted, names[0])), sizes
             return
         try:
-            yield self.job.stacked(adapted, runs), sizes
+            yield job.stacked(adapted, runs), sizes
         finally:
             self._model = adapted.unload()
             self._model.requires_grad_(True)

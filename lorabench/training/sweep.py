@@ -191,30 +191,34 @@ class Job:
         processes.wait()
 
 
+Train = Callable[[Job, list[tuple[int, Run]]], None]
+"""Trains those runs that are not finished, given with their number in the sweep, and writes each as it ends."""
+
+
 def run_sweep(
-    plan: Plan, sweep: Sweep, layout: Layout, say: Callable[[str], None], processes: Processes = ALONE
+    plan: Plan,
+    sweep: Sweep,
+    layout: Layout,
+    train: Train,
+    say: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Train all runs of a sweep.
 
     Args:
+        train: keeps what the sweeps of a job have in common.
         say: takes one line of progress for a person; called in the first process only.
         processes: those that do this together; each calls this function.
 
     Returns:
         Its runs, as `lorabench.tables.sweep_rows` has them; of several processes in the first only.
     """
-    # Each brings its own libraries: SFT needs no graders, RL no token caches.
-    if sweep.condition.task == "sft":
-        from lorabench.training.sft_job import train_runs
-    else:
-        from lorabench.training.rl.job import train_runs
-
     progress = Progress(layout.progress(sweep), sweep)
     job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
         _check_commits(job, [run for _, run in runs if job.folder(run).done()])
-        train_runs(job, runs)
+        train(job, runs)
         for number, run in runs:
             job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
 

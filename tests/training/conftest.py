@@ -108,8 +108,11 @@ def train(
 def ready(tmp_path, raw_preset, monkeypatch):
     """Makes a preset's data in a working directory of its own; returns plan and layout."""
 
-    def make(name, execution=None, **lrs):
-        raw_preset["experiments"]["rank"][0] |= {"ranks": {"all": [4]}, "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs}
+    def make(name, execution=None, ranks=(4,), **lrs):
+        raw_preset["experiments"]["rank"][0] |= {
+            "ranks": {"all": list(ranks)},
+            "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs,
+        }
         raw_preset["execution"] |= execution or {}
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)

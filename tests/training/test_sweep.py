@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
 from lorabench.errors import UserError
+from lorabench.plan import Job
 from lorabench.progress import status
+from lorabench.training.job import run_job
 
 from .conftest import trained
+
+
+def rows_of(plan, layout, *sweeps):
+    """Trains sweeps as one job; returns its rows."""
+    run_job(plan, Job(sweeps), layout, lambda line: None)
+    return pq.read_table(layout.job(Job(sweeps))).to_pylist()
 
 
 @pytest.mark.parametrize("method", ["lora", "fullft"])
@@ -64,6 +74,37 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
     monkeypatch.setattr(module, "load_model", scrambled)
     with pytest.raises(UserError, match="base model tiny has a validation loss of .* worse than guessing"):
         trained(*ready("scrambled"), "lora")
+
+
+def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(ready, monkeypatch):
+    plan, layout = ready("apart", {"lanes": 2}, ranks=[2, 4])
+    apart = [row for sweep in plan.sweeps for row in rows_of(plan, layout, sweep)]
+    plan, layout = ready("together", {"lanes": 2}, ranks=[2, 4])
+    calls = {"load_model": 0, "read_tokens": 0, "mean_nll": 0}
+
+    def counting(module, name):
+        real = getattr(importlib.import_module(module), name)
+
+        def call(*given, **named):
+            calls[name] += 1
+            return real(*given, **named)
+
+        monkeypatch.setattr(f"{module}.{name}", call)
+
+    counting("lorabench.training.sweep", "load_model")
+    counting("lorabench.training.sft_job", "read_tokens")
+    counting("lorabench.training.sft_job", "mean_nll")
+    methods = [sweep.condition.method for sweep in plan.sweeps]
+    assert sorted(methods) == ["fullft", "lora", "lora"]
+    together = rows_of(plan, layout, *plan.sweeps)
+    # Full fine-tuning takes the base with it, its grid and its repeat; a sweep after it loads it anew.
+    again = methods[-1] != "fullft"
+    assert calls == {"load_model": 2 + again, "read_tokens": 1, "mean_nll": 1}
+    columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
+    assert [{name: row[name] for name in columns} for row in together] == [
+        {name: row[name] for name in columns} for row in apart
+    ]
+    assert len(together) == 3 * 2
 
 
 def test_status_counts_what_lies_on_disk(ready):

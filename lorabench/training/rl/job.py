@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.lanes import Stack, alone
 from lorabench.models.size import Sizes
-from lorabench.plan import Run
+from lorabench.plan import Rollouts, Run
 from lorabench.records import file_sha256
 from lorabench.training import stop
 from lorabench.training.lanes import train_alone, train_lanes
@@ -23,36 +22,54 @@ from lorabench.training.rl.problems import Grades, Texts
 from lorabench.training.rl.sampler import Request, Response, sample
 from lorabench.training.rl.serve import RlLanes, Sampler, sampling_alone
 from lorabench.training.rl.together import OneVerdict, Replica, draw_together
-from lorabench.training.sweep import Job, now, provenance
+from lorabench.training.sweep import Group, Job, now, provenance
 
 if TYPE_CHECKING:
     import torch
 
 
-def train_runs(job: Job, runs: list[tuple[int, Run]]) -> None:
-    """Train those runs that are not finished, given with their number in the sweep, and write each as it ends."""
-    groups = job.together(runs)
-    if not groups:
-        return
-    with ExitStack() as open_graders:
-        environment = _environment(job, open_graders)
-        work = _Work(job, environment, provenance(job) | _fingerprints(job, environment.texts))
+class RlTrainer:
+    """Trains the runs of a job's sweeps, which are of one model and problem set.
+
+    Those that draw alike have problems, graders and the base's scores in common. Graders are open until this is left.
+    """
+
+    def __init__(self) -> None:
+        self._work: dict[Rollouts, _Work] = {}
+        self._graders = ExitStack()
+
+    def __enter__(self) -> RlTrainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._graders.close()
+
+    def __call__(self, job: Job, runs: list[tuple[int, Run]]) -> None:
+        """Train those runs that are not finished, given with their number in the sweep; write each as it ends."""
+        groups = job.together(runs)
+        if not groups:
+            return
+        rollouts = job.sweep.condition.rollouts
+        assert rollouts
+        if rollouts not in self._work:
+            environment = _environment(job, self._graders)
+            fingerprints = provenance(job) | _fingerprints(job, environment.texts)
+            self._work[rollouts] = _Work(environment, fingerprints)
         for group in groups:
-            work.train(group)
+            self._work[rollouts].train(job, group)
 
 
 @dataclass
 class _Work:
-    """The work of one job, and the base's scores once they are known."""
+    """What runs have in common that draw alike, and the base's scores once they are known."""
 
-    job: Job
     environment: Environment
     provenance: dict[str, Any]
     base: Scores | None = None
 
-    def train(self, runs: Mapping[str, tuple[int, Run]]) -> None:
+    def train(self, job: Job, runs: Group) -> None:
         """Train runs in lanes, on a fresh base."""
-        job, machine = self.job, self.job.machine
+        machine = job.machine
         if machine.processes.any(stop.requested()):
             stop.end()
         model: Any = job.load()
@@ -60,16 +77,16 @@ class _Work:
         together = [run for _, run in runs.values()]
         lora = together[0].condition.method == "lora"
         if not machine.processes.sharded:
-            self._base_scores(partial(self._sample, alone(model, "")))
+            self._base_scores(job, partial(self._sample, job, alone(model, "")))
         if lora:
             model = job.with_lora(model, together)
         sizes = Sizes.of(model)
         if machine.processes.sharded:
-            stack, draw = self._sharded(model, together[0])
+            stack, draw = self._sharded(job, model, together[0])
         else:
             stack = job.stacked(model, together) if lora else alone(model, together[0].run_id)
-            draw = partial(self._sample, stack)
-        base = self._base_scores(draw)
+            draw = partial(self._sample, job, stack)
+        base = self._base_scores(job, draw)
         started, checkpoints, protocol = now(), job.checkpoints(together), job.plan.preset.protocol
         lanes = {}
         for name, (number, run) in runs.items():
@@ -89,31 +106,31 @@ class _Work:
             checkpoints.ended(name)
             stack.drop(name)
 
-    def _sharded(self, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
+    def _sharded(self, job: Job, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
         """The model of a run, spread over the processes, and what samples from it."""
-        blank: Any = skeleton(self.job.layout.model(self.job.sweep.condition.model))
+        blank: Any = skeleton(job.layout.model(job.sweep.condition.model))
         adapter = run.run_id if run.condition.method == "lora" else None
         if adapter:
-            blank = self.job.with_lora(blank, [run])
-        machine = self.job.machine
+            blank = job.with_lora(blank, [run])
+        machine = job.machine
         sharded = machine.processes.shard(model)
-        replica = Replica(sharded, blank, machine.device, machine.autocast(self.job.plan.preset.protocol))
+        replica = Replica(sharded, blank, machine.device, machine.autocast(job.plan.preset.protocol))
         stack = alone(sharded, run.run_id, adapter)
-        return stack, lambda requests: self._sample(alone(replica.refreshed(), run.run_id), requests)
+        return stack, lambda requests: self._sample(job, alone(replica.refreshed(), run.run_id), requests)
 
-    def _sample(self, stack: Stack, requests: list[Request]) -> list[Response]:
-        machine, texts = self.job.machine, self.environment.texts
-        autocast = machine.autocast(self.job.plan.preset.protocol)
+    def _sample(self, job: Job, stack: Stack, requests: list[Request]) -> list[Response]:
+        machine, texts = job.machine, self.environment.texts
+        autocast = machine.autocast(job.plan.preset.protocol)
 
         def draw(share: list[Request]) -> list[Response]:
             return sample(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast)
 
         return draw_together(requests, draw, machine.processes)
 
-    def _base_scores(self, draw: Sampler) -> Scores:
-        """Scores of the untouched base: once per job, from a model that has not been trained."""
+    def _base_scores(self, job: Job, draw: Sampler) -> Scores:
+        """Scores of the untouched base: once, from a model that has not been trained."""
         if self.base is None:
-            rollouts = self.job.sweep.condition.rollouts
+            rollouts = job.sweep.condition.rollouts
             assert rollouts
             asking = evaluate(self.environment, rollouts, 0, 0, None)
             self.base, _ = train_alone(asking, sampling_alone(draw))

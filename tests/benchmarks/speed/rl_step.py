@@ -44,14 +44,15 @@ class Clock(Progress):
 
 def lorabench_steps(plan: Plan, layout: Layout) -> Found:
     """Those runs of the sweep that the plan has together."""
-    from lorabench.training.rl.job import train_runs
+    from lorabench.training.rl.job import RlTrainer
     from lorabench.training.sweep import Job, this_machine
 
     [sweep] = plan.sweeps
     clock = Clock(layout.progress(sweep), sweep)
     job = Job(plan, sweep, layout, this_machine(plan), clock, print)
     together = list(job.together(list(enumerate(sweep.grid(), 1)))[0].values())
-    train_runs(job, together)
+    with RlTrainer() as train:
+        train(job, together)
     curves = job.folder(sweep.grid()[0]).read_curves().to_pandas()
     of_train = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
     # The last step is evaluated before it ends.

@@ -15,6 +15,8 @@ from lorabench.models.base import load_model
 from lorabench.plan import Job, make_plan
 from lorabench.tables import collect, read_table
 from lorabench.training.job import run_job
+from lorabench.training.rl import job as rl_job
+from lorabench.training.rl.loop import evaluate
 
 from .conftest import TINY
 
@@ -60,6 +62,14 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
         model = PeftModel.from_pretrained(load_model(TINY), weights)
         trained = {name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0}
         assert trained
+
+
+def test_sweeps_of_a_job_measure_the_base_once(job, monkeypatch):
+    plan, layout, sweeps = job
+    measured = []
+    monkeypatch.setattr(rl_job, "evaluate", lambda *given: measured.append(given) or evaluate(*given))
+    run_job(plan, Job(tuple(sweeps.values())), layout, lambda line: None)
+    assert len(measured) == 1
 
 
 def test_a_sweep_goes_on_where_it_was(job, monkeypatch):
