@@ -74,6 +74,8 @@ SETTINGS = [
     # A few seconds a step on two cores.
     Setting(model="smollm2-135m", batch=1, length=64, lanes=(4,)),
     Setting(model="smollm2-135m", batch=4, precision="bf16", lanes=(2,)),
+    # As many tokens as go through the model at once.
+    Setting(model="smollm2-135m", batch=16, length=127, precision="bf16", lanes=()),
 ]
 QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
 
