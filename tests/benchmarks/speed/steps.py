@@ -102,6 +102,8 @@ def training_step(setting: Setting, method: Method, lanes: int) -> tuple[Callabl
         base = add_lora(base, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, adapter="lane0")
     flops = lanes * setting.batch * setting.length * train_flops_per_token(base)
     if method == "peft":
+        # Without what this project does to attention.
+        base.set_attn_implementation("sdpa")
         return _peft_step(base, ids, setting.precision), flops
     names = [f"lane{lane}" for lane in range(lanes)]
     stack = _full(base, names) if method == "fullft" else _lora(base, names)
