@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lorabench.models.blocks import blocks, blocks_pay
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "lorabench_blocks"
 """As transformers knows it."""
@@ -32,9 +32,6 @@ def attend_in_blocks(model: PreTrainedModel) -> None:
 
     Masks, caches, GPUs and long rows stay with PyTorch; so do models that have put something of their own there.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
-    from transformers.masking_utils import sdpa_mask
-
     known = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
     if known is not modeling_utils.ALL_ATTENTION_FUNCTIONS or model.config._attn_implementation != "sdpa":
         return
@@ -70,8 +67,6 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls attention: in blocks where it is plain and they pay, else by PyTorch."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = causal and attention_mask is None and not dropout and query.shape[2] == key.shape[2]
     special = any(others.get(name) is not None for name in ("position_bias", "softcap", "output_attentions"))

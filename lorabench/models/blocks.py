@@ -21,7 +21,7 @@ def blocks(length: int) -> list[slice]:
 def blocks_pay(length: int, bf16: bool) -> bool:
     """Whether blocks take less time than PyTorch's kernel (`python -m tests.benchmarks.parts`), and little memory.
 
-    In fp32 that kernel is as fast where little is masked.
+    In fp32 that kernel is as fast in short rows.
     """
     return (1 if bf16 else _SHORT) < length <= LONGEST
 

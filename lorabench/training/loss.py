@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Logits that are computed at once, of all scored tokens of a pass: 64 and 256 MiB in fp32, a few times as much with
-# their gradient. Fewer make the products of the unembedding slow, whose weights are read for each piece. On a CPU the
-# best of 2 to the 22 to 25 on SmolLM2-135M (`python -m tests.benchmarks.parts`); of a GPU assumed.
+# their gradient. Fewer make the products of the unembedding slow, whose weights are read for each piece. On a CPU
+# measured against a quarter of them (`python -m tests.benchmarks.parts`), of a GPU assumed.
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
