@@ -34,6 +34,7 @@ CODE = (
     "lorabench/models/blocks.py",
     "lorabench/models/full_lanes.py",
     "lorabench/models/lanes.py",
+    "lorabench/models/last_layer.py",
     "lorabench/models/lora.py",
     "lorabench/models/lora_lanes.py",
     "lorabench/models/placement.py",

@@ -8,15 +8,16 @@ either takes part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.lanes import Rows
+from lorabench.models.last_layer import read_at, unwrapped
 from lorabench.training.batches import IGNORED, PASS_TOKENS, Batch, collate, joined, micro_batches
 from lorabench.training.distributed import ALONE, Processes, enter
 
@@ -40,20 +41,21 @@ def nll_sum(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor
 def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
     """Sum of the NLL over each lane's scored targets, (lanes,), in fp32.
 
-    With a gradient all logits are computed at once (but see `add_gradient`).
+    With a gradient all logits are computed at once, and all tokens to the end (but see `add_gradient`).
 
     Args:
         batch: as many rows of each lane, lane after lane.
     """
-    with rows.are(_dealt(batch, rows)):
-        return enter(model, _nll_sums, batch, rows)
+    scored = _Scored.of(batch, rows)
+    with _through(model, batch, rows, None if torch.is_grad_enabled() else scored):
+        return enter(model, _nll_sums, batch, rows, scored)
 
 
-def _nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
-    hidden, targets, counts = _hidden(model, batch, rows)
+def _nll_sums(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored) -> Tensor:
+    hidden, targets = _hidden(model, batch, scored), scored.targets
     size = max(1, len(targets)) if torch.is_grad_enabled() else _at_once(model, MAX_LOGITS[targets.device.type])
-    parts = [_sums(model, hidden[piece], targets[piece], own, rows) for piece, own in _pieces(counts, size)]
-    return torch.stack(parts).sum(0)
+    pieces = _pieces(scored.counts, size)
+    return torch.stack([_sums(model, hidden[piece], targets[piece], own, rows) for piece, own in pieces]).sum(0)
 
 
 def add_gradient(
@@ -76,29 +78,48 @@ def add_gradient(
     def cast() -> torch.autocast:
         return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
-    # Around the backward pass too: layers whose activations are computed again ask for their rows again.
-    with rows.are(_dealt(batch, rows)):
-        if max_logits is None or batch.scored <= _at_once(model, max_logits):
+    scored = _Scored.of(batch, rows)
+    # Around the backward pass too: layers whose activations are computed again ask for all of this again.
+    with _through(model, batch, rows, scored):
+        if max_logits is None or len(scored.tokens) <= _at_once(model, max_logits):
             with cast():
-                nll = nll_sums(model, batch, rows) / divisor
+                nll = enter(model, _nll_sums, batch, rows, scored) / divisor
             nll.sum().backward()
             return nll.detach()
         with cast():
-            hidden, targets, counts = _hidden(model, batch, rows)
+            hidden = _hidden(model, batch, scored)
         # The graph of the unembedding is walked piece by piece, then that of the decoder once.
         leaf, total = hidden.detach().requires_grad_(), torch.zeros_like(divisor)
-        for piece, own in _pieces(counts, _at_once(model, max_logits)):
+        for piece, own in _pieces(scored.counts, _at_once(model, max_logits)):
             with cast():
-                nll = _sums(model, leaf[piece], targets[piece], own, rows) / divisor
+                nll = _sums(model, leaf[piece], scored.targets[piece], own, rows) / divisor
             nll.sum().backward()
             total += nll.detach()
         hidden.backward(leaf.grad)
     return total
 
 
-def _dealt(batch: Batch, rows: Rows) -> tuple[int, ...]:
+class _Scored(NamedTuple):
+    """Where a batch is scored: places in (rows x length), the targets there, and how many are each lane's."""
+
+    tokens: Tensor
+    targets: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, batch: Batch, rows: Rows) -> _Scored:
+        targets = batch.targets.flatten()
+        tokens = (targets != IGNORED).nonzero().squeeze(1)
+        return cls(tokens, targets[tokens], batch.scored_by(len(rows.counts)).tolist())
+
+
+@contextmanager
+def _through(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored | None) -> Iterator[None]:
+    """Within, layers know whose the rows of the batch are, and which tokens are read, None for all."""
     lanes = len(rows.counts)
-    return (len(batch.inputs) // lanes,) * lanes
+    read = read_at(model, scored.tokens, rows, scored.counts) if scored else nullcontext()
+    with rows.are((len(batch.inputs) // lanes,) * lanes), read:
+        yield
 
 
 def _at_once(model: nn.Module, max_logits: int) -> int:
@@ -106,19 +127,18 @@ def _at_once(model: nn.Module, max_logits: int) -> int:
     return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
 
 
-def _hidden(model: nn.Module, batch: Batch, rows: Rows) -> tuple[Tensor, Tensor, list[int]]:
-    """What goes into the unembedding where a token is scored, (scored, width); those targets; how many of each lane."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden = base.get_decoder()(input_ids=batch.inputs, position_ids=batch.positions, use_cache=False)
-    scored = batch.targets != IGNORED
-    counts = batch.scored_by(len(rows.counts)).tolist()
-    return hidden.last_hidden_state[scored], batch.targets[scored], counts
+def _hidden(model: nn.Module, batch: Batch, scored: _Scored) -> Tensor:
+    """What goes into the unembedding where a token is scored, (scored, width)."""
+    decoder = unwrapped(model).get_decoder()
+    hidden: Tensor = decoder(
+        input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state.flatten(0, 1)
+    return hidden[scored.tokens]
 
 
 def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: Rows) -> Tensor:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with rows.are(counts):
-        logits = base.get_output_embeddings()(hidden)
+        logits = unwrapped(model).get_output_embeddings()(hidden)
     nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     return torch.stack([part.sum() for part in nll.split(list(counts))])
 

@@ -7,17 +7,18 @@ deviation. There is no KL term, no clipping, no entropy bonus. The loss is the m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from lorabench.errors import UserError
 from lorabench.models.lanes import Rows, Stack
+from lorabench.models.last_layer import read_at, unwrapped
 from lorabench.training.distributed import ALONE, Processes, enter
 from lorabench.training.rl.sampler import Response, window
 
@@ -98,10 +99,16 @@ def backward(
             idling = not any(part)
             part = ([_NOTHING], *part[1:]) if idling else part
             rows = [row for of_lane in part for row in of_lane]
-            # Around the backward pass too: layers whose activations are computed again ask for their rows again.
-            with stack.rows.are([len(of_lane) for of_lane in part]), torch.set_grad_enabled(learn):
+            check_window(unwrapped(stack.model), rows)
+            layout = _Layout.of(rows)
+            # Around the backward pass too: layers whose activations are computed again ask for all of this again.
+            with (
+                stack.rows.are([len(of_lane) for of_lane in part]),
+                _read(stack, layout, device),
+                torch.set_grad_enabled(learn),
+            ):
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    learner, entropy, mask = enter(stack.model, response_logprobs, rows, device, stack.rows)
+                    learner, entropy, mask = enter(stack.model, response_logprobs, layout, stack.rows)
                 if idling:
                     if learn:
                         (0.0 * learner.sum()).backward()
@@ -128,6 +135,12 @@ def backward(
         entropy_mean, kl, ratio_mean = (value / tokens for value in others)
         found.append(Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
     return found
+
+
+def _read(stack: Stack, layout: _Layout, device: torch.device) -> AbstractContextManager[None]:
+    """Within, only what predicts tokens of responses is computed to the end."""
+    tokens = np.unique(layout.sources)
+    return read_at(stack.model, torch.from_numpy(tokens).to(device), stack.rows, layout.by_lane(tokens, stack.rows))
 
 
 def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE) -> Iterator[list[Group]]:
@@ -167,71 +180,92 @@ def _length(row: Group) -> int:
     return len(row.prompt) + sum(len(response.tokens) - 1 for response in row.responses)
 
 
-def response_logprobs(
-    model: torch.nn.Module, rows: Sequence[Group], device: torch.device, dealt: Rows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of every response token, with gradient; entropy there, without; where there is a token.
+class _Layout(NamedTuple):
+    """Rows as sequences: a prompt, then its responses, each of which sees the prompt and itself and has the positions
+    that it would have alone."""
 
-    A row is one sequence: the prompt, then its responses, each of which sees the prompt and itself and has the
-    positions that it would have alone. All three results are (responses, longest response).
+    ids: np.ndarray
+    """(rows, length)."""
+    positions: np.ndarray
+    """(rows, length)."""
+    segments: np.ndarray
+    """(rows, length): 0 in the prompt, else the number of the response; padding has one of its own, -1."""
+    sources: np.ndarray
+    """Places in (rows x length) that predict the tokens of responses, response by response."""
+    targets: np.ndarray
+    """Those tokens."""
+    there: np.ndarray
+    """(responses, longest response): where there is a token."""
 
-    Args:
-        dealt: how many of the rows are each lane's.
+    @classmethod
+    def of(cls, rows: Sequence[Group]) -> _Layout:
+        width = max(map(_length, rows))
+        ids, places, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
+        segments -= 1
+        responses = [response.tokens for row in rows for response in row.responses]
+        there = np.zeros((len(responses), max(map(len, responses))), np.bool_)
+        sources = []
+        number = 0
+        for index, row in enumerate(rows):
+            prompt = len(row.prompt)
+            ids[index, :prompt], places[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
+            start = prompt
+            for segment, response in enumerate(row.responses, 1):
+                own = slice(start, start + len(response.tokens) - 1)
+                ids[index, own], segments[index, own] = response.tokens[:-1], segment
+                places[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
+                # The prompt's last token predicts the first of every response.
+                sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
+                there[number, : len(response.tokens)] = True
+                number, start = number + 1, own.stop
+        return cls(ids, places, segments, np.concatenate(sources), np.concatenate(responses), there)
+
+    def by_lane(self, tokens: np.ndarray, dealt: Rows) -> list[int]:
+        """How many of these places, of ascending rows, are each lane's."""
+        ends = np.cumsum(dealt.counts)
+        counts: list[int] = np.diff(np.searchsorted(tokens // self.ids.shape[1], ends), prepend=0).tolist()
+        return counts
+
+
+def check_window(model: torch.nn.Module, rows: Sequence[Group]) -> None:
+    """Refuse rows that are longer than the model's layers see.
 
     Raises:
-        UserError: the model has layers that see less far than a prompt with its response is long.
+        UserError: a prompt with a response is longer than a window of sliding attention.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    width = max(map(_length, rows))
-    within = window(base)
+    within = window(model)
     longest = max(len(row.prompt) + len(response.tokens) for row in rows for response in row.responses)
     if within is not None and longest > within:
         raise UserError(
-            f"{type(base).__name__} has sliding attention over {within} tokens, and a prompt with its response has "
+            f"{type(model).__name__} has sliding attention over {within} tokens, and a prompt with its response has "
             f"{longest}; in RL both must be within that: lower max_new_tokens or drop long problems"
         )
-    # A token's segment is 0 in the prompt, else the number of its response; padding has one of its own.
-    ids, places, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
-    segments -= 1
-    responses = [response.tokens for row in rows for response in row.responses]
-    there = np.zeros((len(responses), max(map(len, responses))), np.bool_)
-    sources, targets = [], []
-    number = 0
-    for index, row in enumerate(rows):
-        prompt = len(row.prompt)
-        ids[index, :prompt], places[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
-        start = prompt
-        for segment, response in enumerate(row.responses, 1):
-            own = slice(start, start + len(response.tokens) - 1)
-            ids[index, own], segments[index, own] = response.tokens[:-1], segment
-            places[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
-            # The prompt's last token predicts the first of every response.
-            sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
-            targets.append(response.tokens)
-            there[number, : len(response.tokens)] = True
-            number, start = number + 1, own.stop
 
-    segment_ids = torch.from_numpy(segments).to(device)
-    seen = (segment_ids[:, None, :] == segment_ids[:, :, None]) | (segment_ids[:, None, :] == 0)
+
+def response_logprobs(model: torch.nn.Module, layout: _Layout, dealt: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of every response token, with gradient; entropy there, without; where there is a token.
+
+    All three results are (responses, longest response).
+
+    Args:
+        dealt: how many of the rows are each lane's.
+    """
+    base = unwrapped(model)
+    device = next(base.parameters()).device
+    ids, places, segments, source, targets, there = (torch.from_numpy(part).to(device) for part in layout)
+    seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
     hidden = base.get_decoder()(
-        input_ids=torch.from_numpy(ids).to(device),
-        position_ids=torch.from_numpy(places).to(device),
-        attention_mask=seen.tril()[:, None],
-        use_cache=False,
+        input_ids=ids, position_ids=places, attention_mask=seen.tril()[:, None], use_cache=False
     ).last_hidden_state
-    source = torch.from_numpy(np.concatenate(sources)).to(device)
     # The unembedding has response tokens in front of it instead of rows.
-    lengths, ends = np.array([sum(len(r.tokens) for r in row.responses) for row in rows]), np.cumsum(dealt.counts)
-    tokens = [int(part.sum()) for part in np.split(lengths, ends[:-1])] if len(ends) > 1 else [int(lengths.sum())]
-    with dealt.are(tokens):
+    with dealt.are(layout.by_lane(layout.sources, dealt)):
         logits = base.get_output_embeddings()(hidden.flatten(0, 1)[source])
     distribution = torch.log_softmax(logits.float(), -1)
-    chosen = distribution.gather(-1, torch.from_numpy(np.concatenate(targets)).to(device)[:, None]).squeeze(-1)
+    chosen = distribution.gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
         entropy = -(distribution.exp() * distribution).sum(-1)
-    scored = torch.from_numpy(there).to(device)
-    empty = torch.zeros(scored.shape, device=device)
-    return empty.masked_scatter(scored, chosen), empty.masked_scatter(scored, entropy), scored
+    empty = torch.zeros(there.shape, device=device)
+    return empty.masked_scatter(there, chosen), empty.masked_scatter(there, entropy), there
 
 
 def _padded(groups: Sequence[Group], mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorabench.models.lanes import Stack
+from lorabench.models.last_layer import read_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -290,7 +291,10 @@ def _logits(
         mask: (rows, all tokens), or (rows, 1, tokens of ids, all tokens).
         lanes: of each row, in order.
     """
-    with stack.rows.are([lanes.count(lane) for lane in range(len(stack.lanes))]):
+    counts = [lanes.count(lane) for lane in range(len(stack.lanes))]
+    rows, length = ids.shape
+    read = torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()
+    with stack.rows.are(counts), read_at(stack.model, read, stack.rows, [count * last for count in counts]):
         logits: Tensor = stack.model(
             input_ids=ids,
             attention_mask=mask,

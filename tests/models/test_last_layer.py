@@ -1,0 +1,112 @@
+"""The last MLP where it is read: losses and gradients of transformers' own loss, from fewer tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lorabench.models.lanes import Rows
+from lorabench.models.last_layer import read_at
+from lorabench.training.batches import IGNORED, Batch
+from lorabench.training.loss import add_gradient
+from lorabench.training.run import recompute_activations
+from tests.training.lanes import base_of
+
+FAMILIES = ["llama-128", "qwen-64", "moe-128", "qwen2", "gemma"]
+
+
+def batch_of(scored: int) -> Batch:
+    """Two rows of 40 tokens, of which the first has so many scored and the second one less."""
+    ids = torch.randint(3, 1000, (2, 41), generator=torch.Generator().manual_seed(0))
+    targets = torch.full((2, 40), IGNORED)
+    targets[0, 10 : 10 + scored] = ids[0, 11 : 11 + scored]
+    targets[1, 40 - (scored - 1) :] = ids[1, 41 - (scored - 1) :]
+    return Batch(ids[:, :-1], targets, None)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_transformers(model, batch):
+    """Loss and gradient of the whole forward pass, all logits and all."""
+    model.zero_grad()
+    logits = model(batch.inputs, use_cache=False).logits
+    targets = batch.targets.flatten()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_are_those_of_all_tokens(name, again):
+    model, batch = base_of(name), batch_of(7)
+    expected, theirs = by_transformers(model, batch)
+    model.zero_grad()
+    if again:
+        recompute_activations(model)
+    loss = add_gradient(model, batch, Rows(1), [1], None, None)
+    assert_close(loss[0], expected, rtol=1e-6, atol=0)
+    own = gradients(model)
+    assert own.keys() == theirs.keys()
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for key, gradient in theirs.items():
+        assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, key
+
+
+def products_of_mlps(model, run):
+    """Rows of what goes into each layer's down projection while `run` runs."""
+    rows = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda _, given, result: rows.append(given[0].shape[:-1].numel()))
+        for layer in model.get_decoder().layers
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
+    model, batch = base_of("llama-128"), batch_of(7)
+    layers = model.config.num_hidden_layers
+    found = products_of_mlps(model, lambda: add_gradient(model, batch, Rows(1), [1], None, None))
+    assert found == [80] * (layers - 1) + [7 + 6]
+    # Outside it is the model's own again.
+    assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
+
+
+def test_it_is_the_models_own_again_after_an_error():
+    model = base_of("llama-128")
+    mlp = model.get_decoder().layers[-1].mlp
+    own = mlp.forward
+    with pytest.raises(KeyError), read_at(model, torch.tensor([3]), Rows(1), [1]):
+        raise KeyError(mlp.forward == own)
+    assert mlp.forward == own
+
+
+def test_without_a_scored_token_or_an_mlp_all_is_computed():
+    model, batch = base_of("llama-128"), batch_of(7)
+    layers = model.config.num_hidden_layers
+    nothing = torch.zeros(0, dtype=torch.long)
+    with read_at(model, nothing, Rows(1), [0]):
+        assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
+    last = model.get_decoder().layers[-1]
+    last.feed_forward = last.mlp
+    del last.mlp
+    with read_at(model, torch.tensor([3]), Rows(1), [1]):
+        assert last.feed_forward.forward == type(last.feed_forward).forward.__get__(last.feed_forward)
+
+
+def test_in_bf16_results_have_the_type_of_the_products():
+    model, batch = base_of("llama-128"), batch_of(7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, theirs = by_transformers(model, batch)
+    model.zero_grad()
+    loss = add_gradient(model, batch, Rows(1), [1], torch.bfloat16, None)
+    assert_close(loss[0], expected, rtol=2e-3, atol=0)
+    own = gradients(model)
+    for key, gradient in theirs.items():
+        assert torch.nn.functional.cosine_similarity(own[key].flatten(), gradient.flatten(), 0) > 0.99, key
