@@ -170,12 +170,14 @@ def run_tasks(
     import logging
 
     from langdetect import DetectorFactory
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
 
     # IFEval asks it for the language of an answer, and without a seed it guesses anew each time.
     DetectorFactory.seed = _SEED
     # It warns of each task whose examples are as many as the preset says.
     logging.getLogger("lm_eval.evaluator").addFilter(lambda record: "num_fewshot" not in record.msg)
+    # With every call it would ask pip, compilers and drivers for versions, for seconds; those that count are kept here.
+    evaluator.add_env_info = lambda results: None
     # Standard errors without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"
     template = template_key(lm.tokenizer) if lm.tokenizer.chat_template else None
@@ -188,7 +190,7 @@ def run_tasks(
     samples: list[dict[str, Any]] = []
     versions = json.dumps(_versions(), sort_keys=True)
     for (chat, num_fewshot, limit, max_new_tokens), together in settings.items():
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             lm,
             tasks=[item for one in together for item in one.items],
             num_fewshot=num_fewshot,

@@ -55,6 +55,15 @@ def base(trained: Trained) -> pd.DataFrame:
     return scores(trained, None)
 
 
+def test_nobody_is_asked_for_versions(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import collect_env
+
+    asked: list[str] = []
+    monkeypatch.setattr(collect_env, "run", lambda command: asked.append(command) or (1, "", ""))
+    assert len(scores(trained, None))
+    assert asked == []
+
+
 @pytest.fixture(scope="module")
 def adapted(trained: Trained) -> pd.DataFrame:
     return scores(trained, "lora")
