@@ -97,7 +97,7 @@ class Shelf:
     """Weights of lanes, all of the same shapes, side by side: `values` and `gradients`, both (lanes, weights).
 
     Attributes:
-        leaves: each weight of all lanes by name, (lanes, *shape): what layers compute with. Made anew by `keep`.
+        leaves: each weight of all lanes by name, (lanes, *shape): what layers compute with. They stay the same tensors.
         parameters: of each lane the tensors that an optimizer steps, one for each group of names.
     """
 
@@ -120,16 +120,17 @@ class Shelf:
                 row[start : start + shape.numel()] = weights[name].detach().flatten()
         self.parameters = [[nn.Parameter(row[part]) for part, _ in self._groups] for row in values]
         self._mirrors: list[dict[str, nn.Parameter]] = [{} for _ in starts]
-        self.leaves: dict[str, nn.Parameter] = {}
+        self.leaves: dict[str, Tensor] = {}
         self._lay(values)
 
     def _lay(self, values: Tensor) -> None:
         self.values, self.gradients = values, torch.zeros_like(values)
         for name, (start, shape) in self._where.items():
-            part = slice(start, start + shape.numel())
-            leaf = nn.Parameter(values[:, part].view(len(values), *shape))
-            leaf.grad = self.gradients[:, part].view(leaf.shape)
-            self.leaves[name] = leaf
+            part, stacked = slice(start, start + shape.numel()), (len(values), *shape)
+            value, gradient = (tensor[:, part].view(stacked) for tensor in (values, self.gradients))
+            # No `nn.Parameter`: their shapes count as fixed where layers are compiled, and lanes leave.
+            leaf = self.leaves.setdefault(name, value.detach().requires_grad_())
+            _point(leaf, value, gradient)
         for lane, parameters in enumerate(self.parameters):
             for parameter, (part, _) in zip(parameters, self._groups, strict=True):
                 _point(parameter, values[lane, part], self.gradients[lane, part])
@@ -163,7 +164,7 @@ class Shelf:
         self._lay(self.values[list(lanes)].clone())
 
 
-def _point(parameter: nn.Parameter, value: Tensor, gradient: Tensor) -> None:
+def _point(parameter: Tensor, value: Tensor, gradient: Tensor) -> None:
     parameter.grad = None
     parameter.data = value
     parameter.grad = gradient

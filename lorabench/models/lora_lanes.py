@@ -12,6 +12,8 @@ Experts that a model keeps in one parameter have LoRA through PEFT's own forward
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,43 +62,53 @@ def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -
     for _, layer in lora_layers(model):
         # Where experts are one parameter PEFT's own forward pass reads the one lane's mirrors.
         if isinstance(layer, Linear):
-            keys = [f"{modules[id(layer)]}.lora_{factor}.default.weight" for factor in "AB"]
-            layer.forward = _Forward(layer, shelf, keys, rows, layer.scaling[names[0]], keep_cast)
+            a, b = (shelf.leaves[f"{modules[id(layer)]}.lora_{factor}.default.weight"] for factor in "AB")
+            layer.lanes = _Factors(a, b, layer.scaling[names[0]], rows, keep_cast)
+            layer.forward = MethodType(_forward, layer)
     lanes = {name: Lane(shelf.places(lane), adapter_pairs(model, name)) for lane, name in enumerate(names)}
     return Stack(model, lanes, rows, shelf)
 
 
-class _Forward:
-    """The forward pass of one linear layer."""
+@dataclass
+class _Factors:
+    """What a linear layer adds to its frozen product: A (lanes, r, d_in), B (lanes, d_out, r) and their scaling."""
 
-    def __init__(
-        self, layer: Any, shelf: Shelf, keys: Sequence[str], rows: Rows, scaling: float, keep_cast: bool
-    ) -> None:
-        self._base: nn.Linear = layer.base_layer
-        self._shelf, self._keys, self._rows, self._scaling = shelf, tuple(keys), rows, scaling
-        self._keep_cast = keep_cast
-        self._cast: tuple[Tensor, Tensor | None] | None = None
+    a: Tensor
+    b: Tensor
+    scaling: float
+    rows: Rows
+    keep_cast: bool
+    cast: tuple[Tensor, Tensor | None] | None = None
+    """The frozen weight and bias in autocast's type, once made."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(rows, ..., d_in) to (rows, ..., d_out)."""
-        a, b = (self._shelf.leaves[key] for key in self._keys)
-        weight: Tensor = self._base.weight
-        bias: Tensor | None = self._base.bias
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            cast = self._cast
-            if cast is None or cast[0].dtype != dtype:
-                cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-            self._cast = cast if self._keep_cast else None
-            weight, bias = cast
-            x = x.to(dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        counts = self._rows.tokens(len(flat))
-        merged = _merging_pays(x.dtype, len(flat) / len(counts), x.shape[-1], len(weight), a.shape[1])
-        product = _Merged if merged else _Added
-        y: Tensor = product.apply(flat, weight, bias, a, b, self._scaling, counts)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], y.shape[-1])
+
+# A function of the layer, not an object of each: one compiled code then serves all layers.
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """The forward pass of a linear layer, (rows, ..., d_in) to (rows, ..., d_out)."""
+    own: _Factors = layer.lanes
+    base: nn.Linear = layer.base_layer
+    if torch.compiler.is_compiling():
+        # The same in PyTorch's own operations, for its compiler; lanes have as many rows each.
+        plain: Tensor = base(x)
+        inner = torch.bmm(x.reshape(len(own.a), -1, x.shape[-1]), own.a.mT) * own.scaling
+        return plain + torch.bmm(inner, own.b.mT).view(plain.shape).to(plain.dtype)
+    weight: Tensor = base.weight
+    bias: Tensor | None = base.bias
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        cast = own.cast
+        if cast is None or cast[0].dtype != dtype:
+            cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+        own.cast = cast if own.keep_cast else None
+        weight, bias = cast
+        x = x.to(dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    counts = own.rows.tokens(len(flat))
+    merged = _merging_pays(x.dtype, len(flat) / len(counts), x.shape[-1], len(weight), own.a.shape[1])
+    product = _Merged if merged else _Added
+    y: Tensor = product.apply(flat, weight, bias, own.a, own.b, own.scaling, counts)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _merging_pays(dtype: torch.dtype, tokens: float, d_in: int, d_out: int, rank: int) -> bool:
@@ -129,6 +141,14 @@ def _narrow(x: Tensor, factor: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and factor.shape[-1] < 16:
         return torch.bmm(factor.mT, x.mT).mT
     return torch.bmm(x, factor)
+
+
+def _outer(g: Tensor, inner: Tensor) -> Tensor:
+    """Products of (lanes, tokens, d) and (lanes, tokens, r), (lanes, d, r).
+
+    The other way round a CPU takes up to seven times as long.
+    """
+    return torch.bmm(inner.mT, g).mT
 
 
 class _Added(torch.autograd.Function):
@@ -171,8 +191,7 @@ class _Added(torch.autograd.Function):
         for (xs, gs, gxs, own_a, own_b, to_a, to_b), inner in zip(parts, inners, strict=True):
             ginner = _narrow(gs, own_b).mul_(ctx.scaling)
             add_products(to_a, ginner.mT, xs)
-            # The other way round a CPU takes up to seven times as long.
-            to_b.add_(torch.bmm(inner.mT, gs).mT)
+            to_b.add_(_outer(gs, inner))
             if gx is not None:
                 gxs.baddbmm_(ginner, own_a)
         return gx, *(None,) * 6

@@ -2,9 +2,12 @@
 
     python -m tests.benchmarks.parts
 
-Attention in blocks of queries (`lorabench.models.attention`) against PyTorch's kernel, and logits of `MAX_LOGITS` at
-once (`lorabench.training.loss`) against a quarter of them. Steps of both ways take turns in one process. Prints seconds
-of both and their ratio, and appends a row for each to `tests/benchmarks/parts.csv`.
+Attention in blocks of queries (`lorabench.models.attention`) against PyTorch's kernel; logits of `MAX_LOGITS` at once
+(`lorabench.training.loss`) against a quarter of them; LoRA's thin products the way round that a CPU computes fast
+(`lorabench.models.lora_lanes`) against the way that they are written; the last MLP where a token is scored
+(`lorabench.models.last_layer`) against everywhere; layers that are compiled (`execution.compile`, off by default)
+against those that are not. Steps of both ways take turns in one process. Prints seconds of both and their ratio, and
+appends a row for each to `tests/benchmarks/parts.csv`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
@@ -20,8 +23,9 @@ from unittest import mock
 import torch
 
 from lorabench.allocation import keep_freed_memory
-from lorabench.models import attention
+from lorabench.models import attention, lora_lanes
 from lorabench.models.base import package_versions
+from lorabench.training import loss
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.provenance import machine_state
 
@@ -41,7 +45,25 @@ def a_quarter() -> AbstractContextManager[object]:
     return mock.patch.dict(MAX_LOGITS, cpu=MAX_LOGITS["cpu"] // 4)
 
 
-WITHOUT = {"attention in blocks": by_pytorch, "logits at once": a_quarter}
+def as_written() -> AbstractContextManager[object]:
+    """Within, thin products are computed the way that formulas have them."""
+    return mock.patch.multiple(
+        lora_lanes, _narrow=torch.bmm, _outer=lambda gradient, inner: torch.bmm(gradient.mT, inner)
+    )
+
+
+def everywhere() -> AbstractContextManager[object]:
+    """Within, the last MLP computes all tokens."""
+    return mock.patch.object(loss, "read_at", return_value=nullcontext())
+
+
+WITHOUT = {
+    "attention in blocks": by_pytorch,
+    "logits at once": a_quarter,
+    "thin products": as_written,
+    "last MLP where scored": everywhere,
+}
+COMPILED = "compiled layers"
 SMOLLM2 = "smollm2-135m"
 CASES: list[tuple[str, Setting, Method]] = [
     ("attention in blocks", Setting(batch=8, length=159), "lora"),
@@ -52,6 +74,17 @@ CASES: list[tuple[str, Setting, Method]] = [
     *(
         ("logits at once", Setting(model=SMOLLM2, batch=batch, length=127, precision="bf16"), method)
         for batch, method in ((4, "lora"), (16, "lora"), (16, "fullft"))
+    ),
+    *(("thin products", Setting(rank=rank), "lora") for rank in (1, 4, 8, 16)),
+    ("thin products", Setting(model=SMOLLM2, rank=8, batch=4, length=127, precision="bf16"), "lora"),
+    ("thin products", Setting(model=SMOLLM2, rank=8, batch=1, length=127), "lora"),
+    *(
+        ("last MLP where scored", Setting(scored=scored), method)
+        for scored, method in ((0.2, "lora"), (0.2, "fullft"), (0.5, "lora"))
+    ),
+    *(
+        (COMPILED, Setting(model=SMOLLM2, batch=4, length=127, precision="bf16"), method)
+        for method in ("lora", "fullft")
     ),
 ]
 
@@ -72,7 +105,11 @@ def main() -> None:
                 print(f"{setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
                 continue
             step, _ = training_step(setting, method, 1)
-            seconds = median_seconds({"with": step, "without": _within(WITHOUT[part], step)}, REPEATS)
+            if part == COMPILED:
+                steps = {"with": training_step(setting, method, 1, compiled=True)[0], "without": step}
+            else:
+                steps = {"with": step, "without": _within(WITHOUT[part], step)}
+            seconds = median_seconds(steps, REPEATS)
             case = f"{method}, {setting.case}"
             numbers = [round(seconds["with"], 4), round(seconds["without"], 4)]
             ratio = round(seconds["with"] / seconds["without"], 3)

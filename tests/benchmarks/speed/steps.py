@@ -1,7 +1,7 @@
 """A training step within one process, start-up left out; and how fast the machine multiplies matrices.
 
-Steps are those of training: this project's own serve lanes as in a run (`SftLanes`), every token is scored, there is
-no padding. At LR 0 a step does all its work and leaves the weights as they are.
+Steps are those of training: this project's own serve lanes as in a run (`SftLanes`), every token is scored unless said
+otherwise, there is no padding. At LR 0 a step does all its work and leaves the weights as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import train_flops_per_token
-from lorabench.training.run import Machine
+from lorabench.training.run import Machine, compile_layers
 from lorabench.training.sft_lanes import Learn, SftLanes
 
 from .table import Row, say
@@ -50,13 +50,16 @@ class Setting:
     batch: int = 8
     length: int = 128
     precision: Precision = "fp32"
+    scored: float = 1.0
+    """Share of a row's tokens, its last ones."""
     lanes: tuple[int, ...] = (2, 4, 8, 16)
     full_lanes: tuple[int, ...] = ()
 
     @property
     def case(self) -> str:
         """In words."""
-        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens, {self.precision}"
+        scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
+        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
 
     def arms(self) -> dict[str, tuple[Method, int]]:
         """Method and lanes of each arm; what is done without this project comes first."""
@@ -93,9 +96,13 @@ def is_there(model: str) -> bool:
     return not isinstance(spec, GgufModel) or (converted_folder(spec) / "model.safetensors").is_file()
 
 
-def training_step(setting: Setting, method: Method, lanes: int) -> tuple[Callable[[], None], int]:
+def training_step(
+    setting: Setting, method: Method, lanes: int, compiled: bool = False
+) -> tuple[Callable[[], None], int]:
     """One optimizer step of all lanes, to be called; and its FLOPs as the paper counts."""
     base: Any = load_model(spec_of(setting.model))
+    if compiled:
+        compile_layers(base)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
@@ -109,7 +116,8 @@ def training_step(setting: Setting, method: Method, lanes: int) -> tuple[Callabl
     stack = _full(base, names) if method == "fullft" else _lora(base, names)
     optimizers = [_adam(lane.parameters) for lane in stack.lanes.values()]
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
-    split = TokenizedSplit(ids.flatten().numpy(), np.ones(ids.numel(), np.bool_), offsets)
+    scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
+    split = TokenizedSplit(ids.flatten().numpy(), scored, offsets)
     machine = Machine(torch.device("cpu"), MAX_BATCH_TOKENS, math.inf)
     serve = SftLanes(stack, {"train": split}, machine, torch.bfloat16 if setting.precision == "bf16" else None)
     asked = {name: Learn(np.arange(setting.batch)) for name in names}
