@@ -26,7 +26,8 @@ def unwrapped(model: nn.Module) -> Any:
 def read_at(model: nn.Module, tokens: Tensor, rows: Rows, counts: Sequence[int]) -> Iterator[None]:
     """Within, also in the backward pass, what the decoder gives is right at these tokens alone.
 
-    A model whose layers have no `mlp` computes all tokens.
+    A model whose layers have no `mlp` computes all tokens, and so does one whose `mlp` does not make a tensor of (rows,
+    length, width) of one such tensor.
 
     Args:
         model: a causal LM.
@@ -41,15 +42,17 @@ def read_at(model: nn.Module, tokens: Tensor, rows: Rows, counts: Sequence[int])
         return
     forward = mlp.forward
 
-    def at_tokens(hidden: Tensor) -> Tensor:
+    def at_tokens(hidden: Tensor, *others: Any, **options: Any) -> Any:
+        if others or options or hidden.ndim != 3 or len(tokens) == hidden.shape[:2].numel():
+            return forward(hidden, *others, **options)
         flat = hidden.flatten(0, 1)
-        if len(tokens) == len(flat):
-            everywhere: Tensor = forward(hidden)
-            return everywhere
         with rows.are(counts):
             # A token is a row of its own, of length 1: experts expect three dimensions.
-            found: Tensor = forward(flat.index_select(0, tokens)[:, None]).flatten(0, 1)
-        return torch.zeros_like(flat, dtype=found.dtype).index_copy(0, tokens, found).view_as(hidden)
+            found = forward(flat.index_select(0, tokens)[:, None])
+        if not isinstance(found, Tensor):
+            return forward(hidden)
+        everywhere = torch.zeros_like(flat, dtype=found.dtype)
+        return everywhere.index_copy(0, tokens, found.flatten(0, 1)).view_as(hidden)
 
     mlp.forward = at_tokens
     try:

@@ -100,6 +100,28 @@ def test_without_a_scored_token_or_an_mlp_all_is_computed():
         assert last.feed_forward.forward == type(last.feed_forward).forward.__get__(last.feed_forward)
 
 
+@pytest.mark.parametrize("way", ["a tuple", "another argument", "tokens without rows"])
+def test_an_mlp_of_another_kind_computes_all(way):
+    """As those of some experts, which give the router's scores too."""
+    model = base_of("llama-128")
+    mlp = model.get_decoder().layers[-1].mlp
+    own = type(mlp).forward
+    call = {
+        "a tuple": lambda hidden: (own(mlp, hidden), None),
+        "another argument": lambda hidden, scale: scale * own(mlp, hidden),
+        "tokens without rows": lambda hidden: own(mlp, hidden),
+    }[way]
+    mlp.forward = call
+    hidden = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0))
+    given = {"a tuple": (hidden,), "another argument": (hidden, 2.0), "tokens without rows": (hidden.flatten(0, 1),)}[
+        way
+    ]
+    expected = call(*given)
+    with read_at(model, torch.tensor([3, 50]), Rows(1), [2]):
+        found = mlp(*given)
+    assert_close(found, expected)
+
+
 def test_in_bf16_results_have_the_type_of_the_products():
     model, batch = base_of("llama-128"), batch_of(7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
