@@ -105,10 +105,7 @@ class _Bases:
 
     def dealt(self, job: Job, groups: list[Group]) -> list[Group]:
         """The groups, each run by itself where the model's weights can't be stacked."""
-        if job.sweep.condition.method == "lora" or max(map(len, groups)) == 1:
-            return groups
-        # Stacked weights are not compiled.
-        if not job.plan.preset.execution.compile and can_stack(self._pristine(job)):
+        if job.sweep.condition.method == "lora" or max(map(len, groups)) == 1 or can_stack(self._pristine(job)):
             return groups
         return [{name: run} for group in groups for name, run in group.items()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,9 +29,9 @@ def forgetful():
     torch.compiler.reset()
 
 
-def losses(runs, model, data, folder, protocol=None):
+def losses(runs, model, data, folder):
     """Training losses and the test loss of each run."""
-    found = train_together(runs, model, data, folder, protocol)
+    found = train_together(runs, model, data, folder)
     return {name: [*series(outcome, "nll"), outcome.final_test_nll] for name, outcome in found.items()}
 
 
@@ -98,14 +97,10 @@ def test_layers_batches_ranks_and_lanes_share_their_code(short_data, tmp_path):
     for number, (rank, lanes) in enumerate([(4, 3), (8, 2), (16, 4)]):
         model = base_of("llama-128")
         compile_layers(model, made)
-        runs = [replace_rank(run_of("lora", lr, 0, steps=3), rank) for lr in (1e-3, 2e-3, 3e-3, 4e-3)[:lanes]]
+        runs = [run_of("lora", lr, 0, steps=3, rank=rank) for lr in (1e-3, 2e-3, 3e-3, 4e-3)[:lanes]]
         train_together(runs, model, short_data, tmp_path / str(number))
     assert made.frame_count <= 4
     assert breaks() == {}
-
-
-def replace_rank(run, rank):
-    return replace(run, condition=replace(run.condition, rank=rank))
 
 
 def test_the_last_layer_is_left_out_and_asking_twice_changes_nothing():
@@ -132,9 +127,7 @@ def test_a_job_compiles_what_it_trains_if_the_preset_says_so(ready, monkeypatch)
         lrs = {method: [1e-3, 3e-3]}
         plain, _ = trained(*ready(f"plain-{method}", {"lanes": 3, "compile": False}, **lrs), method)
         assert compiled == []
-        found, _ = trained(
-            *ready(f"compiled-{method}", {"lanes": 3, "compile": True}, **{method: [1e-3, 3e-3]}), method
-        )
+        found, _ = trained(*ready(f"compiled-{method}", {"lanes": 3, "compile": True}, **lrs), method)
         assert len({id(model) for model in compiled}) == models
         compiled.clear()
         assert list(found.run_id) == list(plain.run_id), "it is not part of what a run is"
