@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -28,17 +28,19 @@ _SHORT_ROW, _LONG_ROW, _RESPONSES = 192, 2048, 4
 
 @dataclass(frozen=True)
 class Group:
-    """The responses to one prompt, or some of them, with the reward and the advantage of each, both (n,)."""
+    """The responses to one prompt, or some of them, with numbers of each, all (n,)."""
 
     prompt: tuple[int, ...]
     responses: list[Response]
     rewards: np.ndarray
     advantages: np.ndarray
+    times: np.ndarray
+    """How often it was drawn, as far as equal ones are one."""
 
     @classmethod
     def of(cls, prompt: tuple[int, ...], responses: list[Response], rewards: np.ndarray) -> Group:
         """A whole group: advantages are rewards minus their mean."""
-        return cls(prompt, responses, rewards, rewards - rewards.mean())
+        return cls(prompt, responses, rewards, rewards - rewards.mean(), np.ones(len(responses)))
 
     @property
     def equal(self) -> bool:
@@ -47,11 +49,23 @@ class Group:
 
     def part(self, rows: list[int]) -> Group:
         """Some of the responses, with the advantages that they have in the whole group."""
-        return Group(self.prompt, [self.responses[row] for row in rows], self.rewards[rows], self.advantages[rows])
+        responses = [self.responses[row] for row in rows]
+        return Group(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
+
+    def distinct(self) -> Group:
+        """The group with equal responses as one: short answers are often drawn again, and teach the same."""
+        seen: dict[tuple[bytes, bytes, float], int] = {}
+        first = [
+            seen.setdefault((response.tokens.tobytes(), response.logprobs.tobytes(), reward), row)
+            for row, (response, reward) in enumerate(zip(self.responses, self.rewards, strict=True))
+        ]
+        rows = list(seen.values())
+        times = np.bincount(first, self.times, len(first))[rows]
+        return replace(self.part(rows), times=times)
 
 
 # What a process computes that has nothing to do, while others have.
-_NOTHING = Group((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1), np.zeros(1))
+_NOTHING = Group.of((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -113,22 +127,22 @@ def backward(
                     if learn:
                         (0.0 * learner.sum()).backward()
                     continue
-                sampler, advantages = _padded(rows, mask)
+                sampler, advantages, times = _padded(rows, mask)
                 difference = torch.where(mask, learner - sampler, 0.0)
                 ratio = difference.exp()
-                each = -torch.where(mask, ratio * advantages[:, None], 0.0)
+                each = -times * torch.where(mask, ratio * advantages[:, None], 0.0)
                 counts = [sum(len(row.responses) for row in of_lane) for of_lane in part]
                 losses = [own.sum() / n for own, n in zip(each.split(counts), episodes, strict=True)]
                 if learn:
                     torch.stack(losses).sum().backward()
             with torch.no_grad():
-                split_by_lane = (tensor.split(counts) for tensor in (mask, entropy, difference, ratio))
-                for lane, (there, spread, apart, ratios) in enumerate(zip(*split_by_lane, strict=True)):
+                split_by_lane = (tensor.split(counts) for tensor in (mask, times, entropy, difference, ratio))
+                for lane, (there, often, *measures) in enumerate(zip(*split_by_lane, strict=True)):
                     if not counts[lane]:
                         continue
-                    measured = [there.sum(), losses[lane], spread[there].sum(), -apart.sum(), ratios[there].sum()]
-                    sums[lane] += torch.stack([value.double() for value in measured]).cpu()
-                    ratio_max[lane] = max(ratio_max[lane], ratios[there].max().item())
+                    spread, apart, ratios = ((often * measure).sum() for measure in measures)
+                    sums[lane] += torch.stack([often.sum(), losses[lane], spread, -apart, ratios]).double().cpu()
+                    ratio_max[lane] = max(ratio_max[lane], measures[-1][there].max().item())
     found = []
     for own, largest in zip(sums, ratio_max, strict=True):
         tokens, loss_sum, *others = processes.gather(own.numpy()).sum(0).tolist()
@@ -146,10 +160,10 @@ def _read(stack: Stack, layout: _Layout, device: torch.device) -> AbstractContex
 def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE) -> Iterator[list[Group]]:
     """Split a batch into rows and these into parts of little padding that fit `max_tokens`; one row always fits.
 
-    A row is a prompt with some of its responses, a group as far as it goes through the model as one sequence. Each of
-    several processes has its share of the rows.
+    A row is a prompt with some of its responses, a group as far as it goes through the model as one sequence; equal
+    responses are one. Each of several processes has its share of the rows.
     """
-    rows = [row for group in groups for row in _rows(group, max_tokens)]
+    rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
     rows = [rows[place] for place in processes.share(np.array([_length(row) for row in rows]))]
     part: list[Group] = []
     for row in rows:
@@ -268,10 +282,14 @@ def response_logprobs(model: torch.nn.Module, layout: _Layout, dealt: Rows) -> t
     return empty.masked_scatter(there, chosen), empty.masked_scatter(there, entropy), there
 
 
-def _padded(groups: Sequence[Group], mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The sampler's log-probabilities, (responses, longest), and the advantages, (responses,)."""
+def _padded(groups: Sequence[Group], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sampler's log-probabilities, (responses, longest), advantages, (responses,), and how often each token was
+    drawn, (responses, longest), 0 where none is."""
     sampler = np.zeros(mask.shape, np.float32)
     for row, response in enumerate(response for group in groups for response in group.responses):
         sampler[row, : len(response.tokens)] = response.logprobs
-    advantages = np.concatenate([group.advantages for group in groups]).astype(np.float32)
-    return torch.from_numpy(sampler).to(mask.device), torch.from_numpy(advantages).to(mask.device)
+    advantages, times = (
+        torch.from_numpy(np.concatenate(numbers).astype(np.float32)).to(mask.device)
+        for numbers in ([group.advantages for group in groups], [group.times for group in groups])
+    )
+    return torch.from_numpy(sampler).to(mask.device), advantages, torch.where(mask, times[:, None], 0.0)

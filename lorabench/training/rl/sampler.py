@@ -115,18 +115,20 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """Tokens by inversion of the distribution function, (n,).
 
     Args:
-        logprobs: (n, vocabulary).
+        logprobs: (contexts, vocabulary).
         uniform: (n,) in [0, 1), double precision; negative takes the most likely token.
+        contexts: (n,), the row of `logprobs` that each is drawn from.
     """
     cumulated = logprobs.double().exp().cumsum(-1)
     # The sum is 1 but for rounding; scaled to it, no token of probability zero is ever drawn.
-    drawn = torch.searchsorted(cumulated, (uniform * cumulated[:, -1])[:, None], right=True).squeeze(-1)
+    wanted = uniform * cumulated[contexts, -1]
+    drawn = torch.searchsorted(cumulated[contexts], wanted[:, None], right=True).squeeze(-1)
     drawn = drawn.clamp(max=logprobs.shape[-1] - 1)
-    return torch.where(uniform < 0, logprobs.argmax(-1), drawn)
+    return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
 
 
 def window(model: torch.nn.Module) -> int | None:
@@ -181,7 +183,9 @@ def _sample_chunk(
     ids, mask = left_padded([prompt for _, prompt in unique], device)
     cache = growing_cache()
     of_prompts = [lane for lane, _ in unique]
-    logits = _logits(stack, ids, mask, positions(mask), cache, of_prompts, 1)[:, -1][_on(prompts, device)]
+    logits = _logits(stack, ids, mask, positions(mask), cache, of_prompts, 1)[:, -1]
+    # The row of the logits that a response goes on from; responses to one prompt all begin in the same.
+    contexts = _on(prompts, device)
     within, farthest = window(stack.model), ids.shape[1] + longest
     seats = max(1, _SHARED_TOKENS // longest) if within is None or farthest <= within else 1
     rows = _Rows(prompts, seats)
@@ -196,9 +200,9 @@ def _sample_chunk(
     for step in range(longest):
         chosen = _on(live, device)
         distribution = torch.log_softmax(logits.float(), -1)
-        drawn = draw(distribution, uniform[chosen, step])
+        drawn = draw(distribution, uniform[chosen, step], contexts)
         tokens[chosen, step] = drawn
-        logprobs[chosen, step] = distribution.gather(-1, drawn[:, None]).squeeze(-1)
+        logprobs[chosen, step] = distribution[contexts, drawn]
         ended = torch.isin(drawn, stops)
         if stop.texts:
             ended |= _has_text(tokenizer, tokens[chosen, : step + 1], stop.texts)
@@ -224,6 +228,7 @@ def _sample_chunk(
         of_rows = [of_prompts[prompt] for prompt in rows.prompts]
         seen = _seen(owners, takers, rows.shared)
         logits = _logits(stack, ids, seen, position_ids, cache, of_rows, width)[row, column]
+        contexts = torch.arange(len(live), device=device)
 
     columns = zip(*(column.cpu().numpy() for column in (tokens, logprobs)), lengths, stopped, strict=True)
     return [Response(ids[:length].copy(), logp[:length].copy(), not end) for ids, logp, length, end in columns]

@@ -115,6 +115,36 @@ def test_a_long_response_does_not_pad_the_others():
     assert sum(map(row_length, part)) <= 3 * len(part) + 40 + 149
 
 
+def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn(base):
+    drawn = [
+        response([3, 1], [-1.0, -0.5]),
+        response([4], [-2.0]),
+        response([3, 1], [-1.0, -0.5]),
+        response([3], [-1.0]),
+    ]
+    group = Group.of((5, 9), drawn, np.array([1.0, 0.0, 1.0, 0.0]))
+    # The same tokens with another reward, as of an answer that was graded too late, are another response.
+    judged_apart = Group.of((5, 9), [response([3, 1])] * 2, np.array([1.0, 0.0]))
+    [[row, apart]] = parts([group, judged_apart], 10_000)
+    assert [one.tokens.tolist() for one in row.responses] == [[3, 1], [4], [3]]
+    assert row.times.tolist() == [2, 1, 1]
+    assert apart.times.tolist() == [1, 1]
+
+    expected, loss = plain_gradients(base, [group])
+    measured = backward(base, [group], 10_000)
+    for name, gradient in gradients(base).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
+    # Each alone in a row of its own counts itself.
+    singly = [backward(base, [Group.of((5, 9), [one], np.zeros(1))], 10_000) for one in drawn]
+    tokens = [len(one.tokens) for one in drawn]
+    assert (measured.loss, measured.tokens) == (pytest.approx(loss, abs=1e-5), sum(tokens))
+    for measure in ("entropy", "kl", "ratio_mean"):
+        mean = np.average([getattr(one, measure) for one in singly], weights=tokens)
+        assert getattr(measured, measure) == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    assert measured.ratio_max == pytest.approx(max(one.ratio_max for one in singly), rel=1e-4)
+    base.zero_grad()
+
+
 def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups):
     informative = [group for group in groups if not group.equal]
     idle = [Group.of(group.prompt, group.responses, np.ones(6)) for group in groups]

@@ -38,12 +38,12 @@ def move(model, scale=0.02):
 def test_draws_follow_the_distribution():
     logprobs = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]]))
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(logprobs.expand(1000, -1), grid)
+    tokens = draw(logprobs[None], grid, torch.zeros(1000, dtype=torch.long))
     assert tokens.bincount(minlength=4).tolist() == [100, 0, 600, 300]
 
 
 def test_a_negative_number_takes_the_most_likely():
-    assert draw(torch.log(torch.tensor([[0.2, 0.5, 0.3]])), torch.tensor([-1.0])).item() == 1
+    assert draw(torch.log(torch.tensor([[0.2, 0.5, 0.3]])), torch.tensor([-1.0]), torch.tensor([0])).item() == 1
 
 
 @given(st.lists(st.floats(-60, 5), min_size=2, max_size=50), st.floats(0, 1, exclude_max=True), st.integers(0, 49))
@@ -51,7 +51,7 @@ def test_what_has_no_probability_is_never_drawn(scores, uniform, masked):
     scores = torch.tensor([scores], dtype=torch.float32)
     scores[0, masked % (scores.shape[1] - 1)] = -torch.inf
     logprobs = scores.log_softmax(-1)
-    token = draw(logprobs, torch.tensor([uniform], dtype=torch.float64)).item()
+    token = draw(logprobs, torch.tensor([uniform], dtype=torch.float64), torch.tensor([0])).item()
     assert logprobs[0, token] > -torch.inf
 
 
