@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorabench.plan import Condition, EvalJob, Job, Sweep
 
 # Imports, loading, and writing of one job, in seconds on one core.
-_START_SECONDS = 8.0
+_START_SECONDS = 6.0
 _EVALUATION_START_SECONDS = 12.0
 # On a CPU a token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000.

@@ -37,19 +37,28 @@ def grouped(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, ...]]:
     longest = max((seconds for group in together.values() for seconds, _ in group), default=0.0)
     # Where even the longest sweep is shorter than a start, as long as that.
     enough = min(start / START_SHARE, max(start, longest))
-    jobs = [job for group in together.values() for job in _divided(group, enough)]
+    jobs = [job for group in together.values() for job in _divided(group, enough, max(longest, 1.5 * start))]
     return [tuple(sweep for _, sweep in job) for job in sorted(jobs, key=lambda job: -_seconds(job))]
 
 
-def _divided(group: Iterable[tuple[float, Sweep]], enough: float) -> list[list[tuple[float, Sweep]]]:
-    """Jobs of about as many seconds as are enough, all alike; a sweep that takes as long stays alone."""
+def _divided(group: Iterable[tuple[float, Sweep]], enough: float, most: float) -> list[list[tuple[float, Sweep]]]:
+    """Jobs of about as many seconds as are enough, all alike, none above the most; a sweep that takes as long stays
+    alone."""
     longest_first = sorted(group, key=lambda one: -one[0])
     alone = [[one] for one in longest_first if one[0] >= enough]
     short = longest_first[len(alone) :]
-    jobs: list[list[tuple[float, Sweep]]] = [[] for _ in range(max(1, round(_seconds(short) / enough)))]
-    for one in short:
-        min(jobs, key=_seconds).append(one)
+    count = max(1, round(_seconds(short) / enough))
+    while max(map(_seconds, jobs := _spread(short, count))) > most:
+        count += 1
     return alone + [job for job in jobs if job]
+
+
+def _spread(longest_first: Iterable[tuple[float, Sweep]], count: int) -> list[list[tuple[float, Sweep]]]:
+    """So many jobs, each sweep in the shortest so far."""
+    jobs: list[list[tuple[float, Sweep]]] = [[] for _ in range(count)]
+    for one in longest_first:
+        min(jobs, key=_seconds).append(one)
+    return jobs
 
 
 def _seconds(job: Iterable[tuple[float, Sweep]]) -> float:

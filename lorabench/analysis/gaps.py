@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from lorabench.analysis.arms import arm_label, arm_table, check_runs, each_arm, rows_of
 from lorabench.analysis.optimum import best_index, is_edge, lr_grid
+from lorabench.analysis.student import t_quantile
 from lorabench.errors import UserError
 
 
@@ -114,7 +114,7 @@ def losses_by_seed(runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series) -> pd
 def mean_interval(values: pd.Series[float]) -> tuple[float, float, float]:
     """Mean and its 95% t interval, which is NaN with fewer than two values."""
     n = len(values)
-    half = float(stats.t.ppf(0.975, n - 1)) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    half = t_quantile(n - 1) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
     mean = float(values.mean())
     return mean, mean - half, mean + half
 

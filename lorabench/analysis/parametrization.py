@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
 from lorabench.analysis.early import train_curves
 from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.student import t_quantile
 
 SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
 """What runs have in common, with the seed, if they differ in their parametrisation and LR alone."""
@@ -255,7 +255,7 @@ def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> tuple[floa
     if n < 2:
         return ratio, math.nan, math.nan
     residual = float((numerator - ratio * denominator).std(ddof=1))
-    half = float(stats.t.ppf(0.975, n - 1)) * residual / math.sqrt(n) / mean
+    half = t_quantile(n - 1) * residual / math.sqrt(n) / mean
     return ratio, ratio - half, ratio + half
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
+
+from lorabench.analysis.student import t_quantile
 
 
 @dataclass(frozen=True)
@@ -110,4 +111,4 @@ def _last_coefficient(
         return float(coefficients[-1]), math.nan, r2
     scatter = float(np.fmax(math.sqrt(residual / dof), sigma))
     spread = math.sqrt(float(np.linalg.inv(design.T @ design)[-1, -1]))
-    return float(coefficients[-1]), float(stats.t.ppf(0.975, dof)) * scatter * spread, r2
+    return float(coefficients[-1]), t_quantile(dof) * scatter * spread, r2

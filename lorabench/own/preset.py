@@ -264,7 +264,7 @@ def _execution(model: Model, gpu: str | None) -> dict[str, object]:
         return {"threads": 8, "max_batch_tokens": 8192, "gpu": checked_gpu(gpu), "max_gpus": 8}
     # Tiny models do not fill several threads.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
-    return {"threads": threads, "max_batch_tokens": 2048, "gflops": _GFLOPS_PER_CORE * threads}
+    return {"threads": threads, "max_batch_tokens": 4096, "gflops": _GFLOPS_PER_CORE * threads}
 
 
 def _fields(spec: BaseModel) -> dict[str, object]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lorabench.analysis.arms import arm_label, rows_of
 from lorabench.analysis.claims.claim import Claim
@@ -47,6 +46,7 @@ from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.gaps import gap
 from lorabench.analysis.memorisation import best_stored, description_lengths, is_memorisation, late_growth
 from lorabench.analysis.slopes import against_log
+from lorabench.analysis.student import t_quantile
 from lorabench.analysis.thresholds import threshold_slope, thresholds
 
 MAX_BEND = 0.1
@@ -111,7 +111,7 @@ def same_curve(comparison: Comparison) -> Finding:
         raise UnjudgedError("not tested", "no validation curves with steps in common")
     sigma, dof = comparison.sigma("validation")
     # Two single runs; that they share their data order makes this cautious.
-    half = float(stats.t.ppf(0.975, dof)) * math.sqrt(2) * sigma if dof else math.nan
+    half = t_quantile(dof) * math.sqrt(2) * sigma if dof else math.nan
     both = both.assign(gap=both["value_x"] - both["value_y"], margin=np.fmax(2 * sigma, 0.01 * both["value_y"]))
     both = both.assign(strain=(both["gap"].abs() + np.nan_to_num(half)) / both["margin"])
     furthest = both.loc[both["strain"].idxmax()]
@@ -182,6 +182,8 @@ def _departures(comparison: Comparison) -> tuple[list[Arm], pd.DataFrame, pd.Dat
 
 def departure_grows_with_rank(comparison: Comparison) -> Finding:
     """A3: rank correlation of rank and departure step; a rank that never leaves counts as leaving last."""
+    from scipy import stats
+
     arms, _, left = _departures(comparison)
     ranks = list(comparison.lora)
     lora = left[left["method"] == "lora"].set_index("rank").reindex(ranks)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
-from scipy import stats
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim
@@ -22,6 +21,7 @@ from lorabench.analysis.claims.finding import (
     within,
 )
 from lorabench.analysis.compute import NEEDED, each_setting, equal_flops_gap, flops_ratio, loss_by_flops
+from lorabench.analysis.student import t_quantile
 
 TOLERANCE = 0.01
 """How far a count of FLOPs may be from the formula."""
@@ -68,7 +68,7 @@ def ahead_at_equal_flops(comparison: Comparison) -> Finding:
         raise UnjudgedError("not tested", "no validation curves with training FLOPs in common")
     sigma, dof = comparison.sigma("validation")
     # As for the learning curves: two single runs, and cautious, since they share their data order.
-    half = float(stats.t.ppf(0.975, dof)) * math.sqrt(2) * sigma if dof else math.nan
+    half = t_quantile(dof) * math.sqrt(2) * sigma if dof else math.nan
     worst, last = gaps.nlargest(1, "gap").iloc[0], gaps.iloc[-1]
     largest = float(worst["gap"])
     interval = (largest - half, largest + half)

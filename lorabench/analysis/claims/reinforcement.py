@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import entr
 
 from lorabench.analysis.arms import arm_label, is_rl
 from lorabench.analysis.claims.claim import Claim, untestable
@@ -45,6 +45,7 @@ from lorabench.analysis.claims.placement import both_parts
 from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.rewards import TestReward, band_draws, errors, good_bands, points_of
+from lorabench.analysis.student import t_quantile
 
 LR_BAND = (5.0, 20.0)
 """LR ratios that count as the paper's 10 in RL: within a factor of 2."""
@@ -166,7 +167,7 @@ def same_progress(comparison: Comparison) -> Finding:
         tenth = gaps.columns[int(gaps.mean().abs().argmax())]
         estimate, n = float(gaps[tenth].mean()), len(gaps)
         # The tenths of one run go together: they give a steadier spread, but no degrees of freedom.
-        half = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(gaps.var().mean() / n) if n > 1 else math.nan
+        half = t_quantile(n - 1) * math.sqrt(gaps.var().mean() / n) if n > 1 else math.nan
         interval = (estimate - half, estimate + half)
         verdict = within(*interval, (-2 * sigma, 2 * sigma))
         text = (
@@ -461,9 +462,7 @@ def _entropy(comparison: Comparison, arm: Arm) -> str:
     share = _at_best(comparison, arm, "train", "reward")["value"].to_numpy(float)
     if not len(share):
         return "at most 1 bit each"
-    return (
-        f"at most 1 bit each ({float(np.mean(stats.bernoulli(share).entropy())) / math.log(2):.2f} by the mean rewards)"
-    )
+    return f"at most 1 bit each ({float(np.mean(entr(share) + entr(1 - share))) / math.log(2):.2f} by the mean rewards)"
 
 
 def rank_1_holds_math(evidence: Evidence) -> Finding:

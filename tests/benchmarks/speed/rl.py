@@ -74,7 +74,7 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
         "execution": {
             "threads": shape.threads,
             "lanes": len(lrs),
-            "max_batch_tokens": 2048,
+            "max_batch_tokens": 4096,
             "gflops": 50.0,
         },
     }

@@ -31,7 +31,7 @@ from lorabench.training.sft_lanes import Learn, SftLanes
 from .table import Row, say
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
-MAX_BATCH_TOKENS = 2048
+MAX_BATCH_TOKENS = 4096
 WARM_UP = 1
 SQUARE = 2048
 """Side of the matrices that measure the peak."""

@@ -101,7 +101,7 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
                 }
             ]
         },
-        "execution": {"threads": shape.threads, "lanes": lanes, "max_batch_tokens": 2048, "gflops": 50.0},
+        "execution": {"threads": shape.threads, "lanes": lanes, "max_batch_tokens": 4096, "gflops": 50.0},
     }
 
 
