@@ -38,7 +38,7 @@ def move(model, scale=0.02):
 def test_draws_follow_the_distribution():
     logprobs = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]]))
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = draw(logprobs[None], grid, torch.zeros(1000, dtype=torch.long))
+    tokens = draw(logprobs, grid, torch.zeros(1000, dtype=torch.long))
     assert tokens.bincount(minlength=4).tolist() == [100, 0, 600, 300]
 
 
