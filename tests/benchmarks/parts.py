@@ -29,7 +29,8 @@ from lorabench.training import loss
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.provenance import machine_state
 
-from .speed.steps import Method, Setting, is_there, median_seconds, training_step
+from .speed.models import is_there
+from .speed.steps import Arm, Method, Setting, median_seconds, training_step
 
 RESULTS = Path(__file__).with_suffix(".csv")
 REPEATS = 7
@@ -104,9 +105,9 @@ def main() -> None:
             if not is_there(setting.model):
                 print(f"{setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
                 continue
-            step, _ = training_step(setting, method, 1)
+            step, _ = training_step(setting, Arm(method))
             if part == COMPILED:
-                steps = {"with": training_step(setting, method, 1, compiled=True)[0], "without": step}
+                steps = {"with": training_step(setting, Arm(method, compiled=True))[0], "without": step}
             else:
                 steps = {"with": step, "without": _within(WITHOUT[part], step)}
             seconds = median_seconds(steps, REPEATS)

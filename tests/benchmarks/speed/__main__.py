@@ -4,6 +4,7 @@
     python -m tests.benchmarks.speed --keep       # and keep the numbers: speed.csv, and the README's table
     python -m tests.benchmarks.speed --quick      # the smallest form of it all, to see that it works
     python -m tests.benchmarks.speed --arm lanes --arm trl
+    python -m tests.benchmarks.speed --gpu H100-80GB --out speed_h100.csv    # SmolLM2-135M in bf16; a 1B model's steps
 
 - sweep: a whole sweep of LoRA's learning rates by the clock on the wall, start-up included, median of turns that
   alternate the arms. The losses of all arms must agree.
@@ -19,7 +20,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from lorabench.gpus import GPUS, processor
+
 from . import rl, steps, sweep, table
+from .models import SMOLLM2
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,10 @@ class Form:
     repeats: int
     rl: rl.Shape
 
-    def asked(self, threads: int, turns: int | None) -> Form:
-        """The same with so many threads in every arm, and turns of the sweep (None: as many as it has)."""
-        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns)
-        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads))
+    def asked(self, threads: int, turns: int | None, gpu: str | None) -> Form:
+        """The same on so many threads in every arm, or a GPU, with turns of the sweep (None: as many as it has)."""
+        shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns, gpu=gpu)
+        return replace(self, sweep=shape, rl=replace(self.rl, threads=threads, gpu=gpu))
 
 
 FULL = Form(sweep.Shape(), steps.SETTINGS, 7, rl.Shape())
@@ -44,6 +50,14 @@ QUICK = Form(
     1,
     rl.Shape(problems=2, group_size=4, lrs=(1e-4, 1e-3), steps=rl.WARM_UP + 4),
 )
+ON_A_GPU = Form(
+    sweep.Shape(
+        lrs=(5e-5, 1e-4, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3), batch_size=16, model=SMOLLM2, precision="bf16", max_chars=400
+    ),
+    steps.ON_A_GPU,
+    7,
+    rl.Shape(max_new_tokens=16, model=SMOLLM2, precision="bf16"),
+)
 STEPS = "steps"
 
 
@@ -51,7 +65,8 @@ def measure(form: Form, arms: list[str]) -> list[table.Row]:
     """The rows of the chosen arms."""
     rows = sweep.measure(form.sweep, [name for name in sweep.ARMS if name in arms])
     if STEPS in arms:
-        rows += steps.measure(form.settings, form.sweep.threads, form.repeats)
+        device = torch.device("cpu" if form.sweep.gpu is None else "cuda")
+        rows += steps.measure(form.settings, form.sweep.threads, form.repeats, device)
     rows += rl.measure(form.rl, [name for name in rl.ARMS if name in arms])
     return table.with_ratios(rows)
 
@@ -66,17 +81,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
     parser.add_argument("--threads", type=int, default=2, help="of every arm (2)")
     parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
+    parser.add_argument("--gpu", choices=GPUS, help="measure on this machine's GPU, which is of this kind")
     options = parser.parse_args()
-    if options.keep and (options.quick or options.arm):
-        parser.error("--keep is for the whole benchmark")
+    if options.keep and (options.quick or options.arm or options.gpu):
+        parser.error("--keep is for the whole benchmark on a CPU")
+    if options.gpu is None:
+        # What is measured on a CPU does not find a GPU that is there too.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        parser.error(f"--gpu {options.gpu}: torch {torch.__version__} finds no GPU on this machine")
     load = os.getloadavg()[0]
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
-    form = (QUICK if options.quick else FULL).asked(options.threads, options.turns)
-    rows = measure(form, options.arm or every)
+    form = QUICK if options.quick else FULL if options.gpu is None else ON_A_GPU
+    form = form.asked(options.threads, options.turns, options.gpu)
+    # Threads and processes are a CPU's.
+    usual = [arm for arm in every if options.gpu is None or arm != "halves"]
+    rows = measure(form, options.arm or usual)
     print(table.shown(rows))
     out = table.RESULTS if options.keep else options.out
     if out:
-        table.write(rows, table.facts(load, form.sweep.turns), out)
+        device = torch.cuda.get_device_name() if options.gpu else processor()
+        table.write(rows, table.facts(load, form.sweep.turns, device), out)
     if options.keep:
         table.write_block(table.RESULTS, table.README)
 

@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def common(settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of both trainers: Adam at a constant LR over the batches as they come, in fp32, and nothing else."""
+    """Arguments of both trainers: Adam at a constant LR over the batches as they come, and nothing else."""
     return {
         "output_dir": settings["out"],
         "max_steps": settings["steps"],
@@ -34,10 +34,10 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "adam_epsilon": settings["eps"],
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
-        "bf16": False,
+        "bf16": settings["bf16"],
         "gradient_checkpointing": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        "use_cpu": not settings["gpu"],
+        "dataloader_pin_memory": settings["gpu"],
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -60,16 +60,18 @@ def make_trainer(settings: dict[str, Any], model: Any, tokenizer: Any, train: Da
 
 
 @torch.no_grad()
-def mean_nll(model: Any, rows: Dataset, batch_size: int) -> float:
+def mean_nll(model: Any, rows: Dataset, batch_size: int, bf16: bool) -> float:
     """Nats per scored token; padding is on the right, where causal attention does not see it."""
     total, count = 0.0, 0
     lengths = [len(ids) for ids in rows["input_ids"]]
     by_length = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
     for part in by_length.iter(batch_size):
         width = max(map(len, part["input_ids"]))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in part["input_ids"]])
-        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for row in part["labels"]])[:, 1:]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in part["input_ids"]], device=model.device)
+        labels = torch.tensor([row + [IGNORED] * (width - len(row)) for row in part["labels"]], device=model.device)
+        labels = labels[:, 1:]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()
@@ -91,7 +93,8 @@ def main(path: str) -> None:
     trainer.train()
     model.save_pretrained(settings["out"], save_embedding_layers=False)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    test = mean_nll(model.eval(), Dataset.load_from_disk(settings["test"]), settings["batch_size"])
+    tested = Dataset.load_from_disk(settings["test"])
+    test = mean_nll(model.eval(), tested, settings["batch_size"], settings["bf16"])
     with open(settings["result"], "w") as file:
         json.dump({"train": losses, "test": test}, file)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from .sweep import finish, lorabench, start
+from .models import Precision, preset_entry
+from .sweep import execution, finish, lorabench, start
 from .table import Row, say
 
 WARM_UP = 2
@@ -30,11 +31,15 @@ class Shape:
     lrs: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
     steps: int = 12
     threads: int = 2
+    model: str = "llama-128"
+    precision: Precision = "fp32"
+    gpu: str | None = None
 
     @property
     def case(self) -> str:
         """In words."""
-        return f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
+        what = f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
+        return what if self.gpu is None else f"{self.model}, {self.precision}, {what}"
 
 
 ARMS = {
@@ -50,14 +55,14 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
     sizes = {"tasks": ["gcd"], "max_value": 50, "train": 600, "validation": 1, "test": 1}
     return {
         "description": "RL whose speed is measured",
-        "models": {"tiny": {"kind": "tiny"}},
+        "models": {shape.model: preset_entry(shape.model)},
         "problems": {"gcd": {"kind": "arithmetic", **sizes}},
         # TRL refuses LoRA on the unembedding.
-        "protocol": {"include_unembedding": False},
+        "protocol": {"include_unembedding": False, "precision": shape.precision},
         "experiments": {
             "rl_arithmetic": [
                 {
-                    "models": ["tiny"],
+                    "models": [shape.model],
                     "problems": ["gcd"],
                     "ranks": {"all": [shape.rank]},
                     "problems_per_step": shape.problems,
@@ -71,12 +76,7 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
                 }
             ]
         },
-        "execution": {
-            "threads": shape.threads,
-            "lanes": len(lrs),
-            "max_batch_tokens": 4096,
-            "gflops": 50.0,
-        },
+        "execution": {"lanes": len(lrs)} | execution(shape.threads, shape.gpu),
     }
 
 

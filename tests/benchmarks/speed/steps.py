@@ -11,15 +11,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from lorabench.allocation import keep_freed_memory
-from lorabench.config import GgufModel, ModelSpec, TinyModel, load_preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.models.base import converted_folder, load_model
 from lorabench.models.full_lanes import stack_full
 from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lane, add_lora
@@ -28,17 +26,26 @@ from lorabench.models.size import train_flops_per_token
 from lorabench.training.run import Machine, compile_layers
 from lorabench.training.sft_lanes import Learn, SftLanes
 
+from .models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
 from .table import Row, say
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
-MAX_BATCH_TOKENS = 4096
+MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Of presets, by what they are trained on."""
 WARM_UP = 1
-SQUARE = 2048
-"""Side of the matrices that measure the peak."""
+SQUARE = {"cpu": 2048, "cuda": 8192}
+"""Side of the matrices that measure a device's peak."""
 
-Precision = Literal["fp32", "bf16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU = torch.device("cpu")
 Method = Literal["peft", "lora", "fullft"]
+
+
+class Arm(NamedTuple):
+    """What takes a step."""
+
+    method: Method
+    lanes: int = 1
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Setting:
     """Share of a row's tokens, its last ones."""
     lanes: tuple[int, ...] = (2, 4, 8, 16)
     full_lanes: tuple[int, ...] = ()
+    compiled: bool = False
+    """Whether steps with compiled layers are measured too."""
 
     @property
     def case(self) -> str:
@@ -61,11 +70,16 @@ class Setting:
         scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
         return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
 
-    def arms(self) -> dict[str, tuple[Method, int]]:
-        """Method and lanes of each arm; what is done without this project comes first."""
-        lora: dict[str, tuple[Method, int]] = {f"LoRA, {lanes} lanes": ("lora", lanes) for lanes in self.lanes}
-        full: dict[str, tuple[Method, int]] = {f"FullFT, {n} lanes": ("fullft", n) for n in self.full_lanes}
-        return {"PEFT": ("peft", 1), "LoRA": ("lora", 1), **lora, "FullFT": ("fullft", 1), **full}
+    def arms(self) -> dict[str, Arm]:
+        """The arms by their names; what is done without this project comes first."""
+        lora = {f"LoRA, {lanes} lanes": Arm("lora", lanes) for lanes in self.lanes}
+        full = {f"FullFT, {lanes} lanes": Arm("fullft", lanes) for lanes in self.full_lanes}
+        found = {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
+        # Compiled full fine-tuning has one lane.
+        compiled = {"LoRA", *lora, "FullFT"} if self.compiled else set()
+        return found | {
+            f"{name}, compiled": arm._replace(compiled=True) for name, arm in found.items() if name in compiled
+        }
 
 
 SETTINGS = [
@@ -74,33 +88,26 @@ SETTINGS = [
     *(Setting(length=length, lanes=(8,)) for length in (64, 256)),
     Setting(precision="bf16", lanes=(8,)),
     Setting(model="llama-64", full_lanes=(4, 8)),
+    # One run leaves most of a core idle.
+    Setting(model="llama-64", length=64, lanes=(7,)),
     # A few seconds a step on two cores.
-    Setting(model="smollm2-135m", batch=1, length=64, lanes=(4,)),
-    Setting(model="smollm2-135m", batch=4, precision="bf16", lanes=(2,)),
-    # As many tokens as go through the model at once.
-    Setting(model="smollm2-135m", batch=16, length=127, precision="bf16", lanes=()),
+    Setting(model=SMOLLM2, batch=1, length=64, lanes=(4,)),
+    Setting(model=SMOLLM2, batch=4, precision="bf16", lanes=(2,)),
+    Setting(model=SMOLLM2, batch=16, length=127, precision="bf16", lanes=()),
+]
+ON_A_GPU = [
+    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,), compiled=True),
+    *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16", lanes=(7,)) for rank in (1, 128)),
+    *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16", lanes=(7,)) for length in (512, 1024)),
+    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=(), compiled=True),
 ]
 QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
 
 
-def spec_of(model: str) -> ModelSpec:
-    """A model by its name: a tiny base, or the preset `smollm2`'s."""
-    if model == "smollm2-135m":
-        return load_preset("smollm2").models[model]
-    return TinyModel.model_validate({"kind": "tiny", "name": model})
-
-
-def is_there(model: str) -> bool:
-    """Whether a model's files are on this machine."""
-    spec = spec_of(model)
-    return not isinstance(spec, GgufModel) or (converted_folder(spec) / "model.safetensors").is_file()
-
-
-def training_step(
-    setting: Setting, method: Method, lanes: int, compiled: bool = False
-) -> tuple[Callable[[], None], int]:
+def training_step(setting: Setting, arm: Arm, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
     """One optimizer step of all lanes, to be called; and its FLOPs as the paper counts."""
-    base: Any = load_model(spec_of(setting.model))
+    method, lanes, compiled = arm
+    base: Any = loaded(setting.model, device)
     if compiled:
         compile_layers(base)
     generator = torch.Generator().manual_seed(0)
@@ -111,14 +118,14 @@ def training_step(
     if method == "peft":
         # Without what this project does to attention.
         base.set_attn_implementation("sdpa")
-        return _peft_step(base, ids, setting.precision), flops
+        return _peft_step(base, ids.to(device), setting.precision), flops
     names = [f"lane{lane}" for lane in range(lanes)]
     stack = _full(base, names) if method == "fullft" else _lora(base, names)
     optimizers = [_adam(lane.parameters) for lane in stack.lanes.values()]
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
     scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
     split = TokenizedSplit(ids.flatten().numpy(), scored, offsets)
-    machine = Machine(torch.device("cpu"), MAX_BATCH_TOKENS, math.inf)
+    machine = Machine(device, MAX_BATCH_TOKENS[device.type], math.inf)
     serve = SftLanes(stack, {"train": split}, machine, torch.bfloat16 if setting.precision == "bf16" else None)
     asked = {name: Learn(np.arange(setting.batch)) for name in names}
 
@@ -148,7 +155,7 @@ def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[
     optimizer = _adam([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -161,49 +168,63 @@ def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
 
 
-def median_seconds(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def median_seconds(
+    steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device = CPU
+) -> dict[str, float]:
     """Median seconds of each step; they take turns, so that a machine that slows down slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + repeats):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
+            done(device)
             if turn >= WARM_UP:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def peak(precision: Precision, repeats: int = 15) -> float:
+def peak(precision: Precision, device: torch.device = CPU, repeats: int = 15) -> float:
     """FLOP/s of the product of two large square matrices: the best of several."""
-    left, right = (torch.randn(SQUARE, SQUARE).to(DTYPES[precision]) for _ in range(2))
+    side = SQUARE[device.type]
+    left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
     best = math.inf
     for _ in range(WARM_UP + repeats):
         started = time.perf_counter()
         left @ right
+        done(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * SQUARE**3 / best
+    return 2 * side**3 / best
 
 
-def measure(settings: list[Setting], threads: int, repeats: int, say: Callable[[str], None] = say) -> Iterator[Row]:
-    """The machine's peaks, then a row for each arm of each setting whose model is there."""
+def measure(
+    settings: list[Setting],
+    threads: int,
+    repeats: int,
+    device: torch.device = CPU,
+    say: Callable[[str], None] = say,
+) -> Iterator[Row]:
+    """The device's peaks, then a row for each arm of each setting whose model is there."""
     torch.set_num_threads(threads)
-    # As in every training process; PEFT's steps share this one, and gain by it too.
-    keep_freed_memory()
-    peaks: dict[str, float] = {precision: peak(precision) for precision in DTYPES}  # type: ignore[arg-type]
+    if device.type == "cpu":
+        # As in every training process; PEFT's steps share this one, and gain by it too.
+        keep_freed_memory()
+    peaks: dict[str, float] = {precision: peak(precision, device) for precision in DTYPES}  # type: ignore[arg-type]
     for precision, speed in peaks.items():
         say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
-        case, seconds_of_one = f"matmul of {SQUARE}, {precision}", 2 * SQUARE**3 / speed
-        yield Row("peak", case, "torch", threads, 1, seconds_of_one, gflops=speed / 1e9)
+        side = SQUARE[device.type]
+        yield Row(
+            "peak", f"matmul of {side}, {precision}", "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9
+        )
     for setting in settings:
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
             continue
-        made = {name: training_step(setting, *arm) for name, arm in setting.arms().items()}
-        seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats)
+        made = {name: training_step(setting, arm, device) for name, arm in setting.arms().items()}
+        seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)
         say(f"step: {setting.case}: {len(made)} arms")
-        for name, (_, lanes) in setting.arms().items():
+        for name, arm in setting.arms().items():
             speed = made[name][1] / seconds[name]
             share = speed / peaks[setting.precision]
             yield Row(
-                "step", setting.case, name, threads, lanes, seconds[name], gflops=speed / 1e9, share_of_peak=share
+                "step", setting.case, name, threads, arm.lanes, seconds[name], gflops=speed / 1e9, share_of_peak=share
             )

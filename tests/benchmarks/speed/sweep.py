@@ -34,14 +34,15 @@ from lorabench.plan import Run, Sweep, make_plan
 from lorabench.records import RunFolder
 from lorabench.training.batches import IGNORED, data_order
 
+from .models import Precision, preset_entry
 from .table import REPOSITORY, Row, say
 
 # Of what is written here.
 disable_progress_bar()
 
 FINETUNE = Path(__file__).with_name("finetune.py")
-NAME, MODEL, DATASET = "speed", "tiny", "instruct"
-TOLERANCE = 1e-3
+NAME, DATASET = "speed", "instruct"
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 3e-2}
 """Nats per token by which the losses of two arms may differ in a run."""
 LAST = 5
 """Steps at the end whose mean is the final training loss."""
@@ -58,11 +59,17 @@ class Shape:
     test: int = 64
     threads: int = 2
     turns: int = 3
+    model: str = "llama-128"
+    precision: Precision = "fp32"
+    max_chars: int = 220
+    gpu: str | None = None
+    """As `lorabench.gpus` names it; None for a CPU."""
 
     @property
     def case(self) -> str:
         """In words."""
-        return f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
+        what = f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
+        return what if self.gpu is None else f"{self.model}, {self.precision}, {what}"
 
 
 @dataclass(frozen=True)
@@ -82,17 +89,23 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
     train = shape.steps * shape.batch_size
     return {
         "description": "The sweep whose speed is measured",
-        "models": {MODEL: {"kind": "tiny"}},
+        "models": {shape.model: preset_entry(shape.model)},
         "datasets": {
-            DATASET: {"kind": DATASET, "train": train, "validation": 16, "test": shape.test, "max_chars": 220}
+            DATASET: {
+                "kind": DATASET,
+                "train": train,
+                "validation": 16,
+                "test": shape.test,
+                "max_chars": shape.max_chars,
+            }
         },
         # No more validation than there must be: the other trainers do none.
         # TRL refuses LoRA on the unembedding.
-        "protocol": {"curve_points": 2, "include_unembedding": False},
+        "protocol": {"curve_points": 2, "include_unembedding": False, "precision": shape.precision},
         "experiments": {
             "rank": [
                 {
-                    "models": [MODEL],
+                    "models": [shape.model],
                     "datasets": [DATASET],
                     "ranks": {"all": [shape.rank]},
                     "batch_sizes": [shape.batch_size],
@@ -101,8 +114,13 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
                 }
             ]
         },
-        "execution": {"threads": shape.threads, "lanes": lanes, "max_batch_tokens": 4096, "gflops": 50.0},
+        "execution": {"lanes": lanes} | execution(shape.threads, shape.gpu),
     }
+
+
+def execution(threads: int, gpu: str | None) -> dict[str, Any]:
+    """How a preset's runs are computed: on so many threads of a CPU, or on a GPU."""
+    return {"threads": threads} | ({"gpu": gpu} if gpu else {"max_batch_tokens": 4096, "gflops": 50.0})
 
 
 def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
@@ -180,7 +198,7 @@ class _Job:
         self.path.write_text(yaml.safe_dump(preset(shape, lanes)))
         self.plan = make_plan(load_preset(str(self.path)))
         finish(start(lorabench("dataset", DATASET, self.path), folder, shape.threads))
-        finish(start(lorabench("tokens", MODEL, DATASET, self.path), folder, shape.threads))
+        finish(start(lorabench("tokens", shape.model, DATASET, self.path), folder, shape.threads))
 
     def losses(self, run: Run) -> Losses:
         """Final losses of a run; not a number where it diverged."""
@@ -193,8 +211,9 @@ class _Job:
     def tokens(self) -> dict[Split, TokenizedSplit]:
         """What is trained and tested on."""
         layout = Layout(NAME, self.plan.preset)
-        key = cache_key(load_tokenizer(self.plan.preset.models[MODEL]), self.folder / layout.dataset(DATASET))
-        return read_tokens(self.folder / layout.tokens(MODEL, DATASET), key)
+        [(model, spec)] = self.plan.preset.models.items()
+        key = cache_key(load_tokenizer(spec), self.folder / layout.dataset(DATASET))
+        return read_tokens(self.folder / layout.tokens(model, DATASET), key)
 
 
 def rows(split: TokenizedSplit, indices: Iterable[int]) -> dict[str, list[list[int]]]:
@@ -220,7 +239,7 @@ class Trainings:
         order = data_order(len(data["train"]), shape.steps, shape.batch_size, run.seed).ravel().tolist()
         Dataset.from_dict(rows(data["train"], order)).save_to_disk(folder / "train")
         Dataset.from_dict(rows(data["test"], range(len(data["test"])))).save_to_disk(folder / "test")
-        spec, condition = job.plan.preset.models[MODEL], run.condition
+        spec, condition = job.plan.preset.models[shape.model], run.condition
         assert condition.placement
         self.settings = {
             "trainer": trainer,
@@ -230,6 +249,8 @@ class Trainings:
             "steps": shape.steps,
             "batch_size": shape.batch_size,
             "threads": shape.threads,
+            "gpu": shape.gpu is not None,
+            "bf16": shape.precision == "bf16",
             "rank": condition.rank,
             "alpha": condition.alpha,
             "targets": targets(load_model(spec), condition.placement, protocol.include_unembedding).modules,
@@ -286,14 +307,15 @@ def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Tr
             return Trainings(folder, shape, name, like)
 
 
-def check_agreement(found: dict[str, Found]) -> None:
+def check_agreement(found: dict[str, Found], tolerance: float) -> None:
     """Refuse to compare arms that did not train the same.
 
     Args:
         found: the losses of each arm.
+        tolerance: nats per token.
 
     Raises:
-        SystemExit: losses of a run differ by more than `TOLERANCE`, or are none.
+        SystemExit: losses of a run differ by more than the tolerance, or are none.
     """
     (first, expected), *others = found.items()
     for name, losses in others:
@@ -301,7 +323,7 @@ def check_agreement(found: dict[str, Found]) -> None:
             for what in ("train", "test"):
                 one, other = getattr(expected[lr], what), getattr(own, what)
                 # Not a number is no agreement.
-                if not abs(one - other) <= TOLERANCE:
+                if not abs(one - other) <= tolerance:
                     said = f"{one:.5f} by {first!r}, {other:.5f} by {name!r}"
                     raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {said}")
 
@@ -329,7 +351,7 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
                 of_cpu[name].append(_cpu_seconds() - cpu_before)
                 say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
             found = {name: arm.losses() for name, arm in arms.items()}
-            check_agreement(found)
+            check_agreement(found, TOLERANCE[shape.precision])
     return [
         Row(
             "sweep",

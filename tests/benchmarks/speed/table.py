@@ -14,8 +14,6 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.gpus import processor
-
 REPOSITORY = Path(__file__).parents[3]
 RESULTS = Path(__file__).parents[1] / "speed.csv"
 README = REPOSITORY / "README.md"
@@ -68,12 +66,13 @@ def with_ratios(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def facts(load: float, turns: int) -> dict[str, Any]:
+def facts(load: float, turns: int, device: str) -> dict[str, Any]:
     """When, from which commit and on what the rows were measured.
 
     Args:
         load: of the machine over the last minute before the measurement.
         turns: of the sweep.
+        device: the name of the processor.
     """
     described = subprocess.run(
         ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude", "*"],
@@ -84,7 +83,7 @@ def facts(load: float, turns: int) -> dict[str, Any]:
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "commit": described.stdout.strip() or "unknown",
-        "device": processor(),
+        "device": device,
         "load": round(load, 1),
         "turns": turns,
         "python": platform.python_version(),
