@@ -28,11 +28,9 @@ _ONE_B = {
 
 def spec_of(model: str) -> ModelSpec:
     """A model by its name: the preset `smollm2`'s, or a tiny base."""
-    return (
-        load_preset("smollm2").models[model]
-        if model == SMOLLM2
-        else TinyModel.model_validate({"kind": "tiny", "name": model})
-    )
+    if model == SMOLLM2:
+        return load_preset("smollm2").models[model]
+    return TinyModel.model_validate({"kind": "tiny", "name": model})
 
 
 def is_there(model: str) -> bool:
