@@ -56,7 +56,8 @@ ON_A_GPU = Form(
     ),
     steps.ON_A_GPU,
     7,
-    rl.Shape(max_new_tokens=16, model=SMOLLM2, precision="bf16"),
+    # SmolLM2-135M finds no divisor, and runs without rewards end early.
+    rl.Shape(precision="bf16"),
 )
 STEPS = "steps"
 
