@@ -96,7 +96,6 @@ def test_losses_must_agree():
 def test_presets_are_valid_and_of_the_size_they_say(form, tmp_path, monkeypatch):
     # The model need not be here.
     monkeypatch.setattr(sweep, "preset_entry", lambda model: {"kind": "tiny"})
-    monkeypatch.setattr(rl, "preset_entry", lambda model: {"kind": "tiny"})
     path = tmp_path / "speed.yaml"
     shape = form.sweep
     path.write_text(yaml.safe_dump(sweep.preset(shape, lanes=3)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .models import Precision, preset_entry
+from .models import Precision
 from .sweep import execution, finish, lorabench, start
 from .table import Row, say
 
@@ -31,7 +31,6 @@ class Shape:
     lrs: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
     steps: int = 12
     threads: int = 2
-    model: str = "llama-128"
     precision: Precision = "fp32"
     gpu: str | None = None
 
@@ -39,7 +38,7 @@ class Shape:
     def case(self) -> str:
         """In words."""
         what = f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
-        return what if self.gpu is None else f"{self.model}, {self.precision}, {what}"
+        return what if self.gpu is None else f"{self.precision}, {what}"
 
 
 ARMS = {
@@ -55,14 +54,14 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
     sizes = {"tasks": ["gcd"], "max_value": 50, "train": 600, "validation": 1, "test": 1}
     return {
         "description": "RL whose speed is measured",
-        "models": {shape.model: preset_entry(shape.model)},
+        "models": {"tiny": {"kind": "tiny"}},
         "problems": {"gcd": {"kind": "arithmetic", **sizes}},
         # TRL refuses LoRA on the unembedding.
         "protocol": {"include_unembedding": False, "precision": shape.precision},
         "experiments": {
             "rl_arithmetic": [
                 {
-                    "models": [shape.model],
+                    "models": ["tiny"],
                     "problems": ["gcd"],
                     "ranks": {"all": [shape.rank]},
                     "problems_per_step": shape.problems,
