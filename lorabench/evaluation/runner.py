@@ -127,7 +127,7 @@ def _hashes(weights: dict[str, str]) -> str:
 
 
 def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
-    """The base, with a run's adapter merged into its fp32 weights, or the model of a full fine-tuning."""
+    """The base, with a run's adapter on it, or the model of a full fine-tuning."""
     model: torch.nn.Module
     if record is None:
         model = load_model(spec)
@@ -139,7 +139,8 @@ def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torc
         return model
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(spec), weights).merge_and_unload()
+    # Not merged: where the unembedding is the embedding, its update would change both.
+    model = PeftModel.from_pretrained(load_model(spec), weights)
     return model
 
 

@@ -29,7 +29,7 @@ from lorabench.training import loss
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.provenance import machine_state
 
-from .speed.models import is_there
+from .speed.models import SMOLLM2, is_there
 from .speed.steps import Arm, Method, Setting, median_seconds, training_step
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -65,7 +65,6 @@ WITHOUT = {
     "last MLP where scored": everywhere,
 }
 COMPILED = "compiled layers"
-SMOLLM2 = "smollm2-135m"
 CASES: list[tuple[str, Setting, Method]] = [
     ("attention in blocks", Setting(batch=8, length=159), "lora"),
     *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lorabench.config import PathModel
 from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.runner import SAMPLES, best_record, check_run, evaluate_job, harness, load, run_tasks
 from lorabench.models.base import load_model, load_tokenizer
+from lorabench.models.lora import add_lora
 from lorabench.records import RunFolder, write_json
 from lorabench.tables import EVALS
 from lorabench.training.loss import mean_nll
 from tests.evaluation.conftest import Trained
+from tests.training.several import write_tied
 
 CPU = torch.device("cpu")
 
@@ -133,6 +137,24 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
     assert theirs == pytest.approx(own, abs=1e-3)
     if record is not None:
         assert own == pytest.approx(record["outcome"]["final_test_nll"], abs=1e-3)
+
+
+def test_an_adapter_on_an_unembedding_leaves_the_embedding_that_it_is_alone(tmp_path):
+    """Merged into the one weight, the update would change both."""
+    folder = tmp_path / "tied"
+    write_tied(folder)
+    spec = PathModel(kind="path", path=str(folder), parameters=1, hidden_size=1)
+    adapted = add_lora(load_model(spec), rank=4, placement="all", alpha=32.0, include_unembedding=True, seed=0).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.05)
+    layout = SimpleNamespace(runs=tmp_path / "runs")
+    adapted.save_pretrained(RunFolder(layout.runs, "run").weights, save_embedding_layers=False)
+    loaded = load(spec, {"run_id": "run", "spec": {"method": "lora"}, "outcome": {}}, layout).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rolling_likelihood_starts_from_the_end_token(trained, base):
