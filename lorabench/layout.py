@@ -40,7 +40,13 @@ class Layout:
 
     @property
     def figures(self) -> Path:
+        """Folder of the figures that a run of the preset draws; git ignores it."""
         return Path("paper_figures") / self.name
+
+    @property
+    def published(self) -> Path:
+        """Folder of the figures, claims and provenance that the repository shows; only `lorabench publish` writes it."""
+        return Path("paper_figures") / "published" / self.name
 
     @property
     def runs(self) -> Path:

@@ -1,11 +1,13 @@
-"""What a repository shows of a finished preset: claims and provenance beside its figures, and the README's block.
+"""What a repository shows of a finished preset: its figures with their claims and provenance, and two blocks of text.
 
-The block is made from the committed files alone, so that a test can tell whether the README still says what they do.
+One block, of the core claims, stands in the README, the other, of all claims, on a page of the documentation. Both are
+made from the committed files alone, so that a test can compare the pages with what those files say.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +26,59 @@ from lorabench.tables import read_table
 START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"
 
-SHOWN = ("fig2_lr_by_rank", "fig7_rl_curves")
-"""Figures that the README shows."""
+FIGURE_KINDS = (".svg", ".png", ".csv")
+"""What is drawn of each figure: two pictures, and a table of what they show."""
+
+SHOWN = "fig2_lr_by_rank"
+"""The figure that the README shows; the page of results shows all."""
+
+RESULTS_PAGE = Path("docs/results.md")
+"""The page of results, beside the README."""
+
+PICTURES = Path("published")
+"""The link in `docs/` that leads to `paper_figures/published`."""
 
 CORE = ("A1", "A3", "B1", "B2", "B3", "B4", "C1", "C5", "D1", "D2", "D3", "E1", "E2", "F1", "F2")
 """The claims that the paper stands on; the README folds the others away."""
 
 
 def publish(layout: Layout, readme: Path) -> None:
-    """Write a preset's claims and provenance beside its figures, and the README's block from them.
+    """Copy a preset's figures, claims and provenance to where the repository shows them, and write both pages.
+
+    Args:
+        layout: the preset, finished.
+        readme: the README; the page of results lies in `docs/` beside it.
 
     Raises:
-        UserError: the README has no place for the block, or a figure that it shows has not been drawn.
+        UserError: a page has no place for its block, or the figure that the README shows has not been drawn.
     """
     runs, claims = (read_table(layout.tables(), name) for name in ("runs", "claims"))
-    before, after = _split(readme)
-    for name in SHOWN:
-        if not (layout.figures / f"{name}.svg").is_file():
-            raise UserError(f"figure {layout.figures / name}.svg is not there; run the preset {layout.name} first")
-    with atomic_path(layout.figures / "claims.csv") as partial:
+    page = readme.parent / RESULTS_PAGE
+    around = {path: _split(path) for path in (readme, page)}
+    drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in FIGURE_KINDS)
+    if layout.figures / f"{SHOWN}.svg" not in drawn:
+        raise UserError(f"figure {layout.figures / SHOWN}.svg does not exist; run the preset {layout.name} first")
+    for path in drawn:
+        with atomic_path(layout.published / path.name) as partial:
+            shutil.copyfile(path, partial)
+    for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
+        path.unlink()
+    with atomic_path(layout.published / "claims.csv") as partial:
         claims.drop(columns="run_ids").to_csv(partial, index=False)
-    write_json(_provenance(layout, runs), layout.figures / "provenance.json")
-    with atomic_path(readme) as partial:
-        partial.write_text(before + block(layout.figures) + after, encoding="utf-8")
+    write_json(_provenance(layout, runs), layout.published / "provenance.json")
+    for path, text in ((readme, readme_block(layout.published)), (page, results_block(layout.published))):
+        before, after = around[path]
+        with atomic_path(path) as partial:
+            partial.write_text(before + text + after, encoding="utf-8")
 
 
-def _split(readme: Path) -> tuple[str, str]:
-    """What stands before and after the block."""
-    text = readme.read_text(encoding="utf-8")
+def _split(page: Path) -> tuple[str, str]:
+    """The text of a page before and after its block."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise UserError(f"{readme} has no place for the results: two lines are needed, {START} and {END}")
+        raise UserError(f"{page} has no place for the results: it needs the two lines {START} and {END}")
     return before, after
 
 
@@ -81,30 +104,46 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def block(figures: Path) -> str:
-    """The README's block, from the files that `publish` has written into a folder of figures."""
+def readme_block(figures: Path) -> str:
+    """The README's block: one figure and the core claims.
+
+    Args:
+        figures: a folder that `publish` has written, as a path from the README.
+    """
+    claims, summary_line = _read(figures)
+    lines = [
+        START,
+        summary_line,
+        "",
+        f"![{FIGURES[SHOWN].title}]({figures / SHOWN}.svg)",
+        "",
+        *_table(claims[claims["claim_id"].isin(CORE)]),
+        END,
+    ]
+    return "\n".join(lines)
+
+
+def results_block(figures: Path) -> str:
+    """The block of the page of results: all claims and all figures of a folder that `publish` has written."""
+    claims, summary_line = _read(figures)
+    names = [name for name in FIGURES if (figures / f"{name}.svg").is_file()]
+    lines = [START, summary_line, "", *_table(claims), ""]
+    for name in names:
+        figure = FIGURES[name]
+        lines += [f"![{figure.title}]({PICTURES / figures.name / name}.svg)", "", f"*{figure.caption}*", ""]
+    return "\n".join([*lines, END])
+
+
+def _read(figures: Path) -> tuple[pd.DataFrame, str]:
+    """The claims of a published folder, and a sentence that counts the verdicts and says what they rest on."""
     claims = pd.read_csv(figures / "claims.csv")
     made = json.loads((figures / "provenance.json").read_text())
     counts = ", ".join(f"{len(ids)} {verdict}" for verdict, ids in summary.by_verdict(claims))
     devices = " and ".join(made["devices"])
-    lines = [
-        START,
+    return claims, (
         f"What the `{made['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {made['runs']} runs "
-        f"({duration(made['run_seconds'])} of one core on {devices}, from {made['first_started'][:10]}).",
-        "",
-        *(f"![{FIGURES[name].title}]({figures / name}.svg)\n" for name in SHOWN),
-        *_table(claims[claims["claim_id"].isin(CORE)]),
-        "",
-        "<details><summary>The other claims</summary>",
-        "",
-        *_table(claims[~claims["claim_id"].isin(CORE)]),
-        "",
-        "</details>",
-        "",
-        "Criteria, reasons and the runs behind each verdict are in the report.",
-        END,
-    ]
-    return "\n".join(lines)
+        f"({duration(made['run_seconds'])} of one core on {devices}, from {made['first_started'][:10]})."
+    )
 
 
 def _table(claims: pd.DataFrame) -> list[str]:

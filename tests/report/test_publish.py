@@ -11,10 +11,12 @@ import pytest
 from lorabench.analysis.claims import judge_claims
 from lorabench.errors import UserError
 from lorabench.layout import Layout
-from lorabench.report.publish import CORE, END, SHOWN, START, block, publish
+from lorabench.report.publish import CORE, END, RESULTS_PAGE, SHOWN, START, publish, readme_block, results_block
 from lorabench.tables import Tables, write_frame
 from tests.conftest import REPOSITORY
 from tests.handmade import curves_of, laptop_like
+
+PAGES = (Path("README.md"), RESULTS_PAGE)
 
 
 @pytest.fixture(scope="module")
@@ -37,66 +39,84 @@ def finished(tables: Tables, judged: pd.DataFrame, tmp_path: Path, monkeypatch: 
     write_frame(tables.runs, "runs", layout.tables())
     write_frame(judged, "claims", layout.tables())
     layout.figures.mkdir(parents=True)
-    for name in SHOWN:
-        (layout.figures / f"{name}.svg").write_text("<svg/>")
-    Path("README.md").write_text(f"before\n{START}\nthe last one\n{END}\nafter\n")
+    (layout.figures / f"{SHOWN}.svg").write_text("<svg/>")
+    layout.published.mkdir(parents=True)
+    (layout.published / "of_an_older_version.svg").write_text("<svg/>")
+    RESULTS_PAGE.parent.mkdir()
+    for page in PAGES:
+        page.write_text(f"before\n{START}\nthe last one\n{END}\nafter\n")
     return layout
 
 
-def test_claims_and_provenance_lie_beside_the_figures(finished: Layout, tables: Tables, judged: pd.DataFrame):
+def test_figures_are_copied_with_claims_and_provenance(finished: Layout, tables: Tables, judged: pd.DataFrame):
     publish(finished, Path("README.md"))
-    claims = pd.read_csv(finished.figures / "claims.csv")
+    assert {path.name for path in finished.published.iterdir()} == {f"{SHOWN}.svg", "claims.csv", "provenance.json"}
+    claims = pd.read_csv(finished.published / "claims.csv")
     assert list(claims.claim_id) == list(judged.claim_id)
     assert list(claims.verdict) == list(judged.verdict)
-    made = json.loads((finished.figures / "provenance.json").read_text())
+    made = json.loads((finished.published / "provenance.json").read_text())
     assert made["runs"] == len(tables.runs)
     assert made["runs_by_status"] == tables.runs.status.value_counts().to_dict()
     assert made["devices"] == ["AMD EPYC 7B13"]
     assert made["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
 
 
-def test_the_block_takes_the_place_of_the_old_one_and_nothing_else(finished: Layout):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_block_takes_the_place_of_the_old_one_and_nothing_else(finished: Layout, page: Path):
     publish(finished, Path("README.md"))
-    text = Path("README.md").read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "the last one" not in text
     assert text.count(START) == text.count(END) == 1
     publish(finished, Path("README.md"))
-    assert Path("README.md").read_text() == text
+    assert page.read_text() == text
 
 
-def test_every_claim_is_in_the_block_with_its_verdict(finished: Layout):
+def rows_of(block: str) -> dict[str, str]:
+    """The rows of a block's table by claim."""
+    return {
+        line.split(" | ")[0][2:]: line
+        for line in block.splitlines()
+        if line.startswith("| ") and "claim" not in line[:9]
+    }
+
+
+def test_claims_are_in_the_blocks_with_their_verdicts(finished: Layout):
     publish(finished, Path("README.md"))
-    claims = pd.read_csv(finished.figures / "claims.csv")
-    rows = {line.split(" | ")[0][2:]: line for line in block(finished.figures).splitlines() if line.startswith("| ")}
-    assert set(claims.claim_id) <= set(rows)
+    claims = pd.read_csv(finished.published / "claims.csv")
+    every, core = rows_of(results_block(finished.published)), rows_of(readme_block(finished.published))
+    assert list(every) == list(claims.claim_id)
+    assert set(core) == set(CORE)
     for claim in claims.itertuples():
-        assert f"| {claim.verdict} |" in rows[claim.claim_id]
-    assert set(CORE) <= set(claims.claim_id)
+        assert f"| {claim.verdict} |" in every[claim.claim_id]
+    assert core == {claim_id: every[claim_id] for claim_id in core}
 
 
 def test_text_is_no_markup(finished: Layout):
     publish(finished, Path("README.md"))
-    claims = pd.read_csv(finished.figures / "claims.csv")
+    claims = pd.read_csv(finished.published / "claims.csv")
     claims.loc[0, "statement"] = "a|b <script>\nc"
-    claims.to_csv(finished.figures / "claims.csv", index=False)
-    assert "a\\|b &lt;script> c" in block(finished.figures)
+    claims.to_csv(finished.published / "claims.csv", index=False)
+    assert "a\\|b &lt;script> c" in results_block(finished.published)
 
 
-def test_a_readme_without_a_place_is_refused_before_anything_is_written(finished: Layout):
-    Path("README.md").write_text("nothing")
-    with pytest.raises(UserError, match="no place for the results"):
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_without_a_place_is_refused_before_anything_is_written(finished: Layout, page: Path):
+    page.write_text("nothing")
+    with pytest.raises(UserError, match=f"{page} has no place for the results"):
         publish(finished, Path("README.md"))
-    assert not (finished.figures / "claims.csv").exists()
+    assert not (finished.published / "claims.csv").exists()
 
 
 def test_a_missing_figure_is_named(finished: Layout):
-    (finished.figures / f"{SHOWN[0]}.svg").unlink()
-    with pytest.raises(UserError, match=SHOWN[0]):
+    (finished.figures / f"{SHOWN}.svg").unlink()
+    with pytest.raises(UserError, match=SHOWN):
         publish(finished, Path("README.md"))
 
 
-def test_the_readme_says_what_the_committed_files_say(monkeypatch: pytest.MonkeyPatch):
+def test_the_pages_say_what_the_committed_files_say(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
-    assert block(Path("paper_figures/laptop")) in Path("README.md").read_text(encoding="utf-8")
+    published = Layout.of("laptop").published
+    assert readme_block(published) in Path("README.md").read_text(encoding="utf-8")
+    assert results_block(published) in RESULTS_PAGE.read_text(encoding="utf-8")
