@@ -1,0 +1,48 @@
+# The commands of daily work. `make setup` once; every other target uses the environment that it makes.
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+PRESET ?= laptop
+
+.PHONY: help setup test slow lint format smoke laptop docs bench publish
+
+help:  ## List the targets.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## Make the virtual environment with everything for development.
+	python3 -m venv .venv
+	pip install -c constraints.txt -e '.[test,docs]'
+
+test:  ## Run the fast tests, at most 5 minutes on 2 cores.
+	pytest
+
+slow:  ## Run the end-to-end, process and signal tests that CI runs too.
+	pytest -m 'slow and not long and not slurm'
+
+lint:  ## Check style, types, spelling, the floors of the packages, and the workflow.
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	mypy
+	codespell
+	lint-imports
+	snakemake --lint
+
+format:  ## Format the code and the workflow.
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflow
+
+smoke:  ## Run every part at the smallest size, about two minutes.
+	snakemake --cores all --config preset=smoke
+
+laptop:  ## Run the default preset, about 24 minutes on two cores.
+	snakemake --cores all
+
+docs:  ## Build the documentation into site/.
+	mkdocs build --strict
+
+bench:  ## Measure the speed against other trainers and print the table.
+	python -m benchmarks.speed
+
+publish:  ## Copy the figures and verdicts of a finished preset (PRESET=laptop) to where the repository shows them.
+	lorabench publish --preset $(PRESET)
