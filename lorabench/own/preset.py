@@ -17,7 +17,7 @@ from lorabench.own import advice
 from lorabench.own.data import Data, look_at
 from lorabench.own.model import Model, find_model
 from lorabench.own.problems import Problems, look_at_problems
-from lorabench.own.yaml_text import block, numbers, one_line, quoted, slug
+from lorabench.own.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.records import atomic_path
 
 # Losses on fewer examples are mostly noise; more cost time at each validation.
@@ -25,6 +25,7 @@ _MOST_VALIDATION, _MOST_TEST = 500, 1000
 _FEWEST_EXAMPLES = 10
 # On one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
+_EDGE = "If the report finds an optimum at an edge of a grid, widen the grid there."
 
 
 @dataclass(frozen=True)
@@ -131,94 +132,85 @@ def _check_place(path: Path, force: bool) -> None:
 
 
 def preset_text(model: Model, data: Data | Problems, choices: Choices, template: str | None, path: Path) -> str:
-    """The preset as YAML; see `write_preset`."""
-    names = quoted(slug(model.name)), quoted(slug(data.name))
-    parts = (
-        _sft_parts(model, data, choices, *names) if isinstance(data, Data) else _rl_parts(model, data, choices, *names)
-    )
+    """Return the preset as YAML text; see `write_preset`."""
+    model_name, data_name = slug(model.name), slug(data.name)
     model_fields = _fields(model.spec) | ({"chat_template": template} if template else {})
-    shown = one_line(str(path))
-    return f"""\
-# Does LoRA match full fine-tuning on this model and data? Written by `lorabench init`; change what you like.
-#   lorabench plan --preset {shown}
-#   snakemake --cores all --config preset={shown}
-description: {quoted(f"LoRA against full fine-tuning: {model.name} on {data.name}")}
-models:
-  {names[0]}:
-{block(model_fields)}
-{parts.data}
-protocol:
-  precision: {"fp32" if choices.gpu is None else "bf16"}
-experiments:
-{parts.experiment}
-execution:
-{block(_execution(model, choices.gpu))}
-"""
+    path_shown = one_line(str(path))
+    heading = (
+        "Does LoRA match full fine-tuning on this model and data? Written by `lorabench init`; change what you like.\n"
+        f"  lorabench plan --preset {path_shown}\n"
+        f"  snakemake --cores all --config preset={path_shown}"
+    )
+    if isinstance(data, Data):
+        source, experiment = _sft_sections(model, data, choices, model_name, data_name)
+    else:
+        source, experiment = _rl_sections(model, data, choices, model_name, data_name)
+    return yaml_text(
+        heading,
+        {
+            "description": f"LoRA against full fine-tuning: {model.name} on {data.name}",
+            "models": {model_name: model_fields},
+            **source,
+            "protocol": {"precision": "fp32" if choices.gpu is None else "bf16"},
+            "experiments": experiment,
+            "execution": _execution(model, choices.gpu),
+        },
+    )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What differs between supervised and reinforcement learning, as YAML."""
-
-    data: str
-    experiment: str
+# The sections of a preset that differ between supervised and reinforcement learning: the data, and the experiment.
+_Sections = tuple[dict[str, object], dict[str, object]]
 
 
-def _sft_parts(model: Model, data: Data, choices: Choices, model_name: str, data_name: str) -> _Parts:
+def _sft_sections(model: Model, data: Data, choices: Choices, model_name: str, data_name: str) -> _Sections:
     sizes = splits(data.usable, choices.held_out)
-    ranks = choices.ranks or suggested_ranks(model, data.mean_completion_tokens * sizes.train)
+    training_tokens = data.mean_completion_tokens * sizes.train
+    ranks = choices.ranks or suggested_ranks(model, training_tokens)
     fields = data.source | vars(sizes) | {"max_chars": max(32, data.max_chars)}
     fields |= {"mean_tokens": max(1, round(data.mean_tokens))}
     fullft, lora = _law(model)
-    return _Parts(
-        f"""\
-datasets:
-  # {data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each.
-  {data_name}:
-{block(fields)}""",
-        f"""\
-  rank:
-    - models: [{model_name}]
-      datasets: [{data_name}]
-      # Rank {max(ranks)} has {model.lora_parameters(max(ranks)):,} parameters for \
-{data.mean_completion_tokens * sizes.train:,.0f} scored training tokens.
-      ranks: {{all: {list(ranks)}}}
-      # Small: both methods do best there.
-      batch_sizes: [{advice.batch_size(sizes.train)}]
-      epochs: {choices.epochs}
-      # Three points per decade around {_lr_source(model, fullft, lora)}.
-{_lr_lines(fullft, lora, choices)}""",
-    )
+    block = {
+        "models": [model_name],
+        "datasets": [data_name],
+        "ranks": Noted(
+            f"Rank {max(ranks)} has {model.lora_parameters(max(ranks)):,} parameters for {training_tokens:,.0f} scored "
+            "training tokens.",
+            Inline({"all": list(ranks)}),
+        ),
+        "batch_sizes": Noted(
+            "Both methods reach their lowest loss at small batches.", [advice.batch_size(sizes.train)]
+        ),
+        "epochs": float(choices.epochs),
+        "lrs": Noted(f"Three points per decade around {_lr_source(model, fullft, lora)}.\n{_EDGE}", _lrs(fullft, lora)),
+        "seeds": choices.seeds,
+    }
+    about = f"{data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each."
+    return {"datasets": {data_name: Noted(about, fields)}}, {"rank": [block]}
 
 
-def _rl_parts(model: Model, problems: Problems, choices: Choices, model_name: str, problems_name: str) -> _Parts:
+def _rl_sections(model: Model, problems: Problems, choices: Choices, model_name: str, problems_name: str) -> _Sections:
     sizes = splits(problems.usable, choices.held_out)
-    ranks = choices.ranks or tuple(
-        sorted({1, advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)})
-    )
+    recommended = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)
+    ranks = choices.ranks or tuple(sorted({1, recommended}))
     fullft, lora = _law(model)
     per_step = min(advice.PROBLEMS_PER_STEP, sizes.train)
-    return _Parts(
-        f"""\
-problems:
-  # {problems.usable} usable problems.
-  {problems_name}:
-{block(problems.source | vars(sizes))}""",
-        f"""\
-  rl_math:
-    - models: [{model_name}]
-      problems: [{problems_name}]
-      # In the paper rank 1 is enough.
-      ranks: {{all: {list(ranks)}}}
-      problems_per_step: {per_step}
-      group_size: {advice.GROUP_SIZE}
-      steps: {advice.rl_steps(sizes.train, per_step, choices.epochs)}
-      max_new_tokens: {problems.max_new_tokens}
-      # A guess, for the estimate of cost.
-      mean_response_tokens: {max(1, problems.max_new_tokens // 3)}
-      # Three points per decade around a quarter of {_lr_source(model, fullft, lora)}.
-{_lr_lines(advice.rl_lr(fullft), advice.rl_lr(lora), choices)}""",
-    )
+    block = {
+        "models": [model_name],
+        "problems": [problems_name],
+        "ranks": Noted("In the paper rank 1 is enough for reinforcement learning.", Inline({"all": list(ranks)})),
+        "problems_per_step": per_step,
+        "group_size": advice.GROUP_SIZE,
+        "steps": advice.rl_steps(sizes.train, per_step, choices.epochs),
+        "max_new_tokens": problems.max_new_tokens,
+        "mean_response_tokens": Noted("A guess, for the estimate of the cost.", max(1, problems.max_new_tokens // 3)),
+        "lrs": Noted(
+            f"Three points per decade around a quarter of {_lr_source(model, fullft, lora)}.\n{_EDGE}",
+            _lrs(advice.rl_lr(fullft), advice.rl_lr(lora)),
+        ),
+        "seeds": choices.seeds,
+    }
+    source = Noted(f"{problems.usable} usable problems.", problems.source | vars(sizes))
+    return {"problems": {problems_name: source}}, {"rl_math": [block]}
 
 
 def _law(model: Model) -> tuple[advice.Lr, advice.Lr]:
@@ -226,13 +218,8 @@ def _law(model: Model) -> tuple[advice.Lr, advice.Lr]:
     return fullft, lora
 
 
-def _lr_lines(fullft: advice.Lr, lora: advice.Lr, choices: Choices) -> str:
-    return f"""\
-      # If the report finds an optimum at an edge, widen the grid there.
-      lrs:
-        fullft: {numbers(advice.lr_grid(fullft))}
-        lora: {numbers(advice.lr_grid(lora))}
-      seeds: {choices.seeds}"""
+def _lrs(fullft: advice.Lr, lora: advice.Lr) -> dict[str, object]:
+    return {"fullft": advice.lr_grid(fullft), "lora": advice.lr_grid(lora)}
 
 
 def suggested_ranks(model: Model, completion_tokens: float) -> tuple[int, ...]:
