@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from io import StringIO
 
 import yaml
-from ruamel.yaml import YAML, RoundTripRepresenter, ScalarNode
+from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from lorabench.config import yaml_number
 
