@@ -1,4 +1,4 @@
-"""`lorabench init`: a small preset for a model and data of your own, in YAML with comments."""
+"""A small preset for your own model and data, written by `lorabench init` as YAML with comments."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from lorabench.own.problems import Problems, look_at_problems
 from lorabench.own.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.records import atomic_path
 
-# Losses on fewer examples are mostly noise; more cost time at each validation.
-_MOST_VALIDATION, _MOST_TEST = 500, 1000
-_FEWEST_EXAMPLES = 10
-# On one core, measured with the tiny base and with SmolLM2-135M.
+# Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
+_MAX_VALIDATION, _MAX_TEST = 500, 1000
+_MIN_EXAMPLES = 10
+# The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
 _EDGE = "If the report finds an optimum at an edge of a grid, widen the grid there."
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user may choose."""
+    """What a user may choose in a preset."""
 
     ranks: tuple[int, ...] = ()
-    """Empty for those that the data suggest."""
+    """The LoRA ranks; empty to take the ranks that the amount of data suggests."""
     seeds: int = 3
     epochs: float = 1.0
     held_out: float = 0.1
-    """Share of the examples for validation, and as much for the test."""
+    """The share of the examples for validation, and the same share for the test."""
     gpu: str | None = None
+    """The GPU to train on; None for a CPU."""
     grader: str | None = None
-    """The data are problems for reinforcement learning, graded so."""
+    """The grader of problems for reinforcement learning; None for supervised fine-tuning."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples of each split."""
+    """The number of examples in each split."""
 
     train: int
     validation: int
@@ -53,65 +54,76 @@ class Splits:
 
 
 def splits(usable: int, share: float) -> Splits:
-    """Sizes of disjoint splits of so many examples.
+    """Return the sizes of disjoint splits.
+
+    Args:
+        usable: the number of usable examples.
+        share: the share of the examples for validation, and the same share for the test.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few examples.
     """
-    if usable < _FEWEST_EXAMPLES:
-        raise UserError(f"{usable} usable examples are too few; at least {_FEWEST_EXAMPLES} are needed")
+    if usable < _MIN_EXAMPLES:
+        raise UserError(f"{usable} usable examples are too few; at least {_MIN_EXAMPLES} are needed")
     held_out = max(1, round(usable * share))
-    validation, test = min(held_out, _MOST_VALIDATION), min(held_out, _MOST_TEST)
+    validation, test = min(held_out, _MAX_VALIDATION), min(held_out, _MAX_TEST)
     return Splits(usable - validation - test, validation, test)
 
 
 def init_preset(
     path: Path, model: str, data: str, form: str | None, choices: Choices, force: bool, say: Callable[[str], None]
 ) -> Preset:
-    """Look at a model and data, and write a preset for them.
+    """Examine a model and data, and write a preset for them.
 
     Args:
-        path: the .yaml file.
-        model: see `find_model`.
-        data: see `find_data`.
-        form: the format of a file; None to tell it from the columns.
-        say: takes a line of what was found.
+        path: the .yaml file to write.
+        model: the model's name; see `find_model`.
+        data: the data's name; see `find_data`.
+        form: the format of a data file; None to recognize it by the columns.
+        choices: the user's choices.
+        force: whether to overwrite an existing file.
+        say: is called with lines that describe the model, the data and the splits.
 
     Raises:
-        UserError: what is wrong with the model, the data, the choices or the path.
+        UserError: the model, the data, the choices or the path are wrong.
     """
     _check_place(path, force)
     if form is not None and choices.grader is not None:
         raise UserError("--format and --grader: problems have the columns question and answer; give one of them")
-    found = find_model(model)
-    say(str(found))
+    described = find_model(model)
+    say(str(described))
     examples: Data | Problems
     if choices.grader is None:
-        examples, template = look_at(found, data, form)
+        examples, template = look_at(described, data, form)
     else:
-        examples, template = look_at_problems(found, data, choices.grader)
+        examples, template = look_at_problems(described, data, choices.grader)
     if template:
         say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
-    preset = write_preset(path, found, examples, choices, template)
+    preset = write_preset(path, described, examples, choices, template)
     source = next(iter(preset.sources.values()))
     say(f"split: {source.train} train, {source.validation} validation, {source.test} test")
-    for rank in preset.experiments.rank or []:
-        steps = int(source.train * rank.epochs) // rank.batch_sizes[0]
+    for block in preset.experiments.rank or []:
+        steps = int(source.train * block.epochs) // block.batch_sizes[0]
         if steps < advice.SHORT_STEPS:
-            short = f"below {advice.SHORT_STEPS} little is learned and the LoRA optimum lies higher"
-            say(f"runs have {steps} steps; {short}")
+            say(
+                f"runs have {steps} steps; below {advice.SHORT_STEPS} little is learned and LoRA's optimal LR is higher"
+            )
     return preset
 
 
 def write_preset(path: Path, model: Model, data: Data | Problems, choices: Choices, template: str | None) -> Preset:
-    """Write a preset, validated, and return it.
+    """Write a preset, after it was validated, and return it.
 
     Args:
-        template: a `chat_template` for a model without one.
+        path: the .yaml file to write.
+        model: the model.
+        data: the examples for supervised fine-tuning, or the problems for reinforcement learning.
+        choices: the user's choices.
+        template: the `chat_template` for a model without its own.
 
     Raises:
-        UserError: the data or the choices make no preset.
+        UserError: the data or the choices make no valid preset.
     """
     text = preset_text(model, data, choices, template, path)
     preset = parse_preset(yaml.safe_load(text), path)
@@ -122,10 +134,10 @@ def write_preset(path: Path, model: Model, data: Data | Problems, choices: Choic
 
 def _check_place(path: Path, force: bool) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{path} must end in .yaml, by which a preset's path is told from a name")
+        raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
     if (PRESETS / f"{path.stem}.yaml").is_file():
         raise UserError(
-            f"{path}: {path.stem!r} is the name of a shipped preset, whose results it would mix with its own"
+            f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
         )
     if path.exists() and not force:
         raise UserError(f"{path} exists; --force overwrites it")
@@ -223,7 +235,7 @@ def _lrs(fullft: advice.Lr, lora: advice.Lr) -> dict[str, object]:
 
 
 def suggested_ranks(model: Model, completion_tokens: float) -> tuple[int, ...]:
-    """The recommended rank, a quarter of it, and 1, which shows where capacity ends."""
+    """Return the recommended rank, a quarter of it, and 1, which shows where capacity ends."""
     high = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), completion_tokens)
     return tuple(sorted({1, max(1, high // 4), high}))
 
@@ -235,10 +247,10 @@ def _lr_source(model: Model, fullft: advice.Lr, lora: advice.Lr) -> str:
 
 
 def checked_gpu(name: str) -> str:
-    """The name of a GPU as a user wrote it.
+    """Return the name of a GPU if it is known.
 
     Raises:
-        UserError: it is not known.
+        UserError: the GPU is not known.
     """
     if name not in GPUS:
         raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
@@ -247,15 +259,15 @@ def checked_gpu(name: str) -> str:
 
 def _execution(model: Model, gpu: str | None) -> dict[str, object]:
     if gpu is not None:
-        # A job asks for as few GPUs as hold it.
+        # A job takes the smallest number of GPUs with enough memory, up to this maximum.
         return {"threads": 8, "max_batch_tokens": 8192, "gpu": checked_gpu(gpu), "max_gpus": 8}
-    # Tiny models do not fill several threads.
+    # A tiny model does not keep several threads busy.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
     return {"threads": threads, "max_batch_tokens": 4096, "gflops": _GFLOPS_PER_CORE * threads}
 
 
 def _fields(spec: BaseModel) -> dict[str, object]:
-    """What a preset has to say of a model; a hub model's revision too, since that is to be pinned."""
+    """Return the fields of a model that differ from their defaults, and a hub model's revision for the user to pin."""
     defaults = {name: field.default for name, field in type(spec).model_fields.items()}
     kept = {"revision"} if isinstance(spec, HubModel) else set()
     return {name: value for name, value in spec if name in kept or value != defaults[name]}
