@@ -178,8 +178,8 @@ def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens
         parameters = model.lora_parameters(rank)
         if parameters < completion_tokens:
             notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and a higher rank "
-                "is not recommended here: LoRA may run out of capacity; compare with full fine-tuning."
+                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and a higher "
+                "rank is not recommended here: LoRA may run out of capacity; compare with full fine-tuning."
             )
         # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
