@@ -97,9 +97,9 @@ class _Representer(RoundTripRepresenter):
     def represent_number(self, number: float) -> ScalarNode:
         """Write a small number, such as a learning rate, as the shipped presets do: 2.2e-4."""
         short = f"{number:.1e}".replace("e-0", "e-")
-        return self._scalar("float", short if number < 0.1 and float(short) == number else yaml_number(number), None)
+        return self._scalar("float", short if 0 < number < 0.1 and float(short) == number else yaml_number(number))
 
-    def _scalar(self, kind: str, text: str, style: str | None) -> ScalarNode:
+    def _scalar(self, kind: str, text: str, style: str | None = None) -> ScalarNode:
         node: ScalarNode = self.represent_scalar(f"tag:yaml.org,2002:{kind}", text, style=style)
         return node
 
