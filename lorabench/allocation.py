@@ -1,8 +1,8 @@
-"""Memory of a process that computes on a CPU: what tensors let go of is kept for the next ones.
+"""Memory allocation of a process that computes on a CPU: freed blocks are kept for the next tensors.
 
-glibc gives back to the system what is free at the end of its heap, beyond twice the largest block that was freed, and
-each block above 32 MiB: in every step of training the system maps and clears the same pages anew.
-`python -m tests.benchmarks.allocation` measures that.
+By default glibc returns two kinds of memory to the system: free memory at the end of its heap, beyond twice the largest
+block that was freed, and each block above 32 MiB. The system then maps and clears the same pages again in every
+training step. `python -m tests.benchmarks.allocation` measures the cost.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# Numbers of glibc's malloc.h.
+# Parameters of `mallopt`, as numbered in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
-# Above it a block still goes back to the system as soon as it is freed. Older versions refuse more than 32 MiB.
+# A larger block still returns to the system as soon as it is freed. Older versions accept 32 MiB at most.
 _LARGEST_KEPT = (1 << 30, 32 << 20)
-# Free memory at the heap's end that is kept, at most: the largest number that `mallopt` takes, 2 GiB.
+# Bytes of free memory at the heap's end that are kept at most; `mallopt` takes no larger number.
 _KEPT = (1 << 31) - 1
 
 
 def keep_freed_memory() -> bool:
-    """Have this process use freed memory again, of blocks up to 1 GiB and of 2 GiB at most at the end of its heap.
+    """Make this process reuse freed memory: blocks up to 1 GiB, and up to 2 GiB at the end of its heap.
 
     Returns:
-        Whether that is so from now on; not with another C library than glibc.
+        Whether the process does so from now on; False with another C library than glibc.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    # Others have a `mallopt` of other numbers, or none.
+    # Other C libraries have no `mallopt`, or number its parameters differently.
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):
         return False
     kept = any(libc.mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT)

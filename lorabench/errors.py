@@ -1,5 +1,5 @@
-"""The error that a user can mend."""
+"""The error that a user can correct."""
 
 
 class UserError(Exception):
-    """Something given is missing or wrong. The message is one sentence: the thing, its value, what is allowed."""
+    """An input is missing or wrong; the message is one sentence that names it, its value and what is allowed."""

@@ -1,4 +1,4 @@
-"""Memory or disk space that ran out, told in one sentence instead of a library's traceback."""
+"""Exhausted memory or disk space, reported in one sentence instead of a library's traceback."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from lorabench.errors import UserError
 
-# No space, no quota left, and a file larger than the process may write.
+# A full file system, a full quota, and a file larger than the process may write.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors gives the number in its text only.
+# safetensors gives the error number in its message only.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-# Of torch's allocators, cuBLAS, C++ and the system; torch's RuntimeErrors have no type for it on a CPU. A thread that
-# can't start had no memory for its stack; torch's own words may be cut short for want of memory to put them in.
+# Messages of torch's allocators, cuBLAS, C++ and the system; on a CPU torch raises a plain RuntimeError. A thread that
+# can't start had no memory for its stack. Torch's message may be cut short because no memory is left for its text.
 _NO_MEMORY = (
     *("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc"),
     *("start new thread", "[enforce fail a"),
 )
-_ASKED = re.compile(r"allocate ([\d.]+ \w+)")
+_SIZE = re.compile(r"allocate ([\d.]+ \w+)")
 
 
 class NoSpaceError(UserError):
@@ -30,7 +30,7 @@ class NoSpaceError(UserError):
 
 @contextmanager
 def space_for(path: Path | str) -> Iterator[None]:
-    """Raise NoSpaceError, which names `path`, where a file system or a quota is full."""
+    """Turn the error of a full file system or quota into a NoSpaceError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -44,28 +44,33 @@ def space_for(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Raise UserError, which names `what` and says `advice`, where memory of the machine or the GPU runs out."""
+    """Turn the error of a machine or GPU without free memory into a UserError.
+
+    Args:
+        what: what was computed, the subject of the message.
+        advice: how to need less memory, for the message.
+    """
     try:
         yield
     except Exception as error:
         if not _no_memory(error):
             raise
-        asked = _ASKED.search(str(error))
-        tried = f" (no {asked[1]} more)" if asked else ""
-        raise UserError(f"{what} is out of memory{tried}: {advice}; what is finished is kept") from error
+        size = _SIZE.search(str(error))
+        more = f" (no {size[1]} more)" if size else ""
+        raise UserError(f"{what} is out of memory{more}: {advice}; what is finished is kept") from error
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of an error, also where a library has it in its text."""
+    """The system's error number, which some libraries give in the message only."""
     if isinstance(error, OSError):
         return error.errno
-    found = _OS_ERROR.search(str(error))
-    return int(found[1]) if found else None
+    match = _OS_ERROR.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _no_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    said = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
-    return said or _number(error) == errno.ENOMEM
+    reported = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    return reported or _number(error) == errno.ENOMEM

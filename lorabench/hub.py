@@ -1,11 +1,12 @@
-"""The Hugging Face hub: local jobs fetch what a preset needs, once; everything later reads the cache, offline.
+"""The Hugging Face hub: jobs with a network fetch what a preset needs once, and all other jobs read the cache offline.
 
-A revision that may move (`main`, a tag) stands for one commit in a preset's results: the one it had when it was
-first fetched, kept in `results/<preset>/pins/`. That file is no output of a rule, so making the rest anew does not
-move it. What was fetched, with commit, files and sizes, stands in a small JSON file that later jobs need.
+A revision that may move (`main`, a tag) is pinned to one commit for all of a preset's results: the commit that it
+pointed to when it was first fetched, kept in `results/<preset>/pins/`. That file is no output of a rule, so the commit
+stays the same when the workflow makes its outputs again. A small JSON file, which later jobs read, lists what was
+fetched: commit, files and sizes.
 
-Runs are named by the revision that the preset says, so a plan needs no connection; the commit stands in each run's
-record, and runs of different commits are never mixed (`lorabench/training/sweep.py`).
+A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
+and runs of different commits are never mixed (`lorabench/training/sweep.py`).
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from typing import Any, Literal
 from lorabench.errors import UserError
 from lorabench.records import write_json
 
-# Top-level files only: some repositories hold the same weights in other formats in folders.
+# Only files at the top level are fetched: some repositories hold the same weights in other formats in folders.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_ELSEWHERE = ("*/*",)
+_IN_FOLDERS = ("*/*",)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Left on a disk beside what is downloaded.
+# Bytes that must stay free on the disk after a download.
 _SPARE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A repository at the revision that a preset names."""
+    """A repository to fetch, at the revision that a preset names."""
 
     kind: Literal["model", "dataset"]
     id: str
     revision: str
     parts: tuple[tuple[str | None, str], ...] = ()
-    """Of a dataset: configurations and their splits."""
+    """The parts of a dataset to fetch, each a configuration (None for the default) and a split."""
     code: bool = False
-    """Of a model: its Python files too."""
+    """Whether to fetch a model's Python files too."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id}"
@@ -51,20 +52,22 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A repository as it lies in the hub's cache. `files` are their sizes in bytes, `parts` the files of each part."""
+    """A repository as it was fetched into the hub's cache."""
 
     kind: Literal["model", "dataset"]
     id: str
     revision: str
     commit: str
     files: dict[str, int]
+    """The size in bytes of each file, by its name."""
     parts: dict[str, list[str]]
+    """The names of a dataset's files by part, `configuration/split` or `split`."""
 
     def data_files(self, config: str | None, split: str) -> list[Path]:
-        """The local files of a dataset's part.
+        """Return the local files of a part of a dataset.
 
         Raises:
-            UserError: they are not in the cache (any more), or were never fetched.
+            UserError: a file is not in the cache, or no longer.
         """
         return [self._cached(name) for name in self.parts[_part_name(config, split)]]
 
@@ -77,16 +80,16 @@ class Fetched:
                 hf_hub_download(self.id, name, repo_type=self.kind, revision=self.commit, local_files_only=True)
             )
         except LocalEntryNotFoundError as error:
-            where = f"the hub's cache {_cache_folder()}"
-            raise UserError(f"{name} of {self.kind} {self.id} is not in {where}; fetch it again") from error
+            cache = f"the hub's cache {_cache_folder()}"
+            raise UserError(f"{name} of {self.kind} {self.id} is not in {cache}; fetch it again") from error
 
 
 @cache
 def read_fetched(path: Path) -> dict[str, Fetched]:
-    """What a fetching job left, by hub id.
+    """Read the file that `fetch` wrote: the fetched repositories by their id on the hub.
 
     Raises:
-        UserError: nothing was fetched.
+        UserError: there is no such file, since nothing was fetched yet.
     """
     if not path.is_file():
         raise UserError(
@@ -96,15 +99,18 @@ def read_fetched(path: Path) -> dict[str, Fetched]:
 
 
 def fetch(wanted: list[Wanted], pins: Path, out: Path) -> None:
-    """Download repositories into the hub's cache and write what they are to `out`.
+    """Download repositories into the hub's cache and describe them in the JSON file `out`.
 
     Args:
-        pins: folder of the commits that revisions stand for.
+        wanted: the repositories.
+        pins: the folder of the files that pin revisions to commits.
+        out: the file for `read_fetched`.
 
     Raises:
-        UserError: a repository can't be had, holds no safetensors or no such part, or is larger than the disk.
+        UserError: a repository can't be downloaded, lacks a .safetensors file or a wanted part, or does not fit on the
+            disk.
     """
-    write_json([asdict(_fetch(one, pins)) for one in wanted], out)
+    write_json([asdict(_fetch(repository, pins)) for repository in wanted], out)
     read_fetched.cache_clear()
 
 
@@ -114,25 +120,25 @@ def _fetch(wanted: Wanted, pins: Path) -> Fetched:
     with _explained(wanted):
         commit = _pinned(wanted, pins)
         parts: dict[str, list[str]] = {}
-        choice: dict[str, Any]
+        patterns: dict[str, Any]
         if wanted.kind == "dataset":
             parts = {_part_name(*part): _part_files(wanted, commit, *part) for part in wanted.parts}
-            choice = {"allow_patterns": [name for names in parts.values() for name in names]}
+            patterns = {"allow_patterns": [name for names in parts.values() for name in names]}
         else:
             code = ("*.py",) if wanted.code else ()
-            choice = {"allow_patterns": [*_MODEL_FILES, *code], "ignore_patterns": [*_ELSEWHERE]}
-        where = {"repo_id": wanted.id, "repo_type": wanted.kind, "revision": commit, **choice}
-        files = snapshot_download(**where, dry_run=True)
+            patterns = {"allow_patterns": [*_MODEL_FILES, *code], "ignore_patterns": [*_IN_FOLDERS]}
+        download = {"repo_id": wanted.id, "repo_type": wanted.kind, "revision": commit, **patterns}
+        files = snapshot_download(**download, dry_run=True)
         sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
         if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
             raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
         _check_space(wanted, sum(sizes[file.filename] for file in files if file.will_download))
-        snapshot_download(**where)
+        snapshot_download(**download)
     return Fetched(wanted.kind, wanted.id, wanted.revision, commit, sizes, parts)
 
 
 def _pinned(wanted: Wanted, pins: Path) -> str:
-    """The commit that a revision stands for: looked up once, then always the same."""
+    """Return the commit that a revision is pinned to; the first call looks it up."""
     if _COMMIT.fullmatch(wanted.revision):
         return wanted.revision
     from huggingface_hub import HfApi
@@ -142,7 +148,7 @@ def _pinned(wanted: Wanted, pins: Path) -> str:
     if not pin.is_file():
         commit = HfApi().repo_info(wanted.id, repo_type=wanted.kind, revision=wanted.revision).sha
         pins.mkdir(parents=True, exist_ok=True)
-        # Two datasets of one repository may be fetched at once: whoever is first decides.
+        # Two datasets of one repository may be fetched at the same time; the first to link its file decides.
         with tempfile.NamedTemporaryFile("w", dir=pins, suffix=".partial") as partial:
             partial.write(f"{commit}\n")
             partial.flush()
@@ -156,14 +162,14 @@ def _part_name(config: str | None, split: str) -> str:
 
 
 def _part_files(wanted: Wanted, commit: str, config: str | None, split: str) -> list[str]:
-    """Names of the files of a part, as the datasets library finds them by the repository's card and names."""
+    """Return the names of a part's files, which the datasets library finds by the repository's card and file names."""
     import datasets
     from huggingface_hub import HfApi
 
     try:
         builder = datasets.load_dataset_builder(wanted.id, name=config, revision=commit)
     except datasets.exceptions.DatasetNotFoundError:
-        # The library hides why; the hub's own client says it.
+        # The library does not say why; the hub's client raises an error that does.
         HfApi().auth_check(wanted.id, repo_type="dataset")
         raise
     except ValueError as error:
@@ -182,8 +188,8 @@ def _cache_folder() -> Path:
 
 def _check_space(wanted: Wanted, needed: int) -> None:
     folder = _cache_folder()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed and needed + _SPARE_BYTES > free:
         raise UserError(
             f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; make "
@@ -193,29 +199,29 @@ def _check_space(wanted: Wanted, needed: int) -> None:
 
 @contextmanager
 def _explained(wanted: Wanted) -> Iterator[None]:
-    """Turn what the hub's client raises into one sentence."""
+    """Turn an error of the hub's client into a UserError of one sentence."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        said = _sentence(wanted, error)
-        if said is None:
+        sentence = _sentence(wanted, error)
+        if sentence is None:
             raise
-        raise UserError(said) from error
+        raise UserError(sentence) from error
 
 
 def _sentence(wanted: Wanted, error: Exception) -> str | None:
-    """What went wrong, as a user can mend it; None if it is something else."""
+    """Describe an error that the user can correct; None for any other error."""
     from huggingface_hub import constants, errors
 
     failed = f"{wanted} can't be fetched at {wanted.revision}"
-    # The last is of the client's HTTP library, which is not the same in all versions.
+    # The last class is that of the client's HTTP library, which differs between versions of the client.
     no_connection = (
         *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
         errors.HTTPError,  # type: ignore[attr-defined]
     )
-    # Errors of the hub are errors of HTTP too, and a gated repository is one that is not found: the order matters.
+    # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
     match error:
         case errors.GatedRepoError():
             page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"

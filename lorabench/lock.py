@@ -1,19 +1,22 @@
-"""One process at a time works on the runs of a condition: a lock file with a heartbeat.
+"""A lock file with a heartbeat, so that one process at a time works on the runs of a condition.
 
-The lock is `flock`, which the kernel gives back when its process dies, also over NFS, where a dead node's locks go when
-its lease ends. It is on the condition, not on the sweep: an earlier plan's job may still train what the new one wants.
+The lock is filelock's, on Unix `flock`: the kernel releases it when the process dies, also over NFS, where the server
+releases a dead node's locks when their lease ends. It covers a condition and not a sweep, because a job of an earlier
+plan may still be training runs that a new plan wants too.
 
-A second process waits for as long as the first gives signs of life, then finds its runs finished. Where the first is
-silent and yet holds the lock (a node that hangs, or died under NFS 3), the second refuses and says which file to
-delete. On a file system without locks the heartbeat alone decides.
+What filelock does not do is added here. The holder writes its name into the file and updates the file's modification
+time every BEAT seconds. A second process waits as long as the holder's heartbeat goes on, and then finds the runs
+finished. If the holder keeps the lock but its heartbeat has stopped (a node that hangs, or one that died under NFS 3),
+the second process refuses to start and names the file to delete. On a file system without locks the heartbeat alone
+decides.
 
-Ages are told by the file system's clock, on both sides: those of two nodes may differ by hours.
+The age of a heartbeat is measured by the file system's clock on both sides, because the clocks of two nodes may differ
+by hours.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import tempfile
@@ -22,61 +25,113 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 from lorabench.errors import UserError
 from lorabench.exhausted import space_for
 from lorabench.training import stop
 
 BEAT = 10.0
-"""Seconds between signs of life."""
+"""Seconds between two heartbeats of a lock's holder."""
 
 SILENT = 60.0
-"""Seconds without one after which a process counts as gone."""
+"""Seconds without a heartbeat after which a lock's holder counts as dead or hanging."""
 
+_POLL = 1.0
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
 def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file `path`; it is removed at the end.
+    """Hold the lock file `path` inside the `with` block; the file is removed at its end.
 
     Args:
-        what: what is locked, for messages.
-        say: takes one line when this process has to wait.
+        path: the lock file; its folder is made.
+        what: what the lock protects, for messages.
+        say: is called with one line if this process has to wait.
 
     Raises:
-        UserError: a process holds the lock and gives no sign of life.
+        UserError: another process holds the lock, and its heartbeat has stopped.
+        Stopped: this process was asked to end while it waited.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    waits = False
-    while (file := _take(path)) is None:
-        age, holder = silence(path), _holder(path)
+    with _acquired(path, _Waiting(path, what, say)):
+        try:
+            with path.open("w") as file:
+                with space_for(path):
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                with _heartbeat(file.fileno()):
+                    yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class _Waiting:
+    """Called at each attempt that found the lock taken; always false, as filelock's `cancel_check`."""
+
+    def __init__(self, path: Path, what: str, say: Callable[[str], None]) -> None:
+        self.path, self.what, self.say, self.announced = path, what, say, False
+
+    def __call__(self) -> bool:
+        age, holder = silence(self.path), _holder(self.path) or "another process"
         if age is not None and not alive(age):
             raise UserError(
-                f"{what} is locked by {holder}, silent for {age:.0f} s: end it, or delete {path} if it is gone"
+                f"{self.what} is locked by {holder}, silent for {age:.0f} s: end it, or delete {self.path} if it is "
+                "gone"
             )
-        if not waits:
-            say(f"waits for {holder}, which is at work on {what}")
-            waits = True
+        if not self.announced:
+            self.say(f"waits for {holder}, which is at work on {self.what}")
+            self.announced = True
         stop.check()
-        time.sleep(1)
+        return False
+
+
+@contextmanager
+def _acquired(path: Path, waiting: Callable[[], bool]) -> Iterator[None]:
+    # Imported here, since a command that only reads heartbeats would start 60 ms later.
+    from filelock import UnixFileLock
+
+    # filelock's own substitute for `flock` has no heartbeat: it would wait forever for a node that hangs.
+    lock = UnixFileLock(path, fallback_to_soft=False)
+    try:
+        with space_for(path):
+            lock.acquire(poll_interval=_POLL, cancel_check=waiting)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        while _holder(path) and alive(silence(path)):
+            waiting()
+            time.sleep(_POLL)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _heartbeat(descriptor: int) -> Iterator[None]:
+    """Update the modification time of an open file every BEAT seconds, in a thread."""
     ended = threading.Event()
-    beats = threading.Thread(target=_beat, args=(file, ended), daemon=True)
-    beats.start()
+    thread = threading.Thread(target=_beat, args=(descriptor, ended), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
-        beats.join()
-        path.unlink(missing_ok=True)
-        file.close()
+        thread.join()
+
+
+def _beat(descriptor: int, ended: threading.Event) -> None:
+    while not ended.wait(BEAT):
+        # A file system that fails now may work again at the next heartbeat.
+        with suppress(OSError):
+            os.utime(descriptor)
 
 
 def silence(path: Path) -> float | None:
-    """Seconds since the last sign of life of a lock's holder; None if nobody holds it.
+    """Return the seconds since the last heartbeat of a lock's holder, or None if nobody holds it.
 
-    Negative if the file system's clock was set back.
+    The number is negative if the file system's clock was set back.
     """
     try:
         last = path.stat().st_mtime
@@ -86,51 +141,18 @@ def silence(path: Path) -> float | None:
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             return os.fstat(probe.fileno()).st_mtime - last
     except OSError:
-        # A folder that is not ours to write to.
+        # This process may not write to the folder, so its own clock has to do.
         return time.time() - last
 
 
 def alive(age: float | None) -> bool:
-    """Whether a lock's holder gives signs of life, the last so many seconds ago."""
+    """Return whether a lock's holder counts as alive, `age` seconds after its last heartbeat (None: no holder)."""
     return age is not None and abs(age) < SILENT
 
 
-def _take(path: Path) -> TextIO | None:
-    """The locked file, this process's name in it; None if another has it."""
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in {errno.EWOULDBLOCK, *_NO_LOCKS}:
-            raise
-        taken = error.errno == errno.EWOULDBLOCK or (os.fstat(file.fileno()).st_size > 0 and alive(silence(path)))
-        if taken:
-            file.close()
-            return None
-    try:
-        same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        same = False
-    if not same:
-        # Removed by a holder that ended between the two calls.
-        file.close()
-        return _take(path)
-    with space_for(path):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-    return file
-
-
 def _holder(path: Path) -> str:
+    """What the holder of a lock wrote into the file; empty if there is none, or it has not written yet."""
     try:
-        return path.read_text() or "another process"
+        return path.read_text()
     except FileNotFoundError:
-        return "another process"
-
-
-def _beat(file: TextIO, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        # The next beat may find the file system well again.
-        with suppress(OSError):
-            os.utime(file.fileno())
+        return ""

@@ -1,4 +1,4 @@
-"""Merge the tidy tables of several machines, where they agree."""
+"""Merging the tidy tables of several machines, which must not contradict each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = {
         *("eval_batch_size", "task_version", "template_sha256"),
     ],
 }
-"""What tells the rows of a table apart."""
+"""The columns that identify a row of each table."""
 
 MAY_DIFFER = {
     "runs": [
@@ -33,30 +33,30 @@ MAY_DIFFER = {
     "compute": ["step_s", "peak_mem_bytes"],
     "evals": ["versions"],
 }
-"""Columns that tell of the machine and not of the result: the first folder's are kept."""
+"""Columns that describe the machine, in which rows may differ; the first folder's values are kept."""
 
 
 def merge(folders: list[Path], out: Path) -> None:
-    """Merge the tables in KEYS of several folders into the folder `out`, parquet and CSV.
+    """Merge the tables in KEYS of several folders into the folder `out`, as parquet and CSV.
 
-    Of the documented columns those are written that some folder has; they are null in rows from where they are missing.
+    The merged tables have the documented columns that at least one folder has, null in the rows of the other folders.
 
     Args:
-        folders: each with any of the tables, parquet or else CSV.
-        out: where to; it may be one of them. Nothing is written if anything contradicts.
+        folders: folders that each hold one or more of the tables, as parquet or CSV.
+        out: the folder of the merged tables, which may be one of `folders`. Nothing is written if tables contradict.
 
     Raises:
-        UserError: a folder holds no table, or one that can't be read; see `merge_tables`, `check_table` and
-            `check_curves`.
+        UserError: a folder holds no table, a table can't be read or is not valid (see `check_table` and
+            `check_curves`), or tables contradict each other (see `merge_tables`).
     """
     for folder in folders:
         if not any(table_path(folder, name) for name in KEYS):
             raise UserError(f"no table {', '.join(KEYS)} (.parquet or .csv) in {folder}")
     merged = {}
     for name in KEYS:
-        found = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
-        if found:
-            merged[name] = merge_tables(name, found)
+        frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
+        if frames:
+            merged[name] = merge_tables(name, frames)
     check_table(merged.get("runs", pd.DataFrame()))
     check_curves(merged.get("curves", pd.DataFrame()))
     for name, frame in merged.items():
@@ -66,29 +66,29 @@ def merge(folders: list[Path], out: Path) -> None:
 
 
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
-    """One table out of several of a kind: rows with the same KEYS become one, with the experiments of all of them.
+    """Merge tables of one kind: rows with the same KEYS become one row, with the experiments of all of them.
 
     Args:
-        name: of the table.
-        frames: by the folder that each is from, typed as by `read_table`.
+        name: the name of the table.
+        frames: the tables by the folder that they are from, typed as by `read_table`.
 
     Returns:
         The table in its documented columns, rows in the order in which they first appear.
 
     Raises:
-        UserError: a column of KEYS is missing in some of the tables only, or rows with the same KEYS differ in a
-            column that is not in MAY_DIFFER.
+        UserError: some tables lack a column of KEYS that others have, or rows with the same KEYS differ in a column
+            that is not in MAY_DIFFER.
     """
     columns = [field.name for field in SCHEMAS[name] if any(field.name in frame for frame in frames.values())]
     keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves")]
     for folder, frame in frames.items():
         if missing := [key for key in keys if key not in frame]:
             raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")
-    every = pd.concat({str(folder): frame for folder, frame in frames.items()}, names=["folder", None])[keys]
-    row_of = every.groupby(keys, dropna=False, sort=False).ngroup()
+    all_keys = pd.concat({str(folder): frame for folder, frame in frames.items()}, names=["folder", None])[keys]
+    row_of = all_keys.groupby(keys, dropna=False, sort=False).ngroup()
     merged = {}
     for column in columns:
-        # Tables that lack the column say nothing about it.
+        # A table that lacks the column does not contradict the others.
         values = pd.concat({str(folder): frame[column] for folder, frame in frames.items() if column in frame})
         row = row_of[values.index]
         first = values[~row.duplicated()].set_axis(row[~row.duplicated()])
@@ -98,7 +98,7 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
             expected = row.map(first)
             other = values[~((values == expected).fillna(False) | (values.isna() & expected.isna())).astype(bool)]
             if len(other):
-                raise UserError(f"{name}: {_contradiction(every.loc[other.index[0]], column, values, row)}")
+                raise UserError(f"{name}: {_contradiction(all_keys.loc[other.index[0]], column, values, row)}")
         merged[column] = first
     table = pd.DataFrame(merged, columns=columns)
     if "experiments" in table:
@@ -107,9 +107,9 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _contradiction(key: pd.Series[Any], column: str, values: pd.Series[Any], row: pd.Series[int]) -> str:
-    """Which value of a row contradicts which, and where they are from."""
-    told = " ".join(f"{name} {value}" for name, value in key.items() if not pd.isna(value))
+    """Describe the values of one row that contradict each other, with the folders that they are from."""
+    row_name = " ".join(f"{name} {value}" for name, value in key.items() if not pd.isna(value))
     of_row = values[row.eq(row.to_dict()[key.name])]
     folders = of_row.index.get_level_values(0)
-    seen = [f"{value!r} in {folder}" for folder, value in zip(folders, of_row.tolist(), strict=True)]
-    return f"{told} has {column} = {' and '.join(seen)}"
+    values_in = [f"{value!r} in {folder}" for folder, value in zip(folders, of_row.tolist(), strict=True)]
+    return f"{row_name} has {column} = {' and '.join(values_in)}"

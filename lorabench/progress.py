@@ -1,6 +1,6 @@
-"""How far the work is: what each sweep is at, and the whole picture from the files on disk.
+"""How far the work of a preset is: the progress file of each sweep, and a summary of all files on disk.
 
-Whether a job is alive says the heartbeat of its lock (lock.py).
+The heartbeat of a job's lock (lock.py) shows whether the job is alive.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorabench.exhausted import NoSpaceError
+from lorabench.layout import Layout
 from lorabench.lock import alive, silence
+from lorabench.plan import Plan, Run, Sweep
 from lorabench.records import RunFolder, write_json
 
-if TYPE_CHECKING:
-    from lorabench.layout import Layout
-    from lorabench.plan import Plan, Run, Sweep
-
-# Seconds between two notes of how far a job is.
 EVERY = 2.0
+"""Seconds between two updates of a progress file."""
 
 
 class Progress:
-    """The file that says how far one sweep is; removed when it ends well."""
+    """The file that holds how far one sweep is; it is removed when the sweep has ended well."""
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         self.path, self.sweep, self.last = path, sweep, -EVERY
 
     def tick(self, number: int, run: Run, step: int) -> None:
-        """Say that a run has done `step` steps; written at most every `EVERY` seconds."""
+        """Record that a run has done `step` steps; the file is written at most every `EVERY` seconds.
+
+        Args:
+            number: the run's place in the sweep, counted from 1.
+        """
         now = time.monotonic()
         if now - self.last >= EVERY:
             self.last = now
@@ -45,20 +47,21 @@ class Progress:
                 "step": step,
                 "steps": run.condition.steps,
             }
-            # A full disk ends a job where it costs something.
+            # A full disk must end the job where it loses something, not here.
             with suppress(NoSpaceError):
                 write_json(state, self.path)
 
     def close(self) -> None:
-        """The sweep has ended well."""
+        """Remove the file of a sweep that has ended well."""
         self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Status:
-    """State of a preset's work. `running` holds what jobs that are alive are at, `silent` what the others were at.
+    """The state of a preset's work.
 
-    A silent job has `silent_s`, the seconds since its last sign of life; null if it has let go of its runs.
+    `running` and `silent` hold the progress files of the sweeps that have not ended: those whose lock has a heartbeat,
+    and the others. Each has `silent_s`, the seconds since its last heartbeat; null if nobody holds the lock.
     """
 
     runs_done: int
@@ -71,15 +74,15 @@ class Status:
 
 
 def status(plan: Plan, layout: Layout) -> Status:
-    """Read the state of a preset's work off the disk."""
+    """Read the state of a preset's work from the files on disk."""
     running: list[dict[str, Any]] = []
     silent: list[dict[str, Any]] = []
     finished = [job for job in plan.jobs if layout.job(job).exists()]
     done = sum(job.n_runs for job in finished)
-    # One look at the folder: a job asks after every run, and most that it may have are not there.
-    runs = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
+    # The folder is listed once: a job calls this after every run, and most of its runs have no folder yet.
+    run_folders = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
     for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
-        done += sum(RunFolder(layout.runs, run_id).done() for run_id in runs & sweep.run_ids)
+        done += sum(RunFolder(layout.runs, run_id).done() for run_id in run_folders & sweep.run_ids)
         try:
             state = json.loads(layout.progress(sweep).read_text())
         except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Published numbers, for beside ours, from `paper_figures/reference` (sources: SOURCES.md there).
+"""Published numbers to compare with, from `paper_figures/reference` (its SOURCES.md names the sources).
 
-The folder lies next to the package in the repository. Where it is not there, nothing is published and nothing shown.
+The folder is next to the package in the repository. Without it, all functions return empty results.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from lorabench.analysis.optimum import vertex
 REFERENCE = Path(__file__).parents[1] / "paper_figures" / "reference"
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
+"""The columns of `sweeps`; nll is the final test NLL in nats per token."""
 
-# What the files leave out since their source says it in words; hidden sizes as in the models' own configurations.
+# What the files leave out because their source says it in its text. Hidden sizes are from the models' configurations.
 _TINKER, _REPLICATION = "tinker-cookbook", "michaelbzhu"
 _HIDDEN_SIZES = {
     "llama-3.2-1b": 2048,
@@ -34,7 +35,7 @@ _DATASETS = {"tulu3": "tulu3", "tulu3sftmixture": "tulu3", "norobots": "norobots
 
 
 def numbers() -> dict[str, float]:
-    """The numbers printed in the paper, by their key in `paper_numbers.csv`."""
+    """Return the numbers printed in the paper, by their key in `paper_numbers.csv`."""
     path = REFERENCE / "paper_numbers.csv"
     if not path.is_file():
         return {}
@@ -43,11 +44,11 @@ def numbers() -> dict[str, float]:
 
 
 def sweeps() -> pd.DataFrame:
-    """Published final test losses by learning rate.
+    """Return published final test losses by learning rate.
 
     Returns:
-        One row per model, arm and LR, repeated cells as their mean: the columns SWEEP_COLUMNS; nll in nats per token.
-        The whole LR grid of LoRA by `tinker-cookbook`; the best LR only of each arm by `michaelbzhu`.
+        The columns SWEEP_COLUMNS, one row per model, method, rank, placement and LR; runs with the same settings are
+        averaged. The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
     """
     parts = [pd.DataFrame(columns=SWEEP_COLUMNS)]
     tinker, replication = REFERENCE / "tinker_sft_sweep.csv", REFERENCE / "replication_michaelbzhu_sft.csv"
@@ -65,37 +66,38 @@ def sweeps() -> pd.DataFrame:
 
 
 def sweep_of(model: str, dataset: str) -> pd.DataFrame:
-    """The rows of `sweeps` for a model and dataset of ours: `Llama-3.1-8B` is `meta-llama/Llama-3.1-8B`."""
+    """Return the rows of `sweeps` for a model and a dataset; names are compared without their owner and case."""
     table = sweeps()
     same_model = table["model"].map(_short) == _short(model)
     return table[same_model & (table["dataset"] == _dataset(dataset))]
 
 
 def beside_claims() -> dict[str, str]:
-    """What published runs give for a claim's estimate, by claim id; each names model, data and source."""
+    """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
     table = sweeps()
-    found: dict[str, str] = {}
+    estimates: dict[str, str] = {}
     of_replication = table[table["source"] == _REPLICATION]
     if len(of_replication):
-        label = [f"LoRA r{rank} {where}" if rank > 0 else "FullFT" for rank, where in _arms_of(of_replication)]
-        lr, nll = (dict(zip(label, of_replication[column], strict=True)) for column in ("lr", "nll"))
+        labels = [f"LoRA r{rank} {placement}" if rank > 0 else "FullFT" for rank, placement in _arms_of(of_replication)]
+        lr, nll = (dict(zip(labels, of_replication[column], strict=True)) for column in ("lr", "nll"))
         best = "LoRA r256 all"
         gap = f"{nll[best] - nll['FullFT']:.4f} nats"
-        told = {
+        values = {
             "A7": gap,
             "B1": f"{lr[best] / lr['FullFT']:.3g}",
             "B2": gap,
             "B4": f"{lr['LoRA r1 all'] / lr[best]:.2g}",
             "E2": f"{nll['LoRA r256 mlp'] - nll[best]:.4f} nats",
         }
-        found |= {claim: f"{text} (Qwen3-4B, No Robots, one seed; {_REPLICATION})" for claim, text in told.items()}
+        about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
+        estimates |= {claim: f"{value} {about}" for claim, value in values.items()}
     llama = sweep_of("Llama-3.1-8B", "tulu3")
     if len(llama):
         optima = {int(rank): optimum(llama[llama["rank"] == rank].sort_values("lr")) for rank in llama["rank"].unique()}
         low, high = min(optima), max(optima)
         ratio = optima[high] / optima[low]
-        found["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
-    return found
+        estimates["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
+    return estimates
 
 
 def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
@@ -103,14 +105,18 @@ def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
 
 
 def optimum(grid: pd.DataFrame) -> float:
-    """The interpolated optimum of one ascending grid whose best LR is not at its edge."""
+    """Return the optimal LR of a grid, interpolated by a parabola through the best LR and its neighbours.
+
+    Args:
+        grid: rows with `lr` ascending and `nll`; the best LR must not be at an edge.
+    """
     best = int(grid["nll"].to_numpy().argmin())
-    around = grid.iloc[best - 1 : best + 2]
-    return float(np.exp(vertex(np.log(around["lr"].to_numpy()), around["nll"].to_numpy())))
+    neighbours = grid.iloc[best - 1 : best + 2]
+    return float(np.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy())))
 
 
 def _short(model: str) -> str:
-    """A model's name without its owner."""
+    """A model's name without its owner, in lower case: `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`."""
     return model.rsplit("/", 1)[-1].lower()
 
 

@@ -1,12 +1,12 @@
-"""A run's directory: one record in three blocks (spec, outcome, environment), its curves, its weights.
+"""The folder of a run, and files that are written whole or not at all.
 
-    runs/<run_id>/record.json      what was asked, what happened, what it ran on
+    runs/<run_id>/record.json      the run's spec, its outcome, and the environment that it ran in
     runs/<run_id>/curves.parquet   one row per step, split and metric
-    runs/<run_id>/weights/         PEFT adapter, or the model of a full fine-tuning
-    runs/<run_id>.partial/         a run in progress: its checkpoint, nothing that counts as a result
+    runs/<run_id>/weights/         the PEFT adapter, or the fully fine-tuned model
+    runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 
-A run is written into a folder of its own and renamed when it is whole and on the disk, so what has the right name is
-complete, even after a power cut. Jobs on one run take turns by a lock (lock.py).
+A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
+the final name is therefore complete, even after a power cut. Two jobs on the same run take turns by a lock (lock.py).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` on success and is removed on failure.
+    """Yield a temporary path to write to; it replaces `path` on success and is removed on failure.
 
     Raises:
-        NoSpaceError: the disk is full; what `path` held is still there.
+        NoSpaceError: the disk is full; `path` keeps its old content.
     """
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
@@ -48,23 +48,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file's content is on the disk: a name must not survive a power cut without it."""
+    """Wait until a file's content is on the disk, so that its name does not survive a power cut without it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON, whole or not at all. NaN and infinity are refused: a missing number is null."""
+    """Write JSON, whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite; a missing number is written as null.
+    """
     text = json.dumps(value, indent=2, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n")
 
 
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """A parquet file that can be made again.
+    """Read a parquet file that can be made again.
 
     Raises:
-        UserError: it is damaged, or has other columns.
+        UserError: the file is damaged, or its columns are not those of the schema.
     """
     import pyarrow.parquet as pq
 
@@ -74,7 +78,7 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
 @contextmanager
 def damage_told(path: Path) -> Iterator[None]:
-    """Raise UserError where a parquet file, which can be made again, can't be read."""
+    """Turn the error of a parquet file that can't be read into a UserError: the file can be made again."""
     import pyarrow as pa
 
     try:
@@ -87,14 +91,14 @@ def damage_told(path: Path) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The places of one run under a preset's results."""
+    """The paths of one run's files in the folder `runs` of a preset's results."""
 
     runs: Path
     run_id: str
@@ -128,48 +132,52 @@ class RunFolder:
         return self.final / "weights"
 
     def done(self) -> bool:
-        """Whether the run ended, well or diverged."""
+        """Return whether the run has ended, whether or not it diverged."""
         return self.record.is_file()
 
     def read_record(self) -> dict[str, Any]:
-        """The record of a finished run.
+        """Read the record of a finished run.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the record is missing or damaged.
         """
-        with self._damage_told():
+        with self._damage_explained():
             record: dict[str, Any] = json.loads(self.record.read_text())
         return record
 
     def read_curves(self) -> pa.Table:
-        """The curves of a finished run.
+        """Read the curves of a finished run.
 
         Raises:
-            UserError: they are damaged.
+            UserError: the curves are missing or damaged.
         """
         import pyarrow.parquet as pq
 
-        with self._damage_told():
+        with self._damage_explained():
             return pq.read_table(self.curves)
 
     @contextmanager
-    def _damage_told(self) -> Iterator[None]:
+    def _damage_explained(self) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError) as error:
             raise UserError(f"run {self.run_id} is damaged; delete {self.final} to have it trained again") from error
 
     def tidy(self) -> None:
-        """Remove what a killed job left and nobody goes on from; a checkpoint stays until its run is finished."""
+        """Remove the half-written files of a killed job; the checkpoint stays until the run is finished."""
         shutil.rmtree(self._finishing, ignore_errors=True)
         if self.done():
             shutil.rmtree(self.partial, ignore_errors=True)
-        for rest in self.partial.glob(".*.partial"):
-            rest.unlink()
+        for half_written in self.partial.glob(".*.partial"):
+            half_written.unlink()
 
     @contextmanager
     def finishing(self) -> Iterator[Path]:
-        """A folder to write the finished run into; it becomes the run's folder on success."""
+        """Yield a temporary folder for the finished run's files; it becomes the run's folder on success.
+
+        Raises:
+            NoSpaceError: the disk is full.
+        """
         self.tidy()
         try:
             with space_for(self.final):

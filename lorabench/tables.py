@@ -1,13 +1,13 @@
-"""The tidy tables: their columns, how records become rows, how they are written and read.
+"""The tidy tables: their columns, and how they are made from records of runs, written and read.
 
     runs      one row per run
     curves    one row per run, step, split and metric
-    compute   one row per model and arm: FLOPs, time and memory of a training step
-    counts    one row per architecture and placement: parameters, counted without weights
+    compute   one row per model, method, rank and placement: FLOPs, time and memory of a training step
+    counts    one row per architecture, placement and rank: numbers of parameters, counted without weights
     evals     one row per evaluated model, task, metric and filter: scores of lm-eval
     claims    one row per claim
 
-Everything downstream (analysis, claims, figures, report) reads these and nothing else.
+The analysis, claims, figures and report read these tables and nothing else.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
+from lorabench.plan import Plan, Sweep
 from lorabench.records import RunFolder, atomic_path, read_parquet
 
 if TYPE_CHECKING:
-    # Imported where it is used: reading a plan's speed off a table of ours takes less time than importing it.
+    # Imported in the functions that use it: a plan that reads a measured speed from a table would start later.
     import pandas as pd
 
-    from lorabench.plan import Plan, Sweep
     from lorabench.training.run import Point
 
 RUNS = pa.schema(
@@ -187,12 +187,17 @@ CLAIMS = pa.schema(
     ]
 )
 
-# A job's parquet holds its runs with their curves nested, since a job has one output.
+# The file of a job holds its runs with their curves nested, since a job has one output.
 _JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
 
 
 def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:
-    """A run's row of the `runs` table, from its record."""
+    """Return a run's row of the `runs` table.
+
+    Args:
+        record: the content of the run's record.json.
+        experiments: the experiments that the run belongs to.
+    """
     spec, outcome, environment = record["spec"], record["outcome"], record["environment"]
     flat = {**environment, **outcome, **spec, "run_id": record["run_id"], "experiments": list(experiments)}
     flat["versions"] = json.dumps(environment["packages"], sort_keys=True)
@@ -202,9 +207,12 @@ def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any
 
 
 def best_lr(records: list[dict[str, Any]]) -> float | None:
-    """The LR with the lowest final validation loss, in RL the highest validation accuracy; None if every run diverged.
+    """Return the LR with the lowest final validation NLL, in RL with the highest final validation reward.
 
-    Of equals the lowest LR.
+    If several LRs are equally good, the lowest is returned; None if every run diverged.
+
+    Args:
+        records: records of runs that differ in their LR only.
     """
     scored = []
     for record in records:
@@ -216,14 +224,14 @@ def best_lr(records: list[dict[str, Any]]) -> float | None:
 
 
 def write_curves(run_id: str, points: list[Point], path: Path) -> None:
-    """Write one run's curve."""
+    """Write the curves of one run in the columns of CURVES."""
     rows = [{"run_id": run_id, **vars(point)} for point in points]
     write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
 
 
 def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
-    """A sweep's runs, curves nested, from their finished folders."""
-    # A run that was trained before the preset gave its model or dataset another name.
+    """Return the rows of a sweep's finished runs for `write_job`, each with its curves nested."""
+    # The preset may have given the model or dataset another name since the run was trained.
     names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
     rows = []
     for folder in folders:
@@ -233,24 +241,30 @@ def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any
 
 
 def write_job(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the `sweep_rows` of all sweeps of a job."""
+    """Write the file of a job: the `sweep_rows` of all its sweeps."""
     write_table(pa.Table.from_pylist(rows, schema=_JOB), path)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a parquet file, whole or not at all."""
+    """Write a parquet file, whole or not at all.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
     with atomic_path(path) as partial:
         pq.write_table(table, partial)
 
 
 def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
-    """Merge files of jobs into `runs` and `curves` (parquet and CSV) in the folder `out`.
+    """Merge files of jobs into the tables `runs` and `curves` (parquet and CSV) in the folder `out`.
 
     Args:
-        plan: says which experiments a run is of, now; else the files say what it was when they were made.
+        jobs: the files that `write_job` wrote.
+        out: the folder of the tables.
+        plan: the plan to take the runs' experiments from; without it, those are kept that the files were written with.
 
     Raises:
-        UserError: a file is damaged, or of a job that is not in the plan.
+        UserError: a file is damaged, or its job is not in the plan.
     """
     table = pa.concat_tables([_read_job(path, plan) for path in jobs])
     runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
@@ -276,10 +290,12 @@ def _read_job(path: Path, plan: Plan | None) -> pa.Table:
 
 
 def collect_evals(files: list[Path], out: Path) -> None:
-    """Merge the scores of evaluations into `evals` (parquet and CSV) in the folder `out`; a model's base comes first.
+    """Merge the scores of evaluations into the table `evals` (parquet and CSV) in the folder `out`.
+
+    Rows are ordered by model, the base model before its fine-tuned runs.
 
     Raises:
-        UserError: a file is not one of `lorabench evaluate`.
+        UserError: a file is damaged, or was not written by `lorabench evaluate`.
     """
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
     tables = []
@@ -288,18 +304,18 @@ def collect_evals(files: list[Path], out: Path) -> None:
         if missing := [name for name in EVALS.names if name not in table.column_names]:
             raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
         tables.append(table.select(EVALS.names).cast(EVALS))
-    # The rows of one model stay in the order of its tasks.
+    # The stable sort keeps the rows of one model in the order of its tasks.
     frame = pa.concat_tables(tables).to_pandas()
     write_frame(frame.sort_values(order, na_position="first", kind="stable"), "evals", out)
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write the planned runs, one row each."""
+    """Write the planned runs as parquet, one row per run."""
     write_table(pa.Table.from_pylist(plan.rows()), path)
 
 
 def write_frame(frame: pd.DataFrame, name: str, out: Path) -> None:
-    """Write a tidy table (parquet and CSV) into the folder `out`, in its documented columns."""
+    """Write the tidy table `name` (parquet and CSV) into the folder `out`, in its documented columns."""
     schema = SCHEMAS[name]
     frame = frame.reindex(columns=schema.names)
     write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
@@ -307,7 +323,7 @@ def write_frame(frame: pd.DataFrame, name: str, out: Path) -> None:
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write CSV, whole or not at all; lists are joined by spaces."""
+    """Write CSV, whole or not at all; the words of a list are joined by spaces."""
     flat = frame.copy()
     for column in flat.columns:
         if flat[column].map(lambda value: hasattr(value, "__len__") and not isinstance(value, str)).any():
@@ -320,20 +336,23 @@ SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS,
 
 
 def table_path(folder: Path, name: str) -> Path | None:
-    """The file of a tidy table, parquet or else CSV; None if there is neither."""
+    """Return the parquet file of a tidy table, or else its CSV file; None if the folder has neither."""
     return next((path for kind in ("parquet", "csv") if (path := folder / f"{name}.{kind}").is_file()), None)
 
 
 def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
-    """A tidy table from a folder, parquet or else CSV, in the documented types.
+    """Read a tidy table from a folder, parquet or else CSV, in the documented types.
 
-    Columns may be missing, further ones are kept. Integers that may be missing are `Int64`, lists are lists of words.
+    Documented columns may be missing, and other columns are kept. Integers are `Int64`, since they may be null; lists
+    are lists of words.
 
     Args:
-        optional: an absent table is an empty one without columns.
+        folder: the folder of the table's file.
+        name: the name of the table.
+        optional: whether to return an empty table without columns if there is no file.
 
     Raises:
-        UserError: there is no such file, it can't be read, or a column holds something of another type.
+        UserError: there is no such file, it can't be read, or a column holds a value of another type.
     """
     path = table_path(folder, name)
     if path is None:
@@ -352,16 +371,18 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
 
 
 def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Some columns of a tidy table as plain rows, null where there is nothing; a table of ours needs no pandas.
+    """Read some columns of a tidy table as one dict per row, with None for a missing value.
+
+    A parquet file with the documented types is read without pandas, whose import takes longer than the reading.
 
     Raises:
         UserError: see `read_table`.
     """
-    path, wanted = table_path(folder, name), [SCHEMAS[name].field(column) for column in columns]
+    path, fields = table_path(folder, name), [SCHEMAS[name].field(column) for column in columns]
     if path is not None and path.suffix == ".parquet":
-        # What can't be read is told below.
+        # `read_table` below says what is wrong with a file that can't be read.
         with suppress(pa.ArrowException, OSError), pq.ParquetFile(path) as file:
-            if all(field in file.schema_arrow for field in wanted):
+            if all(field in file.schema_arrow for field in fields):
                 rows: list[dict[str, Any]] = file.read(list(columns)).to_pylist()
                 return rows
     frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
@@ -372,16 +393,16 @@ def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
     import pandas as pd
 
     if path.suffix == ".parquet":
-        # What pandas notes in a file of its own would make a column the index again.
+        # The metadata of pandas would turn a column into the index.
         frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
         return frame
-    # Text as it stands: a run_id of digits is no number.
+    # Text columns are not parsed: a run_id may consist of digits.
     text = {column.name: str for column in schema if pa.types.is_string(column.type)}
     return pd.read_csv(path, dtype=text)
 
 
 def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The table `name` with the documented columns that it lacks, as nulls of their type."""
+    """Return the table `name` with the documented columns that it lacks added, as nulls of their type."""
     import pandas as pd
 
     absent = [column for column in SCHEMAS[name] if column.name not in frame]
@@ -389,31 +410,31 @@ def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame.assign(**{column.name: _typed(nulls, column.type, Path(name)) for column in absent})
 
 
-def _typed(column: pd.Series[Any], wanted: pa.DataType, path: Path) -> pd.Series[Any]:
-    """A column in its documented type.
+def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[Any]:
+    """Convert a column to its documented type.
 
     Raises:
-        UserError: a value that is not of that type.
+        UserError: a value is not of that type.
     """
     import pandas as pd
 
-    there = column.notna()
+    present = column.notna()
     typed: pd.Series[Any]
-    if pa.types.is_string(wanted):
-        return column.map(str, na_action="ignore").astype(object).where(there, None)
-    if pa.types.is_list(wanted):
-        what, right = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
-        typed = column.where(right).map(words)
-    elif pa.types.is_boolean(wanted):
+    if pa.types.is_string(kind):
+        return column.map(str, na_action="ignore").astype(object).where(present, None)
+    if pa.types.is_list(kind):
+        what, valid = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
+        typed = column.where(valid).map(words)
+    elif pa.types.is_boolean(kind):
         truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
-        what, right, typed = "truth value", truth.notna(), truth.astype("boolean")
+        what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
     else:
         numbers = pd.to_numeric(column.where(column.map(pd.api.types.is_scalar)), errors="coerce")
-        what, right, typed = "number", numbers.notna(), numbers.astype("float64")
-        if pa.types.is_int64(wanted):
-            what, right = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
-            typed = numbers.where(right).astype("Int64")
-    if len(wrong := column[there & ~right]):
+        what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
+        if pa.types.is_int64(kind):
+            what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
+            typed = numbers.where(valid).astype("Int64")
+    if len(wrong := column[present & ~valid]):
         raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
     return typed
 
@@ -426,7 +447,7 @@ def _no_table() -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Tables:
-    """The tidy tables that claims and figures are made from. One that is not there is empty, without columns."""
+    """The tidy tables that claims and figures are made from; a missing table is empty and has no columns."""
 
     runs: pd.DataFrame
     curves: pd.DataFrame
@@ -436,12 +457,10 @@ class Tables:
 
     @classmethod
     def read(cls, *folders: Path) -> Tables:
-        """The tables of one or several folders, of which any but all may be missing.
-
-        What several folders have appears once, as `lorabench merge` makes it.
+        """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
 
         Raises:
-            UserError: a folder holds none; or see `read_table` and `merge_tables`.
+            UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
         """
         names = ("runs", "curves", "compute", "counts", "evals")
         for folder in folders:
@@ -451,16 +470,16 @@ class Tables:
 
 
 def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
-    found = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
-    if len(found) < 2:
-        return next(iter(found.values()), _no_table())
+    frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
+    if len(frames) < 2:
+        return next(iter(frames.values()), _no_table())
     from lorabench.merge import merge_tables
 
-    return merge_tables(name, found)
+    return merge_tables(name, frames)
 
 
 def words(value: Any) -> list[str]:
-    """A list column's value, also where a CSV has it as text with spaces or commas between."""
+    """Return a list column's value as a list of words; CSV files hold it as text, separated by spaces or commas."""
     if isinstance(value, str):
         return value.replace(",", " ").split()
     return [] if value is None or (isinstance(value, float) and math.isnan(value)) else [str(part) for part in value]

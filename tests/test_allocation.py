@@ -1,4 +1,4 @@
-"""Freed memory that a process keeps."""
+"""A process keeps freed memory for its next blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# Page faults where, as in a step of training, many blocks are held at once, 8 MiB in all, and freed together.
+# Counts page faults of a loop that, as a training step does, holds many blocks at once (8 MiB) and frees them together.
 FAULTS = """
 import resource, sys
 import numpy as np
@@ -24,7 +24,7 @@ for _ in range(20):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
-# A block of 1.5 GiB, above what is kept, of which one page is touched.
+# Frees a block of 1.5 GiB, larger than the blocks that are kept.
 LARGE = """
 import ctypes
 from lorabench.allocation import keep_freed_memory
@@ -45,7 +45,7 @@ glibc = pytest.mark.skipif(
 )
 
 
-def told(code: str, *arguments: str) -> int:
+def printed_number(code: str, *arguments: str) -> int:
     return int(
         subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
     )
@@ -54,13 +54,13 @@ def told(code: str, *arguments: str) -> int:
 @glibc
 def test_freed_blocks_are_used_again_without_new_pages():
     # 2,048 pages in each of 20 steps.
-    assert told(FAULTS, "as-it-is") > 20_000
-    assert told(FAULTS, "keep") < 4_000
+    assert printed_number(FAULTS, "as-it-is") > 20_000
+    assert printed_number(FAULTS, "keep") < 4_000
 
 
 @glibc
 def test_a_block_above_the_limit_goes_back_to_the_system():
-    assert told(LARGE) < 1 << 28
+    assert printed_number(LARGE) < 1 << 28
 
 
 @pytest.mark.parametrize(("platform", "names"), [("darwin", ("mallopt",)), ("linux", ()), ("linux", ("mallopt",))])
@@ -77,16 +77,16 @@ def test_nothing_happens_without_glibc(monkeypatch, platform, names):
 def test_an_older_glibc_takes_less(monkeypatch, largest, kept):
     from lorabench import allocation
 
-    asked = []
+    calls = []
 
     class Library:
         gnu_get_libc_version = None
 
         def mallopt(self, what: int, value: int) -> int:
-            asked.append((what, value))
+            calls.append((what, value))
             return int(what != -3 or value <= largest)
 
     monkeypatch.setattr(allocation.sys, "platform", "linux")
     monkeypatch.setattr(allocation.ctypes, "CDLL", lambda name: Library())
     assert allocation.keep_freed_memory() is kept
-    assert [value for what, value in asked if what == -3 and value <= largest] == [min(largest, 1 << 30)] * kept
+    assert [value for what, value in calls if what == -3 and value <= largest] == [min(largest, 1 << 30)] * kept

@@ -57,7 +57,7 @@ def test_answers_at_once(arguments):
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         return spent.ru_utime + spent.ru_stime
 
-    # CPU time, since tests share their machine; half a second is usual.
+    # CPU time is measured, since tests share their machine; half a second is usual.
     start = cpu_seconds()
     assert lorabench(*arguments).returncode == 0
     assert cpu_seconds() - start < 1.0
@@ -65,12 +65,12 @@ def test_answers_at_once(arguments):
 
 def test_a_dataset_is_the_same_whatever_the_hashes_of_text(tmp_path, raw_preset, write_preset):
     preset = write_preset(raw_preset)
-    made = []
+    contents = []
     for seed in ("1", "2"):
         folder = tmp_path / seed
         folder.mkdir()
         command = [sys.executable, "-m", "lorabench.cli", "dataset", "instruct", "--preset", preset]
         subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
         [path] = (folder / "results/mine/data").iterdir()
-        made.append(path.read_bytes())
-    assert made[0] == made[1]
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1]

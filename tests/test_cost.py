@@ -16,6 +16,7 @@ from lorabench import bill, cost
 from lorabench.budget import CORE_CLAIMS, order, split_budget, with_budget, within
 from lorabench.calibration import calibrate, calibrated, measure, planned_runs
 from lorabench.cli import app
+from lorabench.cli.show import plan_json
 from lorabench.config import PresetError, Protocol, TinyModel, load_preset
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS, is_called
@@ -24,7 +25,6 @@ from lorabench.layout import Layout
 from lorabench.memory import gpus_needed, step_memory, sweep_memory
 from lorabench.models.dimensions import Dimensions, dimensions
 from lorabench.plan import make_plan
-from lorabench.show import plan_json
 
 GPU_PRESETS = ("core", "paper", "smollm2")
 

@@ -1,4 +1,4 @@
-"""Fetched once, then read offline: against a hub on this machine, by the library that talks to the real one."""
+"""Repositories are fetched once and then read offline: a server on this machine answers the hub's own client."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fetched(hub):
-    """Fetches repositories; returns what came, by id."""
+    """Return a function that fetches repositories and returns them by id."""
 
     def get(*wanted):
         fetch(list(wanted), Path("pins"), Path("fetched.json"))
@@ -88,7 +88,7 @@ def fetched(hub):
 def add_model(hub, name="owner/tiny"):
     folder = hub.folder("models", name)
     shutil.copytree(shipped("llama-64"), folder)
-    # What must not come along: other formats of the same weights, in folders and beside.
+    # Other formats of the same weights, in folders and at the top level, must not be fetched.
     (folder / "original").mkdir()
     (folder / "original/params.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -143,16 +143,16 @@ def test_problem_sets_are_those_of_local_copies(hub, fetched, kind):
     counts = COUNTS if kind not in ("aime24", "aime25") else {"train": 0, "validation": 0, "test": 30}
     spec = HubProblems(kind=kind, **counts)
     wanted = repositories(spec)
-    assert tuple(one.id for one in wanted) == spec.ids
+    assert tuple(repository.id for repository in wanted) == spec.ids
     rows = make_problems(spec, fetched(*wanted))
     assert Counter(row["split"] for row in rows) == Counter(counts)
     assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
-    asked = " ".join(hub.requests)
-    assert "socratic/train-00000" not in asked.replace("HEAD", "GET")
+    requests = " ".join(hub.requests)
+    assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
 
 
 def preset(hub, **data):
-    """A preset of a model, a dataset and a problem set of the hub, written beside the working directory's results."""
+    """Write a preset with a model, a dataset and a problem set of the hub; return its layout."""
     block = {"models": ["tiny"], "seeds": 1, "ranks": {"all": [2]}, "lrs": {"fullft": [], "lora": [1e-3]}}
     rollouts = {"problems_per_step": 2, "group_size": 2, "steps": 1, "max_new_tokens": 4, "mean_response_tokens": 4}
     raw = {
@@ -177,7 +177,7 @@ def preset(hub, **data):
 
 
 def lorabench(*arguments):
-    """Run a command in this process; returns what it says where it fails, else nothing."""
+    """Run a command in this process; return its error message, empty on success."""
     result = CliRunner().invoke(app, [*arguments, "--preset", "mine.yaml"])
     if result.exit_code == 0:
         return ""
@@ -187,13 +187,13 @@ def lorabench(*arguments):
 
 @pytest.fixture
 def fixed_hashes(monkeypatch):
-    """As `lorabench dataset` has it; it would start the command anew."""
+    """Fix the hashes of text, or `lorabench dataset` would replace this process by a new one."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
 
 
 @pytest.fixture
 def offline(hub, monkeypatch, tmp_path):
-    """Takes the connection away: nothing answers, and the client is told so."""
+    """Return a function that takes the network away: no server answers, and the client is in offline mode."""
 
     def cut():
         at(monkeypatch, unused_endpoint(), tmp_path / "home")
@@ -217,7 +217,7 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
         TULU3: hub.commit("datasets", TULU3),
         "openai/gsm8k": hub.commit("datasets", "openai/gsm8k"),
     }
-    # The base moves on, and so does everything else: what was fetched counts.
+    # A new commit of the base on the hub must not matter.
     (hub.folder("models", "owner/tiny") / "model.safetensors").write_bytes(b"other weights")
     offline()
     assert not lorabench("dataset", "tulu3")
@@ -234,7 +234,7 @@ def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
         assert environment["model_sha256"] == {"owner/tiny": commits["owner/tiny"]}
     assert not hub.requests
 
-    # Another commit of a finished run's data: the runs are not mixed.
+    # Runs on data of another commit are not mixed with the finished ones.
     changed = layout.fetched_data("tulu3")
     changed.write_text(changed.read_text().replace(commits[TULU3], "f" * 40))
     read_fetched.cache_clear()
@@ -267,9 +267,9 @@ def test_files_that_were_cleared_away_are_named(hub, fixed_hashes, tmp_path):
 
 
 def only_sentence(caught):
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def test_a_gated_repository_without_a_token(hub, fetched):
@@ -334,7 +334,7 @@ def test_a_disk_that_is_too_small(hub, fetched, monkeypatch):
 
 
 def test_no_connection(hub, fetched, monkeypatch, tmp_path):
-    # The client tries again, later and later.
+    # The client waits longer after each attempt.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     at(monkeypatch, unused_endpoint(), tmp_path / "home")
     for wanted in (
@@ -357,7 +357,7 @@ def test_a_hub_that_is_out_of_order(hub, fetched):
     assert "503" in str(caught.value)
 
 
-def test_told_to_be_offline(hub, fetched, monkeypatch):
+def test_offline_mode(hub, fetched, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
         fetched(MODEL)
@@ -374,7 +374,7 @@ def test_a_dataset_whose_form_has_changed(hub, fixed_hashes):
 
 @pytest.mark.slow
 def test_snakemake_fetches_by_local_jobs_and_trains_without_a_connection(hub, tmp_path):
-    """The rules themselves, in processes of their own: while the hub answers the fetching jobs, then the rest."""
+    """The rules fetch while the hub answers, and all other jobs run without a network."""
     preset(hub)
     for name in ("Snakefile", "workflow", "lorabench", "pyproject.toml"):
         (Path.cwd() / name).symlink_to(REPOSITORY / name)

@@ -41,7 +41,7 @@ CURVES = curves_of(RUNS)
 
 
 def write(folder: Path, kind: str = "parquet", **tables: pd.DataFrame) -> Path:
-    """Tables as files of one kind, with the columns that each has."""
+    """Write tables as files of one kind, each with its own columns."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame in tables.items():
         if kind == "csv":
@@ -58,12 +58,12 @@ def merged(*folders: Path) -> Tables:
 
 
 def same(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
-    """The same rows in whatever order, in the documented columns."""
+    """Assert that two tables have the same rows in any order, in the documented columns."""
     keys = KEYS[name]
     columns = [column for column in SCHEMAS[name].names if column in table or column in other]
     tables = [
-        one.reindex(columns=columns).sort_values([key for key in keys if key in columns], ignore_index=True)
-        for one in (table, other)
+        frame.reindex(columns=columns).sort_values([key for key in keys if key in columns], ignore_index=True)
+        for frame in (table, other)
     ]
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
 
@@ -74,18 +74,18 @@ def same(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
     kinds=st.lists(st.sampled_from(["parquet", "csv"]), min_size=4, max_size=4),
 )
 def test_merging_the_parts_of_a_table_gives_it_back(parts, kinds):
-    """Parts overlap at will; together they hold every run."""
-    rest = set(range(len(RUNS))) - set.union(*parts)
+    """The parts may overlap, and together they hold every run."""
+    missing = set(range(len(RUNS))) - set.union(*parts)
     with tempfile.TemporaryDirectory() as scratch:
         folders = []
-        for number, rows in enumerate([*parts, rest] if rest else parts):
+        for number, rows in enumerate([*parts, missing] if missing else parts):
             runs = RUNS.iloc[sorted(rows)]
             curves = CURVES[CURVES["run_id"].isin(runs["run_id"])]
             folders.append(write(Path(scratch) / str(number), kinds[number], runs=runs, curves=curves))
-        found = merged(*folders)
+        result = merged(*folders)
         whole = Tables.read(write(Path(scratch) / "whole", runs=RUNS, curves=CURVES))
-    same(found.runs, whole.runs, "runs")
-    same(found.curves, whole.curves, "curves")
+    same(result.runs, whole.runs, "runs")
+    same(result.curves, whole.curves, "curves")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
@@ -121,7 +121,7 @@ def test_a_run_has_the_experiments_of_all_and_the_first_machine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "told"),
+    ("column", "value", "contradiction"),
     [
         ("final_test_nll", 2.5, "final_test_nll = 2.25 in {a} and 2.5 in {b}"),
         ("status", "diverged", "status = 'done' in {a} and 'diverged' in {b}"),
@@ -130,12 +130,12 @@ def test_a_run_has_the_experiments_of_all_and_the_first_machine(tmp_path):
         ("alpha", math.nan, "alpha = 32.0 in {a} and nan in {b}"),
     ],
 )
-def test_other_results_of_one_run_are_refused(tmp_path, column, value, told):
+def test_other_results_of_one_run_are_refused(tmp_path, column, value, contradiction):
     runs = runs_table([make_run(4, 1e-3), make_run(8, 1e-3, run_id="abc", final_test_nll=2.25)])
     a, b = write(tmp_path / "a", runs=runs), write(tmp_path / "b", "csv", runs=runs.iloc[1:].assign(**{column: value}))
     with pytest.raises(UserError) as refused:
         merge([a, b], tmp_path / "out")
-    assert str(refused.value) == f"runs: run_id abc has {told.format(a=a, b=b)}"
+    assert str(refused.value) == f"runs: run_id abc has {contradiction.format(a=a, b=b)}"
     assert not (tmp_path / "out").exists()
 
 
@@ -151,14 +151,14 @@ def test_other_points_of_one_curve_are_refused(tmp_path):
 
 def test_curves_of_a_run_are_completed(tmp_path):
     halves = [CURVES.iloc[::2], CURVES.iloc[1::2]]
-    found = merged(*(write(tmp_path / str(number), curves=half) for number, half in enumerate(halves)))
-    same(found.curves, CURVES, "curves")
+    result = merged(*(write(tmp_path / str(number), curves=half) for number, half in enumerate(halves)))
+    same(result.curves, CURVES, "curves")
 
 
 def test_counts_must_agree_and_so_must_flops_but_not_times(tmp_path):
     a = write(tmp_path / "a", compute=COMPUTE, counts=COUNTS)
-    found = merged(a, write(tmp_path / "b", compute=COMPUTE.assign(step_s=9.0)))
-    assert found.compute["step_s"].tolist() == [0.3, 0.2, 0.2]
+    result = merged(a, write(tmp_path / "b", compute=COMPUTE.assign(step_s=9.0)))
+    assert result.compute["step_s"].tolist() == [0.3, 0.2, 0.2]
     for name, changed in (
         ("compute", COMPUTE.assign(linear_flops=1.0)),
         ("counts", COUNTS.assign(trainable_params=1)),
@@ -177,29 +177,29 @@ def test_steps_timed_on_two_machines_stay_two_rows(tmp_path):
 def test_columns_may_be_missing_on_one_side(tmp_path):
     bare = RUNS.iloc[:8].drop(columns=["experiments", "alpha", "host"])
     a, b = write(tmp_path / "a", "csv", runs=bare), write(tmp_path / "b", runs=RUNS.iloc[4:].drop(columns="host"))
-    found, wanted = merged(a, b).runs.set_index("run_id"), RUNS.set_index("run_id")
-    assert set(found.index) == set(wanted.index)
-    assert "host" not in found
-    both = wanted.index[4:]
-    assert found.loc[both, "alpha"].tolist() == pytest.approx(wanted.loc[both, "alpha"].tolist(), nan_ok=True)
-    assert found.loc[both, "experiments"].map(list).tolist() == [["rank"]] * len(both)
-    only_a = wanted.index[:4]
-    assert found.loc[only_a, "alpha"].isna().all()
-    assert found.loc[only_a, "experiments"].tolist() == [[]] * 4
-    assert found.loc[only_a, "final_test_nll"].tolist() == wanted.loc[only_a, "final_test_nll"].tolist()
+    result, whole = merged(a, b).runs.set_index("run_id"), RUNS.set_index("run_id")
+    assert set(result.index) == set(whole.index)
+    assert "host" not in result
+    both = whole.index[4:]
+    assert result.loc[both, "alpha"].tolist() == pytest.approx(whole.loc[both, "alpha"].tolist(), nan_ok=True)
+    assert result.loc[both, "experiments"].map(list).tolist() == [["rank"]] * len(both)
+    only_a = whole.index[:4]
+    assert result.loc[only_a, "alpha"].isna().all()
+    assert result.loc[only_a, "experiments"].tolist() == [[]] * 4
+    assert result.loc[only_a, "final_test_nll"].tolist() == whole.loc[only_a, "final_test_nll"].tolist()
 
 
 @pytest.mark.parametrize(
-    ("column", "told"),
+    ("column", "message"),
     [
         ("tokenizer_sha256", "runs of tiny/instruct have different tokenizers, aaa, bbb"),
         ("model_sha256", "runs of tiny have different models under one name, aaa, bbb"),
     ],
 )
-def test_tables_that_can_not_be_compared_are_refused(tmp_path, column, told):
+def test_tables_that_can_not_be_compared_are_refused(tmp_path, column, message):
     a = write(tmp_path / "a", runs=runs_table([make_run(4, 1e-3, **{column: "aaa"})]))
     b = write(tmp_path / "b", runs=runs_table([make_run(8, 1e-3, **{column: "bbb"})]))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         merge([a, b], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +215,7 @@ def test_scores_merge_where_they_agree_the_base_among_them(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_row_must_be_told_apart(tmp_path):
+def test_a_row_must_have_its_keys(tmp_path):
     a = write(tmp_path / "a", compute=COMPUTE.assign(device="cpu"))
     b = write(tmp_path / "b", compute=COMPUTE)
     with pytest.raises(UserError, match=f"the table compute in {b} has no column device"):

@@ -1,4 +1,4 @@
-"""What commands that answer at once import; what they cost is in test_cli.py."""
+"""Commands that answer at once import no heavy package; test_cli.py measures their CPU time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorabench.tables import RUNS
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "scipy", "numpy", "lm_eval"}
 
-# A command, then what it has imported.
+# Runs a command, then prints the packages that it has imported.
 CALL = """
 import json, sys
 from lorabench.cli import app
@@ -26,8 +26,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 def imported(folder, *arguments):
-    """Packages that a command in a folder imports."""
-    # Imports of this project come from where this process has them.
+    """Return the packages that a command imports."""
+    # The subprocess imports this project from the same place as this process.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path)}
     done = subprocess.run(
         [sys.executable, "-c", CALL, *arguments],

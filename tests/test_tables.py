@@ -1,4 +1,4 @@
-"""Tables made by hand, from somebody else's runs: read in the documented types, or refused in one sentence."""
+"""Tables made by hand, as for runs of another project, are read in the documented types or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIRST, THIRD = RUNS["run_id"].iloc[0], RUNS["run_id"].iloc[2]
 
 
 def with_value(column: str, value: object, row: int = 2, frame: pd.DataFrame = RUNS) -> pd.DataFrame:
-    """The runs with one value changed, whatever its type."""
+    """Return the runs with one value replaced by a value of any type."""
     changed = frame.assign(**{column: frame[column].astype(object)})
     changed.loc[row, column] = value
     return changed
@@ -47,7 +47,7 @@ def write(folder: Path, runs: pd.DataFrame | bytes, kind: str = "csv", curves: p
 
 
 NUMBER = "finite number where status is done"
-# Kind of file, what is in it, and what is said of it; `{path}` is the file.
+# The kind of a file, its content, and the error message; `{path}` stands for the file.
 BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
     "run twice": (
         "parquet",
@@ -137,7 +137,7 @@ BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("command", ["claims", "figure"])
 def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, command: str, tmp_path: Path):
-    suffix, content, told = BAD[kind]
+    suffix, content, message = BAD[kind]
     tables, out = write(tmp_path / "tables", content, suffix), tmp_path / "out"
     out.mkdir()
     names = ["claims.csv", "claims.parquet", "fig1_envelopes.svg", "fig1_envelopes.png", "fig1_envelopes.csv"]
@@ -146,16 +146,16 @@ def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, command: str
     arguments = ["claims"] if command == "claims" else ["figure", "fig1_envelopes"]
     result = CliRunner().invoke(app, [*arguments, "--tables", str(tables), "--out", str(out)])
     assert result.exit_code == 2
-    assert result.stderr.startswith("lorabench: " + told.replace("{path}", str(tables / f"runs.{suffix}")))
+    assert result.stderr.startswith("lorabench: " + message.replace("{path}", str(tables / f"runs.{suffix}")))
     assert result.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(names, b"as it was")
 
 
 def test_the_table_behind_the_bad_ones_is_good(tmp_path: Path):
     for kind in ("csv", "parquet"):
-        found = Tables.read(write(tmp_path / kind, RUNS, kind))
-        check_table(found.runs)
-        check_curves(found.curves)
+        tables = Tables.read(write(tmp_path / kind, RUNS, kind))
+        check_table(tables.runs)
+        check_curves(tables.curves)
 
 
 @pytest.mark.parametrize("column", [name for name in RUNS.columns if name not in ("run_id",)])
@@ -167,7 +167,7 @@ def test_columns_that_are_absent_are_not_checked(column: str):
 def test_one_dataset_may_stand_beside_others_and_one_model_on_many(tmp_path: Path):
     other = RUNS.assign(run_id=RUNS["run_id"] + "x", dataset="worked", dataset_sha256="bbb", tokenizer_sha256="t")
     check_table(pd.concat([RUNS.assign(dataset_sha256="aaa", tokenizer_sha256="t"), other]))
-    # The same name for other data is refused wherever it is found, not within one model alone.
+    # One name for different data is refused across models too.
     elsewhere = other.assign(model="other", dataset="instruct")
     with pytest.raises(UserError, match="runs of instruct have different datasets under one name, aaa, bbb"):
         check_table(pd.concat([RUNS.assign(dataset_sha256="aaa"), elsewhere]))
@@ -175,23 +175,23 @@ def test_one_dataset_may_stand_beside_others_and_one_model_on_many(tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_tables_come_back_as_they_were_written(kind: str, tmp_path: Path):
-    # Ids that look like numbers, and numbers that do not end.
+    # Ids that look like numbers, and numbers without a short decimal form.
     ids = [f"{number:012d}" for number in range(len(RUNS) - 1)] + ["1234567890e1"]
     runs = RUNS.assign(run_id=ids, lr=RUNS["lr"] / 3)
-    found = read_table(write(tmp_path / "tables", runs, kind), "runs")
-    assert found["run_id"].tolist() == ids
-    assert found["lr"].tolist() == runs["lr"].tolist()
-    assert found["final_test_nll"].equals(runs["final_test_nll"])
-    assert str(found["rank"].dtype) == "Int64"
-    assert found["placement"].iloc[0] is None
-    assert [list(names) for names in found["experiments"]] == [["rank"]] * len(runs)
+    read = read_table(write(tmp_path / "tables", runs, kind), "runs")
+    assert read["run_id"].tolist() == ids
+    assert read["lr"].tolist() == runs["lr"].tolist()
+    assert read["final_test_nll"].equals(runs["final_test_nll"])
+    assert str(read["rank"].dtype) == "Int64"
+    assert read["placement"].iloc[0] is None
+    assert [list(names) for names in read["experiments"]] == [["rank"]] * len(runs)
 
 
 def test_columns_that_pandas_kept_as_its_index_are_columns(tmp_path: Path):
     folder = write(tmp_path / "tables", RUNS.set_index(["run_id", "lr"]), "parquet")
-    found = read_table(folder, "runs")
-    assert found["run_id"].tolist() == RUNS["run_id"].tolist()
-    assert found["lr"].tolist() == RUNS["lr"].tolist()
+    read = read_table(folder, "runs")
+    assert read["run_id"].tolist() == RUNS["run_id"].tolist()
+    assert read["lr"].tolist() == RUNS["lr"].tolist()
 
 
 def test_a_truth_value_is_one(tmp_path: Path):
@@ -219,11 +219,11 @@ BAD_CURVES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
 
 @pytest.mark.parametrize("kind", BAD_CURVES)
 def test_bad_curves_are_refused(kind: str, tmp_path: Path):
-    change, told = BAD_CURVES[kind]
+    change, message = BAD_CURVES[kind]
     folder = write(tmp_path / "tables", RUNS, curves=change(CURVES))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         judge_claims(Tables.read(folder))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         save("fig1_envelopes", [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -269,11 +269,11 @@ def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_pa
     for kind in ("csv", "parquet"):
         (tmp_path / kind).mkdir()
         (tmp_path / "tables" / f"evals.{kind}").rename(tmp_path / kind / f"evals.{kind}")
-        found = Tables.read(tmp_path / kind).evals
-        assert found["method"].tolist() == [None, None, "fullft", "fullft", "lora", "lora"]
-        assert found["task"].tolist() == ["lorabench_instruct", "aime24"] * 3
-        assert found["rank"].tolist() == [pd.NA] * 4 + [8, 8]
-        assert found["higher_is_better"].all()
+        evals = Tables.read(tmp_path / kind).evals
+        assert evals["method"].tolist() == [None, None, "fullft", "fullft", "lora", "lora"]
+        assert evals["task"].tolist() == ["lorabench_instruct", "aime24"] * 3
+        assert evals["rank"].tolist() == [pd.NA] * 4 + [8, 8]
+        assert evals["higher_is_better"].all()
 
 
 def test_a_file_that_is_no_evaluation_is_refused(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What is known of a dataset before it is used: its form, its rows and the bad ones, and how many tokens they are."""
+"""A user's dataset, examined before it is used: its format, its usable and unusable rows, its numbers of tokens."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ from lorabench.own.model import HUB_ID, Model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# So many examples are tokenized; a larger dataset is judged by as many drawn from it.
+# At most this many examples are tokenized; a larger dataset is judged by a random sample of this size.
 _SAMPLE = 2000
-# Of a dataset of the hub so many rows are looked at.
+# At most this many rows of a dataset of the hub are read.
 _HUB_ROWS = 20_000
-# Without a tokenizer. Rough: 4 in English prose, 2 in code or digits.
+# A rough guess without a tokenizer: English prose has about 4, code and digits about 2.
 _CHARS_PER_TOKEN = 3.0
-# The longest example of a sample is not the longest of all.
+# The sample may miss the densest examples, so the limit on characters stays below what the sample suggests.
 _MARGIN = 0.9
 
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset that a user named."""
+    """A user's dataset."""
 
     source: dict[str, Any]
-    """For a preset: kind, and path or id."""
+    """The fields by which a preset names the dataset: kind, and path or id."""
     tally: Tally
     usable: int
-    """Distinct usable examples; of a large dataset of the hub, estimated, or those of its first rows."""
+    """The number of distinct usable examples; for a large dataset of the hub, estimated from its first rows."""
     max_chars: int
-    """Of an example that fits the model."""
+    """The number of characters of the longest example that fits the model."""
     mean_tokens: float
+    """The mean number of tokens of an example."""
     mean_completion_tokens: float
-    """Those that are scored."""
+    """The mean number of scored tokens of an example."""
     counted: bool
-    """Whether tokens were counted with the model's tokenizer; else they are a guess."""
+    """Whether tokens were counted with the model's tokenizer; otherwise their numbers are a guess."""
 
     def __str__(self) -> str:
         how = "" if self.counted else f" (a guess: {_CHARS_PER_TOKEN:g} characters a token)"
@@ -57,15 +58,15 @@ class Data:
 
     @property
     def name(self) -> str:
-        """As the user wrote it."""
+        """The path or id that the user gave."""
         return str(self.source.get("path") or self.source["id"])
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None for a model of the hub that is not on this machine and can't be fetched.
+    """Load the model's tokenizer; None for a model of the hub that is not on this machine and can't be fetched.
 
     Raises:
-        UserError: a local model without one.
+        UserError: a local model has no tokenizer.
     """
     from lorabench.models import base
 
@@ -80,7 +81,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase | None:
 
 
 def checked_format(name: str | None) -> FileFormat | None:
-    """A format as a user wrote it.
+    """Return the format that a user named.
 
     Raises:
         UserError: there is no such format.
@@ -94,7 +95,11 @@ def checked_format(name: str | None) -> FileFormat | None:
 
 
 def prepared_tokenizer(model: Model) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """The model's tokenizer (see `load_tokenizer`), and the `chat_template` that it was given for want of one."""
+    """Load the model's tokenizer (see `load_tokenizer`), and give it a chat template if it has none.
+
+    Returns:
+        The tokenizer, and the `chat_template` that it was given, None if it has its own.
+    """
     tokenizer, template = load_tokenizer(model), None
     if tokenizer is not None and not tokenizer.chat_template:
         template = "plain"
@@ -103,10 +108,18 @@ def prepared_tokenizer(model: Model) -> tuple[PreTrainedTokenizerBase | None, st
 
 
 def look_at(model: Model, name: str, form: str | None) -> tuple[Data, str | None]:
-    """What is known of a dataset for a model, and the `chat_template` that a preset has to give a model without one.
+    """Examine a dataset for a model.
+
+    Args:
+        model: the model, whose tokenizer counts the tokens.
+        name: see `find_data`.
+        form: the format that the user named, or None.
+
+    Returns:
+        The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
 
     Raises:
-        UserError: the format, or the data, can't be read; see `find_data`.
+        UserError: there is no such format, or the data can't be used; see `find_data`.
     """
     tokenizer, template = prepared_tokenizer(model)
     return find_data(name, checked_format(form), tokenizer, model.max_length), template
@@ -115,16 +128,16 @@ def look_at(model: Model, name: str, form: str | None) -> tuple[Data, str | None
 def find_data(
     name: str, wanted: FileFormat | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> Data:
-    """Read a dataset through and count what it holds.
+    """Read a dataset and count its usable rows and their tokens.
 
     Args:
-        name: a data file, or the id of a dataset of the hub, whose chats are in `messages` or `conversations`.
-        wanted: the format, where a file leaves a choice.
-        tokenizer: with its chat template; None to guess.
-        max_length: tokens that the model takes; None if that is not known.
+        name: a data file, or the id of a dataset of the hub with the column `messages` or `conversations`.
+        wanted: the format, if the file's columns allow more than one.
+        tokenizer: the model's tokenizer with a chat template; None to guess the numbers of tokens.
+        max_length: the longest sequence that the model takes, in tokens; None if unknown.
 
     Raises:
-        UserError: the data can't be read, or none of it can be used.
+        UserError: the data can't be read, or no example can be used.
     """
     source, form, share = _identified(name, wanted)
     chats, tally = _chats(source, form)
@@ -140,14 +153,14 @@ def find_data(
     if longest < max(lengths):
         chats, tally = _chats(source, form, longest)
         deque(chats, maxlen=0)
-    # Of the sample all may be too long.
+    # If the whole sample is too long, its means are all there is.
     kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
     mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
     return Data(source, tally, int(tally.usable * share), longest, mean, scored, tokenizer is not None)
 
 
 def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
-    """What a preset says of the source, its format, and how many times its rows are those that are looked at."""
+    """Return the source's fields for a preset, its format, and the ratio of all its rows to those that are read."""
     if Path(name).is_file():
         form = chosen_format(Path(name), wanted)
         return {"kind": "file", "path": name, "format": form}, form, 1.0
@@ -172,10 +185,10 @@ def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = Non
 
 
 def _hub_stream(name: str) -> Any:
-    """The train split of a dataset of the hub, row by row as it comes (a datasets.IterableDataset).
+    """Open the train split of a dataset of the hub as a stream of rows (datasets.IterableDataset).
 
     Raises:
-        UserError: it can't be had.
+        UserError: the dataset can't be read.
     """
     import datasets
 
@@ -183,7 +196,7 @@ def _hub_stream(name: str) -> Any:
         return datasets.load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"dataset {name} can't be had from the hub: {reason}") from error
+        raise UserError(f"dataset {name} can't be read from the hub: {reason}") from error
 
 
 def _first_hub_rows(name: str, tally: Tally) -> Iterator[Row]:
@@ -194,7 +207,7 @@ def _first_hub_rows(name: str, tally: Tally) -> Iterator[Row]:
 
 
 def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
-    """As many chats as the sample has room for, each as likely as any other; and the characters of all."""
+    """Draw a sample of chats by reservoir sampling; also return the number of characters of each chat."""
     rng = Random(0)
     sample: list[Chat] = []
     lengths = array("q")
@@ -208,7 +221,7 @@ def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
 
 
 def _tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase | None) -> tuple[float, float]:
-    """Tokens of an example, and those of them that are scored."""
+    """Return the numbers of all tokens and of scored tokens of an example."""
     if tokenizer is None:
         scored = chat.chars() if is_text(chat.messages) else len(chat.messages[-1]["content"])
         return chat.chars() / _CHARS_PER_TOKEN, scored / _CHARS_PER_TOKEN
@@ -217,14 +230,14 @@ def _tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase | None) -> tuple[floa
 
 
 def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int | None) -> int:
-    """Characters up to which every example fits the model; of a sample, in all likelihood."""
+    """Return the number of characters up to which every example fits the model; a sample makes this an estimate."""
     longest = max(lengths)
     if max_length is None:
         return longest
-    unfit = [length for length, count in zip(chars, tokens, strict=True) if count > max_length]
-    limit = min(unfit) - 1 if unfit else longest
+    too_long = [length for length, count in zip(chars, tokens, strict=True) if count > max_length]
+    limit = min(too_long) - 1 if too_long else longest
     if len(lengths) > len(chars):
-        # Of the longer half: in short ones the template's own tokens count most.
+        # Only the longer half counts, since the template's tokens dominate short examples.
         median = statistics.median(chars)
         densest = max(count / length for length, count in zip(chars, tokens, strict=True) if length >= median)
         limit = min(limit, int(_MARGIN * max_length / densest))

@@ -1,10 +1,11 @@
-"""LoRA, or with `--full` full fine-tuning, in the settings of "LoRA Without Regret".
+"""Fine-tune a model with LoRA, or fully with `--full`, with the settings of "LoRA Without Regret".
 
-LoRA on all layers and the unembedding, alpha 32 at every rank, A uniform in +-1/sqrt(d_in) and B zero (PEFT's own
-initialisation); constant learning rate without warm-up; Adam with betas 0.9 and 0.95; weights in fp32 and autocast to
-bf16 in both; loss on the assistant's tokens alone, weighted by token. Written by `lorabench recommend --script`.
+LoRA is on all layers and the unembedding, with alpha 32 at every rank, A uniform in +-1/sqrt(d_in) and B zero (PEFT's
+own initialisation). The learning rate is constant, without warm-up. The optimizer is Adam with betas 0.9 and 0.95.
+Weights are in fp32 and autocast to bf16 with both methods. The loss is the mean over the assistant's tokens of a batch.
+Written by `lorabench recommend --script`.
 
-Needs torch, transformers, peft and datasets.
+The script needs torch, transformers, peft and datasets.
 """
 
 import sys
@@ -36,18 +37,18 @@ IGNORED = -100
 
 
 def messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """A row as turns of role and content."""
+    """Return a row's turns, each with its role and content."""
     if "/" not in FORMAT:
         names = {"human": "user", "gpt": "assistant"}
         turns = [(turn.get("role") or turn["from"], turn.get("content") or turn["value"]) for turn in row[FORMAT]]
         return [{"role": names.get(role, role), "content": content} for role, content in turns]
     prompt, completion = FORMAT.split("/")
-    asked = f"{row[prompt]}\n\n{row['input']}" if prompt == "instruction" and row.get("input") else row[prompt]
-    return [{"role": "user", "content": str(asked)}, {"role": "assistant", "content": str(row[completion])}]
+    question = f"{row[prompt]}\n\n{row['input']}" if prompt == "instruction" and row.get("input") else row[prompt]
+    return [{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(row[completion])}]
 
 
 def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
-    """Token ids of an example, and its labels: the ids where the assistant speaks, IGNORED elsewhere."""
+    """Return the token ids of an example, and its labels: the ids of the assistant's tokens, IGNORED elsewhere."""
     if FORMAT == "text":
         ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
         return {"ids": ids, "labels": ids}
@@ -62,7 +63,7 @@ def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
     for place, turn in enumerate(turns):
         if turn["role"] == "assistant":
             start, end = len(render(turns[:place], generation=True)), len(render(turns[: place + 1]))
-            # What the template puts after the end token is not the assistant's.
+            # The assistant's turn ends with the end token; the template may put more after it.
             while tokenizer.eos_token_id in ids[start:end] and ids[end - 1] != tokenizer.eos_token_id:
                 end -= 1
             labels += [IGNORED] * (start - len(labels)) + ids[start:end]
@@ -70,7 +71,7 @@ def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
 
 
 def micro_batches(rows: Any, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels of a few rows at a time, padded on the right, where causal attention does not see it."""
+    """Yield ids and labels of MICRO_BATCH_SIZE rows at a time, padded on the right, which causal attention ignores."""
     for start in range(0, len(rows["ids"]), MICRO_BATCH_SIZE):
         part = slice(start, start + MICRO_BATCH_SIZE)
         width = max(map(len, rows["ids"][part]))
@@ -80,7 +81,7 @@ def micro_batches(rows: Any, device: torch.device) -> Iterator[tuple[torch.Tenso
 
 
 def nll_sum(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood, summed over scored tokens."""
+    """Return the NLL in nats, summed over the scored tokens."""
     with torch.autocast(ids.device.type, torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(
@@ -89,13 +90,13 @@ def nll_sum(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 
 def scored(rows: Any) -> int:
-    """Tokens that are predicted; the first of an example never is."""
+    """Return the number of scored tokens; the first token of an example is never predicted."""
     return sum(label != IGNORED for labels in rows["labels"] for label in labels[1:])
 
 
 @torch.no_grad()
 def test_nll(model: Any, rows: Any, device: torch.device) -> float:
-    """Nats per scored token."""
+    """Return the mean NLL of the test split in nats per scored token."""
     return sum(nll_sum(model, *part).item() for part in micro_batches(rows, device)) / scored(rows)
 
 
@@ -136,7 +137,7 @@ def main() -> None:
             print(f"epoch {epoch + 1}, step {step}: training loss {loss:.4f}", flush=True)
     print(f"test loss after: {test_nll(model, test, device):.4f} nats per token")
     out = f"{OUT}-full" if full else OUT
-    # PEFT would add a copy of the unembedding, which the adapter only sits on.
+    # PEFT would also save a copy of the unembedding, which is not trained.
     model.save_pretrained(out, **({} if full else {"save_embedding_layers": False}))
     tokenizer.save_pretrained(out)
 

@@ -1,8 +1,9 @@
-"""What is known of a model before it is loaded: from its configuration and the headers of its files. No torch."""
+"""A user's model, described without loading it: from its configuration and the headers of its files, without torch."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -17,31 +18,32 @@ from lorabench.records import file_sha256
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# A safetensors header that claims to be longer than this is none.
+# A file whose header claims to be longer than this is no safetensors file.
 _MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a user named."""
+    """A user's model."""
 
     name: str
-    """As the user wrote it."""
+    """The name that the user gave: a folder, a file, a hub id or a shipped base."""
     spec: ModelSpec
-    """For a preset."""
+    """The model as a preset names it."""
     family: str
-    """`model_type` to transformers."""
+    """The `model_type` of transformers."""
     parameters: int
+    """The number of parameters."""
     max_length: int | None
-    """Longest sequence in tokens; None if its configuration does not say."""
+    """The longest sequence in tokens; None if the configuration does not say."""
 
     @property
     def sizes(self) -> Dimensions:
-        """Of its matrices."""
+        """The dimensions of the model's matrices."""
         return dimensions(self.spec)
 
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA of that rank on all layers and the unembedding."""
+        """Return the number of parameters of LoRA with a rank on all layers and the unembedding."""
         return self.sizes.lora("all", rank, include_unembedding=True)[0]
 
     def __str__(self) -> str:
@@ -49,10 +51,10 @@ class Model:
 
 
 def find_model(name: str) -> Model:
-    """The model of that name: `tiny` or a shipped base, a folder, a GGUF file, or an id of the Hugging Face hub.
+    """Return the model of a name: `tiny` or a shipped base, a folder, a GGUF file, or an id of the Hugging Face hub.
 
     Raises:
-        UserError: there is no such model, or its sizes can't be read.
+        UserError: there is no such model, or its dimensions can't be read.
     """
     if name == "tiny" or name in TINY:
         return _tiny(name)
@@ -88,29 +90,25 @@ def _folder(name: str) -> Model:
 
 
 def _elements(file: Path) -> int:
-    """Numbers in a safetensors file, by its header: its length in 8 bytes, then JSON with the shape of each tensor."""
+    """Return the number of elements in a safetensors file.
+
+    The header is its own length in 8 bytes, then JSON with the shape of each tensor.
+    """
     with file.open("rb") as opened:
         start = opened.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         header = opened.read(min(length, _MAX_HEADER_BYTES))
     try:
         tensors = json.loads(header)
-        return sum(_product(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
+        return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no safetensors file") from error
 
 
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def _hub(name: str) -> Model:
-    """From the configuration that is shipped for models of that name, else from the hub."""
+    """Describe a model of the hub by a shipped configuration of its name, or else by the hub's."""
     short = name.rpartition("/")[2].lower()
-    shipped_configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if _is_of(short, path.stem)]
+    shipped_configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if _is_variant(short, path.stem)]
     config = _config(shipped_configs[-1] if shipped_configs else _from_hub(name), name)
     try:
         parameters = of_config(config).parameters
@@ -123,8 +121,8 @@ def _hub(name: str) -> Model:
     return Model(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
 
 
-def _is_of(name: str, architecture: str) -> bool:
-    """Whether a model is that one or a variant of it: `llama-3.1-8b-instruct` of `llama-3.1-8b`."""
+def _is_variant(name: str, architecture: str) -> bool:
+    """Return whether a model has a shipped architecture or is a variant of it, as in `llama-3.1-8b-instruct`."""
     return name == architecture or name.startswith(f"{architecture}-")
 
 
@@ -136,7 +134,7 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"model {name!r}: its config.json can't be had from the hub ({reason}); download the model and give its "
+            f"model {name!r}: its config.json can't be read from the hub ({reason}); download the model and give its "
             "folder"
         ) from error
 
@@ -161,7 +159,7 @@ def _gguf(name: str) -> Model:
 
 
 def _config(path: Path, name: str) -> dict[str, Any]:
-    """A configuration with the two entries that everything else needs."""
+    """Read a configuration and check the two entries that every model needs."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`lorabench init`: a small preset for a model and data of your own, in YAML with comments."""
+"""A small preset for your own model and data, written by `lorabench init` as YAML with comments."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ from lorabench.own import advice
 from lorabench.own.data import Data, look_at
 from lorabench.own.model import Model, find_model
 from lorabench.own.problems import Problems, look_at_problems
-from lorabench.own.yaml_text import block, numbers, one_line, quoted, slug
+from lorabench.own.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.records import atomic_path
 
-# Losses on fewer examples are mostly noise; more cost time at each validation.
-_MOST_VALIDATION, _MOST_TEST = 500, 1000
-_FEWEST_EXAMPLES = 10
-# On one core, measured with the tiny base and with SmolLM2-135M.
+# Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
+_MAX_VALIDATION, _MAX_TEST = 500, 1000
+_MIN_EXAMPLES = 10
+# The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
+_EDGE = "If the report finds an optimum at an edge of a grid, widen the grid there."
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user may choose."""
+    """What a user may choose in a preset."""
 
     ranks: tuple[int, ...] = ()
-    """Empty for those that the data suggest."""
+    """The LoRA ranks; empty to take the ranks that the amount of data suggests."""
     seeds: int = 3
     epochs: float = 1.0
     held_out: float = 0.1
-    """Share of the examples for validation, and as much for the test."""
+    """The share of the examples for validation, and the same share for the test."""
     gpu: str | None = None
+    """The GPU to train on; None for a CPU."""
     grader: str | None = None
-    """The data are problems for reinforcement learning, graded so."""
+    """The grader of problems for reinforcement learning; None for supervised fine-tuning."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples of each split."""
+    """The number of examples in each split."""
 
     train: int
     validation: int
@@ -52,65 +54,76 @@ class Splits:
 
 
 def splits(usable: int, share: float) -> Splits:
-    """Sizes of disjoint splits of so many examples.
+    """Return the sizes of disjoint splits.
+
+    Args:
+        usable: the number of usable examples.
+        share: the share of the examples for validation, and the same share for the test.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few examples.
     """
-    if usable < _FEWEST_EXAMPLES:
-        raise UserError(f"{usable} usable examples are too few; at least {_FEWEST_EXAMPLES} are needed")
+    if usable < _MIN_EXAMPLES:
+        raise UserError(f"{usable} usable examples are too few; at least {_MIN_EXAMPLES} are needed")
     held_out = max(1, round(usable * share))
-    validation, test = min(held_out, _MOST_VALIDATION), min(held_out, _MOST_TEST)
+    validation, test = min(held_out, _MAX_VALIDATION), min(held_out, _MAX_TEST)
     return Splits(usable - validation - test, validation, test)
 
 
 def init_preset(
     path: Path, model: str, data: str, form: str | None, choices: Choices, force: bool, say: Callable[[str], None]
 ) -> Preset:
-    """Look at a model and data, and write a preset for them.
+    """Examine a model and data, and write a preset for them.
 
     Args:
-        path: the .yaml file.
-        model: see `find_model`.
-        data: see `find_data`.
-        form: the format of a file; None to tell it from the columns.
-        say: takes a line of what was found.
+        path: the .yaml file to write.
+        model: the model's name; see `find_model`.
+        data: the data's name; see `find_data`.
+        form: the format of a data file; None to recognize it by the columns.
+        choices: the user's choices.
+        force: whether to overwrite an existing file.
+        say: is called with lines that describe the model, the data and the splits.
 
     Raises:
-        UserError: what is wrong with the model, the data, the choices or the path.
+        UserError: the model, the data, the choices or the path are wrong.
     """
     _check_place(path, force)
     if form is not None and choices.grader is not None:
         raise UserError("--format and --grader: problems have the columns question and answer; give one of them")
-    found = find_model(model)
-    say(str(found))
+    described = find_model(model)
+    say(str(described))
     examples: Data | Problems
     if choices.grader is None:
-        examples, template = look_at(found, data, form)
+        examples, template = look_at(described, data, form)
     else:
-        examples, template = look_at_problems(found, data, choices.grader)
+        examples, template = look_at_problems(described, data, choices.grader)
     if template:
         say(f"the model has no chat template; the preset gives it one (chat_template: {template})")
     say(str(examples))
-    preset = write_preset(path, found, examples, choices, template)
+    preset = write_preset(path, described, examples, choices, template)
     source = next(iter(preset.sources.values()))
     say(f"split: {source.train} train, {source.validation} validation, {source.test} test")
-    for rank in preset.experiments.rank or []:
-        steps = int(source.train * rank.epochs) // rank.batch_sizes[0]
+    for block in preset.experiments.rank or []:
+        steps = int(source.train * block.epochs) // block.batch_sizes[0]
         if steps < advice.SHORT_STEPS:
-            short = f"below {advice.SHORT_STEPS} little is learned and the LoRA optimum lies higher"
-            say(f"runs have {steps} steps; {short}")
+            say(
+                f"runs have {steps} steps; below {advice.SHORT_STEPS} little is learned and LoRA's optimal LR is higher"
+            )
     return preset
 
 
 def write_preset(path: Path, model: Model, data: Data | Problems, choices: Choices, template: str | None) -> Preset:
-    """Write a preset, validated, and return it.
+    """Write a preset, after it was validated, and return it.
 
     Args:
-        template: a `chat_template` for a model without one.
+        path: the .yaml file to write.
+        model: the model.
+        data: the examples for supervised fine-tuning, or the problems for reinforcement learning.
+        choices: the user's choices.
+        template: the `chat_template` for a model without its own.
 
     Raises:
-        UserError: the data or the choices make no preset.
+        UserError: the data or the choices make no valid preset.
     """
     text = preset_text(model, data, choices, template, path)
     preset = parse_preset(yaml.safe_load(text), path)
@@ -121,104 +134,95 @@ def write_preset(path: Path, model: Model, data: Data | Problems, choices: Choic
 
 def _check_place(path: Path, force: bool) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{path} must end in .yaml, by which a preset's path is told from a name")
+        raise UserError(f"{path} must end in .yaml, which distinguishes a preset's path from a name")
     if (PRESETS / f"{path.stem}.yaml").is_file():
         raise UserError(
-            f"{path}: {path.stem!r} is the name of a shipped preset, whose results it would mix with its own"
+            f"{path}: {path.stem!r} is the name of a shipped preset, with whose results its own would be mixed"
         )
     if path.exists() and not force:
         raise UserError(f"{path} exists; --force overwrites it")
 
 
 def preset_text(model: Model, data: Data | Problems, choices: Choices, template: str | None, path: Path) -> str:
-    """The preset as YAML; see `write_preset`."""
-    names = quoted(slug(model.name)), quoted(slug(data.name))
-    parts = (
-        _sft_parts(model, data, choices, *names) if isinstance(data, Data) else _rl_parts(model, data, choices, *names)
-    )
+    """Return the preset as YAML text; see `write_preset`."""
+    model_name, data_name = slug(model.name), slug(data.name)
     model_fields = _fields(model.spec) | ({"chat_template": template} if template else {})
-    shown = one_line(str(path))
-    return f"""\
-# Does LoRA match full fine-tuning on this model and data? Written by `lorabench init`; change what you like.
-#   lorabench plan --preset {shown}
-#   snakemake --cores all --config preset={shown}
-description: {quoted(f"LoRA against full fine-tuning: {model.name} on {data.name}")}
-models:
-  {names[0]}:
-{block(model_fields)}
-{parts.data}
-protocol:
-  precision: {"fp32" if choices.gpu is None else "bf16"}
-experiments:
-{parts.experiment}
-execution:
-{block(_execution(model, choices.gpu))}
-"""
+    path_shown = one_line(str(path))
+    heading = (
+        "Does LoRA match full fine-tuning on this model and data? Written by `lorabench init`; change what you like.\n"
+        f"  lorabench plan --preset {path_shown}\n"
+        f"  snakemake --cores all --config preset={path_shown}"
+    )
+    if isinstance(data, Data):
+        source, experiment = _sft_sections(model, data, choices, model_name, data_name)
+    else:
+        source, experiment = _rl_sections(model, data, choices, model_name, data_name)
+    return yaml_text(
+        heading,
+        {
+            "description": f"LoRA against full fine-tuning: {model.name} on {data.name}",
+            "models": {model_name: model_fields},
+            **source,
+            "protocol": {"precision": "fp32" if choices.gpu is None else "bf16"},
+            "experiments": experiment,
+            "execution": _execution(model, choices.gpu),
+        },
+    )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What differs between supervised and reinforcement learning, as YAML."""
-
-    data: str
-    experiment: str
+# The sections of a preset that differ between supervised and reinforcement learning: the data, and the experiment.
+_Sections = tuple[dict[str, object], dict[str, object]]
 
 
-def _sft_parts(model: Model, data: Data, choices: Choices, model_name: str, data_name: str) -> _Parts:
+def _sft_sections(model: Model, data: Data, choices: Choices, model_name: str, data_name: str) -> _Sections:
     sizes = splits(data.usable, choices.held_out)
-    ranks = choices.ranks or suggested_ranks(model, data.mean_completion_tokens * sizes.train)
+    training_tokens = data.mean_completion_tokens * sizes.train
+    ranks = choices.ranks or suggested_ranks(model, training_tokens)
     fields = data.source | vars(sizes) | {"max_chars": max(32, data.max_chars)}
     fields |= {"mean_tokens": max(1, round(data.mean_tokens))}
     fullft, lora = _law(model)
-    return _Parts(
-        f"""\
-datasets:
-  # {data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each.
-  {data_name}:
-{block(fields)}""",
-        f"""\
-  rank:
-    - models: [{model_name}]
-      datasets: [{data_name}]
-      # Rank {max(ranks)} has {model.lora_parameters(max(ranks)):,} parameters for \
-{data.mean_completion_tokens * sizes.train:,.0f} scored training tokens.
-      ranks: {{all: {list(ranks)}}}
-      # Small: both methods do best there.
-      batch_sizes: [{advice.batch_size(sizes.train)}]
-      epochs: {choices.epochs}
-      # Three points per decade around {_lr_source(model, fullft, lora)}.
-{_lr_lines(fullft, lora, choices)}""",
-    )
+    block = {
+        "models": [model_name],
+        "datasets": [data_name],
+        "ranks": Noted(
+            f"Rank {max(ranks)} has {model.lora_parameters(max(ranks)):,} parameters for {training_tokens:,.0f} scored "
+            "training tokens.",
+            Inline({"all": list(ranks)}),
+        ),
+        "batch_sizes": Noted(
+            "Both methods reach their lowest loss at small batches.", [advice.batch_size(sizes.train)]
+        ),
+        "epochs": float(choices.epochs),
+        "lrs": Noted(f"Three points per decade around {_lr_source(model, fullft, lora)}.\n{_EDGE}", _lrs(fullft, lora)),
+        "seeds": choices.seeds,
+    }
+    about = f"{data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each."
+    return {"datasets": {data_name: Noted(about, fields)}}, {"rank": [block]}
 
 
-def _rl_parts(model: Model, problems: Problems, choices: Choices, model_name: str, problems_name: str) -> _Parts:
+def _rl_sections(model: Model, problems: Problems, choices: Choices, model_name: str, problems_name: str) -> _Sections:
     sizes = splits(problems.usable, choices.held_out)
-    ranks = choices.ranks or tuple(
-        sorted({1, advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)})
-    )
+    recommended = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)
+    ranks = choices.ranks or tuple(sorted({1, recommended}))
     fullft, lora = _law(model)
     per_step = min(advice.PROBLEMS_PER_STEP, sizes.train)
-    return _Parts(
-        f"""\
-problems:
-  # {problems.usable} usable problems.
-  {problems_name}:
-{block(problems.source | vars(sizes))}""",
-        f"""\
-  rl_math:
-    - models: [{model_name}]
-      problems: [{problems_name}]
-      # In the paper rank 1 is enough.
-      ranks: {{all: {list(ranks)}}}
-      problems_per_step: {per_step}
-      group_size: {advice.GROUP_SIZE}
-      steps: {advice.rl_steps(sizes.train, per_step, choices.epochs)}
-      max_new_tokens: {problems.max_new_tokens}
-      # A guess, for the estimate of cost.
-      mean_response_tokens: {max(1, problems.max_new_tokens // 3)}
-      # Three points per decade around a quarter of {_lr_source(model, fullft, lora)}.
-{_lr_lines(advice.rl_lr(fullft), advice.rl_lr(lora), choices)}""",
-    )
+    block = {
+        "models": [model_name],
+        "problems": [problems_name],
+        "ranks": Noted("In the paper rank 1 is enough for reinforcement learning.", Inline({"all": list(ranks)})),
+        "problems_per_step": per_step,
+        "group_size": advice.GROUP_SIZE,
+        "steps": advice.rl_steps(sizes.train, per_step, choices.epochs),
+        "max_new_tokens": problems.max_new_tokens,
+        "mean_response_tokens": Noted("A guess, for the estimate of the cost.", max(1, problems.max_new_tokens // 3)),
+        "lrs": Noted(
+            f"Three points per decade around a quarter of {_lr_source(model, fullft, lora)}.\n{_EDGE}",
+            _lrs(advice.rl_lr(fullft), advice.rl_lr(lora)),
+        ),
+        "seeds": choices.seeds,
+    }
+    source = Noted(f"{problems.usable} usable problems.", problems.source | vars(sizes))
+    return {"problems": {problems_name: source}}, {"rl_math": [block]}
 
 
 def _law(model: Model) -> tuple[advice.Lr, advice.Lr]:
@@ -226,17 +230,12 @@ def _law(model: Model) -> tuple[advice.Lr, advice.Lr]:
     return fullft, lora
 
 
-def _lr_lines(fullft: advice.Lr, lora: advice.Lr, choices: Choices) -> str:
-    return f"""\
-      # If the report finds an optimum at an edge, widen the grid there.
-      lrs:
-        fullft: {numbers(advice.lr_grid(fullft))}
-        lora: {numbers(advice.lr_grid(lora))}
-      seeds: {choices.seeds}"""
+def _lrs(fullft: advice.Lr, lora: advice.Lr) -> dict[str, object]:
+    return {"fullft": advice.lr_grid(fullft), "lora": advice.lr_grid(lora)}
 
 
 def suggested_ranks(model: Model, completion_tokens: float) -> tuple[int, ...]:
-    """The recommended rank, a quarter of it, and 1, which shows where capacity ends."""
+    """Return the recommended rank, a quarter of it, and 1, which shows where capacity ends."""
     high = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), completion_tokens)
     return tuple(sorted({1, max(1, high // 4), high}))
 
@@ -248,10 +247,10 @@ def _lr_source(model: Model, fullft: advice.Lr, lora: advice.Lr) -> str:
 
 
 def checked_gpu(name: str) -> str:
-    """The name of a GPU as a user wrote it.
+    """Return the name of a GPU if it is known.
 
     Raises:
-        UserError: it is not known.
+        UserError: the GPU is not known.
     """
     if name not in GPUS:
         raise UserError(f"gpu {name!r} is not known; allowed: {', '.join(GPUS)}")
@@ -260,15 +259,15 @@ def checked_gpu(name: str) -> str:
 
 def _execution(model: Model, gpu: str | None) -> dict[str, object]:
     if gpu is not None:
-        # A job asks for as few GPUs as hold it.
+        # A job takes the smallest number of GPUs with enough memory, up to this maximum.
         return {"threads": 8, "max_batch_tokens": 8192, "gpu": checked_gpu(gpu), "max_gpus": 8}
-    # Tiny models do not fill several threads.
+    # A tiny model does not keep several threads busy.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
     return {"threads": threads, "max_batch_tokens": 4096, "gflops": _GFLOPS_PER_CORE * threads}
 
 
 def _fields(spec: BaseModel) -> dict[str, object]:
-    """What a preset has to say of a model; a hub model's revision too, since that is to be pinned."""
+    """Return the fields of a model that differ from their defaults, and a hub model's revision for the user to pin."""
     defaults = {name: field.default for name, field in type(spec).model_fields.items()}
     kept = {"revision"} if isinstance(spec, HubModel) else set()
     return {name: value for name, value in spec if name in kept or value != defaults[name]}

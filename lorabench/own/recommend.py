@@ -1,7 +1,8 @@
-"""`lorabench recommend`: settings to start from for a model and so much data, each with where it comes from.
+"""Settings to start from for a model and an amount of data (`lorabench recommend`), each with its source.
 
-The law is for Llama and Qwen; for other families there is a range, not a number. What your own finished presets
-measured on a model of the same family and sizes, and what others published of it, stands beside the law.
+The paper's law of learning rates covers Llama and Qwen; for other families the recommendation is a range. The optimal
+learning rates that your own finished presets measured on a model of the same family and size, and those that others
+published for it, are shown beside the law.
 """
 
 from __future__ import annotations
@@ -30,32 +31,34 @@ from lorabench.tables import read_table, table_path, with_all_columns
 LAW = "the paper's law with its authors' constants, fitted at batch size 128 (tinker-cookbook)"
 PAPER = "the paper"
 DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
-# Without data, of which costs are told.
-_SOME_TOKENS = 1_000_000
-_SOME_EXAMPLE_TOKENS = 500
-_SOME_LONGEST_CHARS = 6000
-# At once through the model, so that activations are not what decides.
+# The amount of data to estimate costs for if the user names none.
+_ASSUMED_TOKENS = 1_000_000
+_ASSUMED_EXAMPLE_TOKENS = 500
+_ASSUMED_MAX_CHARS = 6000
+# Tokens that go through the model at once: few, so that activations do not decide the number of GPUs.
 _MICRO_BATCH_TOKENS = 2048
-# A model of a table is the one that is asked about if its parameters agree but for so much.
-_AGREE = 0.02
+# A table's model counts as the same if its number of parameters differs by less than this share.
+_SAME_SIZE = 0.02
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One recommendation."""
+    """One recommended setting."""
 
     name: str
     what: str
+    """The setting's name for a reader."""
     value: float | int | str | None
-    """None where there is only a range."""
+    """The recommended value; None if only a range from `low` to `high` is recommended."""
     source: str
+    """Where the value comes from."""
     low: float | None = None
     high: float | None = None
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An optimal LR that somebody's runs found, LoRA on all layers or full fine-tuning."""
+    """An optimal LR that was measured, by your own runs or in a publication: LoRA on all layers, or FullFT."""
 
     method: str
     rank: int | None
@@ -63,11 +66,12 @@ class Seen:
     low: float | None
     high: float | None
     where: str
+    """The source, with dataset, batch size and steps where they are known."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """All that is said of a model and data."""
+    """The recommended settings for a model and its data, the optimal LRs seen so far, and notes."""
 
     model: Model
     rank: int
@@ -77,11 +81,11 @@ class Recommendation:
     notes: tuple[str, ...]
 
     def setting(self, name: str) -> Setting:
-        """The setting of that name."""
+        """Return the setting of a name."""
         return next(setting for setting in self.settings if setting.name == name)
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the recommendation as plain data for JSON."""
         model = self.model
         return {
             "model": {
@@ -90,8 +94,11 @@ class Recommendation:
                 "parameters": model.parameters,
                 "hidden_size": model.sizes.hidden,
             },
-            "settings": {one.name: {k: v for k, v in asdict(one).items() if k != "name"} for one in self.settings},
-            "seen": [asdict(one) for one in self.seen],
+            "settings": {
+                setting.name: {field: value for field, value in asdict(setting).items() if field != "name"}
+                for setting in self.settings
+            },
+            "seen": [asdict(seen) for seen in self.seen],
             "notes": list(self.notes),
         }
 
@@ -99,18 +106,19 @@ class Recommendation:
 def recommend(
     model: Model, completion_tokens: float | None, data: Data | None, gpu: str, results: Path = Path("results")
 ) -> Recommendation:
-    """Settings for one model.
+    """Recommend settings for a model.
 
     Args:
-        completion_tokens: scored tokens of the training data; None if not known.
-        data: the data themselves, if they were looked at.
-        gpu: a name of lorabench/gpus.py, for the costs.
-        results: folder of finished presets.
+        model: the model.
+        completion_tokens: the number of scored tokens of the training data; None if unknown.
+        data: the examined data; None if only their size, or nothing, is known.
+        gpu: the GPU to estimate costs for, a name of lorabench/gpus.py.
+        results: the folder of finished presets.
 
     Raises:
         UserError: the GPU is not known.
     """
-    examples = data.usable if data else math.ceil((completion_tokens or _SOME_TOKENS) / _SOME_EXAMPLE_TOKENS)
+    examples = data.usable if data else math.ceil((completion_tokens or _ASSUMED_TOKENS) / _ASSUMED_EXAMPLE_TOKENS)
     batch = advice.batch_size(examples)
     hidden = model.sizes.hidden
     rank = advice.recommended_rank(hidden, model.lora_parameters(1), completion_tokens)
@@ -125,13 +133,13 @@ def recommend(
         Setting("batch_size", "batch size", batch, f"{PAPER}: both methods do best at small ones, LoRA above all"),
     ]
     bills = _bills(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
-    of = "an epoch" if data or completion_tokens else "a million tokens"
+    amount = "an epoch" if data or completion_tokens else "a million tokens"
     for method, title in (("lora", "LoRA"), ("fullft", "FullFT")):
         bill = bills[method]
-        how = f"estimated for {bill.gpus} x {gpu}"
-        settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), how))
+        source = f"estimated for {bill.gpus} x {gpu}"
+        settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), source))
         settings.append(
-            Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {of}", float(f"{bill.gpu_hours:.2g}"), how)
+            Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {amount}", float(f"{bill.gpu_hours:.2g}"), source)
         )
     seen = (*_measured(model, results), *_published(model.name, rank))
     return Recommendation(
@@ -140,15 +148,15 @@ def recommend(
 
 
 def _lr(model: Model, method: str) -> Setting:
-    found = advice.law_lr(model.family, model.sizes.hidden, method)
+    lr = advice.law_lr(model.family, model.sizes.hidden, method)
     what = f"{'LoRA' if method == 'lora' else 'FullFT'} learning rate"
-    if found.value is None:
-        source = f"the law does not cover {model.family!r}; half a decade around what it says of Llama and Qwen"
-        return Setting(f"{method}_lr", what, None, source, _digits(found.low), _digits(found.high))
-    return Setting(f"{method}_lr", what, _digits(found.value), LAW)
+    if lr.value is None:
+        source = f"the law does not cover {model.family!r}; half a decade around its LRs for Llama and Qwen"
+        return Setting(f"{method}_lr", what, None, source, _four_digits(lr.low), _four_digits(lr.high))
+    return Setting(f"{method}_lr", what, _four_digits(lr.value), LAW)
 
 
-def _digits(number: float) -> float:
+def _four_digits(number: float) -> float:
     return float(f"{number:.4g}")
 
 
@@ -156,8 +164,8 @@ def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens
     notes = []
     scale = math.sqrt(batch / advice.LAW_BATCH)
     notes.append(
-        f"The law was fitted at batch size {advice.LAW_BATCH}. By the authors' rule of thumb the LR goes with the "
-        f"square root of the batch size: at {batch} that is {scale:.2g} times as much."
+        f"The law was fitted at batch size {advice.LAW_BATCH}. By the authors' rule of thumb the LR is proportional to "
+        f"the square root of the batch size: at {batch} it is {scale:.2g} times the law's."
     )
     if (steps := examples // batch) < advice.SHORT_STEPS:
         notes.append(
@@ -165,20 +173,20 @@ def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens
             f"{advice.SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
     if model.sizes.hidden < advice.SMALLEST_WIDTH and advice.covered(model.family):
-        notes.append(f"Width {model.sizes.hidden} is below what the law is known to hold for: an extrapolation.")
+        notes.append(f"Width {model.sizes.hidden} is below the widths that the law was shown for: an extrapolation.")
     if completion_tokens is not None:
         parameters = model.lora_parameters(rank)
         if parameters < completion_tokens:
             notes.append(
-                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and is as high "
-                "as is sensible here: LoRA may run out of capacity; compare with full fine-tuning."
+                f"Rank {rank} has {parameters:,} parameters for {completion_tokens:,.0f} scored tokens, and a higher "
+                "rank is not recommended here: LoRA may run out of capacity; compare with full fine-tuning."
             )
-        # A token holds about a bit, a parameter about two (paper notes, 3.1).
+        # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
-            f"About {completion_tokens / 1e6:.3g} Mbit in the data at a bit a token (what learning them by heart "
-            f"takes; generalising takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits a parameter."
+            f"About {completion_tokens / 1e6:.3g} Mbit in the data at one bit per token (the cost of memorizing them; "
+            f"generalizing takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits per parameter."
         )
-    notes.append("`lorabench init` writes a preset that measures all this on your own data.")
+    notes.append("`lorabench init` writes a preset that measures these settings on your own data.")
     return notes
 
 
@@ -191,13 +199,13 @@ def _bills(
     rank: int,
     gpu: str,
 ) -> dict[str, Bill]:
-    """One run of each method, an epoch long, priced as a preset of its own would be."""
-    mean = data.mean_tokens if data else (completion_tokens or _SOME_TOKENS) / examples
-    longest = data.max_chars if data else _SOME_LONGEST_CHARS
-    # The estimate reads no data; so a dataset of the hub stands for any.
+    """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost."""
+    mean = data.mean_tokens if data else (completion_tokens or _ASSUMED_TOKENS) / examples
+    longest = data.max_chars if data else _ASSUMED_MAX_CHARS
+    # The estimate reads no data, so a dataset of the hub can stand for any other.
     sizes = {"train": examples, "validation": 1, "test": 1, "max_chars": max(32, longest)}
     raw = {
-        "description": "priced",
+        "description": "costs of a recommendation",
         "models": {"m": model.spec.model_dump()},
         "datasets": {"d": {"kind": "hub", "id": "own/data", "mean_tokens": max(1, round(mean)), **sizes}},
         "protocol": {"precision": "bf16"},
@@ -221,35 +229,35 @@ def _bills(
 
 
 def _measured(model: Model, results: Path) -> list[Seen]:
-    """Optima of supervised runs on such a model, in the tables of presets that lie in a folder."""
-    found = []
+    """Return the optimal LRs of supervised runs on the same model in the tables of finished presets."""
+    optima: list[Seen] = []
     for folder in sorted(results.glob("*/tables")):
         if table_path(folder, "runs") is None:
             continue
         try:
             measured = recipe(_of_model(with_all_columns(read_table(folder, "runs"), "runs"), model))
         except UserError:
-            # A table that can't be trusted says nothing; `lorabench claims` says what is wrong with it.
+            # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
-        for one in measured.found:
-            place = one.place
+        for recommendation in measured.found:
+            place = recommendation.place
             where = f"measured, {folder.parent}: {place.dataset}, batch {place.batch_size}, {place.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
-            found += [_of_choice("fullft", one.fullft, where)]
-            found += [_of_choice("lora", one.use, f"{where}; {answer[one.answer]}")]
-    return found
+            optima.append(_seen("fullft", recommendation.fullft, where))
+            optima.append(_seen("lora", recommendation.use, f"{where}; {answer[recommendation.answer]}"))
+    return optima
 
 
 def _of_model(runs: pd.DataFrame, model: Model) -> pd.DataFrame:
-    """The supervised runs on a model of the same family, width and size."""
-    size = (runs["base_params"].astype(float) / model.parameters - 1).abs() < _AGREE
+    """Return the supervised runs on a model of the same family, width and size."""
+    size = (runs["base_params"].astype(float) / model.parameters - 1).abs() < _SAME_SIZE
     width = runs["hidden_size"].astype(float) == model.sizes.hidden
     return runs[size & width & (runs["family"] == model.family).fillna(False).astype(bool) & ~is_rl(runs)]
 
 
 def _published(model: str, rank: int) -> list[Seen]:
-    """Optima that others published: of full fine-tuning, and of LoRA on all layers at the nearest rank."""
-    found = []
+    """Return published optimal LRs of full fine-tuning, and of LoRA on all layers at the nearest rank."""
+    optima = []
     for dataset in sorted(sweeps()["dataset"].unique()):
         table = sweep_of(model, dataset)
         for (source, method), arms in table.groupby(["source", "method"]):
@@ -262,12 +270,14 @@ def _published(model: str, rank: int) -> list[Seen]:
             inside = 0 < best < len(grid) - 1
             edge = "; at the edge of its grid" if len(grid) > 1 and not inside else ""
             lr = optimum(grid) if inside else float(grid["lr"].iloc[best])
-            of_rank = int(grid["rank"].iloc[0]) if method == "lora" else None
-            found.append(Seen(str(method), of_rank, _digits(lr), None, None, f"published, {source}: {dataset}{edge}"))
-    return found
+            grid_rank = int(grid["rank"].iloc[0]) if method == "lora" else None
+            optima.append(
+                Seen(str(method), grid_rank, _four_digits(lr), None, None, f"published, {source}: {dataset}{edge}")
+            )
+    return optima
 
 
-def _of_choice(method: str, choice: Choice, where: str) -> Seen:
-    low, high = (None if pd.isna(end) else _digits(end) for end in (choice.lr_low, choice.lr_high))
+def _seen(method: str, choice: Choice, where: str) -> Seen:
+    low, high = (None if pd.isna(end) else _four_digits(end) for end in (choice.lr_low, choice.lr_high))
     edge = "" if choice.resolved else "; not resolved"
-    return Seen(method, choice.rank, _digits(choice.lr_opt), low, high, where + edge)
+    return Seen(method, choice.rank, _four_digits(choice.lr_opt), low, high, where + edge)

@@ -1,4 +1,4 @@
-"""`lorabench recommend --script`: the training script of finetune.py with a recommendation's settings in it."""
+"""The training script of `lorabench recommend --script`: finetune.py with a recommendation's settings filled in."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _TEMPLATE = Path(__file__).with_name("finetune.py")
 _MAX_TOKENS = 4096
 
 
-def script(found: Recommendation, data: Data | None, chat_template: str | None) -> str:
-    """A script of transformers and PEFT that trains the model.
+def script(recommendation: Recommendation, data: Data | None, chat_template: str | None) -> str:
+    """Return a Python script that trains the model with transformers and PEFT.
 
     Args:
-        data: what to train on; None leaves a name to fill in.
-        chat_template: a preset's setting, for a model without one.
+        recommendation: the model and its settings.
+        data: the training data; None leaves a placeholder for their path.
+        chat_template: a preset's setting for a model without its own template.
 
     Raises:
-        UserError: a model or data that the script has no place for.
+        UserError: the script does not support the model or the data.
     """
-    model = found.model
+    model = recommendation.model
     if model.sizes.experts:
         raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")
     if isinstance(model.spec, GgufModel):
@@ -37,31 +38,31 @@ def script(found: Recommendation, data: Data | None, chat_template: str | None) 
     settings: dict[str, object] = {
         "MODEL": location(model.spec),
         "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
-        "RANK": found.rank,
-        "LORA_LR": _one(found.setting("lora_lr")),
-        "FULL_LR": _one(found.setting("fullft_lr")),
-        "BATCH_SIZE": found.batch_size,
+        "RANK": recommendation.rank,
+        "LORA_LR": _single_lr(recommendation.setting("lora_lr")),
+        "FULL_LR": _single_lr(recommendation.setting("fullft_lr")),
+        "BATCH_SIZE": recommendation.batch_size,
         "MAX_TOKENS": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
     }
     if data is not None:
         if data.source["kind"] != "file":
             raise UserError(f"data {data.name} is on the hub; the script reads a file")
-        unread = {reason: found for reason, found in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
-        if unread:
-            reasons = replace(data.tally, bad=unread).reasons()
+        unsupported = {reason: rows for reason, rows in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
+        if unsupported:
+            reasons = replace(data.tally, bad=unsupported).reasons()
             raise UserError(f"{data.name} has rows that the script would not leave out: {reasons}; remove them")
         settings |= {"DATA": data.name, "FORMAT": data.source["format"]}
     text = _TEMPLATE.read_text(encoding="utf-8")
     for name, value in settings.items():
-        # The comment behind it stays.
+        # The comment after the value is kept.
         [line] = re.findall(rf"^{name} = .*$", text, re.MULTILINE)
         comment = "".join(line.partition("  # ")[1:])
         text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
     return text
 
 
-def _one(lr: Setting) -> float:
-    """An LR to put into the script: the middle of a range where there is nothing else."""
+def _single_lr(lr: Setting) -> float:
+    """Return the recommended LR, or the geometric middle of a recommended range."""
     if isinstance(lr.value, float):
         return lr.value
     assert lr.low

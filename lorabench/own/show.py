@@ -1,4 +1,4 @@
-"""What `lorabench recommend` prints for a reader."""
+"""The output of `lorabench recommend` as tables."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from lorabench.own.recommend import Recommendation, Seen, Setting
 from lorabench.report.text import lr
 
 
-def recommendation_table(found: Recommendation, data: Data | None) -> None:
-    """Settings with their sources, then what others and your own runs found, then notes."""
+def recommendation_table(recommendation: Recommendation, data: Data | None) -> None:
+    """Print the settings with their sources, the optimal LRs of published and of your own runs, and the notes."""
     console = Console()
-    console.print(Text(str(found.model)))
+    console.print(Text(str(recommendation.model)))
     if data is not None:
         console.print(Text(str(data)))
-    settings = ((one.what, _value(one), one.source) for one in found.settings)
+    settings = ((setting.what, _value(setting), setting.source) for setting in recommendation.settings)
     _print(console, ("setting", "value", "source"), settings)
-    if found.seen:
-        seen = ((_arm(one), lr(one.lr), _interval(one.low, one.high), one.where) for one in found.seen)
-        _print(console, ("optimum found", "LR", "95% interval", "where"), seen)
-    for note in found.notes:
+    if recommendation.seen:
+        optima = ((_arm(seen), lr(seen.lr), _interval(seen.low, seen.high), seen.where) for seen in recommendation.seen)
+        _print(console, ("optimum found", "LR", "95% interval", "where"), optima)
+    for note in recommendation.notes:
         console.print(Text(f"- {note}"))
 
 
 def _print(console: Console, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     table = Table(*columns)
     for row in rows:
-        # As text: names of files and models are no markup.
+        # A Text is not parsed as markup, which names of files and models might look like.
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 
-def _value(one: Setting) -> str:
-    match one.value:
+def _value(setting: Setting) -> str:
+    match setting.value:
         case None:
-            return _interval(one.low, one.high)
+            return _interval(setting.low, setting.high)
         case str():
-            return one.value
+            return setting.value
         case _:
-            return lr(one.value) if one.name.endswith("_lr") else f"{one.value:,}"
+            return lr(setting.value) if setting.name.endswith("_lr") else f"{setting.value:,}"
 
 
 def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{lr(low)} to {lr(high)}"
 
 
-def _arm(one: Seen) -> str:
-    return "FullFT" if one.method == "fullft" else f"LoRA r{one.rank}"
+def _arm(seen: Seen) -> str:
+    return "FullFT" if seen.method == "fullft" else f"LoRA r{seen.rank}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -267,7 +268,8 @@ def test_the_lock_of_a_job_that_hangs_is_named(place):
     try:
         told = place.train("sft", status=2).splitlines()[-1]
         assert f"is locked by process {first.pid} on " in told
-        assert f"silent for {3 * SILENT:.0f} s" in told
+        # Seconds may pass until the second job looks.
+        assert re.search(r"silent for 18\d s", told)
         assert f"delete {place.layout.lock(sweep)}" in told
     finally:
         first.process.kill()

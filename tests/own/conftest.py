@@ -1,4 +1,4 @@
-"""What a user brings: a small data file, and a model folder."""
+"""Fixtures for what a user brings: a small data file, and a model folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WORDS = ("apple", "river", "stone", "cloud", "green", "tiger", "lemon")
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Lists of words and their reverse: something to learn."""
+    """Return examples that a model can learn: reverse a list of words."""
     rng = Random(seed)
-    made = []
+    examples = []
     for number in range(count):
         words = rng.choices(WORDS, k=rng.randint(2, 4))
-        made.append({"prompt": f"Reverse {number}: {' '.join(words)}", "completion": " ".join(reversed(words))})
-    return made
+        examples.append({"prompt": f"Reverse {number}: {' '.join(words)}", "completion": " ".join(reversed(words))})
+    return examples
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -31,7 +31,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A folder with the tiny base as a model that was downloaded, without a chat template."""
+    """A model folder with the tiny base, as if downloaded, without a chat template."""
     folder = Path(shutil.copytree(shipped("llama-128"), tmp_path / "base"))
     (folder / "chat_template.jinja").unlink()
     (folder / "recipe.json").unlink()

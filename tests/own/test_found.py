@@ -1,4 +1,4 @@
-"""What is found out of models and data before anything is loaded, against what is known of them."""
+"""Models and data are described correctly before anything is loaded."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, bas
     assert data.max_chars == max(len(row["prompt"]) + len(row["completion"]) for row in rows(20))
     plain, template = look_at(find_model(str(base)), str(path), None)
     assert template == "plain"
-    # The same answers and their end; headings above each turn besides.
+    # The scored tokens are the same: the answer and the end token. The plain template adds a heading to each turn.
     assert plain.mean_completion_tokens == data.mean_completion_tokens
     assert plain.mean_tokens > data.mean_tokens
 
 
-def test_what_does_not_fit_the_model_is_told_beforehand(tmp_path):
+def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
     path = tmp_path / "own.jsonl"
     texts = [f"{number} {'word ' * (10 if number % 5 else 2000)}" for number in range(20)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -136,7 +136,7 @@ def test_a_large_file_is_judged_by_a_sample(tmp_path, monkeypatch):
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
-    # Where the datasets library looks before it asks the hub.
+    # The datasets library reads a folder of this name before it asks the hub.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "owner" / "name"

@@ -1,4 +1,4 @@
-"""`lorabench init`: what it writes is a valid preset with what was found in it; mistakes are told before it writes."""
+"""`lorabench init` writes a valid preset for the model and data, and reports a mistake before it writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def init(path, model, data, choices=None, force=False, form=None):
     return init_preset(path, model, str(data), form, choices or Choices(), force, said.append), "\n".join(said)
 
 
-def test_the_preset_holds_what_was_found(tmp_path):
+def test_the_preset_describes_the_data(tmp_path):
     data = write_rows(tmp_path / "own.jsonl", 1000)
     with data.open("a") as file:
         file.write("{}\n")
@@ -37,7 +37,7 @@ def test_the_preset_holds_what_was_found(tmp_path):
     assert (dataset.train, dataset.validation, dataset.test, dataset.format) == (800, 100, 100, "prompt/completion")
     [block] = preset.experiments.rank or []
     assert block.ranks == {"all": [1, 8, 32]}
-    # 5e-5 (2000/128)^0.781 = 4.28e-4, and ten times as much.
+    # The law gives 5e-5 (2000/128)^0.781 = 4.28e-4 for FullFT, and ten times that for LoRA.
     assert block.lrs.fullft == [1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3]
     assert block.lrs.lora == [1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2]
     assert (block.batch_sizes, block.seeds, block.epochs) == ([8], 3, 1.0)
@@ -81,13 +81,13 @@ def test_an_unknown_family_has_a_wider_grid_and_says_so(tmp_path, base):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     model = find_model(str(base))
-    data, _ = found(tmp_path)
+    data, _ = small_data(tmp_path)
     text = preset_text(model, data, Choices(), None, tmp_path / "mine.yaml")
     assert "the range for a family that the paper's law does not cover, mistral" in text
     assert len(yaml.safe_load(text)["experiments"]["rank"][0]["lrs"]["lora"]) == 8
 
 
-def found(tmp_path) -> tuple[Data, None]:
+def small_data(tmp_path) -> tuple[Data, None]:
     from lorabench.own.data import look_at
 
     return look_at(find_model("tiny"), str(write_rows(tmp_path / "own.jsonl", 20)), None)
@@ -121,7 +121,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_told_and_nothing_written(name, changes, message, tmp_path):
+def test_a_mistake_is_reported_and_nothing_written(name, changes, message, tmp_path):
     data = write_rows(tmp_path / "own.jsonl", 20)
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(UserError, match=message):
@@ -160,7 +160,7 @@ def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path)
     assert (block.problems_per_step, block.group_size, block.steps, block.seeds) == (16, 16, 50, 3)
     # Half of the 512 tokens that the model takes.
     assert block.max_new_tokens == 256
-    # A quarter of the law's 4.28e-4, and ten times as much.
+    # A quarter of the law's 4.28e-4 for FullFT, and ten times that for LoRA.
     assert block.lrs.fullft == [2.2e-5, 4.6e-5, 1e-4, 2.2e-4, 4.6e-4]
     assert block.lrs.lora == [2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3]
     assert len(list(make_problems(problems))) == 400

@@ -1,4 +1,4 @@
-"""Reinforcement learning on problems from a file: the sweep of a preset that names one."""
+"""A preset whose problems are in a user's file trains by reinforcement learning."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lorabench.training.job import run_job
 def test_rl_on_problems_of_a_file(tmp_path, monkeypatch, raw_rl_preset):
     monkeypatch.chdir(tmp_path)
     sizes = {"train": 32, "validation": 8, "test": 24}
-    made = make_problems(ReasoningProblems(kind="arithmetic", tasks=["gcd"], max_value=50, **sizes))
-    lines = [json.dumps({"q": row["question"], "a": int(row["answer"])}) for row in made]
+    problems = make_problems(ReasoningProblems(kind="arithmetic", tasks=["gcd"], max_value=50, **sizes))
+    lines = [json.dumps({"q": row["question"], "a": int(row["answer"])}) for row in problems]
     Path("mine.jsonl").write_text("\n".join(lines))
     own = {"kind": "file", "path": "mine.jsonl", "question": "q", "answer": "a", "grader": "number"}
     raw_rl_preset["problems"] = {"mine": own | sizes}
@@ -34,6 +34,6 @@ def test_rl_on_problems_of_a_file(tmp_path, monkeypatch, raw_rl_preset):
     run_job(plan, Job((sweep,)), layout, lambda line: None)
     collect([layout.job(Job((sweep,)))], layout.tables())
     runs = read_table(layout.tables(), "runs")
-    # The base finds about one in four, so that the answers of the file are what it is graded by.
+    # The base solves about one problem in four, which shows that it is graded by the file's answers.
     assert 0 < runs["base_reward"].item() < 1
     assert runs["status"].item() == "done"

@@ -1,4 +1,4 @@
-"""The training script: it runs as it is printed, learns, and leaves an adapter that PEFT loads."""
+"""The training script runs as it is printed, lowers the loss, and saves an adapter that PEFT loads."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from tests.own.conftest import write_rows
 
 
 def written(tmp_path, data, model="tiny"):
-    """The script for a data file, as a file."""
-    found = find_model(model)
-    known, template = look_at(found, str(data), None)
-    settings = recommend(found, known.usable * known.mean_completion_tokens, known, "A10", tmp_path)
+    """Write the script for a data file and return its path."""
+    described = find_model(model)
+    examined, template = look_at(described, str(data), None)
+    tokens = examined.usable * examined.mean_completion_tokens
+    settings = recommend(described, tokens, examined, "A10", tmp_path)
     path = tmp_path / "finetune.py"
-    path.write_text(script(settings, known, template))
+    path.write_text(script(settings, examined, template))
     return path
 
 
 def run(path, *arguments):
-    """Its losses: of the test split before and after, and of each step."""
+    """Run the script; return the test loss before and after, and the training loss of each step."""
     result = subprocess.run(
         [sys.executable, path.name, *arguments],
         cwd=path.parent,
@@ -60,7 +61,7 @@ def test_it_learns_and_its_adapter_loads(tmp_path, base):
     adapted = {name.partition(".lora_B")[0] for name, _ in model.named_parameters() if ".lora_B" in name}
     assert len(adapted) == 3 * 7 + 1
     assert any(name.endswith("lm_head") for name in adapted)
-    # PEFT's own initialisation of A is uniform up to 1/sqrt(d_in), and one LR later still close to it.
+    # PEFT initialises A uniformly within 1/sqrt(d_in); after 13 steps it is still close to that.
     a = next(p for name, p in model.named_parameters() if ".q_proj.lora_A" in name)
     assert 0.9 / 128**0.5 < a.abs().max() < 1 / 128**0.5 + 0.1
     assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B" in name)

@@ -1,4 +1,4 @@
-"""What `lorabench plan` and `lorabench status` print."""
+"""The output of `lorabench plan` and `lorabench status`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from lorabench.progress import Status
 
 
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
-    """Per experiment: jobs, runs, how many of them are trained together, tokens, FLOPs, and minutes on a CPU or
+    """Print what each experiment of a plan costs.
+
+    The columns are jobs, runs, lanes (runs that are trained together), tokens, FLOPs, and either minutes on a CPU or
     GPU-hours, memory, disk and money.
 
     Args:
-        price: of an hour of one GPU.
-        notes: sentences below the table.
+        cores: CPU cores that the jobs share.
+        price: the price of one GPU for an hour, in any currency.
+        notes: sentences to print below the table.
     """
     execution = plan.preset.execution
     rate = cost.speed(execution) / 1e9
@@ -35,19 +38,19 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     if execution.gpu is None:
         at_once = bill.jobs_at_once(plan.preset, cores)
         caption = [f"minutes at {rate:,.4g} GFLOP/s per job ({given}), {at_once} at a time"]
-        last["minutes"] = lambda one: _short(bill.minutes(plan, one, cores))
+        last["minutes"] = lambda row: _short(bill.minutes(plan, row, cores))
     else:
-        every = rows["total"]
+        total = rows["total"]
         caption = [
             f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {rate / 1e3:,.4g} TFLOP/s ({given})",
-            f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
+            f"the longest job takes {total.longest_hours:.3g} hours; {total.gpu_hours / 24:,.3g} days on one GPU",
         ]
-        last["GPU-hours"] = lambda one: _short(one.gpu_hours)
-        last["GPUs"] = lambda one: _up_to(one.gpus)
-        last["GB/GPU"] = lambda one: f"{one.memory / GB:.0f}"
-        last["disk GB"] = lambda one: _short(one.disk / GB)
+        last["GPU-hours"] = lambda row: _short(row.gpu_hours)
+        last["GPUs"] = lambda row: _up_to(row.gpus)
+        last["GB/GPU"] = lambda row: f"{row.memory / GB:.0f}"
+        last["disk GB"] = lambda row: _short(row.disk / GB)
         if price is not None:
-            last["money"] = lambda one: f"{one.gpu_hours * price:,.0f}"
+            last["money"] = lambda row: f"{row.gpu_hours * price:,.0f}"
     table = Table(
         title=Text(plan.preset.description),
         title_justify="left",
@@ -57,13 +60,13 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     table.add_column("experiment")
     for column in ("jobs", "runs", "lanes", "tokens", "PFLOPs", *last):
         table.add_column(column, justify="right")
-    for name, one in rows.items():
+    for name, row in rows.items():
         if name == "total":
             table.add_section()
-        runs = [str(one.runs), _up_to(one.lanes)] if one.runs else ["", ""]
-        counted = [*runs, _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
-        table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
-    # Where there is no terminal, none is too narrow.
+        runs = [str(row.runs), _up_to(row.lanes)] if row.runs else ["", ""]
+        counts = [*runs, _tokens(row.tokens), f"{row.flops / 1e15:.3g}"]
+        table.add_row(name, str(row.jobs), *counts, *(text_of(row) for text_of in last.values()))
+    # Without a terminal, rich would assume a width of 80 characters and cut the columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for sentence in (*caption, *notes):
@@ -71,12 +74,12 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
 
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
-    """The numbers of `plan_table`, in hours and bytes."""
-    rows = {name: asdict(one) for name, one in bill.per_experiment(plan).items()}
+    """Return the numbers of `plan_table` as JSON, times in hours and sizes in bytes."""
+    rows = {name: asdict(row) for name, row in bill.per_experiment(plan).items()}
     for row in rows.values():
         row["money"] = None if price is None else row["gpu_hours"] * price
-    every = {"gpu": plan.preset.execution.gpu, "flops_per_s": cost.speed(plan.preset.execution), "cores": cores}
-    return json.dumps({**every, "notes": list(notes), "experiments": rows}, indent=2)
+    machine = {"gpu": plan.preset.execution.gpu, "flops_per_s": cost.speed(plan.preset.execution), "cores": cores}
+    return json.dumps({**machine, "notes": list(notes), "experiments": rows}, indent=2)
 
 
 def _up_to(most: int) -> str:
@@ -92,7 +95,6 @@ def _tokens(number: float) -> str:
 
 
 def _silence(word: str, job: dict[str, Any]) -> str:
-    """How long a job has been silent: killed, or stopped and not taken up again."""
     if word == "running" or job["silent_s"] is None:
         return ""
     if job["silent_s"] < 0:
@@ -101,7 +103,7 @@ def _silence(word: str, job: dict[str, Any]) -> str:
 
 
 def status_table(status: Status) -> None:
-    """How far the work is, what is running, and what has gone silent."""
+    """Print how many runs and jobs are done, which jobs are running, and which are silent: killed or hanging."""
     console = Console()
     share = status.runs_done / max(1, status.runs_planned)
     console.print(

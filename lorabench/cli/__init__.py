@@ -1,0 +1,3 @@
+from lorabench.cli.main import app
+
+__all__ = ["app"]

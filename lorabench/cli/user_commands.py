@@ -1,0 +1,213 @@
+"""The commands that people type: what a preset costs, a preset of their own, how far the work is, what came out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorabench.cli.errors import in_one_sentence
+from lorabench.cli.preset_option import PresetOption, plan_and_layout
+from lorabench.config import json_schema
+from lorabench.errors import UserError
+
+app = typer.Typer()
+_PANEL = "Commands"
+
+ModelName = Annotated[
+    str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
+]
+DataFormat = Annotated[
+    str | None,
+    typer.Option("--format", help="The columns that hold an example, if the file's columns allow more than one form."),
+]
+TablesFolder = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
+TablesFolders = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
+FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+
+
+@app.command(rich_help_panel=_PANEL)
+def plan(
+    preset: PresetOption = "laptop",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the planned runs to this parquet file and print nothing.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/gpus.py.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0, help="Hours (of GPUs, or of a CPU job) to stay within.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
+    with in_one_sentence():
+        from lorabench import bill
+        from lorabench.budget import with_budget
+        from lorabench.calibration import calibrated, measure
+        from lorabench.plan import make_plan
+
+        planned, layout = plan_and_layout(preset if budget is None else with_budget(preset, budget))
+        if out is not None:
+            from lorabench.tables import write_plan
+
+            write_plan(planned, out)
+            return
+        from lorabench.cli.show import plan_json, plan_table
+
+        if gpu is not None:
+            planned = make_plan(bill.on_gpu(planned.preset, gpu))
+        speed = measure(planned, measured or [])
+        if speed is not None:
+            planned = make_plan(calibrated(planned.preset, speed))
+        cores = os.cpu_count() or 1
+        notes = [*([speed.sentence] if speed else []), *layout.dropped]
+        if as_json:
+            print(plan_json(planned, cores, price, notes))
+        else:
+            plan_table(planned, cores, price, notes)
+
+
+@app.command(rich_help_panel=_PANEL)
+def init(
+    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data_format: DataFormat = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    held_out: Annotated[
+        float,
+        typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test."),
+    ] = 0.1,
+    gpu: Annotated[str | None, typer.Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
+    grader: Annotated[
+        str | None,
+        typer.Option(
+            help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
+            "response, `boxed` the content of its \\boxed{}."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
+) -> None:
+    """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
+    with in_one_sentence():
+        from lorabench.cli.show import plan_table
+        from lorabench.own.preset import Choices, init_preset
+        from lorabench.plan import make_plan
+
+        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
+        written = init_preset(out, model, data, data_format, choices, force, say=print)
+        plan_table(make_plan(written), os.cpu_count() or 1)
+        print(f"wrote {out}; next: snakemake --cores all --config preset={out}")
+
+
+@app.command(rich_help_panel=_PANEL)
+def recommend(
+    model: ModelName,
+    dataset_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Scored tokens of the training data: those of the assistant.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The training data, as for init.")] = None,
+    data_format: DataFormat = None,
+    gpu: Annotated[str, typer.Option(help="The GPU to estimate costs for.")] = "H100-80GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_script: Annotated[
+        bool, typer.Option("--script", help="Print a training script for transformers and PEFT with these settings.")
+    ] = False,
+) -> None:
+    """Recommend learning rates, rank and placement for a model, each with its source."""
+    with in_one_sentence():
+        from lorabench.own.model import find_model
+        from lorabench.own.recommend import recommend as recommend_settings
+        from lorabench.own.show import recommendation_table
+
+        if dataset_tokens is not None and data is not None:
+            raise UserError("--dataset-tokens and --data: give one of them")
+        if as_json and as_script:
+            raise UserError("--json and --script: give one of them")
+        described, examined, template = find_model(model), None, None
+        if data is not None:
+            from lorabench.own.data import look_at
+
+            examined, template = look_at(described, data, data_format)
+        tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
+        recommendation = recommend_settings(described, tokens, examined, gpu)
+        if as_json:
+            import json
+
+            print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
+        elif as_script:
+            from lorabench.own.script import script
+
+            print(script(recommendation, examined, template), end="")
+        else:
+            recommendation_table(recommendation, examined)
+
+
+@app.command(rich_help_panel=_PANEL)
+def status(preset: PresetOption = "laptop") -> None:
+    """Show how far the work of a preset is and what is running."""
+    with in_one_sentence():
+        from lorabench.cli.show import status_table
+        from lorabench.progress import status as read_status
+
+        status_table(read_status(*plan_and_layout(preset)))
+
+
+@app.command(rich_help_panel=_PANEL)
+def schema() -> None:
+    """Print the JSON schema of presets."""
+    print(json_schema(), end="")
+
+
+@app.command(rich_help_panel=_PANEL)
+def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
+    """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
+    with in_one_sentence():
+        from lorabench.merge import merge as merge_folders
+
+        merge_folders(folders, out)
+
+
+@app.command(rich_help_panel=_PANEL)
+def claims(tables: TablesFolder, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
+    """Judge the paper's claims from tidy tables."""
+    with in_one_sentence():
+        from lorabench.analysis.claims import judge_claims
+        from lorabench.tables import Tables, write_frame
+
+        write_frame(judge_claims(Tables.read(tables)), "claims", out)
+
+
+@app.command(rich_help_panel=_PANEL)
+def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
+    """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
+    with in_one_sentence():
+        from lorabench.figures import drawable, save
+
+        for figure_name in drawable(tables) if name == "all" else [name]:
+            save(figure_name, tables, out)
+
+
+@app.command(rich_help_panel=_PANEL)
+def publish(
+    preset: PresetOption = "laptop",
+    readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
+) -> None:
+    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+    with in_one_sentence():
+        from lorabench.report.publish import publish as write_published
+
+        write_published(plan_and_layout(preset)[1], readme)
