@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from itertools import pairwise
@@ -17,6 +19,8 @@ from lorabench.models.dimensions import dimensions
 from lorabench.plan import make_plan
 
 from .conftest import REPOSITORY
+
+DIGESTS = REPOSITORY / "tests/plan_digests.json"
 
 GPU_PRESETS = ("smollm2", "core", "paper")
 # As written: 1, 2.2, 4.6 for a third of a decade.
@@ -175,3 +179,25 @@ def test_the_readme_tells_what_they_cost(name, gpu):
     preset = load_preset(name)
     assert preset.execution.gpu.startswith(gpu)
     assert bill.total(make_plan(preset)).gpu_hours == pytest.approx(int(told[1].replace(",", "")), rel=0.1)
+
+
+def plan_digests(name):
+    """The SHA-256 of a shipped preset's sorted run ids, and of its sorted sweep ids."""
+    rows = make_plan(load_preset(name)).rows()
+    digests = {}
+    for column in ("run_id", "sweep_id"):
+        ids = sorted({row[column] for row in rows if row[column] is not None})
+        digests[column] = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    return digests
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "smollm2", "core", "paper"])
+def test_the_runs_of_a_shipped_preset_are_those_recorded(name):
+    """Runs that were trained keep their ids, however a preset is written. Where runs are meant to change, record anew:
+    python -c "from tests.test_presets import record; record()"."""
+    assert plan_digests(name) == json.loads(DIGESTS.read_text())[name]
+
+
+def record():
+    names = ("smoke", "laptop", "smollm2", "core", "paper")
+    DIGESTS.write_text(json.dumps({name: plan_digests(name) for name in names}, indent=2) + "\n")
