@@ -1,14 +1,17 @@
 """Typed presets: the one source of validation, defaults and the JSON schema.
 
-A preset is one YAML file. `load_preset` reads it and raises `PresetError`, a message that names the
-field, the value and what is allowed, before anything is computed. No torch here.
+A preset is one YAML file, which may extend others (`extends`) and takes models that it does not define from the
+catalogue workflow/models.yaml. `load_preset` reads it and raises `PresetError`, whose message names the field, the
+value and what is allowed, before anything is computed. This module does not import torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -21,6 +24,10 @@ from lorabench.models.placement import Placement
 
 PRESETS = Path(__file__).parent.parent / "workflow" / "presets"
 SCHEMA = PRESETS / "schema.json"
+MODELS = PRESETS.parent / "models.yaml"
+"""The catalogue of models that every preset may name."""
+COMMON = "common"
+"""Key, beside the named blocks of an experiment, for the fields that all of them share."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Positive = Annotated[int, Field(ge=1)]
@@ -435,7 +442,7 @@ class Block(Strict):
     """A block of an experiment: models and arms, each arm with its LR grid and seeds."""
 
     models: Annotated[list[str], Field(min_length=1)]
-    """Names from `models`."""
+    """Names from `models` or from the catalogue of models."""
     ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
     lrs: LearningRates
@@ -517,7 +524,7 @@ class ComputeExperiment(Strict):
     """What a training step costs: counted FLOPs, measured time and memory, by rank."""
 
     models: Annotated[list[str], Field(min_length=1)]
-    """Names from `models`."""
+    """Names from `models` or from the catalogue of models."""
     ranks: Annotated[list[Positive], Field(min_length=1)]
     """LoRA ranks, on all layers. Full fine-tuning is always the other arm."""
     batch_size: Positive
@@ -561,6 +568,8 @@ class Experiments(Strict):
     """RL on MATH (figure 6)."""
     rl_deepmath: RlBlocks | None = None
     """RL on DeepMath, AIME held out (figures 7 and 8)."""
+    rl: RlBlocks | None = None
+    """RL on problems of your own: ranks against full fine-tuning over a LR sweep (figure 6)."""
     placement_rl: RlBlocks | None = None
     """RL by the layers that carry LoRA (figure 5)."""
     compute: ComputeExperiment | None = None
@@ -666,7 +675,8 @@ class Preset(Strict):
     """One sentence for the report."""
     limits: list[str] = []
     """What this preset cannot test, one sentence each, for the report."""
-    models: Annotated[dict[Name, ModelSpec], Field(min_length=1)]
+    models: dict[Name, ModelSpec] = {}
+    """Models of your own, by name; experiments may also name those of the catalogue, workflow/models.yaml."""
     datasets: dict[Name, DatasetSpec] = {}
     """What SFT trains on."""
     problems: dict[Name, ProblemSpec] = {}
@@ -687,11 +697,11 @@ class Preset(Strict):
         if twice := self.datasets.keys() & self.problems.keys():
             raise ValueError(f"problems: the name {min(twice)!r} is that of a dataset too")
         if self.experiments.compute:
-            _known(self.experiments.compute.models, self.models, "experiments.compute.models")
+            self._check_models(self.experiments.compute.models, "experiments.compute")
         for name, blocks in self.experiments.trained().items():
             for number, block in enumerate(blocks):
                 where = f"experiments.{name}.{number}"
-                _known(block.models, self.models, f"{where}.models")
+                self._check_models(block.models, where)
                 match block:
                     case SftExperiment():
                         self._check_sft(block, where)
@@ -700,6 +710,12 @@ class Preset(Strict):
         if self.evaluation:
             self._check_evaluation(self.evaluation)
         return self
+
+    def _check_models(self, names: list[str], where: str) -> None:
+        for name in names:
+            if name not in self.models:
+                allowed = ", ".join(dict.fromkeys((*self.models, *_catalogue())))
+                raise ValueError(f"{where}.models: unknown name {name!r}; allowed: {allowed}")
 
     def _check_evaluation(self, evaluation: Evaluation) -> None:
         _known(evaluation.experiments, self.experiments.trained(), "evaluation.experiments")
@@ -764,44 +780,194 @@ def preset_path(preset: str) -> Path:
     Raises:
         PresetError: there is no such preset.
     """
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    path = Path(preset) if _is_file_name(preset) else PRESETS / f"{preset}.yaml"
     if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise PresetError(f"preset {preset!r}: no file {path}; allowed: {shipped}, or the path of a .yaml file")
+        raise PresetError(f"preset {preset!r}: no file {path}; allowed: {_shipped('*')}, or the path of a .yaml file")
     return path
+
+
+def _is_file_name(preset: str) -> bool:
+    return preset.endswith((".yaml", ".yml"))
+
+
+def _shipped(*patterns: str) -> str:
+    paths = (path for pattern in patterns for path in sorted(PRESETS.glob(f"{pattern}.yaml")))
+    return ", ".join(path.relative_to(PRESETS).with_suffix("").as_posix() for path in paths)
 
 
 def load_preset(preset: str) -> Preset:
     """Read and validate a preset by shipped name or path.
 
     Raises:
-        PresetError: no such preset, not YAML, or a field that is wrong; one line per field.
+        PresetError: there is no such preset, it is not YAML, it extends what it can't, or a field is wrong; one line
+            per field.
     """
     path = preset_path(preset)
+    return parse_preset(_inherited(path), path)
+
+
+def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
+    """A preset from plain data that no longer extends anything; `path` is what errors name.
+
+    Raises:
+        PresetError: a field is wrong; one line per field.
+    """
+    try:
+        return Preset.model_validate(_with_models(_with_lists(raw, path)))
+    except ValidationError as error:
+        sentences = (_with_block_names(_sentence(problem), raw) for problem in error.errors())
+        raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
+
+
+def _inherited(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a preset's file, laid over the content of all that it extends."""
+    if path.resolve() in [child.resolve() for child in children]:
+        chain = " extends ".join(str(file) for file in (*children, path))
+        raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
+    raw = dict(_mapping(path))
+    extends = raw.pop("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise PresetError(f"{path}: extends = {extends!r}: the name of a preset, or a list of names, is needed")
+    whole: dict[str, Any] = {}
+    for parent in parents:
+        whole = _laid_over(whole, _inherited(_parent_path(parent, path), (*children, path)))
+    return _laid_over(whole, raw)
+
+
+def _parent_path(parent: str, child: Path) -> Path:
+    """The file that a preset extends: a shipped preset or suite by name, or a path relative to the preset's folder."""
+    path = child.parent / parent if _is_file_name(parent) else PRESETS / f"{parent}.yaml"
+    if not path.is_file():
+        allowed = _shipped("*", "suites/*")
+        raise PresetError(f"{child}: extends = {parent!r}: no file {path}; allowed: {allowed}, or a path to .yaml")
+    return path
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise PresetError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise PresetError(f"{path}: a preset is a mapping of {', '.join(Preset.model_fields)}, not {raw!r}")
-    return parse_preset(raw, path)
+    return raw
 
 
-def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
-    """A preset from plain data; `path` is what errors name.
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings, merged at every level; of other values the upper one counts, and null takes out what is below."""
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None and key in below:
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = _laid_over(below[key], value)
+        else:
+            merged[key] = value
+    return merged
 
-    Raises:
-        PresetError: a field that is wrong; one line per field.
-    """
-    try:
-        return Preset.model_validate(raw)
-    except ValidationError as error:
-        raise PresetError("\n".join(f"{path}: {_sentence(problem)}" for problem in error.errors())) from error
+
+def _named_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The experiments of plain data whose blocks have names, with `COMMON` among them."""
+    experiments = raw.get("experiments")
+    if not isinstance(experiments, dict):
+        return {}
+    return {name: blocks for name, blocks in experiments.items() if isinstance(blocks, dict) and name != "compute"}
+
+
+def _with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Plain data in which named blocks, and tasks of evaluation by name, are lists."""
+    lists: dict[str, list[Any]] = {}
+    for name, blocks in _named_blocks(raw).items():
+        for key, block in blocks.items():
+            if not isinstance(block, dict):
+                raise PresetError(
+                    f"{path}: experiments.{name}.{key} = {block!r}: a block is a mapping; "
+                    f"allowed for {name}: a list of blocks, or a mapping of blocks by name"
+                )
+        common = blocks.get(COMMON, {})
+        lists[name] = [_laid_over(common, block) for key, block in blocks.items() if key != COMMON]
+    whole = _laid_over(raw, {"experiments": lists}) if lists else raw
+    evaluation = raw.get("evaluation")
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    if isinstance(tasks, dict) and all(isinstance(task, dict) for task in tasks.values()):
+        whole = _laid_over(whole, {"evaluation": {"tasks": [{"name": name} | task for name, task in tasks.items()]}})
+    return whole
+
+
+@cache
+def _catalogue() -> dict[str, Any]:
+    """The models that every preset may name."""
+    catalogue: dict[str, Any] = yaml.safe_load(MODELS.read_text())
+    return catalogue
+
+
+def _with_models(raw: dict[str, Any]) -> dict[str, Any]:
+    """Plain data with those models of the catalogue that its experiments name; the preset's own go before them."""
+    own = raw.get("models", {})
+    if not isinstance(own, dict):
+        return raw
+    missing = [name for name in dict.fromkeys(_models_named(raw)) if name not in own]
+    return raw | {"models": own | {name: _catalogue()[name] for name in missing if name in _catalogue()}}
+
+
+def _models_named(raw: dict[str, Any]) -> Iterator[str]:
+    experiments = raw.get("experiments")
+    for blocks in experiments.values() if isinstance(experiments, dict) else ():
+        for block in blocks if isinstance(blocks, list) else [blocks]:
+            models = block.get("models") if isinstance(block, dict) else None
+            yield from (name for name in models if isinstance(name, str)) if isinstance(models, list) else ()
+
+
+def _with_block_names(sentence: str, raw: dict[str, Any]) -> str:
+    """A sentence about a preset in which named blocks are called by their names rather than by number."""
+    named = {name: [key for key in blocks if key != COMMON] for name, blocks in _named_blocks(raw).items()}
+
+    def called(match: re.Match[str]) -> str:
+        name, number = match[1], int(match[2])
+        return f"experiments.{name}.{named[name][number]}" if name in named else match[0]
+
+    return re.sub(r"\bexperiments\.(\w+)\.(\d+)\b", called, sentence)
 
 
 def json_schema() -> str:
-    """The JSON schema of a preset, as shipped beside the presets for editors."""
-    return json.dumps(Preset.model_json_schema(), indent=2) + "\n"
+    """The JSON schema of a preset's file, as shipped beside the presets for editors.
+
+    It requires no field, because a file may extend another that has it; `load_preset` says what is missing.
+    """
+    schema = _without_required(Preset.model_json_schema())
+    defs = schema["$defs"]
+    for blocks in defs["Experiments"]["properties"].values():
+        if blocks["anyOf"][0].get("type") == "array":
+            blocks["anyOf"].insert(1, _by_name(blocks["anyOf"][0]["items"]))
+    tasks = defs["Evaluation"]["properties"]["tasks"]
+    tasks["anyOf"] = [{key: tasks.pop(key) for key in ("items", "minItems", "type")}]
+    tasks["anyOf"].append(_by_name(tasks["anyOf"][0]["items"]))
+    extends = {
+        "anyOf": [{"type": "string"}, {"items": {"type": "string"}, "type": "array"}],
+        "description": "Presets or suites, by shipped name or path, whose fields this file changes or adds to.",
+    }
+    schema["properties"] = {"extends": extends} | schema["properties"]
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _by_name(items: dict[str, Any]) -> dict[str, Any]:
+    return {"additionalProperties": {"anyOf": [items, {"type": "null"}]}, "type": "object"}
+
+
+def _without_required(schema: Any) -> Any:
+    """A JSON schema that parts of what it describes satisfy too: no field is required, not even a `kind`."""
+    if isinstance(schema, list):
+        return [_without_required(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # `required` may also be the name of a property, whose value is no list.
+    kept = {
+        key: _without_required(value)
+        for key, value in schema.items()
+        if key != "discriminator" and not (key == "required" and isinstance(value, list))
+    }
+    return {("anyOf" if key == "oneOf" else key): value for key, value in kept.items()}
 
 
 def _sentence(problem: Any) -> str:
@@ -812,7 +978,8 @@ def _sentence(problem: Any) -> str:
     match kind:
         case "extra_forbidden":
             parent = ".".join(parts[:-1]) or "preset"
-            return f"{parent}: unknown key {parts[-1]!r}; allowed: {', '.join(sorted(model_of.model_fields))}"
+            allowed = {*model_of.model_fields, *(["extends"] if model_of is Preset else [])}
+            return f"{parent}: unknown key {parts[-1]!r}; allowed: {', '.join(sorted(allowed))}"
         case "missing":
             return f"{where}: missing"
         case "value_error":
