@@ -33,6 +33,7 @@ CORE_CLAIMS = {
     "rl_arithmetic": ("F1", "F2"),
     "rl_gsm8k": ("F1", "F2"),
     "rl_math": ("F1", "F2"),
+    "rl": ("F1", "F2"),
 }
 """The claims that make up the paper's core, by the experiment that tests them."""
 

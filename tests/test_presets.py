@@ -138,6 +138,14 @@ def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
         assert not claim.experiments or chosen & set(claim.experiments) or claim.id in told, claim.id
 
 
+def test_problems_of_your_own_are_judged_and_drawn(raw_rl_preset, write_preset):
+    experiments = raw_rl_preset["experiments"]
+    experiments["rl"] = experiments.pop("rl_arithmetic")
+    preset = load_preset(write_preset(raw_rl_preset))
+    assert [figure.name for figure in of_preset(preset) if figure.task == "rl"] == ["fig6_rl_lr"]
+    assert {claim.id for claim in CLAIMS if "rl" in claim.experiments} == {"B10", "F1", "F2", "F9"}
+
+
 def test_fourteen_models_in_the_law_of_the_paper():
     paper = load_preset("paper")
     models = [model for block in paper.experiments.lr_law for model in block.models]

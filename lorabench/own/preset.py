@@ -205,7 +205,7 @@ problems:
   {problems_name}:
 {block(problems.source | vars(sizes))}""",
         f"""\
-  rl_math:
+  rl:
     - models: [{model_name}]
       problems: [{problems_name}]
       # In the paper rank 1 is enough.
