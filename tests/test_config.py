@@ -1,4 +1,4 @@
-"""Presets: the shipped ones are valid, the schema is not stale, and every mistake is one clear sentence."""
+"""Presets: the shipped presets are valid, the schema is current, and a mistake is reported in one clear sentence."""
 
 from __future__ import annotations
 
