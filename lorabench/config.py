@@ -820,7 +820,7 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
     try:
         return Preset.model_validate(_with_models(_with_lists(raw, path)))
     except ValidationError as error:
-        sentences = (_with_block_names(_sentence(problem), raw) for problem in error.errors())
+        sentences = (_with_names(_sentence(problem), raw) for problem in error.errors())
         raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
 
 
@@ -860,13 +860,18 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings, merged at every level; of other values the upper one counts, and null takes out what is below."""
+    """Both mappings, merged at every level.
+
+    Where one of two values is no mapping, or they have different kinds (of a model, say), the upper value replaces the
+    lower one; null removes it.
+    """
     merged = dict(below)
     for key, value in above.items():
+        other = below.get(key)
         if value is None and key in below:
             del merged[key]
-        elif isinstance(value, dict) and isinstance(below.get(key), dict):
-            merged[key] = _laid_over(below[key], value)
+        elif isinstance(value, dict) and isinstance(other, dict) and value.get("kind") in (None, other.get("kind")):
+            merged[key] = _laid_over(other, value)
         else:
             merged[key] = value
     return merged
@@ -877,7 +882,15 @@ def _named_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
     experiments = raw.get("experiments")
     if not isinstance(experiments, dict):
         return {}
-    return {name: blocks for name, blocks in experiments.items() if isinstance(blocks, dict) and name != "compute"}
+    named = {name: blocks for name, blocks in experiments.items() if isinstance(blocks, dict)}
+    return {name: blocks for name, blocks in named.items() if name in Experiments.model_fields and name != "compute"}
+
+
+def _named_tasks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks of evaluation in plain data, if they are a mapping by name."""
+    evaluation = raw.get("evaluation")
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    return tasks if isinstance(tasks, dict) and all(isinstance(task, dict) for task in tasks.values()) else {}
 
 
 def _with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -893,10 +906,8 @@ def _with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         common = blocks.get(COMMON, {})
         lists[name] = [_laid_over(common, block) for key, block in blocks.items() if key != COMMON]
     whole = _laid_over(raw, {"experiments": lists}) if lists else raw
-    evaluation = raw.get("evaluation")
-    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
-    if isinstance(tasks, dict) and all(isinstance(task, dict) for task in tasks.values()):
-        whole = _laid_over(whole, {"evaluation": {"tasks": [{"name": name} | task for name, task in tasks.items()]}})
+    if tasks := [{"name": name} | task for name, task in _named_tasks(raw).items()]:
+        whole = _laid_over(whole, {"evaluation": {"tasks": tasks}})
     return whole
 
 
@@ -924,15 +935,20 @@ def _models_named(raw: dict[str, Any]) -> Iterator[str]:
             yield from (name for name in models if isinstance(name, str)) if isinstance(models, list) else ()
 
 
-def _with_block_names(sentence: str, raw: dict[str, Any]) -> str:
-    """A sentence about a preset in which named blocks are called by their names rather than by number."""
-    named = {name: [key for key in blocks if key != COMMON] for name, blocks in _named_blocks(raw).items()}
+def _with_names(sentence: str, raw: dict[str, Any]) -> str:
+    """A sentence about a preset in which named blocks and tasks are called by their names rather than by number."""
+    named = {
+        f"experiments.{experiment}": [key for key in blocks if key != COMMON]
+        for experiment, blocks in _named_blocks(raw).items()
+    }
+    named["evaluation.tasks"] = list(_named_tasks(raw))
 
     def called(match: re.Match[str]) -> str:
-        name, number = match[1], int(match[2])
-        return f"experiments.{name}.{named[name][number]}" if name in named else match[0]
+        section, number = match[1], int(match[2])
+        names = named.get(section, [])
+        return f"{section}.{names[number]}" if number < len(names) else match[0]
 
-    return re.sub(r"\bexperiments\.(\w+)\.(\d+)\b", called, sentence)
+    return re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, sentence)
 
 
 def json_schema() -> str:

@@ -276,6 +276,13 @@ def test_mistakes_in_named_blocks_call_them_by_name(raw_preset, write_preset):
         load_preset(write_preset(raw_preset))
 
 
+def test_mistakes_in_named_tasks_call_them_by_name(raw_preset, write_preset):
+    tasks = {"lorabench_instruct": {"about": "learned", "source": "instruct"}, "gsm8k": {"about": "lost"}}
+    raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": tasks}
+    with pytest.raises(PresetError, match=r"evaluation\.tasks\.gsm8k\.about = 'lost'"):
+        load_preset(write_preset(raw_preset))
+
+
 def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     [block] = raw_preset["experiments"]["rank"]
     raw_preset["experiments"]["rank"] = {"grid": block}
@@ -300,6 +307,12 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     experiments = preset.experiments.model_copy(update={"early": None})
     expected = preset.model_copy(update={"evaluation": None, "experiments": experiments})
     assert load_preset(write_preset(less, "grandchild")) == expected
+
+
+def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, write_preset):
+    write_preset(raw_preset, "parent")
+    changes = {"extends": "parent.yaml", "datasets": {"instruct": {"kind": "facts", "facts": 64}}}
+    assert load_preset(write_preset(changes)).datasets["instruct"].kind == "facts"
 
 
 def test_a_shipped_preset_may_be_extended_by_name(write_preset):
