@@ -1,25 +1,22 @@
-"""What a plan costs, added up: per experiment, and in all."""
+"""The bill of a plan: the estimated cost of each experiment and of the whole plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from lorabench import cost
 from lorabench.config import Preset
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
 from lorabench.lanes import lanes_of
+from lorabench.plan import Job, Plan
 from lorabench.resources import MB, Resources, compute_resources, evaluation_resources, job_resources
-
-if TYPE_CHECKING:
-    from lorabench.plan import Job, Plan
 
 
 @dataclass(frozen=True)
 class Bill:
-    """Planned work. `tokens` pass forward and backward; of an evaluation, forward."""
+    """The cost of planned work. `tokens` pass forward and backward, those of an evaluation only forward."""
 
     jobs: int = 0
     runs: int = 0
@@ -29,18 +26,18 @@ class Bill:
     """Wall-clock hours of all jobs, one after the other."""
     gpu_hours: float = 0.0
     longest_hours: float = 0.0
-    """Of the longest job."""
+    """Wall-clock hours of the longest job."""
     gpus: int = 0
-    """Of the largest job; 0 on a CPU."""
+    """GPUs of the largest job; 0 on a CPU."""
     memory: float = 0.0
-    """Bytes: the largest peak of a job, on each GPU, or of the process on a CPU."""
+    """Bytes: the largest peak of a job on each GPU, or on a CPU of its process."""
     disk: float = 0.0
-    """Bytes that stay under results/."""
+    """Bytes that are kept under results/."""
     lanes: int = 0
-    """Most runs that a job trains together; 0 where none are trained."""
+    """The largest number of runs that a job trains together; 0 where nothing is trained."""
 
     def __add__(self, other: Bill) -> Bill:
-        """Both; of what shares no machine the larger."""
+        """Add two bills: sums of work, and the larger of two sizes of a job."""
         return Bill(
             self.jobs + other.jobs,
             self.runs + other.runs,
@@ -57,7 +54,7 @@ class Bill:
 
 
 def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
-    """Of some jobs of a plan that train.
+    """The bill of some of a plan's training jobs.
 
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
@@ -67,13 +64,13 @@ def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
         asked = job_resources(plan, job)
         tokens = sum(sweep.n_runs * cost.run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
         flops = sum(cost.sweep_flops(preset, sweep) for sweep in job.sweeps)
-        one = _job(asked, job.n_runs, tokens, flops, cost.job_seconds(preset, job, asked.gpus))
-        total += replace(one, lanes=max(lanes_of(preset, sweep, asked.gpus) for sweep in job.sweeps))
+        bill = _job(asked, job.n_runs, tokens, flops, cost.job_seconds(preset, job, asked.gpus))
+        total += replace(bill, lanes=max(lanes_of(preset, sweep, asked.gpus) for sweep in job.sweeps))
     return total
 
 
 def evaluation(plan: Plan) -> Bill:
-    """Of all evaluations with lm-eval."""
+    """The bill of all evaluations with lm-eval."""
     total = Bill()
     for job in plan.evaluations():
         tokens, flops = cost.evaluation_flops(plan.preset, job)
@@ -82,7 +79,7 @@ def evaluation(plan: Plan) -> Bill:
 
 
 def compute(plan: Plan) -> Bill:
-    """Of the job that measures training steps; it is no training, so it has no tokens."""
+    """The bill of the job that measures training steps, without tokens, since it trains nothing; empty if none does."""
     if plan.preset.experiments.compute is None:
         return Bill()
     return _job(compute_resources(plan), 0, 0.0, 0.0, cost.compute_seconds(plan.preset))
@@ -95,7 +92,7 @@ def _job(asked: Resources, runs: int, tokens: float, flops: float, seconds: floa
 
 
 def per_experiment(plan: Plan) -> dict[str, Bill]:
-    """The bill of each experiment by itself, of the evaluation, and `total`, where shared runs count once."""
+    """The bills of each experiment alone, of the evaluation, and of the `total`, in which shared runs count once."""
     rows = {name: training(plan, plan.jobs_of(name)) for name in plan.preset.experiments.trained()}
     others = {"compute": compute(plan), "evaluation": evaluation(plan)}
     rows |= {name: bill for name, bill in others.items() if bill.jobs}
@@ -103,25 +100,25 @@ def per_experiment(plan: Plan) -> dict[str, Bill]:
 
 
 def total(plan: Plan) -> Bill:
-    """Of everything; runs that experiments share count once."""
+    """The bill of the whole plan; runs that experiments share count once."""
     return training(plan, plan.jobs) + compute(plan) + evaluation(plan)
 
 
 def minutes(plan: Plan, bill: Bill, cores: int) -> float:
-    """Wall-clock minutes of a CPU preset on a machine with that many cores."""
+    """Estimate the wall-clock minutes of a CPU preset's bill on a machine with `cores` cores."""
     return bill.job_hours * 60 / max(1, min(jobs_at_once(plan.preset, cores), bill.jobs))
 
 
 def jobs_at_once(preset: Preset, cores: int) -> int:
-    """Jobs that fit on that many cores."""
+    """The number of jobs that run at once on `cores` cores, at least 1."""
     return max(1, cores // preset.execution.threads)
 
 
 def on_gpu(preset: Preset, gpu: str) -> Preset:
-    """The preset as it would be run on other GPUs; a speed that was given for the preset's own does not hold there.
+    """The preset as it would be run on other GPUs; without its `gflops`, which hold for its own GPU.
 
     Raises:
-        UserError: the GPU is not known.
+        UserError: the GPU is unknown.
     """
     if gpu not in GPUS:
         raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")

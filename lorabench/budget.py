@@ -1,16 +1,16 @@
-"""A preset within a budget: what is left out, in an order that is always the same.
+"""Reducing a preset to a budget of hours, by leaving out parts of it in a fixed order.
 
-`NAME@HOURS` in place of a preset's name (`paper@500`; Snakemake: `--config preset=paper budget=500`) keeps every
-command and the DAG to so many hours: of GPUs, or on a CPU of jobs, one after the other. Until the rest fits, one thing
-after another is left out:
+`NAME@HOURS` in place of a preset's name (`paper@500`; in Snakemake `--config preset=paper budget=500`) limits every
+command and the DAG to a number of GPU-hours, or on a CPU to hours of jobs, one after the other. Parts are left out one
+by one until the remaining plan fits:
 
-1. what takes no core claim with it, the dearest first: an experiment that tests none, one of several models of an
-   experiment, one of several experiments that test the same;
-2. then whole experiments, the dearest per core claim lost first. The last one stays.
+1. first the parts without which every core claim can still be tested, the most expensive first: an experiment that
+   tests none, one of several models of an experiment, one of several experiments that test the same claims;
+2. then whole experiments, the one with the most hours per lost core claim first. The last experiment is kept.
 
-What would save less than a hundredth of what is left is not worth it, and stays for the time being. Conditions, grids
-of learning rates and seeds are never thinned, so what remains can say all that it could before, and its runs are the
-same runs. A larger budget keeps what a smaller one keeps.
+A part that would save less than a hundredth of the remaining hours is kept until larger parts are gone. Conditions,
+grids of learning rates and seeds are never thinned, so the remaining experiments can show all that they could before,
+and their runs are the same runs. A larger budget keeps everything that a smaller one keeps.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ CORE_CLAIMS = {
     "rl_arithmetic": ("F1", "F2"),
     "rl_gsm8k": ("F1", "F2"),
     "rl_math": ("F1", "F2"),
+    "rl": ("F1", "F2"),
 }
 """The claims that make up the paper's core, by the experiment that tests them."""
 
 _OF_DENSE_MODELS = ("E1", "E2")
 
 Unit = tuple[str, str]
-"""An experiment on a model; what measures steps has no model of its own."""
+"""A part that can be left out: an experiment's name and a model's, which is empty for the experiment `compute`."""
 _COMPUTE: Unit = ("compute", "")
 
-# A share of the hours that are left: less is not worth leaving anything out.
+# The share of the remaining hours that a part must at least save to be left out.
 _WORTH = 0.01
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something that is left out, and the hours that this saves when all before it is left out already."""
+    """A part that is left out, and the hours that this saves once all earlier steps are taken."""
 
     units: frozenset[Unit]
     what: str
@@ -56,19 +57,19 @@ class Step:
 
 
 def with_budget(preset: str, hours: float | str) -> str:
-    """The name of a preset within a budget, in place of any that it had.
+    """The name of a preset with a budget, which replaces any budget in that name.
 
     Raises:
         PresetError: the budget is no number of hours.
     """
-    name, found = split_budget(f"{split_budget(preset)[0]}@{hours}")
-    if found is None or not 0 < found < math.inf:
+    name, budget = split_budget(f"{split_budget(preset)[0]}@{hours}")
+    if budget is None or not 0 < budget < math.inf:
         raise PresetError(f"budget = {hours!r}: a number of hours above 0 is needed")
-    return f"{name}@{found:g}"
+    return f"{name}@{budget:g}"
 
 
 def split_budget(preset: str) -> tuple[str, float | None]:
-    """Name or path of a preset, and the hours behind the @ if there are any."""
+    """Split `NAME@HOURS` into a preset's name or path and its budget in hours, None if there is none."""
     name, mark, hours = preset.rpartition("@")
     try:
         return (name, float(hours)) if mark else (preset, None)
@@ -77,9 +78,11 @@ def split_budget(preset: str) -> tuple[str, float | None]:
 
 
 def within(preset: Preset, hours: float) -> tuple[Preset, list[str]]:
-    """The preset without what is beyond the budget, and a sentence about each thing that was left out.
+    """Leave out parts of a preset until it fits a budget of hours.
 
-    The sentences are among the preset's limits too, for the report.
+    Returns:
+        The reduced preset, and a sentence about each part that was left out. The sentences are also among the reduced
+        preset's limits, for the report.
 
     Raises:
         PresetError: not even one experiment fits.
@@ -105,7 +108,10 @@ def within(preset: Preset, hours: float) -> tuple[Preset, list[str]]:
 
 
 def order(plan: Plan) -> Iterator[Step]:
-    """All that may be left out, in this order; the last experiment that trains may not."""
+    """Yield the parts that may be left out, in order; the last experiment that trains must not be.
+
+    The module's docstring describes the order.
+    """
     needed = {job: {(name, job.sweeps[0].condition.model) for name in job.experiments} for job in plan.jobs}
     hours = {job: _hours(bill.training(plan, [job])) for job in plan.jobs}
     left: set[Unit] = set().union(*needed.values())
@@ -121,19 +127,19 @@ def order(plan: Plan) -> Iterator[Step]:
         return len(_claims(plan.preset, left) - _claims(plan.preset, left - more))
 
     while True:
-        whole = {name: frozenset(one for one in left if one[0] == name) for name, _ in left}
+        whole = {name: frozenset(unit for unit in left if unit[0] == name) for name, _ in left}
         choices = {units: name for name, units in whole.items() if left - units - {_COMPUTE}}
         choices |= {
-            frozenset([one]): f"{one[0]} on {one[1]}"
-            for one in left
-            if len(whole[one[0]]) > 1 and one[0] in CORE_CLAIMS
+            frozenset([(name, model)]): f"{name} on {model}"
+            for name, model in left
+            if len(whole[name]) > 1 and name in CORE_CLAIMS
         }
         everything = saved(frozenset(left))
         steps = [Step(units, what, saved(units)) for units, what in choices.items()]
         steps = [step for step in steps if step.hours >= _WORTH * everything]
         if not steps:
             return
-        # Names make the order certain where hours are equal.
+        # Names decide where hours are equal, so that the order is always the same.
         free = [step for step in steps if not lost(step.units)]
         if free:
             best = max(free, key=lambda step: (step.hours, step.what))
@@ -144,7 +150,7 @@ def order(plan: Plan) -> Iterator[Step]:
 
 
 def _claims(preset: Preset, units: Iterable[Unit]) -> set[str]:
-    """The core claims that experiments test together."""
+    """The core claims that experiments on models test together."""
     return {
         claim
         for name, model in units
@@ -153,8 +159,8 @@ def _claims(preset: Preset, units: Iterable[Unit]) -> set[str]:
     }
 
 
-def _hours(one: bill.Bill) -> float:
-    return one.gpu_hours if one.gpus else one.job_hours
+def _hours(cost: bill.Bill) -> float:
+    return cost.gpu_hours if cost.gpus else cost.job_hours
 
 
 def _without(preset: Preset, units: frozenset[Unit]) -> Preset:
@@ -165,7 +171,7 @@ def _without(preset: Preset, units: frozenset[Unit]) -> Preset:
         if name == "compute":
             changed[name] = None
             continue
-        gone = {model for one, model in units if one == name}
+        gone = {model for experiment, model in units if experiment == name}
         blocks = [
             block.model_copy(update={"models": kept})
             for block in experiments.trained()[name]

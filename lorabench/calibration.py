@@ -1,4 +1,4 @@
-"""The cost model against runs that were measured: the speed that fits them, and how far off it is then."""
+"""Calibration of the cost model on measured runs: the speed that fits them, and the errors that remain."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorabench import cost
 from lorabench.bill import on_gpu
-from lorabench.config import Preset
+from lorabench.config import PRESETS, Preset, load_preset
 from lorabench.errors import UserError
 from lorabench.gpus import is_called, processor
 from lorabench.lanes import lanes_of
 from lorabench.memory import gpus_needed, peak_bytes
-
-if TYPE_CHECKING:
-    from lorabench.plan import Plan, Sweep
+from lorabench.plan import Plan, Sweep, make_plan
 
 RESULTS = Path("results")
 _COLUMNS = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
@@ -27,7 +25,7 @@ _COLUMNS = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
 
 @dataclass(frozen=True)
 class Error:
-    """Predicted over measured: the median of the runs, and the two that are furthest off on either side."""
+    """The ratio of predicted to measured values over runs: its median, smallest and largest value."""
 
     median: float
     lowest: float
@@ -35,24 +33,24 @@ class Error:
 
     @property
     def worst(self) -> float:
-        """The factor by which the worst run is off, at least 1."""
+        """The factor by which the worst prediction is too high or too low, at least 1."""
         return max(self.highest, 1 / self.lowest)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What measured runs say about a device."""
+    """The cost model's speed and errors, fitted to the measured runs of a device."""
 
     device: str
     runs: int
     gflops: float
-    """Useful GFLOP/s of a job on a CPU, of one GPU: the predicted FLOPs of all runs over their seconds."""
+    """Useful GFLOP/s of a job on a CPU, or of one GPU: the predicted FLOPs of all runs over their seconds."""
     time: Error
     memory: Error
 
     @property
     def sentence(self) -> str:
-        """For a reader."""
+        """The calibration in a sentence for a reader."""
         return (
             f"measured on {self.runs} runs on {self.device}: {self.gflops:,.3g} GFLOP/s; predicted over measured, "
             f"median and range: time {_ratios(self.time)}, memory {_ratios(self.memory)}"
@@ -62,12 +60,15 @@ class Calibration:
 def calibrate(
     runs: Sequence[Mapping[str, Any]], sweeps: Mapping[str, tuple[Preset, Sweep]], device: str
 ) -> Calibration | None:
-    """Fit the speed to the finished runs of a device; None if there are none.
+    """Fit the speed to the finished runs of a device.
 
     Args:
-        runs: rows of a table `runs`: run_id, status, device, wall_s, peak_mem_bytes.
-        sweeps: the preset and the sweep of each run that is known, by run_id (see `planned_runs`).
-        device: as the table calls it.
+        runs: rows of a table `runs`, with run_id, status, device, wall_s (seconds) and peak_mem_bytes.
+        sweeps: the preset and the sweep of each known run, by run_id (see `planned_runs`).
+        device: the device's name in the table.
+
+    Returns:
+        None if none of the runs is known, finished, timed and of that device.
     """
     measured = [
         (*sweeps[run["run_id"]], _gpus(*sweeps[run["run_id"]]), run["wall_s"], run["peak_mem_bytes"] or 0)
@@ -78,14 +79,14 @@ def calibrate(
         return None
     work, fixed = [], []
     for preset, sweep, gpus, _, _ in measured:
-        of_flops, of_launches = cost.run_seconds(preset, sweep, gpus)
-        work.append(of_flops * cost.speed(preset.execution))
-        fixed.append(of_launches)
+        computing_seconds, fixed_seconds = cost.run_seconds(preset, sweep, gpus)
+        work.append(computing_seconds * cost.speed(preset.execution))
+        fixed.append(fixed_seconds)
     seconds = [seconds for *_, seconds, _ in measured]
-    # What is launched one by one is an assumption; of what was measured it is never all.
-    computing = [max(of_run - launches, of_run / 2) for of_run, launches in zip(seconds, fixed, strict=True)]
+    # The fixed seconds are an assumption, so they never count as more than half of a run's measured seconds.
+    computing = [max(wall - launches, wall / 2) for wall, launches in zip(seconds, fixed, strict=True)]
     speed = sum(work) / sum(computing)
-    times = [(flops / speed + rest) / of_run for flops, rest, of_run in zip(work, fixed, seconds, strict=True)]
+    times = [(flops / speed + launches) / wall for flops, launches, wall in zip(work, fixed, seconds, strict=True)]
     memory = [
         peak_bytes(preset, sweep, gpus, lanes_of(preset, sweep, gpus)) / peak
         for preset, sweep, gpus, _, peak in measured
@@ -95,7 +96,7 @@ def calibrate(
 
 
 def _gpus(preset: Preset, sweep: Sweep) -> int:
-    """GPUs of a run's job: it ran, so it had some, even if the estimate finds no room."""
+    """The GPUs of a measured run's job: `max_gpus` where the estimate says that it does not fit, since it ran."""
     try:
         return gpus_needed(preset, sweep)
     except UserError:
@@ -103,7 +104,7 @@ def _gpus(preset: Preset, sweep: Sweep) -> int:
 
 
 def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
-    """Every run that plans may come to, by run_id: the grids, and the further seeds at any of their LRs."""
+    """The preset and sweep of every run that plans may contain, by run_id, whichever LRs prove the best."""
     return {
         run.run_id: (plan.preset, sweep)
         for plan in plans
@@ -113,21 +114,27 @@ def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
 
 
 def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
-    """Calibrate on the tables of some folders, or without any on those under results/, for the plan's device.
+    """Calibrate the cost model on tables of runs, for the plan's device.
 
-    The device is the preset's GPU; of a CPU preset this machine's processor, or with named folders the one that most
-    of their runs were made on.
+    The device is the preset's GPU. For a CPU preset it is this machine's processor, or with named folders the processor
+    of most of their runs.
+
+    Args:
+        folders: folders of tables; if empty, all under results/.
+
+    Returns:
+        None if no folder is named and there is no suitable run under results/.
 
     Raises:
-        UserError: a named folder has no run that a plan knows, on such a device.
+        UserError: the named folders have no finished run that a plan knows, on such a device.
     """
-    found = list(folders) or sorted({path.parent for path in RESULTS.glob("*/tables/runs.*")})
-    if not found:
+    tables = list(folders) or sorted({path.parent for path in RESULTS.glob("*/tables/runs.*")})
+    if not tables:
         return None
     from lorabench.tables import read_rows
 
-    runs = {row["run_id"]: row for folder in reversed(found) for row in read_rows(folder, "runs", _COLUMNS)}
-    sweeps = planned_runs([plan, *_named_plans(found, plan)])
+    runs = {row["run_id"]: row for folder in reversed(tables) for row in read_rows(folder, "runs", _COLUMNS)}
+    sweeps = planned_runs([plan, *_named_plans(tables, plan)])
     known = [row for run_id, row in runs.items() if run_id in sweeps]
     gpu = plan.preset.execution.gpu
     counted = Counter(row["device"] for row in known if row["device"]).most_common()
@@ -140,7 +147,7 @@ def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
 
 
 def calibrated(preset: Preset, measured: Calibration) -> Preset:
-    """The preset with the speed that was measured."""
+    """The preset with the measured speed."""
     execution = preset.execution.model_copy(update={"gflops": measured.gflops})
     return preset.model_copy(update={"execution": execution})
 
@@ -152,10 +159,7 @@ def _is(device: str, gpu: str | None, anywhere: bool) -> bool:
 
 
 def _named_plans(folders: Sequence[Path], plan: Plan) -> Iterator[Plan]:
-    """The plans of shipped presets whose results the folders are (results/NAME/tables), on the plan's GPU."""
-    from lorabench.config import PRESETS, load_preset
-    from lorabench.plan import make_plan
-
+    """Yield the plans of the shipped presets that folders (results/NAME/tables) are named for, on the plan's GPU."""
     for name in dict.fromkeys(folder.resolve().parent.name for folder in folders):
         if (PRESETS / f"{name}.yaml").is_file():
             preset, gpu = load_preset(name), plan.preset.execution.gpu

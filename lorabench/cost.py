@@ -1,10 +1,10 @@
-"""What a job costs, before it is run: tokens, FLOPs, seconds.
+"""The cost of a job, estimated before it is run: tokens, FLOPs and seconds.
 
-FLOPs of linear layers, as the paper counts (its section on compute efficiency): per token 6 for each parameter that
-is trained, forward and backward, and 4 for each that is frozen; LoRA saves the weight gradient of the base and pays
-for A and B. On top come the two products of attention, which the paper leaves out: with contexts of thousands of
-tokens they are no longer small. Seconds are FLOPs at the speed of `execution`, and what does not depend on it:
-starting, loading, and on a GPU drawing token after token.
+FLOPs of linear layers are counted as in the paper's section on compute efficiency: per token, forward and backward, 6
+for each trained parameter and 4 for each frozen one; LoRA saves the weight gradient of the base and pays for A and B.
+The two products of attention, which the paper leaves out, are added: with contexts of thousands of tokens they are no
+longer small. Seconds are the FLOPs at the speed of `execution`, plus the time that does not depend on that speed:
+starting, loading, and on a GPU drawing responses token by token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorabench.config import Preset
+from lorabench.config import EvalTask, Execution, Preset
 from lorabench.gpus import GPUS
 from lorabench.lanes import lanes_of, turns
 from lorabench.lengths import longest_sequence, prompt_tokens, tokens_per_example
@@ -20,55 +20,60 @@ from lorabench.memory import cast_parameters
 from lorabench.models.dimensions import Dimensions, dimensions
 
 if TYPE_CHECKING:
-    from lorabench.config import EvalTask, Execution
     from lorabench.plan import Condition, EvalJob, Job, Sweep
 
-# Imports, loading, and writing of one job, in seconds on one core.
+# Seconds in which a job on one core imports its libraries, loads and writes.
 _START_SECONDS = 6.0
 _EVALUATION_START_SECONDS = 12.0
-# On a CPU a token that is drawn takes so many times the seconds of a forward pass over a text: one position at a time
-# leaves most of a machine idle. On one core the tiny base draws 11,000 a second, where 50 GFLOP/s would read 30,000.
+# Seconds of drawing a token on a CPU over seconds of a forward pass for one token of a text: one position at a time
+# leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
+# 30,000.
 _DECODING = 3.0
 
-# Assumptions about GPUs, until runs were measured. A job starts and imports; weights are read from disk, bytes/s.
+# Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
+# at which weights are read from disk.
 _GPU_START_SECONDS = 60.0
 _READING = 1e9
-# Launching one layer for one position from Python: what a token costs at least, whatever the batch.
+# Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
-# Several GPUs wait for each other: their share of the speed of as many single ones.
+# The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
-# Where a task of lm-eval says nothing of the longest answer, and the preset neither. A batch lasts as long as that.
+# Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
+# longest answer.
 _LONGEST_ANSWER = 256
 
 
 def speed(execution: Execution, gpus: int = 1) -> float:
-    """Useful FLOP/s of a job: of a CPU, or of that many GPUs."""
+    """Useful FLOP/s of a job on a CPU, or on the given number of GPUs."""
     if execution.gflops is not None:
-        one = execution.gflops * 1e9
+        single = execution.gflops * 1e9
     else:
         assert execution.gpu
         gpu = GPUS[execution.gpu]
-        one = gpu.peak_flops * gpu.efficiency
-    return one if gpus <= 1 else one * gpus * _SHARDED
+        single = gpu.peak_flops * gpu.efficiency
+    return single if gpus <= 1 else single * gpus * _SHARDED
 
 
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
-    """FLOPs of a forward and backward pass for one token, linear layers only, as the paper counts.
+    """FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
 
     Args:
-        lora: parameters of LoRA that a token goes through; None in full fine-tuning.
+        lora: LoRA's parameters that a token passes through; None is full fine-tuning.
     """
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
 
 def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
-    """FLOPs of the forward pass for one token that sees so many others; backward takes twice as many."""
+    """FLOPs of attention's forward pass for a token that attends to `context` others; backward takes twice as many."""
     return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
 
 
 @dataclass(frozen=True)
 class RunTokens:
-    """Tokens of one run: trained on, evaluated without a gradient, and drawn; and how many a token sees on average."""
+    """Tokens of one run: trained on, evaluated without a gradient, and drawn.
+
+    `context` is the mean number of tokens that a token attends to.
+    """
 
     trained: float
     evaluated: float
@@ -77,33 +82,33 @@ class RunTokens:
 
 
 def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
-    """Estimated tokens of each run of a condition."""
+    """Estimate the tokens of each run of a condition."""
     rollouts = condition.rollouts
     if rollouts is None:
         dataset = preset.datasets[condition.dataset]
         per_example = tokens_per_example(preset.models[condition.model], dataset)
         examples = _validations(preset, condition.steps) * dataset.validation + dataset.test
         trained = condition.steps * condition.batch_size * per_example
-        # A causal token sees half of its example, but most tokens are in examples twice as long as the mean.
+        # A causal token attends to half of its example, but most tokens are in examples twice as long as the mean.
         return RunTokens(trained, examples * per_example, 0.0, per_example)
     prompt, response = prompt_tokens(preset, condition), rollouts.mean_response_tokens
     episodes = condition.steps * condition.batch_size
     graded = rollouts.evaluations * _graded(preset, condition)
-    # A prompt goes through the model once for its group, in sampling and in learning.
+    # A prompt passes through the model once for its group, both in sampling and in learning.
     prompts = episodes / rollouts.group_size * prompt
     drawn = (episodes + graded) * response
     return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
 
 
 def _validations(preset: Preset, steps: int) -> int:
-    """Points of a run's validation curve after the first step, as `lorabench.training.sft.curve_steps` places them."""
+    """The number of validations of a run, at the steps where `lorabench.training.sft.curve_steps` places them."""
     protocol = preset.protocol
     spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
     return len(spaced | {step for step in protocol.validate_at if step <= steps})
 
 
 def _graded(preset: Preset, condition: Condition) -> int:
-    """Responses of one evaluation in RL."""
+    """The number of responses that are graded in one evaluation of an RL run."""
     assert condition.rollouts
     problems = preset.problems[condition.dataset]
     held_out = sum(preset.problems[name].test for name in condition.rollouts.held_out)
@@ -116,7 +121,7 @@ class _RunFlops:
     evaluated: float
     drawn: float
     again: float
-    """Of forward passes that activation checkpointing repeats."""
+    """FLOPs of the forward passes that activation checkpointing repeats."""
 
 
 def _run_flops(preset: Preset, condition: Condition) -> _RunFlops:
@@ -133,16 +138,16 @@ def _run_flops(preset: Preset, condition: Condition) -> _RunFlops:
 
 
 def sweep_flops(preset: Preset, sweep: Sweep) -> float:
-    """FLOPs of all runs of a sweep, evaluation and sampling included."""
+    """FLOPs of all runs of a sweep, with their evaluation and sampling."""
     flops = _run_flops(preset, sweep.condition)
     return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
 
 
 def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
-    """What the wall-clock seconds of one run are made of, on so many GPUs (0: a CPU).
+    """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU), in two parts.
 
     Returns:
-        Seconds that go with the speed of `execution`, and those that don't.
+        The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
     flops = _run_flops(preset, sweep.condition)
     work = flops.trained + flops.evaluated + flops.again
@@ -155,57 +160,57 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
 
 
 def start_seconds(preset: Preset) -> float:
-    """Wall-clock seconds that a job takes before its first step, but for reading a large model."""
+    """Wall-clock seconds of a job before its first step, without reading a large model."""
     return _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
 
 
 def job_seconds(preset: Preset, job: Job, gpus: int) -> float:
-    """Wall-clock seconds of a job on so many GPUs (0: a CPU): it starts once for all its sweeps."""
+    """Estimate the wall-clock seconds of a job on `gpus` GPUs (0: a CPU), which starts once for all its sweeps."""
     return start_seconds(preset) + sum(sweep_seconds(preset, sweep, gpus) for sweep in job.sweeps)
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Wall-clock seconds of a sweep within a job on so many GPUs; 0 is a CPU."""
+    """Estimate the wall-clock seconds of a sweep on `gpus` GPUs (0: a CPU), without the start of its job."""
     seconds = sweep.n_runs * sum(run_seconds(preset, sweep, gpus))
     if not gpus:
         return seconds
-    # Full fine-tuning loads the base anew for each run.
+    # Full fine-tuning loads the base again for each run.
     loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
     weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
     return seconds + loads * weights / _READING
 
 
 def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """What a run takes at least on GPUs, however small the model: its passes through layers, launched one by one.
+    """The least wall-clock seconds of a run on GPUs, however small the model: launching its passes layer by layer.
 
-    Of passes that runs share as lanes, its share.
+    The passes that runs share as lanes are divided among them.
     """
     condition = sweep.condition
     tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
     share = turns(preset, sweep, lanes_of(preset, sweep, gpus)) / sweep.n_runs
-    # Backward takes two of three.
+    # A training step counts as three passes, two of them backward.
     passes = 3 * condition.steps * max(share, tokens.trained / condition.steps / most) + tokens.evaluated / most
     return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
 
 
 def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Seconds of one run that drawing takes on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
+    """Seconds of drawing one run's responses on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
     condition, execution = sweep.condition, preset.execution
     rollouts = condition.rollouts
     assert rollouts
     assert execution.gpu
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    together = lanes_of(preset, sweep, gpus)
+    lanes = lanes_of(preset, sweep, gpus)
     rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
-    # Batches of rows, each drawn until its longest response ends; lanes share them.
-    batches = condition.steps * max(1.0, together * condition.batch_size / rows)
-    batches += rollouts.evaluations * max(1.0, together * _graded(preset, condition) / rows)
-    # Autocast copies frozen weights for every position, and trained ones once; those that stay in bf16 are read there,
-    # as is the copy that processes of a sharded model sample from.
+    # Each batch of rows is drawn until its longest response ends; lanes share batches.
+    batches = condition.steps * max(1.0, lanes * condition.batch_size / rows)
+    batches += rollouts.evaluations * max(1.0, lanes * _graded(preset, condition) / rows)
+    # Autocast copies frozen weights for every position and trained weights once; weights that are kept in bf16, and the
+    # copy from which processes of a sharded model sample, are read in bf16.
     cast = cast_parameters(preset, sizes, condition.placement, gpus)
     other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
     weights = (2 * cast + other) / gpu.bandwidth
-    positions = batches / together * rollouts.max_new_tokens
+    positions = batches / lanes * rollouts.max_new_tokens
     # Keys and values are repeated for all heads, cast, and read.
     tokens = run_tokens(preset, condition)
     cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
@@ -213,7 +218,7 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
 
 
 def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
-    """Tokens that an evaluation with lm-eval reads or draws, and their FLOPs."""
+    """Estimate the tokens that an evaluation with lm-eval reads or draws, and their FLOPs."""
     assert preset.evaluation
     parameters = dimensions(preset.models[job.model]).active_linear
     tokens = sum(_documents(task) * task.mean_tokens for task in preset.evaluation.tasks)
@@ -221,13 +226,13 @@ def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
 
 
 def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
-    """Wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
+    """Estimate the wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
     assert preset.evaluation
     sizes, gpu = dimensions(preset.models[job.model]), preset.execution.gpu
     seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
     for task in preset.evaluation.tasks:
         read = 2.0 * sizes.active_linear * _documents(task) * task.mean_tokens / speed(preset.execution)
-        # What was learned is mostly told by drawn answers, what was forgotten by the probability of texts.
+        # Tasks about what was learned mostly draw answers; tasks about what was forgotten read texts.
         drawn = task.about == "learned"
         seconds += read * _DECODING if drawn and gpu is None else read
         if drawn and gpu is not None:
@@ -242,7 +247,10 @@ def _documents(task: EvalTask) -> int:
 
 
 def compute_seconds(preset: Preset) -> float:
-    """Wall-clock seconds of the job that measures training steps; counting and memory take a few steps more."""
+    """Estimate the wall-clock seconds of the job that measures training steps.
+
+    It takes a few steps more than it times, to count FLOPs and to measure memory.
+    """
     experiment = preset.experiments.compute
     assert experiment
     tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 8)

@@ -1,6 +1,6 @@
-"""The GPUs that work can be priced on. Peaks are dense, without sparsity; from the vendors' data sheets.
+"""The GPUs for which cost can be estimated. Peaks are dense, without sparsity, from the vendors' data sheets.
 
-`efficiency` is what the cost model assumes of the peak in training until runs were measured (`lorabench plan
+`efficiency` is the share of the peak that the cost model assumes in training until runs are measured (`lorabench plan
 --measured`): eager PyTorch with autocast of fp32 weights, not a tuned kernel. It is an assumption, not a measurement.
 """
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GB = 1e9
-# Assumed, not measured: a pass of 16,384 tokens through a model of width 2,048 leaves nothing of an H100 idle, and of
-# another GPU one that goes with its peak.
+# Assumed, not measured: a pass of 16,384 tokens through a model of width 2,048 fully occupies an H100, and other GPUs
+# need a pass in proportion to their peak.
 _BUSY = 16_384 * 2048 / 989.5e12
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; FLOP/s of dense bf16 products with fp32 accumulation, bytes and bytes/s of its memory."""
+    """A GPU: its peak FLOP/s of dense bf16 products with fp32 accumulation, and its memory in bytes and bytes/s."""
 
     peak_flops: float
     memory: float
@@ -28,7 +28,7 @@ class Gpu:
 
     @property
     def busy(self) -> float:
-        """Tokens of one pass through a model times its width that leave nothing idle."""
+        """The tokens of one pass through a model times the model's width that fully occupy the GPU."""
         return _BUSY * self.peak_flops
 
 
@@ -52,7 +52,7 @@ GPUS = {
 
 
 def is_called(gpu: str, device: str) -> bool:
-    """Whether a GPU of that name calls itself so to torch: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
+    """Whether a device by torch's name for it is the GPU named `gpu`: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
     return set(gpu.split("-")) <= set(re.split(r"[ -]", device))
 
 

@@ -1,8 +1,8 @@
-"""How many runs of a sweep are trained together in one process, as its lanes. No torch.
+"""The number of lanes of a sweep: the runs that are trained together in one process. Does not import torch.
 
-As many as pay: lanes fill a machine that one run leaves idle, and give nothing where one run fills it. Never more than
-fit, on the same GPUs that one run needs. The number follows from preset and sweep alone, so that a job that was killed
-goes on in the same lanes.
+Lanes fill a machine that one run leaves idle, and gain nothing where one run fills it; they must fit into the memory
+of the GPUs that one run needs. The number follows from preset and sweep alone, so that a job that was killed resumes in
+the same lanes.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
-from lorabench.config import Preset
+from lorabench.config import Execution, Preset
 from lorabench.gpus import GB, GPUS
 from lorabench.lengths import longest_sequence, tokens_per_example
 from lorabench.memory import USABLE, peak_bytes
 from lorabench.models.dimensions import dimensions, merges
 
 if TYPE_CHECKING:
-    from lorabench.config import Execution
     from lorabench.plan import Condition, Run, Sweep
 
 Work = Literal["lora", "fullft", "drawing"]
-"""What a pass through a model is for: training by a method of SFT, or drawing responses."""
+"""The purpose of a pass through a model: SFT by LoRA or by full fine-tuning, or drawing the responses of RL."""
 
-# Tokens of one run's batch, or of one position of all its responses, times the model's width that keep a CPU thread
-# busy. Measured with 1 and 2 threads, on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA still
-# gained at 262,144 for each thread; full fine-tuning, and LoRA by merged weights, up to about 80,000, and no more at
-# 170,000. Drawing responses gained up to 32,768 and no more above.
+# Tokens of one run's batch (in drawing: responses, each one token at a time) times the model's width that keep a CPU
+# thread busy. Measured with 1 and 2 threads on batches of the laptop preset (the table is in tests/test_lanes.py): LoRA
+# still gained at 262,144 for each thread; full fine-tuning, and LoRA by merged weights, up to about 80,000, and no more
+# at 170,000. Drawing responses gained up to 32,768 and no more above.
 _BUSY_THREAD: dict[Work, int] = {"lora": 1_048_576, "fullft": 327_680, "drawing": 65_536}
-# Bytes of a job on a CPU for each of its threads, beyond which it takes fewer lanes: clusters commonly have so much.
+# A CPU job takes fewer lanes rather than more bytes than this for each thread, which clusters commonly have.
 _CPU_MEMORY = 4 * GB
 
 
 def lanes_of(preset: Preset, sweep: Sweep, gpus: int) -> int:
-    """Runs of a sweep that are trained together by so many GPUs, a process for each (0: a CPU); at least 1.
+    """The number of a sweep's runs that are trained together on `gpus` GPUs, one process each (0: a CPU); at least 1.
 
     One where the model is sharded or has experts, and in full fine-tuning by RL or with compiled layers.
     """
@@ -47,37 +46,36 @@ def lanes_of(preset: Preset, sweep: Sweep, gpus: int) -> int:
     most = min(execution.lanes, max(map(len, _groups(preset, sweep, execution.lanes))), _paying(preset, condition))
     while most > 1 and not _fit(preset, sweep, gpus, most):
         most -= 1
-    # Five runs are three and two rather than four and one.
+    # The fewest lanes with as few turns: five runs are dealt three and two rather than four and one.
     work = _work(preset, condition)
     taken = {lanes: turns(preset, sweep, lanes) for lanes in range(1, most + 1) if busy(execution, work, lanes)}
     return min(taken, key=lambda lanes: (taken[lanes], lanes))
 
 
 def turns(preset: Preset, sweep: Sweep, lanes: int) -> int:
-    """How often so many lanes are filled, one after the other, until all runs of a sweep are trained."""
+    """The number of groups of at most `lanes` runs, trained one after the other, that a sweep's runs make."""
     return len(_groups(preset, sweep, lanes))
 
 
 def dealt(preset: Preset, runs: Iterable[Run], lanes: int) -> list[list[Run]]:
-    """Runs of one condition, in groups of at most so many that are trained together.
+    """Deal runs of one condition into groups of at most `lanes`, which are trained together.
 
-    In full fine-tuning on a CPU they are of one seed: batches of different seeds are padded to the longest examples of
-    any, by a tenth or so, which is more than these lanes gain there (3 to 4% for one thread where seeds are the same).
+    In full fine-tuning on a CPU the runs of a group have the same seed: batches of different seeds are padded to the
+    longest example of any of them, about a tenth more tokens, while lanes gain less there (3 to 4% with one thread and
+    equal seeds).
     """
     groups: dict[int, list[Run]] = defaultdict(list)
     for run in runs:
-        apart = preset.execution.gpu is None and run.condition.method == "fullft"
-        groups[run.seed if apart else 0].append(run)
+        by_seed = preset.execution.gpu is None and run.condition.method == "fullft"
+        groups[run.seed if by_seed else 0].append(run)
     return [group[start : start + lanes] for group in groups.values() for start in range(0, len(group), lanes)]
 
 
 def paying(execution: Execution, work: Work, tokens: float, hidden: int) -> int:
-    """Lanes that a machine takes before it is full, at least 1.
-
-    One of several GPUs; their number is not counted.
+    """The number of lanes that fill the machine (a CPU's threads, or one GPU), at least 1.
 
     Args:
-        tokens: those of a lane's batch, on average, or as many as go through the model at once.
+        tokens: tokens of a lane's average batch, or of the part of it that goes through the model at once.
         hidden: the model's width.
     """
     full = execution.threads * _BUSY_THREAD[work] if execution.gpu is None else GPUS[execution.gpu].busy
@@ -85,9 +83,10 @@ def paying(execution: Execution, work: Work, tokens: float, hidden: int) -> int:
 
 
 def busy(execution: Execution, work: Work, lanes: int) -> bool:
-    """Whether a CPU's threads, each with whole lanes of stacked products, are busy but for a fifth.
+    """Whether all of a CPU's threads but at most a fifth are busy, where each thread computes whole lanes.
 
-    Three lanes on two threads took a tenth longer than each run alone. LoRA's largest products are not stacked.
+    It matters for full fine-tuning on a CPU, whose products are stacked over lanes: three lanes on two threads took a
+    tenth longer than each run alone. LoRA's largest products are not stacked, so for LoRA the answer is always true.
     """
     if lanes == 1 or execution.gpu is not None or work != "fullft":
         return True
@@ -102,24 +101,24 @@ def _paying(preset: Preset, condition: Condition) -> int:
         tokens = min(batch, float(max(longest, execution.max_batch_tokens)))
     else:
         tokens = condition.batch_size
-    # Lanes share the limit of tokens: it has room for an example of each.
+    # Lanes share `max_batch_tokens`, which must have room for the longest example of each.
     within = execution.max_batch_tokens // longest
     return max(1, min(within, paying(execution, _work(preset, condition), tokens, dimensions(model).hidden)))
 
 
 def _work(preset: Preset, condition: Condition) -> Work:
-    """What takes a condition's time."""
+    """The kind of work that takes most of a condition's time."""
     if condition.rollouts is not None:
-        # Drawing takes longer than learning: one position of all responses at a time.
+        # Drawing takes longer than learning, because it computes one position of all responses at a time.
         return "drawing"
     width = dimensions(preset.models[condition.model]).hidden
-    # With merged weights LoRA has the products of full fine-tuning.
+    # With merged weights LoRA computes the same products as full fine-tuning.
     merged = condition.rank and preset.protocol.precision == "fp32" and merges(condition.rank, width, width)
     return "fullft" if merged else condition.method
 
 
 def _groups(preset: Preset, sweep: Sweep, lanes: int) -> list[list[Run]]:
-    """Of the runs that are known from the start, then of those that wait for the best LR."""
+    """The groups of the runs that are known from the start, then of the runs that wait for the best LR."""
     later = sweep.repeats(best_lr=math.nan)
     return dealt(preset, sweep.grid(), lanes) + dealt(preset, later, lanes)
 

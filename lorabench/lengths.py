@@ -1,4 +1,4 @@
-"""How many tokens examples, prompts and responses have, estimated before any of them is made. No torch."""
+"""Estimated lengths of examples, prompts and responses in tokens, before any of them exists. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lorabench.config import DatasetSpec, ModelSpec, Preset
 if TYPE_CHECKING:
     from lorabench.plan import Condition
 
-# Measured on the offline datasets: mean characters of an example as a share of the limit, and at most; characters
-# per token of the tiny base's tokenizer and, roughly, of large ones. Those of the hub's problems are guesses.
+# Measured on the offline datasets: an example's mean length as a share of the limit, and its largest mean; characters
+# per token of the tiny base's tokenizer and, roughly, of large ones. The lengths of the hub's problems are guesses.
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
@@ -19,7 +19,7 @@ _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
-    """Estimated tokens of one example."""
+    """The estimated mean number of tokens of an example."""
     if dataset.kind in ("hub", "file"):
         return dataset.mean_tokens
     if dataset.kind == "facts":
@@ -30,13 +30,13 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
 
 
 def prompt_tokens(preset: Preset, condition: Condition) -> float:
-    """Estimated tokens of a condition's problem."""
+    """The estimated mean number of tokens of a problem of an RL condition."""
     kind = preset.problems[condition.dataset].kind
     return _CHARS_OF_A_PROBLEM[kind] / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
 
 
 def longest_sequence(preset: Preset, condition: Condition) -> int:
-    """Tokens of the longest example, or of a prompt with the longest response."""
+    """The estimated number of tokens of the longest example, or in RL of a prompt with the longest response."""
     model = preset.models[condition.model]
     if condition.rollouts is not None:
         return round(prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens

@@ -1,11 +1,12 @@
-"""Memory of a job, estimated from the sizes of its model: what decides how many GPUs it needs. No torch.
+"""The memory of a job, estimated from the sizes of its model; it decides the number of GPUs. Does not import torch.
 
-Per process: fp32 master weights, and in bf16 those that LoRA goes with; gradients and Adam's two moments of what is
-trained; the bf16 copies of other weights that autocast makes; activations of one micro-batch; logits of its scored
-tokens; in RL the cache of keys and values. Lanes of LoRA share the base, those of full fine-tuning no weights; the
-tokens of all together are as many as those of one run. Over several GPUs (FSDP) weights, gradients and moments are
-split, activations and logits are not. The numbers of bytes follow the code of transformers and PEFT, and were checked
-by the life of every tensor's storage (`lorabench.training.compute`, tests/test_cost.py).
+A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
+moments of the trained parameters; the bf16 copies that autocast makes of the other weights; activations of one
+micro-batch; logits of its scored tokens; in RL the cache of keys and values. Lanes of LoRA share the base, lanes of
+full fine-tuning share no weights; a micro-batch of all lanes together has as many tokens as that of one run. Over
+several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers of bytes
+follow the code of transformers and PEFT, and were checked by the lifetime of every tensor's storage
+(`lorabench.training.compute`, tests/test_cost.py).
 """
 
 from __future__ import annotations
@@ -24,48 +25,48 @@ from lorabench.models.placement import Placement
 if TYPE_CHECKING:
     from lorabench.plan import Sweep
 
-# Of a GPU's memory; the rest is the driver's, or lost between blocks.
+# The usable share of a GPU's memory; the driver and the gaps between allocated blocks take up the remainder.
 USABLE = 0.92
-# Of a process on a CPU that has imported its libraries, and in RL the graders' too: measured on the laptop preset.
+# Bytes of a CPU process with its imported libraries, and in RL with the graders' processes: measured on `laptop`.
 _SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
-# Linear layers with LoRA in a decoder layer of experts, of placement all.
+# Linear layers that carry LoRA in a decoder layer with experts, where all layers do.
 _LORA_LAYERS = 7
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU (or in the process, on a CPU)."""
+    """The bytes that a job needs on each GPU, or on a CPU in its process."""
 
     weights: float
-    """Those in fp32, and in bf16 those that stay."""
+    """Weights in fp32, and the bf16 copies that are kept from step to step."""
     gradients: float
     moments: float
     copies: float
-    """Weights in bf16 that live until the backward pass; with experts, their weights with LoRA added."""
+    """Weights in bf16 that live until the backward pass; with experts also their weights with LoRA added."""
     activations: float
     logits: float
     sampling: float
-    """Keys, values and distributions while responses are drawn, and gradients that stay; not at the same time as
-    gradients, copies, activations and logits."""
+    """Keys, values and distributions while responses are drawn, with the gradients that are allocated throughout; never
+    at the same time as gradients, copies, activations and logits."""
 
     @property
     def total(self) -> float:
-        """The peak: of a training step, or of sampling. The gradients of a part of the batch wait for the next."""
+        """The peak of a training step or of sampling. Gradients count, since they wait for the batch's next part."""
         held = self.weights + self.moments
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
 
 def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
-    """Parameters that an arm trains; rank None is full fine-tuning."""
+    """The number of parameters that are trained; a rank of None is full fine-tuning."""
     if rank is None or placement is None:
         return sizes.parameters
     return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
 
 
 def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
-    """Parameters of frozen weights that stay in bf16 beside fp32: those that LoRA goes with, for speed.
+    """The number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
 
-    Not of sharded models, nor with `activation_checkpointing`, which is set where memory counts for more.
+    It is 0 for sharded models, and with `activation_checkpointing`, which is set where memory matters more than speed.
     """
     execution, bf16 = preset.execution, preset.protocol.precision == "bf16"
     if placement is None or not bf16 or execution.activation_checkpointing or _parts(preset, gpus) > 1:
@@ -74,25 +75,25 @@ def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | No
 
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) -> Memory:
-    """Peak memory of a sweep's job, on each of its GPUs, with so many runs at once (see `lorabench.lanes`)."""
+    """Estimate the peak memory of a sweep's job on each of its GPUs, with `lanes` runs at once."""
     condition, execution = sweep.condition, preset.execution
     sizes = dimensions(preset.models[condition.model])
     longest = longest_sequence(preset, condition)
-    # A batch may go through the model at once, and all of its tokens may be scored.
+    # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
     part = max(longest, min(execution.max_batch_tokens // lanes, condition.batch_size * longest))
     is_rl = condition.rollouts is not None
-    # In RL attention has a mask, and is not computed in blocks.
+    # In RL attention has a mask and is not computed in blocks.
     row = 0 if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
     if not is_rl:
         return step
     bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
-    # Each process of a sharded model samples from a whole copy, whose linear layers are in the type of their products.
+    # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
     copy = 4 * sizes.parameters - (2 * _linear(sizes) if bf16 else 0) if sharded else 0
     cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
-    # The gradients of LoRA's lanes have their place for good.
-    staying = step.gradients if condition.rank is not None and not sharded else 0
-    drawing = staying + _sampling(sizes, cached, cached / longest, bf16)
+    # The gradients of LoRA's lanes are allocated throughout.
+    kept = step.gradients if condition.rank is not None and not sharded else 0
+    drawing = kept + _sampling(sizes, cached, cached / longest, bf16)
     return replace(step, weights=step.weights + copy, sampling=drawing)
 
 
@@ -107,13 +108,16 @@ def step_memory(
     is_rl: bool = False,
     lanes: int = 1,
 ) -> Memory:
-    """Memory of a training step of an arm on micro-batches of so many tokens, all scored.
+    """Estimate the memory of a training step on micro-batches whose tokens are all scored.
 
     Args:
-        rank: of LoRA, None for full fine-tuning.
-        tokens: of all lanes together.
-        row: tokens of a row, that attention reaches over without a mask.
+        rank: LoRA's rank; None is full fine-tuning.
+        tokens: tokens of a micro-batch, of all lanes together.
+        row: tokens of a row over which attention is computed without a mask.
         is_rl: whether the loss is that of RL, which also measures the entropy.
+
+    Returns:
+        The bytes on each GPU, without those of sampling.
     """
     bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
     parts = _parts(preset, gpus)
@@ -121,16 +125,17 @@ def step_memory(
     layer = _layer_bytes(sizes, rank, bf16)
     if preset.execution.gpu is None:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
-    # With checkpoints a layer keeps its input; what it needs in between is there for one layer at a time, when the
-    # logits are gone.
+    # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time,
+    # when the logits are already freed.
     kept = sizes.layers * (4 * sizes.hidden if again else layer)
-    # Logits and their gradient, in fp32; of RL also the entropy's.
+    # Logits and their gradient in fp32; in RL also the gradient of the entropy.
     logits = sizes.vocabulary * (16 if is_rl else 12)
-    # Sharded layers come together one by one; the next is fetched while one is computed.
+    # Sharded layers are gathered one by one; the next is fetched while one is computed.
     gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
     cast = cast_parameters(preset, sizes, placement, gpus)
-    # Autocast keeps a copy of what is trained until the end of the pass, and any other layer one for its backward
-    # pass; with checkpoints, where nothing large is trained or sharding turns the former off, one layer's at a time.
+    # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
+    # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
+    # fully fine-tuned.
     share = 1 / sizes.layers if again and (rank is not None or parts > 1) else 1.0
     copies = 2.0 * ((1 if rank else lanes) * _linear(sizes) - cast) if bf16 else 0.0
     if rank is not None and placement != "attn":
@@ -141,7 +146,7 @@ def step_memory(
         gradients=4 * trained / parts,
         moments=8 * trained / parts,
         copies=copies * share,
-        # Beside the layers: embeddings, the last norm, what goes into the unembedding.
+        # Beside the layers: the embeddings, the last norm, and the unembedding's input.
         activations=tokens * (kept + 10 * sizes.hidden),
         logits=tokens * (max(logits, layer) if again else logits),
         sampling=0,
@@ -149,18 +154,18 @@ def step_memory(
 
 
 def peak_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
-    """The peak as runs report it: of tensors on each of so many GPUs, or with none of the whole process."""
+    """Estimate the peak that runs report, in bytes: tensors on each of `gpus` GPUs, or on a CPU the whole process."""
     process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
     return process + sweep_memory(preset, sweep, max(1, gpus), lanes).total
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:
-    """The smallest power of two of GPUs that holds a sweep's job with one run at a time; 0 on a CPU.
+    """The smallest number of GPUs, a power of two, that holds a sweep's job with one run at a time; 0 on a CPU.
 
-    Lanes are as many as it then has room for (see `lorabench.lanes`); more GPUs would be idle without them.
+    The number of lanes is chosen afterwards to fit these GPUs (see `lorabench.lanes`).
 
     Raises:
-        UserError: not even `execution.max_gpus` hold it.
+        UserError: the job does not even fit on `execution.max_gpus`.
     """
     execution = preset.execution
     if execution.gpu is None:
@@ -181,17 +186,17 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
 
 
 def _linear(sizes: Dimensions) -> int:
-    """Parameters of all linear layers."""
+    """The number of parameters of all linear layers."""
     return sum(matrix.parameters for matrix in sizes.matrices)
 
 
 def _parts(preset: Preset, gpus: int) -> int:
-    """Parts that weights and what belongs to them are split into."""
+    """The number of parts into which weights, gradients and moments are split."""
     return gpus if preset.execution.sharding == "fsdp" else 1
 
 
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
-    """What a layer keeps of each token for the backward pass."""
+    """The bytes that a layer keeps of each token for the backward pass."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     full = rank is None
     if bf16:
@@ -209,7 +214,7 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
 
 
 def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
-    """What A makes of each token in a layer, kept unless A and B are merged into the weights."""
+    """The size of A's output for each token in a layer, which is kept unless A and B are merged into the weights."""
     if sizes.experts:
         return _LORA_LAYERS * rank
     layers = sum(
@@ -221,11 +226,11 @@ def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
 
 
 def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
-    """Of so many tokens in the cache, in so many rows."""
+    """The bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    # Keys come out of their rotation in fp32, values in the type of their product; a layer's buffers grow by copying.
+    # Keys leave their rotation in fp32, values have the precision of their product; a layer's buffers grow by copying.
     cache = tokens * (sizes.layers + 1) * keys * (6 if bf16 else 8)
-    # One layer's keys and values, repeated for all heads, then cast.
+    # One layer's keys and values are repeated for all heads, then cast.
     repeated = tokens * queries * (10 if bf16 else 8)
-    # Log-probabilities, and their cumulated exponentials in double precision.
+    # Log-probabilities, and the cumulative sums of their exponentials in double precision.
     return cache + repeated + rows * sizes.vocabulary * 34

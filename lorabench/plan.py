@@ -1,9 +1,9 @@
-"""From a preset to runs, sweeps and jobs. Pure and fast: no torch, no pandas, no data.
+"""The plan of a preset: its runs, sweeps and jobs. Planning reads no data and imports neither torch nor pandas.
 
-A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines
-its result. A *sweep* is all runs of one condition: the LR grid with the first seed, further seeds at LRs
-named by an experiment, then seeds at the LR that was best on the validation split. The last have no
-run_id before that LR is known. A *job* trains one sweep, or several short ones (grouping.py).
+A *run* is a condition with one learning rate (LR) and one seed; its `run_id` is a hash of everything that determines
+its result. A *sweep* is all runs of one condition: the LR grid with the first seed, further seeds at the LRs that an
+experiment names, then seeds at the LR that was best on the validation split. These last runs have no run_id before
+that LR is known. A *job* trains one sweep, or several short ones (see lorabench/grouping.py).
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from lorabench.models.placement import Placement
 from lorabench.models.tiny import shipped
 from lorabench.records import file_sha256
 
-# Part of every run's identity. Raise it when a change alters what a run computes; the test
-# tests/test_protocol_version.py says when that may be the case.
+# Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
+# when that may be the case.
 PROTOCOL_VERSION = 2
 
 Method = Literal["fullft", "lora"]
 
 
 def digest(value: Any, length: int = 12) -> str:
-    """Short stable hash of plain data."""
+    """The first hexadecimal digits of the SHA-256 of plain data, as JSON with sorted keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """How a run of RL samples and is evaluated; see `lorabench.config.RlExperiment`."""
+    """How an RL run draws its rollouts and is evaluated; see `lorabench.config.RlExperiment` for the fields."""
 
     group_size: int
     max_new_tokens: int
@@ -65,15 +65,16 @@ class Rollouts:
     held_out_samples: int
     prompt: str | None
     stop: tuple[str, ...]
-    # For the cost estimate; not part of what a run is.
+    # For the cost estimate only; it does not affect a run's result.
     mean_response_tokens: int = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is compared. Names of models and datasets are the preset's; `identity` says what they stand for.
+    """What a run trains: model, data, method and hyperparameters, all but the LR and the seed.
 
-    In RL the dataset is a problem set, and the batch size counts responses (problems times group size).
+    The names of model and dataset are the preset's; `identity` is a hash of what they stand for. In RL the dataset is
+    a problem set, and the batch size counts responses (problems times group size).
     """
 
     task: Literal["sft", "rl"]
@@ -86,7 +87,7 @@ class Condition:
     batch_size: int
     steps: int
     identity: str
-    # A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A; both 1 in the paper, null for FullFT.
+    # A's initial scale in units of 1/sqrt(d_in), and B's LR over A's; both are 1 in the paper, and None for FullFT.
     init_a: float | None = None
     lr_ratio: float | None = None
     eps: float = 1e-8
@@ -94,13 +95,13 @@ class Condition:
 
     @property
     def label(self) -> str:
-        """Readable name for files and progress; never parsed."""
+        """A readable name for files and progress, which is never parsed."""
         method = "fullft" if self.method == "fullft" else f"lora-r{self.rank}-{self.placement}"
         return f"{self.model}-{self.dataset}-{method}-b{self.batch_size}-s{self.steps}"
 
     @cached_property
     def determining(self) -> dict[str, Any]:
-        """The part of it that determines a run's result, for `Run.run_id`."""
+        """The fields that determine a run's result, for `Run.run_id`."""
         condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset"}}
         if self.rollouts is None:
             del condition["rollouts"]
@@ -111,7 +112,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. `lr` is that of all weights, in LoRA of A: B has `lr` times `lr_ratio`."""
+    """One training run. `lr` is the LR of all weights in FullFT and of A in LoRA; B has `lr` times `lr_ratio`."""
 
     condition: Condition
     lr: float
@@ -124,15 +125,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of one condition, and the experiments that asked for them."""
+    """The runs of one condition, and the experiments that need them."""
 
     condition: Condition
     lrs: tuple[float, ...]
     seeds: int
-    """Seeds at the best LR."""
+    """Number of seeds at the best LR."""
     experiments: tuple[str, ...] = field(compare=False)
     repeated: tuple[tuple[float, int], ...] = ()
-    """LR and seed of further runs, wherever the best LR lies."""
+    """LR and seed of each further run that is trained whatever the best LR is."""
 
     @cached_property
     def sweep_id(self) -> str:
@@ -140,34 +141,34 @@ class Sweep:
 
     @property
     def n_runs(self) -> int:
-        """Runs, at most: a seed at the best LR may be one of those repeated anyway."""
+        """The largest possible number of runs; it is less if a seed at the best LR is also in `repeated`."""
         return len(self.lrs) + len(self.repeated) + self.seeds - 1
 
     def grid(self) -> list[Run]:
-        """The runs known beforehand: the LR grid with the first seed, then what is repeated."""
+        """The runs that are known before training: the LR grid with the first seed, then `repeated`."""
         cells = [*((lr, 0) for lr in self.lrs), *self.repeated]
         return [Run(self.condition, lr, seed) for lr, seed in cells]
 
     def repeats(self, best_lr: float) -> list[Run]:
-        """The other seeds, at the LR that the grid found best."""
+        """The runs of the other seeds at the best LR, without any that `repeated` already has."""
         seeds = (seed for seed in range(1, self.seeds) if (best_lr, seed) not in self.repeated)
         return [Run(self.condition, best_lr, seed) for seed in seeds]
 
     @cached_property
     def run_ids(self) -> frozenset[str]:
-        """Of all runs that it may have, whichever LR proves the best."""
+        """The run_id of every run that the sweep may have, whichever LR proves the best."""
         return frozenset(run.run_id for run in (*self.grid(), *(run for lr in self.lrs for run in self.repeats(lr))))
 
 
 @dataclass(frozen=True)
 class Job:
-    """Sweeps that one process trains, one after another; all of one model and dataset, for the same experiments."""
+    """Sweeps that are trained in one process, one after another; they share model, dataset and experiments."""
 
     sweeps: tuple[Sweep, ...]
 
     @cached_property
     def job_id(self) -> str:
-        """Name for files; of a single sweep its own."""
+        """The job's name for files: that of its sweep where it has only one."""
         first, *others = self.sweeps
         if not others:
             return first.sweep_id
@@ -176,39 +177,39 @@ class Job:
 
     @property
     def experiments(self) -> tuple[str, ...]:
-        """The experiments that asked for its sweeps."""
+        """The experiments that need its sweeps."""
         return self.sweeps[0].experiments
 
     @property
     def n_runs(self) -> int:
-        """Runs, at most."""
+        """The largest possible number of runs."""
         return sum(sweep.n_runs for sweep in self.sweeps)
 
 
 @dataclass(frozen=True)
 class EvalJob:
-    """An evaluation with lm-eval: of the best run of a sweep, or of a base model."""
+    """An evaluation with lm-eval of a sweep's best run, or of a base model where `sweep` is None."""
 
     model: str
     sweep: Sweep | None
     identity: str = field(compare=False)
-    """Hash of the tasks and what they read."""
+    """Hash of the tasks and of the data that they read."""
 
     @property
     def eval_id(self) -> str:
-        """Name for files."""
+        """The evaluation's name for files."""
         return f"{self.sweep.sweep_id if self.sweep else self.model + '-base'}-{self.identity}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All sweeps of a preset, the longest first."""
+    """All sweeps of a preset, the one with the most FLOPs first."""
 
     preset: Preset
     sweeps: tuple[Sweep, ...]
 
     def evaluations(self) -> list[EvalJob]:
-        """What lm-eval evaluates: each base, then the best run of each condition of the chosen experiments."""
+        """The evaluations with lm-eval: of each base, then of the best run of each condition that is evaluated."""
         evaluation = self.preset.evaluation
         if evaluation is None:
             return []
@@ -224,7 +225,7 @@ class Plan:
         return jobs
 
     def evaluation(self, eval_id: str) -> EvalJob:
-        """The evaluation of that id.
+        """The evaluation with an id.
 
         Raises:
             UserError: the plan has no such evaluation.
@@ -240,7 +241,7 @@ class Plan:
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
-        """What trains the sweeps, in the order they should start: the longest first.
+        """The jobs that train the sweeps, in the order in which they should start: the longest first.
 
         Raises:
             UserError: a sweep fits on no number of GPUs that the preset allows.
@@ -248,7 +249,7 @@ class Plan:
         return tuple(Job(sweeps) for sweeps in grouped(self.preset, self.sweeps))
 
     def jobs_of(self, experiment: str) -> list[Job]:
-        """The jobs that train what an experiment needs, and nothing else."""
+        """The jobs that train the sweeps of an experiment, and no others."""
         return [job for job in self.jobs if experiment in job.experiments]
 
     def job_of(self, sweep: Sweep) -> Job:
@@ -256,7 +257,7 @@ class Plan:
         return next(job for job in self.jobs if sweep in job.sweeps)
 
     def job(self, name: str) -> Job:
-        """The job of that id; or a single sweep, by its id.
+        """The job with an id, or a job of a single sweep by the sweep's id.
 
         Raises:
             UserError: the plan has no such job (the preset or the protocol version has changed).
@@ -267,7 +268,7 @@ class Plan:
         raise UserError(f"job {name!r} is not in the plan; has the preset changed since the job was made?")
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per planned run; `lr` and `run_id` are null for repeats, whose LR is still to be found."""
+        """One row per planned run; `lr` and `run_id` are None for seeds at the best LR, which is not known yet."""
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
             grid = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
@@ -279,37 +280,37 @@ class Plan:
 
 
 def make_plan(preset: Preset) -> Plan:
-    """All sweeps of a preset; a condition that several experiments ask for appears once."""
-    wanted = [
+    """Plan a preset's sweeps; a condition that several experiments need appears once."""
+    needed = [
         sweep
         for name, blocks in preset.experiments.trained().items()
         for block in blocks
         for common in (_sft(preset, block) if isinstance(block, SftExperiment) else _rl(preset, block))
         for sweep in _sweeps(preset, name, block, common)
     ]
-    longest_first = sorted(merge_sweeps(wanted), key=lambda sweep: -cost.sweep_flops(preset, sweep))
+    longest_first = sorted(merge_sweeps(needed), key=lambda sweep: -cost.sweep_flops(preset, sweep))
     return Plan(preset, tuple(longest_first))
 
 
 def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
-    """One sweep per condition, with all LRs and seeds that anybody asked for."""
+    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them."""
     merged: dict[Condition, Sweep] = {}
     for sweep in sweeps:
-        old = merged.get(sweep.condition)
-        if old is not None:
+        other = merged.get(sweep.condition)
+        if other is not None:
             sweep = Sweep(
                 sweep.condition,
-                lrs=tuple(sorted({*old.lrs, *sweep.lrs})),
-                seeds=max(old.seeds, sweep.seeds),
-                experiments=tuple(dict.fromkeys((*old.experiments, *sweep.experiments))),
-                repeated=tuple(sorted({*old.repeated, *sweep.repeated})),
+                lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
+                seeds=max(other.seeds, sweep.seeds),
+                experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
+                repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
             )
         merged[sweep.condition] = sweep
     return list(merged.values())
 
 
 def _sft(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
-    """Fields that the arms of a block share: once per model, dataset and batch size."""
+    """Yield the condition's fields that a block's arms share, for each model, dataset and batch size."""
     for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
         spec = preset.datasets[dataset]
         steps = int(spec.train * block.epochs) // batch_size
@@ -324,7 +325,7 @@ def _sft(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
 
 
 def _rl(preset: Preset, block: RlExperiment) -> Iterator[dict[str, Any]]:
-    """Fields that the arms of a block share: once per model and problem set."""
+    """Yield the condition's fields that a block's arms share, for each model and problem set."""
     rollouts = Rollouts(
         block.group_size,
         block.max_new_tokens,
@@ -362,12 +363,12 @@ def _sweeps(preset: Preset, name: str, block: SftExperiment | RlExperiment, comm
 
 
 def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float]]]:
-    """Fields of each arm's condition, and its LR grid."""
+    """Yield the condition's fields of each arm, and the arm's LR grid."""
     if block.lrs.fullft:
         absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))
         yield {"method": "fullft", **absent}, block.lrs.fullft
     alphas = block.alphas or [protocol.alpha]
-    # The identity first: p = q = 1.
+    # The first transform is the identity: p = q = 1.
     transforms = [[1.0, 1.0], *block.transforms]
     for placement, ranks in block.ranks.items():
         for rank, alpha, init_a, ratio, (p, q) in product(ranks, alphas, block.inits_a, block.lr_ratios, transforms):
@@ -383,9 +384,9 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
-    """Hash of what determines the examples of a dataset, or a set of problems."""
+    """Hash of everything that determines the examples of a dataset, or the problems of a problem set."""
     if isinstance(spec, FileDataset | FileProblems):
-        # What is in the file counts, not where it lies.
+        # The file's content counts, not its path.
         rules = spec.model_dump(exclude={"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
@@ -394,20 +395,20 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
 
 @cache
 def _content(path: Path, size: int, changed_ns: int) -> str:
-    """A file's hash, read again in this process only if its size or time has changed."""
+    """The file's hash; it is computed again in this process only if the file's size or time has changed."""
     return file_sha256(path)
 
 
 @cache
 def model_id(spec: ModelSpec) -> str:
-    """Hash of what determines a model's weights, tokenizer and chat template, wherever they lie."""
+    """Hash of everything that determines a model's weights, tokenizer and chat template, but for their paths."""
     template = None if isinstance(spec, TinyModel) else spec.chat_template
     return weights_id(spec) if template is None else digest([weights_id(spec), template_text(template)], 8)
 
 
 @cache
 def weights_id(spec: ModelSpec) -> str:
-    """Hash of what determines a model's weights and tokenizer."""
+    """Hash of everything that determines a model's weights and tokenizer."""
     match spec:
         case TinyModel():
             return digest(json.loads((shipped(spec.name) / "recipe.json").read_text())["weights_sha256"], 8)
@@ -422,7 +423,7 @@ def weights_id(spec: ModelSpec) -> str:
 
 
 def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
-    """SHA-256 of a file's first and last MiB: enough to tell trained weights apart without reading them all."""
+    """SHA-256 of a file's first and last MiB, which distinguishes trained weights without reading all of them."""
     with path.open("rb") as file:
         ends = file.read(size)
         file.seek(max(0, path.stat().st_size - size))
@@ -430,7 +431,7 @@ def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
 
 
 def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
-    """Hash of what determines a run's result beside its condition, LR and seed."""
-    # Alpha and epsilon stand in the condition itself.
+    """Hash of everything that determines a run's result beside the other fields of its condition, its LR and seed."""
+    # Alpha and epsilon are fields of the condition.
     rules = protocol.model_dump(exclude={"alpha", "eps"})
     return digest([PROTOCOL_VERSION, model_id(model), data, rules])

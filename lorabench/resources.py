@@ -1,5 +1,6 @@
-"""What each job asks of a cluster, from the same estimates that `lorabench plan` prints. No torch: this is called for
-every job of the DAG.
+"""The resources that each job requests of a cluster, from the estimates that `lorabench plan` prints.
+
+They are computed for every job of the DAG, so this module does not import torch.
 """
 
 from __future__ import annotations
@@ -7,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorabench import cost
 from lorabench.config import Preset
@@ -17,23 +17,22 @@ from lorabench.lanes import lanes_of
 from lorabench.lengths import tokens_per_example
 from lorabench.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
 from lorabench.models.dimensions import dimensions
-
-if TYPE_CHECKING:
-    from lorabench.plan import EvalJob, Job, Plan, Sweep
+from lorabench.plan import EvalJob, Job, Plan, Sweep
 
 MB = 1e6
-# Asked for over what is estimated: a job that is cut off costs more than one that waits a little longer to start.
+# Factors on the estimates, because a job that is cut off costs more than one that waits a little longer to start.
 _TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
 _EXTRA_MINUTES = 10
-# A process with its libraries and data on a CPU; what one needs of the host beside weights on a GPU. Guesses.
+# Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process beside weights.
 _PROCESS, _GPU_PROCESS = 1.5e9, 6e9
-# Of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones are slower.
+# Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
+# are slower.
 _TOKENIZED_PER_SECOND = 100_000
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for."""
+    """The resources that a job requests."""
 
     gpus: int
     """0 for a CPU job."""
@@ -45,14 +44,14 @@ class Resources:
     minutes: int
     """Wall-clock limit: the estimate with a margin."""
     disk_mb: int
-    """What the job leaves under results/."""
+    """Size of the files that the job leaves under results/."""
 
 
 def job_resources(plan: Plan, job: Job) -> Resources:
-    """Of a job that trains: the memory of its largest sweep, the time of all.
+    """The resources of a training job: the memory of its largest sweep, and the time of all of them.
 
     Raises:
-        UserError: no number of GPUs that the preset allows holds it.
+        UserError: a sweep fits on no number of GPUs that the preset allows.
     """
     preset = plan.preset
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
@@ -62,7 +61,7 @@ def job_resources(plan: Plan, job: Job) -> Resources:
 
 
 def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
-    """Of the weights that stay when a sweep is done."""
+    """Bytes of the weights that are kept when a sweep is done."""
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
     kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
@@ -70,25 +69,27 @@ def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
-    """Of an evaluation's job, on one GPU.
+    """The resources of an evaluation's job, which uses one GPU or a CPU.
 
     Raises:
-        UserError: the model doesn't fit.
+        UserError: the model does not fit.
     """
     preset, evaluation = plan.preset, plan.preset.evaluation
     assert evaluation
     sizes = dimensions(preset.models[job.model])
-    # fp32 weights, and bf16 copies that may live at the same time; logits of a batch of long texts, in both types.
+    # Weights in fp32, with bf16 copies that may live at the same time; logits of a batch of long texts in both types.
     longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     return _on_one(preset, "the evaluation", job.model, peak, cost.evaluation_seconds(preset, job), 20 * MB)
 
 
 def compute_resources(plan: Plan) -> Resources:
-    """Of the job that measures training steps, on one GPU: all arms of a model are held at once and share its base.
+    """The resources of the job that measures training steps, which uses one GPU or a CPU.
+
+    It holds all arms of a model at once, and they share its base.
 
     Raises:
-        UserError: they don't fit.
+        UserError: they do not fit.
     """
     preset, plain = plan.preset, plan.preset.execution.model_copy(update={"activation_checkpointing": False})
     experiment, protocol = preset.experiments.compute, preset.protocol
@@ -109,11 +110,11 @@ def compute_resources(plan: Plan) -> Resources:
 
 
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
-    """Of the job that tokenizes a dataset: a process per thread and one that writes, all in pieces, no GPU."""
+    """The resources of the job that tokenizes a dataset in pieces: a process per thread, one that writes, no GPU."""
     spec, processes = preset.datasets[dataset], preset.execution.threads
     examples = spec.train + spec.validation + spec.test
     tokens = examples * tokens_per_example(preset.models[model], spec)
-    # Ids of 4 bytes, a byte for what is scored; files of both, and the cache made of them.
+    # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files of both and the cache made of them.
     size = 5 * tokens
     seconds = tokens / (processes * _TOKENIZED_PER_SECOND)
     minutes = math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES
@@ -122,12 +123,12 @@ def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
 
 
 def restarts(jobs: Iterable[Resources], limit: int) -> int:
-    """How often a limit of so many minutes may end the longest of some jobs before it is done."""
+    """The number of times that a limit in minutes may end the longest of some jobs before it is done."""
     return max((job.minutes for job in jobs), default=0) // limit
 
 
 def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float) -> Resources:
-    """Of a job in one process, on a GPU if the preset has one."""
+    """The resources of a job of one process, on a GPU if the preset has one."""
     gpu = preset.execution.gpu
     if gpu is None:
         return _resources(preset, model, 0, peak + _PROCESS, seconds, disk)
@@ -141,7 +142,7 @@ def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, 
 
 
 def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:
-    # Weights are read, and written, through the host's memory.
+    # Weights are read and written through the host's memory.
     host = 6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak
     return Resources(
         gpus=gpus,

@@ -1,4 +1,4 @@
-"""Presets: the shipped ones are valid, the schema is not stale, and every mistake is one clear sentence."""
+"""Presets: the shipped presets are valid, the schema is current, and a mistake is reported in one clear sentence."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ import re
 import jsonschema
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
-from lorabench.config import PRESETS, SCHEMA, PresetError, json_schema, load_preset
+from lorabench.config import MODELS, PRESETS, SCHEMA, ModelSpec, PresetError, json_schema, load_preset
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_presets_are_valid(path):
     load_preset(path.stem)
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("suites/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_suites_fit_the_schema(path):
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
+
+
+def test_the_catalogue_of_models_is_valid():
+    for spec in yaml.safe_load(MODELS.read_text()).values():
+        TypeAdapter(ModelSpec).validate_python(spec)
 
 
 def test_schema_is_current():
@@ -35,7 +46,7 @@ RL_MISTAKES = {
     "a dataset as problems": (
         ("datasets", "gcd"),
         {"kind": "facts", "facts": 9},
-        r"problems: the name 'gcd' is that of",
+        r"problems: 'gcd' is also the name of a dataset",
     ),
     "too many problems": (
         (*RL, "problems_per_step"),
@@ -136,7 +147,12 @@ MISTAKES = {
     "ranks without grid": ((*RANK, "lrs", "lora"), [], r"lrs\.lora \[\]: give both for LoRA, or neither"),
     "empty ranks": ((*RANK, "ranks", "all"), [], r"ranks\.all = \[\]: must not be empty"),
     "empty experiment": (("experiments", "rank"), [], r"experiments\.rank = \[\]: must not be empty"),
-    "a block that is no list": (("experiments", "rank"), {}, r"experiments\.rank = \{\}: input should be a valid list"),
+    "no named block": (("experiments", "rank"), {}, r"experiments\.rank = \[\]: must not be empty"),
+    "one block without a name": (
+        ("experiments", "rank"),
+        {"models": ["tiny"]},
+        r"experiments\.rank\.models = \['tiny'\]: a block is a mapping; allowed for rank: a list of blocks, or",
+    ),
     "unknown model of compute": (
         ("experiments", "compute"),
         {"models": ["big"], "ranks": [1], "batch_size": 1, "sequence_length": 8},
@@ -231,3 +247,91 @@ def test_a_file_that_is_no_mapping(text, write_preset):
 def test_broken_yaml(write_preset):
     with pytest.raises(PresetError, match="not valid YAML"):
         load_preset(write_preset("models: [tiny"))
+
+
+def test_a_model_of_the_catalogue_needs_no_definition_and_a_preset_may_have_its_own(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"][0]["models"] = ["tiny", "qwen-64"]
+    preset = load_preset(write_preset(raw_preset))
+    assert {name: spec.name for name, spec in preset.models.items()} == {"tiny": "llama-128", "qwen-64": "qwen-64"}
+    raw_preset["models"]["qwen-64"] = {"kind": "tiny", "name": "qwen-128"}
+    assert load_preset(write_preset(raw_preset)).models["qwen-64"].name == "qwen-128"
+    del raw_preset["models"]
+    assert set(load_preset(write_preset(raw_preset)).models) == {"tiny", "qwen-64"}
+
+
+def test_named_blocks_share_what_is_common_to_them(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    expected = load_preset(write_preset(raw_preset | {"experiments": {"rank": [block | {"seeds": 3}, block]}}))
+    named = {"common": block, "more": {"seeds": 3}, "same": {}}
+    assert load_preset(write_preset(raw_preset | {"experiments": {"rank": named}})) == expected
+
+
+def test_mistakes_in_named_blocks_call_them_by_name(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    raw_preset["experiments"]["rank"] = {"common": block, "first": {}, "second": {"seeds": 0}}
+    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.seeds = 0: input"):
+        load_preset(write_preset(raw_preset))
+    raw_preset["experiments"]["rank"]["second"] = {"models": ["tinny"]}
+    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.models: unknown name 'tinny'; allowed: tiny, "):
+        load_preset(write_preset(raw_preset))
+
+
+def test_mistakes_in_named_tasks_call_them_by_name(raw_preset, write_preset):
+    tasks = {"lorabench_instruct": {"about": "learned", "source": "instruct"}, "gsm8k": {"about": "lost"}}
+    raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": tasks}
+    with pytest.raises(PresetError, match=r"evaluation\.tasks\.gsm8k\.about = 'lost'"):
+        load_preset(write_preset(raw_preset))
+
+
+def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    raw_preset["experiments"]["rank"] = {"grid": block}
+    task = {"about": "learned", "source": "instruct"}
+    tasks = {"lorabench_instruct": task, "lorabench_instruct_bits": task}
+    raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": tasks}
+    write_preset(raw_preset, "parent")
+    changes = {
+        "extends": "parent.yaml",
+        "datasets": {"instruct": {"train": 32}},
+        "experiments": {"rank": {"grid": {"lrs": {"lora": [0.5]}, "seeds": None}}, "early": [block]},
+        "evaluation": {"tasks": {"lorabench_instruct": {"limit": 4}, "lorabench_instruct_bits": None}},
+    }
+    preset = load_preset(write_preset(changes, "child"))
+    assert preset.description == raw_preset["description"]
+    assert (preset.datasets["instruct"].train, preset.datasets["instruct"].test) == (32, 8)
+    [grid] = preset.experiments.rank
+    assert (grid.lrs.fullft, grid.lrs.lora, grid.seeds) == ([1e-3, 3e-3], [0.5], 3)
+    assert preset.experiments.early[0].seeds == 2
+    assert [(task.name, task.limit) for task in preset.evaluation.tasks] == [("lorabench_instruct", 4)]
+    less = {"extends": ["child.yaml"], "evaluation": None, "experiments": {"early": None}}
+    experiments = preset.experiments.model_copy(update={"early": None})
+    expected = preset.model_copy(update={"evaluation": None, "experiments": experiments})
+    assert load_preset(write_preset(less, "grandchild")) == expected
+
+
+def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, write_preset):
+    write_preset(raw_preset, "parent")
+    changes = {"extends": "parent.yaml", "datasets": {"instruct": {"kind": "facts", "facts": 64}}}
+    assert load_preset(write_preset(changes)).datasets["instruct"].kind == "facts"
+
+
+def test_a_shipped_preset_may_be_extended_by_name(write_preset):
+    changes = {"extends": "laptop", "experiments": {"rank": {"equal": {"seeds": 9}}}}
+    rank = load_preset(write_preset(changes)).experiments.rank
+    assert [block.seeds for block in rank] == [3, 9]
+
+
+def test_what_can_not_be_extended_is_one_sentence(write_preset):
+    with pytest.raises(PresetError, match=r"extends = 'crore': no file \S+; allowed: core, .*suites/sft, or a path"):
+        load_preset(write_preset({"extends": "crore"}))
+    with pytest.raises(PresetError, match="extends = 3: the name of a preset, or a list of names, is needed"):
+        load_preset(write_preset({"extends": 3}))
+    write_preset({"extends": "second.yaml"}, "first")
+    second = write_preset({"extends": "first.yaml"}, "second")
+    with pytest.raises(PresetError, match=r"must not extend itself, but \S+second.yaml extends \S+first.yaml extends"):
+        load_preset(second)
+
+
+def test_what_no_parent_gives_is_missing(write_preset):
+    with pytest.raises(PresetError, match=r"mine\.yaml: description: missing"):
+        load_preset(write_preset({"extends": "suites/sft"}))

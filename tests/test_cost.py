@@ -1,4 +1,4 @@
-"""The cost model: FLOPs against the paper's formula and the models themselves, memory against what was measured."""
+"""The cost model: FLOPs against the paper's formula and counts on the models, memory against measurements."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_execution(preset, **changes):
 
 
 def with_model(preset, **changes):
-    """A GPU preset's rank experiment alone, on one model."""
+    """A GPU preset that has only the experiment `rank`, on one model."""
     experiments = preset.experiments.model_copy(update=dict.fromkeys(preset.experiments.chosen()))
     block = preset.experiments.rank[0].model_copy(update={"seeds": 1, **changes})
     experiments = experiments.model_copy(update={"rank": [block]})
@@ -296,9 +296,9 @@ def test_the_plan_is_printed_with_money_and_json():
     laptop = runner.invoke(app, ["plan"])
     assert "minutes" in laptop.output
     assert "GPU-hours" not in laptop.output
-    told = json.loads(runner.invoke(app, ["plan", "--preset", "paper", "--json"]).output)
-    assert told["experiments"]["total"]["gpu_hours"] > 1000
-    assert [told["experiments"][name]["lanes"] for name in ("rank", "rl_math", "evaluation", "total")] == [1, 4, 0, 4]
+    reply = json.loads(runner.invoke(app, ["plan", "--preset", "paper", "--json"]).output)
+    assert reply["experiments"]["total"]["gpu_hours"] > 1000
+    assert [reply["experiments"][name]["lanes"] for name in ("rank", "rl_math", "evaluation", "total")] == [1, 4, 0, 4]
 
 
 # Calibration
@@ -310,7 +310,7 @@ def smoke():
 
 
 def table(plan, gflops, device="a CPU"):
-    """Runs that took exactly what the model says at that speed."""
+    """Runs that took exactly the seconds that the cost model predicts at a speed."""
     rows = []
     for run_id, (preset, sweep) in planned_runs([plan]).items():
         seconds = cost.run_seconds(preset, sweep, 0)[0] * preset.execution.gflops / gflops
@@ -324,19 +324,19 @@ def rows(frame):
 
 
 def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
-    found = calibrate(rows(table(smoke, 12.5)), planned_runs([smoke]), "a CPU")
-    assert found.gflops == pytest.approx(12.5)
-    assert (found.time.median, found.time.worst) == (pytest.approx(1), pytest.approx(1))
-    assert found.memory.worst < 2.5
-    assert calibrated(smoke.preset, found).execution.gflops == found.gflops
+    calibration = calibrate(rows(table(smoke, 12.5)), planned_runs([smoke]), "a CPU")
+    assert calibration.gflops == pytest.approx(12.5)
+    assert (calibration.time.median, calibration.time.worst) == (pytest.approx(1), pytest.approx(1))
+    assert calibration.memory.worst < 2.5
+    assert calibrated(smoke.preset, calibration).execution.gflops == calibration.gflops
 
 
 def test_calibration_tells_how_far_off_it_is(smoke):
     runs = table(smoke, 10.0)
     runs.loc[0, "wall_s"] *= 4
-    found = calibrate(rows(runs), planned_runs([smoke]), "a CPU")
-    assert found.time.lowest == pytest.approx(found.time.median / 4)
-    assert found.time.worst == pytest.approx(1 / found.time.lowest)
+    calibration = calibrate(rows(runs), planned_runs([smoke]), "a CPU")
+    assert calibration.time.lowest == pytest.approx(calibration.time.median / 4)
+    assert calibration.time.worst == pytest.approx(1 / calibration.time.lowest)
 
 
 def test_calibration_leaves_out_what_tells_nothing(smoke):

@@ -1,4 +1,4 @@
-"""Which sweeps share a job: each sweep is trained once, a figure needs nothing more, and no core waits for it."""
+"""Grouping of sweeps into jobs: each sweep is trained once, a figure needs no other sweeps, and no core waits long."""
 
 from __future__ import annotations
 
@@ -33,8 +33,14 @@ def test_each_sweep_is_in_one_job_with_others_like_it(name, faster, data):
     assert sorted(sweep.sweep_id for job in jobs for sweep in job) == sorted(sweep.sweep_id for sweep in chosen)
     for job in jobs:
         alike = {
-            (one.condition.model, one.condition.dataset, one.condition.task, one.experiments, gpus_needed(preset, one))
-            for one in job
+            (
+                sweep.condition.model,
+                sweep.condition.dataset,
+                sweep.condition.task,
+                sweep.experiments,
+                gpus_needed(preset, sweep),
+            )
+            for sweep in job
         }
         assert len(alike) == 1
     times = [seconds(Plan(preset, ()), Job(job)) for job in jobs]
@@ -57,13 +63,13 @@ def test_all_is_done_no_later_than_with_a_job_per_sweep(name, cores):
     plan = PLANS[name]
 
     def ends(jobs) -> float:
-        """Where the next job, the longest first, goes to the core that is free first."""
+        """The seconds until all jobs are done, if each free core takes the longest job that is left."""
         free = [0.0] * cores
         for job in sorted((seconds(plan, job) for job in jobs), reverse=True):
             heapq.heappush(free, heapq.heappop(free) + job)
         return max(free)
 
-    # Which core gets which job may come out a little worse, where starts are nothing beside the work.
+    # Where starts take no time beside the work, jobs may be spread over the cores a little worse.
     assert ends(plan.jobs) <= 1.001 * ends(Job((sweep,)) for sweep in plan.sweeps)
 
 

@@ -1,4 +1,4 @@
-"""How many runs are trained together: what was measured to pay, what fits, and always the same number."""
+"""The number of runs that are trained together saves time by measurements, fits into memory, and is always the same."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ def with_execution(preset, **changes):
 
 
 def first(plan, method, dataset, **fields):
-    """A sweep of a plan."""
+    """The first sweep of a plan with a method, a dataset and the given fields of its condition."""
     for sweep in plan.sweeps:
-        of = sweep.condition
-        if (of.method, of.dataset) == (method, dataset) and all(getattr(of, k) == v for k, v in fields.items()):
+        condition = sweep.condition
+        wanted = fields | {"method": method, "dataset": dataset}
+        if all(getattr(condition, name) == value for name, value in wanted.items()):
             return sweep
     raise LookupError(f"no {method} on {dataset}")
 
@@ -135,8 +136,8 @@ def test_runs_are_spread_over_as_few_turns():
     sweep = first(plan, "lora", "instruct", model="llama-64", rank=16)
     assert (len(sweep.lrs), len(sweep.repeated), sweep.seeds) == (5, 0, 3)
     assert [turns(preset, sweep, lanes) for lanes in (1, 2, 3, 4, 5)] == [7, 4, 3, 3, 2]
-    found = [lanes_of(with_execution(preset, lanes=most), sweep, 0) for most in (1, 2, 3, 4, 5, 8)]
-    assert found == [1, 2, 3, 3, 5, 5]
+    chosen = [lanes_of(with_execution(preset, lanes=most), sweep, 0) for most in (1, 2, 3, 4, 5, 8)]
+    assert chosen == [1, 2, 3, 3, 5, 5]
 
 
 def test_full_fine_tuning_on_a_cpu_has_lanes_of_one_seed():

@@ -1,4 +1,4 @@
-"""The plan: run ids are stable and specific, shared runs appear once, and it is fast and light."""
+"""The plan: run ids are stable and specific, shared runs appear once, and planning takes little time and memory."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def test_alpha_grows_with_rank_as_told(power, expected, raw_preset):
 def test_variants_are_a_factorial(raw_preset):
     plan = changed_block(raw_preset, alphas=[8.0, 32.0], lr_ratios=[1.0, 4.0], inits_a=[0.5], eps=1e-12)
     conditions = lora_conditions(plan)
-    found = {(c.rank, c.alpha, c.init_a, c.lr_ratio, c.eps) for c in conditions}
-    assert found == {(r, a, 0.5, q, 1e-12) for r in (1, 4) for a in (8.0, 32.0) for q in (1.0, 4.0)}
+    arms = {(c.rank, c.alpha, c.init_a, c.lr_ratio, c.eps) for c in conditions}
+    assert arms == {(r, a, 0.5, q, 1e-12) for r in (1, 4) for a in (8.0, 32.0) for q in (1.0, 4.0)}
     fullft = next(sweep.condition for sweep in plan.sweeps if sweep.condition.method == "fullft")
     assert (fullft.alpha, fullft.init_a, fullft.lr_ratio, fullft.eps) == (None, None, None, 1e-12)
 

@@ -1,4 +1,4 @@
-"""What jobs ask of a cluster: cheap to say, and never less than the estimate."""
+"""The resources that jobs request of a cluster are fast to compute and never less than the estimate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
 
 def every_job(plan):
-    """The resources of all jobs of a plan, by what they are."""
+    """The resources of all jobs of a plan, by the jobs' ids."""
     preset = plan.preset
     jobs = {job.job_id: job_resources(plan, job) for job in plan.jobs}
     jobs |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
@@ -49,7 +49,7 @@ def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
     paper = load_preset("paper")
     small, large = (tokens_resources(paper, "llama-3-1-8b", name) for name in ("tulu3-10k", "tulu3"))
     assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, paper.execution.threads, 0)
-    # It is done in pieces.
+    # Tokenizing works in pieces.
     assert small.mem_mb == large.mem_mb
     assert small.disk_mb < large.disk_mb
     assert small.minutes <= large.minutes

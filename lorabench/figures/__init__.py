@@ -156,7 +156,7 @@ FIGURES = {
             name="fig6_rl_lr",
             title="Figure 6. Accuracy after reinforcement learning against learning rate by LoRA rank",
             caption=f"Final {_ACCURACY_BY_LR} Black is full fine-tuning; colour is LoRA rank.",
-            experiments=("rl_gsm8k", "rl_math", "rl_arithmetic"),
+            experiments=("rl_gsm8k", "rl_math", "rl_arithmetic", "rl"),
             task="rl",
         ),
         PaperFigure(

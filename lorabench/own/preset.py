@@ -222,7 +222,7 @@ def _rl_sections(model: Model, problems: Problems, choices: Choices, model_name:
         "seeds": choices.seeds,
     }
     source = Noted(f"{problems.usable} usable problems.", problems.source | vars(sizes))
-    return {"problems": {problems_name: source}}, {"rl_math": [block]}
+    return {"problems": {problems_name: source}}, {"rl": [block]}
 
 
 def _law(model: Model) -> tuple[advice.Lr, advice.Lr]:

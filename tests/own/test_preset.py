@@ -155,7 +155,7 @@ def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path)
     problems = preset.problems["sums"]
     assert (problems.kind, problems.grader, problems.train) == ("file", "number", 320)
     assert not preset.datasets
-    [block] = preset.experiments.rl_math or []
+    [block] = preset.experiments.rl or []
     assert block.ranks == {"all": [1, 32]}
     assert (block.problems_per_step, block.group_size, block.steps, block.seeds) == (16, 16, 50, 3)
     # Half of the 512 tokens that the model takes.
@@ -171,7 +171,7 @@ def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_p
     (base / "config.json").write_text(json.dumps(config))
     data = write_problems(tmp_path / "sums.jsonl", 2000)
     preset, said = init(tmp_path / "mine.yaml", str(base), data, Choices(grader="boxed", epochs=2.0, ranks=(4,)))
-    [block] = preset.experiments.rl_math or []
+    [block] = preset.experiments.rl or []
     assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
     assert "chat_template: plain" in said
 

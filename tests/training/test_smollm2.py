@@ -26,9 +26,9 @@ def test_a_few_real_steps(tmp_path, monkeypatch):
     raw["datasets"] = {"instruct": {"kind": "instruct", "train": 24, "validation": 8, "test": 8, "max_chars": 300}}
     lrs = {"fullft": [1e-4], "lora": [1e-3]}
     block = {"datasets": ["instruct"], "ranks": {"all": [8]}, "batch_sizes": [4], "lrs": lrs, "seeds": 1}
-    raw["experiments"] = {"rank": [raw["experiments"]["rank"][0] | block]}
-    del raw["evaluation"]
-    raw["protocol"] |= {"precision": "fp32", "curve_points": 2}
+    raw["experiments"] = {"rank": [{"models": ["smollm2-135m"]} | block]}
+    del raw["extends"], raw["evaluation"]
+    raw["protocol"] = {"precision": "fp32", "curve_points": 2, "validate_at": [50, 100]}
     raw["execution"] = {"threads": 2, "gflops": 50.0}
     Path("few.yaml").write_text(yaml.safe_dump(raw))
     layout = Layout.of("few.yaml")

@@ -15,13 +15,13 @@ rule plan:
         "../envs/lorabench.yaml"
     params:
         preset=PRESET,
-        # The file follows from the plan alone.
+        # The file depends only on the plan.
         jobs=job_experiments(),
     shell:
         "lorabench plan --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
-# What one experiment's figures read, so that a figure trains only the runs it needs.
+# The tables that one experiment's figures read, so that a figure trains only the runs that it needs.
 rule experiment_tables:
     input:
         lambda wildcards: job_files(wildcards.experiment),
@@ -64,7 +64,7 @@ rule tables:
         "2> >(tee {log:q} >&2)"
 
 
-# Parameters of large models, counted on their configurations: no weights, no runs.
+# The parameters of large models are counted on their configurations, without weights or runs.
 rule counts:
     output:
         LAYOUT.tables() / "counts.parquet",

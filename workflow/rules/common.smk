@@ -1,4 +1,4 @@
-# The preset, its plan, and the paths of both. Cheap: this is parsed again by every cluster job.
+# The preset, its plan, and the paths of both. Every cluster job parses this file again, so it must stay fast.
 from snakemake.exceptions import WorkflowError
 
 from lorabench.bill import total
@@ -12,20 +12,20 @@ from lorabench.plan import make_plan
 
 PRESET = config.get("preset", "laptop")
 try:
-    # Every command below gets the budget with the preset's name.
+    # The budget becomes part of the preset's name, which every command is given.
     if "budget" in config:
         PRESET = with_budget(PRESET, config["budget"])
     LAYOUT = Layout.of(PRESET)
     PLAN = make_plan(LAYOUT.preset)
-    # What fits on no GPU is said before anything is computed.
+    # This raises an error if a job fits on no GPU, before anything is computed.
     total(PLAN)
 except UserError as error:
     raise WorkflowError(str(error))
 
 JOBS = {job.job_id: job for job in PLAN.jobs}
-# The longest first, so that no core waits at the end.
+# The longest jobs start first, so that no core waits at the end.
 PRIORITIES = {job_id: -number for number, job_id in enumerate(JOBS, -len(JOBS))}
-# Before those, all that they read: until it is there the longest may have to wait for the shortest.
+# Jobs that make their input come before all of them; otherwise the longest jobs might have to wait for it.
 FIRST = len(JOBS) + 1
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
@@ -45,22 +45,26 @@ wildcard_constraints:
 
 
 def jobs_of(experiment=None):
-    """The jobs that train what an experiment needs, or all."""
+    """The jobs that train an experiment's runs, or all jobs."""
     return PLAN.jobs_of(experiment) if experiment else PLAN.jobs
 
 
 def job_files(experiment=None):
-    """The files of those jobs."""
+    """The files of the jobs of an experiment, or of all jobs."""
     return [LAYOUT.job(job) for job in jobs_of(experiment)]
 
 
 def job_experiments(experiment=None):
-    """Those jobs with what asks for them, which a table says: without their runs, that may change with the preset."""
+    """The jobs of an experiment, or all, with their experiments.
+
+    They are a parameter of the rules of tables, whose column `experiments` may change with the preset while the runs do
+    not.
+    """
     return [(job.job_id, job.experiments) for job in jobs_of(experiment)]
 
 
 def model_files(model):
-    """What has to be there before a model can be loaded: the safetensors of a GGUF file, a model of the hub."""
+    """The files that loading a model needs: the safetensors of a GGUF file, or the record of a fetched hub model."""
     spec, fetched = LAYOUT.preset.models[model], LAYOUT.fetched_model(model)
     if isinstance(spec, GgufModel):
         return [converted_folder(spec) / "model.safetensors"]
@@ -68,25 +72,25 @@ def model_files(model):
 
 
 def fetched_data(dataset):
-    """What has to be fetched before a dataset can be made: its files, if they are on the hub."""
+    """The record of a dataset's fetched files, which making it needs if they are on the hub."""
     fetched = LAYOUT.fetched_data(dataset)
     return [fetched] if fetched else []
 
 
 def job_data(wildcards):
-    """What a job that trains reads: a token cache, or in RL the problem sets; the model's files; what was fetched of the hub.
+    """The input of a training job: tokens, or in RL the problem sets; the model's files; records of fetched data.
 
-    Their names say what is in them, so their times do not matter: clocks of nodes may differ.
+    The names of these files depend on their content, so their times are ignored: the clocks of nodes may differ.
     """
     conditions = [sweep.condition for sweep in JOBS[wildcards.job].sweeps]
-    # One model and dataset in all; problem sets that are held out may differ.
+    # The conditions of a job share model and dataset; their held-out problem sets may differ.
     model, dataset = conditions[0].model, conditions[0].dataset
     sets = [dataset]
     if conditions[0].rollouts is None:
         reads = [LAYOUT.tokens(model, dataset)]
     else:
         sets += dict.fromkeys(
-            name for one in conditions for name in one.rollouts.held_out
+            name for condition in conditions for name in condition.rollouts.held_out
         )
         reads = [LAYOUT.dataset(name) for name in sets]
     reads += model_files(model)
@@ -95,13 +99,13 @@ def job_data(wildcards):
 
 
 def figure_files(names):
-    """What is drawn of some figures."""
+    """The files of figures: the drawing in two formats, and its numbers."""
     kinds = ("svg", "png", "csv")
     return [LAYOUT.figures / f"{name}.{kind}" for name in names for kind in kinds]
 
 
 def figure_tables(wildcards):
-    """What a figure reads: the tables of those of its experiments that the preset has."""
+    """The input of a figure: the tables of those of its experiments that the preset has."""
     figure = FIGURES[wildcards.figure]
     if figure.experiments == COMPUTE:
         return [LAYOUT.tables() / "compute.parquet"]
@@ -116,7 +120,7 @@ def figure_tables(wildcards):
 
 
 def eval_inputs(wildcards):
-    """What an evaluation reads: the job that trained its run, data of the project's tasks, the base's files."""
+    """The input of an evaluation: the file of the job that trained its run, the tasks' data, the base's files."""
     job, evaluation = EVALUATIONS[wildcards.evaluation], LAYOUT.preset.evaluation
     sources = dict.fromkeys(task.source for task in evaluation.tasks if task.source)
     reads = [LAYOUT.dataset(source) for source in sources]
@@ -124,12 +128,12 @@ def eval_inputs(wildcards):
     if any(task.name == "lorabench_pretraining" for task in evaluation.tasks):
         reads.append(LAYOUT.pretraining)
     reads = [LAYOUT.eval_tasks, *reads, *model_files(job.model)]
-    # As in job_data.
+    # Times are ignored for the reason given in job_data.
     return [ancient(path) for path in reads]
 
 
 def claims_tables():
-    """What the claims are judged on."""
+    """The tables by which claims are judged."""
     names = ["runs", "curves", "counts"]
     measured = ["compute"] if "compute" in EXPERIMENTS else []
     return [LAYOUT.tables() / f"{name}.parquet" for name in names + measured]

@@ -1,4 +1,4 @@
-# Downloads, so never on a compute node.
+# This rule downloads, so it never runs on a compute node.
 localrules:
     fetch_data,
 
@@ -20,7 +20,7 @@ rule fetch_data:
 
 rule dataset:
     input:
-        # As in job_data, the names say what is in them.
+        # Times are ignored for the reason given in job_data (common.smk).
         lambda wildcards: [ancient(path) for path in fetched_data(wildcards.dataset)],
     output:
         LAYOUT.root / "data/{dataset}.{dataset_id}.parquet",

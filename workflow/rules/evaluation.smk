@@ -1,11 +1,11 @@
-# May download, so never on a compute node.
+# Some of these rules download, so they never run on a compute node.
 localrules:
     eval_tasks,
     pretraining,
     evals_table,
 
 
-# Every task is looked up, and what it reads is fetched, before the first evaluation.
+# Every task is looked up, and its data is fetched, before the first evaluation.
 rule eval_tasks:
     output:
         LAYOUT.root / "evals/tasks-{tasks}.json",
@@ -34,7 +34,7 @@ rule pretraining:
         "lorabench pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
-# One job per base and per condition, at its best LR. The run's weights are kept by the job that trained it.
+# There is one job per base model, and one per condition at its best LR. The job that trained a run kept its weights.
 rule evaluate:
     input:
         eval_inputs,

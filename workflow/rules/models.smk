@@ -7,7 +7,7 @@ GGUF_MODELS = {
 }
 
 
-# Download, so never on a compute node.
+# These rules download, so they never run on a compute node.
 localrules:
     convert_gguf,
     fetch_model,
@@ -43,7 +43,7 @@ rule convert_gguf:
         "lorabench convert {params.model:q} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
-# The tiny bases are shipped; this builds them anew by their recipes, on request only.
+# The tiny bases are shipped. This rule builds them again by their recipes, and runs only on request.
 rule tiny_bases:
     input:
         expand("results/tiny_bases/{name}/model.safetensors", name=RECIPES),

@@ -3,7 +3,7 @@ localrules:
     report_page,
 
 
-# An evaluation that fails keeps back the page with its scores, not this one.
+# A failed evaluation prevents the page with its scores, but not this page.
 rule report_without_evaluation:
     input:
         plan=LAYOUT.root / "plan.parquet",
@@ -39,7 +39,7 @@ rule report_page:
         "../envs/lorabench.yaml"
     params:
         preset=PRESET,
-        # What the page says of the preset beside its tables.
+        # The page is made again when the preset's texts change, which are not in its tables.
         about=[LAYOUT.preset.description, LAYOUT.preset.limits],
     shell:
         "lorabench report --preset {params.preset:q} "

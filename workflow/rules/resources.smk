@@ -1,4 +1,4 @@
-# What each job asks of a cluster. On one machine, without a profile, nothing here limits anything.
+# The resources that each job requests of a cluster. On one machine, without a profile, they have no effect.
 from lorabench.resources import (
     compute_resources,
     evaluation_resources,
@@ -7,7 +7,7 @@ from lorabench.resources import (
     tokens_resources,
 )
 
-# What a site's profile says of GPUs beside the resources that the executor knows.
+# Settings of GPUs and time in a site's profile, beside the resources that the executor knows.
 SITE = {
     name: resource.raw
     for name, resource in (workflow.resource_settings.default_resources or {}).items()
@@ -27,17 +27,17 @@ LONGEST = LONGEST and int(LONGEST)
 
 
 def in_time(minutes):
-    """The minutes that a job asks for: no more than the site allows one."""
+    """The minutes that a job requests, at most as many as the site allows."""
     return min(minutes, LONGEST or minutes)
 
 
 def retries(jobs):
-    """How often jobs that leave checkpoints start again; None is as often as the profile says.
+    """The number of times that jobs with checkpoints are started again; None leaves it to the profile.
 
-    Where a site limits the time, that may end a job as often as it takes, beside three failures.
+    Where a site limits the time of a job, it may fail three times beside the restarts that the limit makes necessary.
 
     Args:
-        jobs: their `lorabench.resources.Resources`.
+        jobs: the `lorabench.resources.Resources` of the jobs.
     """
     if LONGEST is None:
         return None
@@ -45,10 +45,10 @@ def retries(jobs):
 
 
 def gpu_request(gpus):
-    """How a job asks for GPUs, as the executor reads it; a resource that is None is left out.
+    """The resources by which a job requests GPUs of the executor, which ignores resources that are None.
 
     Args:
-        gpus: gives the number of GPUs of a job from its wildcards, None for a CPU job.
+        gpus: a function from a job's wildcards to its number of GPUs, None for a CPU job.
     """
     if GPU_OPTION == "gres":
         name = f"gpu:{GPU_TYPE}" if GPU_TYPE else "gpu"
@@ -60,14 +60,14 @@ def gpu_request(gpus):
 
 
 def asked(of):
-    """Resources of a rule; a job that has failed asks for more memory and time.
+    """The resources of a rule; a job that has failed requests more memory and time.
 
     Args:
-        of: gives the `lorabench.resources.Resources` of a job from its wildcards.
+        of: a function from a job's wildcards to its `lorabench.resources.Resources`.
     """
     return {
         **gpu_request(lambda wildcards: of(wildcards).gpus or None),
-        # Or the GPUs of one job may lie on several nodes.
+        # Without this the GPUs of a job might be on several nodes.
         "nodes": 1,
         "cpus_per_task": lambda wildcards, threads: max(threads, of(wildcards).cpus),
         "mem_mb": lambda wildcards, attempt: of(wildcards).mem_mb * (1 + attempt) // 2,

@@ -1,4 +1,4 @@
-# Times are taken in this job, so it has as many threads as one that trains.
+# This job measures times, so it has as many threads as a training job.
 rule compute:
     input:
         lambda wildcards: [
@@ -22,8 +22,8 @@ rule compute:
         "HF_HUB_OFFLINE=1 lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
-# A long sweep, or several short ones that share what starting takes. Finished runs and checkpoints lie outside the
-# declared output, so a killed job goes on where it was.
+# A job trains a long sweep, or several short ones to start only once. Finished runs and checkpoints are outside the
+# declared output, so a killed job resumes where it was.
 rule train:
     input:
         job_data,
@@ -38,7 +38,7 @@ rule train:
     threads: LAYOUT.preset.execution.threads
     resources:
         **asked(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
-        # A run is trained by a process per GPU.
+        # Each GPU has a training process.
         processes=lambda wildcards: max(
             1, job_resources(PLAN, JOBS[wildcards.job]).gpus
         ),

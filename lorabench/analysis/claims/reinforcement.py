@@ -491,7 +491,7 @@ _RUNS = (
     f"{MIN_SEEDS} seeds at the best LRs"
 )
 _LEARNED = "Inconclusive where {} is not above the untouched base by more than 2 sigma"
-_PROBLEM_SETS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic")
+_PROBLEM_SETS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 _DEEPMATH = ("rl_deepmath", "rl_arithmetic")
 
 CLAIMS = (
@@ -550,7 +550,7 @@ CLAIMS = (
         needs=_RUNS.format("rank 1"),
         paper_value="the same peak; no number",
         unit="error rate",
-        experiments=("rl_math", "rl_gsm8k", "rl_arithmetic"),
+        experiments=("rl_math", "rl_gsm8k", "rl_arithmetic", "rl"),
         judge=over_problems(rank_1_reaches_the_peak),
         columns=("base_reward",),
         task="rl",
