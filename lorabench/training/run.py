@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,20 +53,6 @@ def recompute_activations(model: PreTrainedModel) -> None:
     """Keep what goes into a layer only; the backward pass computes the layer again, with the same result."""
     # No random numbers to restore: models have no dropout.
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-
-
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Have PyTorch compile the decoder's layers, with any number of rows, tokens and lanes; once is enough.
-
-    But for the last, whose MLP computes other tokens in each pass (`lorabench.models.last_layer`).
-    """
-    # One code for all shapes, but for those with a dimension of 1; each of them with and without gradients.
-    torch._dynamo.config.recompile_limit = 64
-    # The weights of a lane lie beside others, and so do their gradients.
-    warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-    for layer in model.get_decoder().layers[:-1]:
-        if layer._compiled_call_impl is None:
-            layer.compile(backend=backend, dynamic=True)
 
 
 def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Optimizer:

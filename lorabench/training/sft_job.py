@@ -19,7 +19,6 @@ from lorabench.plan import Run
 from lorabench.training import stop
 from lorabench.training.lanes import train_lanes
 from lorabench.training.loss import check_packing, check_plain_head, mean_nll
-from lorabench.training.run import compile_layers
 from lorabench.training.sft import train_run
 from lorabench.training.sft_lanes import SftLanes
 from lorabench.training.sweep import Group, Job, now, provenance
@@ -133,8 +132,6 @@ class _Bases:
     def ready(self, job: Job, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
         """The model that these runs train, a lane each, named by run_id; and its sizes."""
         model, processes, names = self._pristine(job), job.machine.processes, [run.run_id for run in runs]
-        if job.plan.preset.execution.compile and processes.count == 1:
-            compile_layers(model)
         if runs[0].condition.method == "fullft":
             self._model = None
             sizes = Sizes.of(model)

@@ -5,9 +5,8 @@
 Attention in blocks of queries (`lorabench.models.attention`) against PyTorch's kernel; logits of `MAX_LOGITS` at once
 (`lorabench.training.loss`) against a quarter of them; LoRA's thin products the way round that a CPU computes fast
 (`lorabench.models.lora_lanes`) against the way that they are written; the last MLP where a token is scored
-(`lorabench.models.last_layer`) against everywhere; layers that are compiled (`execution.compile`, off by default)
-against those that are not. Steps of both ways take turns in one process. Prints seconds of both and their ratio, and
-appends a row for each to `tests/benchmarks/parts.csv`.
+(`lorabench.models.last_layer`) against everywhere. Steps of both ways take turns in one process. Prints seconds of both
+and their ratio, and appends a row for each to `tests/benchmarks/parts.csv`.
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ WITHOUT = {
     "thin products": as_written,
     "last MLP where scored": everywhere,
 }
-COMPILED = "compiled layers"
 CASES: list[tuple[str, Setting, Method]] = [
     ("attention in blocks", Setting(batch=8, length=159), "lora"),
     *(
@@ -81,10 +79,6 @@ CASES: list[tuple[str, Setting, Method]] = [
     *(
         ("last MLP where scored", Setting(scored=scored), method)
         for scored, method in ((0.2, "lora"), (0.2, "fullft"), (0.5, "lora"))
-    ),
-    *(
-        (COMPILED, Setting(model=SMOLLM2, batch=4, length=127, precision="bf16"), method)
-        for method in ("lora", "fullft")
     ),
 ]
 
@@ -105,10 +99,7 @@ def main() -> None:
                 print(f"{setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
                 continue
             step, _ = training_step(setting, Arm(method))
-            if part == COMPILED:
-                steps = {"with": training_step(setting, Arm(method, compiled=True))[0], "without": step}
-            else:
-                steps = {"with": step, "without": _within(WITHOUT[part], step)}
+            steps = {"with": step, "without": _within(WITHOUT[part], step)}
             seconds = median_seconds(steps, REPEATS)
             case = f"{method}, {setting.case}"
             numbers = [round(seconds["with"], 4), round(seconds["without"], 4)]

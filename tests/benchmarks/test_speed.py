@@ -133,13 +133,6 @@ def test_arms_of_a_training_step_have_their_share_of_work():
     assert all(value > 0 for value in seconds.values())
 
 
-def test_compiled_layers_are_arms_of_their_own_but_for_lanes_of_full_fine_tuning():
-    arms = replace(steps.QUICK[0], compiled=True).arms()
-    compiled = [name for name, arm in arms.items() if arm.compiled]
-    assert compiled == ["LoRA, compiled", "LoRA, 2 lanes, compiled", "FullFT, compiled"]
-    assert arms["LoRA, 2 lanes, compiled"] == ("lora", 2, True)
-
-
 def test_the_model_of_a_billion_is_of_the_size_of_llama_3_2():
     model = models.loaded(models.ONE_B, torch.device("meta"))
     assert base_parameters(model) == 1_235_814_400

@@ -23,7 +23,7 @@ from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import train_flops_per_token
-from lorabench.training.run import Machine, compile_layers
+from lorabench.training.run import Machine
 from lorabench.training.sft_lanes import Learn, SftLanes
 
 from .models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
@@ -45,7 +45,6 @@ class Arm(NamedTuple):
 
     method: Method
     lanes: int = 1
-    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,6 @@ class Setting:
     """Share of a row's tokens, its last ones."""
     lanes: tuple[int, ...] = (2, 4, 8, 16)
     full_lanes: tuple[int, ...] = ()
-    compiled: bool = False
-    """Whether steps with compiled layers are measured too."""
 
     @property
     def case(self) -> str:
@@ -74,12 +71,7 @@ class Setting:
         """The arms by their names; what is done without this project comes first."""
         lora = {f"LoRA, {lanes} lanes": Arm("lora", lanes) for lanes in self.lanes}
         full = {f"FullFT, {lanes} lanes": Arm("fullft", lanes) for lanes in self.full_lanes}
-        found = {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
-        # Compiled full fine-tuning has one lane.
-        compiled = {"LoRA", *lora, "FullFT"} if self.compiled else set()
-        return found | {
-            f"{name}, compiled": arm._replace(compiled=True) for name, arm in found.items() if name in compiled
-        }
+        return {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
 
 
 SETTINGS = [
@@ -96,20 +88,18 @@ SETTINGS = [
     Setting(model=SMOLLM2, batch=16, length=127, precision="bf16", lanes=()),
 ]
 ON_A_GPU = [
-    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,), compiled=True),
+    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,)),
     *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16", lanes=(7,)) for rank in (1, 128)),
     *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16", lanes=(7,)) for length in (512, 1024)),
-    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=(), compiled=True),
+    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=()),
 ]
 QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
 
 
 def training_step(setting: Setting, arm: Arm, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
     """One optimizer step of all lanes, to be called; and its FLOPs as the paper counts."""
-    method, lanes, compiled = arm
+    method, lanes = arm
     base: Any = loaded(setting.model, device)
-    if compiled:
-        compile_layers(base)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
