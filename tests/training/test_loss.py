@@ -189,5 +189,5 @@ def test_pieces_cover_every_scored_token_once():
 def test_the_limit_on_a_cpu_is_of_64_mebibytes():
     limit = MAX_LOGITS["cpu"]
     assert 4 * limit == 64 * 2**20
-    assert loss._at_once(tiny(False), limit) == limit // VOCABULARY
-    assert loss._at_once(tiny(False), 1) == 1
+    assert loss._tokens_at_once(tiny(False), limit) == limit // VOCABULARY
+    assert loss._tokens_at_once(tiny(False), 1) == 1

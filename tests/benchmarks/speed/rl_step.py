@@ -50,7 +50,7 @@ def lorabench_steps(plan: Plan, layout: Layout) -> Found:
     [sweep] = plan.sweeps
     clock = Clock(layout.progress(sweep), sweep)
     job = Job(plan, sweep, layout, this_machine(plan), clock, print)
-    together = list(job.together(list(enumerate(sweep.grid(), 1)))[0].values())
+    together = list(job.unfinished_groups(list(enumerate(sweep.grid(), 1)))[0].values())
     with RlTrainer() as train:
         train(job, together)
     curves = job.folder(sweep.grid()[0]).read_curves().to_pandas()
