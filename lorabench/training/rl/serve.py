@@ -25,7 +25,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses in the order of the requests, this lane's share of the seconds, and the speed of the whole batch."""
+    """Responses in the order of the requests, this lane's share of the seconds, and the whole batch's tokens per second."""
 
     responses: list[Response]
     seconds: float
@@ -41,7 +41,7 @@ class Learn:
 
 @dataclass(frozen=True)
 class Learned:
-    """The measures of the step, this lane's share of the seconds, and the speed of the whole batch in response tokens."""
+    """The measures of a step, this lane's share of the seconds, and the whole batch's response tokens per second."""
 
     step: Step
     seconds: float
