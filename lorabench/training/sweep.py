@@ -261,7 +261,7 @@ def _check_commits(job: Job, finished: list[Run]) -> None:
             raise UserError(
                 f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
                 f"write the former into the file of {name} in {job.layout.pins} and fetch again, or delete "
-                f"{job.folder(run).final} to have the run made anew"
+                f"{job.folder(run).final} to train the run again"
             )
 
 

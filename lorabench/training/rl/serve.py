@@ -25,7 +25,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses in the order of the requests, this lane's share of the seconds, and the whole batch's tokens per second."""
+    """Responses in request order, this lane's share of the seconds, and the whole batch's tokens per second."""
 
     responses: list[Response]
     seconds: float
