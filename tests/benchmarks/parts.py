@@ -1,12 +1,12 @@
-"""What parts of a training step gain on a CPU, each against doing without it.
+"""The time that each optimization of a training step saves on a CPU, measured with and without it.
 
     python -m tests.benchmarks.parts
 
-Attention in blocks of queries (`lorabench.models.attention`) against PyTorch's kernel; logits of `MAX_LOGITS` at once
-(`lorabench.training.loss`) against a quarter of them; LoRA's thin products the way round that a CPU computes fast
-(`lorabench.models.lora_lanes`) against the way that they are written; the last MLP where a token is scored
-(`lorabench.models.last_layer`) against everywhere. Steps of both ways take turns in one process. Prints seconds of both
-and their ratio, and appends a row for each to `tests/benchmarks/parts.csv`.
+The optimizations are: attention in blocks of queries (`lorabench.models.attention`) instead of PyTorch's kernel;
+`MAX_LOGITS` logits at once (`lorabench.training.loss`) instead of a quarter of them; LoRA's thin products transposed to
+the order that a CPU computes fast (`lorabench.models.lora_lanes`); the last MLP only at scored tokens
+(`lorabench.models.last_layer`). Steps with and without take turns in one process. The program prints the seconds of
+both and their ratio, and appends a row for each case to `tests/benchmarks/parts.csv`.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ REPEATS = 7
 
 
 def by_pytorch() -> AbstractContextManager[object]:
-    """Within, attention is PyTorch's."""
+    """Within, attention is computed by PyTorch's kernel."""
     return mock.patch.object(attention, "blocks_pay", return_value=False)
 
 
 def a_quarter() -> AbstractContextManager[object]:
-    """Within, a quarter of the logits is computed at once."""
+    """Within, a quarter of `MAX_LOGITS` is computed at once."""
     return mock.patch.dict(MAX_LOGITS, cpu=MAX_LOGITS["cpu"] // 4)
 
 
 def as_written() -> AbstractContextManager[object]:
-    """Within, thin products are computed the way that formulas have them."""
+    """Within, thin products are computed in the order of their formulas."""
     return mock.patch.multiple(
         lora_lanes, _narrow=torch.bmm, _outer=lambda gradient, inner: torch.bmm(gradient.mT, inner)
     )
 
 
 def everywhere() -> AbstractContextManager[object]:
-    """Within, the last MLP computes all tokens."""
+    """Within, the last MLP is computed at all tokens."""
     return mock.patch.object(loss, "read_at", return_value=nullcontext())
 
 
@@ -84,7 +84,7 @@ CASES: list[tuple[str, Setting, Method]] = [
 
 
 def main() -> None:
-    """Measure each case whose model is there and keep the results."""
+    """Measure each case whose model is on this machine and append the results."""
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     keep_freed_memory()

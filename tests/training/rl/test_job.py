@@ -1,4 +1,4 @@
-"""The job of an RL sweep, as the workflow runs it: lanes, weights, tables."""
+"""The job of an RL sweep as the workflow runs it: lanes, weights and tables."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def job(tmp_path, monkeypatch, raw_rl_preset):
 
 def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
     plan, layout, sweeps = job
-    said: list[str] = []
+    lines: list[str] = []
     for sweep in sweeps.values():
-        run_job(plan, Job((sweep,)), layout, said.append)
+        run_job(plan, Job((sweep,)), layout, lines.append)
     collect([layout.job(Job((sweep,))) for sweep in plan.sweeps], layout.tables())
     runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
     assert len(runs) == 2 + 4
@@ -49,10 +49,10 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
     assert (runs["final_test_nll"].isna()).all()
     assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
     lora = runs[runs["method"] == "lora"]
-    # Lanes don't count the adapters of others.
+    # A lane does not count the adapters of other lanes.
     assert lora["trainable_params"].nunique() == 1
     assert lora["train_flops"].div(lora["train_tokens"]).nunique() == 1
-    assert any("accuracy" in line for line in said)
+    assert any("accuracy" in line for line in lines)
 
     at_best = lora[lora["seed"] == 1]["lr"].item()
     kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
