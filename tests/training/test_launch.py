@@ -140,20 +140,20 @@ def test_killed_processes_go_on_where_they_were(ready):
 
 
 def test_processes_that_are_told_to_end_save_together(ready):
-    plan, layout = ready("told", {"checkpoint_minutes": 1000, "keep_weights": "all"})
+    plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not layout.progress(sweep).exists():
-        assert process.poll() is None, "the sweep ended before it could be told"
+        assert process.poll() is None, "the sweep ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     # The signal goes to the launching process, which passes it to the others; Slurm would send it to all.
     process.terminate()
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
-    told = [line for line in said.splitlines() if line.startswith("lorabench:")]
-    assert told == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
+    errors = [line for line in said.splitlines() if line.startswith("lorabench:")]
+    assert errors == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
     assert "Traceback" not in said
     assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
     assert not layout.lock(sweep).exists()
