@@ -646,9 +646,6 @@ class Execution(Strict):
     activation_checkpointing: bool = False
     """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
     more work and far less memory."""
-    compile: bool = False
-    """Have PyTorch compile a model's layers, in SFT by one process: it takes a minute or more of a job, after which
-    steps of many small kernels may be faster. Full fine-tuning then has one lane; not with activation_checkpointing."""
     sharding: Sharding = "fsdp"
     """How several GPUs hold a model: `fsdp` gives each a part of it, `ddp` the whole model, which must fit."""
     gpu: str | None = None
@@ -668,8 +665,6 @@ class Execution(Strict):
                 raise ValueError(f"max_gpus = {self.max_gpus}: without a gpu a job has none; name the gpu")
         elif self.gpu not in GPUS:
             raise ValueError(f"gpu = {self.gpu!r}: not known; allowed: {', '.join(GPUS)}")
-        if self.compile and self.activation_checkpointing:
-            raise ValueError("compile = true: not with activation_checkpointing; set one of them to false")
         return self
 
 

@@ -36,11 +36,11 @@ _CPU_MEMORY = 4 * GB
 def lanes_of(preset: Preset, sweep: Sweep, gpus: int) -> int:
     """The number of a sweep's runs that are trained together on `gpus` GPUs, one process each (0: a CPU); at least 1.
 
-    One where the model is sharded or has experts, and in full fine-tuning by RL or with compiled layers.
+    One where the model is sharded or has experts, and in full fine-tuning by RL.
     """
     condition, execution = sweep.condition, preset.execution
     sharded = gpus > 1 and execution.sharding == "fsdp"
-    by_itself = condition.method == "fullft" and (condition.rollouts is not None or execution.compile)
+    by_itself = condition.method == "fullft" and condition.rollouts is not None
     if sharded or by_itself or dimensions(preset.models[condition.model]).experts:
         return 1
     most = min(execution.lanes, max(map(len, _groups(preset, sweep, execution.lanes))), _paying(preset, condition))

@@ -169,11 +169,6 @@ MISTAKES = {
     "unordered grid": ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
     "repeated lr": ((*RANK, "lrs", "fullft"), [1e-3, 1e-3], r"fullft grid .* must be ascending without repeats"),
     "batch larger than the data": ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
-    "compiled and computed again": (
-        ("execution",),
-        {"gflops": 1.0, "compile": True, "activation_checkpointing": True},
-        r"execution: compile = true: not with activation_checkpointing; set one of them to false$",
-    ),
     "no experiment": (("experiments",), {}, r"experiments is empty; allowed: rank"),
     "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
 }

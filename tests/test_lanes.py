@@ -196,12 +196,3 @@ def test_a_sharded_model_has_one_lane():
     assert lanes_of(preset, sweep, 1) == 7
     assert lanes_of(preset, sweep, 2) == 1
     assert lanes_of(with_execution(preset, sharding="ddp"), sweep, 2) == 7
-
-
-def test_full_fine_tuning_has_one_lane_where_layers_are_compiled():
-    preset = load_preset("smollm2")
-    full, lora = (first(make_plan(preset), method, "instruct", model="smollm2-135m") for method in ("fullft", "lora"))
-    compiled = with_execution(preset, compile=True)
-    assert lanes_of(preset, full, 1) > 1
-    assert lanes_of(compiled, full, 1) == 1
-    assert lanes_of(compiled, lora, 1) == lanes_of(preset, lora, 1) > 1

@@ -70,8 +70,8 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = causal and attention_mask is None and not dropout and query.shape[2] == key.shape[2]
     special = any(others.get(name) is not None for name in ("position_bias", "softcap", "output_attentions"))
-    # Who turns PyTorch's fused kernels off, to count products, means this one too. It can't be compiled.
-    plain = plain and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Who turns PyTorch's fused kernels off, to count products, means this one too.
+    plain = plain and query.device.type == "cpu"
     fused = plain and torch.backends.cuda.flash_sdp_enabled()
     if fused and not special:
         if torch.is_autocast_enabled("cpu"):

@@ -128,7 +128,6 @@ class Shelf:
         for name, (start, shape) in self._where.items():
             part, stacked = slice(start, start + shape.numel()), (len(values), *shape)
             value, gradient = (tensor[:, part].view(stacked) for tensor in (values, self.gradients))
-            # No `nn.Parameter`: their shapes count as fixed where layers are compiled, and lanes leave.
             leaf = self.leaves.setdefault(name, value.detach().requires_grad_())
             _point(leaf, value, gradient)
         for lane, parameters in enumerate(self.parameters):

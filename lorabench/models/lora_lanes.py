@@ -82,16 +82,10 @@ class _Factors:
     """The frozen weight and bias in autocast's type, once made."""
 
 
-# A function of the layer, not an object of each: one compiled code then serves all layers.
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """The forward pass of a linear layer, (rows, ..., d_in) to (rows, ..., d_out)."""
     own: _Factors = layer.lanes
     base: nn.Linear = layer.base_layer
-    if torch.compiler.is_compiling():
-        # The same in PyTorch's own operations, for its compiler; lanes have as many rows each.
-        plain: Tensor = base(x)
-        inner = torch.bmm(x.reshape(len(own.a), -1, x.shape[-1]), own.a.mT) * own.scaling
-        return plain + torch.bmm(inner, own.b.mT).view(plain.shape).to(plain.dtype)
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
     kind = x.device.type

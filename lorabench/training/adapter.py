@@ -1,7 +1,8 @@
-"""How an adapter moves: measures of one optimizer step that need A and B only, never a matrix of the layer's size.
+"""Measures of how one optimizer step moves a LoRA adapter.
 
-With U of few columns and V of few rows, ||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the
-singular values of U are the roots of the eigenvalues of U^T U.
+They need the factors A and B only, never a matrix of the layer's size: with U of few columns
+and V of few rows, ||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the singular values of U are the square
+roots of the eigenvalues of U^T U.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch import Tensor
 from lorabench.training.distributed import whole
 
 METRICS = ("a_moved", "update_norm", "b_over_a", "descent")
-"""What `AdapterProbe` measures, in its order."""
+"""Names of the measures of `AdapterProbe`, in the order in which it returns them."""
 
 Pair = tuple[Tensor, Tensor, float]
-"""A (r, d_in), B (d_out, r) and the scaling of a layer: W' = W + scaling * B A."""
+"""The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
 
 
 @dataclass(frozen=True)
 class _Before:
-    """One layer before a step: its factors, and their gradients."""
+    """The factors of one layer and their gradients before a step."""
 
     a: Tensor
     b: Tensor
@@ -32,13 +33,14 @@ class _Before:
 
 
 class AdapterProbe:
-    """Measures single steps: `before_step()` once the batch's gradients are there, `after_step()` after the update.
+    """Measures single optimizer steps of an adapter.
 
-    Made before the first step, and before a checkpoint is loaded, since it remembers the initial A. Gradients that
-    were clipped before `before_step()` make `descent` that of the clipped gradient.
+    Call `before_step()` when the batch's gradients are computed and `after_step()` after the update. Construct the
+    probe before the first step, and before a checkpoint is loaded, since it remembers the initial A. If gradients are
+    clipped before `before_step()`, `descent` is that of the clipped gradient.
 
     Args:
-        pairs: the trained factors of each layer by name, as from `lorabench.models.lora.adapter_pairs`.
+        pairs: the trained factors of each layer by name, as `lorabench.models.lora.adapter_pairs` returns them.
     """
 
     def __init__(self, pairs: Mapping[str, Pair]) -> None:
@@ -47,7 +49,7 @@ class AdapterProbe:
         self._before: dict[str, _Before] = {}
 
     def before_step(self) -> None:
-        """Keep what the step will change."""
+        """Copy the factors and gradients that the step will change."""
         self._before = {
             name: _Before(a.detach().clone(), b.detach().clone(), _gradient(a), _gradient(b))
             for name, (a, b, _) in self._pairs.items()
@@ -55,9 +57,11 @@ class AdapterProbe:
 
     @torch.no_grad()
     def after_step(self) -> dict[str, float]:
-        """Measures of the step since `before_step()`, whose copies are let go; empty without any layer.
+        """Return the measures of the step since `before_step()`, and release the copies made there.
 
         Returns:
+            The measures by name; an empty dictionary if no layer carries LoRA.
+
             a_moved: mean over layers of ||A - A0||_F / ||A0||_F.
             update_norm: root of the sum over layers of ||W'_after - W'_before||_F^2.
             b_over_a: share of layers whose B has a larger spectral norm than A.
@@ -80,20 +84,20 @@ class AdapterProbe:
             larger = (_spectral_norm(b) > _spectral_norm(a)).double()
             layers.append(torch.stack([moved, update, larger, descent]))
         stacked = torch.stack([layer.to(layers[0].device) for layer in layers])
-        # One transfer of all results. Rounding may leave the square of a step that changes nothing below zero.
+        # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
         moved, larger = stacked[:, 0].mean(), stacked[:, 2].mean()
         norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 3].sum()
         return dict(zip(METRICS, torch.stack([moved, norm, larger, descent]).tolist(), strict=True))
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """A copy of a parameter's gradient; zero where nothing flowed."""
+    """Return a copy of a parameter's gradient; zeros if it has none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
 
 
 def _spectral_norm(matrix: Tensor) -> Tensor:
-    """Largest singular value, from the smaller of the two Gram matrices."""
+    """Return the largest singular value, computed from the smaller of the two Gram matrices."""
     wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    # The decomposition refuses NaN, which a run on its way to diverge may hold; the other measures show it.
+    # The decomposition raises on NaN, which a diverging run may contain; the other measures then show the NaN.
     largest: Tensor = torch.linalg.eigvalsh(torch.nan_to_num(wide @ wide.T))[-1]
     return largest.clamp(min=0).sqrt()

@@ -1,8 +1,8 @@
-"""From token caches to tensors: the data order, micro-batches, and the scored next-token targets.
+"""Batches of SFT: the data order, micro-batches, and tensors with the scored next-token targets.
 
-A batch is split by length into parts of little padding. Packing removes the rest of it, at a price: attention then
-needs a mask, so that fused causal kernels, which skip half of the products and hold no mask, do not apply. It is off
-by default; it pays where examples are short and their lengths differ much.
+A batch is split by length into micro-batches with little padding. Packing several examples into one row removes the
+remaining padding, but attention then needs a mask, so that fused causal kernels, which skip half of the products and
+hold no mask, cannot be used. Packing is off by default; it pays where examples are short and differ much in length.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
+"""Target of a position whose next token is not scored."""
 
 Row = int | np.ndarray
-"""An example by its number, or several that are packed."""
+"""A row of a batch: the index of one example, or the indices of several packed examples."""
 
-# What a pass costs beside its tokens, in the tokens that it could compute meanwhile: launching its kernels, reading the
-# weights. On a CPU the best of 32, 64 and 128 on the laptop preset's batches, by little; of a GPU assumed.
 PASS_TOKENS = {"cpu": 128, "cuda": 2048}
+"""Fixed cost of a pass through the model (launching kernels, reading weights) by device type, in tokens' worth of time.
+
+The CPU's value was slightly better than 32 and 64 on the laptop preset's batches; the GPU's is assumed.
+"""
 
 
 def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
-    """Example indices of every step, (steps, batch_size): one fresh shuffle per epoch.
+    """Return the example indices of every step, (steps, batch_size), with a new shuffle for each epoch.
 
-    Depends on the seed alone, so all arms of one seed see the same batches in the same order.
+    The order depends on the seed alone, so all conditions with one seed see the same batches in the same order.
     """
     epochs = -(-steps * batch_size // n_examples)
     rng = np.random.default_rng(seed)
@@ -42,39 +45,43 @@ def data_order(n_examples: int, steps: int, batch_size: int, seed: int) -> np.nd
 def micro_batches(
     lengths: Sequence[np.ndarray], max_tokens: int, pass_tokens: int, packing: bool = False
 ) -> Iterator[tuple[np.ndarray | list[np.ndarray], ...]]:
-    """Split the batches of lanes, by length, into parts that cost little and fit `max_tokens`; a part of each at once.
+    """Split the batches of all lanes by length into micro-batches of the least cost that fit `max_tokens`.
 
-    The parts together are the batch: with token-summed losses the gradient is the same, only less
-    padding is computed. Where lanes have as many examples each, so have their parts.
+    Each micro-batch has rows of every lane, and each example of a batch is in exactly one micro-batch: with losses that
+    are summed over tokens the gradient is that of the whole batch, with less padding. Lanes with equally many examples
+    have equally many rows in each micro-batch, unless examples are packed.
 
     Args:
-        lengths: tokens of each example of a lane's batch, (examples,), for each lane.
-        max_tokens: limit of rows times longest length in a part of all lanes; one example always fits.
-        pass_tokens: what a pass through the model costs beside its tokens, in tokens (see `PASS_TOKENS`).
-        packing: lay several examples into a row.
+        lengths: for each lane, the tokens of each example of its batch, (examples,).
+        max_tokens: limit of rows times longest row of a micro-batch, over all lanes; a single example always fits.
+        pass_tokens: fixed cost of a pass through the model, in tokens (see `PASS_TOKENS`).
+        packing: lay several examples into one row.
 
     Yields:
-        Rows of each lane: a position within its batch, or those of several packed examples; each position exactly once.
+        For each lane its rows: positions within its batch, or one array of positions for each row of packed examples.
     """
     lanes = len(lengths)
-    most, each = max_tokens // lanes, pass_tokens / lanes
+    lane_max_tokens, lane_pass_tokens = max_tokens // lanes, pass_tokens / lanes
     if packing:
-        yield from zip_longest(*(_packed(own, most) for own in lengths), fillvalue=[])
+        yield from zip_longest(*(_packed(lane_lengths, lane_max_tokens) for lane_lengths in lengths), fillvalue=[])
         return
-    orders = [np.argsort(own, kind="stable") for own in lengths]
-    longest = np.max([own[order] for own, order in zip(lengths, orders, strict=True)], axis=0)
-    for part in _cheapest(longest, most, each):
+    orders = [np.argsort(lane_lengths, kind="stable") for lane_lengths in lengths]
+    longest = np.max([lane_lengths[order] for lane_lengths, order in zip(lengths, orders, strict=True)], axis=0)
+    for part in _cheapest_cut(longest, lane_max_tokens, lane_pass_tokens):
         yield tuple(order[part] for order in orders)
 
 
-def _cheapest(lengths: np.ndarray, max_tokens: int, pass_tokens: float) -> list[slice]:
-    """The cut of ascending lengths whose parts cost least: rows times longest, and a pass for each."""
+def _cheapest_cut(lengths: np.ndarray, max_tokens: int, pass_tokens: float) -> list[slice]:
+    """Cut ascending lengths into the parts of least cost, by dynamic programming.
+
+    A part costs its rows times its longest length, plus `pass_tokens`.
+    """
     costs, starts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, np.int64)
     for end, longest in enumerate(lengths.tolist(), 1):
         first = min(end - 1, max(0, end - max_tokens // max(1, longest)))
-        found = costs[first:end] + np.arange(end - first, 0, -1) * longest
-        best = int(found.argmin())
-        costs[end], starts[end] = found[best] + pass_tokens, first + best
+        candidates = costs[first:end] + np.arange(end - first, 0, -1) * longest
+        best = int(candidates.argmin())
+        costs[end], starts[end] = candidates[best] + pass_tokens, first + best
     parts, end = [], len(lengths)
     while end:
         parts.append(slice(int(starts[end]), end))
@@ -87,21 +94,21 @@ def _packed(lengths: np.ndarray, max_tokens: int) -> Iterator[list[np.ndarray]]:
         return
     # An example's last token is only a target.
     rows = packed_rows(lengths - 1)
-    at_once = max(1, max_tokens // int(lengths.max()))
-    for start in range(0, len(rows), at_once):
-        yield [np.array(row) for row in rows[start : start + at_once]]
+    rows_per_part = max(1, max_tokens // int(lengths.max()))
+    for start in range(0, len(rows), rows_per_part):
+        yield [np.array(row) for row in rows[start : start + rows_per_part]]
 
 
 def packed_rows(lengths: np.ndarray) -> list[list[int]]:
-    """Examples laid end to end in rows as long as the longest example: first fit, the longest first.
+    """Pack examples end to end into rows as long as the longest example, by first fit in descending length.
 
-    Rows as long as all of `max_tokens` would need no padding at all, but attention costs the square of a row.
+    Longer rows would need less padding, but the cost of attention grows with the square of a row's length.
 
     Args:
         lengths: tokens of each example, (n,).
 
     Returns:
-        Places of the examples of each row.
+        For each row, the indices of its examples in `lengths`.
     """
     rows: list[list[int]] = []
     free: list[int] = []
@@ -117,11 +124,11 @@ def packed_rows(lengths: np.ndarray) -> list[list[int]]:
 
 
 class Batch(NamedTuple):
-    """Examples as a model takes them, each tensor (rows, width), padded on the right.
+    """The inputs of a model, each tensor (rows, width), padded on the right.
 
-    Targets are `IGNORED` where the next token is not scored. Positions restart where an example begins, which tells
-    transformers to keep attention within each example; None where every row is one example. No attention mask is
-    needed: attention is causal and padding comes last, so no scored position sees any.
+    Targets are `IGNORED` where the next token is not scored. Positions restart where an example begins, by which
+    transformers keeps attention within each example; they are None if every row is one example. No attention mask is
+    needed: attention is causal and padding comes last, so no scored position attends to padding.
     """
 
     inputs: torch.Tensor
@@ -130,16 +137,16 @@ class Batch(NamedTuple):
 
     @property
     def scored(self) -> int:
-        """Scored targets."""
+        """The number of scored targets."""
         return int((self.targets != IGNORED).sum())
 
     def scored_by(self, lanes: int) -> np.ndarray:
-        """Scored targets of each lane, (lanes,): so many have as many rows each, one after another."""
+        """Count the scored targets of each lane, (lanes,); lanes have equally many rows, lane after lane."""
         counts: np.ndarray = (self.targets != IGNORED).view(lanes, -1).sum(1).cpu().numpy()
         return counts
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device. A GPU fetches it on its own while this process goes on."""
+        """Return the batch on a device; the copy to a GPU is asynchronous."""
         import torch
 
         if torch.device(device).type == "cuda":
@@ -148,7 +155,7 @@ class Batch(NamedTuple):
 
 
 def collate(split: TokenizedSplit, rows: Iterable[Row]) -> Batch:
-    """Some examples, one to a row or several, end to end. Without any it is one token that is not scored."""
+    """Build a batch with one example, or several packed ones, in each row; no rows give one token without a target."""
     import torch
 
     examples = [[split.example(int(index)) for index in np.atleast_1d(row)] for row in rows]
@@ -162,7 +169,7 @@ def collate(split: TokenizedSplit, rows: Iterable[Row]) -> Batch:
             end = start + len(ids) - 1
             inputs[number, start:end] = ids[:-1]
             targets[number, start:end] = np.where(scored[1:], ids[1:], IGNORED)
-            # Through the end of the row: padding counts on.
+            # Padding continues the positions of the last example.
             positions[number, start:] = np.arange(shape[1] - start)
             start = end
     packed = any(len(row) > 1 for row in examples)
@@ -170,7 +177,7 @@ def collate(split: TokenizedSplit, rows: Iterable[Row]) -> Batch:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """The rows of batches of one shape, one batch after another."""
+    """Concatenate the rows of batches of one shape."""
     import torch
 
     if len(batches) == 1:
@@ -181,5 +188,5 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def scored_tokens(split: TokenizedSplit) -> int:
-    """Scored next tokens of a whole split; an example's first token is never predicted."""
+    """Count the scored next tokens of a split; an example's first token is never predicted."""
     return int(split.scored.sum() - split.scored[split.offsets[:-1]].sum())

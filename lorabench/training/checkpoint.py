@@ -1,13 +1,13 @@
-"""Checkpoints of a run in progress: trained parameters, Adam's state, and the curve so far.
+"""The checkpoint file of a run in progress: trained parameters, Adam's state, and the curve so far.
 
-Safetensors with a checksum and a JSON header, replaced atomically; no pickle. A run has no other state: the data
-order follows from the seed and the step, and models have no dropout.
+A checkpoint is a safetensors file with a checksum and a JSON header, replaced atomically; nothing is pickled. A run has
+no other state: the data order follows from the seed and the step, and models have no dropout.
 
-Of a model that is sharded over processes each writes its part. The first process's file is the checkpoint: its header
-says at which step and of how many parts it is, and it takes the old one's place when the other parts are there, so that
-parts of two steps never meet. Any number of processes can read it.
+If a model is sharded over processes, each process writes its part. The file of the first process is the checkpoint: its
+header has the step and the number of parts, and it replaces the old checkpoint when all other parts are written, so
+that parts of two steps are never mixed. Any number of processes can read it.
 
-A checkpoint that is damaged or another run's is worth nothing, and no reason to fail: the run starts anew.
+A checkpoint that is damaged or belongs to another run is ignored with a warning: the run starts again from step 1.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def save_checkpoint(
     progress: dict[str, Any],
     processes: Processes = ALONE,
 ) -> None:
-    """Write weights, optimizer state and `progress` (plain JSON data with the `step`), whole or not at all."""
+    """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically."""
     tensors = {}
     for name, place in lane.places.items():
         state = {"parameter": place.parameter.detach(), **optimizer.state[place.parameter]}
         for key, value in state.items():
-            # Adam's step count is one number for all that is stepped at once.
+            # Adam's step count is one number for a whole parameter.
             part = value if value.ndim == 0 else place.of(local(value))
-            # On a shelf many weights are one tensor, which is not what safetensors writes.
+            # On a shelf many weights are views of one tensor; safetensors refuses tensors that share memory.
             tensors[f"{key}/{name}"] = local(part).contiguous() if place.start is None else part.clone()
     count = processes.count if processes.sharded else 1
     parts = _parts(path, progress["step"], count)
@@ -68,9 +68,10 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     processes: Processes = ALONE,
 ) -> dict[str, Any] | None:
-    """Restore weights and optimizer state in place; returns what was saved as `progress`.
+    """Restore weights and optimizer state in place and return the saved `progress`.
 
-    None, with nothing touched, if there is no checkpoint, or none that can be used: then the log says why.
+    Returns None and changes nothing if there is no checkpoint, or none that can be used; a warning then names the
+    reason.
     """
     import torch
 
@@ -78,18 +79,18 @@ def load_checkpoint(
         return None
     try:
         parts, progress = _read(path, run_id)
-        there = {name: _shape(parts, name) for name in parts[0] if name.startswith("parameter/")}
-        if there != {f"parameter/{name}": tuple(place.shape) for name, place in lane.places.items()}:
+        saved_shapes = {name: _shape(parts, name) for name in parts[0] if name.startswith("parameter/")}
+        if saved_shapes != {f"parameter/{name}": tuple(place.shape) for name, place in lane.places.items()}:
             raise DamagedError(f"{path} is of a model with other parameters")
     except DamagedError as error:
         if processes.first:
-            logging.warning("run %s starts anew: checkpoint %s", run_id, error)
+            logging.warning("run %s starts again from step 1: checkpoint %s", run_id, error)
         return None
 
     def read(name: str, like: torch.Tensor) -> torch.Tensor:
         tensors: list[torch.Tensor] = [part[name] for part in parts]
         if tensors[0].ndim == 0:
-            # Adam's step count, which is on the CPU unless it is fused on a GPU.
+            # This is Adam's step count, which is on the CPU unless Adam is fused on a GPU.
             return tensors[0].to(like.device)
         return placed(torch.cat(tensors), like)
 
@@ -113,7 +114,7 @@ def load_checkpoint(
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint says it is of; 0 if there is none that can be read."""
+    """Return the step in a checkpoint's header; 0 if the header cannot be read."""
     try:
         about = read_header(path)
     except DamagedError:
@@ -122,7 +123,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def usable_step(path: Path, run_id: str) -> int:
-    """The step of a run's checkpoint, which is read to its end; 0 if there is none that can be used."""
+    """Return the step of a run's checkpoint after reading and verifying all of it; 0 if it cannot be used."""
     try:
         return int(_read(path, run_id)[1]["step"])
     except DamagedError:
@@ -130,10 +131,10 @@ def usable_step(path: Path, run_id: str) -> int:
 
 
 def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The tensors of each part of a checkpoint, and its progress.
+    """Read the tensors of each part of a checkpoint, and its progress.
 
     Raises:
-        DamagedError: a part is missing, is not as it was written, or is another run's.
+        DamagedError: a part is missing, damaged, or belongs to another run.
     """
     tensors, about = _read_part(path, run_id)
     progress: dict[str, Any] = json.loads(about["progress"])
@@ -149,14 +150,14 @@ def _read_part(path: Path, run_id: str) -> tuple[dict[str, Any], dict[str, str]]
 
 
 def _shape(parts: list[dict[str, Any]], name: str) -> tuple[int, ...]:
-    """Shape of a parameter whose rows are spread over parts."""
+    """Return the shape of a parameter whose rows are spread over the parts."""
     if len(parts) == 1:
         return tuple(parts[0][name].shape)
     return (sum(part[name].shape[0] for part in parts), *parts[0][name].shape[1:])
 
 
 def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, torch.Tensor]:
-    """What was trained of a sharded model, put together on the CPU of the first process; empty in the others."""
+    """Gather a sharded model's trained parameters on the CPU of the first process; other processes return nothing."""
     gathered = {}
     for name, parameter in trained_parameters(model).items():
         tensor = whole(parameter.detach())
@@ -166,11 +167,11 @@ def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, tor
 
 
 def _parts(path: Path, step: int, count: int) -> list[Path]:
-    """The files of a checkpoint, the first process's first."""
+    """Return the files of a checkpoint, that of the first process first."""
     others = [path.with_name(f"{path.stem}.{step}.{rank}-of-{count}{path.suffix}") for rank in range(1, count)]
     return [path, *others]
 
 
 def _owner(run_id: str) -> dict[str, str]:
-    """Whose checkpoint it is."""
+    """Return the header fields that identify the run of a checkpoint."""
     return {"run_id": run_id, "protocol_version": str(PROTOCOL_VERSION)}

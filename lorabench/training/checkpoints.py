@@ -1,9 +1,9 @@
-"""Checkpoints of runs that are trained together: all of one step, whatever happens.
+"""Checkpoints of runs that are trained together as lanes: all are of the same step, also after a crash.
 
-What is computed beside a run decides about the last bits of its numbers. So lanes that go on must be at the same step
-as when they were together. All save after the same step, into a file beside the checkpoint; when all have, those files
-take the checkpoints' places. A job that dies between the first and the last of these renames is finished here.
-Runs whose checkpoints are not of one step, since one is damaged or others were together before, are trained apart.
+The last bits of a run's numbers depend on the runs computed beside it, so lanes must resume at a common step. All lanes
+save after the same step, each to a `.next` file beside its checkpoint; when all have saved, these files replace the
+checkpoints. If a job dies during these renames, the next job completes them. Runs whose checkpoints are of different
+steps, because one is damaged or they were grouped differently before, are trained separately.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from lorabench.training.distributed import ALONE, Processes
 
 
 def in_step(paths: Mapping[str, Path], processes: Processes = ALONE) -> list[list[str]]:
-    """Those of some runs that can go on together, since their checkpoints are of the same step.
+    """Group runs by the step of their checkpoints; the runs of a group can go on together.
+
+    Renames that a killed job left unfinished are completed first, and stale `.next` files are deleted.
 
     Args:
-        paths: checkpoint of each run, by its run_id.
+        paths: the checkpoint of each run by its run_id.
+
+    Returns:
+        The run_ids of each group. Runs without a usable checkpoint are at step 0.
     """
     if processes.first:
         newest = max(checkpoint_step(path) for path in paths.values())
@@ -42,27 +47,27 @@ def in_step(paths: Mapping[str, Path], processes: Processes = ALONE) -> list[lis
 
 
 class Checkpoints:
-    """When lanes save, and where.
+    """Decides when the lanes of a job save, and writes and reads their checkpoints.
 
     Attributes:
-        stopping: whether the lanes shall end when they have saved.
+        stopping: whether the lanes must end when they have saved.
     """
 
     def __init__(self, paths: Mapping[str, Path], seconds: float, processes: Processes = ALONE) -> None:
         """
         Args:
-            paths: checkpoint of each run, by its run_id.
+            paths: the checkpoint of each run by its run_id.
             seconds: time between two checkpoints.
-            processes: those that train the lanes together; the first one writes.
+            processes: the processes that train the lanes together.
         """
         self._paths, self._seconds, self._saved = dict(paths), seconds, time.perf_counter()
         self._processes = processes
         self._step, self._due, self.stopping = 0, False, False
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether to save after a step; the first lane to ask decides for all.
+        """Return whether the lanes save after this step; the first lane's call decides for all lanes.
 
-        Lanes save after the `last` step too: one may be finished, and gone, before the job dies.
+        Several lanes save after the `last` step too: some may be finished before the job dies and others not.
         """
         if step != self._step:
             self._step, self.stopping = step, self._processes.any(stop.requested()) and not last
@@ -73,7 +78,7 @@ class Checkpoints:
         return self._due
 
     def save(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-        """Save a lane's state; see `save_checkpoint`."""
+        """Save the state of a lane; see `save_checkpoint`."""
         path = self._paths[run_id]
         if len(self._paths) > 1:
             path = _next(path)
@@ -81,16 +86,16 @@ class Checkpoints:
         self._commit()
 
     def load(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Restore a lane's state; see `load_checkpoint`."""
+        """Restore the state of a lane; see `load_checkpoint`."""
         return load_checkpoint(self._paths[run_id], run_id, lane, optimizer, self._processes)
 
     def ended(self, run_id: str) -> None:
-        """A lane is finished; it may have ended before the others saved."""
+        """Forget a finished lane, and commit if all remaining lanes have saved."""
         del self._paths[run_id]
         self._commit()
 
     def _commit(self) -> None:
-        """Where all lanes have saved, what they saved is their checkpoint."""
+        """Replace the checkpoints by the `.next` files once every lane has one."""
         if self._processes.first and all(_next(path).exists() for path in self._paths.values()):
             for path in self._paths.values():
                 os.replace(_next(path), path)

@@ -1,14 +1,15 @@
-"""What a training step costs, by method and rank: FLOPs counted, time and memory measured (paper.md, section 3.6).
+"""The cost of a training step by method and rank: counted FLOPs, measured time and memory.
 
-The formula. A linear layer of d_in x d_out, for one token, in multiply-adds: full fine-tuning (FullFT) takes
-d_in d_out for the output, as much for the gradient of the input, as much for that of the weight; 3 d_in d_out. LoRA
-of rank R saves the last and pays for A (R x d_in) and B (d_out x R), which are trained: 2 d_in d_out +
-3 R (d_in + d_out). Summed over layers, where sum' is over those that carry LoRA,
+The formula for the FLOPs is that of the paper's section on compute efficiency, extended to layers that are not square.
+For one token, a linear layer of d_in x d_out costs full fine-tuning (FullFT) 3 d_in d_out multiply-adds: d_in d_out
+each for the output, the gradient of the input and the gradient of the weight. LoRA of rank R saves the gradient of the
+weight and adds the three products of A (R x d_in) and of B (d_out x R): 2 d_in d_out + 3 R (d_in + d_out). Summed over
+all layers, and in sum' over the layers that carry LoRA,
 
     LoRA / FullFT = 2/3 + R sum'(d_in + d_out) / sum(d_in d_out) = 2/3 + 2R/N
     N = 2 sum(d_in d_out) / sum'(d_in + d_out)
 
-which for square N x N layers, all with LoRA, is the paper's N. N is the column `effective_width`.
+For square N x N layers that all carry LoRA this N is the paper's. The tables have it in the column `effective_width`.
 """
 
 from __future__ import annotations
@@ -45,17 +46,19 @@ from lorabench.training.provenance import machine_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WARM_UP = 2  # steps before the clock counts: the optimizer's state is made, caches fill
+# Steps before time is measured: the optimizer's state is allocated and caches fill.
+_WARM_UP = 2
 
-# What a linear layer computes, forward and backward. Products in attention have a batch dimension: bmm.
+# The operations of linear layers, forward and backward. Products in attention have a batch dimension and are bmm.
 _LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
 
 def compute_table(preset: Preset, model: str) -> pd.DataFrame:
-    """The rows of the table `compute` of one model of a preset's experiment `compute`.
+    """Measure one model of a preset's experiment `compute` and return its rows of the table `compute`.
 
     Raises:
-        UserError: the preset has no such experiment or model, or see `measure_compute`.
+        UserError: the preset has no experiment `compute`, the experiment does not name the model, or `measure_compute`
+            refuses the model.
     """
     experiment = preset.experiments.compute
     if experiment is None:
@@ -90,32 +93,32 @@ def measure_compute(
 ) -> list[dict[str, Any]]:
     """Measure a step of FullFT and of LoRA at each rank, on random tokens that are all scored.
 
-    - `linear_flops`: of the linear layers, a multiply-add counted as 2, forward and backward. As in the formula every
-      layer gets the gradient of its input: real LoRA needs none below the first adapted layer, so the output of the
-      embedding is made to require one, for the count alone and in both arms. `total_flops` has the products of
-      attention too, taken in full, without the saving of a causal mask.
-    - `step_s`: median seconds of forward, backward and AdamW. Arms take turns, so that a machine that slows down slows
-      all alike.
-    - `peak_mem_bytes`: parameters, buffers and optimizer state, and the most that tensors took beyond them at any time
-      in a step (gradients, activations, temporaries). On a GPU that growth is read from the allocator, on a CPU from
-      the life of every tensor's storage; the memory of libraries is in neither.
+    - `linear_flops` counts the products of the linear layers, forward and backward, with 2 FLOPs per multiply-add. As
+      in the formula, every layer computes the gradient of its input. In training LoRA needs no such gradient below the
+      first adapted layer, so the output of the embedding is made to require one, in both arms and for the count alone.
+      `total_flops` also counts the products of attention in full, without the saving of a causal mask.
+    - `step_s` is the median of the seconds of forward pass, backward pass and AdamW update. Arms take turns, so that
+      changes of the machine's speed affect all arms alike.
+    - `peak_mem_bytes` is the size of parameters, buffers and optimizer state, plus the most that other tensors
+      (gradients, activations, temporaries) take at any time in a step. On a GPU the latter is read from the allocator,
+      on a CPU from the lifetime of every tensor's storage; neither includes the memory of libraries.
 
     Args:
-        name: what the table calls the model.
-        ranks: of LoRA.
-        placement: of LoRA; on the unembedding too if the protocol says so.
+        name: name of the model in the table.
+        ranks: ranks of LoRA.
+        placement: the layers that carry LoRA, besides the unembedding if the protocol includes it.
         batch_size: sequences per step.
         sequence_length: tokens per sequence.
-        repeats: timed steps.
-        threads: of the CPU.
-        protocol: alpha, Adam, precision.
+        repeats: number of timed steps.
+        threads: number of CPU threads.
+        protocol: provides alpha, Adam's settings and the precision.
 
     Returns:
         Rows of the table `compute`, FullFT first.
 
     Raises:
-        UserError: the model can't be read, has experts (to which the formula does not apply), changes its logits, or
-            is too short for such sequences.
+        UserError: the model cannot be read, has experts (to which the formula does not apply), changes its logits, or
+            takes fewer tokens than `sequence_length`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
@@ -153,10 +156,10 @@ def measure_compute(
 
 
 def effective_width(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> float:
-    """N of the formula, for LoRA in a placement.
+    """Return N of the formula in the module's docstring.
 
     Raises:
-        UserError: the model has experts, whose layers see some of the tokens each.
+        UserError: the model has experts, each of which computes only some of the tokens.
     """
     chosen = targets(model, placement, include_unembedding)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
@@ -167,15 +170,15 @@ def effective_width(model: PreTrainedModel, placement: Placement, include_unembe
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose parameters can be frozen apart, but are the same memory."""
+    """Return a copy that shares the parameters' memory but has `requires_grad` flags of its own."""
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
 
 
 @dataclass
 class _Arm:
-    """A model with its optimizer, and one batch. `rank` is that of LoRA, None for FullFT.
+    """A model with its optimizer and one batch; `rank` is the rank of LoRA, None for FullFT.
 
-    FLOPs are counted on the model as it is given, where PEFT computes LoRA; all else is measured as runs are trained.
+    FLOPs are counted while PEFT computes LoRA; time and memory are measured with the layers that runs are trained with.
     """
 
     rank: int | None
@@ -188,7 +191,7 @@ class _Arm:
         self.counts = self._flops()
         self.stack = alone(self.model, "") if self.rank is None else stack_lora(self.model, ["default"])
         [self.lane] = self.stack.lanes.values()
-        # At LR 0 a step does all its work and leaves the weights, which the arms share, as they are.
+        # At LR 0 a step does all its work and does not change the weights, which the arms share.
         self.optimizer = torch.optim.AdamW(
             self.lane.parameters,
             lr=0.0,
@@ -199,7 +202,7 @@ class _Arm:
         )
 
     def row(self, placement: Placement) -> dict[str, Any]:
-        """The columns that differ between arms, but for the time."""
+        """Return the columns that differ between arms, except `step_s`."""
         linear_flops, total_flops = self.counts
         return {
             "method": "fullft" if self.rank is None else "lora",
@@ -212,7 +215,7 @@ class _Arm:
         }
 
     def step(self) -> None:
-        """One optimizer step; leaves no gradient."""
+        """Make one optimizer step and delete the gradients."""
         batch, autocast = Batch(self.inputs, self.targets, None), self.protocol.precision == "bf16"
         scored, max_logits = [self.targets.numel()], MAX_LOGITS[self.inputs.device.type]
         add_gradient(self.stack.model, batch, self.stack.rows, scored, torch.bfloat16 if autocast else None, max_logits)
@@ -220,8 +223,8 @@ class _Arm:
         self.lane.zero_grad()
 
     def _flops(self) -> tuple[int, int]:
-        """FLOPs of one forward and backward pass: of the linear layers, and of all."""
-        # The plain kernel of attention is the one whose products are counted on every device.
+        """Count the FLOPs of one forward and backward pass: those of the linear layers, and the total."""
+        # Only the plain attention kernel has its products counted on every device.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.model.enable_input_require_grads()
             with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
@@ -229,14 +232,15 @@ class _Arm:
             loss.backward()
             self.model.disable_input_require_grads()
         self.model.zero_grad()
-        # Not by module: the counter gives a layer also what its siblings with the same input do backwards.
+        # Counts by module would be wrong: the counter attributes to a layer the backward pass of layers that share
+        # its input.
         counts = counter.get_flop_counts()["Global"]
         return sum(counts.get(operation, 0) for operation in _LINEAR), counter.get_total_flops()
 
     def peak_memory(self) -> int:
-        """Bytes held between steps, and the most that a step took on top."""
+        """Return the bytes held between steps plus the most that a step allocates beyond them."""
         self.step()
-        state = [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
+        state = [value for parameter_state in self.optimizer.state.values() for value in parameter_state.values()]
         held: dict[int, int] = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in (*self.model.parameters(), *self.model.buffers(), *state)
@@ -245,7 +249,7 @@ class _Arm:
 
 
 def _growth(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that a step had allocated at any time beyond what there was before."""
+    """Return the most bytes that a step had allocated at any time beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -258,7 +262,7 @@ def _growth(step: Callable[[], None], device: torch.device) -> int:
 
 
 class _NewStorages(TorchDispatchMode):
-    """Adds up the storages that operations make, for as long as each lives."""
+    """Tracks the bytes of the storages that operations allocate, until each is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -285,7 +289,7 @@ def _storages(tree: Any) -> list[Any]:
 
 
 def _interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each step; they take turns."""
+    """Return the median seconds of each step; the steps take turns."""
     seconds: list[list[float]] = [[] for _ in steps]
     for turn in range(_WARM_UP + repeats):
         for step, measured in zip(steps, seconds, strict=True):
@@ -299,6 +303,6 @@ def _interleaved(steps: list[Callable[[], None]], repeats: int, device: torch.de
 
 
 def _wait(device: torch.device) -> None:
-    """Until the GPU has done what it was asked."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

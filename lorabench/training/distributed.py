@@ -1,11 +1,12 @@
-"""Several processes, one per GPU, that train one run together: what they exchange, and how a model lies on them.
+"""Training of one run by several processes, one per GPU: their communication, and the sharding of the model.
 
-Each computes its share of a batch; losses, gradients and norms are summed over all, so that the numbers are those of
-one process but for the order of additions. One process alone runs the same code and exchanges nothing.
+Each process computes its share of a batch; losses, gradients and norms are summed over all processes, so that the
+numbers equal those of one process up to the order of additions. A single process runs the same code and communicates
+with none.
 
-`fsdp` shards a model by accelerate's FSDP2: each process keeps a part of every parameter, its gradient and its
-optimizer state, in fp32, and the parameters of a layer come together in fp32 while it is computed, under the same
-autocast as on one GPU. `ddp` keeps the whole model in each process and sums gradients once per step.
+`fsdp` shards a model with accelerate's FSDP2: each process keeps a part of every parameter, of its gradient and of its
+optimizer state, in fp32. The parameters of a layer are gathered in fp32 while it is computed, under the same autocast
+as on one GPU. `ddp` keeps the whole model in each process and sums gradients once per step.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a job as one of them sees them; by default it is alone."""
+    """The processes of a job from the point of view of one of them; the default is a single process on the CPU."""
 
     rank: int = 0
     count: int = 1
@@ -45,16 +46,16 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this process is the one that writes files and reports progress."""
         return self.rank == 0
 
     @property
     def sharded(self) -> bool:
-        """Whether a model's parameters are spread over the processes."""
+        """Whether a model's parameters are sharded over the processes."""
         return self.count > 1 and self.sharding == "fsdp"
 
     def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """As many numbers of every process, (processes, values) in double precision; the same in each."""
+        """Gather equally many numbers from every process; all receive (processes, values) in double precision."""
         numbers = np.asarray(values, np.float64)
         if self.count == 1:
             return numbers[None]
@@ -64,47 +65,50 @@ class Processes:
         return torch.stack(everyone).cpu().numpy()
 
     def total(self, value: float) -> float:
-        """The sum over processes."""
+        """Return the sum of a value over all processes."""
         return float(self.gather([value]).sum())
 
     def most(self, value: float) -> float:
-        """The largest of all processes."""
+        """Return the largest value of all processes."""
         return float(self.gather([value]).max())
 
     def any(self, happened: bool) -> bool:
-        """Whether it happened in any process, so that all decide alike."""
+        """Return whether `happened` is true in any process, so that all processes decide alike."""
         return bool(self.gather([happened]).any())
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this method."""
         self.gather([0.0])
 
     def share(self, lengths: np.ndarray) -> np.ndarray:
-        """Positions of the sequences that this process computes, ordered by length, so that all have as much to do."""
+        """Return the indices of this process's sequences, dealt by length so that all processes have similar work."""
         return np.argsort(lengths, kind="stable")[self.rank :: self.count]
 
     def owners(self, lengths: np.ndarray) -> np.ndarray:
-        """The process in whose share each sequence is, (sequences,)."""
+        """Return the rank of the process that has each sequence in its share, (sequences,)."""
         ranks = np.empty(len(lengths), np.int64)
         ranks[np.argsort(lengths, kind="stable")] = np.arange(len(lengths)) % self.count
         return ranks
 
     def even(self, parts: Iterable[T], nothing: T) -> list[T]:
-        """This process's parts, filled up with `nothing` to as many as any has: all must compute together."""
+        """Pad this process's parts with `nothing` to the largest number of any process.
+
+        The processes must make equally many passes through the model, since they communicate in each.
+        """
         own = list(parts)
         return own + [nothing] * (int(self.most(len(own))) - len(own))
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum gradients over the processes; those of a sharded model are as soon as they are computed."""
+        """Sum gradients over the processes; FSDP sums those of a sharded model during the backward pass."""
         if self.count > 1 and not self.sharded:
             for parameter in parameters:
                 dist.all_reduce(parameter.grad)
 
     def shard(self, model: M) -> M:
-        """Spread a model over the processes, from the CPU of the first; unchanged where nothing is sharded.
+        """Shard a model from the CPU of the first process; without sharding return it unchanged.
 
         Args:
-            model: in the first process with its weights, in the others without (`lorabench.models.base.skeleton`).
+            model: has its weights in the first process, and none in the others (`lorabench.models.base.skeleton`).
         """
         if not self.sharded:
             return model
@@ -113,8 +117,8 @@ class Processes:
         from peft import PeftModel
 
         accelerator = Accelerator(cpu=self.device.type == "cpu")
-        # Set by hand, as accelerate itself shards on GPUs alone. No policy of precision: parameters come together in
-        # fp32, and autocast does what it does on one GPU.
+        # The plugin is set by hand since accelerate itself shards on GPUs only. It has no mixed-precision policy:
+        # parameters are gathered in fp32, and autocast works as on one GPU.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -128,39 +132,40 @@ class Processes:
         register_fsdp_forward_method(sharded, "enter")
         for module in sharded.modules():
             if isinstance(module, FSDPModule):
-                # A sum, not a mean: the loss is divided by the tokens of all processes.
+                # Gradients are summed, not averaged: the loss is already divided by the tokens of all processes.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        # It would hold a copy of every layer's weights in bf16 until the end of the pass.
+        # The cache would hold a bf16 copy of every layer's weights until the end of the pass.
         torch.set_autocast_cache_enabled(False)
         return sharded
 
 
 ALONE = Processes()
+"""A single process on the CPU."""
 
 
 def join(sharding: Sharding) -> Processes:
-    """Join the processes that were started with this one (see `launch.py`)."""
+    """Join the process group of the processes started with this one (see `launch.py`)."""
     from accelerate import PartialState
 
-    # The others wait while the first reads a large model from a slow disk.
+    # The other processes wait while the first reads a large model, perhaps from a slow disk.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     return Processes(state.process_index, state.num_processes, sharding, torch.device(state.device))
 
 
 def leave(processes: Processes) -> None:
-    """The work is done in all processes."""
+    """Leave the process group when the work of all processes is done."""
     if processes.count > 1:
         dist.destroy_process_group()
 
 
 def enter(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:
-    """`function(model, *inputs)` as a forward pass of the model, in which a sharded one's parameters come together."""
+    """Call `function(model, *inputs)` as a forward pass of the model, in which FSDP gathers sharded parameters."""
     if not isinstance(model, FSDPModule):
         return function(model, *inputs)
     entered: T = model.enter(function, *inputs)  # type: ignore[operator]
     if not torch.is_grad_enabled():
-        # The last layers stay together for a backward pass, which does not come.
+        # FSDP keeps the last layers gathered for a backward pass, which does not follow here.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -168,7 +173,7 @@ def enter(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T
 
 
 def _tie_beneath(model: PeftModel) -> None:
-    """Tell transformers, which ties weights anew once they are sharded, where PEFT put an adapted layer's weight."""
+    """Name the wrapped weights of PEFT's layers to transformers, which ties weights again after sharding."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base: Any = model.get_base_model()
@@ -185,17 +190,17 @@ def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, put together in every process."""
+    """Return the full tensor in every process, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that may be sharded along its first dimension."""
+    """Return this process's part of a tensor, all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, or this process's part of it, where `like` lies."""
+    """Move a full tensor to the device of `like` and shard it as `like` is sharded."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)

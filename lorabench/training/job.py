@@ -1,4 +1,4 @@
-"""A job: the sweeps that one process, or several together, train one after another."""
+"""A job: the sweeps that one process, or several together, trains one after another."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def run_job(plan: Plan, job: Job, layout: Layout, say: Callable[[str], None], processes: Processes = ALONE) -> None:
-    """Train all runs of a job and write its parquet. No other process works on the runs of a sweep meanwhile.
+    """Train all runs of a job and write its parquet file; each sweep is locked while it is trained.
 
     Args:
-        say: takes one line of progress for a person; called in the first process only.
-        processes: those that do this together; each calls this function.
+        say: reports one line of progress; called in the first process only.
+        processes: the processes that train the job together; each calls this function.
 
     Raises:
-        UserError: memory or disk space ran out, or a sweep's runs are locked by a process that gives no sign of life.
-        Stopped: it was asked to end; what was done is kept.
+        UserError: memory or disk space ran out, or a sweep is locked by a process that shows no sign of life.
+        Stopped: a signal asked the job to end; finished runs and checkpoints are kept.
     """
     rows: list[dict[str, Any]] = []
     with _trainer(job.sweeps[0].condition.task) as train:
@@ -37,14 +37,14 @@ def run_job(plan: Plan, job: Job, layout: Layout, say: Callable[[str], None], pr
             lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
             with lock, memory_for(label, lower):
                 processes.wait()
-                rows += run_sweep(plan, sweep, layout, train, _about(label, say), processes)
+                rows += run_sweep(plan, sweep, layout, train, _prefixed(label, say), processes)
     if processes.first:
         write_job(rows, layout.job(job))
 
 
 def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Train]:
-    """What trains the runs of a job, and keeps what its sweeps have in common until its end."""
-    # Each brings its own libraries: SFT needs no graders, RL no token caches.
+    """Return the trainer of a job, which keeps what the job's sweeps share (model, data, graders) until the end."""
+    # Imported here since each trainer imports libraries that the other does not need.
     if task == "sft":
         from lorabench.training.sft_job import SftTrainer
 
@@ -54,16 +54,16 @@ def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Train]:
     return RlTrainer()
 
 
-def _about(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
+def _prefixed(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: say(f"{label} {line}")
 
 
 def _to_lower(preset: Preset, sweep: Sweep, processes: int) -> str:
-    """What takes less memory in a sweep when it is lower, and how high it is: settings of `execution`."""
+    """Name the settings of `execution` that reduce a sweep's memory when lowered, with their present values."""
     execution, lanes = preset.execution, lanes_of(preset, sweep, processes)
-    found = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
+    settings = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
     if sweep.condition.task == "rl":
-        found.append(f"max_cache_tokens ({execution.max_cache_tokens})")
+        settings.append(f"max_cache_tokens ({execution.max_cache_tokens})")
     if lanes > 1:
-        found.append(f"lanes ({lanes})")
-    return " or ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
+        settings.append(f"lanes ({lanes})")
+    return " or ".join(filter(None, [", ".join(settings[:-1]), settings[-1]]))

@@ -1,7 +1,7 @@
-"""Starting the processes of a job, one per GPU, by torch's elastic launcher; `torchrun` starts them as well.
+"""The start of a job's processes, one per GPU, by torch's elastic launcher; `torchrun` can start them too.
 
-Each runs the same command. What goes wrong in one ends all; an error that a user can mend is handed to the process that
-started them, which shows it once.
+Each process runs the same command. A failure of one process ends all of them. A `UserError` is passed to the parent
+process, which shows it once.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from contextlib import contextmanager
 from lorabench.errors import UserError
 from lorabench.training.stop import Stopped
 
-# Seconds that processes have to save what they have done when the job is told to end.
+# Seconds that the processes have to save a checkpoint when a signal asks the job to end.
 _GRACE = 120
 
 
 def started() -> bool:
-    """Whether this process is one of several that were started together."""
+    """Return whether this process was started by the elastic launcher."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launch(count: int, arguments: Sequence[str]) -> None:
-    """Run this command line `count` times side by side, to the end.
+    """Run the command line `lorabench ARGUMENTS` in `count` processes and wait for their end.
 
     Raises:
-        UserError: there are not so many GPUs, or what one of the processes met.
-        Stopped: the job was told to end.
-        SystemExit: a process ended badly.
+        UserError: the machine has fewer GPUs than `count`, or a process raised a UserError.
+        Stopped: a signal asked the job to end.
+        SystemExit: a process failed otherwise.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -42,7 +42,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     if 0 < gpus < count:
         raise UserError(f"--processes = {count}: this machine shows {gpus} GPUs; at most one process each")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Read by the processes' thread pools before any setting of ours, and by accelerate, which warns without it.
+    # Thread pools read this before any setting of ours, and accelerate warns if it is not set.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
     config = LaunchConfig(
@@ -53,16 +53,16 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        # The workflow tries again; the processes go on from their checkpoint.
+        # The workflow restarts a failed job, which then goes on from its checkpoints.
         max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "lorabench.cli", *arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        told = failure.error_file_data["message"]
-        if isinstance(told, dict):
-            raise UserError(told["message"].partition(": ")[2]) from error
+        message = failure.error_file_data["message"]
+        if isinstance(message, dict):
+            raise UserError(message["message"].partition(": ")[2]) from error
         sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
     except SignalException as error:
         raise Stopped(error.sigval) from error
@@ -70,7 +70,10 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Hand a UserError of one process among several to the one that started them, which knows of signals itself."""
+    """Within, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
+
+    The launching process receives the signals itself.
+    """
     try:
         yield
     except Stopped as stopped:

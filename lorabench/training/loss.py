@@ -1,8 +1,8 @@
-"""The one loss: NLL in nats, summed over scored tokens, for one model or for several lanes of it.
+"""The loss of SFT: the NLL in nats, summed over scored tokens, of one model or of several lanes.
 
-Logits are computed where a token is scored and nowhere else, and of so many tokens at a time that those of a whole
-batch with a large vocabulary are never held at once. The decoder and the unembedding are called as modules, so LoRA on
-either takes part.
+Logits are computed only at scored tokens, and for a limited number of tokens at a time, so that the logits of a whole
+batch with a large vocabulary are never held at once. The decoder and the unembedding are called as modules, so that
+LoRA on either takes effect.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ from lorabench.training.distributed import ALONE, Processes, enter
 if TYPE_CHECKING:
     from torch import nn
 
-# Logits that are computed at once, of all scored tokens of a pass: 64 and 256 MiB in fp32, a few times as much with
-# their gradient. Fewer make the products of the unembedding slow, whose weights are read for each piece. On a CPU
-# measured against a quarter of them (`python -m tests.benchmarks.parts`), of a GPU assumed.
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Largest number of logits computed at once, by device type: 64 and 256 MiB in fp32, a few times that with gradients.
+
+Smaller pieces make the products of the unembedding slow, since its weights are read for each piece. The CPU's value was
+measured against a quarter of it (`python -m tests.benchmarks.parts`); the GPU's is assumed.
+"""
 
 
 def nll_sum(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Sum of the NLL over scored targets, a scalar, in fp32; the arguments are those of a `Batch`.
+    """Return the sum of the NLL over scored targets, a scalar in fp32; the arguments are the fields of a `Batch`.
 
-    All logits are computed at once.
+    With a gradient all logits are computed at once.
     """
     return nll_sums(model, Batch(inputs, targets, positions), Rows(1)).sum()
 
 
 def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
-    """Sum of the NLL over each lane's scored targets, (lanes,), in fp32.
+    """Return the sum of the NLL over each lane's scored targets, (lanes,), in fp32.
 
-    With a gradient all logits are computed at once, and all tokens to the end (but see `add_gradient`).
+    With a gradient, all logits are computed at once and the last layer at all tokens; `add_gradient` avoids both.
 
     Args:
-        batch: as many rows of each lane, lane after lane.
+        batch: has equally many rows of each lane, lane after lane.
     """
     scored = _Scored.of(batch, rows)
     with _through(model, batch, rows, None if torch.is_grad_enabled() else scored):
@@ -53,9 +55,9 @@ def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
 
 def _nll_sums(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored) -> Tensor:
     hidden, targets = _hidden(model, batch, scored), scored.targets
-    size = max(1, len(targets)) if torch.is_grad_enabled() else _at_once(model, MAX_LOGITS[targets.device.type])
+    size = max(1, len(targets)) if torch.is_grad_enabled() else _tokens_at_once(model, MAX_LOGITS[targets.device.type])
     pieces = _pieces(scored.counts, size)
-    return torch.stack([_sums(model, hidden[piece], targets[piece], own, rows) for piece, own in pieces]).sum(0)
+    return torch.stack([_sums(model, hidden[piece], targets[piece], counts, rows) for piece, counts in pieces]).sum(0)
 
 
 def add_gradient(
@@ -66,11 +68,14 @@ def add_gradient(
     autocast: torch.dtype | None,
     max_logits: int | None,
 ) -> Tensor:
-    """Add the gradient of each lane's NLL over its divisor; returns those quotients, (lanes,), on the device.
+    """Add the gradient of each lane's NLL divided by its divisor, and return these quotients, (lanes,), on the device.
 
     Args:
-        batch: as many rows of each lane, lane after lane.
-        max_logits: of what is computed at once (see `MAX_LOGITS`); None for all, as a sharded model needs.
+        batch: has equally many rows of each lane, lane after lane.
+        divisors: a number for each lane, usually the scored tokens of its whole batch.
+        autocast: the type of autocast; None for fp32.
+        max_logits: limit of the logits computed at once (see `MAX_LOGITS`); None for no limit, as a sharded model
+            needs.
     """
     device = batch.inputs.device
     divisor = torch.tensor(divisors, dtype=torch.float32, device=device)
@@ -79,20 +84,20 @@ def add_gradient(
         return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
     scored = _Scored.of(batch, rows)
-    # Around the backward pass too: layers whose activations are computed again ask for all of this again.
+    # The context includes the backward pass, since recomputed layers read the rows and tokens again.
     with _through(model, batch, rows, scored):
-        if max_logits is None or len(scored.tokens) <= _at_once(model, max_logits):
+        if max_logits is None or len(scored.tokens) <= _tokens_at_once(model, max_logits):
             with cast():
                 nll = enter(model, _nll_sums, batch, rows, scored) / divisor
             nll.sum().backward()
             return nll.detach()
         with cast():
             hidden = _hidden(model, batch, scored)
-        # The graph of the unembedding is walked piece by piece, then that of the decoder once.
+        # The backward pass goes through the unembedding piece by piece, then once through the decoder.
         leaf, total = hidden.detach().requires_grad_(), torch.zeros_like(divisor)
-        for piece, own in _pieces(scored.counts, _at_once(model, max_logits)):
+        for piece, counts in _pieces(scored.counts, _tokens_at_once(model, max_logits)):
             with cast():
-                nll = _sums(model, leaf[piece], scored.targets[piece], own, rows) / divisor
+                nll = _sums(model, leaf[piece], scored.targets[piece], counts, rows) / divisor
             nll.sum().backward()
             total += nll.detach()
         hidden.backward(leaf.grad)
@@ -100,7 +105,7 @@ def add_gradient(
 
 
 class _Scored(NamedTuple):
-    """Where a batch is scored: places in (rows x length), the targets there, and how many are each lane's."""
+    """The scored tokens of a batch: indices into (rows x length), the targets there, and the count of each lane."""
 
     tokens: Tensor
     targets: Tensor
@@ -115,20 +120,20 @@ class _Scored(NamedTuple):
 
 @contextmanager
 def _through(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored | None) -> Iterator[None]:
-    """Within, layers know whose the rows of the batch are, and which tokens are read, None for all."""
+    """Within, layers know the lane of each row and the tokens that are read; `scored` is None for all tokens."""
     lanes = len(rows.counts)
     read = read_at(model, scored.tokens, rows, scored.counts) if scored else nullcontext()
     with rows.are((len(batch.inputs) // lanes,) * lanes), read:
         yield
 
 
-def _at_once(model: nn.Module, max_logits: int) -> int:
-    """Tokens that have so many logits."""
+def _tokens_at_once(model: nn.Module, max_logits: int) -> int:
+    """Return the number of tokens that have at most `max_logits` logits, at least 1."""
     return max(1, max_logits // int(model.config.vocab_size))  # type: ignore[union-attr, arg-type]
 
 
 def _hidden(model: nn.Module, batch: Batch, scored: _Scored) -> Tensor:
-    """What goes into the unembedding where a token is scored, (scored, width)."""
+    """Return the inputs of the unembedding at scored tokens, (scored, width)."""
     decoder = unwrapped(model).get_decoder()
     hidden: Tensor = decoder(
         input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
@@ -144,17 +149,17 @@ def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[in
 
 
 def _pieces(counts: Sequence[int], size: int) -> Iterator[tuple[slice, list[int]]]:
-    """Slices of so many scored tokens, and how many of each lane are in each."""
+    """Yield slices of at most `size` scored tokens, and the number of tokens of each lane in each slice."""
     total = sum(counts)
     ends = [sum(counts[: lane + 1]) for lane in range(len(counts))]
     for start in range(0, max(total, 1), size):
         stop = min(start + size, total)
-        own = [max(0, min(stop, end) - max(start, end - count)) for end, count in zip(ends, counts, strict=True)]
-        yield slice(start, stop), own
+        inside = [max(0, min(stop, end) - max(start, end - count)) for end, count in zip(ends, counts, strict=True)]
+        yield slice(start, stop), inside
 
 
 def check_plain_head(model: nn.Module) -> None:
-    """Refuse models that change logits after the unembedding, which `nll_sum` would leave out.
+    """Refuse models that change logits after the unembedding, which `nll_sum` would not do.
 
     Raises:
         UserError: the model scales or caps its logits.
@@ -167,22 +172,22 @@ def check_plain_head(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Refuse models in which an example sees those packed before it.
+    """Refuse models in which an example attends to the examples packed before it.
 
     Raises:
-        UserError: the second of two packed examples changes with the first.
+        UserError: the hidden states of the second of two packed examples depend on the first.
     """
     device = next(model.parameters()).device
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
     first = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], device=device)
     second = torch.tensor([9, 10, 11, 12], device=device)
-    alone, beside = (
+    behind_one, behind_other = (
         model.get_decoder()(  # type: ignore[operator]
             input_ids=torch.cat([ids, second])[None], position_ids=positions, use_cache=False
         ).last_hidden_state[0, 4:]
         for ids in first
     )
-    if not torch.allclose(alone, beside, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
+    if not torch.allclose(behind_one, behind_other, rtol=1e-3, atol=1e-3 * float(behind_one.abs().max())):
         raise UserError(f"{type(model).__name__} lets packed examples see each other; set execution.packing to false")
 
 
@@ -196,7 +201,7 @@ def mean_nll(
     processes: Processes = ALONE,
     packing: bool = False,
 ) -> float:
-    """NLL in nats per scored token of a whole split, token-weighted."""
+    """Return the token-weighted NLL of a whole split in nats per scored token; see `mean_nlls`."""
     return mean_nlls(model, Rows(1), split, max_tokens, device, autocast, processes, packing)[0]
 
 
@@ -211,19 +216,22 @@ def mean_nlls(
     processes: Processes = ALONE,
     packing: bool = False,
 ) -> list[float]:
-    """As `mean_nll`, of every lane.
+    """Return the token-weighted NLL of a whole split in nats per scored token, for each lane.
 
     Args:
-        max_tokens: that go through the model at once, those of all lanes together.
+        max_tokens: limit of the tokens, padding included, that go through the model at once, over all lanes.
+        autocast: the type of autocast; None for fp32.
+        processes: the processes that share the split; all return the same numbers.
+        packing: whether examples are packed.
     """
     lanes = len(rows.counts)
     totals, count = torch.zeros(lanes, dtype=torch.float64, device=device), 0
-    own = processes.share(split.lengths())
-    # All lanes measure the same examples; a pass is shared.
-    most, cost = max_tokens // lanes, PASS_TOKENS[device.type] // lanes
-    parts = [part for (part,) in micro_batches([split.lengths()[own]], most, cost, packing)]
-    for part in processes.even(parts, own[:0]):
-        batch = collate(split, [own[row] for row in part])
+    share = processes.share(split.lengths())
+    # All lanes measure the same examples, so the limit and the fixed cost of a pass are divided among them.
+    lane_max_tokens, lane_pass_tokens = max_tokens // lanes, PASS_TOKENS[device.type] // lanes
+    parts = [part for (part,) in micro_batches([split.lengths()[share]], lane_max_tokens, lane_pass_tokens, packing)]
+    for part in processes.even(parts, share[:0]):
+        batch = collate(split, [share[row] for row in part])
         count += batch.scored
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             totals += nll_sums(model, joined([batch] * lanes).to(device), rows)

@@ -1,4 +1,4 @@
-"""What a run ran on, taken in the process that does the work."""
+"""The code, machine and package versions of a run, collected in the process that trains it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _git(*arguments: str) -> str | None:
 
 
 def code_state(patches: Path) -> dict[str, str | None]:
-    """Git commit of the code and, if the tree is dirty, the hash of its diff, kept as `patches/<hash>.patch`."""
-    # Regenerated figures are tracked too; they are no part of what a run is made with.
+    """Return the code's git commit and, if the tree is dirty, the hash of its diff, saved in `patches/<hash>.patch`."""
+    # Other tracked files, such as figures, do not affect a run.
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", "lorabench", "workflow", "Snakefile")
     patch = None
     if diff:
@@ -44,12 +44,12 @@ def code_state(patches: Path) -> dict[str, str | None]:
 
 
 def machine_state(device: torch.device) -> dict[str, Any]:
-    """Device, the GPUs that this process may see, threads, host and versions."""
+    """Return the device, the visible GPUs, the number of threads, the host and the package versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "device_type": device.type,
-        # Which of the node's GPUs a scheduler gave to this process.
+        # The GPUs of the node that a scheduler assigned to this process.
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
@@ -59,7 +59,7 @@ def machine_state(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the GPU, else of this process."""
+    """Return the peak memory so far in bytes: that of the GPU, on a CPU that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

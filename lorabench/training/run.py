@@ -1,9 +1,8 @@
-"""What the loops of SFT and RL share: the machine, a point of a curve, the optimizer, the norm of a gradient."""
+"""Parts shared by the loops of SFT and RL: learning-curve points, the machine, the optimizer, gradient clipping."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,14 @@ from lorabench.training.distributed import ALONE, Processes, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Numbers whose squares are summed at once.
+# Elements of a gradient whose squares are summed at once.
 _PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a learning curve."""
+    """One value of a learning curve; `examples` and `tokens` are trained on up to this step, `value` is None if it is
+    not finite."""
 
     step: int
     examples: int
@@ -36,7 +36,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run is computed; nothing here changes what it is."""
+    """The device, limits and processes that compute a run; they change its numbers by no more than rounding."""
 
     device: torch.device
     max_batch_tokens: int
@@ -46,32 +46,18 @@ class Machine:
     processes: Processes = ALONE
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
-        """The autocast type that the protocol asks for, None in fp32."""
+        """Return the autocast type of the protocol's precision, None for fp32."""
         return torch.bfloat16 if protocol.precision == "bf16" else None
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep what goes into a layer only; the backward pass computes the layer again, with the same result."""
-    # No random numbers to restore: models have no dropout.
+    """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result."""
+    # There is no random state to restore: models have no dropout.
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Have PyTorch compile the decoder's layers, with any number of rows, tokens and lanes; once is enough.
-
-    But for the last, whose MLP computes other tokens in each pass (`lorabench.models.last_layer`).
-    """
-    # One code for all shapes, but for those with a dimension of 1; each of them with and without gradients.
-    torch._dynamo.config.recompile_limit = 64
-    # The weights of a lane lie beside others, and so do their gradients.
-    warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-    for layer in model.get_decoder().layers[:-1]:
-        if layer._compiled_call_impl is None:
-            layer.compile(backend=backend, dynamic=True)
-
-
 def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
-    """Adam over what a run trains, at the run's constant LR; that of LoRA's B may differ."""
+    """Return Adam over a run's trained parameters at its constant LR, multiplied by `lr_ratio` for LoRA's B."""
     ratio = run.condition.lr_ratio or 1.0
     groups: dict[float, dict[torch.nn.Parameter, None]] = {}
     for name, place in lane.places.items():
@@ -86,17 +72,17 @@ def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Opti
     )
 
 
-def clip_gradient(lane: Lane, most: float | None) -> float:
-    """Scale a lane's gradient down to a norm, if it has a limit; returns the norm that it had.
+def clip_gradient(lane: Lane, max_norm: float | None) -> float:
+    """Clip the norm of a lane's gradient (None: no limit) and return the norm before clipping.
 
-    On a CPU PyTorch adds the squares of a tensor one after another in fp32, which is off by 1 percent at 10^8 numbers;
-    so pieces are summed first.
+    On a CPU PyTorch adds the squares of a tensor one after another in fp32, which is off by 1% at 10^8 elements;
+    therefore the norms of pieces are computed first.
     """
     gradients = [parameter.grad for parameter in lane.parameters if parameter.grad is not None]
     pieces: list[torch.Tensor] = []
     for gradient in gradients:
-        at_once = isinstance(gradient, DTensor) or gradient.device.type != "cpu"
-        pieces += [gradient] if at_once else gradient.flatten().split(_PIECE)
+        undivided = isinstance(gradient, DTensor) or gradient.device.type != "cpu"
+        pieces += [gradient] if undivided else gradient.flatten().split(_PIECE)
     norm = torch.nn.utils.get_total_norm(pieces)
-    torch.nn.utils.clip_grads_with_norm_(lane.parameters, most or math.inf, norm)
+    torch.nn.utils.clip_grads_with_norm_(lane.parameters, max_norm or math.inf, norm)
     return float(whole(norm))

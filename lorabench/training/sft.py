@@ -1,10 +1,10 @@
-"""The SFT loop: one for LoRA and full fine-tuning, which differ only in what is trainable.
+"""The SFT loop. LoRA and full fine-tuning share it and differ only in the trained parameters.
 
-Constant LR, no warm-up, Adam; the loss of a step is the token-weighted NLL of its batch. Read it top to
-bottom: `train_run` is the experiment.
+A run has a constant LR without warm-up, Adam, and as loss of a step the token-weighted NLL of its batch.
 
-`train_run` is a generator: it asks for gradients and measurements by yielding, so that those of several runs are
-computed as one batch (`lanes.py`, `sft_lanes.py`). All else it does by itself.
+`train_run` is the experiment, written to be read from top to bottom. It is a generator that requests gradients and
+measurements by yielding, so that those of several runs are computed as one batch (`lanes.py`, `sft_lanes.py`); it does
+everything else itself.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lorabench.training.distributed import Processes
 from lorabench.training.run import Point, clip_gradient, make_optimizer
 from lorabench.training.sft_lanes import Answer, Learn, Measure
 
-# A run whose training loss is this many nats above a uniform guess has exploded.
 EXPLODED_ABOVE_UNIFORM = 1.0
+"""A run has diverged if its training loss is this many nats per token above that of a uniform guess."""
 
 
 @dataclass
 class Outcome:
-    """What happened in a run. Losses in nats per scored token; None where a run diverged."""
+    """The outcome of a run. Losses are in nats per scored token, and None if the run diverged."""
 
     status: Literal["done", "diverged"]
     diverged_at: int | None = None
@@ -51,7 +51,10 @@ class Outcome:
 
 
 def curve_steps(steps: int, protocol: Protocol) -> set[int]:
-    """Steps after which the validation loss is taken: log-spaced, the last included, and those of the protocol."""
+    """Return the steps after which the validation loss is measured.
+
+    They are log-spaced from 1 to the last step, with the steps of the protocol's `validate_at` added.
+    """
     spaced = {round(step) for step in np.geomspace(1, steps, protocol.curve_points)}
     return spaced | {step for step in protocol.validate_at if step <= steps}
 
@@ -67,25 +70,26 @@ def train_run(
     base_valid_nll: float,
     tick: Callable[[int], None] = lambda step: None,
 ) -> Generator[Learn | Measure, Answer, Outcome]:
-    """Train `lane` as `run` says and measure it.
+    """Train and evaluate one run on its lane.
 
-    Goes on from its checkpoint if there is one and ends with the same numbers as an unbroken run.
+    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
 
     Args:
-        vocabulary: size of the model's.
-        checkpoints: those of the runs that are trained together.
+        vocabulary: the size of the model's vocabulary.
+        checkpoints: the checkpoints of the runs that are trained together.
         base_valid_nll: validation NLL of the base model, the curve's point at step 0.
-        tick: called after each step with the number of steps done.
+        tick: called after each step with the number of finished steps.
 
     Yields:
-        What is to be computed; what is sent back are the answers.
+        Requests for a gradient or a measurement; the caller sends back the answers.
 
     Returns:
-        The outcome; a loss that is not finite, or that explodes, ends the run as `diverged`.
+        The outcome. It is `diverged` if a loss or a gradient norm is not finite, or if the loss exceeds that of a
+        uniform guess by `EXPLODED_ABOVE_UNIFORM`.
     """
     condition, train = run.condition, data["train"]
     optimizer = make_optimizer(lane, run, protocol)
-    # Made before a checkpoint is loaded: it remembers the initial A.
+    # The probe is constructed before a checkpoint is loaded since it remembers the initial A.
     probe = AdapterProbe(lane.pairs) if condition.method == "lora" else None
     order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
     validate_at = curve_steps(condition.steps, protocol)
@@ -153,7 +157,7 @@ def train_run(
             outcome.status, outcome.diverged_at = "diverged", condition.steps
         else:
             outcome.final_valid_nll, outcome.final_test_nll = valid, test
-            # The data's description length, if the run went through all of it (but for a last batch that is not full).
+            # The description length of the data, if the run has seen all of it except an incomplete last batch.
             if (condition.steps + 1) * condition.batch_size > len(train):
                 outcome.first_epoch_nats, outcome.first_epoch_scored_tokens = epoch_nats, epoch_scored
     outcome.test_scored_tokens = scored_tokens(data["test"])

@@ -1,4 +1,4 @@
-"""The runs of SFT sweeps: in lanes as far as the plan has them together, else one after another."""
+"""Training of SFT sweeps: runs that the plan groups are trained together as lanes, groups one after another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lorabench.plan import Run
 from lorabench.training import stop
 from lorabench.training.lanes import train_lanes
 from lorabench.training.loss import check_packing, check_plain_head, mean_nll
-from lorabench.training.run import compile_layers
 from lorabench.training.sft import train_run
 from lorabench.training.sft_lanes import SftLanes
 from lorabench.training.sweep import Group, Job, now, provenance
@@ -29,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class SftTrainer:
-    """Trains the runs of a job's sweeps, which are of one model and dataset: both are read once, and measured once."""
+    """Trains the runs of a job's sweeps.
+
+    The sweeps share one model and one dataset, which are read once; the base model is evaluated once.
+    """
 
     def __init__(self) -> None:
         self._bases = _Bases()
@@ -37,8 +39,8 @@ class SftTrainer:
         self._environment: dict[str, Any] = {}
 
     def __call__(self, job: Job, runs: list[tuple[int, Run]]) -> None:
-        """Train those runs that are not finished, given with their number in the sweep; write each as it ends."""
-        groups = job.together(runs)
+        """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
+        groups = job.unfinished_groups(runs)
         if not groups:
             return
         protocol, machine, bases = job.plan.preset.protocol, job.machine, self._bases
@@ -72,7 +74,8 @@ class SftTrainer:
                     job.write(group[name][1], outcome, stack, sizes, self._environment | started)
                     checkpoints.ended(name)
                     stack.drop(name)
-            del stack, lanes  # before the next model is loaded
+            # Free the memory before the next model is loaded.
+            del stack, lanes
 
     def _read(self, job: Job) -> dict[Split, TokenizedSplit]:
         if self._data is None:
@@ -85,9 +88,10 @@ class SftTrainer:
 
 
 class _Bases:
-    """The base model: loaded once for LoRA, which leaves it as it was; anew after each full fine-tuning.
+    """The base model of a job's sweeps and its validation NLL.
 
-    Where a model is sharded it is loaded anew for each run.
+    The model is loaded once for LoRA, which does not change it, and again after each full fine-tuning. A model that is
+    sharded is loaded again for each run.
     """
 
     def __init__(self) -> None:
@@ -98,19 +102,23 @@ class _Bases:
         if self._model is None:
             self._model = job.load()
             check_plain_head(self._model)
-            # Of a model that is to be sharded, the other processes have no weights.
+            # Before a model is sharded the other processes have no weights to check.
             if job.machine.packing and job.machine.processes.first:
                 check_packing(self._model)
         return self._model
 
     def dealt(self, job: Job, groups: list[Group]) -> list[Group]:
-        """The groups, each run by itself where the model's weights can't be stacked."""
+        """Return the groups, split into single runs if the model's weights cannot be stacked."""
         if job.sweep.condition.method == "lora" or max(map(len, groups)) == 1 or can_stack(self._pristine(job)):
             return groups
         return [{name: run} for group in groups for name, run in group.items()]
 
     def base_valid_nll(self, job: Job, validation: TokenizedSplit) -> float:
-        """Validation NLL of the untouched base; stops the job if it is worse than guessing."""
+        """Return the validation NLL of the base model in nats per scored token.
+
+        Raises:
+            UserError: the NLL is more than 1 nat above that of a uniform guess.
+        """
         if self._base_nll is None:
             machine = job.machine
             processes, autocast = machine.processes, machine.autocast(job.plan.preset.protocol)
@@ -119,7 +127,8 @@ class _Bases:
                 model, validation, machine.max_batch_tokens, machine.device, autocast, processes, machine.packing
             )
             if processes.sharded:
-                self._model = None  # LoRA goes on before a model is sharded
+                # LoRA must be added before a model is sharded, so the next run loads the model again.
+                self._model = None
             uniform = math.log(model.config.vocab_size)
             if not nll < uniform + 1:
                 raise UserError(
@@ -131,10 +140,8 @@ class _Bases:
 
     @contextmanager
     def ready(self, job: Job, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
-        """The model that these runs train, a lane each, named by run_id; and its sizes."""
+        """Within, provide the stack that has a lane for each run, named by run_id, and the model's sizes."""
         model, processes, names = self._pristine(job), job.machine.processes, [run.run_id for run in runs]
-        if job.plan.preset.execution.compile and processes.count == 1:
-            compile_layers(model)
         if runs[0].condition.method == "fullft":
             self._model = None
             sizes = Sizes.of(model)

@@ -1,4 +1,4 @@
-"""What the runs of SFT ask for, computed for all lanes that ask at once."""
+"""The requests of SFT runs, and their computation for all lanes at once."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from lorabench.training.run import Machine
 
 @dataclass(frozen=True)
 class Learn:
-    """The gradient of the token-weighted NLL of some training examples."""
+    """A request for the gradient of the token-weighted NLL of some training examples, given by index."""
 
     examples: np.ndarray
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The NLL of a whole split."""
+    """A request for the NLL of a whole split."""
 
     split: Split
 
 
 @dataclass(frozen=True)
 class Answer:
-    """NLL in nats per scored token, of how many tokens, and of how many scored; this lane's share of the seconds."""
+    """The answer to a request: NLL in nats per scored token, numbers of tokens and of scored tokens (both 0 for
+    `Measure`), and this lane's share of the seconds."""
 
     nll: float
     tokens: int
@@ -42,7 +43,7 @@ class Answer:
 
 
 class SftLanes:
-    """Serves the lanes of a stack; those that ask at once must be all of its lanes."""
+    """Serves the requests of a stack's lanes, which must all be made at once."""
 
     def __init__(
         self, stack: Stack, data: Mapping[Split, TokenizedSplit], machine: Machine, autocast: torch.dtype | None
@@ -50,17 +51,17 @@ class SftLanes:
         self._stack, self._data, self._machine, self._autocast = stack, data, machine, autocast
 
     def __call__(self, asked: Mapping[str, Learn | Measure]) -> dict[str, Answer]:
-        """Answers to what each lane asks; all ask alike, since they are at the same step."""
+        """Answer the request of each lane; all requests are of one kind, since the lanes are at the same step."""
         started = time.perf_counter()
         asks = [asked[name] for name in self._stack.lanes]
         learn = [ask.examples for ask in asks if isinstance(ask, Learn)]
         if learn:
-            found = self._learn(learn)
+            results = self._learn(learn)
         else:
             [split] = {ask.split for ask in asks if isinstance(ask, Measure)}
-            found = self._measure(split)
+            results = self._measure(split)
         seconds = (time.perf_counter() - started) / len(asks)
-        return {name: Answer(*numbers, seconds) for name, numbers in zip(self._stack.lanes, found, strict=True)}
+        return {name: Answer(*numbers, seconds) for name, numbers in zip(self._stack.lanes, results, strict=True)}
 
     def _measure(self, split: Split) -> list[tuple[float, int, int]]:
         machine, data = self._machine, self._data[split]
@@ -79,9 +80,9 @@ class SftLanes:
     def _learn(self, examples: Sequence[np.ndarray]) -> list[tuple[float, int, int]]:
         machine, train, lanes = self._machine, self._data["train"], len(examples)
         processes = machine.processes
-        own = [indices[processes.share(train.lengths()[indices])] for indices in examples]
-        tokens = [int(processes.total(train.lengths()[indices].sum())) for indices in own]
-        parts = self._parts(own)
+        share = [indices[processes.share(train.lengths()[indices])] for indices in examples]
+        tokens = [int(processes.total(train.lengths()[indices].sum())) for indices in share]
+        parts = self._parts(share)
         nothing: tuple[list[Row], ...] = ([],) * lanes
         batches = [_batch(train, part) for part in processes.even(parts, nothing)]
         counts = np.sum([batch.scored_by(lanes) for batch in batches], axis=0)
@@ -95,16 +96,16 @@ class SftLanes:
             processes.sum_gradients(lane.parameters)
         return list(zip(map(processes.total, nll.tolist()), tokens, scored, strict=True))
 
-    def _parts(self, own: Sequence[np.ndarray]) -> Iterator[tuple[list[Row], ...]]:
-        """Parts of the batches, of each lane a list of rows of examples."""
-        machine, lengths = self._machine, [self._data["train"].lengths()[indices] for indices in own]
+    def _parts(self, share: Sequence[np.ndarray]) -> Iterator[tuple[list[Row], ...]]:
+        """Yield the micro-batches of the lanes' examples, each a list of rows for every lane."""
+        machine, lengths = self._machine, [self._data["train"].lengths()[indices] for indices in share]
         cost = PASS_TOKENS[machine.device.type]
         for part in micro_batches(lengths, machine.max_batch_tokens, cost, machine.packing):
-            yield tuple([indices[row] for row in rows] for indices, rows in zip(own, part, strict=True))
+            yield tuple([indices[row] for row in rows] for indices, rows in zip(share, part, strict=True))
 
 
 def _batch(split: TokenizedSplit, parts: Sequence[list[Row]]) -> Batch:
-    """One part of each lane, filled up with empty rows to the same number of rows, at least one."""
+    """Build one micro-batch of all lanes, with empty rows added so that all have equally many, at least one."""
     most = max(1, *map(len, parts))
     empty = np.zeros(0, np.int64)
     return collate(split, [row for part in parts for row in (*part, *[empty] * (most - len(part)))])

@@ -1,7 +1,7 @@
 """Signals that ask a job to end: SIGTERM (Slurm's time limit, preemption, `kill`) and SIGINT (Ctrl-C).
 
-Training ends after the step at hand: its loop reads `requested` after each step, writes a checkpoint, and calls
-`end`. A second signal does not wait. Whatever else a command does it ends at once, by an exception, so that no
+Training ends after the current step: its loop reads `requested` after each step, writes a checkpoint, and calls `end`.
+A second signal has its usual effect at once. Other work of a command ends at once by an exception, so that no
 half-written file is left. Several processes that train one run must agree before they call `end`.
 """
 
@@ -14,12 +14,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_asked: int | None = None
+_received: int | None = None
 
 
-# Like KeyboardInterrupt no Exception: code that goes on after any error must not go on after this.
+# Like KeyboardInterrupt this is no Exception: code that continues after any error must not continue after a signal.
 class Stopped(BaseException):
-    """The command was asked to end by a signal, and its files are in order."""
+    """Raised when a signal has asked the command to end; its files are complete."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -28,24 +28,24 @@ class Stopped(BaseException):
 
 
 def requested() -> bool:
-    """Whether training shall end after the step at hand."""
-    return _asked is not None
+    """Return whether a signal has asked training to end after the current step."""
+    return _received is not None
 
 
 def check() -> None:
-    """Raise Stopped if that was asked for; to be called where nothing is lost by it."""
+    """Raise Stopped if a signal was received; to be called where no work is lost."""
     if requested():
         end()
 
 
 def end() -> NoReturn:
-    """Raise Stopped, also where another process of the job was asked."""
-    raise Stopped(_asked or signal.SIGTERM)
+    """Raise Stopped; it reports SIGTERM if only another process of the job received a signal."""
+    raise Stopped(_received or signal.SIGTERM)
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within, a signal raises Stopped wherever the command is."""
+    """Within, a signal raises Stopped immediately."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -56,19 +56,19 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def after_this_step() -> Iterator[None]:
-    """Within, the first signal is kept for `requested` and `check`; the next finds what was there before."""
-    global _asked
+    """Within, the first signal is remembered for `requested` and `check`; the next meets the previous handlers."""
+    global _received
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        global _asked
-        _asked = number
+    def remember(number: int, frame: FrameType | None) -> None:
+        global _received
+        _received = number
         _restore(before)
 
-    with _handled(ask) as before:
+    with _handled(remember) as before:
         try:
             yield
         finally:
-            _asked = None
+            _received = None
 
 
 Handlers = dict[signal.Signals, Any]
@@ -76,7 +76,7 @@ Handlers = dict[signal.Signals, Any]
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Handlers]:
-    # A shell's job in the background is started deaf to Ctrl-C, and shall stay so.
+    # A shell starts background jobs with SIGINT ignored, which must stay so.
     before = {number: old for number in _SIGNALS if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, handler)

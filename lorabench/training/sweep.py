@@ -1,6 +1,6 @@
-"""A sweep: train its runs in one process, skip what is finished, keep what was done.
+"""The training of a sweep's runs, of which finished runs are skipped and unfinished ones go on from checkpoints.
 
-The grid first, with the first seed; then the other seeds at the LR that was best on the validation split.
+The LR grid is trained first, then the repeats: the other seeds at the LR that was best on the validation split.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
-    """The GPU if there is one (one for each process), else the CPU with the preset's number of threads."""
+    """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads."""
     execution = plan.preset.execution
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
     if device.type == "cpu":
@@ -63,12 +63,12 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
 
 
 Group = dict[str, tuple[int, Run]]
-"""Runs that go in lanes, by run_id, with their numbers in the sweep."""
+"""Runs that are trained together, by run_id, each with its number in the sweep."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the runs of one sweep have in common."""
+    """The plan, files, machine and progress that the runs of one sweep share."""
 
     plan: Plan
     sweep: Sweep
@@ -78,17 +78,17 @@ class Job:
     say: Callable[[str], None]
 
     def folder(self, run: Run) -> RunFolder:
-        """Where a run lies."""
+        """Return the folder of a run."""
         return RunFolder(self.layout.runs, run.run_id)
 
     def unfinished(self, runs: Iterable[tuple[int, Run]]) -> list[tuple[int, Run]]:
-        """Those that are still to be trained."""
+        """Return the runs that are not finished, with their numbers in the sweep."""
         return [(number, run) for number, run in runs if not self.folder(run).done()]
 
     def load(self) -> PreTrainedModel:
-        """The base model, fresh; one that is to be sharded is on the CPU of the first process, and nowhere else."""
+        """Load the base model; if it will be sharded, only the first process loads weights, on its CPU."""
         spec, processes = self.layout.model(self.sweep.condition.model), self.machine.processes
-        # A sharded model that is no longer used is a ring of references, and as large as what is loaded now.
+        # An unused sharded model is kept alive by reference cycles, and is as large as the model loaded now.
         gc.collect()
         if processes.sharded:
             model = load_model(spec) if processes.first else skeleton(spec)
@@ -99,7 +99,7 @@ class Job:
         return model
 
     def with_lora(self, model: PreTrainedModel, runs: Sequence[Run]) -> PeftModel:
-        """The model with an adapter for each run, named by its run_id."""
+        """Return the model with an adapter for each run, named by its run_id."""
         condition = self.sweep.condition
         assert condition.rank
         assert condition.placement
@@ -115,30 +115,30 @@ class Job:
         return adapted
 
     def stacked(self, model: PeftModel, runs: Sequence[Run]) -> Stack:
-        """The lanes of a model that has the runs' LoRA on it."""
-        # Who computes activations again has no memory for a second copy of the base.
+        """Return the stack of a model that has the runs' adapters."""
+        # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
         keep_cast = not self.plan.preset.execution.activation_checkpointing
         return stack_lora(model, [run.run_id for run in runs], keep_cast)
 
     def ticker(self, number: int, run: Run) -> Callable[[int], None]:
-        """What a run calls after each step: one process says how far all are."""
+        """Return the function that a run calls after each step; only the first process reports progress."""
         return partial(self.progress.tick, number, run) if self.machine.processes.first else lambda step: None
 
     def announce(self, number: int, run: Run, result: str | None = None) -> None:
-        """Say that a run starts, or how it ended."""
+        """Report that a run starts, or its result."""
         end = "" if result is None else f": {result}"
         if self.machine.processes.first:
             self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
 
-    def together(self, runs: list[tuple[int, Run]]) -> list[Group]:
-        """Groups of those runs that are still to be trained."""
+    def unfinished_groups(self, runs: list[tuple[int, Run]]) -> list[Group]:
+        """Group the unfinished ones of some runs, given with their numbers, by the lanes that train them together."""
         machine = self.machine
         gpus = machine.processes.count if machine.device.type == "cuda" else 0
         size = 1 if machine.processes.sharded else lanes_of(self.plan.preset, self.sweep, gpus)
         groups, numbers = [], {run: number for number, run in runs}
-        # Formed before finished ones are left out: what goes on does so beside the same runs.
-        for together in dealt(self.plan.preset, numbers, size):
-            unfinished = self.unfinished((numbers[run], run) for run in together)
+        # Groups are formed before finished runs are left out, so that a resumed run has the same runs beside it.
+        for dealt_runs in dealt(self.plan.preset, numbers, size):
+            unfinished = self.unfinished((numbers[run], run) for run in dealt_runs)
             group = {run.run_id: (number, run) for number, run in unfinished}
             if group:
                 paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
@@ -146,14 +146,14 @@ class Job:
         return groups
 
     def checkpoints(self, runs: Iterable[Run]) -> Checkpoints:
-        """Those of runs that go in lanes."""
+        """Return the checkpoints of runs that are trained together."""
         paths = {run.run_id: self.folder(run).checkpoint for run in runs}
         return Checkpoints(paths, self.machine.checkpoint_seconds, self.machine.processes)
 
     def write(
         self, run: Run, outcome: Outcome | RlOutcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]
     ) -> None:
-        """Write a finished run's record, curves and weights, whole or not at all. Called in every process."""
+        """Write a finished run's record, curves and weights atomically. Every process must call this."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
         config: Any = stack.model.config
         dataset = preset.sources[condition.dataset]
@@ -192,7 +192,7 @@ class Job:
 
 
 Train = Callable[[Job, list[tuple[int, Run]]], None]
-"""Trains those runs that are not finished, given with their number in the sweep, and writes each as it ends."""
+"""A trainer: trains the unfinished ones of some runs, given with their number in the sweep, and writes each."""
 
 
 def run_sweep(
@@ -206,12 +206,15 @@ def run_sweep(
     """Train all runs of a sweep.
 
     Args:
-        train: keeps what the sweeps of a job have in common.
-        say: takes one line of progress for a person; called in the first process only.
-        processes: those that do this together; each calls this function.
+        train: trains some runs; it keeps what the sweeps of a job share.
+        say: reports one line of progress; called in the first process only.
+        processes: the processes that train the sweep together; each calls this function.
 
     Returns:
-        Its runs, as `lorabench.tables.sweep_rows` has them; of several processes in the first only.
+        The rows of the sweep's runs (see `lorabench.tables.sweep_rows`) in the first process, nothing in the others.
+
+    Raises:
+        UserError: a finished run was made with another commit of a Hugging Face repository than is fetched now.
     """
     progress = Progress(layout.progress(sweep), sweep)
     job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
@@ -226,11 +229,11 @@ def run_sweep(
         for run in sweep.grid():
             job.folder(run).tidy()
     processes.wait()
-    # The grid of the first seed picks the LR; what is repeated anyway comes with it.
+    # The grid's runs of seed 0 choose the LR; other seeds that belong to the grid are trained with it.
     grid = sweep.grid()
     finish(list(enumerate(grid, 1)))
     best = best_lr([job.folder(run).read_record() for run in grid if run.seed == 0])
-    # The grid of an earlier plan may have had another best LR, and let these weights go.
+    # An earlier plan with another grid may have had another best LR and deleted these weights: train the run again.
     if best is not None and not (chosen := job.folder(Run(sweep.condition, best, 0))).weights.exists():
         processes.wait()
         if processes.first:
@@ -250,7 +253,7 @@ def run_sweep(
 
 
 def _check_commits(job: Job, finished: list[Run]) -> None:
-    """Raise UserError if a finished run read another commit of the hub than is fetched now."""
+    """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
     now = job.layout.commits(job.sweep.condition)
     for run in finished:
         then = job.folder(run).read_record()["environment"].get("hub_commits", {})
@@ -258,12 +261,12 @@ def _check_commits(job: Job, finished: list[Run]) -> None:
             raise UserError(
                 f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
                 f"write the former into the file of {name} in {job.layout.pins} and fetch again, or delete "
-                f"{job.folder(run).final} to have the run made anew"
+                f"{job.folder(run).final} to train the run again"
             )
 
 
 def provenance(job: Job) -> dict[str, Any]:
-    """What all runs of a job ran on; the hashes of their data come on top."""
+    """Return the machine, code and model versions common to all runs of a job; trainers add the hashes of the data."""
     condition, processes = job.sweep.condition, job.machine.processes
     return {
         **machine_state(job.machine.device),
@@ -276,7 +279,7 @@ def provenance(job: Job) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time, for a run's record."""
+    """Return the time in UTC, for a run's record."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -290,14 +293,14 @@ def _result(outcome: dict[str, Any]) -> str:
 
 
 def _save_weights(stack: Stack, run: Run, folder: RunFolder, weights: dict[str, torch.Tensor] | None) -> None:
-    """Save a run's adapter or whole model; of a sharded one the `weights` are given, put together."""
+    """Save a run's adapter or whole model; `weights` are the gathered weights of a sharded model."""
     model: Any = stack.model
     if run.condition.method == "fullft":
         if stack.shelf is not None:
             weights = lane_state(model, stack.lanes[run.run_id])
         model.save_pretrained(folder.weights, state_dict=weights)
         return
-    # The adapter alone: PEFT would add a copy of the unembedding it sits on, and puts names into folders of their own.
+    # Only the adapter is saved: PEFT would add a copy of an adapted unembedding, and makes a folder for each adapter.
     adapter = run.run_id
     model.save_pretrained(folder.weights, save_embedding_layers=False, selected_adapters=[adapter], state_dict=weights)
     for path in (folder.weights / adapter).iterdir():

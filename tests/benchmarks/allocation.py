@@ -1,10 +1,10 @@
-"""A training step with freed memory kept (`lorabench.allocation`), against the C library's own ways.
+"""A training step with freed memory kept (`lorabench.allocation`), against the C library's default.
 
     python -m tests.benchmarks.allocation
 
-Each turn trains two fresh processes, one of each kind, in alternating order. Prints CPU milliseconds of a step (user
-and system) and the peak memory of both, and the median ratio of the turns, and appends a row for each shape to
-`tests/benchmarks/allocation.csv`.
+Each turn trains in two new processes, one with and one without the setting, in alternating order. The program prints
+the CPU milliseconds of a step (user and system) and the peak memory of both, and the median ratio over the turns, and
+appends a row for each shape to `tests/benchmarks/allocation.csv`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lorabench.training.provenance import machine_state
 
 RESULTS = Path(__file__).with_suffix(".csv")
 TURNS, STEPS = 5, 30
-# Model, sequences, tokens of each.
+# Model, number of sequences, tokens per sequence.
 SHAPES = [("llama-64", 8, 128), ("llama-128", 8, 128), ("llama-128", 32, 200)]
 
 
 def one_process(kept: bool, name: str, sequences: int, length: int) -> tuple[float, int]:
-    """CPU milliseconds of a step of this process, median, and its peak memory in MB."""
+    """Return the median CPU milliseconds of a step in this process, and its peak memory in MB."""
     torch.set_num_threads(1)
     if kept and not keep_freed_memory():
         sys.exit("this C library has no such setting: nothing to compare")
@@ -54,18 +54,18 @@ def one_process(kept: bool, name: str, sequences: int, length: int) -> tuple[flo
 
 
 def measure(shape: tuple[str, int, int]) -> dict[bool, list[tuple[float, int]]]:
-    """What `one_process` tells of each turn, by whether freed memory is kept."""
-    told: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+    """Return the results of `one_process` of each turn, by whether freed memory is kept."""
+    results: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
     for turn in range(TURNS):
         for kept in (turn % 2 == 0, turn % 2 == 1):
             command = [sys.executable, "-m", "tests.benchmarks.allocation", json.dumps([kept, *shape])]
-            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            told[kept].append(tuple(json.loads(said)))
-    return told
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            results[kept].append(tuple(json.loads(output)))
+    return results
 
 
 def main() -> None:
-    """Measure each shape and keep the results."""
+    """Measure each shape and append the results."""
     torch.set_num_threads(1)
     machine, versions = machine_state(torch.device("cpu")), package_versions()
     new = not RESULTS.exists()
@@ -75,9 +75,11 @@ def main() -> None:
             columns = ["date", "device", "threads", "python", "libc", "torch", "shape"]
             writer.writerow([*columns, "step_ms", "default_step_ms", "ratio", "peak_mb", "default_peak_mb"])
         for name, sequences, length in SHAPES:
-            told = measure((name, sequences, length))
-            ratio = statistics.median(b[0] / a[0] for a, b in zip(told[True], told[False], strict=True))
-            kept, default = ([statistics.median(column) for column in zip(*told[key], strict=True)] for key in told)
+            results = measure((name, sequences, length))
+            ratio = statistics.median(b[0] / a[0] for a, b in zip(results[True], results[False], strict=True))
+            kept, default = (
+                [statistics.median(column) for column in zip(*results[key], strict=True)] for key in results
+            )
             shape = f"{name}: {sequences} x {length} tokens"
             numbers = [round(kept[0], 1), round(default[0], 1), round(ratio, 3), round(kept[1]), round(default[1])]
             print("{}: {} ms, by default {} ms, ratio {}; peak {} MB, {} MB".format(shape, *numbers))

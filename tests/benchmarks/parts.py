@@ -1,13 +1,12 @@
-"""What parts of a training step gain on a CPU, each against doing without it.
+"""The time that each optimization of a training step saves on a CPU, measured with and without it.
 
     python -m tests.benchmarks.parts
 
-Attention in blocks of queries (`lorabench.models.attention`) against PyTorch's kernel; logits of `MAX_LOGITS` at once
-(`lorabench.training.loss`) against a quarter of them; LoRA's thin products the way round that a CPU computes fast
-(`lorabench.models.lora_lanes`) against the way that they are written; the last MLP where a token is scored
-(`lorabench.models.last_layer`) against everywhere; layers that are compiled (`execution.compile`, off by default)
-against those that are not. Steps of both ways take turns in one process. Prints seconds of both and their ratio, and
-appends a row for each to `tests/benchmarks/parts.csv`.
+The optimizations are: attention in blocks of queries (`lorabench.models.attention`) instead of PyTorch's kernel;
+`MAX_LOGITS` logits at once (`lorabench.training.loss`) instead of a quarter of them; LoRA's thin products transposed to
+the order that a CPU computes fast (`lorabench.models.lora_lanes`); the last MLP only at scored tokens
+(`lorabench.models.last_layer`). Steps with and without take turns in one process. The program prints the seconds of
+both and their ratio, and appends a row for each case to `tests/benchmarks/parts.csv`.
 """
 
 from __future__ import annotations
@@ -37,24 +36,24 @@ REPEATS = 7
 
 
 def by_pytorch() -> AbstractContextManager[object]:
-    """Within, attention is PyTorch's."""
+    """Within, attention is computed by PyTorch's kernel."""
     return mock.patch.object(attention, "blocks_pay", return_value=False)
 
 
 def a_quarter() -> AbstractContextManager[object]:
-    """Within, a quarter of the logits is computed at once."""
+    """Within, a quarter of `MAX_LOGITS` is computed at once."""
     return mock.patch.dict(MAX_LOGITS, cpu=MAX_LOGITS["cpu"] // 4)
 
 
 def as_written() -> AbstractContextManager[object]:
-    """Within, thin products are computed the way that formulas have them."""
+    """Within, thin products are computed in the order of their formulas."""
     return mock.patch.multiple(
         lora_lanes, _narrow=torch.bmm, _outer=lambda gradient, inner: torch.bmm(gradient.mT, inner)
     )
 
 
 def everywhere() -> AbstractContextManager[object]:
-    """Within, the last MLP computes all tokens."""
+    """Within, the last MLP is computed at all tokens."""
     return mock.patch.object(loss, "read_at", return_value=nullcontext())
 
 
@@ -64,7 +63,6 @@ WITHOUT = {
     "thin products": as_written,
     "last MLP where scored": everywhere,
 }
-COMPILED = "compiled layers"
 CASES: list[tuple[str, Setting, Method]] = [
     ("attention in blocks", Setting(batch=8, length=159), "lora"),
     *(
@@ -82,15 +80,11 @@ CASES: list[tuple[str, Setting, Method]] = [
         ("last MLP where scored", Setting(scored=scored), method)
         for scored, method in ((0.2, "lora"), (0.2, "fullft"), (0.5, "lora"))
     ),
-    *(
-        (COMPILED, Setting(model=SMOLLM2, batch=4, length=127, precision="bf16"), method)
-        for method in ("lora", "fullft")
-    ),
 ]
 
 
 def main() -> None:
-    """Measure each case whose model is there and keep the results."""
+    """Measure each case whose model is on this machine and append the results."""
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -105,10 +99,7 @@ def main() -> None:
                 print(f"{setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
                 continue
             step, _ = training_step(setting, Arm(method))
-            if part == COMPILED:
-                steps = {"with": training_step(setting, Arm(method, compiled=True))[0], "without": step}
-            else:
-                steps = {"with": step, "without": _within(WITHOUT[part], step)}
+            steps = {"with": step, "without": _within(WITHOUT[part], step)}
             seconds = median_seconds(steps, REPEATS)
             case = f"{method}, {setting.case}"
             numbers = [round(seconds["with"], 4), round(seconds["without"], 4)]

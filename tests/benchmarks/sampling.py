@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.sampling
 
-Prints tokens per second of both and their ratio, median of several turns that alternate, and appends a row for each
-shape to `tests/benchmarks/sampling.csv`.
+The program prints the tokens per second of both and their ratio, medians of several alternating turns, and appends a
+row for each shape to `tests/benchmarks/sampling.csv`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lorabench.training.rl.sampler import Request, sample
 RESULTS = Path(__file__).with_suffix(".csv")
 TURNS = 5
 SHAPES = {
-    # Problem set, problems, group size, longest response.
+    # Problem set, group size, tokens of the longest response.
     "arithmetic": (ReasoningProblems(kind="arithmetic", tasks=["gcd"], train=16, validation=1, test=1), 32, 8),
     "gsm_symbolic": (ReasoningProblems(kind="gsm_symbolic", train=16, validation=1, test=1), 16, 96),
 }
 
 
 def measure(spec: ReasoningProblems, group_size: int, max_new_tokens: int) -> tuple[list[float], list[float]]:
-    """Tokens per second of each turn: of this project's sampler, and of `generate` called per problem."""
+    """Return the tokens per second of each turn by this project's sampler and by `generate` called per problem."""
     tiny = TinyModel(kind="tiny")
     model, tokenizer = load_model(tiny).eval(), load_tokenizer(tiny)
     texts = Texts(tokenizer, Rollouts(group_size, max_new_tokens, 1, (), 1, None, (), 1), 512)
@@ -54,7 +54,7 @@ def measure(spec: ReasoningProblems, group_size: int, max_new_tokens: int) -> tu
         tokens = 0
         for prompt in prompts:
             ids = torch.tensor([prompt])
-            said = model.generate(
+            generated = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
@@ -63,7 +63,7 @@ def measure(spec: ReasoningProblems, group_size: int, max_new_tokens: int) -> tu
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            tokens += int((said[:, len(prompt) :] != tokenizer.pad_token_id).sum())
+            tokens += int((generated[:, len(prompt) :] != tokenizer.pad_token_id).sum())
         return tokens
 
     speeds: tuple[list[float], list[float]] = ([], [])
@@ -77,7 +77,7 @@ def measure(spec: ReasoningProblems, group_size: int, max_new_tokens: int) -> tu
 
 
 def main() -> None:
-    """Measure each shape and keep the results."""
+    """Measure each shape and append the results."""
     torch.set_num_threads(1)
     machine, versions = machine_state(torch.device("cpu")), package_versions()
     new = not RESULTS.exists()

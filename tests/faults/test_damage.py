@@ -121,7 +121,7 @@ def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_p
     caplog.clear()
     assert load_checkpoint(path, "mine", lane, optimizer) is None
     [told] = caplog.messages
-    assert told.startswith(f"run mine starts anew: checkpoint {path} ")
+    assert told.startswith(f"run mine starts again from step 1: checkpoint {path} ")
     assert reason in told
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_p
 def test_the_run_of_a_damaged_checkpoint_starts_anew(damage, half, unbroken):
     damage(half.checkpoint("sft", 1))
     said = half.train("sft")
-    assert len([line for line in said.splitlines() if "starts anew" in line]) == 1
+    assert len([line for line in said.splitlines() if "starts again from step 1" in line]) == 1
     assert "goes on after step" not in said
     assert half.numbers("sft") == unbroken.numbers("sft")
 

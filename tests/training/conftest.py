@@ -1,7 +1,8 @@
-"""The tiny base on a small dataset, and one call that trains a condition on it."""
+"""Fixtures and functions that train a condition of the tiny base on a small dataset."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -31,7 +32,7 @@ TINY = TinyModel(kind="tiny")
 
 
 def make_data(folder: Path, max_chars: int) -> Path:
-    """A small instruction mixture, and its tokens: 80 train, 8 validation, 8 test."""
+    """Write a small instruction mixture (80 train, 8 validation, 8 test examples) and its tokens."""
     spec = ChatDataset(kind="instruct", train=80, validation=8, test=8, max_chars=max_chars)
     build_dataset(spec, folder / "data.parquet")
     write_tokens(folder / "data.parquet", load_tokenizer(TINY), folder / "tokens", Limits(512))
@@ -40,24 +41,24 @@ def make_data(folder: Path, max_chars: int) -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
-    """Where the splits of `data` lie."""
+    """The folder of the splits of `data`."""
     return make_data(tmp_path_factory.mktemp("data"), max_chars=240)
 
 
 def splits_of(folder: Path):
-    """The token splits that lie in a folder."""
+    """Read the token splits of a folder."""
     return read_tokens(folder / "tokens", cache_key(load_tokenizer(TINY), folder / "data.parquet"))
 
 
 @pytest.fixture(scope="session")
 def data(data_folder):
-    """Examples of 35 to 149 tokens."""
+    """Splits with examples of 35 to 149 tokens."""
     return splits_of(data_folder)
 
 
 @pytest.fixture(scope="session")
 def short_data(tmp_path_factory):
-    """Examples of 30 to 70 tokens, for many runs of many steps."""
+    """Splits with examples of 30 to 70 tokens, for many runs of many steps."""
     return splits_of(make_data(tmp_path_factory.mktemp("short"), max_chars=120))
 
 
@@ -80,7 +81,7 @@ def train(
     processes: Processes = ALONE,
     recompute: bool = False,
 ):
-    """Train on a fresh model; returns the outcome and the trained model."""
+    """Train on a newly loaded model; return the outcome and the trained model."""
     protocol = protocol or Protocol()
     machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds, processes=processes)
     model = load_model(spec) if processes.first or not processes.sharded else skeleton(spec)
@@ -104,9 +105,26 @@ def train(
     return train_alone(running, served, "default"), model
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The dataset and the tokens of `raw_preset`, built once for all tests that use `ready`."""
+    folder = tmp_path_factory.mktemp("built")
+
+    def build(layout: Layout) -> None:
+        dataset, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
+        if not (folder / "dataset").exists():
+            build_dataset(layout.preset.datasets["instruct"], folder / "dataset")
+            write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", Limits(512))
+        dataset.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "dataset", dataset)
+        shutil.copytree(folder / "tokens", tokens)
+
+    return build
+
+
 @pytest.fixture
-def ready(tmp_path, raw_preset, monkeypatch):
-    """Makes a preset's data in a working directory of its own; returns plan and layout."""
+def ready(tmp_path, raw_preset, monkeypatch, built):
+    """Return a function that prepares a preset's data in a new working directory and returns its plan and layout."""
 
     def make(name, execution=None, ranks=(4,), **lrs):
         raw_preset["experiments"]["rank"][0] |= {
@@ -118,17 +136,15 @@ def ready(tmp_path, raw_preset, monkeypatch):
         monkeypatch.chdir(tmp_path / name)
         Path("mine.yaml").write_text(yaml.safe_dump(raw_preset))
         layout = Layout.of("mine.yaml")
-        build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
-        tokenizer = load_tokenizer(layout.preset.models["tiny"])
-        write_tokens(layout.dataset("instruct"), tokenizer, layout.tokens("tiny", "instruct"), Limits(512))
+        built(layout)
         return make_plan(layout.preset), layout
 
     return make
 
 
 def trained(plan, layout, method):
-    """Trains the sweep of one method; returns its rows and what it said."""
+    """Train the sweep of one method; return its rows and the reported lines."""
     sweep = next(s for s in plan.sweeps if s.condition.method == method)
-    said: list[str] = []
-    run_job(plan, Job((sweep,)), layout, said.append)
-    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), said
+    lines: list[str] = []
+    run_job(plan, Job((sweep,)), layout, lines.append)
+    return pq.read_table(layout.job(Job((sweep,)))).to_pandas(), lines

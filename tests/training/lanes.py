@@ -1,4 +1,4 @@
-"""For the tests of lanes: tiny bases of several families, runs that share one, and a plain loop to compare with."""
+"""Helpers for tests of lanes: tiny bases of several families, runs that share a base, and a plain loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .conftest import condition_of
 CPU = torch.device("cpu")
 STEPS, BATCH = 50, 2
 
-# Families of which no base is shipped, with random weights: biases, grouped heads, a tied pair with scaled embeddings.
+# Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
 FAMILIES: dict[str, Any] = {
     "mistral": partial(MistralConfig, sliding_window=24),
     "qwen2": Qwen2Config,
@@ -46,12 +46,12 @@ DENSE = ("llama-128", "qwen-64", *FAMILIES)
 
 
 def base_of(name: str) -> Any:
-    """A tiny base, fresh: a shipped one, or one of `FAMILIES`."""
+    """Return a new tiny base, a shipped one or one of `FAMILIES`."""
     if name in RECIPES:
         return load_model(TinyModel(kind="tiny", name=name))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    # No token of padding: Gemma would keep its embedding at zero.
+    # Without a padding token, since Gemma would keep its embedding at zero.
     tokens = {"vocab_size": 1024, "pad_token_id": None}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[name](**sizes, **heads, **tokens))
@@ -66,13 +66,13 @@ def base_of(name: str) -> Any:
 def run_of(
     method: str, lr: float, seed: int, steps: int = STEPS, batch_size: int = BATCH, rank: int = 4, **changes
 ) -> Run:
-    """A run; keyword arguments change its condition."""
+    """Return a run; further keyword arguments change its condition."""
     condition = condition_of(method, rank if method == "lora" else None, steps, batch_size)
     return Run(replace(condition, **changes), lr, seed)
 
 
 def stack_of(model: Any, runs: Sequence[Run], protocol: Protocol | None = None) -> Stack:
-    """The stack that trains some runs of one condition, a lane each."""
+    """Return the stack with a lane for each of some runs of one condition."""
     condition, names = runs[0].condition, [run.run_id for run in runs]
     if condition.method == "fullft":
         return stack_full(model, names) if len(names) > 1 else alone(model, *names)
@@ -95,7 +95,7 @@ def train_together(
     ended=lambda stack, run: None,
     **machine: Any,
 ) -> dict[str, Outcome]:
-    """Train some runs of one condition as a job does; returns outcomes by run_id.
+    """Train some runs of one condition as a job does and return their outcomes by run_id.
 
     Args:
         tick: called with the run's number and the step.
@@ -110,28 +110,28 @@ def train_together(
     paths = {run.run_id: folder / f"{run.run_id}.safetensors" for run in runs}
     checkpoints = Checkpoints(paths, checkpoint_seconds)
 
-    def asking(number: int, run: Run):
+    def lane_of(number: int, run: Run):
         lane, vocabulary = stack.lanes[run.run_id], model.config.vocab_size
         ticked = lambda step: tick(number, step)  # noqa: E731
         return train_run(run, lane, vocabulary, data, protocol, where.processes, checkpoints, base_nll, ticked)
 
-    found, by_id = {}, {run.run_id: run for run in runs}
-    lanes = {run.run_id: asking(number, run) for number, run in enumerate(runs)}
+    outcomes, by_id = {}, {run.run_id: run for run in runs}
+    lanes = {run.run_id: lane_of(number, run) for number, run in enumerate(runs)}
     for name, outcome in train_lanes(lanes, SftLanes(stack, data, where, autocast)):
-        found[name] = outcome
+        outcomes[name] = outcome
         ended(stack, by_id[name])
         checkpoints.ended(name)
         stack.drop(name)
-    return found
+    return outcomes
 
 
 def series(outcome: Outcome, metric: str, split: str = "train") -> list[float]:
-    """The values of a metric, in the order of steps."""
+    """Return the values of a metric in the order of steps."""
     return [point.value for point in outcome.curve if (point.split, point.metric) == (split, metric)]
 
 
 def padded(split: TokenizedSplit, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Examples as a user of transformers would have them: ids, attention mask and labels, padded on the right."""
+    """Return examples as users of transformers have them: ids, attention mask and labels, padded on the right."""
     examples = [split.example(int(index)) for index in indices]
     shape = len(examples), max(len(ids) for ids, _ in examples)
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -144,7 +144,7 @@ def padded(split: TokenizedSplit, indices: Sequence[int]) -> dict[str, torch.Ten
 
 
 def with_peft(model: Any, run: Run) -> Any:
-    """The model as PEFT alone would train it, in its own parametrisation."""
+    """Return the model as PEFT alone trains it, in PEFT's own parametrization."""
     condition = run.condition
     if condition.method == "fullft":
         return model
@@ -161,7 +161,7 @@ def with_peft(model: Any, run: Run) -> Any:
 
 
 def plain_loop(model: Any, run: Run, data: Mapping[Any, TokenizedSplit], protocol: Protocol | None = None):
-    """What a careful user would write: padded batches, attention mask, labels, Adam; losses and gradient norms."""
+    """Train as a careful user would, with padded batches, attention mask, labels and Adam; return losses and norms."""
     condition, protocol = run.condition, protocol or Protocol()
     model = with_peft(model, run)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,6 +1,6 @@
-"""What the tests of several processes run in each: `torchrun ... -m tests.training.several DATA OUT CASE ...`.
+"""The program that tests of several processes run in each process: `torchrun ... -m tests.training.several DATA OUT`.
 
-Trains each of the named cases and leaves, per case and process, its curve and results as JSON, and checkpoints.
+It trains each case and writes, for each case and process, the curve and results as JSON, and checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .conftest import TINY, condition_of, splits_of, train
 
 @dataclass(frozen=True)
 class Case:
-    """One run. With `breaks_after` it is broken after that step and goes on from its checkpoint."""
+    """A run. With `breaks_after` it is interrupted after that step and goes on from its checkpoint."""
 
     method: str
     rank: int | None = None
@@ -34,7 +34,6 @@ class Case:
     precision: str = "fp32"
     breaks_after: int | None = None
     recompute: bool = False
-    slow: bool = False
 
 
 MOE = "moe-128"
@@ -43,30 +42,30 @@ CASES = {
     "fullft-ddp": Case("fullft", sharding="ddp", breaks_after=4),
     "lora-fsdp": Case("lora", 4, breaks_after=4),
     "lora-ddp": Case("lora", 4, sharding="ddp"),
-    # One process has all of A and the other none.
+    # With rank 1 one process has all of A and the other none.
     "rank-1": Case("lora", 1, breaks_after=4),
-    # One process has two sequences and the other one, so that it computes a part without any.
+    # One process has two sequences and the other has one, so that the latter computes a part without any sequence.
     "odd-batch": Case("fullft", batch_size=3),
     "moe-lora-fsdp": Case("lora", 4, base=MOE),
-    "moe-lora-ddp": Case("lora", 4, base=MOE, sharding="ddp", slow=True),
-    "moe-fullft": Case("fullft", base=MOE, slow=True),
-    # The unembedding is the embedding, as in small Llama models.
-    "tied-fullft": Case("fullft", base="tied", slow=True),
+    "moe-lora-ddp": Case("lora", 4, base=MOE, sharding="ddp"),
+    "moe-fullft": Case("fullft", base=MOE),
+    # The unembedding shares the embedding's weights, as in small Llama models.
+    "tied-fullft": Case("fullft", base="tied"),
     "tied-lora": Case("lora", 4, base="tied"),
     "bf16-fsdp": Case("fullft", precision="bf16"),
-    "bf16-lora": Case("lora", 4, precision="bf16", slow=True),
-    "recompute-fullft": Case("fullft", recompute=True, slow=True),
-    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True, slow=True),
+    "bf16-lora": Case("lora", 4, precision="bf16"),
+    "recompute-fullft": Case("fullft", recompute=True),
+    "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
     "diverges": Case("fullft", lr=1e3),
 }
 
 
 class BrokenError(Exception):
-    """The run is broken off."""
+    """Interrupts a run."""
 
 
 def write_tied(folder: Path) -> None:
-    """A base whose unembedding is its embedding."""
+    """Write a base whose unembedding shares the embedding's weights."""
     model = load_model(TINY)
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -82,7 +81,7 @@ def spec_of(case: Case, folder: Path) -> ModelSpec:
 
 
 def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE, tick=lambda step: None):
-    """Train a case, from the checkpoint in `checkpoints` if there is one; returns its numbers as plain data."""
+    """Train a case, from the checkpoint in `checkpoints` if there is one, and return its numbers as plain data."""
     condition = condition_of(case.method, case.rank, case.steps, case.batch_size)
     outcome, model = train(
         condition,
@@ -97,12 +96,12 @@ def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Proce
         recompute=case.recompute,
     )
     held = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
-    found = {**vars(outcome), "curve": [vars(point) for point in outcome.curve], "held": held}
-    return json.loads(json.dumps(found))
+    numbers = {**vars(outcome), "curve": [vars(point) for point in outcome.curve], "held": held}
+    return json.loads(json.dumps(numbers))
 
 
 def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE) -> None:
-    """Train a case up to where it breaks."""
+    """Train a case up to its interruption."""
 
     def tick(step: int) -> None:
         # The checkpoint of a step is written after its tick.
@@ -113,29 +112,28 @@ def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Pro
         run_case(case, data, folder, checkpoints, processes, tick)
     except BrokenError:
         return
-    raise AssertionError("the run did not break")
+    raise AssertionError("the run was not interrupted")
 
 
-def main(data_folder: Path, out: Path, names: list[str]) -> None:
+def main(data_folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    alike = join("fsdp")
+    joined = join("fsdp")
     data = splits_of(data_folder)
-    for name in names:
-        case = CASES[name]
-        processes = replace(alike, sharding=case.sharding)
-        found = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
+    for name, case in CASES.items():
+        processes = replace(joined, sharding=case.sharding)
+        results = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
         if case.breaks_after:
             broken, resumed = out / name / "broken", out / name / "resumed"
             break_case(case, data, out, broken, processes)
-            if alike.first:
+            if joined.first:
                 shutil.copytree(broken, resumed)
-            alike.wait()
-            found["resumed"] = run_case(case, data, out, resumed, processes)
-            # And from what one process left.
-            found["more"] = run_case(case, data, out, out / name / "alone", processes)
-        (out / name / f"{alike.rank}.json").write_text(json.dumps(found))
-    leave(alike)
+            joined.wait()
+            results["resumed"] = run_case(case, data, out, resumed, processes)
+            # The checkpoint in `alone` was written by a single process.
+            results["more"] = run_case(case, data, out, out / name / "alone", processes)
+        (out / name / f"{joined.rank}.json").write_text(json.dumps(results))
+    leave(joined)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

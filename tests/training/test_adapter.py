@@ -40,7 +40,7 @@ def backward(model, seed):
 
 
 def dense(model):
-    """The change of W by LoRA, of each layer."""
+    """Return LoRA's change of W for each layer."""
     return {name: scaling * (b @ a).detach().double() for name, (a, b, scaling) in adapter_pairs(model).items()}
 
 

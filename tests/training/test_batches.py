@@ -1,4 +1,4 @@
-"""Micro-batches lose and repeat nothing; inputs and targets by hand; the loss against transformers' own."""
+"""Micro-batches hold each example once at the least cost; inputs and targets by hand; the loss of transformers."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def test_micro_batches_are_the_batch_and_cost_least(lengths, share, pass_tokens)
     longest = np.max([np.sort(own) for own in lengths], axis=0)
 
     def cost(ends):
-        """Of parts that end there, infinite where one does not fit."""
+        """Return the cost of the parts with these ends, infinite if one does not fit."""
         sizes = np.diff([0, *ends])
         tokens = lanes * sizes * longest[np.array(ends) - 1]
         return np.where((tokens > max_tokens) & (sizes > 1), np.inf, tokens + pass_tokens).sum()
 
-    found = cost(np.cumsum([len(part[0]) for part in parts]))
+    chosen = cost(np.cumsum([len(part[0]) for part in parts]))
     inner = itertools.chain.from_iterable(itertools.combinations(range(1, examples), n) for n in range(examples))
     least = min(cost([*ends, examples]) for ends in inner)
-    assert found == pytest.approx(least)
-    assert np.isfinite(found)
+    assert chosen == pytest.approx(least)
+    assert np.isfinite(chosen)
 
 
 def test_a_batch_of_equal_lengths_is_one_part_and_of_unequal_ones_two():
@@ -100,8 +100,8 @@ def test_loss_of_other_families_with_lora_equals_transformers(family, tied):
     labels = torch.where(torch.rand(3, 12) < 0.5, ids, -100)
     labels[:, 0] = -100
     expected = model(input_ids=ids, labels=labels).loss * (labels != -100).sum()
-    found = nll_sum(model, ids[:, :-1], labels[:, 1:])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    ours = nll_sum(model, ids[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_models_that_change_their_logits_are_refused():

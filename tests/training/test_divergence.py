@@ -1,4 +1,4 @@
-"""A run that diverges ends as `diverged`, and nothing else is touched."""
+"""A run whose loss explodes or is not finite ends as `diverged`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatc
 
     def broken(*arguments):
         calls.append(None)
-        # A batch of one example is one part.
+        # A batch of one example is one part, so that calls count steps.
         return real(*arguments) * (math.nan if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(sft_lanes, "add_gradient", broken)

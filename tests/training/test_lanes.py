@@ -1,4 +1,4 @@
-"""Runs in lanes have the numbers that each has alone, and those of PEFT in a plain loop."""
+"""Runs trained as lanes have the numbers of each run alone, and of PEFT in a plain loop."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ METRICS = {"nll": 1e-5, "grad_norm": 3e-5, "a_moved": 1e-4, "update_norm": 1e-4,
 
 
 def fast(*names):
-    """All dense bases, those with another name marked as slow."""
+    """All dense bases, of which all but the named ones are marked as slow."""
     return [base if base in names else pytest.param(base, marks=pytest.mark.slow) for base in DENSE]
 
 
 def runs_of(method, **changes):
-    """A run per LR, each with a seed, and so a data order, of its own."""
+    """A run for each LR, each with its own seed and therefore its own data order."""
     return [run_of(method, lr, seed, **changes) for seed, lr in enumerate(LRS[method])]
 
 
@@ -67,14 +67,14 @@ def together(runs, base, data, folder, protocol=None, **changes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("base", fast("llama-128", "gemma"))
+@pytest.mark.parametrize("base", fast("qwen-64"))
 def test_losses_are_those_of_each_run_alone_and_of_peft_in_a_plain_loop(method, base, short_data, tmp_path):
     runs = runs_of(method)
-    packed, solo = together(runs, base, short_data, tmp_path), apart(runs, base, short_data, tmp_path)
+    packed, solo = together(runs, base, short_data, tmp_path), apart(runs[1:2], base, short_data, tmp_path)
+    assert_same(packed[runs[1].run_id], solo[runs[1].run_id])
     for run in runs:
         ours = packed[run.run_id]
         assert len(series(ours, "nll")) == STEPS == 50
-        assert_same(ours, solo[run.run_id])
         losses, norms = plain_loop(base_of(base), run, short_data)
         np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
         np.testing.assert_allclose(series(ours, "grad_norm"), norms, rtol=3e-5)
@@ -83,7 +83,7 @@ def test_losses_are_those_of_each_run_alone_and_of_peft_in_a_plain_loop(method, 
 
 
 def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
-    """So in the test above their rows and scored tokens differ in number from step to step."""
+    """In the test above the rows and scored tokens of lanes therefore differ in number from step to step."""
     orders = [data_order(len(short_data["train"]), STEPS, BATCH, run.seed) for run in runs_of("lora")]
     scored = np.array([short_data["train"].example(i)[1][1:].sum() for i in range(len(short_data["train"]))])
     per_step = np.stack([scored[order].sum(1) for order in orders])
@@ -94,13 +94,13 @@ def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
 def test_weights_merged_at_a_high_rank_give_the_losses_of_peft_in_a_plain_loop(base, short_data, tmp_path, monkeypatch):
     pays, merged = lora_lanes._merging_pays, []
     monkeypatch.setattr(lora_lanes, "_merging_pays", lambda *shape: merged.append(pays(*shape)) or merged[-1])
-    runs = runs_of("lora", rank=64)
-    packed, solo = together(runs, base, short_data, tmp_path), apart(runs, base, short_data, tmp_path)
+    runs = runs_of("lora", rank=64, steps=25)
+    packed, solo = together(runs, base, short_data, tmp_path), apart(runs[1:2], base, short_data, tmp_path)
+    assert_same(packed[runs[1].run_id], solo[runs[1].run_id])
     # The smallest parts have too few tokens for the wider layers.
     assert np.mean(merged) > 0.2
     for run in runs:
         ours = packed[run.run_id]
-        assert_same(ours, solo[run.run_id])
         losses, norms = plain_loop(base_of(base), run, short_data)
         np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
         np.testing.assert_allclose(series(ours, "grad_norm"), norms, rtol=3e-5)
@@ -109,7 +109,7 @@ def test_weights_merged_at_a_high_rank_give_the_losses_of_peft_in_a_plain_loop(b
 @pytest.mark.parametrize("method", METHODS)
 def test_experts_alone_have_the_losses_of_peft_in_a_plain_loop(method, short_data, tmp_path):
     # In full fine-tuning at 1e-4 the order of rows alone makes 1.3e-5 of difference in the plain loop.
-    run = run_of(method, 3e-4 if method == "lora" else 3e-5, 1)
+    run = run_of(method, 3e-4 if method == "lora" else 3e-5, 1, steps=25)
     [ours] = apart([run], "moe-128", short_data, tmp_path).values()
     losses, norms = plain_loop(base_of("moe-128"), run, short_data)
     np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
@@ -130,10 +130,8 @@ def test_scale_of_a_ratio_of_lrs_eps_and_clipping_are_each_lanes_own(method, sho
     changes = {"init_a": 0.5, "lr_ratio": 2.0} if method == "lora" else {}
     runs = runs_of(method, eps=1e-5, steps=20, **changes)
     packed = together(runs, "qwen-64", short_data, tmp_path, protocol)
-    solo = apart(runs, "qwen-64", short_data, tmp_path, protocol)
     for run in runs:
         ours = packed[run.run_id]
-        assert_same(ours, solo[run.run_id])
         losses, norms = plain_loop(base_of("qwen-64"), run, short_data, protocol)
         np.testing.assert_allclose(series(ours, "nll"), losses, rtol=1e-5)
         np.testing.assert_allclose(series(ours, "grad_norm"), norms, rtol=3e-5)
@@ -141,21 +139,19 @@ def test_scale_of_a_ratio_of_lrs_eps_and_clipping_are_each_lanes_own(method, sho
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("packing", [False, True])
-def test_lanes_of_many_micro_batches(method, packing, data, tmp_path):
+def test_lanes_of_many_micro_batches(method, data, tmp_path):
     """Lanes have different numbers of parts, and of rows in them."""
-    runs = runs_of(method, steps=10, batch_size=5)
-    machine = {"max_batch_tokens": 480, "packing": packing}
-    packed = together(runs, "qwen-64", data, tmp_path, **machine)
-    for run in runs:
-        [whole] = apart([run], "qwen-64", data, tmp_path).values()
-        assert_same(packed[run.run_id], whole, factor=2.0)
+    runs = runs_of(method, steps=10, batch_size=5)[:2]
+    solo = apart(runs, "qwen-64", data, tmp_path)
+    for packing in (False, True):
+        outcomes = together(runs, "qwen-64", data, tmp_path, max_batch_tokens=320, packing=packing)
+        for run_id, whole in solo.items():
+            assert_same(outcomes[run_id], whole, factor=2.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputed_activations_give_the_same_numbers(method, precision, short_data, tmp_path):
-    runs, protocol = runs_of(method, steps=4), Protocol(precision=precision)
+def test_recomputed_activations_give_the_same_numbers(method, short_data, tmp_path):
+    runs, protocol = runs_of(method, steps=4), Protocol(precision="bf16")
     kept = together(runs, "qwen-64", short_data, tmp_path / "a", protocol)
     model = base_of("qwen-64")
     recompute_activations(model)
@@ -167,18 +163,18 @@ def test_recomputed_activations_give_the_same_numbers(method, precision, short_d
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_lane_that_diverges_leaves_and_the_others_are_as_without_it(method, short_data, tmp_path):
-    sound, wild = runs_of(method, steps=20), run_of(method, 1e3, 7, steps=20)
-    # In the middle: rows behind its own move up.
-    packed = together([sound[0], wild, *sound[1:]], "llama-128", short_data, tmp_path)
+    sound, wild = runs_of(method, steps=12)[:2], run_of(method, 1e3, 7, steps=12)
+    # The diverging lane is in the middle, so that the rows behind its own move up.
+    packed = together([sound[0], wild, sound[1]], "llama-128", short_data, tmp_path)
     assert next(iter(packed)) == wild.run_id, "it ends before the others"
     alone = apart([*sound, wild], "llama-128", short_data, tmp_path)
     diverged, expected = packed.pop(wild.run_id), alone.pop(wild.run_id)
     assert diverged.status == expected.status == "diverged"
-    assert 1 < diverged.diverged_at == expected.diverged_at < 20
+    assert 1 < diverged.diverged_at == expected.diverged_at < 12
     assert (diverged.final_valid_nll, diverged.final_test_nll) == (None, None)
     assert max(point.step for point in diverged.curve) == diverged.diverged_at
     np.testing.assert_allclose(series(diverged, "nll")[:2], series(expected, "nll")[:2], rtol=1e-4)
-    assert len(packed) == 3
+    assert len(packed) == 2
     for run_id, outcome in packed.items():
         assert_same(outcome, alone[run_id])
 
@@ -192,7 +188,7 @@ def test_all_but_one_diverge(short_data, tmp_path):
 
 
 class WithAnIdlePart(Processes):
-    """As one of several processes that has a part less to compute than another."""
+    """A process that computes one part less than another process."""
 
     def even(self, parts, nothing):
         return [*parts, nothing]
@@ -210,18 +206,19 @@ def test_a_part_without_any_example_adds_nothing(method, count, short_data, tmp_
 
 def _difference(outcomes, others):
     """Root mean square of the relative difference between the losses of some runs."""
-    values, to = ([series(found[run_id], "nll") for run_id in others] for found in (outcomes, others))
-    return np.sqrt(np.mean((np.array(values) / np.array(to) - 1) ** 2))
+    ours, theirs = ([series(by_id[run_id], "nll") for run_id in others] for by_id in (outcomes, others))
+    return np.sqrt(np.mean((np.array(ours) / np.array(theirs) - 1) ** 2))
 
 
 def _reversed(*arguments):
     return [tuple(rows[::-1] for rows in part) for part in reversed(list(micro_batches(*arguments)))]
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("fullft", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("base", fast("gemma"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base", DENSE)
 def test_in_bf16_losses_are_within_the_spread_of_other_orders_of_rows(method, base, short_data, tmp_path, monkeypatch):
-    """Rounding to bf16 decides, so all that can be asked is as much difference as rows in another order make alone."""
+    """In bf16 lanes may differ from single runs by as much as single runs differ with the order of their rows."""
     runs, protocol = runs_of(method, steps=25, batch_size=4), Protocol(precision="bf16")
     packed = together(runs, base, short_data, tmp_path, protocol)
     solo = [
@@ -232,9 +229,9 @@ def test_in_bf16_losses_are_within_the_spread_of_other_orders_of_rows(method, ba
     monkeypatch.setattr(sft_lanes, "micro_batches", _reversed)
     solo.append(apart(runs, base, short_data, tmp_path / "2", protocol))
     spread = max(_difference(one, other) for one in solo for other in solo if one is not other)
-    # One more draw from the same spread is a little beyond the largest now and then, never twice.
+    # Another sample of the same spread may exceed the largest of three slightly.
     assert _difference(packed, solo[0]) < 1.5 * spread
-    # What a tenth more of LR does is beyond it, so it would have been seen.
+    # The test is sensitive: an LR higher by a tenth makes a difference beyond this spread.
     faster = [replace(run, lr=1.1 * run.lr) for run in runs]
     others = apart(faster, base, short_data, tmp_path / "3", protocol).values()
     assert _difference(dict(zip(packed, others, strict=True)), solo[0]) > 3 * spread

@@ -1,4 +1,4 @@
-"""`lorabench sweep --processes 2`, as the workflow calls it."""
+"""`lorabench train --processes 2`, as the workflow calls it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from lorabench.plan import Job
 
 from .conftest import TINY, trained
 
+pytestmark = pytest.mark.slow
+
 KEPT = ["run_id", "lr", "seed", "status", "train_tokens", "train_flops", "trainable_params", "base_params"]
 LOSSES = ["final_valid_nll", "final_test_nll"]
 
@@ -35,7 +37,7 @@ def sweep_of(plan, method: str):
 
 
 def together(plan, layout, method: str):
-    """Trains the sweep of one method in two processes; returns its rows and what was said."""
+    """Train the sweep of one method in two processes; return its rows and the text on stderr."""
     sweep = sweep_of(plan, method)
     done = subprocess.run(command(sweep), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -49,12 +51,12 @@ def assert_same(runs, others) -> None:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal as a whole; Adam moves single weights whose gradient is about zero one way or the other."""
+    """Return whether two weights are equal in norm; Adam may move entries with a gradient near zero either way."""
     return bool((one - other).norm() <= 1e-3 * other.norm())
 
 
 def compare(ready, method: str, **lrs):
-    """Runs, text and layout of two processes, whose numbers are those of one; the one's runs lie in `alone`."""
+    """Train in one process and in two and compare their numbers; the runs of one process are kept in `alone`."""
     plan, layout = ready("sweep", {"keep_weights": "all"}, **lrs)
     alone, _ = trained(plan, layout, method)
     layout.runs.rename("alone")
@@ -80,7 +82,6 @@ def test_full_fine_tuning_in_two_processes_leaves_an_ordinary_model(ready):
             assert close(one, other), name
 
 
-@pytest.mark.slow
 def test_lora_in_two_processes_leaves_an_ordinary_adapter(ready):
     runs, layout = compare(ready, "lora", lora=[1e-3, 3e-3])
     assert len(runs) == 3
@@ -99,7 +100,7 @@ def test_lora_in_two_processes_leaves_an_ordinary_adapter(ready):
 
 def test_an_error_ends_all_processes_and_is_shown_once(ready):
     plan, layout = ready("broken")
-    # Found where the work is, in both processes.
+    # Both processes find the error when they read the tokens.
     layout.dataset("instruct").write_bytes(layout.dataset("instruct").read_bytes() + b" ")
     done = subprocess.run(command(sweep_of(plan, "lora")), capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -109,7 +110,6 @@ def test_an_error_ends_all_processes_and_is_shown_once(ready):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_killed_processes_go_on_where_they_were(ready):
     plan, layout = ready("killed", {"checkpoint_minutes": 0.0, "keep_weights": "all"}, lora=[1e-3, 3e-3])
     sweep = sweep_of(plan, "lora")
@@ -139,22 +139,21 @@ def test_killed_processes_go_on_where_they_were(ready):
     assert resumed[[*KEPT, *LOSSES]].equals(unbroken[[*KEPT, *LOSSES]])
 
 
-@pytest.mark.slow
 def test_processes_that_are_told_to_end_save_together(ready):
-    plan, layout = ready("told", {"checkpoint_minutes": 1000, "keep_weights": "all"})
+    plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not layout.progress(sweep).exists():
-        assert process.poll() is None, "the sweep ended before it could be told"
+        assert process.poll() is None, "the sweep ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    # To the one that started them, as Slurm does to all; it tells the others.
+    # The signal goes to the launching process, which passes it to the others; Slurm would send it to all.
     process.terminate()
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM, said
-    told = [line for line in said.splitlines() if line.startswith("lorabench:")]
-    assert told == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
+    errors = [line for line in said.splitlines() if line.startswith("lorabench:")]
+    assert errors == ["lorabench: stopped by SIGTERM; what was done is kept, the same command goes on from there"]
     assert "Traceback" not in said
     assert len(list(layout.runs.glob("*.partial/checkpoint.*1-of-2.safetensors"))) == 1
     assert not layout.lock(sweep).exists()
@@ -163,5 +162,5 @@ def test_processes_that_are_told_to_end_save_together(ready):
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started."""
+    """Return the ids of a process's children."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

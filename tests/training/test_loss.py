@@ -1,4 +1,4 @@
-"""Logits computed a few at a time: the same losses and gradients, and never all of them in memory."""
+"""Logits computed in pieces give the same losses and gradients, and are never all in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorabench.training.loss import MAX_LOGITS, add_gradient, nll_sum, nll_sums
 from .lanes import run_of, stack_of
 
 VOCABULARY = 96
-# How a model's lanes train it: method, tied or not, lanes.
+# Method, whether embedding and unembedding are tied, number of lanes.
 KINDS = [("lora", False, 1), ("lora", True, 1), ("lora", False, 3), ("lora", True, 2), ("fullft", False, 1)]
 KINDS += [("fullft", True, 1), ("fullft", False, 3), ("fullft", True, 2)]
 
@@ -38,7 +38,7 @@ def tiny(tied, vocabulary=VOCABULARY):
 
 @cache
 def stack(method, tied, lanes, vocabulary=VOCABULARY):
-    """Lanes whose B is not zero, so that the unembedding's LoRA takes part."""
+    """Return a stack whose B is not zero, so that LoRA on the unembedding has an effect."""
     made = stack_of(tiny(tied, vocabulary), [run_of(method, 1e-3, seed) for seed in range(lanes)])
     if made.shelf is not None:
         with torch.no_grad():
@@ -47,7 +47,7 @@ def stack(method, tied, lanes, vocabulary=VOCABULARY):
 
 
 def batch_of(lanes, rows, width, share, seed=0, vocabulary=VOCABULARY):
-    """Random tokens, about a share of them scored, at least one of each lane."""
+    """Return random tokens, of which about `share` are scored, at least one of each lane."""
     generator = torch.Generator().manual_seed(seed)
     shape = lanes * rows, width
     inputs, targets = (torch.randint(vocabulary, shape, generator=generator) for _ in range(2))
@@ -57,14 +57,14 @@ def batch_of(lanes, rows, width, share, seed=0, vocabulary=VOCABULARY):
 
 
 def gradients(made, batch, max_logits, autocast=None):
-    """Losses of the lanes, and the gradient of each weight of each."""
+    """Return the losses of the lanes, and the gradient of each weight of each lane."""
     lanes = len(made.lanes)
-    found = add_gradient(made.model, batch, made.rows, batch.scored_by(lanes).tolist(), autocast, max_logits)
+    losses = add_gradient(made.model, batch, made.rows, batch.scored_by(lanes).tolist(), autocast, max_logits)
     of_lanes = []
     for lane in made.lanes.values():
         of_lanes.append({name: place.of(place.parameter.grad).clone() for name, place in lane.places.items()})
         lane.zero_grad()
-    return found, of_lanes
+    return losses, of_lanes
 
 
 def assert_close(one, other, rtol):
@@ -90,7 +90,7 @@ def test_pieces_of_any_size_add_up(kind, rows, width, share, at_once, seed):
     pieces, of_pieces = gradients(made, batch, at_once * VOCABULARY)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
     for one, other in zip(of_pieces, of_whole, strict=True):
-        # A token alone has no gradient in the first position's queries and keys; in fp32 cancelling leaves dust.
+        # A first token attends to itself only, so its queries and keys have no gradient except rounding errors.
         assert one.keys() == other.keys()
         scale = max(gradient.norm() for gradient in other.values())
         for name, gradient in other.items():
@@ -123,7 +123,7 @@ def test_in_bf16_pieces_are_the_whole_up_to_rounding(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == "lora" and kind[2] > 1], ids=str)
 @pytest.mark.parametrize("max_logits", [None, 7 * VOCABULARY])
 def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
-    """Against the model of transformers and PEFT's adapter, its weights copied."""
+    """The reference is the model of transformers with PEFT's adapter and the same weights."""
     made, lanes = stack(*kind), kind[2]
     batch = batch_of(lanes, 2, 15, 0.5)
     scored = batch.scored_by(lanes)
@@ -133,7 +133,7 @@ def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
         alone = stack_of(tiny(kind[1]), [run_of("lora", 1e-3, 0)])
         with torch.no_grad():
             alone.shelf.values.copy_(made.shelf.values[lane : lane + 1])
-        # Back to PEFT's own forward pass.
+        # Restore PEFT's own forward pass.
         ours = [module for module in alone.model.modules() if "forward" in vars(module)]
         assert len(ours) == 8
         for module in ours:
@@ -159,7 +159,7 @@ def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
     batch = batch_of(lanes, 512 // lanes // 32, 32, 1.0, vocabulary=vocabulary)
     logits = 4 * batch.scored * vocabulary
     divisors = batch.scored_by(lanes).tolist()
-    # Once before, so that gradients are there.
+    # The first pass allocates the gradients.
     add_gradient(made.model, batch, made.rows, divisors, None, None)
 
     def peak(max_logits):
@@ -168,7 +168,7 @@ def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
         return new.peak
 
     assert peak(None) > 2 * logits
-    # An eighth, and there are 16 pieces: theirs a few times over (gradient, fp32), the decoder's activations.
+    # With 16 pieces a few times the logits of one piece (with gradient, in fp32) and the decoder's activations remain.
     assert peak(at_once * vocabulary) < logits / 2
     for lane in made.lanes.values():
         lane.zero_grad()
@@ -180,14 +180,14 @@ def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
 
 def test_pieces_cover_every_scored_token_once():
     counts = [3, 0, 5, 4]
-    found = list(loss._pieces(counts, 5))
-    assert [own for _, own in found] == [[3, 0, 2, 0], [0, 0, 3, 2], [0, 0, 0, 2]]
-    assert [(piece.start, piece.stop) for piece, _ in found] == [(0, 5), (5, 10), (10, 12)]
+    pieces = list(loss._pieces(counts, 5))
+    assert [own for _, own in pieces] == [[3, 0, 2, 0], [0, 0, 3, 2], [0, 0, 0, 2]]
+    assert [(piece.start, piece.stop) for piece, _ in pieces] == [(0, 5), (5, 10), (10, 12)]
     assert [own for _, own in loss._pieces([0, 0], 5)] == [[0, 0]]
 
 
 def test_the_limit_on_a_cpu_is_of_64_mebibytes():
     limit = MAX_LOGITS["cpu"]
     assert 4 * limit == 64 * 2**20
-    assert loss._at_once(tiny(False), limit) == limit // VOCABULARY
-    assert loss._at_once(tiny(False), 1) == 1
+    assert loss._tokens_at_once(tiny(False), limit) == limit // VOCABULARY
+    assert loss._tokens_at_once(tiny(False), 1) == 1

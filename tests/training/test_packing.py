@@ -1,4 +1,4 @@
-"""Packed examples: laid out by hand, the same loss and gradients as padded ones, and none sees another."""
+"""Packed examples have the loss and gradients of padded ones, and none attends to another."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAMILIES = {
 
 
 def split_of(lengths, seed=0):
-    """Random examples of these lengths, about half of their tokens scored, the last one always."""
+    """Return random examples of these lengths; about half of their tokens are scored, the last one always."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 64, sum(lengths)).astype(np.int32)
     offsets = np.cumsum([0, *lengths])
@@ -52,7 +52,7 @@ def model_of(family, lora=True):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                # Larger ones make a model whose own gradients are off by 3e-5 in fp32.
+                # With larger weights the gradients in fp32 have rounding errors of 3e-5.
                 parameter.normal_(std=0.02)
     return model
 
@@ -104,7 +104,7 @@ def test_loss_and_gradients_are_those_of_padded_examples(family, lora):
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_moe"])
 def test_in_double_precision_each_gradient_is_the_same(family):
-    """So what differs in fp32 is rounding. Experts are not computed in fp64."""
+    """The differences in fp32 are therefore rounding. Experts cannot be computed in fp64."""
     model, split = model_of(family).double(), split_of([20, 3, 9, 14, 2, 6, 11, 5])
     _, padded = loss_and_gradient(model, split, packing=False)
     _, packed = loss_and_gradient(model, split, packing=True)
@@ -132,7 +132,7 @@ def test_with_activation_checkpointing_gradients_are_the_same():
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_moe"])
 def test_an_example_does_not_see_the_one_before_it(family):
-    """Exactly: the second example's loss does not change by a bit with the first."""
+    """The second example's loss does not change by a bit with the first example."""
     model = model_of(family)
     losses = set()
     for change in range(3):
@@ -144,7 +144,7 @@ def test_an_example_does_not_see_the_one_before_it(family):
 
 
 def test_experts_do_not_mix_examples():
-    """Which tokens share an expert decides the order of its sums, so up to rounding."""
+    """The loss may change by rounding, since the tokens of an expert decide the order of its sums."""
     model = model_of("qwen3_moe")
     losses = []
     for change in range(3):
@@ -164,7 +164,7 @@ def test_a_model_that_lets_examples_see_each_other_is_refused():
     model = load_model(TINY)
     decoder = model.get_decoder()
     forward = decoder.forward
-    # As attention of one's own would be, that knows nothing of positions that restart.
+    # A custom attention may ignore that positions restart.
     decoder.forward = lambda position_ids=None, **rest: forward(**rest)
     with pytest.raises(UserError, match="LlamaForCausalLM lets packed examples see each other"):
         check_packing(model)

@@ -1,4 +1,4 @@
-"""The loop against PEFT and a plain PyTorch loop written here: same losses in fp32."""
+"""The SFT loop has the losses of PEFT in a plain PyTorch loop, in fp32."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from .lanes import base_of, plain_loop, run_of, series
 STEPS, BATCH, LR, SEED = 20, 4, 3e-3, 1
 
 
-@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 1), ("lora", 8)])
-def test_losses_equal_those_of_a_plain_loop(method, rank, data, tmp_path):
-    run = run_of(method, LR, SEED, STEPS, BATCH, rank)
+def test_losses_at_rank_1_equal_those_of_a_plain_loop(data, tmp_path):
+    run = run_of("lora", LR, SEED, STEPS, BATCH, rank=1)
     outcome, _ = train(run.condition, data, tmp_path, lr=LR, seed=SEED)
     ours = series(outcome, "nll")
     losses, norms = plain_loop(base_of("llama-128"), run, data)
@@ -44,10 +43,11 @@ def test_arms_of_one_seed_see_the_same_batches_and_seeds_differ():
     assert sorted(two_epochs[16:].flatten()) == list(range(64))
 
 
-@pytest.mark.parametrize(("method", "rank", "base"), [("fullft", None, "llama-128"), ("lora", 4, "moe-128")])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "rank", "base", "precision"), [("fullft", None, "llama-128", "fp32"), ("lora", 4, "moe-128", "bf16")]
+)
 def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, data, tmp_path):
-    condition = condition_of(method, rank, steps=6, batch_size=4)
+    condition = condition_of(method, rank, steps=4, batch_size=4)
     changes = {"spec": TinyModel(kind="tiny", name=base), "protocol": Protocol(precision=precision)}
     kept, model = train(condition, data, tmp_path / "a", lr=LR, **changes)
     again, recomputing = train(condition, data, tmp_path / "b", lr=LR, recompute=True, **changes)

@@ -1,4 +1,4 @@
-"""A broken run goes on from its checkpoint and ends with the numbers of an unbroken one, bit for bit."""
+"""An interrupted run goes on from its checkpoint and ends with the numbers of an uninterrupted one, to the last bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .conftest import condition_of, train, trained
 
 
 class BrokenError(Exception):
-    pass
+    """Interrupts a run."""
 
 
 @pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4)])
@@ -59,11 +59,12 @@ def test_the_description_length_survives_a_break(data, tmp_path):
 
 
 def numbers(runs) -> list[dict]:
-    """What must not depend on how often a sweep was broken."""
+    """Return the columns that must not depend on interruptions."""
     kept = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "train_tokens", "train_flops"]
     return [row | {"curve": list(curve)} for row, curve in zip(runs[kept].to_dict("records"), runs.curve, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "lanes"), [("lora", 1), ("lora", 2), ("fullft", 2)])
 def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, lanes, ready):
     execution = {"checkpoint_minutes": 0.0, "keep_weights": "all", "lanes": lanes}
@@ -81,7 +82,7 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, l
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    # A run in progress has a checkpoint and is not taken for a result; the one before it is kept, or beside it.
+    # A run in progress has a checkpoint and is no result. With one lane the first run is finished by then.
     assert not second.exists()
     assert not layout.job(Job((sweep,))).exists()
     finished = first / "record.json"

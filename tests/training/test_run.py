@@ -11,7 +11,7 @@ from lorabench.training.run import clip_gradient
 
 
 def lane_of(*sizes):
-    """A lane of random gradients, some large in one dimension, and of one weight that has none."""
+    """Return a lane of weights with random gradients, some long in one dimension, and one weight without a gradient."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.zeros(size)) for size in (*sizes, 3)]
     for parameter in parameters[:-1]:

@@ -1,4 +1,4 @@
-"""A sweep and its job: divergence stays in its run, finished runs are kept, repeats go to the best LR."""
+"""A sweep and its job: a diverged run affects no other, finished runs are kept, repeats are at the best LR."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ from .conftest import trained
 
 
 def rows_of(plan, layout, *sweeps):
-    """Trains sweeps as one job; returns its rows."""
+    """Train sweeps as one job and return its rows."""
     run_job(plan, Job(sweeps), layout, lambda line: None)
     return pq.read_table(layout.job(Job(sweeps))).to_pylist()
 
 
-@pytest.mark.parametrize("method", ["lora", "fullft"])
-@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize(("method", "lanes"), [("lora", 1), ("fullft", 1), ("lora", 3)])
 def test_a_diverged_run_is_a_result_and_touches_no_other(method, lanes, ready):
     execution = {"lanes": lanes}
     sound, _ = trained(*ready("sound", execution, **{method: [1e-3, 3e-3]}), method)
-    mixed, said = trained(*ready("mixed", execution, **{method: [1e-3, 3e-3, 1e3]}), method)
+    mixed, lines = trained(*ready("mixed", execution, **{method: [1e-3, 3e-3, 1e3]}), method)
     lost = mixed[mixed.lr == 1e3]
     assert list(lost.status) == ["diverged"]
     assert lost[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
     assert lost.diverged_at.item() >= 1
-    assert any("lr 1000, seed 0: diverged at step" in line for line in said)
-    # Those trained before or beside it in the same process, and the repeat trained after it, are as without it: to the
-    # last bit where they are not beside it.
+    assert any("lr 1000, seed 0: diverged at step" in line for line in lines)
+    # Runs before or beside it in the same process, and the repeat after it, are as without it: to the last bit if they
+    # are not beside it.
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll"]
     rest = mixed[mixed.lr < 1e3][columns].reset_index(drop=True)
     rtol = 0.0 if lanes == 1 else 1e-5
@@ -97,7 +96,7 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
     methods = [sweep.condition.method for sweep in plan.sweeps]
     assert sorted(methods) == ["fullft", "lora", "lora"]
     together = rows_of(plan, layout, *plan.sweeps)
-    # Full fine-tuning takes the base with it, its grid and its repeat; a sweep after it loads it anew.
+    # Full fine-tuning uses up the base in its grid and in its repeat; a sweep after it loads the base again.
     again = methods[-1] != "fullft"
     assert calls == {"load_model": 2 + again, "read_tokens": 1, "mean_nll": 1}
     columns = ["run_id", "lr", "seed", "status", "final_valid_nll", "final_test_nll", "dataset_sha256", "model_sha256"]
@@ -108,7 +107,7 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
 
 
 def test_status_counts_what_lies_on_disk(ready):
-    # So slow a machine that each sweep is worth a job.
+    # On such a slow machine each sweep is a job of its own.
     plan, layout = ready("status", {"gflops": 0.01})
     before = status(plan, layout)
     assert (before.runs_done, before.runs_planned, before.jobs_planned) == (0, 4, 2)

@@ -1,4 +1,4 @@
-"""The runs of an RL sweep: those of LoRA in lanes, which share the base, sample and learn together."""
+"""Training of RL sweeps: LoRA runs are trained as lanes, which share the base, sample together and learn together."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 
 class RlTrainer:
-    """Trains the runs of a job's sweeps, which are of one model and problem set.
+    """Trains the runs of a job's sweeps, which share one model and one problem set.
 
-    Those that draw alike have problems, graders and the base's scores in common. Graders are open until this is left.
+    Sweeps with equal `Rollouts` share problems, graders and the base model's scores. It is a context manager that
+    closes the graders on exit.
     """
 
     def __init__(self) -> None:
@@ -45,8 +46,8 @@ class RlTrainer:
         self._graders.close()
 
     def __call__(self, job: Job, runs: list[tuple[int, Run]]) -> None:
-        """Train those runs that are not finished, given with their number in the sweep; write each as it ends."""
-        groups = job.together(runs)
+        """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
+        groups = job.unfinished_groups(runs)
         if not groups:
             return
         rollouts = job.sweep.condition.rollouts
@@ -61,14 +62,14 @@ class RlTrainer:
 
 @dataclass
 class _Work:
-    """What runs have in common that draw alike, and the base's scores once they are known."""
+    """The environment of runs with equal `Rollouts`, and the base model's scores once they are known."""
 
     environment: Environment
     provenance: dict[str, Any]
     base: Scores | None = None
 
     def train(self, job: Job, runs: Group) -> None:
-        """Train runs in lanes, on a fresh base."""
+        """Train a group of runs as lanes of a newly loaded base model."""
         machine = job.machine
         if machine.processes.any(stop.requested()):
             stop.end()
@@ -107,7 +108,7 @@ class _Work:
             stack.drop(name)
 
     def _sharded(self, job: Job, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
-        """The model of a run, spread over the processes, and what samples from it."""
+        """Shard the model of a run; return its stack and the function that samples from it."""
         blank: Any = skeleton(job.layout.model(job.sweep.condition.model))
         adapter = run.run_id if run.condition.method == "lora" else None
         if adapter:
@@ -128,12 +129,12 @@ class _Work:
         return draw_together(requests, draw, machine.processes)
 
     def _base_scores(self, job: Job, draw: Sampler) -> Scores:
-        """Scores of the untouched base: once, from a model that has not been trained."""
+        """Return the base model's scores; the first call evaluates them, when the model is still untrained."""
         if self.base is None:
             rollouts = job.sweep.condition.rollouts
             assert rollouts
-            asking = evaluate(self.environment, rollouts, 0, 0, None)
-            self.base, _ = train_alone(asking, sampling_alone(draw))
+            evaluation = evaluate(self.environment, rollouts, 0, 0, None)
+            self.base, _ = train_alone(evaluation, sampling_alone(draw))
         return self.base
 
 

@@ -1,10 +1,11 @@
-"""The RL loop: one for LoRA and full fine-tuning, which differ only in what is trainable.
+"""The RL loop. LoRA and full fine-tuning share it and differ only in the trained parameters.
 
-Each step samples a group of responses to each of its problems, grades them, and makes one update by the objective
-of `objective.py`, at constant LR with Adam. Read it top to bottom: `train_rl` is the experiment.
+Each step samples a group of responses to each of its problems, grades them, and makes one Adam update at constant LR by
+the objective of `objective.py`.
 
-`train_rl` is a generator: it asks for responses and gradients by yielding, so that several runs sample and learn at
-once (`training/lanes.py`, `rl/serve.py`). All else it does by itself.
+`train_rl` is the experiment, written to be read from top to bottom. It is a generator that requests responses and
+gradients by yielding, so that several runs sample and learn in one batch (`training/lanes.py`, `rl/serve.py`); it does
+everything else itself.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from lorabench.training.rl.serve import Learn, Learned, Sample, Sampled
 from lorabench.training.run import Point, clip_gradient, make_optimizer
 
 PATIENCE = 0.2
-"""A run without a single reward in this share of its steps is stopped: its policy has not moved and will not."""
+"""A run without any reward in this share of its steps is stopped, since its policy has not changed."""
 
 MIN_PATIENCE = 3
-"""But not before so many steps."""
+"""Fewest steps before a run without any reward is stopped."""
 
 Scores = dict[str, dict[str, float]]
-"""Metrics by split."""
+"""Values of metrics by split and by metric."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a run is trained and evaluated on."""
+    """The problems and graders that a run is trained and evaluated on; `held_out` sets are only evaluated."""
 
     texts: Texts
     splits: Mapping[str, Problems]
@@ -54,7 +55,7 @@ class Environment:
 
 @dataclass
 class RlOutcome:
-    """What happened in a run. Rewards are greedy accuracies; None where a run diverged."""
+    """The outcome of a run. Rewards are accuracies of greedy responses, and None if the run diverged."""
 
     status: Literal["done", "diverged", "unrewarded"]
     diverged_at: int | None = None
@@ -68,16 +69,21 @@ class RlOutcome:
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
-    """Steps after which to evaluate: evenly spaced, the last included."""
+    """Return the steps after which the policy is evaluated: evenly spaced, the last step included."""
     return {math.ceil(steps * (number + 1) / evaluations) for number in range(evaluations)}
 
 
 def evaluate(
     environment: Environment, rollouts: Rollouts, seed: int, step: int, lane: str | None
 ) -> Generator[Sample, Sampled, tuple[Scores, float]]:
-    """Metrics of validation, test and held-out sets, and the seconds that sampling took.
+    """Return the metrics of the validation, test and held-out sets, and the seconds of sampling.
 
-    Greedy, but for held-out sets with several samples per problem, which are drawn at temperature 1.
+    Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1.
+
+    Args:
+        seed: the seed of the run, for the random numbers of the samples.
+        step: the number of finished steps, for the random numbers of the samples.
+        lane: name of the lane whose policy responds; None for the only lane of a stack.
     """
     sets = {split: (environment.splits[split], environment.grader, 1) for split in ("validation", "test")}
     for name, problems in environment.held_out.items():
@@ -93,9 +99,9 @@ def evaluate(
     scores: Scores = {}
     for name, (problems, grader, samples) in sets.items():
         answers = [answer for answer in problems.answers for _ in range(samples)]
-        said = [next(responses) for _ in answers]
-        texts = [environment.texts.text(response) for response in said]
-        scores[name] = {"accuracy": float(grade(grader, texts, answers).mean()), **_lengths(said, texts)}
+        of_set = [next(responses) for _ in answers]
+        texts = [environment.texts.text(response) for response in of_set]
+        scores[name] = {"accuracy": float(grade(grader, texts, answers).mean()), **_response_metrics(of_set, texts)}
         if name in environment.held_out:
             scores[name] |= {"n_problems": len(problems), "n_samples": len(answers)}
     return scores, sampled.seconds
@@ -111,21 +117,21 @@ def train_rl(
     base: Scores,
     tick: Callable[[int], None] = lambda step: None,
 ) -> Generator[Sample | Learn, Any, RlOutcome]:
-    """Train `lane` as `run` says and measure it.
+    """Train and evaluate one run on its lane.
 
-    Goes on from its checkpoint if there is one and ends with the same numbers as an unbroken run.
+    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
 
     Args:
-        checkpoints: those of the runs that are trained together.
-        base: scores of the untouched base, the curve's points at step 0.
-        tick: called after each step with the number of steps done.
+        checkpoints: the checkpoints of the runs that are trained together.
+        base: scores of the base model, the curve's points at step 0.
+        tick: called after each step with the number of finished steps.
 
     Yields:
-        What is to be sampled or learned; what is sent back is `Sampled` or `Learned`.
+        Requests for responses or for a gradient; the caller sends back `Sampled` or `Learned`.
 
     Returns:
-        The outcome. A loss or gradient that is not finite ends the run as `diverged`, a base that gets no reward in
-        the first fifth of the steps as `unrewarded`.
+        The outcome. It is `diverged` if a loss or a gradient norm is not finite, and `unrewarded` if no response got a
+        reward in the first fifth of the steps (see `PATIENCE`).
     """
     condition, rollouts = run.condition, run.condition.rollouts
     assert rollouts
@@ -173,13 +179,13 @@ def train_rl(
         measured = learned.step
         norm = clip_gradient(lane, protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
-        # Where the rewards of each group are equal there is no gradient, and Adam's momentum shall move nothing.
+        # If all rewards are equal within each group there is no gradient, and Adam's momentum must change nothing.
         if finite and norm > 0:
             optimizer.step()
         lane.zero_grad()
         outcome.train_tokens += measured.tokens + sum(len(group.prompt) for group in groups)
         speed = learned.tokens_per_s
-        metrics |= _measures(measured) | {"grad_norm": norm}
+        metrics |= _policy_metrics(measured) | {"grad_norm": norm}
         record(step, "train", metrics | {"sample_tokens_per_s": sampled.tokens_per_s, "learn_tokens_per_s": speed})
         outcome.wall_s += learned.seconds + time.perf_counter() - started
         if not finite:
@@ -212,7 +218,7 @@ def train_rl(
 
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
-        # The first of equals; picked on validation, reported on test.
+        # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
         outcome.best_reward = max(evaluations, key=lambda pair: pair[0])[1]
     return outcome
 
@@ -220,7 +226,7 @@ def train_rl(
 def _graded(
     environment: Environment, chosen: list[int], responses: list[Response], group_size: int
 ) -> tuple[list[Group], dict[str, float]]:
-    """The groups of a step with their rewards, and the metrics of its responses."""
+    """Return the groups of a step with their rewards, and the metrics of its responses."""
     train = environment.splits["train"]
     texts = [environment.texts.text(response) for response in responses]
     answers = [train.answers[problem] for problem in chosen for _ in range(group_size)]
@@ -230,10 +236,10 @@ def _graded(
         for start, problem in zip(range(0, len(responses), group_size), chosen, strict=True)
     ]
     equal = float(np.mean([group.equal for group in groups]))
-    return groups, {"reward": float(rewards.mean()), "equal_groups": equal, **_lengths(responses, texts)}
+    return groups, {"reward": float(rewards.mean()), "equal_groups": equal, **_response_metrics(responses, texts)}
 
 
-def _lengths(responses: list[Response], texts: list[str]) -> dict[str, float]:
+def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, float]:
     return {
         "response_length": float(np.mean([len(response.tokens) for response in responses])),
         "truncated": float(np.mean([response.truncated for response in responses])),
@@ -241,7 +247,7 @@ def _lengths(responses: list[Response], texts: list[str]) -> dict[str, float]:
     }
 
 
-def _measures(step: Step) -> dict[str, float]:
+def _policy_metrics(step: Step) -> dict[str, float]:
     return {
         "entropy": step.entropy,
         "kl": step.kl,

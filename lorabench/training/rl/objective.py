@@ -1,7 +1,9 @@
-"""The objective (paper, section on RL): the sum over tokens of p_learner / p_sampler times the advantage.
+"""The objective of the paper's section on RL: the sum over tokens of p_learner / p_sampler times the advantage.
 
-The advantage of a response is its reward minus the mean reward of its group; it is not divided by the standard
-deviation. There is no KL term, no clipping, no entropy bonus. The loss is the mean over responses.
+The advantage of a response is its reward minus the mean reward of its group, without division by the standard
+deviation. There is no KL term, no clipping and no entropy bonus. The loss is the mean over responses.
+
+A row is one sequence with a prompt and some of its responses, each of which attends to the prompt and to itself.
 """
 
 from __future__ import annotations
@@ -22,38 +24,39 @@ from lorabench.models.last_layer import read_at, unwrapped
 from lorabench.training.distributed import ALONE, Processes, enter
 from lorabench.training.rl.sampler import Response, window
 
-# Responses share a row with their prompt: any number up to the short limit, a few up to the long one.
+# The limit of a row in tokens is the short one, or `_RESPONSES` times the longest prompt with response, up to the long
+# one.
 _SHORT_ROW, _LONG_ROW, _RESPONSES = 192, 2048, 4
 
 
 @dataclass(frozen=True)
 class Group:
-    """The responses to one prompt, or some of them, with numbers of each, all (n,)."""
+    """Some or all responses to one prompt, with the reward, advantage and count of each, all (n,)."""
 
     prompt: tuple[int, ...]
     responses: list[Response]
     rewards: np.ndarray
     advantages: np.ndarray
     times: np.ndarray
-    """How often it was drawn, as far as equal ones are one."""
+    """How often a response was drawn, where equal responses are merged."""
 
     @classmethod
     def of(cls, prompt: tuple[int, ...], responses: list[Response], rewards: np.ndarray) -> Group:
-        """A whole group: advantages are rewards minus their mean."""
+        """Make a whole group; advantages are rewards minus their mean."""
         return cls(prompt, responses, rewards, rewards - rewards.mean(), np.ones(len(responses)))
 
     @property
     def equal(self) -> bool:
-        """Whether all rewards are equal, so that there is nothing to learn."""
+        """Whether all rewards are equal, so that all advantages are zero."""
         return bool((self.rewards == self.rewards[0]).all())
 
     def part(self, rows: list[int]) -> Group:
-        """Some of the responses, with the advantages that they have in the whole group."""
+        """Return a group of some of the responses, with the advantages that they have in the whole group."""
         responses = [self.responses[row] for row in rows]
         return Group(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
 
     def distinct(self) -> Group:
-        """The group with equal responses as one: short answers are often drawn again, and teach the same."""
+        """Return the group with equal responses merged: short answers are often drawn several times."""
         seen: dict[tuple[bytes, bytes, float], int] = {}
         first = [
             seen.setdefault((response.tokens.tobytes(), response.logprobs.tobytes(), reward), row)
@@ -64,18 +67,18 @@ class Group:
         return replace(self.part(rows), times=times)
 
 
-# What a process computes that has nothing to do, while others have.
+# What a process without any row computes while other processes have rows.
 _NOTHING = Group.of((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1))
 
 
 @dataclass(frozen=True)
 class Step:
-    """Measures of one step's batch before its update, over all response tokens."""
+    """Measures of the batch of one step before its update, over all response tokens."""
 
     tokens: int
     loss: float
     entropy: float
-    """Of the learner's distribution, nats per token."""
+    """Entropy of the learner's distribution, nats per token."""
     kl: float
     """KL(sampler || learner), nats per token, estimated as the mean of log p_sampler - log p_learner."""
     ratio_mean: float
@@ -89,13 +92,17 @@ def backward(
     autocast: torch.dtype | None = None,
     processes: Processes = ALONE,
 ) -> list[Step]:
-    """Add the gradient of each lane's loss to its weights; returns what was measured on the way, for each lane.
+    """Add the gradient of each lane's loss to its weights, and return the measures of each lane's batch.
 
-    Groups of equal rewards add nothing to the gradient and are only measured, unless a lane has no others.
+    Groups of equal rewards add nothing to the gradient and are only measured, unless a lane has no other groups.
 
     Args:
         batches: the whole batch of a step of each lane; each process computes a share of it.
-        max_tokens: limit of tokens, padding included, that go through the model at once.
+        max_tokens: limit of the tokens, padding included, that go through the model at once, over all lanes.
+        autocast: the type of autocast; None for fp32.
+
+    Raises:
+        UserError: a prompt with a response is longer than the model's sliding window.
     """
     device = next(stack.model.parameters()).device
     lanes = len(batches)
@@ -107,15 +114,15 @@ def backward(
     ]
     sums, ratio_max = torch.zeros((lanes, 5), dtype=torch.float64), [0.0] * lanes
     nothing: tuple[list[Group], ...] = ([],) * lanes
-    for some, learn in ((teaching, True), (idle, False)):
-        split = (parts(groups, max_tokens // lanes, processes) for groups in some)
+    for by_lane, learn in ((teaching, True), (idle, False)):
+        split = (parts(groups, max_tokens // lanes, processes) for groups in by_lane)
         for part in processes.even(zip_longest(*split, fillvalue=[]), nothing):
             idling = not any(part)
             part = ([_NOTHING], *part[1:]) if idling else part
             rows = [row for of_lane in part for row in of_lane]
             check_window(unwrapped(stack.model), rows)
             layout = _Layout.of(rows)
-            # Around the backward pass too: layers whose activations are computed again ask for all of this again.
+            # The context includes the backward pass, since recomputed layers read the rows and tokens again.
             with (
                 stack.rows.are([len(of_lane) for of_lane in part]),
                 _read(stack, layout, device),
@@ -130,41 +137,41 @@ def backward(
                 sampler, advantages, times = _padded(rows, mask)
                 difference = torch.where(mask, learner - sampler, 0.0)
                 ratio = difference.exp()
-                each = -times * torch.where(mask, ratio * advantages[:, None], 0.0)
+                token_losses = -times * torch.where(mask, ratio * advantages[:, None], 0.0)
                 counts = [sum(len(row.responses) for row in of_lane) for of_lane in part]
-                losses = [own.sum() / n for own, n in zip(each.split(counts), episodes, strict=True)]
+                losses = [lane.sum() / n for lane, n in zip(token_losses.split(counts), episodes, strict=True)]
                 if learn:
                     torch.stack(losses).sum().backward()
             with torch.no_grad():
                 split_by_lane = (tensor.split(counts) for tensor in (mask, times, entropy, difference, ratio))
-                for lane, (there, often, *measures) in enumerate(zip(*split_by_lane, strict=True)):
+                for lane, (is_token, weight, *measures) in enumerate(zip(*split_by_lane, strict=True)):
                     if not counts[lane]:
                         continue
-                    spread, apart, ratios = ((often * measure).sum() for measure in measures)
-                    sums[lane] += torch.stack([often.sum(), losses[lane], spread, -apart, ratios]).double().cpu()
-                    ratio_max[lane] = max(ratio_max[lane], measures[-1][there].max().item())
-    found = []
-    for own, largest in zip(sums, ratio_max, strict=True):
-        tokens, loss_sum, *others = processes.gather(own.numpy()).sum(0).tolist()
+                    entropies, differences, ratios = ((weight * measure).sum() for measure in measures)
+                    lane_sums = [weight.sum(), losses[lane], entropies, -differences, ratios]
+                    sums[lane] += torch.stack(lane_sums).double().cpu()
+                    ratio_max[lane] = max(ratio_max[lane], measures[-1][is_token].max().item())
+    steps = []
+    for lane_sum, largest in zip(sums, ratio_max, strict=True):
+        tokens, loss_sum, *others = processes.gather(lane_sum.numpy()).sum(0).tolist()
         entropy_mean, kl, ratio_mean = (value / tokens for value in others)
-        found.append(Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
-    return found
+        steps.append(Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
+    return steps
 
 
 def _read(stack: Stack, layout: _Layout, device: torch.device) -> AbstractContextManager[None]:
-    """Within, only what predicts tokens of responses is computed to the end."""
+    """Within, the last layer is computed only at positions that predict tokens of responses."""
     tokens = np.unique(layout.sources)
     return read_at(stack.model, torch.from_numpy(tokens).to(device), stack.rows, layout.by_lane(tokens, stack.rows))
 
 
 def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE) -> Iterator[list[Group]]:
-    """Split a batch into rows and these into parts of little padding that fit `max_tokens`; one row always fits.
+    """Split groups into rows, and this process's share of the rows into parts with little padding.
 
-    A row is a prompt with some of its responses, a group as far as it goes through the model as one sequence; equal
-    responses are one. Each of several processes has its share of the rows.
+    Equal responses are merged. A part has at most `max_tokens` tokens, padding included, unless it is a single row.
     """
     rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
-    rows = [rows[place] for place in processes.share(np.array([_length(row) for row in rows]))]
+    rows = [rows[index] for index in processes.share(np.array([_length(row) for row in rows]))]
     part: list[Group] = []
     for row in rows:
         if part and (len(part) + 1) * _length(row) > max_tokens:
@@ -176,7 +183,7 @@ def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE
 
 
 def _rows(group: Group, max_tokens: int) -> Iterator[Group]:
-    """Fill rows with responses. A prompt is shared, but attention reaches over the whole row, so it has a limit."""
+    """Fill rows with responses up to a limit: they share the prompt, but attention is computed over the whole row."""
     longest = len(group.prompt) + max(len(response.tokens) for response in group.responses)
     limit = min(max_tokens, max(_SHORT_ROW, longest, min(_LONG_ROW, _RESPONSES * longest)))
     row, length = [0], len(group.prompt) + len(group.responses[0].tokens)
@@ -190,62 +197,61 @@ def _rows(group: Group, max_tokens: int) -> Iterator[Group]:
 
 
 def _length(row: Group) -> int:
-    """Tokens of a row. The last token of a response is predicted but not read."""
+    """Return the tokens of a row; the last token of a response is predicted but is no input."""
     return len(row.prompt) + sum(len(response.tokens) - 1 for response in row.responses)
 
 
 class _Layout(NamedTuple):
-    """Rows as sequences: a prompt, then its responses, each of which sees the prompt and itself and has the positions
-    that it would have alone."""
+    """Rows as token sequences: a prompt, then its responses, each with the positions that it would have alone."""
 
     ids: np.ndarray
-    """(rows, length)."""
+    """Token ids, (rows, length)."""
     positions: np.ndarray
-    """(rows, length)."""
+    """Positions of the tokens, (rows, length)."""
     segments: np.ndarray
-    """(rows, length): 0 in the prompt, else the number of the response; padding has one of its own, -1."""
+    """0 in the prompt, from 1 the number of the response, -1 in padding, (rows, length)."""
     sources: np.ndarray
-    """Places in (rows x length) that predict the tokens of responses, response by response."""
+    """Indices into (rows x length) of the positions that predict the tokens of responses, response by response."""
     targets: np.ndarray
-    """Those tokens."""
-    there: np.ndarray
-    """(responses, longest response): where there is a token."""
+    """The tokens that `sources` predict, with the same length."""
+    is_token: np.ndarray
+    """Whether a response has a token there, (responses, longest response)."""
 
     @classmethod
     def of(cls, rows: Sequence[Group]) -> _Layout:
         width = max(map(_length, rows))
-        ids, places, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
+        ids, positions, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
         segments -= 1
         responses = [response.tokens for row in rows for response in row.responses]
-        there = np.zeros((len(responses), max(map(len, responses))), np.bool_)
+        is_token = np.zeros((len(responses), max(map(len, responses))), np.bool_)
         sources = []
         number = 0
         for index, row in enumerate(rows):
             prompt = len(row.prompt)
-            ids[index, :prompt], places[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
+            ids[index, :prompt], positions[index, :prompt], segments[index, :prompt] = row.prompt, np.arange(prompt), 0
             start = prompt
             for segment, response in enumerate(row.responses, 1):
                 own = slice(start, start + len(response.tokens) - 1)
                 ids[index, own], segments[index, own] = response.tokens[:-1], segment
-                places[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
+                positions[index, own] = np.arange(prompt, prompt + len(response.tokens) - 1)
                 # The prompt's last token predicts the first of every response.
                 sources.append(index * width + np.concatenate([[prompt - 1], np.arange(own.start, own.stop)]))
-                there[number, : len(response.tokens)] = True
+                is_token[number, : len(response.tokens)] = True
                 number, start = number + 1, own.stop
-        return cls(ids, places, segments, np.concatenate(sources), np.concatenate(responses), there)
+        return cls(ids, positions, segments, np.concatenate(sources), np.concatenate(responses), is_token)
 
-    def by_lane(self, tokens: np.ndarray, dealt: Rows) -> list[int]:
-        """How many of these places, of ascending rows, are each lane's."""
-        ends = np.cumsum(dealt.counts)
-        counts: list[int] = np.diff(np.searchsorted(tokens // self.ids.shape[1], ends), prepend=0).tolist()
+    def by_lane(self, indices: np.ndarray, lane_rows: Rows) -> list[int]:
+        """Count the indices into (rows x length), in ascending order of rows, of each lane."""
+        ends = np.cumsum(lane_rows.counts)
+        counts: list[int] = np.diff(np.searchsorted(indices // self.ids.shape[1], ends), prepend=0).tolist()
         return counts
 
 
 def check_window(model: torch.nn.Module, rows: Sequence[Group]) -> None:
-    """Refuse rows that are longer than the model's layers see.
+    """Refuse prompts with responses that are longer than the model's sliding window.
 
     Raises:
-        UserError: a prompt with a response is longer than a window of sliding attention.
+        UserError: a prompt with a response is longer than the window.
     """
     within = window(model)
     longest = max(len(row.prompt) + len(response.tokens) for row in rows for response in row.responses)
@@ -256,35 +262,37 @@ def check_window(model: torch.nn.Module, rows: Sequence[Group]) -> None:
         )
 
 
-def response_logprobs(model: torch.nn.Module, layout: _Layout, dealt: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of every response token, with gradient; entropy there, without; where there is a token.
-
-    All three results are (responses, longest response).
+def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the log-probability and the entropy, in nats, of every response token.
 
     Args:
-        dealt: how many of the rows are each lane's.
+        lane_rows: the number of rows of each lane.
+
+    Returns:
+        Log-probabilities with gradient, entropies without, and whether there is a token: each (responses, longest
+        response), 0 where there is no token.
     """
     base = unwrapped(model)
     device = next(base.parameters()).device
-    ids, places, segments, source, targets, there = (torch.from_numpy(part).to(device) for part in layout)
-    seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+    ids, positions, segments, sources, targets, is_token = (torch.from_numpy(part).to(device) for part in layout)
+    visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
     hidden = base.get_decoder()(
-        input_ids=ids, position_ids=places, attention_mask=seen.tril()[:, None], use_cache=False
+        input_ids=ids, position_ids=positions, attention_mask=visible.tril()[:, None], use_cache=False
     ).last_hidden_state
-    # The unembedding has response tokens in front of it instead of rows.
-    with dealt.are(layout.by_lane(layout.sources, dealt)):
-        logits = base.get_output_embeddings()(hidden.flatten(0, 1)[source])
+    # The unembedding's input has response tokens in its first dimension instead of rows.
+    with lane_rows.are(layout.by_lane(layout.sources, lane_rows)):
+        logits = base.get_output_embeddings()(hidden.flatten(0, 1)[sources])
     distribution = torch.log_softmax(logits.float(), -1)
     chosen = distribution.gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
         entropy = -(distribution.exp() * distribution).sum(-1)
-    empty = torch.zeros(there.shape, device=device)
-    return empty.masked_scatter(there, chosen), empty.masked_scatter(there, entropy), there
+    empty = torch.zeros(is_token.shape, device=device)
+    return empty.masked_scatter(is_token, chosen), empty.masked_scatter(is_token, entropy), is_token
 
 
 def _padded(groups: Sequence[Group], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sampler's log-probabilities, (responses, longest), advantages, (responses,), and how often each token was
-    drawn, (responses, longest), 0 where none is."""
+    """Return the sampler's log-probabilities, (responses, longest), the advantages, (responses,), and how often each
+    token was drawn, (responses, longest), 0 where there is no token."""
     sampler = np.zeros(mask.shape, np.float32)
     for row, response in enumerate(response for group in groups for response in group.responses):
         sampler[row, : len(response.tokens)] = response.logprobs

@@ -1,4 +1,4 @@
-"""Problems as a run meets them: prompts in token ids, and the answers to grade against."""
+"""The problems of RL for one model: prompts as token ids, and the answers that responses are graded against."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problems:
-    """One split: prompt and answer of each problem."""
+    """One split of a problem set: the token ids of each prompt, and the answer of each problem."""
 
     prompts: list[tuple[int, ...]]
     answers: list[str]
@@ -32,7 +32,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Texts:
-    """How text becomes tokens and responses become rewards, for one model and problem set."""
+    """The conversion between texts and tokens for one model and problem set, and the stops of responses."""
 
     tokenizer: PreTrainedTokenizerBase
     rollouts: Rollouts
@@ -40,23 +40,23 @@ class Texts:
 
     @cached_property
     def stop(self) -> Stop:
-        """What ends a response: the end token, those special tokens that close a turn of the template, the texts."""
+        """The conditions that end a response: end token, special tokens that close a turn, stop texts, length."""
         ends = {int(self.tokenizer.eos_token_id)}
         if self.rollouts.prompt is None:
-            # Base models with a template may close a turn by another token than their end of text.
+            # Base models with a chat template may close a turn by another token than their end-of-text token.
             turn = self._chat("a", "b")[len(self._chat("a")) :]
             ends |= set(turn) & set(self.tokenizer.all_special_ids)
         return Stop(tuple(sorted(ends)), self.rollouts.max_new_tokens, self.rollouts.stop)
 
     def prompt(self, question: str) -> tuple[int, ...]:
-        """Token ids of a question: the chat template's, or those of the preset's plain prompt."""
+        """Return the token ids of a question's prompt, by the chat template or by the preset's plain prompt."""
         if self.rollouts.prompt is None:
             return self._chat(question)
         encoded: Any = self.tokenizer(self.rollouts.prompt.replace("{question}", question))
         return tuple(encoded["input_ids"])
 
     def _chat(self, question: str, response: str | None = None) -> tuple[int, ...]:
-        """Token ids of a chat, up to where the assistant starts, or through its turn."""
+        """Return the token ids of a chat up to the assistant's turn, or through it if a response is given."""
         messages = [{"role": "user", "content": question}]
         messages += [] if response is None else [{"role": "assistant", "content": response}]
         encoded: Any = self.tokenizer.apply_chat_template(
@@ -65,17 +65,17 @@ class Texts:
         return tuple(encoded["input_ids"])
 
     def text(self, response: Response) -> str:
-        """What a response says, up to the text that ended it."""
-        said: str = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
-        ends = [place for text in self.rollouts.stop if (place := said.find(text)) >= 0]
-        return said[: min(ends, default=len(said))]
+        """Return the text of a response, up to the first stop text."""
+        decoded: str = self.tokenizer.decode(response.tokens, skip_special_tokens=True)
+        ends = [index for text in self.rollouts.stop if (index := decoded.find(text)) >= 0]
+        return decoded[: min(ends, default=len(decoded))]
 
     def read(self, path: Path) -> dict[str, Problems]:
-        """The splits of a problem set's file.
+        """Read the splits of a problem set's file.
 
         Raises:
-            UserError: the tokenizer has no chat template and the preset gives no prompt; or a prompt with the longest
-                response does not fit the model.
+            UserError: the tokenizer has no chat template and the preset gives no prompt, or a prompt with the longest
+                response exceeds the model's length.
         """
         if self.rollouts.prompt is None and not self.tokenizer.chat_template:
             name = self.tokenizer.name_or_path
@@ -94,12 +94,12 @@ class Texts:
 
 
 class Grades(Protocol):
-    """Tells right answers from wrong ones: `lorabench.data.grading.Grader`, or one that asks it."""
+    """The interface of graders: `lorabench.data.grading.Grader`, or an object that delegates to it."""
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Whether each response gives the right answer of the same place."""
+        """Return whether each response gives the answer with the same index."""
 
 
 def grade(grader: Grades, texts: list[str], answers: list[str]) -> np.ndarray:
-    """Rewards, (n,): 1 for a right answer, else 0."""
+    """Return the rewards of responses, (n,): 1 for a right answer, else 0."""
     return np.array(grader.grade(texts, answers), dtype=np.float64)

@@ -1,10 +1,11 @@
 """Sampling with a KV cache, batched over problems, groups and lanes.
 
-Short responses to a prompt share its row of the cache, as they do where they are learned from.
+Short responses to a prompt share a row of the cache with it, as they share a row in the objective. The place of a
+response in its row is its seat.
 
-Every response has random numbers of its own, which follow from a key and nothing else, so it is the same in any
-batch (but for rounding, where a draw falls on the border of two tokens). Token ids and log-probabilities are taken
-here, where a token is drawn, and are never made from text again.
+Every response has its own random numbers, which depend on its key alone, so it is the same in any batch (except by
+rounding, if a draw falls on the border of two tokens). Token ids and log-probabilities are recorded when a token is
+drawn; responses are never tokenized again from text.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from lorabench.models.last_layer import read_at
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Finished rows are dropped from the cache once they are this share of it: dropping copies the rest.
+# Finished rows are dropped from the cache once they are this share of it, since dropping copies the remaining rows.
 _DROP_AT = 0.25
-# Responses share a row of the cache as long as they have so many tokens in all.
+# Limit of the tokens of all responses that share a row of the cache.
 _SHARED_TOKENS = 128
-_PROMPTS, _NOBODYS = 0, -1
+# Owner of a cache column that holds a token of the prompt, or padding; a response's token has the seat, from 1.
+_PROMPT, _PADDING = 0, -1
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response wanted. Without a key it is greedy; `lane` names the run whose policy answers, None the only one."""
+    """A request for one response by the policy of `lane` (None: the only lane); without a key it is greedy."""
 
     prompt: tuple[int, ...]
     key: tuple[int, ...] | None
@@ -41,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """Tokens, the stop token included, and the log-probability (nats) that each was drawn with, both (length,)."""
+    """The tokens of a response, the stop token included, and their log-probabilities in nats, both (length,)."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -50,7 +52,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends a response: a token, a text, or the number of tokens."""
+    """The conditions that end a response: a token, a text, or the number of tokens."""
 
     tokens: tuple[int, ...]
     max_new_tokens: int
@@ -66,43 +68,44 @@ def sample(
     max_cache_tokens: int,
     autocast: torch.dtype | None = None,
 ) -> list[Response]:
-    """Draw a response to each request, at temperature 1 from all tokens.
+    """Draw a response to each request, at temperature 1 from the whole vocabulary.
 
     Args:
-        stack: a causal LM, with one lane or with those that the requests name.
-        max_cache_tokens: limit of rows times prompt and response length in one batch; one row always fits.
+        stack: a causal language model with one lane, or with the lanes that the requests name.
+        max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
+        autocast: the type of autocast; None for fp32.
 
     Returns:
         The responses, in the order of the requests.
     """
     model = stack.model
     was_training = model.training
-    # A model that is trained with recomputed activations would keep no cache.
+    # In training mode a model with activation checkpointing keeps no cache.
     model.eval()
-    found: dict[int, Response] = {}
+    responses: dict[int, Response] = {}
     device = next(model.parameters()).device
-    place: dict[str | None, int] = {name: index for index, name in enumerate(stack.lanes)}
-    lanes = [place[request.lane] if len(place) > 1 else 0 for request in requests]
+    lane_index: dict[str | None, int] = {name: index for index, name in enumerate(stack.lanes)}
+    lanes = [lane_index[request.lane] if len(lane_index) > 1 else 0 for request in requests]
     try:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for chunk in _chunks(requests, stop, max_cache_tokens):
                 # The rows of a lane lie side by side.
                 chunk.sort(key=lambda index: lanes[index])
                 chosen = [requests[index] for index in chunk]
-                rows = _sample_chunk(stack, tokenizer, chosen, [lanes[index] for index in chunk], stop, device)
-                found.update(zip(chunk, rows, strict=True))
+                drawn = _sample_chunk(stack, tokenizer, chosen, [lanes[index] for index in chunk], stop, device)
+                responses.update(zip(chunk, drawn, strict=True))
     finally:
         model.train(was_training)
-    return [found[index] for index in range(len(requests))]
+    return [responses[index] for index in range(len(requests))]
 
 
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
-    """The random numbers in [0, 1) that belong to a key, (count,); the first ones do not depend on `count`."""
+    """Return the random numbers in [0, 1) of a key, (count,); a larger `count` only appends numbers."""
     return np.random.default_rng(key).random(count)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts of several lengths as token ids and attention mask, both (n, longest), padded on the left."""
+    """Return the token ids and the attention mask of prompts, both (n, longest), padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     ids, mask = (np.zeros((len(prompts), width), np.int64) for _ in range(2))
     for row, prompt in enumerate(prompts):
@@ -111,38 +114,38 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position of each token from a mask that is 0 on padding; padding gets 0."""
+    """Return the position of each token from an attention mask; padding on the left has position 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
-    """Tokens by inversion of the distribution function, (n,).
+    """Draw tokens by inversion of the cumulative distribution, (n,).
 
     Args:
-        logprobs: (contexts, vocabulary).
-        uniform: (n,) in [0, 1), double precision; negative takes the most likely token.
-        contexts: (n,), the row of `logprobs` that each is drawn from.
+        logprobs: log-probabilities, (contexts, vocabulary).
+        uniform: random numbers in [0, 1) in double precision, (n,); a negative number selects the most likely token.
+        contexts: the row of `logprobs` that each token is drawn from, (n,).
     """
-    cumulated = logprobs.double().exp().cumsum(-1)
-    # The sum is 1 but for rounding; scaled to it, no token of probability zero is ever drawn.
-    wanted = uniform * cumulated[contexts, -1]
-    drawn = torch.searchsorted(cumulated[contexts], wanted[:, None], right=True).squeeze(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    # The total is 1 up to rounding; scaling by it ensures that no token of probability zero is drawn.
+    threshold = uniform * cumulative[contexts, -1]
+    drawn = torch.searchsorted(cumulative[contexts], threshold[:, None], right=True).squeeze(-1)
     drawn = drawn.clamp(max=logprobs.shape[-1] - 1)
     return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
 
 
 def window(model: torch.nn.Module) -> int | None:
-    """How far back a model's layers of sliding attention see, in tokens; None if it has none.
+    """Return the length in tokens of a model's sliding attention window, None if it has none.
 
-    The mask of a row that responses share does not know of it.
+    The attention mask of a row that several responses share does not apply the window.
     """
     config: Any = model.config
-    found = getattr(config, "sliding_window", None)
-    return int(found) if found and getattr(config, "use_sliding_window", True) else None
+    tokens = getattr(config, "sliding_window", None)
+    return int(tokens) if tokens and getattr(config, "use_sliding_window", True) else None
 
 
 def _chunks(requests: Sequence[Request], stop: Stop, max_cache_tokens: int) -> Iterator[list[int]]:
-    """Indices of requests that are sampled together, of similar prompt length, those of one prompt side by side."""
+    """Yield the indices of requests that are sampled together: of similar prompt length, equal prompts side by side."""
     ordered = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt), requests[index].prompt))
     chunk: list[int] = []
     for index in ordered:
@@ -166,34 +169,34 @@ def _sample_chunk(
     from lorabench.training.rl.cache import growing_cache
 
     n, longest = len(requests), stop.max_new_tokens
-    chance = np.full((n, longest), -1.0)
+    random_numbers = np.full((n, longest), -1.0)
     for number, request in enumerate(requests):
         if request.key is not None:
-            chance[number] = uniforms(request.key, longest)
-    uniform = torch.from_numpy(chance).to(device)
+            random_numbers[number] = uniforms(request.key, longest)
+    uniform = torch.from_numpy(random_numbers).to(device)
     stops = torch.tensor(stop.tokens, dtype=torch.long, device=device)
     tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
     logprobs = torch.zeros((n, longest), device=device)
     lengths, stopped = np.full(n, longest), np.zeros(n, np.bool_)
 
-    # A prompt goes through the model once, however many responses it gets.
-    asked = [(lane, request.prompt) for lane, request in zip(lanes, requests, strict=True)]
-    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(asked))}
-    prompts = np.array([unique[one] for one in asked])
+    # A prompt goes through the model once for all its responses.
+    lane_prompts = [(lane, request.prompt) for lane, request in zip(lanes, requests, strict=True)]
+    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(lane_prompts))}
+    prompts = np.array([unique[prompt] for prompt in lane_prompts])
     ids, mask = left_padded([prompt for _, prompt in unique], device)
     cache = growing_cache()
-    of_prompts = [lane for lane, _ in unique]
-    logits = _logits(stack, ids, mask, positions(mask), cache, of_prompts, 1)[:, -1]
-    # The row of the logits that a response goes on from; responses to one prompt all begin in the same.
+    prompt_lanes = [lane for lane, _ in unique]
+    logits = _logits(stack, ids, mask, positions(mask), cache, prompt_lanes, 1)[:, -1]
+    # The row of the logits from which each response continues; responses to one prompt start from the same row.
     contexts = _on(prompts, device)
-    within, farthest = window(stack.model), ids.shape[1] + longest
-    seats = max(1, _SHARED_TOKENS // longest) if within is None or farthest <= within else 1
+    model_window, longest_total = window(stack.model), ids.shape[1] + longest
+    seats = max(1, _SHARED_TOKENS // longest) if model_window is None or longest_total <= model_window else 1
     rows = _Rows(prompts, seats)
     if len(rows.prompts) > len(unique):
         cache.batch_select_indices(_on(rows.prompts, device))
     mask = mask[_on(rows.prompts, device)]
-    # Whose a column of the cache is: padding's, the prompt's, or that of a response by its seat in the row.
-    owners = torch.where(mask > 0, _PROMPTS, _NOBODYS)
+    # The owner of each column of the cache: padding, the prompt, or a response by its seat in the row.
+    owners = torch.where(mask > 0, _PROMPT, _PADDING)
     starts = mask.sum(-1)
 
     live = np.arange(n)
@@ -206,9 +209,9 @@ def _sample_chunk(
         ended = torch.isin(drawn, stops)
         if stop.texts:
             ended |= _has_text(tokenizer, tokens[chosen, : step + 1], stop.texts)
-        over = ended.cpu().numpy()
-        stopped[live[over]], lengths[live[over]] = True, step + 1
-        live, drawn = live[~over], drawn[_on((~over).nonzero()[0], device)]
+        done = ended.cpu().numpy()
+        stopped[live[done]], lengths[live[done]] = True, step + 1
+        live, drawn = live[~done], drawn[_on((~done).nonzero()[0], device)]
         if not len(live) or step + 1 == longest:
             break
         kept = rows.keep(live)
@@ -220,47 +223,50 @@ def _sample_chunk(
         width = int(places[1].max()) + 1
         row, column = (_on(where, device) for where in places)
         ids = torch.zeros((len(owners), width), dtype=torch.long, device=device)
-        takers, position_ids = torch.full_like(ids, _NOBODYS), torch.zeros_like(ids)
+        new_owners, position_ids = torch.full_like(ids, _PADDING), torch.zeros_like(ids)
         ids[row, column] = drawn
-        takers[row, column] = _on(rows.seats[live], device)
+        new_owners[row, column] = _on(rows.seats[live], device)
         position_ids[row, column] = starts[row] + step
-        owners = torch.cat([owners, takers], -1)
-        of_rows = [of_prompts[prompt] for prompt in rows.prompts]
-        seen = _seen(owners, takers, rows.shared)
-        logits = _logits(stack, ids, seen, position_ids, cache, of_rows, width)[row, column]
+        owners = torch.cat([owners, new_owners], -1)
+        row_lanes = [prompt_lanes[prompt] for prompt in rows.prompts]
+        visible = _attention_mask(owners, new_owners, rows.shared)
+        logits = _logits(stack, ids, visible, position_ids, cache, row_lanes, width)[row, column]
         contexts = torch.arange(len(live), device=device)
 
-    columns = zip(*(column.cpu().numpy() for column in (tokens, logprobs)), lengths, stopped, strict=True)
-    return [Response(ids[:length].copy(), logp[:length].copy(), not end) for ids, logp, length, end in columns]
+    results = zip(*(result.cpu().numpy() for result in (tokens, logprobs)), lengths, stopped, strict=True)
+    return [Response(ids[:length].copy(), logp[:length].copy(), not end) for ids, logp, length, end in results]
 
 
 class _Rows:
-    """Rows of the cache, each of a prompt and of responses to it that have a seat there.
+    """The rows of the cache, each with a prompt and the responses to it that have a seat in the row.
 
-    Short responses share a row with their prompt, which so lies in the cache once; of longer ones each has a row, since
-    attention reaches over all of it.
+    Short responses share a row, so that their prompt is in the cache once. Each longer response has its own row, since
+    attention is computed over the whole row.
 
     Attributes:
-        prompts: the prompt of each row.
-        seats: of each response, from 1 on.
-        shared: whether a row has several seats.
+        prompts: index of the prompt of each row.
+        seats: seat of each response in its row, from 1.
+        shared: whether any row has several seats.
     """
 
-    def __init__(self, prompts: np.ndarray, most: int) -> None:
+    def __init__(self, prompts: np.ndarray, seats: int) -> None:
         """
         Args:
-            prompts: the prompt of each response, by its number; equal ones lie side by side.
-            most: responses of a row.
+            prompts: index of the prompt of each response; equal ones are adjacent.
+            seats: largest number of responses in a row.
         """
         _, first, place = np.unique(prompts, return_index=True, return_inverse=True)
         nth = np.arange(len(prompts)) - first[place]
-        starts = nth % most == 0
-        self.prompts, self.seats = prompts[starts], nth % most + 1
+        starts = nth % seats == 0
+        self.prompts, self.seats = prompts[starts], nth % seats + 1
         self._rows = starts.cumsum() - 1
         self.shared = bool((self.seats > 1).any())
 
     def keep(self, live: np.ndarray) -> np.ndarray | None:
-        """Give up rows whose responses have all ended; those that stay, or None where it is not worth it yet."""
+        """Drop the rows whose responses have all ended and return the indices of the kept rows.
+
+        Returns None, and keeps all rows, while too few rows have ended for dropping to pay.
+        """
         kept = np.unique(self._rows[live])
         if len(kept) > (1 - _DROP_AT) * len(self.prompts):
             return None
@@ -269,18 +275,18 @@ class _Rows:
         return kept
 
     def places(self, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column of the next token of each response."""
+        """Return the row and the column of the next token of each live response."""
         row = self._rows[live]
         _, first, place = np.unique(row, return_index=True, return_inverse=True)
         return row, np.arange(len(row)) - first[place]
 
 
-def _seen(owners: Tensor, takers: Tensor, shared: bool) -> Tensor:
-    """The attention mask of new tokens: each sees the prompt and the response that it is of."""
+def _attention_mask(owners: Tensor, new_owners: Tensor, shared: bool) -> Tensor:
+    """Return the attention mask of new tokens: each attends to the prompt and to its own response."""
     if not shared:
-        return owners != _NOBODYS
-    of_prompt = (owners == _PROMPTS)[:, None]
-    return ((owners[:, None] == takers[:, :, None]) | of_prompt)[:, None]
+        return owners != _PADDING
+    of_prompt = (owners == _PROMPT)[:, None]
+    return ((owners[:, None] == new_owners[:, :, None]) | of_prompt)[:, None]
 
 
 def _on(numbers: np.ndarray, device: torch.device) -> Tensor:
@@ -290,11 +296,12 @@ def _on(numbers: np.ndarray, device: torch.device) -> Tensor:
 def _logits(
     stack: Stack, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: Sequence[int], last: int
 ) -> Tensor:
-    """Logits of what follows the last so many tokens, (rows, last, vocabulary); the cache grows by `ids`.
+    """Return the logits at the last `last` tokens, (rows, last, vocabulary); the cache grows by `ids`.
 
     Args:
-        mask: (rows, all tokens), or (rows, 1, tokens of ids, all tokens).
-        lanes: of each row, in order.
+        ids: new tokens, (rows, tokens).
+        mask: attention mask, (rows, all tokens) or (rows, 1, tokens, all tokens).
+        lanes: index of the lane of each row, in ascending order.
     """
     counts = [lanes.count(lane) for lane in range(len(stack.lanes))]
     rows, length = ids.shape
@@ -312,8 +319,8 @@ def _logits(
 
 
 def _has_text(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, texts: tuple[str, ...]) -> Tensor:
-    """Which rows end in one of the texts, (n,)."""
-    # A text of k characters has at most k tokens beyond the one it ends in.
+    """Return whether one of the texts is near the end of each row, (n,)."""
+    # A text of k characters ends in the last token and spans at most k tokens before it.
     longest = max(map(len, texts)) + 1
     tails: Any = tokenizer.batch_decode(tokens[:, -longest:].tolist())
     return torch.tensor([any(text in tail for text in texts) for tail in tails], device=tokens.device)

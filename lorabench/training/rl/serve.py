@@ -1,4 +1,4 @@
-"""What the runs of RL ask for, done for all lanes that ask at once."""
+"""The requests of RL runs, and their computation for all lanes at once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Sampler = Callable[[list[Request]], list[Response]]
 
 @dataclass(frozen=True)
 class Sample:
-    """Responses to requests."""
+    """A request for responses."""
 
     requests: list[Request]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses in the order of the requests; this lane's share of the seconds, and the speed of the whole batch."""
+    """Responses in request order, this lane's share of the seconds, and the whole batch's tokens per second."""
 
     responses: list[Response]
     seconds: float
@@ -34,14 +34,14 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Learn:
-    """The gradient of the objective on a step's groups."""
+    """A request for the gradient of the objective on the groups of a step."""
 
     groups: list[Group]
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What was measured; this lane's share of the seconds, and the speed of the whole batch in response tokens."""
+    """The measures of a step, this lane's share of the seconds, and the whole batch's response tokens per second."""
 
     step: Step
     seconds: float
@@ -49,17 +49,17 @@ class Learned:
 
 
 class RlLanes:
-    """Serves the lanes of a stack."""
+    """Serves the requests of a stack's lanes."""
 
     def __init__(self, stack: Stack, sampler: Sampler, machine: Machine, autocast: torch.dtype | None) -> None:
         self._stack, self._sampler, self._machine, self._autocast = stack, sampler, machine, autocast
 
     def __call__(self, asked: Mapping[str, Sample | Learn]) -> dict[str, Sampled | Learned]:
-        """Responses to the lanes that ask for some; when none does any more, gradients of all."""
-        requests = {name: ask.requests for name, ask in asked.items() if isinstance(ask, Sample)}
+        """Answer all requests for responses; if there are none, compute the gradients of all lanes."""
+        requests = {name: request.requests for name, request in asked.items() if isinstance(request, Sample)}
         if requests:
             return dict(sampled(requests, self._sampler))
-        groups = {name: ask.groups for name, ask in asked.items() if isinstance(ask, Learn)}
+        groups = {name: request.groups for name, request in asked.items() if isinstance(request, Learn)}
         return dict(self._learn({name: groups[name] for name in self._stack.lanes}))
 
     def _learn(self, batches: Mapping[str, list[Group]]) -> dict[str, Learned]:
@@ -78,20 +78,20 @@ class RlLanes:
 
 
 def sampled(asked: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, Sampled]:
-    """Responses to all requests, drawn as one batch; the seconds are shared out by tokens."""
+    """Draw the responses of all lanes as one batch; the seconds are divided by the tokens of each lane."""
     started = time.perf_counter()
     responses = sampler([request for requests in asked.values() for request in requests])
     seconds = time.perf_counter() - started
     tokens = sum(len(response.tokens) for response in responses)
-    found, start = {}, 0
+    answers, start = {}, 0
     for name, requests in asked.items():
-        own = responses[start : start + len(requests)]
+        of_lane = responses[start : start + len(requests)]
         start += len(requests)
-        share = sum(len(response.tokens) for response in own) / tokens
-        found[name] = Sampled(own, seconds * share, tokens / seconds)
-    return found
+        share = sum(len(response.tokens) for response in of_lane) / tokens
+        answers[name] = Sampled(of_lane, seconds * share, tokens / seconds)
+    return answers
 
 
 def sampling_alone(sampler: Sampler) -> Callable[[Mapping[str, Sample]], dict[str, Sampled]]:
-    """Serves what asks for responses only."""
-    return lambda asked: sampled({name: ask.requests for name, ask in asked.items()}, sampler)
+    """Return a function that serves lanes which request only responses."""
+    return lambda asked: sampled({name: request.requests for name, request in asked.items()}, sampler)

@@ -1,1 +1,1 @@
-"""How fast a sweep, a training step and a step of RL are, against what users would run otherwise: see `__main__.py`."""
+"""The speed of a sweep, a training step and a step of RL, compared with other trainers; see `__main__.py`."""

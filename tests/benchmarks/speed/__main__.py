@@ -1,13 +1,13 @@
-"""How fast this project is, against what users would run otherwise.
+"""The speed of this project, compared with the trainers that users would run otherwise.
 
-    python -m tests.benchmarks.speed              # a quarter of an hour, by the CPU it needs
-    python -m tests.benchmarks.speed --keep       # and keep the numbers: speed.csv, and the README's table
-    python -m tests.benchmarks.speed --quick      # the smallest form of it all, to see that it works
+    python -m tests.benchmarks.speed              # a quarter of an hour of CPU time
+    python -m tests.benchmarks.speed --keep       # also writes the numbers to speed.csv and to the README's table
+    python -m tests.benchmarks.speed --quick      # the smallest form, to check that everything works
     python -m tests.benchmarks.speed --arm lanes --arm trl
     python -m tests.benchmarks.speed --gpu H100-80GB --out speed_h100.csv    # SmolLM2-135M in bf16; a 1B model's steps
 
-- sweep: a whole sweep of LoRA's learning rates by the clock on the wall, start-up included, median of turns that
-  alternate the arms. The losses of all arms must agree.
+- sweep: the wall-clock time of a whole sweep of LoRA's learning rates, start-up included, the median of turns in which
+  the arms alternate. The losses of all arms must agree.
 - step: a training step within one process, by lanes, rank, model, length and precision, as a share of what the machine
   reaches in matmul.
 - rl: a step of RL, against TRL's GRPOTrainer.
@@ -30,7 +30,7 @@ from .models import SMOLLM2
 
 @dataclass(frozen=True)
 class Form:
-    """How much is measured."""
+    """The extent of the measurements."""
 
     sweep: sweep.Shape
     settings: list[steps.Setting]
@@ -38,7 +38,7 @@ class Form:
     rl: rl.Shape
 
     def asked(self, threads: int, turns: int | None, gpu: str | None) -> Form:
-        """The same on so many threads in every arm, or a GPU, with turns of the sweep (None: as many as it has)."""
+        """Return the form with a number of threads, a GPU or None, and turns of the sweep (None: those of the form)."""
         shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns, gpu=gpu)
         return replace(self, sweep=shape, rl=replace(self.rl, threads=threads, gpu=gpu))
 
@@ -56,14 +56,14 @@ ON_A_GPU = Form(
     ),
     steps.ON_A_GPU,
     7,
-    # SmolLM2-135M finds no divisor, and runs without rewards end early.
+    # SmolLM2-135M gets no reward here, and runs without rewards end early; RL is of the tiny base.
     rl.Shape(precision="bf16"),
 )
 STEPS = "steps"
 
 
 def measure(form: Form, arms: list[str]) -> list[table.Row]:
-    """The rows of the chosen arms."""
+    """Measure the chosen arms and return their rows."""
     rows = sweep.measure(form.sweep, [name for name in sweep.ARMS if name in arms])
     if STEPS in arms:
         device = torch.device("cpu" if form.sweep.gpu is None else "cuda")
@@ -73,21 +73,21 @@ def measure(form: Form, arms: list[str]) -> list[table.Row]:
 
 
 def main() -> None:
-    """Measure, and show or keep what was found."""
+    """Measure the arms, print the rows and write them if an option says so."""
     every = [*sweep.ARMS, STEPS, *rl.ARMS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest form of it all")
-    parser.add_argument("--arm", action="append", choices=every, help="only this, and others named like it")
-    parser.add_argument("--keep", action="store_true", help="keep the numbers and write the README's table")
+    parser.add_argument("--quick", action="store_true", help="measure the smallest form")
+    parser.add_argument("--arm", action="append", choices=every, help="measure only this arm; can be repeated")
+    parser.add_argument("--keep", action="store_true", help="write the numbers to speed.csv and to the README's table")
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
-    parser.add_argument("--threads", type=int, default=2, help="of every arm (2)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of every arm (2)")
     parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
     parser.add_argument("--gpu", choices=GPUS, help="measure on this machine's GPU, which is of this kind")
     options = parser.parse_args()
     if options.keep and (options.quick or options.arm or options.gpu):
         parser.error("--keep is for the whole benchmark on a CPU")
     if options.gpu is None:
-        # What is measured on a CPU does not find a GPU that is there too.
+        # Measurements on a CPU must not use a GPU of the machine.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         parser.error(f"--gpu {options.gpu}: torch {torch.__version__} finds no GPU on this machine")
@@ -95,7 +95,7 @@ def main() -> None:
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
     form = QUICK if options.quick else FULL if options.gpu is None else ON_A_GPU
     form = form.asked(options.threads, options.turns, options.gpu)
-    # Threads and processes are a CPU's.
+    # The arm of two processes of one thread is for a CPU only.
     usual = [arm for arm in every if options.gpu is None or arm != "halves"]
     rows = measure(form, options.arm or usual)
     print(table.shown(rows))

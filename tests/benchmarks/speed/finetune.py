@@ -1,8 +1,8 @@
-"""One run of LoRA as it is done without this project: transformers' Trainer, or TRL's, with PEFT, in a process.
+"""A LoRA run without this project: by the Trainer of transformers, or by that of TRL, with PEFT.
 
     python finetune.py SETTINGS.json
 
-Imports nothing of this project, so its start-up is that of a user's own script.
+The script imports nothing of this project, so its start-up takes as long as that of a user's own script.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def common(settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of both trainers: Adam at a constant LR over the batches as they come, and nothing else."""
+    """Return the arguments of both trainers: Adam at a constant LR over the batches in order."""
     return {
         "output_dir": settings["out"],
         "max_steps": settings["steps"],
@@ -46,13 +46,15 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_trainer(settings: dict[str, Any], model: Any, tokenizer: Any, train: Dataset) -> Any:
-    """The trainer that the settings name."""
+    """Return the trainer that the settings name."""
     if settings["trainer"] == "trl":
         from trl import SFTConfig, SFTTrainer
 
-        # The data are tokenized already.
-        own = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        return SFTTrainer(model, SFTConfig(**common(settings), **own), train_dataset=train, processing_class=tokenizer)
+        # The data are already tokenized.
+        data_options = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        return SFTTrainer(
+            model, SFTConfig(**common(settings), **data_options), train_dataset=train, processing_class=tokenizer
+        )
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
@@ -61,7 +63,7 @@ def make_trainer(settings: dict[str, Any], model: Any, tokenizer: Any, train: Da
 
 @torch.no_grad()
 def mean_nll(model: Any, rows: Dataset, batch_size: int, bf16: bool) -> float:
-    """Nats per scored token; padding is on the right, where causal attention does not see it."""
+    """Return the nats per scored token; padding is on the right, so causal attention does not see it."""
     total, count = 0.0, 0
     lengths = [len(ids) for ids in rows["input_ids"]]
     by_length = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
@@ -80,7 +82,7 @@ def mean_nll(model: Any, rows: Dataset, batch_size: int, bf16: bool) -> float:
 
 
 def main(path: str) -> None:
-    """Train, save the adapter, and write the losses."""
+    """Train a run, save its adapter, and write its losses."""
     with open(path) as file:
         settings = json.load(file)
     torch.set_num_threads(settings["threads"])

@@ -14,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 SMOLLM2, ONE_B = "smollm2-135m", "llama-1b"
-# Of Llama-3.2-1B. A step takes as long with weights drawn at random, and those need no hub.
+# The sizes of Llama-3.2-1B. The weights are random: a step takes as long, and nothing has to be downloaded.
 _ONE_B = {
     "vocab_size": 128_256,
     "hidden_size": 2048,
@@ -27,14 +27,14 @@ _ONE_B = {
 
 
 def spec_of(model: str) -> ModelSpec:
-    """A model by its name: the preset `smollm2`'s, or a tiny base."""
+    """Return the specification of a model by its name: that of the preset `smollm2`, or of a tiny base."""
     if model == SMOLLM2:
         return load_preset("smollm2").models[model]
     return TinyModel.model_validate({"kind": "tiny", "name": model})
 
 
 def is_there(model: str) -> bool:
-    """Whether a model's files are on this machine."""
+    """Return whether a model's files are on this machine."""
     if model == ONE_B:
         return True
     spec = spec_of(model)
@@ -42,7 +42,7 @@ def is_there(model: str) -> bool:
 
 
 def loaded(model: str, device: torch.device) -> Any:
-    """A model by its name, with fp32 weights."""
+    """Load a model by its name, with fp32 weights."""
     if model != ONE_B:
         return load_model(spec_of(model)).to(device)
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,7 +52,7 @@ def loaded(model: str, device: torch.device) -> Any:
 
 
 def preset_entry(model: str) -> dict[str, Any]:
-    """A model as a preset has it that is read in another folder.
+    """Return the entry of a model for a preset that is used in another folder.
 
     Raises:
         SystemExit: its files are not on this machine.
@@ -67,6 +67,6 @@ def preset_entry(model: str) -> dict[str, Any]:
 
 
 def done(device: torch.device) -> None:
-    """Wait until a device has computed all that it was asked for."""
+    """Wait until a device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

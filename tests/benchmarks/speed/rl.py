@@ -1,4 +1,4 @@
-"""A step of RL, sampling, grading and learning: this project against TRL's GRPOTrainer, each in its own process."""
+"""A step of RL (sampling, grading, learning) by this project and by TRL's GRPOTrainer, each in its own process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained: the problems are those of the preset `laptop`."""
+    """The RL runs that are trained; the problems are those of the preset `laptop`."""
 
     problems: int = 40
     group_size: int = 16
@@ -36,7 +36,7 @@ class Shape:
 
     @property
     def case(self) -> str:
-        """In words."""
+        """The description of the case in the table."""
         what = f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
         return what if self.gpu is None else f"{self.precision}, {what}"
 
@@ -46,11 +46,11 @@ ARMS = {
     "rl-alone": "lorabench, one run",
     "rl-trl": "TRL's GRPOTrainer, one run",
 }
-"""What an arm is called, by the word that chooses it."""
+"""The name of each arm in the table, by its name on the command line."""
 
 
 def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
-    """The preset of the runs."""
+    """Return the preset of the runs."""
     sizes = {"tasks": ["gcd"], "max_value": 50, "train": 600, "validation": 1, "test": 1}
     return {
         "description": "RL whose speed is measured",
@@ -80,7 +80,7 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
 
 
 def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -> list[Row]:
-    """A row for each arm: the median of its steps after the first few.
+    """Measure the chosen arms; return a row for each with the median seconds of its steps after `WARM_UP`.
 
     Raises:
         SystemExit: an arm failed.
@@ -98,8 +98,9 @@ def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -
             settings.write_text(json.dumps({"trainer": trainer, "preset": str(path), "result": str(result)}))
             command = [sys.executable, "-m", "tests.benchmarks.speed.rl_step", str(settings)]
             finish(start(command, folder, shape.threads))
-            found = json.loads(result.read_text())
-        seconds, reward = statistics.median(found["seconds"][WARM_UP:]), statistics.mean(found["rewards"][WARM_UP:])
+            measured = json.loads(result.read_text())
+        seconds = statistics.median(measured["seconds"][WARM_UP:])
+        reward = statistics.mean(measured["rewards"][WARM_UP:])
         say(f"rl: {ARMS[name]}: {seconds:.2f} s a step")
-        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, found["runs"], seconds, reward=reward))
+        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, measured["runs"], seconds, reward=reward))
     return rows

@@ -1,6 +1,7 @@
-"""Steps of RL by one trainer in a process of its own: `python -m tests.benchmarks.speed.rl_step SETTINGS.json`.
+"""Steps of RL by one trainer in its own process: `python -m tests.benchmarks.speed.rl_step SETTINGS.json`.
 
-Writes the seconds from the end of each step to the end of the next, sampling, grading and learning; and the rewards.
+The program writes the seconds from the end of each step to the end of the next (sampling, grading and learning) and the
+rewards.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ from lorabench.plan import Plan, Run, Sweep, make_plan
 from lorabench.progress import Progress
 
 Found = tuple[int, list[float], list[float]]
-"""How many runs were trained together, when each step ended, and the mean reward of each in the first run."""
+"""The number of runs trained together, and of the first run the time at which each step ended and its mean reward."""
 
 
 class Clock(Progress):
-    """Notes when the steps of the first run end; with others beside it, they end theirs at the same time."""
+    """Records when the steps of the first run end; other runs beside it end their steps at the same time."""
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
         super().__init__(path, sweep)
         self.ends: list[float] = []
 
     def tick(self, number: int, run: Run, step: int) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         if number == 1:
             self.ends.append(time.perf_counter())
         super().tick(number, run, step)
 
 
 def lorabench_steps(plan: Plan, layout: Layout) -> Found:
-    """Those runs of the sweep that the plan has together."""
+    """Train the runs that the plan groups with the sweep's first run."""
     from lorabench.training.rl.job import RlTrainer
     from lorabench.training.sweep import Job, this_machine
 
     [sweep] = plan.sweeps
     clock = Clock(layout.progress(sweep), sweep)
     job = Job(plan, sweep, layout, this_machine(plan), clock, print)
-    together = list(job.together(list(enumerate(sweep.grid(), 1)))[0].values())
+    together = list(job.unfinished_groups(list(enumerate(sweep.grid(), 1)))[0].values())
     with RlTrainer() as train:
         train(job, together)
     curves = job.folder(sweep.grid()[0]).read_curves().to_pandas()
@@ -60,9 +61,9 @@ def lorabench_steps(plan: Plan, layout: Layout) -> Found:
 
 
 def trl_steps(plan: Plan, layout: Layout) -> Found:
-    """The first run of the sweep by TRL's GRPO, with the paper's objective as far as it goes.
+    """Train the first run of the sweep by TRL's GRPO with settings that give the paper's objective.
 
-    No KL term, no division by the standard deviation, one update per batch, temperature 1, no clipping.
+    There is no KL term, no division by the standard deviation and no clipping; one update per batch, temperature 1.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -94,7 +95,7 @@ def trl_steps(plan: Plan, layout: Layout) -> Found:
     def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
         right = grader.grade([completion[0]["content"] for completion in completions], answer)
         rewards.append(statistics.mean(right))
-        return [float(one) for one in right]
+        return [float(is_right) for is_right in right]
 
     class Ends(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -133,7 +134,7 @@ def trl_steps(plan: Plan, layout: Layout) -> Found:
 
 
 def main(path: Path) -> None:
-    """Do the steps and write what was measured."""
+    """Train the steps and write the measurements."""
     settings = json.loads(path.read_text())
     layout = Layout("speed", load_preset(settings["preset"]))
     by = {"lorabench": lorabench_steps, "trl": trl_steps}[settings["trainer"]]

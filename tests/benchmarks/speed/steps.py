@@ -1,7 +1,7 @@
-"""A training step within one process, start-up left out; and how fast the machine multiplies matrices.
+"""A training step within one process, without start-up; and the speed of the machine's matrix products.
 
-Steps are those of training: this project's own serve lanes as in a run (`SftLanes`), every token is scored unless said
-otherwise, there is no padding. At LR 0 a step does all its work and leaves the weights as they are.
+The steps of this project are computed as in a run (`SftLanes`). Every token is scored unless a setting says otherwise,
+and there is no padding. At LR 0 a step does all its work and does not change the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorabench.models.lanes import Stack, alone
 from lorabench.models.lora import add_lane, add_lora
 from lorabench.models.lora_lanes import stack_lora
 from lorabench.models.size import train_flops_per_token
-from lorabench.training.run import Machine, compile_layers
+from lorabench.training.run import Machine
 from lorabench.training.sft_lanes import Learn, SftLanes
 
 from .models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
@@ -31,26 +31,25 @@ from .table import Row, say
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
-"""Of presets, by what they are trained on."""
+"""`execution.max_batch_tokens` of presets, by device type."""
 WARM_UP = 1
 SQUARE = {"cpu": 2048, "cuda": 8192}
-"""Side of the matrices that measure a device's peak."""
+"""Number of rows and columns of the matrices that measure a device's peak."""
 
 CPU = torch.device("cpu")
 Method = Literal["peft", "lora", "fullft"]
 
 
 class Arm(NamedTuple):
-    """What takes a step."""
+    """The trainer of a step."""
 
     method: Method
     lanes: int = 1
-    compiled: bool = False
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared within: the same model, rank, batch and precision."""
+    """The model, rank, batch and precision within which arms are compared."""
 
     model: str = "llama-128"
     rank: int = 16
@@ -58,28 +57,21 @@ class Setting:
     length: int = 128
     precision: Precision = "fp32"
     scored: float = 1.0
-    """Share of a row's tokens, its last ones."""
+    """Share of a row's tokens that are scored, from its end."""
     lanes: tuple[int, ...] = (2, 4, 8, 16)
     full_lanes: tuple[int, ...] = ()
-    compiled: bool = False
-    """Whether steps with compiled layers are measured too."""
 
     @property
     def case(self) -> str:
-        """In words."""
+        """The description of the case in the table."""
         scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
         return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
 
     def arms(self) -> dict[str, Arm]:
-        """The arms by their names; what is done without this project comes first."""
+        """Return the arms by name; the arm without this project comes first."""
         lora = {f"LoRA, {lanes} lanes": Arm("lora", lanes) for lanes in self.lanes}
         full = {f"FullFT, {lanes} lanes": Arm("fullft", lanes) for lanes in self.full_lanes}
-        found = {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
-        # Compiled full fine-tuning has one lane.
-        compiled = {"LoRA", *lora, "FullFT"} if self.compiled else set()
-        return found | {
-            f"{name}, compiled": arm._replace(compiled=True) for name, arm in found.items() if name in compiled
-        }
+        return {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
 
 
 SETTINGS = [
@@ -88,35 +80,33 @@ SETTINGS = [
     *(Setting(length=length, lanes=(8,)) for length in (64, 256)),
     Setting(precision="bf16", lanes=(8,)),
     Setting(model="llama-64", full_lanes=(4, 8)),
-    # One run leaves most of a core idle.
+    # Here a single run leaves most of a core idle.
     Setting(model="llama-64", length=64, lanes=(7,)),
-    # A few seconds a step on two cores.
+    # These take a few seconds per step on two cores.
     Setting(model=SMOLLM2, batch=1, length=64, lanes=(4,)),
     Setting(model=SMOLLM2, batch=4, precision="bf16", lanes=(2,)),
     Setting(model=SMOLLM2, batch=16, length=127, precision="bf16", lanes=()),
 ]
 ON_A_GPU = [
-    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,), compiled=True),
+    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,)),
     *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16", lanes=(7,)) for rank in (1, 128)),
     *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16", lanes=(7,)) for length in (512, 1024)),
-    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=(), compiled=True),
+    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=()),
 ]
 QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
 
 
 def training_step(setting: Setting, arm: Arm, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
-    """One optimizer step of all lanes, to be called; and its FLOPs as the paper counts."""
-    method, lanes, compiled = arm
+    """Return a function that makes one optimizer step of all lanes, and the step's FLOPs as the paper counts them."""
+    method, lanes = arm
     base: Any = loaded(setting.model, device)
-    if compiled:
-        compile_layers(base)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
         base = add_lora(base, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, adapter="lane0")
     flops = lanes * setting.batch * setting.length * train_flops_per_token(base)
     if method == "peft":
-        # Without what this project does to attention.
+        # PEFT is measured without this project's attention.
         base.set_attn_implementation("sdpa")
         return _peft_step(base, ids.to(device), setting.precision), flops
     names = [f"lane{lane}" for lane in range(lanes)]
@@ -144,14 +134,14 @@ def _full(base: Any, names: list[str]) -> Stack:
 
 
 def _lora(model: Any, names: list[str]) -> Stack:
-    """Lanes of a model that has the adapter of the first."""
+    """Return the lanes of a model that has the first lane's adapter."""
     for lane, name in enumerate(names[1:], 1):
         add_lane(model, name, seed=lane)
     return stack_lora(model, names)
 
 
 def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[[], None]:
-    """A step of PEFT's model as its documentation shows it."""
+    """Return a step of PEFT's model as its documentation shows it."""
     optimizer = _adam([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def step() -> None:
@@ -171,7 +161,7 @@ def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 def median_seconds(
     steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device = CPU
 ) -> dict[str, float]:
-    """Median seconds of each step; they take turns, so that a machine that slows down slows all alike."""
+    """Return the median seconds of each step; steps take turns, so that changes of the machine's speed affect all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + repeats):
         for name, step in steps.items():
@@ -184,7 +174,7 @@ def median_seconds(
 
 
 def peak(precision: Precision, device: torch.device = CPU, repeats: int = 15) -> float:
-    """FLOP/s of the product of two large square matrices: the best of several."""
+    """Return the FLOP/s of the product of two large square matrices, the best of several."""
     side = SQUARE[device.type]
     left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
     best = math.inf
@@ -203,10 +193,10 @@ def measure(
     device: torch.device = CPU,
     say: Callable[[str], None] = say,
 ) -> Iterator[Row]:
-    """The device's peaks, then a row for each arm of each setting whose model is there."""
+    """Yield the device's peaks, then a row for each arm of each setting whose model is on this machine."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
-        # As in every training process; PEFT's steps share this one, and gain by it too.
+        # Training processes do this too; PEFT's steps share the process and also gain by it.
         keep_freed_memory()
     peaks: dict[str, float] = {precision: peak(precision, device) for precision in DTYPES}  # type: ignore[arg-type]
     for precision, speed in peaks.items():

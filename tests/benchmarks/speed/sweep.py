@@ -1,7 +1,7 @@
-"""A whole sweep by the clock on the wall, start-up included, against a process per run of other trainers.
+"""The wall-clock time of a whole sweep, start-up included, against other trainers with a process for each run.
 
-Every arm trains the same runs: one model folder, the same batches of the same tokens in one order, LoRA of one kind
-from one seed, Adam at a constant LR. Their losses must agree, or there is nothing to compare.
+Every arm trains the same runs: one model folder, the same batches of the same tokens in the same order, LoRA with the
+same settings and seed, Adam at a constant LR. The losses of all arms must agree.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lorabench.training.batches import IGNORED, data_order
 from .models import Precision, preset_entry
 from .table import REPOSITORY, Row, say
 
-# Of what is written here.
+# The datasets written here need no progress bars.
 disable_progress_bar()
 
 FINETUNE = Path(__file__).with_name("finetune.py")
@@ -45,12 +45,12 @@ NAME, DATASET = "speed", "instruct"
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 3e-2}
 """Nats per token by which the losses of two arms may differ in a run."""
 LAST = 5
-"""Steps at the end whose mean is the final training loss."""
+"""Number of last steps whose mean loss is the final training loss."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained."""
+    """The runs of the sweep."""
 
     lrs: tuple[float, ...] = (2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 5e-3, 8e-3)
     steps: int = 50
@@ -63,29 +63,29 @@ class Shape:
     precision: Precision = "fp32"
     max_chars: int = 220
     gpu: str | None = None
-    """As `lorabench.gpus` names it; None for a CPU."""
+    """Name of the GPU in `lorabench.gpus`; None for a CPU."""
 
     @property
     def case(self) -> str:
-        """In words."""
+        """The description of the case in the table."""
         what = f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
         return what if self.gpu is None else f"{self.model}, {self.precision}, {what}"
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Final losses of a run, nats per scored token."""
+    """The final losses of a run in nats per scored token."""
 
     train: float
     test: float
 
 
 Found = dict[float, Losses]
-"""By learning rate."""
+"""The losses of the runs by learning rate."""
 
 
 def preset(shape: Shape, lanes: int) -> dict[str, Any]:
-    """The preset of the sweep."""
+    """Return the preset of the sweep."""
     train = shape.steps * shape.batch_size
     return {
         "description": "The sweep whose speed is measured",
@@ -99,7 +99,7 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
                 "max_chars": shape.max_chars,
             }
         },
-        # No more validation than there must be: the other trainers do none.
+        # Validation is as rare as possible, since the other trainers have none.
         # TRL refuses LoRA on the unembedding.
         "protocol": {"curve_points": 2, "include_unembedding": False, "precision": shape.precision},
         "experiments": {
@@ -119,18 +119,18 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
 
 
 def execution(threads: int, gpu: str | None) -> dict[str, Any]:
-    """How a preset's runs are computed: on so many threads of a CPU, or on a GPU."""
+    """Return a preset's settings of `execution` for a number of CPU threads, or for a GPU."""
     return {"threads": threads} | ({"gpu": gpu} if gpu else {"max_batch_tokens": 4096, "gflops": 50.0})
 
 
 def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
-    """The command that trains sweeps of a preset."""
+    """Return the command that trains the sweep of a preset."""
     [sweep] = sweeps
     return lorabench("train", sweep.sweep_id, path)
 
 
 def lorabench(*arguments: Any) -> list[str]:
-    """A command of this project on a preset, which is the last argument."""
+    """Return a command of this project; the last argument is the preset."""
     *words, path = map(str, arguments)
     return [sys.executable, "-m", "lorabench.cli", *words, "--preset", path]
 
@@ -151,27 +151,27 @@ def finish(*processes: subprocess.Popen[str]) -> None:
     """Wait for processes.
 
     Raises:
-        SystemExit: one failed; with what it said.
+        SystemExit: a process failed; the message has its output.
     """
     for process in processes:
-        said, _ = process.communicate()
+        output, _ = process.communicate()
         if process.returncode:
-            raise SystemExit(f"{' '.join(process.args)} failed:\n{said[-3000:]}")  # type: ignore[arg-type]
+            raise SystemExit(f"{' '.join(process.args)} failed:\n{output[-3000:]}")  # type: ignore[arg-type]
 
 
 class Sweeps:
-    """The sweep as lorabench trains it: in folders of its own, with data and tokens made beforehand.
+    """The sweep trained by lorabench, in its own folders, with data and tokens prepared in advance.
 
     Args:
-        lanes: runs that may be trained together.
-        processes: that share learning rates and threads.
+        lanes: largest number of runs that are trained together.
+        processes: number of processes that divide the learning rates and threads among them.
     """
 
     def __init__(self, folder: Path, shape: Shape, lanes: int, processes: int = 1) -> None:
         self.threads = max(1, shape.threads // processes)
         shares = [shape.lrs[first::processes] for first in range(processes)]
         shapes = [replace(shape, lrs=lrs, threads=self.threads) for lrs in shares]
-        self.jobs = [_Job(folder / str(number), one, lanes) for number, one in enumerate(shapes)]
+        self.jobs = [_Job(folder / str(number), share, lanes) for number, share in enumerate(shapes)]
 
     def clear(self) -> None:
         """Forget all runs."""
@@ -190,7 +190,7 @@ class Sweeps:
 
 
 class _Job:
-    """The folder and the preset of a process."""
+    """The folder, the preset and the plan of a process."""
 
     def __init__(self, folder: Path, shape: Shape, lanes: int) -> None:
         folder.mkdir(parents=True)
@@ -201,7 +201,7 @@ class _Job:
         finish(start(lorabench("tokens", shape.model, DATASET, self.path), folder, shape.threads))
 
     def losses(self, run: Run) -> Losses:
-        """Final losses of a run; not a number where it diverged."""
+        """Return the final losses of a run; the test loss is NaN if it diverged."""
         folder = RunFolder(self.results / "runs", run.run_id)
         curves = folder.read_curves().to_pandas()
         train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
@@ -209,7 +209,7 @@ class _Job:
         return Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)
 
     def tokens(self) -> dict[Split, TokenizedSplit]:
-        """What is trained and tested on."""
+        """Read the splits that are trained and tested on."""
         layout = Layout(NAME, self.plan.preset)
         [(model, spec)] = self.plan.preset.models.items()
         key = cache_key(load_tokenizer(spec), self.folder / layout.dataset(DATASET))
@@ -217,18 +217,18 @@ class _Job:
 
 
 def rows(split: TokenizedSplit, indices: Iterable[int]) -> dict[str, list[list[int]]]:
-    """Examples in the form that trainers take: labels are ids where they are scored."""
+    """Return examples in the form that trainers take: labels are the ids of scored tokens, else `IGNORED`."""
     examples = [split.example(index) for index in indices]
     labels = [[int(i) if score else IGNORED for i, score in zip(*example, strict=True)] for example in examples]
     return {"input_ids": [ids.tolist() for ids, _ in examples], "labels": labels}
 
 
 class Trainings:
-    """The same runs by another trainer, a process each, one after another.
+    """The same runs trained by another trainer, each in its own process, one after another.
 
     Args:
-        trainer: transformers or trl.
-        like: the sweep to be trained.
+        trainer: "transformers" or "trl".
+        like: the sweep whose runs and tokens are used.
     """
 
     def __init__(self, folder: Path, shape: Shape, trainer: str, like: Sweeps) -> None:
@@ -276,8 +276,8 @@ class Trainings:
 
     def losses(self) -> Found:
         """Final losses of the finished runs."""
-        said = {lr: json.loads(self._result(lr).read_text()) for lr in self.shape.lrs}
-        return {lr: Losses(statistics.mean(one["train"][-LAST:]), one["test"]) for lr, one in said.items()}
+        results = {lr: json.loads(self._result(lr).read_text()) for lr in self.shape.lrs}
+        return {lr: Losses(statistics.mean(run["train"][-LAST:]), run["test"]) for lr, run in results.items()}
 
 
 ARMS: dict[str, str] = {
@@ -287,14 +287,14 @@ ARMS: dict[str, str] = {
     "transformers": "Trainer and PEFT, a process per run",
     "trl": "TRL's SFTTrainer, a process per run",
 }
-"""What an arm is called, by the word that chooses it."""
+"""The name of each arm in the table, by its name on the command line."""
 
 
 def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Trainings:
-    """An arm by its word, ready to train.
+    """Return an arm by its name on the command line, ready to train.
 
     Args:
-        like: the sweep whose tokens others train on.
+        like: the sweep whose tokens other trainers use.
     """
     match name:
         case "lanes":
@@ -308,28 +308,28 @@ def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Tr
 
 
 def check_agreement(found: dict[str, Found], tolerance: float) -> None:
-    """Refuse to compare arms that did not train the same.
+    """Refuse to compare arms whose losses differ.
 
     Args:
         found: the losses of each arm.
-        tolerance: nats per token.
+        tolerance: largest allowed difference in nats per token.
 
     Raises:
-        SystemExit: losses of a run differ by more than the tolerance, or are none.
+        SystemExit: the losses of a run differ by more than the tolerance, or are NaN.
     """
     (first, expected), *others = found.items()
     for name, losses in others:
         for lr, own in losses.items():
             for what in ("train", "test"):
-                one, other = getattr(expected[lr], what), getattr(own, what)
-                # Not a number is no agreement.
-                if not abs(one - other) <= tolerance:
-                    said = f"{one:.5f} by {first!r}, {other:.5f} by {name!r}"
-                    raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {said}")
+                reference, value = getattr(expected[lr], what), getattr(own, what)
+                # The comparison is negated so that NaN does not pass.
+                if not abs(reference - value) <= tolerance:
+                    values = f"{reference:.5f} by {first!r}, {value:.5f} by {name!r}"
+                    raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {values}")
 
 
 def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = say) -> list[Row]:
-    """Train the sweep by each arm in turns; a row for each, the median of its turns.
+    """Train the sweep by each arm in turns; return a row for each arm with the medians of its turns.
 
     Raises:
         SystemExit: an arm failed, or the arms did not train the same.
@@ -369,6 +369,6 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
 
 
 def _cpu_seconds() -> float:
-    """Of the processes that this one has waited for."""
+    """Return the CPU seconds of all child processes that have ended."""
     times = os.times()
     return times.children_user + times.children_system

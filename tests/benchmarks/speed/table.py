@@ -1,4 +1,4 @@
-"""The benchmark's numbers as a CSV, as a table for a terminal, and as the README's block."""
+"""The benchmark's numbers as a CSV file, as a table for a terminal, and as the README's block."""
 
 from __future__ import annotations
 
@@ -26,52 +26,52 @@ _TITLES = {"sweep": "A sweep, start-up included", "step": "A training step", "rl
 
 
 def say(line: str) -> None:
-    """A line of progress, at once."""
+    """Print a line of progress and flush it."""
     print(line, flush=True)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one arm took. `seconds` are for all of its `runs` together, a median."""
+    """The measurements of an arm; `seconds` is the median for all of its `runs` together."""
 
     part: str
-    """sweep, step, rl or peak."""
+    """"sweep", "step", "rl" or "peak"."""
     case: str
-    """What is done; the same for all arms that are compared. The first arm of a case is what others are held to."""
+    """The case, common to all arms that are compared; the first arm of a case is the reference of the ratios."""
     arm: str
     threads: int
     runs: int
     seconds: float
     cpu_seconds: float | None = None
-    """Of all processes of the arm, a median. Other work on the machine disturbs it less than `seconds`."""
+    """Median of the CPU seconds of all processes of the arm; other work on the machine disturbs it less."""
     train_nll: float | None = None
-    """Of the last steps, nats per scored token, the mean over runs."""
+    """Loss of the last steps in nats per scored token, the mean over runs."""
     test_nll: float | None = None
     reward: float | None = None
-    """Mean over the steps of RL that count."""
+    """Mean reward over the measured steps of RL."""
     gflops: float | None = None
-    """GFLOP/s: of matmul in part peak, elsewhere those of training as the paper counts them."""
+    """GFLOP/s of matmul in part "peak", elsewhere of training with FLOPs counted as in the paper."""
     share_of_peak: float | None = None
     ratio: float | None = None
-    """Seconds per run over those of the first arm of the case."""
+    """Seconds per run divided by those of the first arm of the case."""
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
-    """The rows, each with its ratio to the first of its case."""
+    """Return the rows, each with its ratio to the first row of its case."""
     first: dict[tuple[str, str], float] = {}
-    found = []
+    complete = []
     for row in rows:
         seconds = row.seconds / row.runs
-        found.append(replace(row, ratio=seconds / first.setdefault((row.part, row.case), seconds)))
-    return found
+        complete.append(replace(row, ratio=seconds / first.setdefault((row.part, row.case), seconds)))
+    return complete
 
 
 def facts(load: float, turns: int, device: str) -> dict[str, Any]:
-    """When, from which commit and on what the rows were measured.
+    """Return the date, commit, machine and package versions of a measurement.
 
     Args:
-        load: of the machine over the last minute before the measurement.
-        turns: of the sweep.
+        load: load of the machine in the last minute before the measurement.
+        turns: turns of the sweep.
         device: the name of the processor.
     """
     described = subprocess.run(
@@ -92,7 +92,7 @@ def facts(load: float, turns: int, device: str) -> dict[str, Any]:
 
 
 def write(rows: list[Row], measured: dict[str, Any], path: Path) -> None:
-    """Write rows and the facts they share as a CSV."""
+    """Write the rows, with the facts of the measurement in each, as a CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*measured, *(field.name for field in fields(Row))], lineterminator="\n")
         writer.writeheader()
@@ -102,7 +102,7 @@ def write(rows: list[Row], measured: dict[str, Any], path: Path) -> None:
 
 
 def shown(rows: Iterable[Row]) -> str:
-    """The rows as a table for a terminal."""
+    """Return the rows as a table for a terminal."""
     lines = [
         f"{'what':44} {'arm':38} {'runs':>4} {'s':>8} {'s per run':>9} {'s of CPU':>8} {'ratio':>6} "
         f"{'train':>7} {'test':>7} {'reward':>6} {'GFLOP/s':>7} of peak"
@@ -123,7 +123,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def block(results: Path) -> str:
-    """The README's block, from the CSV: the sweep, the first case of a training step, RL. All else is in the CSV."""
+    """Return the README's block from the CSV: the sweep, RL, and the first case of a training step."""
     if not results.is_file():
         return f"{START}\nNo numbers are kept yet.\n{END}"
     table = pd.read_csv(results)
@@ -157,10 +157,10 @@ def block(results: Path) -> str:
 
 
 def write_block(results: Path, readme: Path) -> None:
-    """Put the block in its place in the README.
+    """Replace the block in the README.
 
     Raises:
-        SystemExit: the README has no such place.
+        SystemExit: the README does not have the two lines that enclose the block.
     """
     text = readme.read_text(encoding="utf-8")
     before, start, rest = text.partition(START)

@@ -1,4 +1,4 @@
-"""The tiny base, a few arithmetic problems, and one call that trains an RL condition on them."""
+"""Fixtures and functions that train an RL condition of the tiny base on a few arithmetic problems."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory, tokenizer) -> Environment:
-    """Greatest common divisors up to 50, of which the base knows about every fourth."""
+    """Greatest common divisors up to 50, of which the base answers about a quarter rightly."""
     return environment_of(problem_file(tmp_path_factory.mktemp("problems")), tokenizer)
 
 
@@ -69,7 +69,7 @@ def environment_of(path: Path, tokenizer, rollouts: Rollouts = ROLLOUTS) -> Envi
 
 @pytest.fixture
 def base():
-    """The base model, fresh."""
+    """A newly loaded base model."""
     return load_model(TINY)
 
 
@@ -81,7 +81,7 @@ def prompts(environment) -> list[tuple[int, ...]]:
 def drawn(
     model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop
 ) -> list[Response]:
-    """Responses of a model or a stack, ended by the tokenizer's end token."""
+    """Draw responses of a model or a stack, ended by the tokenizer's end token."""
     end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
     stack = model if isinstance(model, Stack) else alone(model, "")
     return sample(stack, tokenizer, requests, end, cache)
@@ -89,17 +89,17 @@ def drawn(
 
 @pytest.fixture
 def groups(base, tokenizer, prompts):
-    """Groups of sampled responses of several lengths, some rewards equal; the sampler's probabilities off by a bit."""
+    """Groups of sampled responses with slightly wrong sampler probabilities; some groups have equal rewards."""
     rng = np.random.default_rng(0)
-    made = []
+    groups = []
     for number, prompt in enumerate(prompts[:5]):
         responses = drawn(base, tokenizer, [Request(prompt, (0, 0, number, s)) for s in range(6)])
         shifted = [
             Response(r.tokens, r.logprobs + rng.normal(0, 0.1, len(r.tokens)).astype(np.float32), r.truncated)
             for r in responses
         ]
-        made.append(Group.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
-    return made
+        groups.append(Group.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
+    return groups
 
 
 def same_tokens(one: list[Response], other: list[Response]) -> bool:
@@ -109,10 +109,10 @@ def same_tokens(one: list[Response], other: list[Response]) -> bool:
 def lane_of(
     run: Run, stack: Stack, environment: Environment, folder: Path, protocol=None, tick=lambda step: None, **changes
 ):
-    """A run of RL, not yet started, that has a lane of an untrained stack."""
+    """Return the generator of an RL run on its lane of an untrained stack."""
     protocol, where = protocol or Protocol(), machine(**changes)
-    asking = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
-    scores, _ = train_alone(asking, sampling_alone(sampler_of(stack, environment)))
+    evaluation = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
+    scores, _ = train_alone(evaluation, sampling_alone(sampler_of(stack, environment)))
     checkpoints = Checkpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
     lane = stack.lanes[run.run_id]
     return train_rl(run, lane, environment, protocol, ALONE, checkpoints, scores, tick)
@@ -132,7 +132,7 @@ def serving(stack: Stack, environment: Environment, **changes) -> RlLanes:
 
 
 def train(run: Run, environment: Environment, folder: Path, **changes) -> tuple[RlOutcome, torch.nn.Module]:
-    """Train a run on a fresh model; returns the outcome and the trained model."""
+    """Train a run on a newly loaded model; return the outcome and the trained model."""
     model = load_model(TINY)
     if run.condition.rank:
         model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed, adapter=run.run_id)

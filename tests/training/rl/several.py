@@ -1,6 +1,6 @@
-"""What the tests of RL in several processes run in each: `torchrun ... -m tests.training.rl.several FOLDER`.
+"""The program that tests of RL in several processes run in each: `torchrun ... -m tests.training.rl.several FOLDER`.
 
-Trains the sweeps of the preset in the folder.
+It trains the sweeps of the preset in the folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The job of an RL sweep, as the workflow runs it: lanes, weights, tables."""
+"""The job of an RL sweep as the workflow runs it: lanes, weights and tables."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def job(tmp_path, monkeypatch, raw_rl_preset):
     return plan, layout, {sweep.condition.method: sweep for sweep in plan.sweeps}
 
 
-def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
+def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monkeypatch):
     plan, layout, sweeps = job
-    said: list[str] = []
-    for sweep in sweeps.values():
-        run_job(plan, Job((sweep,)), layout, said.append)
-    collect([layout.job(Job((sweep,))) for sweep in plan.sweeps], layout.tables())
+    whole, lines, evaluations = Job(tuple(sweeps.values())), [], []
+    monkeypatch.setattr(rl_job, "evaluate", lambda *given: evaluations.append(given) or evaluate(*given))
+    run_job(plan, whole, layout, lines.append)
+    assert len(evaluations) == 1, "the sweeps of a job share the scores of the base"
+    collect([layout.job(whole)], layout.tables())
     runs, curves = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
     assert len(runs) == 2 + 4
     assert set(runs["task"]) == {"rl"}
@@ -49,10 +50,10 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
     assert (runs["final_test_nll"].isna()).all()
     assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
     lora = runs[runs["method"] == "lora"]
-    # Lanes don't count the adapters of others.
+    # A lane does not count the adapters of other lanes.
     assert lora["trainable_params"].nunique() == 1
     assert lora["train_flops"].div(lora["train_tokens"]).nunique() == 1
-    assert any("accuracy" in line for line in said)
+    assert any("accuracy" in line for line in lines)
 
     at_best = lora[lora["seed"] == 1]["lr"].item()
     kept = {run_id for run_id in lora["run_id"] if (layout.runs / run_id / "weights").exists()}
@@ -63,21 +64,8 @@ def test_a_sweep_of_lanes_gives_rows_curves_and_weights(job):
         trained = {name for name, p in model.named_parameters() if ".lora_B." in name and p.abs().max() > 0}
         assert trained
 
-
-def test_sweeps_of_a_job_measure_the_base_once(job, monkeypatch):
-    plan, layout, sweeps = job
-    measured = []
-    monkeypatch.setattr(rl_job, "evaluate", lambda *given: measured.append(given) or evaluate(*given))
-    run_job(plan, Job(tuple(sweeps.values())), layout, lambda line: None)
-    assert len(measured) == 1
-
-
-def test_a_sweep_goes_on_where_it_was(job, monkeypatch):
-    plan, layout, sweeps = job
-    run_job(plan, Job((sweeps["lora"],)), layout, lambda line: None)
-    first = pq.read_table(layout.job(Job((sweeps["lora"],)))).to_pandas()
-    layout.job(Job((sweeps["lora"],))).unlink()
+    first = pq.read_table(layout.job(whole)).to_pandas()
+    layout.job(whole).unlink()
     monkeypatch.setattr("lorabench.training.rl.job.train_lanes", None)
-    run_job(plan, Job((sweeps["lora"],)), layout, lambda line: None)
-    again = pq.read_table(layout.job(Job((sweeps["lora"],)))).to_pandas()
-    assert list(again["run_id"]) == list(first["run_id"])
+    run_job(plan, whole, layout, lambda line: None)
+    assert list(pq.read_table(layout.job(whole)).to_pandas()["run_id"]) == list(first["run_id"])

@@ -1,4 +1,4 @@
-"""The RL loop: on-policy, moving, resumable, and at rest where there is nothing to learn."""
+"""The RL loop is on-policy, changes the policy, can be resumed, and changes nothing without differing rewards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .conftest import (
 
 
 class KilledError(Exception):
-    """The job is gone."""
+    """Interrupts a run."""
 
 
 def weights_hash(model) -> str:
@@ -48,7 +48,7 @@ def metric(outcome, name, split="train"):
 
 
 def untimed(outcome):
-    """The curve without what a clock says."""
+    """Return the curve without the metrics of speed."""
     return [point for point in outcome.curve if not point.metric.endswith("_per_s")]
 
 
@@ -63,6 +63,7 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
     assert np.abs(metric(outcome, "kl")).max() < 1e-4
     requests = [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts[:10]) for s in range(4)]
     assert not same_tokens(drawn(model, tokenizer, requests), drawn(base, tokenizer, requests))
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     for name in ("reward", "response_length", "truncated", "equal_groups", "reflection", "entropy", "grad_norm"):
         values = metric(outcome, name)
         assert len(values) == 6
@@ -84,7 +85,7 @@ def test_lora_leaves_the_base_as_it_was(environment, tmp_path, base):
 
 
 def test_equal_rewards_change_nothing(environment, tmp_path, base):
-    """Also after steps that did: Adam's momentum must not move the policy."""
+    """This holds after steps with differing rewards too: Adam's momentum must not move the policy."""
     rights = replace(environment, grader=Every(True))
     outcome, model = train(Run(condition_of(None), 1e-3, 0), rights, tmp_path)
     assert outcome.status == "done"
@@ -92,7 +93,7 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
     assert metric(outcome, "grad_norm") == [0.0] * 4
     assert weights_hash(model) == weights_hash(base)
 
-    # The last of three steps has equal rewards: the policy is that after two.
+    # The last of three steps has equal rewards, so the policy is the one after two steps.
     after = {
         steps: weights_hash(
             train(Run(condition_of(None, steps), 1e-3, 0), replace(environment, grader=grader), tmp_path)[1]
@@ -103,7 +104,7 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
 
 
 class Every:
-    """Grades all responses alike."""
+    """A grader with one verdict for all responses."""
 
     def __init__(self, verdict: bool) -> None:
         self.verdict = verdict
@@ -113,7 +114,7 @@ class Every:
 
 
 class Until:
-    """Grades rightly some training steps (batches of 32) long, then all responses alike."""
+    """A grader that is right for some training steps (batches of 32) and then accepts all responses."""
 
     def __init__(self, grader, steps: int) -> None:
         self.grader, self.left = grader, steps
@@ -126,7 +127,7 @@ class Until:
 
 
 def test_a_base_without_any_reward_is_stopped(tmp_path, tokenizer, base):
-    # Sums of four numbers of nine digits: the base never finds one.
+    # The base never gets a sum of four numbers of nine digits right.
     path = problem_file(tmp_path, tasks=["chain_sum"], min_digits=9, max_digits=9, min_terms=4, max_terms=4)
     outcome, model = train(Run(condition_of(None, steps=30), 1e-3, 0), environment_of(path, tokenizer), tmp_path)
     assert outcome.status == "unrewarded"
@@ -163,7 +164,7 @@ def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
 
 
 def test_packed_runs_are_those_alone(environment, tmp_path, base):
-    """Lanes of other LRs and seeds, one of which ends sooner, leave a run's samples and numbers as they are."""
+    """Lanes with other LRs and seeds, one of which ends sooner, do not change a run's samples and numbers."""
     runs = [
         Run(condition_of(2, steps=4), 1e-3, 0),
         Run(condition_of(2, steps=4), 4e-3, 1),
@@ -210,8 +211,3 @@ def test_evaluations_are_evenly_spaced_and_the_last_is_the_end():
     assert evaluation_steps(40, 4) == {10, 20, 30, 40}
     assert evaluation_steps(7, 3) == {3, 5, 7}
     assert evaluation_steps(2, 6) == {1, 2}
-
-
-def test_trained_weights_are_finite(environment, tmp_path):
-    _, model = train(Run(condition_of(None), 1e-4, 0), environment, tmp_path)
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

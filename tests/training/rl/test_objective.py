@@ -1,4 +1,4 @@
-"""The objective: advantages, and a gradient that is the one derived by hand, that without shared prompts, and TRL's."""
+"""The objective: its advantages, and its gradient by hand, without shared prompts, and by TRL."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def response(tokens, logprobs=None):
 
 
 def gradients(model):
-    found = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
+    gradients = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
     model.zero_grad()
-    return found
+    return gradients
 
 
 def backward(model, groups, max_tokens):
-    """Of one lane."""
+    """Run the backward pass of a single lane and return its measures."""
     [step] = objective.backward(alone(model, ""), [groups], max_tokens)
     return step
 
@@ -63,7 +63,7 @@ def test_gradient_of_one_token_is_the_one_derived_by_hand(base):
 
 
 def plain_gradients(model, groups):
-    """The same objective, each response in a forward pass of its own."""
+    """Compute the same objective with a separate forward pass for each response."""
     episodes = sum(len(group.responses) for group in groups)
     loss = 0.0
     for group in groups:
@@ -123,7 +123,7 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
         response([3], [-1.0]),
     ]
     group = Group.of((5, 9), drawn, np.array([1.0, 0.0, 1.0, 0.0]))
-    # The same tokens with another reward, as of an answer that was graded too late, are another response.
+    # The same tokens with another reward, for instance after a timeout of the grader, are another response.
     judged_apart = Group.of((5, 9), [response([3, 1])] * 2, np.array([1.0, 0.0]))
     [[row, apart]] = parts([group, judged_apart], 10_000)
     assert [one.tokens.tolist() for one in row.responses] == [[3, 1], [4], [3]]
@@ -134,7 +134,7 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     measured = backward(base, [group], 10_000)
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
-    # Each alone in a row of its own counts itself.
+    # The reference has each response alone in its own row.
     singly = [backward(base, [Group.of((5, 9), [one], np.zeros(1))], 10_000) for one in drawn]
     tokens = [len(one.tokens) for one in drawn]
     assert (measured.loss, measured.tokens) == (pytest.approx(loss, abs=1e-5), sum(tokens))
@@ -179,7 +179,7 @@ def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
 
 @pytest.mark.filterwarnings("ignore")
 def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
-    """TRL's GRPO as the same objective: no KL, no clipping, its loss (a mean over a fixed length) times that length."""
+    """TRL's GRPO without KL and clipping has this objective; its loss is a mean over a fixed length."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 

@@ -17,7 +17,7 @@ from .conftest import ROLLOUTS, TINY, problem_file
 
 @pytest.fixture
 def own_tokenizer():
-    """One that a test may change."""
+    """A tokenizer that a test may change."""
     return load_tokenizer(TINY)
 
 

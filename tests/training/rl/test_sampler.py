@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the model's own log-probabilities, the same responses in any batch."""
+"""Sampling has the right distribution and log-probabilities, and gives the same responses in any batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def keyed(prompts, samples=3, lane=None, seed=0):
 
 
 def move(model, scale=0.02):
-    """Give every B of every adapter something to say."""
+    """Set every B of every adapter to random values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,12 +74,12 @@ def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts):
 
 @pytest.mark.parametrize(("short", "shared"), [(12, True), (30, False)])
 def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
-    """Responses share a row only where the window is wider than prompt and response."""
+    """Responses share a row only if the window covers prompt and response."""
     model = base_of("mistral").eval()
     assert sampler.window(model) == 24
     with torch.no_grad():
         for parameter in model.parameters():
-            # Attention that is not almost uniform.
+            # Larger weights make attention less uniform.
             parameter.mul_(8 if parameter.ndim == 2 else 1)
     made, rows = [], sampler._Rows
     monkeypatch.setattr(sampler, "_Rows", lambda *given: made.append(rows(*given)) or made[-1])
@@ -134,7 +134,7 @@ def test_a_response_does_not_depend_on_those_in_its_row(base, tokenizer, prompts
     assert dealt.seats.max() == seats
     by_itself = [drawn(base, tokenizer, [request], 8)[0] for request in requests]
     assert same_tokens(together, by_itself)
-    # Some end early, so that rows are given up and others have seats left empty.
+    # Some responses end early, so that rows are dropped and others have empty seats.
     assert len({len(response.tokens) for response in together}) > 2
     for one, other in zip(together, by_itself, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -166,12 +166,12 @@ def test_lanes_get_what_they_would_get_alone(base, tokenizer, prompts):
     add_lane(model, "two", seed=1)
     move(model)
     asked = {lane: keyed(prompts[:6], lane=lane) for lane in ("one", "two")}
-    # PEFT's own forward pass, an adapter at a time.
+    # The reference is PEFT's own forward pass with one adapter at a time.
     alone = {}
     for lane, requests in asked.items():
         model.set_adapter(lane)
         alone[lane] = drawn(model, tokenizer, requests)
-    # Mixed up, as when lanes are at different steps.
+    # Requests are interleaved, as when lanes are at different steps.
     mixed = [request for pair in zip(asked["one"], asked["two"], strict=True) for request in pair]
     together = drawn(stack_lora(model, ["one", "two"]), tokenizer, mixed)
     assert same_tokens(together[::2], alone["one"])

@@ -1,4 +1,4 @@
-"""RL in two processes: the same samples, and from them the same policy, as in one."""
+"""RL in two processes draws the samples of one process and learns the same policy from them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lorabench.training.job import run_job
 from ...conftest import REPOSITORY
 from .conftest import TINY
 
-# How the model is held, and in which precision it computes.
+# Sharding and precision of each case.
 HELD = {"fsdp": ("fsdp", "fp32"), "ddp": ("ddp", "fp32"), "bf16": ("fsdp", "bf16")}
 SAMPLED = ("reward", "equal_groups", "response_length", "truncated", "accuracy", "n_samples")
 
 
 def make(folder: Path, raw: dict, sharding: str, precision: str) -> None:
-    """A preset and its problems."""
+    """Write a preset and its problems."""
     raw["experiments"]["rl_arithmetic"][0] |= {"lrs": {"fullft": [1e-4], "lora": [1e-3, 3e-3]}, "seeds": 1}
     changed = deepcopy(raw) | {"protocol": {"precision": precision}}
     changed["execution"] |= {"sharding": sharding, "keep_weights": "all", "checkpoint_minutes": 0.0}
@@ -39,13 +39,14 @@ def make(folder: Path, raw: dict, sharding: str, precision: str) -> None:
 
 
 def runs_of(folder: Path) -> dict[str, dict]:
-    """The runs of the preset by id."""
+    """Return the rows of the preset's runs by run_id."""
     layout = Layout.of(str(folder / "mine.yaml"))
     files = [folder / layout.job(Job((sweep,))) for sweep in make_plan(layout.preset).sweeps]
     return {row["run_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
 
 
-@pytest.mark.parametrize("held", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "bf16"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("held", HELD)
 def test_two_processes_sample_and_learn_as_one(held, tmp_path, raw_rl_preset, monkeypatch):
     alone, several = tmp_path / "alone", tmp_path / "several"
     for folder in (alone, several):
@@ -59,10 +60,10 @@ def test_two_processes_sample_and_learn_as_one(held, tmp_path, raw_rl_preset, mo
     plan = make_plan(layout.preset)
     for sweep in plan.sweeps:
         run_job(plan, Job((sweep,)), layout, lambda line: None)
-    expected, found = runs_of(alone), runs_of(several)
+    expected, runs = runs_of(alone), runs_of(several)
     assert len(expected) == 3
-    assert found.keys() == expected.keys()
-    for run_id, run in found.items():
+    assert runs.keys() == expected.keys()
+    for run_id, run in runs.items():
         same_run(run, expected[run_id], held == "bf16")
         weights = several / layout.runs / run_id / "weights"
         if run["method"] == "lora":
@@ -72,22 +73,22 @@ def test_two_processes_sample_and_learn_as_one(held, tmp_path, raw_rl_preset, mo
             assert (weights / "model.safetensors").is_file()
 
 
-def same_run(found: dict, expected: dict, rounded: bool) -> None:
+def same_run(run: dict, expected: dict, rounded: bool) -> None:
     curves = [
-        {(point["step"], point["split"], point["metric"]): point["value"] for point in run["curve"]}
-        for run in (found, expected)
+        {(point["step"], point["split"], point["metric"]): point["value"] for point in row["curve"]}
+        for row in (run, expected)
     ]
     assert curves[0].keys() == curves[1].keys()
     for (step, split, metric), value in curves[1].items():
         ours = curves[0][step, split, metric]
-        # What is sampled from is the policy that learns, whatever copy of it was asked.
+        # The copy that samples must have the policy of the model that learns.
         if metric == "kl":
             assert abs(ours) < (1e-2 if rounded else 1e-5), step
         elif metric in ("ratio_mean", "ratio_max"):
             assert ours == pytest.approx(1, abs=0.1 if rounded else 1e-4), (step, metric)
         elif metric in SAMPLED and not (rounded and step > 1):
-            # In bf16 the parts of a batch are rounded by themselves, so that later policies differ a little.
+            # In bf16 each part of a batch is rounded separately, so that later policies differ slightly.
             assert ours == value, (step, split, metric)
         elif metric in ("grad_norm", "entropy") and not rounded:
             assert ours == pytest.approx(value, rel=1e-4), (step, metric)
-    assert found["train_tokens"] == expected["train_tokens"] or rounded
+    assert run["train_tokens"] == expected["train_tokens"] or rounded
