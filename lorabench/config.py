@@ -21,10 +21,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lorabench.errors import UserError
 from lorabench.gpus import GPUS
 from lorabench.models.placement import Placement
+from lorabench.utils.packaged import WORKFLOW
 
-PRESETS = Path(__file__).parent.parent / "workflow" / "presets"
+PRESETS = WORKFLOW / "presets"
 SCHEMA = PRESETS / "schema.json"
-MODELS = PRESETS.parent / "models.yaml"
+MODELS = WORKFLOW / "models.yaml"
 """The catalogue of models that every preset may name."""
 COMMON = "common"
 """Key, beside the named blocks of an experiment, for the fields that all of them share."""

@@ -6,14 +6,13 @@ The folder is next to the package in the repository. Without it, all functions r
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.optimum import vertex
+from lorabench.utils.packaged import REFERENCE
 
-REFERENCE = Path(__file__).parents[1] / "paper_figures" / "reference"
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
 """The columns of `sweeps`; nll is the final test NLL in nats per token."""

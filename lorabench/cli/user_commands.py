@@ -75,6 +75,20 @@ def plan(
             plan_table(planned, cores, price, notes)
 
 
+@app.command(rich_help_panel=_PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    preset: Annotated[str, typer.Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
+) -> None:
+    """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
+    with in_one_sentence():
+        from lorabench.cli.snakemake import start_snakemake
+        from lorabench.config import preset_path
+
+        preset_path(preset)
+        start_snakemake(preset, context.args)
+
+
 @app.command(rich_help_panel=_PANEL)
 def init(
     out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
@@ -110,7 +124,7 @@ def init(
         choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
         written = init_preset(out, model, data, data_format, choices, force, say=print)
         plan_table(make_plan(written), os.cpu_count() or 1)
-        print(f"wrote {out}; next: snakemake --cores all --config preset={out}")
+        print(f"wrote {out}; next: lorabench run {out}")
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -151,7 +151,7 @@ def preset_text(model: Model, data: Data | Problems, choices: Choices, template:
     heading = (
         "Does LoRA match full fine-tuning on this model and data? Written by `lorabench init`; change what you like.\n"
         f"  lorabench plan --preset {path_shown}\n"
-        f"  snakemake --cores all --config preset={path_shown}"
+        f"  lorabench run {path_shown}"
     )
     if isinstance(data, Data):
         source, experiment = _sft_sections(model, data, choices, model_name, data_name)

@@ -30,7 +30,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def code_state(patches: Path) -> dict[str, str | None]:
-    """Return the code's git commit and, if the tree is dirty, the hash of its diff, saved in `patches/<hash>.patch`."""
+    """Return the code's git commit and, if the tree is dirty, the hash of its diff, saved in `patches/<hash>.patch`.
+
+    Both are null for an installed wheel, even if the environment lies inside a repository of the user's own.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()).resolve() != _REPOSITORY.resolve():
+        return {"git_sha": None, "git_dirty_patch": None}
     # Other tracked files, such as figures, do not affect a run.
     sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", "lorabench", "workflow", "Snakefile")
     patch = None
