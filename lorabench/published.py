@@ -13,7 +13,6 @@ import pandas as pd
 from lorabench.analysis.optimum import vertex
 from lorabench.utils.packaged import REFERENCE
 
-
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
 """The columns of `sweeps`; nll is the final test NLL in nats per token."""
 
