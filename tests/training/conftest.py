@@ -117,7 +117,8 @@ def built(tmp_path_factory):
             write_tokens(folder / "dataset", load_tokenizer(TINY), folder / "tokens", Limits(512))
         dataset.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "dataset", dataset)
-        shutil.copytree(folder / "tokens", tokens)
+        tokens.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "tokens", tokens)
 
     return build
 
@@ -131,6 +132,7 @@ def ready(tmp_path, raw_preset, monkeypatch, built):
             "ranks": {"all": list(ranks)},
             "lrs": {"fullft": [1e-3], "lora": [1e-3]} | lrs,
         }
+        raw_preset["datasets"]["instruct"]["train"] = 32
         raw_preset["execution"] |= execution or {}
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)

@@ -108,7 +108,7 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
 
 def test_status_counts_what_lies_on_disk(ready):
     # On such a slow machine each sweep is a job of its own.
-    plan, layout = ready("status", {"gflops": 0.01})
+    plan, layout = ready("status", {"gflops": 0.005})
     before = status(plan, layout)
     assert (before.runs_done, before.runs_planned, before.jobs_planned) == (0, 4, 2)
     trained(plan, layout, "lora")
