@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorabench.config import HubProblems
 from lorabench.data.answers import gsm8k_answer, last_box
-from lorabench.data.hub import part_files
+from lorabench.data.hub import part_files, part_rows
 from lorabench.data.reasoning import Problem
-from lorabench.data.rows import read_rows
+from lorabench.data.rows import Tally, UnusableRowError, usable
 from lorabench.errors import UserError
 from lorabench.hub import Fetched, Wanted
 
@@ -94,7 +94,6 @@ def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterat
 def _problems(spec: HubProblems, fetched: Mapping[str, Fetched], part: _Part) -> list[Problem]:
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     source = "/".join(name for name in (part.id, part.config) if name)
-    problems, without = [], 0
 
     def columns(names: Collection[str], where: str) -> list[str]:
         # DeepMath also has three long solutions of each problem.
@@ -103,13 +102,16 @@ def _problems(spec: HubProblems, fetched: Mapping[str, Fetched], part: _Part) ->
                 raise UserError(f"{part.id} has the columns {', '.join(names)} in {where}; {name} is needed")
         return [part.question, part.answer]
 
-    for row in read_rows(part_files(fetched, spec.path, part.id, part.config, part.split), columns):
-        question, text = row[part.question], row[part.answer]
+    def parse(content: dict[str, Any]) -> Problem:
+        question, text = content[part.question], content[part.answer]
         answer = None if text is None else part.gold(str(text))
-        if question and answer:
-            problems.append(Problem(source, question.strip() + suffix, answer))
-        else:
-            without += 1
-    if without:
-        logging.warning("%s: left out %d problems of %s without an answer", source, without, part.split)
+        if not question or not answer:
+            raise UnusableRowError("without an answer")
+        return Problem(source, question.strip() + suffix, answer)
+
+    tally = Tally("problems", unit="row")
+    rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), columns)
+    problems = [problem for _, problem in usable(rows, parse, tally)]
+    if tally.bad:
+        logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())
     return problems

@@ -67,8 +67,7 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
             for fact in _take(_distinct(random_facts(spec), None), spec.facts, "facts"):
                 yield _row(split, fact)
         return
-    chats = file_chats(spec) if isinstance(spec, FileDataset) else _chats(spec)
-    source = _distinct(chats, spec.max_chars)
+    source = file_chats(spec) if isinstance(spec, FileDataset) else _distinct(_chats(spec), spec.max_chars)
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     for split in SPLITS:
         for chat in _take(source, getattr(spec, split), f"{split} examples {what}"):

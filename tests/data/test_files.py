@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.config import FileDataset, FileProblems, TinyModel
-from lorabench.data import files
+from lorabench.data import files, rows
 from lorabench.data.chat import Chat
-from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
+from lorabench.data.files import chosen_format, file_chats, tally_of, usable_chats
 from lorabench.data.problems import make_problems
+from lorabench.data.rows import NOT_UTF8, REPEATED, TOO_LONG, Tally
 from lorabench.data.sft import make_dataset, read_dataset, write_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -131,9 +132,9 @@ BAD = {
     '{"messages": [{"role": "robot", "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": ["user"], "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': files.NOT_UNICODE,
-    json.dumps({"messages": [USER, ASSISTANT]}): files.REPEATED,
-    json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 2000}]}): files.TOO_LONG,
-    "\udcff\udcfe": files.NOT_UTF8,
+    json.dumps({"messages": [USER, ASSISTANT]}): REPEATED,
+    json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 2000}]}): TOO_LONG,
+    "\udcff\udcfe": NOT_UTF8,
     '{"messages": "a\0b"}': "not JSON",
 }
 
@@ -152,12 +153,12 @@ def test_a_bad_row_is_counted_by_its_reason(line, reason, tmp_path):
 
 
 def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "' + "x" * 1000 + '"}\n{"text": "next"}\n')
     chats, tally = read(path)
     assert [chat.messages[0]["content"] for chat in chats] == ["next"]
-    assert tally.bad == {files.TOO_LONG: (1, 1)}
+    assert tally.bad == {TOO_LONG: (1, 1)}
 
 
 def test_bad_rows_of_csv_and_parquet(tmp_path):
@@ -321,7 +322,7 @@ def test_problems_of_a_file(tmp_path):
         "1/4?": "0.25",
     }
     tally = tally_of(problems(path, "number"))
-    assert tally.bad == {files.NO_NUMBER: (1, 5), files.REPEATED: (1, 6), files.NO_TEXT: (1, 7)}
+    assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), files.NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))
     assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
     assert all(row["question"].endswith(r" Write your answer in \boxed{} format.") for row in boxed)

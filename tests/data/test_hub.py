@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lorabench.config import HubDataset
 from lorabench.data.chat import prompt
-from lorabench.data.hub import to_messages
+from lorabench.data.hub import hub_messages
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 from tests.hub_repositories import (
@@ -106,8 +106,8 @@ def test_what_is_left_out_is_counted_and_noted(made, tmp_path):
 def test_too_few_examples_are_one_sentence_with_counts(made, tmp_path):
     rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
     message = (
-        "dataset allenai/tulu-3-sft-mixture has 45 usable examples of 47; 56 are asked for (40 train, 8 validation, "
-        "8 test); left out: 1 of more than 100 characters, 1 with the prompt of another"
+        "dataset allenai/tulu-3-sft-mixture has 45 usable examples in 47 rows; 56 are needed (40 train, 8 validation, "
+        "8 test); left out: 1 of more than 100 characters (row 24), 1 with the prompt of another (row 47)"
     )
     with pytest.raises(UserError) as caught:
         made(write_tulu3(tmp_path, rows))
@@ -135,7 +135,7 @@ def test_lines_of_json_are_read_as_parquet_is(made, tmp_path):
     assert of_lines == made(write_tulu3(tmp_path, rows, files=1))
     with (tmp_path / "owner/name/train.jsonl").open("a") as file:
         file.write("{")
-    with pytest.raises(UserError, match="train.jsonl:101 is no JSON"):
+    with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
         made(tmp_path / "owner/name")
 
 
@@ -158,9 +158,9 @@ def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
 )
 def test_turns_that_can_not_be_told(row, message):
     with pytest.raises(UserError, match=message):
-        to_messages(row, "owner/name")
+        hub_messages(row, "owner/name")
 
 
 def test_empty_text_is_text():
     row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": json.dumps({})}]}
-    assert to_messages(row, "owner/name") == row["messages"]
+    assert hub_messages(row, "owner/name") == row["messages"]

@@ -199,7 +199,10 @@ def test_math_trains_on_everything_but_math_500(copies, caplog):
     assert answers["bare?"] == "2"
     assert answers["nested?"] == r"\frac{1}{\sqrt{2}}"
     assert answers["fbox?"] == r"$\{1,2\}$"
-    assert "EleutherAI/hendrycks_math/geometry: left out 2 problems of train without an answer" in caplog.text
+    assert (
+        "EleutherAI/hendrycks_math/geometry: left out of the problems of train: 2 without an answer (first: row "
+        in caplog.text
+    )
     assert len(caplog.records) == 1
 
 
@@ -237,7 +240,7 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     ):
         make_problems(spec)
     (folder / "test.jsonl").write_text("{")
-    with pytest.raises(UserError, match="test.jsonl:1 is no JSON"):
+    with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
         make_problems(spec)
 
 
