@@ -234,8 +234,8 @@ def _check_enough(path: Path, tally: Tally, spec: FileDataset | FileProblems) ->
         return
     why = f" ({tally.reasons()})" if tally.bad else ""
     raise UserError(
-        f"{path}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; {wanted} are asked "
-        f"for: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
+        f"{path}, read as {tally.format}: {tally.usable} of its {tally.rows} rows can be used{why}; {wanted} are "
+        f"needed: train = {spec.train}, validation = {spec.validation}, test = {spec.test}"
     )
 
 
@@ -281,9 +281,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is no JSON: {reason}") from error
+        raise UserError(f"{path} is not JSON: {reason}") from error
     if not isinstance(values, list):
-        raise UserError(f"{path} must be an array of objects, or an object a line")
+        raise UserError(f"{path} must be an array of objects, or hold one object per line")
     for place, value in enumerate(values, 1):
         yield Row(place, value if isinstance(value, dict) else Unreadable("not a JSON object"))
 
@@ -298,7 +298,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         try:
             fields = len(reader.fieldnames or ())
         except csv.Error as error:
-            raise UserError(f"{path} is no CSV: {error}") from error
+            raise UserError(f"{path} is not CSV: {error}") from error
         while True:
             try:
                 content = next(reader)

@@ -184,10 +184,10 @@ WHOLE = {
     "binary lines": (bytes(range(128, 255)) + b"\n\0\0\n", "own.jsonl", "none of its 2 rows can be used: 1 not UTF-8"),
     "binary csv": (b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "own.csv", "has the columns '\\udc89PNG'; needed are those of"),
     "binary parquet": (b"\0" * 100, "own.parquet", "can't be read as parquet: "),
-    "binary json": (b"\x89PNG\0", "own.json", "is no JSON: "),
-    "deep json": (b"[" * 200_000, "own.json", "is no JSON: nested too deeply"),
-    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is no JSON: Expecting ':' delimiter: line 2 column 8"),
-    "no array": (b"3", "own.json", "must be an array of objects, or an object a line"),
+    "binary json": (b"\x89PNG\0", "own.json", "is not JSON: "),
+    "deep json": (b"[" * 200_000, "own.json", "is not JSON: nested too deeply"),
+    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is not JSON: Expecting ':' delimiter: line 2 column 8"),
+    "no array": (b"3", "own.json", "must be an array of objects, or hold one object per line"),
     "other columns": (
         b'{"a": 1, "b": 2}\n',
         "own.jsonl",
@@ -224,7 +224,7 @@ def test_a_folder_and_an_unreadable_file_are_one_sentence(tmp_path):
 def test_too_few_rows_say_how_many_and_why(tmp_path):
     path = write(tmp_path, [*pairs(6), {"prompt": "q"}, {"prompt": "q"}])
     wanted = (
-        "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are asked for: train = 4, validation = 2, test = 2"
+        "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are needed: train = 4, validation = 2, test = 2"
     )
     with pytest.raises(UserError, match=r"own.jsonl, read as prompt/completion: ") as error:
         list(make_dataset(spec(path)))

@@ -117,7 +117,7 @@ def test_gsm_symbolic_uses_the_templates_of_the_worked_solutions():
 
 
 def test_impossible_wishes_are_refused():
-    with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are asked for"):
+    with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are needed"):
         reasoning(train=500, max_digits=1)
 
 
@@ -214,7 +214,7 @@ def test_deepmath_holds_out_the_same_problems_however_much_is_trained_on(copies)
     assert held_out(few) == held_out(many)
     assert held_out(few) != held_out(copies("deepmath", seed=1))
     assert all(row["answer"] == rf"\dfrac{{{row['question'].split()[2][:-1]}}}{{7}}" for row in many)
-    with pytest.raises(UserError, match="found 80 distinct train problems of kind 'deepmath'; 81 are asked for"):
+    with pytest.raises(UserError, match="found 80 distinct train problems of kind 'deepmath'; 81 are needed"):
         copies("deepmath", train=81)
 
 

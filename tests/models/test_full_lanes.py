@@ -334,7 +334,7 @@ def test_the_model_keeps_names_type_and_sizes():
 def test_experts_are_refused_but_for_one_lane():
     model = base("moe-128")
     assert not can_stack(model)
-    with pytest.raises(ValueError, match="2 lanes of Qwen3MoeForCausalLM, whose weights can't be dealt by rows"):
+    with pytest.raises(ValueError, match="2 lanes can't share a Qwen3MoeForCausalLM"):
         stack_full(model, ("a", "b"))
     stack, alone = stacked("moe-128", ("a",))
     ids = batch(4)
@@ -349,5 +349,8 @@ def test_dense_models_can_be_stacked(family):
 
 def test_a_tensor_that_is_not_of_the_rows_is_refused():
     stack, _ = stacked("qwen2")
-    with stack.rows.are(EVEN), pytest.raises(ValueError, match=r"of shape \(7, 32\) can't be dealt to lanes of \(2, 2"):
+    with (
+        stack.rows.are(EVEN),
+        pytest.raises(ValueError, match=r"of shape \(7, 32\) can't be split among lanes of \(2, 2"),
+    ):
         stack.model.lm_head(torch.zeros(7, 32))

@@ -332,7 +332,9 @@ def test_a_model_of_unknown_layers_is_refused():
 def test_experts_under_an_unknown_name_are_refused():
     model = small_moe()
     model.model.layers[1].mlp.experts.w2 = torch.nn.Parameter(torch.zeros(8, 4, 4))
-    with pytest.raises(UserError, match="has experts under a name without LoRA: model.layers.1.mlp.experts.w2"):
+    with pytest.raises(
+        UserError, match="has expert weights that would get no LoRA, such as model.layers.1.mlp.experts.w2"
+    ):
         targets(model, "mlp", True)
     assert targets(model, "attn", True).parameters == []
 
@@ -344,6 +346,6 @@ def test_lora_elsewhere_than_asked_is_refused():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
     with pytest.raises(
-        UserError, match="PEFT put LoRA elsewhere than asked in Qwen3MoeForCausalLM, for one at model.layers.0"
+        UserError, match="PEFT did not put LoRA on the layers asked for in Qwen3MoeForCausalLM: see model.layers.0"
     ):
         add_lora(model, 8, "all", 32.0, True, seed=0)
