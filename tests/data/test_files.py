@@ -1,4 +1,4 @@
-"""Data files of a user's own: formats with known answers, bad rows counted, hostile contents told in a sentence."""
+"""A user's own data files: formats with known answers, bad rows counted, hostile contents refused in a sentence."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def test_a_bad_row_is_counted_by_its_reason(line, reason, tmp_path):
     tally = Tally(chosen_format(path))
     assert len(list(usable_chats(path, tally, max_chars=1000))) == tally.usable == 1
     assert tally.rows == 2
-    [(found, (count, first))] = tally.bad.items()
-    assert found.startswith(reason)
+    [(counted, (count, first))] = tally.bad.items()
+    assert counted.startswith(reason)
     assert (count, first) == (1, 2)
 
 
@@ -237,7 +237,7 @@ def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
     assert [row["split"] for row in rows] == ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
     prompts = [row["messages"][0]["content"] for row in rows]
     assert sorted(prompts) == sorted(row["prompt"] for row in pairs(40))
-    # Not in the order of the file, which may be sorted by topic.
+    # The order is not that of the file, which may be sorted by topic.
     assert {int(text.split()[1]) for text in prompts[:20]} != set(range(20))
     assert rows == list(make_dataset(spec(path, train=20, validation=10, test=10)))
     assert rows != list(make_dataset(spec(path, train=20, validation=10, test=10, seed=1)))
@@ -245,7 +245,7 @@ def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
     assert list(read_dataset(tmp_path / "made.parquet")) == rows
 
 
-def test_plain_texts_are_told_apart_by_all_of_them(tmp_path):
+def test_plain_texts_are_distinguished_by_their_whole_text(tmp_path):
     path = write(tmp_path, [{"text": f"text {number}"} for number in range(8)])
     assert len(list(make_dataset(spec(path)))) == 8
 

@@ -53,7 +53,7 @@ def test_tulu3(made, tmp_path):
 
 
 def test_openthoughts3_has_each_question_once(made, tmp_path):
-    """It has 16 answers to each; two in this copy."""
+    """OpenThoughts3 has 16 answers to each question; this copy has two."""
     rows = made(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
     assert Counter(row["split"] for row in rows) == SIZES
     assert len(set(prompts(rows))) == len(rows) == 56
@@ -71,7 +71,7 @@ def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(made, t
     assert made(folder) == chosen
     assert prompts(made(folder, seed=1)) != prompts(chosen)
     numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in chosen if len(row["messages"]) == 2]
-    # Of a uniform choice, the mean is 500 with a standard error of about 50.
+    # With a uniform choice the mean is 500, with a standard error of about 50.
     assert 300 < np.mean(numbers) < 700
 
 
@@ -86,7 +86,7 @@ def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(made, tmp_pa
 def test_what_is_left_out_is_counted_and_noted(made, tmp_path):
     rows = [tulu3_row(number) for number in range(100)]
     rows += [tulu3_row(number, answer="another") for number in range(1, 100, 3)]
-    # The same but for its spaces.
+    # This prompt differs only in its spaces.
     rows += [tulu3_row(1, question="question  1 ")]
     rows += [{**tulu3_row(500), "messages": [{"role": "user", "content": f"alone {n}"}]} for n in range(20)]
     rows += [tulu3_row(601, answer="  "), {**tulu3_row(602), "messages": []}]
@@ -156,7 +156,7 @@ def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
         ({"conversations": [{"from": "gpt"}]}, "a turn of conversations with from; from and value are needed"),
     ],
 )
-def test_turns_that_can_not_be_told(row, message):
+def test_turns_of_another_form_are_refused(row, message):
     with pytest.raises(UserError, match=message):
         hub_messages(row, "owner/name")
 

@@ -1,4 +1,4 @@
-"""Problem sets: distinct, disjoint, with the right answers; those of the hub from local files of the same form."""
+"""Problem sets: distinct, disjoint, with the right answers; sets of the hub are read from local copies."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_sums_are_right_and_as_long_as_asked_for():
 
 
 def test_splits_are_equally_hard_where_easy_problems_run_out():
-    """There are 200 sums of two single digits; half of what is drawn is one until they are used up."""
+    """There are 200 sums of two single digits, and half of the drawn problems are such sums until they are used up."""
 
     def easy(split):
         terms = [row["question"].rpartition(": ")[2].split() for row in rows if row["split"] == split]

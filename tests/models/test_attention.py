@@ -1,4 +1,4 @@
-"""Attention in blocks is attention: against the formula, PyTorch's kernel, and in models of several families."""
+"""Attention in blocks equals the formula and PyTorch's kernel, also in models of several families."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = TinyModel(kind="tiny")
 
 
 def draw(rows, heads, groups, length, width, of_values, dtype=torch.float64):
-    """Queries, keys and values as a model has them: heads beside each other in memory."""
+    """Return queries, keys and values in a model's memory layout: the heads of a token are adjacent."""
     generator = torch.Generator().manual_seed(length)
     shapes = (heads, width), (groups, width), (groups, of_values)
     made = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -31,7 +31,7 @@ def draw(rows, heads, groups, length, width, of_values, dtype=torch.float64):
 
 
 def formula(query, key, value, scaling):
-    """softmax(scaling q k' + mask) v, each head with its own copy of the keys."""
+    """Return softmax(scaling q k' + mask) v, each head with a copy of its keys."""
     each = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(each, 1) for tensor in (key, value))
     length = query.shape[2]
@@ -94,7 +94,7 @@ def test_blocks_cover_each_query_once(length):
 
 
 def test_probabilities_that_are_kept_by_hand():
-    # Two blocks of 80: 80 x 80 and 80 x 160.
+    # There are two blocks of 80 queries: 80 x 80 and 80 x 160.
     assert kept_shares(160, bf16=False) == (80 * 80 + 80 * 160) / 160
     assert kept_shares(2, bf16=True) == 2
     assert kept_shares(128, bf16=False) == kept_shares(LONGEST + 1, bf16=True) == kept_shares(0, bf16=True) == 0
@@ -102,7 +102,7 @@ def test_probabilities_that_are_kept_by_hand():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Lengths of the rows that were computed in blocks."""
+    """The lengths of the rows that are computed in blocks."""
     made = []
     real = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda *given: made.append(given[0].shape[2]) or real(*given))
@@ -136,7 +136,7 @@ def test_what_is_not_plain_stays_with_pytorch(calls):
     model = base_of("llama-128").requires_grad_(False)
     ids = torch.randint(3, 1000, (2, 190), generator=torch.Generator().manual_seed(0))
     model(ids[:, :128])
-    # Two examples in a row, whose positions restart; padding on the left; no gain by the mask.
+    # The masks: two examples in a row, whose positions restart; padding on the left; a mask without effect.
     positions = torch.cat([torch.arange(90), torch.arange(100)]).expand(2, -1)
     model(ids, position_ids=positions, use_cache=False)
     padded = torch.ones_like(ids)
@@ -149,7 +149,7 @@ def test_what_is_not_plain_stays_with_pytorch(calls):
     assert calls == [150] * 3
     together = model(ids).logits
     assert calls[3:] == [190] * 3
-    # The rest of the rows, on top of the cache.
+    # The remaining tokens of the rows follow the cached ones.
     assert_close(model(ids[:, 150:], cache=cache).logits, together[:, 150:], rtol=1e-4, atol=1e-4)
     assert len(calls) == 6
     with torch.autocast("cpu", torch.bfloat16):
@@ -172,7 +172,7 @@ def test_models_with_attention_of_their_own_keep_it(monkeypatch):
     attend_in_blocks(model)
     assert model.config._attn_implementation == "eager"
     model.set_attn_implementation("sdpa")
-    # A module that has put another function in place of transformers' own.
+    # This module has replaced the attention functions of transformers.
     monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
     attend_in_blocks(model)
     assert model.config._attn_implementation == "sdpa"
