@@ -52,7 +52,14 @@ class UnusableRowError(ValueError):
 
 @dataclass
 class Tally:
-    """How many rows of a source were read, how many of them can be used, and why the others were left out."""
+    """The number of rows that were read, the number of usable ones, and the reasons why the others were left out.
+
+    Attributes:
+        format: what the rows are read as, such as their format.
+        rows: rows that were read.
+        usable: rows that can be used.
+        unit: what a row's place counts, `line` or `row`.
+    """
 
     format: str
     rows: int = 0
@@ -102,7 +109,8 @@ def usable(
         rows: the rows of a source.
         parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
         tally: the rows are counted here as they are read.
-        identity: makes two examples the same, so that the second one is left out; None to keep both.
+        identity: returns what identifies an example, so that later ones with the same identity are left out; None to
+            keep them all.
     """
     seen: set[Hashable] = set()
     for place, content in rows:
@@ -129,7 +137,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str | Unreadable]]:
     with path.open("rb") as file:
         file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
         place = 0
-        # Lines of bytes end at line feeds only: texts hold other line ends, such as U+2028, that are none here.
+        # Lines of bytes end at line feeds only, not at other line ends that texts contain, such as U+2028.
         while line := file.readline(MAX_LINE_BYTES):
             place += 1
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):

@@ -25,7 +25,7 @@ class Rows:
 
     @contextmanager
     def are(self, counts: Sequence[int]) -> Iterator[None]:
-        """Within the context, which must include the backward pass, split the first dimension of layers' inputs so."""
+        """Set the row counts within the context, which must include the backward pass of what is computed in it."""
         before, self.counts = self.counts, tuple(counts)
         try:
             yield

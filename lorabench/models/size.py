@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model that is about to be trained."""
+    """The parameters of the base, and the FLOPs per token of a training step (see the functions of these names)."""
 
     base_parameters: int
     train_flops_per_token: int

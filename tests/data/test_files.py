@@ -314,8 +314,8 @@ def test_problems_of_a_file(tmp_path):
         {"question": "?", "answer": None},
     ]
     path = write(tmp_path, rows)
-    made = make_problems(problems(path, "number"))
-    assert {row["question"]: row["answer"] for row in made} == {
+    problem_rows = make_problems(problems(path, "number"))
+    assert {row["question"]: row["answer"] for row in problem_rows} == {
         "1+1?": "2",
         "2+2?": "4",
         "10*150?": "1,500",

@@ -26,8 +26,8 @@ def draw(rows, heads, groups, length, width, of_values, dtype=torch.float64):
     """Return queries, keys and values in a model's memory layout: the heads of a token are adjacent."""
     generator = torch.Generator().manual_seed(length)
     shapes = (heads, width), (groups, width), (groups, of_values)
-    made = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in made]
+    tensors = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in tensors]
 
 
 def formula(query, key, value, scaling):
@@ -52,10 +52,10 @@ def formula(query, key, value, scaling):
 def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width, of_values):
     given = draw(rows, groups * each, groups, length, width, of_values)
     upstream = torch.randn(rows, length, groups * each, of_values, dtype=torch.float64)
-    found = causal_attention(*given, 0.7)
-    gradients = torch.autograd.grad(found, given, upstream)
+    output = causal_attention(*given, 0.7)
+    gradients = torch.autograd.grad(output, given, upstream)
     expected = formula(*given, 0.7)
-    assert_close(found, expected)
+    assert_close(output, expected)
     for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
         assert_close(own, other)
 
@@ -69,11 +69,11 @@ def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     upstream = torch.randn(2, 200, 6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    def off(found):
+    def off(output):
         truth = formula(*exact, 0.25)
-        pairs = [(found, truth)]
+        pairs = [(output, truth)]
         pairs += zip(
-            torch.autograd.grad(found, given, upstream, retain_graph=True),
+            torch.autograd.grad(output, given, upstream, retain_graph=True),
             torch.autograd.grad(truth, exact, upstream.double()),
             strict=True,
         )
@@ -86,9 +86,9 @@ def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
 
 @given(st.integers(1, 3000))
 def test_blocks_cover_each_query_once(length):
-    found = blocks(length)
-    assert [query for block in found for query in range(length)[block]] == list(range(length))
-    sizes = [block.stop - block.start for block in found]
+    parts = blocks(length)
+    assert [query for block in parts for query in range(length)[block]] == list(range(length))
+    sizes = [block.stop - block.start for block in parts]
     assert max(sizes) <= MOST
     assert max(sizes) - min(sizes) <= 1
 
@@ -103,10 +103,10 @@ def test_probabilities_that_are_kept_by_hand():
 @pytest.fixture
 def calls(monkeypatch):
     """The lengths of the rows that are computed in blocks."""
-    made = []
+    lengths = []
     real = attention.causal_attention
-    monkeypatch.setattr(attention, "causal_attention", lambda *given: made.append(given[0].shape[2]) or real(*given))
-    return made
+    monkeypatch.setattr(attention, "causal_attention", lambda *given: lengths.append(given[0].shape[2]) or real(*given))
+    return lengths
 
 
 def loss_and_gradient(model, ids, **given):

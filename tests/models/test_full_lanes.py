@@ -119,9 +119,9 @@ def assert_gradients(lane, model, tolerance):
     parameters = dict(model.named_parameters())
     assert list(lane.places) == list(parameters)
     for name, place in lane.places.items():
-        found, expected = place.of(place.parameter.grad), parameters[name].grad
+        gradient, expected = place.of(place.parameter.grad), parameters[name].grad
         assert expected.any(), name
-        assert (found - expected).norm() <= tolerance * expected.norm(), name
+        assert (gradient - expected).norm() <= tolerance * expected.norm(), name
 
 
 @pytest.mark.parametrize("counts", [EVEN, UNEVEN])

@@ -72,8 +72,8 @@ def products_of_mlps(model, run):
 def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
     model, batch = base_of("llama-128"), batch_of(7)
     layers = model.config.num_hidden_layers
-    found = products_of_mlps(model, lambda: add_gradient(model, batch, Rows(1), [1], None, None))
-    assert found == [80] * (layers - 1) + [7 + 6]
+    rows = products_of_mlps(model, lambda: add_gradient(model, batch, Rows(1), [1], None, None))
+    assert rows == [80] * (layers - 1) + [7 + 6]
     # Outside the context the model's own forward pass is back.
     assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
 
@@ -118,8 +118,8 @@ def test_an_mlp_of_another_kind_computes_all(way):
     ]
     expected = call(*given)
     with read_at(model, torch.tensor([3, 50]), Rows(1), [2]):
-        found = mlp(*given)
-    assert_close(found, expected)
+        output = mlp(*given)
+    assert_close(output, expected)
 
 
 def test_in_bf16_results_have_the_type_of_the_products():

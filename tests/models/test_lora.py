@@ -207,9 +207,9 @@ def test_lora_of_an_expert_is_scaling_times_b_a(make, experts, transposed, text)
             else:
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 weights[f"{name}.weight"].add_(32.0 / 6 * b @ a)
-        expected, found = changed(input_ids=text).logits, model(input_ids=text).logits
+        expected, actual = changed(input_ids=text).logits, model(input_ids=text).logits
         assert (make()(input_ids=text).logits - expected).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 class ListedExperts(torch.nn.Module):
@@ -243,10 +243,10 @@ def test_experts_that_are_modules(text):
         add_lora(model, 8, "mlp", 32.0, True, seed=0)
     model.config.num_experts_per_tok = 2
     peft_model = add_lora(model, 8, "mlp", 32.0, True, seed=0)
-    found = {name: layer.r["default"] for name, layer in lora_layers(peft_model)}
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(peft_model)}
     names = [f"{e}.{kind}_proj" for e in range(4) for kind in ("gate", "up", "down")]
     expected = {f"model.layers.{i}.mlp.experts.{name}": 4 for i in range(2) for name in names}
-    assert found == expected | {"lm_head": 8}
+    assert ranks == expected | {"lm_head": 8}
     assert adapter_pairs(peft_model).keys() == {"lm_head"}
     train(peft_model, text)
     assert all(p.grad is not None for p in trainable(peft_model).values())
@@ -279,9 +279,9 @@ def test_an_adapter_is_a_peft_checkpoint(name, text, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     loaded = PeftModel.from_pretrained(base(name), tmp_path)
     with torch.no_grad():
-        expected, found = model(input_ids=text).logits, loaded(input_ids=text).logits
+        expected, actual = model(input_ids=text).logits, loaded(input_ids=text).logits
         assert (base(name)(input_ids=text).logits - expected).abs().max() > 0.1
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
