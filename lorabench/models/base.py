@@ -62,7 +62,7 @@ def check_folder(spec: ModelSpec) -> None:
         return
     folder = Path(location(spec))
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} has no config.json; it must hold a Hugging Face causal LM")
+        raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"model folder {folder} has no .safetensors file; pickled weights are not loaded")
 
