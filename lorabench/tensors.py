@@ -1,7 +1,6 @@
-"""Files of tensors that tell damage: safetensors with a checksum in the header.
+"""Tensor files that reveal damage: safetensors with a checksum in the header.
 
-safetensors itself sees a file that is cut short, not a byte that is another. Hashing takes about half a second per GB
-and core.
+safetensors itself detects a truncated file, but not a changed byte. Hashing takes about half a second per GB and core.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 
 class DamagedError(Exception):
-    """A file that is not as it was written."""
+    """A file differs from what was written, or can't be read."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, str]) -> None:
-    """Write tensors, all of torch or all of numpy, with `about` in the header."""
+    """Write tensors, either all of torch or all of numpy, with `about` and a checksum in the header."""
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
     else:
@@ -32,20 +31,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, st
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """What the header says, unchecked.
+    """Return the header's metadata without checking the checksum.
 
     Raises:
-        DamagedError: the file is missing or cut short.
+        DamagedError: the file is missing or truncated.
     """
     with _opened(path, "numpy") as file:
         return file.metadata() or {}
 
 
 def read_tensors(path: Path, framework: Literal["numpy", "pt"]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors, and what the header says about them.
+    """Return the tensors by name, and the header's metadata without the checksum.
+
+    Args:
+        path: the file.
+        framework: whether to return arrays of numpy, or tensors of torch (`pt`).
 
     Raises:
-        DamagedError: the file is missing, is cut short, or holds anything but what was written.
+        DamagedError: the file is missing or truncated, or its content differs from what was written.
     """
     with _opened(path, framework) as file:
         about: dict[str, str] = file.metadata() or {}
@@ -65,16 +68,16 @@ def _opened(path: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
 
 
 def _sha256(tensors: Mapping[str, Any], about: Mapping[str, str]) -> str:
-    """Hash of the header's text and of each tensor with its name, type and shape."""
+    """Return a hash of the header's metadata and of each tensor with its name, type and shape."""
 
-    def one(name: str) -> str:
+    def described(name: str) -> str:
         tensor = tensors[name]
-        # Numpy and torch call a type by one name, but for this.
+        # Numpy and torch name types alike except for this prefix.
         dtype = str(tensor.dtype).removeprefix("torch.")
         return f"{name} {dtype} {tuple(tensor.shape)} {hashlib.sha256(_bytes(tensor)).hexdigest()}"
 
     with ThreadPoolExecutor() as threads:
-        parts = list(threads.map(one, sorted(tensors)))
+        parts = list(threads.map(described, sorted(tensors)))
     return hashlib.sha256(json.dumps([dict(about), parts], sort_keys=True).encode()).hexdigest()
 
 

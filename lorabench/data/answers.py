@@ -1,26 +1,27 @@
-"""The answer in a text: what stands in the last box, the last number, and what number it is."""
+"""Extraction of the final answer from a text: the content of its last box, or its last number, read exactly."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-# An answer is short. What is longer is no answer, and is not even read.
 MAX_CHARS = 1_000
+"""Characters of the longest text that counts as an answer; longer ones are not even parsed."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _UNBRACED_END = re.compile(r"[$\n]")
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _WHOLE_NUMBER = re.compile(rf"[-+]?(?:{_NUMBER})")
-# The minus in `10-3` is no sign.
+# The minus in `10-3` is an operator, not a sign.
 _ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})")
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` or `\fbox{...}`, stripped; None if there is no box or it is never closed.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`, stripped; None if no box is there or closed.
 
-    A box without braces (`$\boxed 2$`) ends at the dollar or the end of the line. Linear in the length of the text.
+    A box without braces (`$\boxed 2$`) ends at the dollar sign or the end of the line. The time is linear in the length
+    of the text.
     """
     start = None
     for match in _BOX.finditer(text):
@@ -38,21 +39,21 @@ def last_box(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """The number that the whole text is (`-12`, `1,234.50`), exactly; None if it is none."""
+    """Return the exact value of a text that is a number and nothing else (`-12`, `1,234.50`); None if it is not."""
     if len(text) > MAX_CHARS or not _WHOLE_NUMBER.fullmatch(text):
         return None
     return Fraction(text.replace(",", ""))
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly; None without one."""
-    found = None
+    """Return the exact value of the last number in a text; None if the text has no number."""
+    last = None
     for match in _ANY_NUMBER.finditer(text):
-        found = match.group()
-    return None if found is None else number(found)
+        last = match.group()
+    return None if last is None else number(last)
 
 
 def gsm8k_answer(solution: str) -> str | None:
-    """What stands after the last `####` of a GSM8K solution, without thousands commas; None without one."""
+    """Return the text after the last `####` of a GSM8K solution, without thousands separators; None without one."""
     _, mark, answer = solution.rpartition("####")
     return answer.strip().replace(",", "") or None if mark else None

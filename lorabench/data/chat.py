@@ -1,4 +1,4 @@
-"""Chats: what every SFT dataset is made of, whatever it comes from."""
+"""Chats: the examples of every SFT dataset, whatever its source."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 Messages = list[dict[str, str]]
+"""Turns in their order, each with `role` and `content`."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages (role, content) that end with an assistant's turn, and where they come from.
+    """A conversation that ends with an assistant's turn, and the name of its source.
 
-    A plain text, which no chat template touches, is one message of the role `text`.
+    A plain text, to which no chat template is applied, is a single message of the role `text`.
     """
 
     source: str
@@ -24,30 +25,30 @@ class Chat:
 
     @classmethod
     def of(cls, source: str, question: str, response: str) -> Chat:
-        """A question and its response."""
+        """Return the chat of one question and its response."""
         return cls(source, [{"role": "user", "content": question}, {"role": "assistant", "content": response}])
 
     def chars(self) -> int:
-        """Characters of all turns."""
+        """Return the number of characters of all turns."""
         return sum(len(message["content"]) for message in self.messages)
 
 
 def is_text(messages: Messages) -> bool:
-    """Whether this is a plain text rather than a chat."""
+    """Return whether the messages are a plain text rather than a chat."""
     return [message["role"] for message in messages] == ["text"]
 
 
 def is_example(messages: Messages) -> bool:
-    """Whether there is something to train on: a plain text, or an assistant's turn after some other."""
+    """Return whether there is something to train on: a plain text, or an assistant's turn that ends a longer chat."""
     return is_text(messages) or (len(messages) > 1 and messages[-1]["role"] == "assistant")
 
 
 def prompt(messages: Messages) -> str:
-    """What makes two examples the same: all before the last assistant turn, or the plain text; normalised."""
-    told = messages if is_text(messages) else messages[:-1]
-    return "\n".join(" ".join(m["content"].split()) for m in told)
+    """Return the text that identifies an example: all turns before the last, or the plain text; spaces normalized."""
+    identifying = messages if is_text(messages) else messages[:-1]
+    return "\n".join(" ".join(message["content"].split()) for message in identifying)
 
 
 def prompt_digest(messages: Messages) -> int:
-    """Eight bytes that stand for a prompt: among a million, two are taken for one with a chance of 3e-8."""
+    """Return a 64-bit hash of the prompt; the chance that two of a million prompts collide is 3e-8."""
     return int.from_bytes(hashlib.blake2b(prompt(messages).encode(), digest_size=8).digest(), "big")

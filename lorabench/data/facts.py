@@ -1,4 +1,4 @@
-"""Random facts: names with random digits. Nothing generalises, so what a model knows of them it has stored."""
+"""Random facts, names with random digits: they do not generalise, so a model predicts only what it has stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME_LENGTH = 6
 
 
 def random_facts(spec: FactsDataset) -> Iterator[Chat]:
-    """Endless facts, each a random name and a random number of `spec.digits` digits, uniform and independent."""
+    """Yield facts without end: a random name and a number of `spec.digits` digits, all uniform and independent."""
     rng = Random(spec.seed)
     while True:
         name = "".join(rng.choices(ascii_lowercase, k=_NAME_LENGTH))

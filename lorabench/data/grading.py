@@ -1,7 +1,7 @@
-"""Graders: whether the final answer of a response is right. The reward of RL and the accuracy of its evaluation.
+"""Graders decide whether the final answer of a response is right: the reward of RL, and the accuracy in evaluation.
 
-What a model writes is never trusted. Numbers are read here, exactly. Boxed answers that are not plainly equal go to
-math-verify in worker processes (see grading_worker.py) with hard limits on time and memory; an answer that breaks a
+A response is never trusted. Numbers are parsed here, exactly. Boxed answers whose equality is not obvious are compared
+by math-verify in worker processes (see grading_worker.py) with hard limits on time and memory; an answer that exceeds a
 limit is wrong, and the worker is replaced.
 """
 
@@ -25,7 +25,7 @@ from lorabench.data.answers import MAX_CHARS, last_box, last_number, number
 
 _WORKER = Path(__file__).with_name("grading_worker.py")
 _START_SECONDS = 60
-# The worker's limit is CPU time, so that a busy machine makes no answer wrong; this is for a worker that sleeps.
+# The worker's own limit is CPU time, so that a busy machine makes no answer wrong; this one ends a worker that sleeps.
 _WALL_PER_CPU_SECOND = 10
 
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!,;:> ]|\\?\$|~|\s")
@@ -33,21 +33,24 @@ _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 
 
 class Grader:
-    """Grades responses to the problems of one kind of set. A context manager: its workers end with it.
+    """Grades responses to the problems of a kind of set. As a context manager it ends its workers on exit.
 
-    - `arithmetic`: the whole response is the number.
-    - `gsm_symbolic`, `number`: the last number of the response.
-    - the sets of the hub, `boxed`: the content of the last box, equal as text without layout, as a number, or to
-      math-verify (which takes a decimal for a fraction when they agree to six decimals, and `9\\%` for both 9 and
-      0.09).
+    - `arithmetic`: the whole response must be the number.
+    - `gsm_symbolic`, `number`: the last number of the response counts.
+    - the sets of the hub, `boxed`: the content of the last box counts; it must equal the answer as text without layout,
+      as a number, or according to math-verify (which accepts a decimal that agrees with a fraction to six decimals, and
+      `9\\%` for both 9 and 0.09).
     """
 
     def __init__(self, kind: str, workers: int = 1, seconds: float = 2.0) -> None:
         """
         Args:
-            kind: a kind of problem set, of a file its grader (see config.ProblemSpec).
+            kind: the kind of the problem set, or the grader of a problem file (see config.ProblemSpec).
             workers: processes that compare boxed answers; each starts when it is first needed.
-            seconds: CPU time after which a comparison is given up, and the answer wrong.
+            seconds: CPU time after which a comparison is given up, and the answer counts as wrong.
+
+        Raises:
+            ValueError: there is no such kind.
         """
         if kind not in ("arithmetic", "gsm_symbolic", "number", "boxed", *HUB_PROBLEMS):
             raise ValueError(f"no grader for problems of kind {kind!r}")
@@ -58,7 +61,7 @@ class Grader:
             self._idle.put(worker)
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Whether each response gives the right answer of the same place."""
+        """Return for each response whether it gives the answer at the same index of `answers`."""
         pairs = list(zip(responses, answers, strict=True))
         match self._kind:
             case "arithmetic":
@@ -69,7 +72,7 @@ class Grader:
                 return self._grade_boxes([(last_box(response), answer) for response, answer in pairs])
 
     def _grade_boxes(self, pairs: list[tuple[str | None, str]]) -> list[bool]:
-        # Samples of one problem agree often: each pair is compared once.
+        # Samples of a problem often agree, so each distinct pair is compared once.
         verdicts = {pair: _plain_verdict(*pair) for pair in pairs}
         hard = [pair for pair, verdict in verdicts.items() if verdict is None]
         with ThreadPoolExecutor(len(self._workers)) as threads:
@@ -84,7 +87,7 @@ class Grader:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """End the workers. A later comparison starts them anew."""
+        """End the workers. A later comparison starts them again."""
         for worker in self._workers:
             worker.end()
 
@@ -100,7 +103,7 @@ def _same(given: object, answer: object) -> bool:
 
 
 def _plain_verdict(given: str | None, answer: str) -> bool | None:
-    """What can be said of a boxed answer without math-verify: right, wrong, or None for not known."""
+    """Return whether a boxed answer is right, as far as that is clear without math-verify; else None."""
     if not given or len(given) > MAX_CHARS:
         return False
     left, right = _plain(given), _plain(answer)
@@ -113,19 +116,19 @@ def _plain_verdict(given: str | None, answer: str) -> bool | None:
 
 
 def _plain(latex: str) -> str:
-    """LaTeX without what only changes its looks."""
+    """Return LaTeX without commands and spaces that only change its layout."""
     return _FRACTION.sub(r"\\frac", _LAYOUT.sub("", latex.replace("{,}", ","))).removesuffix(".")
 
 
 class _Worker:
-    """A process that compares two answers at a time; started when it is needed, replaced when it has ended."""
+    """A process that compares pairs of answers; started when it is needed, and replaced when it has ended."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def equal(self, given: str, answer: str) -> bool:
-        """Whether math-verify takes two LaTeX answers for the same; False too if it does not come to an end.
+        """Return whether math-verify finds two LaTeX answers equal; False also if the comparison exceeds a limit.
 
         Raises:
             RuntimeError: the process does not start.
@@ -150,7 +153,7 @@ class _Worker:
             [sys.executable, "-P", str(_WORKER), str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # sympy walks through sets: the same verdict every time needs the same hashes.
+            # sympy iterates over sets, whose order depends on hashes: a fixed seed makes verdicts reproducible.
             env=os.environ | {"PYTHONHASHSEED": "0"},
         )
         if _reply(process, _START_SECONDS) != b"true\n":
@@ -159,16 +162,16 @@ class _Worker:
         return process
 
     def end(self) -> None:
-        """End the process, if there is one."""
+        """End the process if it has started."""
         if self._process is not None:
             self._process.kill()
-            with self._process:  # closes the pipes and waits
+            with self._process:  # Leaving the context closes the pipes and waits.
                 pass
             self._process = None
 
 
 def _reply(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The process's next line, which it writes at once; empty if it ended or took too long."""
+    """Return the next line of the process, which it writes in one piece; empty if it ended or took too long."""
     assert process.stdout is not None
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)

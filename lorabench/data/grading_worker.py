@@ -1,11 +1,11 @@
-"""The process in which math-verify reads what a model wrote. It computes, and can do nothing else.
+"""The process in which math-verify parses what a model wrote; it can compute, and nothing else.
 
-Run by path, so that it imports neither torch nor the package. One JSON line [response's answer, right answer] in,
-one JSON line true or false out; a first line says that it is ready. Whoever asks must be ready for its death: the
-kernel ends a comparison that takes too long, and a process that takes too much memory may end itself.
+It is run by path, so that it imports neither torch nor the package. For each JSON line [response's answer, right
+answer] it writes a JSON line, true or false; a first line `true` says that it is ready. The caller must expect it to
+die: the kernel ends a comparison that takes too long, and a process that takes too much memory may end itself.
 
-math-verify is asked to read LaTeX only: its parser of plain expressions, like sympy's, evaluates them as Python. The
-audit hook makes sure of it, whatever a library does: no text is run, no file is written, no process is started.
+math-verify parses LaTeX only, since its parser of plain expressions, like sympy's, evaluates them as Python. The audit
+hook enforces this whatever a library does: no text is executed, no file is written, no process is started.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from sympy.polys import monomials
 _MEMORY_BYTES = 2**30
 _LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 _FORBIDDEN = ("os.", "shutil.", "subprocess.", "pty.", "socket.", "ctypes.")
-# The import of a module looks into folders.
+# Importing a module lists folders.
 _ALLOWED = ("os.listdir", "os.scandir")
-# Modules that run code made of templates of their own, with no text from outside.
+# Modules that execute code built from their own templates, without text from outside.
 _TEMPLATES = {collections.__file__, dataclasses.__file__, monomials.__file__}
-# sympy makes a number of its digits by running `from sympy import *` and evaluating `Integer (12 )`.
+# sympy turns digits into a number by executing `from sympy import *` and evaluating `Integer (12 )`.
 _NUMBERS = {"sympy", "Integer", "Float"}
 
 
 def equal(given: str, answer: str) -> bool:
-    """Whether two LaTeX answers mean the same, as math-verify sees it.
+    """Return whether two LaTeX answers are equal according to math-verify.
 
-    Its own time limits are off: they are Python signal handlers, which a power of large numbers in C never returns to.
+    The time limits of math-verify are off: they are Python signal handlers, which do not run while a power of large
+    numbers is computed in C.
     """
     right, response = (parse(f"\\boxed{{{text}}}", _LATEX, parsing_timeout=None) for text in (answer, given))
     return bool(verify(right, response, timeout_seconds=None))
 
 
 def confine() -> None:
-    """Give up, for good, whatever a comparison does not need."""
+    """Irrevocably give up every permission that a comparison does not need."""
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
@@ -65,23 +66,23 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _harmless(code: CodeType, caller: str) -> bool:
-    """Whether code is a module's, or made of a template, or has no names and no code in it but those of a number."""
+    """Return whether code comes from a module or a template, or names nothing but what sympy's numbers need."""
     if caller in _TEMPLATES or not code.co_filename.startswith("<") or code.co_filename.startswith("<frozen "):
         return True
     return set(code.co_names) <= _NUMBERS and not any(isinstance(constant, CodeType) for constant in code.co_consts)
 
 
 def main(seconds: float) -> None:
-    """Answer until the input ends.
+    """Answer requests until the input ends.
 
     Args:
-        seconds: CPU time of one comparison; the kernel ends the process that takes more.
+        seconds: CPU time of a comparison, after which the kernel ends the process.
     """
-    # A signal to all processes of a job asks for its end; it must not make the answer at hand wrong.
+    # A job is stopped by a signal to all its processes, which must not make the current answer wrong.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
-    # Whatever a library prints must not be taken for a reply.
+    # The output of a library must not be taken for a reply.
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     confine()

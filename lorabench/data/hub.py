@@ -5,15 +5,15 @@
                                    difficulty: int64, source: string, domain: string,
                                    conversations: [{from: string, value: string}]
 
-The files are gone through twice, a batch of rows at a time: first to see what is usable and to choose, then to read
-what was chosen. Of a row, eight bytes of its prompt's hash are kept between the two.
+The files are read twice, a batch of rows at a time: first to see which rows are usable and to choose among them, then
+to read the chosen ones. Between the two passes memory holds the number of each usable row and eight bytes of its
+prompt's hash.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,83 @@ import numpy as np
 
 from lorabench.config import HubDataset
 from lorabench.data.chat import SPLITS, Chat, Messages, Split, prompt_digest
-from lorabench.data.rows import local_files, read_rows
+from lorabench.data.rows import Choose, Row, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 from lorabench.hub import Fetched, Wanted
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _FORMS = ("messages", "conversations")
+_NO_ANSWER, _REPEATED = "without a last answer", "with the prompt of another"
 
 
 def repository(spec: HubDataset) -> Wanted:
-    """What has to be fetched for a dataset."""
+    """Return what has to be fetched for a dataset."""
     return Wanted("dataset", spec.id, spec.revision, ((spec.config, spec.split),))
 
 
 def part_files(
     fetched: Mapping[str, Fetched], copies: str | None, name: str, config: str | None, split: str
 ) -> list[Path]:
-    """The files of a part of a dataset: in the hub's cache, or in a folder with copies of repositories.
+    """Return the files of a part of a dataset: from the hub's cache, or from a folder with copies of repositories.
+
+    Args:
+        fetched: the fetched repositories by id; not used if there is a folder with copies.
+        copies: the folder with copies, `copies/owner/name`; None for the hub's cache.
+        name: the repository, `owner/name`.
+        config: the configuration within the repository; None for its only one.
+        split: the split within the configuration.
 
     Raises:
-        UserError: they are not there.
+        UserError: the files do not exist.
     """
     if copies is not None:
-        return local_files(Path(copies, name, config or ""), split)
+        return _local_files(Path(copies, name, config or ""), split)
     return fetched[name].data_files(config, split)
+
+
+def _local_files(folder: Path, split: str) -> list[Path]:
+    files = [file for file in sorted(folder.rglob(f"{split}*")) if file.suffix in (".parquet", ".jsonl")]
+    if not files:
+        raise UserError(f"folder {folder} has no {split}*.parquet or {split}*.jsonl")
+    return files
+
+
+def part_rows(files: Iterable[Path], choose: Choose) -> Iterator[Row]:
+    """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
+
+    Args:
+        files: the files of the part, in their order.
+        choose: see `lorabench.data.rows.Choose`.
+
+    Raises:
+        UserError: a file is of another kind, a row can't be read, or a column is missing.
+    """
+    contents = (row.content for file in files for row in _file_rows(file, choose))
+    for number, content in enumerate(contents, 1):
+        yield Row(number, content)
+
+
+def _file_rows(file: Path, choose: Choose) -> Iterator[Row]:
+    match file.suffix:
+        case ".parquet":
+            yield from parquet_rows(file, choose)
+        case ".jsonl":
+            for place, content in json_lines(file):
+                where = f"{file}:{place}"
+                if isinstance(content, Unreadable):
+                    raise UserError(f"{where} is {content}")
+                yield Row(place, {name: content[name] for name in choose(content, where)})
+        case _:
+            raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
 
 
 @dataclass(frozen=True)
 class HubChats:
-    """What a dataset's spec chooses: the split of each row as its place in SPLITS, or -1; and how it came to it."""
+    """The chosen chats of a dataset: for each row the index of its split in SPLITS, or -1 if it is not chosen.
+
+    Attributes:
+        about: the dataset's id and commit, its number of rows and of usable rows, and what was left out by reason.
+    """
 
     files: list[Path]
     spec: HubDataset
@@ -58,60 +106,53 @@ class HubChats:
     about: dict[str, Any]
 
     def __iter__(self) -> Iterator[tuple[Split, Chat]]:
-        """The chosen chats with their split, in the order of the files."""
-        for place, chat in zip(self.splits, _chats(self.spec, self.files), strict=True):
-            if place >= 0:
-                yield SPLITS[place], chat
+        """Yield the chosen chats with their split, in the order of the files."""
+        for number, chat in _usable_chats(self.spec, self.files, Tally("chats")):
+            if (index := self.splits[number - 1]) >= 0:
+                yield SPLITS[index], chat
 
 
 def choose_chats(spec: HubDataset, fetched: Mapping[str, Fetched]) -> HubChats:
-    """Choose as many rows as the spec asks for, at random by its seed; each prompt once, so that splits share none.
+    """Choose the rows of each split at random by the spec's seed; each prompt once, so that splits share none.
 
-    What is held out is taken first, so that it does not depend on how much is trained on.
+    The held-out splits are drawn first, so that they do not depend on the number of training examples.
 
     Raises:
-        UserError: the files are not there, have other columns or roles, or hold too few usable rows.
+        UserError: the files do not exist, have other columns or roles, or hold too few usable rows.
     """
     files = part_files(fetched, spec.path, spec.id, spec.config, spec.split)
-    left_out: Counter[str] = Counter()
-    numbers, digests, rows = array("q"), array("Q"), 0
-    for rows, chat in enumerate(_chats(spec, files), 1):
-        reason = _unusable(chat, spec.max_chars)
-        if reason:
-            left_out[reason] += 1
-        else:
-            numbers.append(rows - 1)
-            digests.append(prompt_digest(chat.messages))
+    tally = Tally("chats", unit="row")
+    numbers, digests = array("q"), array("Q")
+    for number, chat in _usable_chats(spec, files, tally):
+        numbers.append(number)
+        digests.append(prompt_digest(chat.messages))
     order = np.random.default_rng(spec.seed).permutation(len(numbers))
     _, first = np.unique(np.asarray(digests)[order], return_index=True)
-    left_out["with the prompt of another"] = len(numbers) - len(first)
-    wanted = {split: int(getattr(spec, split)) for split in SPLITS}
-    if len(first) < sum(wanted.values()):
-        asked = ", ".join(f"{count} {split}" for split, count in wanted.items())
+    shuffled = np.asarray(numbers)[order]
+    repeated = np.delete(shuffled, first)
+    if len(repeated):
+        tally.leave_out(int(repeated.min()), _REPEATED, len(repeated))
+        tally.usable -= len(repeated)
+    sizes = {split: int(getattr(spec, split)) for split in SPLITS}
+    if tally.usable < sum(sizes.values()):
+        wanted = ", ".join(f"{count} {split}" for split, count in sizes.items())
         raise UserError(
-            f"dataset {spec.id} has {len(first)} usable examples of {rows}; {sum(wanted.values())} are asked for "
-            f"({asked}); left out: {', '.join(f'{count} {reason}' for reason, count in left_out.items())}"
+            f"dataset {spec.id} has {tally.usable} usable examples in {tally.rows} rows; {sum(sizes.values())} are "
+            f"needed ({wanted}); left out: {tally.reasons() or 'none'}"
         )
-    shuffled = np.asarray(numbers)[order[np.sort(first)]]
-    splits, start = np.full(rows, -1, np.int8), 0
+    chosen = shuffled[np.sort(first)]
+    splits, start = np.full(tally.rows, -1, np.int8), 0
     for split in reversed(SPLITS):
-        splits[shuffled[start : start + wanted[split]]] = SPLITS.index(split)
-        start += wanted[split]
+        splits[chosen[start : start + sizes[split]] - 1] = SPLITS.index(split)
+        start += sizes[split]
     commit = fetched[spec.id].commit if spec.path is None else None
-    about = {"id": spec.id, "commit": commit, "rows": rows, "usable": len(first), "left_out": dict(left_out)}
+    left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
+    about = {"id": spec.id, "commit": commit, "rows": tally.rows, "usable": tally.usable, "left_out": left_out}
     return HubChats(files, spec, splits, about)
 
 
-def _unusable(chat: Chat, max_chars: int) -> str | None:
-    """Why a chat is left out; None if it is not."""
-    messages = chat.messages
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        return "without a last answer"
-    return f"of more than {max_chars} characters" if chat.chars() > max_chars else None
-
-
-def _chats(spec: HubDataset, files: list[Path]) -> Iterator[Chat]:
-    """The chat of each row."""
+def _usable_chats(spec: HubDataset, files: list[Path], tally: Tally) -> Iterator[tuple[int, Chat]]:
+    """Yield the number and the chat of each usable row, in the order of the files; see `rows.usable`."""
 
     def columns(names: Collection[str], where: str) -> list[str]:
         form = next((name for name in _FORMS if name in names), None)
@@ -121,15 +162,27 @@ def _chats(spec: HubDataset, files: list[Path]) -> Iterator[Chat]:
             )
         return [form, "source"] if "source" in names else [form]
 
-    for row in read_rows(files, columns):
-        yield Chat(str(row.get("source") or spec.id), to_messages(row, spec.id))
+    def parse(content: dict[str, Any]) -> Chat:
+        chat = Chat(str(content.get("source") or spec.id), hub_messages(content, spec.id))
+        messages = chat.messages
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise UnusableRowError(_NO_ANSWER)
+        if chat.chars() > spec.max_chars:
+            raise UnusableRowError(f"of more than {spec.max_chars} characters")
+        return chat
+
+    return usable(part_rows(files, columns), parse, tally)
 
 
-def to_messages(row: dict[str, Any], name: str) -> Messages:
-    """A row's chat as role and content: from `messages` (role, content) or `conversations` (from, value).
+def hub_messages(row: dict[str, Any], name: str) -> Messages:
+    """Return a row's messages, each with `role` and `content`.
+
+    Args:
+        row: its column `messages` (turns with role and content) or `conversations` (turns with from and value).
+        name: the dataset's id, for errors.
 
     Raises:
-        UserError: a turn of another form, a role that is not known, or a turn without text.
+        UserError: a turn has another form, an unknown role, or no text.
     """
     form = next(form for form in _FORMS if form in row)
     role_key, content_key = ("role", "content") if form == "messages" else ("from", "value")

@@ -1,7 +1,8 @@
 """Mathematical problem sets of the Hugging Face hub, or copies of them: GSM8K, MATH, DeepMath, AIME 2024 and 2025.
 
-Questions end with the cookbook's request for a box. Splits: GSM8K's own; MATH as the cookbook has it, which tests on
-MATH-500 and trains on everything else; DeepMath has one split only; AIME is a test.
+Each question ends with a request for a boxed answer, in the words of the Tinker cookbook. GSM8K has train and test
+splits; of MATH, as in the cookbook, MATH-500 is the test split and everything else is trained on; DeepMath has a train
+split only, AIME a test split only.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorabench.config import HubProblems
 from lorabench.data.answers import gsm8k_answer, last_box
-from lorabench.data.hub import part_files
+from lorabench.data.hub import part_files, part_rows
 from lorabench.data.reasoning import Problem
-from lorabench.data.rows import read_rows
+from lorabench.data.rows import Tally, UnusableRowError, usable
 from lorabench.errors import UserError
 from lorabench.hub import Fetched, Wanted
 
@@ -34,7 +35,13 @@ _SUBJECTS = (
 
 
 class _Part(NamedTuple):
-    """Where some of a set's problems are, and how they are written down."""
+    """A split of a repository with problems of a set: where it is, and how to read question and answer.
+
+    Attributes:
+        question: the column of the question.
+        answer: the column of the answer.
+        gold: extracts the short answer from the answer's text; None if there is none.
+    """
 
     id: str
     config: str | None
@@ -62,20 +69,21 @@ _TEST = {
 
 
 def repositories(spec: HubProblems) -> list[Wanted]:
-    """What has to be fetched for a set."""
+    """Return what has to be fetched for a problem set."""
     parts: dict[str, list[tuple[str | None, str]]] = {}
     for part in (*_TRAIN.get(spec.kind, ()), *_TEST.get(spec.kind, ())):
         parts.setdefault(part.id, []).append((part.config, part.split))
-    return [Wanted("dataset", name, spec.revisions.get(name, "main"), tuple(found)) for name, found in parts.items()]
+    return [Wanted("dataset", name, spec.revisions.get(name, "main"), tuple(splits)) for name, splits in parts.items()]
 
 
 def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """All problems to train on and all to test on, in an order that the seed decides; one and the same for DeepMath.
+    """Return the problems to train on and those to test on, in an order that the seed decides.
 
-    What can't be graded is left out, and logged.
+    For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
+    their number is logged.
 
     Raises:
-        UserError: the data is not there, or can't be read.
+        UserError: the files do not exist, or can't be read.
     """
     train, test = (
         [problem for part in parts.get(spec.kind, []) for problem in _problems(spec, fetched, part)]
@@ -86,7 +94,7 @@ def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterat
     if spec.kind not in _TEST:
         everything = iter(train)
         return everything, everything
-    # The test problems are a part of Hendrycks' MATH.
+    # MATH-500 is a part of Hendrycks' MATH.
     tested = {problem.key for problem in test}
     return (problem for problem in train if problem.key not in tested), iter(test)
 
@@ -94,7 +102,6 @@ def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterat
 def _problems(spec: HubProblems, fetched: Mapping[str, Fetched], part: _Part) -> list[Problem]:
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     source = "/".join(name for name in (part.id, part.config) if name)
-    problems, without = [], 0
 
     def columns(names: Collection[str], where: str) -> list[str]:
         # DeepMath also has three long solutions of each problem.
@@ -103,13 +110,16 @@ def _problems(spec: HubProblems, fetched: Mapping[str, Fetched], part: _Part) ->
                 raise UserError(f"{part.id} has the columns {', '.join(names)} in {where}; {name} is needed")
         return [part.question, part.answer]
 
-    for row in read_rows(part_files(fetched, spec.path, part.id, part.config, part.split), columns):
-        question, text = row[part.question], row[part.answer]
+    def parse(content: dict[str, Any]) -> Problem:
+        question, text = content[part.question], content[part.answer]
         answer = None if text is None else part.gold(str(text))
-        if question and answer:
-            problems.append(Problem(source, question.strip() + suffix, answer))
-        else:
-            without += 1
-    if without:
-        logging.warning("%s: left out %d problems of %s without an answer", source, without, part.split)
+        if not question or not answer:
+            raise UnusableRowError("without an answer")
+        return Problem(source, question.strip() + suffix, answer)
+
+    tally = Tally("problems", unit="row")
+    rows = part_rows(part_files(fetched, spec.path, part.id, part.config, part.split), columns)
+    problems = [problem for _, problem in usable(rows, parse, tally)]
+    if tally.bad:
+        logging.warning("%s: left out of the problems of %s: %s", source, part.split, tally.reasons())
     return problems

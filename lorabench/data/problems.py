@@ -1,4 +1,4 @@
-"""Problem sets for RL: questions with answers that a grader can tell, made, split, written, read."""
+"""Problem sets for RL, questions with answers that a grader can verify: making, splitting, writing and reading them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from lorabench.records import atomic_path, read_parquet
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "source", "question", "answer")])
 
-# So many problems in a row that are unfit or known mean that there are no more.
+# This many consecutive problems that are too long or repeated mean that there are no more.
 _MAX_MISSES = 500
 
 
 def make_problems(spec: ProblemSpec, fetched: Mapping[str, Fetched] = MappingProxyType({})) -> list[dict[str, Any]]:
-    """Rows (split, source, question, answer), distinct by question across all splits.
+    """Return the rows of a problem set (split, source, question, answer), distinct by question across all splits.
 
     Args:
-        fetched: the repositories of a set of the hub, by id.
+        spec: the problem set.
+        fetched: the repositories of a problem set of the hub, by id.
 
     Raises:
-        UserError: there are not that many distinct problems, or they are not there.
+        UserError: there are fewer distinct problems than the splits need, or the files can't be read.
     """
     train, test = _pools(spec, fetched)
     seen: set[str] = set()
-    # What is held out is taken first, so that on the hub it does not depend on how much is trained on.
+    # Held-out splits are drawn first, so that those of the hub do not depend on the number of training problems.
     pools: dict[Split, Iterator[Problem]] = {"test": test, "validation": train, "train": train}
     taken = {
         split: _take(_distinct(pool, seen), getattr(spec, split), f"{split} problems of kind {spec.kind!r}")
@@ -53,7 +54,7 @@ def make_problems(spec: ProblemSpec, fetched: Mapping[str, Fetched] = MappingPro
 
 
 def _pools(spec: ProblemSpec, fetched: Mapping[str, Fetched]) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """Problems to train on and to test on; one and the same where the set has no test of its own."""
+    """Return the problems to train on and those to test on; the same iterator where the set has no test split."""
     match spec:
         case HubProblems():
             return hub_pools(spec, fetched)
@@ -65,25 +66,25 @@ def _pools(spec: ProblemSpec, fetched: Mapping[str, Fetched]) -> tuple[Iterator[
 
 
 def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:
-    """As many distinct problems as are asked for, or as there are.
+    """Return as many distinct problems as the splits need, if there are that many, in random order.
 
-    In a random order: easy problems repeat soon, so that what comes late is harder, and must not be one split.
+    Easy problems repeat soon, so problems that come late are harder, and must not make up a split of their own.
     """
     count = spec.train + spec.validation + spec.test
-    pool = list(islice(_distinct(_fit(_made(spec), spec.max_chars), set()), count))
+    pool = list(islice(_distinct(_suitable(_generated(spec), spec.max_chars), set()), count))
     Random(spec.seed).shuffle(pool)
     return iter(pool)
 
 
-def _made(spec: ReasoningProblems) -> Iterator[Problem]:
-    """Endless problems of the set's kind."""
+def _generated(spec: ReasoningProblems) -> Iterator[Problem]:
+    """Yield problems of the set's kind without end."""
     if spec.kind == "gsm_symbolic":
         return worked_solutions(odd, spec.seed)
     return drawn([task_problems(task, spec.seed, **_settings(task, spec)) for task in spec.tasks], spec.seed)
 
 
 def _settings(task: str, spec: ReasoningProblems) -> dict[str, int]:
-    """The set's sizes under the names that reasoning-gym has for them in a task."""
+    """Return the set's sizes under the names that they have in a task of reasoning-gym."""
     match task:
         case "chain_sum" | "products":
             return {name: getattr(spec, name) for name in ("min_digits", "max_digits", "min_terms", "max_terms")}
@@ -93,8 +94,8 @@ def _settings(task: str, spec: ReasoningProblems) -> dict[str, int]:
             return {}
 
 
-def _fit(problems: Iterator[Problem], max_chars: int) -> Iterator[Problem]:
-    """Problems that are short enough, with a number as their answer; ends after many in a row that are not."""
+def _suitable(problems: Iterator[Problem], max_chars: int) -> Iterator[Problem]:
+    """Yield the problems that are short enough and have a number as answer, until many in a row do not."""
     misses = 0
     for problem in problems:
         if len(problem.question) + len(problem.response) <= max_chars and number(problem.answer) is not None:
@@ -105,7 +106,7 @@ def _fit(problems: Iterator[Problem], max_chars: int) -> Iterator[Problem]:
 
 
 def _distinct(problems: Iterator[Problem], seen: set[str]) -> Iterator[Problem]:
-    """Problems whose question is not seen yet; ends after many in a row that are."""
+    """Yield the problems whose question is not in `seen`, and add it, until many in a row are."""
     misses = 0
     for problem in problems:
         if problem.key not in seen:
@@ -117,34 +118,38 @@ def _distinct(problems: Iterator[Problem], seen: set[str]) -> Iterator[Problem]:
 
 
 def _take(source: Iterator[Problem], count: int, what: str) -> list[Problem]:
-    """The next `count` problems.
+    """Return the next `count` problems.
 
     Raises:
         UserError: there are fewer.
     """
     taken = list(islice(source, count))
     if len(taken) < count:
-        raise UserError(f"found {len(taken)} distinct {what}; {count} are asked for")
+        raise UserError(f"found {len(taken)} distinct {what}; {count} are needed")
     return taken
 
 
 def check_disjoint(rows: list[dict[str, Any]]) -> None:
-    """Raises UserError, naming the question, if two splits share one."""
-    home: dict[str, str] = {}
+    """Raise UserError, naming the question, if two splits share a question."""
+    split_of: dict[str, str] = {}
     for row in rows:
         text = " ".join(row["question"].split())
-        if home.setdefault(text, row["split"]) != row["split"]:
-            raise UserError(f"splits {home[text]!r} and {row['split']!r} share the problem {text[:80]!r}")
+        if split_of.setdefault(text, row["split"]) != row["split"]:
+            raise UserError(f"splits {split_of[text]!r} and {row['split']!r} share the problem {text[:80]!r}")
 
 
 def write_problems(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write rows as parquet, whole or not at all."""
+    """Write rows as parquet; the file appears only once it is complete."""
     with atomic_path(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), partial)
 
 
 def read_problems(path: Path) -> list[dict[str, Any]]:
-    """The rows of a problem file; splits checked to be disjoint."""
+    """Return the rows of a problem file.
+
+    Raises:
+        UserError: the file is missing or damaged, or two splits share a question.
+    """
     rows: list[dict[str, Any]] = read_parquet(path, _SCHEMA).to_pylist()
     check_disjoint(rows)
     return rows

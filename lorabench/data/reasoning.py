@@ -1,12 +1,12 @@
-"""Problems from reasoning-gym: the text that everything offline is made of.
+"""Problems from reasoning-gym, of which all pretraining and fine-tuning text that needs no download is made.
 
-Three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
+There are three disjoint pools, so that fine-tuning teaches what the tiny base hardly knows:
 
 - `PRETRAIN_TASKS` and the *even* gsm_symbolic templates make the pretraining text;
 - `INSTRUCT_TASKS` make the instruction mixture;
 - the *odd* gsm_symbolic templates make the worked solutions.
 
-Of the latter two, the pretraining text holds one percent, drawn with another seed.
+One percent of the pretraining text comes from the latter two, drawn with another seed.
 
 Every problem is a function of (task, seed, index): reasoning-gym builds item i from `seed + i`.
 """
@@ -71,21 +71,21 @@ class Problem:
 
     @property
     def response(self) -> str:
-        """What the assistant should say: the worked solution if there is one, else the answer."""
+        """The assistant's turn: the worked solution if there is one, else the answer."""
         return self.solution or self.answer
 
     @property
     def key(self) -> str:
-        """The question, normalised: what makes two problems the same."""
+        """The question with spaces normalized, which identifies the problem."""
         return " ".join(self.question.split())
 
 
-# reasoning-gym wants to know a size beforehand; items are built on demand, so a large one is free.
+# reasoning-gym requires a size in advance; items are built on demand, so a large size costs nothing.
 _ENDLESS = 10_000_000
 
 
 def task_problems(task: str, seed: int, **settings: int) -> Iterator[Problem]:
-    """Endless problems of one reasoning-gym task, with the task's own settings where they are given.
+    """Yield problems of a reasoning-gym task without end; `settings` are passed to the task.
 
     Raises:
         ValueError: reasoning-gym has no task of that name.
@@ -101,22 +101,23 @@ def task_problems(task: str, seed: int, **settings: int) -> Iterator[Problem]:
 
 
 def mixture(tasks: tuple[str, ...], seed: int) -> Iterator[Problem]:
-    """Endless problems, each from a task drawn uniformly."""
+    """Yield problems without end, each from a task drawn uniformly."""
     return drawn([task_problems(task, seed) for task in tasks], seed)
 
 
 def drawn(streams: list[Iterator[Problem]], seed: int) -> Iterator[Problem]:
-    """Endless problems, each from a stream drawn uniformly."""
+    """Yield problems without end, each from a stream drawn uniformly."""
     rng = Random(seed)
     while True:
         yield next(rng.choice(streams))
 
 
 def worked_solutions(template: Callable[[int], bool], seed: int) -> Iterator[Problem]:
-    """Endless gsm_symbolic problems with their chain of thought.
+    """Yield gsm_symbolic problems with their chain of thought without end.
 
     Args:
-        template: which of the 85 sound templates to use, by number.
+        template: returns whether to use a template, given the number of one of the 85 sound templates.
+        seed: decides the templates and the numbers in them.
     """
     import reasoning_gym
     from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import tasks_ok
@@ -132,10 +133,10 @@ def worked_solutions(template: Callable[[int], bool], seed: int) -> Iterator[Pro
 
 
 def even(template: int) -> bool:
-    """The gsm_symbolic templates of the pretraining text."""
+    """Return whether a gsm_symbolic template belongs to the pretraining text."""
     return template % 2 == 0
 
 
 def odd(template: int) -> bool:
-    """The gsm_symbolic templates of the worked-solutions dataset."""
+    """Return whether a gsm_symbolic template belongs to the worked-solutions dataset."""
     return template % 2 == 1

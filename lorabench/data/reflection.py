@@ -1,7 +1,8 @@
-"""Words that show a response going back, checking itself or trying another way.
+"""Words that show backtracking, self-verification or exploration in a response.
 
-The paper sees backtracking, self-verification and exploration grow in RL (section on reinforcement learning); counting
-their words is our measure of it. A word may also stand in a plain solution, so compare rates, not single responses.
+The paper reports that these behaviours develop during RL (section on reinforcement learning); the share of responses
+with such words is this project's measure of them. A plain solution may contain the words too, so compare rates, not
+single responses.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 
 BACKTRACKING = (
-    # The word of a person who stops, not of one who waits five minutes.
+    # An interjection, not the verb as in `wait five minutes`.
     r"wait(?=\s*[^\w\s]|\s+(?:no|but|actually)\b)",
     "hold on",
     "hmm+",
@@ -38,5 +39,5 @@ _WORDS = re.compile(rf"\b(?:{'|'.join(BACKTRACKING + VERIFICATION + EXPLORATION)
 
 
 def reflects(response: str) -> bool:
-    """Whether a response has a word of backtracking, self-verification or exploration."""
+    """Return whether a response has a word of backtracking, self-verification or exploration."""
     return _WORDS.search(response.replace("\u2019", "'")) is not None

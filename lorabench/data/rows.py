@@ -1,62 +1,187 @@
-"""Rows of parquet and JSON lines files, a batch at a time: no file is ever held in memory."""
+"""Rows of data files: read one at a time, turned into usable examples, and counted where they can't be used.
+
+Whatever comes from outside goes through `usable`: a user's own file (`lorabench.data.files`) as well as datasets and
+problem sets of the Hugging Face hub (`lorabench.data.hub`, `lorabench.data.hub_problems`). These sources read the rows
+and say how a row becomes an example; the filtering and the `Tally` of what was left out are here.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 
+MAX_LINE_BYTES = 64 << 20
+"""Longer lines of JSON, and longer fields of CSV, are not parsed."""
 # Examples of reasoning datasets take 50 kB each.
-_BATCH = 256
+_BATCH_ROWS = 256
+
+NOT_UTF8, TOO_LONG, REPEATED = "not UTF-8", "too long", "repeats the prompt of an earlier row"
+
+Example = TypeVar("Example")
+
+Choose = Callable[[Collection[str], str], list[str]]
+"""Selects the columns to read among those of a row or file, given with where they are (for messages); raises UserError
+if a needed column is missing."""
 
 
-def read_rows(files: Iterable[Path], choose: Callable[[Collection[str], str], list[str]]) -> Iterator[dict[str, Any]]:
-    """The rows of some files.
+class Unreadable(str):
+    """The reason why a row can't be read, in place of its content."""
+
+    __slots__ = ()
+
+
+class Row(NamedTuple):
+    """A row as it was read: its place, counted from 1 (the line, in JSON lines and CSV), and its columns by name."""
+
+    place: int
+    content: dict[str, Any] | Unreadable
+
+
+class UnusableRowError(ValueError):
+    """A row's content is not a usable example; the message is the reason."""
+
+
+@dataclass
+class Tally:
+    """The number of rows that were read, the number of usable ones, and the reasons why the others were left out.
+
+    Attributes:
+        format: what the rows are read as, such as their format.
+        rows: rows that were read.
+        usable: rows that can be used.
+        unit: what a row's place counts, `line` or `row`.
+    """
+
+    format: str
+    rows: int = 0
+    usable: int = 0
+    unit: str = "line"
+    bad: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For each reason the number of rows that were left out, and the place of the first of them."""
+    columns: tuple[str, ...] = ()
+    """The columns of the first row that could be read."""
+
+    def leave_out(self, place: int, reason: str, rows: int = 1) -> None:
+        """Count rows that can't be used.
+
+        Args:
+            place: the place of the first of them.
+        """
+        count, first = self.bad.get(reason, (0, place))
+        self.bad[reason] = count + rows, min(first, place)
+
+    def reasons(self) -> str:
+        """Return the reasons in words, `3 no text (first: line 7), 1 too long (line 9)`; empty if there are none."""
+        most_first = sorted(self.bad.items(), key=lambda item: -item[1][0])
+        return ", ".join(
+            f"{count} {reason} ({'first: ' if count > 1 else ''}{self.unit} {first})"
+            for reason, (count, first) in most_first
+        )
+
+    def __str__(self) -> str:
+        left_out = f"; left out: {self.reasons()}" if self.bad else ""
+        return f"{self.usable} of {self.rows} rows can be used as {self.format}{left_out}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return the tally as plain data for JSON."""
+        bad = [{"reason": reason, "rows": count, "first": first} for reason, (count, first) in self.bad.items()]
+        return {"format": self.format, "rows": self.rows, "usable": self.usable, "unit": self.unit, "bad": bad}
+
+
+def usable(
+    rows: Iterable[Row],
+    parse: Callable[[dict[str, Any]], Example],
+    tally: Tally,
+    identity: Callable[[Example], Hashable] | None = None,
+) -> Iterator[tuple[int, Example]]:
+    """Yield the place and the example of each usable row, in the order of the rows.
 
     Args:
-        choose: the columns to read, given those there are and where; raises UserError if one is missing.
-
-    Raises:
-        UserError: a file of another kind, a column that is missing, or a line that is no JSON.
+        rows: the rows of a source.
+        parse: turns the columns of a row into an example; raises UnusableRowError if they are none.
+        tally: the rows are counted here as they are read.
+        identity: returns what identifies an example, so that later ones with the same identity are left out; None to
+            keep them all.
     """
-    for file in files:
-        match file.suffix:
-            case ".parquet":
-                with pq.ParquetFile(file) as parquet:
-                    columns = choose(parquet.schema_arrow.names, str(file))
-                    for batch in parquet.iter_batches(batch_size=_BATCH, columns=columns):
-                        yield from batch.to_pylist()
-            case ".jsonl":
-                for where, row in _json_rows(file):
-                    yield {name: row[name] for name in choose(row, where)}
-            case _:
-                raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
+    seen: set[Hashable] = set()
+    for place, content in rows:
+        tally.rows += 1
+        try:
+            if isinstance(content, Unreadable):
+                raise UnusableRowError(content)
+            tally.columns = tally.columns or tuple(content)
+            example = parse(content)
+            if identity is not None:
+                key = identity(example)
+                if key in seen:
+                    raise UnusableRowError(REPEATED)
+                seen.add(key)
+        except UnusableRowError as error:
+            tally.leave_out(place, str(error))
+            continue
+        tally.usable += 1
+        yield place, example
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Texts hold other line ends, such as U+2028, that are none here.
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{file}:{number}"
+def text_lines(path: Path) -> Iterator[tuple[int, str | Unreadable]]:
+    """Yield the lines of a UTF-8 file with their numbers from 1, without line ends; blank lines are skipped."""
+    with path.open("rb") as file:
+        file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+        place = 0
+        # Lines of bytes end at line feeds only, not at other line ends that texts contain, such as U+2028.
+        while line := file.readline(MAX_LINE_BYTES):
+            place += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (remainder := file.readline(MAX_LINE_BYTES)) and not remainder.endswith(b"\n"):
+                    pass
+                yield place, Unreadable(TOO_LONG)
+                continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where} is no JSON: {error}") from error
-            yield where, row
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError:
+                yield place, Unreadable(NOT_UTF8)
+                continue
+            if text.strip():
+                yield place, text
 
 
-def local_files(folder: Path, split: str) -> list[Path]:
-    """The data files of a split in a folder that holds a copy of a repository, or of one configuration of it.
+def json_lines(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file with one JSON object per line."""
+    for place, line in text_lines(path):
+        yield Row(place, line if isinstance(line, Unreadable) else _parsed(line))
+
+
+def _parsed(line: str) -> dict[str, Any] | Unreadable:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return Unreadable("not JSON")
+    return value if isinstance(value, dict) else Unreadable("not a JSON object")
+
+
+def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
+    """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
 
     Raises:
-        UserError: there are none.
+        UserError: the file is not parquet, or is damaged.
     """
-    files = [file for file in sorted(folder.rglob(f"{split}*")) if file.suffix in (".parquet", ".jsonl")]
-    if not files:
-        raise UserError(f"folder {folder} has no {split}*.parquet or {split}*.jsonl")
-    return files
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = choose(file.schema_arrow.names, str(path)) if choose is not None else None
+            place = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                for content in batch.to_pylist():
+                    place += 1
+                    yield Row(place, content)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} can't be read as parquet: {reason}") from error

@@ -1,4 +1,4 @@
-"""SFT datasets in the chat-messages form of Tulu3 and OpenThoughts3: made, split, written, read; a row at a time."""
+"""SFT datasets in the form of Tulu3 (chat messages): making, splitting, writing and reading them, row by row."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ from lorabench.hub import Fetched
 from lorabench.records import atomic_path, damage_told
 
 Row = dict[str, Any]
-"""`split`, `source`, `messages`."""
+"""An example of a dataset file: `split`, `source` and `messages`."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _SCHEMA = pa.schema([("split", pa.string()), ("source", pa.string()), ("messages", pa.list_(_MESSAGE))])
 _ABOUT = b"lorabench"
 
-# A row group has at most so many examples and, but for its last one, characters: what is held in memory at once.
+# Limits of a row group, which is held in memory, in examples and in characters; the last example may exceed the latter.
 _GROUP_ROWS = 4096
 _GROUP_CHARS = 16_000_000
 
-# Rows that are read at once.
+# Rows of a batch that is read.
 _BATCH_ROWS = 256
 
-# So many chats in a row that are unfit or known mean that there are no more.
+# This many consecutive chats that are too long or repeated mean that there are no more.
 _MAX_MISSES = 500
 
 
 def build_dataset(spec: DatasetSpec, path: Path, fetched: Mapping[str, Fetched] = MappingProxyType({})) -> None:
-    """Make a dataset and write it; one of the hub with a note of what was left out and why (`about`).
+    """Make a dataset and write it; a dataset of the hub with a note of what was left out and why (see `about`).
 
     Args:
+        spec: the dataset.
+        path: the parquet file to write.
         fetched: the repository of a dataset of the hub, by id.
 
     Raises:
-        UserError: there are not that many distinct chats of that length, or the dataset of the hub is not there.
+        UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
     """
     if isinstance(spec, HubDataset):
         chats = choose_chats(spec, fetched)
@@ -57,18 +59,19 @@ def build_dataset(spec: DatasetSpec, path: Path, fetched: Mapping[str, Fetched] 
 
 
 def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
-    """Rows of a dataset that is not of the hub, distinct by prompt across all splits; random facts are the same in all.
+    """Yield the rows of a dataset that is not of the hub, distinct by prompt across all splits.
+
+    Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
 
     Raises:
-        UserError: there are not that many distinct chats of that length.
+        UserError: there are fewer usable and distinct chats than the splits need.
     """
     if isinstance(spec, FactsDataset):
         for split in SPLITS:
             for fact in _take(_distinct(random_facts(spec), None), spec.facts, "facts"):
                 yield _row(split, fact)
         return
-    chats = file_chats(spec) if isinstance(spec, FileDataset) else _chats(spec)
-    source = _distinct(chats, spec.max_chars)
+    source = file_chats(spec) if isinstance(spec, FileDataset) else _distinct(_chats(spec), spec.max_chars)
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     for split in SPLITS:
         for chat in _take(source, getattr(spec, split), f"{split} examples {what}"):
@@ -76,19 +79,19 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
 
 
 def _chats(spec: ChatDataset) -> Iterator[Chat]:
-    """Endless chats of the dataset's kind."""
+    """Yield chats of the dataset's kind without end."""
     problems = mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions(odd, spec.seed)
     for problem in problems:
         yield Chat.of(problem.source, problem.question, problem.response)
 
 
-def _distinct(chats: Iterator[Chat], longest: int | None) -> Iterator[Chat]:
-    """Chats that are short enough, each prompt once; ends after many in a row that are not."""
+def _distinct(chats: Iterator[Chat], max_chars: int | None) -> Iterator[Chat]:
+    """Yield the chats that are short enough, each prompt once, until many in a row are not."""
     seen: set[int] = set()
     misses = 0
     for chat in chats:
         key = prompt_digest(chat.messages)
-        if key in seen or (longest is not None and chat.chars() > longest):
+        if key in seen or (max_chars is not None and chat.chars() > max_chars):
             misses += 1
             if misses > _MAX_MISSES:
                 return
@@ -99,7 +102,7 @@ def _distinct(chats: Iterator[Chat], longest: int | None) -> Iterator[Chat]:
 
 
 def _take(source: Iterator[Chat], count: int, what: str) -> Iterator[Chat]:
-    """The next `count` chats.
+    """Yield the next `count` chats.
 
     Raises:
         UserError: there are fewer.
@@ -109,7 +112,7 @@ def _take(source: Iterator[Chat], count: int, what: str) -> Iterator[Chat]:
         taken += 1
         yield chat
     if taken < count:
-        raise UserError(f"found {taken} distinct {what}; {count} are asked for")
+        raise UserError(f"found {taken} distinct {what}; {count} are needed")
 
 
 def _row(split: Split, chat: Chat) -> Row:
@@ -117,22 +120,24 @@ def _row(split: Split, chat: Chat) -> Row:
 
 
 def disjoint(rows: Iterable[Row]) -> Iterator[Row]:
-    """The same rows; raises UserError, naming the prompt, once two splits share one. Random facts may be shared."""
-    home: dict[int, Split] = {}
+    """Yield the same rows; raise UserError, naming the prompt, if two splits share it. Random facts may be shared."""
+    split_of: dict[int, Split] = {}
     for row in rows:
         if row["source"] != SOURCE:
-            found = home.setdefault(prompt_digest(row["messages"]), row["split"])
-            if found != row["split"]:
+            first = split_of.setdefault(prompt_digest(row["messages"]), row["split"])
+            if first != row["split"]:
                 text = prompt(row["messages"])[:80]
-                raise UserError(f"splits {found!r} and {row['split']!r} share the example {text!r}")
+                raise UserError(f"splits {first!r} and {row['split']!r} share the example {text!r}")
         yield row
 
 
 def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
-    """Write rows as parquet, whole or not at all, a row group at a time.
+    """Write rows as parquet, a row group at a time; the file appears only once it is complete.
 
     Args:
-        about: a note that `about` reads again: plain JSON data.
+        rows: the rows, in the order of the file.
+        path: the file to write.
+        about: a note for the function `about`, as plain JSON data.
     """
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
@@ -154,12 +159,20 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def read_dataset(path: Path) -> Iterator[Row]:
-    """The rows of a dataset file; splits checked to be disjoint."""
+    """Yield the rows of a dataset file.
+
+    Raises:
+        UserError: the file is missing or damaged, or two splits share an example.
+    """
     with damage_told(path), pq.ParquetFile(path) as file:
         yield from disjoint(row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
 
 
 def about(path: Path) -> dict[str, Any] | None:
-    """What was noted of a dataset of the hub: its id and commit, how many rows it has, which were left out and why."""
+    """Return the note in a dataset file; None if it has none, as datasets that are not of the hub.
+
+    The note has the dataset's `id` and `commit`, its number of `rows` and of `usable` rows, and under `left_out` the
+    number of rows for each reason.
+    """
     note = (pq.read_schema(path).metadata or {}).get(_ABOUT)
     return None if note is None else json.loads(note)

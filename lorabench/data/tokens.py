@@ -1,7 +1,7 @@
 """Token caches: a dataset's examples as token ids with the mask of scored tokens.
 
-A cache is keyed by dataset, tokenizer and chat template: the three hashes stand in the file and
-`read_tokens` refuses a file that belongs to others, or is damaged.
+A cache is keyed by dataset, tokenizer and chat template: the file holds the three hashes, and `read_tokens` refuses a
+file that was made from others or is damaged.
 """
 
 from __future__ import annotations
@@ -34,15 +34,21 @@ from lorabench.tensors import DamagedError, read_header, read_tensors, write_ten
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Rows that are read at once.
+# Rows of a batch that is read.
 _BATCH_ROWS = 256
-# A larger share of examples over the limit is no matter of a few.
+# Leaving out more than this share of a split would change the dataset: it is an error.
 _MOST_LEFT_OUT = 0.1
 
 
 @dataclass(frozen=True)
 class TokenizedSplit:
-    """Examples laid end to end: example i is `ids[offsets[i]:offsets[i+1]]`, scored where `scored` is True."""
+    """The concatenated examples of a split; example i is `ids[offsets[i]:offsets[i+1]]`.
+
+    Attributes:
+        ids: token ids, (tokens,).
+        scored: whether the loss is taken on a token, (tokens,).
+        offsets: start of each example and the end of the last, (examples + 1,).
+    """
 
     ids: np.ndarray
     scored: np.ndarray
@@ -52,28 +58,28 @@ class TokenizedSplit:
         return len(self.offsets) - 1
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and scored mask of one example, both (length,)."""
+        """Return the token ids and the scored mask of an example, both (length,)."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[span], self.scored[span]
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, (n,)."""
+        """Return the number of tokens of each example, (examples,)."""
         return np.diff(self.offsets)
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
-    """Token ids of a chat and which of them are scored: every assistant turn with its end token, or a whole plain text.
+    """Return a chat's token ids and which are scored: every assistant turn with its end token, or a whole plain text.
 
-    The span of a turn is what the template adds between its generation prompt and the turn's end, so
-    this holds for any template that only ever appends. What a template puts after the end token (a
-    line break, say) is not the assistant's and not scored.
+    The span of a turn is what the template adds between its generation prompt and the turn's end, which holds for any
+    template that only appends. What a template puts after the end token (such as a line break) is not part of the
+    assistant's turn, and is not scored.
 
     Raises:
-        UserError: the template rewrites earlier turns, so spans can't be told.
+        UserError: the template rewrites earlier turns, so that the spans can't be determined, or it refuses the roles.
     """
     if is_text(messages):
         plain = list(tokenizer(messages[0]["content"])["input_ids"])
-        # Some tokenizers end every text themselves.
+        # Some tokenizers append the end token themselves.
         plain += [] if plain[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
         return plain, [True] * len(plain)
     ids: list[int] = _render(tokenizer, messages)
@@ -84,7 +90,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
         before = _render(tokenizer, messages[:position], generation=True)
         through = _render(tokenizer, messages[: position + 1]) if messages[position + 1 :] else ids
         if ids[: len(through)] != through or through[: len(before)] != before:
-            raise UserError("the chat template rewrites earlier turns, so assistant tokens can't be told apart")
+            raise UserError("the chat template rewrites earlier turns, so assistant tokens can't be identified")
         turn = through[len(before) :]
         if tokenizer.eos_token_id in turn:
             turn = turn[: len(turn) - turn[::-1].index(tokenizer.eos_token_id)]
@@ -102,19 +108,19 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation: 
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of vocabulary, merges and normalisation."""
+    """Return a hash of the tokenizer's vocabulary, merges and normalization."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def template_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the chat template."""
+    """Return a hash of the tokenizer's chat template."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, dataset: Path) -> dict[str, str]:
-    """What a token cache depends on."""
+    """Return the hashes that identify a token cache: of the dataset, the tokenizer and the chat template."""
     return {
         "dataset": file_sha256(dataset)[:16],
         "tokenizer": tokenizer_key(tokenizer),
@@ -124,10 +130,10 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, dataset: Path) -> dict[str, st
 
 @dataclass(frozen=True)
 class Limits:
-    """How long an example may be, in tokens."""
+    """Limits of an example's length, in tokens."""
 
     model: int
-    """What the model takes; a longer example is an error."""
+    """The model's context; a longer example is an error."""
     dataset: int | None = None
     """The dataset's own limit; longer examples are left out and counted."""
 
@@ -141,11 +147,18 @@ def write_tokens(
 ) -> None:
     """Tokenize a dataset file into a cache file, a row group at a time.
 
+    Args:
+        dataset: the dataset file.
+        tokenizer: the model's tokenizer, with its chat template.
+        path: the cache file to write.
+        limits: the longest example.
+        processes: processes that share the work.
+
     Raises:
-        UserError: no chat template, splits that share an example, an example without a scored token or longer than the
-            model takes, or a split of which more than a tenth is longer than the dataset's limit.
+        UserError: the tokenizer has no chat template, splits share an example, an example has no scored token or is
+            longer than the model's context, or more than a tenth of a split is longer than the dataset's limit.
     """
-    # All of it is read, so that splits that share an example are told here.
+    # Reading the whole dataset also checks that its splits are disjoint.
     chats = sum(not is_text(row["messages"]) for row in read_dataset(dataset))
     if chats and not tokenizer.chat_template:
         raise UserError(
@@ -173,7 +186,7 @@ def write_tokens(
 
 
 class _Part:
-    """The tokens of one split on their way into a cache, in files of their own."""
+    """The tokens of a split while a cache is made, in temporary files."""
 
     def __init__(self, folder: Path, split: Split, open_files: ExitStack) -> None:
         self.split = split
@@ -187,7 +200,7 @@ class _Part:
         self._files["scored"].write(scored.tobytes())
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The split's tensors, memory-mapped, once its files are closed."""
+        """Return the split's tensors, memory-mapped, once its files are closed."""
         mapped = {name: np.memmap(path, _TYPES[name], "r") for name, path in self._paths.items()}
         offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         return {f"{self.split}.{name}": values for name, values in (mapped | {"offsets": offsets}).items()}
@@ -199,32 +212,32 @@ _Encoded = list[tuple[Split, np.ndarray, np.ndarray]]
 
 def _check_left_out(left_out: dict[Split, int], kept: dict[Split, int], limits: Limits) -> None:
     for split, count in left_out.items():
-        whole = count + kept[split]
+        total = count + kept[split]
         if count:
-            said = f"{count} of {whole} examples of split {split!r} have more than max_tokens = {limits.dataset} tokens"
-            if count > whole * _MOST_LEFT_OUT:
-                raise UserError(f"{said}; lower max_chars, so that the examples chosen are shorter")
-            logging.warning("left out: %s", said)
+            text = f"{count} of {total} examples of split {split!r} have more than max_tokens = {limits.dataset} tokens"
+            if count > total * _MOST_LEFT_OUT:
+                raise UserError(f"{text}; lower max_chars, so that the examples chosen are shorter")
+            logging.warning("left out: %s", text)
 
 
 def _encoded_groups(
     dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int
 ) -> Iterator[_Encoded]:
-    """The examples of each row group, in order, each group encoded by one of several processes."""
+    """Yield the examples of each row group, in order; several processes encode a group each."""
     with pq.ParquetFile(dataset) as file:
         groups = range(file.num_row_groups)
-    worker = _Worker(dataset, tokenizer, limits)
+    encoder = _Encoder(dataset, tokenizer, limits)
     processes = min(processes, len(groups))
     if processes == 1:
-        yield from map(worker.encode, groups)
+        yield from map(encoder.encode, groups)
         return
-    # Not forked: the threads of libraries that are loaded by now would not come along.
+    # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(worker,)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(encoder,)) as pool:
         running: deque[Future[_Encoded]] = deque()
         for group in groups:
             running.append(pool.submit(_encode, group))
-            # No more groups than these are held in memory.
+            # This bounds the number of groups in memory.
             if len(running) > processes:
                 yield running.popleft().result()
         while running:
@@ -232,8 +245,8 @@ def _encoded_groups(
 
 
 @dataclass(frozen=True)
-class _Worker:
-    """Encodes the row groups of a dataset file."""
+class _Encoder:
+    """The task of encoding the row groups of a dataset file, which is sent to other processes."""
 
     dataset: Path
     tokenizer: PreTrainedTokenizerBase
@@ -255,33 +268,37 @@ class _Worker:
         return split, np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])
 
 
-# The worker of this process, where it is one of several.
-_worker: _Worker
+# The task of this process, where several processes share the work.
+_encoder: _Encoder
 
 
-def _start(worker: _Worker) -> None:
-    global _worker
-    _worker = worker
+def _start(encoder: _Encoder) -> None:
+    global _encoder
+    _encoder = encoder
 
 
 def _encode(group: int) -> _Encoded:
-    return _worker.encode(group)
+    return _encoder.encode(group)
 
 
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
-    """The splits of a cache file, memory-mapped: what is read of them is loaded when it is.
+    """Return the splits of a cache file, memory-mapped: pages are loaded when they are read.
+
+    Args:
+        path: the cache file.
+        key: the hashes that the file must hold (see `cache_key`).
 
     Raises:
         UserError: the file is damaged, or was made from another dataset, tokenizer or template than `key` says.
     """
-    # For numpy it would read whole tensors; for torch on a CPU it maps them.
+    # safetensors maps tensors of torch on a CPU, but reads those of numpy whole.
     try:
-        tensors, found = read_tensors(path, "pt")
+        tensors, header = read_tensors(path, "pt")
     except DamagedError as error:
         raise UserError(f"token cache {error}; delete it to have it made again") from error
-    wrong = ", ".join(name for name in key if found.get(name) != key[name])
-    if wrong:
-        raise UserError(f"token cache {path} was made with another {wrong}; delete it to have it made again")
+    different = ", ".join(name for name in key if header.get(name) != key[name])
+    if different:
+        raise UserError(f"token cache {path} was made with another {different}; delete it to have it made again")
     return {
         split: TokenizedSplit(*(tensors[f"{split}.{name}"].numpy() for name in ("ids", "scored", "offsets")))
         for split in SPLITS
@@ -289,6 +306,6 @@ def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
 
 
 def examples_left_out(path: Path) -> dict[Split, int]:
-    """Examples of each split that a cache file leaves out as longer than the dataset's limit; empty without a limit."""
+    """Return for each split the number of examples over the dataset's limit, which a cache lacks; empty if no limit."""
     counts: dict[Split, int] = json.loads(read_header(path).get("left_out", "{}"))
     return counts

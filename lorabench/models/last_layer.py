@@ -1,7 +1,7 @@
-"""What nobody reads of the last layer is not computed.
+"""The last layer's MLP computes only the tokens whose output is read.
 
-Where a token is not scored, what the last layer makes of it goes nowhere but into its keys and values. So its MLP, most
-of a layer, computes those tokens only that are read. It matters in models of few layers, and where little is scored.
+The last layer's output of a token that is not scored is not used: only the token's keys and values are. So the MLP, the
+largest part of a layer, skips such tokens. This saves most in models of few layers, and where few tokens are scored.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lorabench.models.lanes import Rows
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The causal LM itself, if PEFT is around it."""
+    """Return the causal LM itself, where PEFT wraps it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def read_at(model: nn.Module, tokens: Tensor, rows: Rows, counts: Sequence[int]) -> Iterator[None]:
-    """Within, also in the backward pass, what the decoder gives is right at these tokens alone.
+    """Within the context, which must include the backward pass, the decoder's output is right at these tokens only.
 
-    A model whose layers have no `mlp` computes all tokens, and so does one whose `mlp` does not make a tensor of (rows,
-    length, width) of one such tensor.
+    All tokens are computed in a model whose layers have no `mlp`, or whose `mlp` does not map a tensor (rows, length,
+    width) to another.
 
     Args:
         model: a causal LM.
-        tokens: places in (rows x length), each once.
-        rows: those of the model's lanes.
-        counts: how many of the tokens are each lane's; those of a lane lie side by side.
+        tokens: distinct indices into (rows x length), grouped by lane.
+        rows: the row counts of the model's lanes.
+        counts: the number of these tokens of each lane.
     """
     layers: Any = getattr(unwrapped(model).get_decoder(), "layers", None)
     mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
@@ -47,12 +47,12 @@ def read_at(model: nn.Module, tokens: Tensor, rows: Rows, counts: Sequence[int])
             return forward(hidden, *others, **options)
         flat = hidden.flatten(0, 1)
         with rows.are(counts):
-            # A token is a row of its own, of length 1: experts expect three dimensions.
-            found = forward(flat.index_select(0, tokens)[:, None])
-        if not isinstance(found, Tensor):
+            # Each token becomes a row of length 1, since experts expect three dimensions.
+            output = forward(flat.index_select(0, tokens)[:, None])
+        if not isinstance(output, Tensor):
             return forward(hidden)
-        everywhere = torch.zeros_like(flat, dtype=found.dtype)
-        return everywhere.index_copy(0, tokens, found.flatten(0, 1)).view_as(hidden)
+        everywhere = torch.zeros_like(flat, dtype=output.dtype)
+        return everywhere.index_copy(0, tokens, output.flatten(0, 1)).view_as(hidden)
 
     mlp.forward = at_tokens
     try:

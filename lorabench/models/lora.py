@@ -1,12 +1,13 @@
-"""LoRA through PEFT, in the paper's parametrisation.
+"""LoRA through PEFT, in the paper's parametrization.
 
-W' = W + (alpha/r) B A with A uniform in +-1/sqrt(d_in) (PEFT's default initialisation), B zero, one LR
-for both, and the unembedding included (paper.md, sections 1 and 2.1).
+W' = W + (alpha/r) B A with A uniform in +-1/sqrt(d_in) (PEFT's default initialization), B zero, and the same LR for
+both (the paper, "Setting LoRA hyperparameters"). The unembedding may carry LoRA too, as the paper's parameter counts
+imply.
 
-In a mixture of experts every expert has a LoRA of its own, whose rank is the total rank divided by the
-number of active experts, at least 1, and whose scaling is alpha over that rank (paper.md, section 5).
-The router carries none. Experts that a model keeps fused in one parameter (gate and up as one matrix,
-all experts in one stack) share an A between gate and up, so they have fewer LoRA parameters than apart.
+In a mixture of experts each expert has a LoRA of its own, whose rank is the total rank divided by the number of active
+experts, at least 1 (the paper, "Layers where LoRA is applied"), and whose scaling is alpha over that rank. The router
+has none. Where a model keeps its experts fused in one parameter (gate and up as one matrix, all experts stacked), gate
+and up share an A, so that there are fewer LoRA parameters than with separate matrices.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-# PEFT's regular expression for what lies inside a module named `experts`; shared experts are always active.
+# The pattern by which PEFT finds layers inside a module named `experts`; shared experts, always active, do not match.
 _EXPERTS = r"experts\..+"
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Full names of what carries LoRA: linear layers, and stacks of experts that are one parameter each."""
+    """Full names of the linear layers that carry LoRA, and of the parameters that do, each a stack of experts."""
 
     modules: list[str]
     parameters: list[str]
 
 
 def in_expert(name: str) -> bool:
-    """Whether a module or parameter belongs to one of several experts, going by its full name."""
+    """Return whether a module or parameter belongs to an expert, judging by its full name."""
     return "experts" in name.split(".")[:-1]
 
 
 def targets(model: PreTrainedModel, placement: Placement, include_unembedding: bool) -> Targets:
-    """What carries LoRA in a placement.
+    """Return the layers and parameters that carry LoRA in a placement.
 
     Raises:
-        UserError: the model has no layer of that placement under a name this project knows, or has experts
-            that would silently stay without LoRA.
+        UserError: the model has no layer of that placement under a known name, or has experts that would silently get
+            no LoRA.
     """
     import torch
 
@@ -61,26 +62,26 @@ def targets(model: PreTrainedModel, placement: Placement, include_unembedding: b
         raise UserError(f"{type(model).__name__} has no layer for placement {placement!r}; known names: {names}")
     if placement != "attn":
         covered = {*stacks, *(f"{name}.weight" for name in modules)}
-        left_out = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]
-        if left_out:
-            raise UserError(f"{type(model).__name__} has experts under a name without LoRA: {left_out[0]}")
+        uncovered = [name for name, p in weights.items() if p.ndim > 1 and in_expert(name) and name not in covered]
+        if uncovered:
+            raise UserError(f"{type(model).__name__} has expert weights that would get no LoRA, such as {uncovered[0]}")
     head = model.get_output_embeddings()
     unembedding = [name for name, module in model.named_modules() if module is head]
     return Targets(modules + (unembedding if include_unembedding else []), stacks)
 
 
 def expert_rank(model: PreTrainedModel, rank: int) -> int:
-    """Rank of one expert's LoRA: the total rank over the active experts, at least 1."""
+    """Return the rank of an expert's LoRA: the total rank over the number of active experts, at least 1."""
     active = getattr(model.config, "num_experts_per_tok", None)
     if not active:
-        raise UserError(f"config of {type(model).__name__} does not say num_experts_per_tok, which divides the rank")
+        raise UserError(f"the config of {type(model).__name__} lacks num_experts_per_tok, by which the rank is divided")
     return max(1, rank // int(active))
 
 
 def lora_config(
     model: PreTrainedModel, rank: int, placement: Placement, alpha: float, include_unembedding: bool
 ) -> LoraConfig:
-    """PEFT's configuration of one condition."""
+    """Return PEFT's configuration of a condition."""
     from peft import LoraConfig
 
     chosen = targets(model, placement, include_unembedding)
@@ -107,56 +108,62 @@ def add_lora(
     init_a: float = 1.0,
     adapter: str = "default",
 ) -> PeftModel:
-    """Put LoRA on a base model, A drawn from `seed`; the base is frozen. `.unload()` takes it off again.
+    """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
 
     Args:
+        model: the base model.
+        rank: the rank; in a mixture of experts the total rank of the active experts.
+        placement: the layers that carry LoRA.
+        alpha: the numerator of the scaling alpha/r.
+        include_unembedding: whether the unembedding carries LoRA too.
+        seed: from which A is drawn.
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
-        adapter: its name to PEFT.
+        adapter: PEFT's name of the adapter.
 
     Raises:
-        UserError: the model has no such layers, or PEFT put LoRA elsewhere than asked.
+        UserError: the model has no such layers, or PEFT put LoRA on other layers.
     """
     import torch
     from peft import get_peft_model
 
     config = lora_config(model, rank, placement, alpha, include_unembedding)
-    wanted = {*config.target_modules, *(config.target_parameters or ())}
+    names = {*config.target_modules, *(config.target_parameters or ())}
     torch.manual_seed(seed)
-    with _without_idle_warnings():
+    with _without_false_warnings():
         peft_model = get_peft_model(model, config, adapter_name=adapter)
     layers = dict(lora_layers(peft_model))
-    # PEFT rewrites the targets of some mixtures of experts, to load what older versions saved.
-    if layers.keys() != wanted:
-        differ = sorted(layers.keys() ^ wanted)
-        raise UserError(f"PEFT put LoRA elsewhere than asked in {type(model).__name__}, for one at {differ[0]}")
+    # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.
+    if layers.keys() != names:
+        different = sorted(layers.keys() ^ names)
+        raise UserError(f"PEFT did not put LoRA on the layers asked for in {type(model).__name__}: see {different[0]}")
     _scale_a(peft_model, adapter, init_a)
     return peft_model
 
 
 def add_lane(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> None:
-    """Put another adapter on a model, of the same kind as the one it has, and make it the one that is trained.
+    """Put another adapter on a model, with the configuration of its first one, and make it the trained one.
 
-    It starts as `add_lora` with that seed would have it.
+    Its initial weights are those that `add_lora` draws from the same seed.
     """
     import torch
 
     config = replace(model.active_peft_config)
     torch.manual_seed(seed)
-    with _without_idle_warnings():
+    with _without_false_warnings():
         model.add_adapter(adapter, config)
     model.set_adapter(adapter)
     _scale_a(model, adapter, init_a)
 
 
 @contextmanager
-def _without_idle_warnings() -> Iterator[None]:
-    """Without those of PEFT that are about nothing."""
+def _without_false_warnings() -> Iterator[None]:
+    """Within the context, ignore warnings of PEFT that do not apply."""
     with warnings.catch_warnings():
-        # Of a tied pair the unembedding alone carries LoRA, as meant; the embedding stays as it was.
+        # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        # PEFT asks transformers by an old name; a user can do nothing about it.
+        # PEFT calls transformers by a deprecated name, which a user can't change.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # The rank of fused experts does take effect; PEFT looks for its pattern among modules only.
+        # The rank of fused experts does take effect; PEFT looks for its pattern only among modules.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         yield
 
@@ -170,12 +177,12 @@ def _scale_a(model: PeftModel, adapter: str, init_a: float) -> None:
 
 
 def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's LoRA layers by the name, in the base model, of the module or parameter that each adapts."""
+    """Yield PEFT's LoRA layers, each with the name in the base model of the module or parameter that it adapts."""
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            # Two parameters of one module are wrapped one around the other.
+            # For two parameters of a module PEFT nests two wrappers.
             path = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
             yield ".".join(path + ([module.parameter_name] if isinstance(module, ParamWrapper) else [])), module
 
@@ -183,9 +190,9 @@ def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def adapter_pairs(
     model: torch.nn.Module, adapter: str = "default"
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A (r, d_in), B (d_out, r) and scaling alpha/r of an adapter in each linear layer with LoRA, experts left out.
+    """Return A (r, d_in), B (d_out, r) and the scaling alpha/r of an adapter by linear layer, without experts.
 
-    The tensors are the parameters themselves, so they follow the training.
+    The tensors are the parameters themselves, so they change in training.
     """
     return {
         name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])

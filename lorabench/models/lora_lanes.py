@@ -1,12 +1,12 @@
-"""LoRA of several lanes on one frozen base, computed faster than layer by layer.
+"""LoRA of several lanes (runs that share a model) on one frozen base, computed faster than one after the other.
 
-PEFT puts the adapters on, one for each lane, and saves them; here its linear layers get another forward pass. The base
-is computed for the rows of all lanes as one product. A and B of all lanes are stacked, and added to the result in
-place; the backward pass is written out, so that no product of the size of the activations is kept or scaled. Where the
-rank is large for the layer, fewer products are needed with A and B merged into the weights. With autocast the frozen
-weights are cast once, not in every pass.
+PEFT adds the adapters, one for each lane, and saves them; this module replaces the forward pass of its linear layers.
+The base's product is computed for the rows of all lanes at once. A and B of all lanes are stacked, and their products
+are added to the result in place; the backward pass is explicit, so that no product of the size of the activations is
+kept or scaled. Where the rank is large for the layer, merging A and B into the weights takes fewer FLOPs. With autocast
+the frozen weights are cast once, not in every pass.
 
-Experts that a model keeps in one parameter have LoRA through PEFT's own forward pass; then there is one lane.
+Fused experts (all experts of a layer in one parameter) are computed by PEFT's own forward pass, with a single lane.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
 
 
 def can_share(model: PeftModel) -> bool:
-    """Whether rows of several lanes can go through the model: experts see tokens without their rows."""
+    """Return whether several lanes can share the model; experts receive tokens without their rows, so they can't."""
     return not any(in_expert(name) for name, _ in lora_layers(model))
 
 
 def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -> Stack:
-    """The lanes of a model that has an adapter of each of these names, of the same shapes; all adapters but these go on
-    lying idle. `model.unload()` gives the base back.
+    """Make the adapters of a model its lanes. Its other adapters stay unused; `model.unload()` returns the base.
 
     Args:
-        keep_cast: with autocast, keep the frozen weights in its type too, half the memory of the base once more.
-            Without, they are cast in every pass, and kept until the backward pass or, where activations are computed
-            again, no longer than a layer takes.
+        model: a model with an adapter for each lane, all of the same shapes.
+        names: the adapters' names, in the order of the lanes' rows.
+        keep_cast: whether to keep, with autocast, the cast frozen weights, which take half the memory of the base.
+            Otherwise they are cast in every pass, and kept until the backward pass or, where activations are
+            recomputed, only while a layer is computed.
 
     Raises:
-        ValueError: several lanes on a model that can't share (see `can_share`).
+        ValueError: there are several lanes on a model that they can't share (see `can_share`).
     """
     from peft.tuners.lora import Linear
 
     if len(names) > 1 and not can_share(model):
-        raise ValueError(f"{len(names)} lanes on a model whose experts carry LoRA")
+        raise ValueError(f"{len(names)} lanes can't share a model whose experts carry LoRA")
     starts: list[dict[str, nn.Parameter]] = []
     for adapter in names:
         weights = {name: p for name, p in model.named_parameters() if f".{adapter}." in name and ".lora_" in name}
@@ -60,7 +61,7 @@ def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -
             shelf.mirror(lane, name, parameter)
     modules = {id(module): name for name, module in model.named_modules()}
     for _, layer in lora_layers(model):
-        # Where experts are one parameter PEFT's own forward pass reads the one lane's mirrors.
+        # For fused experts PEFT's own forward pass reads the parameters that mirror the single lane's weights.
         if isinstance(layer, Linear):
             a, b = (shelf.leaves[f"{modules[id(layer)]}.lora_{factor}.default.weight"] for factor in "AB")
             layer.lanes = _Factors(a, b, layer.scaling[names[0]], rows, keep_cast)
@@ -71,7 +72,7 @@ def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -
 
 @dataclass
 class _Factors:
-    """What a linear layer adds to its frozen product: A (lanes, r, d_in), B (lanes, d_out, r) and their scaling."""
+    """The LoRA of a linear layer: A (lanes, r, d_in), B (lanes, d_out, r) and their scaling alpha/r."""
 
     a: Tensor
     b: Tensor
@@ -79,37 +80,37 @@ class _Factors:
     rows: Rows
     keep_cast: bool
     cast: tuple[Tensor, Tensor | None] | None = None
-    """The frozen weight and bias in autocast's type, once made."""
+    """The frozen weight and bias in autocast's type, once they are cast."""
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    """The forward pass of a linear layer, (rows, ..., d_in) to (rows, ..., d_out)."""
-    own: _Factors = layer.lanes
+    """Compute a linear layer, (rows, ..., d_in) to (rows, ..., d_out)."""
+    factors: _Factors = layer.lanes
     base: nn.Linear = layer.base_layer
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        cast = own.cast
+        cast = factors.cast
         if cast is None or cast[0].dtype != dtype:
             cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-        own.cast = cast if own.keep_cast else None
+        factors.cast = cast if factors.keep_cast else None
         weight, bias = cast
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])
-    counts = own.rows.tokens(len(flat))
-    merged = _merging_pays(x.dtype, len(flat) / len(counts), x.shape[-1], len(weight), own.a.shape[1])
+    counts = factors.rows.tokens(len(flat))
+    merged = _merging_pays(x.dtype, len(flat) / len(counts), x.shape[-1], len(weight), factors.a.shape[1])
     product = _Merged if merged else _Added
-    y: Tensor = product.apply(flat, weight, bias, own.a, own.b, own.scaling, counts)  # type: ignore[no-untyped-call]
+    y: Tensor = product.apply(flat, weight, bias, factors.a, factors.b, factors.scaling, counts)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _merging_pays(dtype: torch.dtype, tokens: float, d_in: int, d_out: int, rank: int) -> bool:
-    """Whether merged weights cost fewer products, if each lane has so many tokens.
+    """Return whether merged weights take fewer multiplications, given the mean number of tokens per lane.
 
-    Merging twice, and the gradients of A and B from that of the weights, are 4 r d_in d_out. In 16 bits small updates
-    of W would be rounded away.
+    Merging in both passes, and computing the gradients of A and B from that of the weights, take 4 r d_in d_out. Only
+    fp32 is merged: in 16 bits small updates of W would be lost to rounding.
     """
     if dtype != torch.float32 or not merges(rank, d_in, d_out):
         return False
@@ -117,9 +118,14 @@ def _merging_pays(dtype: torch.dtype, tokens: float, d_in: int, d_out: int, rank
 
 
 def _each(counts: Sequence[int], tokens: Sequence[Tensor], stacked: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Tokens (tokens, width) as (lanes, tokens of each, width), and what is stacked by lane.
+    """Return groups of lanes to compute together: (lanes, tokens of each, width) of each tensor, and the stacked ones.
 
-    All lanes at once, or each by itself where they have different numbers of tokens.
+    All lanes are one group if they have the same number of tokens; otherwise each lane is a group.
+
+    Args:
+        counts: tokens of each lane.
+        tokens: tensors (tokens, width).
+        stacked: tensors (lanes, ...).
     """
     if even(counts):
         return [(*(by_lane(tensor, counts) for tensor in tokens), *stacked)]
@@ -128,7 +134,7 @@ def _each(counts: Sequence[int], tokens: Sequence[Tensor], stacked: Sequence[Ten
 
 
 def _narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """Products of (lanes, tokens, d) and (lanes, d, r), (lanes, tokens, r).
+    """Return the products (lanes, tokens, r) of (lanes, tokens, d) and (lanes, d, r).
 
     In fp32 a CPU takes up to five times as long for few columns as for few rows, at ranks below 16.
     """
@@ -138,18 +144,18 @@ def _narrow(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _outer(g: Tensor, inner: Tensor) -> Tensor:
-    """Products of (lanes, tokens, d) and (lanes, tokens, r), (lanes, d, r).
+    """Return the products (lanes, d, r) of the transposed (lanes, tokens, d) with (lanes, tokens, r).
 
-    The other way round a CPU takes up to seven times as long.
+    Without transposing the result a CPU takes up to seven times as long.
     """
     return torch.bmm(inner.mT, g).mT
 
 
 class _Added(torch.autograd.Function):
-    """x W' + scaling (x A') B' with each lane's A and B.
+    """Computes x W' + scaling (x A') B' with each lane's A and B.
 
-    x (tokens, d_in), W (d_out, d_in), A (lanes, r, d_in), B (lanes, d_out, r); the tokens of a lane lie side by side.
-    The gradients of A and B are added to `A.grad` and `B.grad` where these lie, on the shelf.
+    The shapes are x (tokens, d_in), W (d_out, d_in), A (lanes, r, d_in) and B (lanes, d_out, r); the tokens of a lane
+    are contiguous. The gradients of A and B are added to `A.grad` and `B.grad` in place, on the shelf.
     """
 
     @staticmethod
@@ -192,7 +198,7 @@ class _Added(torch.autograd.Function):
 
 
 class _Merged(torch.autograd.Function):
-    """As `_Added`, in fp32, by W + scaling B A, which is made anew in both passes, and by its gradient."""
+    """Computes the same as `_Added` in fp32, with W + scaling B A (merged again in both passes) and its gradient."""
 
     @staticmethod
     def forward(

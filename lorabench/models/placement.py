@@ -1,4 +1,4 @@
-"""Where LoRA goes: the paper's three placements as names of layers in the decoder families, experts included."""
+"""The paper's three placements of LoRA, as names of layers in the known decoder families, experts included."""
 
 from __future__ import annotations
 

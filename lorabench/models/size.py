@@ -1,4 +1,4 @@
-"""How large a model is, and what a token costs in training."""
+"""The size of a model, and the FLOPs of a training step per token."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model that is about to be trained."""
+    """The parameters of the base, and the FLOPs per token of a training step (see the functions of these names)."""
 
     base_parameters: int
     train_flops_per_token: int
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Sizes:
-        """Counted from the model."""
+        """Count the sizes of a model."""
         return cls(base_parameters(model), train_flops_per_token(model))
 
 
 def base_parameters(model: torch.nn.Module) -> int:
-    """Parameters of the base, adapters left out."""
+    """Return the number of parameters of the base, without adapters."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
 
 
 def train_flops_per_token(model: torch.nn.Module) -> int:
-    """FLOPs of a forward and backward pass for one token, linear layers only, as the paper counts (paper.md, 3.6).
+    """Return the FLOPs of a forward and backward pass per token, of linear layers only, as the paper counts them.
 
-    A weight that is trained takes 6: 2 for the output, 2 for the gradient of the input, 2 for its own. A frozen one
-    takes 4. LoRA's A and B are trained, the layers below them frozen. Of a mixture of experts the active
-    ones count, without their router; of several adapters the one that is trained.
+    A trained weight takes 6 FLOPs: 2 for the output, 2 for the gradient of the input, and 2 for its own gradient. A
+    frozen weight takes 4. LoRA's A and B are trained, the layers under them frozen. In a mixture of experts the active
+    experts count, and the router does not; of several adapters the trained one counts.
     """
     import torch
 
@@ -44,14 +44,14 @@ def train_flops_per_token(model: torch.nn.Module) -> int:
             share = _active_share(model) if ".experts." in name else 1.0
             flops += share * module.weight.numel() * (6 if module.weight.requires_grad else 4)
     for name, parameter in model.named_parameters():
-        # Experts that are one parameter for all.
+        # Some models keep all experts of a layer in one parameter.
         if parameter.ndim == 3 and ".experts." in name:
             flops += _active_share(model) * parameter.numel() * (6 if parameter.requires_grad else 4)
     return round(flops)
 
 
 def _active_share(model: torch.nn.Module) -> float:
-    """Active experts over all; 1 in a dense model."""
+    """Return the share of experts that are active for a token; 1 in a dense model."""
     config: Any = model.config
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     return float(config.num_experts_per_tok) / experts if experts else 1.0

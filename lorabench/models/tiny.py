@@ -1,10 +1,10 @@
-"""The tiny bases: models of 0.3M to 1.7M parameters, pretrained here, shipped with the package.
+"""The tiny bases: models of 0.3M to 1.7M parameters, pretrained by this project and shipped with the package.
 
-They exist so that every comparison runs without a hub or a GPU on models that were really pretrained,
-of two families, two widths, dense and mixture of experts. `RECIPES` is all there is to them, `build`
-follows one, and `lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat
-template, recipe with hash and held-out loss). All share the tokenizer and learn from the same tasks. Rebuild
-one with `lorabench tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
+With them every comparison runs without a hub or a GPU on models that were really pretrained, of two families and two
+widths, dense and as a mixture of experts. `RECIPES` determines them, `build` follows a recipe, and
+`lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat template, and the recipe with
+the weights' hash and held-out loss). All share a tokenizer and are trained on the same tasks. Rebuild one with
+`lorabench tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "shipped"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-# The end token closes a pretraining document as well as an assistant's turn, so the base knows it.
+# The end token ends pretraining documents as well as assistants' turns, so that the base has learned it.
 END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -51,25 +51,25 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a tiny base. Sizes in tokens unless named otherwise."""
+    """Everything that determines a tiny base. Lengths are in tokens unless the name says otherwise."""
 
     family: Literal["llama", "qwen3", "qwen3_moe"] = "llama"
-    # The shipped base whose tokenizer it shares; None trains one.
+    # The shipped base whose tokenizer this one shares; None to train one.
     tokenizer: str | None = None
     vocab_size: int = 1024
     hidden_size: int = 128
-    # Width of a dense MLP, or of one expert.
+    # Width of a dense MLP, or of an expert.
     intermediate_size: int = 320
     # Zero in a dense model.
     experts: int = 0
     active_experts: int = 0
-    # Weight of the loss that balances the experts: without it half of them fall idle.
+    # Weight of the load-balancing loss, without which half of the experts are never used.
     balance: float = 0.0
     layers: int = 3
     heads: int = 4
     context: int = 512
     worked_share: float = 0.5
-    # A little of what fine-tuning will teach, as a base trained on the web has seen a little of everything.
+    # Share of the fine-tuning tasks in pretraining, as a base trained on the web has seen a little of everything.
     rare_share: float = 0.01
     chat_share: float = 0.2
     max_document_chars: int = 500
@@ -99,12 +99,12 @@ RECIPES: dict[str, Recipe] = {
 
 
 def shipped(name: str) -> Path:
-    """Folder of a shipped tiny base."""
+    """Return the folder of a shipped tiny base."""
     return FOLDER / name
 
 
 def pretraining_problems(recipe: Recipe, seed: int) -> Iterator[Problem]:
-    """Endless problems that are short enough: the pretraining pool, and rarely the fine-tuning pools."""
+    """Yield short enough problems without end: from the pretraining pool, and rarely from the fine-tuning pools."""
     common = worked_solutions(even, seed), mixture(PRETRAIN_TASKS, seed)
     rare = worked_solutions(odd, seed), mixture(INSTRUCT_TASKS, seed)
     rng = Random(seed)
@@ -116,7 +116,7 @@ def pretraining_problems(recipe: Recipe, seed: int) -> Iterator[Problem]:
 
 
 def document(problem: Problem, rng: Random, chat_share: float) -> str:
-    """One pretraining document: plain text, or a chat as modern mid-training has them."""
+    """Return a pretraining document: plain text, or with probability `chat_share` a chat, as in modern mid-training."""
     if rng.random() < chat_share:
         return f"{USER}{problem.question}{ASSISTANT}{problem.response}{END}"
     question, answer = rng.choice((("", "\n"), ("Question: ", "\nAnswer: "), ("Problem: ", "\n\nSolution: ")))
@@ -124,19 +124,19 @@ def document(problem: Problem, rng: Random, chat_share: float) -> str:
 
 
 def documents(recipe: Recipe, seed: int) -> Iterator[str]:
-    """Endless pretraining documents."""
+    """Yield pretraining documents without end."""
     rng = Random(seed)
     for problem in pretraining_problems(recipe, seed):
         yield document(problem, rng, recipe.chat_share)
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, trained on the pretraining text."""
+    """Return a byte-level BPE tokenizer that keeps digits apart, trained on the pretraining text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # Words with their leading space, single digits, runs of other signs: GPT-2's split, digits apart.
+    # This is GPT-2's split with single digits: words with their leading space, digits, runs of other signs.
     split = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -195,14 +195,14 @@ def _config(recipe: Recipe) -> PreTrainedConfig:
                 moe_intermediate_size=recipe.intermediate_size,
                 num_experts=recipe.experts,
                 num_experts_per_tok=recipe.active_experts,
-                # As the published models of this family have it.
+                # The published models of this family set it.
                 norm_topk_prob=True,
                 **common,
             )
 
 
 def new_model(recipe: Recipe) -> PreTrainedModel:
-    """The untrained model of the recipe, fp32, untied head."""
+    """Return the untrained model of a recipe, in fp32 and with an unembedding of its own."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -212,7 +212,7 @@ def new_model(recipe: Recipe) -> PreTrainedModel:
 
 
 def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
-    """Endless blocks of `recipe.block` + 1 tokens from documents laid end to end."""
+    """Yield blocks of `recipe.block` + 1 tokens from concatenated documents, without end."""
     pending: list[int] = []
     source = documents(recipe, seed)
     while True:
@@ -224,14 +224,14 @@ def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int)
 
 
 def _nll(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """Mean next-token NLL in nats of blocks (n, block + 1)."""
+    """Return the mean next-token NLL of blocks (n, block + 1), in nats per token."""
     import torch
 
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
 
 
 def _training_loss(model: PreTrainedModel, blocks: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, float]:
-    """What pretraining minimises, and the NLL in it."""
+    """Return the loss that pretraining minimises, and the NLL in it in nats per token."""
     experts: dict[str, Any] = {"output_router_logits": True} if recipe.balance else {}
     output = model(input_ids=blocks[:, :-1], use_cache=False, **experts)
     nll = _nll(output.logits, blocks)
@@ -240,7 +240,7 @@ def _training_loss(model: PreTrainedModel, blocks: torch.Tensor, recipe: Recipe)
 
 
 def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: Recipe) -> torch.Tensor:
-    """Load-balancing loss of the routers, of each layer by itself; the active experts when tokens are spread evenly."""
+    """Return the mean load-balancing loss of the layers; evenly used experts give the number of active experts."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
     losses = [load_balancing_loss_func((layer,), recipe.experts, recipe.active_experts) for layer in router_logits]
@@ -249,7 +249,7 @@ def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: Recipe) -> torch
 
 
 def _lr(recipe: Recipe, step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to a tenth."""
+    """Return the LR of a step: linear warm-up, then cosine decay to a tenth."""
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
@@ -257,7 +257,7 @@ def _lr(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
-    """NLL in nats per token on text of the same tasks, from another seed."""
+    """Return the NLL on text of the same tasks with another seed, in nats per token."""
     import torch
 
     blocks = packed_blocks(recipe, tokenizer, recipe.seed + 1)
@@ -271,10 +271,9 @@ def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
 
 
 def build(out: Path, recipe: Recipe) -> dict[str, Any]:
-    """Pretrain a tiny base by its recipe and write it to `out`; return what `recipe.json` says.
+    """Pretrain a tiny base by its recipe, write it to the folder `out`, and return the content of `recipe.json`.
 
-    The held-out text comes from another seed of the same tasks; its loss is that of the weights as
-    shipped, in bf16.
+    The held-out loss is that of the shipped weights, which are in bf16.
     """
     import torch
 
@@ -298,9 +297,9 @@ def build(out: Path, recipe: Recipe) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            spent = time.perf_counter() - started
-            print(f"tiny base: step {step + 1}/{steps}, loss {nll:.3f}, {spent:.0f} s", flush=True)
-    # Shipped in bf16 (half the size); fine-tuning loads it into fp32 master weights.
+            seconds = time.perf_counter() - started
+            print(f"tiny base: step {step + 1}/{steps}, loss {nll:.3f}, {seconds:.0f} s", flush=True)
+    # The weights are shipped in bf16, at half the size; fine-tuning loads them into fp32 master weights.
     model = model.bfloat16().float().eval()
     out.mkdir(parents=True, exist_ok=True)
     heldout = heldout_nll(model, tokenizer, recipe)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config import FileFormat, GgufModel, HubModel
 from lorabench.data.chat import Chat, is_text
-from lorabench.data.files import FORMATS, Row, Tally, chosen_format, formats_in, usable_chats, usable_rows
+from lorabench.data.files import FORMATS, chosen_format, formats_in, usable_chats, usable_rows
+from lorabench.data.rows import Row, Tally
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.chat_template import template_text
@@ -202,7 +203,6 @@ def _hub_stream(name: str) -> Any:
 def _first_hub_rows(name: str, tally: Tally) -> Iterator[Row]:
     tally.unit = "row"
     for place, content in enumerate(islice(_hub_stream(name), _HUB_ROWS), 1):
-        tally.rows += 1
         yield Row(place, content)
 
 

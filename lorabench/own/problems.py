@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config import FileProblems
-from lorabench.data.files import Tally, tally_of
+from lorabench.data.files import tally_of
+from lorabench.data.rows import Tally
 from lorabench.errors import UserError
 from lorabench.own.data import prepared_tokenizer
 from lorabench.own.model import Model

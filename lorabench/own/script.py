@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorabench.config import GgufModel
-from lorabench.data.files import REPEATED, TOO_LONG
+from lorabench.data.rows import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import location
 from lorabench.models.chat_template import template_text

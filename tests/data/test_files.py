@@ -1,4 +1,4 @@
-"""Data files of a user's own: formats with known answers, bad rows counted, hostile contents told in a sentence."""
+"""A user's own data files: formats with known answers, bad rows counted, hostile contents refused in a sentence."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.config import FileDataset, FileProblems, TinyModel
-from lorabench.data import files
+from lorabench.data import files, rows
 from lorabench.data.chat import Chat
-from lorabench.data.files import Tally, chosen_format, file_chats, tally_of, usable_chats
+from lorabench.data.files import chosen_format, file_chats, tally_of, usable_chats
 from lorabench.data.problems import make_problems
+from lorabench.data.rows import NOT_UTF8, REPEATED, TOO_LONG, Tally
 from lorabench.data.sft import make_dataset, read_dataset, write_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -131,9 +132,9 @@ BAD = {
     '{"messages": [{"role": "robot", "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": ["user"], "content": "q"}]}': "a turn of unknown role",
     '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}': files.NOT_UNICODE,
-    json.dumps({"messages": [USER, ASSISTANT]}): files.REPEATED,
-    json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 2000}]}): files.TOO_LONG,
-    "\udcff\udcfe": files.NOT_UTF8,
+    json.dumps({"messages": [USER, ASSISTANT]}): REPEATED,
+    json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 2000}]}): TOO_LONG,
+    "\udcff\udcfe": NOT_UTF8,
     '{"messages": "a\0b"}': "not JSON",
 }
 
@@ -146,18 +147,18 @@ def test_a_bad_row_is_counted_by_its_reason(line, reason, tmp_path):
     tally = Tally(chosen_format(path))
     assert len(list(usable_chats(path, tally, max_chars=1000))) == tally.usable == 1
     assert tally.rows == 2
-    [(found, (count, first))] = tally.bad.items()
-    assert found.startswith(reason)
+    [(counted, (count, first))] = tally.bad.items()
+    assert counted.startswith(reason)
     assert (count, first) == (1, 2)
 
 
 def test_a_huge_line_is_skipped_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "' + "x" * 1000 + '"}\n{"text": "next"}\n')
     chats, tally = read(path)
     assert [chat.messages[0]["content"] for chat in chats] == ["next"]
-    assert tally.bad == {files.TOO_LONG: (1, 1)}
+    assert tally.bad == {TOO_LONG: (1, 1)}
 
 
 def test_bad_rows_of_csv_and_parquet(tmp_path):
@@ -183,10 +184,10 @@ WHOLE = {
     "binary lines": (bytes(range(128, 255)) + b"\n\0\0\n", "own.jsonl", "none of its 2 rows can be used: 1 not UTF-8"),
     "binary csv": (b"\x89PNG\r\n\x1a\n\0\0\xff,\xff\n", "own.csv", "has the columns '\\udc89PNG'; needed are those of"),
     "binary parquet": (b"\0" * 100, "own.parquet", "can't be read as parquet: "),
-    "binary json": (b"\x89PNG\0", "own.json", "is no JSON: "),
-    "deep json": (b"[" * 200_000, "own.json", "is no JSON: nested too deeply"),
-    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is no JSON: Expecting ':' delimiter: line 2 column 8"),
-    "no array": (b"3", "own.json", "must be an array of objects, or an object a line"),
+    "binary json": (b"\x89PNG\0", "own.json", "is not JSON: "),
+    "deep json": (b"[" * 200_000, "own.json", "is not JSON: nested too deeply"),
+    "cut json": (b'[{"text": "a"},\n{"text"', "own.json", "is not JSON: Expecting ':' delimiter: line 2 column 8"),
+    "no array": (b"3", "own.json", "must be an array of objects, or hold one object per line"),
     "other columns": (
         b'{"a": 1, "b": 2}\n',
         "own.jsonl",
@@ -223,7 +224,7 @@ def test_a_folder_and_an_unreadable_file_are_one_sentence(tmp_path):
 def test_too_few_rows_say_how_many_and_why(tmp_path):
     path = write(tmp_path, [*pairs(6), {"prompt": "q"}, {"prompt": "q"}])
     wanted = (
-        "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are asked for: train = 4, validation = 2, test = 2"
+        "6 of its 8 rows can be used (2 no text (first: line 7)); 8 are needed: train = 4, validation = 2, test = 2"
     )
     with pytest.raises(UserError, match=r"own.jsonl, read as prompt/completion: ") as error:
         list(make_dataset(spec(path)))
@@ -236,7 +237,7 @@ def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
     assert [row["split"] for row in rows] == ["train"] * 20 + ["validation"] * 10 + ["test"] * 10
     prompts = [row["messages"][0]["content"] for row in rows]
     assert sorted(prompts) == sorted(row["prompt"] for row in pairs(40))
-    # Not in the order of the file, which may be sorted by topic.
+    # The order is not that of the file, which may be sorted by topic.
     assert {int(text.split()[1]) for text in prompts[:20]} != set(range(20))
     assert rows == list(make_dataset(spec(path, train=20, validation=10, test=10)))
     assert rows != list(make_dataset(spec(path, train=20, validation=10, test=10, seed=1)))
@@ -244,7 +245,7 @@ def test_splits_are_disjoint_whole_and_drawn_by_the_seed(tmp_path):
     assert list(read_dataset(tmp_path / "made.parquet")) == rows
 
 
-def test_plain_texts_are_told_apart_by_all_of_them(tmp_path):
+def test_plain_texts_are_distinguished_by_their_whole_text(tmp_path):
     path = write(tmp_path, [{"text": f"text {number}"} for number in range(8)])
     assert len(list(make_dataset(spec(path)))) == 8
 
@@ -313,15 +314,15 @@ def test_problems_of_a_file(tmp_path):
         {"question": "?", "answer": None},
     ]
     path = write(tmp_path, rows)
-    made = make_problems(problems(path, "number"))
-    assert {row["question"]: row["answer"] for row in made} == {
+    problem_rows = make_problems(problems(path, "number"))
+    assert {row["question"]: row["answer"] for row in problem_rows} == {
         "1+1?": "2",
         "2+2?": "4",
         "10*150?": "1,500",
         "1/4?": "0.25",
     }
     tally = tally_of(problems(path, "number"))
-    assert tally.bad == {files.NO_NUMBER: (1, 5), files.REPEATED: (1, 6), files.NO_TEXT: (1, 7)}
+    assert tally.bad == {files.NO_NUMBER: (1, 5), REPEATED: (1, 6), files.NO_TEXT: (1, 7)}
     boxed = make_problems(problems(path, "boxed", train=3))
     assert {row["answer"] for row in boxed} == {"2", "4", "1,500", "0.25", "because"}
     assert all(row["question"].endswith(r" Write your answer in \boxed{} format.") for row in boxed)

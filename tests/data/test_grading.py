@@ -1,4 +1,4 @@
-"""Graders, with the real worker processes: what is right, what is wrong, and that no answer does harm."""
+"""Graders, with the real worker processes: right and wrong answers, and answers that must do no harm."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_workers_end_with_the_grader():
 
 
 def test_an_orphaned_worker_ends():
-    """Its parent is killed in the middle of a comparison that would never end."""
+    """The worker's parent is killed during a comparison that would never end."""
     code = (
         "from lorabench.data.grading import Grader\n"
         "grader = Grader('math', seconds=0.5)\n"
@@ -267,7 +267,7 @@ REFUSED = {
 
 
 def test_a_confined_process_can_do_no_harm(tmp_path):
-    """The limits hold whatever a library would be made to do."""
+    """The limits hold whatever a response makes a library do."""
     tries = (
         f"try:\n    {harm}\n    print('done')\nexcept Exception as error:\n    print(type(error).__name__)\n"
         for harm in REFUSED

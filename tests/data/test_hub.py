@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lorabench.config import HubDataset
 from lorabench.data.chat import prompt
-from lorabench.data.hub import to_messages
+from lorabench.data.hub import hub_messages
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
 from tests.hub_repositories import (
@@ -27,7 +27,7 @@ SIZES = {"train": 40, "validation": 8, "test": 8}
 
 
 @pytest.fixture
-def made(tmp_path):
+def make(tmp_path):
     """Makes a dataset from the copy in a folder; returns its rows."""
 
     def make(folder, **changes):
@@ -43,8 +43,8 @@ def prompts(rows, split=None):
     return [prompt(row["messages"]) for row in rows if split in (None, row["split"])]
 
 
-def test_tulu3(made, tmp_path):
-    rows = made(write_tulu3(tmp_path, map(tulu3_row, range(100))))
+def test_tulu3(make, tmp_path):
+    rows = make(write_tulu3(tmp_path, map(tulu3_row, range(100))))
     assert Counter(row["split"] for row in rows) == SIZES
     assert {row["source"] for row in rows} == {"ai2-adapt-dev/part0", "ai2-adapt-dev/part1"}
     originals = [[dict(m) for m in tulu3_row(number)["messages"]] for number in range(100)]
@@ -52,9 +52,9 @@ def test_tulu3(made, tmp_path):
     assert {len(row["messages"]) for row in rows} == {2, 5}
 
 
-def test_openthoughts3_has_each_question_once(made, tmp_path):
-    """It has 16 answers to each; two in this copy."""
-    rows = made(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
+def test_openthoughts3_has_each_question_once(make, tmp_path):
+    """OpenThoughts3 has 16 answers to each question; this copy has two."""
+    rows = make(write_openthoughts3(tmp_path, map(openthoughts3_row, range(120))))
     assert Counter(row["split"] for row in rows) == SIZES
     assert len(set(prompts(rows))) == len(rows) == 56
     for row in rows:
@@ -65,33 +65,33 @@ def test_openthoughts3_has_each_question_once(made, tmp_path):
         assert assistant["content"] == f"<think>\u2028</think> {answer}"
 
 
-def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(made, tmp_path):
+def test_the_choice_is_spread_over_the_dataset_and_follows_from_the_seed(make, tmp_path):
     folder = write_tulu3(tmp_path, map(tulu3_row, range(1000)))
-    chosen = made(folder)
-    assert made(folder) == chosen
-    assert prompts(made(folder, seed=1)) != prompts(chosen)
+    chosen = make(folder)
+    assert make(folder) == chosen
+    assert prompts(make(folder, seed=1)) != prompts(chosen)
     numbers = [int(row["messages"][-1]["content"].split()[-1]) for row in chosen if len(row["messages"]) == 2]
-    # Of a uniform choice, the mean is 500 with a standard error of about 50.
+    # With a uniform choice the mean is 500, with a standard error of about 50.
     assert 300 < np.mean(numbers) < 700
 
 
-def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(made, tmp_path):
+def test_what_is_held_out_does_not_depend_on_how_much_is_trained_on(make, tmp_path):
     folder = write_tulu3(tmp_path, map(tulu3_row, range(200)))
-    few, many = made(folder), made(folder, train=150)
+    few, many = make(folder), make(folder, train=150)
     for split in ("validation", "test"):
         assert prompts(few, split) == prompts(many, split)
     assert set(prompts(few, "train")) < set(prompts(many, "train"))
 
 
-def test_what_is_left_out_is_counted_and_noted(made, tmp_path):
+def test_what_is_left_out_is_counted_and_noted(make, tmp_path):
     rows = [tulu3_row(number) for number in range(100)]
     rows += [tulu3_row(number, answer="another") for number in range(1, 100, 3)]
-    # The same but for its spaces.
+    # This prompt differs only in its spaces.
     rows += [tulu3_row(1, question="question  1 ")]
     rows += [{**tulu3_row(500), "messages": [{"role": "user", "content": f"alone {n}"}]} for n in range(20)]
     rows += [tulu3_row(601, answer="  "), {**tulu3_row(602), "messages": []}]
     rows += [tulu3_row(number, question=f"{number} " * 60) for number in range(700, 709)]
-    chosen = made(write_tulu3(tmp_path, rows))
+    chosen = make(write_tulu3(tmp_path, rows))
     assert len(set(prompts(chosen))) == len(chosen) == 56
     assert not any("alone" in text or len(text) > 300 for text in prompts(chosen))
     assert about(tmp_path / "made.parquet") == {
@@ -103,40 +103,40 @@ def test_what_is_left_out_is_counted_and_noted(made, tmp_path):
     }
 
 
-def test_too_few_examples_are_one_sentence_with_counts(made, tmp_path):
+def test_too_few_examples_are_one_sentence_with_counts(make, tmp_path):
     rows = [*map(tulu3_row, range(45)), tulu3_row(1), tulu3_row(46, question="x" * 101)]
     message = (
-        "dataset allenai/tulu-3-sft-mixture has 45 usable examples of 47; 56 are asked for (40 train, 8 validation, "
-        "8 test); left out: 1 of more than 100 characters, 1 with the prompt of another"
+        "dataset allenai/tulu-3-sft-mixture has 45 usable examples in 47 rows; 56 are needed (40 train, 8 validation, "
+        "8 test); left out: 1 of more than 100 characters (row 24), 1 with the prompt of another (row 47)"
     )
     with pytest.raises(UserError) as caught:
-        made(write_tulu3(tmp_path, rows))
+        make(write_tulu3(tmp_path, rows))
     assert str(caught.value) == message
     assert not (tmp_path / "made.parquet").exists()
 
 
-def test_other_columns_are_named(made, tmp_path):
+def test_other_columns_are_named(make, tmp_path):
     write_parquet(tmp_path / "owner/name/train.parquet", {"question": "string", "answer": "string"}, [])
     with pytest.raises(UserError, match=r"owner/name has the columns question, answer in .*; messages or conversation"):
-        made(tmp_path / "owner/name")
+        make(tmp_path / "owner/name")
 
 
-def test_another_kind_of_file_is_named(made, tmp_path):
+def test_another_kind_of_file_is_named(make, tmp_path):
     (tmp_path / "owner/name").mkdir(parents=True)
     (tmp_path / "owner/name/train.csv").write_text("messages\n")
     with pytest.raises(UserError, match=r"has no train\*\.parquet or train\*\.jsonl"):
-        made(tmp_path / "owner/name")
+        make(tmp_path / "owner/name")
 
 
-def test_lines_of_json_are_read_as_parquet_is(made, tmp_path):
+def test_lines_of_json_are_read_as_parquet_is(make, tmp_path):
     rows = [tulu3_row(number) for number in range(100)]
     write_jsonl(tmp_path / "owner/name/train.jsonl", rows)
-    of_lines = made(tmp_path / "owner/name")
-    assert of_lines == made(write_tulu3(tmp_path, rows, files=1))
+    of_lines = make(tmp_path / "owner/name")
+    assert of_lines == make(write_tulu3(tmp_path, rows, files=1))
     with (tmp_path / "owner/name/train.jsonl").open("a") as file:
         file.write("{")
-    with pytest.raises(UserError, match="train.jsonl:101 is no JSON"):
-        made(tmp_path / "owner/name")
+    with pytest.raises(UserError, match="train.jsonl:101 is not JSON"):
+        make(tmp_path / "owner/name")
 
 
 def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
@@ -156,11 +156,11 @@ def test_a_folder_that_is_not_there_is_a_mistake_in_the_preset():
         ({"conversations": [{"from": "gpt"}]}, "a turn of conversations with from; from and value are needed"),
     ],
 )
-def test_turns_that_can_not_be_told(row, message):
+def test_turns_of_another_form_are_refused(row, message):
     with pytest.raises(UserError, match=message):
-        to_messages(row, "owner/name")
+        hub_messages(row, "owner/name")
 
 
 def test_empty_text_is_text():
     row = {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": json.dumps({})}]}
-    assert to_messages(row, "owner/name") == row["messages"]
+    assert hub_messages(row, "owner/name") == row["messages"]

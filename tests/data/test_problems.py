@@ -1,4 +1,4 @@
-"""Problem sets: distinct, disjoint, with the right answers; those of the hub from local files of the same form."""
+"""Problem sets: distinct, disjoint, with the right answers; sets of the hub are read from local copies."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_sums_are_right_and_as_long_as_asked_for():
 
 
 def test_splits_are_equally_hard_where_easy_problems_run_out():
-    """There are 200 sums of two single digits; half of what is drawn is one until they are used up."""
+    """There are 200 sums of two single digits, and half of the drawn problems are such sums until they are used up."""
 
     def easy(split):
         terms = [row["question"].rpartition(": ")[2].split() for row in rows if row["split"] == split]
@@ -117,7 +117,7 @@ def test_gsm_symbolic_uses_the_templates_of_the_worked_solutions():
 
 
 def test_impossible_wishes_are_refused():
-    with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are asked for"):
+    with pytest.raises(UserError, match="distinct train problems of kind 'arithmetic'; 500 are needed"):
         reasoning(train=500, max_digits=1)
 
 
@@ -199,7 +199,10 @@ def test_math_trains_on_everything_but_math_500(copies, caplog):
     assert answers["bare?"] == "2"
     assert answers["nested?"] == r"\frac{1}{\sqrt{2}}"
     assert answers["fbox?"] == r"$\{1,2\}$"
-    assert "EleutherAI/hendrycks_math/geometry: left out 2 problems of train without an answer" in caplog.text
+    assert (
+        "EleutherAI/hendrycks_math/geometry: left out of the problems of train: 2 without an answer (first: row "
+        in caplog.text
+    )
     assert len(caplog.records) == 1
 
 
@@ -211,7 +214,7 @@ def test_deepmath_holds_out_the_same_problems_however_much_is_trained_on(copies)
     assert held_out(few) == held_out(many)
     assert held_out(few) != held_out(copies("deepmath", seed=1))
     assert all(row["answer"] == rf"\dfrac{{{row['question'].split()[2][:-1]}}}{{7}}" for row in many)
-    with pytest.raises(UserError, match="found 80 distinct train problems of kind 'deepmath'; 81 are asked for"):
+    with pytest.raises(UserError, match="found 80 distinct train problems of kind 'deepmath'; 81 are needed"):
         copies("deepmath", train=81)
 
 
@@ -237,7 +240,7 @@ def test_what_is_wrong_with_a_copy_is_named(tmp_path):
     ):
         make_problems(spec)
     (folder / "test.jsonl").write_text("{")
-    with pytest.raises(UserError, match="test.jsonl:1 is no JSON"):
+    with pytest.raises(UserError, match="test.jsonl:1 is not JSON"):
         make_problems(spec)
 
 

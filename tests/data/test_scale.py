@@ -1,4 +1,4 @@
-"""A hundred thousand chats of Tulu3's form: made and tokenized in bounded memory. Slow: minutes."""
+"""A hundred thousand chats in the form of Tulu3 are made and tokenized in bounded memory; this takes minutes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.hub_repositories import TULU3, tulu3_row, write_card
 
 pytestmark = pytest.mark.slow
 
-# The most memory of this process's own, and seconds, of making a dataset and of its token cache. Pages of files that
-# are mapped are not counted: the system takes them back when it needs them.
+# Reports the peak of the process's anonymous memory, and the seconds, of making a dataset and its token cache. Pages of
+# mapped files do not count, since the system reclaims them when it needs memory.
 WORK = """
 import json, sys, threading, time
 from pathlib import Path
@@ -96,5 +96,5 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
     assert many["tokens_in_all"] > 8 * few["tokens_in_all"]
     for stage in ("dataset", "tokens", "read", "batches"):
         assert many[stage]["MB"] - few[stage]["MB"] < 100, stage
-    # Reading a cache maps it.
+    # A cache is mapped, not read.
     assert many["read"]["s"] < 1.0

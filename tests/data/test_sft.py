@@ -79,7 +79,7 @@ def test_many_row_groups_hold_the_same_rows(tmp_path, monkeypatch):
 
 def test_impossible_wishes_are_refused():
     message = (
-        r"found \d+ distinct train examples of at most 32 characters in a dataset of kind 'instruct'; 40 are asked"
+        r"found \d+ distinct train examples of at most 32 characters in a dataset of kind 'instruct'; 40 are needed"
     )
     with pytest.raises(UserError, match=message):
         made(max_chars=32)

@@ -131,7 +131,7 @@ def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, mo
 
 
 def test_a_cache_is_what_safetensors_would_write(tokenizer, dataset, tmp_path):
-    """Made by hand from the examples; also the dtypes, which others read."""
+    """The expected values are computed by hand; the dtypes matter to other readers."""
     rows, path = dataset
     write_tokens(path, tokenizer, tmp_path / "cache", Limits(512))
     with safe_open(tmp_path / "cache", framework="numpy") as file:

@@ -68,7 +68,7 @@ def test_a_damaged_dataset_is_told_by_what_reads_it(task, dataset, place):
 def test_damaged_weights_of_a_base_are_told(damage, tmp_path):
     shutil.copytree(shipped("llama-64"), tmp_path / "base")
     damage(tmp_path / "base/model.safetensors")
-    with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; delete it, get it"):
+    with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; delete it and"):
         load_model(PathModel(kind="path", path=str(tmp_path / "base"), parameters=1, hidden_size=64))
 
 

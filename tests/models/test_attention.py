@@ -1,4 +1,4 @@
-"""Attention in blocks is attention: against the formula, PyTorch's kernel, and in models of several families."""
+"""Attention in blocks equals the formula and PyTorch's kernel, also in models of several families."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TINY = TinyModel(kind="tiny")
 
 
 def draw(rows, heads, groups, length, width, of_values, dtype=torch.float64):
-    """Queries, keys and values as a model has them: heads beside each other in memory."""
+    """Return queries, keys and values in a model's memory layout: the heads of a token are adjacent."""
     generator = torch.Generator().manual_seed(length)
     shapes = (heads, width), (groups, width), (groups, of_values)
-    made = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in made]
+    tensors = [torch.randn(rows, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.to(dtype).transpose(1, 2).detach().requires_grad_() for tensor in tensors]
 
 
 def formula(query, key, value, scaling):
-    """softmax(scaling q k' + mask) v, each head with its own copy of the keys."""
+    """Return softmax(scaling q k' + mask) v, each head with a copy of its keys."""
     each = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(each, 1) for tensor in (key, value))
     length = query.shape[2]
@@ -52,10 +52,10 @@ def formula(query, key, value, scaling):
 def test_it_is_the_formula_with_its_gradients(rows, groups, each, length, width, of_values):
     given = draw(rows, groups * each, groups, length, width, of_values)
     upstream = torch.randn(rows, length, groups * each, of_values, dtype=torch.float64)
-    found = causal_attention(*given, 0.7)
-    gradients = torch.autograd.grad(found, given, upstream)
+    output = causal_attention(*given, 0.7)
+    gradients = torch.autograd.grad(output, given, upstream)
     expected = formula(*given, 0.7)
-    assert_close(found, expected)
+    assert_close(output, expected)
     for own, other in zip(gradients, torch.autograd.grad(expected, given, upstream), strict=True):
         assert_close(own, other)
 
@@ -69,11 +69,11 @@ def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     upstream = torch.randn(2, 200, 6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    def off(found):
+    def off(output):
         truth = formula(*exact, 0.25)
-        pairs = [(found, truth)]
+        pairs = [(output, truth)]
         pairs += zip(
-            torch.autograd.grad(found, given, upstream, retain_graph=True),
+            torch.autograd.grad(output, given, upstream, retain_graph=True),
             torch.autograd.grad(truth, exact, upstream.double()),
             strict=True,
         )
@@ -86,15 +86,15 @@ def test_in_bf16_it_is_as_exact_as_pytorchs_kernel():
 
 @given(st.integers(1, 3000))
 def test_blocks_cover_each_query_once(length):
-    found = blocks(length)
-    assert [query for block in found for query in range(length)[block]] == list(range(length))
-    sizes = [block.stop - block.start for block in found]
+    parts = blocks(length)
+    assert [query for block in parts for query in range(length)[block]] == list(range(length))
+    sizes = [block.stop - block.start for block in parts]
     assert max(sizes) <= MOST
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_probabilities_that_are_kept_by_hand():
-    # Two blocks of 80: 80 x 80 and 80 x 160.
+    # There are two blocks of 80 queries: 80 x 80 and 80 x 160.
     assert kept_shares(160, bf16=False) == (80 * 80 + 80 * 160) / 160
     assert kept_shares(2, bf16=True) == 2
     assert kept_shares(128, bf16=False) == kept_shares(LONGEST + 1, bf16=True) == kept_shares(0, bf16=True) == 0
@@ -102,11 +102,11 @@ def test_probabilities_that_are_kept_by_hand():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Lengths of the rows that were computed in blocks."""
-    made = []
+    """The lengths of the rows that are computed in blocks."""
+    lengths = []
     real = attention.causal_attention
-    monkeypatch.setattr(attention, "causal_attention", lambda *given: made.append(given[0].shape[2]) or real(*given))
-    return made
+    monkeypatch.setattr(attention, "causal_attention", lambda *given: lengths.append(given[0].shape[2]) or real(*given))
+    return lengths
 
 
 def loss_and_gradient(model, ids, **given):
@@ -136,7 +136,7 @@ def test_what_is_not_plain_stays_with_pytorch(calls):
     model = base_of("llama-128").requires_grad_(False)
     ids = torch.randint(3, 1000, (2, 190), generator=torch.Generator().manual_seed(0))
     model(ids[:, :128])
-    # Two examples in a row, whose positions restart; padding on the left; no gain by the mask.
+    # The masks: two examples in a row, whose positions restart; padding on the left; a mask without effect.
     positions = torch.cat([torch.arange(90), torch.arange(100)]).expand(2, -1)
     model(ids, position_ids=positions, use_cache=False)
     padded = torch.ones_like(ids)
@@ -149,7 +149,7 @@ def test_what_is_not_plain_stays_with_pytorch(calls):
     assert calls == [150] * 3
     together = model(ids).logits
     assert calls[3:] == [190] * 3
-    # The rest of the rows, on top of the cache.
+    # The remaining tokens of the rows follow the cached ones.
     assert_close(model(ids[:, 150:], cache=cache).logits, together[:, 150:], rtol=1e-4, atol=1e-4)
     assert len(calls) == 6
     with torch.autocast("cpu", torch.bfloat16):
@@ -172,7 +172,7 @@ def test_models_with_attention_of_their_own_keep_it(monkeypatch):
     attend_in_blocks(model)
     assert model.config._attn_implementation == "eager"
     model.set_attn_implementation("sdpa")
-    # A module that has put another function in place of transformers' own.
+    # This module has replaced the attention functions of transformers.
     monkeypatch.setitem(attention.sys.modules, type(model).__module__, SimpleNamespace(ALL_ATTENTION_FUNCTIONS={}))
     attend_in_blocks(model)
     assert model.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""Real architectures on the meta device: parameters, where LoRA goes, and the bytes that the cost model counts with."""
+"""Real architectures on the meta device: parameter counts, the layers with LoRA, and the sizes for the estimates."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_each_expert_has_a_lora_of_its_own():
     moe = config("qwen3-30b-a3b")
     with torch.device("meta"):
         model = add_lora(on_meta("qwen3-30b-a3b"), 64, "all", 32.0, True, seed=0)
-    # The total rank over the 8 active experts.
+    # The total rank is divided by the 8 active experts.
     assert expert_rank(model.get_base_model(), 64) == 8
     experts = [layer for name, layer in lora_layers(model) if in_expert(name)]
     assert len(experts) == 2 * moe["num_hidden_layers"]
@@ -120,7 +120,7 @@ def test_a_known_model_is_known_by_its_name_and_size():
     llama = of_config(config("llama-3.1-8b"))
     for name in ("meta-llama/Llama-3.1-8B-Instruct", "somebody/llama-3.1-8b-tuned"):
         assert dimensions(hub(name, 8_030_261_248, 4096)) == llama
-    # Another model of that name's beginning.
+    # A different model whose name starts alike.
     assert dimensions(hub("somebody/Llama-3.1-8B-pruned", 5_000_000_000, 4096)) != llama
 
 

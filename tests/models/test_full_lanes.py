@@ -1,4 +1,4 @@
-"""Lanes of full fine-tuning: each is what a model of its own would be."""
+"""Lanes of full fine-tuning: each computes and learns what a separate model would."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ SIZES = {
 FAMILIES = ("llama-128", "qwen-64", "mistral", "qwen2", "tied", "gemma3", "gpt2")
 NAMES = ("a", "b", "c")
 EVEN, UNEVEN = (2, 2, 2), (1, 3, 2)
-# The warning that a gradient is laid out unlike its parameter: then torch would copy it.
+# The warning that a gradient's layout differs from its parameter's, in which case torch would copy it.
 pytestmark = pytest.mark.filterwarnings("error")
 
 
 def base(family):
-    """A fresh model, by family; biases and norms are not as they start, so that every weight counts."""
+    """Return a new model of a family; biases and norms are randomized, so that every weight matters."""
     torch.manual_seed(0)
     match family:
         case "mistral":
@@ -74,7 +74,7 @@ def perturb(model, seed):
 
 
 def stacked(family, names=NAMES):
-    """Lanes with different weights, and a model of its own for each."""
+    """Return lanes with different weights, and a separate model for each."""
     model = base(family)
     alone = {name: perturb(copy.deepcopy(model), seed) for seed, name in enumerate(names)}
     stack = stack_full(model, names)
@@ -87,12 +87,12 @@ def stacked(family, names=NAMES):
 
 
 def batch(rows, seed=1, width=13):
-    # Some are the padding token, whose embedding has no gradient.
+    # Some tokens are the padding token, whose embedding gets no gradient.
     return torch.randint(0, 96, (rows, width), generator=torch.Generator().manual_seed(seed))
 
 
 def losses_of(stack, ids, counts):
-    """Sum of NLLs of each lane."""
+    """Return the summed NLL of each lane, in nats."""
     with stack.rows.are(counts):
         hidden = stack.model.get_decoder()(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     with stack.rows.are([count * hidden.shape[1] for count in counts]):
@@ -119,9 +119,9 @@ def assert_gradients(lane, model, tolerance):
     parameters = dict(model.named_parameters())
     assert list(lane.places) == list(parameters)
     for name, place in lane.places.items():
-        found, expected = place.of(place.parameter.grad), parameters[name].grad
+        gradient, expected = place.of(place.parameter.grad), parameters[name].grad
         assert expected.any(), name
-        assert (found - expected).norm() <= tolerance * expected.norm(), name
+        assert (gradient - expected).norm() <= tolerance * expected.norm(), name
 
 
 @pytest.mark.parametrize("counts", [EVEN, UNEVEN])
@@ -217,7 +217,7 @@ def test_a_saved_lane_is_loaded_as_any_model(family, tmp_path):
 
 
 def storages():
-    """Bytes of each storage of a tensor that is alive, by address."""
+    """Return the bytes of the storages of all live tensors, by address."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -289,13 +289,13 @@ def test_with_autocast_weights_are_cast_anew_when_they_have_changed():
         for stepper in steppers:
             stepper.step()
         seen.append(assert_alike())
-    # As a checkpoint is read.
+    # Loading a checkpoint does the same.
     with torch.no_grad():
         for place, parameter in zip(stack.lanes["a"].places.values(), alone["a"].parameters(), strict=True):
             place.of(place.parameter).mul_(1.2)
             parameter.mul_(1.2)
     seen.append(assert_alike())
-    # By far more than the tolerance.
+    # The change must be far above the tolerance.
     assert all((before[0] - after[0]).abs() > 0.02 * after[0] for before, after in pairwise(seen))
 
 
@@ -334,7 +334,7 @@ def test_the_model_keeps_names_type_and_sizes():
 def test_experts_are_refused_but_for_one_lane():
     model = base("moe-128")
     assert not can_stack(model)
-    with pytest.raises(ValueError, match="2 lanes of Qwen3MoeForCausalLM, whose weights can't be dealt by rows"):
+    with pytest.raises(ValueError, match="2 lanes can't share a Qwen3MoeForCausalLM"):
         stack_full(model, ("a", "b"))
     stack, alone = stacked("moe-128", ("a",))
     ids = batch(4)
@@ -349,5 +349,8 @@ def test_dense_models_can_be_stacked(family):
 
 def test_a_tensor_that_is_not_of_the_rows_is_refused():
     stack, _ = stacked("qwen2")
-    with stack.rows.are(EVEN), pytest.raises(ValueError, match=r"of shape \(7, 32\) can't be dealt to lanes of \(2, 2"):
+    with (
+        stack.rows.are(EVEN),
+        pytest.raises(ValueError, match=r"of shape \(7, 32\) can't be split among lanes of \(2, 2"),
+    ):
         stack.model.lm_head(torch.zeros(7, 32))

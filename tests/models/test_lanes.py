@@ -1,4 +1,4 @@
-"""Weights of lanes side by side: values, gradients and identity survive when lanes leave."""
+"""Stacked weights of lanes: values, gradients and identities survive when lanes are removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ shapes = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)
 
 
 def shelf_of(shapes, lanes):
-    """A shelf in two groups; where each lane started."""
+    """Return a shelf with two groups of weights, and the initial weights of each lane."""
     torch.manual_seed(0)
     names = [f"w{number}" for number in range(len(shapes))]
     starts = [{name: torch.randn(shape) for name, shape in zip(names, shapes, strict=True)} for _ in range(lanes)]
@@ -97,7 +97,7 @@ def test_a_step_of_one_lane_moves_that_lane_alone_also_after_another_left():
     optimizers[2].step()
     assert torch.equal(shelf.values[0], values[0])
     assert (shelf.values[1] != values[1]).all()
-    # With the moments that it had.
+    # The optimizer keeps its moments.
     for parameter, moment in zip(shelf.parameters[1], moments, strict=True):
         expected = 0.9 * moment + 0.1 * parameter.grad
         torch.testing.assert_close(optimizers[2].state[parameter]["exp_avg"], expected)

@@ -1,4 +1,4 @@
-"""The last MLP where it is read: losses and gradients of transformers' own loss, from fewer tokens."""
+"""The last MLP computes fewer tokens, with the same losses and gradients as transformers' own loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIES = ["llama-128", "qwen-64", "moe-128", "qwen2", "gemma"]
 
 
 def batch_of(scored: int) -> Batch:
-    """Two rows of 40 tokens, of which the first has so many scored and the second one less."""
+    """Return two rows of 40 tokens, of which the first has `scored` scored ones and the second has one less."""
     ids = torch.randint(3, 1000, (2, 41), generator=torch.Generator().manual_seed(0))
     targets = torch.full((2, 40), IGNORED)
     targets[0, 10 : 10 + scored] = ids[0, 11 : 11 + scored]
@@ -30,7 +30,7 @@ def gradients(model):
 
 
 def by_transformers(model, batch):
-    """Loss and gradient of the whole forward pass, all logits and all."""
+    """Return loss and gradients of the full forward pass with all logits."""
     model.zero_grad()
     logits = model(batch.inputs, use_cache=False).logits
     targets = batch.targets.flatten()
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_all_tokens(name, again):
 
 
 def products_of_mlps(model, run):
-    """Rows of what goes into each layer's down projection while `run` runs."""
+    """Return the number of rows that enter each layer's down projection while `run` runs."""
     rows = []
     hooks = [
         layer.mlp.down_proj.register_forward_hook(lambda _, given, result: rows.append(given[0].shape[:-1].numel()))
@@ -72,9 +72,9 @@ def products_of_mlps(model, run):
 def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
     model, batch = base_of("llama-128"), batch_of(7)
     layers = model.config.num_hidden_layers
-    found = products_of_mlps(model, lambda: add_gradient(model, batch, Rows(1), [1], None, None))
-    assert found == [80] * (layers - 1) + [7 + 6]
-    # Outside it is the model's own again.
+    rows = products_of_mlps(model, lambda: add_gradient(model, batch, Rows(1), [1], None, None))
+    assert rows == [80] * (layers - 1) + [7 + 6]
+    # Outside the context the model's own forward pass is back.
     assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
 
 
@@ -102,7 +102,7 @@ def test_without_a_scored_token_or_an_mlp_all_is_computed():
 
 @pytest.mark.parametrize("way", ["a tuple", "another argument", "tokens without rows"])
 def test_an_mlp_of_another_kind_computes_all(way):
-    """As those of some experts, which give the router's scores too."""
+    """An MLP that also returns the router's scores, like that of some mixtures of experts."""
     model = base_of("llama-128")
     mlp = model.get_decoder().layers[-1].mlp
     own = type(mlp).forward
@@ -118,8 +118,8 @@ def test_an_mlp_of_another_kind_computes_all(way):
     ]
     expected = call(*given)
     with read_at(model, torch.tensor([3, 50]), Rows(1), [2]):
-        found = mlp(*given)
-    assert_close(found, expected)
+        output = mlp(*given)
+    assert_close(output, expected)
 
 
 def test_in_bf16_results_have_the_type_of_the_products():

@@ -1,4 +1,4 @@
-"""LoRA in the paper's parametrisation, in every family, and adapters that anyone can load."""
+"""LoRA in the paper's parametrization, in every family, and adapters that PEFT can load."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("init_a", [1.0, 0.25])
 def test_initialisation_and_scale(name, rank, init_a):
-    # Experts of another width than the model, so that their d_in differ.
+    # The experts' width differs from the model's, so that gate and down differ in d_in.
     recipe = replace(RECIPES[name], intermediate_size=40)
     model = add_lora(new_model(recipe), rank, "all", 32.0, True, seed=0, init_a=init_a)
     d_ins = set()
@@ -153,13 +153,13 @@ def test_every_layer_trains_and_nothing_else_does(name, text):
 
 
 def split_by_expert(layer, experts):
-    """A (experts, r, d_in) and B (experts, d_out, r) of a stack of experts, as PEFT lays them out."""
+    """Return A (experts, r, d_in) and B (experts, d_out, r) of a stack of experts from PEFT's layout."""
     a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
     return a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
 def test_an_expert_trains_when_it_gets_tokens(text):
-    """With three tokens some experts get none. B learns from the first visit, A from the second, when B is not zero."""
+    """With three tokens some experts get none. B changes at the first visit, A at the second, when B is not zero."""
     model = add_lora(base("moe-128"), 4, "mlp", 32.0, True, seed=0)
     visits = {}
     for name, module in model.named_modules():
@@ -183,7 +183,7 @@ def small_moe():
 
 
 def small_gpt_oss():
-    """Experts stored the other way round, with biases."""
+    """This family stores experts transposed, with biases."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 1024, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -207,13 +207,13 @@ def test_lora_of_an_expert_is_scaling_times_b_a(make, experts, transposed, text)
             else:
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 weights[f"{name}.weight"].add_(32.0 / 6 * b @ a)
-        expected, found = changed(input_ids=text).logits, model(input_ids=text).logits
+        expected, actual = changed(input_ids=text).logits, model(input_ids=text).logits
         assert (make()(input_ids=text).logits - expected).abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 class ListedExperts(torch.nn.Module):
-    """A mixture whose experts are modules of their own, as a model's own code may have it."""
+    """Return a mixture whose experts are separate modules, as in remote code."""
 
     def __init__(self, config):
         super().__init__()
@@ -239,14 +239,14 @@ def listed_moe():
 
 def test_experts_that_are_modules(text):
     model = listed_moe()
-    with pytest.raises(UserError, match="LlamaForCausalLM does not say num_experts_per_tok, which divides the rank"):
+    with pytest.raises(UserError, match="LlamaForCausalLM lacks num_experts_per_tok, by which the rank is divided"):
         add_lora(model, 8, "mlp", 32.0, True, seed=0)
     model.config.num_experts_per_tok = 2
     peft_model = add_lora(model, 8, "mlp", 32.0, True, seed=0)
-    found = {name: layer.r["default"] for name, layer in lora_layers(peft_model)}
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(peft_model)}
     names = [f"{e}.{kind}_proj" for e in range(4) for kind in ("gate", "up", "down")]
     expected = {f"model.layers.{i}.mlp.experts.{name}": 4 for i in range(2) for name in names}
-    assert found == expected | {"lm_head": 8}
+    assert ranks == expected | {"lm_head": 8}
     assert adapter_pairs(peft_model).keys() == {"lm_head"}
     train(peft_model, text)
     assert all(p.grad is not None for p in trainable(peft_model).values())
@@ -258,7 +258,7 @@ def test_the_base_is_as_before_when_lora_is_taken_off(name, text):
     before = copies(dict(model.named_parameters()))
     with torch.no_grad():
         logits = model(input_ids=text).logits
-    # Twice: a sweep trains one run after another on the same base.
+    # It is done twice, as a sweep trains several runs on the same base.
     for seed in range(2):
         peft_model = add_lora(model, 4, "all", 32.0, True, seed)
         train(peft_model, text)
@@ -279,9 +279,9 @@ def test_an_adapter_is_a_peft_checkpoint(name, text, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     loaded = PeftModel.from_pretrained(base(name), tmp_path)
     with torch.no_grad():
-        expected, found = model(input_ids=text).logits, loaded(input_ids=text).logits
+        expected, actual = model(input_ids=text).logits, loaded(input_ids=text).logits
         assert (base(name)(input_ids=text).logits - expected).abs().max() > 0.1
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -332,18 +332,20 @@ def test_a_model_of_unknown_layers_is_refused():
 def test_experts_under_an_unknown_name_are_refused():
     model = small_moe()
     model.model.layers[1].mlp.experts.w2 = torch.nn.Parameter(torch.zeros(8, 4, 4))
-    with pytest.raises(UserError, match="has experts under a name without LoRA: model.layers.1.mlp.experts.w2"):
+    with pytest.raises(
+        UserError, match="has expert weights that would get no LoRA, such as model.layers.1.mlp.experts.w2"
+    ):
         targets(model, "mlp", True)
     assert targets(model, "attn", True).parameters == []
 
 
 def test_lora_elsewhere_than_asked_is_refused():
-    """Where dense MLPs lie among fused experts, PEFT takes their names for those of experts."""
+    """Where a model has dense MLPs and fused experts, PEFT mistakes the names of the former for those of the latter."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
     with pytest.raises(
-        UserError, match="PEFT put LoRA elsewhere than asked in Qwen3MoeForCausalLM, for one at model.layers.0"
+        UserError, match="PEFT did not put LoRA on the layers asked for in Qwen3MoeForCausalLM: see model.layers.0"
     ):
         add_lora(model, 8, "all", 32.0, True, seed=0)

@@ -1,4 +1,4 @@
-"""Layers of lanes by products: what is added and what is merged is one formula, with its gradients."""
+"""Layers of lanes: adding LoRA's products and merging its weights give the same results and gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COUNTS = [[9], [5, 5, 5], [3, 0, 6]]
 
 
 def layer(counts, bias, d_in=6, d_out=4, rank=5):
-    """Input, weights, bias, A and B of a layer, A and B with a gradient that is there already."""
+    """Return input, weights, bias, A and B of a layer, where A and B already have gradients."""
     generator, lanes = torch.Generator().manual_seed(0), len(counts)
 
     def draw(*shape):
@@ -42,7 +42,7 @@ def test_a_layer_is_that_of_loras_formula_in_double_precision(product, bias, cou
     expected.backward(upstream.double())
     assert_close(y, expected.float())
     assert_close(x.grad, exact[0].grad.float())
-    # Added to what was there.
+    # The new gradients are added to the existing ones.
     assert_close(a.grad, 1 + exact[1].grad.float())
     assert_close(b.grad, 1 + exact[2].grad.float())
 

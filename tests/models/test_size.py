@@ -1,4 +1,4 @@
-"""FLOPs of a token by arithmetic against those that torch counts."""
+"""FLOPs per token by arithmetic, compared with those that torch counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_only_active_experts_count():
     assert train_flops_per_token(model) == 6 * (dense + experts * 2 // 8)
     parameters = base_parameters(model)
     lora = add_lora(model, 4, "mlp", 32.0, False, seed=0)
-    # Two ranks an expert: gate and up as one matrix, and down.
+    # Each expert has two LoRAs: of gate and up as one matrix, and of down.
     adapters = 3 * 8 * 2 * ((128 + 256) + (128 + 128))
     assert train_flops_per_token(lora) == 4 * (dense + experts * 2 // 8) + 6 * adapters * 2 // 8
     assert base_parameters(lora) == parameters

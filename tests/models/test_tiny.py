@@ -1,4 +1,4 @@
-"""The shipped tiny bases are what their recipes say."""
+"""The shipped tiny bases are those of their recipes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_shape_is_what_the_cost_model_believes(name):
     idle = experts - experts * RECIPES[name].active_experts // max(1, RECIPES[name].experts)
     believed = dimensions(spec(name))
     assert (believed.parameters, believed.hidden) == (model.num_parameters(), model.config.hidden_size)
-    # Neither the embedding, which is looked up, nor the router.
+    # Neither the embedding, which is a lookup, nor the router counts.
     left_out = ("embed_tokens.weight", "mlp.gate.weight")
     linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(left_out))
     assert believed.active_linear == linear - idle
@@ -78,7 +78,7 @@ def test_it_speaks_the_language_of_its_tasks(name):
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert answer[-1] == tokenizer.eos_token_id
-    # A number; the right one is not asked of the smallest.
+    # The answer must be a number, but the smallest bases need not get it right.
     assert tokenizer.decode(answer[:-1]).strip().removeprefix("-").isdigit()
 
 
@@ -89,7 +89,7 @@ def test_all_share_tokenizer_and_template(name):
 
 
 def test_every_expert_is_used():
-    """Were an expert idle, its LoRA would be too."""
+    """The LoRA of an expert that is never used would not be trained."""
     name = "moe-128"
     model, recipe, tokenizer = load_model(spec(name)), RECIPES[name], load_tokenizer(spec(name))
     chosen = []
@@ -123,7 +123,7 @@ def test_the_balancing_loss_is_least_when_experts_share_the_work():
     idle[:, :2] = 20.0
     assert tiny._imbalance((even, even), recipe).item() == pytest.approx(recipe.active_experts)
     assert tiny._imbalance((even, idle), recipe).item() == pytest.approx((2 + 8) / 2)
-    # One layer does not make up for another.
+    # Each layer is balanced on its own.
     assert tiny._imbalance((idle, idle.roll(4, 1)), recipe).item() == pytest.approx(8)
 
 

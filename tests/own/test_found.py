@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFWriter
 
 from lorabench.config import GgufModel, HubModel, PathModel, TinyModel
-from lorabench.data.files import TOO_LONG
+from lorabench.data.rows import TOO_LONG
 from lorabench.errors import UserError
 from lorabench.own.data import find_data, load_tokenizer, look_at
 from lorabench.own.model import find_model

@@ -120,7 +120,7 @@ def test_experts_with_lora_have_one_lane():
     model = add_lora(base_of("moe-128"), 4, "all", 32.0, True, seed=0, adapter="one")
     add_lane(model, "two", seed=1)
     assert not can_share(model)
-    with pytest.raises(ValueError, match="2 lanes on a model whose experts carry LoRA"):
+    with pytest.raises(ValueError, match="2 lanes can't share a model whose experts carry LoRA"):
         stack_lora(model, ["one", "two"])
 
 
