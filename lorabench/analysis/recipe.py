@@ -15,10 +15,10 @@ from typing import Literal
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_rl, is_standard
-from lorabench.analysis.claims.evidence import NEEDED_BY, Arm, Comparison, Task, comparisons
-from lorabench.analysis.claims.finding import Finding, Verdict
-from lorabench.analysis.claims.learning_rate import lr_ratio
-from lorabench.analysis.claims.reinforcement import if_learned, rewarded_errors
+from lorabench.analysis.claims.rl_shared import if_learned, rewarded_errors
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, Task, comparisons
+from lorabench.analysis.finding import Finding, Verdict
+from lorabench.analysis.lr_ratio import lr_ratio
 from lorabench.analysis.studies import MIN_LRS
 from lorabench.tables import with_all_columns
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.claims import CLAIMS, judge_claims
-from lorabench.analysis.claims.finding import Finding, within, worst
+from lorabench.analysis.finding import Finding, within, worst
 from lorabench.errors import UserError
 from lorabench.tables import CLAIMS as COLUMNS
 from lorabench.tables import Tables

@@ -5,8 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.claims import judge_claims
-from lorabench.analysis.claims.capacity import CLAIMS
+from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.tables import Tables
 from tests.analysis.tables_by_hand import LRS, arm, tables
 
@@ -357,6 +356,7 @@ def test_claims_on_thresholds_read_both_experiments():
     read = {
         claim.id
         for claim in CLAIMS
-        if judged(runs.assign(experiments="capacity"), curves, [claim.id])["verdict"].item() == "confirmed"
+        if claim.id[0] in "AN"
+        and judged(runs.assign(experiments="capacity"), curves, [claim.id])["verdict"].item() == "confirmed"
     }
     assert read == {"A3", "A4", "A5", "A8", "N1"}

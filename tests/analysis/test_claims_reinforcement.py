@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.claims import CLAIMS, judge_claims, reinforcement
+from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.tables import Tables
 from tests.analysis.rl_by_hand import BASE, LRS, OFFSETS, STEPS, UNPAIRED, arm, grown, tables
 from tests.analysis.tables_by_hand import arm as sft_arm
@@ -48,7 +48,7 @@ def supervised(nats=0.7, model="tiny", dataset="instruct", **settings):
     return runs
 
 
-def judged(runs=None, curves=None, counts=None, ids=IDS, claims=reinforcement.CLAIMS):
+def judged(runs=None, curves=None, counts=None, ids=IDS, claims=CLAIMS):
     found = Tables(*(pd.DataFrame() if one is None else one for one in (runs, curves, None, counts)))
     return judge_claims(found, [claim for claim in claims if claim.id in ids]).set_index("claim_id")
 

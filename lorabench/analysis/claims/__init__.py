@@ -16,27 +16,61 @@ from lorabench.analysis.claims import (
     batch_size,
     capacity,
     compute,
+    early_curves,
+    invariance,
+    learning_curves,
     learning_rate,
+    lr_across_models,
+    lr_law,
+    parameter_counts,
     parametrization,
     placement,
     reinforcement,
+    rl_information,
+    rl_progress,
+    stored_bits,
 )
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import NEEDED_BY, Evidence, Task, curves_of, in_experiments
-from lorabench.analysis.claims.finding import Finding, UnjudgedError
+from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.comparison import NEEDED_BY, Task, curves_of, in_experiments
+from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.published import beside_claims
 from lorabench.tables import CLAIMS as COLUMNS
 from lorabench.tables import Tables
 
-CLAIMS: tuple[Claim, ...] = (
-    *capacity.CLAIMS,
-    *learning_rate.CLAIMS,
-    *parametrization.CLAIMS,
-    *batch_size.CLAIMS,
-    *placement.CLAIMS,
-    *reinforcement.CLAIMS,
-    *compute.CLAIMS,
+_MODULES = (
+    learning_curves,
+    capacity,
+    stored_bits,
+    learning_rate,
+    lr_across_models,
+    lr_law,
+    early_curves,
+    parametrization,
+    invariance,
+    batch_size,
+    placement,
+    parameter_counts,
+    reinforcement,
+    rl_progress,
+    rl_information,
+    compute,
 )
+
+_FAMILIES = "ANBCDEMFG"
+"""First letters of the ids in the order of the table."""
+
+
+def _position(claim: Claim) -> tuple[int, str, int]:
+    """Return the sort key of a claim: its family, then its number; all claims on RL belong to family F."""
+    family = "F" if claim.task == "rl" else claim.id[0]
+    return _FAMILIES.index(family), claim.id[0], int(claim.id[1:])
+
+
+CLAIMS: tuple[Claim, ...] = tuple(sorted((claim for module in _MODULES for claim in module.CLAIMS), key=_position))
+
+CORE = tuple(claim.id for claim in CLAIMS if claim.core)
+"""Ids of the core claims, in the order of CLAIMS."""
 
 
 def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:

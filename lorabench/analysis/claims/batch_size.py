@@ -12,8 +12,9 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim, untestable
-from lorabench.analysis.claims.evidence import SWEEP, Arm, Comparison, Evidence, judge_each, over, require
-from lorabench.analysis.claims.finding import (
+from lorabench.analysis.claims.evidence import SWEEP, Evidence, judge_each, over
+from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.finding import (
     MIN_SEEDS,
     Finding,
     UnjudgedError,
@@ -32,13 +33,22 @@ from lorabench.analysis.gaps import mean_interval
 MIN_BATCH_SIZES = 3
 """Batch sizes that a claim about their effect needs."""
 
+
 MAX_DATA_RATIO = 1.1
 """Batch sizes are compared on one pass over the same data, as far as whole steps allow: most over fewest examples."""
 
+
 _NEEDS = f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data"
+
 
 ArmBySize = dict[int, Arm]
 """One arm at each batch size."""
+
+
+def _present(size: int, name: str, arm: Arm | None) -> Arm:
+    if arm is None:
+        raise UnjudgedError("inconclusive", f"no runs of {name} at batch {size}")
+    return arm
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,20 @@ class BatchSizes:
         return list(pd.concat(runs)["run_id"])
 
 
-def _present(size: int, name: str, arm: Arm | None) -> Arm:
-    if arm is None:
-        raise UnjudgedError("inconclusive", f"no runs of {name} at batch {size}")
-    return arm
+def _examples(comparison: Comparison) -> int:
+    run = comparison.runs.iloc[0]
+    if pd.isna(run["steps"]):
+        raise UnjudgedError("not tested", "the runs table has no steps, which say how much data each batch size saw")
+    return int(run["steps"] * run["batch_size"])
+
+
+def _by_batch_size(comparisons: list[Comparison]) -> list[tuple[BatchSizes, str]]:
+    """The comparisons of each model and dataset; of several lengths at one batch size, the longest."""
+    found: dict[str, dict[int, Comparison]] = {}
+    for comparison in comparisons:  # ascending in batch size and length
+        run = comparison.runs.iloc[0]
+        found.setdefault(f"{run['model']}/{run['dataset']}", {})[int(run["batch_size"])] = comparison
+    return [(BatchSizes(label, by_size), "") for label, by_size in found.items()]
 
 
 def across_batch_sizes(judge: Callable[[BatchSizes], Finding]) -> Callable[[Evidence], Finding]:
@@ -97,25 +117,16 @@ def across_batch_sizes(judge: Callable[[BatchSizes], Finding]) -> Callable[[Evid
     return over(_by_batch_size, judge_checked)
 
 
-def _by_batch_size(comparisons: list[Comparison]) -> list[tuple[BatchSizes, str]]:
-    """The comparisons of each model and dataset; of several lengths at one batch size, the longest."""
-    found: dict[str, dict[int, Comparison]] = {}
-    for comparison in comparisons:  # ascending in batch size and length
-        run = comparison.runs.iloc[0]
-        found.setdefault(f"{run['model']}/{run['dataset']}", {})[int(run["batch_size"])] = comparison
-    return [(BatchSizes(label, by_size), "") for label, by_size in found.items()]
-
-
-def _examples(comparison: Comparison) -> int:
-    run = comparison.runs.iloc[0]
-    if pd.isna(run["steps"]):
-        raise UnjudgedError("not tested", "the runs table has no steps, which say how much data each batch size saw")
-    return int(run["steps"] * run["batch_size"])
-
-
-def gap_grows(sizes: BatchSizes) -> Finding:
-    """D1: the gap at the largest batch size minus that at the smallest, for every rank."""
-    return together([_gap_grows(sizes, sizes.lora(rank)) for rank in sizes.ranks])
+def _gap_problems(sizes: BatchSizes, lora: ArmBySize, n_seeds: int) -> list[str]:
+    """What speaks against a verdict on a rank's gaps, of which `n_seeds` are paired over batch sizes."""
+    problems = [
+        f"batch {size}: {problem}"
+        for size, comparison in sizes.by_size.items()
+        for problem in comparison.final_gap(lora[size], sizes.fullft[size])[3]
+    ]
+    if not problems and n_seeds < MIN_SEEDS:
+        problems.append(f"{n_seeds} seeds at all batch sizes, {MIN_SEEDS} needed")
+    return problems
 
 
 def _gap_grows(sizes: BatchSizes, lora: ArmBySize) -> Finding:
@@ -142,21 +153,41 @@ def _gap_grows(sizes: BatchSizes, lora: ArmBySize) -> Finding:
     return finding(run_ids, text, verdict, problems, estimate, (low, high), -estimate)
 
 
-def _gap_problems(sizes: BatchSizes, lora: ArmBySize, n_seeds: int) -> list[str]:
-    """What speaks against a verdict on a rank's gaps, of which `n_seeds` are paired over batch sizes."""
-    problems = [
-        f"batch {size}: {problem}"
-        for size, comparison in sizes.by_size.items()
-        for problem in comparison.final_gap(lora[size], sizes.fullft[size])[3]
-    ]
-    if not problems and n_seeds < MIN_SEEDS:
-        problems.append(f"{n_seeds} seeds at all batch sizes, {MIN_SEEDS} needed")
-    return problems
+def gap_grows(sizes: BatchSizes) -> Finding:
+    """D1: the gap at the largest batch size minus that at the smallest, for every rank."""
+    return together([_gap_grows(sizes, sizes.lora(rank)) for rank in sizes.ranks])
 
 
-def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:
-    """D2: the gap along the run at the largest and the smallest batch size, for every rank."""
-    return together([_gap_persists(sizes, sizes.lora(rank)) for rank in sizes.ranks])
+D1 = Claim(
+    id="D1",
+    kind="empirical",
+    statement="The gap between LoRA and full fine-tuning grows with batch size",
+    figure="3",
+    criterion=(
+        "For every rank above 1, test NLL minus FullFT's rises from each batch size to the next, and from the "
+        "smallest to the largest by more than 2 sigma (the larger of the two batch sizes') with the 95% interval, "
+        "paired by seed, above 0. Contradicted if that whole interval is below 2 sigma, or that of a step below 0"
+    ),
+    needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
+    paper_value="grows from batch 32; no number",
+    unit="nats per token",
+    experiments=("batch_size",),
+    judge=across_batch_sizes(gap_grows),
+    core=True,
+)
+
+
+def _contrasts(curves: dict[int, pd.DataFrame]) -> dict[str, pd.Series[float]]:
+    """What D2 says is above 0, in nats and by seed, from the gap curves of the smallest and the largest batch size."""
+    small, large = curves
+    half, end = ({size: gap_at(curve, share) for size, curve in curves.items()} for share in (0.5, 1.0))
+    contrasts = {
+        f"gap at the end at batch {large}": end[large],
+        "less half of its value halfway": end[large] - half[large] / 2,
+        f"less that at batch {small}": end[large] - end[small],
+        f"fall from halfway to the end at batch {small}": half[small] - end[small],
+    }
+    return {what: values.dropna() for what, values in contrasts.items()}
 
 
 def _gap_persists(sizes: BatchSizes, lora: ArmBySize) -> Finding:
@@ -187,17 +218,29 @@ def _gap_persists(sizes: BatchSizes, lora: ArmBySize) -> Finding:
     return finding(run_ids, text, decisive.verdict, problems, decisive.estimate, interval, decisive.strain)
 
 
-def _contrasts(curves: dict[int, pd.DataFrame]) -> dict[str, pd.Series[float]]:
-    """What D2 says is above 0, in nats and by seed, from the gap curves of the smallest and the largest batch size."""
-    small, large = curves
-    half, end = ({size: gap_at(curve, share) for size, curve in curves.items()} for share in (0.5, 1.0))
-    contrasts = {
-        f"gap at the end at batch {large}": end[large],
-        "less half of its value halfway": end[large] - half[large] / 2,
-        f"less that at batch {small}": end[large] - end[small],
-        f"fall from halfway to the end at batch {small}": half[small] - end[small],
-    }
-    return {what: values.dropna() for what, values in contrasts.items()}
+def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:
+    """D2: the gap along the run at the largest and the smallest batch size, for every rank."""
+    return together([_gap_persists(sizes, sizes.lora(rank)) for rank in sizes.ranks])
+
+
+D2 = Claim(
+    id="D2",
+    kind="empirical",
+    statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
+    figure="3",
+    criterion=(
+        "For every rank above 1, on validation NLL at the best LRs paired by seed: at the largest batch size the "
+        "gap at the end is above 0, above half of its value halfway through the data, and above that at the "
+        "smallest; at the smallest it falls from halfway to the end. Each with its whole 95% interval, and with "
+        "the same sign between the envelopes"
+    ),
+    needs=f"{_NEEDS}; validation curves; {MIN_SEEDS} seeds at the best LRs",
+    paper_value="persistent; at batch 32 smaller and shrinking; no number",
+    unit="nats per token",
+    experiments=("batch_size",),
+    judge=across_batch_sizes(gap_persists_at_large_batch),
+    core=True,
+)
 
 
 def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
@@ -212,9 +255,22 @@ def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
     )
 
 
-def best_at_small_batch(sizes: BatchSizes) -> Finding:
-    """D4: for FullFT and every rank, the better of the two smallest batch sizes against each larger one."""
-    return together([_best_at_small_batch(sizes, arm) for arm in (sizes.fullft, *map(sizes.lora, sizes.ranks))])
+D3 = Claim(
+    id="D3",
+    kind="empirical",
+    statement="The gap at a batch size does not depend on the rank",
+    figure="3",
+    criterion=(
+        "At every batch size, the 95% interval of the highest rank's gap minus that of the lowest above 1 "
+        "(test NLL, paired by seed, so that FullFT cancels) lies within 2 sigma"
+    ),
+    needs=f"{_NEEDS}; two ranks above 1; {MIN_SEEDS} seeds at the best LRs",
+    paper_value="does not seem to depend on rank; no number",
+    unit="nats per token",
+    experiments=("batch_size",),
+    judge=across_batch_sizes(gap_independent_of_rank),
+    core=True,
+)
 
 
 def _best_at_small_batch(sizes: BatchSizes, arm: ArmBySize) -> Finding:
@@ -244,80 +300,46 @@ def _best_at_small_batch(sizes: BatchSizes, arm: ArmBySize) -> Finding:
     return replace(decisive, reason=f"{arm_label(arm[first])}: {told}; {decisive.reason}")
 
 
+def best_at_small_batch(sizes: BatchSizes) -> Finding:
+    """D4: for FullFT and every rank, the better of the two smallest batch sizes against each larger one."""
+    return together([_best_at_small_batch(sizes, arm) for arm in (sizes.fullft, *map(sizes.lora, sizes.ranks))])
+
+
+D4 = Claim(
+    id="D4",
+    kind="empirical",
+    statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
+    figure="3",
+    criterion=(
+        "For FullFT and every rank above 1, the 95% interval of the test NLL at each larger batch size minus that "
+        "at the better of the two smallest, paired by seed, is above 0. Contradicted if one is below 0"
+    ),
+    needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
+    paper_value="the smallest; no number",
+    unit="nats per token",
+    experiments=("batch_size",),
+    judge=across_batch_sizes(best_at_small_batch),
+)
+
+
+D5 = Claim(
+    id="D5",
+    kind="opinion",
+    statement="The gap at large batch sizes comes from training a product of two matrices",
+    figure="text",
+    criterion="Training the same update of the weights without a product, at an LR of its own, shows no gap",
+    needs="a control that trains W itself at the scale of LoRA's update",
+    paper_value="an interpretation; no number",
+    unit="nats per token",
+    experiments=("batch_size",),
+    judge=untestable("needs a control that trains the update of the weights without a product; no such runs exist"),
+)
+
+
 CLAIMS = (
-    Claim(
-        id="D1",
-        kind="empirical",
-        statement="The gap between LoRA and full fine-tuning grows with batch size",
-        figure="3",
-        criterion=(
-            "For every rank above 1, test NLL minus FullFT's rises from each batch size to the next, and from the "
-            "smallest to the largest by more than 2 sigma (the larger of the two batch sizes') with the 95% interval, "
-            "paired by seed, above 0. Contradicted if that whole interval is below 2 sigma, or that of a step below 0"
-        ),
-        needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
-        paper_value="grows from batch 32; no number",
-        unit="nats per token",
-        experiments=("batch_size",),
-        judge=across_batch_sizes(gap_grows),
-    ),
-    Claim(
-        id="D2",
-        kind="empirical",
-        statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
-        figure="3",
-        criterion=(
-            "For every rank above 1, on validation NLL at the best LRs paired by seed: at the largest batch size the "
-            "gap at the end is above 0, above half of its value halfway through the data, and above that at the "
-            "smallest; at the smallest it falls from halfway to the end. Each with its whole 95% interval, and with "
-            "the same sign between the envelopes"
-        ),
-        needs=f"{_NEEDS}; validation curves; {MIN_SEEDS} seeds at the best LRs",
-        paper_value="persistent; at batch 32 smaller and shrinking; no number",
-        unit="nats per token",
-        experiments=("batch_size",),
-        judge=across_batch_sizes(gap_persists_at_large_batch),
-    ),
-    Claim(
-        id="D3",
-        kind="empirical",
-        statement="The gap at a batch size does not depend on the rank",
-        figure="3",
-        criterion=(
-            "At every batch size, the 95% interval of the highest rank's gap minus that of the lowest above 1 "
-            "(test NLL, paired by seed, so that FullFT cancels) lies within 2 sigma"
-        ),
-        needs=f"{_NEEDS}; two ranks above 1; {MIN_SEEDS} seeds at the best LRs",
-        paper_value="does not seem to depend on rank; no number",
-        unit="nats per token",
-        experiments=("batch_size",),
-        judge=across_batch_sizes(gap_independent_of_rank),
-    ),
-    Claim(
-        id="D4",
-        kind="empirical",
-        statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
-        figure="3",
-        criterion=(
-            "For FullFT and every rank above 1, the 95% interval of the test NLL at each larger batch size minus that "
-            "at the better of the two smallest, paired by seed, is above 0. Contradicted if one is below 0"
-        ),
-        needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
-        paper_value="the smallest; no number",
-        unit="nats per token",
-        experiments=("batch_size",),
-        judge=across_batch_sizes(best_at_small_batch),
-    ),
-    Claim(
-        id="D5",
-        kind="opinion",
-        statement="The gap at large batch sizes comes from training a product of two matrices",
-        figure="text",
-        criterion="Training the same update of the weights without a product, at an LR of its own, shows no gap",
-        needs="a control that trains W itself at the scale of LoRA's update",
-        paper_value="an interpretation; no number",
-        unit="nats per token",
-        experiments=("batch_size",),
-        judge=untestable("needs a control that trains the update of the weights without a product; no such runs exist"),
-    ),
+    D1,
+    D2,
+    D3,
+    D4,
+    D5,
 )

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorabench.analysis.claims.evidence import Evidence, Task
-from lorabench.analysis.claims.finding import Finding
+from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.comparison import Task
+from lorabench.analysis.finding import Finding
 
 Kind = Literal["empirical", "theory", "opinion", "prediction"]
 """Kinds E, T, O, X of the project's notes: shown in a figure, derived, said in passing, left untested by the paper."""
@@ -33,6 +34,8 @@ class Claim:
     """Columns of `runs` that it needs beyond those of every claim on its task."""
     task: Task = "sft"
     """The task whose runs it reads."""
+    core: bool = False
+    """Whether the paper's main conclusions rest on this claim: the README shows the core claims first."""
 
 
 def untestable(reason: str) -> Callable[[Evidence], Finding]:

@@ -9,8 +9,13 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import SWEEP, Comparison, Evidence, every_dataset, over, require
-from lorabench.analysis.claims.finding import (
+from lorabench.analysis.claims.evidence import SWEEP, Evidence, over
+from lorabench.analysis.claims.scopes import (
+    every_dataset,
+)
+from lorabench.analysis.comparison import Comparison, require
+from lorabench.analysis.compute import NEEDED, each_setting, equal_flops_gap, flops_ratio, loss_by_flops
+from lorabench.analysis.finding import (
     Finding,
     UnjudgedError,
     finding,
@@ -20,20 +25,27 @@ from lorabench.analysis.claims.finding import (
     together,
     within,
 )
-from lorabench.analysis.compute import NEEDED, each_setting, equal_flops_gap, flops_ratio, loss_by_flops
 from lorabench.analysis.student import t_quantile
 
 TOLERANCE = 0.01
 """How far a count of FLOPs may be from the formula."""
 
+
 FAR_BELOW = 8
 """A rank up to hidden size over this counts as far below it (the paper's r << N)."""
 
 
-def slightly_over_two_thirds(evidence: Evidence) -> Finding:
-    """G1: the counted ratio of FLOPs against the formula, at every rank of every model."""
-    ratios = _ratios(evidence.compute, NEEDED)
-    return together([_as_formula(setting, rows) for setting, rows in each_setting(ratios)])
+def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """`flops_ratio` of LoRA, stopping where the table holds none."""
+    if compute.empty:
+        raise UnjudgedError("not tested", "no table compute")
+    missing = [name for name in columns if name not in compute]
+    if missing:
+        raise UnjudgedError("not tested", f"the compute table has no column {', '.join(missing)}")
+    ratios = flops_ratio(compute)
+    if ratios.empty:
+        raise UnjudgedError("not tested", "the compute table has no LoRA")
+    return ratios
 
 
 def _as_formula(setting: str, rows: pd.DataFrame) -> Finding:
@@ -52,6 +64,30 @@ def _as_formula(setting: str, rows: pd.DataFrame) -> Finding:
     verdict = within(worst, worst, (-TOLERANCE, TOLERANCE))
     # A count has no noise: the interval is the number.
     return finding((), text, verdict, problems, worst, (worst, worst), abs(worst))
+
+
+def slightly_over_two_thirds(evidence: Evidence) -> Finding:
+    """G1: the counted ratio of FLOPs against the formula, at every rank of every model."""
+    ratios = _ratios(evidence.compute, NEEDED)
+    return together([_as_formula(setting, rows) for setting, rows in each_setting(ratios)])
+
+
+G1 = Claim(
+    id="G1",
+    kind="theory",
+    statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
+    figure="text",
+    criterion=(
+        "In a step of a real model, FLOPs of the linear layers counted as they run, LoRA / FullFT is within 1% of "
+        "2/3 + 2R/N at every rank R of every model. N is the width of square layers that would give the same "
+        "ratio; every layer computes the gradient of its input, as the formula has it. Time is told, not judged"
+    ),
+    needs="table compute: FullFT and LoRA in the same setting",
+    paper_value="2/3 + 2R/N",
+    unit="relative difference from the formula",
+    experiments=(),
+    judge=slightly_over_two_thirds,
+)
 
 
 def ahead_at_equal_flops(comparison: Comparison) -> Finding:
@@ -81,6 +117,25 @@ def ahead_at_equal_flops(comparison: Comparison) -> Finding:
     return finding(comparison.of([lora, fullft])["run_id"], text, verdict, problems, largest, interval, largest)
 
 
+G2 = Claim(
+    id="G2",
+    kind="prediction",
+    statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
+    figure="text",
+    criterion=(
+        f"For the highest rank up to hidden size / {FAR_BELOW}: over the second half of the log-FLOPs range that "
+        "both envelopes of the validation loss have, LoRA's minus FullFT's, where it is largest, is at or below 0 "
+        "with the 95% interval of a difference of two runs. Contradicted if that whole interval is above 0"
+    ),
+    needs=f"{SWEEP}; hidden_size, train_flops, train_tokens; validation curves; seeds that give sigma",
+    paper_value="clearly ahead; no number",
+    unit="nats per token",
+    experiments=("rank",),
+    judge=over(every_dataset, ahead_at_equal_flops),
+    columns=("hidden_size", "train_flops", "train_tokens"),
+)
+
+
 def memory_of_fullft(evidence: Evidence) -> Finding:
     """G3: what is known of the memory, though not of that of sampling."""
     ratios = _ratios(evidence.compute, [*NEEDED, "peak_mem_bytes"])
@@ -98,63 +153,22 @@ def memory_of_fullft(evidence: Evidence) -> Finding:
     )
 
 
-def _ratios(compute: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """`flops_ratio` of LoRA, stopping where the table holds none."""
-    if compute.empty:
-        raise UnjudgedError("not tested", "no table compute")
-    missing = [name for name in columns if name not in compute]
-    if missing:
-        raise UnjudgedError("not tested", f"the compute table has no column {', '.join(missing)}")
-    ratios = flops_ratio(compute)
-    if ratios.empty:
-        raise UnjudgedError("not tested", "the compute table has no LoRA")
-    return ratios
+G3 = Claim(
+    id="G3",
+    kind="opinion",
+    statement="Full fine-tuning needs about ten times the accelerators that sampling from the same model does",
+    figure="text",
+    criterion="Peak memory of a step of FullFT over that of sampling is about 10; LoRA's is slightly above 1",
+    needs="peak memory of sampling, which no preset measures",
+    paper_value="an order of magnitude",
+    unit="ratio",
+    experiments=(),
+    judge=memory_of_fullft,
+)
 
 
 CLAIMS = (
-    Claim(
-        id="G1",
-        kind="theory",
-        statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
-        figure="text",
-        criterion=(
-            "In a step of a real model, FLOPs of the linear layers counted as they run, LoRA / FullFT is within 1% of "
-            "2/3 + 2R/N at every rank R of every model. N is the width of square layers that would give the same "
-            "ratio; every layer computes the gradient of its input, as the formula has it. Time is told, not judged"
-        ),
-        needs="table compute: FullFT and LoRA in the same setting",
-        paper_value="2/3 + 2R/N",
-        unit="relative difference from the formula",
-        experiments=(),
-        judge=slightly_over_two_thirds,
-    ),
-    Claim(
-        id="G2",
-        kind="prediction",
-        statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
-        figure="text",
-        criterion=(
-            f"For the highest rank up to hidden size / {FAR_BELOW}: over the second half of the log-FLOPs range that "
-            "both envelopes of the validation loss have, LoRA's minus FullFT's, where it is largest, is at or below 0 "
-            "with the 95% interval of a difference of two runs. Contradicted if that whole interval is above 0"
-        ),
-        needs=f"{SWEEP}; hidden_size, train_flops, train_tokens; validation curves; seeds that give sigma",
-        paper_value="clearly ahead; no number",
-        unit="nats per token",
-        experiments=("rank",),
-        judge=over(every_dataset, ahead_at_equal_flops),
-        columns=("hidden_size", "train_flops", "train_tokens"),
-    ),
-    Claim(
-        id="G3",
-        kind="opinion",
-        statement="Full fine-tuning needs about ten times the accelerators that sampling from the same model does",
-        figure="text",
-        criterion="Peak memory of a step of FullFT over that of sampling is about 10; LoRA's is slightly above 1",
-        needs="peak memory of sampling, which no preset measures",
-        paper_value="an order of magnitude",
-        unit="ratio",
-        experiments=(),
-        judge=memory_of_fullft,
-    ),
+    G1,
+    G2,
+    G3,
 )

@@ -15,8 +15,10 @@ from typing import Literal
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not tested"]
 
+
 MIN_SEEDS = 3
 """Seeds that a verdict on a difference needs (science rule 5)."""
+
 
 MAX_NOISE = 0.05
 """Two sigma above this share of the loss is too noisy to call two losses equal: the margin would grow with sigma."""
@@ -84,6 +86,13 @@ def together(findings: Sequence[Finding]) -> Finding:
     reasons = [decisive.reason, *(one.reason for one in findings if one is not decisive)]
     run_ids = tuple(sorted({run_id for one in findings for run_id in one.run_ids}))
     return replace(decisive, reason="; ".join(reasons), run_ids=run_ids)
+
+
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on a criterion with several parts, all of which must hold."""
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "confirmed" if set(verdicts) == {"confirmed"} else "inconclusive"
 
 
 def within(low: float, high: float, band: tuple[float, float]) -> Verdict:
