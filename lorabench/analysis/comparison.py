@@ -1,4 +1,4 @@
-"""Comparisons of arms: LoRA and full fine-tuning on one model, dataset, batch size and length."""
+"""Comparisons of arms: LoRA and full fine-tuning (FullFT) on one model, dataset, batch size and length of run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pandas as pd
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, each_arm, is_rl, rows_of
 from lorabench.analysis.finding import (
     MIN_SEEDS,
+    SIGMAS,
     Finding,
     UnjudgedError,
     Verdict,
@@ -32,29 +33,31 @@ from lorabench.analysis.optimum import lr_draws, lr_optima
 from lorabench.tables import words
 
 Arm = dict[str, Any]
+"""An arm by the columns ARM: one method in one setting, whose LR is swept."""
 
 
 Task = Literal["sft", "rl"]
+"""Supervised fine-tuning, or reinforcement learning (RL)."""
 
 
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
 
 
 NEEDED = [*_ARM_AND_STATUS, "final_valid_nll", "final_test_nll"]
-"""Columns of `runs` that every claim on supervised runs needs."""
+"""The columns of `runs` that every comparison of supervised runs needs."""
 
 
 NEEDED_BY: dict[Task, list[str]] = {"sft": NEEDED, "rl": [*_ARM_AND_STATUS, "final_valid_reward", "final_reward"]}
-"""Columns of `runs` that every claim on runs needs, by their task."""
+"""The columns of `runs` that every comparison needs, by task."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms that can be compared: FullFT and LoRA of one model, dataset, batch size and length."""
+    """Arms that can be compared, with their runs: FullFT and LoRA on one model, dataset, batch size and length."""
 
     label: str
     runs: pd.DataFrame
-    """Those of RL as from `rewards.errors`: their losses are error rates."""
+    """The runs of all arms; those of RL as returned by `rewards.errors`, with error rates as their losses."""
     curves: pd.DataFrame
     noise: pd.DataFrame = field(repr=False)
 
@@ -64,7 +67,7 @@ class Comparison:
 
     @cached_property
     def rows(self) -> dict[str, pd.DataFrame]:
-        """Runs, by arm label."""
+        """The runs of each arm, by arm label."""
         return {arm_label(arm): rows for arm, rows in each_arm(self.runs)}
 
     @property
@@ -73,11 +76,11 @@ class Comparison:
 
     @cached_property
     def lora(self) -> dict[int, Arm]:
-        """LoRA arms on all layers by rank, ascending."""
+        """The LoRA arms on all layers by rank, ascending."""
         return self.placed("all")
 
     def placed(self, placement: str) -> dict[int, Arm]:
-        """LoRA arms of a placement by rank, ascending; a placement that is not given counts as `all`."""
+        """Return the LoRA arms of a placement by rank, ascending; a missing placement counts as `all`."""
         return {
             arm["rank"]: arm
             for arm in self.arms
@@ -86,70 +89,78 @@ class Comparison:
 
     @property
     def highest(self) -> Arm | None:
-        """The highest LoRA rank present, which stands for the paper's high ranks; rank 1 never does."""
+        """The LoRA arm on all layers with the highest rank above 1, which stands for the paper's high ranks."""
         return next((arm for rank, arm in reversed(self.lora.items()) if rank > 1), None)
 
     def sigma(self, split: str) -> tuple[float, int]:
-        """Seed noise of the final loss and its degrees of freedom."""
+        """Return the seed standard deviation of the final loss on a split, and its degrees of freedom."""
         column = "sigma_valid" if split == "validation" else "sigma"
         return float(self.noise[column].iloc[0]), int(self.noise["dof"].iloc[0])
 
     @cached_property
     def losses(self) -> dict[str, pd.Series]:
-        """Rows of `best_losses`, by arm label."""
+        """The rows of `best_losses`, by arm label."""
         return {arm_label(row): row for _, row in best_losses(self.runs).iterrows()}
 
     @cached_property
     def optima(self) -> dict[str, pd.Series]:
-        """Rows of `lr_optima`, by arm label."""
+        """The rows of `lr_optima`, by arm label."""
         return {arm_label(row): row for _, row in lr_optima(self.runs, self.noise).iterrows()}
 
     @cached_property
     def draws(self) -> dict[str, np.ndarray]:
-        """Bootstrap draws of optimal LRs, by arm label."""
+        """The bootstrap draws of optimal LRs, by arm label."""
         return {label: lr_draws(rows, self.noise) for label, rows in self.rows.items()}
 
     def of(self, arms: Iterable[Arm]) -> pd.DataFrame:
-        """The runs of some arms."""
+        """Return the runs of several arms."""
         return pd.concat([self.rows[arm_label(arm)] for arm in arms])
 
     def edge_problems(self, arms: Iterable[Arm]) -> list[str]:
-        """Arms whose best LR does not count, since it is at the edge of its grid or no run finished."""
+        """Return the arms whose best LR does not count, with the reason: the edge of its grid, or no finished run."""
         losses = [self.losses[arm_label(arm)] for arm in arms]
         return [
-            f"{arm_label(found)}: " + ("best LR at the edge of its grid" if found["at_edge"] else "no run finished")
-            for found in losses
-            if found["at_edge"] or math.isnan(found["lr_best"])
+            f"{arm_label(loss)}: " + ("best LR at the edge of its grid" if loss["at_edge"] else "no run finished")
+            for loss in losses
+            if loss["at_edge"] or math.isnan(loss["lr_best"])
         ]
 
     def final_gap(self, arm: Arm, other: Arm) -> tuple[float, tuple[float, float], str, list[str]]:
-        """Test NLL (in RL error rate) of an arm minus another's: estimate, interval, text, and problems with it."""
-        found = gap(self.runs, arm, other)
+        """Compute the test NLL (in RL the error rate) of an arm minus that of another, both at their best LR.
+
+        Returns:
+            The difference, its 95% interval, both in words, and what speaks against a verdict on them.
+        """
+        difference = gap(self.runs, arm, other)
         problems = self.edge_problems([arm, other])
-        if found.n_seeds < MIN_SEEDS:
-            problems.append(f"{found.n_seeds} paired seeds, {MIN_SEEDS} needed")
-        if found.n_diverged:
-            problems.append(f"{found.n_diverged} repeats at the best LR diverged")
-        interval = (found.ci_low, found.ci_high)
-        words = (error_rate if self.is_rl else nats)(found.estimate, *interval)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {words} over {found.n_seeds} seeds"
-        return found.estimate, interval, text, problems
+        if difference.n_seeds < MIN_SEEDS:
+            problems.append(f"{difference.n_seeds} paired seeds, {MIN_SEEDS} needed")
+        if difference.n_diverged:
+            problems.append(f"{difference.n_diverged} repeats at the best LR diverged")
+        interval = (difference.ci_low, difference.ci_high)
+        words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {words} over {difference.n_seeds} seeds"
+        return difference.estimate, interval, text, problems
 
     @property
     def is_rl(self) -> bool:
+        """Whether all runs are of RL."""
         return bool(is_rl(self.runs).all())
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
-        """Whether the test NLL (in RL the error rate) of two arms is the same within 2 sigma.
+        """Judge whether the test NLL (in RL the error rate) of two arms is the same within SIGMAS sigma.
 
         Args:
-            better_too: that the arm is better than the other by more than 2 sigma speaks for the claim as well.
+            arm: the arm whose loss is compared.
+            other: the arm that it is compared with.
+            better_too: whether a lower loss than the other's confirms as well.
         """
         estimate, interval, text, problems = self.final_gap(arm, other)
         sigma, dof = self.sigma("test")
         loss = float(self.losses[arm_label(other)]["nll_mean"])
-        verdict = within(*interval, (-math.inf if better_too else -2 * sigma, 2 * sigma))
-        noisy = error_equality_problems(verdict, 2 * sigma) if self.is_rl else equality_problems(verdict, sigma, loss)
+        margin = SIGMAS * sigma
+        verdict = within(*interval, (-math.inf if better_too else -margin, margin))
+        noisy = error_equality_problems(verdict, margin) if self.is_rl else equality_problems(verdict, sigma, loss)
         off = estimate if better_too else abs(estimate)
         return finding(
             self.of([arm, other])["run_id"],
@@ -163,34 +174,41 @@ class Comparison:
 
 
 def comparisons(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Comparison]:
-    """The comparisons that a runs table holds, one per model, dataset, batch size and length."""
+    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length."""
     noise = seed_noise(runs)
-    found = []
+    parts = []
     several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in GROUP[2:]}
     for (model, dataset, batch_size, steps), of_group in runs.groupby(GROUP, dropna=False):
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
-        # One pass over the same data is one length, however many steps it takes.
+        # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
         group = dict(zip(GROUP, (model, dataset, batch_size, steps), strict=True))
-        found.append(Comparison(label, of_group, curves, rows_of(noise, group)))
-    return found
+        parts.append(Comparison(label, of_group, curves, rows_of(noise, group)))
+    return parts
 
 
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """The curves of some runs; of a table without columns, all there is."""
+    """Return the curves of some runs; a table without the column run_id is returned as it is."""
     return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
 
 
 def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
-    """Which runs belong to one of the experiments; a run that says nothing belongs to all."""
+    """Return which runs belong to one of the experiments; a run that names no experiment belongs to all."""
     if "experiments" not in runs:
         return pd.Series(True, index=runs.index)
     listed = runs["experiments"].map(words)
-    return listed.map(lambda found: not found or any(name in found for name in names)).astype(bool)
+    return listed.map(lambda of_run: not of_run or any(name in of_run for name in names)).astype(bool)
 
 
 def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
-    """The arms that a claim compares, given with what they are called; stops where they are not there."""
+    """Return the arms that a claim compares.
+
+    Args:
+        arms: each arm after its name in words; None where the tables lack it.
+
+    Raises:
+        UnjudgedError: an arm is missing; the verdict is `not tested` if all are, and inconclusive otherwise.
+    """
     missing = [name for name, arm in arms if arm is None]
     if missing:
         verdict: Verdict = "not tested" if len(missing) == len(arms) else "inconclusive"

@@ -1,4 +1,4 @@
-"""Models swept with FullFT and with LoRA on the same data, and the law of their optimal learning rates."""
+"""Models whose LR was swept with FullFT and with LoRA on the same data, and the law of their optimal LRs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from lorabench.analysis.optimum import LrGrid, lr_grid
 
 @dataclass(frozen=True)
 class SweptModel:
-    """One model's LR sweeps of FullFT and of LoRA at the rank chosen for the group that it is compared in."""
+    """The LR sweeps of FullFT and of LoRA on one model; LoRA at the rank chosen for the model's group."""
 
     comparison: Comparison
     fullft: Arm
     lora: Arm
     lineage: str
+    """The family in which the model counts for the law."""
     hidden_size: int
 
     @property
@@ -31,6 +32,7 @@ class SweptModel:
 
     @cached_property
     def ratio(self) -> LrRatio:
+        """The optimal LR of LoRA over that of FullFT."""
         return lr_ratio(self.comparison, self.lora, self.fullft)
 
     def arm(self, method: str) -> Arm:
@@ -41,7 +43,10 @@ class SweptModel:
 
 
 def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
-    """Models with both methods, by dataset, batch size and length; LoRA above rank 1, at a rank that all have."""
+    """Return the models with both methods, in groups of one dataset, batch size and length.
+
+    LoRA is taken at the highest rank above 1 that all models of a group have, or else at each model's highest.
+    """
     by_data: dict[tuple[object, ...], list[Comparison]] = {}
     for comparison in comparisons:
         known = comparison.runs["family"].notna() & comparison.runs["hidden_size"].notna()
@@ -62,11 +67,12 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
 
 
 def run_ids(models: Sequence[SweptModel]) -> list[str]:
+    """Return the ids of the runs of several models."""
     return [run_id for model in models for run_id in model.comparison.of([model.fullft, model.lora])["run_id"]]
 
 
 def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:
-    """The law fitted to models' validation losses; None where they do not determine it."""
+    """Fit the law to the validation losses of models; the result is None where they do not determine it."""
     problems = []
     for model in models:
         for method in ("fullft", "lora"):

@@ -229,10 +229,10 @@ D2 = Claim(
     statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
     figure="3",
     criterion=(
-        "For every rank above 1, on validation NLL at the best LRs paired by seed: at the largest batch size the "
-        "gap at the end is above 0, above half of its value halfway through the data, and above that at the "
-        "smallest; at the smallest it falls from halfway to the end. Each with its whole 95% interval, and with "
-        "the same sign between the envelopes"
+        "For every rank above 1, on validation NLL at the best LRs paired by seed: at the largest batch size the gap "
+        "at the end is above 0, above half of its value halfway through the data, and above that at the smallest; at "
+        "the smallest it falls from halfway to the end. Each with its whole 95% interval, and with the same sign "
+        "between the envelopes"
     ),
     needs=f"{_NEEDS}; validation curves; {MIN_SEEDS} seeds at the best LRs",
     paper_value="persistent; at batch 32 smaller and shrinking; no number",
@@ -261,8 +261,8 @@ D3 = Claim(
     statement="The gap at a batch size does not depend on the rank",
     figure="3",
     criterion=(
-        "At every batch size, the 95% interval of the highest rank's gap minus that of the lowest above 1 "
-        "(test NLL, paired by seed, so that FullFT cancels) lies within 2 sigma"
+        "At every batch size, the 95% interval of the highest rank's gap minus that of the lowest above 1 (test NLL, "
+        "paired by seed, so that FullFT cancels) lies within 2 sigma"
     ),
     needs=f"{_NEEDS}; two ranks above 1; {MIN_SEEDS} seeds at the best LRs",
     paper_value="does not seem to depend on rank; no number",
@@ -311,8 +311,8 @@ D4 = Claim(
     statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
     figure="3",
     criterion=(
-        "For FullFT and every rank above 1, the 95% interval of the test NLL at each larger batch size minus that "
-        "at the better of the two smallest, paired by seed, is above 0. Contradicted if one is below 0"
+        "For FullFT and every rank above 1, the 95% interval of the test NLL at each larger batch size minus that at "
+        "the better of the two smallest, paired by seed, is above 0. Contradicted if one is below 0"
     ),
     needs=f"{_NEEDS}; {MIN_SEEDS} seeds at the best LRs",
     paper_value="the smallest; no number",

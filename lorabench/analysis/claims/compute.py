@@ -78,9 +78,9 @@ G1 = Claim(
     statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
     figure="text",
     criterion=(
-        "In a step of a real model, FLOPs of the linear layers counted as they run, LoRA / FullFT is within 1% of "
-        "2/3 + 2R/N at every rank R of every model. N is the width of square layers that would give the same "
-        "ratio; every layer computes the gradient of its input, as the formula has it. Time is told, not judged"
+        "In a step of a real model, FLOPs of the linear layers counted as they run, LoRA / FullFT is within 1% of 2/3 "
+        "+ 2R/N at every rank R of every model. N is the width of square layers that would give the same ratio; every "
+        "layer computes the gradient of its input, as the formula has it. Time is told, not judged"
     ),
     needs="table compute: FullFT and LoRA in the same setting",
     paper_value="2/3 + 2R/N",
@@ -123,9 +123,9 @@ G2 = Claim(
     statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
     figure="text",
     criterion=(
-        f"For the highest rank up to hidden size / {FAR_BELOW}: over the second half of the log-FLOPs range that "
-        "both envelopes of the validation loss have, LoRA's minus FullFT's, where it is largest, is at or below 0 "
-        "with the 95% interval of a difference of two runs. Contradicted if that whole interval is above 0"
+        f"For the highest rank up to hidden size / {FAR_BELOW}: over the second half of the log-FLOPs range that both "
+        "envelopes of the validation loss have, LoRA's minus FullFT's, where it is largest, is at or below 0 with the "
+        "95% interval of a difference of two runs. Contradicted if that whole interval is above 0"
     ),
     needs=f"{SWEEP}; hidden_size, train_flops, train_tokens; validation curves; seeds that give sigma",
     paper_value="clearly ahead; no number",

@@ -1,4 +1,4 @@
-"""Claims C1 to C3: curves of the first steps, by rank."""
+"""Claims C1 to C3: the learning curves of the first steps, by rank."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.early import EarlyDifference, early_difference
 from lorabench.analysis.finding import (
     MIN_SEEDS,
+    SIGMAS,
     Finding,
     UnjudgedError,
     Verdict,
@@ -27,20 +28,25 @@ from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.slopes import against_log
 
 EARLY_STEPS = 100
-"""Steps that count as early (C1); the paper shows no number."""
+"""The number of steps that count as early; the paper gives no number."""
+
+FIRST_EARLY_STEPS = 20
+"""The steps up to which the difference of two curves has the further limit MAX_FIRST_GAP."""
+
+MAX_FIRST_GAP = 0.01
+"""The share of the loss up to which two curves are the same over FIRST_EARLY_STEPS."""
 
 
 FIRST_STEPS = 10
-"""The first few steps, in which the paper sees a negative difference (C3). Also those that Adam's first moment, with
-its decay of 0.9, takes to fill (C11)."""
+"""The number of first steps in which the paper sees a negative difference."""
 
 
 SIGN_SEEDS = 5
-"""Seeds that a verdict on that sign needs."""
+"""The number of seeds that a verdict on the sign of this difference needs."""
 
 
 def _early(comparison: Comparison, first_steps: int | None = None) -> EarlyDifference:
-    """The two ranks that the claims on early curves compare."""
+    """Return the difference of the lowest rank above 1 and the highest, over the first steps or the whole run."""
     if not comparison.lora:
         raise UnjudgedError("not tested", "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
@@ -59,10 +65,13 @@ def _seed_problems(early: EarlyDifference, needed: int) -> list[str]:
 
 
 def same_early_curves(comparison: Comparison) -> Finding:
-    """C1: training NLL of two ranks on the same batches, at the step where they are furthest apart for the margin."""
+    """C1: judge the difference of two ranks on the same batches at the step where it is largest for its margin."""
     early = _early(comparison, EARLY_STEPS)
-    steps = early.over_seeds().assign(loss=early.loss, margin=2 * early.sigma_batch).rename_axis("step").reset_index()
-    steps["margin"] = steps["margin"].mask(steps["step"] <= 20, np.fmin(steps["margin"], 0.01 * steps["loss"]))
+    steps = (
+        early.over_seeds().assign(loss=early.loss, margin=SIGMAS * early.sigma_batch).rename_axis("step").reset_index()
+    )
+    tighter = np.fmin(steps["margin"], MAX_FIRST_GAP * steps["loss"])
+    steps["margin"] = steps["margin"].mask(steps["step"] <= FIRST_EARLY_STEPS, tighter)
     bounds = steps[["low", "high", "margin"]].to_numpy(float)
     verdicts = pd.Series([within(low, high, (-margin, margin)) for low, high, margin in bounds])
     half = (steps["high"] - steps["mean"]).fillna(0.0)
@@ -85,10 +94,11 @@ C1 = Claim(
     statement="Early in training, learning curves at one LR are the same for all ranks",
     figure="early curves",
     criterion=(
-        "Training NLL of the lowest rank above 1 minus that of the highest (the paper: 16 and 256), same batches, "
-        f"mean over seeds: at every step up to {EARLY_STEPS} its 95% interval lies within 2 sigma of batches "
-        "(standard deviation over seeds, pooled over both ranks and these steps), and up to step 20 within 1% of "
-        "the loss too. Contradicted if at some step the whole interval is outside"
+        "Judged is the training NLL of the lowest rank above 1 minus that of the highest (in the paper, 16 and 256) "
+        f"on the same batches, as a mean over seeds. At every step up to {EARLY_STEPS} its 95% interval lies within "
+        f"{SIGMAS} sigma of batches, the standard deviation over seeds, pooled over both ranks and these steps; up to "
+        f"step {FIRST_EARLY_STEPS} it lies within {MAX_FIRST_GAP:.0%} of the loss too. Contradicted if the whole "
+        "interval is outside at some step"
     ),
     needs=f"LoRA of two ranks above 1 at one LR, {MIN_SEEDS} seeds, training losses at every step",
     paper_value="nearly on top of each other; no number",
@@ -100,19 +110,19 @@ C1 = Claim(
 
 
 def difference_grows(comparison: Comparison) -> Finding:
-    """C2: slope of each seed's |difference| of two ranks against log step, and its mean by decade."""
+    """C2: judge the slope of each seed's |difference| of two ranks against log step, and its mean by decade."""
     early = _early(comparison)
     apart = early.by_seed[early.by_seed.index > 1].abs()
     slopes = pd.Series([against_log(apart.index, apart[seed]).slope for seed in apart], dtype=float)
     slope, low, high = mean_interval(slopes)
-    # Steps 2..10, 11..100 and so on.
+    # The first decade is steps 2 to 10, the second 11 to 100.
     decade = np.ceil(np.log10(apart.index.to_numpy(float)) - 1e-9).astype(int)
     means = apart.mean(axis=1).groupby(decade).mean()
     ends = np.minimum(10.0 ** means.index.to_numpy(float), apart.index.max())
-    told = ", ".join(f"{value:.4f} up to step {end:.0f}" for end, value in zip(ends, means, strict=True))
+    by_decade = ", ".join(f"{value:.4f} up to step {end:.0f}" for end, value in zip(ends, means, strict=True))
     text = (
         f"{_compared(early)}, |difference| grows by {nats(slope, low, high)} per decade of steps over {early.n_seeds} "
-        f"seeds; mean {told}"
+        f"seeds; mean {by_decade}"
     )
     problems = _seed_problems(early, MIN_SEEDS)
     if len(means) < 2:
@@ -131,8 +141,8 @@ C2 = Claim(
     statement="The difference of early curves grows with time",
     figure="early curves",
     criterion=(
-        "Slope of each seed's |difference| (as in C1) against log step, from step 2 to the end: its 95% interval "
-        "over seeds is above 0, and the mean |difference| rises from decade to decade of steps. Contradicted if "
+        "The slope of each seed's |difference| (as in C1) against log step, from step 2 to the end, has a 95% "
+        "interval over seeds above 0, and the mean |difference| rises from decade to decade of steps. Contradicted if "
         "the interval is below 0"
     ),
     needs=f"as C1, over 10 steps and more; {MIN_SEEDS} seeds",
@@ -144,9 +154,9 @@ C2 = Claim(
 
 
 def difference_negative_at_first(comparison: Comparison) -> Finding:
-    """C3: difference of two ranks, mean over the first steps, over seeds."""
+    """C3: judge the mean difference of two ranks over the first steps, over seeds."""
     early = _early(comparison, FIRST_STEPS)
-    # Before the first update the difference is zero, whatever the ranks.
+    # Before the first update all ranks have the loss of the base model.
     first = early.by_seed[early.by_seed.index > 1]
     mean, low, high = mean_interval(first.mean())
     text = f"{_compared(early)} = {nats(mean, low, high)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
@@ -163,8 +173,8 @@ C3 = Claim(
     statement="In the first few steps the lower rank has a slightly lower loss",
     figure="early curves",
     criterion=(
-        f"Difference as in C1, mean over steps 2 to {FIRST_STEPS}: the 95% interval over at least {SIGN_SEEDS} "
-        "seeds is below 0. Contradicted if it is above 0"
+        f"The difference as in C1, as a mean over steps 2 to {FIRST_STEPS}, has a 95% interval over at least "
+        f"{SIGN_SEEDS} seeds below 0. Contradicted if the interval is above 0"
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",

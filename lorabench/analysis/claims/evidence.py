@@ -1,4 +1,4 @@
-"""What a claim is judged on: the tidy tables of its experiments, and the comparisons they hold."""
+"""The evidence that a claim is judged on: the tables of its experiments, and the comparisons in them."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from lorabench.analysis.finding import (
 )
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
-"""What most claims need, in words."""
+"""What most claims need."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The tidy tables as a claim sees them; a table that is not there is empty."""
+    """The tidy tables that a claim is judged on; a table that does not exist is empty."""
 
     runs: pd.DataFrame
-    """Those of its task and its experiments."""
+    """The rows of the table `runs` that belong to the claim's task and experiments."""
     curves: pd.DataFrame
-    """Of those runs."""
+    """The learning curves of these runs."""
     compute: pd.DataFrame
     counts: pd.DataFrame
     every_run: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """All of the table, for a claim that sets one task beside the other."""
+    """The whole table `runs`, for a claim that compares RL with supervised training."""
 
     @cached_property
     def standard(self) -> pd.DataFrame:
-        """FullFT, and LoRA in the paper's parametrisation, whatever its placement."""
+        """The runs of FullFT, and those of LoRA in the paper's parametrization on any layers."""
         return self.runs[is_standard(self.runs)]
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """What can be compared: the standard runs of one model, dataset, batch size and length."""
+        """The comparisons of the standard runs, one per model, dataset, batch size and length."""
         return comparisons(self.standard, self.curves)
 
 
 class Labelled(Protocol):
-    """What a claim is judged on by itself: a comparison, or several that belong together."""
+    """A comparison, or several comparisons that are judged together."""
 
     @property
     def label(self) -> str: ...
@@ -58,7 +58,12 @@ Judged = TypeVar("Judged", bound=Labelled)
 def over(
     scope: Callable[[list[Comparison]], list[tuple[Judged, str]]], judge: Callable[[Judged], Finding]
 ) -> Callable[[Evidence], Finding]:
-    """Judge each in scope by itself; the worst finding decides, and the reason names all."""
+    """Return a judge that judges each comparison in a scope by itself; the worst finding decides.
+
+    Args:
+        scope: chooses from all comparisons what is judged, each with a note for the reason.
+        judge: judges one choice of the scope.
+    """
 
     return lambda evidence: judge_each(
         (f"{judged.label}{note}", partial(judge, judged)) for judged, note in scope(evidence.comparisons)
@@ -66,14 +71,18 @@ def over(
 
 
 def judge_each(named: Iterable[tuple[str, Callable[[], Finding]]]) -> Finding:
-    """The finding that decides over several, each with its name in the reason."""
-    found = []
+    """Run several judges and return the finding that decides; its reason gives all reasons, each after its name.
+
+    Raises:
+        UnjudgedError: there is nothing to judge.
+    """
+    findings = []
     for name, judge in named:
         try:
-            one = judge()
+            judged = judge()
         except UnjudgedError as unjudged:
-            one = unjudged.finding
-        found.append(replace(one, reason=f"{name}: {one.reason}"))
-    if not found:
+            judged = unjudged.finding
+        findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
+    if not findings:
         raise UnjudgedError("not tested", "no such runs")
-    return together(found)
+    return together(findings)

@@ -40,23 +40,35 @@ _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 
 
 TRAJECTORY_STEPS = 50
-"""Over which equivalent runs are compared (C5, C8)."""
+"""The number of steps over which equivalent runs are compared."""
 
 
 IDENTICAL = 1e-5
-"""Nats per token below which two training losses are the same to numerical precision."""
+"""The difference of two training losses, in nats per token, below which they are numerically the same."""
 
 
 ZERO_EPS = 1e-12
-"""Adam's epsilon up to which it counts as the zero of the invariance argument."""
+"""The epsilon of Adam up to which it counts as 0, which the invariances assume."""
 
 
 SLOPE_STEPS = 5
-"""Over which the initial slope is taken (C6)."""
+"""The number of steps over which the initial slope is taken."""
+
+SLOPE_BAND = (0.98, 1.02)
+"""The ratios of two initial slopes that count as equal."""
 
 
 STILL = 0.1
-"""Movement of A, in its initial norm, below which A is still where it started."""
+"""The movement of A, as a share of its initial norm, up to which A counts as still."""
+
+TIME_BAND = (0.8, 1.2)
+"""The exponents of the time until A has moved, against init_A / LR_A, that count as 1."""
+
+MIN_TIMES = 3
+"""The number of values of init_A / LR_A that this exponent needs."""
+
+MIN_TIMES_RANGE = 4
+"""The factor between the largest and the smallest of these values that the exponent needs."""
 
 
 def _named(pair: pd.Series[Any], speed: str) -> str:
@@ -65,10 +77,12 @@ def _named(pair: pd.Series[Any], speed: str) -> str:
 
 
 def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool = False) -> Finding:
-    """C5, C8: largest difference of the training NLL of runs that should be one run, against runs that should not.
+    """C5, C8: judge the largest difference of training NLL of equivalent runs, beside that of other runs.
 
     Args:
-        plus: only pairs of which one has unequal LRs of A and B and the other does not.
+        lora: the LoRA runs of one model and dataset.
+        curves: the table `curves`.
+        plus: whether to take only pairs in which one run has unequal LRs of A and B and the other has equal ones.
     """
     pairs = invariance_pairs(lora, plus)
     if pairs.empty:
@@ -98,7 +112,7 @@ def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool
         nearest = float(control["difference"].min())
         text += f"; {len(control)} other pairs by at least {nearest:.2g}"
         if verdict == "confirmed" and not nearest > max(largest, IDENTICAL):
-            problems.append("runs that should differ do not, so the measure can't tell")
+            problems.append("runs that should differ do not, so the measure can't tell them apart")
     run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
     return finding(run_ids, text, verdict, problems, largest, strain=largest)
 
@@ -109,10 +123,10 @@ C5 = Claim(
     statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
     figure="text",
     criterion=(
-        "Runs with the same alpha * init_A * LR_B and init_A / LR_A, all else equal, have training losses that "
-        f"differ by less than {IDENTICAL:g} nats over the first {TRAJECTORY_STEPS} steps; all pairs of which one "
-        "of the two differs, the control, differ by more. At the smallest epsilon in the tables; above "
-        f"{ZERO_EPS:g}, a difference does not contradict"
+        "Runs with the same alpha * init_A * LR_B and the same init_A / LR_A, all else equal, have training losses "
+        f"that differ by less than {IDENTICAL:g} nats over the first {TRAJECTORY_STEPS} steps, and all pairs in which "
+        "one of the two products differs, the control, differ by more. Judged at the smallest epsilon in the tables; "
+        f"above {ZERO_EPS:g}, a difference does not contradict"
     ),
     needs=f"{_PAIRS}, that are equivalent, and some that are not",
     paper_value="exact; derived",
@@ -124,7 +138,7 @@ C5 = Claim(
 
 
 def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C8: as C5, for pairs of which one has unequal LRs of A and B and the other does not."""
+    """C8: judge as C5 the pairs in which one run has unequal LRs of A and B and the other has equal ones."""
     return equivalent_trajectories(lora, curves, plus=True)
 
 
@@ -134,8 +148,8 @@ C8 = Claim(
     statement="LoRA+ (a larger LR of B) and a larger alpha are moves along init_A / LR_A",
     figure="text",
     criterion=(
-        "As C5, for pairs of which one has unequal LRs of A and B and the other, with another alpha, init_A or LR, "
-        "has equal ones"
+        "The criterion of C5 holds for the pairs in which one run has unequal LRs of A and B and the other, with "
+        "another alpha, init_A or LR, has equal ones"
     ),
     needs=f"{_PAIRS}, that are equivalent with LR_B/LR_A other than 1 and equal to 1",
     paper_value="exact; derived",
@@ -146,9 +160,9 @@ C8 = Claim(
 
 
 def _falls(lora: pd.DataFrame, curves: pd.DataFrame) -> pd.Series[float]:
-    """Validation NLL before training minus that at the last point up to step SLOPE_STEPS, by run.
+    """Return the validation NLL before training minus that at the last point up to step SLOPE_STEPS, by run.
 
-    Training losses of single steps would not do: their batches differ more than so few updates do.
+    Training losses of single steps would not do: they differ more between batches than over so few updates.
     """
     losses = train_curves(lora[["run_id"]], curves, split="validation")
     early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
@@ -158,13 +172,13 @@ def _falls(lora: pd.DataFrame, curves: pd.DataFrame) -> pd.Series[float]:
 
 
 def _moved_by(lora: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.Series[float]:
-    """Movement of A by a step, at the first recorded step that is not before it, by run."""
+    """Return the movement of A by run, at the first recorded step from `step` on."""
     moved = train_curves(lora[["run_id"]], curves, "a_moved")
     return moved[moved["step"] >= step].groupby("run_id")["value"].first().astype(float)
 
 
 def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
-    """The finding on one pair of configurations, over seeds."""
+    """Judge one pair of configurations, over seeds."""
     first = of_pair.iloc[0]
     ratio, low, high = ratio_of_means(of_pair["fast"].to_numpy(float), of_pair["slow"].to_numpy(float))
     a_moved = of_pair["run_id_fast"].map(moved).max()
@@ -177,7 +191,7 @@ def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
         problems.append(f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed")
     if math.isnan(ratio):
         problems.append("the loss does not fall")
-    verdict = within(low, high, (0.98, 1.02))
+    verdict = within(low, high, SLOPE_BAND)
     if not math.isnan(a_moved):
         text += f", A moved by {a_moved:.2g}"
     run_ids = [*of_pair["run_id_fast"], *of_pair["run_id_slow"]]
@@ -185,7 +199,7 @@ def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
 
 
 def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C6: fall of the training loss where LR_A alone is ten times as large."""
+    """C6: judge the first fall of the validation loss where LR_A alone is ten times as large."""
     pairs = tenfold_pairs(lora)
     if pairs.empty:
         raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
@@ -195,20 +209,20 @@ def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     if both.empty:
         raise UnjudgedError("not tested", f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
     names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    every = [of_pair for _, of_pair in both.groupby([*SETTING, *names], dropna=False)]
-    # The claim is about the time before A moves. Where that was not recorded, a pair counts.
+    all_pairs = [of_pair for _, of_pair in both.groupby([*SETTING, *names], dropna=False)]
+    # The claim is about the time before A moves. A pair whose movement was not recorded is judged.
     moved = _moved_by(lora, curves, SLOPE_STEPS)
-    still = [of_pair for of_pair in every if not of_pair["run_id_fast"].map(moved).max() > STILL]
+    still = [of_pair for of_pair in all_pairs if not of_pair["run_id_fast"].map(moved).max() > STILL]
     left_out = (
-        f"{len(every) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
+        f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
     )
     if not still:
         raise UnjudgedError("inconclusive", left_out)
-    found = [_slope_of(of_pair, moved) for of_pair in still]
-    # Not all reasons: there may be dozens.
-    counts = pd.Series([one.verdict for one in found]).value_counts()
-    told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    return replace(together(found), reason=f"{worst(found).reason}; pairs in all: {told}; {left_out}")
+    findings = [_slope_of(of_pair, moved) for of_pair in still]
+    # There may be dozens of pairs, so the reason counts their verdicts.
+    counts = pd.Series([judged.verdict for judged in findings]).value_counts()
+    verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    return replace(together(findings), reason=f"{worst(findings).reason}; pairs in all: {verdicts}; {left_out}")
 
 
 C6 = Claim(
@@ -217,10 +231,11 @@ C6 = Claim(
     statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
     figure="text",
     criterion=(
-        f"Fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at least ten times "
-        "as large (init_A / LR_A a tenth) at the same alpha * init_A * LR_B: the 95% interval of the ratio of "
-        "means, paired by seed, is within 0.98 to 1.02. Pairs whose A has moved by more than "
-        f"{STILL:g} of its norm by then are left out: the claim is about the time before A moves"
+        f"Judged is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at least "
+        "ten times as large, so that init_A / LR_A is a tenth or less, at the same alpha * init_A * LR_B. The 95% "
+        f"interval of the ratio of means, paired by seed, lies within {SLOPE_BAND[0]:g} to {SLOPE_BAND[1]:g}. Pairs "
+        f"whose A has moved by more than {STILL:.0%} of its norm by then are left out, since the claim is about the "
+        "time before A moves"
     ),
     needs=f"{_PAIRS}, with LR_A tenfold and the same LR_B; {MIN_SEEDS} seeds",
     paper_value="irrelevant while B is 0; derived",
@@ -231,11 +246,11 @@ C6 = Claim(
 
 
 def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C7: exponent of the steps until A has moved by its own norm, as a power of init_a/LR_A."""
+    """C7: judge the steps until A has moved by its own norm, as a power of init_A / LR_A."""
     times = move_times(lora, curves)
     if times.empty:
         raise UnjudgedError("not tested", "no a_moved in the curves")
-    # Seeds of one configuration are no further points of the line.
+    # The seeds of one configuration make one point of the line.
     cells = times.groupby([*SETTING, *CONFIGURATION], dropna=False).agg(
         time=("time_scale", "first"), step=("step", lambda steps: math.exp(np.log(steps).mean(skipna=False)))
     )
@@ -252,9 +267,9 @@ def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     if left_out:
         text += f"; {left_out} left out, in which A did not get there in every seed, or did before the first record"
     problems = []
-    if n_times < 3 or reached["time"].max() < 4 * reached["time"].min():
-        problems.append("needs three time scales over a factor of 4")
-    verdict = within(line.low, line.high, (0.8, 1.2))
+    if n_times < MIN_TIMES or reached["time"].max() < MIN_TIMES_RANGE * reached["time"].min():
+        problems.append(f"{MIN_TIMES} time scales over a factor of {MIN_TIMES_RANGE} needed")
+    verdict = within(line.low, line.high, TIME_BAND)
     run_ids = times.loc[times["step"].notna(), "run_id"]
     return finding(run_ids, text, verdict, problems, line.slope, (line.low, line.high), abs(line.slope - 1))
 
@@ -265,11 +280,15 @@ C7 = Claim(
     statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
     figure="text",
     criterion=(
-        "Log-log slope of the steps until ||A - A0|| / ||A0|| reaches 1 (mean over layers, interpolated on log "
-        "axes between recorded steps, mean of logs over seeds) against init_A / LR_A: 95% interval within 0.8 to "
-        "1.2. Runs that do not get there are left out"
+        "The log-log slope against init_A / LR_A of the steps until ||A - A0|| / ||A0|| reaches 1 has a 95% interval "
+        f"within {TIME_BAND[0]:g} to {TIME_BAND[1]:g}. The movement is a mean over layers, the steps are interpolated "
+        "on log axes between recorded steps, and their logs are averaged over seeds. Runs in which A does not move so "
+        "far are left out"
     ),
-    needs="LoRA with three values of init_A / LR_A over a factor of 4, long enough for A to move",
+    needs=(
+        f"LoRA with {MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE}, "
+        "long enough for A to move"
+    ),
     paper_value="proportional; derived",
     unit="exponent",
     experiments=("parametrization",),

@@ -27,24 +27,45 @@ from lorabench.analysis.finding import (
     within,
     worst,
 )
-from lorabench.analysis.lr_ratio import QUANTILES, RATIO_BAND, judge_ratio, lr_ratio
+from lorabench.analysis.lr_ratio import PAPER_RATIO, QUANTILES, RATIO_BAND, judge_ratio, lr_ratio
 
-SHORT_STEPS, SHORT_BAND = (50, 100), (10.0, 22.0)
-"""Lengths that count as short, and the ratios that count as the paper's 15 there."""
+LOW_RANK = 4
+"""The rank from which the optimal LR is nearly the same at all ranks."""
+
+SAME_BAND = (0.5, 2.0)
+"""The ratios of two ranks' optimal LRs that count as nearly the same."""
+
+HIGH_RANK = 16
+"""The rank from which a rank counts as high beside rank 1."""
+
+SHORT_STEPS = (50, 100)
+"""The lengths, in steps, that count as short."""
+
+SHORT_RATIO = 15.0
+"""The ratio of optimal LRs that the paper gives for short runs."""
+
+SHORT_BAND = (10.0, 22.0)
+"""The LR ratios that count as SHORT_RATIO."""
+
+FULL_STEPS = 2 * max(SHORT_STEPS)
+"""The least number of steps of a run that short lengths are compared with."""
 
 
 def lr_ratio_ten(comparison: Comparison) -> Finding:
-    """B1: optimal LR of the highest rank over that of FullFT."""
-    arms = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-    return judge_ratio(comparison, arms[0], arms[1], band=RATIO_BAND, expected=10.0)
+    """B1: judge the optimal LR of the highest rank over that of FullFT."""
+    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    return judge_ratio(comparison, lora, fullft, band=RATIO_BAND, expected=PAPER_RATIO)
 
 
 B1 = Claim(
     id="B1",
     kind="empirical",
-    statement="The optimal LR of LoRA is 10 times that of full fine-tuning",
+    statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="2",
-    criterion="The 95% interval of the ratio, for the highest rank, lies within 6 to 16",
+    criterion=(
+        f"For the highest rank, the 95% interval of the ratio of optimal LRs lies within {RATIO_BAND[0]:g} to "
+        f"{RATIO_BAND[1]:g}"
+    ),
     needs=f"{SWEEP}; seeds that give sigma",
     paper_value="10 (fit over 14 models: 9.8)",
     unit="ratio",
@@ -55,32 +76,35 @@ B1 = Claim(
 
 
 def lr_independent_of_rank(comparison: Comparison) -> Finding:
-    """B3: for every two ranks from 4 up, the larger optimal LR over the smaller.
+    """B3: judge, for every two ranks from LOW_RANK up, the larger optimal LR over the smaller.
 
-    Judged by pairs, not by the bootstrap of the largest over the smallest, which noise alone drives up.
+    The bootstrap of the largest LR over the smallest would not do: noise alone drives it up.
     """
-    arms = [arm for rank, arm in comparison.lora.items() if rank >= 4]
+    arms = [arm for rank, arm in comparison.lora.items() if rank >= LOW_RANK]
     if len(arms) < 2:
-        raise UnjudgedError("inconclusive" if arms else "not tested", "fewer than two LoRA ranks from 4 up")
+        raise UnjudgedError("inconclusive" if arms else "not tested", f"fewer than two LoRA ranks from {LOW_RANK} up")
     optima = {arm["rank"]: float(comparison.optima[arm_label(arm)]["lr_opt"]) for arm in arms}
     ordered = sorted(arms, key=lambda arm: -np.nan_to_num(optima[arm["rank"]]))
     pairs = [
-        judge_ratio(comparison, pair[0], pair[1], band=(0.5, 2.0), expected=1.0) for pair in combinations(ordered, 2)
+        judge_ratio(comparison, arm, other, band=SAME_BAND, expected=1.0) for arm, other in combinations(ordered, 2)
     ]
-    told = ", ".join(f"r{rank} {lr:.2g}" for rank, lr in optima.items())
+    by_rank = ", ".join(f"r{rank} {lr:.2g}" for rank, lr in optima.items())
     decisive = worst(pairs)
     return replace(
-        decisive, reason=f"{decisive.reason} (optimal LRs: {told})", run_ids=tuple(comparison.of(arms)["run_id"])
+        decisive, reason=f"{decisive.reason} (optimal LRs: {by_rank})", run_ids=tuple(comparison.of(arms)["run_id"])
     )
 
 
 B3 = Claim(
     id="B3",
     kind="empirical",
-    statement="The optimal LR of LoRA is nearly the same at all ranks from 4 up",
+    statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
     figure="2",
-    criterion="For every two ranks from 4 up, the 95% interval of the ratio of optimal LRs lies within 1/2 to 2",
-    needs="LoRA on all layers at two or more ranks from 4 up, each with an LR grid; seeds that give sigma",
+    criterion=(
+        f"For every two ranks from {LOW_RANK} up, the 95% interval of the larger optimal LR over the smaller lies "
+        f"within {SAME_BAND[0]:g} to {SAME_BAND[1]:g}"
+    ),
+    needs=f"LoRA on all layers at two or more ranks from {LOW_RANK} up, each with an LR grid; seeds that give sigma",
     paper_value="less than 2 from rank 4 to 512",
     unit="ratio",
     experiments=("rank",),
@@ -90,9 +114,9 @@ B3 = Claim(
 
 
 def rank_1_lower_lr(comparison: Comparison) -> Finding:
-    """B4: optimal LR of rank 1 over that of each rank from 16 up, or of the highest."""
+    """B4: judge the optimal LR of rank 1 over that of each rank from HIGH_RANK up, or else of the highest."""
     rank_1, highest = require(("LoRA r1", comparison.lora.get(1)), ("LoRA above rank 1", comparison.highest))
-    others = [arm for rank, arm in comparison.lora.items() if rank >= 16] or [highest]
+    others = [arm for rank, arm in comparison.lora.items() if rank >= HIGH_RANK] or [highest]
     pairs = [judge_ratio(comparison, rank_1, arm, band=(0.0, 1.0), expected=1.0, signed=True) for arm in others]
     return replace(worst(pairs), run_ids=tuple(comparison.of([rank_1, *others])["run_id"]))
 
@@ -103,8 +127,8 @@ B4 = Claim(
     statement="Rank 1 has a lower optimal LR than high ranks",
     figure="2",
     criterion=(
-        "The 95% interval of rank 1's optimal LR over that of each rank from 16 up (or of the highest) is below "
-        "1; the interval takes the place of a whole grid step"
+        f"The 95% interval of rank 1's optimal LR over that of each rank from {HIGH_RANK} up, or else of the highest "
+        "rank, is below 1; it need not be lower by a whole step of the LR grid"
     ),
     needs="LoRA on all layers at rank 1 and a higher one, each with an LR grid; seeds that give sigma",
     paper_value="lower; no number",
@@ -116,22 +140,20 @@ B4 = Claim(
 
 
 def short_runs_want_more(comparison: Comparison) -> Finding:
-    """B9: LR ratio of the highest rank to FullFT at short lengths, against that at full length."""
+    """B9: judge the LR ratio of the highest rank to FullFT at short lengths, and over the ratio at full length."""
     lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
     arms, steps = [lora, fullft], fullft["steps"]
-    if steps is None or steps < 2 * max(SHORT_STEPS):
-        raise UnjudgedError(
-            "not tested", f"runs of {steps or 'unknown'} steps; full length is at least {2 * max(SHORT_STEPS)}"
-        )
+    if steps is None or steps < FULL_STEPS:
+        raise UnjudgedError("not tested", f"runs of {steps or 'unknown'} steps; full length is at least {FULL_STEPS}")
     full = lr_ratio(comparison, lora, fullft)
-    found = []
+    findings = []
     for step in SHORT_STEPS:
-        then = comparisons(at_step(comparison.of(arms), comparison.curves, step), comparison.curves)
-        here = {arm["method"]: arm for one in then for arm in one.arms}
-        if set(here) != {"lora", "fullft"}:
-            found.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
+        short_comparisons = comparisons(at_step(comparison.of(arms), comparison.curves, step), comparison.curves)
+        by_method = {arm["method"]: arm for each in short_comparisons for arm in each.arms}
+        if set(by_method) != {"lora", "fullft"}:
+            findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
             continue
-        short = lr_ratio(then[0], here["lora"], here["fullft"])
+        short = lr_ratio(short_comparisons[0], by_method["lora"], by_method["fullft"])
         growth = short.draws / full.draws
         low, high = np.quantile(growth, QUANTILES).tolist()
         above: Verdict = "confirmed" if low > 1 else "contradicted" if high <= 1 else "inconclusive"
@@ -142,26 +164,32 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
         problems = [f"at {step} steps {fault}" for fault in short.problems]
         problems += [f"at {steps} steps {fault}" for fault in full.problems]
         verdict = all_of([above, within(*short.interval, SHORT_BAND)])
-        strain = abs(math.log(short.estimate / 15.0))
-        found.append(
+        strain = abs(math.log(short.estimate / SHORT_RATIO))
+        findings.append(
             finding(comparison.of(arms)["run_id"], text, verdict, problems, short.estimate, short.interval, strain)
         )
-    decisive = together(found)
+    decisive = together(findings)
     return replace(decisive, reason=f"{decisive.reason}; {steps} steps: {full.text}")
 
 
 B9 = Claim(
     id="B9",
     kind="opinion",
-    statement="Short runs want a higher ratio of LRs, about 15 below about 100 steps",
+    statement=(
+        f"Short runs need a higher ratio of LRs, about {SHORT_RATIO:g} in runs of fewer than about {max(SHORT_STEPS)} "
+        "steps"
+    ),
     figure="text",
     criterion=(
-        "In runs of at least 200 steps, with losses read on the validation split as of steps 50 and 100: the 95% "
-        "interval of the ratio there lies within 10 to 22, and that of this ratio over the ratio at full length "
-        "is above 1 (the optima's noise taken as independent). Contradicted if either lies wholly elsewhere at "
-        "either length. The estimate is the ratio at the length that decides"
+        f"In runs of at least {FULL_STEPS} steps, with the optima taken from the validation losses at steps "
+        f"{SHORT_STEPS[0]} and {SHORT_STEPS[1]}: the 95% interval of the ratio there lies within {SHORT_BAND[0]:g} to "
+        f"{SHORT_BAND[1]:g}, and the interval of this ratio over the ratio at full length is above 1, with the noise "
+        "of the optima taken as independent. Contradicted if either interval lies wholly outside at either length. "
+        "The estimate is the ratio at the length that decides"
     ),
-    needs=f"{SWEEP}; validation losses at steps 50 and 100 of long runs; seeds that give sigma",
+    needs=(
+        f"{SWEEP}; validation losses at steps {SHORT_STEPS[0]} and {SHORT_STEPS[1]} of long runs; seeds that give sigma"
+    ),
     paper_value="about 15 below about 100 steps; 10 for long runs",
     unit="ratio",
     experiments=("short_run",),

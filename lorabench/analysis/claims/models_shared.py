@@ -1,4 +1,4 @@
-"""What the claims across models share."""
+"""The rules that the claims across several models share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from lorabench.analysis.finding import (
 from lorabench.analysis.swept_models import SweptModel, swept_models
 
 MIN_MODELS = 4
-"""Models that a verdict across models needs."""
+"""The number of models that a verdict across models needs."""
 
+EXPERIMENTS = ("lr_law", "rank")
+"""The experiments whose runs these claims read."""
 
-EXPERIMENTS, COLUMNS = ("lr_law", "rank"), ("family", "hidden_size")
+COLUMNS = ("family", "hidden_size")
+"""The further columns of `runs` that these claims need."""
 
-
-MODELS = "FullFT and LoRA swept on at least 4 models with the same data, batch size and length; seeds that give sigma"
+MODELS = (
+    f"FullFT and LoRA swept on at least {MIN_MODELS} models with the same data, batch size and length; seeds that give "
+    "sigma"
+)
+"""What these claims need."""
 
 
 def across_models(judge: Callable[[list[SweptModel]], Finding]) -> Callable[[Evidence], Finding]:
-    """Judge the models that share dataset, batch size and length together; the worst such group decides.
+    """Return a judge of each group of models with one dataset, batch size and length; the worst group decides.
 
-    Groups of fewer than MIN_MODELS models are left out, unless there is none larger: then the largest is judged.
+    Groups of fewer than MIN_MODELS models are left out, unless no group is larger: then the largest are judged.
     """
 
     def judge_all(evidence: Evidence) -> Finding:

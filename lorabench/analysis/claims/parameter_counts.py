@@ -108,8 +108,7 @@ M1 = Claim(
     criterion=(
         "Counted on Qwen3-30B-A3B with expert rank = total rank / 8, gate and up of an expert as one matrix: LoRA "
         "over base parameters of attention and of the unembedding, each over that of the experts, lies within "
-        f"{1 / SAME_ORDER:g} to {SAME_ORDER:g}. "
-        "The estimate is the factor furthest from 1"
+        f"{1 / SAME_ORDER:g} to {SAME_ORDER:g}. The estimate is the factor furthest from 1"
     ),
     needs="the table of parameter counts; no runs",
     paper_value="the same, by dividing by the 8 active experts",

@@ -261,16 +261,15 @@ E5 = Claim(
     statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
     criterion=(
-        "By the test error rate at the evaluation that is best on validation: of the arms nearest in parameter "
-        "count (within 10%, attention having at least as many if such a pair is there), attention's minus the "
-        "MLP's is more than 2 sigma with its 95% interval above 0; and at every rank that both have, the interval "
-        "of the MLP's minus that of all layers lies within 2 sigma, which is at most "
-        f"{MAX_ERROR_MARGIN:g}. {LEARNED.format('the MLP')}"
+        "By the test error rate at the evaluation that is best on validation: of the arms nearest in parameter count "
+        "(within 10%, attention having at least as many if such a pair is there), attention's minus the MLP's is more "
+        "than 2 sigma with its 95% interval above 0; and at every rank that both have, the interval of the MLP's "
+        f"minus that of all layers lies within 2 sigma, which is at most {MAX_ERROR_MARGIN:g}. "
+        f"{LEARNED.format('the MLP')}"
     ),
     needs=(
-        "RL runs of LoRA on attention and on the MLP at about equal parameter counts, and on the MLP and all "
-        f"layers at one rank, each with an LR grid whose best LR is not at its edge; {MIN_SEEDS} seeds at the best "
-        "LRs"
+        "RL runs of LoRA on attention and on the MLP at about equal parameter counts, and on the MLP and all layers "
+        f"at one rank, each with an LR grid whose best LR is not at its edge; {MIN_SEEDS} seeds at the best LRs"
     ),
     paper_value="no number",
     unit="error rate",

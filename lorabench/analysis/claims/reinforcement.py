@@ -13,8 +13,8 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim, untestable
 from lorabench.analysis.claims.rl_shared import (
     LEARNED,
-    PROBLEM_SETS,
-    RUNS,
+    RL_EXPERIMENTS,
+    RL_RUNS,
     each_rank,
     if_learned,
     over_problems,
@@ -50,14 +50,14 @@ B10 = Claim(
     statement="In RL too, the optimal LR of LoRA is 10 times that of full fine-tuning",
     figure="6, 7",
     criterion=(
-        "On every problem set, the 95% interval of the ratio of the LRs with the highest validation accuracy, of "
-        f"the highest rank to FullFT, lies within {LR_BAND[0]:g} to {LR_BAND[1]:g}; both by quadratic "
-        f"interpolation in log LR. {LEARNED.format('one of them')}"
+        "On every problem set, the 95% interval of the ratio of the LRs with the highest validation accuracy, of the "
+        f"highest rank to FullFT, lies within {LR_BAND[0]:g} to {LR_BAND[1]:g}; both by quadratic interpolation in log "
+        f"LR. {LEARNED.format('one of them')}"
     ),
-    needs=RUNS.format("LoRA above rank 1"),
+    needs=RL_RUNS.format("LoRA above rank 1"),
     paper_value="10",
     unit="ratio",
-    experiments=PROBLEM_SETS,
+    experiments=RL_EXPERIMENTS,
     judge=over_problems(lr_ratio_ten_in_rl),
     columns=("base_reward",),
     task="rl",
@@ -78,10 +78,10 @@ F1 = Claim(
     figure="6",
     criterion=(
         "Test error rates after the last step, each at its best LR on validation, paired by seed: on every problem "
-        "set the 95% interval of rank 1 minus FullFT lies below 2 sigma, which is at most "
-        f"{MAX_ERROR_MARGIN:g}. Contradicted if wholly above. {LEARNED.format('FullFT')}"
+        f"set the 95% interval of rank 1 minus FullFT lies below 2 sigma, which is at most {MAX_ERROR_MARGIN:g}. "
+        f"Contradicted if wholly above. {LEARNED.format('FullFT')}"
     ),
-    needs=RUNS.format("rank 1"),
+    needs=RL_RUNS.format("rank 1"),
     paper_value="the same peak; no number",
     unit="error rate",
     experiments=("rl_math", "rl_gsm8k", "rl_arithmetic"),
@@ -139,16 +139,15 @@ F2 = Claim(
     statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
     figure="6, 7",
     criterion=(
-        "The width in log LR of the range with a test accuracy of at least 95% of an arm's own peak, linear "
-        "between LRs: on every problem set, for every LoRA rank, the 95% interval of its width minus FullFT's lies "
-        "above 0, the difference is more than one step of the grid, and the narrower range ends within its grid. "
-        "Contradicted if it is the narrower by the same rule. "
-        f"{LEARNED.format('one of them')}"
+        "The width in log LR of the range with a test accuracy of at least 95% of an arm's own peak, linear between "
+        "LRs: on every problem set, for every LoRA rank, the 95% interval of its width minus FullFT's lies above 0, "
+        "the difference is more than one step of the grid, and the narrower range ends within its grid. Contradicted "
+        f"if it is the narrower by the same rule. {LEARNED.format('one of them')}"
     ),
-    needs=RUNS.format("LoRA"),
+    needs=RL_RUNS.format("LoRA"),
     paper_value="wider; no number",
     unit="decades of LR",
-    experiments=PROBLEM_SETS,
+    experiments=RL_EXPERIMENTS,
     judge=over_problems(wider_range_of_lrs),
     columns=("base_reward",),
     task="rl",

@@ -14,7 +14,7 @@ from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import Evidence
 from lorabench.analysis.claims.rl_shared import (
     MIN_CHAIN,
-    PROBLEM_SETS,
+    RL_EXPERIMENTS,
     at_best,
     over_problems,
     tenths,
@@ -64,8 +64,8 @@ F6 = Claim(
     figure="text",
     criterion=(
         "Counted on Llama-3.1-8B, with and without the unembedding, there are more rank-1 parameters than "
-        f"{MATH_BITS:,} bits (10,000 problems, 32 samples each, 1 bit per episode). The estimate is their ratio "
-        "with the unembedding"
+        f"{MATH_BITS:,} bits (10,000 problems, 32 samples each, 1 bit per episode). The estimate is their ratio with "
+        "the unembedding"
     ),
     needs="the table of parameter counts; no runs",
     paper_value="3M parameters for 320,000 bits, almost 10 times",
@@ -145,9 +145,9 @@ F7 = Claim(
     statement="Where all samples of a group get the same reward, RL learns nothing",
     figure="text",
     criterion=(
-        "At every step whose groups all have equal rewards the gradient is exactly 0, while at others it is not; "
-        "and a run without other steps ends with exactly its base's accuracy on validation and test. The estimate "
-        "is the largest gradient norm of such a step"
+        "At every step whose groups all have equal rewards the gradient is exactly 0, while at others it is not; and "
+        "a run without other steps ends with exactly its base's accuracy on validation and test. The estimate is the "
+        "largest gradient norm of such a step"
     ),
     needs="RL runs with steps at which all samples of every group get the same reward",
     paper_value="the entropy of the advantage is 0",
@@ -219,15 +219,15 @@ F9 = Claim(
     statement="RL takes in about 1,000 times fewer bits per token than SFT",
     figure="text",
     criterion=(
-        "On every problem set, against every dataset of the same model: SFT's first-epoch bits per scored token "
-        "times the mean tokens of an RL response, which teaches at most 1 bit, lies with its 95% interval within "
-        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}; both of FullFT, or else of the highest LoRA rank, at its "
-        f"best LR. Not tested where responses are shorter than {MIN_CHAIN} tokens: the claim speaks of thousands"
+        "On every problem set, against every dataset of the same model: SFT's first-epoch bits per scored token times "
+        "the mean tokens of an RL response, which teaches at most 1 bit, lies with its 95% interval within "
+        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}; both of FullFT, or else of the highest LoRA rank, at its best "
+        f"LR. Not tested where responses are shorter than {MIN_CHAIN} tokens: the claim speaks of thousands"
     ),
     needs=f"RL runs with responses of {MIN_CHAIN} tokens or more, and SFT runs of the same model; 2 seeds of both",
     paper_value="about 1,000",
     unit="ratio",
-    experiments=PROBLEM_SETS,
+    experiments=RL_EXPERIMENTS,
     judge=fewer_bits_per_token,
     task="rl",
 )

@@ -12,10 +12,10 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import judge_each
 from lorabench.analysis.claims.rl_shared import (
-    DEEPMATH,
+    DEEPMATH_EXPERIMENTS,
     LEARNED,
     MIN_CHAIN,
-    RUNS,
+    RL_RUNS,
     at_best,
     difference,
     each_rank,
@@ -93,15 +93,14 @@ F3 = Claim(
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
     criterion=(
-        "Train rewards at the best LRs, averaged over tenths of the steps and paired by seed: for every LoRA rank, "
-        "in the tenth after the first where it is furthest from FullFT, the 95% interval of the difference lies "
-        f"within 2 sigma, the seed noise of such a mean, which is at most {MAX_ERROR_MARGIN:g}. "
-        f"{LEARNED.format('FullFT')}"
+        "Train rewards at the best LRs, averaged over tenths of the steps and paired by seed: for every LoRA rank, in "
+        "the tenth after the first where it is furthest from FullFT, the 95% interval of the difference lies within 2 "
+        f"sigma, the seed noise of such a mean, which is at most {MAX_ERROR_MARGIN:g}. {LEARNED.format('FullFT')}"
     ),
-    needs=RUNS.format("LoRA") + ", with train rewards",
+    needs=RL_RUNS.format("LoRA") + ", with train rewards",
     paper_value="almost identical; no number",
     unit="accuracy",
-    experiments=DEEPMATH,
+    experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(same_progress),
     columns=("base_reward",),
     task="rl",
@@ -167,15 +166,15 @@ F4 = Claim(
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
     criterion=(
-        "On every AIME set, or where there is none on every other further set, for every LoRA rank: the 95% "
-        "interval of its final accuracy minus FullFT's, paired by seed, lies within the 95% binomial interval of a "
-        f"difference of two runs, which is at most {MAX_ERROR_MARGIN:g}. Inconclusive where FullFT's own "
-        "accuracy does not rise by more than that"
+        "On every AIME set, or where there is none on every other further set, for every LoRA rank: the 95% interval "
+        "of its final accuracy minus FullFT's, paired by seed, lies within the 95% binomial interval of a difference "
+        f"of two runs, which is at most {MAX_ERROR_MARGIN:g}. Inconclusive where FullFT's own accuracy does not rise "
+        "by more than that"
     ),
-    needs=RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
+    needs=RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
     paper_value="no number",
     unit="accuracy",
-    experiments=DEEPMATH,
+    experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(further_sets_follow),
     task="rl",
 )
@@ -236,15 +235,15 @@ F5 = Claim(
     figure="8",
     criterion=(
         "Mean length of train responses at the best LRs, paired by seed: for every LoRA rank, the 95% interval of "
-        f"that in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}, "
-        "and those of both over their first tenth lie above 1. Not tested where responses end shorter than "
-        f"{MIN_CHAIN} tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of the last are cut off. "
+        f"that in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}, and "
+        f"those of both over their first tenth lie above 1. Not tested where responses end shorter than {MIN_CHAIN} "
+        f"tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of the last are cut off. "
         f"{LEARNED.format('FullFT')}. Words of going back and checking are told, not judged"
     ),
-    needs=RUNS.format("LoRA") + ", with response lengths",
+    needs=RL_RUNS.format("LoRA") + ", with response lengths",
     paper_value="no number",
     unit="ratio",
-    experiments=DEEPMATH,
+    experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(same_growth_of_responses),
     columns=("base_reward",),
     task="rl",

@@ -1,4 +1,4 @@
-"""Scopes: which of the comparisons in the tables a claim is judged on."""
+"""Scopes of claims: functions that choose the comparisons on which a claim is judged."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from lorabench.analysis.parametrization import (
 )
 
 Scoped = tuple[Comparison, str]
-"""A comparison that a claim is about, and why that one."""
+"""A comparison that a claim is judged on, and a note for the reason on why it was chosen."""
 
 
 Scope = Callable[[list[Comparison]], list[Scoped]]
+"""A function from all comparisons in the tables to those that a claim is judged on."""
 
 
 def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:
-    """All that the tables hold."""
+    """Choose all comparisons."""
     return [(comparison, "") for comparison in comparisons]
 
 
 def smallest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
-    """Per model, the dataset with the fewest train tokens."""
+    """Choose, for each model, the dataset with the fewest train tokens."""
     return _by_size(comparisons, "train_tokens", lambda runs: float(runs["train_tokens"].max()), -1, "fewest tokens")
 
 
 def longest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
-    """Per model, the dataset with the most examples seen (steps times batch size)."""
+    """Choose, for each model, the dataset with the most examples seen (steps times batch size)."""
     return _by_size(
         comparisons, "steps", lambda runs: float((runs["steps"] * runs["batch_size"]).max()), 1, "most examples"
     )
@@ -65,37 +66,42 @@ def _by_size(
 
 
 def every_longest(comparisons: list[Comparison]) -> list[Scoped]:
-    """Per model and dataset, its greatest length."""
+    """Choose, for each model and dataset, the comparison with the most steps."""
     return every_dataset(longest_runs(comparisons))
 
 
 def longest_run(comparisons: list[Comparison]) -> list[Scoped]:
-    """Per model, the dataset with the most examples, at its greatest length."""
+    """Choose, for each model, the dataset with the most examples seen, and of it the comparison with the most steps."""
     return longest_dataset(longest_runs(comparisons))
 
 
 def longest_runs(comparisons: list[Comparison]) -> list[Comparison]:
-    """Per model and dataset the comparison with the most steps: shorter ones are its beginning."""
+    """Return, for each model and dataset, the comparison with the most steps; shorter runs are its beginning."""
     longest: dict[tuple[str, str], Comparison] = {}
-    for one in comparisons:
-        first = one.runs.iloc[0]
-        known = longest.setdefault((first["model"], first["dataset"]), one)
-        if one.runs["steps"].fillna(0).max() > known.runs["steps"].fillna(0).max():
-            longest[first["model"], first["dataset"]] = one
+    for comparison in comparisons:
+        first = comparison.runs.iloc[0]
+        known = longest.setdefault((first["model"], first["dataset"]), comparison)
+        if comparison.runs["steps"].fillna(0).max() > known.runs["steps"].fillna(0).max():
+            longest[first["model"], first["dataset"]] = comparison
     return list(longest.values())
 
 
 def learning(scope: Scope) -> Scope:
-    """A scope without the datasets of random facts, from which nothing general is learned."""
+    """Return the scope without the datasets of random facts, from which a model learns nothing general."""
     return lambda comparisons: scope(without_facts(comparisons))
 
 
 def without_facts(comparisons: list[Comparison]) -> list[Comparison]:
-    return [one for one in comparisons if not is_memorisation(one.runs).any()]
+    """Return the comparisons whose dataset is not one of random facts."""
+    return [comparison for comparison in comparisons if not is_memorisation(comparison.runs).any()]
 
 
 def on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
-    """Judge the LoRA runs of each model and dataset, whatever their parametrisation; the worst finding decides."""
+    """Return a judge of the LoRA runs of each model and dataset, of any parametrization; the worst finding decides.
+
+    Args:
+        judge: given the LoRA runs (with the columns of `with_scales`) and the table `curves`.
+    """
 
     return lambda evidence: judge_each(
         (f"{model}/{dataset}", partial(judge, runs, evidence.curves))

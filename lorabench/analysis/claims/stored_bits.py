@@ -31,14 +31,15 @@ from lorabench.analysis.gaps import gap
 from lorabench.analysis.memorisation import best_stored, description_lengths, is_memorisation, late_growth
 
 BIT_BAND = (0.3, 1.2)
+"""The losses, in nats per token, that count as about 1 bit."""
 
 
 def about_one_bit(comparison: Comparison) -> Finding:
-    """N1: loss of the first epoch per scored token, of FullFT at its best LR."""
-    found = description_lengths(comparison.runs)
-    if found.empty:
+    """N1: judge the first epoch's loss per scored token, of FullFT at its best LR."""
+    lengths = description_lengths(comparison.runs)
+    if lengths.empty:
         raise UnjudgedError("not tested", "no run that went through an epoch")
-    row = found.iloc[0]
+    row = lengths.iloc[0]
     mean, interval = float(row["nats_per_token"]), (float(row["nats_low"]), float(row["nats_high"]))
     text = (
         f"first epoch of {arm_label(row)} {mean:.3f} nats {interval_text(*interval, 3)} per scored token = "
@@ -56,8 +57,8 @@ N1 = Claim(
     figure="text",
     criterion=(
         "The 95% interval over seeds of the first epoch's loss per scored token, of FullFT at its best LR, lies "
-        f"within {BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats. The paper speaks of natural data; generated tasks may be "
-        "elsewhere, and then the verdict is about them"
+        f"within {BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats. The paper speaks of natural data; a verdict on generated "
+        "tasks is about those tasks"
     ),
     needs="runs of FullFT that go through an epoch; two seeds at the best LR",
     paper_value="1 bit = 0.69 nats",
@@ -69,35 +70,36 @@ N1 = Claim(
 
 
 TWO_BITS_BAND = (1.5, 2.5)
+"""The bits per parameter that round to 2."""
 
 
 SATURATED = 0.9
-"""An adapter that stores more than this share of the facts may have room for more facts."""
+"""The share of the facts above which an adapter may have room for more."""
 
 
 MAX_GROWTH = 0.1
-"""An adapter that stored more than this share in the second half of its steps is still storing."""
+"""The share stored in the second half of the steps from which an adapter is still storing."""
 
 
 def memorising(comparisons: list[Comparison]) -> list[Scoped]:
-    """Those on random facts."""
-    return [(one, "") for one in comparisons if is_memorisation(one.runs).any()]
+    """Choose the comparisons on random facts."""
+    return [(comparison, "") for comparison in comparisons if is_memorisation(comparison.runs).any()]
 
 
 def _stores_more(comparison: Comparison, higher: int, rank: int) -> bool:
-    """Whether the higher rank stores more for sure."""
+    """Return whether the higher rank stores more than the other with its whole 95% interval."""
     return gap(comparison.runs, comparison.lora[higher], comparison.lora[rank]).ci_high < 0
 
 
 def _two_bits(comparison: Comparison, rank: int, stored: pd.Series[Any], growth: float) -> Finding:
-    """The bits per parameter of one saturated rank."""
+    """Judge the bits per parameter of one saturated rank."""
     low, high = float(stored["bits_per_parameter_low"]), float(stored["bits_per_parameter_high"])
     problems = comparison.edge_problems([comparison.lora[rank]])
     if stored["n_seeds"] < MIN_SEEDS:
         problems.append(f"{stored['n_seeds']} seeds, {MIN_SEEDS} needed")
     if stored["n_diverged"]:
         problems.append(f"{stored['n_diverged']} repeats at the best LR diverged")
-    # More steps can only store more, so a value above the band stands.
+    # More steps can only store more, so a value above the band contradicts all the same.
     if low <= TWO_BITS_BAND[1] and not growth < MAX_GROWTH:
         late = "unknown" if math.isnan(growth) else f"{growth:.0%}"
         problems.append(f"still storing at the end ({late} of it in the second half of the steps)")
@@ -108,12 +110,12 @@ def _two_bits(comparison: Comparison, rank: int, stored: pd.Series[Any], growth:
 
 
 def two_bits_per_parameter(comparison: Comparison) -> Finding:
-    """N2: bits of random facts stored per trainable parameter, of the ranks that are saturated."""
+    """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
     stored = best_stored(comparison.of(comparison.lora.values())) if comparison.lora else pd.DataFrame()
     if stored.empty:
         raise UnjudgedError("inconclusive", "no finished LoRA run on the facts")
     stored = stored.set_index("rank")
-    told = ", ".join(
+    by_rank = ", ".join(
         f"r{rank} {row['bits_per_parameter']:.2f} "
         f"{interval_text(row['bits_per_parameter_low'], row['bits_per_parameter_high'], 2)} bits per parameter, "
         f"{row['share']:.0%} of the facts"
@@ -128,11 +130,11 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
     if not full:
         few = [f"r{rank}" for rank, row in stored.iterrows() if row["n_seeds"] < MIN_SEEDS]
         reason = f"fewer than {MIN_SEEDS} seeds of {', '.join(few)}" if few else "no rank is saturated"
-        return finding(run_ids, told, "inconclusive", [reason])
+        return finding(run_ids, by_rank, "inconclusive", [reason])
     growth = late_growth(comparison.of(comparison.lora.values()), comparison.curves).set_index("rank")["growth"]
-    found = [_two_bits(comparison, rank, stored.loc[rank], float(growth[rank])) for rank in full]
-    decisive = worst(found)
-    return replace(decisive, reason=f"{decisive.reason} ({told})", run_ids=tuple(sorted(run_ids)))
+    findings = [_two_bits(comparison, rank, stored.loc[rank], float(growth[rank])) for rank in full]
+    decisive = worst(findings)
+    return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=tuple(sorted(run_ids)))
 
 
 N2 = Claim(
@@ -142,10 +144,10 @@ N2 = Claim(
     figure="text",
     criterion=(
         "On random facts, for each saturated rank: the 95% interval over seeds of the bits stored per adapter "
-        f"parameter lies within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, what rounds to 2. Saturated: it "
-        f"stores less than {SATURATED:.0%} of the facts and the next rank stores more, both with their intervals. "
-        f"A rank that stored {MAX_GROWTH:.0%} or more in the second half of its steps is still storing and only "
-        "tells if it is above. The paper cites the number for whole networks, after long training"
+        f"parameter lies within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to 2. A rank is "
+        f"saturated if it stores less than {SATURATED:.0%} of the facts and the next rank stores more, both with their "
+        f"intervals. A rank that stored {MAX_GROWTH:.0%} or more in the second half of its steps is still storing, so "
+        "it counts only above the band. The paper cites the number for whole networks, after long training"
     ),
     needs=f"LoRA on all layers at two or more ranks on a dataset of facts; {MIN_SEEDS} seeds at the best LRs",
     paper_value="2 (cited)",
