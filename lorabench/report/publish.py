@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.claims import CORE
 from lorabench.config import preset_path
 from lorabench.errors import UserError
 from lorabench.figures import FIGURES
@@ -26,9 +27,6 @@ END = "<!-- end of results -->"
 
 SHOWN = ("fig2_lr_by_rank", "fig7_rl_curves")
 """Figures that the README shows."""
-
-CORE = ("A1", "A3", "B1", "B2", "B3", "B4", "C1", "C5", "D1", "D2", "D3", "E1", "E2", "F1", "F2")
-"""The claims that the paper stands on; the README folds the others away."""
 
 
 def publish(layout: Layout, readme: Path) -> None:

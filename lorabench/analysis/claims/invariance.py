@@ -286,8 +286,7 @@ C7 = Claim(
         "far are left out"
     ),
     needs=(
-        f"LoRA with {MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE}, "
-        "long enough for A to move"
+        f"LoRA with {MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE}, long enough for A to move"
     ),
     paper_value="proportional; derived",
     unit="exponent",

@@ -125,8 +125,7 @@ C4 = Claim(
         "grows as sqrt(r) or as r are the control, and must fail this"
     ),
     needs=(
-        f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and "
-        f"with alpha growing with rank; {MIN_SEEDS} seeds"
+        f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and with alpha growing with rank; {MIN_SEEDS} seeds"
     ),
     paper_value="equal; derived",
     unit="ratio",

@@ -23,6 +23,7 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import (
     MAX_ERROR_MARGIN,
     MIN_SEEDS,
+    SIGMAS,
     Finding,
     UnjudgedError,
     exceeds,
@@ -33,11 +34,14 @@ from lorabench.analysis.finding import (
 )
 
 MAX_COUNT_DIFFERENCE = 0.1
-"""Two arms have about equal parameter counts up to this share of the smaller; the paper's pair is at 3.5%."""
+"""The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
+
+The paper's pair differs by 3.5%.
+"""
 
 
 SMALL_DATA = 1000
-"""Training examples seen that make a dataset tiny."""
+"""The number of training examples seen up to which a dataset is tiny."""
 
 
 _NEEDS = (
@@ -50,14 +54,15 @@ _WITH_ALL = ", and on the MLP and all layers at one rank"
 
 
 _WORSE = (
-    "of the arms nearest in parameter count (within 10%, attention having at least as many if such a pair is there), "
-    "attention's test NLL minus the MLP's is more than 2 sigma with its 95% interval above 0. Contradicted if the "
-    "whole interval is below 2 sigma"
+    f"of the arms nearest in parameter count (within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as "
+    f"many parameters on attention), attention's test NLL minus the MLP's is more than {SIGMAS} sigma with its 95% "
+    f"interval above 0. Contradicted if the whole interval is below {SIGMAS} sigma"
 )
 
 
 _SAME = (
-    "at every rank that both have, the 95% interval of the MLP's test NLL minus that of all layers lies within 2 sigma"
+    "at every rank that both have, the 95% interval of the MLP's test NLL minus that of all layers lies within "
+    f"{SIGMAS} sigma"
 )
 
 
@@ -66,19 +71,19 @@ def _is_moe(comparison: Comparison) -> bool:
 
 
 def dense(comparisons: list[Comparison]) -> list[Scoped]:
-    """Models without experts."""
-    found = [(comparison, "") for comparison in comparisons if not _is_moe(comparison)]
-    if not found:
+    """Choose the models without experts."""
+    chosen = [(comparison, "") for comparison in comparisons if not _is_moe(comparison)]
+    if not chosen:
         raise UnjudgedError("not tested", "no dense model among these runs")
-    return found
+    return chosen
 
 
 def mixture_of_experts(comparisons: list[Comparison]) -> list[Scoped]:
-    """Models with experts, by the column `family`."""
-    found = [(comparison, "") for comparison in comparisons if _is_moe(comparison)]
-    if not found:
+    """Choose the models with experts, by the column `family`."""
+    chosen = [(comparison, "") for comparison in comparisons if _is_moe(comparison)]
+    if not chosen:
         raise UnjudgedError("not tested", "no mixture of experts among these runs")
-    return found
+    return chosen
 
 
 def _at_most(examples: pd.Series[int]) -> bool:
@@ -86,12 +91,12 @@ def _at_most(examples: pd.Series[int]) -> bool:
 
 
 def tiny_dataset(comparisons: list[Comparison]) -> list[Scoped]:
-    """Runs that see at most `SMALL_DATA` examples."""
+    """Choose the comparisons whose runs see at most `SMALL_DATA` examples."""
     seen = [(comparison, comparison.runs["steps"] * comparison.runs["batch_size"]) for comparison in comparisons]
-    found = [(comparison, f" ({examples.max()} examples)") for comparison, examples in seen if _at_most(examples)]
-    if not found:
+    chosen = [(comparison, f" ({examples.max()} examples)") for comparison, examples in seen if _at_most(examples)]
+    if not chosen:
         raise UnjudgedError("not tested", f"no runs on at most {SMALL_DATA} examples")
-    return found
+    return chosen
 
 
 def _count(comparison: Comparison, arm: Arm) -> int:
@@ -102,9 +107,9 @@ def _count(comparison: Comparison, arm: Arm) -> int:
 
 
 def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
-    """The arms on attention and on the MLP nearest in parameter count, and their counts in words.
+    """Return the arms on attention and on the MLP nearest in parameter count, and their counts in words.
 
-    A pair where attention has at least as many comes first: its deficit is then not for want of parameters.
+    A pair in which attention has at least as many parameters is preferred: a lack of them can't explain its loss.
     """
     attn, mlp = comparison.placed("attn"), comparison.placed("mlp")
     require(("LoRA on attention", next(iter(attn.values()), None)), ("LoRA on the MLP", next(iter(mlp.values()), None)))
@@ -124,19 +129,19 @@ def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
         )
     stricter = [pair for pair in pairs if 0 <= excess(pair) <= MAX_COUNT_DIFFERENCE]
     chosen = min(stricter, key=excess, default=nearest)
-    told = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen) + " parameters"
-    return *chosen, told
+    counts_text = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen) + " parameters"
+    return *chosen, counts_text
 
 
 def attention_worse(comparison: Comparison) -> Finding:
-    """E1, E7: test NLL of LoRA on attention minus that of LoRA on the MLP at about equal parameter counts."""
-    attn, mlp, told = _equal_pair(comparison)
+    """E1, E7: judge the test NLL of LoRA on attention minus that on the MLP at about equal parameter counts."""
+    attn, mlp, counts = _equal_pair(comparison)
     estimate, interval, text, problems = comparison.final_gap(attn, mlp)
     sigma, dof = comparison.sigma("test")
     return finding(
         comparison.of([attn, mlp])["run_id"],
-        f"{text}, {sigma_text(sigma)} ({told})",
-        exceeds(estimate, *interval, 2 * sigma),
+        f"{text}, {sigma_text(sigma)} ({counts})",
+        exceeds(estimate, *interval, SIGMAS * sigma),
         noise_problems(sigma, dof) + problems,
         estimate,
         interval,
@@ -176,7 +181,7 @@ E7 = Claim(
 
 
 def attention_adds_nothing(comparison: Comparison) -> Finding:
-    """E2: test NLL of LoRA on the MLP minus that of LoRA on all layers, at every rank that both have."""
+    """E2: judge the test NLL of LoRA on the MLP minus that on all layers, at every rank that both have."""
     mlp, every = comparison.placed("mlp"), comparison.lora
     require(
         ("LoRA on the MLP", next(iter(mlp.values()), None)), ("LoRA on all layers", next(iter(every.values()), None))
@@ -203,20 +208,20 @@ E2 = Claim(
 
 
 def both_parts(comparison: Comparison) -> Finding:
-    """E3, E4: attention is worse, and the MLP alone is as good as all layers."""
-    found = []
+    """E3, E4: judge whether attention is worse, and whether the MLP alone is as good as all layers."""
+    findings = []
     for what, judge in (
         ("attention alone is worse", attention_worse),
         ("the MLP alone is enough", attention_adds_nothing),
     ):
         try:
-            one = judge(comparison)
+            part = judge(comparison)
         except UnjudgedError as unjudged:
-            one = unjudged.finding
-        found.append(replace(one, reason=f"{what}? {one.verdict}: {one.reason}"))
-    verdicts = {one.verdict for one in found}
-    decided = together(found)
-    # Half of the claim is not the claim.
+            part = unjudged.finding
+        findings.append(replace(part, reason=f"{what}? {part.verdict}: {part.reason}"))
+    verdicts = {part.verdict for part in findings}
+    decided = together(findings)
+    # One half of the claim does not confirm it.
     return replace(decided, verdict="inconclusive") if verdicts == {"confirmed", "not tested"} else decided
 
 
@@ -225,7 +230,7 @@ E3 = Claim(
     kind="empirical",
     statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
     figure="4",
-    criterion=f"On every model whose family ends in moe, both: {_WORSE}; and {_SAME}",
+    criterion=(f"On every model whose family ends in moe, two parts hold: {_WORSE}; and {_SAME}"),
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     unit="nats per token",
@@ -240,7 +245,7 @@ E4 = Claim(
     kind="empirical",
     statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
     figure="5",
-    criterion=f"Both: {_WORSE}; and {_SAME}",
+    criterion=(f"Two parts hold: {_WORSE}; and {_SAME}"),
     needs=_NEEDS.format(_WITH_ALL),
     paper_value="same as on the large dataset (rank 256); no number",
     unit="nats per token",
@@ -251,7 +256,7 @@ E4 = Claim(
 
 
 def placement_in_rl(comparison: Comparison) -> Finding:
-    """E5: attention is worse, and the MLP alone is as good as all layers."""
+    """E5: judge E3 on error rates, where the MLP has learned."""
     return if_learned(comparison, both_parts(comparison), list(comparison.placed("mlp").values()))
 
 
@@ -262,10 +267,10 @@ E5 = Claim(
     figure="5",
     criterion=(
         "By the test error rate at the evaluation that is best on validation: of the arms nearest in parameter count "
-        "(within 10%, attention having at least as many if such a pair is there), attention's minus the MLP's is more "
-        "than 2 sigma with its 95% interval above 0; and at every rank that both have, the interval of the MLP's "
-        f"minus that of all layers lies within 2 sigma, which is at most {MAX_ERROR_MARGIN:g}. "
-        f"{LEARNED.format('the MLP')}"
+        f"(within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as many parameters on attention), "
+        f"attention's minus the MLP's is more than {SIGMAS} sigma with its 95% interval above 0; and at every rank "
+        f"that both have, the interval of the MLP's minus that of all layers lies within {SIGMAS} sigma, which must be "
+        f"at most {MAX_ERROR_MARGIN:g}. {LEARNED.format('the MLP')}"
     ),
     needs=(
         "RL runs of LoRA on attention and on the MLP at about equal parameter counts, and on the MLP and all layers "

@@ -22,6 +22,7 @@ from lorabench.analysis.claims.rl_shared import (
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import (
     MAX_ERROR_MARGIN,
+    SIGMAS,
     Finding,
     UnjudgedError,
     Verdict,
@@ -30,29 +31,29 @@ from lorabench.analysis.finding import (
     noise_problems,
     sigma_text,
 )
-from lorabench.analysis.lr_ratio import judge_ratio
-from lorabench.analysis.rewards import band_draws, good_bands
+from lorabench.analysis.lr_ratio import PAPER_RATIO, judge_ratio
+from lorabench.analysis.rewards import GOOD, band_draws, good_bands
 
 LR_BAND = (5.0, 20.0)
-"""LR ratios that count as the paper's 10 in RL: within a factor of 2."""
+"""The LR ratios that count as PAPER_RATIO in RL: those within a factor of 2 of it."""
 
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
-    """B10: optimal LR of the highest rank over that of FullFT."""
+    """B10: judge the optimal LR of the highest rank over that of FullFT."""
     lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-    found = judge_ratio(comparison, lora, fullft, band=LR_BAND, expected=10.0)
-    return if_learned(comparison, found, [lora, fullft])
+    judged = judge_ratio(comparison, lora, fullft, band=LR_BAND, expected=PAPER_RATIO)
+    return if_learned(comparison, judged, [lora, fullft])
 
 
 B10 = Claim(
     id="B10",
     kind="empirical",
-    statement="In RL too, the optimal LR of LoRA is 10 times that of full fine-tuning",
+    statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="6, 7",
     criterion=(
         "On every problem set, the 95% interval of the ratio of the LRs with the highest validation accuracy, of the "
-        f"highest rank to FullFT, lies within {LR_BAND[0]:g} to {LR_BAND[1]:g}; both by quadratic interpolation in log "
-        f"LR. {LEARNED.format('one of them')}"
+        f"highest rank over FullFT, lies within {LR_BAND[0]:g} to {LR_BAND[1]:g}; both LRs are found by quadratic "
+        f"interpolation in log LR. {LEARNED.format('one of them')}"
     ),
     needs=RL_RUNS.format("LoRA above rank 1"),
     paper_value="10",
@@ -65,10 +66,10 @@ B10 = Claim(
 
 
 def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
-    """F1: error rate of rank 1 minus FullFT's; that rank 1 is better speaks for it."""
+    """F1: judge the error rate of rank 1 minus FullFT's; a better rank 1 confirms as well."""
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
-    found = comparison.equal_losses(rank_1, fullft, better_too=True)
-    return if_learned(comparison, found, [fullft])
+    judged = comparison.equal_losses(rank_1, fullft, better_too=True)
+    return if_learned(comparison, judged, [fullft])
 
 
 F1 = Claim(
@@ -77,9 +78,9 @@ F1 = Claim(
     statement="In RL on MATH and GSM8K, LoRA of rank 1 reaches the peak of full fine-tuning",
     figure="6",
     criterion=(
-        "Test error rates after the last step, each at its best LR on validation, paired by seed: on every problem "
-        f"set the 95% interval of rank 1 minus FullFT lies below 2 sigma, which is at most {MAX_ERROR_MARGIN:g}. "
-        f"Contradicted if wholly above. {LEARNED.format('FullFT')}"
+        "On every problem set, the 95% interval of the test error rate of rank 1 minus FullFT's, after the last step, "
+        f"each at its best LR on validation and paired by seed, lies below {SIGMAS} sigma, which must be at most "
+        f"{MAX_ERROR_MARGIN:g}. Contradicted if it lies wholly above. {LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("rank 1"),
     paper_value="the same peak; no number",
@@ -93,17 +94,17 @@ F1 = Claim(
 
 
 MAX_OPEN = 0.025
-"""Share of draws in which a range of good LRs may reach its grid's edge and still count as closed."""
+"""The share of draws in which a range of good LRs may reach its grid's edge and still count as closed."""
 
 
 def _range(band: pd.Series[Any]) -> str:
-    """A range of good LRs in words."""
+    """Format a range of good LRs."""
     at_least = "at least " if band["open_low"] or band["open_high"] else ""
     return f"{at_least}{band['width']:.2f} ({band['lr_low']:.2g} to {band['lr_high']:.2g})"
 
 
 def _wider(comparison: Comparison, of_arm: dict[str, pd.Series[Any]], lora: Arm, fullft: Arm) -> Finding:
-    """F2 for one rank."""
+    """Judge F2 for one rank."""
     arms = [lora, fullft]
     bands = [of_arm[arm_label(arm)] for arm in arms]
     draws = [band_draws(comparison.rows[arm_label(arm)], comparison.noise) for arm in arms]
@@ -120,7 +121,7 @@ def _wider(comparison: Comparison, of_arm: dict[str, pd.Series[Any]], lora: Arm,
         f"good LRs, of grids {step:.2f} apart, {sigma_text(sigma)}"
     )
     problems = noise_problems(sigma, dof) + comparison.edge_problems(arms)
-    # The wider range may go on beyond its grid, the narrower not.
+    # The wider range may extend beyond its grid, but the narrower must not.
     open_share = {"confirmed": draws[1], "contradicted": draws[0]}
     if verdict != "inconclusive" and open_share[verdict].open.mean() > MAX_OPEN:
         problems.append("the narrower range may go on beyond its grid")
@@ -128,7 +129,7 @@ def _wider(comparison: Comparison, of_arm: dict[str, pd.Series[Any]], lora: Arm,
 
 
 def wider_range_of_lrs(comparison: Comparison) -> Finding:
-    """F2: width of the range of good LRs of each LoRA rank minus that of FullFT."""
+    """F2: judge the width of the range of good LRs of each LoRA rank minus that of FullFT."""
     bands = {arm_label(row): row for _, row in good_bands(comparison.runs).iterrows()}
     return each_rank(comparison, partial(_wider, comparison, bands), lambda lora, fullft: [lora, fullft])
 
@@ -139,10 +140,10 @@ F2 = Claim(
     statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
     figure="6, 7",
     criterion=(
-        "The width in log LR of the range with a test accuracy of at least 95% of an arm's own peak, linear between "
-        "LRs: on every problem set, for every LoRA rank, the 95% interval of its width minus FullFT's lies above 0, "
-        "the difference is more than one step of the grid, and the narrower range ends within its grid. Contradicted "
-        f"if it is the narrower by the same rule. {LEARNED.format('one of them')}"
+        f"The range of good LRs has a test accuracy of at least {GOOD:.0%} of an arm's own peak, interpolated linearly "
+        "between LRs. On every problem set, for every LoRA rank, the 95% interval of its width in log LR minus "
+        "FullFT's lies above 0, the difference is more than one step of the grid, and the narrower range ends within "
+        f"its grid. Contradicted if FullFT has the wider range by the same rule. {LEARNED.format('one of them')}"
     ),
     needs=RL_RUNS.format("LoRA"),
     paper_value="wider; no number",

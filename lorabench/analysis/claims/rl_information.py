@@ -1,4 +1,4 @@
-"""Claims F6, F7 and F9: how much information RL gives."""
+"""Claims F6, F7 and F9: how much information reinforcement learning (RL) gives."""
 
 from __future__ import annotations
 
@@ -32,29 +32,35 @@ from lorabench.analysis.finding import (
 from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 
-MATH_BITS = 10_000 * 32
-"""What RL on MATH can teach at 1 bit per episode: problems times samples of each."""
+MATH_PROBLEMS = 10_000
+"""The number of problems in the paper's RL on MATH."""
+
+MATH_SAMPLES = 32
+"""The number of samples of each problem there."""
+
+MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
+"""The bits that RL on MATH gives at most, at 1 bit per episode."""
 
 
 def rank_1_holds_math(evidence: Evidence) -> Finding:
-    """F6: rank-1 parameters on Llama-3.1-8B over the bits of RL on MATH."""
+    """F6: judge the rank-1 parameters on Llama-3.1-8B over the bits of RL on MATH."""
     counts = evidence.counts
     if counts.empty:
         raise UnjudgedError("not tested", "there is no table of parameter counts")
     rank_1 = counts["architecture"].eq("llama-3.1-8b") & counts["placement"].eq("all") & counts["rank"].eq(1)
     rows = counts[rank_1 & counts["part"].eq("all")].dropna(subset=["include_unembedding", "trainable_params"])
-    found = {bool(row["include_unembedding"]): int(row["trainable_params"]) for row in rows.to_dict("records")}
-    if True not in found:
+    by_unembedding = {bool(row["include_unembedding"]): int(row["trainable_params"]) for row in rows.to_dict("records")}
+    if True not in by_unembedding:
         raise UnjudgedError(
             "not tested", "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
         )
-    ratios = {include: parameters / MATH_BITS for include, parameters in found.items()}
+    ratios = {include: parameters / MATH_BITS for include, parameters in by_unembedding.items()}
     verdict: Verdict = "confirmed" if min(ratios.values()) > 1 else "contradicted"
-    told = ", ".join(
+    counted = ", ".join(
         f"{parameters:,} {'with' if include else 'without'} the unembedding ({ratios[include]:.1f} times)"
-        for include, parameters in sorted(found.items())
+        for include, parameters in sorted(by_unembedding.items())
     )
-    return Finding(verdict, f"rank-1 parameters over {MATH_BITS:,} bits: {told}", estimate=ratios[True])
+    return Finding(verdict, f"rank-1 parameters over {MATH_BITS:,} bits: {counted}", estimate=ratios[True])
 
 
 F6 = Claim(
@@ -63,9 +69,9 @@ F6 = Claim(
     statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
     figure="text",
     criterion=(
-        "Counted on Llama-3.1-8B, with and without the unembedding, there are more rank-1 parameters than "
-        f"{MATH_BITS:,} bits (10,000 problems, 32 samples each, 1 bit per episode). The estimate is their ratio with "
-        "the unembedding"
+        "Llama-3.1-8B has more rank-1 parameters, counted with and without the unembedding, than RL on MATH gives "
+        f"bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} samples each at 1 bit per episode. "
+        "The estimate is their ratio with the unembedding"
     ),
     needs="the table of parameter counts; no runs",
     paper_value="3M parameters for 320,000 bits, almost 10 times",
@@ -76,7 +82,7 @@ F6 = Claim(
 
 
 def _train_steps(evidence: Evidence) -> pd.DataFrame:
-    """Share of groups with equal rewards and gradient norm of every train step, by run and step."""
+    """Return the share of groups with equal rewards and the gradient norm of every train step, by run and step."""
     names = ["equal_groups", "grad_norm"]
     curves = evidence.curves
     if not curves.empty:
@@ -87,14 +93,14 @@ def _train_steps(evidence: Evidence) -> pd.DataFrame:
 
 
 def _never_rewarded(runs: pd.DataFrame, equal_groups: pd.Series[float]) -> pd.DataFrame:
-    """Finished runs all of whose groups had equal rewards at every step."""
+    """Return the finished runs in which every group had equal rewards at every step."""
     least = runs["run_id"].map(equal_groups.groupby("run_id").min())
     finished = runs["status"].ne("diverged")
     return runs[runs["status"].eq("unrewarded") | (finished & least.eq(1).fillna(False))]
 
 
 def _before_and_after(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies of the base and after training on the test and the validation split, where both are known."""
+    """Return the accuracies before and after training on the test and validation splits, where both are known."""
     curves = evidence.curves
     bases = pd.Series(dtype=float)
     if not curves.empty:
@@ -108,7 +114,7 @@ def _before_and_after(evidence: Evidence, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
-    """F7: gradients of steps whose groups all have equal rewards, and accuracies of runs that have no other steps."""
+    """F7: judge the gradients of steps whose groups all have equal rewards, and runs that have no other steps."""
     steps = _train_steps(evidence)
     equal = steps["equal_groups"] == 1
     never = _never_rewarded(evidence.runs, steps["equal_groups"])
@@ -118,25 +124,25 @@ def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     changed = before_and_after["before"] != before_and_after["after"]
     largest = float(steps.loc[equal, "grad_norm"].max())
     learning = steps.loc[~equal, "grad_norm"] > 0
-    told = [f"{learning.sum()} of {len(learning)} other steps have a gradient above 0"]
+    texts = [f"{learning.sum()} of {len(learning)} other steps have a gradient above 0"]
     problems = []
     if equal.any():
-        told.insert(0, f"largest gradient of {equal.sum()} steps whose groups all have equal rewards: {largest:.3g}")
+        texts.insert(0, f"largest gradient of {equal.sum()} steps whose groups all have equal rewards: {largest:.3g}")
     else:
         problems.append("no step whose groups all have equal rewards has a gradient norm")
     if len(before_and_after):
         n_runs = before_and_after["run_id"].nunique()
-        told.append(
+        texts.append(
             f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
         )
     if not learning.any():
-        problems.append("no step learns, so that gradients of 0 say nothing")
+        problems.append("no step learns, so gradients of 0 are no evidence")
     verdict: Verdict = "confirmed"
     if largest > 0 or changed.any():
-        # Whatever other steps do, these learned.
+        # These steps learned, whatever other steps did.
         verdict, problems = "contradicted", []
     run_ids = {*steps.index[equal].get_level_values("run_id"), *before_and_after["run_id"]}
-    return finding(run_ids, "; ".join(told), verdict, problems, largest)
+    return finding(run_ids, "; ".join(texts), verdict, problems, largest)
 
 
 F7 = Claim(
@@ -145,9 +151,9 @@ F7 = Claim(
     statement="Where all samples of a group get the same reward, RL learns nothing",
     figure="text",
     criterion=(
-        "At every step whose groups all have equal rewards the gradient is exactly 0, while at others it is not; and "
-        "a run without other steps ends with exactly its base's accuracy on validation and test. The estimate is the "
-        "largest gradient norm of such a step"
+        "At every step whose groups all have equal rewards the gradient is exactly 0, while at other steps it is not; "
+        "and a run without other steps ends with exactly the accuracies of its base model on validation and test. The "
+        "estimate is the largest gradient norm of a step with equal rewards"
     ),
     needs="RL runs with steps at which all samples of every group get the same reward",
     paper_value="the entropy of the advantage is 0",
@@ -159,15 +165,18 @@ F7 = Claim(
 )
 
 
+BITS_RATIO = 1000.0
+"""The bits per token of SFT over those of RL that the paper gives."""
+
 BITS_BAND = (100.0, 10_000.0)
-"""Ratios that count as about 1,000."""
+"""The ratios that count as BITS_RATIO."""
 
 
 _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 
 
 def _entropy(comparison: Comparison, arm: Arm) -> str:
-    """What a reward tells at most, by the mean reward of each step, in words."""
+    """Format the bits that an episode gives at most, with their mean by the mean reward of each step."""
     from scipy.special import entr
 
     share = at_best(comparison, arm, "train", "reward")["value"].to_numpy(float)
@@ -177,35 +186,37 @@ def _entropy(comparison: Comparison, arm: Arm) -> str:
 
 
 def _bits(lengths: pd.DataFrame, comparison: Comparison) -> Finding:
-    """F9 for one model and problem set, against every dataset that the model was supervised on."""
+    """Judge F9 for one model and problem set, against every dataset that the model was fine-tuned on."""
     highest = next(reversed(comparison.lora.values()), None)
     [arm] = require(("FullFT or LoRA on all layers", comparison.fullft or highest))
     tokens = tenths(comparison, arm, "response_length").mean(axis=1)
     if tokens.empty:
         raise UnjudgedError("not tested", "no response lengths")
     per_episode = mean_interval(tokens)
-    told = f"{per_episode[0]:.3g} tokens per episode, {_entropy(comparison, arm)}"
+    episodes = f"{per_episode[0]:.3g} tokens per episode, {_entropy(comparison, arm)}"
     if per_episode[0] < MIN_CHAIN:
-        raise UnjudgedError("not tested", f"{told}; the claim is about long responses, {MIN_CHAIN} tokens at least")
-    found = []
+        raise UnjudgedError("not tested", f"{episodes}; the claim is about long responses, {MIN_CHAIN} tokens at least")
+    findings = []
     for row in lengths[lengths["model"] == arm["model"]].to_dict("records"):
         nats = [row["nats_per_token"], row["nats_low"], row["nats_high"]]
-        # Ends times ends: wider than the interval of the product.
+        # The product of the ends is wider than the interval of the product, so it is cautious.
         ratio, low, high = (n / math.log(2) * t for n, t in zip(nats, per_episode, strict=True))
         bits = f"SFT on {row['dataset']} {nats[0] / math.log(2):.3g} bits per token"
         text = f"{bits}; ratio {ratio:.0f} {interval_text(low, high, 0)}"
         problems = comparison.edge_problems([arm])
         run_ids = [*comparison.losses[arm_label(arm)]["run_ids"], *row["run_ids"]]
         verdict = within(low, high, BITS_BAND)
-        found.append(finding(run_ids, text, verdict, problems, ratio, (low, high), abs(math.log(ratio / 1000))))
-    if not found:
-        raise UnjudgedError("inconclusive", f"{told}; no SFT runs of {arm['model']} with first-epoch losses")
-    decisive = together(found)
-    return replace(decisive, reason=f"{told}; {decisive.reason}")
+        findings.append(
+            finding(run_ids, text, verdict, problems, ratio, (low, high), abs(math.log(ratio / BITS_RATIO)))
+        )
+    if not findings:
+        raise UnjudgedError("inconclusive", f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses")
+    decisive = together(findings)
+    return replace(decisive, reason=f"{episodes}; {decisive.reason}")
 
 
 def fewer_bits_per_token(evidence: Evidence) -> Finding:
-    """F9: bits per token of SFT over the at most 1 bit per episode of RL by its tokens per episode."""
+    """F9: judge the bits per token of SFT over those of RL, which gives at most 1 bit per episode."""
     sft = evidence.every_run[~is_rl(evidence.every_run)]
     if missing := [name for name in (*NEEDED_BY["sft"], *_FIRST_EPOCH) if name not in sft]:
         raise UnjudgedError("not tested", f"the runs table has no column {', '.join(missing)}")
@@ -219,10 +230,10 @@ F9 = Claim(
     statement="RL takes in about 1,000 times fewer bits per token than SFT",
     figure="text",
     criterion=(
-        "On every problem set, against every dataset of the same model: SFT's first-epoch bits per scored token times "
-        "the mean tokens of an RL response, which teaches at most 1 bit, lies with its 95% interval within "
-        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}; both of FullFT, or else of the highest LoRA rank, at its best "
-        f"LR. Not tested where responses are shorter than {MIN_CHAIN} tokens: the claim speaks of thousands"
+        "On every problem set and against every dataset of the same model: SFT's first-epoch bits per scored token "
+        "times the mean tokens of an RL response, which gives at most 1 bit, lies with its 95% interval within "
+        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}. Both are of FullFT, or else of the highest LoRA rank, at its "
+        f"best LR. Not tested where responses are shorter than {MIN_CHAIN} tokens, since the claim speaks of thousands"
     ),
     needs=f"RL runs with responses of {MIN_CHAIN} tokens or more, and SFT runs of the same model; 2 seeds of both",
     paper_value="about 1,000",

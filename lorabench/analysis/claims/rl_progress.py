@@ -1,4 +1,4 @@
-"""Claims F3 to F5: progress during RL."""
+"""Claims F3 to F5: train rewards, further problem sets and response lengths during reinforcement learning (RL)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from lorabench.analysis.claims.rl_shared import (
 from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.finding import (
     MAX_ERROR_MARGIN,
+    SIGMAS,
     Finding,
     UnjudgedError,
     all_of,
@@ -40,18 +41,24 @@ from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.student import t_quantile
 
 LENGTH_BAND = (0.8, 1.25)
-"""Ratios of two response lengths that count as the same."""
+"""The ratios of two response lengths that count as the same."""
 
 
 MAX_TRUNCATED = 0.1
-"""Share of responses cut off above which their mean length is that of the limit."""
+"""The share of responses cut off above which their mean length says more about the limit than about them."""
 
 
 _OWN_SPLITS = ("train", "validation", "test")
 
+# The quantile of the normal distribution for a 95% interval.
+_Z = 1.96
+
 
 def _pooled(tables: list[pd.DataFrame]) -> tuple[float, int]:
-    """Standard deviation over seeds, pooled over tables and their columns; degrees of freedom of the seeds alone."""
+    """Compute the standard deviation over seeds, pooled over tables and columns, and its degrees of freedom.
+
+    Columns of one seed are not independent, so the degrees of freedom count seeds alone.
+    """
     repeated = [table for table in tables if len(table) > 1 and table.shape[1]]
     dof = sum(len(table) - 1 for table in repeated)
     squares = sum((len(table) - 1) * float(table.var().mean()) for table in repeated)
@@ -59,7 +66,7 @@ def _pooled(tables: list[pd.DataFrame]) -> tuple[float, int]:
 
 
 def same_progress(comparison: Comparison) -> Finding:
-    """F3: mean train reward of each LoRA rank minus FullFT's, in each tenth of the steps after the first."""
+    """F3: judge the mean train reward of each LoRA rank minus FullFT's, in each tenth of the steps after the first."""
     rewards = {
         arm_label(arm): tenths(comparison, arm, "reward").drop(columns=1, errors="ignore") for arm in comparison.arms
     }
@@ -71,15 +78,16 @@ def same_progress(comparison: Comparison) -> Finding:
             raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
         tenth = gaps.columns[int(gaps.mean().abs().argmax())]
         estimate, n = float(gaps[tenth].mean()), len(gaps)
-        # The tenths of one run go together: they give a steadier spread, but no degrees of freedom.
+        # The tenths of one run are not independent: they steady the spread but add no degrees of freedom.
         half = t_quantile(n - 1) * math.sqrt(gaps.var().mean() / n) if n > 1 else math.nan
         interval = (estimate - half, estimate + half)
-        verdict = within(*interval, (-2 * sigma, 2 * sigma))
+        margin = SIGMAS * sigma
+        verdict = within(*interval, (-margin, margin))
         text = (
             f"mean train reward - FullFT's is furthest off in tenth {tenth} of the steps: {estimate:+.4f} "
             f"{interval_text(*interval, 4)} over {n} seeds, {sigma_text(sigma)}"
         )
-        problems = noise_problems(sigma, dof) + error_equality_problems(verdict, 2 * sigma)
+        problems = noise_problems(sigma, dof) + error_equality_problems(verdict, margin)
         problems += pair_problems(comparison, lora, fullft, n)
         run_ids = comparison.of([lora, fullft])["run_id"]
         return finding(run_ids, text, verdict, problems, estimate, interval, abs(estimate))
@@ -93,9 +101,10 @@ F3 = Claim(
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
     criterion=(
-        "Train rewards at the best LRs, averaged over tenths of the steps and paired by seed: for every LoRA rank, in "
-        "the tenth after the first where it is furthest from FullFT, the 95% interval of the difference lies within 2 "
-        f"sigma, the seed noise of such a mean, which is at most {MAX_ERROR_MARGIN:g}. {LEARNED.format('FullFT')}"
+        "Train rewards at the best LRs are averaged over tenths of the steps and paired by seed. For every LoRA rank, "
+        "in the tenth after the first where it is furthest from FullFT, the 95% interval of the difference lies "
+        f"within {SIGMAS} sigma, the seed noise of such a mean, which must be at most {MAX_ERROR_MARGIN:g}. "
+        f"{LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("LoRA") + ", with train rewards",
     paper_value="almost identical; no number",
@@ -108,7 +117,7 @@ F3 = Claim(
 
 
 def _first_and_last(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
-    """A metric before training and at its end, `first` and `last`, by seed at an arm's best LR."""
+    """Return a metric before training (`first`) and at its end (`last`), by seed at an arm's best LR."""
     points = at_best(comparison, arm, split, metric)
     steps = {"first": 0, "last": points["step"].max()}
     return pd.DataFrame(
@@ -117,7 +126,7 @@ def _first_and_last(comparison: Comparison, arm: Arm, split: str, metric: str) -
 
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
-    """F4 for one further set and one rank."""
+    """Judge F4 for one further set and one rank."""
     accuracy = {arm["method"]: _first_and_last(comparison, arm, name, "accuracy") for arm in (lora, fullft)}
     samples = _first_and_last(comparison, fullft, name, "n_samples")["last"].min()
     gaps = difference(accuracy["lora"][["last"]], accuracy["fullft"][["last"]])
@@ -126,7 +135,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
         raise UnjudgedError("inconclusive", "no accuracies of both before and after training")
     estimate, low, high = mean_interval(gaps["last"])
     mean = (last + float(accuracy["lora"]["last"].mean())) / 2
-    margin = 1.96 * math.sqrt(2 * mean * (1 - mean) / samples) if samples > 0 else math.nan
+    margin = _Z * math.sqrt(2 * mean * (1 - mean) / samples) if samples > 0 else math.nan
     verdict = within(low, high, (-margin, margin))
     text = (
         f"accuracy - FullFT's = {estimate:+.4f} {interval_text(low, high, 4)} over {len(gaps)} seeds, FullFT "
@@ -145,7 +154,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
 
 
 def further_sets_follow(comparison: Comparison) -> Finding:
-    """F4: final accuracy of each LoRA rank minus FullFT's on further problem sets: on AIME if there."""
+    """F4: judge the final accuracy of each LoRA rank minus FullFT's on AIME, or else on other further sets."""
     curves = comparison.curves
     if not curves.empty:
         curves = curves[curves["run_id"].isin(comparison.runs["run_id"]) & curves["metric"].eq("accuracy")]
@@ -153,11 +162,11 @@ def further_sets_follow(comparison: Comparison) -> Finding:
     aime = [name for name in names if name.lower().startswith("aime")]
     if not names:
         raise UnjudgedError("not tested", "no accuracies on further problem sets")
-    found = judge_each(
+    judged = judge_each(
         (name, partial(each_rank, comparison, partial(_follows, comparison, name), lambda lora, fullft: []))
         for name in aime or names
     )
-    return found if aime else replace(found, reason=f"{found.reason}; no AIME problems, these stand for them")
+    return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
 
 F4 = Claim(
@@ -166,10 +175,10 @@ F4 = Claim(
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
     criterion=(
-        "On every AIME set, or where there is none on every other further set, for every LoRA rank: the 95% interval "
-        "of its final accuracy minus FullFT's, paired by seed, lies within the 95% binomial interval of a difference "
-        f"of two runs, which is at most {MAX_ERROR_MARGIN:g}. Inconclusive where FullFT's own accuracy does not rise "
-        "by more than that"
+        "On every AIME set, or on every other further set where there is no AIME set, for every LoRA rank: the 95% "
+        "interval of its final accuracy minus FullFT's, paired by seed, lies within the 95% binomial interval of a "
+        f"difference of two runs, which must be at most {MAX_ERROR_MARGIN:g}. Inconclusive where FullFT's own accuracy "
+        "does not rise by more than that"
     ),
     needs=RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
     paper_value="no number",
@@ -181,12 +190,12 @@ F4 = Claim(
 
 
 def _geometric_mean(ratios: pd.Series[float]) -> tuple[float, float, float]:
-    """Geometric mean over seeds, and its 95% t interval."""
+    """Compute the geometric mean over seeds and its 95% t interval."""
     mean, low, high = mean_interval(ratios.map(math.log))
     return math.exp(mean), math.exp(low), math.exp(high)
 
 
-def _told(ratio: tuple[float, float, float]) -> str:
+def _ratio_text(ratio: tuple[float, float, float]) -> str:
     return f"{ratio[0]:.2f} {interval_text(*ratio[1:], 2)}"
 
 
@@ -198,11 +207,11 @@ def _reflection(comparison: Comparison, arm: Arm) -> str:
 
 
 def same_growth_of_responses(comparison: Comparison) -> Finding:
-    """F5: mean length of train responses in the last tenth of the steps, over FullFT's and over the first tenth's."""
+    """F5: judge the mean length of the last train responses over FullFT's, and over that of the first ones."""
     lengths = {arm_label(arm): tenths(comparison, arm, "response_length") for arm in comparison.arms}
 
     def judge(lora: Arm, fullft: Arm) -> Finding:
-        # Responses of no tokens have no ratio to others: they count as one token.
+        # Empty responses have no ratio of lengths, so they count as one token.
         both = [lengths[arm_label(arm)].reindex(columns=[1, 10]).dropna().clip(lower=1) for arm in (lora, fullft)]
         if any(table.empty for table in both):
             raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
@@ -213,8 +222,8 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
             )
         ratios = (both[0][10] / both[1][10]).dropna()
         ratio, *growths = map(_geometric_mean, (ratios, *(table[10] / table[1] for table in both)))
-        text = f"final length / FullFT's = {_told(ratio)} over {len(ratios)} seeds"
-        text += f", grown by {_told(growths[0])}, FullFT by {_told(growths[1])}"
+        text = f"final length / FullFT's = {_ratio_text(ratio)} over {len(ratios)} seeds"
+        text += f", grown by {_ratio_text(growths[0])}, FullFT by {_ratio_text(growths[1])}"
         problems = pair_problems(comparison, lora, fullft, len(ratios))
         for arm in (lora, fullft):
             text += _reflection(comparison, arm)
@@ -234,11 +243,11 @@ F5 = Claim(
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
     criterion=(
-        "Mean length of train responses at the best LRs, paired by seed: for every LoRA rank, the 95% interval of "
-        f"that in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}, and "
-        f"those of both over their first tenth lie above 1. Not tested where responses end shorter than {MIN_CHAIN} "
-        f"tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of the last are cut off. "
-        f"{LEARNED.format('FullFT')}. Words of going back and checking are told, not judged"
+        "Judged is the mean length of train responses at the best LRs, paired by seed. For every LoRA rank, the 95% "
+        f"interval of the mean length in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} to "
+        f"{LENGTH_BAND[1]:g}, and the intervals of both over their own first tenth lie above 1. Not tested where the "
+        f"last responses are shorter than {MIN_CHAIN} tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of them "
+        f"are cut off. {LEARNED.format('FullFT')}. Words of backtracking and checking are reported, not judged"
     ),
     needs=RL_RUNS.format("LoRA") + ", with response lengths",
     paper_value="no number",

@@ -18,6 +18,7 @@ from lorabench.analysis.claims.evidence import Evidence, judge_each
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
 from lorabench.analysis.finding import (
     MIN_SEEDS,
+    SIGMAS,
     Finding,
     UnjudgedError,
 )
@@ -34,7 +35,7 @@ RL_RUNS = (
 """What most claims on RL need; the place is for the LoRA arms."""
 
 
-LEARNED = "Inconclusive where the accuracy of {} is not above that of the base model by more than 2 sigma"
+LEARNED = f"Inconclusive where the accuracy of {{}} is not above that of the base model by more than {SIGMAS} sigma"
 """The part of a criterion that asks for learning; the place is for the arms that must have learned."""
 
 
@@ -97,17 +98,17 @@ def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Find
     """Return the finding with the accuracies of arms added; it is inconclusive where one of them has not learned.
 
     Arms that have not learned are alike whatever the claim says. An arm has learned if its mean test accuracy is above
-    that of the base model by more than 2 sigma.
+    that of the base model by more than SIGMAS sigma.
     """
     if not arms:
         return judged
-    sigma = np.nan_to_num(comparison.sigma("test")[0])
+    margin = SIGMAS * np.nan_to_num(comparison.sigma("test")[0])
     accuracy = {arm_label(arm): 1 - float(comparison.losses[arm_label(arm)]["nll_mean"]) for arm in arms}
     base = float(comparison.runs["base_reward"].astype(float).mean())
     if math.isnan(base):
         problems = ["accuracy of the base not known"]
     else:
-        problems = [f"{label} has not learned" for label, value in accuracy.items() if not value - base > 2 * sigma]
+        problems = [f"{label} has not learned" for label, value in accuracy.items() if not value - base > margin]
     known = {label: value for label, value in (accuracy | {"base": base}).items() if not math.isnan(value)}
     accuracies = ", ".join(f"{label} {value:.3f}" for label, value in known.items())
     reason = "; ".join([judged.reason, *([f"test accuracy {accuracies}"] if accuracies else []), *problems])
