@@ -35,17 +35,13 @@ from lorabench.tables import words
 Arm = dict[str, Any]
 """An arm by the columns ARM: one method in one setting, whose LR is swept."""
 
-
 Task = Literal["sft", "rl"]
 """Supervised fine-tuning, or reinforcement learning (RL)."""
 
-
 _ARM_AND_STATUS = ["run_id", *(name for name in ARM if name not in OPTIONAL), "lr", "seed", "status"]
-
 
 NEEDED = [*_ARM_AND_STATUS, "final_valid_nll", "final_test_nll"]
 """The columns of `runs` that every comparison of supervised runs needs."""
-
 
 NEEDED_BY: dict[Task, list[str]] = {"sft": NEEDED, "rl": [*_ARM_AND_STATUS, "final_valid_reward", "final_reward"]}
 """The columns of `runs` that every comparison needs, by task."""
@@ -63,6 +59,7 @@ class Comparison:
 
     @cached_property
     def arms(self) -> list[Arm]:
+        """All arms."""
         return [arm for arm, _ in each_arm(self.runs)]
 
     @cached_property
@@ -72,6 +69,7 @@ class Comparison:
 
     @property
     def fullft(self) -> Arm | None:
+        """The FullFT arm, if any."""
         return next((arm for arm in self.arms if arm["method"] == "fullft"), None)
 
     @cached_property

@@ -17,13 +17,11 @@ from typing import Literal
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not tested"]
 
-
 MIN_SEEDS = 3
 """The number of seeds that a verdict on a difference needs."""
 
 SIGMAS = 2
 """The number of seed standard deviations (sigma) that separates two losses."""
-
 
 MAX_NOISE = 0.05
 """The largest margin of SIGMAS sigma, as a share of the loss, within which two losses can be called equal."""

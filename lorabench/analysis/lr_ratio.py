@@ -9,13 +9,7 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.finding import (
-    Finding,
-    finding,
-    interval_text,
-    noise_problems,
-    within,
-)
+from lorabench.analysis.finding import Finding, finding, interval_text, noise_problems, within
 
 PAPER_RATIO = 10.0
 """The ratio of optimal LRs, LoRA over FullFT, that the paper gives."""

@@ -28,6 +28,7 @@ class SweptModel:
 
     @property
     def name(self) -> str:
+        """The name of the model."""
         return str(self.fullft["model"])
 
     @cached_property
@@ -36,9 +37,11 @@ class SweptModel:
         return lr_ratio(self.comparison, self.lora, self.fullft)
 
     def arm(self, method: str) -> Arm:
+        """Return the arm of a method, `lora` or `fullft`."""
         return self.lora if method == "lora" else self.fullft
 
     def grid(self, method: str) -> LrGrid:
+        """Return the losses of a method by LR."""
         return lr_grid(self.comparison.rows[arm_label(self.arm(method))])
 
 

@@ -34,10 +34,8 @@ from lorabench.analysis.gaps import mean_interval
 MIN_BATCH_SIZES = 3
 """The number of batch sizes that a claim about their effect needs."""
 
-
 MAX_DATA_RATIO = 1.1
 """The largest ratio of examples seen between batch sizes: one pass over the same data, in whole steps."""
-
 
 HALFWAY = 0.5
 """The share of the data from which D2 compares the gap with that at the end."""
@@ -46,7 +44,6 @@ ABOUT_HALFWAY = (0.25, 0.75)
 """The shares of the data of which one must have validation losses, for the gap halfway to be interpolated."""
 
 _NEEDS = f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data"
-
 
 ArmBySize = dict[int, Arm]
 """An arm by batch size: the same method and rank at each."""
@@ -350,11 +347,4 @@ D5 = Claim(
     judge=untestable("needs a control that trains the update of the weights without a product; no such runs exist"),
 )
 
-
-CLAIMS = (
-    D1,
-    D2,
-    D3,
-    D4,
-    D5,
-)
+CLAIMS = (D1, D2, D3, D4, D5)

@@ -11,13 +11,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, rows_of
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import SWEEP, Evidence, over
-from lorabench.analysis.claims.scopes import (
-    every_longest,
-    learning,
-    longest_run,
-    longest_runs,
-    without_facts,
-)
+from lorabench.analysis.claims.scopes import every_longest, learning, longest_run, longest_runs, without_facts
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.departure import departures
 from lorabench.analysis.envelopes import envelopes
@@ -47,7 +41,6 @@ MIN_RHO = 0.9
 
 FLOOR = 0.05
 """A slope shallower than this share of FullFT's is a floor."""
-
 
 THRESHOLD_BAND = (0.5, 1.5)
 """The log-log slopes of tokens at departure against parameters that count as proportional."""
@@ -244,9 +237,4 @@ A5 = Claim(
     columns=("trainable_params",),
 )
 
-
-CLAIMS = (
-    A3,
-    A4,
-    A5,
-)
+CLAIMS = (A3, A4, A5)

@@ -10,9 +10,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import SWEEP, Evidence, over
-from lorabench.analysis.claims.scopes import (
-    every_dataset,
-)
+from lorabench.analysis.claims.scopes import every_dataset
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.compute import NEEDED, each_setting, equal_flops_gap, flops_ratio, loss_by_flops
 from lorabench.analysis.finding import (
@@ -29,7 +27,6 @@ from lorabench.analysis.student import t_quantile
 
 TOLERANCE = 0.01
 """The relative difference up to which a count of FLOPs agrees with the formula."""
-
 
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
@@ -169,9 +166,4 @@ G3 = Claim(
     judge=memory_of_fullft,
 )
 
-
-CLAIMS = (
-    G1,
-    G2,
-    G3,
-)
+CLAIMS = (G1, G2, G3)

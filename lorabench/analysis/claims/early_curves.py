@@ -7,9 +7,7 @@ import pandas as pd
 
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import over
-from lorabench.analysis.claims.scopes import (
-    every_dataset,
-)
+from lorabench.analysis.claims.scopes import every_dataset
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.early import EarlyDifference, early_difference
 from lorabench.analysis.finding import (
@@ -36,10 +34,8 @@ FIRST_EARLY_STEPS = 20
 MAX_FIRST_GAP = 0.01
 """The share of the loss up to which two curves are the same over FIRST_EARLY_STEPS."""
 
-
 FIRST_STEPS = 10
 """The number of first steps in which the paper sees a negative difference."""
-
 
 SIGN_SEEDS = 5
 """The number of seeds that a verdict on the sign of this difference needs."""
@@ -94,10 +90,10 @@ C1 = Claim(
     statement="Early in training, learning curves at one LR are the same for all ranks",
     figure="early curves",
     criterion=(
-        "Judged is the training NLL of the lowest rank above 1 minus that of the highest (in the paper, 16 and 256) "
-        f"on the same batches, as a mean over seeds. At every step up to {EARLY_STEPS} its 95% interval lies within "
-        f"{SIGMAS} sigma of batches, the standard deviation over seeds, pooled over both ranks and these steps; up to "
-        f"step {FIRST_EARLY_STEPS} it lies within {MAX_FIRST_GAP:.0%} of the loss too. Contradicted if the whole "
+        "The difference is the training NLL of the lowest rank above 1 minus that of the highest (16 and 256 in the "
+        f"paper) on the same batches, as a mean over seeds. At every step up to {EARLY_STEPS} its 95% interval lies "
+        f"within {SIGMAS} sigma of batches, the standard deviation over seeds, pooled over both ranks and these steps; "
+        f"up to step {FIRST_EARLY_STEPS} it lies within {MAX_FIRST_GAP:.0%} of the loss too. Contradicted if the whole "
         "interval is outside at some step"
     ),
     needs=f"LoRA of two ranks above 1 at one LR, {MIN_SEEDS} seeds, training losses at every step",
@@ -183,9 +179,4 @@ C3 = Claim(
     judge=over(every_dataset, difference_negative_at_first),
 )
 
-
-CLAIMS = (
-    C1,
-    C2,
-    C3,
-)
+CLAIMS = (C1, C2, C3)

@@ -11,11 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import is_standard
 from lorabench.analysis.comparison import Comparison, comparisons
-from lorabench.analysis.finding import (
-    Finding,
-    UnjudgedError,
-    together,
-)
+from lorabench.analysis.finding import Finding, UnjudgedError, together
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
 """What most claims need."""

@@ -10,9 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.scopes import (
-    on_lora,
-)
+from lorabench.analysis.claims.scopes import on_lora
 from lorabench.analysis.early import train_curves
 from lorabench.analysis.finding import (
     MIN_SEEDS,
@@ -38,25 +36,20 @@ from lorabench.analysis.slopes import log_log
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 
-
 TRAJECTORY_STEPS = 50
 """The number of steps over which equivalent runs are compared."""
-
 
 IDENTICAL = 1e-5
 """The difference of two training losses, in nats per token, below which they are numerically the same."""
 
-
 ZERO_EPS = 1e-12
 """The epsilon of Adam up to which it counts as 0, which the invariances assume."""
-
 
 SLOPE_STEPS = 5
 """The number of steps over which the initial slope is taken."""
 
 SLOPE_BAND = (0.98, 1.02)
 """The ratios of two initial slopes that count as equal."""
-
 
 STILL = 0.1
 """The movement of A, as a share of its initial norm, up to which A counts as still."""
@@ -231,11 +224,11 @@ C6 = Claim(
     statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
     figure="text",
     criterion=(
-        f"Judged is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at least "
-        "ten times as large, so that init_A / LR_A is a tenth or less, at the same alpha * init_A * LR_B. The 95% "
-        f"interval of the ratio of means, paired by seed, lies within {SLOPE_BAND[0]:g} to {SLOPE_BAND[1]:g}. Pairs "
-        f"whose A has moved by more than {STILL:.0%} of its norm by then are left out, since the claim is about the "
-        "time before A moves"
+        f"The measure is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at "
+        "least ten times as large, so that init_A / LR_A is a tenth or less, over that of runs with the same alpha * "
+        f"init_A * LR_B. The 95% interval of this ratio of means, paired by seed, lies within {SLOPE_BAND[0]:g} to "
+        f"{SLOPE_BAND[1]:g}. Pairs whose A has moved by more than {STILL:.0%} of its norm by then are left out, since "
+        "the claim is about the time before A moves"
     ),
     needs=f"{_PAIRS}, with LR_A tenfold and the same LR_B; {MIN_SEEDS} seeds",
     paper_value="irrelevant while B is 0; derived",
@@ -294,10 +287,4 @@ C7 = Claim(
     judge=on_lora(time_scale_of_a),
 )
 
-
-CLAIMS = (
-    C5,
-    C6,
-    C7,
-    C8,
-)
+CLAIMS = (C5, C6, C7, C8)

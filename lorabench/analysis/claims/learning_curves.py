@@ -295,12 +295,4 @@ A8 = Claim(
     judge=over(learning(longest_run), rank_1_worse),
 )
 
-
-CLAIMS = (
-    A1,
-    A2,
-    A6,
-    A7,
-    A8,
-    B2,
-)
+CLAIMS = (A1, A2, A6, A7, A8, B2)

@@ -12,9 +12,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.at_step import at_step
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import SWEEP, over
-from lorabench.analysis.claims.scopes import (
-    every_dataset,
-)
+from lorabench.analysis.claims.scopes import every_dataset
 from lorabench.analysis.comparison import Comparison, comparisons, require
 from lorabench.analysis.finding import (
     Finding,
@@ -196,10 +194,4 @@ B9 = Claim(
     judge=over(every_dataset, short_runs_want_more),
 )
 
-
-CLAIMS = (
-    B1,
-    B3,
-    B4,
-    B9,
-)
+CLAIMS = (B1, B3, B4, B9)

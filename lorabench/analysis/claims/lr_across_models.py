@@ -10,14 +10,7 @@ import numpy as np
 from lorabench.analysis.arms import STANDARD
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.models_shared import COLUMNS, EXPERIMENTS, MIN_MODELS, MODELS, across_models
-from lorabench.analysis.finding import (
-    Finding,
-    Verdict,
-    all_of,
-    finding,
-    interval_text,
-    within,
-)
+from lorabench.analysis.finding import Finding, Verdict, all_of, finding, interval_text, within
 from lorabench.analysis.lr_ratio import PAPER_RATIO, QUANTILES, RATIO_BAND, LrRatio
 from lorabench.analysis.swept_models import SweptModel, run_ids
 
@@ -176,9 +169,4 @@ B6 = Claim(
     columns=COLUMNS,
 )
 
-
-CLAIMS = (
-    B5,
-    B6,
-    B11,
-)
+CLAIMS = (B5, B6, B11)

@@ -191,8 +191,4 @@ B8 = Claim(
     columns=COLUMNS,
 )
 
-
-CLAIMS = (
-    B7,
-    B8,
-)
+CLAIMS = (B7, B8)

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from lorabench.analysis.claims.evidence import Evidence, judge_each
-from lorabench.analysis.finding import (
-    Finding,
-    UnjudgedError,
-)
+from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.swept_models import SweptModel, swept_models
 
 MIN_MODELS = 4

@@ -6,13 +6,7 @@ import pandas as pd
 
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import Evidence
-from lorabench.analysis.finding import (
-    Finding,
-    UnjudgedError,
-    Verdict,
-    together,
-    within,
-)
+from lorabench.analysis.finding import Finding, UnjudgedError, Verdict, together, within
 
 PAPER_COUNTS = {
     ("mlp", 256): 486_866_944,
@@ -21,7 +15,6 @@ PAPER_COUNTS = {
     ("mlp", 128): 243_433_472,
 }
 """The trainable parameters on Llama-3.1-8B by placement and rank, which the paper rounds to 10 million."""
-
 
 _EXACT = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
 
@@ -72,10 +65,8 @@ E6 = Claim(
     judge=parameter_counts,
 )
 
-
 SAME_ORDER = 10.0
 """The factor up to which two shares of parameters are of the same order."""
-
 
 _MOE_PARTS = ("experts", "attention", "unembedding")
 
@@ -122,8 +113,4 @@ M1 = Claim(
     judge=expert_ratio,
 )
 
-
-CLAIMS = (
-    E6,
-    M1,
-)
+CLAIMS = (E6, M1)

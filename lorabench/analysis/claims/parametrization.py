@@ -12,10 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import STANDARD, arm_label, each_arm, rows_of
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import over
-from lorabench.analysis.claims.scopes import (
-    Scoped,
-    on_lora,
-)
+from lorabench.analysis.claims.scopes import Scoped, on_lora
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.early import train_curves
 from lorabench.analysis.finding import (
@@ -119,7 +116,7 @@ C4 = Claim(
     statement="The factor 1/r makes the expected first update independent of rank",
     figure="text",
     criterion=(
-        "Judged is the first-order fall of the loss by the first update, the projection of the change of W on "
+        "The measure is the first-order fall of the loss by the first update: the projection of the change of W on "
         "FullFT's gradient in nats, as a mean over seeds, over that of the highest rank. At every rank the 95% "
         f"interval of this ratio, paired by seed, lies within {FLAT_BAND[0]:g} to {FLAT_BAND[1]:g}. Ranks whose alpha "
         "grows as sqrt(r) or as r are the control, and must fail this"
@@ -270,7 +267,6 @@ C10 = Claim(
     judge=over(most_examples, b_outgrows_a),
 )
 
-
 ADAM_STEPS = 10
 """The number of steps that Adam's first moment, with its decay of 0.9, takes to fill."""
 
@@ -371,10 +367,4 @@ C11 = Claim(
     judge=on_lora(effective_lr_grows),
 )
 
-
-CLAIMS = (
-    C4,
-    C9,
-    C10,
-    C11,
-)
+CLAIMS = (C4, C9, C10, C11)

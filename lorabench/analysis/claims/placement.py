@@ -10,15 +10,8 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import over
-from lorabench.analysis.claims.rl_shared import (
-    LEARNED,
-    if_learned,
-    over_problems,
-)
-from lorabench.analysis.claims.scopes import (
-    Scoped,
-    every_dataset,
-)
+from lorabench.analysis.claims.rl_shared import LEARNED, if_learned, over_problems
+from lorabench.analysis.claims.scopes import Scoped, every_dataset
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import (
     MAX_ERROR_MARGIN,
@@ -39,26 +32,22 @@ MAX_COUNT_DIFFERENCE = 0.1
 The paper's pair differs by 3.5%.
 """
 
-
 SMALL_DATA = 1000
 """The number of training examples seen up to which a dataset is tiny."""
-
 
 _NEEDS = (
     "LoRA on attention and on the MLP at about equal parameter counts{}, each with an LR grid whose best LR is not at "
     f"its edge; {MIN_SEEDS} seeds at the best LRs"
 )
 
-
 _WITH_ALL = ", and on the MLP and all layers at one rank"
-
 
 _WORSE = (
     f"of the arms nearest in parameter count (within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as "
     f"many parameters on attention), attention's test NLL minus the MLP's is more than {SIGMAS} sigma with its 95% "
-    f"interval above 0. Contradicted if the whole interval is below {SIGMAS} sigma"
+    "interval above 0"
 )
-
+_BELOW = f"Contradicted if the whole interval is below {SIGMAS} sigma"
 
 _SAME = (
     "at every rank that both have, the 95% interval of the MLP's test NLL minus that of all layers lies within "
@@ -154,7 +143,7 @@ E1 = Claim(
     kind="empirical",
     statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
     figure="4",
-    criterion=f"On every dense model: {_WORSE}",
+    criterion=f"On every dense model: {_WORSE}. {_BELOW}",
     needs=_NEEDS.format(""),
     paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
     unit="nats per token",
@@ -170,7 +159,7 @@ E7 = Claim(
     kind="empirical",
     statement="Attention alone is worse even with very little data",
     figure="text",
-    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}",
+    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. {_BELOW}",
     needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
     paper_value="no number",
     unit="nats per token",
@@ -230,7 +219,10 @@ E3 = Claim(
     kind="empirical",
     statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
     figure="4",
-    criterion=(f"On every model whose family ends in moe, two parts hold: {_WORSE}; and {_SAME}"),
+    criterion=(
+        f"On every model whose family ends in moe: {_WORSE}; and {_SAME}. Contradicted if the whole interval of the "
+        f"first difference is below {SIGMAS} sigma, or that of the second outside"
+    ),
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     unit="nats per token",
@@ -245,7 +237,10 @@ E4 = Claim(
     kind="empirical",
     statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
     figure="5",
-    criterion=(f"Two parts hold: {_WORSE}; and {_SAME}"),
+    criterion=(
+        f"By test NLL: {_WORSE}; and {_SAME}. Contradicted if the whole interval of the first difference is below "
+        f"{SIGMAS} sigma, or that of the second outside"
+    ),
     needs=_NEEDS.format(_WITH_ALL),
     paper_value="same as on the large dataset (rank 256); no number",
     unit="nats per token",
@@ -284,12 +279,4 @@ E5 = Claim(
     task="rl",
 )
 
-
-CLAIMS = (
-    E1,
-    E2,
-    E3,
-    E4,
-    E5,
-    E7,
-)
+CLAIMS = (E1, E2, E3, E4, E5, E7)

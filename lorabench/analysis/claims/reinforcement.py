@@ -11,14 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim, untestable
-from lorabench.analysis.claims.rl_shared import (
-    LEARNED,
-    RL_EXPERIMENTS,
-    RL_RUNS,
-    each_rank,
-    if_learned,
-    over_problems,
-)
+from lorabench.analysis.claims.rl_shared import LEARNED, RL_EXPERIMENTS, RL_RUNS, each_rank, if_learned, over_problems
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import (
     MAX_ERROR_MARGIN,
@@ -91,7 +84,6 @@ F1 = Claim(
     task="rl",
     core=True,
 )
-
 
 MAX_OPEN = 0.025
 """The share of draws in which a range of good LRs may reach its grid's edge and still count as closed."""
@@ -169,10 +161,4 @@ F8 = Claim(
     judge=untestable("a prediction that the paper did not test; 5.3 million episodes are out of reach here"),
 )
 
-
-CLAIMS = (
-    B10,
-    F1,
-    F2,
-    F8,
-)
+CLAIMS = (B10, F1, F2, F8)

@@ -12,23 +12,9 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, is_rl
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import Evidence
-from lorabench.analysis.claims.rl_shared import (
-    MIN_CHAIN,
-    RL_EXPERIMENTS,
-    at_best,
-    over_problems,
-    tenths,
-)
+from lorabench.analysis.claims.rl_shared import MIN_CHAIN, RL_EXPERIMENTS, at_best, over_problems, tenths
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
-from lorabench.analysis.finding import (
-    Finding,
-    UnjudgedError,
-    Verdict,
-    finding,
-    interval_text,
-    together,
-    within,
-)
+from lorabench.analysis.finding import Finding, UnjudgedError, Verdict, finding, interval_text, together, within
 from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 
@@ -164,13 +150,11 @@ F7 = Claim(
     task="rl",
 )
 
-
 BITS_RATIO = 1000.0
 """The bits per token of SFT over those of RL that the paper gives."""
 
 BITS_BAND = (100.0, 10_000.0)
 """The ratios that count as BITS_RATIO."""
-
 
 _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 
@@ -243,9 +227,4 @@ F9 = Claim(
     task="rl",
 )
 
-
-CLAIMS = (
-    F6,
-    F7,
-    F9,
-)
+CLAIMS = (F6, F7, F9)

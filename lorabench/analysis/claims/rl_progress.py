@@ -43,10 +43,8 @@ from lorabench.analysis.student import t_quantile
 LENGTH_BAND = (0.8, 1.25)
 """The ratios of two response lengths that count as the same."""
 
-
 MAX_TRUNCATED = 0.1
 """The share of responses cut off above which their mean length says more about the limit than about them."""
-
 
 _OWN_SPLITS = ("train", "validation", "test")
 
@@ -243,11 +241,11 @@ F5 = Claim(
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
     criterion=(
-        "Judged is the mean length of train responses at the best LRs, paired by seed. For every LoRA rank, the 95% "
-        f"interval of the mean length in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} to "
-        f"{LENGTH_BAND[1]:g}, and the intervals of both over their own first tenth lie above 1. Not tested where the "
-        f"last responses are shorter than {MIN_CHAIN} tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of them "
-        f"are cut off. {LEARNED.format('FullFT')}. Words of backtracking and checking are reported, not judged"
+        "The measure is the mean length of train responses at the best LRs, paired by seed. For every LoRA rank, the "
+        f"95% interval of the mean length in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} "
+        f"to {LENGTH_BAND[1]:g}, and the intervals of both over their own first tenth lie above 1. Not tested where "
+        f"the last responses are shorter than {MIN_CHAIN} tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of "
+        f"them are cut off. {LEARNED.format('FullFT')}. Words of backtracking and checking are reported, not judged"
     ),
     needs=RL_RUNS.format("LoRA") + ", with response lengths",
     paper_value="no number",
@@ -258,9 +256,4 @@ F5 = Claim(
     task="rl",
 )
 
-
-CLAIMS = (
-    F3,
-    F4,
-    F5,
-)
+CLAIMS = (F3, F4, F5)

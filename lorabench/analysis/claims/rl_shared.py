@@ -16,17 +16,11 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.evidence import Evidence, judge_each
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    SIGMAS,
-    Finding,
-    UnjudgedError,
-)
+from lorabench.analysis.finding import MIN_SEEDS, SIGMAS, Finding, UnjudgedError
 from lorabench.analysis.rewards import TestReward, errors, points_of
 
 MIN_CHAIN = 100
 """Mean tokens per response from which a response may hold a chain of thought; shorter ones are bare answers."""
-
 
 RL_RUNS = (
     "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
@@ -34,14 +28,11 @@ RL_RUNS = (
 )
 """What most claims on RL need; the place is for the LoRA arms."""
 
-
 LEARNED = f"Inconclusive where the accuracy of {{}} is not above that of the base model by more than {SIGMAS} sigma"
 """The part of a criterion that asks for learning; the place is for the arms that must have learned."""
 
-
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic")
 """All experiments that compare LoRA of several ranks with FullFT in RL."""
-
 
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the one that stands for it on small models."""

@@ -9,18 +9,12 @@ import pandas as pd
 
 from lorabench.analysis.claims.evidence import Evidence, judge_each
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.finding import (
-    Finding,
-    UnjudgedError,
-)
+from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.analysis.parametrization import (
-    with_scales,
-)
+from lorabench.analysis.parametrization import with_scales
 
 Scoped = tuple[Comparison, str]
 """A comparison that a claim is judged on, and a note for the reason on why it was chosen."""
-
 
 Scope = Callable[[list[Comparison]], list[Scoped]]
 """A function from all comparisons in the tables to those that a claim is judged on."""

@@ -12,23 +12,17 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.claims.claim import Claim
 from lorabench.analysis.claims.evidence import over
-from lorabench.analysis.claims.scopes import (
-    Scoped,
-    every_longest,
-    learning,
-)
+from lorabench.analysis.claims.scopes import Scoped, every_longest, learning
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    Finding,
-    UnjudgedError,
-    finding,
-    interval_text,
-    within,
-    worst,
-)
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, finding, interval_text, within, worst
 from lorabench.analysis.gaps import gap
-from lorabench.analysis.memorisation import best_stored, description_lengths, is_memorisation, late_growth
+from lorabench.analysis.memorisation import (
+    BITS_PER_PARAMETER,
+    best_stored,
+    description_lengths,
+    is_memorisation,
+    late_growth,
+)
 
 BIT_BAND = (0.3, 1.2)
 """The losses, in nats per token, that count as about 1 bit."""
@@ -68,14 +62,11 @@ N1 = Claim(
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
 )
 
-
 TWO_BITS_BAND = (1.5, 2.5)
 """The bits per parameter that round to 2."""
 
-
 SATURATED = 0.9
 """The share of the facts above which an adapter may have room for more."""
-
 
 MAX_GROWTH = 0.1
 """The share stored in the second half of the steps from which an adapter is still storing."""
@@ -106,7 +97,9 @@ def _two_bits(comparison: Comparison, rank: int, stored: pd.Series[Any], growth:
     estimate = float(stored["bits_per_parameter"])
     text = f"r{rank} is saturated at {estimate:.2f} {interval_text(low, high, 2)} bits per parameter"
     verdict = within(low, high, TWO_BITS_BAND)
-    return finding(stored["run_ids"], text, verdict, problems, estimate, (low, high), abs(estimate - 2))
+    return finding(
+        stored["run_ids"], text, verdict, problems, estimate, (low, high), abs(estimate - BITS_PER_PARAMETER)
+    )
 
 
 def two_bits_per_parameter(comparison: Comparison) -> Finding:
@@ -140,14 +133,15 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
 N2 = Claim(
     id="N2",
     kind="prediction",
-    statement="A parameter stores about 2 bits",
+    statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
     figure="text",
     criterion=(
         "On random facts, for each saturated rank: the 95% interval over seeds of the bits stored per adapter "
-        f"parameter lies within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to 2. A rank is "
-        f"saturated if it stores less than {SATURATED:.0%} of the facts and the next rank stores more, both with their "
-        f"intervals. A rank that stored {MAX_GROWTH:.0%} or more in the second half of its steps is still storing, so "
-        "it counts only above the band. The paper cites the number for whole networks, after long training"
+        f"parameter lies within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "
+        f"{BITS_PER_PARAMETER:g}. A rank is saturated if it stores less than {SATURATED:.0%} of the facts and the next "
+        f"rank stores more, both with their intervals. A rank that stored {MAX_GROWTH:.0%} or more in the second half "
+        "of its steps is still storing, so it counts only above the band. The paper cites the number for whole "
+        "networks, after long training"
     ),
     needs=f"LoRA on all layers at two or more ranks on a dataset of facts; {MIN_SEEDS} seeds at the best LRs",
     paper_value="2 (cited)",
@@ -157,8 +151,4 @@ N2 = Claim(
     columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
 )
 
-
-CLAIMS = (
-    N1,
-    N2,
-)
+CLAIMS = (N1, N2)
