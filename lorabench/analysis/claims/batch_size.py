@@ -38,10 +38,10 @@ MAX_DATA_RATIO = 1.1
 """The largest ratio of examples seen between batch sizes: one pass over the same data, in whole steps."""
 
 HALFWAY = 0.5
-"""The share of the data from which D2 compares the gap with that at the end."""
+"""The share of the data at which D2 compares the gap with that at the end."""
 
 ABOUT_HALFWAY = (0.25, 0.75)
-"""The shares of the data of which one must have validation losses, for the gap halfway to be interpolated."""
+"""The range of shares of the data that must have validation losses, for the gap halfway to be interpolated."""
 
 _NEEDS = f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data"
 

@@ -69,11 +69,11 @@ def same_early_curves(comparison: Comparison) -> Finding:
     tighter = np.fmin(steps["margin"], MAX_FIRST_GAP * steps["loss"])
     steps["margin"] = steps["margin"].mask(steps["step"] <= FIRST_EARLY_STEPS, tighter)
     bounds = steps[["low", "high", "margin"]].to_numpy(float)
-    verdicts = pd.Series([within(low, high, (-margin, margin)) for low, high, margin in bounds])
+    verdicts: list[Verdict] = [within(low, high, (-margin, margin)) for low, high, margin in bounds]
     half = (steps["high"] - steps["mean"]).fillna(0.0)
     steps["strain"] = ((steps["mean"].abs() + half) / steps["margin"]).fillna(0.0)
-    verdict = all_of(verdicts.tolist())
-    furthest = steps[verdicts == verdict].sort_values("strain").iloc[-1]
+    verdict = all_of(verdicts)
+    furthest = steps[[at_step == verdict for at_step in verdicts]].sort_values("strain").iloc[-1]
     mean, interval = float(furthest["mean"]), (float(furthest["low"]), float(furthest["high"]))
     text = (
         f"{_compared(early)} at most {nats(mean, *interval)}, margin {furthest['margin']:.4f} (step "

@@ -67,9 +67,9 @@ def _flat(of_rule: pd.DataFrame) -> tuple[Verdict, pd.Series[Any], str]:
     """
     top = of_rule["rank"].max()
     others = of_rule[of_rule["rank"] < top]
-    verdicts = pd.Series([within(low, high, FLAT_BAND) for low, high in others[["low", "high"]].to_numpy()])
-    verdict = all_of(verdicts.tolist())
-    deciding = others[(verdicts == verdict).to_numpy()]
+    verdicts: list[Verdict] = [within(low, high, FLAT_BAND) for low, high in others[["low", "high"]].to_numpy(float)]
+    verdict = all_of(verdicts)
+    deciding = others[[of_rank == verdict for of_rank in verdicts]]
     furthest = deciding.sort_values("ratio", key=lambda ratio: (ratio - 1).abs()).iloc[-1]
     ratios = ", ".join(
         f"r{row['rank']} {row['ratio']:.3f} {interval_text(row['low'], row['high'], 3)}" for _, row in others.iterrows()
