@@ -455,11 +455,12 @@ def test_budgets_keep_the_names_of_sweeps_and_folders(smoke):
 
 
 def test_core_claims_are_tested_by_those_experiments():
-    from lorabench.analysis.claims import CLAIMS
+    from lorabench.analysis.claims import CLAIMS, CORE
 
     experiments = {claim.id: claim.experiments for claim in CLAIMS}
     for experiment, claims in CORE_CLAIMS.items():
         assert all(experiment in experiments[claim] for claim in claims), experiment
+    assert set().union(*CORE_CLAIMS.values()) == set(CORE)
 
 
 def test_bills_add_up():

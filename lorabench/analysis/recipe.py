@@ -1,9 +1,8 @@
-"""The practical recipe of some runs: does LoRA match full fine-tuning, and at which learning rate, rank and placement?
+"""The practical recipe from runs: does LoRA match full fine-tuning, and at which learning rate, rank and placement?
 
 Every arm is taken at its own best learning rate, picked on the validation split. LoRA matches if, on the test split,
-what it loses against full fine-tuning is within two seed standard deviations with its whole 95% interval, by the rule
-of the claims on equal losses (`Comparison.equal_losses`); that LoRA is better counts as matching. Of RL all losses
-are error rates.
+its loss minus that of full fine-tuning is below two seed standard deviations with its whole 95% interval, by the rule
+of the claims on equal losses (`Comparison.equal_losses`); a better LoRA matches too. In RL all losses are error rates.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Literal
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, is_rl, is_standard
-from lorabench.analysis.claims.evidence import NEEDED_BY, Arm, Comparison, Task, comparisons
-from lorabench.analysis.claims.finding import Finding, Verdict
-from lorabench.analysis.claims.learning_rate import lr_ratio
-from lorabench.analysis.claims.reinforcement import if_learned, rewarded_errors
+from lorabench.analysis.claims.rl_shared import if_learned, rewarded_errors
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, Task, comparisons
+from lorabench.analysis.finding import Finding, Verdict
+from lorabench.analysis.lr_ratio import lr_ratio
 from lorabench.analysis.studies import MIN_LRS
 from lorabench.tables import with_all_columns
 
@@ -29,7 +28,7 @@ _ANSWERS: Mapping[Verdict, Answer] = {"confirmed": "yes", "contradicted": "no"}
 
 @dataclass(frozen=True)
 class Place:
-    """What is the same for all arms of a comparison."""
+    """What all arms of a comparison have in common."""
 
     task: Task
     model: str
@@ -40,12 +39,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Gap:
-    """What an arm loses against another, both at their best LR, paired by seed. NaN where not known."""
+    """The loss of an arm minus that of another, both at their best LR, paired by seed. NaN where not known."""
 
     answer: Answer
-    """Whether it is as good as the other, or better."""
+    """Whether the arm is as good as the other, or better."""
     estimate: float
-    """Nats per token; in RL, error rate. Above 0 the arm is worse."""
+    """In nats per token; in RL, in error rate. Above 0 the arm is worse."""
     low: float
     high: float
     reason: str
@@ -54,13 +53,13 @@ class Gap:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Optimal LR of LoRA over that of full fine-tuning, with its 95% bootstrap interval. NaN where not known."""
+    """The optimal LR of LoRA over that of full fine-tuning, with its 95% bootstrap interval. NaN where not known."""
 
     estimate: float
     low: float
     high: float
     problems: tuple[str, ...]
-    """Why it does not count; empty if both optima are resolved."""
+    """Why the ratio does not count; empty if both optima are resolved."""
 
 
 @dataclass(frozen=True)
@@ -74,57 +73,58 @@ class Choice:
     lr_best: float
     """The LR of the grid with the lowest validation loss."""
     lr_opt: float
-    """Interpolated between the LRs of the grid, with its 95% bootstrap interval."""
+    """The optimal LR, interpolated between the LRs of the grid, with its 95% bootstrap interval (lr_low, lr_high)."""
     lr_low: float
     lr_high: float
     resolved: bool
     loss: float
-    """Mean test loss at the best LR over its seeds."""
+    """The mean test loss at the best LR over its seeds."""
     n_seeds: int
     gap: Gap | None = None
-    """Against full fine-tuning; of a placement, against LoRA on all layers."""
+    """Against full fine-tuning; for LoRA on some layers, against LoRA on all layers."""
     ratio: Ratio | None = None
-    """Over full fine-tuning; of a placement, none."""
+    """Over full fine-tuning; None for LoRA on some layers."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What the runs of one model, dataset, batch size and length say."""
+    """The recommendation from the runs of one model, dataset, batch size and length."""
 
     place: Place
     answer: Answer
-    """Yes: some rank matches. No: none of those tried does. Undecided: none is known to, some may."""
+    """Yes: some rank matches. No: no rank that was tried matches. Undecided: no rank is known to match, some may."""
     fullft: Choice
     lora: tuple[Choice, ...]
-    """LoRA on all layers, ascending in rank."""
+    """The LoRA arms on all layers, ascending in rank."""
     best: Choice
-    """Of the ranks that give the answer, the one with the lowest validation loss."""
+    """The rank with the lowest validation loss among those that give the answer."""
     smallest: Choice | None
-    """The lowest rank that matches."""
+    """The lowest rank that matches, if any."""
     sigma: float
-    """Seed standard deviation of the test loss, and its degrees of freedom."""
+    """The seed standard deviation of the test loss."""
     dof: int
+    """The degrees of freedom of sigma."""
 
     @property
     def use(self) -> Choice:
-        """What to use: the cheapest rank that matches, or else the best."""
+        """The arm to use: the lowest rank that matches, or else the best."""
         return self.smallest or self.best
 
 
 @dataclass(frozen=True)
 class PlacementChoice:
-    """LoRA on the layers tried for one model, dataset, batch size and length; each at its best rank."""
+    """LoRA on all and on some layers of one model, dataset, batch size and length, each at its best rank."""
 
     place: Place
     every: Choice
-    """On all layers."""
+    """LoRA on all layers."""
     parts: tuple[Choice, ...]
-    """On some, with their gap to all layers."""
+    """LoRA on the MLP and on attention alone, with their gap to LoRA on all layers."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to use, as measured."""
+    """The recommendations from a table of runs."""
 
     found: tuple[Recommendation, ...]
     placements: tuple[PlacementChoice, ...]
@@ -132,45 +132,48 @@ class Recipe:
     @property
     def answer(self) -> Answer | Literal["mixed"] | None:
         """The answer of all comparisons together; `mixed` if they differ, None without any."""
-        answers = {one.answer for one in self.found}
+        answers = {recommendation.answer for recommendation in self.found}
         return answers.pop() if len(answers) == 1 else "mixed" if answers else None
 
     def by_batch_size(self) -> list[tuple[Recommendation, ...]]:
-        """Those that share task, model and dataset at two or more batch sizes, ascending, of one size the longest."""
+        """Return the recommendations at two or more batch sizes for one task, model and dataset.
+
+        They ascend in batch size; of several lengths at one batch size, the longest is taken.
+        """
         groups: dict[tuple[str, ...], dict[int, Recommendation]] = {}
-        for one in sorted(self.found, key=lambda one: (one.place.batch_size, one.place.steps or 0)):
-            place = one.place
-            groups.setdefault((place.task, place.model, place.dataset), {})[place.batch_size] = one
+        for recommendation in sorted(self.found, key=lambda each: (each.place.batch_size, each.place.steps or 0)):
+            place = recommendation.place
+            groups.setdefault((place.task, place.model, place.dataset), {})[place.batch_size] = recommendation
         return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]
 
 
 def recipe(runs: pd.DataFrame) -> Recipe:
-    """What the runs recommend. A comparison needs full fine-tuning and LoRA, each with at least MIN_LRS rates.
+    """Derive recommendations from runs. A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs.
 
-    Only LoRA in the paper's parametrisation counts. Of RL, problems that no run was ever rewarded on are left out.
+    Only LoRA in the paper's parametrization counts. RL problems on which no run ever got a reward are left out.
 
     Args:
-        runs: the table `runs`; a task without the columns of NEEDED_BY is left out.
+        runs: the table `runs`; a task that lacks columns of NEEDED_BY is left out.
 
     Raises:
         UserError: see `check_runs`.
     """
-    found: list[Recommendation] = []
+    recommendations: list[Recommendation] = []
     placements: list[PlacementChoice] = []
     for standard in _standard(runs):
-        # Noise is that of the arms compared, as in the claims.
+        # As in the claims, seed noise is taken from the compared arms alone.
         for comparison in _tuned(standard[standard["placement"].isna() | standard["placement"].eq("all")]):
             if comparison.fullft and comparison.lora:
-                found.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
+                recommendations.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
         for comparison in _tuned(standard[standard["method"].eq("lora")]):
             parts = [arms for name in ("mlp", "attn") if (arms := list(comparison.placed(name).values()))]
             if comparison.lora and parts:
                 placements.append(_placements(comparison, list(comparison.lora.values()), parts))
-    return Recipe(tuple(found), tuple(placements))
+    return Recipe(tuple(recommendations), tuple(placements))
 
 
 def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """The runs of each task in the paper's parametrisation; of RL as error rates."""
+    """Yield the runs of each task in the paper's parametrization; those of RL as error rates."""
     rl = is_rl(runs)
     of_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
     for task, chosen in of_task.items():
@@ -180,9 +183,9 @@ def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def _tuned(runs: pd.DataFrame) -> Iterator[Comparison]:
-    """The comparisons of arms that have enough LRs to pick from."""
+    """Yield the comparisons, without the arms that have fewer than MIN_LRS LRs."""
     for comparison in comparisons(runs, pd.DataFrame()):
-        rows = [of_arm for of_arm in comparison.rows.values() if of_arm["lr"].nunique() >= MIN_LRS]
+        rows = [arm_runs for arm_runs in comparison.rows.values() if arm_runs["lr"].nunique() >= MIN_LRS]
         if rows:
             yield Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.noise)
 
@@ -190,7 +193,7 @@ def _tuned(runs: pd.DataFrame) -> Iterator[Comparison]:
 def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm]) -> Recommendation:
     lora = [_against(comparison, arm, fullft, tuned_ratio=True) for arm in by_rank]
     answers: tuple[Answer, ...] = ("yes", "undecided", "no")
-    answer = next(one for one in answers if any(_answer(choice) == one for choice in lora))
+    answer = next(given for given in answers if any(_answer(choice) == given for choice in lora))
     giving = [(arm, choice) for arm, choice in zip(by_rank, lora, strict=True) if _answer(choice) == answer]
     _, best = min(giving, key=lambda pair: _validation_loss(comparison, pair[0]))
     sigma, dof = comparison.sigma("test")
@@ -224,27 +227,27 @@ def _answer(choice: Choice) -> Answer:
 
 
 def _validation_loss(comparison: Comparison, arm: Arm) -> float:
-    """Mean validation loss at the best LR; infinite where no run finished."""
+    """Return the mean validation loss at the best LR; infinite where no run finished."""
     rows = comparison.rows[arm_label(arm)]
     loss = rows.loc[rows["run_id"].isin(comparison.losses[arm_label(arm)]["run_ids"]), "final_valid_nll"].mean()
     return float("inf") if pd.isna(loss) else float(loss)
 
 
 def _against(comparison: Comparison, arm: Arm, other: Arm, tuned_ratio: bool) -> Choice:
-    """An arm beside another: its gap, and where wanted the ratio of their LRs."""
-    found = comparison.equal_losses(arm, other, better_too=True)
+    """Compare an arm with another: its gap and, with `tuned_ratio`, the ratio of their optimal LRs."""
+    judged = comparison.equal_losses(arm, other, better_too=True)
     if comparison.is_rl:
-        found = if_learned(comparison, found, [other])
+        judged = if_learned(comparison, judged, [other])
     ratio = None
     if tuned_ratio:
         of_lrs = lr_ratio(comparison, arm, other)
         ratio = Ratio(of_lrs.estimate, *of_lrs.interval, tuple(of_lrs.problems))
-    return _choice(comparison, arm, _gap(found), ratio)
+    return _choice(comparison, arm, _gap(judged), ratio)
 
 
-def _gap(found: Finding) -> Gap:
-    answer = _ANSWERS.get(found.verdict, "undecided")
-    return Gap(answer, found.estimate, found.ci_low, found.ci_high, found.reason, found.run_ids)
+def _gap(judged: Finding) -> Gap:
+    answer = _ANSWERS.get(judged.verdict, "undecided")
+    return Gap(answer, judged.estimate, judged.ci_low, judged.ci_high, judged.reason, judged.run_ids)
 
 
 def _choice(comparison: Comparison, arm: Arm, gap: Gap | None = None, ratio: Ratio | None = None) -> Choice:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from lorabench.analysis.claims.evidence import Task
+    from lorabench.analysis.comparison import Task
     from lorabench.config import Preset
     from lorabench.tables import Tables
 
@@ -57,7 +57,7 @@ class PaperFigure:
 
     def of_experiments(self, runs: pd.DataFrame) -> pd.DataFrame:
         """The runs of the figure's task and experiments; one that does not say which is of all experiments."""
-        from lorabench.analysis.claims.evidence import in_experiments
+        from lorabench.analysis.comparison import in_experiments
 
         return self.of_task(runs[in_experiments(runs, self.experiments)])
 
@@ -388,7 +388,7 @@ def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
     Columns that are missing, and all of a table that is, are nulls to a figure: it shows what there is.
     """
     from lorabench.analysis.arms import check_curves, check_table
-    from lorabench.analysis.claims.evidence import NEEDED_BY, curves_of
+    from lorabench.analysis.comparison import NEEDED_BY, curves_of
     from lorabench.tables import with_all_columns
 
     if figure.experiments == COMPUTE:

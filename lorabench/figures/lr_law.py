@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.claims.evidence import Evidence
-from lorabench.analysis.claims.learning_rate import SweptModel, fitted_law, swept_models
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict
 from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
 from lorabench.published import numbers, sweeps
@@ -41,7 +41,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     runs = with_arm_columns(tables.runs[is_standard(tables.runs)])
     runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, "family", "hidden_size"])))
-    groups = swept_models(Evidence(runs, tables.curves, tables.compute, tables.counts))
+    groups = swept_models(comparisons(runs, tables.curves))
     laws = [fitted_law(models) for models in groups]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
     plotted = pd.concat([*parts, _diverged(runs)], ignore_index=True).reindex(columns=_COLUMNS)

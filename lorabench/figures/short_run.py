@@ -13,8 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.at_step import at_step
-from lorabench.analysis.claims.evidence import Arm, Comparison, comparisons
-from lorabench.analysis.claims.learning_rate import SHORT_STEPS, lr_ratio
+from lorabench.analysis.claims.learning_rate import SHORT_STEPS
+from lorabench.analysis.comparison import Arm, Comparison, comparisons
+from lorabench.analysis.lr_ratio import lr_ratio
 from lorabench.figures import style
 from lorabench.figures.lr_panel import COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
 from lorabench.published import numbers

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.claims import CORE
 from lorabench.config import preset_path
 from lorabench.errors import UserError
 from lorabench.figures import FIGURES
@@ -37,9 +38,6 @@ RESULTS_PAGE = Path("docs/results.md")
 
 PICTURES = Path("published")
 """The link in `docs/` that leads to `paper_figures/published`."""
-
-CORE = ("A1", "A3", "B1", "B2", "B3", "B4", "C1", "C5", "D1", "D2", "D3", "E1", "E2", "F1", "F2")
-"""The claims that the paper stands on; the README folds the others away."""
 
 
 def publish(layout: Layout, readme: Path) -> None:

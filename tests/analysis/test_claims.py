@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.claims import CLAIMS, judge_claims
-from lorabench.analysis.claims.finding import Finding, within, worst
+from lorabench.analysis.finding import Finding, within, worst
 from lorabench.errors import UserError
 from lorabench.tables import CLAIMS as COLUMNS
 from lorabench.tables import Tables
@@ -107,18 +107,18 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, every):
 
 
 def test_one_seed_decides_nothing():
-    found = judged(*world(every={"offsets": (0.0,)}))
-    assert found["verdict"].to_dict() == dict.fromkeys(IDS, "inconclusive")
-    assert found["reason"].str.contains("noise not measured").all()
-    assert not found["reason"].str.contains("nan").any()
+    claims = judged(*world(every={"offsets": (0.0,)}))
+    assert claims["verdict"].to_dict() == dict.fromkeys(IDS, "inconclusive")
+    assert claims["reason"].str.contains("noise not measured").all()
+    assert not claims["reason"].str.contains("nan").any()
     failing = judged(*world({64: {"floor": 3.0, "optimum": 3e-4, "leaves_at": 1}}, {"offsets": (0.0,)}))
     assert set(failing["verdict"]) == {"inconclusive"}
 
 
 def test_two_seeds_decide_no_difference():
-    found = judged(*world(every={"offsets": (0.0, 0.004)}), ["A7", "A8", "B2"])
-    assert found.loc[["A7", "A8", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
-    assert "2 paired seeds, 3 needed" in found.loc["A7", "reason"]
+    claims = judged(*world(every={"offsets": (0.0, 0.004)}), ["A7", "A8", "B2"])
+    assert claims.loc[["A7", "A8", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
+    assert "2 paired seeds, 3 needed" in claims.loc["A7", "reason"]
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_two_seeds_decide_no_difference():
     ],
 )
 def test_an_optimum_at_the_edge_decides_nothing(rank, lrs, affected):
-    found = judged(*world({rank: {"lrs": lrs}}), affected)
-    assert found["verdict"].tolist() == ["inconclusive"] * len(affected)
-    assert found["reason"].str.contains("edge of its grid").all()
+    claims = judged(*world({rank: {"lrs": lrs}}), affected)
+    assert claims["verdict"].tolist() == ["inconclusive"] * len(affected)
+    assert claims["reason"].str.contains("edge of its grid").all()
 
 
 def test_a_coarse_grid_resolves_no_lr():
-    found = judged(*world(every={"lrs": (3e-5, 3e-4, 3e-3, 3e-2)}), ["B1", "B3", "B4"])
-    assert set(found.loc[["B1", "B3", "B4"], "verdict"]) == {"inconclusive"}
+    claims = judged(*world(every={"lrs": (3e-5, 3e-4, 3e-3, 3e-2)}), ["B1", "B3", "B4"])
+    assert set(claims.loc[["B1", "B3", "B4"], "verdict"]) == {"inconclusive"}
 
 
 @pytest.mark.parametrize("column", ["final_valid_nll", "final_test_nll"])
@@ -151,46 +151,46 @@ def test_a_done_run_without_a_loss_is_refused(column, value):
 
 def test_no_loss_at_all_decides_nothing():
     runs, curves = world()
-    found = judged(runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), curves)
-    assert "confirmed" not in set(found["verdict"])
-    assert "contradicted" not in set(found["verdict"])
+    claims = judged(runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), curves)
+    assert "confirmed" not in set(claims["verdict"])
+    assert "contradicted" not in set(claims["verdict"])
 
 
 def test_curves_of_nan_confirm_nothing():
     runs, curves = world()
-    found = judged(runs, curves.assign(value=math.nan), ["A1", "A3", "A7", "B1"])
-    assert found.loc[["A1", "A3"], "verdict"].tolist() == ["not tested"] * 2
-    assert found.loc[["A7", "B1"], "verdict"].tolist() == ["confirmed"] * 2
+    claims = judged(runs, curves.assign(value=math.nan), ["A1", "A3", "A7", "B1"])
+    assert claims.loc[["A1", "A3"], "verdict"].tolist() == ["not tested"] * 2
+    assert claims.loc[["A7", "B1"], "verdict"].tolist() == ["confirmed"] * 2
 
 
 def test_arms_without_curves_confirm_no_claim_about_curves():
     runs, curves = world()
     for method in ("fullft", "lora"):
-        found = judged(runs, curves[~curves["run_id"].str.contains(method)], ["A1", "A3"])
-        assert "confirmed" not in set(found["verdict"])
+        claims = judged(runs, curves[~curves["run_id"].str.contains(method)], ["A1", "A3"])
+        assert "confirmed" not in set(claims["verdict"])
 
 
 def test_a_repeat_that_diverged_decides_nothing():
     runs, curves = world(every={"offsets": (0.0, 0.004, -0.004, 0.001)})
     lost = runs["rank"].eq(64) & (runs["seed"] == 2)
     runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    found = judged(runs, curves)
-    assert found.loc[["A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 2
-    assert "1 repeats at the best LR diverged" in found.loc["B2", "reason"]
+    claims = judged(runs, curves)
+    assert claims.loc[["A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 2
+    assert "1 repeats at the best LR diverged" in claims.loc["B2", "reason"]
 
 
 def test_an_optimum_below_diverged_runs_is_as_wide_as_its_neighbours():
-    found = judged(*world({64: {"diverges_from": 1e-2}}), ["B1"]).loc["B1"]
-    assert found["verdict"] == "inconclusive"
-    assert found["ci_low"] < 6
-    assert found["ci_high"] > 16
+    claim = judged(*world({64: {"diverges_from": 1e-2}}), ["B1"]).loc["B1"]
+    assert claim["verdict"] == "inconclusive"
+    assert claim["ci_low"] < 6
+    assert claim["ci_high"] > 16
 
 
 def test_losses_too_noisy_to_compare_are_not_called_equal():
     # Luck shared by both arms cancels in the pairs, and the margin of 2 sigma is wide: no ground for a verdict.
-    found = judged(*world(every={"offsets": (0.0, 0.5, -0.5)}), ["A1", "A7", "B2"])
-    assert found.loc[["A1", "A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
-    assert "of the loss" in found.loc["A7", "reason"]
+    claims = judged(*world(every={"offsets": (0.0, 0.5, -0.5)}), ["A1", "A7", "B2"])
+    assert claims.loc[["A1", "A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
+    assert "of the loss" in claims.loc["A7", "reason"]
 
 
 def test_missing_arms_are_inconclusive_and_nothing_at_all_is_not_tested():
@@ -208,19 +208,19 @@ def test_missing_arms_are_inconclusive_and_nothing_at_all_is_not_tested():
 
 @pytest.mark.parametrize("runs", [pd.DataFrame(), world()[0].iloc[:0], world()[0].drop(columns="seed")])
 def test_tables_without_runs_or_columns_are_not_tested(runs):
-    found = judged(runs, pd.DataFrame(), [claim.id for claim in CLAIMS])
-    assert set(found["verdict"]) == {"not tested"}
-    assert found.loc[IDS, "reason"].str.contains("empty|no runs of the experiment|no column seed").all()
-    assert list(found.index) == [claim.id for claim in CLAIMS]
+    claims = judged(runs, pd.DataFrame(), [claim.id for claim in CLAIMS])
+    assert set(claims["verdict"]) == {"not tested"}
+    assert claims.loc[IDS, "reason"].str.contains("empty|no runs of the experiment|no column seed").all()
+    assert list(claims.index) == [claim.id for claim in CLAIMS]
 
 
 def test_columns_that_no_criterion_needs_may_be_missing():
     runs, curves = world()
-    found = judged(
+    claims = judged(
         runs.drop(columns=["train_tokens", "steps"]),
         curves.drop(columns=["examples", "tokens"], errors="ignore").assign(examples=0, tokens=0),
     )
-    assert set(found["verdict"]) == {"confirmed"}
+    assert set(claims["verdict"]) == {"confirmed"}
 
 
 def test_only_runs_of_the_claims_experiment_are_read():
@@ -252,40 +252,40 @@ def two_datasets(changes, model="tiny"):
 
 
 def test_a_claim_about_all_data_needs_all_of_it():
-    found = judged(*tables(two_datasets({"long": {64: {"floor": 2.1}}})), ["B2"])
-    assert found.loc["B2", "verdict"] == "contradicted"
-    assert found.loc["B2", "reason"].startswith("tiny/long")
-    assert "tiny/short" in found.loc["B2", "reason"]
-    assert found.loc["B2", "estimate"] == pytest.approx(0.1, abs=0.005)
+    claims = judged(*tables(two_datasets({"long": {64: {"floor": 2.1}}})), ["B2"])
+    assert claims.loc["B2", "verdict"] == "contradicted"
+    assert claims.loc["B2", "reason"].startswith("tiny/long")
+    assert "tiny/short" in claims.loc["B2", "reason"]
+    assert claims.loc["B2", "estimate"] == pytest.approx(0.1, abs=0.005)
     open_on_one = judged(*tables(two_datasets({"short": {64: {"offsets": (0.0,)}}})), ["B2"])
     assert open_on_one.loc["B2", "verdict"] == "inconclusive"
 
 
 def test_small_and_long_data_are_chosen_by_size():
     # Only the short set is beyond anything's capacity here, and only on the long one do the losses differ.
-    found = judged(
+    claims = judged(
         *tables(two_datasets({"long": {64: {"floor": 2.1}}, "short": {1: {"floor": 2.0, "leaves_at": None}}}))
     )
-    assert found.loc[["A7", "A8", "A3"], "verdict"].tolist() == ["confirmed", "confirmed", "confirmed"]
-    assert found.loc["A7", "reason"].startswith("tiny/short (fewest tokens of 2 datasets)")
-    assert found.loc["A8", "reason"].startswith("tiny/long (most examples of 2 datasets)")
+    assert claims.loc[["A7", "A8", "A3"], "verdict"].tolist() == ["confirmed", "confirmed", "confirmed"]
+    assert claims.loc["A7", "reason"].startswith("tiny/short (fewest tokens of 2 datasets)")
+    assert claims.loc["A8", "reason"].startswith("tiny/long (most examples of 2 datasets)")
 
 
 def test_size_must_be_known_where_there_is_a_choice():
     runs, curves = tables(two_datasets({}))
-    found = judged(runs.drop(columns="train_tokens"), curves, ["A7", "A8"])
-    assert found.loc["A7", "verdict"] == "not tested"
-    assert "train_tokens" in found.loc["A7", "reason"]
-    assert found.loc["A8", "verdict"] == "confirmed"
+    claims = judged(runs.drop(columns="train_tokens"), curves, ["A7", "A8"])
+    assert claims.loc["A7", "verdict"] == "not tested"
+    assert "train_tokens" in claims.loc["A7", "reason"]
+    assert claims.loc["A8", "verdict"] == "confirmed"
 
 
 def test_models_are_judged_apart():
     tables_of_two = [*(arm(rank, **settings) for rank, settings in WORLD.items())]
     tables_of_two += [arm(rank, **settings, model="other") for rank, settings in WORLD.items() if rank != 1]
-    found = judged(*tables(tables_of_two), ["B1", "B4"])
-    assert found.loc["B1", "verdict"] == "confirmed"
-    assert found.loc["B4", "verdict"] == "inconclusive"
-    assert "other/instruct: no runs of LoRA r1" in found.loc["B4", "reason"]
+    claims = judged(*tables(tables_of_two), ["B1", "B4"])
+    assert claims.loc["B1", "verdict"] == "confirmed"
+    assert claims.loc["B4", "verdict"] == "inconclusive"
+    assert "other/instruct: no runs of LoRA r1" in claims.loc["B4", "reason"]
 
 
 def test_mixed_tokenizers_and_repeated_ids_are_refused():

@@ -55,28 +55,28 @@ def judged(runs, curves):
 
 
 def test_every_claim_is_confirmed_where_all_hold():
-    found = judged(*world())
-    assert found["verdict"].to_dict() == dict.fromkeys(IDS[:4], "confirmed") | {"D5": "not tested"}
-    assert not found["reason"].str.contains("nan").any()
-    assert found["reason"].str.contains("LoRA r4").sum() == 4
+    claims = judged(*world())
+    assert claims["verdict"].to_dict() == dict.fromkeys(IDS[:4], "confirmed") | {"D5": "not tested"}
+    assert not claims["reason"].str.contains("nan").any()
+    assert claims["reason"].str.contains("LoRA r4").sum() == 4
 
 
 def test_the_numbers_are_those_of_the_tables():
-    found = judged(*world())
+    claims = judged(*world())
     shift = np.mean(NEARLY_PAIRED)  # of LoRA's seeds against FullFT's, which cancels between batch sizes
-    assert found.loc["D1", "estimate"] == pytest.approx(GAP[128] - GAP[8])
-    assert found.loc["D3", "estimate"] == pytest.approx(0.0, abs=1e-12)
-    assert found.loc["D4", "estimate"] == pytest.approx(0.15)  # FullFT strains it most
+    assert claims.loc["D1", "estimate"] == pytest.approx(GAP[128] - GAP[8])
+    assert claims.loc["D3", "estimate"] == pytest.approx(0.0, abs=1e-12)
+    assert claims.loc["D4", "estimate"] == pytest.approx(0.15)  # FullFT strains it most
     # The fall from halfway to the end at batch 8 is the smallest of what must be above 0.
-    assert found.loc["D2", "estimate"] == pytest.approx(GAP[8] * (HALFWAY[8] - 1))
-    assert f"gap at the end at batch 128: {GAP[128] + shift:.4f}" in found.loc["D2", "reason"]
+    assert claims.loc["D2", "estimate"] == pytest.approx(GAP[8] * (HALFWAY[8] - 1))
+    assert f"gap at the end at batch 128: {GAP[128] + shift:.4f}" in claims.loc["D2", "reason"]
     kept = GAP[128] + shift - (GAP[128] * HALFWAY[128] + shift) / 2
-    assert f"less half of its value halfway: {kept:.4f}" in found.loc["D2", "reason"]
+    assert f"less half of its value halfway: {kept:.4f}" in claims.loc["D2", "reason"]
     for claim in IDS[:4]:
-        low, estimate, high = found.loc[claim, ["ci_low", "estimate", "ci_high"]]
+        low, estimate, high = claims.loc[claim, ["ci_low", "estimate", "ci_high"]]
         assert low - 1e-9 <= estimate <= high + 1e-9
-    assert found.loc["D1", "n_runs"] == 3 * 3 * (len(LRS) + 2)
-    assert found.loc["D2", "n_runs"] == 2 * 3 * (len(LRS) + 2)
+    assert claims.loc["D1", "n_runs"] == 3 * 3 * (len(LRS) + 2)
+    assert claims.loc["D2", "n_runs"] == 2 * 3 * (len(LRS) + 2)
 
 
 def test_rank_1_is_left_out():
@@ -116,9 +116,9 @@ def test_contradicted_where_it_fails(claim, changes):
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes):
-    found = judged(*world(**changes))
-    assert found.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
-    assert not found["reason"].str.contains("nan").any()
+    judged_claims = judged(*world(**changes))
+    assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
+    assert not judged_claims["reason"].str.contains("nan").any()
 
 
 def of_seed(runs, size, by_seed, ranks=(4, 64)):
@@ -131,23 +131,23 @@ def of_seed(runs, size, by_seed, ranks=(4, 64)):
 
 def test_seeds_that_disagree_leave_differences_between_batch_sizes_open():
     runs, curves = world()
-    found = judged(of_seed(runs, 128, {1: 0.3, 2: -0.3}), curves)
-    assert found.loc[["D1", "D4"], "verdict"].tolist() == ["inconclusive"] * 2
+    claims = judged(of_seed(runs, 128, {1: 0.3, 2: -0.3}), curves)
+    assert claims.loc[["D1", "D4"], "verdict"].tolist() == ["inconclusive"] * 2
 
 
 def test_seeds_that_disagree_leave_the_difference_between_ranks_open():
     runs, curves = world()
-    found = judged(of_seed(runs, 32, {1: 0.02, 2: -0.02}, ranks=[64]), curves).loc["D3"]
-    assert found["verdict"] == "inconclusive"
-    assert "batch 32" in found["reason"].split(";")[0]
+    claim = judged(of_seed(runs, 32, {1: 0.02, 2: -0.02}, ranks=[64]), curves).loc["D3"]
+    assert claim["verdict"] == "inconclusive"
+    assert "batch 32" in claim["reason"].split(";")[0]
 
 
 def test_a_rise_within_the_noise_is_not_confirmed():
     # Overall it grows, but the step from 8 to 32 is slightly down, within its interval.
     runs, curves = world(gap={32: 0.018})
-    found = judged(of_seed(runs, 32, {1: 0.01, 2: -0.01}), curves).loc["D1"]
-    assert found["verdict"] == "inconclusive"
-    assert found["ci_low"] > 0
+    claim = judged(of_seed(runs, 32, {1: 0.01, 2: -0.01}), curves).loc["D1"]
+    assert claim["verdict"] == "inconclusive"
+    assert claim["ci_low"] > 0
 
 
 def test_seeds_that_disagree_on_the_curve_leave_it_open():
@@ -163,48 +163,48 @@ def test_envelopes_that_say_otherwise_leave_it_open():
     # A larger LR is better halfway at batch 8, so that LoRA's envelope has a smaller gap there than its best LR has.
     ids = runs.loc[runs["method"].eq("lora") & runs["batch_size"].eq(8) & runs["lr"].eq(1e-2), "run_id"]
     curves.loc[curves["run_id"].isin(ids) & (curves["step"] == 64), "value"] -= 0.5
-    found = judged(runs, curves).loc["D2"]
-    assert found["verdict"] == "inconclusive"
-    assert "envelopes say otherwise" in found["reason"]
+    claim = judged(runs, curves).loc["D2"]
+    assert claim["verdict"] == "inconclusive"
+    assert "envelopes say otherwise" in claim["reason"]
 
 
 def test_no_curves_halfway_is_not_tested():
     runs, curves = world()
     lengths = curves["run_id"].map(runs.set_index("run_id")["steps"])
     for kept in (curves.iloc[:0], curves[curves["step"] == lengths], pd.DataFrame()):
-        found = judged(runs, kept)
-        assert found.loc["D2", "verdict"] == "not tested"
-        assert found.loc["D1", "verdict"] == "confirmed"
+        claims = judged(runs, kept)
+        assert claims.loc["D2", "verdict"] == "not tested"
+        assert claims.loc["D1", "verdict"] == "confirmed"
 
 
 def test_a_repeat_that_diverged_decides_nothing():
     runs, curves = world(offsets=(*NEARLY_PAIRED, 0.001))
     lost = runs["rank"].eq(64) & runs["batch_size"].eq(128) & runs["seed"].eq(3)
     runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    found = judged(runs, curves)
-    assert found.loc[IDS[:4], "verdict"].tolist() == ["inconclusive"] * 4
+    claims = judged(runs, curves)
+    assert claims.loc[IDS[:4], "verdict"].tolist() == ["inconclusive"] * 4
 
 
 @pytest.mark.parametrize("sizes", [(8,), (8, 128)])
 def test_fewer_than_three_batch_sizes_are_not_tested(sizes):
     runs, curves = world()
-    found = judged(runs[runs["batch_size"].isin(sizes)], curves)
-    assert set(found["verdict"]) == {"not tested"}
-    assert found.loc[IDS[:4], "reason"].str.contains("3 batch sizes needed").all()
+    claims = judged(runs[runs["batch_size"].isin(sizes)], curves)
+    assert set(claims["verdict"]) == {"not tested"}
+    assert claims.loc[IDS[:4], "reason"].str.contains("3 batch sizes needed").all()
 
 
 def test_batch_sizes_that_saw_other_amounts_of_data_decide_nothing():
-    found = judged(*world(steps={128: 16}))
-    assert found.loc[IDS[:4], "verdict"].tolist() == ["inconclusive"] * 4
-    assert "batch 128 2,048" in found.loc["D1", "reason"]
+    claims = judged(*world(steps={128: 16}))
+    assert claims.loc[IDS[:4], "verdict"].tolist() == ["inconclusive"] * 4
+    assert "batch 128 2,048" in claims.loc["D1", "reason"]
     # As far as whole steps allow, it is the same data.
     assert judged(*world(steps={8: 120})).loc["D1", "verdict"] == "confirmed"
 
 
 def test_unknown_lengths_are_not_tested():
     runs, curves = world()
-    found = judged(runs.drop(columns="steps"), curves)
-    assert found.loc[IDS[:4], "verdict"].tolist() == ["not tested"] * 4
+    claims = judged(runs.drop(columns="steps"), curves)
+    assert claims.loc[IDS[:4], "verdict"].tolist() == ["not tested"] * 4
 
 
 def test_missing_arms():
@@ -223,7 +223,7 @@ def test_every_model_and_dataset_counts():
     other, other_curves = world(gap={8: 0.2, 32: 0.1})
     other = other.assign(dataset="worked", run_id=other["run_id"] + "w")
     other_curves = other_curves.assign(run_id=other_curves["run_id"] + "w")
-    found = judged(pd.concat([runs, other]), pd.concat([curves, other_curves])).loc["D1"]
-    assert found["verdict"] == "contradicted"
-    assert found["reason"].startswith("tiny/worked: ")
-    assert "tiny/instruct: " in found["reason"]
+    claim = judged(pd.concat([runs, other]), pd.concat([curves, other_curves])).loc["D1"]
+    assert claim["verdict"] == "contradicted"
+    assert claim["reason"].startswith("tiny/worked: ")
+    assert "tiny/instruct: " in claim["reason"]

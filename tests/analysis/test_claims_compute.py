@@ -60,8 +60,8 @@ def compute_table(ranks=(1, 8, 64), width=150.0, **columns):
 def judged(claim_id, runs=None, curves=None, compute=None):
     claims = [claim for claim in CLAIMS if claim.id == claim_id]
     nothing = pd.DataFrame()
-    found = judge_claims(Tables(*(nothing if t is None else t for t in (runs, curves, compute))), claims)
-    return found.iloc[0]
+    table = judge_claims(Tables(*(nothing if t is None else t for t in (runs, curves, compute))), claims)
+    return table.iloc[0]
 
 
 def changed(compute, column, factor, rank=8):
@@ -70,15 +70,15 @@ def changed(compute, column, factor, rank=8):
 
 
 def test_g1_is_confirmed_where_every_count_is_the_formula():
-    found = judged("G1", compute=compute_table())
-    assert found["verdict"] == "confirmed"
-    assert found["estimate"] == pytest.approx(0, abs=1e-12)
-    assert found["ci_low"] == found["ci_high"] == found["estimate"]
-    assert found["reason"] == (
+    claim = judged("G1", compute=compute_table())
+    assert claim["verdict"] == "confirmed"
+    assert claim["estimate"] == pytest.approx(0, abs=1e-12)
+    assert claim["ci_low"] == claim["ci_high"] == claim["estimate"]
+    assert claim["reason"] == (
         "tiny: FLOPs of LoRA / FullFT r1 0.6800 (formula 0.6800), r8 0.7733 (formula 0.7733), "
         "r64 1.5200 (formula 1.5200); step time r1 0.90, r8 0.90, r64 0.90"
     )
-    # Time is told, and judges nothing.
+    # Time is reported but not judged.
     assert judged("G1", compute=compute_table(step_s=[1.0, 5.0, 5.0, 5.0]))["verdict"] == "confirmed"
 
 
@@ -90,15 +90,15 @@ def test_g1_allows_one_percent(factor, verdict):
 @pytest.mark.parametrize("factor", [1.011, 0.989, 3.0])
 def test_g1_is_contradicted_by_one_rank_of_one_model(factor):
     other = changed(compute_table(), "linear_flops", factor).assign(model="other")
-    found = judged("G1", compute=pd.concat([compute_table(), other]))
-    assert found["verdict"] == "contradicted"
-    assert found["estimate"] == pytest.approx(factor - 1)
-    assert found["reason"].startswith("other: ")
-    assert "tiny: " in found["reason"]
+    claim = judged("G1", compute=pd.concat([compute_table(), other]))
+    assert claim["verdict"] == "contradicted"
+    assert claim["estimate"] == pytest.approx(factor - 1)
+    assert claim["reason"].startswith("other: ")
+    assert "tiny: " in claim["reason"]
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [
         (lambda table: table[table["method"] == "lora"], "no count of FullFT or LoRA for r1, r8, r64"),
         (lambda table: changed(table, "linear_flops", math.nan), "no count of FullFT or LoRA for r8"),
@@ -106,15 +106,15 @@ def test_g1_is_contradicted_by_one_rank_of_one_model(factor):
         (lambda table: table.assign(batch_size=[4, 8, 8, 8]), "no count of FullFT"),
     ],
 )
-def test_g1_is_inconclusive_where_a_count_is_missing(change, told):
-    found = judged("G1", compute=change(compute_table()))
-    assert found["verdict"] == "inconclusive"
-    assert told in found["reason"]
-    assert "nan" not in found["reason"]
+def test_g1_is_inconclusive_where_a_count_is_missing(change, reason):
+    claim = judged("G1", compute=change(compute_table()))
+    assert claim["verdict"] == "inconclusive"
+    assert reason in claim["reason"]
+    assert "nan" not in claim["reason"]
 
 
 @pytest.mark.parametrize(
-    ("compute", "told"),
+    ("compute", "reason"),
     [
         (None, "no table compute"),
         (compute_table().iloc[:1], "no LoRA"),
@@ -122,37 +122,37 @@ def test_g1_is_inconclusive_where_a_count_is_missing(change, told):
     ],
 )
 @pytest.mark.parametrize("claim", ["G1", "G3"])
-def test_without_the_table_nothing_is_tested(claim, compute, told):
-    found = judged(claim, compute=compute)
-    assert found["verdict"] == "not tested"
-    assert told in found["reason"]
+def test_without_the_table_nothing_is_tested(claim, compute, reason):
+    judged_claim = judged(claim, compute=compute)
+    assert judged_claim["verdict"] == "not tested"
+    assert reason in judged_claim["reason"]
 
 
 def test_g1_needs_no_more_than_counts():
     bare = compute_table()[["model", "method", "rank", "effective_width", "linear_flops"]]
-    found = judged("G1", compute=bare)
-    assert found["verdict"] == "confirmed"
-    assert "step time not measured" in found["reason"]
+    claim = judged("G1", compute=bare)
+    assert claim["verdict"] == "confirmed"
+    assert "step time not measured" in claim["reason"]
 
 
 def test_g2_is_confirmed_where_lora_is_ahead_at_every_compute():
     runs, curves = world()
-    found = judged("G2", runs, curves)
-    assert found["verdict"] == "confirmed"
-    assert "LoRA r16 - FullFT" in found["reason"]
-    assert found["ci_low"] < found["estimate"] < found["ci_high"] <= 0
+    claim = judged("G2", runs, curves)
+    assert claim["verdict"] == "confirmed"
+    assert "LoRA r16 - FullFT" in claim["reason"]
+    assert claim["ci_low"] < claim["estimate"] < claim["ci_high"] <= 0
     of_both = runs[runs["method"].eq("fullft") | runs["rank"].eq(16).fillna(False)]
-    assert found["run_ids"] == sorted(of_both["run_id"])
+    assert claim["run_ids"] == sorted(of_both["run_id"])
 
 
 def test_g2_is_the_gap_where_it_is_largest():
-    found = judged("G2", *world({16: {"optimum": 3e-3}, None: {"optimum": 3e-4}}))
+    claim = judged("G2", *world({16: {"optimum": 3e-3}, None: {"optimum": 3e-4}}))
     # Envelopes are 2 + 1/step, with FLOPs 3e12 step/128 and 0.7 of that: LoRA ends at 0.7 x 128 = 89.6 of FullFT's
     # steps, between 64 and 128. There it is least ahead, since the curves flatten.
     share = math.log(89.6 / 64) / math.log(2)
-    assert found["estimate"] == pytest.approx(1 / 128 - ((1 - share) / 64 + share / 128))
+    assert claim["estimate"] == pytest.approx(1 / 128 - ((1 - share) / 64 + share / 128))
     # Four arms with two repeats each give sigma 1e-4 and 8 degrees of freedom.
-    assert found["ci_high"] - found["estimate"] == pytest.approx(2.306 * math.sqrt(2) * 1e-4, rel=1e-3)
+    assert claim["ci_high"] - claim["estimate"] == pytest.approx(2.306 * math.sqrt(2) * 1e-4, rel=1e-3)
 
 
 def test_g2_is_contradicted_where_lora_is_behind():
@@ -171,7 +171,7 @@ def test_g2_looks_at_the_second_half_only():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reason"),
     [
         (world(offsets=(0.0, 0.004, -0.004)), "sigma 0.0040"),
         (world(offsets=(0.0,)), "noise not measured"),
@@ -180,18 +180,18 @@ def test_g2_looks_at_the_second_half_only():
         (world(hidden_size=16), "no runs of LoRA up to rank 2 (hidden size 16)"),
     ],
 )
-def test_g2_is_inconclusive(given, told):
-    found = judged("G2", *given)
-    assert found["verdict"] == "inconclusive"
-    assert told in found["reason"]
+def test_g2_is_inconclusive(given, reason):
+    claim = judged("G2", *given)
+    assert claim["verdict"] == "inconclusive"
+    assert reason in claim["reason"]
 
 
 def test_g2_without_flops_or_curves_is_not_tested():
     runs, curves = world()
     for column in ("hidden_size", "train_flops", "train_tokens"):
-        found = judged("G2", runs.drop(columns=column), curves)
-        assert found["verdict"] == "not tested"
-        assert f"no column {column}" in found["reason"]
+        claim = judged("G2", runs.drop(columns=column), curves)
+        assert claim["verdict"] == "not tested"
+        assert f"no column {column}" in claim["reason"]
         assert judged("G2", runs.assign(**{column: math.nan}), curves)["verdict"] == "not tested"
     assert judged("G2", runs, curves.iloc[:0])["verdict"] == "not tested"
     assert judged("G2", runs, pd.DataFrame())["verdict"] == "not tested"
@@ -205,10 +205,10 @@ def test_g2_needs_both_methods():
 
 
 def test_g3_reports_memory_and_is_not_tested():
-    found = judged("G3", compute=compute_table())
-    assert found["verdict"] == "not tested"
-    assert "FullFT / LoRA: tiny r1 2.00, tiny r8 2.00, tiny r64 2.00" in found["reason"]
-    assert math.isnan(found["estimate"])
+    claim = judged("G3", compute=compute_table())
+    assert claim["verdict"] == "not tested"
+    assert "FullFT / LoRA: tiny r1 2.00, tiny r8 2.00, tiny r64 2.00" in claim["reason"]
+    assert math.isnan(claim["estimate"])
     unknown = judged("G3", compute=compute_table().astype({"peak_mem_bytes": float}).assign(peak_mem_bytes=math.nan))
     assert unknown["reason"] == "memory was not measured"
 
@@ -226,7 +226,7 @@ def test_ratios_are_within_a_setting():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [
         ({"method": "dora"}, "model tiny: method = 'dora'; allowed: fullft, lora"),
         ({"rank": pd.NA}, "model tiny: rank = missing; allowed: whole numbers from 1 up for lora"),
@@ -236,13 +236,13 @@ def test_ratios_are_within_a_setting():
         ({"rank": 8}, "the compute table has two rows of tiny with batch_size 8, sequence_length 128, device cpu, "),
     ],
 )
-def test_a_bad_compute_table_is_refused(change, told):
+def test_a_bad_compute_table_is_refused(change, reason):
     compute = compute_table()
     for column, value in change.items():
         compute.loc[3, column] = value
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reason):
         flops_ratio(compute)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=reason):
         judged("G1", compute=compute)
 
 

@@ -17,7 +17,7 @@ SEEDS = range(5)
 
 
 def judged(claim, runs, curves):
-    [chosen] = [one for one in CLAIMS if one.id == claim]
+    [chosen] = [declared for declared in CLAIMS if declared.id == claim]
     return judge_claims(Tables(runs, curves), [chosen]).iloc[0]
 
 
@@ -59,11 +59,11 @@ def growing(size, wobble=0.1):
     ],
 )
 def test_early_curves(claim, excess, verdict):
-    found = judged(claim, *early(excess))
-    assert found["verdict"] == verdict
-    assert "r4 - r64" in found["reason"]
-    assert found["ci_low"] <= found["estimate"] <= found["ci_high"]
-    assert found["n_runs"] == 10
+    judged_claim = judged(claim, *early(excess))
+    assert judged_claim["verdict"] == verdict
+    assert "r4 - r64" in judged_claim["reason"]
+    assert judged_claim["ci_low"] <= judged_claim["estimate"] <= judged_claim["ci_high"]
+    assert judged_claim["n_runs"] == 10
 
 
 def test_early_numbers():
@@ -86,9 +86,9 @@ def test_early_claims_need_seeds_and_ranks(claim):
     few = judged(claim, *early(growing(-0.001), seeds=range(2)))
     assert few["verdict"] == "inconclusive"
     assert "paired seeds" in few["reason"]
-    one = judged(claim, *early(growing(-0.001), seeds=range(1)))
-    assert one["verdict"] == "inconclusive"
-    assert "nan" not in one["reason"]
+    single = judged(claim, *early(growing(-0.001), seeds=range(1)))
+    assert single["verdict"] == "inconclusive"
+    assert "nan" not in single["reason"]
     assert judged(claim, *early(growing(-0.001), ranks=(1, 4)))["verdict"] == "inconclusive"
     runs, curves = early(growing(-0.001))
     assert judged(claim, runs, curves.iloc[:0])["verdict"] == "inconclusive"
@@ -111,9 +111,9 @@ def test_a_diverged_run_leaves_early_claims_open():
     runs, curves = early(growing(0.001))
     lost = (runs["rank"] == 64) & (runs["seed"] == 4)
     runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    found = judged("C1", runs, curves)
-    assert found["verdict"] == "inconclusive"
-    assert "1 runs at that LR diverged" in found["reason"]
+    claim = judged("C1", runs, curves)
+    assert claim["verdict"] == "inconclusive"
+    assert "1 runs at that LR diverged" in claim["reason"]
 
 
 # The first update ---------------------------------------------------------------------------------------------------
@@ -125,19 +125,19 @@ CONSTANT = [{"rank": rank, "alpha": 32.0 * rank} for rank in RANKS[1:]]
 
 
 def test_first_updates_do_not_depend_on_rank():
-    found = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT)))
-    assert found["verdict"] == "confirmed"
-    assert 0.95 < found["ci_low"] < found["estimate"] < found["ci_high"] < 1.05
-    assert "control alpha / sqrt(r)" in found["reason"]
-    assert "control constant factor" in found["reason"]
-    assert found["n_runs"] == 7 * len(SEEDS)
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT)))
+    assert claim["verdict"] == "confirmed"
+    assert 0.95 < claim["ci_low"] < claim["estimate"] < claim["ci_high"] < 1.05
+    assert "control alpha / sqrt(r)" in claim["reason"]
+    assert "control constant factor" in claim["reason"]
+    assert claim["n_runs"] == 7 * len(SEEDS)
 
 
 def test_runs_of_one_rank_are_not_about_the_first_update():
-    # As those on the redundant pair are, whose epsilon is another.
-    found = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT, {"rank": 4, "eps": 1e-16})))
-    assert found["verdict"] == "confirmed"
-    assert found["n_runs"] == 7 * len(SEEDS)
+    # The runs on the redundant pair are such runs, with another epsilon.
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT, {"rank": 4, "eps": 1e-16})))
+    assert claim["verdict"] == "confirmed"
+    assert claim["n_runs"] == 7 * len(SEEDS)
 
 
 def rising(run, step):
@@ -163,14 +163,14 @@ def noisy(run, step):
     ],
 )
 def test_first_updates_that_leave_c4_open_or_fail(configurations, change, verdict, reason):
-    found = judged("C4", *lora_tables(grid(*configurations), descent=change))
-    assert found["verdict"] == verdict
-    assert reason in found["reason"]
+    claim = judged("C4", *lora_tables(grid(*configurations), descent=change))
+    assert claim["verdict"] == verdict
+    assert reason in claim["reason"]
 
 
 def test_first_updates_need_seeds():
-    found = judged("C4", *lora_tables(grid(*FLAT, *ROOT, seeds=range(2))))
-    assert found["verdict"] == "inconclusive"
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, seeds=range(2))))
+    assert claim["verdict"] == "inconclusive"
     runs, curves = lora_tables(grid(*FLAT, *ROOT))
     assert judged("C4", runs, curves[curves["metric"] != "descent"])["verdict"] == "not tested"
 
@@ -190,11 +190,11 @@ OTHER = [{"lr": 1e-2, "lr_ratio": 0.1}, {"lr": 2e-3}]
 @pytest.mark.parametrize("claim", ["C5", "C8"])
 def test_equivalent_runs_are_one_run(claim):
     runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER))
-    found = judged(claim, runs, curves)
-    assert found["verdict"] == "confirmed"
-    assert found["estimate"] < 1e-12
-    # Six pairs a seed; of C8 those of one of two configurations with equal LRs and one of two without.
-    assert f"{30 if claim == 'C5' else 20} equivalent pairs" in found["reason"]
+    judged_claim = judged(claim, runs, curves)
+    assert judged_claim["verdict"] == "confirmed"
+    assert judged_claim["estimate"] < 1e-12
+    # There are six pairs a seed; C8 takes those of a configuration with equal LRs and one with unequal LRs.
+    assert f"{30 if claim == 'C5' else 20} equivalent pairs" in judged_claim["reason"]
 
 
 def test_the_largest_difference_of_equivalent_runs_is_the_estimate():
@@ -203,10 +203,10 @@ def test_the_largest_difference_of_equivalent_runs_is_the_estimate():
 
     runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER), nll=loss)
     for claim in ("C5", "C8"):
-        found = judged(claim, runs, curves)
-        assert found["verdict"] == "contradicted"
-        assert found["estimate"] == pytest.approx(3e-5)
-    # After step 50 runs may part.
+        judged_claim = judged(claim, runs, curves)
+        assert judged_claim["verdict"] == "contradicted"
+        assert judged_claim["estimate"] == pytest.approx(3e-5)
+    # After step 50 the losses of equivalent runs may differ.
     runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER), nll=lambda run, step: loss(run, step - 1))
     assert judged("C5", runs, curves)["estimate"] < 1e-12
 
@@ -216,10 +216,10 @@ def test_a_large_epsilon_contradicts_no_argument_about_zero():
         return nll(run, step) + 1e-4 * run["init_a"]
 
     coarse = grid(*EQUIVALENT, *OTHER, eps=1e-8)
-    found = judged("C5", *lora_tables(coarse, nll=loss))
-    assert found["verdict"] == "inconclusive"
-    assert "epsilon" in found["reason"]
-    # With both, the smaller is judged.
+    claim = judged("C5", *lora_tables(coarse, nll=loss))
+    assert claim["verdict"] == "inconclusive"
+    assert "epsilon" in claim["reason"]
+    # Of two values of epsilon, the smaller is judged.
     fine = grid(*EQUIVALENT, *OTHER)
     both = judged(
         "C5",
@@ -240,9 +240,9 @@ def test_a_large_epsilon_contradicts_no_argument_about_zero():
 )
 @pytest.mark.parametrize("claim", ["C5", "C8"])
 def test_what_leaves_invariance_open(claim, configurations, columns, change, verdict, reason):
-    found = judged(claim, *lora_tables(grid(*configurations, **columns), nll=change))
-    assert found["verdict"] == verdict
-    assert reason in found["reason"]
+    judged_claim = judged(claim, *lora_tables(grid(*configurations, **columns), nll=change))
+    assert judged_claim["verdict"] == verdict
+    assert reason in judged_claim["reason"]
 
 
 def test_moves_within_equal_lrs_say_nothing_about_lora_plus():
@@ -276,14 +276,14 @@ def sooner(size):
 )
 def test_lr_a_does_not_matter_at_first(size, moved, verdict):
     runs, curves = lora_tables(grid(*TENFOLD), nll=sooner(size), a_moved=lambda run, step: moved)
-    found = judged("C6", runs, curves)
-    assert found["verdict"] == verdict
-    # Pairs whose A moved are not what the claim is about.
-    assert found["n_runs"] == (0 if moved > 0.1 else 10)
-    assert ("1 pairs left out" in found["reason"]) == (moved > 0.1)
+    claim = judged("C6", runs, curves)
+    assert claim["verdict"] == verdict
+    # Pairs whose A moved are left out.
+    assert claim["n_runs"] == (0 if moved > 0.1 else 10)
+    assert ("1 pairs left out" in claim["reason"]) == (moved > 0.1)
     if not size:
-        assert found["estimate"] == pytest.approx(1.0, abs=0.01)
-        assert 0.98 < found["ci_low"] < found["ci_high"] < 1.02
+        assert claim["estimate"] == pytest.approx(1.0, abs=0.01)
+        assert 0.98 < claim["ci_low"] < claim["ci_high"] < 1.02
 
 
 def test_slopes_need_seeds_and_a_falling_loss():
@@ -291,9 +291,9 @@ def test_slopes_need_seeds_and_a_falling_loss():
     assert few["verdict"] == "inconclusive"
     assert "2 paired seeds" in few["reason"]
     rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step, a_moved=lambda run, step: 0.0)
-    found = judged("C6", *rising_loss)
-    assert found["verdict"] == "inconclusive"
-    assert "does not fall" in found["reason"]
+    claim = judged("C6", *rising_loss)
+    assert claim["verdict"] == "inconclusive"
+    assert "does not fall" in claim["reason"]
     assert judged("C6", *lora_tables(grid({}, {"lr": 1e-2})))["verdict"] == "not tested"
 
 
@@ -308,16 +308,16 @@ def test_the_time_scale_of_a(power, verdict):
         reached = 2000 * (run["init_a"] / run["lr"] / 2000) ** power / 20 * (1 + luck(run["seed"], size=0.05))
         return (step / reached * (1 + luck(round(1e6 * run["lr"]), size=0.05))) if step > 1 else 0.0
 
-    found = judged("C7", *lora_tables(grid(*TIMES, steps=256), a_moved=moved))
-    assert found["verdict"] == verdict
-    assert found["estimate"] == pytest.approx(power, abs=0.15)
+    claim = judged("C7", *lora_tables(grid(*TIMES, steps=256), a_moved=moved))
+    assert claim["verdict"] == verdict
+    assert claim["estimate"] == pytest.approx(power, abs=0.15)
 
 
 def test_runs_in_which_a_does_not_move_that_far_are_left_out():
-    found = judged("C7", *lora_tables(grid(*TIMES, {"lr": 1e-5}, steps=256)))
-    assert found["verdict"] == "confirmed"
-    assert "1 left out" in found["reason"]
-    assert found["n_runs"] == len(TIMES) * len(SEEDS)
+    claim = judged("C7", *lora_tables(grid(*TIMES, {"lr": 1e-5}, steps=256)))
+    assert claim["verdict"] == "confirmed"
+    assert "1 left out" in claim["reason"]
+    assert claim["n_runs"] == len(TIMES) * len(SEEDS)
     runs, curves = lora_tables(grid(*TIMES[:2], {"lr": 1e-5}, steps=256))
     assert judged("C7", runs, curves)["verdict"] == "inconclusive"
     assert judged("C7", runs, curves[curves["metric"] != "a_moved"])["verdict"] == "not tested"
@@ -340,7 +340,10 @@ LUCK = [
 
 def variants(changes=None, every=None, chosen=VARIANTS):
     """The standard arm and variants, LR-tuned, with the loss of some changed by place."""
-    configurations = [{"alpha": 32.0, "lr_ratio": 1.0}, *({"alpha": 32.0, "lr_ratio": 1.0} | one for one in chosen)]
+    configurations = [
+        {"alpha": 32.0, "lr_ratio": 1.0},
+        *({"alpha": 32.0, "lr_ratio": 1.0} | variant for variant in chosen),
+    ]
     return tables(
         arm(
             16,
@@ -365,17 +368,17 @@ def variants(changes=None, every=None, chosen=VARIANTS):
         ({}, {"offsets": (0.0,)}, "inconclusive", "seed noise not measured"),
     ],
 )
-def test_variants_of_the_parametrisation(changes, every, verdict, reason):
-    found = judged("C9", *variants(changes, every))
-    assert found["verdict"] == verdict
-    assert reason in found["reason"]
-    assert "nan" not in found["reason"]
+def test_variants_of_the_parametrization(changes, every, verdict, reason):
+    claim = judged("C9", *variants(changes, every))
+    assert claim["verdict"] == verdict
+    assert reason in claim["reason"]
+    assert "nan" not in claim["reason"]
 
 
 def test_variants_of_both_kinds_are_needed_and_a_grid():
-    found = judged("C9", *variants(chosen=VARIANTS[:2]))
-    assert found["verdict"] == "inconclusive"
-    assert "no variant of lr_ratio" in found["reason"]
+    claim = judged("C9", *variants(chosen=VARIANTS[:2]))
+    assert claim["verdict"] == "inconclusive"
+    assert "no variant of lr_ratio" in claim["reason"]
     assert judged("C9", *variants(chosen=[]))["verdict"] == "not tested"
     assert judged("C9", *variants(every={"lrs": (1e-3, 3e-3)}))["verdict"] == "not tested"
 
@@ -406,10 +409,10 @@ def sweeps(ranks=(1, 8), seeds=SEEDS, steps=64, **columns):
     ],
 )
 def test_b_outgrows_a(share, verdict):
-    found = judged("C10", *lora_tables(sweeps(), b_over_a=share))
-    assert found["verdict"] == verdict
-    assert "64 steps" in found["reason"]
-    assert found["n_runs"] == 10
+    claim = judged("C10", *lora_tables(sweeps(), b_over_a=share))
+    assert claim["verdict"] == verdict
+    assert "64 steps" in claim["reason"]
+    assert claim["n_runs"] == 10
 
 
 def test_the_longest_runs_tell_whether_b_outgrows_a():
@@ -421,9 +424,9 @@ def test_the_longest_runs_tell_whether_b_outgrows_a():
         sweeps(dataset="worked", steps=128),
         sweeps(dataset="facts", steps=256, entropy_bits=9.0),
     )
-    found = judged("C10", *lora_tables(short + long + facts, b_over_a=share))
-    assert found["verdict"] == "confirmed"
-    assert found["reason"].startswith("tiny/worked (longest runs, 128 steps)")
+    claim = judged("C10", *lora_tables(short + long + facts, b_over_a=share))
+    assert claim["verdict"] == "confirmed"
+    assert claim["reason"].startswith("tiny/worked (longest runs, 128 steps)")
 
 
 def test_b_against_a_needs_the_end_and_a_best_lr():
@@ -453,20 +456,20 @@ def after_adam(grows):
     ],
 )
 def test_the_effective_lr(norm, verdict):
-    found = judged("C11", *lora_tables(grid({"rank": 8}, {"rank": 16}, steps=64), update_norm=norm))
-    assert found["verdict"] == verdict
-    assert found["ci_low"] <= found["estimate"] <= found["ci_high"]
+    claim = judged("C11", *lora_tables(grid({"rank": 8}, {"rank": 16}, steps=64), update_norm=norm))
+    assert claim["verdict"] == verdict
+    assert claim["ci_low"] <= claim["estimate"] <= claim["ci_high"]
 
 
-def test_the_effective_lr_of_the_standard_parametrisation_in_the_first_half():
+def test_the_effective_lr_of_the_standard_parametrization_in_the_first_half():
     def norm(run, step):
         return update_norm(run, step) if run["alpha"] == 32 and step <= 32 else run["lr"] * 1e-9
 
-    found = judged("C11", *lora_tables(grid({}, {"alpha": 8.0}, steps=64), update_norm=norm))
-    assert found["verdict"] == "confirmed"
+    claim = judged("C11", *lora_tables(grid({}, {"alpha": 8.0}, steps=64), update_norm=norm))
+    assert claim["verdict"] == "confirmed"
     factors = np.array([[1 + (0.1 + luck(seed, size=0.01)) * (step - 1) for step in (8, 16, 32)] for seed in SEEDS])
-    assert found["estimate"] == pytest.approx(np.exp(np.log(factors).mean()))
-    assert found["n_runs"] == len(SEEDS)
+    assert claim["estimate"] == pytest.approx(np.exp(np.log(factors).mean()))
+    assert claim["n_runs"] == len(SEEDS)
 
 
 MOVING_AND_STILL = [{}, {"lr": 1e-4, "lr_ratio": 10.0}]
@@ -488,20 +491,20 @@ def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
         noise = 1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
         return shrinking(by_a)(run, step) * noise
 
-    found = judged("C11", *lora_tables(grid(*MOVING_AND_STILL), update_norm=norm))
-    assert found["verdict"] == verdict
-    assert found["estimate"] == pytest.approx(64**by_a, rel=0.05)
-    assert "with LR_A 0.0001 and the same LR_B" in found["reason"]
-    assert found["n_runs"] == 2 * len(SEEDS)
+    claim = judged("C11", *lora_tables(grid(*MOVING_AND_STILL), update_norm=norm))
+    assert claim["verdict"] == verdict
+    assert claim["estimate"] == pytest.approx(64**by_a, rel=0.05)
+    assert "with LR_A 0.0001 and the same LR_B" in claim["reason"]
+    assert claim["n_runs"] == 2 * len(SEEDS)
     few = judged("C11", *lora_tables(grid(*MOVING_AND_STILL, seeds=range(2)), update_norm=norm))
     assert few["verdict"] == "inconclusive"
 
 
 def test_the_effective_lr_needs_seeds_and_records():
     assert judged("C11", *lora_tables(grid({}, seeds=range(2))))["verdict"] == "inconclusive"
-    one = judged("C11", *lora_tables(grid({}, seeds=range(1))))
-    assert one["verdict"] == "inconclusive"
-    assert "nan" not in one["reason"]
+    single = judged("C11", *lora_tables(grid({}, seeds=range(1))))
+    assert single["verdict"] == "inconclusive"
+    assert "nan" not in single["reason"]
     runs, curves = lora_tables(grid({}))
     assert judged("C11", runs, curves[curves["step"] != 1])["verdict"] == "not tested"
     assert judged("C11", *lora_tables(grid({"alpha": 8.0})))["verdict"] == "not tested"
@@ -521,7 +524,7 @@ def test_models_are_judged_apart():
         return nll(run, step) + (1e-3 * run["init_a"] if run["model"] == "other" else 0.0)
 
     both = grid(*EQUIVALENT, *OTHER) + grid(*EQUIVALENT, *OTHER, model="other")
-    found = judged("C5", *lora_tables(both, nll=loss))
-    assert found["verdict"] == "contradicted"
-    assert found["reason"].startswith("other/instruct")
-    assert "tiny/instruct" in found["reason"]
+    claim = judged("C5", *lora_tables(both, nll=loss))
+    assert claim["verdict"] == "contradicted"
+    assert claim["reason"].startswith("other/instruct")
+    assert "tiny/instruct" in claim["reason"]

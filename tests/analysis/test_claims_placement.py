@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.claims import judge_claims, placement
+from lorabench.analysis.claims import CLAIMS, judge_claims
+from lorabench.analysis.claims.parameter_counts import PAPER_COUNTS
 from lorabench.tables import Tables
 from tests.analysis.tables_by_hand import LRS, arm, tables
 
@@ -30,8 +31,10 @@ def world(changes=None, without=(), batch_size=16, steps=128, every=None, **colu
 
 
 def judged(runs, counts=None):
-    found = Tables(runs, pd.DataFrame(), counts=pd.DataFrame() if counts is None else counts)
-    return judge_claims(found, placement.CLAIMS).set_index("claim_id")
+    tables_read = Tables(runs, pd.DataFrame(), counts=pd.DataFrame() if counts is None else counts)
+    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in (*IDS, "E6", "M1")]).set_index(
+        "claim_id"
+    )
 
 
 def moe(**settings):
@@ -97,14 +100,14 @@ def test_contradicted_where_it_fails(claims, changes):
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
     runs = pd.concat([make(**settings, batch_size=8, steps=120) for make in (world, moe)])
-    found = judged(runs)
-    assert found.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
-    assert not found["reason"].str.contains("nan").any()
+    judged_claims = judged(runs)
+    assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
+    assert not judged_claims["reason"].str.contains("nan").any()
 
 
 def test_half_of_the_claim_confirms_nothing():
-    found = judged(moe(without=["attn", "mlp"]))
-    assert found.loc["E3", "verdict"] == "inconclusive"
+    claims = judged(moe(without=["attn", "mlp"]))
+    assert claims.loc["E3", "verdict"] == "inconclusive"
     assert judged(moe(without=["attn", "mlp", "all"])).loc["E3", "verdict"] == "not tested"
 
 
@@ -112,9 +115,9 @@ def test_of_equal_counts_attention_with_more_parameters_comes_first():
     fewer = {("attn", 8): {"trainable_params": 1590}}
     assert "LoRA r17 attn - LoRA r8 mlp" in judged(world(fewer)).loc["E1", "reason"]
     # Without such a pair, the nearest.
-    found = judged(world(fewer, without=[("attn", 17)])).loc["E1"]
-    assert "LoRA r8 attn - LoRA r8 mlp" in found["reason"]
-    assert found["verdict"] == "confirmed"
+    claim = judged(world(fewer, without=[("attn", 17)])).loc["E1"]
+    assert "LoRA r8 attn - LoRA r8 mlp" in claim["reason"]
+    assert claim["verdict"] == "confirmed"
 
 
 def test_two_parameter_counts_of_one_arm_decide_nothing():
@@ -127,8 +130,8 @@ def test_two_parameter_counts_of_one_arm_decide_nothing():
 
 def test_dense_models_and_mixtures_of_experts_are_judged_apart():
     worse = {("attn", 17): {"floor": 2.0}}
-    found = judged(pd.concat([world(family="llama"), moe(changes=worse)]))
-    assert found.loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "contradicted"]
+    claims = judged(pd.concat([world(family="llama"), moe(changes=worse)]))
+    assert claims.loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "contradicted"]
     assert judged(moe()).loc["E1", "verdict"] == "not tested"
     # Without the column, all count as dense.
     for runs in (world(), world(family=None), world(family="qwen3")):
@@ -142,14 +145,14 @@ def test_more_examples_are_no_tiny_dataset():
 
 
 def test_only_runs_of_the_claims_experiment_are_read():
-    found = judged(world(batch_size=8, steps=120).assign(experiments="placement"))
-    assert found.loc[["E1", "E2", "E4", "E7"], "verdict"].tolist() == ["confirmed"] * 2 + ["not tested"] * 2
+    claims = judged(world(batch_size=8, steps=120).assign(experiments="placement"))
+    assert claims.loc[["E1", "E2", "E4", "E7"], "verdict"].tolist() == ["confirmed"] * 2 + ["not tested"] * 2
 
 
 def counts_by_hand(changes=None):
-    rows = [
-        ("llama-3.1-8b", name, "all", rank, True, count) for (name, rank), count in placement.PAPER_COUNTS.items()
-    ] + [("llama-3.1-8b", "mlp", "all", 256, False, 1)]
+    rows = [("llama-3.1-8b", name, "all", rank, True, count) for (name, rank), count in PAPER_COUNTS.items()] + [
+        ("llama-3.1-8b", "mlp", "all", 256, False, 1)
+    ]
     frame = pd.DataFrame(
         rows, columns=["architecture", "placement", "part", "rank", "include_unembedding", "trainable_params"]
     ).assign(base_params=8_030_261_248)
@@ -159,26 +162,26 @@ def counts_by_hand(changes=None):
 
 
 def test_parameter_counts():
-    def found(counts):
+    def claim(counts):
         return judged(pd.DataFrame(), counts).loc["E6"]
 
-    exact = found(counts_by_hand())
+    exact = claim(counts_by_hand())
     assert (exact["verdict"], exact["estimate"], exact["n_runs"]) == ("confirmed", 0, 0)
     assert "attn r256 251,985,920" in exact["reason"]
-    off = found(counts_by_hand({1: -3}))
+    off = claim(counts_by_hand({1: -3}))
     assert (off["verdict"], off["estimate"]) == ("contradicted", -3)
     assert "attn r256 is off by -3" in off["reason"]
-    missing = found(counts_by_hand().drop(index=2))
+    missing = claim(counts_by_hand().drop(index=2))
     assert missing["verdict"] == "inconclusive"
     assert "all r256 is not counted" in missing["reason"]
     for none in (pd.DataFrame(), counts_by_hand().assign(architecture="qwen3-8b"), counts_by_hand().iloc[4:]):
-        assert found(none)["verdict"] == "not tested"
+        assert claim(none)["verdict"] == "not tested"
 
 
 def test_expert_ratio():
     shares = {"experts": 1e-3, "attention": 5e-3, "unembedding": 3e-3, "all": 1e-3}
 
-    def found(changes=None, without=()):
+    def claim(changes=None, without=()):
         rows = [
             ("qwen3-30b-a3b", "all", part, rank, True, round(share * rank * 1e8), 10**8)
             for rank in (8, 64)
@@ -190,13 +193,13 @@ def test_expert_ratio():
             "M1"
         ]
 
-    same = found()
+    same = claim()
     assert same["verdict"] == "confirmed"
     assert same["estimate"] == pytest.approx(5.0)
     assert "(attention / experts 5.0, unembedding / experts 3.0)" in same["reason"]
-    assert found({"unembedding": 2e-2})["verdict"] == "contradicted"
-    lower = found({"attention": 5e-5})
+    assert claim({"unembedding": 2e-2})["verdict"] == "contradicted"
+    lower = claim({"attention": 5e-5})
     assert (lower["verdict"], lower["estimate"]) == ("contradicted", pytest.approx(0.05))
-    assert found(without=["attention"])["verdict"] == "inconclusive"
-    assert found(without=list(shares))["verdict"] == "not tested"
+    assert claim(without=["attention"])["verdict"] == "inconclusive"
+    assert claim(without=list(shares))["verdict"] == "not tested"
     assert not math.isnan(same["estimate"])

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.claims import CLAIMS, judge_claims, reinforcement
+from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.tables import Tables
 from tests.analysis.rl_by_hand import BASE, LRS, OFFSETS, STEPS, UNPAIRED, arm, grown, tables
 from tests.analysis.tables_by_hand import arm as sft_arm
@@ -48,9 +48,9 @@ def supervised(nats=0.7, model="tiny", dataset="instruct", **settings):
     return runs
 
 
-def judged(runs=None, curves=None, counts=None, ids=IDS, claims=reinforcement.CLAIMS):
-    found = Tables(*(pd.DataFrame() if one is None else one for one in (runs, curves, None, counts)))
-    return judge_claims(found, [claim for claim in claims if claim.id in ids]).set_index("claim_id")
+def judged(runs=None, curves=None, counts=None, ids=IDS, claims=CLAIMS):
+    tables_read = Tables(*(pd.DataFrame() if table is None else table for table in (runs, curves, None, counts)))
+    return judge_claims(tables_read, [claim for claim in claims if claim.id in ids]).set_index("claim_id")
 
 
 def rl_and_sft(tables_of_rl, *sft):
@@ -131,9 +131,9 @@ def test_contradicted_where_it_fails(claims, changes):
 
 
 def test_a_better_rank_1_reaches_the_peak_too():
-    found = judged(*world({RANK_1: {"peak": 0.9}}), ids=["F1"]).loc["F1"]
-    assert found["verdict"] == "confirmed"
-    assert found["estimate"] < -0.05
+    claim = judged(*world({RANK_1: {"peak": 0.9}}), ids=["F1"]).loc["F1"]
+    assert claim["verdict"] == "confirmed"
+    assert claim["estimate"] < -0.05
 
 
 @pytest.mark.parametrize(
@@ -156,53 +156,53 @@ def test_a_better_rank_1_reaches_the_peak_too():
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
-    found = judged(*world(**settings), ids=claims)
-    assert found.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
-    assert not found["reason"].str.contains("nan").any()
+    judged_claims = judged(*world(**settings), ids=claims)
+    assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
+    assert not judged_claims["reason"].str.contains("nan").any()
 
 
 def test_luck_shared_by_both_arms_is_no_ground_for_equality():
-    found = judged(*world(every={"offsets": (0.0, 0.15, -0.15)}), ids=["F1", "F3"])
+    claims = judged(*world(every={"offsets": (0.0, 0.15, -0.15)}), ids=["F1", "F3"])
     for claim in ("F1", "F3"):
-        assert found.loc[claim, "verdict"] == "inconclusive"
-        assert "is above 0.1" in found.loc[claim, "reason"]
+        assert claims.loc[claim, "verdict"] == "inconclusive"
+        assert "is above 0.1" in claims.loc[claim, "reason"]
 
 
 def test_nothing_is_claimed_of_arms_that_do_not_learn():
     never = {"peak": BASE + 0.005, "curvature": 0.0001, "sets": {"aime24": 0.02}}
-    found = judged(*world(every=never))
-    assert not set(found.loc[[*SWEEPS, "E5"], "verdict"]) & {"confirmed", "contradicted"}
+    claims = judged(*world(every=never))
+    assert not set(claims.loc[[*SWEEPS, "E5"], "verdict"]) & {"confirmed", "contradicted"}
     for claim in ("B10", "F1", "F2", "F3", "E5"):
-        assert "has not learned" in found.loc[claim, "reason"]
+        assert "has not learned" in claims.loc[claim, "reason"]
     unknown = judged(*world(base_reward=None), ids=["F1"]).loc["F1"]
     assert (unknown["verdict"], "base not known" in unknown["reason"]) == ("inconclusive", True)
 
 
 def test_accuracies_of_1_decide_nothing():
-    found = judged(*world(every={"peak": 1.2}), ids=["B10", "F1", "F2"])
-    assert found.loc[["B10", "F1", "F2"], "verdict"].tolist() == ["inconclusive"] * 3
-    assert "all seeds alike" in found.loc["B10", "reason"]
+    claims = judged(*world(every={"peak": 1.2}), ids=["B10", "F1", "F2"])
+    assert claims.loc[["B10", "F1", "F2"], "verdict"].tolist() == ["inconclusive"] * 3
+    assert "all seeds alike" in claims.loc["B10", "reason"]
 
 
 def test_a_repeat_that_diverged_decides_nothing():
     runs, curves = world(every={"offsets": (0.0, 0.01, -0.01, 0.002)})
     lost = runs["rank"].eq(1).fillna(False) & runs["seed"].eq(2)
     runs.loc[lost, ["status", "final_valid_reward", "final_reward"]] = ["diverged", math.nan, math.nan]
-    found = judged(runs, curves, ids=["F1", "F3", "F4", "F5"])
-    assert set(found["verdict"]) == {"inconclusive"}
-    assert "1 repeats at the best LR diverged" in found.loc["F1", "reason"]
+    claims = judged(runs, curves, ids=["F1", "F3", "F4", "F5"])
+    assert set(claims["verdict"]) == {"inconclusive"}
+    assert "1 repeats at the best LR diverged" in claims.loc["F1", "reason"]
 
 
 def test_a_range_beyond_its_grid_may_be_wider_but_not_narrower():
-    def found(fullft, lora):
+    def claim(fullft, lora):
         return judged(*world({FULLFT: fullft, RANK_1: lora, RANK_8: lora}), ids=["F2"]).loc["F2"]
 
     wide, narrow = {"curvature": 0.004}, {"curvature": 0.2}
-    assert found(narrow, wide)["verdict"] == "confirmed"
-    assert found(wide, narrow)["verdict"] == "contradicted"
+    assert claim(narrow, wide)["verdict"] == "confirmed"
+    assert claim(wide, narrow)["verdict"] == "contradicted"
     # The grids end before the good LRs do.
-    short_fullft = found({"curvature": 0.02, "lrs": LRS[1:4]}, {"curvature": 0.006})
-    short_lora = found({"curvature": 0.006}, {"curvature": 0.02, "lrs": LRS[3:6]})
+    short_fullft = claim({"curvature": 0.02, "lrs": LRS[1:4]}, {"curvature": 0.006})
+    short_lora = claim({"curvature": 0.006}, {"curvature": 0.02, "lrs": LRS[3:6]})
     for cut in (short_fullft, short_lora):
         assert cut["verdict"] == "inconclusive"
         assert "at least" in cut["reason"]
@@ -210,11 +210,11 @@ def test_a_range_beyond_its_grid_may_be_wider_but_not_narrower():
 
 
 def test_further_sets_stand_for_aime_where_it_is_not_there():
-    found = judged(*world(every={"sets": {"longer_sums": 0.3}}), ids=["F4"]).loc["F4"]
-    assert found["verdict"] == "confirmed"
-    assert "longer_sums" in found["reason"]
-    assert "no AIME problems" in found["reason"]
-    # Beside AIME they do not count.
+    claim = judged(*world(every={"sets": {"longer_sums": 0.3}}), ids=["F4"]).loc["F4"]
+    assert claim["verdict"] == "confirmed"
+    assert "longer_sums" in claim["reason"]
+    assert "no AIME problems" in claim["reason"]
+    # With AIME in the tables they do not count.
     both = {RANK_1: {"sets": {"aime24": 0.3, "longer_sums": 0.1}}}
     beside = world(both, every={"sets": {"aime24": 0.3, "longer_sums": 0.3}})
     assert judged(*beside, ids=["F4"]).loc["F4", "verdict"] == "confirmed"
@@ -224,8 +224,8 @@ def test_further_sets_stand_for_aime_where_it_is_not_there():
 def test_few_samples_are_no_ground_for_equality():
     runs, curves = world()
     curves.loc[curves["metric"] == "n_samples", "value"] = 30
-    found = judged(runs, curves, ids=["F4"]).loc["F4"]
-    assert (found["verdict"], "is above 0.1" in found["reason"]) == ("inconclusive", True)
+    claim = judged(runs, curves, ids=["F4"]).loc["F4"]
+    assert (claim["verdict"], "is above 0.1" in claim["reason"]) == ("inconclusive", True)
     unknown = judged(runs, curves[curves["metric"] != "n_samples"], ids=["F4"]).loc["F4"]
     assert (unknown["verdict"], "samples not known" in unknown["reason"]) == ("inconclusive", True)
     no_start = judged(runs, curves[curves["step"] > 0], ids=["F4"]).loc["F4"]
@@ -233,15 +233,15 @@ def test_few_samples_are_no_ground_for_equality():
 
 
 def test_bare_answers_are_no_chains_of_thought():
-    found = judged(*rl_and_sft(world(every={"train": {"response_length": grown(4, 6)}})), ids=["F1", "F5", "F9"])
-    assert found.loc[["F5", "F9"], "verdict"].tolist() == ["not tested"] * 2
-    assert "6 tokens at most" in found.loc["F5", "reason"]
-    assert "5.05 tokens per episode" in found.loc["F9", "reason"]
-    assert found.loc["F1", "verdict"] == "confirmed"
+    claims = judged(*rl_and_sft(world(every={"train": {"response_length": grown(4, 6)}})), ids=["F1", "F5", "F9"])
+    assert claims.loc[["F5", "F9"], "verdict"].tolist() == ["not tested"] * 2
+    assert "6 tokens at most" in claims.loc["F5", "reason"]
+    assert "5.05 tokens per episode" in claims.loc["F9", "reason"]
+    assert claims.loc["F1", "verdict"] == "confirmed"
 
 
 def unrewarded(after=BASE, with_steps=True):
-    """Runs of which one never got a reward, and stopped after a fifth of its steps."""
+    """Runs, one of which never got a reward and stopped after a fifth of its steps."""
     runs, curves = world()
     first = runs.loc[0, "run_id"]
     runs.loc[0, ["status", "final_valid_reward", "final_reward", "best_reward"]] = ["unrewarded", BASE, after, BASE]
@@ -257,20 +257,20 @@ def unrewarded(after=BASE, with_steps=True):
 @pytest.mark.parametrize("with_steps", [True, False])
 def test_a_run_without_rewards_stays_its_base(with_steps):
     runs, curves, first = unrewarded(with_steps=with_steps)
-    found = judged(runs, curves, ids=["F7"]).loc["F7"]
-    assert found["verdict"] == "confirmed"
-    assert "of 1 runs without other steps 0 of 2 accuracies changed" in found["reason"]
-    assert first in found["run_ids"]
+    claim = judged(runs, curves, ids=["F7"]).loc["F7"]
+    assert claim["verdict"] == "confirmed"
+    assert "of 1 runs without other steps 0 of 2 accuracies changed" in claim["reason"]
+    assert first in claim["run_ids"]
     equal = len(runs) - 1 + (STEPS // 5 if with_steps else 0)
-    assert f"largest gradient of {equal} steps" in found["reason"]
+    assert f"largest gradient of {equal} steps" in claim["reason"]
     runs, curves, _ = unrewarded(after=BASE + 0.001, with_steps=with_steps)
     assert judged(runs, curves, ids=["F7"]).loc["F7", "verdict"] == "contradicted"
 
 
 def test_gradients_of_0_need_others_beside_them():
     for gradients, verdict in ((lambda done: 0.0, "inconclusive"), (lambda done: 0.3 * (done > 0.5), "confirmed")):
-        found = judged(*world(every={"train": {"grad_norm": gradients}}), ids=["F7"]).loc["F7"]
-        assert found["verdict"] == verdict
+        claim = judged(*world(every={"train": {"grad_norm": gradients}}), ids=["F7"]).loc["F7"]
+        assert claim["verdict"] == verdict
     never = judged(*world(every={"train": {"equal_groups": lambda done: 0.5}}), ids=["F7"]).loc["F7"]
     assert never["verdict"] == "not tested"
 
@@ -292,8 +292,8 @@ def test_bits_per_token_against_sft_of_the_same_model(verdict, sft):
 
 
 def test_bits_of_a_reward_are_told():
-    found = judged(*rl_and_sft(world(every={"train": {"reward": lambda done: 0.5}})), ids=["F9"]).loc["F9"]
-    assert "at most 1 bit each (1.00 by the mean rewards)" in found["reason"]
+    claim = judged(*rl_and_sft(world(every={"train": {"reward": lambda done: 0.5}})), ids=["F9"]).loc["F9"]
+    assert "at most 1 bit each (1.00 by the mean rewards)" in claim["reason"]
 
 
 def test_each_task_is_judged_by_its_own_claims():
@@ -308,32 +308,32 @@ def test_each_task_is_judged_by_its_own_claims():
     )
     alone, with_sft = judged(runs, curves), judged(pd.concat([runs, sft]), curves)
     pd.testing.assert_frame_equal(alone.drop("F9"), with_sft.drop("F9"))
-    found = judged(sft, curves)
-    assert set(found["verdict"]) == {"not tested"}
-    assert "no runs of the experiment rl_math or rl_gsm8k" in found.loc["F1", "reason"]
+    claims = judged(sft, curves)
+    assert set(claims["verdict"]) == {"not tested"}
+    assert "no runs of the experiment rl_math or rl_gsm8k" in claims.loc["F1", "reason"]
 
 
 def test_losses_named_as_rewards_are_not_tested():
     runs, curves = world()
-    found = judged(runs.drop(columns="final_reward"), curves)
-    assert set(found["verdict"]) == {"not tested"}
-    assert found.loc["F1", "reason"] == "the runs table has no column final_reward"
+    claims = judged(runs.drop(columns="final_reward"), curves)
+    assert set(claims["verdict"]) == {"not tested"}
+    assert claims.loc["F1", "reason"] == "the runs table has no column final_reward"
     assert judged(runs.drop(columns="best_reward"), curves, ids=["E5"]).loc["E5", "verdict"] == "not tested"
 
 
 def test_only_runs_of_the_claims_experiment_are_read():
     runs, curves = world()
-    found = judged(runs.assign(experiments="rl_gsm8k"), curves)["verdict"]
-    assert found[["B10", "F1", "F2"]].tolist() == ["confirmed"] * 3
-    assert found[["E5", "F3", "F4", "F5", "F7"]].tolist() == ["not tested"] * 5
+    claims = judged(runs.assign(experiments="rl_gsm8k"), curves)["verdict"]
+    assert claims[["B10", "F1", "F2"]].tolist() == ["confirmed"] * 3
+    assert claims[["E5", "F3", "F4", "F5", "F7"]].tolist() == ["not tested"] * 5
 
 
 def test_problem_sets_are_judged_apart():
     good, bad = world(dataset="easy"), world({RANK_1: {"peak": 0.7}}, dataset="hard")
-    found = judged(*(pd.concat(both) for both in zip(good, bad, strict=True)), ids=["F1"])
-    assert found.loc["F1", "verdict"] == "contradicted"
-    assert found.loc["F1", "reason"].startswith("tiny/hard")
-    assert "tiny/easy" in found.loc["F1", "reason"]
+    claims = judged(*(pd.concat(both) for both in zip(good, bad, strict=True)), ids=["F1"])
+    assert claims.loc["F1", "verdict"] == "contradicted"
+    assert claims.loc["F1", "reason"].startswith("tiny/hard")
+    assert "tiny/easy" in claims.loc["F1", "reason"]
 
 
 def test_a_set_without_any_reward_decides_nothing_but_f7():
@@ -359,9 +359,9 @@ def test_best_rewards_are_compared_by_placement():
 def test_tables_without_curves_test_no_curves():
     runs, curves = world()
     for none in (pd.DataFrame(), curves.iloc[:0]):
-        found = judged(pd.concat([runs, supervised()]), none)
-        assert found.loc[["B10", "E5", "F1", "F2"], "verdict"].tolist() == ["confirmed"] * 4
-        assert found.loc[["F3", "F4", "F5", "F7", "F9"], "verdict"].tolist() == ["not tested"] * 5
+        claims = judged(pd.concat([runs, supervised()]), none)
+        assert claims.loc[["B10", "E5", "F1", "F2"], "verdict"].tolist() == ["confirmed"] * 4
+        assert claims.loc[["F3", "F4", "F5", "F7", "F9"], "verdict"].tolist() == ["not tested"] * 5
 
 
 def rank_1(with_head=2_753_792, without_head=2_621_440, **changes):
@@ -378,11 +378,11 @@ def rank_1(with_head=2_753_792, without_head=2_621_440, **changes):
 
 
 def test_rank_1_against_the_bits_of_math():
-    found = judged(counts=rank_1()).loc["F6"]
-    assert found["verdict"] == "confirmed"
-    assert found["estimate"] == pytest.approx(2_753_792 / 320_000)
-    assert "2,621,440 without the unembedding (8.2 times)" in found["reason"]
-    assert "2,753,792 with the unembedding (8.6 times)" in found["reason"]
+    claim = judged(counts=rank_1()).loc["F6"]
+    assert claim["verdict"] == "confirmed"
+    assert claim["estimate"] == pytest.approx(2_753_792 / 320_000)
+    assert "2,621,440 without the unembedding (8.2 times)" in claim["reason"]
+    assert "2,753,792 with the unembedding (8.6 times)" in claim["reason"]
     assert judged(counts=rank_1(without_head=300_000)).loc["F6", "verdict"] == "contradicted"
 
 

@@ -20,7 +20,7 @@ def sft(*ranks: int | None, seeds: int = SEEDS, **changes: Any) -> list[dict[str
 
 
 def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
-    """The rows with losses moved, on both splits alike."""
+    """The rows with the losses of both splits shifted."""
     losses = ("final_valid_nll", "final_test_nll")
     return [row | {name: row[name] + by for name in losses if row[name] is not None} for row in rows]
 
@@ -40,66 +40,75 @@ def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **chan
     return rows
 
 
-def one(rows: list[dict[str, Any]]):
-    [found] = recipe(runs_table(rows)).found
-    return found
+def only(rows: list[dict[str, Any]]):
+    """The only recommendation from some rows."""
+    [recommendation] = recipe(runs_table(rows)).found
+    return recommendation
 
 
 def test_lora_matches_from_some_rank_up():
-    found = one(sft(None, 1, 4, 64, 256))
-    assert [choice.gap.answer for choice in found.lora] == ["no", "no", "yes", "yes"]
-    assert found.answer == "yes"
-    assert found.smallest.rank == found.use.rank == 64
-    assert found.use.gap.estimate == pytest.approx(0.3 / 64, abs=0.012)
-    assert found.use.gap.low < found.use.gap.estimate < found.use.gap.high < 2 * found.sigma
-    assert found.sigma == pytest.approx(0.012, rel=0.3)
-    assert found.best.rank in (64, 256)
+    recommendation = only(sft(None, 1, 4, 64, 256))
+    assert [choice.gap.answer for choice in recommendation.lora] == ["no", "no", "yes", "yes"]
+    assert recommendation.answer == "yes"
+    assert recommendation.smallest.rank == recommendation.use.rank == 64
+    assert recommendation.use.gap.estimate == pytest.approx(0.3 / 64, abs=0.012)
+    assert (
+        recommendation.use.gap.low
+        < recommendation.use.gap.estimate
+        < recommendation.use.gap.high
+        < 2 * recommendation.sigma
+    )
+    assert recommendation.sigma == pytest.approx(0.012, rel=0.3)
+    assert recommendation.best.rank in (64, 256)
 
 
 def test_learning_rates_are_those_of_the_optima():
-    found = one(sft(None, 64))
-    assert (found.fullft.lr_best, found.use.lr_best) == (1e-3, 3e-3)
-    # The made curve is steeper above its optimum, which draws the parabola's below.
-    assert found.use.lr_low < found.use.lr_opt < found.use.lr_high < 3.3e-3
-    assert found.use.resolved
-    assert found.use.ratio.estimate == pytest.approx(found.use.lr_opt / found.fullft.lr_opt)
-    assert found.use.ratio.low < 3 < found.use.ratio.high or found.use.ratio.estimate == pytest.approx(3, rel=0.2)
-    assert found.use.ratio.problems == ()
+    recommendation = only(sft(None, 64))
+    assert (recommendation.fullft.lr_best, recommendation.use.lr_best) == (1e-3, 3e-3)
+    # The curve is steeper above its optimum, so the optimum of the parabola is lower.
+    assert recommendation.use.lr_low < recommendation.use.lr_opt < recommendation.use.lr_high < 3.3e-3
+    assert recommendation.use.resolved
+    assert recommendation.use.ratio.estimate == pytest.approx(recommendation.use.lr_opt / recommendation.fullft.lr_opt)
+    assert (
+        recommendation.use.ratio.low < 3 < recommendation.use.ratio.high
+        or recommendation.use.ratio.estimate == pytest.approx(3, rel=0.2)
+    )
+    assert recommendation.use.ratio.problems == ()
 
 
 def test_lora_that_is_better_matches():
-    found = one(sft(None) + shifted(sft(64), -0.2))
-    assert found.answer == "yes"
-    assert found.use.gap.estimate < -0.15
+    recommendation = only(sft(None) + shifted(sft(64), -0.2))
+    assert recommendation.answer == "yes"
+    assert recommendation.use.gap.estimate < -0.15
 
 
 def test_lora_does_not_match():
-    found = one(sft(None, 1, 2, 4))
-    assert found.answer == "no"
-    assert found.smallest is None
+    recommendation = only(sft(None, 1, 2, 4))
+    assert recommendation.answer == "no"
+    assert recommendation.smallest is None
     # The lowest validation loss, not the lowest rank.
-    assert found.use.rank == found.best.rank == 4
-    assert found.use.gap.low > 2 * found.sigma
+    assert recommendation.use.rank == recommendation.best.rank == 4
+    assert recommendation.use.gap.low > 2 * recommendation.sigma
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_decide_nothing(seeds):
-    found = one(sft(None, 1, 64, seeds=seeds))
-    assert found.answer == "undecided"
-    assert found.smallest is None
-    assert f"{seeds} paired seeds, 3 needed" in found.use.gap.reason
+    recommendation = only(sft(None, 1, 64, seeds=seeds))
+    assert recommendation.answer == "undecided"
+    assert recommendation.smallest is None
+    assert f"{seeds} paired seeds, 3 needed" in recommendation.use.gap.reason
 
 
 def test_an_optimum_at_the_edge_decides_nothing():
-    found = one(sft(None) + sft(64, lrs=[3e-3, 1e-2, 1.5e-2]))
-    assert found.answer == "undecided"
-    assert "edge of its grid" in found.use.gap.reason
-    assert found.use.ratio.problems
+    recommendation = only(sft(None) + sft(64, lrs=[3e-3, 1e-2, 1.5e-2]))
+    assert recommendation.answer == "undecided"
+    assert "edge of its grid" in recommendation.use.gap.reason
+    assert recommendation.use.ratio.problems
 
 
 def test_a_gap_near_the_noise_is_undecided():
-    found = one(sft(None, seeds=3) + shifted(sft(64, seeds=3), 0.02))
-    assert found.answer == "undecided"
+    recommendation = only(sft(None, seeds=3) + shifted(sft(64, seeds=3), 0.02))
+    assert recommendation.answer == "undecided"
 
 
 def test_best_is_picked_on_validation():
@@ -108,7 +117,7 @@ def test_best_is_picked_on_validation():
     better_on_validation = [
         row | {"final_valid_nll": row["final_valid_nll"] and row["final_valid_nll"] - 0.1} for row in sft(256)
     ]
-    assert one(sft(None) + better_on_test + better_on_validation).best.rank == 256
+    assert only(sft(None) + better_on_test + better_on_validation).best.rank == 256
 
 
 def test_each_batch_size_has_its_answer():
@@ -116,30 +125,30 @@ def test_each_batch_size_has_its_answer():
     small = [row | {"run_id": row["run_id"] + "-4", "batch_size": 4} for row in small]
     large = [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in large if row["method"] == "fullft"]
     large += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in shifted(sft(64), 0.3)]
-    found = recipe(runs_table(small + large))
-    [sizes] = found.by_batch_size()
+    recommended = recipe(runs_table(small + large))
+    [sizes] = recommended.by_batch_size()
     assert [(size.place.batch_size, size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
-    assert found.answer == "mixed"
+    assert recommended.answer == "mixed"
 
 
 def test_placements_against_all_layers():
     rows = sft(64) + shifted(sft(64, placement="attn"), 0.3) + sft(128, placement="mlp")
     rows = [row | {"run_id": f"{row['run_id']}-{row['placement']}"} for row in rows]
-    [found] = recipe(runs_table(rows)).placements
-    assert (found.every.rank, found.every.placement) == (64, "all")
-    assert {part.placement: part.gap.answer for part in found.parts} == {"mlp": "yes", "attn": "no"}
+    [choice] = recipe(runs_table(rows)).placements
+    assert (choice.every.rank, choice.every.placement) == (64, "all")
+    assert {part.placement: part.gap.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
 
 
 def test_rl_is_judged_by_error_rate():
-    found = one(rl(None, 0.8) + rl(1, 0.8, best=3e-3) + rl(8, 0.5, best=3e-3))
-    assert found.place.task == "rl"
-    assert [choice.gap.answer for choice in found.lora] == ["yes", "no"]
-    assert found.lora[1].gap.estimate == pytest.approx(0.3)
-    assert found.use.loss == pytest.approx(0.2, abs=0.01)
+    recommendation = only(rl(None, 0.8) + rl(1, 0.8, best=3e-3) + rl(8, 0.5, best=3e-3))
+    assert recommendation.place.task == "rl"
+    assert [choice.gap.answer for choice in recommendation.lora] == ["yes", "no"]
+    assert recommendation.lora[1].gap.estimate == pytest.approx(0.3)
+    assert recommendation.use.loss == pytest.approx(0.2, abs=0.01)
 
 
 def test_rl_that_learned_nothing_is_undecided():
-    assert one(rl(None, 0.2) + rl(1, 0.2, best=3e-3)).answer == "undecided"
+    assert only(rl(None, 0.2) + rl(1, 0.2, best=3e-3)).answer == "undecided"
 
 
 def test_what_was_never_rewarded_is_left_out():
@@ -149,12 +158,12 @@ def test_what_was_never_rewarded_is_left_out():
 
 @pytest.mark.parametrize("rows", [sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])])
 def test_without_two_tuned_methods_there_is_no_answer(rows):
-    found = recipe(runs_table(rows))
-    assert found.found == ()
-    assert found.answer is None
+    recommended = recipe(runs_table(rows))
+    assert recommended.found == ()
+    assert recommended.answer is None
 
 
-def test_other_parametrisations_do_not_count():
+def test_other_parametrizations_do_not_count():
     assert recipe(runs_table(sft(None) + sft(64, alpha=8.0))).found == ()
 
 
@@ -163,6 +172,8 @@ def test_a_table_may_lack_columns():
     few = runs[["run_id", "model", "dataset", "method", "rank", "placement", "batch_size", "lr", "seed", "status"]]
     assert recipe(few).found == ()
     assert recipe(pd.DataFrame()).found == ()
-    [found] = recipe(few[:56].assign(**{name: runs[name] for name in ("final_valid_nll", "final_test_nll")})).found
-    assert found.answer == "yes"
-    assert found.use.trainable_params is None
+    [recommendation] = recipe(
+        few[:56].assign(**{name: runs[name] for name in ("final_valid_nll", "final_test_nll")})
+    ).found
+    assert recommendation.answer == "yes"
+    assert recommendation.use.trainable_params is None

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from lorabench import published
-from lorabench.analysis.claims.evidence import Evidence
-from lorabench.analysis.claims.learning_rate import fitted_law, swept_models
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.swept_models import fitted_law, swept_models
 from lorabench.figures import FIGURES
 from lorabench.tables import Tables
 from tests.analysis.tables_by_hand import CURVATURE, OFFSETS, arm, tables
@@ -83,7 +83,7 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
 def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
     runs, curves = models()
     figure, plotted = draw("lr_law", runs)
-    [group] = swept_models(Evidence(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves, *[None] * 2))
+    [group] = swept_models(comparisons(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves))
     for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
         points = of(plotted, element)
         assert len(points) == 2 * 2 * 2

@@ -1,8 +1,10 @@
 """The paper's claims, each with a criterion and a function that judges it from the tidy tables.
 
-A module per family, in the order of the project's notes on the paper (claims table); a new claim is one entry in its
-`CLAIMS` and one small function. Criteria and the paper's numbers are those of the notes; what the paper leaves open is
-decided here and said in `criterion`.
+Each module declares the claims of one subject, each directly below the function that judges it; a new claim is one such
+pair and its name in the module's `CLAIMS`. The first letter of an id is the claim's family: A learning curves and
+capacity, N stored bits, B learning rate, C early curves and parametrization, D batch size, E placement, M mixtures of
+experts, F reinforcement learning, G compute. Statements and numbers are the paper's; where the paper leaves open what
+would confirm a statement, its criterion here decides.
 """
 
 from __future__ import annotations
@@ -16,43 +18,77 @@ from lorabench.analysis.claims import (
     batch_size,
     capacity,
     compute,
+    early_curves,
+    invariance,
+    learning_curves,
     learning_rate,
+    lr_across_models,
+    lr_law,
+    parameter_counts,
     parametrization,
     placement,
     reinforcement,
+    rl_information,
+    rl_progress,
+    stored_bits,
 )
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import NEEDED_BY, Evidence, Task, curves_of, in_experiments
-from lorabench.analysis.claims.finding import Finding, UnjudgedError
+from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.comparison import NEEDED_BY, Task, curves_of, in_experiments
+from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.published import beside_claims
 from lorabench.tables import CLAIMS as COLUMNS
 from lorabench.tables import Tables
 
-CLAIMS: tuple[Claim, ...] = (
-    *capacity.CLAIMS,
-    *learning_rate.CLAIMS,
-    *parametrization.CLAIMS,
-    *batch_size.CLAIMS,
-    *placement.CLAIMS,
-    *reinforcement.CLAIMS,
-    *compute.CLAIMS,
+_MODULES = (
+    learning_curves,
+    capacity,
+    stored_bits,
+    learning_rate,
+    lr_across_models,
+    lr_law,
+    early_curves,
+    parametrization,
+    invariance,
+    batch_size,
+    placement,
+    parameter_counts,
+    reinforcement,
+    rl_progress,
+    rl_information,
+    compute,
 )
+
+_FAMILIES = "ANBCDEMFG"
+"""The families in the order of the table `claims`."""
+
+
+def _position(claim: Claim) -> tuple[int, str, int]:
+    """Return the sort key of a claim: its family, then its number; all claims on RL belong to family F."""
+    family = "F" if claim.task == "rl" else claim.id[0]
+    return _FAMILIES.index(family), claim.id[0], int(claim.id[1:])
+
+
+CLAIMS: tuple[Claim, ...] = tuple(sorted((claim for module in _MODULES for claim in module.CLAIMS), key=_position))
+"""All claims, in the order of the table `claims`."""
+
+CORE = tuple(claim.id for claim in CLAIMS if claim.core)
+"""The ids of the core claims, in the order of CLAIMS."""
 
 
 def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
-    """Judge the claims.
+    """Judge claims on the tidy tables.
 
     Args:
-        tables: the tidy tables. A claim whose table or columns are missing is not tested, and says which.
-        claims: those to judge.
+        tables: the tidy tables. A claim whose table or columns are missing is not tested, and its reason names them.
+        claims: the claims to judge.
 
     Returns:
         The table `claims` (columns of `lorabench.tables.CLAIMS`), one row per claim. Where a claim is judged on
-        several models and datasets, the estimate is that of the one that decides, and the reason names each.
+        several models and datasets, the estimate is from the one that decides, and the reason gives all.
 
     Raises:
-        UserError: the tables can't be trusted, see `check_table` and `check_curves`; an arm has two runs of the same
-            LR and seed.
+        UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
     """
     runs = tables.runs
     check_table(runs)
@@ -70,7 +106,7 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
             curves = curves_of(tables.curves, chosen) if "run_id" in runs else tables.curves
             evidence[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs)
         absent = [*missing[claim.task], *(name for name in claim.columns if name not in runs)]
-        found = _judge(claim, evidence[key], absent)
+        judged = _judge(claim, evidence[key], absent)
         rows.append(
             {
                 "claim_id": claim.id,
@@ -78,23 +114,23 @@ def judge_claims(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> pd.DataFra
                 "statement": claim.statement,
                 "figure": claim.figure,
                 "criterion": claim.criterion,
-                "estimate": found.estimate,
-                "ci_low": found.ci_low,
-                "ci_high": found.ci_high,
+                "estimate": judged.estimate,
+                "ci_low": judged.ci_low,
+                "ci_high": judged.ci_high,
                 "unit": claim.unit,
-                "n_runs": len(found.run_ids),
-                "verdict": found.verdict,
-                "reason": found.reason,
+                "n_runs": len(judged.run_ids),
+                "verdict": judged.verdict,
+                "reason": judged.reason,
                 "paper_value": claim.paper_value,
                 "published": replications.get(claim.id),
-                "run_ids": list(found.run_ids),
+                "run_ids": list(judged.run_ids),
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS.names)
 
 
 def _judge(claim: Claim, evidence: Evidence, missing: list[str]) -> Finding:
-    """The finding on one claim; a claim without experiments does not look at runs."""
+    """Judge one claim; a claim without experiments is judged on other tables than `runs`."""
     if claim.experiments and evidence.runs.columns.empty:
         return Finding("not tested", "the runs table is empty")
     if claim.experiments and evidence.runs.empty:

@@ -1,4 +1,4 @@
-"""What a claim is: a statement of the paper, a criterion, and the function that judges it."""
+"""The type of a claim: a statement of the paper, a criterion, and the function that judges it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorabench.analysis.claims.evidence import Evidence, Task
-from lorabench.analysis.claims.finding import Finding
+from lorabench.analysis.claims.evidence import Evidence
+from lorabench.analysis.comparison import Task
+from lorabench.analysis.finding import Finding
 
 Kind = Literal["empirical", "theory", "opinion", "prediction"]
-"""Kinds E, T, O, X of the project's notes: shown in a figure, derived, said in passing, left untested by the paper."""
+"""How the paper supports a statement.
+
+empirical    by runs of its own
+theory       by a derivation or a count
+opinion      by its authors' experience, without showing runs
+prediction   not at all: it left it untested
+"""
 
 
 @dataclass(frozen=True)
@@ -21,20 +28,26 @@ class Claim:
     kind: Kind
     statement: str
     figure: str
-    """The paper's figure by number, or `text`; several with commas."""
+    """The number of the paper's figure, or several with commas, or `text`."""
     criterion: str
+    """What must hold for the verdict confirmed, and what contradicts."""
     needs: str
+    """The runs or tables that the criterion needs, for the reason of a claim that is not tested."""
     paper_value: str
+    """The paper's number for the estimate, or its words."""
     unit: str
+    """The unit of the estimate."""
     experiments: tuple[str, ...]
-    """Experiments whose runs it reads; in a table without the column `experiments`, all runs."""
+    """The experiments whose runs the claim is judged on; in a table without the column `experiments`, all runs."""
     judge: Callable[[Evidence], Finding]
     columns: tuple[str, ...] = ()
-    """Columns of `runs` that it needs beyond those of every claim on its task."""
+    """The columns of `runs` that the claim needs beyond those of every claim on its task (`NEEDED_BY`)."""
     task: Task = "sft"
-    """The task whose runs it reads."""
+    """The task whose runs the claim is judged on."""
+    core: bool = False
+    """Whether the paper's main conclusions rest on this claim: the README shows the core claims first."""
 
 
 def untestable(reason: str) -> Callable[[Evidence], Finding]:
-    """The judge of a claim that no preset tests, and why."""
+    """Return a judge for a claim that no preset tests; it gives the reason why."""
     return lambda evidence: Finding("not tested", reason)

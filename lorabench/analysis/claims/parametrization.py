@@ -1,11 +1,9 @@
-"""Claims C: early curves by rank, and the parametrisation of LoRA: what is redundant in it and what it does."""
+"""Claims C4 and C9 to C11: the factor 1/r, other values of alpha and LR ratio, and what A and B do in training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +11,17 @@ import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label, each_arm, rows_of
 from lorabench.analysis.claims.claim import Claim
-from lorabench.analysis.claims.evidence import Comparison, Evidence, Scoped, every_dataset, judge_each, over
-from lorabench.analysis.claims.finding import (
+from lorabench.analysis.claims.evidence import over
+from lorabench.analysis.claims.scopes import Scoped, on_lora
+from lorabench.analysis.comparison import Comparison
+from lorabench.analysis.early import train_curves
+from lorabench.analysis.finding import (
     MIN_SEEDS,
+    SIGMAS,
     Finding,
     UnjudgedError,
     Verdict,
+    all_of,
     equality_problems,
     finding,
     interval_text,
@@ -27,9 +30,7 @@ from lorabench.analysis.claims.finding import (
     sigma_text,
     together,
     within,
-    worst,
 )
-from lorabench.analysis.early import EarlyDifference, early_difference, train_curves
 from lorabench.analysis.gaps import best_losses, gap, mean_interval
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.parametrization import (
@@ -37,342 +38,97 @@ from lorabench.analysis.parametrization import (
     RULES,
     SETTING,
     descent_ratios,
-    differences,
     first_descents,
-    invariance_pairs,
-    move_times,
-    ratio_of_means,
     step_sizes,
     still_controls,
-    tenfold_pairs,
     tuned,
     update_growth,
-    with_scales,
 )
-from lorabench.analysis.slopes import against_log, log_log
+from lorabench.analysis.slopes import log_log
 
-EARLY_STEPS = 100
-"""Steps that count as early (C1); the paper shows no number."""
+FLAT_BAND = (0.95, 1.05)
+"""The ratios of two first descents that count as equal."""
 
-FIRST_STEPS = 10
-"""The first few steps, in which the paper sees a negative difference (C3). Also those that Adam's first moment, with
-its decay of 0.9, takes to fill (C11)."""
+HALF = 0.5
+"""The share of layers from which B has the larger norm in most of them."""
 
-SIGN_SEEDS = 5
-"""Seeds that a verdict on that sign needs."""
-
-TRAJECTORY_STEPS = 50
-"""Over which equivalent runs are compared (C5, C8)."""
-
-IDENTICAL = 1e-5
-"""Nats per token below which two training losses are the same to numerical precision."""
-
-ZERO_EPS = 1e-12
-"""Adam's epsilon up to which it counts as the zero of the invariance argument."""
-
-SLOPE_STEPS = 5
-"""Over which the initial slope is taken (C6)."""
-
-STILL = 0.1
-"""Movement of A, in its initial norm, below which A is still where it started."""
-
-
-def same_early_curves(comparison: Comparison) -> Finding:
-    """C1: training NLL of two ranks on the same batches, at the step where they are furthest apart for the margin."""
-    early = _early(comparison, EARLY_STEPS)
-    steps = early.over_seeds().assign(loss=early.loss, margin=2 * early.sigma_batch).rename_axis("step").reset_index()
-    steps["margin"] = steps["margin"].mask(steps["step"] <= 20, np.fmin(steps["margin"], 0.01 * steps["loss"]))
-    bounds = steps[["low", "high", "margin"]].to_numpy(float)
-    verdicts = pd.Series([within(low, high, (-margin, margin)) for low, high, margin in bounds])
-    half = (steps["high"] - steps["mean"]).fillna(0.0)
-    steps["strain"] = ((steps["mean"].abs() + half) / steps["margin"]).fillna(0.0)
-    verdict = _decisive(verdicts)
-    furthest = steps[verdicts == verdict].sort_values("strain").iloc[-1]
-    mean, interval = float(furthest["mean"]), (float(furthest["low"]), float(furthest["high"]))
-    text = (
-        f"{_compared(early)} at most {nats(mean, *interval)}, margin {furthest['margin']:.4f} (step "
-        f"{furthest['step']:.0f} of {len(steps)}), loss {furthest['loss']:.3f}, batches: "
-        f"{sigma_text(early.sigma_batch)}"
-    )
-    problems = _seed_problems(early, MIN_SEEDS)
-    return finding(early.run_ids, text, verdict, problems, mean, interval, float(furthest["strain"]))
-
-
-def difference_grows(comparison: Comparison) -> Finding:
-    """C2: slope of each seed's |difference| of two ranks against log step, and its mean by decade."""
-    early = _early(comparison)
-    apart = early.by_seed[early.by_seed.index > 1].abs()
-    slopes = pd.Series([against_log(apart.index, apart[seed]).slope for seed in apart], dtype=float)
-    slope, low, high = mean_interval(slopes)
-    # Steps 2..10, 11..100 and so on.
-    decade = np.ceil(np.log10(apart.index.to_numpy(float)) - 1e-9).astype(int)
-    means = apart.mean(axis=1).groupby(decade).mean()
-    ends = np.minimum(10.0 ** means.index.to_numpy(float), apart.index.max())
-    told = ", ".join(f"{value:.4f} up to step {end:.0f}" for end, value in zip(ends, means, strict=True))
-    text = (
-        f"{_compared(early)}, |difference| grows by {nats(slope, low, high)} per decade of steps over {early.n_seeds} "
-        f"seeds; mean {told}"
-    )
-    problems = _seed_problems(early, MIN_SEEDS)
-    if len(means) < 2:
-        problems.append("fewer than two decades of steps")
-    verdict: Verdict = "inconclusive"
-    if low > 0 and means.is_monotonic_increasing:
-        verdict = "confirmed"
-    elif high < 0:
-        verdict = "contradicted"
-    return finding(early.run_ids, text, verdict, problems, slope, (low, high), -slope)
-
-
-def difference_negative_at_first(comparison: Comparison) -> Finding:
-    """C3: difference of two ranks, mean over the first steps, over seeds."""
-    early = _early(comparison, FIRST_STEPS)
-    # Before the first update the difference is zero, whatever the ranks.
-    first = early.by_seed[early.by_seed.index > 1]
-    mean, low, high = mean_interval(first.mean())
-    text = f"{_compared(early)} = {nats(mean, low, high)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
-    problems = _seed_problems(early, SIGN_SEEDS)
-    if first.empty or first.index.max() < FIRST_STEPS:
-        problems.append(f"fewer than {FIRST_STEPS} steps")
-    verdict: Verdict = "confirmed" if high < 0 else "contradicted" if low > 0 else "inconclusive"
-    return finding(early.run_ids, text, verdict, problems, mean, (low, high), mean)
-
-
-def _early(comparison: Comparison, first_steps: int | None = None) -> EarlyDifference:
-    """The two ranks that the claims on early curves compare."""
-    if not comparison.lora:
-        raise UnjudgedError("not tested", "no LoRA on all layers")
-    early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
-    if early is None:
-        raise UnjudgedError("inconclusive", "no two ranks above 1 with training losses at one LR and seed")
-    return early
-
-
-def _compared(early: EarlyDifference) -> str:
-    return f"training NLL of r{early.low} - r{early.high} at LR {early.lr:g}"
-
-
-def _seed_problems(early: EarlyDifference, needed: int) -> list[str]:
-    problems = [f"{early.n_seeds} paired seeds, {needed} needed"] if early.n_seeds < needed else []
-    return problems + ([f"{early.n_diverged} runs at that LR diverged"] if early.n_diverged else [])
-
-
-def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C4: descent of the first update by rank, with 1/r and with the rules that should not do."""
-    ratios = descent_ratios(first_descents(lora, curves))
-    if ratios.empty:
-        raise UnjudgedError("not tested", "no descent at step 1")
-    groups = [of_batches for _, of_batches in ratios.groupby(_WITHOUT_RULE, dropna=False)]
-    comparable = [one for one in groups if (one["rule"] == _STANDARD_RULE).sum() > 1]
-    if not comparable:
-        raise UnjudgedError("inconclusive", "fewer than two ranks with alpha 32")
-    return together([_by_rule(one) for one in comparable])
-
-
-# What first descents are compared within.
+# First descents are compared where these are the same.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
+
 
 _STANDARD_RULE, *_CONTROL_RULES = RULES.values()
 
 
-def _decisive(verdicts: pd.Series[Any]) -> Verdict:
-    """Of several verdicts, all of which must be `confirmed`, the one that decides."""
-    order: tuple[Verdict, ...] = ("contradicted", "inconclusive")
-    return next((verdict for verdict in order if (verdicts == verdict).any()), "confirmed")
+def _flat(of_rule: pd.DataFrame) -> tuple[Verdict, pd.Series[Any], str]:
+    """Judge whether the first descent is within FLAT_BAND of the highest rank's at all ranks.
+
+    Returns:
+        The verdict, the row of the rank that decides, and the numbers in words.
+    """
+    top = of_rule["rank"].max()
+    others = of_rule[of_rule["rank"] < top]
+    verdicts: list[Verdict] = [within(low, high, FLAT_BAND) for low, high in others[["low", "high"]].to_numpy(float)]
+    verdict = all_of(verdicts)
+    deciding = others[[of_rank == verdict for of_rank in verdicts]]
+    furthest = deciding.sort_values("ratio", key=lambda ratio: (ratio - 1).abs()).iloc[-1]
+    ratios = ", ".join(
+        f"r{row['rank']} {row['ratio']:.3f} {interval_text(row['low'], row['high'], 3)}" for _, row in others.iterrows()
+    )
+    return verdict, furthest, f"first descent over that of r{top}: {ratios}, {furthest['n_seeds']} seeds"
 
 
 def _by_rule(ratios: pd.DataFrame) -> Finding:
-    found = {rule: of_rule for rule, of_rule in ratios.groupby("rule") if len(of_rule) > 1}
-    verdict, furthest, text = _flat(found[_STANDARD_RULE])
+    by_rule = {rule: of_rule for rule, of_rule in ratios.groupby("rule") if len(of_rule) > 1}
+    verdict, furthest, text = _flat(by_rule[_STANDARD_RULE])
     problems = []
     if furthest["n_seeds"] < MIN_SEEDS:
         problems.append(f"{furthest['n_seeds']} paired seeds, {MIN_SEEDS} needed")
     for rule in _CONTROL_RULES:
-        if rule not in found:
+        if rule not in by_rule:
             continue
-        failed, _, told = _flat(found[rule])
-        text += f"; control {rule}: {told}"
-        if verdict == "confirmed" and failed != "contradicted":
-            problems.append(f"the control {rule} does not fail, so the measure can't tell")
-    if verdict == "confirmed" and not found.keys() & set(_CONTROL_RULES):
+        control, _, ratios_text = _flat(by_rule[rule])
+        text += f"; control {rule}: {ratios_text}"
+        if verdict == "confirmed" and control != "contradicted":
+            problems.append(f"the control {rule} does not fail, so the measure can't tell rules apart")
+    if verdict == "confirmed" and not by_rule.keys() & set(_CONTROL_RULES):
         problems.append("no control with another rule")
-    run_ids = [run_id for of_rule in found.values() for ids in of_rule["run_ids"] for run_id in ids]
+    run_ids = [run_id for of_rule in by_rule.values() for ids in of_rule["run_ids"] for run_id in ids]
     interval = (float(furthest["low"]), float(furthest["high"]))
     ratio = float(furthest["ratio"])
     return finding(run_ids, text, verdict, problems, ratio, interval, abs(ratio - 1))
 
 
-def _flat(of_rule: pd.DataFrame) -> tuple[Verdict, pd.Series[Any], str]:
-    """Whether the first descent is that of the highest rank within 5% at all ranks; the rank that decides; in words."""
-    top = of_rule["rank"].max()
-    others = of_rule[of_rule["rank"] < top]
-    verdicts = pd.Series([within(low, high, (0.95, 1.05)) for low, high in others[["low", "high"]].to_numpy()])
-    verdict = _decisive(verdicts)
-    deciding = others[(verdicts == verdict).to_numpy()]
-    furthest = deciding.sort_values("ratio", key=lambda ratio: (ratio - 1).abs()).iloc[-1]
-    told = ", ".join(
-        f"r{row['rank']} {row['ratio']:.3f} {interval_text(row['low'], row['high'], 3)}" for _, row in others.iterrows()
-    )
-    return verdict, furthest, f"first descent over that of r{top}: {told}, {furthest['n_seeds']} seeds"
+def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
+    """C4: judge the descent of the first update by rank, with 1/r and with the rules that must fail."""
+    ratios = descent_ratios(first_descents(lora, curves))
+    if ratios.empty:
+        raise UnjudgedError("not tested", "no descent at step 1")
+    groups = [of_batches for _, of_batches in ratios.groupby(_WITHOUT_RULE, dropna=False)]
+    comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
+    if not comparable:
+        raise UnjudgedError("inconclusive", f"fewer than two ranks with alpha {STANDARD['alpha']:g}")
+    return together([_by_rule(group) for group in comparable])
 
 
-def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool = False) -> Finding:
-    """C5, C8: largest difference of the training NLL of runs that should be one run, against runs that should not.
-
-    Args:
-        plus: only pairs of which one has unequal LRs of A and B and the other does not.
-    """
-    pairs = invariance_pairs(lora, plus)
-    if pairs.empty:
-        raise UnjudgedError("not tested", "no runs that should be equivalent")
-    last = differences(pairs, curves, TRAJECTORY_STEPS).groupby("pair").last()
-    equal, control = last[last["equivalent"]], last[~last["equivalent"]]
-    if equal.empty:
-        raise UnjudgedError("not tested", "no training losses of runs that should be equivalent")
-    furthest = equal.sort_values("difference").iloc[-1]
-    largest, eps = float(furthest["difference"]), float(furthest["eps"])
-    at_eps = "" if math.isnan(eps) else f", eps {eps:g}"
-    text = (
-        f"{len(equal)} equivalent pairs of runs differ by at most {largest:.2g} nats (r{furthest['rank']}, "
-        f"{_named(furthest, 'fast')} and {_named(furthest, 'slow')}{at_eps}) over {equal['step'].min()} steps"
-    )
-    problems = []
-    if len(equal) < int(pairs["equivalent"].sum()):
-        problems.append("some equivalent pairs have no training losses")
-    verdict: Verdict = "confirmed" if largest < IDENTICAL else "contradicted"
-    if equal["step"].min() < TRAJECTORY_STEPS and verdict == "confirmed":
-        problems.append(f"fewer than {TRAJECTORY_STEPS} steps in common")
-    if verdict == "contradicted" and not eps <= ZERO_EPS:
-        problems.append("epsilon is not near the zero that the argument is about")
-    if control.empty:
-        problems += ["no pair that should differ"] if verdict == "confirmed" else []
-    else:
-        nearest = float(control["difference"].min())
-        text += f"; {len(control)} other pairs by at least {nearest:.2g}"
-        if verdict == "confirmed" and not nearest > max(largest, IDENTICAL):
-            problems.append("runs that should differ do not, so the measure can't tell")
-    run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
-    return finding(run_ids, text, verdict, problems, largest, strain=largest)
-
-
-def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C8: as C5, for pairs of which one has unequal LRs of A and B and the other does not."""
-    return equivalent_trajectories(lora, curves, plus=True)
-
-
-def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C6: fall of the training loss where LR_A alone is ten times as large."""
-    pairs = tenfold_pairs(lora)
-    if pairs.empty:
-        raise UnjudgedError("not tested", "no runs that differ tenfold in init_a/LR_A alone")
-    falls = _falls(lora, curves)
-    both = pairs.assign(fast=pairs["run_id_fast"].map(falls), slow=pairs["run_id_slow"].map(falls))
-    both = both.dropna(subset=["fast", "slow"])
-    if both.empty:
-        raise UnjudgedError("not tested", f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
-    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    every = [of_pair for _, of_pair in both.groupby([*SETTING, *names], dropna=False)]
-    # The claim is about the time before A moves. Where that was not recorded, a pair counts.
-    moved = _moved_by(lora, curves, SLOPE_STEPS)
-    still = [of_pair for of_pair in every if not of_pair["run_id_fast"].map(moved).max() > STILL]
-    left_out = (
-        f"{len(every) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
-    )
-    if not still:
-        raise UnjudgedError("inconclusive", left_out)
-    found = [_slope_of(of_pair, moved) for of_pair in still]
-    # Not all reasons: there may be dozens.
-    counts = pd.Series([one.verdict for one in found]).value_counts()
-    told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    return replace(together(found), reason=f"{worst(found).reason}; pairs in all: {told}; {left_out}")
-
-
-def _falls(lora: pd.DataFrame, curves: pd.DataFrame) -> pd.Series[float]:
-    """Validation NLL before training minus that at the last point up to step SLOPE_STEPS, by run.
-
-    Training losses of single steps would not do: their batches differ more than so few updates do.
-    """
-    losses = train_curves(lora[["run_id"]], curves, split="validation")
-    early = losses[losses["step"] <= SLOPE_STEPS].groupby("run_id")
-    points = early.agg(first=("step", "min"), last=("step", "max"), before=("value", "first"), after=("value", "last"))
-    points = points[(points["first"] == 0) & (points["last"] > 0)]
-    return (points["before"] - points["after"]).astype(float)
-
-
-def _moved_by(lora: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.Series[float]:
-    """Movement of A by a step, at the first recorded step that is not before it, by run."""
-    moved = train_curves(lora[["run_id"]], curves, "a_moved")
-    return moved[moved["step"] >= step].groupby("run_id")["value"].first().astype(float)
-
-
-def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
-    """The finding on one pair of configurations, over seeds."""
-    first = of_pair.iloc[0]
-    ratio, low, high = ratio_of_means(of_pair["fast"].to_numpy(float), of_pair["slow"].to_numpy(float))
-    a_moved = of_pair["run_id_fast"].map(moved).max()
-    text = (
-        f"r{first['rank']} {_named(first, 'fast')}: {ratio:.3f} {interval_text(low, high, 3)} of the fall of "
-        f"{_named(first, 'slow')} over {len(of_pair)} seeds"
-    )
-    problems = []
-    if len(of_pair) < MIN_SEEDS:
-        problems.append(f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed")
-    if math.isnan(ratio):
-        problems.append("the loss does not fall")
-    verdict = within(low, high, (0.98, 1.02))
-    if not math.isnan(a_moved):
-        text += f", A moved by {a_moved:.2g}"
-    run_ids = [*of_pair["run_id_fast"], *of_pair["run_id_slow"]]
-    return finding(run_ids, text, verdict, problems, ratio, (low, high), abs(ratio - 1))
-
-
-def _named(pair: pd.Series[Any], speed: str) -> str:
-    alpha, init_a, lr, ratio = (pair[f"{name}_{speed}"] for name in CONFIGURATION)
-    return f"alpha {alpha:g} init x{init_a:g} LR_A {lr:g} LR_B/LR_A {ratio:g}"
-
-
-def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C7: exponent of the steps until A has moved by its own norm, as a power of init_a/LR_A."""
-    times = move_times(lora, curves)
-    if times.empty:
-        raise UnjudgedError("not tested", "no a_moved in the curves")
-    # Seeds of one configuration are no further points of the line.
-    cells = times.groupby([*SETTING, *CONFIGURATION], dropna=False).agg(
-        time=("time_scale", "first"), step=("step", lambda steps: math.exp(np.log(steps).mean(skipna=False)))
-    )
-    reached = cells.dropna()
-    if reached.empty:
-        raise UnjudgedError("inconclusive", f"A did not move by its own norm in any of {len(cells)} configurations")
-    line = log_log(reached["time"], reached["step"])
-    n_times = reached["time"].map(lambda value: f"{value:.6g}").nunique()
-    text = (
-        f"steps until A has moved by its own norm go as (init_a/LR_A) to the power {line.slope:.2f} "
-        f"{interval_text(line.low, line.high, 2)}, {line.n} configurations with {n_times} time scales"
-    )
-    left_out = len(cells) - len(reached)
-    if left_out:
-        text += f"; {left_out} left out, in which A did not get there in every seed, or did before the first record"
-    problems = []
-    if n_times < 3 or reached["time"].max() < 4 * reached["time"].min():
-        problems.append("needs three time scales over a factor of 4")
-    verdict = within(line.low, line.high, (0.8, 1.2))
-    run_ids = times.loc[times["step"].notna(), "run_id"]
-    return finding(run_ids, text, verdict, problems, line.slope, (line.low, line.high), abs(line.slope - 1))
-
-
-def standard_near_optimal(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C9: test NLL of each LR-tuned variant against the standard parametrisation."""
-    runs = tuned(lora)
-    found = []
-    for _, of_setting in runs.groupby(SETTING, dropna=False):
-        arms = [arm for arm, _ in each_arm(of_setting)]
-        standard = next((arm for arm in arms if _is_standard(arm)), None)
-        variants = [arm for arm in arms if not _is_standard(arm)]
-        if standard and variants:
-            found.append(_best_variant(of_setting, standard, variants))
-    if not found:
-        raise UnjudgedError("not tested", "no LR-tuned variants of alpha or LR ratio beside the standard one")
-    return together(found)
+C4 = Claim(
+    id="C4",
+    kind="theory",
+    statement="The factor 1/r makes the expected first update independent of rank",
+    figure="text",
+    criterion=(
+        "The measure is the first-order fall of the loss by the first update: the projection of the change of W on "
+        "FullFT's gradient in nats, as a mean over seeds, over that of the highest rank. At every rank the 95% "
+        f"interval of this ratio, paired by seed, lies within {FLAT_BAND[0]:g} to {FLAT_BAND[1]:g}. Ranks whose alpha "
+        "grows as sqrt(r) or as r are the control, and must fail this"
+    ),
+    needs=(
+        f"LoRA of several ranks with alpha {STANDARD['alpha']:g}, and with alpha growing with rank; {MIN_SEEDS} seeds"
+    ),
+    paper_value="equal; derived",
+    unit="ratio",
+    experiments=("parametrization",),
+    judge=on_lora(first_update_rank_independent),
+)
 
 
 def _is_standard(arm: dict[str, Any]) -> bool:
@@ -380,7 +136,7 @@ def _is_standard(arm: dict[str, Any]) -> bool:
 
 
 def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[dict[str, Any]]) -> Finding:
-    """The finding on one setting: every variant by itself, the worst decides."""
+    """Judge every variant of one setting by itself; the worst finding decides."""
     noise = seed_noise(runs)
     row = rows_of(noise, standard, ["model", "dataset", "batch_size", "steps"]).iloc[0]
     sigma, dof = sigma_of(noise, standard, "test"), int(row["dof"])
@@ -389,25 +145,27 @@ def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[d
     for name in ("alpha", "lr_ratio"):
         if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants):
             common.append(f"no variant of {name}")
-    found = []
+    findings = []
     for variant in variants:
-        apart = gap(runs, variant, standard)
-        interval = (apart.ci_low, apart.ci_high)
+        difference = gap(runs, variant, standard)
+        interval = (difference.ci_low, difference.ci_high)
         problems = [
             f"{label}: " + ("best LR at the edge of its grid" if losses[label]["at_edge"] else "no run finished")
             for label in (arm_label(variant), arm_label(standard))
             if losses[label]["at_edge"] or math.isnan(losses[label]["lr_best"])
         ]
-        if apart.n_seeds < MIN_SEEDS:
-            problems.append(f"{apart.n_seeds} paired seeds, {MIN_SEEDS} needed")
-        if apart.n_diverged:
-            problems.append(f"{apart.n_diverged} repeats at the best LR diverged")
-        text = f"{arm_label(variant)} - standard = {nats(apart.estimate, *interval)} over {apart.n_seeds} seeds"
-        verdict = within(*interval, (-2 * sigma, math.inf))
+        if difference.n_seeds < MIN_SEEDS:
+            problems.append(f"{difference.n_seeds} paired seeds, {MIN_SEEDS} needed")
+        if difference.n_diverged:
+            problems.append(f"{difference.n_diverged} repeats at the best LR diverged")
+        text = (
+            f"{arm_label(variant)} - standard = {nats(difference.estimate, *interval)} over {difference.n_seeds} seeds"
+        )
+        verdict = within(*interval, (-SIGMAS * sigma, math.inf))
         problems += equality_problems(verdict, sigma, float(losses[arm_label(standard)]["nll_mean"]))
         run_ids = rows_of(runs, variant)["run_id"]
-        found.append(finding(run_ids, text, verdict, problems, apart.estimate, interval, -apart.estimate))
-    decided = together(found)
+        findings.append(finding(run_ids, text, verdict, problems, difference.estimate, interval, -difference.estimate))
+    decided = together(findings)
     text = f"{decided.reason}; {sigma_text(sigma)}"
     return finding(
         [*decided.run_ids, *rows_of(runs, standard)["run_id"]],
@@ -420,31 +178,41 @@ def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[d
     )
 
 
-def b_outgrows_a(comparison: Comparison) -> Finding:
-    """C10: share of layers in which B has the larger spectral norm, at the last step and the best LR of each rank."""
-    arms = list(comparison.lora.values())
-    if not arms:
-        raise UnjudgedError("not tested", "no LoRA on all layers")
-    last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
-    last = last[last["step"] == last["steps"].fillna(last["step"])]
-    shares = last["value"].astype(float)
-    found = []
-    for arm in arms:
-        run_ids = [run_id for run_id in comparison.losses[arm_label(arm)]["run_ids"] if run_id in shares]
-        if not run_ids:
-            continue
-        share, low, high = mean_interval(shares.loc[run_ids])
-        verdict: Verdict = "confirmed" if low > 0.5 else "contradicted" if high <= 0.5 else "inconclusive"
-        text = f"{arm_label(arm)} {share:.2f} {interval_text(low, high, 2)} over {len(run_ids)} seeds"
-        found.append(finding(run_ids, text, verdict, comparison.edge_problems([arm]), share, (low, high), -share))
-    if not found:
-        raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its best LR")
-    decided = together(found)
-    return replace(decided, reason=f"share of layers with ||B|| > ||A||: {decided.reason}")
+def standard_near_optimal(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
+    """C9: judge the test NLL of each LR-tuned variant minus that of the standard parametrization."""
+    runs = tuned(lora)
+    findings = []
+    for _, of_setting in runs.groupby(SETTING, dropna=False):
+        arms = [arm for arm, _ in each_arm(of_setting)]
+        standard = next((arm for arm in arms if _is_standard(arm)), None)
+        variants = [arm for arm in arms if not _is_standard(arm)]
+        if standard and variants:
+            findings.append(_best_variant(of_setting, standard, variants))
+    if not findings:
+        raise UnjudgedError("not tested", "no LR-tuned variants of alpha or LR ratio beside the standard one")
+    return together(findings)
 
 
-def longest_runs(comparisons: list[Comparison]) -> list[Scoped]:
-    """Per model, the comparisons with the most examples seen, memorisation left out."""
+C9 = Claim(
+    id="C9",
+    kind="opinion",
+    statement=f"No other alpha or LR ratio of B and A is better than alpha {STANDARD['alpha']:g} with equal LRs",
+    figure="text",
+    criterion=(
+        "The test NLL of each variant of alpha and of LR_B/LR_A minus that of the standard parametrization, each at "
+        f"its own best LR and paired by seed, has no 95% interval that reaches below -{SIGMAS} sigma. Contradicted if "
+        "one lies wholly below"
+    ),
+    needs=f"the standard parametrization and variants of alpha and LR ratio, each LR-tuned; {MIN_SEEDS} seeds",
+    paper_value="unable to improve; no number",
+    unit="nats per token",
+    experiments=("parametrization",),
+    judge=on_lora(standard_near_optimal),
+)
+
+
+def most_examples(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose, for each model, the comparisons with the most examples seen, random facts left out."""
     sized: dict[str, list[tuple[float, Comparison]]] = {}
     for comparison in comparisons:
         first = comparison.runs.iloc[0]
@@ -459,24 +227,52 @@ def longest_runs(comparisons: list[Comparison]) -> list[Scoped]:
     ]
 
 
-def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C11: the change of W by one step, against runs in which A is still; without such, against the first step."""
-    by_itself = _growth_by_itself(lora, curves)
-    growth = update_growth(still_controls(lora), curves)
-    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    found = [_growth_by_a(of_pair) for _, of_pair in growth.groupby([*SETTING, *names], dropna=False)]
-    if not found and not by_itself:
-        raise UnjudgedError("not tested", "no update_norm of the standard parametrisation at step 1 and later")
-    decided = together(found or by_itself)
-    if not found or not by_itself:
-        return decided
-    uncorrected = together(by_itself)
-    run_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
-    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=run_ids)
+def b_outgrows_a(comparison: Comparison) -> Finding:
+    """C10: judge the share of layers in which B has the larger spectral norm, at the end and best LR of each rank."""
+    arms = list(comparison.lora.values())
+    if not arms:
+        raise UnjudgedError("not tested", "no LoRA on all layers")
+    last = train_curves(comparison.runs, comparison.curves, "b_over_a").groupby("run_id").last()
+    last = last[last["step"] == last["steps"].fillna(last["step"])]
+    shares = last["value"].astype(float)
+    findings = []
+    for arm in arms:
+        run_ids = [run_id for run_id in comparison.losses[arm_label(arm)]["run_ids"] if run_id in shares]
+        if not run_ids:
+            continue
+        share, low, high = mean_interval(shares.loc[run_ids])
+        verdict: Verdict = "confirmed" if low > HALF else "contradicted" if high <= HALF else "inconclusive"
+        text = f"{arm_label(arm)} {share:.2f} {interval_text(low, high, 2)} over {len(run_ids)} seeds"
+        findings.append(finding(run_ids, text, verdict, comparison.edge_problems([arm]), share, (low, high), -share))
+    if not findings:
+        raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its best LR")
+    decided = together(findings)
+    return replace(decided, reason=f"share of layers with ||B|| > ||A||: {decided.reason}")
+
+
+C10 = Claim(
+    id="C10",
+    kind="empirical",
+    statement="At the end of full runs, B has a larger spectral norm than A",
+    figure="text",
+    criterion=(
+        "In the longest SFT runs of each model (most examples seen, random facts left out) at each rank's best LR, B "
+        "has the larger spectral norm in more than half of the layers after the last step: the 95% interval of this "
+        "share over seeds is above 0.5 at every rank. Contradicted if it is below 0.5 at some rank"
+    ),
+    needs="LoRA on all layers with an LR grid; b_over_a at the last step; seeds at the best LR",
+    paper_value="larger; no number",
+    unit="share of layers",
+    experiments=("rank", "short_run", "capacity"),
+    judge=over(most_examples, b_outgrows_a),
+)
+
+ADAM_STEPS = 10
+"""The number of steps that Adam's first moment, with its decay of 0.9, takes to fill."""
 
 
 def _growth_by_a(of_pair: pd.DataFrame) -> Finding:
-    """The finding on one LR and rank with its control, over seeds."""
+    """Judge one LR and rank against its control, over seeds."""
     first = of_pair.iloc[0]
     mean, low, high = mean_interval(np.log(of_pair["growth"]))
     ratio, interval = math.exp(mean), (math.exp(low), math.exp(high))
@@ -491,29 +287,16 @@ def _growth_by_a(of_pair: pd.DataFrame) -> Finding:
     return finding(run_ids, text, verdict, problems, ratio, interval, -ratio)
 
 
-def _growth_by_itself(lora: pd.DataFrame, curves: pd.DataFrame) -> list[Finding]:
-    """The findings without a control, one per rank at its best LR."""
-    sizes = step_sizes(lora, curves)
-    early = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
-    found = []
-    for arm, of_arm in each_arm(early):
-        by_run = {run_id: rows.set_index("step")["size"] for run_id, rows in of_arm.groupby("run_id")}
-        by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
-        if by_run:
-            found.append(_growth(arm_label(arm), by_run))
-    return found
-
-
 def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
-    """The finding on one rank at its best LR, from the sizes of steps of each seed."""
+    """Judge one rank at its best LR without a control, from the size of each step by run."""
     last = max(sizes[next(iter(sizes))].index)
-    # The later half, on a log axis, of what is early.
+    # On a log axis these are the later half of the steps.
     growth = pd.Series(
         {run_id: float(np.log(size[size.index >= math.sqrt(last)] / size[1]).mean()) for run_id, size in sizes.items()}
     )
     mean, low, high = mean_interval(growth)
     ratio, interval = math.exp(mean), (math.exp(low), math.exp(high))
-    filled = {run_id: size[size.index >= FIRST_STEPS] for run_id, size in sizes.items()}
+    filled = {run_id: size[size.index >= ADAM_STEPS] for run_id, size in sizes.items()}
     slope, slope_low, slope_high = mean_interval(
         pd.Series([log_log(size.index, size).slope for size in filled.values()], dtype=float)
     )
@@ -521,10 +304,10 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
         f"{label}: change of W per step over the LR is {ratio:.2f} {interval_text(*interval, 2)} times that "
         f"of the first step from step {math.ceil(math.sqrt(last))} to {last}, {len(sizes)} seeds"
     )
-    # It takes two recorded steps to tell.
+    # A slope needs two recorded steps.
     if not math.isnan(slope):
         text += f"; it goes as step to the power {slope:.2f} {interval_text(slope_low, slope_high, 2)} from "
-        text += f"step {FIRST_STEPS} on"
+        text += f"step {ADAM_STEPS} on"
     problems = [f"{len(sizes)} seeds, {MIN_SEEDS} needed"] if len(sizes) < MIN_SEEDS else []
     verdict: Verdict = "inconclusive"
     if interval[0] > 1:
@@ -534,197 +317,54 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
     return finding(sizes, text, verdict, problems, ratio, interval, -ratio)
 
 
-def _on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
-    """Judge the LoRA runs of each model and dataset, whatever their parametrisation; the worst finding decides."""
+def _growth_by_itself(lora: pd.DataFrame, curves: pd.DataFrame) -> list[Finding]:
+    """Judge each rank at its best LR without a control, over the first half of its run."""
+    sizes = step_sizes(lora, curves)
+    early = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
+    findings = []
+    for arm, of_arm in each_arm(early):
+        by_run = {run_id: rows.set_index("step")["size"] for run_id, rows in of_arm.groupby("run_id")}
+        by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
+        if by_run:
+            findings.append(_growth(arm_label(arm), by_run))
+    return findings
 
-    return lambda evidence: judge_each(
-        (f"{model}/{dataset}", partial(judge, runs, evidence.curves))
-        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"])
-    )
+
+def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
+    """C11: judge the change of W by one step against runs in which A is still, or else against the first step."""
+    by_itself = _growth_by_itself(lora, curves)
+    growth = update_growth(still_controls(lora), curves)
+    names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
+    controlled = [_growth_by_a(of_pair) for _, of_pair in growth.groupby([*SETTING, *names], dropna=False)]
+    if not controlled and not by_itself:
+        raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
+    decided = together(controlled or by_itself)
+    if not controlled or not by_itself:
+        return decided
+    uncorrected = together(by_itself)
+    run_ids = tuple(sorted({*decided.run_ids, *uncorrected.run_ids}))
+    return replace(decided, reason=f"{decided.reason}; for comparison {uncorrected.reason}", run_ids=run_ids)
 
 
-_PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
-
-CLAIMS = (
-    Claim(
-        id="C1",
-        kind="empirical",
-        statement="Early in training, learning curves at one LR are the same for all ranks",
-        figure="early curves",
-        criterion=(
-            "Training NLL of the lowest rank above 1 minus that of the highest (the paper: 16 and 256), same batches, "
-            f"mean over seeds: at every step up to {EARLY_STEPS} its 95% interval lies within 2 sigma of batches "
-            "(standard deviation over seeds, pooled over both ranks and these steps), and up to step 20 within 1% of "
-            "the loss too. Contradicted if at some step the whole interval is outside"
-        ),
-        needs=f"LoRA of two ranks above 1 at one LR, {MIN_SEEDS} seeds, training losses at every step",
-        paper_value="nearly on top of each other; no number",
-        unit="nats per token",
-        experiments=("early",),
-        judge=over(every_dataset, same_early_curves),
+C11 = Claim(
+    id="C11",
+    kind="theory",
+    statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
+    figure="text",
+    criterion=(
+        "With a control: at the last recorded step, the norm of the change of W by one step, relative to the first "
+        "step, over the same of a run with a tenth of LR_A and the same LR_B, has a 95% interval over paired seeds "
+        "above 1; contradicted if it is below. In the control A hardly moves, and Adam's updates shrink as much. "
+        "Without a control: the norm of the change of W over the LR, in the first half of the longest runs at the "
+        "best LR (mean of logs over the recorded steps from the square root of its last step on), over that of the "
+        f"first step is above 1; contradicted only if it is below 1 and falls from step {ADAM_STEPS} on, since Adam's "
+        "first update is its largest"
     ),
-    Claim(
-        id="C2",
-        kind="empirical",
-        statement="The difference of early curves grows with time",
-        figure="early curves",
-        criterion=(
-            "Slope of each seed's |difference| (as in C1) against log step, from step 2 to the end: its 95% interval "
-            "over seeds is above 0, and the mean |difference| rises from decade to decade of steps. Contradicted if "
-            "the interval is below 0"
-        ),
-        needs=f"as C1, over 10 steps and more; {MIN_SEEDS} seeds",
-        paper_value="grows; no number",
-        unit="nats per token and decade",
-        experiments=("early",),
-        judge=over(every_dataset, difference_grows),
-    ),
-    Claim(
-        id="C3",
-        kind="opinion",
-        statement="In the first few steps the lower rank has a slightly lower loss",
-        figure="early curves",
-        criterion=(
-            f"Difference as in C1, mean over steps 2 to {FIRST_STEPS}: the 95% interval over at least {SIGN_SEEDS} "
-            "seeds is below 0. Contradicted if it is above 0"
-        ),
-        needs=f"as C1; {SIGN_SEEDS} seeds",
-        paper_value="negative, tiny; no number",
-        unit="nats per token",
-        experiments=("early",),
-        judge=over(every_dataset, difference_negative_at_first),
-    ),
-    Claim(
-        id="C4",
-        kind="theory",
-        statement="The factor 1/r makes the expected first update independent of rank",
-        figure="text",
-        criterion=(
-            "First-order fall of the loss by the first update (the projection of the change of W on FullFT's gradient, "
-            "in nats), mean over seeds, over that of the highest rank: the 95% interval of the ratio, paired by seed, "
-            "is within 0.95 to 1.05 at every rank. Ranks whose alpha grows as sqrt(r) or as r are the control, and "
-            "must fail this"
-        ),
-        needs=f"LoRA of several ranks with alpha 32, and with alpha growing with rank; {MIN_SEEDS} seeds",
-        paper_value="equal; derived",
-        unit="ratio",
-        experiments=("parametrization",),
-        judge=_on_lora(first_update_rank_independent),
-    ),
-    Claim(
-        id="C5",
-        kind="theory",
-        statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
-        figure="text",
-        criterion=(
-            "Runs with the same alpha * init_A * LR_B and init_A / LR_A, all else equal, have training losses that "
-            f"differ by less than {IDENTICAL:g} nats over the first {TRAJECTORY_STEPS} steps; all pairs of which one "
-            "of the two differs, the control, differ by more. At the smallest epsilon in the tables; above "
-            f"{ZERO_EPS:g}, a difference does not contradict"
-        ),
-        needs=f"{_PAIRS}, that are equivalent, and some that are not",
-        paper_value="exact; derived",
-        unit="nats per token",
-        experiments=("parametrization",),
-        judge=_on_lora(equivalent_trajectories),
-    ),
-    Claim(
-        id="C6",
-        kind="theory",
-        statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
-        figure="text",
-        criterion=(
-            f"Fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at least ten times "
-            "as large (init_A / LR_A a tenth) at the same alpha * init_A * LR_B: the 95% interval of the ratio of "
-            "means, paired by seed, is within 0.98 to 1.02. Pairs whose A has moved by more than "
-            f"{STILL:g} of its norm by then are left out: the claim is about the time before A moves"
-        ),
-        needs=f"{_PAIRS}, with LR_A tenfold and the same LR_B; {MIN_SEEDS} seeds",
-        paper_value="irrelevant while B is 0; derived",
-        unit="ratio",
-        experiments=("parametrization",),
-        judge=_on_lora(same_initial_slope),
-    ),
-    Claim(
-        id="C7",
-        kind="theory",
-        statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
-        figure="text",
-        criterion=(
-            "Log-log slope of the steps until ||A - A0|| / ||A0|| reaches 1 (mean over layers, interpolated on log "
-            "axes between recorded steps, mean of logs over seeds) against init_A / LR_A: 95% interval within 0.8 to "
-            "1.2. Runs that do not get there are left out"
-        ),
-        needs="LoRA with three values of init_A / LR_A over a factor of 4, long enough for A to move",
-        paper_value="proportional; derived",
-        unit="exponent",
-        experiments=("parametrization",),
-        judge=_on_lora(time_scale_of_a),
-    ),
-    Claim(
-        id="C8",
-        kind="theory",
-        statement="LoRA+ (a larger LR of B) and a larger alpha are moves along init_A / LR_A",
-        figure="text",
-        criterion=(
-            "As C5, for pairs of which one has unequal LRs of A and B and the other, with another alpha, init_A or LR, "
-            "has equal ones"
-        ),
-        needs=f"{_PAIRS}, that are equivalent with LR_B/LR_A other than 1 and equal to 1",
-        paper_value="exact; derived",
-        unit="nats per token",
-        experiments=("parametrization",),
-        judge=_on_lora(plus_trajectories),
-    ),
-    Claim(
-        id="C9",
-        kind="opinion",
-        statement="No other alpha or LR ratio of B and A is better than alpha 32 with equal LRs",
-        figure="text",
-        criterion=(
-            "Test NLL of each variant (notes: alpha 8, 32, 128; LR_B/LR_A 1, 4, 16) minus that of the standard "
-            "parametrisation, each at its own best LR, paired by seed: no 95% interval reaches below -2 sigma. "
-            "Contradicted if one lies wholly below"
-        ),
-        needs=f"the standard parametrisation and variants of alpha and LR ratio, each LR-tuned; {MIN_SEEDS} seeds",
-        paper_value="unable to improve; no number",
-        unit="nats per token",
-        experiments=("parametrization",),
-        judge=_on_lora(standard_near_optimal),
-    ),
-    Claim(
-        id="C10",
-        kind="empirical",
-        statement="At the end of full runs, B has a larger spectral norm than A",
-        figure="text",
-        criterion=(
-            "In the longest SFT runs of each model (most examples seen; memorisation left out), at each rank's best "
-            "LR, B has the larger spectral norm in more than half of the layers after the last step: 95% interval over "
-            "seeds above 0.5 at every rank. Contradicted if it is below at some rank"
-        ),
-        needs="LoRA on all layers with an LR grid; b_over_a at the last step; seeds at the best LR",
-        paper_value="larger; no number",
-        unit="share of layers",
-        experiments=("rank", "short_run", "capacity"),
-        judge=over(longest_runs, b_outgrows_a),
-    ),
-    Claim(
-        id="C11",
-        kind="theory",
-        statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
-        figure="text",
-        criterion=(
-            "Norm of the change of W by one step, relative to the first, over that of a run with a tenth of LR_A and "
-            "the same LR_B, in which A is still and Adam's own shrinking is the same; at the last step recorded: "
-            "95% interval over paired seeds above 1, contradicted if below. Without such a control: ||change of W|| / "
-            "LR in the later part of the first half of the longest runs at the best LR (recorded steps from its square "
-            "root on, mean of logs) over that of the first step is above 1; contradicted only if it is below 1 and "
-            f"falls from step {FIRST_STEPS} on, since Adam's first update is its largest, LR in every entry"
-        ),
-        needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
-        paper_value="grows; derived",
-        unit="ratio",
-        experiments=("parametrization",),
-        judge=_on_lora(effective_lr_grows),
-    ),
+    needs=f"LoRA with update_norm at the first step and later, and with LR_A a tenth; {MIN_SEEDS} seeds of both",
+    paper_value="grows; derived",
+    unit="ratio",
+    experiments=("parametrization",),
+    judge=on_lora(effective_lr_grows),
 )
+
+CLAIMS = (C4, C9, C10, C11)
