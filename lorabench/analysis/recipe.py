@@ -1,9 +1,8 @@
-"""The practical recipe of some runs: does LoRA match full fine-tuning, and at which learning rate, rank and placement?
+"""Recipes: whether LoRA matches FullFT in the given runs, and which learning rate, rank and placement to use.
 
-Every arm is taken at its own best learning rate, picked on the validation split. LoRA matches if, on the test split,
-what it loses against full fine-tuning is within two seed standard deviations with its whole 95% interval, by the rule
-of the claims on equal losses (`Comparison.equal_losses`); that LoRA is better counts as matching. Of RL all losses
-are error rates.
+Every arm is taken at its own best learning rate, picked on the validation split. LoRA matches FullFT if the whole 95%
+interval of its test loss minus that of FullFT is below two seed standard deviations, the rule of the claims on equal
+losses (`Comparison.equal_losses`); LoRA also matches if it is better. In RL a loss is an error rate.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from lorabench.analysis.claims.evidence import NEEDED_BY, Arm, Comparison, Task,
 from lorabench.analysis.claims.finding import Finding, Verdict
 from lorabench.analysis.claims.learning_rate import lr_ratio
 from lorabench.analysis.claims.reinforcement import if_learned, rewarded_errors
+from lorabench.analysis.losses import with_losses
 from lorabench.analysis.studies import MIN_LRS
 from lorabench.tables import with_all_columns
 
@@ -29,7 +29,7 @@ _ANSWERS: Mapping[Verdict, Answer] = {"confirmed": "yes", "contradicted": "no"}
 
 @dataclass(frozen=True)
 class Place:
-    """What is the same for all arms of a comparison."""
+    """The columns that all arms of a comparison share."""
 
     task: Task
     model: str
@@ -40,32 +40,36 @@ class Place:
 
 @dataclass(frozen=True)
 class Gap:
-    """What an arm loses against another, both at their best LR, paired by seed. NaN where not known."""
+    """The test loss of an arm minus that of another, each at its best LR, paired by seed; an unknown number is NaN."""
 
     answer: Answer
-    """Whether it is as good as the other, or better."""
+    """Whether the arm is as good as the other or better."""
     estimate: float
-    """Nats per token; in RL, error rate. Above 0 the arm is worse."""
+    """Nats per token, or in RL error rate; above 0 the arm is worse."""
     low: float
+    """Lower end of the 95% interval."""
     high: float
+    """Upper end of the 95% interval."""
     reason: str
+    """Why the answer is as it is, in words."""
     run_ids: tuple[str, ...]
+    """Ids of the compared runs."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Optimal LR of LoRA over that of full fine-tuning, with its 95% bootstrap interval. NaN where not known."""
+    """The optimal LR of LoRA over that of FullFT, with its 95% bootstrap interval; an unknown number is NaN."""
 
     estimate: float
     low: float
     high: float
     problems: tuple[str, ...]
-    """Why it does not count; empty if both optima are resolved."""
+    """Why the ratio is not reliable; empty if both optima are resolved."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An arm at its best LR. NaN where not known."""
+    """An arm at its best LR; an unknown number is NaN."""
 
     label: str
     rank: int | None
@@ -74,57 +78,61 @@ class Choice:
     lr_best: float
     """The LR of the grid with the lowest validation loss."""
     lr_opt: float
-    """Interpolated between the LRs of the grid, with its 95% bootstrap interval."""
+    """The optimal LR, interpolated between the LRs of the grid."""
     lr_low: float
+    """Lower end of the 95% bootstrap interval of `lr_opt`."""
     lr_high: float
+    """Upper end of that interval."""
     resolved: bool
+    """Whether the grid determines the optimal LR (see `lr_optima`)."""
     loss: float
-    """Mean test loss at the best LR over its seeds."""
+    """Mean over seeds of the test loss at the best LR."""
     n_seeds: int
     gap: Gap | None = None
-    """Against full fine-tuning; of a placement, against LoRA on all layers."""
+    """The gap to FullFT, or for a placement the gap to LoRA on all layers."""
     ratio: Ratio | None = None
-    """Over full fine-tuning; of a placement, none."""
+    """The ratio of its optimal LR to that of FullFT; None for a placement."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What the runs of one model, dataset, batch size and length say."""
+    """The result for one model, dataset, batch size and number of steps."""
 
     place: Place
     answer: Answer
-    """Yes: some rank matches. No: none of those tried does. Undecided: none is known to, some may."""
+    """Yes if some rank matches FullFT, no if none of the ranks tried does, undecided if some may match."""
     fullft: Choice
     lora: tuple[Choice, ...]
     """LoRA on all layers, ascending in rank."""
     best: Choice
-    """Of the ranks that give the answer, the one with the lowest validation loss."""
+    """The rank with the lowest validation loss among the ranks that give the answer."""
     smallest: Choice | None
-    """The lowest rank that matches."""
+    """The lowest rank that matches FullFT, if any does."""
     sigma: float
-    """Seed standard deviation of the test loss, and its degrees of freedom."""
+    """Seed standard deviation of the test loss."""
     dof: int
+    """Degrees of freedom of `sigma`."""
 
     @property
     def use(self) -> Choice:
-        """What to use: the cheapest rank that matches, or else the best."""
+        """The choice to use: the lowest rank that matches FullFT, or else the best."""
         return self.smallest or self.best
 
 
 @dataclass(frozen=True)
 class PlacementChoice:
-    """LoRA on the layers tried for one model, dataset, batch size and length; each at its best rank."""
+    """The placements of LoRA tried for one model, dataset, batch size and number of steps, each at its best rank."""
 
     place: Place
     every: Choice
-    """On all layers."""
+    """LoRA on all layers."""
     parts: tuple[Choice, ...]
-    """On some, with their gap to all layers."""
+    """LoRA on some of the layers, with the gap to LoRA on all layers."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to use, as measured."""
+    """The recommendations and placements of all comparisons in the runs."""
 
     found: tuple[Recommendation, ...]
     placements: tuple[PlacementChoice, ...]
@@ -132,45 +140,49 @@ class Recipe:
     @property
     def answer(self) -> Answer | Literal["mixed"] | None:
         """The answer of all comparisons together; `mixed` if they differ, None without any."""
-        answers = {one.answer for one in self.found}
+        answers = {recommendation.answer for recommendation in self.found}
         return answers.pop() if len(answers) == 1 else "mixed" if answers else None
 
     def by_batch_size(self) -> list[tuple[Recommendation, ...]]:
-        """Those that share task, model and dataset at two or more batch sizes, ascending, of one size the longest."""
+        """Group the recommendations of each task, model and dataset that has at least two batch sizes.
+
+        A group is ascending in batch size, and has for each batch size the recommendation with the most steps.
+        """
         groups: dict[tuple[str, ...], dict[int, Recommendation]] = {}
-        for one in sorted(self.found, key=lambda one: (one.place.batch_size, one.place.steps or 0)):
-            place = one.place
-            groups.setdefault((place.task, place.model, place.dataset), {})[place.batch_size] = one
+        ascending = sorted(self.found, key=lambda found: (found.place.batch_size, found.place.steps or 0))
+        for recommendation in ascending:
+            place = recommendation.place
+            groups.setdefault((place.task, place.model, place.dataset), {})[place.batch_size] = recommendation
         return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]
 
 
 def recipe(runs: pd.DataFrame) -> Recipe:
-    """What the runs recommend. A comparison needs full fine-tuning and LoRA, each with at least MIN_LRS rates.
+    """Derive the recommendations from runs. A comparison needs FullFT and LoRA, each with at least MIN_LRS LRs.
 
-    Only LoRA in the paper's parametrisation counts. Of RL, problems that no run was ever rewarded on are left out.
+    Only LoRA in the paper's parametrization is used. An RL problem set on which no run ever got a reward is left out.
 
     Args:
-        runs: the table `runs`; a task without the columns of NEEDED_BY is left out.
+        runs: the table `runs`; runs of a task whose columns (NEEDED_BY) it lacks are left out.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
-    found: list[Recommendation] = []
+    recommendations: list[Recommendation] = []
     placements: list[PlacementChoice] = []
     for standard in _standard(runs):
-        # Noise is that of the arms compared, as in the claims.
+        # The noise is that of the compared arms only, as in the claims, so placements are compared separately.
         for comparison in _tuned(standard[standard["placement"].isna() | standard["placement"].eq("all")]):
             if comparison.fullft and comparison.lora:
-                found.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
+                recommendations.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
         for comparison in _tuned(standard[standard["method"].eq("lora")]):
             parts = [arms for name in ("mlp", "attn") if (arms := list(comparison.placed(name).values()))]
             if comparison.lora and parts:
                 placements.append(_placements(comparison, list(comparison.lora.values()), parts))
-    return Recipe(tuple(found), tuple(placements))
+    return Recipe(tuple(recommendations), tuple(placements))
 
 
 def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """The runs of each task in the paper's parametrisation; of RL as error rates."""
+    """Yield the runs of each task in the paper's parametrization, with the losses of RL runs."""
     rl = is_rl(runs)
     of_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
     for task, chosen in of_task.items():
@@ -180,7 +192,7 @@ def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 
 def _tuned(runs: pd.DataFrame) -> Iterator[Comparison]:
-    """The comparisons of arms that have enough LRs to pick from."""
+    """Yield the comparisons, with only the arms that have at least MIN_LRS LRs."""
     for comparison in comparisons(runs, pd.DataFrame()):
         rows = [of_arm for of_arm in comparison.rows.values() if of_arm["lr"].nunique() >= MIN_LRS]
         if rows:
@@ -190,7 +202,7 @@ def _tuned(runs: pd.DataFrame) -> Iterator[Comparison]:
 def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm]) -> Recommendation:
     lora = [_against(comparison, arm, fullft, tuned_ratio=True) for arm in by_rank]
     answers: tuple[Answer, ...] = ("yes", "undecided", "no")
-    answer = next(one for one in answers if any(_answer(choice) == one for choice in lora))
+    answer = next(answer for answer in answers if any(_answer(choice) == answer for choice in lora))
     giving = [(arm, choice) for arm, choice in zip(by_rank, lora, strict=True) if _answer(choice) == answer]
     _, best = min(giving, key=lambda pair: _validation_loss(comparison, pair[0]))
     sigma, dof = comparison.sigma("test")
@@ -224,27 +236,27 @@ def _answer(choice: Choice) -> Answer:
 
 
 def _validation_loss(comparison: Comparison, arm: Arm) -> float:
-    """Mean validation loss at the best LR; infinite where no run finished."""
-    rows = comparison.rows[arm_label(arm)]
-    loss = rows.loc[rows["run_id"].isin(comparison.losses[arm_label(arm)]["run_ids"]), "final_valid_nll"].mean()
+    """Return the mean validation loss at the best LR; infinity if no run finished."""
+    rows = with_losses(comparison.rows[arm_label(arm)])
+    loss = rows.loc[rows["run_id"].isin(comparison.losses[arm_label(arm)]["run_ids"]), "validation_loss"].mean()
     return float("inf") if pd.isna(loss) else float(loss)
 
 
 def _against(comparison: Comparison, arm: Arm, other: Arm, tuned_ratio: bool) -> Choice:
-    """An arm beside another: its gap, and where wanted the ratio of their LRs."""
-    found = comparison.equal_losses(arm, other, better_too=True)
+    """Return the choice of an arm with its gap to another, and if wanted the ratio of their optimal LRs."""
+    finding = comparison.equal_losses(arm, other, better_too=True)
     if comparison.is_rl:
-        found = if_learned(comparison, found, [other])
+        finding = if_learned(comparison, finding, [other])
     ratio = None
     if tuned_ratio:
         of_lrs = lr_ratio(comparison, arm, other)
         ratio = Ratio(of_lrs.estimate, *of_lrs.interval, tuple(of_lrs.problems))
-    return _choice(comparison, arm, _gap(found), ratio)
+    return _choice(comparison, arm, _gap(finding), ratio)
 
 
-def _gap(found: Finding) -> Gap:
-    answer = _ANSWERS.get(found.verdict, "undecided")
-    return Gap(answer, found.estimate, found.ci_low, found.ci_high, found.reason, found.run_ids)
+def _gap(finding: Finding) -> Gap:
+    answer = _ANSWERS.get(finding.verdict, "undecided")
+    return Gap(answer, finding.estimate, finding.ci_low, finding.ci_high, finding.reason, finding.run_ids)
 
 
 def _choice(comparison: Comparison, arm: Arm, gap: Gap | None = None, ratio: Ratio | None = None) -> Choice:
@@ -261,7 +273,7 @@ def _choice(comparison: Comparison, arm: Arm, gap: Gap | None = None, ratio: Rat
         lr_low=float(optimum["lr_low"]),
         lr_high=float(optimum["lr_high"]),
         resolved=bool(optimum["resolved"]),
-        loss=float(losses["nll_mean"]),
+        loss=float(losses["loss_mean"]),
         n_seeds=int(losses["n_seeds"]),
         gap=gap,
         ratio=ratio,

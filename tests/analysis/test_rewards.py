@@ -55,11 +55,12 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     done = found["status"] == "done"
     assert found["status"].iloc[0] == "done"
     assert (found["status"] == "diverged").sum() == 1
-    assert found.loc[done, "final_test_nll"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
-    assert found.loc[~done, "final_test_nll"].isna().all()
+    assert found.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
+    assert found.loc[~done, "test_loss"].isna().all()
     best = errors(both, "best_reward")[done]
-    assert best["final_test_nll"].tolist() == pytest.approx((1 - runs.loc[done, "best_reward"]).tolist())
-    assert best["final_valid_nll"].tolist() == found.loc[done, "final_valid_nll"].tolist()
+    assert best["test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "best_reward"]).tolist())
+    assert best["validation_loss"].tolist() == found.loc[done, "validation_loss"].tolist()
+    assert found[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
     pd.testing.assert_frame_equal(errors(found), found)
     assert errors(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
     assert seed_noise(found)["sigma"].item() == pytest.approx(OFFSETS[1])

@@ -171,7 +171,7 @@ class Comparison:
         """
         estimate, interval, text, problems = self.final_gap(arm, other)
         sigma, dof = self.sigma("test")
-        loss = float(self.losses[arm_label(other)]["nll_mean"])
+        loss = float(self.losses[arm_label(other)]["loss_mean"])
         verdict = within(*interval, (-math.inf if better_too else -2 * sigma, 2 * sigma))
         noisy = error_equality_problems(verdict, 2 * sigma) if self.is_rl else equality_problems(verdict, sigma, loss)
         off = estimate if better_too else abs(estimate)

@@ -404,7 +404,7 @@ def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[d
             problems.append(f"{apart.n_diverged} repeats at the best LR diverged")
         text = f"{arm_label(variant)} - standard = {nats(apart.estimate, *interval)} over {apart.n_seeds} seeds"
         verdict = within(*interval, (-2 * sigma, math.inf))
-        problems += equality_problems(verdict, sigma, float(losses[arm_label(standard)]["nll_mean"]))
+        problems += equality_problems(verdict, sigma, float(losses[arm_label(standard)]["loss_mean"]))
         run_ids = rows_of(runs, variant)["run_id"]
         found.append(finding(run_ids, text, verdict, problems, apart.estimate, interval, -apart.estimate))
     decided = together(found)
