@@ -1,4 +1,4 @@
-"""The recipe, from tables whose answer is known."""
+"""Tests of the recipe, on tables whose answer is known."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SEEDS = 24
 
 
 def sft(*ranks: int | None, seeds: int = SEEDS, **changes: Any) -> list[dict[str, Any]]:
-    """Sweeps whose floor is 2.55 nats, above it 0.3 / rank for LoRA; seed noise 0.012; optima 1e-3 and 3e-3."""
+    """Return sweeps with floors of 2.55 nats, plus 0.3 / rank for LoRA; seed noise 0.012; optima 1e-3 and 3e-3."""
     return [row for rank in ranks for row in make_sweep(rank, seeds=seeds, **changes)]
 
 
 def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
-    """The rows with losses moved, on both splits alike."""
+    """Return the rows with losses shifted equally on both splits."""
     losses = ("final_valid_nll", "final_test_nll")
     return [row | {name: row[name] + by for name in losses if row[name] is not None} for row in rows]
 
 
 def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **changes: Any) -> list[dict[str, Any]]:
-    """A sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
+    """Return an RL sweep with its highest accuracy at the given LR; seeds differ by hundredths."""
     rows = []
     for lr in LRS:
         for seed in range(seeds if lr == best else 1):
@@ -59,7 +59,7 @@ def test_lora_matches_from_some_rank_up():
 def test_learning_rates_are_those_of_the_optima():
     found = one(sft(None, 64))
     assert (found.fullft.lr_best, found.use.lr_best) == (1e-3, 3e-3)
-    # The made curve is steeper above its optimum, which draws the parabola's below.
+    # The curve is steeper above its optimum, so the optimum of the parabola lies below it.
     assert found.use.lr_low < found.use.lr_opt < found.use.lr_high < 3.3e-3
     assert found.use.resolved
     assert found.use.ratio.estimate == pytest.approx(found.use.lr_opt / found.fullft.lr_opt)
@@ -77,7 +77,7 @@ def test_lora_does_not_match():
     found = one(sft(None, 1, 2, 4))
     assert found.answer == "no"
     assert found.smallest is None
-    # The lowest validation loss, not the lowest rank.
+    # The best rank has the lowest validation loss, and need not be the lowest rank.
     assert found.use.rank == found.best.rank == 4
     assert found.use.gap.low > 2 * found.sigma
 

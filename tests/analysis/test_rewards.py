@@ -18,7 +18,7 @@ from tests.analysis.tables_by_hand import tables as sft_tables
 
 
 def grid(lrs, accuracies, statuses=None, repeats=(-0.001, 0.001)):
-    """FullFT with accuracies by LR on both splits, and two more seeds at the best."""
+    """Return FullFT runs with accuracies by LR, equal on both splits, and two more seeds at the best LR."""
     best = int(np.argmax(accuracies))
     cells = [(lr, 0, accuracy) for lr, accuracy in zip(lrs, accuracies, strict=True)]
     cells += [(lrs[best], seed, min(1.0, accuracies[best] + offset)) for seed, offset in enumerate(repeats, start=1)]
@@ -81,7 +81,7 @@ def test_a_flat_top_has_an_interval_as_wide_as_itself_and_none_without_noise():
     assert found["lr_low"] < 2e-4
     assert found["lr_high"] > 1.5e-3
     assert found["lr_best"] == 1e-4
-    # An accuracy of 1 whatever the seed: any of those may be the best.
+    # The accuracy is 1 with every seed at several LRs, any of which may be the best.
     certain = grid(lrs, [0.2, 1, 1, 1, 1, 0.2], repeats=(0, 0))
     for optimum in (reward_optima(certain).iloc[0], reward_optima(grid(lrs, flat, repeats=())).iloc[0]):
         assert not optimum["resolved"]

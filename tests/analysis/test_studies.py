@@ -1,4 +1,4 @@
-"""Best over LR per seed study: each seed with a grid picks for itself."""
+"""Tests of studies, in which each seed with an LR grid picks its own best LR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.analysis.tables_by_hand import arm, tables
 
 
 def studies_of(*optima_and_floors, **columns):
-    """The grid of one seed per pair of optimal LR and floor."""
+    """Return an LR grid per seed, from pairs of optimal LR and lowest loss."""
     parts = []
     for seed, (optimum, floor) in enumerate(optima_and_floors):
         runs, _ = tables([arm(8, optimum=optimum, floor=floor, offsets=(0.0,), **columns)])
