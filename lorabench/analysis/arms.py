@@ -1,4 +1,8 @@
-"""Arms: what one LR sweep varies over, told apart, picked and named. Everything else in this package uses these."""
+"""Arms: grouping, selecting, naming and checking the runs of a table.
+
+An arm is what one LR sweep varies over: a method (FullFT, or LoRA of one rank, placement and parametrization) on one
+model and dataset, at one batch size and number of steps. Its runs differ in learning rate and seed only.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,20 @@ import pandas as pd
 from lorabench.errors import UserError
 
 STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
-"""The paper's parametrisation of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""
+"""The paper's parametrization of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""
 
 ARM = ["model", "dataset", "method", "rank", "placement", "batch_size", "steps", *STANDARD, "eps"]
-"""Columns that make an arm. Null for full fine-tuning: rank, placement, and the parametrisation of LoRA."""
+"""Columns whose values identify an arm. FullFT has null for rank, placement and the parametrization of LoRA."""
 
 OPTIONAL = ["steps", *STANDARD, "eps"]
-"""Columns of ARM that a table may lack; all its runs are then taken to have the same value."""
+"""Columns of ARM that a table may lack; all of its runs then count as having the same value."""
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
 
 _INTEGERS = ("rank", "batch_size", "steps")
 
-# Losses are comparable for one text, cut into tokens one way, on one base model: what is one, and per what.
+# Losses are comparable only for the same text, tokenization and base model: each of these hashes must have one value
+# per combination of the columns that follow it.
 _ONE_PER = {
     "tokenizer_sha256": ("tokenizers", ["model", "dataset"]),
     "template_sha256": ("chat templates", ["model", "dataset"]),
@@ -33,12 +38,12 @@ _ONE_PER = {
 
 
 def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
-    """The table with the optional columns of ARM that it lacks, as nulls."""
+    """Return the table with every optional column of ARM; a column that it lacked is null."""
     return runs.reindex(columns=[*runs.columns, *(name for name in OPTIONAL if name not in runs)])
 
 
 def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
-    """Short name of an arm: `FullFT`, `LoRA r8`, `LoRA r8 attn alpha 8`; what is standard goes without saying."""
+    """Return the short name of an arm: `FullFT`, `LoRA r8`, `LoRA r8 attn alpha 8`; standard values are omitted."""
     if arm["method"] == "fullft":
         return "FullFT"
     words = [f"LoRA r{int(arm['rank'])}"]
@@ -52,7 +57,7 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
 
 
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
-    """Which runs are full fine-tuning, or LoRA in the paper's parametrisation; null counts as standard."""
+    """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
     standard = pd.Series(True, index=runs.index)
     for name, value in STANDARD.items():
         if name in runs:
@@ -61,19 +66,19 @@ def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
-    """Which runs are reinforcement learning; a run that does not say its task is supervised."""
+    """Return which runs are reinforcement learning; a run without a task counts as supervised fine-tuning."""
     if "task" not in runs:
         return pd.Series(False, index=runs.index)
     return runs["task"].eq("rl").fillna(False).astype(bool)
 
 
 def check_table(runs: pd.DataFrame) -> None:
-    """Refuse a table that can't be trusted. Columns that it lacks are not checked.
+    """Check that the runs table is valid. Columns that it lacks are not checked.
 
     Raises:
-        UserError: a run_id is missing or appears twice; a task, method, status, rank, LR or seed is none; a finished
-            run has no finite losses, or in RL no rewards of 0 to 1; or one name stands for several tokenizers, chat
-            templates, datasets or models.
+        UserError: A run_id is missing or appears twice; a task, method, status, rank, LR or seed has a value that is
+            not allowed; a finished run has no finite losses, or in RL no rewards between 0 and 1; or one name stands
+            for several tokenizers, chat templates, datasets or models.
     """
     if runs.empty:
         return
@@ -88,10 +93,10 @@ def check_table(runs: pd.DataFrame) -> None:
         if column not in runs or not set(per) <= set(runs.columns):
             continue
         for names, group in runs.groupby(per):
-            found = group[column].dropna().unique()
-            if len(found) > 1:
+            hashes = group[column].dropna().unique()
+            if len(hashes) > 1:
                 raise UserError(
-                    f"runs of {'/'.join(map(str, names))} have different {what}, {_listed(found)}: not comparable"
+                    f"runs of {'/'.join(map(str, names))} have different {what}, {_listed(hashes)}: not comparable"
                 )
 
 
@@ -127,10 +132,17 @@ def _finite(numbers: pd.Series[Any]) -> pd.Series[bool]:
 
 
 def refuse(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:
-    """Refuse the first of the wrong rows, if there are any, by its name, its value and what is allowed.
+    """Report the first wrong row of a table, if there is any, with its value and what is allowed.
+
+    Args:
+        table: the table, with `column` and, if possible, `named_by`.
+        wrong: which rows of the table are wrong.
+        named_by: the column whose value names a row in the message, such as run_id.
+        column: the column with the wrong value.
+        allowed: the allowed values, in words.
 
     Raises:
-        UserError: there are.
+        UserError: At least one row is wrong.
     """
     if not wrong.any():
         return
@@ -140,10 +152,10 @@ def refuse(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: s
 
 
 def check_curves(curves: pd.DataFrame) -> None:
-    """Refuse curves that can't be read. Those of runs that the table `runs` does not have are left out elsewhere.
+    """Check that the curves table can be read. It may have curves of runs that the runs table lacks.
 
     Raises:
-        UserError: a column is missing, or a run has two values at one step.
+        UserError: A column is missing, or a run has two values of one metric at one step.
     """
     if curves.columns.empty:
         return
@@ -153,15 +165,15 @@ def check_curves(curves: pd.DataFrame) -> None:
     twice = curves.duplicated(point)
     if twice.any():
         [row] = curves[twice].head(1).to_dict("records")
-        told = f"{row['split']} {row['metric']} of step {row['step']}"
-        raise UserError(f"the curves table has {told} of run_id {row['run_id']} more than once")
+        point_name = f"{row['split']} {row['metric']} of step {row['step']}"
+        raise UserError(f"the curves table has {point_name} of run_id {row['run_id']} more than once")
 
 
 def check_runs(runs: pd.DataFrame) -> None:
-    """Refuse runs whose sweeps can't be told apart, or a table that `check_table` refuses.
+    """Check that the runs table is valid and that no arm has two runs with the same LR and seed.
 
     Raises:
-        UserError: an arm has two runs of the same LR and seed, or see `check_table`.
+        UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
     """
     check_table(runs)
     if runs.empty:
@@ -172,12 +184,12 @@ def check_runs(runs: pd.DataFrame) -> None:
         arm, of_arm = each_arm(same)[0]
         raise UserError(
             f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {_listed(of_arm['run_id'])} have the same LR and "
-            "seed, so they differ in something that is not part of an arm; analyse them apart"
+            "seed, so they differ in something that is not part of an arm; analyse them separately"
         )
 
 
 def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
-    """Each arm (values of the ARM columns, nulls as None) with its rows; FullFT first, then by rank."""
+    """Return each arm (values of the ARM columns, None for null) with its rows; FullFT comes first, then by rank."""
     if table.empty:
         return []
     table = with_arm_columns(table)
@@ -189,7 +201,7 @@ def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
 
 
 def first_seed(of_arm: pd.DataFrame) -> pd.DataFrame:
-    """An arm's LR grid: its runs with the lowest seed. Further seeds are repeats at the best LR."""
+    """Return an arm's runs with its lowest seed, which make its LR grid; other seeds repeat the best LR."""
     grid: pd.DataFrame = of_arm[of_arm["seed"] == of_arm["seed"].min()]
     return grid
 
@@ -197,7 +209,7 @@ def first_seed(of_arm: pd.DataFrame) -> pd.DataFrame:
 def rows_of(
     runs: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, columns: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """The rows that agree with an arm in all ARM columns of the table, or in those given; null equals null."""
+    """Return the rows that agree with an arm in `columns`, by default all ARM columns they have; null equals null."""
     chosen = pd.Series(True, index=runs.index)
     for name in columns or [name for name in ARM if name in runs]:
         value = arm.get(name)
@@ -207,13 +219,13 @@ def rows_of(
 
 
 def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataFrame:
-    """Rows, each with the ARM columns, as a table with ARM and `columns`, also when there are none."""
+    """Return a table of rows with the columns ARM and `columns`, which it has even if there are no rows."""
     frame = pd.DataFrame(rows, columns=[*ARM, *columns])
     return frame.astype(dict.fromkeys(_INTEGERS, "Int64"))
 
 
 def _value(column: str, value: Any) -> Any:
-    """A column's value as plain Python: a column with nulls may hold its integers as floats."""
+    """Return a column's value as plain Python; a column with nulls may hold its integers as floats."""
     if pd.isna(value):
         return None
     return int(value) if column in _INTEGERS else value

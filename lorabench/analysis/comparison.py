@@ -155,7 +155,7 @@ class Comparison:
         """
         estimate, interval, text, problems = self.final_gap(arm, other)
         sigma, dof = self.sigma("test")
-        loss = float(self.losses[arm_label(other)]["nll_mean"])
+        loss = float(self.losses[arm_label(other)]["loss_mean"])
         margin = SIGMAS * sigma
         verdict = within(*interval, (-math.inf if better_too else -margin, margin))
         noisy = error_equality_problems(verdict, margin) if self.is_rl else equality_problems(verdict, sigma, loss)

@@ -1,4 +1,4 @@
-"""Compute: what a training step costs by rank, and losses at equal training FLOPs."""
+"""Compute: the cost of a LoRA training step by rank relative to FullFT, and losses at equal training FLOPs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from lorabench.analysis.envelopes import envelopes
 from lorabench.errors import UserError
 
 NEEDED = ["model", "method", "rank", "effective_width", "linear_flops"]
-"""Columns of the table `compute` that a count of FLOPs needs."""
+"""Columns of the table `compute` that the ratio of FLOPs needs."""
 
 SETTING = ["model", "batch_size", "sequence_length", "device", "threads"]
-"""Columns in which LoRA and the FullFT that it is compared with agree. One that is missing is the same in all."""
+"""Columns in which a LoRA row and its FullFT row must agree; a missing column counts as equal in all rows."""
 
 _MEASURED = ["total_flops", "step_s", "peak_mem_bytes"]
 _RATIOS = ["flops_ratio", "formula", "relative_difference", "total_flops_ratio", "step_ratio", "memory_ratio"]
 
 
 def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
-    """What a step of LoRA costs over what one of full fine-tuning does, in the same setting.
+    """Compute the cost of a LoRA step divided by that of a FullFT step in the same setting.
 
     Args:
-        compute: the table `compute`, columns NEEDED; of the others some may be missing.
+        compute: the table `compute`, with the columns NEEDED; its other columns are optional.
 
     Returns:
-        One row per row of LoRA, ascending in rank: the columns SETTING, placement, rank, effective_width, and
-        flops_ratio (counted, linear layers), formula (2/3 + 2R/N, paper.md 3.6), relative_difference (of the former
-        from the latter), total_flops_ratio, step_ratio (time) and memory_ratio (peak). NaN where something is not
-        known, or there is no FullFT in that setting.
+        One row per LoRA row, ascending in rank: the columns SETTING, placement, rank, effective_width, and
+        flops_ratio (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the
+        paper's section on compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio,
+        step_ratio (seconds per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the
+        setting has no FullFT row.
 
     Raises:
-        UserError: a column of NEEDED is missing, a method is not known, LoRA has no rank, an arm appears twice in one
+        UserError: A column of NEEDED is missing, a method is unknown, LoRA has no rank, an arm appears twice in one
             setting, or a number is not positive.
     """
     _check(compute)
@@ -43,10 +44,10 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     full = compute.reindex(columns=[*columns, "method", "linear_flops", *_MEASURED])
     lora, fullft = full[full["method"] == "lora"], full[full["method"] == "fullft"]
     both = lora.merge(fullft, on=SETTING, how="left", suffixes=("", "_fullft"))
-    number = {name: both[name].astype(float) for name in (*columns[-2:], "linear_flops", *_MEASURED)}
-    ratio = {name: number[name] / both[f"{name}_fullft"].astype(float) for name in ("linear_flops", *_MEASURED)}
-    formula = 2 / 3 + 2 * number["rank"] / number["effective_width"]
-    found = both[columns].assign(
+    numbers = {name: both[name].astype(float) for name in (*columns[-2:], "linear_flops", *_MEASURED)}
+    ratio = {name: numbers[name] / both[f"{name}_fullft"].astype(float) for name in ("linear_flops", *_MEASURED)}
+    formula = 2 / 3 + 2 * numbers["rank"] / numbers["effective_width"]
+    ratios = both[columns].assign(
         flops_ratio=ratio["linear_flops"],
         formula=formula,
         relative_difference=ratio["linear_flops"] / formula - 1,
@@ -54,22 +55,22 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
         step_ratio=ratio["step_s"],
         memory_ratio=ratio["peak_mem_bytes"],
     )
-    return found[[*columns, *_RATIOS]].sort_values([*SETTING, "placement", "rank"], ignore_index=True)
+    return ratios[[*columns, *_RATIOS]].sort_values([*SETTING, "placement", "rank"], ignore_index=True)
 
 
 def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of `flops_ratio` of each model and placement in each setting, and what to call them.
+    """Split the rows of `flops_ratio` by model, placement and setting, and name each part.
 
-    The name is the model's, with the columns in which its settings differ.
+    The name is the model's name with the columns, and their values, in which the model's settings differ.
     """
     columns = [*SETTING, "placement"]
-    found = []
+    named = []
     for model, of_model in ratios.groupby("model"):
         varied = [name for name in columns[1:] if of_model[name].nunique(dropna=False) > 1]
         for key, rows in of_model.groupby(columns, dropna=False):
             values = dict(zip(columns, key, strict=True))
-            found.append((" ".join([str(model), *(f"{name} {values[name]}" for name in varied)]), rows))
-    return found
+            named.append((" ".join([str(model), *(f"{name} {values[name]}" for name in varied)]), rows))
+    return named
 
 
 def _check(compute: pd.DataFrame) -> None:
@@ -86,25 +87,26 @@ def _check(compute: pd.DataFrame) -> None:
             refuse(compute, numbers.le(0) | np.isinf(numbers), "model", name, "numbers above 0")
     arm = [name for name in (*SETTING, "method", "rank", "placement") if name in compute]
     for row in compute[compute.duplicated(arm)].to_dict("records"):
-        told = ", ".join(f"{name} {row[name]}" for name in arm[1:] if not pd.isna(row[name]))
-        raise UserError(f"the compute table has two rows of {row['model']} with {told}")
+        values = ", ".join(f"{name} {row[name]}" for name in arm[1:] if not pd.isna(row[name]))
+        raise UserError(f"the compute table has two rows of {row['model']} with {values}")
 
 
 def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Envelopes of the validation loss against the FLOPs that a run has spent by then.
+    """Compute each arm's envelope of the validation NLL against the training FLOPs spent.
 
-    Training spends the same FLOPs on every token, so those up to a step are train_flops x tokens / train_tokens.
+    Training spends the same FLOPs on every token, so the FLOPs up to a step are
+    train_flops * tokens / train_tokens.
 
     Args:
         runs: columns as for `envelopes`, and train_flops, train_tokens.
         curves: columns as for `envelopes`.
 
     Returns:
-        One row per arm and step from 1 up, ascending: as `envelopes`, and flops. Points whose FLOPs are not known are
-        left out.
+        One row per arm and step from 1 up, ascending: the columns of `envelopes`, and flops (of the run with the
+        lowest loss there, up to that step). Points without a known number of FLOPs are left out.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     points = envelopes(runs, curves)
     per_token = (runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)).set_axis(runs["run_id"])
@@ -116,21 +118,21 @@ def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def equal_flops_gap(
     points: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, other: Mapping[str, Any] | pd.Series
 ) -> pd.DataFrame:
-    """The loss of one arm minus another's at equal FLOPs, in the second half of the log-FLOPs range that both have.
+    """Compute the loss of one arm minus another's at equal FLOPs, in the upper half of the shared log-FLOPs range.
 
-    Losses are interpolated linearly in log FLOPs. Given are all the points at which either envelope has one, so that
-    no gap between them is larger than the largest of these.
+    Losses are interpolated linearly in log FLOPs. The result has every point of either envelope in that range, so
+    that the interpolated gap between two of its rows is never larger than at the rows.
 
     Args:
         points: as from `loss_by_flops`.
         arm: values of the ARM columns.
-        other: likewise.
+        other: values of the ARM columns.
 
     Returns:
-        One row per point, ascending: flops, nll (of `arm`), nll_other, gap (nats per token). Empty if the ranges of
-        the arms share nothing.
+        One row per point, ascending: flops, nll (of `arm`), nll_other, gap (nats per token). The table is empty if the
+        ranges of the two arms do not overlap.
     """
-    both = [rows_of(points, one).sort_values("flops") for one in (arm, other)]
+    both = [rows_of(points, compared).sort_values("flops") for compared in (arm, other)]
     columns = ["flops", "nll", "nll_other", "gap"]
     if any(of_arm.empty for of_arm in both):
         return pd.DataFrame(columns=columns, dtype=float)

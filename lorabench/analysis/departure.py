@@ -1,4 +1,4 @@
-"""Departure: the step at which an arm leaves the curve that the best arms share."""
+"""Departures: the step at which an arm's learning curve leaves the lowest curve, which the best arms share."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def departures(
     consecutive: int = 3,
     split: str = "validation",
 ) -> pd.DataFrame:
-    """Where an arm leaves the lowest envelope for good: from there on it lies above by more than the seed noise.
+    """Find where each arm's envelope leaves the lowest envelope for good, by more than the seed noise.
 
-    The criterion is Orbit's (paper notes, claim A3), meant for log-spaced points, with one change: the points must
-    reach to the end of the curve. LoRA starts slowly, since B is zero, and a curve that joins the others later has
-    not run out of capacity. Arms are compared within model, dataset, batch size and length. Step 0 is left out,
-    since there all arms are the base model.
+    The criterion is that of the replication Orbit, which is meant for log-spaced points, with one change: the points
+    above must reach to the end of the curve. LoRA starts slowly, since B is zero, and a curve that joins the others
+    later has not run out of capacity. Arms are compared within model, dataset, batch size and number of steps. Step 0
+    is left out, since all arms are the base model there.
 
     Args:
         envelopes: as from `envelopes`.
-        noise: as from `seed_noise`: the noise of the final loss stands for that of every step.
-        n_sigma: how many seed standard deviations count as above.
-        consecutive: how many points, up to the last, must at least be above.
-        split: that the envelopes were taken on.
+        noise: as from `seed_noise`; the noise of the final loss stands for the noise at every step.
+        n_sigma: number of seed standard deviations by which a departed envelope lies above the lowest.
+        consecutive: least number of points, up to the last, at which it does.
+        split: the split of the envelopes, `validation` or `test`.
 
     Returns:
-        One row per arm: step (null where it never leaves), departed (null where that can't be told: no sigma, or
-        fewer than `consecutive` points).
+        One row per arm: step (of departure; null where the arm never leaves) and departed (null where there is no
+        sigma or the envelope has fewer than `consecutive` points).
     """
     trained = with_arm_columns(envelopes[envelopes["step"] > 0])
     lowest = trained.groupby(["model", "dataset", "batch_size", "steps", "step"], dropna=False)["value"].transform(
@@ -56,7 +56,7 @@ def departures(
 
 
 def _last_stretch(above: np.ndarray, length: int) -> int | None:
-    """Where the trues that reach to the end begin, if there are at least `length` of them."""
+    """Return the start of the true values at the end of `above`; None if there are fewer than `length`."""
     below = np.flatnonzero(~above)
     start = int(below[-1]) + 1 if len(below) else 0
     return start if len(above) - start >= length else None

@@ -1,4 +1,4 @@
-"""Early training curves by rank, and the difference of two ranks on the same batches (the paper's early curves)."""
+"""Training curves, and the early difference between two ranks on the same batches (the paper's early curves)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from lorabench.analysis.gaps import mean_interval
 class EarlyDifference:
     """Training NLL of the lowest rank above 1 minus that of the highest, at one LR, paired by seed and step.
 
-    Runs of one seed see the same batches, so that the batch's own difficulty cancels. NLL in nats per token.
+    Runs with one seed see the same batches, so that the difficulty of a batch cancels. NLL is in nats per token.
     """
 
     low: int
-    """The lower rank."""
+    """The lower of the two ranks."""
     high: int
+    """The higher of the two ranks."""
     lr: float
     by_seed: pd.DataFrame = field(repr=False)
-    """The difference: a row per step (index), a column per seed that both ranks finished."""
+    """The difference, with a row per step (index) and a column per seed that both ranks finished."""
     loss: pd.Series[float] = field(repr=False)
-    """Mean training NLL of both ranks over those seeds, by step."""
+    """Mean training NLL of both ranks over the seeds of `by_seed`, by step."""
     sigma_batch: float
-    """Standard deviation of the training NLL over seeds, that is over batches: pooled over both ranks and all steps.
-    NaN with fewer than two seeds."""
+    """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps.
+    It is NaN with fewer than two seeds."""
     n_diverged: int
-    """Runs of either rank at that LR that diverged, so that their seeds are missing."""
+    """Number of runs of either rank at that LR that diverged and so lack in `by_seed`."""
     run_ids: tuple[str, ...] = field(repr=False)
 
     @property
@@ -37,22 +38,22 @@ class EarlyDifference:
         return self.by_seed.shape[1]
 
     def over_seeds(self) -> pd.DataFrame:
-        """By step (index): the mean difference over seeds, and its 95% t interval (`low`, `high`)."""
+        """Return by step (index) the mean difference over seeds and its 95% t interval (`low`, `high`)."""
         rows = [mean_interval(differences) for _, differences in self.by_seed.iterrows()]
         return pd.DataFrame(rows, columns=["mean", "low", "high"], index=self.by_seed.index, dtype=float)
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """A metric of some runs by step, of training unless another split is given.
+    """Return a metric of the given runs by step.
 
     Args:
-        runs: column run_id, and others.
+        runs: column run_id, and any others.
         curves: columns run_id, step, split, metric, value; null values are left out.
-        metric: `nll` (of a step's batch before its update, nats per token), or another of that split.
-        split: `validation` has `nll` after a step's update.
+        metric: `nll` (nats per token), or another metric of the split.
+        split: `train` (measured on a step's batch before its update) or another split (measured after the update).
 
     Returns:
-        The runs' columns with step and value, by run and ascending in step.
+        The columns of the runs with step and value, ordered by run and step.
     """
     if curves.empty:
         return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
@@ -63,14 +64,17 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
 def early_difference(
     runs: pd.DataFrame, curves: pd.DataFrame, first_steps: int | None = None
 ) -> EarlyDifference | None:
-    """The difference of the lowest and the highest rank above 1; None without two such ranks that share an LR.
+    """Compute the training NLL of the lowest rank above 1 minus that of the highest, at one LR that both have.
 
-    Where they share several LRs, it is the one at which most seeds can be paired, the lowest of equals.
+    If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals.
 
     Args:
         runs: LoRA runs that differ in rank, LR and seed only: columns run_id, rank, lr, seed, status.
         curves: as for `train_curves`.
-        first_steps: leave out what comes after that step.
+        first_steps: the last step to include; by default all steps are.
+
+    Returns:
+        The difference; None if there are no two ranks above 1 that share an LR and a finished seed.
     """
     ranked = runs[runs["rank"].gt(1).fillna(False).astype(bool)]
     if ranked["rank"].nunique() < 2:
@@ -80,7 +84,6 @@ def early_difference(
     losses = train_curves(both[both["status"] == "done"], curves)
     if first_steps is not None:
         losses = losses[losses["step"] <= first_steps]
-    # One column per LR, seed and rank.
     wide = losses.pivot(index="step", columns=["lr", "seed", "rank"], values="value").dropna()
     wide.index = wide.index.astype(int)
     paired = {

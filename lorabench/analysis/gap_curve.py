@@ -1,4 +1,4 @@
-"""The gap between two arms along their learning curves."""
+"""Gap curves: the difference between the learning curves of two arms."""
 
 from __future__ import annotations
 
@@ -18,41 +18,51 @@ Arm = Mapping[str, Any] | pd.Series
 
 
 def gap_curve(runs: pd.DataFrame, curves: pd.DataFrame, arm: Arm, other: Arm) -> pd.DataFrame:
-    """Validation NLL of one arm minus another's, each at its best LR, paired by seed.
+    """Compute the validation NLL of one arm minus another's by step, each at its best LR, paired by seed.
 
     Args:
         runs: columns as for `best_losses`.
         curves: columns run_id, step, split, metric, value.
         arm: values of the ARM columns.
-        other: likewise.
+        other: values of the ARM columns.
 
     Returns:
-        One row per seed that both arms finished and step from 1 up that both curves have: seed, step, share (of the
-        last such step), gap (nats per token).
+        One row per seed that both arms finished and step from 1 up that both curves have: seed, step, share (the step
+        over the last of these steps), gap (nats per token).
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     return _difference(_at_best_lr(runs, curves, arm), _at_best_lr(runs, curves, other))
 
 
 def envelope_gap(runs: pd.DataFrame, curves: pd.DataFrame, arm: Arm, other: Arm) -> pd.DataFrame:
-    """As `gap_curve`, between the envelopes of two arms, which are of their first seeds."""
-    of_arms = (rows_of(runs, one) for one in (arm, other))
+    """Compute the envelope of one arm minus another's; each is over the LR grid of the arm's first seed.
+
+    See `gap_curve` for the arguments and the result, and `envelopes`.
+    """
+    of_arms = (rows_of(runs, compared) for compared in (arm, other))
     return _difference(*(envelopes(rows, curves).assign(seed=rows["seed"].min()) for rows in of_arms))
 
 
 def gap_at(curve: pd.DataFrame, share: float) -> pd.Series[float]:
-    """The gap at a share of the run, by seed: linear in log(step) between points, as losses nearly are.
+    """Interpolate the gap at a share of the run, by seed; it is NaN where the curve starts later.
 
-    NaN where the curve begins later.
+    The interpolation is linear in log(step), since losses nearly are.
+
+    Args:
+        curve: as from `gap_curve` or `envelope_gap`.
+        share: share of the run's steps, above 0 and up to 1.
+
+    Returns:
+        The gap in nats per token, with the seeds as index.
     """
-    found = {}
+    by_seed = {}
     for seed, points in curve.groupby("seed"):
         ascending = points.sort_values("share")
         shares = np.log(ascending["share"].to_numpy(float))
-        found[seed] = float(np.interp(np.log(share), shares, ascending["gap"].to_numpy(float), left=np.nan))
-    return pd.Series(found, dtype=float)
+        by_seed[seed] = float(np.interp(np.log(share), shares, ascending["gap"].to_numpy(float), left=np.nan))
+    return pd.Series(by_seed, dtype=float)
 
 
 def _at_best_lr(runs: pd.DataFrame, curves: pd.DataFrame, arm: Arm) -> pd.DataFrame:

@@ -1,9 +1,10 @@
-"""The paper's LR law: the optimal LR from a model's family and hidden size, and the method.
+"""The paper's law of the optimal LR, which depends on the method and the model's family and hidden size.
 
     LR = base * M * (2000 / hidden size) ** exponent        M is 1 for FullFT
 
-The paper prints the form without a base LR; all constants are in the authors' later code (paper notes, 2.5). The law
-does not know of rank, dataset, batch size or length, so constants belong to the data they were fitted on.
+The paper prints the formula without a base LR; all constants are in the authors' later code, `get_lr` of
+`hyperparam_utils` in the repository thinking-machines-lab/tinker-cookbook. The law does not depend on rank, dataset,
+batch size or number of steps, so its constants hold for the data they were fitted on.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ PIVOT = 2000.0
 
 @dataclass(frozen=True)
 class LrLaw:
-    """The law's constants."""
+    """The constants of the law."""
 
     base: float
-    """Optimal LR of FullFT at the pivot's hidden size."""
+    """Optimal LR of FullFT at hidden size PIVOT."""
     multiplier: float
-    """M: optimal LR of LoRA over that of FullFT."""
+    """M: the optimal LR of LoRA divided by that of FullFT."""
     exponents: Mapping[str, float]
-    """By lineage."""
+    """The exponent of each lineage (see `lineage`)."""
 
 
 PUBLISHED = LrLaw(base=5e-5, multiplier=10.0, exponents={"llama": 0.781, "qwen": 0.0775})
@@ -37,29 +38,29 @@ PUBLISHED = LrLaw(base=5e-5, multiplier=10.0, exponents={"llama": 0.781, "qwen":
 
 
 class LrProblem(NamedTuple):
-    """One arm's measured losses, which a predicted LR is held against."""
+    """One arm's measured losses by LR, by which a predicted LR is scored."""
 
     lineage: str
     hidden_size: int
     method: str
     lrs: np.ndarray
-    """Ascending."""
+    """Ascending, shape (n,)."""
     losses: np.ndarray
-    """At those LRs; NaN where a run gave none."""
+    """Losses at these LRs, shape (n,); NaN where no run finished."""
 
 
 def lineage(family: str) -> str:
-    """The law's family of a transformers model type: `qwen` for qwen2, qwen3, qwen3_moe; an unknown one is its own."""
+    """Return the lineage of a transformers model type: `qwen` for qwen2, qwen3, qwen3_moe; others are their own."""
     return next((name for name in PUBLISHED.exponents if family.lower().startswith(name)), family.lower())
 
 
 def predict(law: LrLaw, family: str, hidden_size: float, method: str) -> float:
-    """The LR that a law predicts; NaN for a family that it has no exponent for.
+    """Return the LR that a law predicts; NaN for a family without an exponent.
 
     Args:
-        law: constants.
-        family: transformers model type, or lineage.
-        hidden_size: width of the model.
+        law: the constants.
+        family: the transformers model type, or the lineage.
+        hidden_size: the hidden size of the model.
         method: `fullft` or `lora`.
     """
     exponent = law.exponents.get(lineage(family), math.nan)
@@ -67,21 +68,21 @@ def predict(law: LrLaw, family: str, hidden_size: float, method: str) -> float:
 
 
 def regret(lrs: np.ndarray, losses: np.ndarray, lr: float) -> np.ndarray:
-    """How much worse an LR is than the best one measured, as a share of the lowest loss.
+    """Compute how much worse an LR is than the best measured LR, relative to the lowest loss.
 
-    The loss in between is interpolated linearly in log LR, as the authors do.
+    Losses between the LRs are interpolated linearly in log LR, as in the paper's fit.
 
     Args:
-        lrs: ascending, shape (n,).
-        losses: at those LRs, shape (..., n); NaN where a run gave none.
+        lrs: the measured LRs, ascending, shape (n,).
+        losses: the losses at these LRs, shape (..., n); NaN where no run finished.
         lr: the LR to judge.
 
     Returns:
-        (loss(lr) - lowest) / lowest, shape (...): at least 0. NaN where the LR is not between two LRs with a loss.
+        (loss(lr) - lowest) / lowest, shape (...), at least 0; NaN where the LR is not between two LRs with a loss.
     """
     losses = np.asarray(losses, dtype=float)
     log_lrs, log_lr = np.log(lrs), math.log(lr) if lr > 0 else math.nan
-    # An LR of the grid, up to rounding, needs no neighbour.
+    # An LR on the grid, up to rounding, needs no interpolation between neighbours that may lack a loss.
     on_grid = np.flatnonzero(np.isclose(log_lrs, log_lr, rtol=0, atol=1e-9))
     if len(on_grid):
         loss = losses[..., on_grid[0]]
@@ -96,22 +97,23 @@ def regret(lrs: np.ndarray, losses: np.ndarray, lr: float) -> np.ndarray:
 
 
 def is_determined(problems: Sequence[LrProblem]) -> bool:
-    """Whether the problems determine every constant of the law: both methods, and enough hidden sizes."""
+    """Return whether the problems determine all constants: they need both methods and several hidden sizes."""
     design, _ = _design(problems)
     return bool(len(problems)) and np.linalg.matrix_rank(design) == design.shape[1]
 
 
 def fit(problems: Sequence[LrProblem]) -> LrLaw:
-    """The law whose predictions have the lowest summed regret, as the authors fitted theirs.
+    """Fit the law whose predictions have the lowest summed regret, the criterion of the paper's fit.
 
-    The regret in the sum goes on beyond a grid with its last slope, and a run without a loss counts as bad, so that
-    the sum is finite everywhere. From the least-squares fit to the log of the best LRs, Nelder-Mead goes downhill.
+    The regret is extrapolated beyond a grid with its last slope, and a run without a loss counts as worse than the
+    worst, so that the sum is finite everywhere. It is minimized by Nelder-Mead, which starts at the least-squares fit
+    to the log of the best LRs.
 
     Args:
-        problems: each with at least two losses.
+        problems: the measured losses of arms, each with at least two losses.
 
     Raises:
-        ValueError: the problems do not determine the constants.
+        ValueError: The problems do not determine the constants.
     """
     if not is_determined(problems):
         raise ValueError("the sweeps do not determine the law: it needs both methods and several hidden sizes")
@@ -123,7 +125,7 @@ def fit(problems: Sequence[LrProblem]) -> LrLaw:
 
     best_lrs = np.array([problem.lrs[np.nanargmin(problem.losses)] for problem in problems])
     constants = np.linalg.lstsq(design, np.log(best_lrs), rcond=None)[0]
-    # The sum has kinks, on which the simplex may collapse early; a fresh one goes on from there.
+    # The sum has kinks, at which the simplex may collapse too early, so the search restarts there with a new simplex.
     for width in (0.5, 0.2, 0.05):
         simplex = np.vstack([constants, constants + width * np.eye(len(constants))])
         options = {"initial_simplex": simplex, "xatol": 1e-7, "fatol": 1e-12, "maxiter": 4000, "maxfev": 4000}
@@ -133,7 +135,10 @@ def fit(problems: Sequence[LrProblem]) -> LrLaw:
 
 
 def _design(problems: Sequence[LrProblem]) -> tuple[np.ndarray, list[str]]:
-    """The law as a linear one in log LR: columns log base, log M, and an exponent per lineage."""
+    """Return the design matrix of the law, which is linear in log LR, and its lineages.
+
+    The columns belong to log base, log M and an exponent per lineage.
+    """
     lineages = sorted({problem.lineage for problem in problems})
     rows = [
         [1.0, problem.method == "lora"]
@@ -144,7 +149,7 @@ def _design(problems: Sequence[LrProblem]) -> tuple[np.ndarray, list[str]]:
 
 
 def _regret_everywhere(problem: LrProblem) -> Callable[[float], float]:
-    """The regret by log LR, finite everywhere: see `fit`."""
+    """Return the regret as a function of log LR that is finite everywhere, see `fit`."""
     log_lrs = np.log(problem.lrs)
     lowest, highest = np.nanmin(problem.losses), np.nanmax(problem.losses)
     regrets = (np.where(np.isnan(problem.losses), 2 * highest - lowest, problem.losses) - lowest) / lowest

@@ -1,8 +1,8 @@
-"""Bits: how many an adapter stores of random facts, and how many a dataset holds at most.
+"""Memorization: how many bits an adapter stores of random facts, and how many bits a dataset holds at most.
 
-Random facts do not generalise, so what a model knows of them it has stored. They are measured on the facts that were
-trained on: this is memorisation. Of other data, the loss of the first epoch, summed, is the description length: what
-it would cost to store all of it, which is more than what there is to learn from it.
+Random facts do not generalize, so whatever a model predicts of them it has stored. The loss is therefore measured on
+the facts that were trained on. For other data, the summed loss of the first epoch is the description length: the
+number of bits needed to store the whole dataset, an upper bound on the bits that can be learned from it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lorabench.analysis.gaps import best_losses, mean_interval
 from lorabench.analysis.noise import GROUP
 
 BITS_PER_PARAMETER = 2.0
-"""Capacity of a parameter, as the paper cites it (Allen-Zhu and Li, 2024): after long training, on synthetic data."""
+"""Bits that a parameter stores after long training on synthetic data (Allen-Zhu and Li, 2024, cited by the paper)."""
 
 _STORED = ["entropy_bits", "trainable_params", "bits_stored", "bits_per_parameter", "share"]
 
 
 def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
-    """Which runs are on random facts to memorise; none in a table without `entropy_bits`."""
+    """Return which runs memorize random facts; none do in a table without `entropy_bits`."""
     if "entropy_bits" not in runs:
         return pd.Series(False, index=runs.index)
     facts: pd.Series[bool] = runs["entropy_bits"].notna()
@@ -32,20 +32,20 @@ def is_memorisation(runs: pd.DataFrame) -> pd.Series[bool]:
 
 
 def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
-    """What each run on random facts has stored of them.
+    """Compute the bits that each run on random facts has stored of them.
 
-    The entropy of the answers, less what it still costs to write them down with the trained model. That cost contains
-    the end of each answer, which is nearly free. A model that predicts worse than a uniform guess has stored less
-    than nothing.
+    The stored bits are the entropy of the answers minus the summed NLL of the answers under the trained model, in
+    bits. That NLL includes the token that ends an answer, which costs almost nothing. The number is negative for a
+    model that predicts worse than a uniform guess.
 
     Args:
         runs: columns run_id, ARM, lr, seed, status, entropy_bits, final_test_nll, test_scored_tokens,
             trainable_params.
 
     Returns:
-        One row per run of a memorisation dataset: run_id, ARM, lr, seed, status, entropy_bits, trainable_params,
-        bits_stored, bits_per_parameter (stored bits per trainable parameter), share (of the entropy). The last three
-        are NaN where a run diverged.
+        One row per run on random facts: run_id, ARM, lr, seed, status, entropy_bits, trainable_params, bits_stored,
+        bits_per_parameter (stored bits per trainable parameter), share (stored bits over entropy). The last three are
+        NaN where a run diverged.
     """
     facts = with_arm_columns(runs[is_memorisation(runs)])
     if facts.empty:
@@ -63,10 +63,10 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
-    """What each arm stores of random facts at its best LR, over seeds.
+    """Compute the bits that each arm stores of random facts at its best LR, over seeds.
 
     Args:
-        runs: columns as for `stored_bits`, and final_valid_nll, by which the LR is picked.
+        runs: columns as for `stored_bits`, and final_valid_nll, by which the best LR is picked.
 
     Returns:
         One row per arm with a finished run: lr_best, at_edge, n_seeds, n_diverged, entropy_bits, trainable_params;
@@ -74,7 +74,7 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
         NaN with one seed); run_ids.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     facts, stored = runs[is_memorisation(runs)], stored_bits(runs).set_index("run_id")
     rows = []
@@ -93,21 +93,21 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
-    """How many bits a dataset holds at most: the summed loss of the first epoch, in which every token is new.
+    """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 
-    It depends on who describes: full fine-tuning at its best LR, or where there is none the highest LoRA rank.
+    The loss is that of FullFT at its best LR, or of the highest LoRA rank where FullFT has no finished run.
 
     Args:
         runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll, first_epoch_nats,
             first_epoch_scored_tokens.
 
     Returns:
-        One row per model, dataset, batch size and length whose runs went through an epoch: ARM (who describes), bits
-        (mean over seeds), nats_per_token with its 95% t interval (nats_low, nats_high; per scored token), n_seeds,
-        run_ids.
+        One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
+        loss it is), bits (mean over seeds), nats_per_token (per scored token) with its 95% t interval (nats_low,
+        nats_high), n_seeds, run_ids.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     rows: list[dict[str, Any]] = []
     for _, group in with_arm_columns(runs).groupby(GROUP, dropna=False):
@@ -115,7 +115,7 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
         best = best[best["n_seeds"] > 0]
         if best.empty:
             continue
-        # FullFT comes first in the order of arms, the highest rank last.
+        # `best_losses` orders arms with FullFT first and the highest rank last.
         describes = best.iloc[0 if best["method"].iloc[0] == "fullft" else -1]
         seeds = group[group["run_id"].isin(describes["run_ids"])].dropna(
             subset=["first_epoch_nats", "first_epoch_scored_tokens"]
@@ -133,20 +133,20 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """How much of what each arm stores at its best LR it stored in the second half of its steps.
+    """Compute the share of each arm's stored bits, at its best LR, that it stored in the second half of its steps.
 
-    Near 0 where storing has come to its end; large where a longer run would store more.
+    The share is near 0 where the arm no longer stores more, and large where a longer run would store more.
 
     Args:
         runs: columns as for `best_stored`.
-        curves: columns run_id, step, split, metric, value. Validation is on the same facts.
+        curves: columns run_id, step, split, metric, value; the validation split must have the same facts.
 
     Returns:
-        One row per arm with a finished run: growth, the share of the stored bits, the mean over seeds; NaN without
-        curves or with nothing stored.
+        One row per arm with a finished run: growth, the mean of that share over seeds; NaN without curves or without
+        stored bits.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     stored, rows = stored_bits(runs).set_index("run_id"), []
     scored = runs.set_index("run_id")["test_scored_tokens"]

@@ -1,4 +1,4 @@
-"""Seed noise: how far apart the losses of runs lie that differ in their seed only."""
+"""Seed noise: the standard deviation of the final loss of runs that differ in their seed only."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ from typing import Any
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, check_runs, rows_of, with_arm_columns
+from lorabench.analysis.losses import with_losses
 
 _CELL = [*ARM, "lr"]
 
 GROUP = ["model", "dataset", "batch_size", "steps"]
-"""Runs whose noise is pooled: what they are trained on and how long. The arm is not told apart."""
+"""Columns of a group of runs whose noise is pooled, over all of its arms."""
 
 
 def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Seed standard deviation of the final losses, per model, dataset, batch size and length (GROUP).
+    """Estimate the seed standard deviation of the final losses, per model, dataset, batch size and steps (GROUP).
 
-    Pooled over cells (arm and LR) that have at least two finished seeds: the root of the summed squared deviations
-    from each cell's mean, over the summed degrees of freedom. Repeats are run at the best LR, so this is the noise
-    near the optimum; at far larger LRs the noise is larger.
+    The estimate is pooled over the cells (arm and LR) that have at least two finished seeds: it is the root of the
+    summed squared deviations from each cell's mean over the summed degrees of freedom. Seeds are repeated at the best
+    LR, so this is the noise near the optimum; it is larger at far larger LRs.
 
     Args:
-        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll.
+        runs: columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
 
     Returns:
-        One row per GROUP: sigma (of final_test_nll, nats per token), sigma_valid (of final_valid_nll),
-        dof (degrees of freedom of both), n_runs (runs behind them). Where no cell has two seeds the sigmas are NaN
-        and dof is 0.
+        One row per GROUP: sigma (of the test loss, in its unit), sigma_valid (of the validation loss), dof (degrees of
+        freedom of both), n_runs (number of runs in the cells). Without a cell of two seeds the sigmas are NaN and dof
+        is 0.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     check_runs(runs)
-    runs = with_arm_columns(runs)
+    runs = with_losses(with_arm_columns(runs))
     rows = []
     for key, group in runs.groupby(GROUP, dropna=False):
-        done = group[group["status"] == "done"].dropna(subset=["final_valid_nll", "final_test_nll"])
+        done = group[group["status"] == "done"].dropna(subset=["validation_loss", "test_loss"])
         repeated = done[done.groupby(_CELL, dropna=False)["run_id"].transform("size") >= 2]
         cells = repeated.groupby(_CELL, dropna=False)
         dof = len(repeated) - cells.ngroups
         sigma, sigma_valid = (
             math.sqrt(((repeated[loss] - cells[loss].transform("mean")) ** 2).sum() / dof) if dof else math.nan
-            for loss in ("final_test_nll", "final_valid_nll")
+            for loss in ("test_loss", "validation_loss")
         )
         rows.append((*key, sigma, sigma_valid, dof, len(repeated)))
     frame = pd.DataFrame(rows, columns=[*GROUP, "sigma", "sigma_valid", "dof", "n_runs"])
@@ -52,9 +53,13 @@ def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def sigma_of(noise: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, split: str) -> float:
-    """The seed noise of an arm's GROUP on the split `validation` or `test`, in nats; NaN where not measured.
+    """Return the seed noise of an arm's GROUP, in the unit of its loss; NaN where it was not measured.
 
-    A table by hand without `sigma_valid` stands for both splits, one without batch size or steps for all of them.
+    Args:
+        noise: as from `seed_noise`. Without sigma_valid, sigma holds for both splits; without a column of GROUP, a row
+            holds for all of its values.
+        arm: values of the ARM columns.
+        split: `validation` or `test`.
     """
     row = rows_of(noise, arm, [name for name in GROUP if name in noise])
     column = "sigma_valid" if split == "validation" and "sigma_valid" in noise else "sigma"

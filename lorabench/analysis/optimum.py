@@ -1,8 +1,8 @@
 """The optimal learning rate of an arm, by quadratic interpolation in log LR, with a bootstrap interval.
 
-Position and value come from different splits: the optimum is found on the validation loss, and the loss there is
-read from the test split. Were both taken from one split, the loss at the optimum would look better than it is; and
-a parabola through the test losses around a minimum chosen on validation may have no minimum between them.
+Position and value come from different splits: the optimum is located by the validation loss, and the loss at it is
+the test loss. If both came from one split, the loss at the optimum would be biased low. A parabola through the test
+losses could not locate it: around a minimum chosen on validation it may have no minimum.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label, arm_table, check_runs, each_arm, first_seed
+from lorabench.analysis.losses import with_losses
 from lorabench.analysis.noise import sigma_of
 
 MAX_STEP = 3.5
-"""Widest ratio between neighbouring LRs around a resolved optimum: half a decade, as 3e-4 to 1e-3 is usually meant."""
+"""Widest ratio between neighbouring LRs around a resolved optimum: about half a decade, such as from 3e-4 to 1e-3."""
 
 _TAIL = 0.025  # on each side of a 95% interval
 
 
 class LrGrid(NamedTuple):
-    """One arm's runs of one seed, ascending in LR. Losses are NaN where a run gave none that is finite."""
+    """One arm's runs of one seed, ascending in LR; each field has shape (n,)."""
 
     lr: np.ndarray
     valid: np.ndarray
+    """Validation losses; NaN where a run has no finite losses."""
     test: np.ndarray
+    """Test losses; NaN where a run has no finite losses."""
     diverged: np.ndarray
+    """Whether each run diverged."""
 
 
 def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
-    """The LR grid of an arm, from its runs with the first seed.
+    """Return the LR grid of an arm, from its runs with the first seed.
 
     Args:
-        of_arm: the arm's runs, columns lr, seed, status, final_valid_nll, final_test_nll.
+        of_arm: the arm's runs, columns lr, seed, status, and the losses (see `with_losses`).
     """
-    ascending = first_seed(of_arm).sort_values("lr")
-    valid, test = (ascending[loss].to_numpy(float, na_value=math.nan) for loss in ("final_valid_nll", "final_test_nll"))
+    ascending = with_losses(first_seed(of_arm)).sort_values("lr")
+    valid, test = (ascending[loss].to_numpy(float, na_value=math.nan) for loss in ("validation_loss", "test_loss"))
     usable = (ascending["status"] == "done").to_numpy(bool) & np.isfinite(valid) & np.isfinite(test)
     return LrGrid(
         lr=ascending["lr"].to_numpy(float),
@@ -50,61 +54,65 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
 
 
 def best_index(grid: LrGrid) -> int | None:
-    """Index of the lowest validation loss, at the lower LR of equals; None if no run finished."""
+    """Return the index of the lowest validation loss, the first of equals; None if no run finished."""
     return int(np.nanargmin(grid.valid)) if np.isfinite(grid.valid).any() else None
 
 
 def is_edge(grid: LrGrid, index: int) -> bool:
-    """Whether the optimum may lie beyond what was run, if that is the index of the lowest loss.
+    """Return whether the optimum may lie beyond the grid, given the index of the lowest loss.
 
-    It is bracketed by a finished run at the next lower LR and, at the next higher, one that finished or diverged.
+    It does not if the run at the next lower LR finished and the run at the next higher LR finished or diverged.
     """
     has_parabola, diverged_above = _bracket(grid, np.array([index]))
     return not (has_parabola | diverged_above).item()
 
 
 def lr_optima(runs: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """The optimal LR of each arm, from the LR grid of its first seed.
+    """Estimate the optimal LR of each arm, from the LR grid of its first seed.
 
-    Where the minimum's upper neighbour diverged the optimum is bracketed but there is no parabola: `lr_opt` is then
+    Where the run above the minimum diverged, the optimum is bracketed but there is no parabola: `lr_opt` is then
     `lr_best`, and the interval reaches to both neighbours.
 
     Args:
-        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll.
+        runs: columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
         noise: as from `seed_noise`.
-        n_bootstrap: draws of the parametric bootstrap: each validation loss plus Gaussian seed noise, fitted again.
-        seed: of the bootstrap.
+        n_bootstrap: number of draws of the parametric bootstrap, which adds Gaussian seed noise to each validation
+            loss and locates the optimum again.
+        seed: seed of the bootstrap.
 
     Returns:
         One row per arm: lr_best (lowest validation loss of the grid), lr_opt (interpolated), lr_low and lr_high (95%
-        interval), nll_opt (test NLL at lr_opt, nats per token), edge (the optimum may lie outside of the grid),
-        resolved, n_runs, n_diverged, run_ids (the arm's grid). `resolved` is False at an edge, with no sigma, with
-        neighbours further off than `MAX_STEP`, or if the interval reaches an edge, beyond which nothing is known.
+        interval), loss_opt (test loss at lr_opt), edge (whether the optimum may lie outside of the grid), resolved,
+        n_runs, n_diverged, run_ids (runs of the grid). `resolved` is False at an edge, without a sigma, with a
+        neighbour further away than a factor of MAX_STEP, or if the interval reaches an edge of the grid.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     check_runs(runs)
     rows = []
     for arm, of_arm in each_arm(runs):
         grid = lr_grid(of_arm)
-        found = _optimum(grid, sigma_of(noise, arm, "validation"), n_bootstrap, arm_rng(arm, seed))
+        optimum = _optimum(grid, sigma_of(noise, arm, "validation"), n_bootstrap, arm_rng(arm, seed))
         counts = {"n_runs": len(grid.lr), "n_diverged": int(grid.diverged.sum())}
-        rows.append(arm | found | counts | {"run_ids": list(first_seed(of_arm)["run_id"])})
-    columns = ["lr_best", "lr_opt", "lr_low", "lr_high", "nll_opt", "edge", "resolved", "n_runs", "n_diverged"]
+        rows.append(arm | optimum | counts | {"run_ids": list(first_seed(of_arm)["run_id"])})
+    columns = ["lr_best", "lr_opt", "lr_low", "lr_high", "loss_opt", "edge", "resolved", "n_runs", "n_diverged"]
     return arm_table(rows, [*columns, "run_ids"])
 
 
 def lr_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> np.ndarray:
-    """Bootstrap draws of one arm's optimal LR, those behind its interval in `lr_optima`; NaN with no sigma.
+    """Return the bootstrap draws of one arm's optimal LR from which `lr_optima` makes its interval.
 
-    Draws of different arms are independent, so that the draws of a ratio are the ratios of their draws.
+    Draws of different arms are independent, so that the ratios of two arms' draws are draws of the ratio.
 
     Args:
         of_arm: the arm's runs, columns as for `lr_optima`.
         noise: as from `seed_noise`.
         n_bootstrap: number of draws.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
+
+    Returns:
+        LRs, shape (n_bootstrap,); NaN if no run finished or the noise is unknown.
     """
     [(arm, _)] = each_arm(of_arm)
     grid, sigma = lr_grid(of_arm), sigma_of(noise, arm, "validation")
@@ -115,35 +123,41 @@ def lr_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000,
 
 
 def _optimum(grid: LrGrid, sigma: float, n_bootstrap: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Where the optimum of one grid lies, as columns of `lr_optima`."""
-    found: dict[str, Any] = dict.fromkeys(["lr_best", "lr_opt", "lr_low", "lr_high", "nll_opt"], math.nan)
-    found |= {"edge": False, "resolved": False}
+    """Locate the optimum of one grid, as columns of `lr_optima`."""
+    optimum: dict[str, Any] = dict.fromkeys(["lr_best", "lr_opt", "lr_low", "lr_high", "loss_opt"], math.nan)
+    optimum |= {"edge": False, "resolved": False}
     best = best_index(grid)
     if best is None:
-        return found
+        return optimum
     edge, has_parabola = is_edge(grid, best), _bracket(grid, np.array([best]))[0].item()
-    found |= {"lr_best": grid.lr[best], "lr_opt": grid.lr[best], "nll_opt": grid.test[best], "edge": edge}
+    optimum |= {"lr_best": grid.lr[best], "lr_opt": grid.lr[best], "loss_opt": grid.test[best], "edge": edge}
     if has_parabola:
         around = slice(best - 1, best + 2)
         log_lrs = np.log(grid.lr[around])
         log_opt = vertex(log_lrs, grid.valid[around])
-        found |= {"lr_opt": np.exp(log_opt).item(), "nll_opt": _through(log_lrs, grid.test[around], log_opt.item())}
+        loss_opt = _parabola_at(log_lrs, grid.test[around], log_opt.item())
+        optimum |= {"lr_opt": np.exp(log_opt).item(), "loss_opt": loss_opt}
     if not math.isfinite(sigma):
-        return found
+        return optimum
     draws, edge_share = _bootstrap(grid, sigma, n_bootstrap, rng)
     low, high = np.exp(np.quantile(draws, [_TAIL, 1 - _TAIL])).tolist()
     if not edge:
         below, at, above = grid.lr[best - 1 : best + 2].tolist()
         if not has_parabola:
             low, high = min(low, below), max(high, above)
-        found["resolved"] = max(at / below, above / at) <= MAX_STEP and edge_share <= _TAIL
-    return found | {"lr_low": low, "lr_high": high}
+        optimum["resolved"] = max(at / below, above / at) <= MAX_STEP and edge_share <= _TAIL
+    return optimum | {"lr_low": low, "lr_high": high}
 
 
 def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Where the parabola through three points (the last axis), the middle one lowest, has its minimum.
+    """Return the position of the minimum of the parabola through three points, of which the middle is the lowest.
 
-    Three equal values have none; the answer is then the middle one.
+    Args:
+        x: ascending positions, shape (..., 3).
+        y: values, shape (..., 3).
+
+    Returns:
+        Positions, shape (...); the middle position if the three values are equal.
     """
     left, right = x[..., 0] - x[..., 1], x[..., 2] - x[..., 1]
     rise_left, rise_right = y[..., 0] - y[..., 1], y[..., 2] - y[..., 1]
@@ -153,16 +167,17 @@ def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray(x[..., 1] + np.where(flat, 0.0, shift))
 
 
-def _through(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    """The value at a position of the parabola through three points."""
+def _parabola_at(x: np.ndarray, y: np.ndarray, at: float) -> float:
+    """Return the value of the parabola through three points at a position."""
     return float(np.polyval(np.polyfit(x - x[1], y, 2), at - x[1]))
 
 
 def _bootstrap(grid: LrGrid, sigma: float, n_bootstrap: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """Draws of the log of the optimal LR, and the share of them that lie at an edge.
+    """Return draws of the log of the optimal LR, and the share of them that lie at an edge.
 
-    A draw at an edge is that LR; one below a diverged run is uniform between its neighbours, all that is known.
-    Noise is drawn independently for each LR, though runs of one seed share their data order: that is cautious.
+    A draw whose minimum is at an edge is the LR of the edge. If the run above its minimum diverged, the draw is uniform
+    between the two neighbours, since nothing more is known. Noise is drawn independently for each LR although runs of
+    one seed share their data order; this makes the interval wider, not narrower.
     """
     log_lrs = np.log(grid.lr)
     losses = grid.valid + sigma * rng.standard_normal((n_bootstrap, len(log_lrs)))
@@ -178,14 +193,14 @@ def _bootstrap(grid: LrGrid, sigma: float, n_bootstrap: int, rng: np.random.Gene
 
 
 def _bracket(grid: LrGrid, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For indices of lowest losses: whether both neighbours finished; whether the lower did and the upper diverged."""
+    """Return whether both neighbours of each index finished, and whether the lower finished and the upper diverged."""
     finished = np.concatenate([[False], np.isfinite(grid.valid), [False]])
     diverged = np.concatenate([[False], grid.diverged, [False]])
-    # In the padded arrays, best is the neighbour below and best + 2 the one above.
+    # The arrays are padded by one, so `best` is the neighbour below and `best + 2` the neighbour above.
     return finished[best] & finished[best + 2], finished[best] & diverged[best + 2]
 
 
 def arm_rng(arm: dict[str, Any], seed: int) -> np.random.Generator:
-    """Random numbers of an arm's own, so that its interval does not depend on which other arms are in the table."""
+    """Return an arm's own generator, so that its interval does not depend on the other arms of the table."""
     name = "/".join([*(str(arm[column]) for column in ("model", "dataset", "batch_size", "steps")), arm_label(arm)])
     return np.random.default_rng([seed, zlib.crc32(name.encode())])

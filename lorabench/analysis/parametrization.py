@@ -1,11 +1,13 @@
-"""LoRA's four hyperparameters, of which two are redundant: what should be equal, and by how much it is not.
+"""Parametrization of LoRA: runs that its invariances make equivalent, and measures of how far runs differ.
 
-With Adam at epsilon 0 training depends on alpha, A's initial scale and the two LRs only through
+LoRA has four hyperparameters: alpha, the initial scale of A and the LRs of A and B. Two are redundant: with Adam at
+epsilon 0, training depends on them only through
 
     update scale   alpha * init_a * LR_B   the size of the first updates of W
-    time scale     init_a / LR_A           steps until A has moved away from where it started
+    time scale     init_a / LR_A           the number of steps until A has moved away from its initial value
 
-(paper, parametrization invariances). LR_A is `lr` and LR_B is `lr * lr_ratio`; init_a is in units of 1/sqrt(d_in).
+according to the paper's section on parametrization and invariances. LR_A is `lr`, LR_B is `lr * lr_ratio`, and init_a
+is in units of 1/sqrt(d_in).
 """
 
 from __future__ import annotations
@@ -24,21 +26,22 @@ from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.student import t_quantile
 
 SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
-"""What runs have in common, with the seed, if they differ in their parametrisation and LR alone."""
+"""Columns that are equal, with the seed, in runs that differ only in their parametrization and LR."""
 
 CONFIGURATION = ["alpha", "init_a", "lr", "lr_ratio"]
+"""Columns of the four hyperparameters that determine a run's update scale and time scale."""
 
 SAME = 1e-9
-"""Relative difference up to which two scales are the same: they are products of the same decimal numbers."""
+"""Relative difference up to which two scales count as equal; it allows for rounding in their products."""
 
 RULES = {0.0: "alpha / r", 0.5: "alpha / sqrt(r)", 1.0: "constant factor"}
-"""How the factor before B A depends on rank, by the power of rank with which alpha grows; the first is the paper's."""
+"""Rules by which the factor of BA depends on rank, by the power of rank in alpha; the first is the paper's."""
 
 _BATCHES = ["model", "dataset", "placement", "batch_size", "eps"]
 
 
 def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
-    """The LoRA runs with `update_scale`, `time_scale` and what they are made of; a null is the standard value."""
+    """Return the LoRA runs with `update_scale` and `time_scale`; a null of STANDARD becomes its value."""
     runs = with_arm_columns(runs)
     lora = runs[runs["method"] == "lora"].astype(dict.fromkeys(STANDARD, float)).fillna(STANDARD)
     lr = lora["lr"].astype(float)
@@ -48,15 +51,15 @@ def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Pairs of LoRA runs that differ in their parametrisation or LR alone.
+    """Pair the LoRA runs that differ only in their parametrization or LR.
 
     Args:
         runs: columns run_id, ARM, lr, seed.
 
     Returns:
-        One row per pair: SETTING, seed, and for the run with the smaller time scale (`_fast`) and the other (`_slow`)
-        run_id and CONFIGURATION; same_update_scale; time_ratio (slow over fast, at least 1); equivalent (both scales
-        are the same).
+        One row per pair: SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
+        `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
+        fast run, at least 1); equivalent (both scales are the same).
     """
     rows: list[dict[str, Any]] = []
     for key, of_setting in with_scales(runs).groupby([*SETTING, "seed"], dropna=False):
@@ -69,8 +72,8 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
         time_ratio = time[second] / time[first]
         for i, j, same, ratio in zip(first, second, same_update, time_ratio, strict=True):
             pair = {
-                f"{name}_{speed}": members[place][name]
-                for place, speed in ((i, "fast"), (j, "slow"))
+                f"{name}_{speed}": members[index][name]
+                for index, speed in ((i, "fast"), (j, "slow"))
                 for name in ("run_id", *CONFIGURATION)
             }
             rows.append({**setting, **pair, "same_update_scale": bool(same), "time_ratio": float(ratio)})
@@ -81,14 +84,15 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
-    """Of `run_pairs` those that test the invariance: the equivalent ones, and as their control some that are not.
+    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and as a control others.
 
-    The argument is about epsilon 0, so of several epsilons the smallest that has equivalent pairs counts. The control
-    is made of the same settings and seeds.
+    The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The pairs of
+    the control are not equivalent and have the same settings and seeds.
 
     Args:
         runs: as for `run_pairs`.
-        plus: only equivalent pairs of which one has unequal LRs of A and B (LoRA+) and the other does not.
+        plus: whether to use only equivalent pairs in which one run has unequal LRs of A and B (LoRA+) and the other
+            has equal LRs.
     """
     pairs = run_pairs(runs)
     wanted = pairs["equivalent"]
@@ -102,16 +106,16 @@ def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
 
 
 def tenfold_pairs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of `run_pairs` those with one update scale and time scales that differ at least tenfold: LR_A, in effect."""
+    """Return the pairs of `run_pairs` with the same update scale and time scales that differ at least tenfold."""
     pairs = run_pairs(runs)
     return pairs[pairs["same_update_scale"] & (pairs["time_ratio"] >= 10 * (1 - SAME))]
 
 
 def still_controls(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of `tenfold_pairs` those whose fast run is in the standard parametrisation: beside it, the slow one's A is still.
+    """Return the pairs of `tenfold_pairs` whose fast run is standard and whose slow run has the same initial A.
 
-    Both have the same Adam, the same A at first and the same first update; what their updates do differently later
-    is what A's movement does.
+    In the slow run A hardly moves, in comparison. Both runs have the same initial A, optimizer and first update, so
+    that later differences between their updates are due to the movement of A.
     """
     pairs = tenfold_pairs(runs)
     standard = [pairs[f"{name}_fast"].eq(value) for name, value in STANDARD.items()]
@@ -119,15 +123,15 @@ def still_controls(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """How much larger single steps change W where A moves than where it is still, at the last step that both record.
+    """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
 
     Args:
         pairs: as from `still_controls`.
         curves: columns run_id, step, split, metric, value, with the metric `update_norm` at step 1 and later.
 
     Returns:
-        The pairs that have it, with step and growth: the norm of the change of W by that step of the fast run over
-        that of the slow one, each relative to its first step.
+        The pairs with such steps, and the columns step and growth: the norm of the change of W by that step in the
+        fast run over that in the slow run, each relative to the change by its first step.
     """
     rows = []
     for pair in pairs.to_dict("records"):
@@ -146,36 +150,36 @@ def _norms(run_id: str, curves: pd.DataFrame) -> pd.Series[float]:
 
 
 def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
-    """How far the training losses of paired runs are apart.
+    """Compute how far the training losses of paired runs differ, by step.
 
     Args:
         pairs: as from `run_pairs`.
         curves: columns run_id, step, split, metric, value.
-        first_steps: steps that count.
+        first_steps: the last step to include.
 
     Returns:
         One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
-        |difference| of the training NLL up to that step, nats per token).
+        absolute difference of the training NLL up to that step, nats per token).
     """
     pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
     ids = pd.DataFrame({"run_id": pd.unique(pairs[["run_id_fast", "run_id_slow"]].to_numpy(object).ravel())})
     losses = train_curves(ids, curves)
     losses = losses[losses["step"] <= first_steps]
-    # A row per run, a column per step; empty rows for runs without losses.
+    # The table has a row per run, also for a run without losses, and a column per step.
     wide = losses.pivot(index="run_id", columns="step", values="value").reindex(ids["run_id"]).astype(float)
     fast, slow = (wide.loc[pairs[f"run_id_{speed}"]].to_numpy() for speed in ("fast", "slow"))
     apart = np.abs(fast - slow)
-    number, place = np.nonzero(np.isfinite(apart))
-    so_far = np.fmax.accumulate(apart, axis=1)[number, place]
-    long = pd.DataFrame({"pair": number, "step": wide.columns.to_numpy(int)[place], "difference": so_far})
+    number, column = np.nonzero(np.isfinite(apart))
+    so_far = np.fmax.accumulate(apart, axis=1)[number, column]
+    long = pd.DataFrame({"pair": number, "step": wide.columns.to_numpy(int)[column], "difference": so_far})
     return pairs.merge(long, on="pair")
 
 
 def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """The first update's descent per unit of LR, of LoRA with A's standard initial scale, by rule and rank.
+    """Compute the loss decrease by the first update per unit of LR, by rule and rank, at A's standard initial scale.
 
-    Adam's first update of B is LR_B per entry, so that descent is proportional to it: runs of one rank, alpha and
-    seed that differ in their LRs or length say the same, and their mean stands for them.
+    Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
+    alpha and seed measure the same number whatever their LRs and number of steps, and are averaged.
 
     Args:
         runs: columns run_id, ARM, lr, seed.
@@ -183,15 +187,15 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
-        per unit of LR), run_ids. A rule other than the paper's has rows where at least two ranks follow it, not all
-        in the standard parametrisation; of several factors that of the most ranks.
+        per unit of LR), run_ids. A rule other than the paper's has rows only if at least two ranks follow it, not all
+        with the standard alpha; if ranks follow it with several factors, the factor with the most ranks is used.
     """
     scaled = with_scales(runs)
     scaled = scaled[scaled["init_a"] == STANDARD["init_a"]]
-    found = train_curves(scaled, curves, "descent")
-    found = found[found["step"] == 1]
-    found = found.assign(descent=found["value"] / (found["lr"].astype(float) * found["lr_ratio"]))
-    cells = found.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
+    first = train_curves(scaled, curves, "descent")
+    first = first[first["step"] == 1]
+    first = first.assign(descent=first["value"] / (first["lr"].astype(float) * first["lr_ratio"]))
+    cells = first.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
         descent=("descent", "mean"), run_ids=("run_id", list)
     )
     parts = [
@@ -204,19 +208,19 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _following(cells: pd.DataFrame, power: float) -> pd.DataFrame:
-    """Of one model, dataset, placement and batch size, the cells whose alpha grows with rank to a power."""
+    """Return the cells, of one model, dataset, placement and batch size, whose alpha grows as a power of the rank."""
     factor = cells["alpha"] / cells["rank"].astype(float) ** power
     if power == 0:
         return cells[factor == STANDARD["alpha"]]
-    # Square roots of ranks are not exact.
+    # Rounding makes factors equal that differ only by the inexact square roots of ranks.
     factor = factor.map(lambda value: float(f"{value:.9g}"))
     sets = [of_factor for _, of_factor in cells.groupby(factor)]
-    sets = [one for one in sets if one["rank"].nunique() > 1 and (one["alpha"] != STANDARD["alpha"]).any()]
-    return max(sets, key=lambda one: int(one["rank"].nunique()), default=cells.iloc[:0])
+    sets = [rows for rows in sets if rows["rank"].nunique() > 1 and (rows["alpha"] != STANDARD["alpha"]).any()]
+    return max(sets, key=lambda rows: int(rows["rank"].nunique()), default=cells.iloc[:0])
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
-    """The first descent of each rank over that of the highest of its rule, in the mean over seeds that both have.
+    """Compute each rank's mean first descent over that of the highest rank of its rule, over the seeds of both.
 
     Args:
         descents: as from `first_descents`.
@@ -225,7 +229,7 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset, placement, batch_size, eps, rule and rank: ratio, with its 95% interval (`low`,
         `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
     """
-    rows = []
+    ratios = []
     for key, of_rule in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
         by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in of_rule.groupby("rank")}
         top = by_rank[max(by_rank)]
@@ -235,17 +239,25 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
             ratio, low, high = ratio_of_means(pair[0]["descent"].to_numpy(float), pair[1]["descent"].to_numpy(float))
             if group is top:
                 low = high = math.nan
-            run_ids = [run_id for one in pair for ids in one["run_ids"] for run_id in ids]
-            rows.append((*key, rank, ratio, low, high, len(seeds), sorted(set(run_ids))))
+            run_ids = [run_id for rows in pair for ids in rows["run_ids"] for run_id in ids]
+            ratios.append((*key, rank, ratio, low, high, len(seeds), sorted(set(run_ids))))
     columns = [*_BATCHES, "rule", "rank", "ratio", "low", "high", "n_seeds", "run_ids"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(ratios, columns=columns)
 
 
 def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float, float]:
-    """The ratio of the means of paired values with its 95% t interval, in which what both share cancels.
+    """Return the ratio of the means of paired values, and the ends of its 95% t interval.
 
-    The interval is that of a ratio estimator, from the residuals of numerator - ratio * denominator; it is NaN with
-    fewer than two pairs, or where the denominator's mean is not positive.
+    The interval is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation
+    that the paired values share cancels.
+
+    Args:
+        numerator: values, shape (n,).
+        denominator: values, shape (n,), paired with the numerator's.
+
+    Returns:
+        Ratio, lower and upper end. The ends are NaN with fewer than two pairs; all three are NaN where the mean of the
+        denominator is not positive.
     """
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
@@ -260,14 +272,14 @@ def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> tuple[floa
 
 
 def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float:
-    """The step at which a growing measure first reaches a level, between its points on logarithmic axes.
+    """Return the step at which a growing measure first reaches a level, interpolated on logarithmic axes.
 
-    NaN if it never does, or does by its first point, before which nothing is known.
+    The step is NaN if the measure never reaches the level, or has reached it at its first point.
 
     Args:
-        steps: ascending, positive.
-        values: at those steps; points that are not positive are left out.
-        level: positive.
+        steps: positive steps, ascending.
+        values: values of the measure at these steps; a point whose value is not positive is left out.
+        level: the level, positive.
     """
     points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
     for (step, value), (later, reached) in pairwise(points):
@@ -278,16 +290,16 @@ def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> f
 
 
 def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> pd.DataFrame:
-    """Steps until A has moved by its own initial norm.
+    """Compute the number of steps until A has moved by `level` times its initial norm.
 
     Args:
         runs: columns run_id, ARM, lr, seed.
         curves: columns run_id, step, split, metric, value, with the metric `a_moved`.
-        level: of `a_moved` that counts as moved.
+        level: value of `a_moved` to reach.
 
     Returns:
-        The LoRA runs that have the metric, with `update_scale`, `time_scale` and step: see `crossing`; NaN where A
-        did not get that far in the run.
+        The LoRA runs that have the metric, with update_scale, time_scale and step (see `crossing`; NaN where A did not
+        move that far during the run).
     """
     scaled = with_scales(runs)
     moved = train_curves(scaled, curves, "a_moved")
@@ -299,14 +311,14 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> 
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Change of W by single steps per unit of LR, in the standard parametrisation, the longest runs, at the best LRs.
+    """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their best LRs.
 
     Args:
-        runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll; of one model and dataset.
+        runs: runs of one model and dataset, columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
         curves: columns run_id, step, split, metric, value, with the metric `update_norm`.
 
     Returns:
-        The columns of such LoRA runs with step and size (Frobenius norm over all layers, per unit of LR of A).
+        The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).
     """
     scaled = with_scales(runs)
     standard = scaled[is_standard(scaled)]
@@ -317,7 +329,7 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def tuned(runs: pd.DataFrame, min_lrs: int = 3) -> pd.DataFrame:
-    """Runs whose arm has an LR grid, of which an optimum can be found; A's initial scale standard."""
+    """Return the runs with A's standard initial scale whose arm has at least `min_lrs` LRs."""
     runs = with_arm_columns(runs)
     lrs = runs.groupby(ARM, dropna=False)["lr"].transform("nunique")
     return runs[(lrs >= min_lrs) & (runs["init_a"].isna() | runs["init_a"].eq(STANDARD["init_a"]))]

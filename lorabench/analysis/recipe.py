@@ -17,6 +17,7 @@ from lorabench.analysis.arms import arm_label, is_rl, is_standard
 from lorabench.analysis.claims.rl_shared import if_learned, rewarded_errors
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, Task, comparisons
 from lorabench.analysis.finding import Finding, Verdict
+from lorabench.analysis.losses import with_losses
 from lorabench.analysis.lr_ratio import lr_ratio
 from lorabench.analysis.studies import MIN_LRS
 from lorabench.tables import with_all_columns
@@ -228,8 +229,8 @@ def _answer(choice: Choice) -> Answer:
 
 def _validation_loss(comparison: Comparison, arm: Arm) -> float:
     """Return the mean validation loss at the best LR; infinite where no run finished."""
-    rows = comparison.rows[arm_label(arm)]
-    loss = rows.loc[rows["run_id"].isin(comparison.losses[arm_label(arm)]["run_ids"]), "final_valid_nll"].mean()
+    rows = with_losses(comparison.rows[arm_label(arm)])
+    loss = rows.loc[rows["run_id"].isin(comparison.losses[arm_label(arm)]["run_ids"]), "validation_loss"].mean()
     return float("inf") if pd.isna(loss) else float(loss)
 
 

@@ -1,13 +1,13 @@
-"""Rewards of reinforcement learning: accuracies by learning rate and over training.
+"""Rewards of reinforcement learning: error rates as losses, accuracies over training, and ranges of good LRs.
 
-An error rate, 1 - accuracy, is a loss: lower is better, it is picked on the validation split and reported on the test
-split, and it has seed noise. `errors` puts it where the other modules look for final losses, so that noise, optimal
-LRs and gaps of RL runs are computed by the code that computes those of supervised runs. Only here and in the claims on
-RL do `final_valid_nll` and `final_test_nll` hold error rates (shares of 0 to 1); no table is written from such runs.
+An error rate, 1 - accuracy, is a loss: lower is better, the LR is picked by it on the validation split, it is reported
+on the test split, and it has seed noise. `errors` puts it into the columns `validation_loss` and `test_loss` (see
+`lorabench.analysis.losses`), so that the noise, optimal LRs and gaps of RL runs are computed by the same code as those
+of supervised runs.
 
-Near an accuracy of 1 many LRs may be equally good. The optimal LR is then the lowest of them, which means little; its
-interval says so, since noise moves the optimum all over the flat top. Where all seeds agree there is no noise that
-would tell, so there is no interval and the optimum is not resolved.
+Near an accuracy of 1 many LRs may be equally good. The optimal LR is then the lowest of them, which means little. Its
+interval shows this, since noise moves the optimum anywhere on the flat top. If all seeds agree exactly, the noise is
+unknown, so there is no interval and the optimum is not resolved.
 """
 
 from __future__ import annotations
@@ -26,74 +26,75 @@ from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.optimum import LrGrid, arm_rng, best_index, lr_grid, lr_optima
 
 GOOD = 0.95
-"""Share of an arm's own peak from which on an LR counts as good."""
+"""Share of an arm's own peak accuracy that a good LR reaches at least."""
 
 TestReward = Literal["final_reward", "best_reward"]
 
 
 def errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """The RL runs with error rates for final losses, so that everything made for losses fits.
+    """Return the RL runs with their error rates as losses.
 
-    A run that never got a reward counts as finished: its policy is the base, whose rewards it has.
+    A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has.
 
     Args:
-        runs: columns status, final_valid_reward and that of `test_reward`; task, without which no run is RL.
-        test_reward: the test accuracy to report: after the last step, or at the best evaluation on validation.
+        runs: columns task, status, final_valid_reward and that of `test_reward`; no run is RL if task is missing.
+        test_reward: the test accuracy to report: after the last step (`final_reward`), or at the evaluation with the
+            best validation accuracy (`best_reward`).
 
     Returns:
-        The runs with `status` done or diverged, final_valid_nll = 1 - final_valid_reward and final_test_nll = 1 -
-        `test_reward`. The LR is picked on the accuracy after the last step for both.
+        The RL runs with status done or diverged, validation_loss = 1 - final_valid_reward and test_loss = 1 -
+        `test_reward`. With either test reward, the LR is picked by the validation accuracy after the last step.
     """
     rl = runs[is_rl(runs)]
     return rl.assign(
         status=rl["status"].replace("unrewarded", "done"),
-        final_valid_nll=1 - rl["final_valid_reward"].astype(float),
-        final_test_nll=1 - rl[test_reward].astype(float),
+        validation_loss=1 - rl["final_valid_reward"].astype(float),
+        test_loss=1 - rl[test_reward].astype(float),
     )
 
 
 def reward_optima(runs: pd.DataFrame) -> pd.DataFrame:
-    """The optimal LR of each arm by accuracy on validation, and the test accuracy there.
+    """Estimate the optimal LR of each arm by validation accuracy, and the test accuracy there.
 
     Args:
         runs: columns run_id, ARM, lr, seed, task, status, final_valid_reward, final_reward.
 
     Returns:
         One row per arm as from `lr_optima` (lr_best, lr_opt, lr_low, lr_high, edge, resolved, n_runs, n_diverged,
-        run_ids), with reward_opt (test accuracy at lr_opt, 0 to 1) for the loss there.
+        run_ids), with reward_opt (test accuracy at lr_opt, 0 to 1) in place of loss_opt.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
-    as_losses = errors(runs)
-    found = lr_optima(as_losses, _noise(as_losses))
-    # A parabola may pass below an error of 0.
-    return found.assign(reward_opt=(1 - found["nll_opt"]).clip(0, 1)).drop(columns="nll_opt")
+    with_errors = errors(runs)
+    optima = lr_optima(with_errors, _noise(with_errors))
+    # The interpolated error rate can be below 0.
+    return optima.assign(reward_opt=(1 - optima["loss_opt"]).clip(0, 1)).drop(columns="loss_opt")
 
 
-def _noise(as_losses: pd.DataFrame) -> pd.DataFrame:
-    """Seed noise of error rates; none at all is not measured."""
-    noise = seed_noise(as_losses)
+def _noise(with_errors: pd.DataFrame) -> pd.DataFrame:
+    """Return the seed noise of error rates; a noise of exactly 0 counts as unknown."""
+    noise = seed_noise(with_errors)
     return noise.assign(**{name: noise[name].where(noise[name] > 0) for name in ("sigma", "sigma_valid")})
 
 
 def reward_curves(
     runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
 ) -> pd.DataFrame:
-    """A measure over training at each arm's best LR, that of the highest validation accuracy on the first seed's grid.
+    """Return a metric over training at each arm's best LR, that with the highest validation accuracy on the LR grid.
 
     Args:
         runs: columns as for `reward_optima`.
-        curves: columns run_id, step, split, metric, value, and examples, which may be missing.
-        split: of the curves: train, validation, test, or the name of a further problem set.
-        metric: of the curves, as reward (train), accuracy (others), response_length.
+        curves: columns run_id, step, split, metric, value, and optionally examples.
+        split: the split of the curves: train, validation, test, or the name of a held-out problem set.
+        metric: the metric of the curves, such as reward (train), accuracy (other splits), response_length.
 
     Returns:
         One row per arm and step, ascending: lr, step, episodes, mean and sd over the finished seeds that have the step
         (in the metric's unit; sd NaN with one seed), n_seeds, run_ids.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
     points = points_of(curves, split, metric).sort_values(["step", "run_id"])
     rows: list[dict[Hashable, Any]] = []
@@ -111,7 +112,7 @@ def reward_curves(
 
 
 def points_of(curves: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:
-    """The points of one measure: run_id, step, examples (null where not there) and value, which is never null."""
+    """Return the points of one metric: run_id, step, examples (null where missing) and value (never null)."""
     columns = ["run_id", "step", "examples", "value"]
     if curves.empty:
         return pd.DataFrame(columns=columns)
@@ -120,32 +121,32 @@ def points_of(curves: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:
 
 
 def good_bands(runs: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """How wide each arm's range of good LRs is: those with a test accuracy of at least `GOOD` of the arm's own peak.
+    """Measure the width of each arm's range of good LRs, whose test accuracy is at least GOOD times the arm's peak.
 
-    The peak is the test accuracy at the LR with the highest validation accuracy. Between LRs of the first seed's grid
-    the accuracy is a straight line in log LR; that of a diverged run is 0. The width is the total length of all good
-    pieces, so that one unlucky run does not cut off what lies beyond it.
+    The peak is the test accuracy at the LR with the highest validation accuracy. The accuracy is interpolated linearly
+    in log LR between the LRs of the grid; it is 0 at a diverged run. The width is the total length of all good
+    segments, so that one bad run does not cut off the good LRs beyond it.
 
     Args:
         runs: columns as for `reward_optima`.
-        n_bootstrap: draws of the parametric bootstrap: each accuracy plus Gaussian seed noise.
-        seed: of the bootstrap.
+        n_bootstrap: number of draws of the parametric bootstrap, which adds Gaussian seed noise to each accuracy.
+        seed: seed of the bootstrap.
 
     Returns:
-        One row per arm: lr_best, peak (accuracy), threshold (`GOOD` of it), width (decades of LR), width_low and
-        width_high (95% interval; NaN without seed noise), step (widest spacing of the grid at good LRs, decades: about
-        how far off straight lines may put the width), lr_low and lr_high (lowest and highest good LR), open_low and
-        open_high (the lowest or highest LR of the grid is good, so that the width is a lower bound), n_runs,
-        n_diverged, run_ids. NaN where no run finished or the peak is 0.
+        One row per arm: lr_best, peak (accuracy), threshold (GOOD * peak), width (decades of LR), width_low and
+        width_high (95% interval; NaN without seed noise), step (widest spacing of the grid at good LRs in decades,
+        which is about the error of the width by interpolation), lr_low and lr_high (lowest and highest good LR),
+        open_low and open_high (whether the lowest or highest LR of the grid is good, so that the width is a lower
+        bound), n_runs, n_diverged, run_ids. NaN where no run finished or the peak is 0.
 
     Raises:
-        UserError: see `check_runs`.
+        UserError: See `check_runs`.
     """
-    as_losses = errors(runs)
-    check_runs(as_losses)
-    noise = _noise(as_losses)
+    with_errors = errors(runs)
+    check_runs(with_errors)
+    noise = _noise(with_errors)
     rows = []
-    for arm, of_arm in each_arm(as_losses):
+    for arm, of_arm in each_arm(with_errors):
         grid = lr_grid(of_arm)
         low, high = band_draws(of_arm, noise, n_bootstrap, seed).interval
         counts = {"n_runs": len(grid.lr), "n_diverged": int(grid.diverged.sum())}
@@ -168,28 +169,28 @@ def good_bands(runs: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd
 
 @dataclass(frozen=True)
 class BandDraws:
-    """Bootstrap draws of the width of one arm's range of good LRs; those of different arms are independent."""
+    """Bootstrap draws of the width of one arm's range of good LRs; draws of different arms are independent."""
 
     widths: np.ndarray
-    """Decades of LR; NaN where `good_bands` has none."""
+    """Widths in decades of LR, shape (n_bootstrap,); NaN where `good_bands` has no interval."""
     open: np.ndarray
-    """Whether the range reaches an edge of the grid, so that its width is a lower bound."""
+    """Whether the range of a draw reaches an edge of the grid, so that its width is a lower bound."""
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the width."""
+        """The 95% interval of the width in decades."""
         low, high = np.quantile(self.widths, [0.025, 0.975]).tolist()
         return low, high
 
 
 def band_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> BandDraws:
-    """The draws behind an arm's interval in `good_bands`.
+    """Return the bootstrap draws from which `good_bands` makes an arm's interval.
 
     Args:
         of_arm: the arm's runs as from `errors`.
-        noise: as from `seed_noise` of such runs.
+        noise: as from `seed_noise` of runs from `errors`.
         n_bootstrap: number of draws.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     [(arm, _)] = each_arm(of_arm)
     grid = lr_grid(of_arm)
@@ -208,33 +209,33 @@ def band_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 100
 
 
 def _band(grid: LrGrid) -> dict[str, Any]:
-    """Peak and range of good LRs of one grid, as columns of `good_bands`."""
+    """Return the peak and the range of good LRs of one grid, as columns of `good_bands`."""
     numbers = ["lr_best", "peak", "threshold", "width", "step", "lr_low", "lr_high"]
-    found: dict[str, Any] = dict.fromkeys(numbers, math.nan)
-    found |= {"open_low": False, "open_high": False}
+    band: dict[str, Any] = dict.fromkeys(numbers, math.nan)
+    band |= {"open_low": False, "open_high": False}
     best = best_index(grid)
     if best is None:
-        return found
+        return band
     peak = float(1 - grid.test[best])
-    found |= {"lr_best": float(grid.lr[best]), "peak": peak, "threshold": GOOD * peak}
+    band |= {"lr_best": float(grid.lr[best]), "peak": peak, "threshold": GOOD * peak}
     if peak <= 0:
-        return found
+        return band
     log_lrs, accuracy = np.log10(grid.lr), np.where(grid.diverged, 0.0, 1 - grid.test)
     good = np.flatnonzero(accuracy >= GOOD * peak)
     first, last = int(good[0]), int(good[-1])
     steps = np.diff(log_lrs)
     shares = _good_shares(accuracy, np.array(GOOD * peak)) * steps
     low, high = log_lrs[first], log_lrs[last]
-    # Below the first good LR of the grid and above the last, the line is good for a part of the way.
+    # The line is still good for a part of the segments below the first good LR and above the last.
     low -= shares[first - 1] if first else 0.0
     high += shares[last] if last < len(shares) else 0.0
-    found |= {"lr_low": float(10**low), "lr_high": float(10**high), "width": float(shares.sum())}
-    found["step"] = float(steps[shares > 0].max(initial=0.0))
-    return found | {"open_low": first == 0, "open_high": last == len(shares)}
+    band |= {"lr_low": float(10**low), "lr_high": float(10**high), "width": float(shares.sum())}
+    band["step"] = float(steps[shares > 0].max(initial=0.0))
+    return band | {"open_low": first == 0, "open_high": last == len(shares)}
 
 
 def _good_shares(accuracy: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """Share of each segment between neighbouring LRs on which the line is at least the threshold."""
+    """Return the share of each segment between neighbouring LRs on which the line is at least the threshold."""
     above = accuracy - threshold
     ends = np.stack([above[..., :-1], above[..., 1:]])
     lower, upper = ends.min(axis=0), ends.max(axis=0)

@@ -1,4 +1,4 @@
-"""Slopes: a straight line through points, its interval, and how straight the points lie; also on logarithmic axes."""
+"""Slopes: least-squares lines on linear and logarithmic axes, their intervals, and the curvature of the points."""
 
 from __future__ import annotations
 
@@ -15,47 +15,49 @@ from lorabench.analysis.student import t_quantile
 
 @dataclass(frozen=True)
 class Line:
-    """A least-squares line. What the points do not tell is NaN."""
+    """A least-squares line; a number that the points do not determine is NaN."""
 
     slope: float
     """Units of y per unit of x."""
     low: float
-    """95% t interval of the slope; NaN with no degree of freedom."""
+    """Lower end of the 95% t interval of the slope; NaN without a degree of freedom."""
     high: float
+    """Upper end of that interval."""
     intercept: float
-    """At x = 0; with groups, that of the mean over all points."""
+    """Value at x = 0; with groups, of the line through the mean of all points."""
     r2: float
     """Share of the variance of y (within groups) that the line explains."""
     quadratic: float
-    """Coefficient of x squared if a parabola is fitted instead."""
+    """Coefficient of x squared of the least-squares parabola."""
     quadratic_low: float
-    """95% t interval of that coefficient."""
+    """Lower end of the 95% t interval of that coefficient."""
     quadratic_high: float
+    """Upper end of that interval."""
     n: int
-    """Points used."""
+    """Number of points used."""
 
 
 def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Ordinary least squares with t intervals.
+    """Fit a line by ordinary least squares, with t intervals.
 
-    Residuals of few or smooth points can be smaller than the noise is known to be; intervals are then made from
-    `sigma` instead, so that points that happen to lie on a line are not taken for certain.
+    The residuals of few or smooth points can be smaller than the known noise. The intervals are then made from
+    `sigma` instead, so that points which lie on a line by chance do not give an interval that is too narrow.
 
     Args:
-        x: positions; pairs in which either is not finite are left out.
-        y: values.
-        sigma: standard deviation that one value is known to have at least, in units of y; NaN counts as not known.
-        groups: one label per point; each group gets an intercept of its own, the slope is shared.
+        x: positions, shape (n,); a point whose position or value is not finite is left out.
+        y: values, shape (n,).
+        sigma: known lower bound of the standard deviation of a value, in units of y; NaN stands for unknown.
+        groups: one label per point, shape (n,); each group has its own intercept, and all share the slope.
     """
     points = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float)})
     points["group"] = 0 if groups is None else pd.factorize(np.asarray(groups))[0]
     points = points[np.isfinite(points["x"]) & np.isfinite(points["y"])]
-    # Taking out the means of the groups is the same as fitting an intercept to each.
+    # Subtracting each group's means is equivalent to fitting an intercept per group.
     within = points[["x", "y"]] - points.groupby("group")[["x", "y"]].transform("mean")
     within = within.where(within.abs() > 1e-12 * points[["x", "y"]].abs().max(), 0.0)
     n_groups = points["group"].nunique()
     slope, half, r2 = _last_coefficient([within["x"]], within["y"], n_groups, sigma)
-    # Centred: the coefficient is the same, and the numbers stay small.
+    # Centring x leaves the coefficient unchanged and keeps the numbers small.
     square = (points["x"] - points["x"].mean()) ** 2
     square -= square.groupby(points["group"]).transform("mean")
     quadratic, quadratic_half, _ = _last_coefficient([within["x"], square], within["y"], n_groups, sigma)
@@ -73,15 +75,17 @@ def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike |
 
 
 def against_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """The line of y against log10(x): units of y per tenfold x. A point with x <= 0 is left out. See `fit_line`."""
+    """Fit y against log10(x); the slope is in units of y per tenfold x. See `fit_line`.
+
+    Points with x <= 0 are left out.
+    """
     return fit_line(_log10(x), y, sigma, groups)
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """The line of log10(y) against log10(x): its slope is the exponent of a power law.
+    """Fit log10(y) against log10(x); the slope is the exponent of a power law. See `fit_line`.
 
-    A point that is not positive in both is left out, and `n` tells how many were not. `sigma` is that of log10(y).
-    See `fit_line`.
+    A point whose x or y is not positive is left out and not counted in `n`. `sigma` is in units of log10(y).
     """
     return fit_line(_log10(x), _log10(y), sigma, groups)
 
@@ -94,9 +98,10 @@ def _log10(values: ArrayLike) -> np.ndarray:
 def _last_coefficient(
     columns: list[pd.Series[Any]], y: pd.Series[Any], n_means: int, sigma: float
 ) -> tuple[float, float, float]:
-    """Of the last column: its least-squares coefficient and the half width of the interval; and R squared.
+    """Return the last column's least-squares coefficient, the half width of its 95% t interval, and R squared.
 
-    All are NaN where the columns do not determine it, the half width where no degree of freedom is left.
+    All are NaN where the columns do not determine the coefficient; the half width is NaN where no degree of freedom
+    is left.
     """
     design = np.column_stack([column.to_numpy(float) for column in columns])
     if len(y) == 0 or np.linalg.matrix_rank(design) < design.shape[1]:

@@ -1,4 +1,4 @@
-"""Student's t distribution, by scipy's special functions: `scipy.stats` takes half a second more to import."""
+"""Student's t distribution, from `scipy.special`, since `scipy.stats` takes half a second more to import."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from scipy.special import stdtrit
 
 
 def t_quantile(dof: float, p: float = 0.975) -> float:
-    """The t that is not exceeded with probability `p`; by default half a 95% interval, in standard errors."""
+    """Return the `p` quantile of the t distribution; by default the half width of a 95% interval in standard errors."""
     return float(stdtrit(dof, p))

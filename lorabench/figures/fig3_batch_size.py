@@ -57,12 +57,12 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     envelope = envelopes(runs, curves).rename(columns={"value": "nll"})
-    best = best_losses(runs).dropna(subset=["nll_mean"])
+    best = best_losses(runs).dropna(subset=["loss_mean"])
     finals, gaps = [], []
     for _, group in best.groupby(style.PANEL, dropna=False):
         fullft = next((row for _, row in group.iterrows() if row["method"] == "fullft"), None)
         for _, arm in group.iterrows():
-            nll, low, high = mean_interval(pd.Series(arm["nlls"]))
+            nll, low, high = mean_interval(pd.Series(arm["losses"]))
             finals.append(dict(arm) | {"lr": arm["lr_best"], "nll": nll, "low": low, "high": high})
             if fullft is None or arm["method"] == "fullft":
                 continue

@@ -66,8 +66,8 @@ def best_rows(runs: pd.DataFrame) -> list[pd.DataFrame]:
 def _best(runs: pd.DataFrame) -> pd.DataFrame:
     runs = runs.reindex(columns=[*runs.columns, *({"trainable_params"} - set(runs.columns))])
     rows = []
-    for _, arm in best_losses(runs).dropna(subset=["nll_mean"]).iterrows():
-        nll, low, high = mean_interval(pd.Series(arm["nlls"]))
+    for _, arm in best_losses(runs).dropna(subset=["loss_mean"]).iterrows():
+        nll, low, high = mean_interval(pd.Series(arm["losses"]))
         count = rows_of(runs, arm)["trainable_params"].dropna().max()
         rows.append(
             dict(arm)

@@ -78,7 +78,7 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
         of_model = {"family": model.lineage, "hidden_size": model.hidden_size}
         for arm in (model.fullft, model.lora):
             best = model.comparison.optima[arm_label(arm)]
-            optimum = {"lr": best["lr_opt"], "nll": best["nll_opt"], "resolved": bool(best["resolved"])}
+            optimum = {"lr": best["lr_opt"], "nll": best["loss_opt"], "resolved": bool(best["resolved"])}
             interval = {"lr_low": best["lr_low"], "lr_high": best["lr_high"]}
             rows.append(arm | of_model | optimum | interval | {"element": "optimum", "arm": arm_label(arm)})
         low, high = model.ratio.interval

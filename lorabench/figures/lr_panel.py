@@ -17,6 +17,7 @@ from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from lorabench.analysis.arms import ARM, arm_label
+from lorabench.analysis.losses import with_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.rewards import errors
@@ -79,15 +80,15 @@ def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
     is drawn as a triangle at the top), `optimum` (interpolated, with the interval of the LR) or `diverged` (one
     run). Losses are final test NLL in nats per scored token.
     """
-    finished = runs.dropna(subset=["final_test_nll"])
+    finished = with_losses(runs).dropna(subset=["test_loss"])
     loss = finished.groupby([*ARM, "lr"], dropna=False, as_index=False).agg(
-        nll=("final_test_nll", "mean"), nll_sd=("final_test_nll", "std"), n_seeds=("seed", "nunique")
+        nll=("test_loss", "mean"), nll_sd=("test_loss", "std"), n_seeds=("seed", "nunique")
     )
     loss["above_range"] = False
     for _, panel in loss.groupby(style.PANEL, dropna=False):
         loss.loc[panel.index, "above_range"] = _above_range(panel)
-    optimum = lr_optima(runs, seed_noise(runs)).dropna(subset=["lr_opt", "nll_opt"])
-    optimum = optimum.rename(columns={"lr_opt": "lr", "nll_opt": "nll"})
+    optimum = lr_optima(runs, seed_noise(runs)).dropna(subset=["lr_opt", "loss_opt"])
+    optimum = optimum.rename(columns={"lr_opt": "lr", "loss_opt": "nll"})
     diverged = runs[runs["status"] == "diverged"]
     parts = []
     for element, part in {"loss": loss, "optimum": optimum, "diverged": diverged}.items():

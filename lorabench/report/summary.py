@@ -63,13 +63,13 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
         return None
     runs = pd.concat(tuned)
     noise = seed_noise(runs)
-    losses = best_losses(runs)[[*ARM, "nll_mean", "nll_sd", "n_seeds"]]
+    losses = best_losses(runs)[[*ARM, "loss_mean", "loss_sd", "n_seeds"]]
     arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
     arms = arms.merge(over_studies(seed_studies(runs)), on=ARM, how="left")
     arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
     # A low error is a high accuracy.
-    ends = ("nll_max", "nll_min") if rewarded else ("nll_min", "nll_max")
-    for column, loss in zip(_RESULTS, ("nll_mean", "nll_median", *ends), strict=True):
+    ends = ("loss_max", "loss_min") if rewarded else ("loss_min", "loss_max")
+    for column, loss in zip(_RESULTS, ("loss_mean", "loss_median", *ends), strict=True):
         arms[column] = 1 - arms[loss] if rewarded else arms[loss]
     return {
         "name": name,

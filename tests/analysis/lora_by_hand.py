@@ -1,4 +1,4 @@
-"""LoRA runs and training curves in which the theory of the parametrisation holds exactly; tests bend one part each."""
+"""LoRA runs and training curves in which the theory of the parametrization holds exactly; tests change parts of it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ RECORDED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @cache
 def difficulty(seed: int, step: int) -> float:
-    """How much harder than the average one batch is, the same for all runs of a seed; in nats."""
+    """Return the excess NLL of a batch over the average in nats, which is the same for all runs with one seed."""
     return float(0.05 * np.random.default_rng([seed, step]).standard_normal())
 
 
 @cache
 def luck(*key: int, size: float) -> float:
-    """A small number that depends on the key alone."""
+    """Return a small number that depends on the key alone."""
     return float(size * np.random.default_rng(list(key)).standard_normal())
 
 
 def nll(run: Mapping[str, Any], step: int) -> float:
-    """Training loss: falls with alpha init_a LR_B at first, and ever faster the sooner A moves."""
+    """Return the training NLL, whose first decrease is proportional to the update scale; it falls faster as A moves."""
     update, time = run["alpha"] * run["init_a"] * run["lr"] * run["lr_ratio"], run["init_a"] / run["lr"]
     fall = 2 * (1 - math.exp(-update * (step - 1))) + 1e-5 * (step - 1) ** 2 / (1 + time / 1e3)
     return 3.0 + difficulty(run["seed"], step) - fall
 
 
 def a_moved(run: Mapping[str, Any], step: int) -> float:
-    """Grows by a fixed share of its time scale at each step but the first, in which A stays."""
+    """Return the movement of A, which grows in inverse proportion to the time scale from the second step on."""
     return (step - 1) * 20 / (run["init_a"] / run["lr"])
 
 
 def descent(run: Mapping[str, Any], step: int) -> float:
-    """1/r times r terms of equal size, and the luck of the draw of A."""
+    """Return the first descent: 1/r times r terms of equal size, and noise of the initial A."""
     if step > 1:
         return 0.1
     noise = luck(run["rank"], run["seed"], size=0.01)
@@ -46,7 +46,7 @@ def descent(run: Mapping[str, Any], step: int) -> float:
 
 
 def update_norm(run: Mapping[str, Any], step: int) -> float:
-    """Grows with B, by seed a little more or less."""
+    """Return the norm of an update, which grows with B and differs slightly by seed."""
     return run["lr"] * (1 + (0.1 + luck(run["seed"], size=0.01)) * (step - 1))
 
 
@@ -64,7 +64,7 @@ METRICS: dict[str, Callable[[Mapping[str, Any], int], float]] = {
 
 
 def lora_run(rank: int = 8, *, seed: int = 0, lr: float = 1e-3, steps: int = 64, **columns: Any) -> dict[str, Any]:
-    """One row of `runs`, in the standard parametrisation but for what is given."""
+    """Return one row of `runs`, in the standard parametrization except for the given columns."""
     row = {
         "model": "tiny",
         "dataset": "instruct",
@@ -91,7 +91,7 @@ def lora_run(rank: int = 8, *, seed: int = 0, lr: float = 1e-3, steps: int = 64,
 def lora_tables(
     runs: Iterable[dict[str, Any]], **changes: Callable[[Mapping[str, Any], int], float]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables `runs` and `curves` of some runs; metrics as above but for changes."""
+    """Return the tables `runs` and `curves` of the given runs, with the metrics above except for the changes."""
     runs = list(runs)
     rows = []
     for run in runs:
@@ -102,7 +102,7 @@ def lora_tables(
                 for step in steps
                 if step <= run["steps"]
             ]
-        # Validation comes after a step's update, on examples that are no harder than others.
+        # Validation is measured after a step's update, on examples of average difficulty.
         rows += [
             {
                 "run_id": run["run_id"],

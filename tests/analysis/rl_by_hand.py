@@ -20,7 +20,7 @@ AIME = {"aime24": 0.3, "aime25": 0.2}
 SAMPLES = 30 * 16
 
 Series = Callable[[float], float]
-"""A metric's value by the share of the steps done, 0 to 1."""
+"""Function from the share of the steps done, 0 to 1, to the value of a metric."""
 
 
 def grown(start: float, end: float) -> Series:
@@ -44,10 +44,11 @@ def arm(
     placement: str = "all",
     **columns: Any,
 ) -> ArmTables:
-    """One arm's runs and curves: FullFT without a rank.
+    """Return the runs and curves of one arm, which is FullFT if it has no rank.
 
-    `peak` is its final test accuracy at `optimum`, `best_gain` how much higher that of its best evaluation is, `sets`
-    the final accuracies of further problem sets (all start at 0.02), `train` replaces metrics of the train steps.
+    `peak` is its final test accuracy at `optimum`, `best_gain` the increase of that accuracy at its best evaluation,
+    `sets` the final accuracies on held-out problem sets (which all start at 0.02), and `train` replaces metrics of the
+    training steps.
     """
     method = "fullft" if rank is None else "lora"
     best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
@@ -102,7 +103,7 @@ def arm(
 
 
 def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
+    """Return the tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
     arms = list(arms)
     runs = pd.DataFrame([row for rows, _ in arms for row in rows])
     curves = pd.DataFrame([row for _, rows in arms for row in rows])

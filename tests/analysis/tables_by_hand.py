@@ -32,10 +32,10 @@ def arm(
     steps: int = 128,
     **columns: Any,
 ) -> ArmTables:
-    """One arm's runs and curves: FullFT without a rank.
+    """Return the runs and curves of one arm, which is FullFT if it has no rank.
 
-    `floor` is its final test loss at `optimum`. Curves do not know of it: they differ by LR and seed, and from step
-    `leaves_at` on an arm's are 0.2 nats too high.
+    `floor` is its final test loss at `optimum`. The curves do not depend on `floor`: they differ by LR and seed, and
+    are 0.2 nats higher from step `leaves_at` on.
     """
     method = "fullft" if rank is None else "lora"
     best = min((lr for lr in lrs if lr < diverges_from), key=lambda lr: abs(math.log(lr / optimum)))
@@ -83,7 +83,7 @@ def arm(
 
 
 def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
+    """Return the tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
     arms = list(arms)
     runs = pd.DataFrame([row for rows, _ in arms for row in rows])
     curves = pd.DataFrame([row for _, rows in arms for row in rows])
@@ -93,5 +93,5 @@ def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def noise_table(sigma: float, model: str = "tiny", dataset: str = "instruct") -> pd.DataFrame:
-    """A noise table with a sigma that is given."""
+    """Return a noise table with the given sigma."""
     return pd.DataFrame({"model": [model], "dataset": [dataset], "sigma": [sigma], "dof": [10], "n_runs": [15]})

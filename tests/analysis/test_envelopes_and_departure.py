@@ -94,11 +94,11 @@ def test_departure_is_where_an_arm_stays_above_two_sigma_to_the_end():
     table = pd.concat(
         [
             envelope(None, [3.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
-            # Above for long, as LoRA is at first, but back at the end.
+            # The arm is above for long, as LoRA is at first, but not at the end.
             envelope(64, [3.5, 2.5, 1.5, 1.5, 1.5, 1.0]),
-            # Above once, back, and then above for good.
+            # The arm is above once, then not, and then above for good.
             envelope(8, [3.0, 2.5, 1.01, 1.03, 1.03, 1.03]),
-            # Above at the end, but for two points only.
+            # The arm is above at the end, but only at two points.
             envelope(4, [3.0, 2.0, 1.0, 1.0, 1.5, 1.5]),
             envelope(1, [3.5, 2.5, 1.5, 1.5, 1.5, 1.5]),
         ]
@@ -106,7 +106,7 @@ def test_departure_is_where_an_arm_stays_above_two_sigma_to_the_end():
     found = departures(table, noise_table(0.01)).set_index("rank")
     assert found["departed"].tolist() == [False, True, False, True, False]
     assert found["step"].tolist() == [pd.NA, 1, pd.NA, 8, pd.NA]
-    # With more noise a small excess says nothing.
+    # With more noise, a small excess is not a departure.
     assert departures(table, noise_table(0.02))["departed"].sum() == 1
 
 

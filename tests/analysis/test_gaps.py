@@ -17,8 +17,8 @@ def test_best_losses_are_taken_over_seeds_at_the_lr_that_validation_picks():
     runs.loc[runs["lr"] == 1e-2, "final_test_nll"] = 0.5  # best on test, which must not matter
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
     assert (fullft["lr_best"], lora["lr_best"]) == (3e-4, 3e-3)
-    assert lora["nll_mean"] == pytest.approx(2.02)
-    assert lora["nll_sd"] == pytest.approx(pd.Series([0.0, 0.01, 0.05]).std())
+    assert lora["loss_mean"] == pytest.approx(2.02)
+    assert lora["loss_sd"] == pytest.approx(pd.Series([0.0, 0.01, 0.05]).std())
     assert lora["seeds"] == [0, 1, 2]
     assert len(lora["run_ids"]) == lora["n_seeds"] == 3
     assert not lora["at_edge"]
@@ -73,7 +73,7 @@ def test_an_arm_without_a_finished_run_gives_no_number():
     runs, _ = tables([arm(optimum=3e-4), arm(8, optimum=3e-3)])
     runs.loc[runs["rank"].eq(8), ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
-    assert math.isnan(lora["nll_mean"])
+    assert math.isnan(lora["loss_mean"])
     assert lora["n_seeds"] == 0
     found = gap(runs, lora, fullft)
     assert math.isnan(found.estimate)

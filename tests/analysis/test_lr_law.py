@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, LrProblem, fit, is_determined, lineage, predict, regret
 
-# The notes on the paper, section 2.5: family, hidden size, LR of FullFT and of LoRA.
+# Family, hidden size, and the LRs of FullFT and LoRA by `get_lr` of the authors' tinker-cookbook, to four digits.
 TABLE = [
     ("llama", 2048, 4.908e-5, 4.908e-4),
     ("llama", 3072, 3.576e-5, 3.576e-4),
@@ -65,7 +65,7 @@ def test_regret_of_many_draws():
 
 
 def problem(law, family, hidden_size, method, factors=(1 / 9, 1 / 3, 1, 3, 9), centre=None):
-    """Losses that are a parabola in log LR around the law's LR, on a grid around it or around a given LR."""
+    """Return losses that are a parabola in log LR around the law's LR, on a grid around it or around a given LR."""
     optimum = predict(law, family, hidden_size, method)
     lrs = (centre or optimum) * np.array(factors)
     return LrProblem(lineage(family), hidden_size, method, lrs, 2.0 + 0.1 * np.log(lrs / optimum) ** 2)
@@ -125,9 +125,9 @@ def test_what_does_not_determine_a_law():
     assert not is_determined([])
     assert not is_determined([p for p in every if p.method == "lora"])
     assert not is_determined([p for p in every if p.hidden_size == 64 and p.lineage == "llama"])
-    # One width each: two exponents and a base are three unknowns.
+    # With one hidden size per family, two exponents and a base are too many unknowns.
     assert not is_determined([p for p in every if p.hidden_size == 64])
-    # A second width of one family gives the base, and with it the other's exponent.
+    # A second hidden size of one family determines the base, and so the other family's exponent.
     assert is_determined([p for p in every if p.hidden_size == 64 or p.lineage == "llama"])
     with pytest.raises(ValueError, match="several hidden sizes"):
         fit([p for p in every if p.hidden_size == 64])

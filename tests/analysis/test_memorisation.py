@@ -22,12 +22,12 @@ TOKENS, ENTROPY = 1000, 4000.0
 
 
 def nll_of(bits: float) -> float:
-    """The loss at which so many bits are stored."""
+    """Return the NLL at which the given number of bits is stored."""
     return (ENTROPY - bits) * math.log(2) / TOKENS
 
 
 def facts(bits_by_rank, params=lambda rank: 500 * rank, **changes):
-    """Arms on random facts that store so many bits at their optimum, by rank."""
+    """Return arms on random facts that store the given bits, by rank, at their optimal LR."""
     return tables(
         arm(
             rank,

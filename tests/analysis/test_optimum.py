@@ -23,7 +23,7 @@ def optimum(noise=NOISE, **settings_of_arm):
 def test_the_vertex_of_a_parabola_is_found(lr_opt):
     found = optimum(optimum=lr_opt)
     assert math.log(found["lr_opt"]) == pytest.approx(math.log(lr_opt), abs=1e-6)
-    assert found["nll_opt"] == pytest.approx(2.0, abs=1e-9)
+    assert found["loss_opt"] == pytest.approx(2.0, abs=1e-9)
     assert found["lr_low"] < lr_opt < found["lr_high"]
     assert found["resolved"]
     assert not found["edge"]
@@ -106,7 +106,7 @@ def test_the_lr_is_picked_on_validation_and_its_loss_read_on_test():
     runs["final_test_nll"] = 7.0 + 0.5 * np.log(runs["lr"] / 3e-3) ** 2
     found = lr_optima(runs, NOISE).iloc[0]
     assert found["lr_opt"] == pytest.approx(1e-3)
-    assert found["nll_opt"] == pytest.approx(7.0 + 0.5 * math.log(1 / 3) ** 2)
+    assert found["loss_opt"] == pytest.approx(7.0 + 0.5 * math.log(1 / 3) ** 2)
 
 
 def test_an_arms_interval_depends_neither_on_other_arms_nor_on_row_order():
@@ -138,7 +138,7 @@ def test_the_optimum_ignores_a_constant_and_scales_with_the_lrs(losses, shift, s
         if len(set(losses)) == len(losses):
             assert shifted[name] == pytest.approx(found[name], rel=1e-4)
     assert lrs[0] <= found["lr_opt"] <= lrs[-1] * (1 + 1e-12)
-    assert found["nll_opt"] <= max(losses) + 1e-9
+    assert found["loss_opt"] <= max(losses) + 1e-9
 
 
 @settings(deadline=None)

@@ -53,7 +53,7 @@ def test_optimum_by_rank_of_llama_8b(optima):
 
 
 def test_the_optimum_moves_up_from_rank_4_to_128_by_less_than_two(optima):
-    # The reference notes give 1.5 to 1.9 times from rank 4 to rank 64 or 128.
+    # The optimal LR grows by a factor of 1.5 to 1.9 from rank 4 to rank 64 or 128.
     for model in ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"):
         found = optima.loc[model]
         assert 1.4 < found.loc[128, "lr_opt"] / found.loc[4, "lr_opt"] < 2
@@ -84,7 +84,7 @@ def test_the_small_llamas_end_at_the_edge_at_every_rank(optima):
 
 def test_sigma_of_repeated_cells(runs):
     noise = seed_noise(runs).set_index("model")
-    # Llama-3.1-8B is repeated at LR 4e-5 only; at 3e-3 (Qwen3-30B) repeats lie much further apart.
+    # Llama-3.1-8B is repeated at LR 4e-5 only; the repeats of Qwen3-30B at 3e-3 differ much more.
     assert 5e-5 < noise.loc["meta-llama/Llama-3.1-8B", "sigma"] < 2e-4
     assert noise.loc["Qwen/Qwen3-30B-A3B-Base", "sigma"] > 1e-3
     cell = runs[(runs["model"] == "meta-llama/Llama-3.1-8B") & (runs["rank"] == 4) & (runs["lr"] == 4e-5)]
@@ -93,7 +93,7 @@ def test_sigma_of_repeated_cells(runs):
 
 
 def seeded(runs):
-    """The sweep with the seed noise that the repeats at LR 1e-3 show, as three more seeds of every arm's best cell."""
+    """Return the sweep with three more seeds of every arm's best cell at the noise of the repeats at LR 1e-3."""
     rows = [runs[runs["seed"] == 0]]
     for seed, offset in ((1, SIGMA), (2, -SIGMA)):
         best = rows[0].loc[rows[0].groupby(["model", "rank"])["test_nll"].idxmin()]
@@ -103,7 +103,7 @@ def seeded(runs):
 
 
 def test_a_table_with_optional_columns_missing_is_judged(runs):
-    # No column but the needed ones: neither steps, alpha, tokens nor parameters are in the published files.
+    # Only the needed columns are kept, since the published files have no steps, alpha, tokens or parameters.
     needed = [*(name for name in ARM if name not in OPTIONAL), "run_id", "lr", "seed", "status"]
     bare = seeded(runs)[[*needed, "final_valid_nll", "final_test_nll"]]
     found = judge_claims(Tables(bare, pd.DataFrame())).set_index("claim_id")
@@ -113,7 +113,7 @@ def test_a_table_with_optional_columns_missing_is_judged(runs):
     assert found.loc[["B3", "B4"], "verdict"].tolist() == ["inconclusive"] * 2
     assert "Llama-3.2-1B" in found.loc["B3", "reason"]
     assert "edge of its grid" in found.loc["B3", "reason"]
-    # ... and of those with rank 1 it is below rank 16 by the factor of the notes, 1.2 to 2.4.
+    # ... and in the models with rank 1 its optimum is below that of rank 16 by a factor of 1.2 to 2.4.
     moe = judge_claims(Tables(bare[bare["model"].str.contains("30B")], pd.DataFrame())).set_index("claim_id")
     assert moe.loc["B4", "verdict"] == "confirmed"
     assert 1 / 2.4 < moe.loc["B4", "estimate"] < 1 / 1.2
@@ -137,5 +137,5 @@ def test_without_full_fine_tuning_no_claim_about_it_gets_a_verdict(runs):
     found = judge_claims(Tables(llama, pd.DataFrame())).set_index("claim_id")
     assert found.loc[["A1", "A7", "A8", "B1", "B2"], "verdict"].isin(["inconclusive", "not tested"]).all()
     assert found.loc["B4", "verdict"] == "inconclusive"
-    # With the interpolation's own error left aside, ranks 4 to 128 lie within a factor of two.
+    # Without the error of the interpolation, the optima of ranks 4 to 128 lie within a factor of two.
     assert 1.5 < found.loc["B3", "estimate"] < 2

@@ -18,7 +18,7 @@ from tests.analysis.tables_by_hand import tables as sft_tables
 
 
 def grid(lrs, accuracies, statuses=None, repeats=(-0.001, 0.001)):
-    """FullFT with accuracies by LR on both splits, and two more seeds at the best."""
+    """Return FullFT runs with accuracies by LR, equal on both splits, and two more seeds at the best LR."""
     best = int(np.argmax(accuracies))
     cells = [(lr, 0, accuracy) for lr, accuracy in zip(lrs, accuracies, strict=True)]
     cells += [(lrs[best], seed, min(1.0, accuracies[best] + offset)) for seed, offset in enumerate(repeats, start=1)]
@@ -55,11 +55,12 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     done = found["status"] == "done"
     assert found["status"].iloc[0] == "done"
     assert (found["status"] == "diverged").sum() == 1
-    assert found.loc[done, "final_test_nll"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
-    assert found.loc[~done, "final_test_nll"].isna().all()
+    assert found.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
+    assert found.loc[~done, "test_loss"].isna().all()
     best = errors(both, "best_reward")[done]
-    assert best["final_test_nll"].tolist() == pytest.approx((1 - runs.loc[done, "best_reward"]).tolist())
-    assert best["final_valid_nll"].tolist() == found.loc[done, "final_valid_nll"].tolist()
+    assert best["test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "best_reward"]).tolist())
+    assert best["validation_loss"].tolist() == found.loc[done, "validation_loss"].tolist()
+    assert found[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
     pd.testing.assert_frame_equal(errors(found), found)
     assert errors(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
     assert seed_noise(found)["sigma"].item() == pytest.approx(OFFSETS[1])
@@ -80,7 +81,7 @@ def test_a_flat_top_has_an_interval_as_wide_as_itself_and_none_without_noise():
     assert found["lr_low"] < 2e-4
     assert found["lr_high"] > 1.5e-3
     assert found["lr_best"] == 1e-4
-    # An accuracy of 1 whatever the seed: any of those may be the best.
+    # The accuracy is 1 with every seed at several LRs, any of which may be the best.
     certain = grid(lrs, [0.2, 1, 1, 1, 1, 0.2], repeats=(0, 0))
     for optimum in (reward_optima(certain).iloc[0], reward_optima(grid(lrs, flat, repeats=())).iloc[0]):
         assert not optimum["resolved"]

@@ -1,4 +1,4 @@
-"""Best over LR per seed study: each seed with a grid picks for itself."""
+"""Tests of studies, in which each seed with an LR grid picks its own best LR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.analysis.tables_by_hand import arm, tables
 
 
 def studies_of(*optima_and_floors, **columns):
-    """The grid of one seed per pair of optimal LR and floor."""
+    """Return an LR grid per seed, from pairs of optimal LR and lowest loss."""
     parts = []
     for seed, (optimum, floor) in enumerate(optima_and_floors):
         runs, _ = tables([arm(8, optimum=optimum, floor=floor, offsets=(0.0,), **columns)])
@@ -24,11 +24,11 @@ def test_each_seed_picks_its_own_lr():
     runs = studies_of((3e-3, 2.0), (1e-3, 2.1), (3e-3, 2.3))
     studies = seed_studies(runs)
     assert studies["lr_best"].tolist() == [3e-3, 1e-3, 3e-3]
-    assert studies["nll"].tolist() == pytest.approx([2.0, 2.1, 2.3])
+    assert studies["loss"].tolist() == pytest.approx([2.0, 2.1, 2.3])
     assert studies["n_lrs"].tolist() == [6, 6, 6]
     assert not studies["at_edge"].any()
     [row] = over_studies(studies).to_dict("records")
-    assert (row["nll_median"], row["nll_min"], row["nll_max"]) == pytest.approx((2.1, 2.0, 2.3))
+    assert (row["loss_median"], row["loss_min"], row["loss_max"]) == pytest.approx((2.1, 2.0, 2.3))
     assert (row["lr_median"], row["lr_min"], row["lr_max"]) == pytest.approx((3e-3, 1e-3, 3e-3))
     assert row["n_studies"] == 3
 
@@ -46,7 +46,7 @@ def test_a_study_at_the_edge_or_without_a_finished_run():
     runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
     studies = seed_studies(runs)
     assert studies["at_edge"].tolist() == [True, False]
-    assert math.isnan(studies["nll"].iloc[1])
+    assert math.isnan(studies["loss"].iloc[1])
     assert over_studies(studies)["n_studies"].tolist() == [1]
 
 

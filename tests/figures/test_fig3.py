@@ -47,7 +47,7 @@ def test_numbers_are_those_of_the_tables():
     runs = runs_table(rows)
     best = best_losses(runs)
     final = plotted[plotted["element"] == "final"]
-    np.testing.assert_allclose(final["nll"].astype(float), best["nll_mean"].astype(float))
+    np.testing.assert_allclose(final["nll"].astype(float), best["loss_mean"].astype(float))
     gaps = plotted[plotted["element"] == "gap"].set_index("batch_size")
     for size in (4, 16, 64):
         fullft, lora = (row for _, row in best[best["batch_size"] == size].iterrows())

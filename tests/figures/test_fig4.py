@@ -37,8 +37,8 @@ def test_numbers_are_those_of_the_tables(name):
     runs = runs_table(rows)
     expected = best_losses(runs)
     best = plotted[plotted["element"] == "best"]
-    np.testing.assert_allclose(best["nll"].astype(float), expected["nll_mean"].astype(float))
-    half = 4.302653 * expected["nll_sd"].astype(float) / math.sqrt(3)
+    np.testing.assert_allclose(best["nll"].astype(float), expected["loss_mean"].astype(float))
+    half = 4.302653 * expected["loss_sd"].astype(float) / math.sqrt(3)
     np.testing.assert_allclose((best["nll_high"] - best["nll"]).astype(float), half, rtol=1e-5)
     counts = best.set_index("arm")["parameters"].to_dict()
     assert counts == {

@@ -72,7 +72,7 @@ def test_law_draws_the_optima_and_ratios_of_the_tables():
     optima = lr_optima(runs, seed_noise(runs)).set_index(["model", "method"])
     drawn = of(plotted, "optimum").set_index(["model", "method"])
     assert len(drawn) == 8
-    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("nll", "nll_opt")):
+    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("nll", "loss_opt")):
         np.testing.assert_allclose(drawn[ours].astype(float), optima[theirs].reindex(drawn.index).astype(float))
     ratio = of(plotted, "ratio").set_index("model")
     assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))

@@ -176,7 +176,7 @@ def test_placement_shows_best_accuracies_by_parameters():
     found = read(placements())
     figure, plotted = FIGURES["fig5_placement_rl"].draw(found)
     best, expected = of(plotted, "best"), best_losses(errors(found.runs))
-    np.testing.assert_allclose(best["accuracy"].astype(float), 1 - expected["nll_mean"].astype(float))
+    np.testing.assert_allclose(best["accuracy"].astype(float), 1 - expected["loss_mean"].astype(float))
     half = 4.302653 * SD / math.sqrt(3)
     np.testing.assert_allclose((best["accuracy_high"] - best["accuracy"]).astype(float), half, rtol=1e-5)
     np.testing.assert_allclose((best["accuracy"] - best["accuracy_low"]).astype(float), half, rtol=1e-5)

@@ -80,7 +80,7 @@ class BatchSizes:
     def losses(self, arm: ArmBySize) -> dict[int, pd.Series[float]]:
         """Return the final test NLL by batch size and seed, at the best LRs."""
         best = {size: comparison.losses[arm_label(arm[size])] for size, comparison in self.by_size.items()}
-        return {size: pd.Series(row["nlls"], row["seeds"], float) for size, row in best.items()}
+        return {size: pd.Series(row["losses"], row["seeds"], float) for size, row in best.items()}
 
     def run_ids(self, *arms: ArmBySize) -> list[str]:
         """Return the ids of all runs of several arms."""

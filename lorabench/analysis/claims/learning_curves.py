@@ -225,7 +225,7 @@ def same_final_loss(comparison: Comparison) -> Finding:
     arms = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
     estimate, interval, text, problems = comparison.final_gap(arms[0], arms[1])
     sigma, dof = comparison.sigma("test")
-    loss = float(comparison.losses[arm_label(arms[1])]["nll_mean"])
+    loss = float(comparison.losses[arm_label(arms[1])]["loss_mean"])
     margin = float(np.fmax(SIGMAS * sigma, MAX_LOSS_GAP * loss))
     verdict, text = within(*interval, (-margin, margin)), f"{text}, margin {margin:.4f}, {sigma_text(sigma)}"
     problems += noise_problems(sigma, dof) + equality_problems(verdict, sigma, loss)

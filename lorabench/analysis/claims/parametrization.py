@@ -162,7 +162,7 @@ def _best_variant(runs: pd.DataFrame, standard: dict[str, Any], variants: list[d
             f"{arm_label(variant)} - standard = {nats(difference.estimate, *interval)} over {difference.n_seeds} seeds"
         )
         verdict = within(*interval, (-SIGMAS * sigma, math.inf))
-        problems += equality_problems(verdict, sigma, float(losses[arm_label(standard)]["nll_mean"]))
+        problems += equality_problems(verdict, sigma, float(losses[arm_label(standard)]["loss_mean"]))
         run_ids = rows_of(runs, variant)["run_id"]
         findings.append(finding(run_ids, text, verdict, problems, difference.estimate, interval, -difference.estimate))
     decided = together(findings)

@@ -94,7 +94,7 @@ def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Find
     if not arms:
         return judged
     margin = SIGMAS * np.nan_to_num(comparison.sigma("test")[0])
-    accuracy = {arm_label(arm): 1 - float(comparison.losses[arm_label(arm)]["nll_mean"]) for arm in arms}
+    accuracy = {arm_label(arm): 1 - float(comparison.losses[arm_label(arm)]["loss_mean"]) for arm in arms}
     base = float(comparison.runs["base_reward"].astype(float).mean())
     if math.isnan(base):
         problems = ["accuracy of the base not known"]
