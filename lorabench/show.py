@@ -17,6 +17,7 @@ from lorabench import bill, cost
 from lorabench.gpus import GB, GPUS
 from lorabench.plan import Plan
 from lorabench.progress import Status
+from lorabench.utils import formats
 
 
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
@@ -34,20 +35,22 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     last: dict[str, Callable[[bill.Bill], str]] = {}
     if execution.gpu is None:
         at_once = bill.jobs_at_once(plan.preset, cores)
-        caption = [f"minutes at {rate:,.4g} GFLOP/s per job ({given}), {at_once} at a time"]
-        last["minutes"] = lambda one: _short(bill.minutes(plan, one, cores))
+        caption = [f"minutes at {formats.number(rate, 4)} GFLOP/s per job ({given}), {at_once} at a time"]
+        last["minutes"] = lambda one: formats.number(bill.minutes(plan, one, cores), 2)
     else:
         every = rows["total"]
         caption = [
-            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {rate / 1e3:,.4g} TFLOP/s ({given})",
-            f"the longest job takes {every.longest_hours:.3g} hours; {every.gpu_hours / 24:,.3g} days on one GPU",
+            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, "
+            f"at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
+            f"the longest job takes {formats.number(every.longest_hours)} hours; "
+            f"{formats.number(every.gpu_hours / 24)} days on one GPU",
         ]
-        last["GPU-hours"] = lambda one: _short(one.gpu_hours)
+        last["GPU-hours"] = lambda one: formats.number(one.gpu_hours, 2)
         last["GPUs"] = lambda one: _up_to(one.gpus)
         last["GB/GPU"] = lambda one: f"{one.memory / GB:.0f}"
-        last["disk GB"] = lambda one: _short(one.disk / GB)
+        last["disk GB"] = lambda one: formats.number(one.disk / GB, 2)
         if price is not None:
-            last["money"] = lambda one: f"{one.gpu_hours * price:,.0f}"
+            last["money"] = lambda one: formats.count(one.gpu_hours * price)
     table = Table(
         title=Text(plan.preset.description),
         title_justify="left",
@@ -61,7 +64,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         if name == "total":
             table.add_section()
         runs = [str(one.runs), _up_to(one.lanes)] if one.runs else ["", ""]
-        counted = [*runs, _tokens(one.tokens), f"{one.flops / 1e15:.3g}"]
+        counted = [*runs, formats.amount(one.tokens), formats.number(one.flops / 1e15)]
         table.add_row(name, str(one.jobs), *counted, *(shown(one) for shown in last.values()))
     # Where there is no terminal, none is too narrow.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -83,14 +86,6 @@ def _up_to(most: int) -> str:
     return f"1-{most}" if most > 1 else "1"
 
 
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _tokens(number: float) -> str:
-    return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:,.1f} G"
-
-
 def _silence(word: str, job: dict[str, Any]) -> str:
     """How long a job has been silent: killed, or stopped and not taken up again."""
     if word == "running" or job["silent_s"] is None:
@@ -105,14 +100,15 @@ def status_table(status: Status) -> None:
     console = Console()
     share = status.runs_done / max(1, status.runs_planned)
     console.print(
-        f"{status.runs_done}/{status.runs_planned} runs ({share:.0%}), "
+        f"{status.runs_done}/{status.runs_planned} runs ({formats.percent(share)}), "
         f"{status.jobs_done}/{status.jobs_planned} jobs done"
     )
     for word, jobs in (("running", status.running), ("silent ", status.silent)):
         for job in jobs:
             console.print(
                 f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
-                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{_silence(word, job)}"
+                f"lr {formats.lr(job['lr'])}, seed {job['seed']}, "
+                f"step {job['step']}/{job['steps']}{_silence(word, job)}"
             )
     if status.report is not None:
         console.print(f"  report: {status.report}")

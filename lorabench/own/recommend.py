@@ -26,6 +26,7 @@ from lorabench.own.preset import checked_gpu
 from lorabench.plan import Job, make_plan
 from lorabench.published import optimum, sweep_of, sweeps
 from lorabench.tables import read_table, table_path, with_all_columns
+from lorabench.utils import formats
 
 LAW = "the paper's law with its authors' constants, fitted at batch size 128 (tinker-cookbook)"
 PAPER = "the paper"
@@ -175,8 +176,9 @@ def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens
             )
         # A token holds about a bit, a parameter about two (paper notes, 3.1).
         notes.append(
-            f"About {completion_tokens / 1e6:.3g} Mbit in the data at a bit a token (what learning them by heart "
-            f"takes; generalising takes less), {2 * parameters / 1e6:.3g} Mbit in the adapter at two bits a parameter."
+            f"About {formats.amount(completion_tokens, 'bit')} in the data at a bit a token (what learning them by "
+            f"heart takes; generalising takes less), {formats.amount(2 * parameters, 'bit')} in the adapter at two "
+            "bits a parameter."
         )
     notes.append("`lorabench init` writes a preset that measures all this on your own data.")
     return notes

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lorabench.own.data import Data
 from lorabench.own.recommend import Recommendation, Seen, Setting
-from lorabench.report.text import lr
+from lorabench.utils import formats
 
 
 def recommendation_table(found: Recommendation, data: Data | None) -> None:
@@ -22,7 +22,7 @@ def recommendation_table(found: Recommendation, data: Data | None) -> None:
     settings = ((one.what, _value(one), one.source) for one in found.settings)
     _print(console, ("setting", "value", "source"), settings)
     if found.seen:
-        seen = ((_arm(one), lr(one.lr), _interval(one.low, one.high), one.where) for one in found.seen)
+        seen = ((_arm(one), formats.lr(one.lr), _interval(one.low, one.high), one.where) for one in found.seen)
         _print(console, ("optimum found", "LR", "95% interval", "where"), seen)
     for note in found.notes:
         console.print(Text(f"- {note}"))
@@ -43,11 +43,11 @@ def _value(one: Setting) -> str:
         case str():
             return one.value
         case _:
-            return lr(one.value) if one.name.endswith("_lr") else f"{one.value:,}"
+            return formats.lr(one.value) if one.name.endswith("_lr") else f"{one.value:,}"
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{lr(low)} to {lr(high)}"
+    return "" if low is None or high is None else f"{formats.lr(low)} to {formats.lr(high)}"
 
 
 def _arm(one: Seen) -> str:

@@ -1,6 +1,6 @@
-"""What a repository shows of a finished preset: claims and provenance beside its figures, and the README's block.
+"""What a repository shows of a finished preset: claims and provenance beside its figures, and a block of the README.
 
-The block is made from the committed files alone, so that a test can tell whether the README still says what they do.
+The block is made from the committed files alone, so that a test can check that the README agrees with them.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from lorabench.layout import Layout
 from lorabench.plan import PROTOCOL_VERSION
 from lorabench.records import atomic_path, file_sha256, write_json
 from lorabench.report import summary
-from lorabench.report.text import duration, interval, number
 from lorabench.tables import read_table
+from lorabench.utils import formats
 
 START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"
 
 SHOWN = ("fig2_lr_by_rank", "fig7_rl_curves")
-"""Figures that the README shows."""
+"""The figures that the README shows."""
 
 CORE = ("A1", "A3", "B1", "B2", "B3", "B4", "C1", "C5", "D1", "D2", "D3", "E1", "E2", "F1", "F2")
-"""The claims that the paper stands on; the README folds the others away."""
+"""The central claims of the paper; the README shows the others in a folded part."""
 
 
 def publish(layout: Layout, readme: Path) -> None:
-    """Write a preset's claims and provenance beside its figures, and the README's block from them.
+    """Write the claims and provenance of a preset beside its figures, and the block of the README from these files.
 
     Raises:
-        UserError: the README has no place for the block, or a figure that it shows has not been drawn.
+        UserError: the README lacks the two lines that enclose the block, or a figure of SHOWN is missing.
     """
     runs, claims = (read_table(layout.tables(), name) for name in ("runs", "claims"))
     before, after = _split(readme)
     for name in SHOWN:
         if not (layout.figures / f"{name}.svg").is_file():
-            raise UserError(f"figure {layout.figures / name}.svg is not there; run the preset {layout.name} first")
+            raise UserError(f"figure {layout.figures / name}.svg does not exist; run the preset {layout.name} first")
     with atomic_path(layout.figures / "claims.csv") as partial:
         claims.drop(columns="run_ids").to_csv(partial, index=False)
     write_json(_provenance(layout, runs), layout.figures / "provenance.json")
@@ -50,17 +50,17 @@ def publish(layout: Layout, readme: Path) -> None:
 
 
 def _split(readme: Path) -> tuple[str, str]:
-    """What stands before and after the block."""
+    """Return the text of the README before and after the block."""
     text = readme.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+    before, start, following = text.partition(START)
+    _, end, after = following.partition(END)
     if not (start and end):
         raise UserError(f"{readme} has no place for the results: two lines are needed, {START} and {END}")
     return before, after
 
 
 def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
-    """What the figures and claims of a preset were computed from."""
+    """Describe the runs, machines, code and inputs that the figures and claims of a preset were computed from."""
     environment = summary.environment(runs)
     first, last = environment["started"]
     return {
@@ -82,15 +82,15 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def block(figures: Path) -> str:
-    """The README's block, from the files that `publish` has written into a folder of figures."""
+    """Return the block of the README, from the files that `publish` has written into a folder of figures."""
     claims = pd.read_csv(figures / "claims.csv")
-    made = json.loads((figures / "provenance.json").read_text())
+    provenance = json.loads((figures / "provenance.json").read_text())
     counts = ", ".join(f"{len(ids)} {verdict}" for verdict, ids in summary.by_verdict(claims))
-    devices = " and ".join(made["devices"])
+    devices = " and ".join(provenance["devices"])
     lines = [
         START,
-        f"What the `{made['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {made['runs']} runs "
-        f"({duration(made['run_seconds'])} of one core on {devices}, from {made['first_started'][:10]}).",
+        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {provenance['runs']} runs "
+        f"({formats.duration(provenance['run_seconds'])} of one core on {devices}, from {provenance['first_started'][:10]}).",
         "",
         *(f"![{FIGURES[name].title}]({figures / name}.svg)\n" for name in SHOWN),
         *_table(claims[claims["claim_id"].isin(CORE)]),
@@ -119,9 +119,9 @@ def _table(claims: pd.DataFrame) -> list[str]:
 def _measured(claim: dict[Any, Any]) -> str:
     if pd.isna(claim["estimate"]):
         return ""
-    words = [number(claim["estimate"])]
+    words = [formats.number(claim["estimate"])]
     if pd.notna(claim["ci_low"]) and pd.notna(claim["ci_high"]):
-        words.append(interval(claim["ci_low"], claim["ci_high"]))
+        words.append(formats.interval(claim["ci_low"], claim["ci_high"]))
     return " ".join([*words, _cell(claim["unit"])]).strip()
 
 
@@ -130,5 +130,5 @@ def _cell(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that is no markup in a cell of a Markdown table."""
+    """Escape text so that it is no markup in a cell of a Markdown table."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -186,18 +186,18 @@ def test_recipe_says_what_to_use(report):
     header = Page(page.source.split("<header>")[1].split("</header>")[0]).text
     assert re.search(r"\byes tiny on instruct, batch 16: LoRA r64 at a learning rate of 2\.\d+e-3 is within", header)
     section = page.section("recipe").text
-    assert "tiny on instruct, batch 16: 64 (of 1, 64)" in section
+    assert "tiny on instruct, batch 16: 64 (tried: 1, 64)" in section
     assert "10 times that of full fine-tuning" in section
 
 
 def test_recipe_says_when_nothing_matches(report):
     header = report([row for rank in (None, 1) for row in make_sweep(rank)]).text
-    assert "No rank that was tried matches. The best, LoRA r1" in header
+    assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in header
 
 
 def test_without_full_fine_tuning_there_is_no_answer(report):
     page = report(make_sweep(16))
-    assert "not tested It takes full fine-tuning and LoRA" in page.text
+    assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
 
 
@@ -210,7 +210,7 @@ def test_diverged_runs_are_listed(report, rows):
 
 def test_says_so_when_none_diverged(report):
     rows = [row for rank in (None, 1) for row in make_sweep(rank, diverged_from=1.0)]
-    assert "None. All 14 runs ended with finite numbers." in report(rows).text
+    assert "No run diverged: all 14 runs ended with finite losses." in report(rows).text
 
 
 def test_sparse_runs_show_dashes_and_no_nan(report):
