@@ -31,7 +31,7 @@ _SPLITTER = "tokenizers/punkt_tab"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task of the preset with its data: the tasks that it consists of by name, and lm-eval's group if it is a group."""
+    """A task of the preset with its data: the tasks that it consists of by name, and lm-eval's group if it is one."""
 
     task: EvalTask
     leaves: dict[str, Task]

@@ -1,4 +1,4 @@
-"""One evaluation: load a model once, run the preset's tasks on it by lm-eval, and write scores and samples as tables."""
+"""One evaluation: load a model, run the preset's tasks on it by lm-eval, and write scores and samples as tables."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def run_tasks(
     DetectorFactory.seed = _SEED
     # lm-eval warns of each task whose number of few-shot examples the preset sets, which is intended.
     logging.getLogger("lm_eval.evaluator").addFilter(lambda record: "num_fewshot" not in record.msg)
-    # Every call would ask pip, compilers and drivers for their versions, which takes seconds; `_versions` records enough.
+    # Every call would ask pip, compilers and drivers for their versions, for seconds; `_versions` records enough.
     evaluator.add_env_info = lambda results: None
     # Standard errors are computed without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"

@@ -15,9 +15,9 @@ def datasets(layout: Layout) -> list[dict[str, Any]]:
     """Describe each dataset that comes from a file or the hub, and each of which something was left out.
 
     Returns:
-        For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null for
-        a generated dataset, of which only the examples too long for a model are counted); and `left_out`, a list of
-        texts that say how many examples were left out and why.
+        For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null
+        for a generated dataset, of which only the examples too long for a model are counted); and `left_out`, a list
+        of texts that say how many examples were left out and why.
     """
     described = []
     for name in layout.preset.sources:

@@ -57,7 +57,7 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
 
 
 def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
-    """Return the indices of at most `limit` of the ascending steps: the first, the last, and log-spaced steps between."""
+    """Return the indices of at most `limit` of the ascending steps: the first, the last, and log-spaced ones."""
     if len(steps) <= limit:
         return np.arange(len(steps))
     wanted = np.geomspace(max(1, steps[0]), steps[-1], limit - 1)

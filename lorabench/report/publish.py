@@ -89,8 +89,9 @@ def block(figures: Path) -> str:
     devices = " and ".join(provenance["devices"])
     lines = [
         START,
-        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {provenance['runs']} runs "
-        f"({formats.duration(provenance['run_seconds'])} of one core on {devices}, from {provenance['first_started'][:10]}).",
+        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. "
+        f"Computed from {provenance['runs']} runs ({formats.duration(provenance['run_seconds'])} of one core "
+        f"on {devices}, from {provenance['first_started'][:10]}).",
         "",
         *(f"![{FIGURES[name].title}]({figures / name}.svg)\n" for name in SHOWN),
         *_table(claims[claims["claim_id"].isin(CORE)]),

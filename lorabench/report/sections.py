@@ -85,7 +85,7 @@ SECTIONS = (
         "further-sets",
         "Fig. 8",
         "Figure 8. Further problem sets and the length of responses",
-        "They also progress alike on held-out problems, and their responses grow alike, with backtracking and checking.",
+        "They also progress alike on held-out problems; their responses grow alike, with backtracking and checking.",
         ("fig8_aime_and_length",),
         ("F4", "F5"),
     ),
