@@ -20,8 +20,8 @@ PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 def sweeps(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), fullft=True, **changes):
     rows = make_sweep(None, **changes) if fullft else []
     for placement, rank in arms:
-        found = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
-        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in found]
+        sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
+        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
     return rows
 
 

@@ -19,7 +19,7 @@ from tests.handmade import curves_of, laptop_like
 
 @pytest.fixture(scope="module")
 def tables() -> Tables:
-    """Runs of the laptop preset made by hand, and what they say."""
+    """Make runs of the laptop preset by hand, with their claims."""
     runs = laptop_like()
     return Tables(runs=runs, curves=curves_of(runs))
 
@@ -31,7 +31,7 @@ def judged(tables: Tables) -> pd.DataFrame:
 
 @pytest.fixture
 def finished(tables: Tables, judged: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    """The laptop preset as if it had been run in an empty folder, with a README that has a place for results."""
+    """Make an empty folder look as if the laptop preset had been run in it, with a README with a place for results."""
     monkeypatch.chdir(tmp_path)
     layout = Layout.of("laptop")
     write_frame(tables.runs, "runs", layout.tables())
@@ -48,11 +48,11 @@ def test_claims_and_provenance_lie_beside_the_figures(finished: Layout, tables: 
     claims = pd.read_csv(finished.figures / "claims.csv")
     assert list(claims.claim_id) == list(judged.claim_id)
     assert list(claims.verdict) == list(judged.verdict)
-    made = json.loads((finished.figures / "provenance.json").read_text())
-    assert made["runs"] == len(tables.runs)
-    assert made["runs_by_status"] == tables.runs.status.value_counts().to_dict()
-    assert made["devices"] == ["AMD EPYC 7B13"]
-    assert made["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
+    provenance = json.loads((finished.figures / "provenance.json").read_text())
+    assert provenance["runs"] == len(tables.runs)
+    assert provenance["runs_by_status"] == tables.runs.status.value_counts().to_dict()
+    assert provenance["devices"] == ["AMD EPYC 7B13"]
+    assert provenance["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
 
 
 def test_the_block_takes_the_place_of_the_old_one_and_nothing_else(finished: Layout):
