@@ -46,7 +46,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     plotted = _plotted(tables.runs, tables.curves)
     if plotted.empty:
-        return style.empty_figure("No runs on a dataset that can be learned from."), plotted
+        return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
     figure, panels = style.panel_pairs(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, left, right in panels:
@@ -151,7 +151,12 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.Arm
     thresholds, slope, held = _of(rows, "threshold"), _of(rows, "slope"), _of(rows, "description_length")
     if thresholds.empty and _of(rows, "stays").empty:
         known = len(_of(rows, "noise_band"))
-        style.say(axes, "No rank joins the shared curve." if known else f"{style.SIGMA} unknown: no departures.")
+        style.say(
+            axes,
+            "No rank joins the shared curve."
+            if known
+            else f"{style.SIGMA} unknown: departures cannot be\ndistinguished from noise.",
+        )
         return
     axes.fill_between(
         slope["trainable_params"].astype(float), slope["tokens_low"], slope["tokens_high"], color="0.9", linewidth=0

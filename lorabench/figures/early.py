@@ -34,7 +34,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     runs = with_arm_columns(tables.runs)
     groups = style.titled(runs[(runs["method"] == "lora") & is_standard(runs)])
     if not groups:
-        return style.empty_figure("no LoRA runs"), pd.DataFrame(columns=_COLUMNS)
+        return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     plotted = pd.concat([_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
     figure, panels = style.panel_pairs(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
@@ -81,7 +81,7 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
     curve = rows[rows["element"] == "curve"]
     if curve.empty:
-        style.say(axes, "no training losses")
+        style.say(axes, "There are no training losses.")
     for arm, points in curve.groupby("arm"):
         axes.plot(points["step"].astype(float), points["nll"].astype(float), **styles[str(arm)].line)
     axes.set(xscale="log", xlabel="training step", ylabel="training NLL (nats / token)")
@@ -96,7 +96,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
 def _draw_difference(axes: Axes, rows: pd.DataFrame) -> None:
     points = rows[rows["element"] == "difference"]
     if points.empty:
-        style.say(axes, "no two ranks above 1 with the same seeds\nwhose losses differ")
+        style.say(axes, "No two ranks above 1 with the same seeds\nhave losses that differ.")
         return
     steps, difference = points["step"].astype(float), points["difference"].astype(float)
     size, negative = difference.abs(), difference < 0

@@ -38,7 +38,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
     curves = rows[rows["element"] == "curve"].rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
     if curves.empty:
-        style.say(axes, "no test accuracies over training")
+        style.say(axes, "There are no test accuracies over training.")
         return
     for level in rows.loc[rows["element"] == "base", "accuracy"]:
         axes.axhline(level, **BASE)

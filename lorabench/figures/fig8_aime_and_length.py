@@ -85,11 +85,11 @@ def _panels(rows: pd.DataFrame) -> list[_Panel]:
         rows[rows["element"] == element] for element in ("accuracy", "response_length", "reflection", "diverged")
     )
     sets = {str(name): of_set for name, of_set in accuracy.groupby("split")} or {"": accuracy}
-    absent = "no accuracies on a problem set\nother than the one trained on"
+    absent = "There are no accuracies on a problem set\nother than the training set."
     return [
         *(_Panel(f"accuracy on {name}", of_set, absent, _answers(of_set)) for name, of_set in sets.items()),
-        _Panel("response length (tokens)", length, "no response lengths", _cut(length)),
-        _Panel("share with reflection", reflection, "no rates of reflection", [f"{len(diverged)} diverged"]),
+        _Panel("response length (tokens)", length, "There are no response lengths.", _cut(length)),
+        _Panel("share with reflection", reflection, "There are no rates of reflection.", [f"{len(diverged)} diverged"]),
     ]
 
 

@@ -204,7 +204,7 @@ def _draw_forgotten(
 ) -> None:
     """Draw what was learned against what was forgotten; the base is where the two grey lines cross."""
     if rows.empty:
-        style.say(axes, "forgetting is measured from the base,\nand the base has no such score")
+        style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
         return
     label = _named(f"{_MEASURES[measure]}:\n", rows["forgotten_tasks"].iloc[0])
     axes.axvline(0, **_REFERENCE)
@@ -215,7 +215,7 @@ def _draw_forgotten(
 def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
     """Draw the accuracy of runs against their test NLL on the training data's test split."""
     if not rows["final_test_nll"].notna().any():
-        style.say(axes, "no test NLL:\nreinforcement learning has none")
+        style.say(axes, "There is no test NLL\nafter reinforcement learning.")
         return
     _draw_points(axes, rows, "final_test_nll", styles)
     axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")

@@ -35,7 +35,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     plotted = _plotted(tables.runs)
     if plotted.empty:
-        return style.empty_figure("No dataset of random facts to memorise in these tables."), plotted
+        return style.empty_figure("There are no runs on a dataset of random facts."), plotted
     figure, panels = style.panels(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, axes in panels:

@@ -65,7 +65,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     lora = with_scales(tables.runs) if len(tables.runs) else pd.DataFrame()
     if lora.empty:
-        return style.empty_figure("no LoRA runs"), pd.DataFrame(columns=_COLUMNS)
+        return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     groups = [(f"{model} · {dataset}", runs) for (model, dataset), runs in lora.groupby(["model", "dataset"])]
     parts = [_rows(runs, tables.curves) for _, runs in groups]
     plotted = pd.concat(parts, ignore_index=True)
@@ -155,7 +155,7 @@ Styles = dict[str, style.ArmStyle]
 def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None:
     points = elements.get("first_descent")
     if points is None:
-        style.say(axes, "no descent at step 1")
+        style.say(axes, "The curves hold no descent of step 1.")
         return
     axes.axhspan(0.95, 1.05, color="0.88", linewidth=0, zorder=0)
     batches = [name for name in ("placement", "batch_size", "eps") if points[name].nunique(dropna=False) > 1]
@@ -183,7 +183,7 @@ def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None
 def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
     equivalent, other = (elements.get(name) for name in ("equivalent", "not_equivalent"))
     if equivalent is None:
-        style.say(axes, "no runs that should be equivalent")
+        style.say(axes, "No two runs should be equivalent.")
         return
     if other is not None:
         steps = other["step"].astype(float)
@@ -214,7 +214,7 @@ def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
 def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
     moved, not_moved = (elements.get(name) for name in ("a_moved", "a_not_moved"))
     if moved is None and not_moved is None:
-        style.say(axes, "no a_moved in the curves")
+        style.say(axes, "The curves do not hold how far A has moved.")
         return
     facts = []
     if moved is not None:
@@ -245,7 +245,7 @@ def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
 def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
     points = elements.get("update_norm")
     if points is None:
-        style.say(axes, "no update_norm in the standard parametrization")
+        style.say(axes, "The curves hold no update norms\nin the standard parametrization.")
         return
     for arm, of_arm in points.groupby("arm"):
         of_arm = of_arm.sort_values("step")

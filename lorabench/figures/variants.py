@@ -38,7 +38,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     settings = _settings(tables.runs)
     if not settings:
-        sentence = "no LR-tuned variants beside the standard parametrization"
+        sentence = "There are no LR-tuned variants of the standard parametrization."
         return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
     parts = [_rows(runs) for _, runs in settings]
     figure = style.new_figure(sum(_ROW * int((part["element"] == "variant").sum()) + 1.2 for part in parts))

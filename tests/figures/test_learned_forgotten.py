@@ -164,7 +164,7 @@ def test_without_the_base_or_a_loss_there_is_a_sentence():
     assert plotted["forgotten"].isna().all()
     assert plotted["learned"].tolist() == [0.60, 0.55]
     figure, _ = draw([row | {"final_test_nll": None, "final_reward": 0.4} for row in ROWS])
-    assert "reinforcement learning has none" in words(figure)
+    assert "There is no test NLL" in words(figure)
 
 
 def test_a_score_without_standard_error_is_drawn_without_a_bar():
