@@ -151,12 +151,8 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.Arm
     thresholds, slope, held = _of(rows, "threshold"), _of(rows, "slope"), _of(rows, "description_length")
     if thresholds.empty and _of(rows, "stays").empty:
         known = len(_of(rows, "noise_band"))
-        style.say(
-            axes,
-            "No rank joins the shared curve."
-            if known
-            else f"{style.SIGMA} unknown: departures cannot be\ndistinguished from noise.",
-        )
+        unknown = f"{style.SIGMA} is unknown, so departures\ncannot be distinguished from noise."
+        style.say(axes, "No rank joins the shared curve." if known else unknown)
         return
     axes.fill_between(
         slope["trainable_params"].astype(float), slope["tokens_low"], slope["tokens_high"], color="0.9", linewidth=0

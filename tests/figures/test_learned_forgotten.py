@@ -160,7 +160,7 @@ def test_a_run_without_one_of_the_tasks_is_counted_not_averaged():
 
 def test_without_the_base_or_a_loss_there_is_a_sentence():
     figure, plotted = draw([row for row in ROWS if row["method"]])
-    assert "the base has no such score" in words(figure)
+    assert "the base,\nwhich has no score" in words(figure)
     assert plotted["forgotten"].isna().all()
     assert plotted["learned"].tolist() == [0.60, 0.55]
     figure, _ = draw([row | {"final_test_nll": None, "final_reward": 0.4} for row in ROWS])
