@@ -124,7 +124,7 @@ def test_a_missing_file_is_named(trained):
     aside = path.rename(path.with_suffix(".aside"))
     wanted = task("lorabench_arithmetic", "gcd")
     try:
-        with pytest.raises(UserError, match=f"reads {path}, which is not there"):
+        with pytest.raises(UserError, match=f"reads {path}, which does not exist"):
             catalog.load(catalog.manager([wanted]), wanted, trained.layout)
     finally:
         aside.rename(path)

@@ -242,7 +242,7 @@ def test_what_is_not_there_is_named(trained, method):
     aside = folder.weights.with_name("aside")
     shutil.move(folder.weights, aside)
     try:
-        with pytest.raises(UserError, match=f"weights of run {record['run_id']} are not there"):
+        with pytest.raises(UserError, match=f"weights of run {record['run_id']} are missing"):
             evaluate_job(trained.plan, job, layout)
     finally:
         shutil.move(aside, folder.weights)

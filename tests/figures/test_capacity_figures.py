@@ -180,10 +180,10 @@ def test_without_facts_a_sentence_says_so():
     figure, plotted = memorisation(learning())
     assert plotted.empty
     assert "element" in plotted
-    assert "No dataset of random facts" in texts(figure)
+    assert "no runs on a dataset of random facts" in texts(figure)
     figure, plotted = capacity(facts({1: 2_000.0}))
     assert plotted.empty
-    assert "No runs" in texts(figure)
+    assert "no runs on a dataset other" in texts(figure)
 
 
 @pytest.mark.parametrize("name", ["capacity", "memorisation"])
