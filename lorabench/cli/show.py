@@ -37,20 +37,21 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     last: dict[str, Callable[[bill.Bill], str]] = {}
     if execution.gpu is None:
         at_once = bill.jobs_at_once(plan.preset, cores)
-        caption = [f"minutes at {rate:,.4g} GFLOP/s per job ({given}), {at_once} at a time"]
-        last["minutes"] = lambda row: _short(bill.minutes(plan, row, cores))
+        caption = [f"minutes at {formats.number(rate, 4)} GFLOP/s per job ({given}), {at_once} at a time"]
+        last["minutes"] = lambda row: formats.number(bill.minutes(plan, row, cores), 2)
     else:
         total = rows["total"]
         caption = [
-            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {rate / 1e3:,.4g} TFLOP/s ({given})",
-            f"the longest job takes {total.longest_hours:.3g} hours; {total.gpu_hours / 24:,.3g} days on one GPU",
+            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
+            f"the longest job takes {formats.number(total.longest_hours)} hours; "
+            f"{formats.number(total.gpu_hours / 24)} days on one GPU",
         ]
-        last["GPU-hours"] = lambda row: _short(row.gpu_hours)
+        last["GPU-hours"] = lambda row: formats.number(row.gpu_hours, 2)
         last["GPUs"] = lambda row: _up_to(row.gpus)
         last["GB/GPU"] = lambda row: f"{row.memory / GB:.0f}"
-        last["disk GB"] = lambda row: _short(row.disk / GB)
+        last["disk GB"] = lambda row: formats.number(row.disk / GB, 2)
         if price is not None:
-            last["money"] = lambda row: f"{row.gpu_hours * price:,.0f}"
+            last["money"] = lambda row: formats.count(row.gpu_hours * price)
     table = Table(
         title=Text(plan.preset.description),
         title_justify="left",
@@ -64,7 +65,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         if name == "total":
             table.add_section()
         runs = [str(row.runs), _up_to(row.lanes)] if row.runs else ["", ""]
-        counts = [*runs, _tokens(row.tokens), f"{row.flops / 1e15:.3g}"]
+        counts = [*runs, formats.amount(row.tokens), formats.number(row.flops / 1e15)]
         table.add_row(name, str(row.jobs), *counts, *(text_of(row) for text_of in last.values()))
     # Without a terminal, rich would assume a width of 80 characters and cut the columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -84,14 +85,6 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
 
 def _up_to(most: int) -> str:
     return f"1-{most}" if most > 1 else "1"
-
-
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _tokens(number: float) -> str:
-    return f"{number / 1e6:.1f} M" if number < 1e9 else f"{number / 1e9:,.1f} G"
 
 
 def _silence(word: str, job: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""The tasks that an evaluation can name: lm-eval's, and this project's own in the folder `tasks`.
+"""The tasks that an evaluation can name: those of lm-eval, and this project's own in the folder `tasks`.
 
-`lm_eval` is imported where it is used: it takes seconds, and the index of its own tasks a dozen more.
+`lm_eval` is imported where it is used: its import takes seconds, and the index of its tasks about a dozen more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TASKS = Path(__file__).parent / "tasks"
 
-# Of a task that does not say, in lm-eval.
+# The limit on new tokens that lm-eval uses for a task that sets none.
 _MAX_NEW_TOKENS = 256
 
 _SPLITTER = "tokenizers/punkt_tab"
@@ -31,7 +31,7 @@ _SPLITTER = "tokenizers/punkt_tab"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task of the preset, built: the tasks it consists of by name, and lm-eval's group if it is one."""
+    """A task of the preset with its data: the tasks that it consists of by name, and lm-eval's group if it is one."""
 
     task: EvalTask
     leaves: dict[str, Task]
@@ -39,24 +39,24 @@ class Loaded:
 
     @property
     def items(self) -> list[Any]:
-        """What lm-eval is given."""
+        """The tasks or the group, as lm-eval takes them."""
         return list(self.leaves.values()) if self.group is None else [self.group]
 
 
 def manager(tasks: Iterable[EvalTask]) -> TaskManager:
-    """lm-eval's index: of this project's tasks, and of its own where one of them is asked for.
+    """Return lm-eval's index of this project's tasks, and of its own tasks where the preset names one of these.
 
     Raises:
-        UserError: a task that is in neither.
+        UserError: a task is in neither.
     """
     import logging
 
     import datasets
     from lm_eval.tasks import TaskManager
 
-    # It warns of each set that it takes from its cache, which is meant.
+    # The library warns of each dataset that it takes from its cache, which is intended.
     datasets.logging.set_verbosity_error()
-    # It warns of each task of this project that the task makes its data itself, which is meant.
+    # lm-eval warns of each task of this project that reads its data by itself, which is intended.
     logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.msg)
     names = [task.name for task in tasks]
     index = TaskManager(include_path=str(TASKS), include_defaults=any(name not in EVAL_SOURCES for name in names))
@@ -72,20 +72,20 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
     """Build a task with its data.
 
     Raises:
-        UserError: its data are not there.
+        UserError: its data are missing, or the task cannot be loaded.
     """
     if task.name in EVAL_SOURCES:
         path = layout.pretraining if task.source is None else layout.dataset(task.source)
         if not path.is_file():
-            raise UserError(f"evaluation task {task.name!r} reads {path}, which is not there; make it first")
-        # A group is lm-eval's way to give a task of its index other settings than those of its YAML.
+            raise UserError(f"evaluation task {task.name!r} reads {path}, which does not exist; make it first")
+        # In lm-eval, only a group can give a task of the index other settings than those of its YAML file.
         member = {"task": task.name, "dataset_kwargs": {"path": str(path)}}
         built = index.load({"group": "lorabench", "task": [member]})
         return Loaded(task, built["tasks"], None)
     try:
         built = index.load(task.name)
         _check_splitter(built["tasks"])
-    # Tasks bring code of their own, with whatever errors it raises for data or packages that are not there.
+    # Tasks bring code of their own, which raises errors of any kind for missing data or packages.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
@@ -95,9 +95,10 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
 
 
 def _check_splitter(tasks: Iterable[str]) -> None:
-    """Raise LookupError if IFEval's splitter of sentences is not there.
+    """Raise LookupError if one of the tasks is IFEval and its sentence splitter is not installed.
 
-    IFEval downloads it when first loaded; if it can't, it says nothing, and fails at a prompt about sentences.
+    IFEval downloads the splitter when it is first loaded. If that fails it is silent, and fails later, at the first
+    prompt about sentences.
     """
     if any("ifeval" in name for name in tasks):
         import nltk
@@ -109,58 +110,64 @@ def _check_splitter(tasks: Iterable[str]) -> None:
 
 
 def check_settings(loaded: Iterable[Loaded], model: str, max_length: int) -> None:
-    """Refuse settings that lm-eval would pass over, or fail at after hours.
+    """Refuse settings that lm-eval would ignore, or would fail at after hours.
 
     Args:
-        model: name of the model, for the message.
-        max_length: tokens that it takes, of prompt and answer together.
+        loaded: the tasks of the preset.
+        model: the name of the model, for the message.
+        max_length: the largest number of tokens of prompt and answer together that the model takes.
 
     Raises:
-        UserError: a task's answers leave no room for its prompts, or it takes no examples and shall have some.
+        UserError: the answers of a task leave no room for its prompts, or a task that takes no few-shot examples is
+            given some.
     """
-    for one in loaded:
-        for name, leaf in one.leaves.items():
+    for loaded_task in loaded:
+        task = loaded_task.task
+        for name, leaf in loaded_task.leaves.items():
             own = (leaf.get_config("generation_kwargs") or {}).get("max_gen_toks", _MAX_NEW_TOKENS)
-            drawn = one.task.max_new_tokens or own
+            drawn = task.max_new_tokens or own
             if leaf.OUTPUT_TYPE == "generate_until" and drawn >= max_length:
                 raise UserError(
                     f"evaluation task {name!r} draws up to {drawn} tokens; model {model!r} takes {max_length}, the "
                     "prompt among them; set the task's max_new_tokens to less"
                 )
-            if one.task.num_fewshot and leaf.get_config("num_fewshot") == 0:
+            if task.num_fewshot and leaf.get_config("num_fewshot") == 0:
                 raise UserError(
-                    f"evaluation task {name!r} takes no examples; num_fewshot = {one.task.num_fewshot} is given"
+                    f"evaluation task {name!r} takes no examples; num_fewshot = {task.num_fewshot} is given"
                 )
 
 
 def fetch(layout: Layout, path: Path) -> None:
-    """Look up every task of a preset, download the data of those of the hub, and write their names and versions.
+    """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions.
 
     Raises:
-        UserError: a task is not known or can't be loaded.
+        UserError: the preset has no evaluation, or a task is not known or cannot be loaded.
     """
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
     index = manager(evaluation.tasks)
-    found: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
     for task in evaluation.tasks:
-        # The project's own files may not be made yet.
+        # The files that the project's own tasks read may not have been made yet.
         leaves = {} if task.name in EVAL_SOURCES else load(index, task, layout).leaves
-        found[task.name] = {
+        versions[task.name] = {
             name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
         }
-    write_json({"lm_eval": lm_eval_version(), "tasks": found}, path)
+    write_json({"lm_eval": lm_eval_version(), "tasks": versions}, path)
 
 
 def data_revision(task: Task) -> str | None:
-    """Commit of the hub's dataset that a task reads, which is the folder that `datasets` keeps it in; else None."""
+    """Return the commit of the hub's dataset that a task reads, or None if its data come from elsewhere.
+
+    It is the name of the folder that the library `datasets` keeps the data in.
+    """
     files = next(iter(task.dataset.values())).cache_files
     return Path(files[0]["filename"]).parent.name if files else None
 
 
 def lm_eval_version() -> str:
-    """Version of lm-eval."""
+    """Return the version of lm-eval."""
     from importlib.metadata import version
 
     return version("lm_eval")

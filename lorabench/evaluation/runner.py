@@ -1,4 +1,4 @@
-"""One evaluation: a model is loaded once, lm-eval runs the preset's tasks on it, scores and samples become tables."""
+"""One evaluation: load a model, run the preset's tasks on it by lm-eval, and write scores and samples as tables."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ SAMPLES = pa.schema(
         ("metrics", pa.string()),
     ]
 )
-"""What the model answered, raw and as a filter has it. Answers of other than one text are JSON."""
+"""The model's answers, raw and after a filter. An answer that is not a single text is JSON."""
 
-# Resamples for the standard errors that have no formula.
+# The number of bootstrap samples for standard errors that have no formula.
 _BOOTSTRAP = 1_000
 _SEED = 0
 
@@ -53,13 +53,13 @@ _ARM = (
 
 
 def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
-    """Evaluate a base, or the best run of a sweep, and write scores and samples.
+    """Evaluate a base, or the best run of a sweep, and write its scores and samples.
 
-    A sweep whose runs all diverged has nothing to evaluate: its tables have no rows.
+    If all runs of a sweep diverged there is no model to evaluate, and both tables have no rows.
 
     Raises:
-        UserError: a task is not known or draws more than the model takes, its data or the run's weights are not there,
-            or the run is of another base.
+        UserError: a task is not known or generates more tokens than the model takes, its data or the run's weights are
+            missing, or the run was trained from another base.
     """
     evaluation = plan.preset.evaluation
     assert evaluation
@@ -67,7 +67,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
     samples: list[dict[str, Any]] = []
     record = best_record(job, layout) if job.sweep else None
     if record is not None or job.sweep is None:
-        # What may be wrong is found before anything is computed, the cheapest first.
+        # All checks come before any computation, the cheapest first.
         spec = layout.model(job.model)
         if record is not None:
             check_run(record, job.model, spec, layout)
@@ -85,7 +85,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
 
 
 def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
-    """Record of the run that is evaluated: the first seed at the best LR; None if all runs diverged.
+    """Return the record of the run to evaluate: the first seed at the best LR; None if all runs diverged.
 
     Raises:
         UserError: a run of the grid is not done.
@@ -103,10 +103,10 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
 
 
 def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layout) -> None:
-    """Refuse a run that can't be evaluated.
+    """Refuse a run that cannot be evaluated.
 
     Raises:
-        UserError: the weights are not there, or were trained from other weights of the base.
+        UserError: the run's weights are missing, or were trained from other weights of the base.
     """
     run_id = record["run_id"]
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(spec)
@@ -115,11 +115,11 @@ def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layou
             f"run {run_id} was trained from a base with weights {_hashes(trained_from)}; "
             f"model {model!r} has {_hashes(base)}"
         )
-    # PEFT would go on to a pickled file.
+    # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
     path = RunFolder(layout.runs, run_id).weights / file
     if not path.is_file():
-        raise UserError(f"weights of run {run_id} are not there: no {path}")
+        raise UserError(f"weights of run {run_id} are missing: {path} does not exist")
 
 
 def _hashes(weights: dict[str, str]) -> str:
@@ -127,7 +127,7 @@ def _hashes(weights: dict[str, str]) -> str:
 
 
 def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
-    """The base, with a run's adapter on it, or the model of a full fine-tuning."""
+    """Load the base (no record), the base with a run's adapter, or the model of a full fine-tuning."""
     model: torch.nn.Module
     if record is None:
         model = load_model(spec)
@@ -147,13 +147,13 @@ def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torc
 def harness(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, autocast: torch.dtype | None
 ) -> HFLM:
-    """lm-eval's view of a model that is loaded already."""
+    """Wrap a loaded model for lm-eval."""
     import logging
 
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    # It warns that the model is not given by name, which is meant.
+    # lm-eval warns that the model is not given by name, which is intended.
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.msg)
     return HFLM(
         pretrained=model,
@@ -167,38 +167,42 @@ def harness(
 def run_tasks(
     lm: HFLM, index: TaskManager, loaded: Iterable[Loaded], evaluation: Evaluation
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Scores as rows of `evals` without the columns of the model, and samples; one call of lm-eval per setting."""
+    """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
+
+    Returns:
+        The scores, as rows of the table `evals` without the columns of the model, and the samples, as rows of SAMPLES.
+    """
     import logging
 
     from langdetect import DetectorFactory
     from lm_eval import evaluator
 
-    # IFEval asks it for the language of an answer, and without a seed it guesses anew each time.
+    # IFEval asks langdetect for the language of an answer; without a seed its guess varies from call to call.
     DetectorFactory.seed = _SEED
-    # It warns of each task whose examples are as many as the preset says.
+    # lm-eval warns of each task whose number of few-shot examples the preset sets, which is intended.
     logging.getLogger("lm_eval.evaluator").addFilter(lambda record: "num_fewshot" not in record.msg)
-    # With every call it would ask pip, compilers and drivers for versions, for seconds; those that count are kept here.
+    # Every call would ask pip, compilers and drivers for their versions, for seconds; `_versions` records enough.
     evaluator.add_env_info = lambda results: None
-    # Standard errors without a pool of processes, which would take every core.
+    # Standard errors are computed without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"
     template = template_key(lm.tokenizer) if lm.tokenizer.chat_template else None
     settings: dict[tuple[bool, int | None, int | None, int | None], list[Loaded]] = {}
-    for one in loaded:
-        chat = one.task.chat and template is not None
-        key = (chat, one.task.num_fewshot, one.task.limit, one.task.max_new_tokens)
-        settings.setdefault(key, []).append(one)
+    for loaded_task in loaded:
+        task = loaded_task.task
+        key = (task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens)
+        settings.setdefault(key, []).append(loaded_task)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     versions = json.dumps(_versions(), sort_keys=True)
     for (chat, num_fewshot, limit, max_new_tokens), together in settings.items():
         results = evaluator.simple_evaluate(
             lm,
-            tasks=[item for one in together for item in one.items],
+            tasks=[item for loaded_task in together for item in loaded_task.items],
             num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=chat,
             gen_kwargs={"max_gen_toks": max_new_tokens} if max_new_tokens else None,
-            # It would index all its tasks anew.
+            # Without it, lm-eval would index all its tasks again.
             task_manager=index,
             bootstrap_iters=_BOOTSTRAP,
             random_seed=_SEED,
@@ -208,29 +212,30 @@ def run_tasks(
         )
         assert results
         common = {"eval_batch_size": evaluation.batch_size, "versions": versions}
-        # Null where prompts are used as they are.
+        # Null where prompts are used without a chat template.
         common["template_sha256"] = template if chat else None
-        for one in together:
-            rows += [common | row for row in _rows(results, one)]
-            samples += [row for name in one.leaves for row in _samples(name, results["samples"][name])]
+        for loaded_task in together:
+            rows += [common | row for row in _rows(results, loaded_task)]
+            samples += [row for name in loaded_task.leaves for row in _samples(name, results["samples"][name])]
     return rows, samples
 
 
-def _rows(results: Any, one: Loaded) -> list[dict[str, Any]]:
-    """One row per metric and filter: of the task, or of a group's mean; of a group without one, of each member."""
-    whole = [one.task.name] if _metrics(results["results"].get(one.task.name, {})) else list(one.leaves)
+def _rows(results: Any, loaded: Loaded) -> list[dict[str, Any]]:
+    """Return a row per metric and filter of a task; for a group these are of its mean, or else of each member."""
+    task, members = loaded.task, loaded.leaves
+    names = [task.name] if _metrics(results["results"].get(task.name, {})) else list(members)
     rows = []
-    for name in whole:
+    for name in names:
         scores = results["results"][name]
-        leaves = [name] if name in one.leaves else list(one.leaves)
-        revisions = {leaf: catalog.data_revision(one.leaves[leaf]) for leaf in leaves}
+        leaves = [name] if name in members else list(members)
+        revisions = {leaf: catalog.data_revision(members[leaf]) for leaf in leaves}
         config = {leaf: results["configs"][leaf] | {"data_revision": revisions[leaf]} for leaf in leaves}
         for metric, filter_name in _metrics(scores):
             rows.append(
                 {
-                    "about": one.task.about,
+                    "about": task.about,
                     "task": name,
-                    "source": one.task.source,
+                    "source": task.source,
                     "metric": metric,
                     "filter": filter_name,
                     "value": _number(scores[f"{metric},{filter_name}"]),
@@ -246,13 +251,13 @@ def _rows(results: Any, one: Loaded) -> list[dict[str, Any]]:
 
 
 def _agreed(values: Iterable[Any]) -> Any:
-    """What all members of a group have; None where they differ. lm-eval says it of members alone."""
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
+    """Return the value that all members of a group share, or None where they differ."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _metrics(scores: dict[str, Any]) -> list[tuple[str, str]]:
-    """Metrics and filters of a task's results, whose keys are `metric,filter`."""
+    """Return the metrics and filters of a task's results, whose keys are `metric,filter`."""
     pairs = [tuple(key.split(",", 1)) for key in scores if "," in key]
     return [(metric, name) for metric, name in pairs if not metric.endswith("_stderr")]
 
@@ -273,7 +278,7 @@ def _samples(task: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _answer(responses: list[Any]) -> str:
-    """The text of the one response there is, else all as JSON."""
+    """Return the text of a single response, or several responses as JSON."""
     while isinstance(responses, list) and len(responses) == 1:
         responses = responses[0]
     return _text(responses) or ""
@@ -284,12 +289,12 @@ def _text(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's."""
+    """Convert a number of numpy to Python, and any other object to text, for JSON."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def _number(value: Any) -> float | None:
-    """A number; None for what lm-eval has not (`N/A`) or could not compute."""
+    """Return a number, or None for a value that lm-eval lacks (`N/A`) or could not compute."""
     if isinstance(value, str) or value is None:
         return None
     return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Capacity: where each rank leaves the curve that the best arms share, and whether its parameters explain when."""
+"""Capacity: the step at which each rank leaves the curve of the best arms, against its number of parameters."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.thresholds import threshold_slope, thresholds
 from lorabench.figures import style
 from lorabench.tables import Tables
+from lorabench.utils import formats
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
@@ -33,19 +34,19 @@ _LINE = "0.35"
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is. Left: `excess` (one step of an arm's envelope: validation NLL `nll` and
-    `excess`, how far it is above the lowest envelope, both in nats per scored token), `noise_band` (two sigma, as
-    `excess`), `departure` (where an arm leaves the band for good). Right, train tokens against adapter parameters:
-    `threshold` (departure of a rank that had joined; `tokens_low` is the point before), `stays` (tokens that a rank
-    trained on without leaving), `slope` (ends of the fitted line, with the slope and its interval), `proportional`
-    (ends of the reference line), `description_length` (the dataset's `bits`, and the parameters that hold them at 2
-    bits each). `diverged` is one run.
+    The column `element` says what a row is. In the left panel: `excess` (one step of an arm's envelope: `nll` is the
+    validation NLL and `excess` its height above the lowest envelope, both in nats per scored token), `noise_band` (two
+    sigma, in `excess`), `departure` (the step at which an arm leaves the band for good). In the right panel, of
+    training tokens against adapter parameters: `threshold` (the departure of a rank that had joined; `tokens_low` is
+    the point before), `stays` (the tokens that a rank trained on without leaving), `slope` (points of the fitted line,
+    with the slope and its interval), `proportional` (points of the reference line), `description_length` (the
+    dataset's `bits`, and the parameters that hold them at 2 bits each). A row `diverged` is one run.
     """
     plotted = _plotted(tables.runs, tables.curves)
     if plotted.empty:
-        return style.empty_figure("No runs on a dataset that can be learned from."), plotted
+        return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
     figure, panels = style.panel_pairs(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, left, right in panels:
@@ -61,20 +62,20 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     noise = seed_noise(runs)
     envelope = envelopes(runs, curves)
     left = departures(envelope, noise)
-    found = thresholds(runs, envelope, left).dropna(subset=["trainable_params"])
-    # Marked where there are thresholds to compare it with.
+    reached = thresholds(runs, envelope, left).dropna(subset=["trainable_params"])
+    # The description length is drawn where there are thresholds to compare it with.
     described = description_lengths(runs).merge(
-        found.loc[found["status"].isin(["left", "stays"]), style.PANEL].drop_duplicates(), on=style.PANEL
+        reached.loc[reached["status"].isin(["left", "stays"]), style.PANEL].drop_duplicates(), on=style.PANEL
     )
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
     of_step = envelope.groupby([*style.PANEL, "step"], dropna=False)["nll"]
     envelope["excess"] = envelope["nll"] - of_step.transform("min")
-    gone = found[found["status"] == "left"].rename(columns={"tokens_before": "tokens_low"})
+    gone = reached[reached["status"] == "left"].rename(columns={"tokens_before": "tokens_low"})
     of_arms = {
         "excess": envelope,
         "departure": left[left["departed"].fillna(False)].merge(envelope, on=[*ARM, "step"]),
         "threshold": gone.assign(tokens_high=gone["tokens"]),
-        "stays": found[found["status"] == "stays"],
+        "stays": reached[reached["status"] == "stays"],
         "description_length": described.assign(
             trainable_params=(described["bits"] / BITS_PER_PARAMETER).round().astype("Int64")
         ),
@@ -89,7 +90,7 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
-    """Two sigma above the lowest envelope, from the first step to the last, where sigma is known."""
+    """Return the height of two sigma at the first and the last step of each panel whose sigma is known."""
     ends = envelope.groupby(style.PANEL, dropna=False)["step"].agg(["min", "max"]).reset_index()
     ends = ends.melt(style.PANEL, value_name="step").drop(columns="variable")
     sigma = pd.Series([sigma_of(noise, row, "validation") for _, row in ends.iterrows()], dtype=float)
@@ -97,7 +98,7 @@ def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(gone: pd.DataFrame) -> pd.DataFrame:
-    """The fitted line and one of slope 1 through the middle of the departures of one panel, at their two ends."""
+    """Return points of the fitted line, and of a line of slope 1, through the mean of the departures of one panel."""
     if len(gone) < 2:
         return gone.iloc[:0]
     line = threshold_slope(gone.assign(tokens_before=gone["tokens_low"]))
@@ -131,16 +132,16 @@ def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
         axes.plot(point["step"], point["excess"], "o", ms=6, mfc="white", mec=colour, mew=1.5, zorder=4)
     axes.set(xscale="log", xlabel="training step", ylabel="above the lowest envelope (nats / token)")
     if len(band):
-        # Within the noise linear, beyond it logarithmic: a lag of 0 has its place, and so has one of a whole nat.
+        # The axis is linear within the noise and logarithmic beyond, so that it has a place for 0 and for a whole nat.
         axes.set_yscale("symlog", linthresh=band["excess"].iloc[0], linscale=0.6)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     style.plain_log_ticks(axes)
-    facts = [f"{style.SIGMA} {band['excess'].iloc[0] / 2:.2g}" if len(band) else f"{style.SIGMA} unknown"]
+    facts = [style.sigma_text(band["excess"].iloc[0] / 2 if len(band) else math.nan)]
     diverged = _of(rows, "diverged")
     if len(diverged):
-        facts.append(f"{len(diverged)} diverged")
+        facts += style.diverged_text(diverged)
         lost = sorted(set(diverged["arm"]) - set(drawn["arm"]))
         facts += [f"no curve: {', '.join(lost)}"] if lost else []
     style.note(axes, " · ".join(facts))
@@ -150,7 +151,8 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.Arm
     thresholds, slope, held = _of(rows, "threshold"), _of(rows, "slope"), _of(rows, "description_length")
     if thresholds.empty and _of(rows, "stays").empty:
         known = len(_of(rows, "noise_band"))
-        style.say(axes, "No rank joins the shared curve." if known else f"{style.SIGMA} unknown: no departures.")
+        unknown = f"{style.SIGMA} is unknown, so departures\ncannot be distinguished from noise."
+        style.say(axes, "No rank joins the shared curve." if known else unknown)
         return
     axes.fill_between(
         slope["trainable_params"].astype(float), slope["tokens_low"], slope["tokens_high"], color="0.9", linewidth=0
@@ -172,25 +174,18 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.Arm
     facts = []
     if len(slope):
         first = slope.iloc[0]
-        interval = f"[{first['slope_low']:.2f}, {first['slope_high']:.2f}]"
-        facts.append(f"slope {first['slope']:.2f} {'(no interval)' if pd.isna(first['slope_low']) else interval}")
+        interval = formats.fixed_interval(first["slope_low"], first["slope_high"], 2)
+        facts.append(f"slope {first['slope']:.2f} {interval}")
     else:
         facts.append(f"{len(thresholds)} ranks leave")
     if len(held):
-        facts.append(f"first epoch {_bits(held['bits'].iloc[0])}")
+        facts.append(f"first epoch {formats.amount(held['bits'].iloc[0], 'bit')}")
     style.note(axes, " · ".join(facts))
 
 
-def _bits(bits: float) -> str:
-    for size, unit in ((1e9, "Gbit"), (1e6, "Mbit"), (1e3, "kbit")):
-        if bits >= size:
-            return f"{bits / size:.3g} {unit}"
-    return f"{bits:.3g} bit"
-
-
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
-    there = set(plotted["element"])
+    """Return the legend entries of the marks that occur."""
+    elements = set(plotted["element"])
     entries = [
         ("departure", style.mark("leaves the band for good", "o", markerfacecolor="white", markeredgewidth=1.4)),
         ("noise_band", Patch(label=f"within 2{style.SIGMA} of seeds", facecolor="0.85")),
@@ -209,4 +204,4 @@ def _marks(plotted: pd.DataFrame) -> list[Artist]:
             ),
         ),
     ]
-    return [entry for element, entry in entries if element in there]
+    return [entry for element, entry in entries if element in elements]

@@ -1,4 +1,7 @@
-"""Compute: FLOPs, time and memory of a training step of LoRA over those of full fine-tuning, by rank (paper's text)."""
+"""Compute: FLOPs, time and memory of a training step of LoRA over the same of full fine-tuning, by rank.
+
+The paper gives the FLOPs in its discussion of compute efficiency, without a figure.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from lorabench.tables import Tables
 
 _COLUMNS = [*SETTING, "placement", "effective_width", "element", "rank", "ratio"]
 
-# Points of the formula's line, which is curved on a log axis.
+# The number of points of the formula's line, which is curved on a log axis.
 _LINE_POINTS = 33
 
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -36,13 +39,13 @@ _ELEMENTS = {"counted": "flops_ratio", "step_time": "step_ratio", "memory": "mem
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what the ratio LoRA / FullFT is of: `counted` (FLOPs of the linear layers), `formula`
-    (points of its line, whose ranks are not whole numbers), `step_time` or `memory`.
+    The column `element` says of what quantity a row's ratio LoRA / FullFT is: `counted` (FLOPs of the linear layers as
+    counted), `formula` (points of the formula's line, whose ranks are not whole numbers), `step_time` or `memory`.
 
     Raises:
-        UserError: there is no table compute, it has no LoRA, or see `flops_ratio`.
+        UserError: there is no table compute, or it has no LoRA; see also `flops_ratio`.
     """
     if tables.compute.empty:
         raise UserError("there is no table compute")
@@ -71,7 +74,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _plotted(rows: pd.DataFrame) -> pd.DataFrame:
-    """The marks of one setting, and its line."""
+    """Return the marks of one setting, and its line."""
     ranks = rows["rank"].astype(float)
     parts = [
         rows.assign(element=element, ratio=rows[column], rank=ranks).dropna(subset=["ratio"])
@@ -99,7 +102,7 @@ def _draw_panel(
 
 
 def _setting_text(row: pd.Series[Any]) -> str:
-    """Where and on what it was measured."""
+    """Describe the batch and the device that the ratios were measured with."""
     facts = []
     if not pd.isna(row["batch_size"]) and not pd.isna(row["sequence_length"]):
         facts.append(f"{row['batch_size']} x {row['sequence_length']} tokens")

@@ -1,4 +1,4 @@
-"""The paper's early curves: training loss by rank at one LR, and the difference of two ranks on the same batches."""
+"""The paper's figure of early curves: training loss by rank at one LR, and the difference of two ranks by batch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _COLUMNS = [
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `curve` (one step of a rank, `nll` its training loss), `difference` (of
-    `rank` minus `other_rank` on the same batches, with the `half_width` of its 95% interval; where it is zero it is
-    left out), `sigma` (twice the standard deviation of the training loss over batches, as `difference`) or `diverged`
-    (one run). Means over `n_seeds` seeds, in nats per scored token.
+    The column `element` says what a row is: `curve` (one step of a rank; `nll` is its training loss), `difference`
+    (the loss of `rank` minus that of `other_rank` on the same batches, with the `half_width` of its 95% interval;
+    differences of zero are left out), `sigma` (twice the standard deviation of the training loss over batches, in
+    `difference`) or `diverged` (one run). Losses are means over `n_seeds` seeds, in nats per scored token.
     """
     runs = with_arm_columns(tables.runs)
     groups = style.titled(runs[(runs["method"] == "lora") & is_standard(runs)])
     if not groups:
-        return style.empty_figure("no LoRA runs"), pd.DataFrame(columns=_COLUMNS)
+        return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     plotted = pd.concat([_rows(rows, tables.curves) for _, rows in groups], ignore_index=True)
     figure, panels = style.panel_pairs(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
@@ -46,14 +46,14 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """What is plotted of one model, dataset, batch size and length: one LR, that of the difference if there is one."""
+    """Return what is plotted of one panel, at one LR: that of the difference of two ranks where there is one."""
     panel: dict[str, Any] = {name: runs[name].iloc[0] for name in style.PANEL}
     early = early_difference(runs, curves)
     lr = early.lr if early else float(runs["lr"].mode().iloc[0])
     at_lr = runs[runs["lr"] == lr]
     at_lr = at_lr.assign(arm=[arm_label(run) for _, run in at_lr.iterrows()])
     losses = train_curves(at_lr[at_lr["status"] == "done"], curves)
-    # The mean of a rank that lacks a seed would be one over other batches.
+    # The mean of a rank that lacks a seed would be over other batches than the means of the other ranks.
     by_rank = [set(seeds) for _, seeds in losses.groupby("arm")["seed"]]
     common = set.intersection(*by_rank) if by_rank else set()
     if common:
@@ -74,22 +74,21 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     if not kept:
         return pd.DataFrame([{"element": "nothing", "lr": lr, **panel}], columns=_COLUMNS)
     whole = dict.fromkeys(("rank", "other_rank", "n_seeds", "step"), "Int64")
-    found = pd.concat([part.dropna(axis=1, how="all") for part in kept], ignore_index=True)
-    return found.reindex(columns=_COLUMNS).astype(whole)
+    rows = pd.concat([part.dropna(axis=1, how="all") for part in kept], ignore_index=True)
+    return rows.reindex(columns=_COLUMNS).astype(whole)
 
 
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
     curve = rows[rows["element"] == "curve"]
     if curve.empty:
-        style.say(axes, "no training losses")
+        style.say(axes, "There are no training losses.")
     for arm, points in curve.groupby("arm"):
         axes.plot(points["step"].astype(float), points["nll"].astype(float), **styles[str(arm)].line)
     axes.set(xscale="log", xlabel="training step", ylabel="training NLL (nats / token)")
     style.plain_log_ticks(axes)
     facts = [f"LR {rows['lr'].iloc[0]:g}"]
     if len(curve):
-        fewest, most = curve["n_seeds"].min(), curve["n_seeds"].max()
-        facts.append(f"mean of {fewest if fewest == most else f'{fewest} to {most}'} seeds")
+        facts.append(f"mean of {style.seeds_text(curve['n_seeds'])}")
     diverged = int((rows["element"] == "diverged").sum())
     style.note(axes, " · ".join([*facts, *([f"{diverged} diverged"] if diverged else [])]))
 
@@ -97,11 +96,11 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
 def _draw_difference(axes: Axes, rows: pd.DataFrame) -> None:
     points = rows[rows["element"] == "difference"]
     if points.empty:
-        style.say(axes, "no two ranks above 1 with the same seeds\nwhose losses differ")
+        style.say(axes, "No two ranks above 1 with the same seeds\nhave losses that differ.")
         return
     steps, difference = points["step"].astype(float), points["difference"].astype(float)
     size, negative = difference.abs(), difference < 0
-    # Open marks are large enough to be told from filled ones, and fewer where there are many.
+    # Marks are large enough to distinguish open ones from filled ones.
     for below in (False, True):
         face = "white" if below else style.MUTED
         chosen = negative == below
@@ -113,18 +112,18 @@ def _draw_difference(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xlim(1, max(10.0, float(steps.max()) * 1.15))
     shown = np.concatenate([size, points["half_width"].dropna().astype(float)])
     top = float(max([*shown, *rows.loc[rows["element"] == "sigma", "difference"]]))
-    # A difference that happens to be next to zero would take up most of a log axis.
+    # A difference that happens to be close to zero would stretch a log axis.
     floor = max(float(shown[shown > 0].min()), top / 3e4)
     axes.set_ylim(floor / 1.6, top * 1.8)
     style.plain_log_ticks(axes)
     first = points.iloc[0]
     hidden = int((size < floor / 1.6).sum())
-    facts = [f"r{first['rank']} minus r{first['other_rank']}", f"{first['n_seeds']} seeds"]
+    facts = [f"r{first['rank']} minus r{first['other_rank']}", style.seeds_text(points["n_seeds"])]
     style.note(axes, " · ".join([*facts, *([f"{hidden} below the range"] if hidden else [])]))
 
 
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
+    """Return the legend entries of the marks that occur."""
     difference = plotted.loc[plotted["element"] == "difference", "difference"].astype(float)
     has_interval = plotted["half_width"].notna().any()
     entries: list[tuple[bool, Artist]] = [

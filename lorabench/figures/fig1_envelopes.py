@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,11 +25,11 @@ _COLUMNS = [
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `envelope` (one step of an arm), `departure` (where an arm leaves the
-    noise band), `noise_band` (from `nll_low` to `nll_high`), `before_training` (the base model) or `diverged` (one
-    run). Losses are validation NLL in nats per scored token.
+    The column `element` says what a row is: `envelope` (one step of an arm), `departure` (the step at which an arm
+    leaves the noise band for good), `noise_band` (from `nll_low` to `nll_high`), `before_training` (the base model) or
+    `diverged` (one run). Losses are validation NLL in nats per scored token.
     """
     plotted = _plotted(tables.runs, tables.curves)
     figure, panels = style.panels(plotted)
@@ -44,7 +46,7 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     noise = seed_noise(runs)
     envelope = envelopes(runs, curves)
     left = departures(envelope, noise)
-    # A log axis has no step 0: the base model's loss is written on the panel instead.
+    # A log axis has no step 0, so the base model's loss is written above the panel instead.
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
     left = left[left["departed"].fillna(False)].merge(envelope[[*ARM, "step", "nll"]], on=[*ARM, "step"])
     diverged = runs.loc[runs["status"] == "diverged", [*ARM, "lr", "run_id"]]
@@ -57,7 +59,7 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
-    """Two sigma around the lowest envelope of each panel, where sigma is known."""
+    """Return the band of two sigma around the lowest envelope of each panel whose sigma is known."""
     band = envelope.groupby([*style.PANEL, "step"], as_index=False, dropna=False)["nll"].min()
     sigma = pd.Series([sigma_of(noise, row, "validation") for _, row in band.iterrows()], dtype=float)
     around: pd.DataFrame = band.assign(nll_low=band["nll"] - 2 * sigma, nll_high=band["nll"] + 2 * sigma)
@@ -90,18 +92,18 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
 
 
 def _facts(elements: dict[str, pd.DataFrame], drawn: pd.DataFrame) -> list[str]:
-    """What a panel can't show as a line."""
+    """Return the texts for what a panel cannot show as a line."""
     facts = []
     if "before_training" in elements:
         facts.append(f"before training {elements['before_training']['nll'].iloc[0]:.2f}")
     if "noise_band" in elements:
         band = elements["noise_band"].iloc[0]
-        facts.append(f"{style.SIGMA} {(band['nll_high'] - band['nll_low']) / 4:.2g}")
+        facts.append(style.sigma_text((band["nll_high"] - band["nll_low"]) / 4))
     else:
-        facts.append(f"{style.SIGMA} unknown")
+        facts.append(style.sigma_text(math.nan))
     diverged = elements.get("diverged")
     if diverged is not None:
-        facts.append(f"{len(diverged)} diverged")
+        facts += style.diverged_text(diverged)
         lost = sorted(set(diverged["arm"]) - set(drawn["arm"]))
         if lost:
             facts.append(f"no curve: {', '.join(lost)}")

@@ -16,10 +16,10 @@ from lorabench.tables import Tables
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table: see `lr_rows`.
+    """Draw the figure; return it, and what it plots as one tidy table, whose columns are those of `lr_rows`.
 
-    Further rows, element `published`, are losses that others published for a panel's model and dataset, from
-    `source`: their data order, template and schedule may differ.
+    Rows of the element `published` are losses that others published for a panel's model and dataset, in the place
+    that `source` names; their data order, chat template and schedule may differ.
     """
     ours = lr_rows(with_arm_columns(tables.runs))
     plotted = pd.concat([part for part in (ours, _published(ours)) if len(part)], ignore_index=True)
@@ -34,18 +34,18 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _published(ours: pd.DataFrame) -> pd.DataFrame:
-    """Published rows for each panel whose model and dataset have some, on all layers."""
-    found = []
+    """Return the published losses of full fine-tuning, and of LoRA on all layers, for each panel that has some."""
+    parts = []
     for _, panel in ours[style.PANEL].drop_duplicates().iterrows():
         rows = sweep_of(panel["model"], panel["dataset"])
         rows = rows[(rows["method"] == "fullft") | (rows["placement"] == "all")]
         labels = [arm_label(row) for _, row in rows.iterrows()]
-        found.append(rows.assign(**dict(panel), arm=labels, element="published"))
-    return pd.concat(found, ignore_index=True)
+        parts.append(rows.assign(**dict(panel), arm=labels, element="published"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _draw_published(axes: Axes, rows: pd.DataFrame) -> None:
-    """Grey, darker with rank; squares are full fine-tuning."""
+    """Draw published losses in grey, darker at higher ranks; squares are full fine-tuning."""
     ranks = sorted(rows["rank"].dropna().unique())
     for _, points in rows.sort_values("lr").groupby("arm"):
         rank = points["rank"].iloc[0]
@@ -55,6 +55,6 @@ def _draw_published(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _published_marks(plotted: pd.DataFrame) -> list[Artist]:
-    """A legend entry per source that occurs."""
+    """Return a legend entry for each source that occurs."""
     sources = sorted(plotted.loc[plotted["element"] == "published", "source"].unique())
     return [style.mark(f"published ({source})", "o", color="0.6", linestyle="-", markersize=3) for source in sources]

@@ -24,23 +24,24 @@ _COLUMNS = [
     *("n_seeds", "at_edge", "run_id", "seed"),
 ]
 
-# Panels of learning curves in a row, and inches of height of these and of the panels below.
+# The number of learning curves' panels in a row; heights in inches of these panels, and of the panels below them.
 _CURVES_IN_A_ROW, _CURVES_HEIGHT = 4, 2.3
 _BY_SIZE_HEIGHT = 2.6
 
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (mean test NLL
-    over seeds at an arm's best LR), `gap` (LoRA's minus FullFT's, paired by seed, in `gap`) or `diverged` (one run).
-    `low` and `high` are the 95% interval of a final loss or gap. All in nats per scored token.
+    The column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (mean test NLL
+    over seeds at an arm's best LR), `gap` (the loss of LoRA minus that of FullFT, paired by seed, in the column `gap`)
+    or `diverged` (one run). `low` and `high` are the 95% interval of a final loss or gap. Losses are in nats per
+    scored token.
     """
     plotted = _plotted(tables.runs, tables.curves)
     styles = {
-        label: replace(one, linestyle="--") if label != "FullFT" else one
-        for label, one in style.arm_styles(plotted).items()
+        label: replace(look, linestyle="--") if label != "FullFT" else look
+        for label, look in style.arm_styles(plotted).items()
     }
     blocks = list(plotted.groupby(["model", "dataset"], sort=True))
     rows = [math.ceil(block.groupby(style.PANEL, dropna=False).ngroups / _CURVES_IN_A_ROW) for _, block in blocks]
@@ -66,12 +67,10 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
             finals.append(dict(arm) | {"lr": arm["lr_best"], "nll": nll, "low": low, "high": high})
             if fullft is None or arm["method"] == "fullft":
                 continue
-            found = gap(runs, arm, fullft)
-            if found.n_seeds:
-                interval = {"low": found.ci_low, "high": found.ci_high}
-                gaps.append(
-                    dict(arm) | {"gap": found.estimate, "n_seeds": found.n_seeds, "at_edge": found.at_edge} | interval
-                )
+            paired = gap(runs, arm, fullft)
+            if paired.n_seeds:
+                row = {"gap": paired.estimate, "low": paired.ci_low, "high": paired.ci_high}
+                gaps.append(dict(arm) | row | {"n_seeds": paired.n_seeds, "at_edge": paired.at_edge})
     elements = {
         "envelope": envelope[envelope["step"] > 0],
         "final": pd.DataFrame(finals),
@@ -101,7 +100,7 @@ def _draw_block(place: SubFigure, block: pd.DataFrame, styles: dict[str, style.A
         panel.set(xlabel="examples seen", ylabel="validation NLL\n(nats / token)" if number % columns == 0 else "")
     _limit_curves(axes[0, 0], block[block["element"] == "envelope"])
     final, difference = below.subplots(1, 2)
-    # Of several lengths at one batch size, the longest.
+    # Of runs of several lengths at one batch size, only the longest are compared.
     steps = block["steps"].astype("Int64")
     longest = block[steps.isna() | steps.eq(steps.groupby(block["batch_size"]).transform("max")).fillna(False)]
     _draw_by_size(final, longest[longest["element"] == "final"], "nll", styles)
@@ -120,7 +119,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
 
 
 def _limit_curves(axes: Axes, envelope: pd.DataFrame) -> None:
-    """The losses after the first tenth of the data: the fall before it would flatten the rest."""
+    """Limit the y-axis to the losses after the first tenth of the data, since the fall before it would flatten them."""
     late = envelope.loc[envelope["examples"] >= 0.1 * envelope["examples"].max(), "nll"]
     if len(late):
         pad = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max())
@@ -128,7 +127,7 @@ def _limit_curves(axes: Axes, envelope: pd.DataFrame) -> None:
 
 
 def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: dict[str, style.ArmStyle]) -> None:
-    """One line per arm, side by side where arms share a batch size."""
+    """Draw one line per arm, with the marks of one batch size side by side."""
     arms = [label for label in styles if label in set(rows["arm"])]
     for place, arm in enumerate(arms):
         points, look = rows[rows["arm"] == arm].sort_values("batch_size"), styles[arm]

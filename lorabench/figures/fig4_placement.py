@@ -17,20 +17,21 @@ from lorabench.analysis.gaps import best_losses, mean_interval
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.figures import lr_panel, style
 from lorabench.tables import Tables
+from lorabench.utils import formats
 
 COLUMNS = [*lr_panel.COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
 
-# Points that the x-axis takes with its labels.
+# The height in points of the x-axis with its labels.
 _AXIS_POINTS = 30
 
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: those of `lr_rows`, `best` (mean test NLL over seeds at an arm's best LR
-    with its 95% interval, its trainable parameters, and these as the paper writes them) or `noise_band` (two sigma
-    around the lowest of these). All in nats per scored token.
+    The column `element` says what a row is: one of `lr_rows`, `best` (mean test NLL over seeds at an arm's best LR
+    with its 95% interval, the count `trainable_params`, and in `parameters` the same as text) or `noise_band` (two
+    sigma around the lowest best loss). Losses are in nats per scored token.
     """
     parts = [lr_panel.lr_rows(tables.runs), *best_rows(tables.runs)]
     plotted = pd.concat([part.reindex(columns=COLUMNS) for part in parts if len(part)], ignore_index=True)
@@ -38,7 +39,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def draw_placement(plotted: pd.DataFrame, measure: lr_panel.Measure) -> Figure:
-    """The figure of what is plotted: rows of `best_rows` and of the panels by LR, in a measure."""
+    """Draw the figure from the rows that it plots: of `best_rows`, and of the panels by LR, in the given measure."""
     figure, panels = style.panel_pairs(plotted, lr_panel.STRIP)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, by_lr, by_count in panels:
@@ -50,15 +51,8 @@ def draw_placement(plotted: pd.DataFrame, measure: lr_panel.Measure) -> Figure:
     return figure
 
 
-def parameter_words(count: float) -> str:
-    """A parameter count as the paper's table writes it: 0.49B; smaller ones in M and K."""
-    if count >= 1e8:
-        return f"{count / 1e9:.2f}B"
-    return f"{count / 1e6:.2f}M" if count >= 1e5 else f"{count / 1e3:.1f}K"
-
-
 def best_rows(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    """Rows `best` and rows `noise_band` of the figure, in losses."""
+    """Return the rows `best` and the rows `noise_band` of the figure, in losses."""
     best = _best(runs)
     return [best, _noise_band(best, runs)]
 
@@ -73,13 +67,13 @@ def _best(runs: pd.DataFrame) -> pd.DataFrame:
             dict(arm)
             | {"element": "best", "arm": arm_label(arm), "lr": arm["lr_best"]}
             | {"nll": nll, "nll_low": low, "nll_high": high, "trainable_params": count}
-            | {"parameters": None if pd.isna(count) else parameter_words(count)}
+            | {"parameters": None if pd.isna(count) else formats.parameters(count)}
         )
     return pd.DataFrame(rows, columns=[*ARM, *(name for name in COLUMNS if name not in ARM)])
 
 
 def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Two sigma around the lowest best loss of each panel, where sigma is known."""
+    """Return the band of two sigma around the lowest best loss of each panel whose sigma is known."""
     lowest = best.groupby(style.PANEL, as_index=False, dropna=False)["nll"].min()
     noise = seed_noise(runs)
     sigma = pd.Series([sigma_of(noise, row, "test") for _, row in lowest.iterrows()], dtype=float)
@@ -92,7 +86,7 @@ def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def _draw_by_count(
     axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: lr_panel.Measure
 ) -> None:
-    """What an arm reaches at its best LR against trainable parameters; below it the counts, as the paper's table."""
+    """Draw what each arm reaches at its best LR against its trainable parameters, and list these below the panel."""
     value, lower, upper = measure.column, f"{measure.column}_low", f"{measure.column}_high"
     for band in rows[rows["element"] == "noise_band"].to_dict("records"):
         axes.axhspan(band[lower], band[upper], color="0.85", linewidth=0, zorder=0)
@@ -129,10 +123,10 @@ def _draw_by_count(
 
 
 def _list_counts(axes: Axes, counts: pd.Series[float]) -> None:
-    """Ticks as the paper writes counts, and the legend with each arm's below the panel."""
+    """Label the x-axis with counts as the paper's table writes them, and list the count of each arm below the panel."""
     wide = counts.max() > 100 * counts.min()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0, 6.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: parameter_words(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.parameters(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     below = axes.transAxes + ScaledTranslation(0, -_AXIS_POINTS / 72, axes.figure.dpi_scale_trans)
     axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, handletextpad=0.3)

@@ -1,4 +1,4 @@
-"""Figure 5 of the paper, its part on reinforcement learning: as figure 4, with accuracies."""
+"""The reinforcement-learning part of the paper's figure 5: it is drawn as figure 4, with accuracies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _COLUMNS = accuracy_columns(COLUMNS)
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: those of `accuracy_rows`, and `best` and `noise_band` as in figure 4, in
-    accuracies of 0 to 1: the band is around the highest.
+    The column `element` says what a row is: one of `accuracy_rows`, or `best` or `noise_band` as in figure 4, but in
+    accuracies from 0 to 1, with the band around the highest accuracy.
     """
     parts = [accuracy_rows(tables.runs), *map(as_accuracies, best_rows(errors(tables.runs)))]
     plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)

@@ -1,4 +1,4 @@
-"""Figure 5 of the paper, its supervised part: as figure 4, on a small dataset."""
+"""The supervised part of the paper's figure 5: it is drawn as figure 4, from runs on a small dataset."""
 
 from lorabench.figures.fig4_placement import draw
 

@@ -12,7 +12,7 @@ from lorabench.tables import Tables
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table: see `accuracy_rows`."""
+    """Draw the figure; return it, and what it plots as one tidy table, which `accuracy_rows` describes."""
     plotted = accuracy_rows(tables.runs)
     figure, panels = style.panels(plotted, STRIP)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))

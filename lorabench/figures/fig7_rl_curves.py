@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from lorabench.figures import style
 from lorabench.figures.lr_panel import ACCURACY, ACCURACY_COLUMNS, BASE, STRIP, accuracy_rows, draw_lr_panel, lr_marks
-from lorabench.figures.rl_curves import curve_rows, draw_curves, seeds_words
+from lorabench.figures.rl_curves import curve_rows, draw_curves
 from lorabench.tables import Tables
 
 _COLUMNS = [*ACCURACY_COLUMNS, "step", "episodes"]
@@ -16,10 +16,10 @@ _COLUMNS = [*ACCURACY_COLUMNS, "step", "episodes"]
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `curve` (greedy test accuracy of an arm at its best LR after a step, mean
-    and standard deviation over seeds), or those of `accuracy_rows`.
+    The column `element` says what a row is: `curve` (greedy test accuracy of an arm at its best LR after a step, its
+    mean and standard deviation over seeds), or one of `accuracy_rows`.
     """
     curves = curve_rows(tables.runs, tables.curves, "test", "accuracy").assign(element="curve")
     curves = curves.rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})
@@ -38,10 +38,10 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
     curves = rows[rows["element"] == "curve"].rename(columns={"accuracy": "mean", "accuracy_sd": "sd"})
     if curves.empty:
-        style.say(axes, "no test accuracies over training")
+        style.say(axes, "There are no test accuracies over training.")
         return
     for level in rows.loc[rows["element"] == "base", "accuracy"]:
         axes.axhline(level, **BASE)
     draw_curves(axes, curves, styles)
     axes.set_ylabel("test accuracy at the best LR")
-    style.note(axes, seeds_words(curves), STRIP)
+    style.note(axes, style.seeds_text(curves["n_seeds"]), STRIP)

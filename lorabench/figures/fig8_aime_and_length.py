@@ -11,19 +11,20 @@ from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, rows_of
 from lorabench.figures import style
-from lorabench.figures.rl_curves import COLUMNS, curve_rows, draw_curves, seeds_words
+from lorabench.figures.rl_curves import COLUMNS, curve_rows, draw_curves
 from lorabench.tables import Tables
+from lorabench.utils import formats
 
 _COLUMNS = [*COLUMNS, "n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]
 
-# Columns of the grid of panels, and inches of height of a panel.
+# The number of columns of the grid that panels are placed on, and the height of a panel in inches.
 _GRID, _HEIGHT = 6, 2.6
 
 _OWN_SPLITS = {"train", "validation", "test"}
 
 
 class _Panel(NamedTuple):
-    """What one panel shows: its axis, its rows, what to say if there are none, and what it can't show as a line."""
+    """A panel: the label of its y-axis, its rows, the text if there are none, and facts for its note."""
 
     ylabel: str
     rows: pd.DataFrame
@@ -33,18 +34,18 @@ class _Panel(NamedTuple):
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    All is of an arm at its best LR, `mean` and `sd` over seeds. The column `element` says what a row is: `accuracy`
-    (on the further problem set `split`, of `n_samples` answers to its `n_problems`), `response_length` (tokens, and
-    the share `truncated` at `max_new_tokens`), `reflection` (share of responses with a word of backtracking or
-    checking; both are of the training batches, as running means) or `diverged` (one run, at any LR).
+    Arms are shown at their best LR; `mean` and `sd` are over seeds. The column `element` says what a row is: `accuracy`
+    (on the further problem set `split`, over `n_samples` answers to its `n_problems`), `response_length` (in tokens,
+    with the share `truncated` at `max_new_tokens`), `reflection` (the share of responses with a word of backtracking or
+    checking) or `diverged` (one run, at any LR). Lengths and reflection are running means over training batches.
     """
     groups = style.titled(tables.runs)
     plotted = _plotted(tables.runs, tables.curves)
     styles = style.arm_styles(plotted)
     drawn = [(title, _panels(rows_of(plotted, runs.iloc[0], style.PANEL))) for title, runs in groups]
-    # Three in a row where that fills it, else two; both on one grid.
+    # Three panels stand in a row where that fills all rows, and otherwise two.
     widths = [2 if len(panels) % 3 == 0 else 3 for _, panels in drawn]
     heights = [math.ceil(len(panels) * width / _GRID) for (_, panels), width in zip(drawn, widths, strict=True)]
     figure = style.new_figure(_HEIGHT * sum(heights))
@@ -60,7 +61,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _further_sets(curves: pd.DataFrame) -> list[str]:
-    """The problem sets of the curves that are neither trained nor tuned on."""
+    """Return the problem sets in the curves that are neither trained on nor used to choose a learning rate."""
     return [] if curves.empty else sorted(set(curves.loc[curves["metric"] == "accuracy", "split"]) - _OWN_SPLITS)
 
 
@@ -79,16 +80,16 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _panels(rows: pd.DataFrame) -> list[_Panel]:
-    """The panels of one model and dataset."""
+    """Return the panels of one model and dataset."""
     accuracy, length, reflection, diverged = (
         rows[rows["element"] == element] for element in ("accuracy", "response_length", "reflection", "diverged")
     )
     sets = {str(name): of_set for name, of_set in accuracy.groupby("split")} or {"": accuracy}
-    absent = "no accuracies on a problem set\nother than the one trained on"
+    absent = "There are no accuracies on a problem set\nother than the training set."
     return [
         *(_Panel(f"accuracy on {name}", of_set, absent, _answers(of_set)) for name, of_set in sets.items()),
-        _Panel("response length (tokens)", length, "no response lengths", _cut(length)),
-        _Panel("share with reflection", reflection, "no rates of reflection", [f"{len(diverged)} diverged"]),
+        _Panel("response length (tokens)", length, "There are no response lengths.", _cut(length)),
+        _Panel("share with reflection", reflection, "There are no rates of reflection.", [f"{len(diverged)} diverged"]),
     ]
 
 
@@ -98,22 +99,22 @@ def _draw_panel(axes: Axes, panel: _Panel, styles: dict[str, style.ArmStyle]) ->
         return
     draw_curves(axes, panel.rows, styles)
     axes.set_ylabel(panel.ylabel, parse_math=False)
-    style.note(axes, " · ".join([seeds_words(panel.rows), *panel.facts]))
+    style.note(axes, " · ".join([style.seeds_text(panel.rows["n_seeds"]), *panel.facts]))
 
 
 def _answers(rows: pd.DataFrame) -> list[str]:
-    """How many answers of a run an accuracy is the mean of."""
+    """Write how many answers of a run an accuracy is the mean of."""
     counts = {"answers": rows["n_samples"].max(), "problems": rows["n_problems"].max()}
-    known = [f"{count:,.0f} {what}" for what, count in counts.items() if not pd.isna(count)]
+    known = [f"{formats.count(count)} {what}" for what, count in counts.items() if not pd.isna(count)]
     return [" to ".join(known)] if known else []
 
 
 def _cut(rows: pd.DataFrame) -> list[str]:
-    """How many responses were cut at the end of training, which bounds their length."""
+    """Write which share of the responses was cut off at the end of training, which bounds their length."""
     last = rows.dropna(subset=["truncated"]).groupby("arm")["truncated"].last()
     if last.empty:
         return []
-    fewest, most = f"{last.min():.0%}", f"{last.max():.0%}"
+    fewest, most = formats.percent(last.min()), formats.percent(last.max())
     cap = rows["max_new_tokens"].max()
     words = [
         fewest if fewest == most else f"{fewest} to {most}",

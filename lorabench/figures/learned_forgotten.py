@@ -1,7 +1,8 @@
-"""Learned against forgotten by method and rank, and accuracy against NLL, from scores of lm-eval.
+"""What each arm learned against what it forgot, and accuracy against NLL, from scores of lm-eval.
 
-What "LoRA Learns Less and Forgets Less" (Biderman et al., 2024) plots, each arm at its best LR. Where a task tells the
-likelihood of the right answers, that is what was learned: a small model's accuracy is near 0 whatever it learned.
+"LoRA Learns Less and Forgets Less" (Biderman et al., 2024) has such a plot; here each arm is at its best LR. Where a
+task gives the likelihood of the right answers, that measures what was learned, since the accuracy of a small model is
+near 0 whatever it has learned.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lorabench.figures import style
 from lorabench.tables import Tables
 
 BITS = "bits_per_byte"
-# Of a task's shares of right answers, the one that is drawn: the strictest, or the customary one, first.
+# The metrics of right answers, by preference: the strictest, or the customary one, first.
 _ACCURACIES = ("exact_match", "prompt_level_strict_acc", "acc_norm", "acc")
 _MEASURES = {BITS: "bits per byte above the base", "accuracy": "accuracy below the base"}
 _REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
@@ -37,23 +38,24 @@ BASE = "base"
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table: a row per run and measure of forgetting, the base's among them.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    `arm` is `base` for the model before training. `learned` is an accuracy of 0 to 1, `learned_bits` the bits per byte
-    that the base needs more for the right answers, null where no task tells. `measure` says what `forgotten` is:
-    `bits_per_byte` that the base needs less, or `accuracy` that it has more; the mean over `forgotten_tasks`.
-    The standard errors are over documents, those of `forgotten` of the run alone.
+    The table has one row per run (and the base, whose `arm` is `base`) and measure of forgetting. `learned` is an
+    accuracy from 0 to 1. `learned_bits` is by how many bits per byte the right answers cost less than under the base;
+    it is null where no task gives their likelihood. `measure` says what `forgotten` is: the `bits_per_byte` above those
+    of the base, or the `accuracy` below that of the base, the mean over `forgotten_tasks`. Standard errors are over
+    documents; those of `forgotten` are of the run's own score, without that of the base.
 
     Raises:
-        UserError: there is no table evals, or none of a trained run; or a run has two scores of one kind.
+        UserError: there is no table evals, it has no trained run, or it has two scores of one kind for a run.
     """
     evals = tables.evals
     if evals.empty:
         raise UserError("there is no table evals")
     score = ["model", "run_id", "task", "metric", "filter"]
     if (twice := evals.duplicated(score)).any():
-        told = evals.loc[twice, score].dropna(axis="columns").iloc[0]
-        raise UserError(f"the evals table has more than once: {' '.join(map(str, told))}")
+        repeated = evals.loc[twice, score].dropna(axis="columns").iloc[0]
+        raise UserError(f"the evals table has more than once: {' '.join(map(str, repeated))}")
     trained = evals[evals["method"].notna()]
     if trained.empty:
         raise UserError("the evals table has no trained run")
@@ -68,7 +70,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 @dataclass(frozen=True)
 class _Mean:
-    """A mean of scores, by run."""
+    """The mean of scores over tasks, by the key of a run, with its standard error and the names of the tasks."""
 
     values: pd.Series[float]
     stderrs: pd.Series[float]
@@ -76,35 +78,35 @@ class _Mean:
 
 
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
-    """What one model trained on one dataset plots, from its scores and those of its base."""
+    """Return what is plotted of one model trained on one dataset, from its scores and those of its base."""
     base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in style.PANEL})
-    # One key for a run and the base, which has no run_id.
+    # The base has no run_id, so runs and base share another key.
     scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))
-    learned, saved = _learned(scores), _learned_bits(scores)
+    learned, learned_bits = _learned(scores), _learned_bits(scores)
     forgotten = _forgotten(scores)
     rows = []
     for key, of_run in scores.groupby("key", sort=False):
-        told: dict[Any, Any] = of_run.iloc[0].reindex(_RUN).to_dict()
-        told |= {"learned": learned.values.get(key), "learned_stderr": learned.stderrs.get(key)}
-        told |= {"learned_tasks": learned.tasks}
-        if saved:
-            told |= {"learned_bits": saved.values.get(key), "learned_bits_tasks": saved.tasks}
-        for measure, lost in forgotten.items():
-            told_of: dict[str, Any] = {"measure": measure, "forgotten_tasks": lost.tasks}
-            told_of |= {"forgotten": lost.values.get(key), "forgotten_stderr": lost.stderrs.get(key)}
-            rows.append(told | told_of)
+        row: dict[Any, Any] = of_run.iloc[0].reindex(_RUN).to_dict()
+        row |= {"learned": learned.values.get(key), "learned_stderr": learned.stderrs.get(key)}
+        row |= {"learned_tasks": learned.tasks}
+        if learned_bits:
+            row |= {"learned_bits": learned_bits.values.get(key), "learned_bits_tasks": learned_bits.tasks}
+        for measure, mean in forgotten.items():
+            of_measure: dict[str, Any] = {"measure": measure, "forgotten_tasks": mean.tasks}
+            of_measure |= {"forgotten": mean.values.get(key), "forgotten_stderr": mean.stderrs.get(key)}
+            rows.append(row | of_measure)
         if not forgotten:
-            rows.append(told)
+            rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS).astype({"rank": "Int64", "seed": "Int64"})
 
 
 def _learned(scores: pd.DataFrame) -> _Mean:
-    """Accuracy of the task on the data trained on, or the mean over all tasks of what is learned."""
+    """Return the accuracy on the tasks of the training data, or on all tasks of what is learned if none is of them."""
     return _mean(_own(_accuracies(scores[scores["about"] == "learned"])))
 
 
 def _learned_bits(scores: pd.DataFrame) -> _Mean | None:
-    """How many bits per byte of the right answers each run saves, in the same tasks; None without a base's."""
+    """Return how many bits per byte each run saves on the right answers; None without a score of the base."""
     bits = _mean(_own(scores[(scores["about"] == "learned") & (scores["metric"] == BITS)]))
     if BASE not in bits.values:
         return None
@@ -112,26 +114,26 @@ def _learned_bits(scores: pd.DataFrame) -> _Mean | None:
 
 
 def _own(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores of tasks on the data trained on, or all if there are none."""
+    """Return the scores of tasks on the training data, or all scores if no task is on them."""
     own = scores[scores["source"].eq(scores["dataset"]).fillna(False).astype(bool)]
     return scores if own.empty else own
 
 
 def _forgotten(scores: pd.DataFrame) -> dict[str, _Mean]:
-    """By measure how much worse than the base each run is; nothing where the base was not evaluated."""
+    """Return, by measure, how much worse than the base each run is; a measure without the base's score is left out."""
     forgotten = scores[scores["about"] == "forgotten"]
     measured = {BITS: forgotten[forgotten["metric"] == BITS], "accuracy": _accuracies(forgotten)}
-    found = {}
+    means = {}
     for measure, of_measure in measured.items():
         mean = _mean(of_measure)
         if BASE in mean.values:
             worse = mean.values - mean.values[BASE]
-            found[measure] = _Mean(worse if measure == BITS else 0 - worse, mean.stderrs, mean.tasks)
-    return found
+            means[measure] = _Mean(worse if measure == BITS else 0 - worse, mean.stderrs, mean.tasks)
+    return means
 
 
 def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
-    """Of each task the one metric and filter that is drawn, for all runs the same; tasks without an accuracy go."""
+    """Return the accuracies of each task by one metric and filter, the same for all runs."""
     kept = []
     for _, of_task in scores[scores["higher_is_better"].fillna(False).astype(bool)].groupby("task"):
         metrics = list(of_task["metric"].unique())
@@ -143,12 +145,12 @@ def _accuracies(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _looseness(name: str) -> tuple[int, str]:
-    """Strict filters first, flexible ones last."""
+    """Return a sort key that puts strict filters first and flexible filters last."""
     return (0 if "strict" in name else 2 if "flexible" in name else 1, name)
 
 
 def _mean(scores: pd.DataFrame) -> _Mean:
-    """The mean over tasks of each run that has them all, with its standard error: documents are independent."""
+    """Return the mean over tasks of each run that has them all; its standard error takes documents as independent."""
     values = scores.pivot(index="key", columns="task", values="value").dropna()
     stderrs = scores.pivot(index="key", columns="task", values="stderr").reindex(values.index)
     names = ["task", "metric", "filter"]
@@ -167,17 +169,17 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     styles = style.arm_styles(plotted[plotted["arm"] != BASE])
     for (title, rows), of_row in zip(panels, grid, strict=True):
         of_row[0].set_title(title, pad=18, parse_math=False)
-        saved = bool(rows["learned_bits"].notna().any())
+        has_bits = bool(rows["learned_bits"].notna().any())
         for measure, axes in zip(measures, of_row[:-1], strict=True):
-            _draw_forgotten(axes, rows[rows["measure"] == measure], measure, saved, styles)
+            _draw_forgotten(axes, rows[rows["measure"] == measure], measure, has_bits, styles)
         _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles)
-        if saved:
-            _tell_height(
+        if has_bits:
+            _label_height(
                 of_row[:-1], "bits per byte of right answers\nbelow the base: ", rows["learned_bits_tasks"].iloc[0]
             )
-            _tell_height(of_row[-1:], "accuracy: ", rows["learned_tasks"].iloc[0])
+            _label_height(of_row[-1:], "accuracy: ", rows["learned_tasks"].iloc[0])
         else:
-            _tell_height(of_row, "accuracy: ", rows["learned_tasks"].iloc[0])
+            _label_height(of_row, "accuracy: ", rows["learned_tasks"].iloc[0])
     marks: list[Artist] = [style.mark(look.label, look.marker, color=look.colour) for look in styles.values()]
     if (plotted["arm"] == BASE).any():
         marks.append(style.mark("before training", "x", markeredgewidth=1.8))
@@ -185,8 +187,8 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     return figure
 
 
-def _tell_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
-    """Give panels one height, told once, where the first panel is that isn't a sentence."""
+def _label_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
+    """Give panels a common y-axis, with its label at the first panel that has data."""
     drawn = [axes for axes in of_row if axes.axison]
     for axes in drawn[:1]:
         axes.set_ylabel(f"{_named(what, tasks)}\n(higher is better)", parse_math=False)
@@ -198,22 +200,22 @@ def _tell_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
 
 
 def _draw_forgotten(
-    axes: Axes, rows: pd.DataFrame, measure: str, saved: bool, styles: dict[str, style.ArmStyle]
+    axes: Axes, rows: pd.DataFrame, measure: str, has_bits: bool, styles: dict[str, style.ArmStyle]
 ) -> None:
-    """What was learned against what was forgotten; the base is where its two lines cross."""
+    """Draw what was learned against what was forgotten; the base is where the two grey lines cross."""
     if rows.empty:
-        style.say(axes, "forgetting is measured from the base,\nand the base has no such score")
+        style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
         return
     label = _named(f"{_MEASURES[measure]}:\n", rows["forgotten_tasks"].iloc[0])
     axes.axvline(0, **_REFERENCE)
-    _draw_points(axes, rows, "forgotten", styles, "learned_bits" if saved else "learned")
+    _draw_points(axes, rows, "forgotten", styles, "learned_bits" if has_bits else "learned")
     axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
 
 
 def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    """Accuracy against the test NLL of the data trained on, over runs."""
+    """Draw the accuracy of runs against their test NLL on the training data's test split."""
     if not rows["final_test_nll"].notna().any():
-        style.say(axes, "no test NLL:\nreinforcement learning has none")
+        style.say(axes, "There is no test NLL\nafter reinforcement learning.")
         return
     _draw_points(axes, rows, "final_test_nll", styles)
     axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
@@ -222,7 +224,7 @@ def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle])
 def _draw_points(
     axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str = "learned"
 ) -> None:
-    """Runs with their standard errors, and the base's score as a line. Runs without both numbers are counted."""
+    """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
     for row in rows[rows["arm"] == BASE].dropna(subset=[up]).to_dict("records"):
         axes.axhline(row[up], **_REFERENCE)
     placed = rows.dropna(subset=[up, across])
@@ -235,15 +237,15 @@ def _draw_points(
         across_error = row["forgotten_stderr"] if across == "forgotten" else None
         axes.errorbar(row[across], row[up], error, across_error, markersize=6, elinewidth=0.9, **point)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    # Where all accuracies are 0 there is still a range.
+    # The range is not empty even where all accuracies are 0.
     if up == "learned" and placed[up].max() == 0:
         axes.set_ylim(-0.002, 0.05)
     # The base was trained on no dataset of its own, so it has no test NLL.
-    lost = len(rows[rows["arm"] != BASE]) - len(placed[placed["arm"] != BASE])
-    style.note(axes, f"{lost} without a score" if lost else "")
+    unplaced = len(rows[rows["arm"] != BASE]) - len(placed[placed["arm"] != BASE])
+    style.note(axes, f"{unplaced} without a score" if unplaced else "")
 
 
 def _named(what: str, tasks: str) -> str:
-    """A score by its task, or by how many tasks it is the mean of."""
-    of = tasks.split("; ")
-    return f"{what}{of[0].split(' ')[0]}" if len(of) == 1 else f"{what}mean of {len(of)} tasks"
+    """Name a score by its task, or by the number of tasks that it is the mean of."""
+    names = tasks.split("; ")
+    return f"{what}{names[0].split(' ')[0]}" if len(names) == 1 else f"{what}mean of {len(names)} tasks"

@@ -1,4 +1,4 @@
-"""Loss against training compute: learning curves over FLOPs, which the paper predicts but does not draw."""
+"""Learning curves over training FLOPs; the paper predicts what they show, but has no such figure."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _COLUMNS = [
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
+    The column `element` says what a row is: `envelope` (one step of an arm) or `diverged` (one run). Losses are
     validation NLL in nats per scored token.
 
     Raises:
-        UserError: the runs table does not tell train_flops and train_tokens.
+        UserError: the runs table lacks train_flops or train_tokens, or no run with both has a validation curve.
     """
     missing = [name for name in ("train_flops", "train_tokens") if name not in tables.runs]
     if missing:
@@ -60,8 +60,7 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
     for arm, points in envelope.groupby("arm"):
         axes.plot(points["flops"].astype(float), points["nll"].astype(float), **styles[str(arm)].line)
     axes.set(xscale="log", xlabel="training FLOPs (linear layers)", ylabel="validation NLL (nats / token)")
-    facts = [f"{style.SIGMA} unknown" if pd.isna(sigma) else f"{style.SIGMA} {sigma:.2g}"]
-    facts += [f"{len(diverged)} diverged"] if len(diverged) else []
+    facts = [style.sigma_text(sigma), *style.diverged_text(diverged)]
     lost = sorted(set(diverged["arm"]) - set(envelope["arm"]))
     facts += [f"no curve: {', '.join(lost)}"] if lost else []
     style.note(axes, " · ".join(facts))

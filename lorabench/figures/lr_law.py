@@ -1,4 +1,4 @@
-"""The optimal learning rate against hidden size, with the fitted law, and the ratio of LoRA's to full fine-tuning's."""
+"""Optimal learning rates of LoRA and full fine-tuning against hidden size, the law fitted to them, and their ratio."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ _OTHER_MARKER, _OTHER_LINE, _GREY = "^", ":", "0.65"
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `optimum` (optimal LR of an arm with its 95% interval; `nll` is the test
-    loss there, nats per scored token), `ratio` (of LoRA's to FullFT's), `law` (a point of the law fitted here),
-    `published_law`, `published` (optimum by `source`), `naive` and `reference` (ratios hidden/64, and the paper's
-    10), or `diverged` (one run). `family` is the law's.
+    The column `element` says what a row is: `optimum` (optimal LR of an arm with its 95% interval; `nll` is the test
+    loss there in nats per scored token), `ratio` (of the optimal LR of LoRA to that of FullFT), `law` (a point of the
+    law fitted here), `published_law` (a point of the law of the authors' code), `published` (an optimum that `source`
+    published), `naive` (the ratio hidden/64), `reference` (the paper's ratio of 10) or `diverged` (one run). `family`
+    is the family by which the law has its exponents.
     """
     runs = with_arm_columns(tables.runs[is_standard(tables.runs)])
     runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, "family", "hidden_size"])))
@@ -72,7 +73,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
-    """What is plotted of one group of models."""
+    """Return what is plotted of models that were trained on the same data."""
     rows: list[dict[str, Any]] = []
     for model in models:
         of_model = {"family": model.lineage, "hidden_size": model.hidden_size}
@@ -107,7 +108,7 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
 
 
 def _published_optima(families: list[str]) -> pd.DataFrame:
-    """Published optimal LRs of FullFT, and of LoRA at each model's highest rank on all layers."""
+    """Return the published optimal LRs of FullFT, and of LoRA at each model's highest rank on all layers."""
     table = sweeps()
     table = table[table["family"].isin(families) & ((table["placement"] == "all") | (table["method"] == "fullft"))]
     highest = table.groupby("model")["rank"].transform("max")
@@ -122,7 +123,7 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
     )
     optima = lr_optima(runs, pd.DataFrame(columns=["sigma"]))
     about = table.drop_duplicates("model").set_index("model")
-    # A best LR that was published without its grid is that of its source.
+    # A best LR that was published without its grid counts as resolved, as its source says it is best.
     on_grid = optima["n_runs"] > 1
     return pd.DataFrame(
         {
@@ -185,7 +186,7 @@ def _draw_ratios(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
 
 
 def _points(axes: Axes, rows: pd.DataFrame, value: str, styles: dict[str, style.ArmStyle]) -> None:
-    """Values with their interval, by family and arm; open where not resolved."""
+    """Draw values with their interval, by family and arm; a mark is open where the value is not resolved."""
     for row in rows.dropna(subset=[value]).to_dict("records"):
         colour = styles[row["arm"]].colour
         axes.vlines(row["hidden_size"], row[f"{value}_low"], row[f"{value}_high"], color=colour, lw=1.2, zorder=4)
@@ -205,7 +206,7 @@ def _law_text(law: LrLaw | None) -> str:
 
 
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
+    """Return the legend entries of the marks that occur."""
     elements = set(plotted["element"])
     optimum = plotted[plotted["element"].isin(["optimum", "ratio"])]
     entries: list[Artist] = [

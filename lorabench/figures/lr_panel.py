@@ -1,6 +1,7 @@
-"""A panel of final loss against learning rate, by arm: the rows it plots, and its marks. Figures 2 and 4 to 7 have it.
+"""The panel of final loss against learning rate, by arm: the rows that it plots, and its marks.
 
-In RL it is one of final accuracy: rows of losses are made from error rates, and turned around by `as_accuracies`.
+Figures 2 and 4 to 7 and `short_run` have it. In RL it shows the final accuracy: the rows are made from error rates
+as if these were losses, and `as_accuracies` turns them into accuracies.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ COLUMNS = [
 
 
 def accuracy_columns(columns: Sequence[str]) -> list[str]:
-    """Columns of losses as columns of accuracies, of which none is above the range: all lie between 0 and 1."""
+    """Return the columns of accuracies for columns of losses; without `above_range`, since all lie between 0 and 1."""
     return [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
 
 
@@ -40,13 +41,18 @@ ACCURACY_COLUMNS = accuracy_columns(COLUMNS)
 
 @dataclass(frozen=True)
 class Measure:
-    """What stands for a run's end: the column with it, the element of rows that are means of it, and axis labels."""
+    """The final result of a run that a panel shows: the test loss, or in RL the test accuracy."""
 
     column: str
+    """The column that holds it."""
     element: str
+    """The `element` of rows that are means of it."""
     final: str
+    """The label of its axis in a panel by learning rate."""
     best: str
+    """The label of its axis where arms are shown at their best learning rate."""
     band: str
+    """What the noise band lies around, for the legend."""
 
 
 LOSS = Measure(
@@ -61,24 +67,24 @@ ACCURACY = Measure(
 )
 
 STRIP = 11.0
-"""Points above a panel that hold the marks of what is not inside."""
+"""The height in points of the strip above a panel that holds the marks of runs outside the panel."""
 
-# Points between arms there at one LR.
+# The distance in points between the arms of one LR in the strip.
 _DODGE = 4.5
 
-# Marks there of runs that have not learned.
+# The marks in the strip of runs that diverged, and of runs that never got a reward.
 DIVERGED, UNREWARDED = "x", "$0$"
 
 BASE: dict[str, Any] = {"color": "0.6", "linewidth": 1.2, "zorder": 1}
-"""Look of the line at the accuracy of the base model."""
+"""The look of the line at the accuracy of the base model."""
 
 
 def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """What the panels plot, columns COLUMNS.
+    """Return what the panels plot, with the columns COLUMNS.
 
-    Its column `element` says what a row is: `loss` (mean over the seeds of one arm and LR; `above_range` where it
-    is drawn as a triangle at the top), `optimum` (interpolated, with the interval of the LR) or `diverged` (one
-    run). Losses are final test NLL in nats per scored token.
+    The column `element` says what a row is: `loss` (the mean over the seeds of one arm and LR; `above_range` where it
+    is drawn as a triangle above the panel), `optimum` (interpolated, with the interval of the LR) or `diverged` (one
+    run). Losses are the final test NLL in nats per scored token.
     """
     finished = with_losses(runs).dropna(subset=["test_loss"])
     loss = finished.groupby([*ARM, "lr"], dropna=False, as_index=False).agg(
@@ -98,11 +104,12 @@ def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def accuracy_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """What the panels plot of RL runs, columns ACCURACY_COLUMNS.
+    """Return what the panels plot of RL runs, with the columns ACCURACY_COLUMNS.
 
-    Its column `element` says what a row is: `accuracy` (mean over the seeds of one arm and LR), `optimum` and
-    `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; its accuracy, that of the base, is in the
-    means) or `base` (the model before training). Accuracies are greedy ones on the test split, 0 to 1.
+    The column `element` says what a row is: `accuracy` (the mean over the seeds of one arm and LR), `optimum` and
+    `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; the means count it with the accuracy of
+    the base model) or `base` (the model before training). Accuracies are of greedy answers to the test split, from 0
+    to 1.
     """
     unrewarded = runs[runs["status"] == "unrewarded"].assign(element="unrewarded")
     unrewarded["arm"] = [arm_label(run) for _, run in unrewarded.iterrows()]
@@ -112,11 +119,11 @@ def accuracy_rows(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of error rates as rows of accuracies: 1 minus the rate, with the ends of its interval exchanged."""
+    """Turn rows of error rates into rows of accuracies: 1 minus the rate, with the ends of its interval exchanged."""
     names = {"nll": "accuracy", "nll_sd": "accuracy_sd", "nll_low": "accuracy_high", "nll_high": "accuracy_low"}
     turned = rows.rename(columns=names)
     turned["element"] = turned["element"].replace(LOSS.element, ACCURACY.element)
-    # A parabola may pass below an error of 0.
+    # The parabola of an optimum may pass below an error of 0.
     turned["accuracy"] = (1 - turned["accuracy"].astype(float)).clip(0, 1)
     for end in {"accuracy_low", "accuracy_high"} & set(turned.columns):
         turned[end] = 1 - turned[end].astype(float)
@@ -124,7 +131,7 @@ def as_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
-    """Which losses of a panel are so high that showing them would flatten the rest; never an arm's best."""
+    """Return which losses of a panel are so high that showing them would flatten the others; never an arm's best."""
     nll = loss["nll"]
     lowest, worst_best = nll.min(), loss.groupby(ARM, dropna=False)["nll"].min().max()
     top = max(worst_best, nll.quantile(0.75))
@@ -135,13 +142,13 @@ def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
 
 
 def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: Measure = LOSS) -> None:
-    """Draw the rows of one panel; needs STRIP points above it."""
+    """Draw the rows of one panel; it needs STRIP points of free height above it."""
     means, optimum, diverged, unrewarded, base = (
         rows[rows["element"] == element] for element in (measure.element, "optimum", "diverged", "unrewarded", "base")
     )
     above, value = means[_is_above(means)], measure.column
     axes.set(xscale="log", xlabel="learning rate", ylabel=measure.final)
-    # Within one power of ten their labels would overlap.
+    # The labels of minor ticks would overlap.
     axes.xaxis.set_minor_formatter(NullFormatter())
     for level in base[value]:
         axes.axhline(level, **BASE)
@@ -166,13 +173,13 @@ def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmSty
 
 
 def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows are losses above the range; rows of accuracies have no such column."""
+    """Return which rows are losses above the range; rows of accuracies have no such column."""
     above: pd.Series[bool] = rows.get("above_range", pd.Series(False, index=rows.index)).eq(True)
     return above
 
 
 def _limit(axes: Axes, rows: pd.DataFrame, measure: Measure) -> None:
-    """Set the range: all LRs, and all losses but those above the range."""
+    """Set the range of the axes to all LRs, and to all losses but the rows `above_range`."""
     lowest, highest = rows["lr"].min(), rows["lr"].max()
     beside = max(1.3, (highest / lowest) ** 0.1)
     axes.set_xlim(lowest / beside, highest * beside)
@@ -184,14 +191,14 @@ def _limit(axes: Axes, rows: pd.DataFrame, measure: Measure) -> None:
     spread = shown[f"{value}_sd"].astype(float).fillna(0.0)
     low, high = (shown[value] - spread).min(), (shown[value] + spread).max()
     if measure is ACCURACY:
-        # Where all are 0, or all 1, there is still a range.
+        # The range is not empty even where all accuracies are 0, or all are 1.
         low, high = min(low, 0.95), max(high, 0.05)
     pad = 0.04 * (high - low) or 0.04 * abs(high)
     axes.set_ylim(low - pad, high + pad)
 
 
 def _marks_above(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    """Above the panel, one mark per arm and LR, side by side where several share an LR."""
+    """Draw one mark per arm and LR above the panel, side by side where several arms share an LR."""
     data_by_height = blended_transform_factory(axes.transData, axes.transAxes)
     for _, at_lr in rows.drop_duplicates(["arm", "lr", "marker"]).groupby("lr"):
         ordered = sorted(at_lr.to_dict("records"), key=lambda row: list(styles).index(row["arm"]))
@@ -212,16 +219,16 @@ def _facts(rows: pd.DataFrame, measure: Measure) -> str:
 
 
 def lr_marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
+    """Return the legend entries of the marks that occur."""
     optimum = plotted[plotted["element"] == "optimum"]
     resolved = optimum["resolved"].astype(bool)
-    there = set(plotted["element"])
+    elements = set(plotted["element"])
     entries = [
         (resolved.any(), style.mark("optimum, interval", "D", linestyle="-", linewidth=1.2)),
         ((~resolved).any(), style.mark("optimum, not resolved", "D", markerfacecolor="white", markeredgewidth=1.2)),
         (_is_above(plotted).any(), style.mark("above the range", "^")),
-        ("diverged" in there, style.mark("diverged", DIVERGED, markeredgewidth=1.5)),
-        ("unrewarded" in there, style.mark("never rewarded", UNREWARDED, markeredgewidth=0.6)),
-        ("base" in there, Line2D([], [], label="before training", **BASE)),
+        ("diverged" in elements, style.mark("diverged", DIVERGED, markeredgewidth=1.5)),
+        ("unrewarded" in elements, style.mark("never rewarded", UNREWARDED, markeredgewidth=0.6)),
+        ("base" in elements, Line2D([], [], label="before training", **BASE)),
     ]
     return [entry for occurs, entry in entries if occurs]

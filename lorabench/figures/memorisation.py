@@ -1,4 +1,4 @@
-"""Memorisation: how many bits of random facts an adapter stores, against its parameters."""
+"""Memorisation: how many bits of random facts an adapter stores, against its number of parameters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.memorisation import best_stored, is_memorisation, stored_bits
 from lorabench.figures import style
 from lorabench.tables import Tables
+from lorabench.utils import formats
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
@@ -26,15 +27,15 @@ _PER_PARAMETER = {1.0: ":", 2.0: "--"}
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `seed` (one run at its arm's best LR), `stored` (their mean, with its 95%
-    t interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of 1 and 2 bits per parameter)
-    or `diverged` (one run). `bits` are bits stored of the answers.
+    The column `element` says what a row is: `seed` (one run at its arm's best LR), `stored` (the mean over these runs,
+    with its 95% t interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of 1 and 2 bits per
+    parameter) or `diverged` (one run). `bits` are the bits of the facts' answers that are stored.
     """
     plotted = _plotted(tables.runs)
     if plotted.empty:
-        return style.empty_figure("No dataset of random facts to memorise in these tables."), plotted
+        return style.empty_figure("There are no runs on a dataset of random facts."), plotted
     figure, panels = style.panels(plotted)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, axes in panels:
@@ -70,7 +71,7 @@ def _entropy(facts: pd.DataFrame) -> pd.DataFrame:
 
 
 def _per_parameter(best: pd.DataFrame) -> pd.DataFrame:
-    """The lines of so many bits per parameter over the range of one panel's adapters."""
+    """Return the ends of the lines of 1 and 2 bits per parameter, over the range of one panel's adapters."""
     adapters = best[best["method"] == "lora"]
     params = (adapters if len(adapters) else best)["trainable_params"].to_numpy(float)
     panel = {name: best[name].iloc[0] for name in style.PANEL}
@@ -99,7 +100,7 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
     positive = seeds[seeds["bits"] > 0]
     for run in positive.to_dict("records"):
         axes.plot(run["trainable_params"], run["bits"], "_", ms=11, color=styles[run["arm"]].colour, zorder=5)
-    # No interval reaches 0 on a logarithmic axis: it is drawn to the lower end.
+    # A logarithmic axis has no 0: an interval that reaches it is drawn to the lower end of the axis.
     floor = 0.7 * min(positive["bits"].min(), shown["bits"].min()) if len(positive) else math.nan
     for arm in shown.to_dict("records"):
         arm_style, params = styles[arm["arm"]], arm["trainable_params"]
@@ -116,25 +117,24 @@ def _draw_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
 
 
 def _facts(elements: dict[str, pd.DataFrame], stored: pd.DataFrame) -> list[str]:
-    """What a panel can't show as a mark."""
-    facts = [f"facts {elements['entropy']['bits'].iloc[0]:,.0f} bits"]
-    counts = sorted({int(count) for count in stored["n_seeds"]})
-    if counts:
-        facts.append(f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds")
+    """Return the texts for what a panel cannot show as a mark."""
+    facts = [f"facts {formats.count(elements['entropy']['bits'].iloc[0])} bits"]
+    if len(stored):
+        facts.append(style.seeds_text(stored["n_seeds"]))
     nothing = stored.loc[~(stored["bits"] > 0), "arm"]
     if len(nothing):
         facts.append(f"stored nothing: {', '.join(nothing)}")
     diverged = elements.get("diverged")
     if diverged is not None:
-        facts.append(f"{len(diverged)} diverged")
+        facts += style.diverged_text(diverged)
         lost = sorted(set(diverged["arm"]) - set(stored["arm"]))
         facts += [f"none finished: {', '.join(lost)}"] if lost else []
     return facts
 
 
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
-    there = set(plotted["element"])
+    """Return the legend entries of the marks that occur."""
+    elements = set(plotted["element"])
     entries: list[tuple[str, Artist]] = [
         ("entropy", Line2D([], [], color=_LINE, linewidth=1.1, label="all of the facts"))
     ]
@@ -146,4 +146,4 @@ def _marks(plotted: pd.DataFrame) -> list[Artist]:
         ("stored", style.mark("mean, 95% interval", "o", linestyle="-", linewidth=1.2)),
         ("seed", style.mark("one seed", "_", markersize=9)),
     ]
-    return [entry for element, entry in entries if element in there]
+    return [entry for element, entry in entries if element in elements]

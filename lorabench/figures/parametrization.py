@@ -1,4 +1,4 @@
-"""What LoRA's parametrisation does: the 1/r, two redundant hyperparameters, when A moves, and how updates grow."""
+"""What LoRA's parametrization does: the factor 1/r, two redundant hyperparameters, when A moves, how updates grow."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
 from lorabench.tables import Tables
 
+# Runs that should be equivalent are compared over this number of steps.
 _STEPS = 50
-"""Over which runs that should be equivalent are compared."""
 
+# The numerical precision of a training loss, in nats per token.
 _IDENTICAL = 1e-5
-"""Nats per token: numerical precision of a training loss."""
 
 _TITLES = ("first update", "redundant pair", "when A moves", "size of updates")
 
@@ -52,19 +52,20 @@ _RULE_LOOKS: dict[str, dict[str, Any]] = {
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is, `value` is what is drawn, `low` and `high` its interval and `n` what it is
-    made of:
-    `first_descent` (ratio to that of the highest rank, by `rule`; n seeds), `equivalent` (largest difference of
-    training NLL so far over n pairs, nats per token), `not_equivalent` (smallest, `low` to `high` over the pairs),
-    `a_moved` (steps until A has moved by its own norm; n seeds), `a_not_moved` (steps of runs in which it did not),
-    `update_norm` (per unit of LR; n seeds), `still_a` (the same, per unit of LR of B, of runs in which A is still),
-    `diverged` (one run).
+    The column `element` says what a row is; `value` is what is drawn, `low` and `high` are the ends of its interval,
+    and `n` is the number of seeds or pairs that it is taken over:
+    `first_descent` (ratio of the first descent to that of the highest rank, by `rule`; n seeds), `equivalent` (the
+    largest difference of training NLL up to a step over n pairs of equivalent runs, in nats per token),
+    `not_equivalent` (the smallest over other pairs, with the range over them), `a_moved` (steps until A has moved by
+    its own norm; n seeds), `a_not_moved` (the length of runs in which A did not move that far), `update_norm` (the
+    norm per unit of LR; n seeds), `still_a` (the norm per unit of LR of B, in runs whose A stays still) or `diverged`
+    (one run).
     """
     lora = with_scales(tables.runs) if len(tables.runs) else pd.DataFrame()
     if lora.empty:
-        return style.empty_figure("no LoRA runs"), pd.DataFrame(columns=_COLUMNS)
+        return style.empty_figure("There are no LoRA runs."), pd.DataFrame(columns=_COLUMNS)
     groups = [(f"{model} · {dataset}", runs) for (model, dataset), runs in lora.groupby(["model", "dataset"])]
     parts = [_rows(runs, tables.curves) for _, runs in groups]
     plotted = pd.concat(parts, ignore_index=True)
@@ -82,13 +83,13 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """What is plotted of one model and dataset."""
+    """Return what is plotted of one model and dataset."""
     diverged = runs[runs["status"] == "diverged"].assign(element="diverged")
     parts = [_first_descents(runs, curves), _differences(runs, curves), _move_times(runs, curves)]
     parts += [_update_norms(runs, curves), diverged]
-    found = pd.concat([part.dropna(axis=1, how="all") for part in parts if len(part)] or [pd.DataFrame()])
-    found = found.reindex(columns=_COLUMNS).assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0])
-    return found.assign(method="lora").astype({"n": "Int64", "step": "Int64"}).reset_index(drop=True)
+    rows = pd.concat([part.dropna(axis=1, how="all") for part in parts if len(part)] or [pd.DataFrame()])
+    rows = rows.reindex(columns=_COLUMNS).assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0])
+    return rows.assign(method="lora").astype({"n": "Int64", "step": "Int64"}).reset_index(drop=True)
 
 
 def _first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -97,9 +98,9 @@ def _first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """By step, over pairs: the largest difference of equivalent runs, and the range of that of others."""
+    """Return, by step, the largest difference of equivalent runs, and the range of the difference of other pairs."""
     apart = differences(invariance_pairs(runs), curves, _STEPS)
-    # Before the first update all runs are the base model.
+    # Before the first update, all runs have the loss of the base model.
     apart = apart[apart["step"] > 1]
     rows = []
     for (eps, step, equivalent), pairs in apart.groupby(["eps", "step", "equivalent"], dropna=False):
@@ -111,7 +112,7 @@ def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Each configuration, the geometric mean over seeds; at the end of its runs where A did not get there in one."""
+    """Return for each configuration the geometric mean over seeds, or the length of its runs if A lags in one."""
     rows = []
     for _, seeds in move_times(runs, curves).groupby([*SETTING, *CONFIGURATION], dropna=False):
         moved = bool(seeds["step"].notna().all())
@@ -138,7 +139,7 @@ def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         rows.append(first | ends | {"element": "update_norm", "step": key[-1]})
     controls = runs[runs["run_id"].isin(still_controls(runs)["run_id_slow"])]
     norms = train_curves(controls, curves, "update_norm")
-    # The same LR of B as that of the run beside it.
+    # The update of B alone, so the norm is per unit of the LR of B.
     norms = norms.assign(size=norms["value"] / (norms["lr"] * norms["lr_ratio"]))
     for key, seeds in norms.groupby([*SETTING, "lr", "lr_ratio", "step"], dropna=False):
         first = {name: seeds.iloc[0][name] for name in SETTING} | {"time_scale": seeds["time_scale"].iloc[0]}
@@ -154,7 +155,7 @@ Styles = dict[str, style.ArmStyle]
 def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None:
     points = elements.get("first_descent")
     if points is None:
-        style.say(axes, "no descent at step 1")
+        style.say(axes, "The curves hold no descent of step 1.")
         return
     axes.axhspan(0.95, 1.05, color="0.88", linewidth=0, zorder=0)
     batches = [name for name in ("placement", "batch_size", "eps") if points[name].nunique(dropna=False) > 1]
@@ -182,7 +183,7 @@ def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None
 def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
     equivalent, other = (elements.get(name) for name in ("equivalent", "not_equivalent"))
     if equivalent is None:
-        style.say(axes, "no runs that should be equivalent")
+        style.say(axes, "No two runs should be equivalent.")
         return
     if other is not None:
         steps = other["step"].astype(float)
@@ -190,14 +191,14 @@ def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
             steps, other["low"], other["high"], color="0.85", linewidth=0, label="others, range", zorder=1
         )
         axes.plot(steps, other["value"], "--", color="0.45", linewidth=1.2, label="others, smallest", zorder=2)
-    # Equal to the last bit has no place on a log axis.
+    # A difference of exactly 0 has no place on a log axis.
     shown = equivalent[equivalent["value"] > 0]
     axes.plot(shown["step"].astype(float), shown["value"], color="black", label="equivalent, largest", zorder=3)
     axes.axhline(_IDENTICAL, color="black", linestyle=":", linewidth=1.0, zorder=1)
     axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="|difference of NLL| so far (nats / token)")
     axes.legend(loc="upper left")
     low, high = axes.get_ylim()
-    # Room for the legend.
+    # The upper part of the panel is kept free for the legend.
     axes.set_ylim(min(low, _IDENTICAL / 10), high * (high / min(low, _IDENTICAL / 10)) ** 0.35)
     axes.set_xlim(1, _STEPS * 1.1)
     style.plain_log_ticks(axes)
@@ -213,7 +214,7 @@ def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
 def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
     moved, not_moved = (elements.get(name) for name in ("a_moved", "a_not_moved"))
     if moved is None and not_moved is None:
-        style.say(axes, "no a_moved in the curves")
+        style.say(axes, "The curves do not hold how far A has moved.")
         return
     facts = []
     if moved is not None:
@@ -233,7 +234,7 @@ def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
             axes.plot(row["time_scale"], row["value"], "^", zorder=2, **look)
         facts.append(f"{len(not_moved)} beyond the end (open)")
     axes.set(xscale="log", yscale="log", xlabel="init_A / LR_A", ylabel="steps until A has moved by its norm")
-    # At least a decade, so that there are ticks.
+    # The axis spans a decade or more, so that it has ticks.
     drawn = pd.concat([part["value"].astype(float) for part in (moved, not_moved) if part is not None])
     axes.set_ylim(min(drawn.min() / 1.4, drawn.max() / 7), drawn.max() * 1.4)
     style.plain_log_ticks(axes)
@@ -244,7 +245,7 @@ def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
 def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
     points = elements.get("update_norm")
     if points is None:
-        style.say(axes, "no update_norm in the standard parametrisation")
+        style.say(axes, "The curves hold no update norms\nin the standard parametrization.")
         return
     for arm, of_arm in points.groupby("arm"):
         of_arm = of_arm.sort_values("step")

@@ -1,4 +1,4 @@
-"""Short and long runs: loss against learning rate as of several steps, and the ratio of optimal LRs by length."""
+"""Short and long runs: loss against learning rate at several steps, and the ratio of optimal LRs by length."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lorabench.tables import Tables
 
 _COLUMNS = [*COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
 
-# Ratios are drawn from here on: earlier, LoRA's optimum is beyond any grid, as B starts at zero.
+# Ratios are drawn from this step on: earlier, the optimum of LoRA is beyond any grid, since B starts at zero.
 _FIRST_STEP = 10
 
-# Keys of the paper's numbers that the ratio is held against.
+# The paper's numbers that the ratio is compared with, by their key in the table of the paper's numbers.
 _REFERENCES = {"lr_ratio_lora_over_fullft": "long runs", "lr_ratio_short_runs": "short runs"}
 
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Columns and elements are those of `lr_rows`, with losses on the validation split as of `steps` in runs of
-    `full_steps`. Further elements: `ratio` (of an arm's optimal LR to FullFT's, with its 95% interval) and
-    `reference` (the paper's ratios).
+    Its columns and elements are those of `lr_rows`, with losses on the validation split at step `steps` of runs of
+    `full_steps` steps. Further elements are `ratio` (of an arm's optimal LR to that of FullFT, with its 95% interval)
+    and `reference` (the paper's ratios).
     """
     groups = style.titled(_standard(tables.runs))
     parts = [_rows(runs, tables.curves) for _, runs in groups]
@@ -65,14 +65,14 @@ def _standard(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lengths(rows: pd.DataFrame) -> list[int]:
-    """Steps that have a panel, ascending."""
+    """Return the steps that have a panel, ascending."""
     return sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique())
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """What is plotted of one model, dataset, batch size and length."""
+    """Return what is plotted of one model, dataset, batch size and length."""
     evaluated, steps = _evaluated(runs, curves), runs["steps"].iloc[0]
-    # A table that does not say how long its runs are has runs of one length.
+    # A table without the length of its runs holds runs of one length.
     full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
     by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
     by_step[full] = runs.assign(steps=full, final_test_nll=runs["final_valid_nll"])
@@ -83,7 +83,7 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _evaluated(runs: pd.DataFrame, curves: pd.DataFrame) -> list[int]:
-    """Steps with validation losses, from the first one drawn."""
+    """Return the steps with validation losses, from the first step that is drawn."""
     if curves.empty:
         return []
     points = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
@@ -91,7 +91,7 @@ def _evaluated(runs: pd.DataFrame, curves: pd.DataFrame) -> list[int]:
 
 
 def _ratios(runs: pd.DataFrame, curves: pd.DataFrame) -> list[dict[str, Any]]:
-    """Ratios of the optimal LR of each LoRA arm to that of FullFT; none where either is not known."""
+    """Return the ratio of the optimal LR of each LoRA arm to that of FullFT; none where either is unknown."""
     if runs.empty:
         return []
     [comparison] = comparisons(runs, curves)
@@ -115,7 +115,7 @@ def _ratio(comparison: Comparison, arm: Arm, fullft: Arm) -> dict[str, Any]:
 
 
 def _references(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    """The paper's ratios, if there is one of ours to hold against them."""
+    """Return the paper's ratios, if these runs give a ratio to compare with them."""
     if not any((part["element"] == "ratio").any() for part in parts):
         return pd.DataFrame(columns=_COLUMNS)
     printed = numbers()
@@ -145,15 +145,15 @@ def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle
         axes.plot(steps, ratio, **arm_style.line)
         axes.vlines(steps, points["ratio_low"], points["ratio_high"], color=arm_style.colour, linewidth=1.2, zorder=4)
         for resolved, face in ((True, arm_style.colour), (False, "white")):
-            those = points["resolved"].astype(bool) == resolved
-            axes.plot(steps[those], ratio[those], arm_style.marker, ms=4.5, mfc=face, mec=arm_style.colour, zorder=5)
+            chosen = points["resolved"].astype(bool) == resolved
+            axes.plot(steps[chosen], ratio[chosen], arm_style.marker, ms=4.5, mfc=face, mec=arm_style.colour, zorder=5)
     axes.set(xscale="log", xlabel="training step")
     style.plain_log_ticks(axes)
     ratio_axis(axes)
 
 
 def ratio_axis(axes: Axes) -> None:
-    """The y-axis of a ratio of optimal LRs, with plain numbers."""
+    """Set up the y-axis for a ratio of optimal LRs, labelled with plain numbers."""
     axes.set(yscale="log", ylabel="optimal LR, LoRA / FullFT")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -161,7 +161,7 @@ def ratio_axis(axes: Axes) -> None:
 
 
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the ratio's marks that occur."""
+    """Return the legend entries of the ratio's marks that occur."""
     ratio = plotted[(plotted["element"] == "ratio") & plotted["ratio"].notna()]
     unresolved = not ratio["resolved"].astype(bool).all()
     return [style.mark("ratio, not resolved", "o", markerfacecolor="white", markeredgewidth=1.2)] if unresolved else []

@@ -1,4 +1,4 @@
-"""One look for all figures: sizes, colours by rank, panels, legend, and files that do not change by themselves."""
+"""The common look of all figures: sizes, colours by rank, panels, legends, and files with the same bytes everywhere."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from lorabench.records import atomic_path
 
-# Columns that make a panel: losses of different models, data, batch sizes or lengths are never drawn together.
+# Columns that identify a panel: losses of different models, data, batch sizes or lengths are never drawn together.
 PANEL = ["model", "dataset", "batch_size", "steps"]
 
-# Inches: 7.2 in at 100 dpi is about the 700 px of a text column, so type is seen at its nominal size.
+# In inches: 7.2 in at 100 dpi is about the 700 px of a text column, so text appears at its nominal size.
 WIDTH, PANEL_HEIGHT, COLUMNS = 7.2, 3.1, 2
 PNG_DPI = 200
 
 FULLFT_COLOUR = "black"
 MUTED = "0.35"
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
-# Part of the map that is neither too pale on white nor too near to black; lightness falls all the way,
-# so that the order of ranks survives greyscale.
+# The part of the colour map that is neither too pale on white nor too near to black. Lightness falls all along it,
+# so that the order of ranks survives in greyscale.
 _RANK_MAP, _LOWEST_RANK, _HIGHEST_RANK = "plasma", 0.83, 0.24
 _PLACEMENT_LINES = {"all": "-", "mlp": "--", "attn": ":"}
 _PLACEMENT_MARKERS = {"all": "o", "mlp": "P", "attn": "v"}
@@ -69,7 +69,7 @@ _RC = {
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Matplotlib's own defaults with this style on top, whatever the user's configuration says."""
+    """Apply this style on top of Matplotlib's own defaults, whatever the user's configuration says."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
@@ -78,7 +78,10 @@ def applied() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How an arm is drawn. FullFT is a wide line below the thin LoRA lines, so that both show where they coincide."""
+    """How an arm is drawn.
+
+    FullFT is a wide line below the thin LoRA lines, so that both are visible where they coincide.
+    """
 
     label: str
     colour: str
@@ -89,7 +92,7 @@ class ArmStyle:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Keyword arguments of a line."""
+        """The keyword arguments of Matplotlib for the arm's line."""
         return {
             "color": self.colour,
             "linestyle": self.linestyle,
@@ -99,10 +102,10 @@ class ArmStyle:
 
 
 def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
-    """Styles by arm label, FullFT first, then by rank.
+    """Return the style of each arm by its label, FullFT first, then by rank.
 
     Args:
-        arms: columns arm (its label), method, rank, placement; may repeat.
+        arms: columns arm (its label), method, rank and placement; rows may repeat.
     """
     unique = arms[["arm", "method", "rank", "placement"]].drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
@@ -115,25 +118,28 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
         else:
             rank, placement = int(arm["rank"]), arm["placement"]
             linestyle, marker = _PLACEMENT_LINES.get(placement, "-"), _PLACEMENT_MARKERS.get(placement, "o")
-            # Low ranks on top: they are the ones that stand apart.
+            # Low ranks are drawn on top, since they are the ones that stand apart.
             zorder = 3 - ranks.index(rank) / 100
             styles[label] = ArmStyle(label, _rank_colour(rank, ranks), linestyle, 1.4, marker, zorder)
     return styles
 
 
 def _rank_colour(rank: int, ranks: list[int]) -> str:
-    """Colour on the sequential scale, by the place of log(rank) between the lowest and the highest rank drawn."""
+    """Return the colour of a rank by the place of log(rank) between the lowest and the highest rank drawn."""
     low, high = math.log(ranks[0]), math.log(ranks[-1])
     place = (math.log(rank) - low) / (high - low) if high > low else 0.5
     return to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
 
 
 def panels(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
-    """A figure with one panel per model, dataset and batch size of `frame`, and the rows that belong to each.
+    """Make a figure with one panel per model, dataset, batch size and length of `frame`.
 
     Args:
         frame: columns PANEL and others.
-        strip: points kept free above each panel, for marks.
+        strip: height in points to keep free above each panel, for marks.
+
+    Returns:
+        The figure, and for each panel its rows of `frame` and its axes.
     """
     groups = titled(frame)
     columns = min(COLUMNS, len(groups))
@@ -148,7 +154,11 @@ def panels(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[
 
 
 def panel_pairs(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[pd.DataFrame, Axes, Axes]]]:
-    """As `panels`, with two panels side by side for each; the left one has the title and the strip."""
+    """Make a figure as `panels` does, with two axes side by side per panel; the left one has the title and the strip.
+
+    Returns:
+        The figure, and for each panel its rows of `frame`, its left axes and its right axes.
+    """
     groups = titled(frame)
     figure = new_figure((PANEL_HEIGHT + 0.4) * len(groups))
     drawn = []
@@ -160,69 +170,85 @@ def panel_pairs(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[t
 
 
 def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each PANEL with a title that tells it from the others."""
+    """Return a title and the rows of each panel; the title has as much as distinguishes it from the other panels."""
     several_batch_sizes = frame["batch_size"].nunique() > 1
     several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
-    found = []
+    titles = []
     for (model, dataset, batch_size, steps), rows in frame.groupby(PANEL, sort=True, dropna=False):
         title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
-        found.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
-    return found
+        titles.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
+    return titles
 
 
 def new_figure(height: float) -> Figure:
-    """A figure of the standard width, with panels of `height` inches in all and room for legends."""
+    """Make a figure of the standard width, with room for panels of `height` inches in total and for legends."""
     figure = Figure(figsize=(WIDTH, height + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def empty_figure(sentence: str) -> Figure:
-    """A figure that only says why nothing is drawn."""
+    """Make a figure that only says why nothing is drawn."""
     figure = new_figure(PANEL_HEIGHT / 2)
     say(figure.add_subplot(), sentence)
     return figure
 
 
 def say(axes: Axes, sentence: str) -> None:
-    """In place of data, why there is none."""
+    """Write into axes why they have no data, and hide their frame."""
     axes.axis("off")
     axes.text(0.5, 0.5, sentence, ha="center", va="center", color=MUTED, transform=axes.transAxes, wrap=True)
 
 
 def short_log_ticks(axis: Axis) -> None:
-    """Write 1 and 3 times the powers of ten as 30k or 1M on a log axis that may span less than a decade."""
+    """Label 1 and 3 times the powers of ten as 30k or 1M, on a log axis that may span less than a decade."""
     axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axis.set_major_formatter(EngFormatter(sep=""))
     axis.set_minor_formatter(NullFormatter())
 
 
 def number_log_ticks(axis: Axis) -> None:
-    """Write 1 and 3 times the powers of ten as plain numbers, for a log axis that may span less than a decade."""
+    """Label 1 and 3 times the powers of ten as plain numbers, on a log axis that may span less than a decade."""
     axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def plain_log_ticks(axes: Axes) -> None:
-    """Write the powers of ten on a log x-axis as plain numbers."""
+    """Label the powers of ten on a log x-axis as plain numbers."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def sigma_text(sigma: float) -> str:
+    """Write the standard deviation between seeds for the note above a panel; NaN is unknown."""
+    return f"{SIGMA} unknown" if math.isnan(sigma) else f"{SIGMA} {sigma:.2g}"
+
+
+def seeds_text(counts: pd.Series[int]) -> str:
+    """Write over how many seeds the means of a panel are taken: `3 seeds`, or `2 to 3 seeds` where they differ."""
+    fewest, most = int(counts.min()), int(counts.max())
+    return f"{most if fewest == most else f'{fewest} to {most}'} seed{'s' if most > 1 else ''}"
+
+
+def diverged_text(diverged: pd.DataFrame) -> list[str]:
+    """Write how many runs of a panel diverged, one row each; nothing where none did."""
+    return [f"{len(diverged)} diverged"] if len(diverged) else []
+
+
 def note(axes: Axes, text: str, strip: float = 0.0) -> None:
-    """A small line between a panel, with the strip above it, and its title."""
+    """Write a line of small text between a panel (with the strip above it) and its title."""
     axes.annotate(
         text, (0, 1), (0, strip + 5), "axes fraction", "offset points", color=MUTED, fontsize=7.5, parse_math=False
     )
 
 
 def legends(figure: Figure, styles: dict[str, ArmStyle], marks: list[Artist]) -> None:
-    """The arms above the panels; below them the marks that need a word."""
+    """Draw two legends: of the arms above the panels, and of other marks below them."""
     lines = [Line2D([], [], label=style.label, **style.line) for style in styles.values()]
     for handles, place in ((lines, "upper"), (marks, "lower")):
         if handles:
-            # As many columns as fit: inches of a handle with its gaps, and of an average letter.
+            # The widest entry in inches: a handle with its gaps, and letters of average width.
             widest = 0.5 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
             figure.legend(
                 handles=handles,
@@ -235,13 +261,16 @@ def legends(figure: Figure, styles: dict[str, ArmStyle], marks: list[Artist]) ->
 
 
 def mark(label: str, marker: str, **properties: Any) -> Line2D:
-    """A legend entry for a mark that is the same in every arm's colour."""
+    """Make the legend entry of a mark that means the same in the colour of every arm."""
     look: dict[str, Any] = {"color": MUTED, "linestyle": "none", "markersize": 6, **properties}
     return Line2D([], [], label=label, marker=marker, **look)
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write SVG or PNG by the path's suffix, whole or not at all, with the same bytes for the same figure."""
+    """Write a figure as SVG or PNG, by the suffix of the path.
+
+    The file appears only when it is complete, and the same figure always gives the same bytes.
+    """
     kind = path.suffix.removeprefix(".")
     metadata = {"svg": {"Date": None}, "png": {"Software": None}}[kind]
     with applied(), atomic_path(path) as partial:

@@ -1,4 +1,4 @@
-"""Variants of LoRA's parametrisation: the loss that each reaches at its tuned learning rate, and that rate."""
+"""Variants of LoRA's parametrization: the loss that each reaches at its best learning rate, and that learning rate."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _COLUMNS = [
     *("lr", "lr_low", "lr_high", "resolved", "n_diverged", "run_id"),
 ]
 
+# The height in inches of the row of one variant.
 _ROW = 0.27
-"""Inches per variant."""
 
 
 @style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """The figure, and what it plots as one tidy table.
+    """Draw the figure; return it, and what it plots as one tidy table.
 
-    Its column `element` says what a row is: `variant` (`nll`, the mean final test loss in nats per scored token at the
-    best LR with its 95% interval over seeds; `lr`, the interpolated optimum of LR_A with its bootstrap interval),
-    `noise_band` (from `nll_low` to `nll_high`) or `diverged` (one run).
+    The column `element` says what a row is: `variant` (`nll` is the mean final test loss at the best LR, in nats per
+    scored token, with its 95% interval over seeds; `lr` is the interpolated optimum of LR_A with its bootstrap
+    interval), `noise_band` (from `nll_low` to `nll_high`) or `diverged` (one run).
     """
     settings = _settings(tables.runs)
     if not settings:
-        sentence = "no LR-tuned variants beside the standard parametrisation"
+        sentence = "There are no LR-tuned variants of the standard parametrization."
         return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
     parts = [_rows(runs) for _, runs in settings]
     figure = style.new_figure(sum(_ROW * int((part["element"] == "variant").sum()) + 1.2 for part in parts))
@@ -54,12 +54,12 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Runs of each setting that has the standard parametrisation and a variant of it, with a title."""
+    """Return a title and the runs of each setting that has the standard parametrization and a variant of it."""
     if runs.empty:
         return []
     lora = tuned(runs)
     lora = lora[lora["method"] == "lora"]
-    found = []
+    titles = []
     for title, of_panel in style.titled(lora):
         settings = [rows for _, rows in of_panel.groupby(SETTING, dropna=False)]
         for rows in settings:
@@ -67,12 +67,12 @@ def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             if standard.any() and not standard.all():
                 rank, eps = rows["rank"].iloc[0], rows["eps"].iloc[0]
                 words = f"{title} · r{rank}" + (f" · eps {eps:g}" if of_panel["eps"].nunique() > 1 else "")
-                found.append((words, rows))
-    return found
+                titles.append((words, rows))
+    return titles
 
 
 def _rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """What is plotted of one setting."""
+    """Return what is plotted of one setting."""
     noise = seed_noise(runs)
     optima = lr_optima(runs, noise)
     rows, band = [], []
@@ -109,8 +109,7 @@ def _draw_losses(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_yticks(range(len(variants)), labels)
     axes.set(ylim=(-0.6, len(variants) - 0.4), xlabel="final test NLL (nats / token)")
     axes.grid(visible=False, axis="y")
-    seeds = variants["n_seeds"]
-    facts = [f"{seeds.min()} seeds" if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()} seeds"]
+    facts = [style.seeds_text(variants["n_seeds"])]
     facts += [f"{(rows['element'] == 'diverged').sum()} diverged"]
     lost = variants.loc[variants["nll"].isna(), "arm"]
     style.note(axes, " · ".join([*facts, *([f"no loss: {', '.join(lost)}"] if len(lost) else [])]))
@@ -125,7 +124,7 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame) -> None:
     if variants["lr"].notna().any():
         axes.set_xscale("log")
         style.number_log_ticks(axes.xaxis)
-        # At least a decade, so that there are ticks, and near optima look near.
+        # The axis spans a decade or more, so that it has ticks, and optima that are close look close.
         ends = variants[["lr", "lr_low", "lr_high"]].astype(float)
         low, high = float(ends.min().min()), float(ends.max().max())
         beside = max(1.2, math.sqrt(10 * low / high))
@@ -136,7 +135,7 @@ def _draw_rates(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
-    """Legend entries of the marks that occur."""
+    """Return the legend entries of the marks that occur."""
     variants = plotted[plotted["element"] == "variant"]
     edge = variants["at_edge"].astype(bool)
     resolved = variants["resolved"].fillna(False).astype(bool)

@@ -15,6 +15,7 @@ from lorabench.errors import UserError
 from lorabench.models.dimensions import ARCHITECTURES, Dimensions, dimensions, of_config
 from lorabench.models.tiny import shipped
 from lorabench.records import file_sha256
+from lorabench.utils import formats
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,7 +48,9 @@ class Model:
         return self.sizes.lora("all", rank, include_unembedding=True)[0]
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.family}, {self.parameters / 1e6:,.1f} M parameters, width {self.sizes.hidden}"
+        return (
+            f"{self.name}: {self.family}, {formats.parameters(self.parameters)} parameters, width {self.sizes.hidden}"
+        )
 
 
 def find_model(name: str) -> Model:

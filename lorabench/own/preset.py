@@ -19,6 +19,7 @@ from lorabench.own.model import Model, find_model
 from lorabench.own.problems import Problems, look_at_problems
 from lorabench.own.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.records import atomic_path
+from lorabench.utils import formats
 
 # Larger validation and test splits reduce the noise of a loss little and cost time at each validation.
 _MAX_VALIDATION, _MAX_TEST = 500, 1000
@@ -243,7 +244,7 @@ def suggested_ranks(model: Model, completion_tokens: float) -> tuple[int, ...]:
 def _lr_source(model: Model, fullft: advice.Lr, lora: advice.Lr) -> str:
     if fullft.value is None or lora.value is None:
         return f"the range for a family that the paper's law does not cover, {one_line(model.family)}"
-    return f"the paper's law: {fullft.value:.2g} and {lora.value:.2g}"
+    return f"the paper's law: {formats.lr(fullft.value, 2)} and {formats.lr(lora.value, 2)}"
 
 
 def checked_gpu(name: str) -> str:

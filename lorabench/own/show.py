@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lorabench.own.data import Data
 from lorabench.own.recommend import Recommendation, Seen, Setting
-from lorabench.report.text import lr
+from lorabench.utils import formats
 
 
 def recommendation_table(recommendation: Recommendation, data: Data | None) -> None:
@@ -22,7 +22,7 @@ def recommendation_table(recommendation: Recommendation, data: Data | None) -> N
     settings = ((setting.what, _value(setting), setting.source) for setting in recommendation.settings)
     _print(console, ("setting", "value", "source"), settings)
     if recommendation.seen:
-        optima = ((_arm(seen), lr(seen.lr), _interval(seen.low, seen.high), seen.where) for seen in recommendation.seen)
+        optima = ((_arm(seen), formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where) for seen in recommendation.seen)
         _print(console, ("optimum found", "LR", "95% interval", "where"), optima)
     for note in recommendation.notes:
         console.print(Text(f"- {note}"))
@@ -43,11 +43,11 @@ def _value(setting: Setting) -> str:
         case str():
             return setting.value
         case _:
-            return lr(setting.value) if setting.name.endswith("_lr") else f"{setting.value:,}"
+            return formats.lr(setting.value) if setting.name.endswith("_lr") else f"{setting.value:,}"
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{lr(low)} to {lr(high)}"
+    return "" if low is None or high is None else f"{formats.lr(low)} to {formats.lr(high)}"
 
 
 def _arm(seen: Seen) -> str:

@@ -1,4 +1,4 @@
-"""What a preset's datasets were taken from, and what was left out: said by the files that the runs read."""
+"""Where a preset's datasets come from and what was left out of them, read from the files that the runs read."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from lorabench.layout import Layout
 
 
 def datasets(layout: Layout) -> list[dict[str, Any]]:
-    """Rows and usable rows of each dataset from a file or the hub, and what was left out of any dataset, and why.
+    """Describe each dataset that comes from a file or the hub, and each of which something was left out.
 
-    Each has `name`, `source`, `rows` and `usable` (null where only examples too long for a model are known), and
-    `left_out`, in words. Datasets made here, of which nothing was left out, are not listed.
+    Returns:
+        For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null
+        for a generated dataset, of which only the examples too long for a model are counted); and `left_out`, a list
+        of texts that say how many examples were left out and why.
     """
-    found = []
+    described = []
     for name in layout.preset.sources:
         row = _taken_from(layout, name)
         longer = list(_longer(layout, name)) if name in layout.preset.datasets else []
         if row is None and longer:
-            row = {"source": "made here", "rows": None, "usable": None, "left_out": []}
+            row = {"source": "generated", "rows": None, "usable": None, "left_out": []}
         if row is not None:
-            found.append({"name": name, **row, "left_out": row["left_out"] + longer})
-    return found
+            described.append({"name": name, **row, "left_out": row["left_out"] + longer})
+    return described
 
 
 def _taken_from(layout: Layout, name: str) -> dict[str, Any] | None:
     tally, path = layout.tally(name), layout.dataset(name)
     if tally.is_file():
-        said = json.loads(tally.read_text())
-        bad = [f"{one['rows']} {one['reason']} (first: {said['unit']} {one['first']})" for one in said["bad"]]
-        return {"source": f"file, {said['format']}", "rows": said["rows"], "usable": said["usable"], "left_out": bad}
+        read = json.loads(tally.read_text())
+        left_out = [f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})" for bad in read["bad"]]
+        source = f"file, {read['format']}"
+        return {"source": source, "rows": read["rows"], "usable": read["usable"], "left_out": left_out}
     if path.is_file() and (note := about(path)):
-        bad = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]
-        return {"source": note["id"], "rows": note["rows"], "usable": note["usable"], "left_out": bad}
+        left_out = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]
+        return {"source": note["id"], "rows": note["rows"], "usable": note["usable"], "left_out": left_out}
     return None
 
 
 def _longer(layout: Layout, name: str) -> Iterator[str]:
-    """Examples longer than the dataset's limit, for each model."""
+    """Yield, for each model and split, how many examples have more tokens than the dataset allows."""
     for model in layout.preset.models:
         path = layout.tokens(model, name)
         if path.is_file():

@@ -1,4 +1,4 @@
-"""What the page holds for a closer look: learning curves to be drawn in it, and the tidy tables to be taken from it."""
+"""What the page embeds for a closer look: learning curves that its script draws, and tidy tables to download."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import pandas as pd
 from lorabench.figures.style import arm_styles
 
 POINTS = 60
-"""Most points of one curve, log-spaced in steps."""
+"""The largest number of points of one curve; they are log-spaced in steps."""
 
 ALL_POINTS = 250_000
-"""Most points of all curves together; where there are many curves, each has fewer."""
+"""The largest number of points of all curves together; where there are many curves, each has fewer points."""
 
 MAX_PLAIN, MAX_EMBEDDED = 150_000, 2_200_000
-"""Bytes up to which a table is embedded as it is, and compressed."""
+"""The largest sizes in bytes of a table that is embedded uncompressed, and of one that is embedded compressed."""
 
 _DASHES = {"-": "", "--": "6 3", ":": "2 3"}
 
 
 def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
-    """Thinned learning curves of all runs, as plain data.
+    """Return the thinned learning curves of all runs as plain data, for the page's script.
 
     Args:
-        runs: columns run_id, label, method, rank, placement.
+        runs: columns run_id, label, method, rank and placement.
         curves: the table `curves`.
 
     Returns:
-        measures: split and metric, by place. grids: lists of steps, by place. curves: by run_id, a list of (measure,
-        grid, values to four digits). styles: by label the colour, dashes and width of a line. points: the most of one
-        curve.
+        `measures`: a list of (split, metric). `grids`: a list of lists of steps. `curves`: by run_id, a list of (index
+        of the measure, index of the grid, values to four digits). `styles`: by label, the colour, dashes and width of a
+        line. `points`: the largest number of points of one curve.
     """
     styles = arm_styles(runs.rename(columns={"label": "arm"}))
     drawn = {label: [style.colour, _DASHES[style.linestyle], style.linewidth] for label, style in styles.items()}
@@ -45,19 +45,19 @@ def curves_to_draw(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
     limit = max(8, min(POINTS, ALL_POINTS // max(1, groups.ngroups)))
     measures: dict[tuple[str, str], int] = {}
     grids: dict[tuple[int, ...], int] = {}
-    found: dict[str, list[Any]] = {}
+    by_run: dict[str, list[Any]] = {}
     for (split, metric, run_id), points in groups:
         steps = points["step"].to_numpy(int)
         kept = thinned(steps, limit)
         measure = measures.setdefault((str(split), str(metric)), len(measures))
         grid = grids.setdefault(tuple(steps[kept].tolist()), len(grids))
         values = [float(f"{value:.4g}") for value in points["value"].to_numpy(float)[kept]]
-        found.setdefault(str(run_id), []).append([measure, grid, values])
-    return {"measures": list(measures), "grids": list(grids), "curves": found, "styles": drawn, "points": limit}
+        by_run.setdefault(str(run_id), []).append([measure, grid, values])
+    return {"measures": list(measures), "grids": list(grids), "curves": by_run, "styles": drawn, "points": limit}
 
 
 def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
-    """Places of at most `limit` of ascending steps: the first, the last, and log-spaced ones between."""
+    """Return the indices of at most `limit` of the ascending steps: the first, the last, and log-spaced ones."""
     if len(steps) <= limit:
         return np.arange(len(steps))
     wanted = np.geomspace(max(1, steps[0]), steps[-1], limit - 1)
@@ -65,12 +65,13 @@ def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
 
 
 def downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The tables in a folder that have a CSV file, each as a data: URI, compressed if it is large.
+    """Return the given tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
 
     Returns:
-        One for each: file, bytes (of the CSV), and uri, None where even compressed it is too large.
+        For each table: `file` (its name), `bytes` (the size of the CSV file) and `uri` (None where the table is too
+        large even when compressed).
     """
-    found = []
+    embedded = []
     for name in names:
         path = folder / f"{name}.csv"
         if not path.is_file():
@@ -82,10 +83,10 @@ def downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
             file, uri = f"{path.name}.gz", data_uri(packed, "application/gzip")
         else:
             file, uri = path.name, None
-        found.append({"file": file, "bytes": len(text), "uri": uri})
-    return found
+        embedded.append({"file": file, "bytes": len(text), "uri": uri})
+    return embedded
 
 
 def data_uri(content: bytes, mime: str) -> str:
-    """Content as a data: URI."""
+    """Return content of the given MIME type as a data: URI."""
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"

@@ -1,13 +1,14 @@
 "use strict";
 
-// What the page can do beyond being read: sort its tables, and filter the runs and draw their learning curves.
-// Text from tables only ever becomes text (textContent, Option), never markup.
+// This script sorts the page's tables, filters the runs and draws their learning curves.
+// It inserts text from tables only as text (textContent, Option), never as markup.
 
 // ---- Tables that sort -------------------------------------------------------------------------------------------
 
 const collator = new Intl.Collator("en", { numeric: true });
 
-// What a cell sorts by: its data-v, or the number its text begins with, or its text. Null where it is missing.
+// Return what a cell sorts by: its data-v, or else the number that its text begins with, or else its text. Null means
+// that the value is missing.
 function sortKey(cell) {
   const text = (cell.dataset.v ?? cell.textContent).trim();
   if (text === "" || text === "–") return null;
@@ -26,7 +27,7 @@ function sortBy(table, header) {
   header.setAttribute("aria-sort", descending ? "descending" : "ascending");
   const keyed = [...table.tBodies[0].rows].map((row) => [sortKey(row.cells[header.cellIndex]), row]);
   keyed.sort(([a], [b]) => {
-    if (a === null || b === null) return (a === null) - (b === null); // what is missing comes last either way
+    if (a === null || b === null) return (a === null) - (b === null); // missing values come last in both directions
     return descending ? compare(b, a) : compare(a, b);
   });
   table.tBodies[0].append(...keyed.map(([, row]) => row));
@@ -46,8 +47,8 @@ for (const table of document.querySelectorAll("table.sorts")) {
 
 // ---- Explorer of runs -------------------------------------------------------------------------------------------
 
-const DRAWN = 80; // curves at once
-const LABELLED = 15; // up to so many, each is named at its end
+const DRAWN = 80; // the most curves that are drawn at once
+const LABELLED = 15; // the most curves that are labelled at their ends
 const FILTERS = ["experiments", "model", "dataset", "method", "rank", "lr", "status"];
 
 const data = JSON.parse(document.getElementById("curves").textContent);
@@ -123,10 +124,10 @@ function prepare() {
   document.getElementById("clear").addEventListener("click", clear);
 }
 
-// All runs at once are too many to see anything: begin with one experiment, on one model and dataset.
+// Show the runs of one experiment, model and dataset at first, since the curves of all runs are too many to read.
 function begin() {
   const wanted = document.getElementById("explorer").dataset.begin;
-  const row = rows.find((one) => one.dataset.experiments.split(" ").includes(wanted));
+  const row = rows.find((candidate) => candidate.dataset.experiments.split(" ").includes(wanted));
   if (!row) return;
   form.elements.experiments.value = wanted;
   form.elements.model.value = row.dataset.model;
@@ -148,11 +149,13 @@ function matches(row) {
   });
 }
 
-// The curve of a run in the chosen measure, as points; empty without one.
+// Return the curve of a run in the chosen measure as points; empty if it has none.
 function curveOf(row, measure) {
   const own = Object.hasOwn(data.curves, row.dataset.run) ? data.curves[row.dataset.run] : [];
-  const found = own.find(([of]) => of === measure);
-  return found ? data.grids[found[1]].map((step, place) => [step, found[2][place]]) : [];
+  const curve = own.find(([of]) => of === measure);
+  if (!curve) return [];
+  const [, grid, values] = curve;
+  return data.grids[grid].map((step, place) => [step, values[place]]);
 }
 
 function update() {
@@ -162,8 +165,8 @@ function update() {
   const ticked = rows.filter((row) => ticks.get(row).checked);
   const measures = data.measures.map((_, place) => place);
   const chosen = ticked.length ? ticked : matching;
-  const of = (measure) => chosen.map((row) => ({ row, points: curveOf(row, measure) })).filter((one) => one.points.length);
-  // A measure that none of the chosen runs has gives way to the first that one has.
+  const of = (measure) => chosen.map((row) => ({ row, points: curveOf(row, measure) })).filter((curve) => curve.points.length);
+  // If none of the chosen runs has the measure, the first measure that one of them has is shown.
   let curves = of(Number(form.elements.measure.value));
   if (!curves.length) {
     const other = measures.find((measure) => of(measure).length);
@@ -184,25 +187,25 @@ function update() {
   draw(drawn);
 }
 
-// Round numbers that divide a range.
+// Return round numbers that divide a range into about the given number of parts.
 function niceTicks(low, high, about) {
   const raw = (high - low) / about;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= raw);
-  const found = [];
-  for (let place = Math.ceil(low / step); place * step <= high + step * 1e-9; place += 1) found.push(place * step);
-  return found;
+  const ticks = [];
+  for (let place = Math.ceil(low / step); place * step <= high + step * 1e-9; place += 1) ticks.push(place * step);
+  return ticks;
 }
 
 function logTicks(low, high) {
-  const found = [];
+  const ticks = [];
   for (let power = Math.floor(low); power <= high; power += 1) {
-    for (const factor of high - low < 2.2 ? [1, 2, 5] : [1]) found.push(factor * 10 ** power);
+    for (const factor of high - low < 2.2 ? [1, 2, 5] : [1]) ticks.push(factor * 10 ** power);
   }
-  return found.filter((step) => Math.log10(step) >= low && Math.log10(step) <= high);
+  return ticks.filter((step) => Math.log10(step) >= low && Math.log10(step) <= high);
 }
 
-// Lowest and highest value but for those far from most: beyond 1.5 times the range of the middle half.
+// Return the lowest and the highest value without outliers: values beyond 1.5 times the range of the middle half.
 function usualRange(values) {
   const sorted = [...values].sort((a, b) => a - b);
   const [lower, upper] = [0.25, 0.75].map((share) => sorted[Math.floor(share * (sorted.length - 1))]);
@@ -226,10 +229,10 @@ function draw(curves) {
     .map(({ row, points }) => ({ row, points: points.filter(([step]) => !log || step > 0) }))
     .filter(({ points }) => points.length);
   if (!shown.length || !width) {
-    chart.append(svg("text", { x: 12, y: 24 }, "No curve to draw: the chosen runs have none of this kind."));
+    chart.append(svg("text", { x: 12, y: 24 }, "No curve to draw: the chosen runs have no values of this measure."));
     return;
   }
-  const all = shown.flatMap((one) => one.points);
+  const all = shown.flatMap((curve) => curve.points);
   const lastStep = Math.max(...all.map(([step]) => step));
   const late = all.filter(([step]) => step >= lastStep / 10).map(([, value]) => value);
   const values = late.length ? late : all.map(([, value]) => value);
@@ -258,17 +261,18 @@ function draw(curves) {
   chart.append(clip, group);
 
   const labels = new Map();
-  // Full fine-tuning is a wide line, so it is drawn first.
-  const style = (one) => data.styles[one.row.dataset.label];
-  for (const one of shown.sort((a, b) => style(b)[2] - style(a)[2])) {
-    const [stroke, dashes, thickness] = style(one);
-    const places = one.points.map(([step, value]) => [across(step), up(value)]);
+  // Full fine-tuning is a wide line, so it is drawn first, below the others.
+  const style = (curve) => data.styles[curve.row.dataset.label];
+  for (const curve of shown.sort((a, b) => style(b)[2] - style(a)[2])) {
+    const [stroke, dashes, thickness] = style(curve);
+    const places = curve.points.map(([step, value]) => [across(step), up(value)]);
     const look = { class: "curve", stroke, "stroke-dasharray": dashes, "stroke-width": thickness };
     const path = svg("path", { ...look, d: `M${places.map((place) => place.map((part) => part.toFixed(1))).join("L")}` });
-    path.addEventListener("click", () => { location.hash = one.row.id; });
+    path.addEventListener("click", () => { location.hash = curve.row.id; });
     group.append(path);
-    drawnNow.push({ ...one, places, path });
-    labels.set(one.row.dataset.label, { stroke, dashes, thickness, count: (labels.get(one.row.dataset.label)?.count ?? 0) + 1 });
+    drawnNow.push({ ...curve, places, path });
+    const { label } = curve.row.dataset;
+    labels.set(label, { stroke, dashes, thickness, count: (labels.get(label)?.count ?? 0) + 1 });
   }
   if (named) nameEnds(box);
   for (const [label, { stroke, dashes, thickness, count }] of [...labels].sort(([a], [b]) => collator.compare(a, b))) {
@@ -279,47 +283,47 @@ function draw(curves) {
   }
 }
 
-// Each curve's arm, LR and seed beside its last point, kept apart from one another.
+// Write the arm, LR and seed of each curve beside its last point, without overlap.
 function nameEnds(box) {
   let free = box.top;
-  const ends = drawnNow.map((one) => ({ one, y: Math.min(Math.max(one.places.at(-1)[1], box.top), box.bottom) }));
-  for (const { one, y } of ends.sort((a, b) => a.y - b.y)) {
-    const { label, lr, seed } = one.row.dataset;
+  const ends = drawnNow.map((curve) => ({ curve, y: Math.min(Math.max(curve.places.at(-1)[1], box.top), box.bottom) }));
+  for (const { curve, y } of ends.sort((a, b) => a.y - b.y)) {
+    const { label, lr, seed } = curve.row.dataset;
     const place = Math.max(y + 4, free);
     free = place + 12;
     const text = `${label.replace("LoRA ", "")} ${lr}, seed ${seed}`;
-    chart.append(svg("text", { class: "end", x: one.places.at(-1)[0] + 6, y: place }, text));
+    chart.append(svg("text", { class: "end", x: curve.places.at(-1)[0] + 6, y: place }, text));
   }
 }
 
-// Make one run stand out, in the chart and in the table, and say what the point nearest to the pointer is.
+// Highlight a run in the chart and in the table, and write out its point that is nearest to the pointer.
 function light(row, point) {
-  const found = drawnNow.find((one) => one.row === row);
-  chart.classList.toggle("pointing", Boolean(found));
-  for (const one of drawnNow) one.path.classList.toggle("lit", one === found);
-  for (const one of rows) one.classList.toggle("lit", Boolean(found && point && one === row));
-  if (!found) {
+  const lit = drawnNow.find((curve) => curve.row === row);
+  chart.classList.toggle("pointing", Boolean(lit));
+  for (const curve of drawnNow) curve.path.classList.toggle("lit", curve === lit);
+  for (const other of rows) other.classList.toggle("lit", Boolean(lit && point && other === row));
+  if (!lit) {
     pointed.textContent = pointedAtFirst;
     return;
   }
   const { run, label, model, dataset, lr, seed, status } = row.dataset;
-  const [step, value] = point ?? found.points.at(-1);
+  const [step, value] = point ?? lit.points.at(-1);
   pointed.textContent = `${run}: ${label} on ${model}, ${dataset}, LR ${lr}, seed ${seed}, ${status}; step ${step}: ${written(value)}`;
 }
 
 function pointAt(event) {
   const corner = chart.getBoundingClientRect();
   let best = { distance: 40 };
-  for (const one of drawnNow) {
-    one.places.forEach(([x, y], place) => {
+  for (const curve of drawnNow) {
+    curve.places.forEach(([x, y], place) => {
       const distance = Math.hypot(x - (event.clientX - corner.left), y - (event.clientY - corner.top));
-      if (distance < best.distance) best = { distance, row: one.row, point: one.points[place] };
+      if (distance < best.distance) best = { distance, row: curve.row, point: curve.points[place] };
     });
   }
   light(best.row ?? null, best.point);
 }
 
-// A link to a run that a filter hides shows all runs again; one into a closed part opens it.
+// Go to the target of a link. If a filter hides it, all runs are shown again; if it is in closed details, these open.
 function showTarget() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
   if (!target) return;

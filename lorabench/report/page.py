@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing beside it, from a preset's tables and figures."""
+"""The report: one self-contained HTML page, made from the tables and figures of a preset."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ from lorabench.report import summary
 from lorabench.report.datasets import datasets
 from lorabench.report.explorer import curves_to_draw, data_uri, downloads
 from lorabench.report.sections import arrange
-from lorabench.report.text import FILTERS, missing
+from lorabench.report.text import FILTERS
 from lorabench.tables import read_table
+from lorabench.utils.formats import missing
 
 _DEFAULT_PRESET = "laptop"
 _HERE = Path(__file__).parent
 
 
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
-    """Write the report of a preset from its tidy tables (runs, curves, claims, and evals if there is one) and figures.
+    """Write the report of a preset from its figures and its tables runs, curves, claims and, if it exists, evals.
 
     Args:
-        plan: what was to be run.
+        plan: the plan of the preset.
         layout: where tables and figures lie.
-        source: the preset as it was named: a shipped one, or the path of its file.
-        out: the HTML file, written whole or not at all.
-        evaluated: whether to show scores of lm-eval; without them the page needs neither their table nor their figures.
+        source: the preset as the user named it: the name of a shipped preset, or the path of its file.
+        out: the HTML file; it appears only when it is complete.
+        evaluated: whether to show the scores of lm-eval. Without them the page needs neither their table nor their
+            figures.
 
     Raises:
-        FileNotFoundError: a table or a figure is not there.
+        FileNotFoundError: a table or a figure is missing.
     """
     figures = [figure for figure in of_preset(plan.preset) if evaluated or figure.experiments != EVALS]
     tables = layout.tables()
@@ -61,7 +63,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         recipe=recipe(all_runs),
         sections=arrange([_figure(figure, layout, source) for figure in figures], claims),
         environment=summary.environment(runs),
-        experiments=[found for name in plan.preset.experiments.trained() if (found := summary.experiment(name, runs))],
+        experiments=[tuned for name in plan.preset.experiments.trained() if (tuned := summary.experiment(name, runs))],
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
         evaluated=evaluated,
         work=summary.work(plan, runs),
@@ -95,19 +97,22 @@ def _template() -> jinja2.Template:
 
 
 def _inline(name: str) -> dict[str, str]:
-    """A file of this package as it stands in the page, and its hash for the page's policy: nothing else runs."""
+    """Return a file of this package to embed, and its hash for the page's content security policy.
+
+    The policy lets a browser run and apply only what has one of these hashes.
+    """
     text = (_HERE / name).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"text": Markup(text), "hash": f"sha256-{digest}"}
 
 
 def _json(data: Any) -> Markup:
-    """Data for the page's script; no text in it can end the element that it stands in."""
+    """Return data as JSON for the page's script, escaped so that no text in it can end its HTML element."""
     return htmlsafe_json_dumps(data, dumps=json.dumps, separators=(",", ":"), allow_nan=False)
 
 
 def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
-    """What the page shows of a figure; its picture and data as data: URIs."""
+    """Return what the page shows of a figure, with its picture and its CSV file as data: URIs."""
     kinds = {"svg": "image/svg+xml", "csv": "text/csv"}
     path = layout.figures / figure.name
     files = {kind: data_uri(path.with_suffix(f".{kind}").read_bytes(), mime) for kind, mime in kinds.items()}
@@ -116,7 +121,7 @@ def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
 
 
 def _command(source: str, target: Path) -> str:
-    """What to type to make a file again."""
+    """Return the command line that makes a file of the preset."""
     # Snakemake's --config takes all words that follow it, so it comes last.
     config = [] if source == _DEFAULT_PRESET else ["--config", f"preset={source}"]
     return shlex.join(["snakemake", "--cores", "all", str(target), *config])

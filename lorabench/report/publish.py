@@ -21,8 +21,8 @@ from lorabench.layout import Layout
 from lorabench.plan import PROTOCOL_VERSION
 from lorabench.records import atomic_path, file_sha256, write_json
 from lorabench.report import summary
-from lorabench.report.text import duration, interval, number
 from lorabench.tables import read_table
+from lorabench.utils import formats
 
 START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"
@@ -71,7 +71,7 @@ def publish(layout: Layout, readme: Path) -> None:
 
 
 def _split(page: Path) -> tuple[str, str]:
-    """The text of a page before and after its block."""
+    """Return the text of a page before and after its block."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
@@ -81,7 +81,7 @@ def _split(page: Path) -> tuple[str, str]:
 
 
 def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
-    """What the figures and claims of a preset were computed from."""
+    """Describe the runs, machines, code and inputs that the figures and claims of a preset were computed from."""
     environment = summary.environment(runs)
     first, last = environment["started"]
     return {
@@ -103,7 +103,7 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def readme_block(figures: Path) -> str:
-    """The README's block: one figure and the core claims.
+    """Return the README's block: one figure and the core claims.
 
     Args:
         figures: a folder that `publish` has written, as a path from the README.
@@ -122,7 +122,7 @@ def readme_block(figures: Path) -> str:
 
 
 def results_block(figures: Path) -> str:
-    """The block of the page of results: all claims and all figures of a folder that `publish` has written."""
+    """Return the block of the page of results: all claims and all figures of a folder that `publish` has written."""
     claims, summary_line = _read(figures)
     names = [name for name in FIGURES if (figures / f"{name}.svg").is_file()]
     lines = [START, summary_line, "", *_table(claims), ""]
@@ -135,12 +135,12 @@ def results_block(figures: Path) -> str:
 def _read(figures: Path) -> tuple[pd.DataFrame, str]:
     """The claims of a published folder, and a sentence that counts the verdicts and says what they rest on."""
     claims = pd.read_csv(figures / "claims.csv")
-    made = json.loads((figures / "provenance.json").read_text())
+    provenance = json.loads((figures / "provenance.json").read_text())
     counts = ", ".join(f"{len(ids)} {verdict}" for verdict, ids in summary.by_verdict(claims))
-    devices = " and ".join(made["devices"])
+    devices = " and ".join(provenance["devices"])
     return claims, (
-        f"What the `{made['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {made['runs']} runs "
-        f"({duration(made['run_seconds'])} of one core on {devices}, from {made['first_started'][:10]})."
+        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {provenance['runs']} runs "
+        f"({formats.duration(provenance['run_seconds'])} of one core on {devices}, from {provenance['first_started'][:10]})."
     )
 
 
@@ -156,9 +156,9 @@ def _table(claims: pd.DataFrame) -> list[str]:
 def _measured(claim: dict[Any, Any]) -> str:
     if pd.isna(claim["estimate"]):
         return ""
-    words = [number(claim["estimate"])]
+    words = [formats.number(claim["estimate"])]
     if pd.notna(claim["ci_low"]) and pd.notna(claim["ci_high"]):
-        words.append(interval(claim["ci_low"], claim["ci_high"]))
+        words.append(formats.interval(claim["ci_low"], claim["ci_high"]))
     return " ".join([*words, _cell(claim["unit"])]).strip()
 
 
@@ -167,5 +167,5 @@ def _cell(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that is no markup in a cell of a Markdown table."""
+    """Escape text so that it is no markup in a cell of a Markdown table."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

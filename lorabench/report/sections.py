@@ -1,6 +1,6 @@
 """The page's sections in the paper's order: which figures and claims are shown together.
 
-A figure or a claim that none of them names is shown in a last section.
+The page shows figures and claims that no section names in a last section.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the paper: what it says there, the figures drawn for it here, and the claims on it."""
+    """A part of the paper: what it finds there, the figures that show it here, and the claims about it."""
 
     id: str
     short: str
-    """For the list of contents."""
+    """The title in the list of contents."""
     title: str
     paper: str
+    """What the paper finds, in a sentence."""
     figures: tuple[str, ...]
     claims: tuple[str, ...]
 
@@ -28,7 +29,7 @@ SECTIONS = (
         "rank",
         "Fig. 1",
         "Figure 1. Learning curves by rank",
-        "High ranks learn as full fine-tuning does; a low rank leaves the shared curve when it is full.",
+        "High ranks learn as full fine-tuning does; a low rank leaves the shared curve when its capacity is used up.",
         ("fig1_envelopes",),
         ("A1", "A2", "A3", "A4", "A6", "A7", "A8"),
     ),
@@ -36,7 +37,7 @@ SECTIONS = (
         "learning-rate",
         "Fig. 2",
         "Figure 2. Loss against learning rate",
-        "Both methods reach the same loss; LoRA's best learning rate is ten times as high, nearly whatever its rank.",
+        "Both methods reach the same loss; the best learning rate of LoRA is ten times as high, at nearly every rank.",
         ("fig2_lr_by_rank",),
         ("B1", "B2", "B3", "B4"),
     ),
@@ -44,7 +45,7 @@ SECTIONS = (
         "batch-size",
         "Fig. 3",
         "Figure 3. Batch size",
-        "LoRA loses more against full fine-tuning at large batches, at every rank.",
+        "At large batch sizes LoRA falls further behind full fine-tuning, at every rank.",
         ("fig3_batch_size",),
         ("D1", "D2", "D3", "D4", "D5"),
     ),
@@ -52,7 +53,7 @@ SECTIONS = (
         "placement",
         "Fig. 4",
         "Figure 4 and its table. Which layers carry LoRA",
-        "LoRA belongs on all layers, above all on the MLP or the experts; on attention alone it is worse.",
+        "LoRA should be applied to all layers, above all to the MLP or the experts; on attention alone it is worse.",
         ("fig4_placement",),
         ("E1", "E2", "E3", "E6", "M1"),
     ),
@@ -60,7 +61,7 @@ SECTIONS = (
         "placement-elsewhere",
         "Fig. 5",
         "Figure 5. Which layers, on a small dataset and in reinforcement learning",
-        "The same holds on little data and in reinforcement learning.",
+        "The same holds on a small dataset and in reinforcement learning.",
         ("fig5_placement_small", "fig5_placement_rl"),
         ("E4", "E5", "E7"),
     ),
@@ -68,7 +69,7 @@ SECTIONS = (
         "reinforcement",
         "Fig. 6",
         "Figure 6. Reinforcement learning against learning rate",
-        "LoRA reaches the same accuracy, rank 1 is enough, and more learning rates work.",
+        "LoRA reaches the same accuracy as full fine-tuning, even at rank 1, and over a wider range of learning rates.",
         ("fig6_rl_lr",),
         ("F1", "F2", "B10", "F6", "F7", "F8", "F9"),
     ),
@@ -76,7 +77,7 @@ SECTIONS = (
         "rl-curves",
         "Fig. 7",
         "Figure 7. Accuracy over reinforcement learning",
-        "All ranks and full fine-tuning progress alike.",
+        "LoRA of every rank and full fine-tuning progress alike.",
         ("fig7_rl_curves",),
         ("F3",),
     ),
@@ -84,7 +85,7 @@ SECTIONS = (
         "further-sets",
         "Fig. 8",
         "Figure 8. Further problem sets and the length of responses",
-        "The same on held-out problems; responses grow alike, with backtracking and checking.",
+        "They also progress alike on held-out problems; their responses grow alike, with backtracking and checking.",
         ("fig8_aime_and_length",),
         ("F4", "F5"),
     ),
@@ -92,7 +93,7 @@ SECTIONS = (
         "early-curves",
         "Early",
         "Early curves. The first steps do not depend on rank",
-        "At one learning rate the curves of all ranks begin alike, thanks to the factor 1/r.",
+        "At one learning rate the curves of all ranks begin alike, because of the factor 1/r.",
         ("early",),
         ("C1", "C2", "C3"),
     ),
@@ -100,7 +101,7 @@ SECTIONS = (
         "parametrization-section",
         "Alpha",
         "Parametrization. Two of four hyperparameters are redundant",
-        "Only alpha * init_A * LR_B and init_A / LR_A matter; the standard values could not be improved on.",
+        "Only alpha * init_A * LR_B and init_A / LR_A matter, and no other values were better than the standard ones.",
         ("parametrization", "variants"),
         ("C4", "C5", "C6", "C7", "C8", "C9", "C10", "C11"),
     ),
@@ -108,7 +109,7 @@ SECTIONS = (
         "law",
         "LR law",
         "The optimal learning rate over models",
-        "The ratio of about 10 is the same for all models; the optimum itself falls with width, by family.",
+        "The ratio of about 10 is the same for all models; the optimum itself falls with the width, in each family.",
         ("lr_law",),
         ("B5", "B6", "B7", "B8", "B11"),
     ),
@@ -116,7 +117,7 @@ SECTIONS = (
         "length",
         "Length",
         "Short and long runs",
-        "In runs of fewer than 100 steps the ratio is about 15.",
+        "In runs of fewer than 100 steps the best learning rate of LoRA is about 15 times that of full fine-tuning.",
         ("short_run",),
         ("B9",),
     ),
@@ -124,7 +125,7 @@ SECTIONS = (
         "capacity-section",
         "Capacity",
         "How much an adapter holds",
-        "Capacity goes with the number of parameters, about 2 bits each; text brings about 1 bit per token.",
+        "A parameter holds about 2 bits, and text has about 1 bit per token.",
         ("capacity", "memorisation"),
         ("A5", "N1", "N2"),
     ),
@@ -132,7 +133,7 @@ SECTIONS = (
         "compute-section",
         "Compute",
         "What a step costs",
-        "A step of LoRA takes slightly more than two thirds of the FLOPs.",
+        "A training step of LoRA takes slightly more than two thirds of the FLOPs of full fine-tuning.",
         ("compute", "loss_by_flops"),
         ("G1", "G2", "G3"),
     ),
@@ -140,7 +141,7 @@ SECTIONS = (
         "learned-and-forgotten",
         "Learned",
         "What was learned, and what was forgotten",
-        "It looks at loss alone; what a model can do with it, and what fine-tuning cost, is asked here.",
+        "Only the loss is measured there; here, tasks measure what a model has learned and what it has forgotten.",
         ("learned_forgotten",),
         (),
     ),
@@ -152,18 +153,21 @@ Named = dict[str, Any]
 
 
 def arrange(figures: Sequence[Named], claims: Sequence[Named]) -> list[Named]:
-    """Each section that has anything, with its figures and claims in order.
+    """Return the sections that have a figure or a claim, each with its figures and claims in order.
 
     Args:
-        figures: what the page shows of each, by `name`.
-        claims: likewise, by `claim_id`.
+        figures: what the page shows of each figure, which has a `name`.
+        claims: what the page shows of each claim, which has a `claim_id`.
+
+    Returns:
+        For each section: `about` (the section), `figures` and `claims`.
     """
     by_name = {figure["name"]: figure for figure in figures}
     by_id = {claim["claim_id"]: claim for claim in claims}
-    found = []
+    arranged = []
     for section in SECTIONS:
         its_figures = [by_name.pop(name) for name in section.figures if name in by_name]
         its_claims = [by_id.pop(claim) for claim in section.claims if claim in by_id]
-        found.append({"about": section, "figures": its_figures, "claims": its_claims})
-    found.append({"about": REST, "figures": list(by_name.values()), "claims": list(by_id.values())})
-    return [section for section in found if section["figures"] or section["claims"]]
+        arranged.append({"about": section, "figures": its_figures, "claims": its_claims})
+    arranged.append({"about": REST, "figures": list(by_name.values()), "claims": list(by_id.values())})
+    return [section for section in arranged if section["figures"] or section["claims"]]

@@ -1,4 +1,4 @@
-"""What the report says in tables: claims with their runs, noise, optima, what was spent, what it ran on."""
+"""What the report shows in tables: claims with their runs, noise, optima, the work done and where it was done."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorabench.analysis.optimum import lr_draws, lr_optima
 from lorabench.analysis.rewards import errors
 from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
 from lorabench.plan import Plan
-from lorabench.report.text import missing
 from lorabench.tables import with_all_columns, words
+from lorabench.utils.formats import missing
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 
@@ -30,19 +30,19 @@ _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha25
 
 
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs in reading order, with the name of their arm as `label`."""
+    """Return the runs in reading order, with the name of their arm as `label`."""
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed"]
     ordered = runs.sort_values(order, na_position="first").reset_index(drop=True)
     return ordered.assign(label=[arm_label(row) for _, row in ordered.iterrows()])
 
 
 def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """Each verdict with the ids of its claims."""
+    """Return each verdict with the ids of its claims."""
     return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
 
 
 def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
-    """Each claim with the runs behind it."""
+    """Return each claim as a row, with the runs behind it as `runs`."""
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
     return [
         claim | {"runs": [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]}
@@ -51,9 +51,11 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
 
 
 def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
-    """Seed noise, optimal LR and best result of each tuned arm, and LR ratios, from one experiment; None without any.
+    """Return the seed noise, the optimal LR and best result of each LR-tuned arm, and the LR ratios of an experiment.
 
-    A result is the test NLL, or in RL the test accuracy (columns best_mean, best_median, best_low, best_high).
+    The result is the test NLL in nats per scored token, or in RL the test accuracy from 0 to 1. It is in best_mean (at
+    the best LR, mean over seeds) and in best_median, best_low and best_high (at each seed's own best LR, over seeds).
+    Returns None if the experiment has no LR-tuned arm.
     """
     runs = runs[[name in words(value) for value in runs["experiments"]]]
     rewarded = bool(is_rl(runs).any())
@@ -82,9 +84,9 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
 
 
 def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Rows:
-    """Optimal LR of each LoRA arm over that of FullFT on the same model, dataset and batch size."""
+    """Return the optimal LR of each LoRA arm over that of FullFT on the same model, dataset, batch size and length."""
     grid = first_seed(runs)
-    # No interval of the LR, no draws: the arm has no finished run, or the noise is unknown.
+    # Where the LR has no interval, the arm has no finished run or its noise is unknown, so nothing can be drawn.
     draws = {
         index: None if missing(arm["lr_low"]) else lr_draws(rows_of(grid, arm), noise) for index, arm in arms.iterrows()
     }
@@ -103,15 +105,16 @@ def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Rows
 
 
 def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
-    """Scores of lm-eval: per model, dataset, batch size and length the arms as rows, the base first, tasks as columns.
+    """Return the scores of lm-eval, in one table per model, dataset, batch size and length.
 
-    `tasks` has what a column of each score is; a row's `scores` are in their order, null where there is none.
+    In each, `tasks` describes the columns, and `arms` are the rows, the base first; the `scores` of a row are in the
+    order of `tasks`, None where a score is missing.
     """
     if evals.empty:
         return []
     evals = _without_perplexities(with_all_columns(evals, "evals"))
     base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
-    found = []
+    tables = []
     for place, of_place in trained.groupby(_PLACE, dropna=False):
         of_base = base[base["model"] == place[0]].assign(label="base")
         scores = pd.concat([of_base, of_place], ignore_index=True)
@@ -124,32 +127,32 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
             for _, of_arm in scores.groupby(["label", "run_id"], dropna=False, sort=False)
         ]
         tasks = [dict(zip(_SCORE, key, strict=True)) | _settings(column) for key, column in columns]
-        found.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
-    return found
+        tables.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
+    return tables
 
 
 def _without_perplexities(evals: pd.DataFrame) -> pd.DataFrame:
-    """Without what says the same as bits per byte on another scale."""
+    """Leave out perplexities of tasks that have bits per byte, which is the same on another scale."""
     bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
-    again = evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"])
-    return evals[~again]
+    repeated = evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"])
+    return evals[~repeated]
 
 
 def _of_score(of_arm: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
-    """An arm's value in a column and its standard error."""
+    """Return the value of an arm in a column, and its standard error."""
     of_column = of_arm.loc[of_arm.index.intersection(column.index), ["value", "stderr"]]
     return None if of_column.empty else {str(name): value for name, value in of_column.iloc[0].items()}
 
 
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
-    """How scores were taken: one value each where all models were evaluated alike."""
+    """Return the settings that scores were measured with; each list has one value if all were evaluated alike."""
     names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "eval_batch_size")
     versions = [_versions(text).get("lm_eval") for text in _distinct(scores["versions"])]
     return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
 
 
 def environment(runs: pd.DataFrame) -> dict[str, Any]:
-    """What the runs ran on; each a list, since they may have run on several machines."""
+    """Return the devices, code and package versions of the runs; most are lists, since machines may differ."""
     return {
         "devices": _distinct(runs["device"]),
         "hosts": int(runs["host"].nunique()),
@@ -162,7 +165,7 @@ def environment(runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
-    """Runs, tokens, FLOPs and seconds (of one job at a time): planned before anything ran, and spent."""
+    """Return the runs, tokens, FLOPs and seconds (one job at a time) that were planned, and that were spent."""
     planned = bill.training(plan, plan.jobs)
     return {
         "planned": {
@@ -185,13 +188,13 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def runs_with_versions(runs: pd.DataFrame) -> Rows:
-    """Every run; `software` is the number, from 1, of its set of versions in `environment`."""
+    """Return every run as a row; `software` is the number, from 1, of its package versions in `environment`."""
     sets = _distinct(runs["versions"])
     return _records(runs.assign(software=runs["versions"].map({text: place for place, text in enumerate(sets, 1)})))
 
 
 def inputs(runs: pd.DataFrame) -> Rows:
-    """Hashes of model, data, tokenizer and chat template, once for each combination."""
+    """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
     return _records(runs[["model", "dataset", *_INPUTS]].drop_duplicates())
 
 
@@ -204,9 +207,9 @@ def _distinct(column: pd.Series[Any]) -> list[Any]:
 
 
 def _versions(text: str) -> dict[str, str]:
-    """Package versions; shown as they stand if they are not a JSON object, as in tables made by hand."""
+    """Parse package versions; a text that is not a JSON object, as in tables made by hand, is shown unparsed."""
     try:
-        found = json.loads(text)
+        versions = json.loads(text)
     except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"versions": text}
+        versions = None
+    return versions if isinstance(versions, dict) else {"versions": text}

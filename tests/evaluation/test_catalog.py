@@ -1,4 +1,4 @@
-"""Tasks by name: filters through lm-eval's own machinery, bad input, the command that looks them up."""
+"""Tasks by name: filters applied by lm-eval itself, bad input, and the command that looks tasks up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def task(name: str, source: str | None = None) -> EvalTask:
 
 
 def graded(trained: Trained, name: str, source: str, response: str, target: str) -> dict[str, float]:
-    """Score of a response by filter."""
+    """Return the score of a response by filter."""
     from lm_eval.api.instance import Instance
 
     wanted = task(name, source)
@@ -49,8 +49,8 @@ def graded(trained: Trained, name: str, source: str, response: str, target: str)
     ],
 )
 def test_strict_and_flexible_filters(trained, response, strict, flexible):
-    found = graded(trained, "lorabench_worked", "worked", response, "7")
-    assert found == {"strict-match": strict, "flexible-extract": flexible}
+    scores = graded(trained, "lorabench_worked", "worked", response, "7")
+    assert scores == {"strict-match": strict, "flexible-extract": flexible}
 
 
 def test_commas_and_decimals_of_worked_answers(trained):
@@ -124,7 +124,7 @@ def test_a_missing_file_is_named(trained):
     aside = path.rename(path.with_suffix(".aside"))
     wanted = task("lorabench_arithmetic", "gcd")
     try:
-        with pytest.raises(UserError, match=f"reads {path}, which is not there"):
+        with pytest.raises(UserError, match=f"reads {path}, which does not exist"):
             catalog.load(catalog.manager([wanted]), wanted, trained.layout)
     finally:
         aside.rename(path)
@@ -134,7 +134,7 @@ def test_fetch_and_evaluate_as_commands(trained):
     result = CliRunner().invoke(app, ["fetch", "--preset", "mine.yaml", "--out", "found.json"])
     assert result.exit_code == 0, result.output
     with open("found.json") as file:
-        assert json.load(file)["tasks"].keys() == {one["name"] for one in RAW["evaluation"]["tasks"]}
+        assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
     job = trained.job("lora")
     result = CliRunner().invoke(app, ["evaluate", job.eval_id, "--preset", "mine.yaml"])
     assert result.exit_code == 0, result.output

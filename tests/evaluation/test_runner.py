@@ -44,13 +44,13 @@ def of(frame: pd.DataFrame, task: str, filter_name: str = "none") -> Any:
 
 
 def split_of(encoded: list[tuple[list[int], list[bool]]]) -> TokenizedSplit:
-    """Token ids and what is scored of each text, as one split."""
+    """Return the token ids and the scored tokens of each text, as one split."""
     ids, scored = ([np.array(part) for part in column] for column in zip(*encoded, strict=True))
     return TokenizedSplit(np.concatenate(ids), np.concatenate(scored), np.cumsum([0, *map(len, ids)]))
 
 
 def bits(frame: pd.DataFrame, task: str) -> float:
-    """Bits per byte of a task."""
+    """Return the bits per byte of a task."""
     return frame.loc[(frame["task"] == task) & (frame["metric"] == "bits_per_byte"), "value"].item()
 
 
@@ -95,11 +95,11 @@ def test_scores_of_a_base_have_all_that_tells_how_they_were_made(trained, base):
 def test_samples_are_the_test_split_as_the_chat_template_has_it(trained, base):
     samples = pq.read_table(trained.layout.samples(trained.job(None))).to_pandas()
     rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
-    found = samples[samples["task"] == "lorabench_instruct"].sort_values("doc_id")
-    assert found["target"].tolist() == [row["messages"][1]["content"].strip() for row in rows[:6]]
-    hits = found["metrics"].map(lambda text: json.loads(text)["exact_match"])
+    answers = samples[samples["task"] == "lorabench_instruct"].sort_values("doc_id")
+    assert answers["target"].tolist() == [row["messages"][1]["content"].strip() for row in rows[:6]]
+    hits = answers["metrics"].map(lambda text: json.loads(text)["exact_match"])
     assert hits.mean() == of(base, "lorabench_instruct")["value"]
-    assert hits.tolist() == (found["response"].str.strip() == found["target"]).astype(float).tolist()
+    assert hits.tolist() == (answers["response"].str.strip() == answers["target"]).astype(float).tolist()
 
 
 def test_an_adapter_is_loaded_and_its_run_is_named(trained, base, adapted):
@@ -140,7 +140,7 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
 
 
 def test_an_adapter_on_an_unembedding_leaves_the_embedding_that_it_is_alone(tmp_path):
-    """Merged into the one weight, the update would change both."""
+    """If the update were merged into the shared weight, it would change both layers."""
     folder = tmp_path / "tied"
     write_tied(folder)
     spec = PathModel(kind="path", path=str(folder), parameters=1, hidden_size=1)
@@ -172,7 +172,7 @@ def test_bits_of_right_answers_are_their_nll_without_the_end_token(trained, base
     tokenizer = load_tokenizer(spec)
     rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
     encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]
-    without = [[on and i != tokenizer.eos_token_id for i, on in zip(*one, strict=True)] for one in encoded]
+    without = [[on and i != tokenizer.eos_token_id for i, on in zip(*text, strict=True)] for text in encoded]
     split = split_of([(ids, scored) for (ids, _), scored in zip(encoded, without, strict=True)])
     own = mean_nll(load_model(spec), split, 2048, CPU, None)
     answers = [row["messages"][1]["content"] for row in rows]
@@ -180,7 +180,7 @@ def test_bits_of_right_answers_are_their_nll_without_the_end_token(trained, base
 
 
 def nats_per_token(bits_per_byte: float, texts: list[str], split: TokenizedSplit) -> float:
-    """Bits per byte of texts as nats per scored token."""
+    """Convert bits per byte of texts to nats per scored token."""
     return bits_per_byte * math.log(2) * sum(len(text.encode()) for text in texts) / int(split.scored.sum())
 
 
@@ -197,7 +197,7 @@ def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base
         rows, _ = run_tasks(lm, index, loaded, plan.preset.evaluation)
         return pd.DataFrame(rows).set_index(keys)["value"]
 
-    # The fixtures evaluated the base, then an adapter.
+    # The fixtures evaluated first the base, then an adapter.
     alone = base.set_index(keys)["value"]
     pd.testing.assert_series_equal(again(4), alone, check_exact=True)
     other = again(3)
@@ -222,7 +222,7 @@ def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
 def test_the_language_of_an_answer_is_always_told_alike(adapted):
     from langdetect import detect_langs
 
-    # IFEval's detector draws at random; the fixture has run an evaluation.
+    # IFEval's language detector draws at random; the fixture has already run an evaluation, which seeds it.
     assert len({str(detect_langs("an in das")) for _ in range(20)}) == 1
 
 
@@ -242,7 +242,7 @@ def test_what_is_not_there_is_named(trained, method):
     aside = folder.weights.with_name("aside")
     shutil.move(folder.weights, aside)
     try:
-        with pytest.raises(UserError, match=f"weights of run {record['run_id']} are not there"):
+        with pytest.raises(UserError, match=f"weights of run {record['run_id']} are missing"):
             evaluate_job(trained.plan, job, layout)
     finally:
         shutil.move(aside, folder.weights)

@@ -25,7 +25,7 @@ LAST = STEPS[-1]
 
 
 def learning(ranks=RANKS, first=4, **changes) -> Tables:
-    """Ranks leave the shared curve at a step that grows with rank; the highest stays."""
+    """Make tables whose ranks leave the shared curve at a step that grows with rank; the highest rank stays on it."""
     runs = runs_table([row for rank in ranks for row in make_sweep(rank, **(EPOCH | changes))])
     lowest = runs.groupby("rank", dropna=False)["final_valid_nll"].transform("min")
     rows = [
@@ -51,7 +51,7 @@ def shape(rank, step, first):
 
 
 def facts(stored, **changes) -> Tables:
-    """Arms that store so many bits in their run with the lowest loss."""
+    """Make arms that store the given bits in their run with the lowest loss."""
     rows = []
     for rank, bits in stored.items():
         sweep = make_sweep(rank, dataset="facts", entropy_bits=ENTROPY, test_scored_tokens=TOKENS, **changes)
@@ -180,10 +180,10 @@ def test_without_facts_a_sentence_says_so():
     figure, plotted = memorisation(learning())
     assert plotted.empty
     assert "element" in plotted
-    assert "No dataset of random facts" in texts(figure)
+    assert "no runs on a dataset of random facts" in texts(figure)
     figure, plotted = capacity(facts({1: 2_000.0}))
     assert plotted.empty
-    assert "No runs" in texts(figure)
+    assert "no runs on a dataset other" in texts(figure)
 
 
 @pytest.mark.parametrize("name", ["capacity", "memorisation"])

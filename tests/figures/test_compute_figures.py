@@ -1,4 +1,4 @@
-"""The figures about compute: what they draw is what the tables say, and odd tables do not break them."""
+"""The figures about compute: they draw what the tables say, and odd tables do not break them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw_loss(rows: list[dict]):
 
 
 def drawn(axes, marker: str):
-    """The data of the one line with a marker."""
+    """Return the data of the only line with a marker."""
     [line] = [line for line in axes.get_lines() if line.get_marker() == marker and len(line.get_xdata()) != 2]
     return line.get_xdata(), line.get_ydata()
 
@@ -102,7 +102,7 @@ def test_odd_compute_tables_are_drawn(compute: pd.DataFrame, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("compute", "told"),
+    ("compute", "message"),
     [
         (NOTHING, "no table compute"),
         (compute_table().iloc[:1], "no LoRA"),
@@ -110,8 +110,8 @@ def test_odd_compute_tables_are_drawn(compute: pd.DataFrame, tmp_path: Path):
         (compute_table(method="dora"), "method = 'dora'"),
     ],
 )
-def test_compute_tables_without_anything_to_draw_are_refused(compute: pd.DataFrame, told: str):
-    with pytest.raises(UserError, match=told):
+def test_compute_tables_without_anything_to_draw_are_refused(compute: pd.DataFrame, message: str):
+    with pytest.raises(UserError, match=message):
         draw_compute(compute)
 
 
@@ -128,7 +128,7 @@ def test_loss_by_flops_draws_each_envelope_over_its_flops():
         np.testing.assert_array_equal(line.get_ydata(), points["value"])
         of_arm = plotted[(plotted["arm"] == label) & (plotted["element"] == "envelope")]
         np.testing.assert_array_equal(of_arm["flops"].astype(float), points["flops"])
-        # The whole run at its last step.
+        # At the last step, the FLOPs are those of the whole run.
         assert of_arm["flops"].max() == {"FullFT": 3e12, "LoRA r8": 2.1e12}[label]
     assert figure.axes[0].get_xscale() == "log"
 
@@ -161,9 +161,9 @@ def test_odd_runs_are_drawn(rows: list[dict], tmp_path: Path):
 
 def test_loss_by_flops_needs_flops():
     runs = runs_table(make_sweep(None) + make_sweep(8))
-    for table, told in (
+    for table, message in (
         (runs.drop(columns="train_flops"), "no column train_flops"),
         (runs[runs["status"] == "done"].assign(train_flops=math.nan), "no validation curves of runs whose training"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             FIGURES["loss_by_flops"].draw(Tables(table, curves_of(table)))

@@ -11,7 +11,6 @@ import pytest
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.figures import FIGURES
-from lorabench.figures.fig4_placement import parameter_words
 from lorabench.tables import Tables
 from tests.handmade import make_sweep, runs_table
 
@@ -21,8 +20,8 @@ PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 def sweeps(arms=(("attn", 16), ("attn", 27), ("mlp", 16), ("all", 16)), fullft=True, **changes):
     rows = make_sweep(None, **changes) if fullft else []
     for placement, rank in arms:
-        found = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
-        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in found]
+        sweep = make_sweep(rank, placement=placement, trainable_params=PER_RANK[placement] * rank, **changes)
+        rows += [row | {"run_id": f"{row['run_id']}-{placement}"} for row in sweep]
     return rows
 
 
@@ -111,18 +110,3 @@ def test_arms_without_a_parameter_count_are_named():
     without = runs_table(sweeps()).drop(columns="trainable_params")
     figure, _ = FIGURES["fig4_placement"].draw(Tables(without, pd.DataFrame()))
     assert "FullFT" in figure.axes[1].texts[0].get_text()
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (486_866_944, "0.49B"),
-        (251_985_920, "0.25B"),
-        (704_970_752, "0.70B"),
-        (243_433_472, "0.24B"),
-        (2_753_792, "2.75M"),
-        (88_000, "88.0K"),
-    ],
-)
-def test_counts_are_written_as_in_the_papers_table(count, words):
-    assert parameter_words(count) == words

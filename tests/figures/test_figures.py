@@ -17,11 +17,11 @@ from lorabench.figures.style import ArmStyle, arm_styles
 from lorabench.tables import Tables
 from tests.handmade import LRS, curves_of, laptop_like, make_run, make_sweep, runs_table
 
-# Figures that are drawn from supervised runs; they are shown runs that do not say what experiment they are of.
+# Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
 OF_RUNS = [
     name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE, EVALS) and figure.task == "sft"
 ]
-# Those that show every run; others show one at the best LR, or a part.
+# Figures that show every run; other figures show only the runs at the best LR, or a part of the runs.
 OF_RANK = ["fig1_envelopes", "fig2_lr_by_rank"]
 ARMS = ["arm", "method", "rank", "placement"]
 
@@ -32,7 +32,7 @@ def draw(name: str, rows: list[dict]) -> tuple:
 
 
 def lines_of(figure, arm: ArmStyle, panel: int = 0) -> list:
-    """The lines of one arm that stand for data, not for marks."""
+    """Return the lines of an arm that show data, without its marks."""
     lines = figure.axes[panel].get_lines()
     return [line for line in lines if line.get_color() == arm.colour and line.get_linewidth() == arm.linewidth]
 

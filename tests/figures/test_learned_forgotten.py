@@ -1,4 +1,4 @@
-"""What the figure of learned against forgotten plots, from scores made by hand."""
+"""The figure of learned against forgotten, from scores made by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARC = HELLA | {"task": "arc_challenge"}
 
 
 def of_arm(rank: int | str | None, learned: float, bits: float, **changes: Any) -> list[dict[str, Any]]:
-    """Scores of one run (rank null is FullFT, `base` the base): accuracy by both filters, and bits per byte."""
+    """Make the scores of a run (rank None is FullFT, `base` the base): accuracy by both filters, and bits per byte."""
     return [
         make_eval(rank, learned, **ACC, **changes),
         make_eval(rank, learned + 0.1, **(ACC | {"filter": "flexible-extract"}), **changes),
@@ -42,7 +42,7 @@ def draw(rows: list[dict[str, Any]]):
 
 
 def elsewhere(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same runs, trained on what no task reads."""
+    """Make the same runs, but trained on a dataset that no task reads."""
     return [row | ({"dataset": "hub_set"} if row["method"] else {}) for row in rows]
 
 
@@ -62,8 +62,8 @@ def test_what_is_plotted_is_the_strict_accuracy_and_the_bits_above_the_base():
     assert set(plotted["measure"]) == {"bits_per_byte"}
     assert plotted["learned_stderr"].eq(0.02).all()
     assert plotted["forgotten_stderr"].eq(0.02).all()
-    for said in ("accuracy: lorabench_instruct", "bits per byte above the base:\npretraining", "higher is better"):
-        assert said in words(figure)
+    for text in ("accuracy: lorabench_instruct", "bits per byte above the base:\npretraining", "higher is better"):
+        assert text in words(figure)
     assert words(figure).count("lower is better") == 2
 
 
@@ -73,7 +73,7 @@ def test_marks_lie_where_the_table_says():
         drawn = {(x, y) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
         assert drawn == set(plotted[[across, "learned"]].dropna().itertuples(index=False, name=None))
         assert [line.get_ydata() for line in axes.lines if line.get_color() == "0.7"][-1] == [0.05, 0.05]
-    # The base has no loss on what it was not trained on.
+    # The base was not trained on the dataset, so it has no loss there.
     assert [len(axes.containers) for axes in figure.axes] == [3, 2]
 
 
@@ -83,7 +83,7 @@ def test_the_task_on_the_data_trained_on_counts_and_else_the_mean_of_all():
     assert by_arm(draw(rows)[1], "learned")["LoRA r8"] == 0.55
     figure, plotted = draw(elsewhere(rows))
     assert by_arm(plotted, "learned") == pytest.approx({"base": 0.125, "FullFT": 0.40, "LoRA r8": 0.375})
-    # Of two independent means of which each has 0.02.
+    # This is the standard error of the mean of two independent means with 0.02 each.
     assert plotted["learned_stderr"].tolist() == pytest.approx([0.02 / math.sqrt(2)] * 3)
     assert "mean of 2 tasks" in words(figure)
 
@@ -93,7 +93,7 @@ ANSWERED = [make_eval(rank, bits, **ANSWERS) for rank, bits in (("base", 3.0), (
 
 
 def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_it():
-    # Another dataset's answers do not count, nor a task of what is forgotten.
+    # Neither the answers of another dataset count, nor a task of what is forgotten.
     other = [make_eval(rank, 9.0, **(ANSWERS | {"task": "other", "source": "worked"})) for rank in ("base", None, 8)]
     figure, plotted = draw(ROWS + ANSWERED + other)
     assert by_arm(plotted, "learned_bits") == pytest.approx({"base": 0, "FullFT": 1.8, "LoRA r8": 1.75})
@@ -160,11 +160,11 @@ def test_a_run_without_one_of_the_tasks_is_counted_not_averaged():
 
 def test_without_the_base_or_a_loss_there_is_a_sentence():
     figure, plotted = draw([row for row in ROWS if row["method"]])
-    assert "the base has no such score" in words(figure)
+    assert "the base,\nwhich has no score" in words(figure)
     assert plotted["forgotten"].isna().all()
     assert plotted["learned"].tolist() == [0.60, 0.55]
     figure, _ = draw([row | {"final_test_nll": None, "final_reward": 0.4} for row in ROWS])
-    assert "reinforcement learning has none" in words(figure)
+    assert "There is no test NLL" in words(figure)
 
 
 def test_a_score_without_standard_error_is_drawn_without_a_bar():
@@ -197,9 +197,9 @@ def test_it_reads_a_folder_with_evals_only_and_writes_the_same_bytes_again(tmp_p
     assert drawable([tmp_path]) == ["learned_forgotten"]
     for out in ("one", "two"):
         save("learned_forgotten", [tmp_path], tmp_path / out)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
-    assert one == two
-    assert set(one) == {f"learned_forgotten.{kind}" for kind in ("svg", "png", "csv")}
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
+    assert first == second
+    assert set(first) == {f"learned_forgotten.{kind}" for kind in ("svg", "png", "csv")}
 
 
 def test_a_preset_has_the_figure_where_it_has_an_evaluation(raw_preset, write_preset):

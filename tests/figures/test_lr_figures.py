@@ -39,7 +39,7 @@ def models(chosen=MODELS, ranks=(None, 16), **settings):
 
 
 def lengths(offsets=OFFSETS, ranks=(None, 16), steps=400, **settings):
-    """Runs whose LR ratio is that of LENGTHS as of each step."""
+    """Make runs whose LR ratio at each step is that of LENGTHS."""
     runs, _ = tables(
         arm(rank, optimum=3e-4 if rank is None else 3e-3, steps=steps, offsets=offsets, **settings) for rank in ranks
     )
@@ -95,13 +95,13 @@ def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
 
 def test_law_published_optima_are_those_of_the_reference():
     _, plotted = draw("lr_law", models()[0])
-    found = of(plotted, "published").set_index(["model", "method"])
-    assert found.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
-    assert found.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
-    assert found.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
-    assert found.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
-    # At the edge of its grid.
-    assert not found.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
+    published = of(plotted, "published").set_index(["model", "method"])
+    assert published.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
+    assert published.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
+    assert published.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
+    assert published.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
+    # This optimum is at the edge of its grid.
+    assert not published.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
     only_llama = {name: MODELS[name] for name in ("l64", "l128")}
     assert set(of(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
 
@@ -184,7 +184,7 @@ def test_short_run_ratio_by_length_and_the_papers():
 def test_short_run_counts_what_had_diverged_by_then():
     runs, curves = lengths()
     gone = (runs["lr"] > 2e-2) & (runs["method"] == "lora")
-    runs = runs.assign(diverged_at=pd.array([70 if one else None for one in gone], dtype="Int64"))
+    runs = runs.assign(diverged_at=pd.array([70 if diverged else None for diverged in gone], dtype="Int64"))
     runs.loc[gone, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
     curves.loc[curves["run_id"].isin(runs.loc[gone, "run_id"]) & (curves["step"] > 70), "value"] = math.nan
     _, plotted = draw("short_run", runs, curves)
@@ -230,26 +230,26 @@ def test_short_run_of_odd_tables(runs, curves):
 def test_fig2_overlays_published_losses_of_the_same_model_and_data_only(model, dataset, arms):
     runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model=model, dataset=dataset) for rank in (None, 8))
     figure, plotted = draw("fig2_lr_by_rank", runs)
-    found = of(plotted, "published")
-    assert sorted(found["arm"].unique()) == sorted(arms)
+    published = of(plotted, "published")
+    assert sorted(published["arm"].unique()) == sorted(arms)
     words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert any(text.startswith("published") for text in words) == bool(arms)
-    # The arms of ours, and no other, have a colour.
+    # Only the arms of our own runs have a colour.
     assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
 
 
 def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
     runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model="Llama-3.1-8B", dataset="tulu3") for rank in (None, 8))
     figure, plotted = draw("fig2_lr_by_rank", runs)
-    found = of(plotted, "published").set_index(["rank", "lr"])["nll"]
+    published = of(plotted, "published").set_index(["rank", "lr"])["nll"]
     sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
     sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
-    assert found.to_dict() == pytest.approx(sweep.to_dict())
+    assert published.to_dict() == pytest.approx(sweep.to_dict())
     low, high = figure.axes[0].get_ylim()
-    assert low < found.min()
-    assert found.max() < high
+    assert low < published.min()
+    assert published.max() < high
     lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
-    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in found.groupby("rank")}
+    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in published.groupby("rank")}
 
 
 def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path):

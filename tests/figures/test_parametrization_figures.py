@@ -1,4 +1,4 @@
-"""The figures on early curves, on the parametrisation and on its variants, from tables made by hand."""
+"""The figures on early curves, on the parametrization and on its variants, from tables made by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def grid(*configurations, seeds=SEEDS, **columns):
 
 
 def line_at(axes, **properties):
-    """The one line of an axes that has these properties."""
+    """Return the only line of the axes that has the given properties."""
     [line] = [
         line
         for line in axes.get_lines()
@@ -71,7 +71,7 @@ def test_early_curves_are_means_over_seeds():
 def test_early_differences_show_their_sign():
     figure, plotted = draw("early", *early_tables())
     rows = of(plotted, "difference").set_index("step")
-    # The lowest rank is 1, which stands for no low rank of the paper.
+    # The lowest rank is 1, which the paper's figure does not have.
     assert set(rows["rank"]) == {4}
     assert set(rows["other_rank"]) == {64}
     for step in (2, 9, 10, 32):
@@ -97,7 +97,7 @@ def test_early_seeds_that_a_rank_lacks_are_left_out_of_all():
     assert any("1 diverged" in text.get_text() for text in figure.axes[0].texts)
 
 
-# Parametrisation
+# Parametrization
 
 CONFIGURATIONS = [
     {"rank": 1},
@@ -135,7 +135,7 @@ def test_equivalent_pairs_and_others():
     assert last["value"].item() == pytest.approx(5e-6, rel=1e-4)
     assert last["n"].item() == len(SEEDS)
     others = of(plotted, "not_equivalent", step=50)
-    # Of four configurations in the setting there are five other pairs.
+    # The four configurations of the setting have five other pairs.
     assert others["n"].item() == 5 * len(SEEDS)
     assert 1e-5 < others["value"].item() == others["low"].item() < others["high"].item()
     levels = [line.get_ydata()[0] for line in figure.axes[1].get_lines() if line.get_linestyle() == ":"]
@@ -222,7 +222,7 @@ def test_variants_that_diverged_are_named():
 
 
 def early_without(**changes):
-    """The early tables with some columns of runs replaced, and one run a seed where they become one arm."""
+    """Make the early tables with some columns of runs replaced, and a single run per seed where they become one arm."""
     runs, curves = early_tables()
     return runs.assign(**changes).drop_duplicates(["method", "rank", "lr", "seed"]), curves
 
@@ -255,9 +255,9 @@ def test_odd_tables_are_drawn(name, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_models_are_drawn_and_saved(name, tmp_path):
     names = {"model": "$x^$", "placement": "attn"}
-    made = [lora_tables(grid(*CONFIGURATIONS[:3], steps=8) + grid(*CONFIGURATIONS[:3], steps=8, **names))]
-    made.append(variant_tables({"alpha": 8.0}))
-    runs, curves = (pd.concat(parts) for parts in zip(*made, strict=True))
+    tables = [lora_tables(grid(*CONFIGURATIONS[:3], steps=8) + grid(*CONFIGURATIONS[:3], steps=8, **names))]
+    tables.append(variant_tables({"alpha": 8.0}))
+    runs, curves = (pd.concat(parts) for parts in zip(*tables, strict=True))
     figure, plotted = draw(name, runs, curves)
     figure.savefig(tmp_path / "figure.png", dpi=30)
     assert set(plotted["model"]) >= ({"tiny"} if name == "variants" else {"tiny", "$x^$"})

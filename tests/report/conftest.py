@@ -1,4 +1,4 @@
-"""A report built from tables made by hand, and a reader of its tags."""
+"""A report built from tables made by hand, and a parser of its tags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Change = Callable[[pd.DataFrame], pd.DataFrame]
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text outside of <style> and <script>."""
+    """A parsed page: its tags with their attributes, and its text outside of <style> and <script>."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -46,26 +46,26 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def all(self, tag: str, attribute: str) -> list[str]:
-        return [found[attribute] for name, found in self.tags if name == tag and attribute in found]
+        return [attributes[attribute] for name, attributes in self.tags if name == tag and attribute in attributes]
 
     @property
     def ids(self) -> list[str]:
-        return [found["id"] for _, found in self.tags if "id" in found]
+        return [attributes["id"] for _, attributes in self.tags if "id" in attributes]
 
     def section(self, of: str) -> Page:
-        """The section with that heading."""
+        """Return the section with the given heading."""
         return Page(self.source.split(f'<section aria-labelledby="{of}"')[1].split("</section>")[0])
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Path]:
-    """Folders of reports that were built in this module, by what they are made of."""
+    """The folders of the reports that were built in this module, by the data that they were made of."""
     return {}
 
 
 @pytest.fixture
 def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any], monkeypatch):
-    """Builds the report of some runs, once of equal ones, in a folder that is entered; the preset is `mine.yaml` there.
+    """Return a function that builds the report of runs in a folder and enters it; equal runs are built once.
 
     Texts of claims and curves are changed by functions of those tables.
     """

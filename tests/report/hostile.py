@@ -1,4 +1,4 @@
-"""A report whose every text tries to get out of where it stands."""
+"""A report in which every text tries to break out of its place in the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOSTILE = (
     "<a/href=javascript:window.hacked=1>-->]]><x-evil/onclick=window.hacked=1>{{7*7}}\u2028\\u003cx-evil>&lt;"
 )
 
-# Not shown whole (a time, a short hash) or not at all, or limited to a few values.
+# Columns that the page does not show in full (a time, a short hash) or at all, or that allow only a few values.
 _KEPT = {
     "runs": {"task", "method", "status", "started", "git_sha", "family", "protocol"},
     "curves": {"run_id"},
@@ -25,13 +25,13 @@ _KEPT = {
 
 
 def columns(name: str) -> list[str]:
-    """The text columns of a table that are made hostile, and shown."""
+    """Return the text columns of a table that are made hostile and that the page shows."""
     schema = {"runs": RUNS, "curves": CURVES, "evals": EVALS, "claims": CLAIMS}[name]
     return [column.name for column in schema if pa.types.is_string(column.type) and column.name not in _KEPT[name]]
 
 
 def hostile_report(report: Any) -> Any:
-    """The page of runs, curves, evaluations and claims with HOSTILE in each of those columns."""
+    """Build the page of runs, curves, evaluations and claims with HOSTILE in each of these columns."""
     texts = {name: f"{name}{HOSTILE}" for name in columns("runs")}
     rows = []
     for place, row in enumerate(make_sweep(None) + make_sweep(1) + make_sweep(16)):
@@ -57,6 +57,6 @@ def hostile_report(report: Any) -> Any:
 
 
 def _spoil(table: pd.DataFrame, column: str) -> list[str]:
-    """HOSTILE in each row; the ids of claims stay apart."""
+    """Return HOSTILE for each row; the ids of claims stay distinct."""
     number = range(len(table)) if column == "claim_id" else [""] * len(table)
     return [f"{column}{HOSTILE}{place}" for place in number]

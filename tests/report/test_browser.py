@@ -21,11 +21,11 @@ WIDE, PHONE, A4 = 1280, 390, 794
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -e '.[test]'")
-    found = {name: shutil.which(name) for name in BINARIES}
-    if missing := [f"{name} (Debian: {BINARIES[name]})" for name, path in found.items() if path is None]:
+    binaries = {name: shutil.which(name) for name in BINARIES}
+    if missing := [f"{name} (Debian: {BINARIES[name]})" for name, path in binaries.items() if path is None]:
         pytest.skip(f"needs {' and '.join(missing)}")
     options = webdriver.ChromeOptions()
-    options.binary_location = found["chromium"]
+    options.binary_location = binaries["chromium"]
     for flag in ("headless", "disable-gpu", "no-first-run", "disable-sync", "disable-dev-shm-usage"):
         options.add_argument(f"--{flag}")
     for flag in ("disable-background-networking", "disable-component-update", "force-prefers-reduced-motion"):
@@ -33,15 +33,15 @@ def browser() -> Iterator[Any]:
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # A profile of its own, made and removed by the driver.
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found["chromedriver"]))
+    # The driver makes a profile of its own, and removes it.
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(binaries["chromedriver"]))
     yield driver
     driver.quit()
 
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    """Two datasets, two experiments, LoRA and full fine-tuning, a few diverged."""
+    """Make runs of two datasets and two experiments, with LoRA and full fine-tuning, of which a few diverged."""
     rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]
     rows += [
         row for rank in (None, 16) for row in make_sweep(rank, dataset="worked", experiments=["batch_size", "rank"])
@@ -51,7 +51,7 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def page(browser, report, rows):
-    """Opens the page of those runs."""
+    """Return a function that opens the page of these runs."""
     report(rows, [make_eval("base", 0.2), make_eval(16, 0.5)], evaluation=EVALUATION)
     return lambda **how: show(browser, **how)
 
@@ -66,7 +66,7 @@ def show(browser: Any, width: int = WIDE, fragment: str = "", scheme: str = "lig
 
 
 def visible(browser: Any) -> list[str]:
-    """Ids of the runs that the table shows, in its order."""
+    """Return the ids of the runs that the table shows, in its order."""
     script = "return [...document.querySelectorAll('#all-runs tr:not([hidden])')].map((row) => row.dataset.run)"
     return browser.execute_script(script)
 
@@ -81,7 +81,7 @@ def curves(browser: Any) -> int:
     return len(browser.find_elements("css selector", "#chart .curve"))
 
 
-def said(browser: Any) -> str:
+def matching(browser: Any) -> str:
     return browser.find_element("id", "matching").text
 
 
@@ -89,10 +89,10 @@ def said(browser: Any) -> str:
 def test_nothing_to_complain_about(browser, page, scheme):
     page(scheme=scheme)
     assert browser.get_log("browser") == []
-    images = browser.execute_script("return [...document.images].map((one) => one.complete && one.naturalWidth > 0)")
+    images = browser.execute_script("return [...document.images].map((e) => e.complete && e.naturalWidth > 0)")
     assert images
     assert all(images)
-    dead = "return [...document.links].filter((one) => one.hash && !document.getElementById(one.hash.slice(1))).length"
+    dead = "return [...document.links].filter((e) => e.hash && !document.getElementById(e.hash.slice(1))).length"
     assert browser.execute_script(dead) == 0
 
 
@@ -106,7 +106,7 @@ def test_the_page_does_not_scroll_sideways(browser, page, width, media):
 
 
 def test_colours_have_enough_contrast(browser, page):
-    """WCAG AA: 4.5 to 1, of every text against what is behind it, in both schemes."""
+    """Every text has a contrast of 4.5 to 1 (WCAG AA) with its background, in both colour schemes."""
     for scheme in ("light", "dark"):
         page(scheme=scheme)
         low = browser.execute_script(CONTRAST)
@@ -121,8 +121,8 @@ const light = (colour) => {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
 const behind = (element) => {
-  for (let one = element; one; one = one.parentElement) {
-    const colour = getComputedStyle(one).backgroundColor;
+  for (let parent = element; parent; parent = parent.parentElement) {
+    const colour = getComputedStyle(parent).backgroundColor;
     if ((parse(colour)[3] ?? 1) > 0) return colour;
   }
   return "rgb(255, 255, 255)";
@@ -180,7 +180,7 @@ def test_explorer_begins_with_one_experiment_and_draws_it(browser, page, rows):
     mine = [row for row in rows if row["dataset"] == "instruct"]
     assert sorted(visible(browser)) == sorted(row["run_id"] for row in mine)
     assert curves(browser) == len(mine)
-    assert said(browser) == f"{len(mine)} of {len(rows)} runs match; {len(mine)} curves drawn."
+    assert matching(browser) == f"{len(mine)} of {len(rows)} runs match; {len(mine)} curves drawn."
 
 
 def test_explorer_filters_by_each_field(browser, page, rows):
@@ -191,7 +191,7 @@ def test_explorer_filters_by_each_field(browser, page, rows):
     fields = {"lr": lambda row: f"{row['lr']:.0e}".replace("e-0", "e-"), "rank": lambda row: str(row["rank"])}
     browser.find_element("id", "clear").click()
     assert len(visible(browser)) == len(rows)
-    assert "can't be compared" in said(browser)
+    assert "can't be compared" in matching(browser)
     for name, value in wanted.items():
         choose(browser, name, value)
         if name == "experiments":
@@ -208,8 +208,8 @@ def test_explorer_draws_what_is_ticked(browser, page):
     boxes[0].click()
     boxes[2].click()
     assert curves(browser) == 2
-    assert said(browser).endswith("2 curves drawn, of the 2 runs ticked.")
-    # Few enough to be named at their ends.
+    assert matching(browser).endswith("2 curves drawn, of the 2 runs ticked.")
+    # Two curves are few enough to be labelled at their ends.
     assert len(browser.find_elements("css selector", "#chart .end")) == 2
 
 
@@ -227,7 +227,7 @@ def test_runs_without_a_curve_are_no_stumbling_block(browser, report):
 def test_a_claim_leads_to_its_runs_and_their_curves(browser, page):
     page()
     claim = browser.find_element("id", "claim-A7")
-    behind = browser.execute_script("return [...arguments[0].querySelectorAll('a')].map((one) => one.hash)", claim)
+    behind = browser.execute_script("return [...arguments[0].querySelectorAll('a')].map((e) => e.hash)", claim)
     claim.find_element("tag name", "button").click()
     assert {f"#run-{run}" for run in visible(browser)} == set(behind)
     assert curves(browser) == len(behind) > 5
@@ -247,8 +247,8 @@ def test_keyboard_reaches_the_results_first_and_then_everything(browser, page):
     page()
     browser.find_element("tag name", "body").send_keys(Keys.TAB)
     assert browser.switch_to.active_element.text == "Skip to the results"
-    # What takes a click takes the keyboard too: a curve's run is reached by its row.
+    # All that takes a click can be reached by keyboard too; the run of a curve is reached by its row.
     out_of_reach = (
-        "return [...document.querySelectorAll('button, a, select, input, summary')].filter((one) => one.tabIndex < 0)"
+        "return [...document.querySelectorAll('button, a, select, input, summary')].filter((e) => e.tabIndex < 0)"
     )
     assert browser.execute_script(out_of_reach) == []

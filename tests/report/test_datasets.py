@@ -1,4 +1,4 @@
-"""What the report says of data that was left out, from files as the data jobs leave them."""
+"""The report's section on data that was left out, from files as the data jobs write them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.hub_repositories import tulu3_row, write_tulu3
 
 @pytest.fixture
 def preset(raw_preset, tmp_path, monkeypatch):
-    """Writes `mine.yaml` with other datasets into an empty folder, and gives its layout."""
+    """Return a function that writes `mine.yaml` with other datasets into an empty folder, and returns its layout."""
     monkeypatch.chdir(tmp_path)
 
     def make(**changed: dict[str, Any]) -> Layout:
@@ -68,27 +68,27 @@ def test_examples_too_long_for_a_limit_are_told_by_split_and_model(preset):
     before = _lengths(tokens)
     limit = max(before) - 1
     write_tokens(path, tokenizer, tokens, Limits(10_000, limit))
-    [told] = datasets(layout)
-    assert told["rows"] is None
-    counts = [int(sentence.split()[0]) for sentence in told["left_out"]]
+    [row] = datasets(layout)
+    assert row["rows"] is None
+    counts = [int(sentence.split()[0]) for sentence in row["left_out"]]
     assert sum(counts) == sum(length > limit for length in before)
-    assert all(sentence.endswith("with more tokens than max_tokens for tiny") for sentence in told["left_out"])
+    assert all(sentence.endswith("with more tokens than max_tokens for tiny") for sentence in row["left_out"])
 
 
 def test_rows_of_the_hub_are_told_with_their_reasons(preset, tmp_path):
     rows = [tulu3_row(number) for number in range(30)]
-    # The same prompt again, and an answer that is too long.
+    # One row repeats a prompt, and another has an answer that is too long.
     rows += [tulu3_row(0), tulu3_row(40, answer="long " * 400)]
     write_tulu3(tmp_path / "copies", rows)
     sizes = {"train": 16, "validation": 4, "test": 4, "max_chars": 1500, "mean_tokens": 50}
     layout = preset(tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", **sizes})
     build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
-    [told] = datasets(layout)
-    assert (told["rows"], told["usable"]) == (32, 30)
-    assert told["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
+    [row] = datasets(layout)
+    assert (row["rows"], row["usable"]) == (32, 30)
+    assert row["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
 
 
 def _lengths(tokens: Path) -> list[int]:
-    """Tokens of every example of a cache."""
+    """Return the number of tokens of every example of a cache."""
     tensors = load_file(tokens)
     return [length for split in SPLITS for length in np.diff(tensors[f"{split}.offsets"]).tolist()]

@@ -1,4 +1,4 @@
-"""Curves thinned for the page, and tables to take along."""
+"""The curves that are thinned for the page, and the tables that it offers for download."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_curves_are_those_of_the_table(runs):
         assert measure == 0
         assert drawn["grids"][grid] == tuple(own["step"])
         assert values == pytest.approx(list(own["value"]), rel=1e-3)
-    # One list of steps for those that ran through, one for those that diverged.
+    # Runs that finished share one list of steps, and runs that diverged another.
     assert len(drawn["grids"]) == 2
     assert json.loads(json.dumps(drawn, allow_nan=False))["curves"] == drawn["curves"]
 

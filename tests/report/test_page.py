@@ -27,8 +27,8 @@ def test_every_claim_is_there_with_its_verdict(report, rows):
     assert len(claims) > 0
     for claim in claims.itertuples():
         assert f"claim-{claim.claim_id}" in page.ids
-        for said in (claim.statement, claim.criterion, claim.verdict, claim.paper_value, claim.reason):
-            assert " ".join(said.split()) in page.text
+        for text in (claim.statement, claim.criterion, claim.verdict, claim.paper_value, claim.reason):
+            assert " ".join(text.split()) in page.text
 
 
 def test_every_claim_links_to_its_runs(report, rows):
@@ -72,7 +72,7 @@ def test_anchors_are_unique_and_resolve(report, rows):
     assert targets
     assert targets <= set(page.ids)
     assert {f"run-{row['run_id']}" for row in rows} <= set(page.ids)
-    labelled = {found["aria-labelledby"] for _, found in page.tags if "aria-labelledby" in found}
+    labelled = {attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes}
     assert labelled <= set(page.ids)
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_fetched(report, rows):
 
 def test_policy_allows_the_pages_own_script_and_style_and_nothing_else(report, rows):
     page = report(rows)
-    (policy,) = [found["content"] for tag, found in page.tags if found.get("http-equiv")]
+    (policy,) = [attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv")]
     assert dict(rule.split(maxsplit=1) for rule in policy.split("; ")) == {
         "default-src": "'none'",
         "script-src": hash_of(re.search(r"<script>(.*?)</script>", page.source, re.S)[1]),
@@ -99,8 +99,8 @@ def test_policy_allows_the_pages_own_script_and_style_and_nothing_else(report, r
         "base-uri": "'none'",
         "form-action": "'none'",
     }
-    # Neither style attributes nor handlers are of that policy.
-    assert not [name for _, found in page.tags for name in found if name == "style" or name.startswith("on")]
+    # The policy allows neither style attributes nor inline handlers.
+    assert not [name for _, attributes in page.tags for name in attributes if name == "style" or name.startswith("on")]
 
 
 def hash_of(text: str) -> str:
@@ -112,7 +112,9 @@ def test_figures_are_embedded_with_caption_data_and_command(report, rows):
     sources, texts = page.all("img", "src"), page.all("img", "alt")
     shown = [FIGURES[name] for name in ("fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops")]
     assert len(sources) == len(shown)
-    downloads = {found["download"]: found["href"] for tag, found in page.tags if "download" in found}
+    downloads = {
+        attributes["download"]: attributes["href"] for tag, attributes in page.tags if "download" in attributes
+    }
     for figure, source, alt in zip(shown, sources, texts, strict=True):
         files = Layout.of("mine.yaml").figures / figure.name
         assert base64.b64decode(source.partition(",")[2]) == files.with_suffix(".svg").read_bytes()
@@ -143,10 +145,10 @@ def test_text_from_outside_stays_text(report):
         for column in columns(table):
             assert " ".join(f"{column}{HOSTILE}".split()) in page.text, f"{table}.{column}"
     assert f"description{HOSTILE}".split()[0] in page.text
-    assert [found.get("type") for tag, found in page.tags if tag == "script"] == ["application/json", None]
+    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
     assert "x-evil" not in {tag for tag, _ in page.tags}
     assert all(source.startswith("data:image/") for source in page.all("img", "src"))
-    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert not [href for href in page.all("a", "href") if not href.startswith(("#", "data:", "https://doi.org/"))]
 
 
@@ -163,10 +165,10 @@ def curves_in(page: Page) -> dict[str, Any]:
 
 def test_explorer_is_for_browsers_with_a_script_only(report, rows):
     page = report(rows)
-    [explorer] = [found for _, found in page.tags if found.get("id") == "explorer"]
+    [explorer] = [attributes for _, attributes in page.tags if attributes.get("id") == "explorer"]
     assert "hidden" in explorer
     assert explorer["data-begin"] == "rank"
-    # Without it, every run and its provenance stand in the table.
+    # Without JavaScript, every run and its provenance are in the table.
     section = page.section("runs").text
     assert all(f"{row['run_id']} rank tiny instruct" in section for row in rows)
     assert section.count("node1 2026-01-02 03:0") == len(rows)
@@ -174,7 +176,7 @@ def test_explorer_is_for_browsers_with_a_script_only(report, rows):
 
 def test_tables_can_be_taken_along(report, rows):
     page = report(rows, evals_of("base", None), evaluation=EVALUATION)
-    files = {found["download"]: found["href"] for tag, found in page.tags if "download" in found}
+    files = {attributes["download"]: attributes["href"] for tag, attributes in page.tags if "download" in attributes}
     tables = Layout.of("mine.yaml").tables()
     for name in ("runs", "curves", "claims", "evals"):
         assert base64.b64decode(files[f"{name}.csv"].partition(",")[2]) == (tables / f"{name}.csv").read_bytes()
@@ -186,18 +188,18 @@ def test_recipe_says_what_to_use(report):
     header = Page(page.source.split("<header>")[1].split("</header>")[0]).text
     assert re.search(r"\byes tiny on instruct, batch 16: LoRA r64 at a learning rate of 2\.\d+e-3 is within", header)
     section = page.section("recipe").text
-    assert "tiny on instruct, batch 16: 64 (of 1, 64)" in section
+    assert "tiny on instruct, batch 16: 64 (tried: 1, 64)" in section
     assert "10 times that of full fine-tuning" in section
 
 
 def test_recipe_says_when_nothing_matches(report):
     header = report([row for rank in (None, 1) for row in make_sweep(rank)]).text
-    assert "No rank that was tried matches. The best, LoRA r1" in header
+    assert "No rank that was tried matches full fine-tuning. The best, LoRA r1" in header
 
 
 def test_without_full_fine_tuning_there_is_no_answer(report):
     page = report(make_sweep(16))
-    assert "not tested It takes full fine-tuning and LoRA" in page.text
+    assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
 
 
@@ -210,12 +212,12 @@ def test_diverged_runs_are_listed(report, rows):
 
 def test_says_so_when_none_diverged(report):
     rows = [row for rank in (None, 1) for row in make_sweep(rank, diverged_from=1.0)]
-    assert "None. All 14 runs ended with finite numbers." in report(rows).text
+    assert "No run diverged: all 14 runs ended with finite losses." in report(rows).text
 
 
 def test_sparse_runs_show_dashes_and_no_nan(report):
     page = report([make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")])
-    # Reasons are the words of the claims.
+    # Reasons are excluded, since they are texts of the claims.
     own = Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL))
     assert "\N{EN DASH}" in own.text
     assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own.text)
@@ -241,7 +243,7 @@ EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": 
 
 
 def evals_of(*ranks: int | str | None) -> list[dict[str, Any]]:
-    """Of each arm, last to first, accuracy by both filters, and bits per byte with a perplexity."""
+    """Make the scores of each arm, last to first: accuracy by both filters, and bits per byte with a perplexity."""
     bits = {"about": "forgotten", "task": "pretraining", "metric": "bits_per_byte", "filter": "none"}
     bits |= {"higher_is_better": False, "num_fewshot": 0}
     rows = []

@@ -1,4 +1,4 @@
-"""Sections of the page: every figure and every claim has its place."""
+"""The sections of the page: every figure and every claim is in one of them."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 def test_init_tells_what_it_found_and_what_to_type(finished):
     _, said = finished
     for line in (
-        "tiny: llama, 0.8 M parameters, width 128",
+        "tiny: llama, 0.83M parameters, width 128",
         "mine.jsonl: 48 of 50 rows can be used as prompt/completion; left out: "
         "1 no text (line 49), 1 not JSON (line 50)",
         "split: 38 train, 5 validation, 5 test",

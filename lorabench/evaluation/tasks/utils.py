@@ -1,7 +1,7 @@
-"""What the tasks beside this file read: `path` is a parquet file that lorabench made, given in `dataset_kwargs`.
+"""The documents of the tasks in this folder, read from a parquet file that lorabench made.
 
-The documents are held in memory. lm-eval's own way, a parquet file through the datasets library, would leave copies
-in the user's home.
+The file is the `path` in a task's `dataset_kwargs`. The documents are held in memory: lm-eval's own way, to load a
+parquet file through the library `datasets`, would leave copies in the user's home folder.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ Documents = dict[str, Dataset]
 
 
 def worked(path: str, **_: Any) -> Documents:
-    """Question and final answer of each worked solution of the test split."""
+    """Return the question and final answer of each worked solution of the test split."""
     return _test(path, [_document(row, gsm8k_answer(row["messages"][-1]["content"])) for row in _chats(path)])
 
 
 def instruct(path: str, **_: Any) -> Documents:
-    """Question and whole answer of each example of the test split."""
+    """Return the question and whole answer of each example of the test split."""
     return _test(path, [_document(row, row["messages"][-1]["content"].strip()) for row in _chats(path)])
 
 
 def arithmetic(path: str, **_: Any) -> Documents:
-    """Question and answer of each problem of the test split."""
+    """Return the question and answer of each problem of the test split."""
     rows = [row for row in read_problems(Path(path)) if row["split"] == "test"]
     return _test(path, [{name: row[name] for name in ("source", "question", "answer")} for row in rows])
 
 
 def pretraining(path: str, **_: Any) -> Documents:
-    """Held-out pretraining text."""
+    """Return the documents of held-out pretraining text."""
     return _test(path, pq.read_table(Path(path), columns=["text"]).to_pylist())
 
 
 def bits_of_response(doc: Mapping[str, str], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-    """Log-likelihood of the response in nats, and its bytes; lm-eval makes bits per byte of all documents of them."""
+    """Return a response's log-likelihood in nats and its bytes, from which lm-eval computes bits per byte."""
     return {"bits_per_byte": (results[0][0], len(doc["response"].encode()))}
 
 

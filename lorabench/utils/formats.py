@@ -1,0 +1,181 @@
+"""How numbers are written for people: in the report, in figures and in what commands print.
+
+The module imports no package beside the standard library, since `lorabench plan` uses it and has to start at once.
+All functions but `fixed_interval` and `percent` write a missing value (None, NaN, NaT or NA) as a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+DASH = "\N{EN DASH}"
+"""What stands in place of a missing value."""
+
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"))
+
+
+def missing(value: Any) -> bool:
+    """Return whether a value of a table is null.
+
+    >>> [missing(value) for value in (None, float("nan"), 0.0, "", [])]
+    [True, True, False, False, False]
+    """
+    if value is None:
+        return True
+    if isinstance(value, (int, float, str, list, tuple, dict)):
+        return isinstance(value, float) and math.isnan(value)
+    # Only tables hold other types, and who reads tables has imported pandas.
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Write a number to the given number of significant digits.
+
+    Whole numbers below a million keep all their digits. A power of ten is written only below 1e-4 and from 1e6 on.
+
+    >>> [number(value) for value in (2.9182, 2.8, 12, 123456.7, 1.5e-7)]
+    ['2.92', '2.80', '12', '123,457', '1.50e-7']
+    """
+    if missing(value):
+        return DASH
+    if not math.isfinite(value):
+        return str(value)
+    if value == round(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    if 1e-4 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{decimals}f}"
+    return lr(value, digits)
+
+
+def count(value: Any) -> str:
+    """Write a number rounded to a whole one, with commas between thousands.
+
+    >>> count(12345.6)
+    '12,346'
+    """
+    return DASH if missing(value) else f"{round(value):,}"
+
+
+def nll(value: Any) -> str:
+    """Write a loss in nats per token, or an accuracy, to four decimals: its noise is rarely below a thousandth.
+
+    >>> nll(1.23456)
+    '1.2346'
+    """
+    return DASH if missing(value) else f"{value:.4f}"
+
+
+def signed(value: Any) -> str:
+    """Write a difference of losses or accuracies, with its sign.
+
+    >>> signed(0.0041)
+    '+0.0041'
+    """
+    return DASH if missing(value) else f"{value:+.4f}"
+
+
+def lr(value: Any, digits: int = 3) -> str:
+    """Write a learning rate as a power of ten; its mantissa has no decimals where they would all be 0.
+
+    >>> [lr(value) for value in (3e-4, 2.266e-3, 1.0)]
+    ['3e-4', '2.27e-3', '1e0']
+    """
+    if missing(value):
+        return DASH
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    whole, _, decimals = mantissa.partition(".")
+    return f"{mantissa if decimals.strip('0') else whole}e{int(exponent)}"
+
+
+def interval(low: Any, high: Any, write: Callable[[Any], str] = number) -> str:
+    """Write an interval, each end by `write`.
+
+    >>> interval(1.5, 2.25)
+    '[1.50, 2.25]'
+    """
+    return DASH if missing(low) or missing(high) else f"[{write(low)}, {write(high)}]"
+
+
+def lr_interval(low: Any, high: Any) -> str:
+    """Write an interval of learning rates.
+
+    >>> lr_interval(1e-3, 2.5e-3)
+    '[1e-3, 2.50e-3]'
+    """
+    return interval(low, high, lr)
+
+
+def fixed_interval(low: float, high: float, decimals: int) -> str:
+    """Write an interval to the given number of decimals, as it stands behind an estimate in a sentence.
+
+    >>> fixed_interval(1.0, 2.254, 2), fixed_interval(math.nan, 2.0, 2)
+    ('[1.00, 2.25]', '(no interval)')
+    """
+    return "(no interval)" if math.isnan(low + high) else f"[{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def percent(share: float, decimals: int = 0) -> str:
+    """Write a share of 1 as a percentage.
+
+    >>> percent(0.125), percent(0.125, 1)
+    ('12%', '12.5%')
+    """
+    return f"{share:.{decimals}%}"
+
+
+def amount(value: Any, unit: str = "") -> str:
+    """Write a large quantity to three significant digits, with a metric prefix (steps of 1000, also for bytes).
+
+    >>> amount(1.24e6), amount(3.5e12, "FLOP"), amount(8.1e9, "B"), amount(12)
+    ('1.24 M', '3.50 TFLOP', '8.10 GB', '12')
+    """
+    if missing(value):
+        return DASH
+    for factor, prefix in _PREFIXES:
+        if abs(value) >= factor:
+            return f"{number(value / factor)} {prefix}{unit}".strip()
+    return f"{number(value)} {unit}".strip()
+
+
+def parameters(value: Any) -> str:
+    """Write a count of parameters as the table of the paper's figure 4 does (0.49B), smaller ones in M and K.
+
+    >>> [parameters(value) for value in (487_000_000, 2_621_440, 1_536)]
+    ['0.49B', '2.62M', '1.5K']
+    """
+    if missing(value):
+        return DASH
+    if value >= 1e8:
+        return f"{value / 1e9:.2f}B"
+    return f"{value / 1e6:.2f}M" if value >= 1e5 else f"{value / 1e3:.1f}K"
+
+
+def duration(seconds: Any) -> str:
+    """Write a time span in the largest unit of which it has two or more: seconds, minutes, hours or days.
+
+    >>> [duration(seconds) for seconds in (41.5, 150, 9_000, 200_000)]
+    ['41.5 s', '2.50 min', '2.50 h', '2.31 d']
+    """
+    if missing(seconds):
+        return DASH
+    for length, unit in _SPANS:
+        if seconds >= 2 * length:
+            return f"{number(seconds / length)} {unit}"
+    return f"{number(seconds)} s"
+
+
+def when(value: Any) -> str:
+    """Write a time stamp (text, ISO 8601) to the minute.
+
+    >>> when("2026-01-02T03:04:05+00:00")
+    '2026-01-02 03:04 UTC'
+    """
+    if missing(value):
+        return DASH
+    return f"{value[:10]} {value[11:16]}" + (" UTC" if value.endswith("+00:00") else "")
