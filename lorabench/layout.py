@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def published(self) -> Path:
-        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` alone writes it."""
+        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
         return Path("paper_figures") / "published" / self.name
 
     @property

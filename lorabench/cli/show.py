@@ -17,6 +17,7 @@ from lorabench import bill, cost
 from lorabench.gpus import GB, GPUS
 from lorabench.plan import Plan
 from lorabench.progress import Status
+from lorabench.utils import formats
 
 
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
@@ -42,7 +43,8 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     else:
         total = rows["total"]
         caption = [
-            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
+            f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, "
+            f"at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
             f"the longest job takes {formats.number(total.longest_hours)} hours; "
             f"{formats.number(total.gpu_hours / 24)} days on one GPU",
         ]

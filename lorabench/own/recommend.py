@@ -27,6 +27,7 @@ from lorabench.own.preset import checked_gpu
 from lorabench.plan import Job, make_plan
 from lorabench.published import optimum, sweep_of, sweeps
 from lorabench.tables import read_table, table_path, with_all_columns
+from lorabench.utils import formats
 
 LAW = "the paper's law with its authors' constants, fitted at batch size 128 (tinker-cookbook)"
 PAPER = "the paper"
@@ -183,8 +184,9 @@ def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens
             )
         # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
-            f"About {formats.amount(completion_tokens, 'bit')} in the data at one bit per token (the cost of memorizing them; "
-            f"generalizing takes less), {formats.amount(2 * parameters, 'bit')} in the adapter at two bits per parameter."
+            f"About {formats.amount(completion_tokens, 'bit')} in the data at one bit per token (the cost of memorizing "
+            f"them; generalizing takes less), {formats.amount(2 * parameters, 'bit')} in the adapter at two bits per "
+            "parameter."
         )
     notes.append("`lorabench init` writes a preset that measures these settings on your own data.")
     return notes

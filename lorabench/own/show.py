@@ -22,7 +22,10 @@ def recommendation_table(recommendation: Recommendation, data: Data | None) -> N
     settings = ((setting.what, _value(setting), setting.source) for setting in recommendation.settings)
     _print(console, ("setting", "value", "source"), settings)
     if recommendation.seen:
-        optima = ((_arm(seen), formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where) for seen in recommendation.seen)
+        optima = (
+            (_arm(seen), formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where)
+            for seen in recommendation.seen
+        )
         _print(console, ("optimum found", "LR", "95% interval", "where"), optima)
     for note in recommendation.notes:
         console.print(Text(f"- {note}"))

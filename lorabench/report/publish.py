@@ -139,8 +139,9 @@ def _read(figures: Path) -> tuple[pd.DataFrame, str]:
     counts = ", ".join(f"{len(ids)} {verdict}" for verdict, ids in summary.by_verdict(claims))
     devices = " and ".join(provenance["devices"])
     return claims, (
-        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. Computed from {provenance['runs']} runs "
-        f"({formats.duration(provenance['run_seconds'])} of one core on {devices}, from {provenance['first_started'][:10]})."
+        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. "
+        f"Computed from {provenance['runs']} runs ({formats.duration(provenance['run_seconds'])} of one core "
+        f"on {devices}, from {provenance['first_started'][:10]})."
     )
 
 
