@@ -82,11 +82,11 @@ def test_each_model_and_setting_has_a_row_of_panels():
     [
         pytest.param(compute_table().iloc[1:], id="no full fine-tuning"),
         pytest.param(compute_table(ranks=[4]), id="one rank"),
-        pytest.param(compute_table(step_s=math.nan, peak_mem_bytes=pd.NA), id="nothing measured"),
+        pytest.param(compute_table(step_s=math.nan, peak_mem_bytes=math.nan), id="nothing measured"),
         pytest.param(compute_table(effective_width=math.nan), id="no width"),
         pytest.param(compute_table(linear_flops=math.nan, effective_width=math.nan), id="no counts"),
         pytest.param(
-            compute_table(linear_flops=math.nan, effective_width=math.nan, step_s=math.nan, peak_mem_bytes=pd.NA),
+            compute_table(linear_flops=math.nan, effective_width=math.nan, step_s=math.nan, peak_mem_bytes=math.nan),
             id="no number at all",
         ),
         pytest.param(compute_table(model="<b>$x^$&", device="$_{$"), id="markup"),

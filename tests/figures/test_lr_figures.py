@@ -16,8 +16,8 @@ from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.figures import FIGURES
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import CURVATURE, OFFSETS, arm, tables
 from tests.figures.layout import lay_out
+from tests.handmade.sft import CURVATURE, OFFSETS, arm, tables
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}

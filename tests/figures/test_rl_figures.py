@@ -15,9 +15,9 @@ from lorabench.errors import UserError
 from lorabench.figures import COMPUTE, EVALS, FIGURES, drawable, save
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.tables import Tables, with_all_columns
-from tests.analysis.rl_by_hand import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
 from tests.figures.layout import lay_out
 from tests.handmade import curves_of, make_sweep, runs_table
+from tests.handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 BY_LR = ["fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves"]
