@@ -1,4 +1,4 @@
-"""A small preset, trained once, to be evaluated by many tests."""
+"""A small preset that is trained once and evaluated by many tests."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ RAW: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A preset's plan whose sweeps are trained, in the working directory."""
+    """The plan of a preset whose sweeps are trained, in the working directory."""
 
     plan: Plan
     layout: Layout
 
     def job(self, method: str | None) -> EvalJob:
-        """The evaluation of the base, or of the sweep of a method."""
+        """Return the evaluation job of the base, or of the sweep of a method."""
         jobs = self.plan.evaluations()
         return next(job for job in jobs if (job.sweep.condition.method if job.sweep else None) == method)
 
 
 @pytest.fixture(scope="package")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    """The preset above: data made, both sweeps trained."""
+    """Return the preset above, with its data made and both sweeps trained."""
     from lorabench.data.tokens import Limits, write_tokens
     from lorabench.models.base import load_tokenizer, max_length
     from lorabench.training.job import run_job

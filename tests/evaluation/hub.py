@@ -1,4 +1,4 @@
-"""A hub on this machine: the requests that `datasets` makes of huggingface.co, answered from a folder.
+"""A hub on this machine, which answers the requests of `datasets` to huggingface.co from a folder.
 
 The folder holds repositories `owner/name` with the files, columns and types that the real ones have, a few rows each.
 """
@@ -19,15 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-"""Of every repository."""
+"""The commit of every repository."""
 
 SUBJECTS = 57
-"""Members of MMLU."""
+"""The number of members of MMLU."""
 
 
 @contextmanager
 def serve(root: Path) -> Iterator[str]:
-    """Serve the repositories below a folder; gives the hub's address."""
+    """Serve the repositories below a folder, and yield the hub's address."""
 
     class Handler(_Handler):
         repositories = root
@@ -99,7 +99,7 @@ def _oid(path: Path) -> str:
 
 
 def write_repositories(root: Path) -> None:
-    """What the tasks that `core` and `paper` name read."""
+    """Write the data that the tasks of the presets `core` and `paper` read."""
     sums = [
         {"question": f"What is {i} + 1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(8)
     ]
@@ -155,7 +155,7 @@ def write_repositories(root: Path) -> None:
 
 
 def _instructions() -> list[dict[str, Any]]:
-    """Prompts whose instructions need the sentence splitter, a language detector, and neither."""
+    """Return prompts whose instructions need the sentence splitter, a language detector, and neither."""
     wanted = [
         ("punctuation:no_comma", {}),
         ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 30}),
@@ -175,7 +175,7 @@ def _instructions() -> list[dict[str, Any]]:
 
 
 def _mmlu_subjects() -> list[str]:
-    """Names of MMLU's members, as lm-eval's own tasks have them."""
+    """Return the names of MMLU's members, as lm-eval's own tasks have them."""
     import lm_eval
     import yaml
 
@@ -186,7 +186,7 @@ def _mmlu_subjects() -> list[str]:
 
 
 def _configs(repository: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """A repository of parquet files whose card lists its configurations."""
+    """Write a repository of parquet files whose card lists its configurations."""
     card = ["---", "configs:"]
     for config, splits in configs.items():
         card += [f"- config_name: {config}", "  data_files:"]

@@ -1,4 +1,4 @@
-"""The tasks of lm-eval that `core` and `paper` name, fetched from a hub on this machine and evaluated without one."""
+"""The lm-eval tasks of `core` and `paper`, fetched from a hub on this machine and then evaluated without a hub."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NOWHERE = "http://127.0.0.1:9"
 
 @dataclass(frozen=True)
 class Place:
-    """A working directory with a preset `mine.yaml`, its caches beside it."""
+    """A working directory with a preset `mine.yaml` and its own caches."""
 
     folder: Path
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A command of this project, with no cache but this one's."""
+        """Run a command of this project with only the caches of this directory."""
         caches = {"HF_HOME": str(self.folder / "hf"), "NLTK_DATA": str(self.folder / "nltk"), "HOME": str(self.folder)}
-        # HF_DATASETS_CACHE and its like would be gone by before HF_HOME.
+        # HF_DATASETS_CACHE and similar variables would take precedence over HF_HOME.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         command = [sys.executable, "-m", "lorabench.cli", *arguments, "--preset", "mine.yaml"]
         return subprocess.run(
@@ -42,7 +42,7 @@ class Place:
         )
 
     def evaluate(self) -> subprocess.CompletedProcess[str]:
-        """The evaluation of the base, without a hub."""
+        """Evaluate the base without a hub."""
         return self.run("evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT=NOWHERE)
 
     @property
@@ -58,7 +58,7 @@ def place(folder: Path, tasks: list[dict]) -> Place:
 
 
 def write_splitter(folder: Path) -> None:
-    """nltk's splitter of sentences as it lies after a download, with hardly anything learned."""
+    """Write nltk's sentence splitter as a download would leave it, trained on almost nothing."""
     english = folder / "nltk/tokenizers/punkt_tab/english"
     english.mkdir(parents=True)
     learned = {"abbrev_types.txt": "mr", "collocations.tab": "mr\tsmith", "ortho_context.tab": "he\t6"}
@@ -88,15 +88,15 @@ def scores(evaluated: Place) -> pd.DataFrame:
 
 
 def test_versions_and_commits_of_what_was_fetched_are_kept(evaluated):
-    found = json.loads((evaluated.folder / "found.json").read_text())["tasks"]
-    assert found["gsm8k"] == {"gsm8k": {"version": "3.0", "data": hub.COMMIT}}
-    assert len(found["mmlu"]) == hub.SUBJECTS
-    assert {leaf["data"] for leaves in found.values() for leaf in leaves.values()} == {hub.COMMIT}
+    fetched = json.loads((evaluated.folder / "found.json").read_text())["tasks"]
+    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": hub.COMMIT}}
+    assert len(fetched["mmlu"]) == hub.SUBJECTS
+    assert {leaf["data"] for leaves in fetched.values() for leaf in leaves.values()} == {hub.COMMIT}
 
 
 def test_every_task_has_its_scores(scores):
-    found = {(row.task, row.metric, row.filter) for row in scores.itertuples()}
-    assert found == {
+    scored = {(row.task, row.metric, row.filter) for row in scores.itertuples()}
+    assert scored == {
         ("gsm8k", "exact_match", "strict-match"),
         ("gsm8k", "exact_match", "flexible-extract"),
         ("hendrycks_math500", "exact_match", "none"),
