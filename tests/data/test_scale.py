@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub_repositories import TULU3, tulu3_row, write_card
+from tests.hub.repositories import TULU3, tulu3_row, write_card
 
 pytestmark = pytest.mark.slow
 
