@@ -1,4 +1,4 @@
-"""A hundred thousand chats of Tulu3's form: made and tokenized in bounded memory. Slow: minutes."""
+"""A hundred thousand chats of Tulu3's form: made and tokenized in bounded memory. Takes minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.hub.repositories import TULU3, tulu3_row, write_card
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # The most memory of this process's own, and seconds, of making a dataset and of its token cache. Pages of files that
 # are mapped are not counted: the system takes them back when it needs them.

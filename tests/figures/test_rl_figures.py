@@ -26,32 +26,32 @@ COUNTS = {"attn": 88_000, "mlp": 144_000, "all": 224_000}
 
 
 def read(arms) -> Tables:
-    """The tables of some arms, as a figure is given them."""
+    """Return the tables of some arms, as a figure takes them."""
     runs, curves = tables(arms)
     return Tables(with_all_columns(runs, "runs"), with_all_columns(curves, "curves"))
 
 
 def arms(ranks=(None, 1, 16), **settings):
-    """FullFT with its optimum at 1e-4, LoRA with its at 1e-3; the lowest LR never gets a reward."""
-    found = []
+    """Make FullFT with its optimum at 1e-4 and LoRA with its optimum at 1e-3; the lowest LR never gets a reward."""
+    sweeps = []
     for rank in ranks:
         about = {"trainable_params": 828_288 if rank is None else 14_000 * rank, "max_new_tokens": 500}
-        found.append(arm(rank, optimum=1e-4 if rank is None else 1e-3, **(about | settings)))
-    for runs, _ in found:
+        sweeps.append(arm(rank, optimum=1e-4 if rank is None else 1e-3, **(about | settings)))
+    for runs, _ in sweeps:
         for run in runs:
             if run["lr"] == 1e-5 and run["status"] == "done":
                 run |= {"status": "unrewarded"} | dict.fromkeys(("final_valid_reward", "final_reward"), BASE)
-    return found
+    return sweeps
 
 
 def diverged(arms):
-    """The same arms, had every run diverged."""
+    """Make the same arms, but with diverged runs only."""
     lost = {"status": "diverged"} | dict.fromkeys(("final_valid_reward", "final_reward", "best_reward"))
     return [([run | lost for run in runs], curves) for runs, curves in arms]
 
 
 def out_of_reach(arms):
-    """The same arms on problems of which none is ever solved."""
+    """Make the same arms on problems of which none is ever solved."""
     none = {"status": "unrewarded"} | dict.fromkeys(
         ("base_reward", "final_valid_reward", "final_reward", "best_reward"), 0.0
     )
@@ -95,10 +95,12 @@ def legend(figure):
 
 @pytest.mark.parametrize("name", BY_LR)
 def test_accuracies_are_means_over_seeds_with_their_deviation(name):
-    found = read(arms())
-    _, plotted = FIGURES[name].draw(found)
+    rl_tables = read(arms())
+    _, plotted = FIGURES[name].draw(rl_tables)
     rows = of(plotted, "accuracy").set_index(["arm", "lr"])
-    expected = found.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].agg(["mean", "std", "size"])
+    expected = rl_tables.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].agg(
+        ["mean", "std", "size"]
+    )
     assert len(rows) == len(expected) == 3 * 7
     np.testing.assert_allclose(rows["accuracy"].sort_values(), expected["mean"].sort_values())
     best = rows.loc[("LoRA r16", 1e-3)]
@@ -111,9 +113,9 @@ def test_accuracies_are_means_over_seeds_with_their_deviation(name):
 
 @pytest.mark.parametrize("name", BY_LR)
 def test_optima_are_those_of_the_analysis(name):
-    found = read(arms())
-    _, plotted = FIGURES[name].draw(found)
-    optima = reward_optima(found.runs)
+    rl_tables = read(arms())
+    _, plotted = FIGURES[name].draw(rl_tables)
+    optima = reward_optima(rl_tables.runs)
     drawn = of(plotted, "optimum")
     for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("accuracy", "reward_opt")):
         np.testing.assert_allclose(drawn[ours].astype(float), optima[theirs].astype(float))
@@ -130,10 +132,12 @@ def test_an_optimum_at_the_edge_is_open():
 
 @pytest.mark.parametrize("name", BY_LR)
 def test_what_has_not_learned_is_marked_and_counted(name):
-    found = read(arms((1, 16), diverges_from=9e-3))
-    figure, plotted = FIGURES[name].draw(found)
+    rl_tables = read(arms((1, 16), diverges_from=9e-3))
+    figure, plotted = FIGURES[name].draw(rl_tables)
     for status in ("diverged", "unrewarded"):
-        assert set(of(plotted, status)["run_id"]) == set(found.runs.loc[found.runs["status"] == status, "run_id"])
+        assert set(of(plotted, status)["run_id"]) == set(
+            rl_tables.runs.loc[rl_tables.runs["status"] == status, "run_id"]
+        )
     axes = figure.axes[1 if name == "fig7_rl_curves" else 0]
     assert "2 diverged · 2 unrewarded" in texts(axes)
     marks = [line.get_marker() for line in axes.get_lines()]
@@ -154,7 +158,7 @@ def test_the_base_is_a_line(name):
 
 
 def test_no_accuracy_is_beyond_the_range():
-    """A policy that fell apart is what the figure is about, however far off it is."""
+    """A policy that fell apart is drawn however low its accuracy is, since the figure is about such policies."""
     arms_of = arms((None, 16), peak=1.0)
     for run in arms_of[0][0]:
         run["final_reward"] = 0.0 if run["lr"] > 1e-3 else run["final_reward"]
@@ -174,16 +178,16 @@ def test_fig6_has_a_panel_per_model_and_problem_set():
 
 
 def test_placement_shows_best_accuracies_by_parameters():
-    found = read(placements())
-    figure, plotted = FIGURES["fig5_placement_rl"].draw(found)
-    best, expected = of(plotted, "best"), best_losses(errors(found.runs))
+    rl_tables = read(placements())
+    figure, plotted = FIGURES["fig5_placement_rl"].draw(rl_tables)
+    best, expected = of(plotted, "best"), best_losses(errors(rl_tables.runs))
     np.testing.assert_allclose(best["accuracy"].astype(float), 1 - expected["nll_mean"].astype(float))
     half = 4.302653 * SD / math.sqrt(3)
     np.testing.assert_allclose((best["accuracy_high"] - best["accuracy"]).astype(float), half, rtol=1e-5)
     np.testing.assert_allclose((best["accuracy"] - best["accuracy_low"]).astype(float), half, rtol=1e-5)
     assert best.set_index("arm")["accuracy"]["LoRA r16 attn"] == pytest.approx(0.6)
     [band] = of(plotted, "noise_band").to_dict("records")
-    sigma = seed_noise(errors(found.runs))["sigma"].item()
+    sigma = seed_noise(errors(rl_tables.runs))["sigma"].item()
     assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(4 * sigma)
     assert (band["accuracy_high"] + band["accuracy_low"]) / 2 == pytest.approx(best["accuracy"].max())
     listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
@@ -196,9 +200,9 @@ def test_placement_shows_best_accuracies_by_parameters():
 
 
 def test_fig7_curves_are_test_accuracies_at_the_best_lr():
-    found = read(arms())
-    figure, plotted = FIGURES["fig7_rl_curves"].draw(found)
-    curves, expected = of(plotted, "curve"), reward_curves(found.runs, found.curves, "test", "accuracy")
+    rl_tables = read(arms())
+    figure, plotted = FIGURES["fig7_rl_curves"].draw(rl_tables)
+    curves, expected = of(plotted, "curve"), reward_curves(rl_tables.runs, rl_tables.curves, "test", "accuracy")
     for ours, theirs in (("accuracy", "mean"), ("accuracy_sd", "sd"), ("step", "step"), ("lr", "lr")):
         np.testing.assert_allclose(curves[ours].astype(float), expected[theirs].astype(float))
     assert set(curves["step"]) == {0, STEPS // 2, STEPS}
@@ -232,7 +236,7 @@ def test_fig8_says_where_there_is_no_further_set():
 
 def test_fig8_lengths_are_running_means_of_the_training_batches():
     zigzag = {"response_length": lambda done: 200 + 100 * done + (-1) ** round(done * 100)}
-    found = read(arms())
+    rl_tables = read(arms())
     long = read([arm(16, optimum=1e-3, max_new_tokens=500, train=zigzag)])
     steps = pd.concat(
         [long.curves.assign(step=long.curves["step"] + part * STEPS) for part in (0, 1)], ignore_index=True
@@ -243,9 +247,9 @@ def test_fig8_lengths_are_running_means_of_the_training_batches():
     _, plotted = FIGURES["fig8_aime_and_length"].draw(Tables(long.runs, steps))
     length = of(plotted, "response_length").set_index("step")["mean"]
     raw = reward_curves(long.runs, steps, "train", "response_length").set_index("step")["mean"]
-    # Two of 40 steps.
+    # A twentieth of 40 steps is two.
     assert length[10] == pytest.approx((raw[9] + raw[10]) / 2)
-    figure, plotted = FIGURES["fig8_aime_and_length"].draw(found)
+    figure, plotted = FIGURES["fig8_aime_and_length"].draw(rl_tables)
     assert of(plotted, "response_length").groupby("arm")["mean"].last().tolist() == pytest.approx([400.0] * 3)
     assert of(plotted, "reflection").groupby("arm")["mean"].last().tolist() == pytest.approx([0.2] * 3)
     assert texts(figure.axes[2]) == "3 seeds · 1% cut at 500 tokens"
@@ -295,22 +299,22 @@ def test_names_with_markup_or_formula_signs_are_plain_text(name, tmp_path):
 
 @pytest.mark.parametrize("name", OF_RL)
 def test_without_curves_a_sentence_says_so(name):
-    found = read(arms())
-    figure, _ = FIGURES[name].draw(Tables(found.runs, pd.DataFrame()))
+    rl_tables = read(arms())
+    figure, _ = FIGURES[name].draw(Tables(rl_tables.runs, pd.DataFrame()))
     lay_out(figure)
-    told = " ".join(map(texts, figure.axes))
+    notes = " ".join(map(texts, figure.axes))
     wanted = {
         "fig7_rl_curves": ["no test accuracies"],
         "fig8_aime_and_length": ["no accuracies", "no response lengths", "no rates of reflection"],
     }
-    assert all(words in told for words in wanted.get(name, []))
+    assert all(words in notes for words in wanted.get(name, []))
 
 
 @pytest.fixture(scope="module")
 def mixed() -> Tables:
-    supervised, found = runs_table(make_sweep(None) + make_sweep(8)), read(arms())
-    runs = pd.concat([supervised.assign(experiments=None), found.runs], ignore_index=True)
-    curves = pd.concat([curves_of(supervised), found.curves], ignore_index=True)
+    supervised, rl_tables = runs_table(make_sweep(None) + make_sweep(8)), read(arms())
+    runs = pd.concat([supervised.assign(experiments=None), rl_tables.runs], ignore_index=True)
+    curves = pd.concat([curves_of(supervised), rl_tables.curves], ignore_index=True)
     return Tables(runs, curves)
 
 
@@ -354,10 +358,10 @@ def test_csv_is_what_draw_returns_and_bytes_are_stable(name, tmp_path):
     assert set(written) == {f"{name}.{kind}" for kind in ("svg", "png", "csv")}
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
     _, plotted = draw(name, placements())
-    found = pd.read_csv(tmp_path / "one" / f"{name}.csv")
-    assert list(found.columns) == list(plotted.columns)
-    for column in found.select_dtypes("number"):
-        np.testing.assert_allclose(found[column].astype(float), plotted[column].to_numpy(float, na_value=np.nan))
+    written = pd.read_csv(tmp_path / "one" / f"{name}.csv")
+    assert list(written.columns) == list(plotted.columns)
+    for column in written.select_dtypes("number"):
+        np.testing.assert_allclose(written[column].astype(float), plotted[column].to_numpy(float, na_value=np.nan))
 
 
 def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
@@ -368,7 +372,7 @@ def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
         folders.append(write(tmp_path / name, runs.assign(experiments="rl_gsm8k rl_math"), curves))
     save("fig6_rl_lr", folders, tmp_path / "both")
     save("fig6_rl_lr", folders[1:], tmp_path / "one")
-    # Runs that both folders have are there once.
+    # A run that both folders have is drawn once.
     assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() == (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
     save("fig6_rl_lr", folders[:1], tmp_path / "one")
     assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() != (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
