@@ -6,6 +6,10 @@ The folder is next to the package in the repository. Without it, all functions r
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -41,6 +45,23 @@ def numbers() -> dict[str, float]:
     return dict(zip(table["key"], table["value"].astype(float), strict=True))
 
 
+_Read = TypeVar("_Read", pd.DataFrame, dict[str, str])
+
+
+def _read_once(function: Callable[[], _Read]) -> Callable[[], _Read]:
+    """Keep what a function reads in REFERENCE, and return a copy of it at each call."""
+    kept: dict[Path, _Read] = {}
+
+    @wraps(function)
+    def read() -> _Read:
+        if REFERENCE not in kept:
+            kept[REFERENCE] = function()
+        return kept[REFERENCE].copy()
+
+    return read
+
+
+@_read_once
 def sweeps() -> pd.DataFrame:
     """Return published final test losses by learning rate.
 
@@ -70,6 +91,7 @@ def sweep_of(model: str, dataset: str) -> pd.DataFrame:
     return table[same_model & (table["dataset"] == _dataset(dataset))]
 
 
+@_read_once
 def beside_claims() -> dict[str, str]:
     """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
     table = sweeps()

@@ -28,9 +28,9 @@ from lorabench.layout import Layout
 from lorabench.models.tiny import shipped
 from lorabench.plan import Job, make_plan
 from lorabench.training.job import run_job
-from tests import hub_repositories
 from tests.conftest import REPOSITORY
-from tests.hub_server import serving
+from tests.hub import repositories as hub_repositories
+from tests.hub.server import serving
 
 COUNTS = {"train": 30, "validation": 5, "test": 10}
 PARTS = {

@@ -78,6 +78,7 @@ def test_there_are_commands_of_each_kind():
     assert {shlex.split(line)[0] for line in found} == {"python3", "python", "lorabench", "snakemake"}
 
 
+@pytest.mark.slow
 def test_lorabench_commands_run_in_the_order_they_are_written(folder):
     for line in commands():
         if line.startswith("lorabench "):
@@ -92,6 +93,7 @@ def test_lorabench_commands_run_in_the_order_they_are_written(folder):
     assert judged["A7"] != "not tested"
 
 
+@pytest.mark.slow
 def test_snakemake_commands_are_planned_as_they_are_written(folder):
     run("lorabench init planned.yaml --model tiny --data my.jsonl", folder)
     for line in commands():

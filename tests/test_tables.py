@@ -134,9 +134,12 @@ BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-@pytest.mark.parametrize("command", ["claims", "figure"])
-def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, command: str, tmp_path: Path):
+# Both commands check what they read in one place, so a figure is asked for a few kinds of mistakes only.
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [*(("claims", kind) for kind in BAD), *(("figure", kind) for kind in ("infinite loss", "datasets", "empty file"))],
+)
+def test_a_bad_table_is_refused_and_what_was_there_stays(command: str, kind: str, tmp_path: Path):
     suffix, content, message = BAD[kind]
     tables, out = write(tmp_path / "tables", content, suffix), tmp_path / "out"
     out.mkdir()
@@ -158,10 +161,10 @@ def test_the_table_behind_the_bad_ones_is_good(tmp_path: Path):
         check_curves(tables.curves)
 
 
-@pytest.mark.parametrize("column", [name for name in RUNS.columns if name not in ("run_id",)])
-def test_columns_that_are_absent_are_not_checked(column: str):
-    check_table(RUNS.drop(columns=column))
-    check_table(RUNS.drop(columns=["run_id", column]))
+def test_columns_that_are_absent_are_not_checked():
+    for column in RUNS.columns:
+        check_table(RUNS.drop(columns=column))
+        check_table(RUNS.drop(columns=list({"run_id", column})))
 
 
 def test_one_dataset_may_stand_beside_others_and_one_model_on_many(tmp_path: Path):

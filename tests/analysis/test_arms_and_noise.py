@@ -9,7 +9,7 @@ import pytest
 from lorabench.analysis.arms import arm_label, check_runs, each_arm, rows_of
 from lorabench.analysis.noise import seed_noise
 from lorabench.errors import UserError
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.sft import arm, tables
 
 
 def test_labels_name_rank_and_only_unusual_placements():

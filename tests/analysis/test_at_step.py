@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lorabench.analysis.at_step import at_step
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from tests.analysis.tables_by_hand import STEPS, arm, tables
+from tests.handmade.sft import STEPS, arm, tables
 
 FINAL = 128
 

@@ -11,7 +11,7 @@ from lorabench.analysis.finding import Finding, within, worst
 from lorabench.errors import UserError
 from lorabench.tables import CLAIMS as COLUMNS
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import LRS, arm, tables
+from tests.handmade.sft import LRS, arm, tables
 
 IDS = ["A1", "A3", "A7", "A8", "B1", "B2", "B3", "B4"]
 NOISY = (0.0, 0.02, -0.02)  # with these offsets in every arm sigma is 0.02

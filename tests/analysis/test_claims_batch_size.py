@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.analysis.claims import batch_size, judge_claims
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import LRS, arm, tables
+from tests.handmade.sft import LRS, arm, tables
 
 IDS = ["D1", "D2", "D3", "D4", "D5"]
 EXAMPLES = 1024

@@ -7,7 +7,7 @@ import pytest
 
 from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import LRS, arm, tables
+from tests.handmade.sft import LRS, arm, tables
 
 IDS = ["A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "N1"]
 STEPS = [0, *(2**power for power in range(11))]

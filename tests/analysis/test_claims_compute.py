@@ -14,7 +14,7 @@ from lorabench.analysis.claims.compute import CLAIMS
 from lorabench.analysis.compute import each_setting, equal_flops_gap, flops_ratio, loss_by_flops
 from lorabench.errors import UserError
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import LRS, arm, tables
+from tests.handmade.sft import LRS, arm, tables
 
 QUIET = (0.0, 1e-4, -1e-4)  # offsets of seeds; sigma is 1e-4
 FULLFT_FLOPS = 3e12

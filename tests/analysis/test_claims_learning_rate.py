@@ -10,7 +10,7 @@ import pytest
 from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.analysis.lr_law import LrLaw, predict
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import CURVATURE, OFFSETS, arm, tables
+from tests.handmade.sft import CURVATURE, OFFSETS, arm, tables
 
 ACROSS = ["B5", "B6", "B7", "B8", "B11"]
 LAW = LrLaw(base=1e-4, multiplier=10.0, exponents={"llama": 0.78, "qwen": 0.08})

@@ -10,8 +10,8 @@ import pytest
 
 from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.tables import Tables
-from tests.analysis.lora_by_hand import descent, difficulty, lora_run, lora_tables, luck, nll, update_norm
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.lora import descent, difficulty, lora_run, lora_tables, luck, nll, update_norm
+from tests.handmade.sft import arm, tables
 
 SEEDS = range(5)
 

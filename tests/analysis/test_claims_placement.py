@@ -8,7 +8,7 @@ import pytest
 from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.analysis.claims.parameter_counts import PAPER_COUNTS
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import LRS, arm, tables
+from tests.handmade.sft import LRS, arm, tables
 
 IDS = ["E1", "E2", "E3", "E4", "E7"]
 PER_RANK = {"attn": 100, "mlp": 200, "all": 300}  # parameters

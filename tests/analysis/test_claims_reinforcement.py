@@ -7,9 +7,9 @@ import pytest
 
 from lorabench.analysis.claims import CLAIMS, judge_claims
 from lorabench.tables import Tables
-from tests.analysis.rl_by_hand import BASE, LRS, OFFSETS, STEPS, UNPAIRED, arm, grown, tables
-from tests.analysis.tables_by_hand import arm as sft_arm
-from tests.analysis.tables_by_hand import tables as sft_tables
+from tests.handmade.rl import BASE, LRS, OFFSETS, STEPS, UNPAIRED, arm, grown, tables
+from tests.handmade.sft import arm as sft_arm
+from tests.handmade.sft import tables as sft_tables
 
 IDS = ["B10", "E5", "F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9"]
 ON_RUNS = [name for name in IDS if name not in ("F6", "F8")]

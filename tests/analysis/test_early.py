@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.early import early_difference, train_curves
-from tests.analysis.lora_by_hand import difficulty, lora_run, lora_tables, nll
+from tests.handmade.lora import difficulty, lora_run, lora_tables, nll
 
 SEEDS = range(3)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.arms import each_arm
 from lorabench.analysis.gap_curve import envelope_gap, gap_at, gap_curve
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.sft import arm, tables
 
 
 def arms_of(runs):

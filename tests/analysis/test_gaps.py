@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.gaps import best_losses, gap
 from lorabench.errors import UserError
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.sft import arm, tables
 
 
 def test_best_losses_are_taken_over_seeds_at_the_lr_that_validation_picks():

@@ -16,7 +16,7 @@ from lorabench.analysis.memorisation import (
     mean_interval,
     stored_bits,
 )
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.sft import arm, tables
 
 TOKENS, ENTROPY = 1000, 4000.0
 

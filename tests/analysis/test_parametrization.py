@@ -21,8 +21,8 @@ from lorabench.analysis.parametrization import (
     tuned,
     with_scales,
 )
-from tests.analysis.lora_by_hand import lora_run, lora_tables, nll, update_norm
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.lora import lora_run, lora_tables, nll, update_norm
+from tests.handmade.sft import arm, tables
 
 FACTORS = st.floats(0.01, 100)
 

@@ -12,9 +12,9 @@ from lorabench.analysis.arms import check_table, rows_of
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.rewards import GOOD, errors, good_bands, reward_curves, reward_optima
 from lorabench.errors import UserError
-from tests.analysis.rl_by_hand import BASE, CURVATURE, LRS, OFFSETS, STEPS, arm, tables
-from tests.analysis.tables_by_hand import arm as sft_arm
-from tests.analysis.tables_by_hand import tables as sft_tables
+from tests.handmade.rl import BASE, CURVATURE, LRS, OFFSETS, STEPS, arm, tables
+from tests.handmade.sft import arm as sft_arm
+from tests.handmade.sft import tables as sft_tables
 
 
 def grid(lrs, accuracies, statuses=None, repeats=(-0.001, 0.001)):

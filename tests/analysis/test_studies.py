@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.studies import over_studies, seed_studies
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.sft import arm, tables
 
 
 def studies_of(*optima_and_floors, **columns):

@@ -14,7 +14,7 @@ from lorabench.data.chat import prompt
 from lorabench.data.hub import hub_messages
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
-from tests.hub_repositories import (
+from tests.hub.repositories import (
     openthoughts3_row,
     tulu3_row,
     write_jsonl,

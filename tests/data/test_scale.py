@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub_repositories import TULU3, tulu3_row, write_card
+from tests.hub.repositories import TULU3, tulu3_row, write_card
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # Reports the peak of the process's anonymous memory, and the seconds, of making a dataset and its token cache. Pages of
 # mapped files do not count, since the system reclaims them when it needs memory.

@@ -17,8 +17,9 @@ import yaml
 from lorabench.config import load_preset
 from lorabench.layout import Layout
 from lorabench.plan import make_plan
-from tests.evaluation import hub
 from tests.evaluation.conftest import RAW
+from tests.hub.evaluation import SUBJECTS, write_repositories
+from tests.hub.server import Hub, serving
 
 pytestmark = pytest.mark.slow
 
@@ -72,9 +73,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Place:
     tasks = [task.model_dump(exclude_unset=True) | {"limit": 2, "max_new_tokens": 6} for task in named.values()]
     here = place(tmp_path_factory.mktemp("hub") / "work", tasks)
     write_splitter(here.folder)
-    hub.write_repositories(here.folder / "repositories")
-    with hub.serve(here.folder / "repositories") as address:
-        fetched = here.run("fetch", "--out", "found.json", HF_ENDPOINT=address)
+    write_repositories(here.folder / "hub/datasets")
+    with serving(here.folder / "hub") as hub:
+        fetched = here.run("fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
     assert fetched.returncode == 0, fetched.stderr
     result = here.evaluate()
     assert result.returncode == 0, result.stderr
@@ -87,11 +88,19 @@ def scores(evaluated: Place) -> pd.DataFrame:
     return pq.read_table(evaluated.folder / layout.evals(evaluated.job)).to_pandas()
 
 
+def commits(evaluated: Place) -> dict[str, str]:
+    """Return the commit of each dataset on the hub."""
+    hub = Hub(evaluated.folder / "hub")
+    names = ["/".join(folder.parts[-2:]) for folder in (hub.root / "datasets").glob("*/*")]
+    return {name: hub.commit("datasets", name) for name in names}
+
+
 def test_versions_and_commits_of_what_was_fetched_are_kept(evaluated):
+    expected = commits(evaluated)
     fetched = json.loads((evaluated.folder / "found.json").read_text())["tasks"]
-    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": hub.COMMIT}}
-    assert len(fetched["mmlu"]) == hub.SUBJECTS
-    assert {leaf["data"] for leaves in fetched.values() for leaf in leaves.values()} == {hub.COMMIT}
+    assert fetched["gsm8k"] == {"gsm8k": {"version": "3.0", "data": expected["openai/gsm8k"]}}
+    assert len(fetched["mmlu"]) == SUBJECTS
+    assert {leaf["data"] for leaves in fetched.values() for leaf in leaves.values()} == set(expected.values())
 
 
 def test_every_task_has_its_scores(scores):
@@ -116,15 +125,15 @@ def test_every_task_has_its_scores(scores):
     assert scores["higher_is_better"].all()
 
 
-def test_settings_are_those_of_the_preset_and_of_the_tasks(scores):
+def test_settings_are_those_of_the_preset_and_of_the_tasks(scores, evaluated):
     by_task = scores.drop_duplicates("task").set_index("task")
     assert by_task["num_fewshot"].to_dict() == dict.fromkeys(by_task.index, 0) | {"gsm8k": 5}
-    assert by_task["n_samples"].to_dict() == dict.fromkeys(by_task.index, 2) | {"mmlu": 2 * hub.SUBJECTS}
+    assert by_task["n_samples"].to_dict() == dict.fromkeys(by_task.index, 2) | {"mmlu": 2 * SUBJECTS}
     assert by_task.index[by_task["template_sha256"].notna()].tolist() == ["ifeval"]
     config = json.loads(by_task.loc["gsm8k", "task_config"])
     assert config["generation_kwargs"]["max_gen_toks"] == 6
-    assert config["data_revision"] == hub.COMMIT
-    assert len(json.loads(by_task.loc["mmlu", "task_config"])) == hub.SUBJECTS
+    assert config["data_revision"] == commits(evaluated)["openai/gsm8k"]
+    assert len(json.loads(by_task.loc["mmlu", "task_config"])) == SUBJECTS
 
 
 def test_data_that_were_not_fetched_are_named(tmp_path):
@@ -136,9 +145,9 @@ def test_data_that_were_not_fetched_are_named(tmp_path):
 
 def test_ifeval_without_its_splitter_of_sentences_is_refused(tmp_path):
     here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
-    hub.write_repositories(tmp_path / "repositories")
-    with hub.serve(tmp_path / "repositories") as address:
-        result = here.run("fetch", "--out", "found.json", HF_ENDPOINT=address)
+    write_repositories(tmp_path / "hub/datasets")
+    with serving(tmp_path / "hub") as hub:
+        result = here.run("fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
     assert result.returncode == 2
     assert "'ifeval' can't be loaded; run `lorabench fetch` with a connection: nltk has no tokenizers/punkt_tab in" in (
         result.stderr

@@ -1,4 +1,7 @@
-"""Real jobs in processes of their own: each is forked from one that has torch imported, so that it starts at once."""
+"""Real jobs in processes of their own: each is forked from one that has torch imported, so that it starts at once.
+
+Tests that run jobs are marked slow.
+"""
 
 from __future__ import annotations
 
@@ -213,11 +216,22 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
     app(arguments)
 
 
+def write_preset(folder: Path) -> Place:
+    """Write the preset into a folder."""
+    (folder / "mine.yaml").write_text(yaml.safe_dump(PRESET, sort_keys=False))
+    return Place(folder)
+
+
+@pytest.fixture
+def planned(tmp_path) -> Place:
+    """The preset alone, without its data: enough for a plan."""
+    return write_preset(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory) -> Place:
     """The preset with its data and nothing trained; to be copied."""
-    place = Place(tmp_path_factory.mktemp("fresh"))
-    (place.folder / "mine.yaml").write_text(yaml.safe_dump(PRESET, sort_keys=False))
+    place = write_preset(tmp_path_factory.mktemp("fresh"))
     for name in ("instruct", "gcd"):
         # Restarts itself with fixed hashes, so it takes a process of its own anyway.
         command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]

@@ -42,6 +42,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, flip, empty])
 def test_a_damaged_token_cache_is_told_before_training(damage, place):
     path = place.layout.tokens("tiny", "instruct")
@@ -52,6 +53,7 @@ def test_a_damaged_token_cache_is_told_before_training(damage, place):
     assert not place.path(place.layout.runs).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "dataset"), [("sft", "instruct"), ("rl", "gcd")])
 def test_a_damaged_dataset_is_told_by_what_reads_it(task, dataset, place):
     path = place.layout.dataset(dataset)
@@ -126,6 +128,7 @@ def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_p
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_the_run_of_a_damaged_checkpoint_starts_anew(damage, half, unbroken):
     damage(half.checkpoint("sft", 1))
@@ -139,6 +142,7 @@ def next_of(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".next")
 
 
+@pytest.mark.slow
 def test_lanes_are_at_the_same_step_when_a_job_dies_between_two_of_their_checkpoints(half, unbroken):
     second = half.checkpoint("rl", 1)
     # Both had saved, and one new file had its place.
@@ -148,6 +152,7 @@ def test_lanes_are_at_the_same_step_when_a_job_dies_between_two_of_their_checkpo
     assert half.numbers("rl") == unbroken.numbers("rl")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_not_all_lanes_have_is_not_used(half, unbroken):
     first, second = (half.checkpoint("rl", number) for number in (0, 1))
     # The first lane had saved for the first time, the second not yet.
@@ -158,6 +163,7 @@ def test_a_checkpoint_that_not_all_lanes_have_is_not_used(half, unbroken):
     assert half.numbers("rl") == unbroken.numbers("rl")
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_named(unbroken, tmp_path):
     place = unbroken.copy(tmp_path)
     job = place.path(place.layout.job(place.job("sft")))

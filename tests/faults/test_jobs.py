@@ -26,6 +26,7 @@ from .conftest import AT_WORK, numbers
 TASKS = pytest.mark.parametrize("task", ["sft", "rl"])
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, unbroken):
     first = half.run_path("sft", 0, "record.json")
     kept = first.stat().st_mtime_ns
@@ -46,6 +47,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
     assert [*rest, *results.glob("progress/*"), *results.glob("locks/*")] == []
 
 
+@pytest.mark.slow
 def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
     place.change(lambda raw: raw["experiments"]["rank"][0].update(ranks={"all": [1, 2]}))
     # So fast a machine that one is not worth a job.
@@ -74,6 +76,7 @@ def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
     assert [row for row in rows if row["run_id"] in kept] == unbroken.numbers("sft")
 
 
+@pytest.mark.slow
 def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
     monkeypatch.chdir(half.folder)
     locks = list(half.path(half.layout.root).glob("locks/*"))
@@ -91,6 +94,7 @@ def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
     assert "last sign of life 2 minutes ago" in " ".join(half.run("status").split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "number"), [("sft", signal.SIGTERM), ("rl", signal.SIGTERM), ("sft", signal.SIGINT)])
 def test_a_job_that_is_told_to_end_saves_what_it_has(task, number, place, unbroken):
     # No checkpoint but that of the signal.
@@ -122,6 +126,7 @@ def test_the_second_signal_does_not_wait():
     assert not stop.requested()
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_no_half_written_file(place):
     tokens = place.path(place.layout.tokens("tiny", "instruct"))
     tokens.unlink()
@@ -147,6 +152,7 @@ def test_a_signal_to_all_processes_of_a_job_makes_no_answer_wrong():
         assert worker._process.pid == pid
 
 
+@pytest.mark.slow
 @TASKS
 def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken):
     checkpoint = half.checkpoint(task, AT_WORK[task])
@@ -195,6 +201,7 @@ def fill(disk: Path, but_for: int) -> Path:
     return filler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "run"])
 def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what, half, unbroken, small_disk):
     place = small_disk(half)
@@ -217,6 +224,7 @@ def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what
     assert place.numbers("sft") == unbroken.numbers("sft")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     place = small_disk(unbroken)
     tokens = place.path(place.layout.tokens("tiny", "instruct"))
@@ -233,6 +241,7 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     place.run("tokens", "tiny", "instruct")
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
     old = half.checkpoint("sft", 1).read_bytes()
     said = half.train("sft", status=2, file_size=100_000)
@@ -243,6 +252,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
     assert half.numbers("sft") == unbroken.numbers("sft")
 
 
+@pytest.mark.slow
 def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     sweep = place.sweep("sft")
     first = place.start("train", sweep.sweep_id)
@@ -257,6 +267,7 @@ def test_of_two_jobs_on_one_sweep_the_second_waits(place, unbroken):
     assert not list(place.path(place.layout.root).glob("locks/*"))
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_job_that_hangs_is_named(place):
     sweep = place.sweep("sft")
     lock = place.path(place.layout.lock(sweep))
@@ -276,13 +287,13 @@ def test_the_lock_of_a_job_that_hangs_is_named(place):
         first.wait()
 
 
-def test_a_sweep_of_another_plan_has_the_lock_of_the_same_runs(place):
-    before = place.sweep("sft")
-    lock = place.layout.lock(before)
-    place.change(lambda raw: raw["experiments"]["rank"][0].update(seeds=3))
-    assert place.sweep("sft").sweep_id != before.sweep_id
-    assert place.layout.lock(place.sweep("sft")) == lock
-    assert place.layout.lock(place.sweep("rl")) != lock
+def test_a_sweep_of_another_plan_has_the_lock_of_the_same_runs(planned):
+    before = planned.sweep("sft")
+    lock = planned.layout.lock(before)
+    planned.change(lambda raw: raw["experiments"]["rank"][0].update(seeds=3))
+    assert planned.sweep("sft").sweep_id != before.sweep_id
+    assert planned.layout.lock(planned.sweep("sft")) == lock
+    assert planned.layout.lock(planned.sweep("rl")) != lock
 
 
 def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkeypatch):

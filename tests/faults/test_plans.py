@@ -38,6 +38,7 @@ def collected(place: Place):
     return read_table(place.folder / "tables", "runs")
 
 
+@pytest.mark.slow
 def test_a_longer_grid_trains_only_what_is_new(done, unbroken):
     before = records(done)
     old = done.layout.job(done.job("sft"))
@@ -57,6 +58,7 @@ def test_a_longer_grid_trains_only_what_is_new(done, unbroken):
     assert all(row == kept[row["run_id"]] for row in done.numbers("sft") if row["run_id"] in kept)
 
 
+@pytest.mark.slow
 def test_weights_that_a_shorter_grid_needs_again_are_trained_again(done):
     grid = done.sweep("sft").grid()
     [lost] = [number for number in range(2) if not done.run_path("sft", number, "weights").exists()]
@@ -66,6 +68,7 @@ def test_weights_that_a_shorter_grid_needs_again_are_trained_again(done):
     assert (weights / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_another_experiment_with_the_same_runs_appears_in_the_tables(done):
     before = records(done)
     sweep = done.sweep("sft")
@@ -79,6 +82,7 @@ def test_another_experiment_with_the_same_runs_appears_in_the_tables(done):
     assert {tuple(names) for names in runs.experiments[runs.task == "sft"]} == {("placement",)}
 
 
+@pytest.mark.slow
 def test_a_dataset_of_another_name_has_it_in_the_tables(done):
     before = records(done)
     data, tokens = done.path(done.layout.dataset("instruct")), done.path(done.layout.tokens("tiny", "instruct"))
@@ -96,14 +100,14 @@ def test_a_dataset_of_another_name_has_it_in_the_tables(done):
     assert set(runs.dataset[runs.task == "sft"]) == {"chats"}
 
 
-def test_a_dataset_of_another_size_shares_no_file_with_the_old_one(done):
+def test_a_dataset_of_another_size_shares_no_file_with_the_old_one(planned):
     def paths() -> set[Path]:
-        layout, sweep = done.layout, done.sweep("sft")
+        layout, sweep = planned.layout, planned.sweep("sft")
         runs = {layout.runs / run.run_id for run in sweep.grid()}
-        return {layout.dataset("instruct"), layout.tokens("tiny", "instruct"), layout.job(done.job("sft")), *runs}
+        return {layout.dataset("instruct"), layout.tokens("tiny", "instruct"), layout.job(planned.job("sft")), *runs}
 
     before = paths()
-    done.change(lambda raw: raw["datasets"]["instruct"].update(train=96))
+    planned.change(lambda raw: raw["datasets"]["instruct"].update(train=96))
     assert not before & paths()
 
 
@@ -136,6 +140,7 @@ def planned(place: Place) -> set[str]:
     return {rule for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE)} - {"total"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [5 * HOURS, -5 * HOURS])
 def test_clocks_that_differ_by_hours_make_no_job_run_again(ahead, done):
     """Files of one node are hours older or newer than those of another."""
@@ -146,6 +151,7 @@ def test_clocks_that_differ_by_hours_make_no_job_run_again(ahead, done):
     assert planned(done) == {"tables"}, "which has not been made yet"
 
 
+@pytest.mark.slow
 def test_status_of_a_node_whose_clock_is_hours_off(half):
     """The job's own clock is nowhere read; if the file system's was set back, that is said."""
     for task, offset in (("sft", 0), ("rl", 5 * HOURS)):

@@ -12,9 +12,10 @@ import pytest
 from lorabench.analysis.compute import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures import FIGURES, save
-from lorabench.figures.style import arm_styles, write_figure
-from lorabench.tables import Tables
+from lorabench.figures.style import arm_styles
+from lorabench.tables import Tables, with_all_columns
 from tests.analysis.test_claims_compute import compute_table
+from tests.figures.layout import lay_out
 from tests.handmade import curves_of, make_run, make_sweep, runs_table
 
 NOTHING = pd.DataFrame()
@@ -81,21 +82,24 @@ def test_each_model_and_setting_has_a_row_of_panels():
     [
         pytest.param(compute_table().iloc[1:], id="no full fine-tuning"),
         pytest.param(compute_table(ranks=[4]), id="one rank"),
-        pytest.param(compute_table(step_s=math.nan, peak_mem_bytes=pd.NA), id="nothing measured"),
+        pytest.param(compute_table(step_s=math.nan, peak_mem_bytes=math.nan), id="nothing measured"),
         pytest.param(compute_table(effective_width=math.nan), id="no width"),
         pytest.param(compute_table(linear_flops=math.nan, effective_width=math.nan), id="no counts"),
         pytest.param(
-            compute_table(linear_flops=math.nan, effective_width=math.nan, step_s=math.nan, peak_mem_bytes=pd.NA),
+            compute_table(linear_flops=math.nan, effective_width=math.nan, step_s=math.nan, peak_mem_bytes=math.nan),
             id="no number at all",
-        ),
-        pytest.param(
-            compute_table()[["model", "method", "rank", "effective_width", "linear_flops"]], id="only needed columns"
         ),
         pytest.param(compute_table(model="<b>$x^$&", device="$_{$"), id="markup"),
     ],
 )
-def test_odd_compute_tables_are_drawn(compute: pd.DataFrame, tmp_path: Path):
-    compute.to_parquet(tmp_path / "compute.parquet")
+def test_odd_compute_tables_are_drawn(compute: pd.DataFrame):
+    figure, _ = draw_compute(with_all_columns(compute, "compute"))
+    lay_out(figure)
+
+
+def test_a_compute_table_of_few_columns_and_with_markup_is_saved(tmp_path: Path):
+    table = compute_table(model="<b>$x^$&")[["model", "method", "rank", "effective_width", "linear_flops"]]
+    table.to_parquet(tmp_path / "compute.parquet")
     save("compute", [tmp_path], tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "<b>" not in (tmp_path / "out" / "compute.svg").read_text()
@@ -154,9 +158,9 @@ def test_loss_by_flops_counts_what_diverged():
         pytest.param(make_sweep(None, model="a") + make_sweep(8, model="b", dataset="worked"), id="two models"),
     ],
 )
-def test_odd_runs_are_drawn(rows: list[dict], tmp_path: Path):
+def test_odd_runs_are_drawn(rows: list[dict]):
     figure, _ = draw_loss(rows)
-    write_figure(figure, tmp_path / "figure.svg")
+    lay_out(figure)
 
 
 def test_loss_by_flops_needs_flops():

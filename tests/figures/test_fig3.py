@@ -10,6 +10,7 @@ from lorabench.analysis.gaps import best_losses, gap
 from lorabench.figures import FIGURES
 from lorabench.figures.style import arm_styles
 from lorabench.tables import Tables
+from tests.figures.layout import lay_out
 from tests.handmade import curves_of, make_sweep, runs_table
 
 
@@ -100,7 +101,7 @@ def test_of_several_lengths_the_longest_is_compared():
 )
 def test_odd_tables_are_drawn(rows):
     figure, plotted = drawn(rows)
-    figure.canvas.draw()
+    lay_out(figure)
     assert len(plotted)
 
 
@@ -113,5 +114,5 @@ def test_each_model_and_dataset_has_its_block():
 def test_without_curves_the_losses_are_drawn():
     runs = runs_table(sweeps())
     figure, plotted = FIGURES["fig3_batch_size"].draw(Tables(runs, pd.DataFrame()))
-    figure.canvas.draw()
+    lay_out(figure)
     assert set(plotted["element"]) == {"final", "gap", "diverged"}

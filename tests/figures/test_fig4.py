@@ -12,6 +12,7 @@ from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.figures import FIGURES
 from lorabench.tables import Tables
+from tests.figures.layout import lay_out
 from tests.handmade import make_sweep, runs_table
 
 PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
@@ -99,7 +100,7 @@ def test_each_model_has_its_pair_of_panels():
 )
 def test_odd_tables_are_drawn(rows):
     figure, plotted = drawn(rows)
-    figure.canvas.draw()
+    lay_out(figure)
     assert len(plotted)
 
 

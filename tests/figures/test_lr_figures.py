@@ -16,7 +16,8 @@ from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.swept_models import fitted_law, swept_models
 from lorabench.figures import FIGURES
 from lorabench.tables import Tables
-from tests.analysis.tables_by_hand import CURVATURE, OFFSETS, arm, tables
+from tests.figures.layout import lay_out
+from tests.handmade.sft import CURVATURE, OFFSETS, arm, tables
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
@@ -119,28 +120,26 @@ def test_law_marks_what_is_not_resolved():
     assert "not resolved" in [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
-@pytest.mark.parametrize(
-    "runs",
-    [
-        pytest.param(models({"l64": MODELS["l64"]})[0], id="one model"),
-        pytest.param(models(ranks=(16,))[0], id="no full fine-tuning"),
-        pytest.param(models(ranks=(None,))[0], id="no LoRA"),
-        pytest.param(models(ranks=(None, 1))[0], id="rank 1 only"),
-        pytest.param(models(offsets=(0.0,))[0], id="one seed"),
-        pytest.param(models(lrs=[1e-3])[0], id="one learning rate"),
-        pytest.param(models(lrs=(1e-4, 1e-3, 1e-2), diverges_from=1e-3)[0], id="diverged runs"),
-        pytest.param(
-            models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), id="all"
-        ),
-        pytest.param(models()[0].drop(columns=["family", "hidden_size"]), id="no sizes"),
-        pytest.param(models({"g": ("gemma3", 64), "l": ("llama", 64)})[0], id="a family without a published law"),
-        pytest.param(models()[0].drop(columns="steps"), id="no steps"),
-    ],
-)
+ODD_MODELS = {
+    "one model": lambda: models({"l64": MODELS["l64"]})[0],
+    "no full fine-tuning": lambda: models(ranks=(16,))[0],
+    "no LoRA": lambda: models(ranks=(None,))[0],
+    "rank 1 only": lambda: models(ranks=(None, 1))[0],
+    "one learning rate": lambda: models(lrs=[1e-3])[0],
+    "diverged runs": lambda: models(lrs=(1e-4, 1e-3, 1e-2), diverges_from=1e-3)[0],
+    "all diverged": lambda: models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan),
+    "no sizes": lambda: models()[0].drop(columns=["family", "hidden_size"]),
+    "a family without a published law": lambda: models({"g": ("gemma3", 64), "l": ("llama", 64)})[0],
+    "no steps": lambda: models()[0].drop(columns="steps"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_MODELS)
 @pytest.mark.filterwarnings("error")
-def test_law_of_odd_tables(runs):
+def test_law_of_odd_tables(case):
+    runs = ODD_MODELS[case]()
     figure, plotted = draw("lr_law", runs)
-    figure.draw_without_rendering()
+    lay_out(figure)
     assert len(of(plotted, "diverged")) == (runs["status"] == "diverged").sum()
     assert of(plotted, "published_law")["lr"].notna().all()
 
@@ -191,25 +190,24 @@ def test_short_run_counts_what_had_diverged_by_then():
     assert of(plotted, "diverged")["steps"].tolist() == [100, 400]
 
 
-@pytest.mark.parametrize(
-    ("runs", "curves"),
-    [
-        pytest.param(*lengths(ranks=(16,)), id="no full fine-tuning"),
-        pytest.param(*lengths(ranks=(None,)), id="no LoRA"),
-        pytest.param(*lengths(offsets=(0.0,)), id="one seed"),
-        pytest.param(*lengths(lrs=(1e-3,), offsets=(0.0,)), id="one learning rate"),
-        pytest.param(*lengths(diverges_from=1e-3), id="diverged runs"),
-        pytest.param(lengths()[0], pd.DataFrame(), id="no curves"),
-        pytest.param(lengths()[0], lengths()[1].assign(value=math.nan), id="curves of NaN"),
-        pytest.param(lengths()[0].drop(columns="steps"), lengths()[1], id="no steps"),
-        pytest.param(lengths()[0].drop(columns="steps"), pd.DataFrame(), id="neither steps nor curves"),
-        pytest.param(*lengths(steps=100), id="short runs only"),
-    ],
-)
+ODD_LENGTHS = {
+    "no full fine-tuning": lambda: lengths(ranks=(16,)),
+    "no LoRA": lambda: lengths(ranks=(None,)),
+    "one learning rate and seed": lambda: lengths(lrs=(1e-3,), offsets=(0.0,)),
+    "diverged runs": lambda: lengths(diverges_from=1e-3),
+    "no curves": lambda: (lengths()[0], pd.DataFrame()),
+    "curves of NaN": lambda: (lengths()[0], lengths()[1].assign(value=math.nan)),
+    "no steps": lambda: (lengths()[0].drop(columns="steps"), lengths()[1]),
+    "neither steps nor curves": lambda: (lengths()[0].drop(columns="steps"), pd.DataFrame()),
+    "short runs only": lambda: lengths(steps=100),
+}
+
+
+@pytest.mark.parametrize("case", ODD_LENGTHS)
 @pytest.mark.filterwarnings("error")
-def test_short_run_of_odd_tables(runs, curves):
-    figure, plotted = draw("short_run", runs, curves)
-    figure.draw_without_rendering()
+def test_short_run_of_odd_tables(case):
+    figure, plotted = draw("short_run", *ODD_LENGTHS[case]())
+    lay_out(figure)
     assert len(of(plotted, "loss"))
 
 

@@ -11,8 +11,8 @@ import pytest
 from lorabench.figures import FIGURES
 from lorabench.figures.style import arm_styles
 from lorabench.tables import Tables
-from tests.analysis.lora_by_hand import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
-from tests.analysis.tables_by_hand import arm, tables
+from tests.handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
+from tests.handmade.sft import arm, tables
 
 SEEDS = range(3)
 NAMES = ("early", "parametrization", "variants")

@@ -15,8 +15,9 @@ from lorabench.errors import UserError
 from lorabench.figures import COMPUTE, EVALS, FIGURES, drawable, save
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.tables import Tables, with_all_columns
-from tests.analysis.rl_by_hand import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
-from tests.handmade import curves_of, laptop_like
+from tests.figures.layout import lay_out
+from tests.handmade import curves_of, make_sweep, runs_table
+from tests.handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 BY_LR = ["fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves"]
@@ -264,40 +265,43 @@ def test_fig8_counts_diverged_runs_and_the_range_of_cut_responses():
 
 # Tables of every kind.
 
+ODD = {
+    "every run diverged": lambda: diverged(arms()),
+    "an arm with all runs diverged": lambda: arms((None,)) + diverged(arms((1,))),
+    "one learning rate and seed": lambda: arms((None, 16), lrs=(1e-3,), offsets=(0.0,)),
+    "no full fine-tuning": lambda: arms((16,)),
+    "full fine-tuning alone": lambda: arms((None,)),
+    "never rewarded": lambda: arms(lrs=(1e-5,)),
+    "out of reach": lambda: out_of_reach(arms()),
+    "all right everywhere": lambda: arms(peak=1.0, curvature=0.0),
+    "base not measured": lambda: arms(base_reward=None),
+    "one set of two further": lambda: arms(dataset="a", sets={}) + arms(dataset="b", sets={"x^$": 0.2}),
+    "hardly any curves": lambda: [(runs, points[:1]) for runs, points in arms()],
+}
+
 
 @pytest.mark.parametrize("name", OF_RL)
-@pytest.mark.parametrize(
-    "rl_tables",
-    [
-        pytest.param(diverged(arms()), id="every run diverged"),
-        pytest.param(arms((None,)) + diverged(arms((1,))), id="an arm with all runs diverged"),
-        pytest.param(arms(offsets=(0.0,)), id="one seed"),
-        pytest.param(arms((None, 16), lrs=(1e-3,), offsets=(0.0,)), id="one learning rate"),
-        pytest.param(arms((16,)), id="no full fine-tuning"),
-        pytest.param(arms((None,)), id="full fine-tuning alone"),
-        pytest.param(arms(lrs=(1e-5,)), id="never rewarded"),
-        pytest.param(out_of_reach(arms()), id="out of reach"),
-        pytest.param(arms(peak=1.0, curvature=0.0), id="all right everywhere"),
-        pytest.param(arms(base_reward=None), id="base not measured"),
-        pytest.param(arms(dataset="a", sets={}) + arms(dataset="b", sets={"x^$": 0.2}), id="one set of two further"),
-        pytest.param([(runs, points[:1]) for runs, points in arms()], id="hardly any curves"),
-        pytest.param(placements(), id="placements"),
-        pytest.param(arms(dataset="<b>$x^$&", model="$y", sets={"<b>$x^$&": 0.2}), id="markup and formulas"),
-    ],
-)
+@pytest.mark.parametrize("case", ODD)
 @pytest.mark.filterwarnings("error")
-def test_odd_tables_are_drawn(name, rl_tables, tmp_path):
-    figure, plotted = draw(name, rl_tables)
+def test_odd_tables_are_drawn(name, case):
+    figure, plotted = draw(name, ODD[case]())
     assert "element" in plotted
+    lay_out(figure)
+
+
+@pytest.mark.parametrize("name", OF_RL)
+@pytest.mark.filterwarnings("error")
+def test_names_with_markup_or_formula_signs_are_plain_text(name, tmp_path):
+    figure, _ = draw(name, arms(dataset="<b>$x^$&", model="$y", sets={"<b>$x^$&": 0.2}))
     write_figure(figure, tmp_path / "figure.svg")
     assert "<b>" not in (tmp_path / "figure.svg").read_text()
 
 
 @pytest.mark.parametrize("name", OF_RL)
-def test_without_curves_a_sentence_says_so(name, tmp_path):
+def test_without_curves_a_sentence_says_so(name):
     rl_tables = read(arms())
     figure, _ = FIGURES[name].draw(Tables(rl_tables.runs, pd.DataFrame()))
-    write_figure(figure, tmp_path / "figure.svg")
+    lay_out(figure)
     notes = " ".join(map(texts, figure.axes))
     wanted = {
         "fig7_rl_curves": ["no test accuracies"],
@@ -306,8 +310,9 @@ def test_without_curves_a_sentence_says_so(name, tmp_path):
     assert all(words in notes for words in wanted.get(name, []))
 
 
+@pytest.fixture(scope="module")
 def mixed() -> Tables:
-    supervised, rl_tables = laptop_like(), read(arms())
+    supervised, rl_tables = runs_table(make_sweep(None) + make_sweep(8)), read(arms())
     runs = pd.concat([supervised.assign(experiments=None), rl_tables.runs], ignore_index=True)
     curves = pd.concat([curves_of(supervised), rl_tables.curves], ignore_index=True)
     return Tables(runs, curves)
@@ -316,8 +321,8 @@ def mixed() -> Tables:
 @pytest.mark.parametrize(
     "name", [name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE, EVALS)]
 )
-def test_supervised_and_rl_runs_are_never_drawn_together(name):
-    _, plotted = FIGURES[name].draw(mixed())
+def test_supervised_and_rl_runs_are_never_drawn_together(name, mixed):
+    _, plotted = FIGURES[name].draw(mixed)
     drawn = set(plotted["dataset"].dropna())
     assert drawn == {"problems"} if FIGURES[name].task == "rl" else "problems" not in drawn
 

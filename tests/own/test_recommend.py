@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from lorabench.cli import app
 from lorabench.errors import UserError
 from lorabench.own.model import find_model
 from lorabench.own.recommend import recommend
@@ -107,8 +108,8 @@ def test_capacity_and_short_runs_are_noted(tmp_path):
 
 
 def lorabench(*arguments, cwd):
-    command = [sys.executable, "-m", "lorabench.cli", "recommend", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, ["recommend", *arguments])
 
 
 def test_json_and_table_say_the_same(tmp_path):
@@ -131,7 +132,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_sentence(arguments, message, tmp_path):
     result = lorabench("--model", "tiny", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert result.stderr.startswith(f"lorabench: {message}")
 
 

@@ -50,6 +50,7 @@ def run(path, *arguments):
     return before, after, re.findall(r"training loss ([\d.]+)", result.stdout)
 
 
+@pytest.mark.slow
 def test_it_learns_and_its_adapter_loads(tmp_path, base):
     path = written(tmp_path, write_rows(tmp_path / "own.jsonl", 60), str(base))
     before, after, steps = run(path)
@@ -67,6 +68,7 @@ def test_it_learns_and_its_adapter_loads(tmp_path, base):
     assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B" in name)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_its_other_arm(tmp_path):
     before, after, _ = run(written(tmp_path, write_rows(tmp_path / "own.jsonl", 60)), "--full")
     assert after < before - 0.5

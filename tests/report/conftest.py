@@ -88,6 +88,19 @@ def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any],
     return make
 
 
+_JUDGED: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = {}
+
+
+def _judged(rows: list[dict[str, Any]], curves: Change | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Runs, curves and the claims judged on them, once of equal ones: most pages differ in other things."""
+    key = repr((rows, curves))
+    if key not in _JUDGED:
+        runs = runs_table(rows)
+        points = curves(curves_of(runs)) if curves else curves_of(runs)
+        _JUDGED[key] = runs, points, judge_claims(Tables(runs, points))
+    return _JUDGED[key]
+
+
 def _build(
     preset: dict[str, Any],
     rows: list[dict[str, Any]],
@@ -97,9 +110,7 @@ def _build(
 ) -> None:
     Path("mine.yaml").write_text(yaml.safe_dump(preset))
     layout = Layout.of("mine.yaml")
-    runs = runs_table(rows)
-    points = curves(curves_of(runs)) if curves else curves_of(runs)
-    judged = judge_claims(Tables(runs, points))
+    runs, points, judged = _judged(rows, curves)
     tables = layout.tables()
     write_frame(runs, "runs", tables)
     write_frame(points, "curves", tables)

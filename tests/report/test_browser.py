@@ -13,6 +13,8 @@ from lorabench.layout import Layout
 from tests.handmade import make_eval, make_run, make_sweep
 from tests.report.hostile import hostile_report
 
+pytestmark = pytest.mark.slow
+
 BINARIES = {"chromium": "chromium", "chromedriver": "chromium-driver"}
 EVALUATION = {"experiments": ["rank"], "tasks": [{"name": "hellaswag", "about": "forgotten"}]}
 WIDE, PHONE, A4 = 1280, 390, 794

@@ -18,7 +18,7 @@ from lorabench.layout import Layout
 from lorabench.models.base import load_tokenizer
 from lorabench.records import write_json
 from lorabench.report.datasets import datasets
-from tests.hub_repositories import tulu3_row, write_tulu3
+from tests.hub.repositories import tulu3_row, write_tulu3
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.own.conftest import write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def run(folder: Path, *command: str) -> str:
     """Run a Python module in a working copy; returns what it printed."""

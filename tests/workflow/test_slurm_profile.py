@@ -11,6 +11,8 @@ from lorabench.plan import make_plan
 from lorabench.resources import evaluation_resources, job_resources
 from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def checkout(tmp_path):

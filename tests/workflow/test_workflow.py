@@ -46,6 +46,7 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
     assert jobs == {"dataset": 2, "tokens": 2, "train": needed, "experiment_tables": 1, "figure": 1}
 
 
+@pytest.mark.slow
 def test_what_is_read_comes_first_then_the_longest_job(checkout):
     output = snakemake(checkout, "--dry-run")
     found = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
@@ -63,6 +64,7 @@ def test_what_is_read_comes_first_then_the_longest_job(checkout):
     assert min(training.values()) > 0
 
 
+@pytest.mark.slow
 def test_a_figure_of_several_experiments_reads_the_tables_of_those_that_the_preset_has(checkout):
     target = "paper_figures/core/fig6_rl_lr.svg"
     output = snakemake(checkout, target, "--dry-run", "--printshellcmds", "--config", "preset=core")
@@ -81,12 +83,14 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
     assert not (checkout / "results/wrong").exists()
 
 
+@pytest.mark.slow
 def test_a_budget_is_what_the_plan_says(checkout):
     jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules", "--config", "preset=core", "budget=60"))
     within, whole = (make_plan(Layout.of(preset).preset) for preset in ("core@60", "core"))
     assert jobs["train"] == len(within.jobs) < len(whole.jobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "message"), [("much", "budget = 'much': a number"), ("0.01", "is less than the")])
 def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
     output = snakemake(checkout, "--dry-run", "--config", "preset=core", f"budget={budget}", fails=True)
@@ -94,6 +98,7 @@ def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_what_fits_on_no_gpu_is_one_sentence(checkout):
     raw = yaml.safe_load((REPOSITORY / "workflow/presets/core.yaml").read_text())
     raw["execution"] |= {"gpu": "A10"}
@@ -103,6 +108,7 @@ def test_what_fits_on_no_gpu_is_one_sentence(checkout):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_unknown_preset_is_one_sentence(checkout):
     output = snakemake(checkout, "--config", "preset=lpatop", fails=True)
     assert "preset 'lpatop': no file" in output
@@ -115,6 +121,7 @@ def smoke(checkout):
     return checkout, snakemake(checkout, "--config", "preset=smoke")
 
 
+@pytest.mark.slow
 def test_smoke_runs_to_the_report(smoke):
     checkout, output = smoke
     results = checkout / "results/smoke"
@@ -145,6 +152,7 @@ def test_smoke_runs_to_the_report(smoke):
     assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
 
 
+@pytest.mark.slow
 def test_the_base_and_every_condition_are_evaluated(smoke):
     results = smoke[0] / "results/smoke"
     evals = pq.read_table(results / "tables/evals.parquet").to_pandas()
@@ -158,6 +166,7 @@ def test_the_base_and_every_condition_are_evaluated(smoke):
         assert (samples.groupby("task").doc_id.nunique() == 8).all()
 
 
+@pytest.mark.slow
 def test_records_say_what_happened_and_where(smoke):
     runs = pq.read_table(smoke[0] / "results/smoke/tables/runs.parquet").to_pandas()
     for column in ("device", "threads", "host", "started", "versions", "model_sha256", "dataset_sha256", "wall_s"):
@@ -178,6 +187,7 @@ def test_records_say_what_happened_and_where(smoke):
     assert runs.final_reward.notna().eq(runs.task == "rl").all()
 
 
+@pytest.mark.slow
 def test_weights_are_kept_at_the_best_lr_only(smoke):
     folder = smoke[0] / "results/smoke"
     runs = pq.read_table(folder / "tables/runs.parquet").to_pandas()
@@ -187,11 +197,13 @@ def test_weights_are_kept_at_the_best_lr_only(smoke):
             assert (folder / "runs" / run.run_id / "weights").exists() == (run.lr == best), run
 
 
+@pytest.mark.slow
 def test_a_second_call_has_nothing_to_do(smoke):
     output = snakemake(smoke[0], "--config", "preset=smoke")
     assert "Nothing to be done" in output
 
 
+@pytest.mark.slow
 def test_status_and_plan_from_another_terminal(smoke):
     command = [sys.executable, "-m", "lorabench.cli", "status", "--preset", "smoke"]
     text = subprocess.run(command, cwd=smoke[0], capture_output=True, text=True, check=True).stdout
@@ -199,6 +211,7 @@ def test_status_and_plan_from_another_terminal(smoke):
     assert "results/smoke/report/index.html" in text
 
 
+@pytest.mark.slow
 def test_snakemakes_own_report(smoke):
     snakemake(smoke[0], "--config", "preset=smoke", "--report", "snakemake_report.html")
     text = (smoke[0] / "snakemake_report.html").read_text()

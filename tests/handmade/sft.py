@@ -12,6 +12,8 @@ LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 CURVATURE = 0.1  # nats per squared unit of log LR
 OFFSETS = (0.0, 0.004, -0.004)  # of the final loss, by seed: the same luck in every arm, so that pairs cancel it
+INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens")
+FLOATS = ("final_valid_nll", "final_test_nll", "base_reward", "final_valid_reward", "final_reward", "best_reward")
 
 ArmTables = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
@@ -87,8 +89,14 @@ def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
     arms = list(arms)
     runs = pd.DataFrame([row for rows, _ in arms for row in rows])
     curves = pd.DataFrame([row for _, rows in arms for row in rows])
-    integers = {"rank": "Int64", "batch_size": "Int64", "steps": "Int64", "seed": "Int64", "train_tokens": "Int64"}
-    runs = runs.astype(integers | {"final_valid_nll": float, "final_test_nll": float})
+    return typed(runs, curves)
+
+
+def typed(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Give the columns that are there the types that `lorabench.tables.read_table` gives them."""
+    runs = runs.astype(
+        {name: "Int64" for name in INTEGERS if name in runs} | {name: float for name in FLOATS if name in runs}
+    )
     return runs, curves.astype({"step": "Int64", "value": float})
 
 

@@ -133,7 +133,7 @@ def write_math500(root: Path, count: int = 12) -> Path:
         {
             # Problems of Hendrycks' test split.
             "problem": f"What is {n % 6} in {SUBJECTS[n // 6]} of test?",
-            "solution": "It is known.",
+            "solution": rf"It is $\boxed{{\frac{{{n % 6}}}{{7}}}}$.",
             "answer": rf"\frac{{{n % 6}}}{{7}}",
             "subject": SUBJECTS[n // 6].title(),
             "level": n % 5 + 1,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pandas as pd
-
-from tests.analysis.tables_by_hand import ArmTables
+from tests.handmade.sft import ArmTables
+from tests.handmade.sft import tables as tables
 
 LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 OFFSETS = (0.0, 0.004, -0.004)  # of every accuracy, by seed: the same luck in every arm
@@ -100,14 +99,3 @@ def arm(
                 if not (diverged and step > 4)
             ]
     return runs, curves
-
-
-def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the tables `runs` and `curves`, typed as `lorabench.tables.read_table` gives them."""
-    arms = list(arms)
-    runs = pd.DataFrame([row for rows, _ in arms for row in rows])
-    curves = pd.DataFrame([row for _, rows in arms for row in rows])
-    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
-    integers = ["rank", "batch_size", "steps", "seed"]
-    runs = runs.astype(dict.fromkeys(integers, "Int64") | dict.fromkeys(rewards, float))
-    return runs, curves.astype({"step": "Int64", "value": float})

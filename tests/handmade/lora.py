@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tests.handmade.sft import typed
+
 RECORDED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -114,6 +116,5 @@ def lora_tables(
             for step in sorted({0, *RECORDED, run["steps"]})
             if step <= run["steps"]
         ]
-    integers = dict.fromkeys(("rank", "batch_size", "steps", "seed"), "Int64")
     curves = pd.DataFrame(rows, columns=["run_id", "step", "split", "metric", "value"]).fillna({"split": "train"})
-    return pd.DataFrame(runs).astype(integers), curves.astype({"step": "Int64", "value": float})
+    return typed(pd.DataFrame(runs), curves)

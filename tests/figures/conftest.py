@@ -1,0 +1,12 @@
+"""Pictures of tests have few pixels: most of the time that a figure takes goes into its PNG."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorabench.figures import style
+
+
+@pytest.fixture(autouse=True)
+def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "PNG_DPI", 40)
