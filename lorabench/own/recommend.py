@@ -185,8 +185,8 @@ def _notes(model: Model, rank: int, batch: int, examples: int, completion_tokens
         # One bit per token and two bits per parameter are the numbers in the paper's discussion of capacity.
         notes.append(
             f"About {formats.amount(completion_tokens, 'bit')} in the data at one bit per token (the cost of "
-            f"memorizing them; generalizing takes less), {formats.amount(2 * parameters, 'bit')} in the adapter at two bits per "
-            "parameter."
+            f"memorizing them; generalizing takes less), {formats.amount(2 * parameters, 'bit')} in the adapter at "
+            "two bits per parameter."
         )
     notes.append("`lorabench init` writes a preset that measures these settings on your own data.")
     return notes
