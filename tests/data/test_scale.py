@@ -1,4 +1,4 @@
-"""A hundred thousand chats of Tulu3's form: made and tokenized in bounded memory. Takes minutes."""
+"""A hundred thousand chats in the form of Tulu3 are made and tokenized in bounded memory; this takes minutes."""
 
 from __future__ import annotations
 
