@@ -139,7 +139,7 @@ BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
     ("command", "kind"),
     [*(("claims", kind) for kind in BAD), *(("figure", kind) for kind in ("infinite loss", "datasets", "empty file"))],
 )
-def test_a_bad_table_is_refused_and_what_was_there_stays(command: str, kind: str, tmp_path: Path):
+def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, command: str, tmp_path: Path):
     suffix, content, message = BAD[kind]
     tables, out = write(tmp_path / "tables", content, suffix), tmp_path / "out"
     out.mkdir()
