@@ -1,0 +1,1 @@
+"""Rerun every comparison of "LoRA Without Regret" and judge from data which of its claims hold."""

@@ -2,7 +2,7 @@
 
 PROTOCOL_VERSION is part of every run_id. This test keeps a digest of the code that determines a run's
 numbers, comments and docstrings left out. When it fails, either the change alters results - raise
-PROTOCOL_VERSION in lorabench/plan.py - or it does not (the parity tests still pass). In both cases write
+PROTOCOL_VERSION in lorabench/planning/plan.py - or it does not (the parity tests still pass). In both cases write
 the new line into tests/protocol_digest.txt.
 """
 
@@ -12,7 +12,7 @@ import ast
 import hashlib
 from pathlib import Path
 
-from lorabench.plan import PROTOCOL_VERSION
+from lorabench.runs import PROTOCOL_VERSION
 
 from .conftest import REPOSITORY
 
@@ -25,23 +25,23 @@ CODE = (
     "lorabench/data/grading_worker.py",
     "lorabench/data/hub.py",
     "lorabench/data/hub_problems.py",
-    "lorabench/data/problems.py",
+    "lorabench/data/problem_sets.py",
     "lorabench/data/reasoning.py",
     "lorabench/data/rows.py",
     "lorabench/data/sft.py",
     "lorabench/data/tokens.py",
     "lorabench/models/attention.py",
-    "lorabench/models/blocks.py",
-    "lorabench/models/full_lanes.py",
-    "lorabench/models/lanes.py",
+    "lorabench/models/attention_blocks.py",
+    "lorabench/models/lanes/full.py",
+    "lorabench/models/lanes/shelf.py",
     "lorabench/models/last_layer.py",
     "lorabench/models/lora.py",
-    "lorabench/models/lora_lanes.py",
-    "lorabench/models/placement.py",
+    "lorabench/models/lanes/lora.py",
+    "lorabench/config/placement.py",
     "lorabench/training/adapter.py",
     "lorabench/training/batches.py",
     "lorabench/training/distributed.py",
-    "lorabench/training/lanes.py",
+    "lorabench/training/drive.py",
     "lorabench/training/loss.py",
     "lorabench/training/rl/cache.py",
     "lorabench/training/rl/loop.py",
@@ -51,8 +51,8 @@ CODE = (
     "lorabench/training/rl/serve.py",
     "lorabench/training/rl/together.py",
     "lorabench/training/run.py",
-    "lorabench/training/sft.py",
-    "lorabench/training/sft_lanes.py",
+    "lorabench/training/sft/loop.py",
+    "lorabench/training/sft/serve.py",
 )
 RECORDED = Path(__file__).parent / "protocol_digest.txt"
 

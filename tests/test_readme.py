@@ -17,18 +17,20 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.analysis.claims import judge_claims
-from lorabench.models.tiny import shipped
-from lorabench.tables import Tables, write_frame
-from tests.conftest import REPOSITORY
-from tests.handmade import curves_of, make_sweep, runs_table
-from tests.own.conftest import write_rows
-from tests.workflow.checkout import copy_checkout
+from lorabench.claims import judge_claims
+from lorabench.models.tiny import shipped_folder
+from lorabench.tables.io import write_frame
+from lorabench.tables.tables import Tables
+
+from .conftest import REPOSITORY
+from .custom.conftest import write_rows
+from .handmade import curves_of, make_sweep, runs_table
+from .workflow.checkout import copy_checkout
 
 ELSEWHERE = {
     "python3 -m venv .venv": "what CI begins with",
-    "python -m tests.benchmarks.sampling": "takes minutes; its numbers are kept beside it",
-    "python -m tests.benchmarks.speed": "takes long; tests/benchmarks/test_speed.py runs its quick form",
+    "python -m benchmarks.sampling": "takes minutes; its numbers are kept beside it",
+    "python -m benchmarks.speed": "takes long; tests/benchmarks/test_speed.py runs its quick form",
 }
 """How the commands begin that are not run here, and why."""
 
@@ -48,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
         runs = runs_table([row for rank in (None, 1, 16) for row in make_sweep(rank, dataset=dataset)])
         write_frame(runs, "runs", checkout / place / "tables")
         write_frame(curves_of(runs), "curves", checkout / place / "tables")
-    shutil.copytree(shipped("llama-128"), checkout / "path/to/model")
+    shutil.copytree(shipped_folder("llama-128"), checkout / "path/to/model")
     write_rows(checkout / "my.jsonl", 50)
     problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]
     (checkout / "problems.jsonl").write_text("\n".join(problems))

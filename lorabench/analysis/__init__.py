@@ -1,0 +1,1 @@
+"""Estimators that take and return tables."""

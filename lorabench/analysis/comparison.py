@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, each_arm, is_rl, rows_of
+from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, each_arm, rows_of
 from lorabench.analysis.finding import (
     MIN_SEEDS,
     SIGMAS,
@@ -28,9 +28,10 @@ from lorabench.analysis.finding import (
     within,
 )
 from lorabench.analysis.gaps import best_losses, gap
-from lorabench.analysis.noise import GROUP, seed_noise
+from lorabench.analysis.noise import NOISE_GROUP, seed_noise
 from lorabench.analysis.optimum import lr_draws, lr_optima
-from lorabench.tables import words
+from lorabench.tables.checks import is_rl
+from lorabench.tables.io import list_of_words
 
 Arm = dict[str, Any]
 """An arm by the columns ARM: one method in one setting, whose LR is swept."""
@@ -136,8 +137,8 @@ class Comparison:
         if difference.n_diverged:
             problems.append(f"{difference.n_diverged} repeats at the best LR diverged")
         interval = (difference.ci_low, difference.ci_high)
-        words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {words} over {difference.n_seeds} seeds"
+        list_of_words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {list_of_words} over {difference.n_seeds} seeds"
         return difference.estimate, interval, text, problems
 
     @property
@@ -175,12 +176,12 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Comparison]:
     """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length."""
     noise = seed_noise(runs)
     parts = []
-    several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in GROUP[2:]}
-    for (model, dataset, batch_size, steps), of_group in runs.groupby(GROUP, dropna=False):
+    several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in NOISE_GROUP[2:]}
+    for (model, dataset, batch_size, steps), of_group in runs.groupby(NOISE_GROUP, dropna=False):
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
-        group = dict(zip(GROUP, (model, dataset, batch_size, steps), strict=True))
+        group = dict(zip(NOISE_GROUP, (model, dataset, batch_size, steps), strict=True))
         parts.append(Comparison(label, of_group, curves, rows_of(noise, group)))
     return parts
 
@@ -194,7 +195,7 @@ def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
     """Return which runs belong to one of the experiments; a run that names no experiment belongs to all."""
     if "experiments" not in runs:
         return pd.Series(True, index=runs.index)
-    listed = runs["experiments"].map(words)
+    listed = runs["experiments"].map(list_of_words)
     return listed.map(lambda of_run: not of_run or any(name in of_run for name in names)).astype(bool)
 
 

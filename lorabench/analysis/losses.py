@@ -4,7 +4,7 @@ The estimators of this package pick a learning rate by the column `validation_lo
 Lower is better. What they hold depends on the task:
 
     supervised fine-tuning    NLL in nats per scored token, the columns `final_valid_nll` and `final_test_nll`
-    reinforcement learning    error rate from 0 to 1, which is 1 - accuracy, from `lorabench.analysis.rewards.errors`
+    reinforcement learning    error rate from 0 to 1, which is 1 - accuracy, from `rewards.with_error_rates`
 
 Tables on disk do not have these columns; a table given to an estimator may lack them for supervised fine-tuning.
 """

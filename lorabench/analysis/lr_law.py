@@ -54,7 +54,7 @@ def lineage(family: str) -> str:
     return next((name for name in PUBLISHED.exponents if family.lower().startswith(name)), family.lower())
 
 
-def predict(law: LrLaw, family: str, hidden_size: float, method: str) -> float:
+def predict_lr(law: LrLaw, family: str, hidden_size: float, method: str) -> float:
     """Return the LR that a law predicts; NaN for a family without an exponent.
 
     Args:
@@ -67,7 +67,7 @@ def predict(law: LrLaw, family: str, hidden_size: float, method: str) -> float:
     return float(law.base * (law.multiplier if method == "lora" else 1.0) * (PIVOT / hidden_size) ** exponent)
 
 
-def regret(lrs: np.ndarray, losses: np.ndarray, lr: float) -> np.ndarray:
+def lr_regret(lrs: np.ndarray, losses: np.ndarray, lr: float) -> np.ndarray:
     """Compute how much worse an LR is than the best measured LR, relative to the lowest loss.
 
     Losses between the LRs are interpolated linearly in log LR, as in the paper's fit.
@@ -102,7 +102,7 @@ def is_determined(problems: Sequence[LrProblem]) -> bool:
     return bool(len(problems)) and np.linalg.matrix_rank(design) == design.shape[1]
 
 
-def fit(problems: Sequence[LrProblem]) -> LrLaw:
+def fit_lr_law(problems: Sequence[LrProblem]) -> LrLaw:
     """Fit the law whose predictions have the lowest summed regret, the criterion of the paper's fit.
 
     The regret is extrapolated beyond a grid with its last slope, and a run without a loss counts as worse than the

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import ARM, arm_table, each_arm, with_arm_columns
 from lorabench.analysis.gaps import best_losses, mean_interval
-from lorabench.analysis.noise import GROUP
+from lorabench.analysis.noise import NOISE_GROUP
 
 BITS_PER_PARAMETER = 2.0
 """Bits that a parameter stores after long training on synthetic data (Allen-Zhu and Li, 2024, cited by the paper)."""
@@ -110,7 +110,7 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
         UserError: See `check_runs`.
     """
     rows: list[dict[str, Any]] = []
-    for _, group in with_arm_columns(runs).groupby(GROUP, dropna=False):
+    for _, group in with_arm_columns(runs).groupby(NOISE_GROUP, dropna=False):
         best = best_losses(group)
         best = best[best["n_seeds"] > 0]
         if best.empty:

@@ -13,7 +13,7 @@ from lorabench.analysis.losses import with_losses
 
 _CELL = [*ARM, "lr"]
 
-GROUP = ["model", "dataset", "batch_size", "steps"]
+NOISE_GROUP = ["model", "dataset", "batch_size", "steps"]
 """Columns of a group of runs whose noise is pooled, over all of its arms."""
 
 
@@ -38,7 +38,7 @@ def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
     check_runs(runs)
     runs = with_losses(with_arm_columns(runs))
     rows = []
-    for key, group in runs.groupby(GROUP, dropna=False):
+    for key, group in runs.groupby(NOISE_GROUP, dropna=False):
         done = group[group["status"] == "done"].dropna(subset=["validation_loss", "test_loss"])
         repeated = done[done.groupby(_CELL, dropna=False)["run_id"].transform("size") >= 2]
         cells = repeated.groupby(_CELL, dropna=False)
@@ -48,7 +48,7 @@ def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
             for loss in ("test_loss", "validation_loss")
         )
         rows.append((*key, sigma, sigma_valid, dof, len(repeated)))
-    frame = pd.DataFrame(rows, columns=[*GROUP, "sigma", "sigma_valid", "dof", "n_runs"])
+    frame = pd.DataFrame(rows, columns=[*NOISE_GROUP, "sigma", "sigma_valid", "dof", "n_runs"])
     return frame.astype({"batch_size": "Int64", "steps": "Int64"})
 
 
@@ -61,6 +61,6 @@ def sigma_of(noise: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, split: str
         arm: values of the ARM columns.
         split: `validation` or `test`.
     """
-    row = rows_of(noise, arm, [name for name in GROUP if name in noise])
+    row = rows_of(noise, arm, [name for name in NOISE_GROUP if name in noise])
     column = "sigma_valid" if split == "validation" and "sigma_valid" in noise else "sigma"
     return float(row[column].iloc[0]) if len(row) else math.nan

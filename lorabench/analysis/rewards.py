@@ -20,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed, is_rl
+from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.optimum import LrGrid, arm_rng, best_index, lr_grid, lr_optima
+from lorabench.tables.checks import is_rl
 
 GOOD = 0.95
 """Share of an arm's own peak accuracy that a good LR reaches at least."""
@@ -31,7 +32,7 @@ GOOD = 0.95
 TestReward = Literal["final_reward", "best_reward"]
 
 
-def errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
+def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs with their error rates as losses.
 
     A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has.
@@ -66,7 +67,7 @@ def reward_optima(runs: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: See `check_runs`.
     """
-    with_errors = errors(runs)
+    with_errors = with_error_rates(runs)
     optima = lr_optima(with_errors, _noise(with_errors))
     # The interpolated error rate can be below 0.
     return optima.assign(reward_opt=(1 - optima["loss_opt"]).clip(0, 1)).drop(columns="loss_opt")
@@ -98,7 +99,7 @@ def reward_curves(
     """
     points = points_of(curves, split, metric).sort_values(["step", "run_id"])
     rows: list[dict[Hashable, Any]] = []
-    for best in best_losses(errors(runs)).to_dict("records"):
+    for best in best_losses(with_error_rates(runs)).to_dict("records"):
         of_arm = points[points["run_id"].isin(best["run_ids"])]
         rows += [
             best
@@ -142,7 +143,7 @@ def good_bands(runs: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd
     Raises:
         UserError: See `check_runs`.
     """
-    with_errors = errors(runs)
+    with_errors = with_error_rates(runs)
     check_runs(with_errors)
     noise = _noise(with_errors)
     rows = []

@@ -10,7 +10,7 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.lr_law import LrLaw, LrProblem, fit, is_determined, lineage
+from lorabench.analysis.lr_law import LrLaw, LrProblem, fit_lr_law, is_determined, lineage
 from lorabench.analysis.lr_ratio import LrRatio, lr_ratio
 from lorabench.analysis.optimum import LrGrid, lr_grid
 
@@ -82,4 +82,4 @@ def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:
             grid = model.grid(method)
             if np.isfinite(grid.valid).any() and len(grid.lr) > 1:
                 problems.append(LrProblem(model.lineage, model.hidden_size, method, grid.lr, grid.valid))
-    return fit(problems) if is_determined(problems) else None
+    return fit_lr_law(problems) if is_determined(problems) else None

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from lorabench.analysis.arms import arm_table, each_arm, rows_of, with_arm_columns
 from lorabench.analysis.slopes import Line, log_log
 
-Status = Literal["left", "stays", "never joined", "unknown"]
+ThresholdStatus = Literal["left", "stays", "never joined", "unknown"]
 
 
 def thresholds(runs: pd.DataFrame, envelopes: pd.DataFrame, departures: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +38,7 @@ def thresholds(runs: pd.DataFrame, envelopes: pd.DataFrame, departures: pd.DataF
         points = rows_of(envelopes[envelopes["step"] > 0], arm).sort_values("step")
         steps, tokens = points["step"].to_numpy(int), points["tokens"].to_numpy(float, na_value=math.nan)
         departed, step = departure["departed"].iloc[0], departure["step"].iloc[0]
-        status: Status
+        status: ThresholdStatus
         index = len(steps) - 1
         if pd.isna(departed):
             status = "unknown"

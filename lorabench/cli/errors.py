@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import typer
 
 from lorabench.errors import UserError
-from lorabench.exhausted import memory_for, space_for
-from lorabench.training import stop
+from lorabench.utils import signals
+from lorabench.utils.exhaustion import memory_for, space_for
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def in_one_sentence() -> Iterator[None]:
     """
     try:
         with (
-            stop.at_once(),
+            signals.stop_immediately(),
             space_for("this command's files"),
             memory_for("this command", "give it more, or a larger machine"),
         ):
@@ -29,6 +29,6 @@ def in_one_sentence() -> Iterator[None]:
     except UserError as error:
         print(f"lorabench: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    except stop.Stopped as stopped:
+    except signals.Stopped as stopped:
         print(f"lorabench: {stopped}", file=sys.stderr)
         raise typer.Exit(stopped.exit_status) from stopped

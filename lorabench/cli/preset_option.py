@@ -11,8 +11,8 @@ from lorabench.errors import UserError
 
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.
-    from lorabench.layout import Layout
-    from lorabench.plan import Plan
+    from lorabench.planning.plan import Plan
+    from lorabench.storage.layout import Layout
 
 T = TypeVar("T")
 
@@ -27,8 +27,8 @@ def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
     Raises:
         PresetError: there is no such preset, or it is not valid.
     """
-    from lorabench.layout import Layout
-    from lorabench.plan import make_plan
+    from lorabench.planning.plan import make_plan
+    from lorabench.storage.layout import Layout
 
     layout = Layout.of(preset)
     return make_plan(layout.preset), layout

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorabench import bill, cost
-from lorabench.gpus import GB, GPUS
-from lorabench.plan import Plan
-from lorabench.progress import Status
+from lorabench.estimates.seconds import flops_per_second
+from lorabench.planning import bill
+from lorabench.planning.plan import Plan
+from lorabench.storage.progress import Status
 from lorabench.utils import formats
+from lorabench.utils.gpus import GB, GPUS
 
 
 def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
@@ -32,8 +33,8 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         notes: sentences to print below the table.
     """
     execution = plan.preset.execution
-    rate = cost.speed(execution) / 1e9
-    given = "execution.gflops" if execution.gflops is not None else "an assumption, see lorabench/gpus.py"
+    rate = flops_per_second(execution) / 1e9
+    given = "execution.gflops" if execution.gflops is not None else "an assumption, see lorabench/utils/gpus.py"
     rows = bill.per_experiment(plan)
     last: dict[str, Callable[[bill.Bill], str]] = {}
     if execution.gpu is None:
@@ -81,7 +82,7 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
     rows = {name: asdict(row) for name, row in bill.per_experiment(plan).items()}
     for row in rows.values():
         row["money"] = None if price is None else row["gpu_hours"] * price
-    machine = {"gpu": plan.preset.execution.gpu, "flops_per_s": cost.speed(plan.preset.execution), "cores": cores}
+    machine = {"gpu": plan.preset.execution.gpu, "flops_per_s": flops_per_second(plan.preset.execution), "cores": cores}
     return json.dumps({**machine, "notes": list(notes), "experiments": rows}, indent=2)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, plan_and_layout
-from lorabench.config import json_schema
+from lorabench.config.schema import json_schema
 from lorabench.errors import UserError
 
 app = typer.Typer()
@@ -34,7 +34,9 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the planned runs to this parquet file and print nothing.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/gpus.py.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")
+    ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour.")] = None,
     budget: Annotated[
         float | None, typer.Option(min=0, help="Hours (of GPUs, or of a CPU job) to stay within.")
@@ -49,14 +51,15 @@ def plan(
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
-        from lorabench import bill
-        from lorabench.budget import with_budget
-        from lorabench.calibration import calibrated, measure
-        from lorabench.plan import make_plan
+        from lorabench.planning import bill
+        from lorabench.planning.budget import with_budget
+        from lorabench.planning.calibration import calibrated
+        from lorabench.planning.plan import make_plan
+        from lorabench.tables.measured_speed import measure
 
         planned, layout = plan_and_layout(preset if budget is None else with_budget(preset, budget))
         if out is not None:
-            from lorabench.tables import write_plan
+            from lorabench.tables.collect import write_plan
 
             write_plan(planned, out)
             return
@@ -83,7 +86,7 @@ def run(
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     with in_one_sentence():
         from lorabench.cli.snakemake import start_snakemake
-        from lorabench.config import preset_path
+        from lorabench.config.files import preset_path
 
         preset_path(preset)
         start_snakemake(preset, context.args)
@@ -118,8 +121,8 @@ def init(
     """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
     with in_one_sentence():
         from lorabench.cli.show import plan_table
-        from lorabench.own.preset import Choices, init_preset
-        from lorabench.plan import make_plan
+        from lorabench.custom.preset import Choices, init_preset
+        from lorabench.planning.plan import make_plan
 
         choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
         written = init_preset(out, model, data, data_format, choices, force, say=print)
@@ -143,9 +146,9 @@ def recommend(
 ) -> None:
     """Recommend learning rates, rank and placement for a model, each with its source."""
     with in_one_sentence():
-        from lorabench.own.model import find_model
-        from lorabench.own.recommend import recommend as recommend_settings
-        from lorabench.own.show import recommendation_table
+        from lorabench.custom.model import find_model
+        from lorabench.custom.recommend import recommend as recommend_settings
+        from lorabench.custom.show import recommendation_table
 
         if dataset_tokens is not None and data is not None:
             raise UserError("--dataset-tokens and --data: give one of them")
@@ -153,9 +156,9 @@ def recommend(
             raise UserError("--json and --script: give one of them")
         described, examined, template = find_model(model), None, None
         if data is not None:
-            from lorabench.own.data import look_at
+            from lorabench.custom.data import examine
 
-            examined, template = look_at(described, data, data_format)
+            examined, template = examine(described, data, data_format)
         tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
         recommendation = recommend_settings(described, tokens, examined, gpu)
         if as_json:
@@ -163,7 +166,7 @@ def recommend(
 
             print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
         elif as_script:
-            from lorabench.own.script import script
+            from lorabench.custom.script import script
 
             print(script(recommendation, examined, template), end="")
         else:
@@ -175,7 +178,7 @@ def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
     with in_one_sentence():
         from lorabench.cli.show import status_table
-        from lorabench.progress import status as read_status
+        from lorabench.storage.progress import status as read_status
 
         status_table(read_status(*plan_and_layout(preset)))
 
@@ -190,7 +193,7 @@ def schema() -> None:
 def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     with in_one_sentence():
-        from lorabench.merge import merge as merge_folders
+        from lorabench.tables.merge import merge as merge_folders
 
         merge_folders(folders, out)
 
@@ -199,8 +202,9 @@ def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of
 def claims(tables: TablesFolder, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
-        from lorabench.analysis.claims import judge_claims
-        from lorabench.tables import Tables, write_frame
+        from lorabench.claims import judge_claims
+        from lorabench.tables.io import write_frame
+        from lorabench.tables.tables import Tables
 
         write_frame(judge_claims(Tables.read(tables)), "claims", out)
 
@@ -209,10 +213,10 @@ def claims(tables: TablesFolder, out: Annotated[Path, typer.Option(help="Folder 
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     with in_one_sentence():
-        from lorabench.figures import drawable, save
+        from lorabench.figures.save import drawable_figures, save_figure
 
-        for figure_name in drawable(tables) if name == "all" else [name]:
-            save(figure_name, tables, out)
+        for figure_name in drawable_figures(tables) if name == "all" else [name]:
+            save_figure(figure_name, tables, out)
 
 
 @app.command(rich_help_panel=_PANEL)

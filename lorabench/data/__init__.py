@@ -1,0 +1,1 @@
+"""Datasets, token caches, problem sets and graders."""

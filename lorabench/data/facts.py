@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from random import Random
 from string import ascii_lowercase
 
-from lorabench.config import FactsDataset
+from lorabench.config.datasets import FactsDataset
 from lorabench.data.chat import Chat
 
 SOURCE = "facts"

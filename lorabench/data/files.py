@@ -21,7 +21,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-from lorabench.config import FILE_SUFFIXES, FileDataset, FileFormat, FileProblems
+from lorabench.config.datasets import FileDataset
+from lorabench.config.fields import FILE_SUFFIXES, FileFormat
+from lorabench.config.problems import FileProblems
 from lorabench.data.answers import gsm8k_answer, last_box, number
 from lorabench.data.chat import Chat, Messages, is_example, prompt_digest
 from lorabench.data.hub import ROLES
@@ -30,7 +32,7 @@ from lorabench.data.reasoning import Problem
 from lorabench.data.rows import (
     MAX_LINE_BYTES,
     TOO_LONG,
-    Row,
+    RawRow,
     Tally,
     Unreadable,
     UnusableRowError,
@@ -118,11 +120,11 @@ def usable_chats(path: Path, tally: Tally, max_chars: int | None = None) -> Iter
     return usable_rows(_rows(path, tally), path.name, tally, max_chars)
 
 
-def usable_rows(rows: Iterable[Row], source: str, tally: Tally, max_chars: int | None) -> Iterator[Chat]:
+def usable_rows(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None) -> Iterator[Chat]:
     """Yield the usable examples among rows that were read elsewhere; see `usable_chats`."""
 
     def parse(content: dict[str, Any]) -> Chat:
-        chat = Chat(source, to_messages(content, tally.format))
+        chat = Chat(source, file_messages(content, tally.format))
         if max_chars is not None and chat.chars() > max_chars:
             raise UnusableRowError(TOO_LONG)
         return chat
@@ -160,7 +162,7 @@ def formats_in(columns: Iterable[str]) -> list[FileFormat]:
     return chats[:1] or [name for name in formats if "/" in name] or formats
 
 
-def to_messages(content: dict[str, Any], format_name: str) -> Messages:
+def file_messages(content: dict[str, Any], format_name: str) -> Messages:
     """Return the messages of a row, each with `role` and `content`.
 
     Raises:
@@ -244,7 +246,7 @@ def _names(columns: Iterable[str]) -> str:
     return ", ".join(repr(name)[:80] for name in list(columns)[:20]) or "none"
 
 
-def _rows(path: Path, tally: Tally) -> Iterator[Row]:
+def _rows(path: Path, tally: Tally) -> Iterator[RawRow]:
     """Yield all rows of a file, and set the tally's unit.
 
     Raises:
@@ -271,7 +273,7 @@ def _rows(path: Path, tally: Tally) -> Iterator[Row]:
         raise UserError(f"{path} has no rows")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[RawRow]:
     """Yield the rows of an array of objects, held in memory, or of one object per line, as in many .json files."""
     first = next((line.lstrip()[:1] for _, line in text_lines(path) if not isinstance(line, Unreadable)), "")
     if first == "{":
@@ -285,10 +287,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
     if not isinstance(values, list):
         raise UserError(f"{path} must be an array of objects, or hold one object per line")
     for place, value in enumerate(values, 1):
-        yield Row(place, value if isinstance(value, dict) else Unreadable("not a JSON object"))
+        yield RawRow(place, value if isinstance(value, dict) else Unreadable("not a JSON object"))
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a CSV file with a header; the place of a row whose fields hold line ends is its last line."""
     # Python's limit is 128 KiB by default, and holds for the whole process.
     csv.field_size_limit(MAX_LINE_BYTES)
@@ -305,10 +307,10 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(reader.line_num, Unreadable(f"not CSV: {error}"))
+                yield RawRow(reader.line_num, Unreadable(f"not CSV: {error}"))
                 continue
             # DictReader puts fields beyond the header under the key None, and None in place of missing fields.
             complete = None not in content and None not in content.values()
-            yield Row(
+            yield RawRow(
                 reader.line_num, dict(content) if complete else Unreadable(f"not the {fields} fields of the header")
             )

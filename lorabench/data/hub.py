@@ -20,24 +20,24 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.config import HubDataset
+from lorabench.config.datasets import HubDataset
 from lorabench.data.chat import SPLITS, Chat, Messages, Split, prompt_digest
-from lorabench.data.rows import Choose, Row, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
+from lorabench.data.rows import Choose, RawRow, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
-from lorabench.hub import Fetched, Wanted
+from lorabench.utils.hub import FetchedRepository, WantedRepository
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _FORMS = ("messages", "conversations")
 _NO_ANSWER, _REPEATED = "without a last answer", "with the prompt of another"
 
 
-def repository(spec: HubDataset) -> Wanted:
+def repository(spec: HubDataset) -> WantedRepository:
     """Return what has to be fetched for a dataset."""
-    return Wanted("dataset", spec.id, spec.revision, ((spec.config, spec.split),))
+    return WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))
 
 
 def part_files(
-    fetched: Mapping[str, Fetched], copies: str | None, name: str, config: str | None, split: str
+    fetched: Mapping[str, FetchedRepository], copies: str | None, name: str, config: str | None, split: str
 ) -> list[Path]:
     """Return the files of a part of a dataset: from the hub's cache, or from a folder with copies of repositories.
 
@@ -63,7 +63,7 @@ def _local_files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def part_rows(files: Iterable[Path], choose: Choose) -> Iterator[Row]:
+def part_rows(files: Iterable[Path], choose: Choose) -> Iterator[RawRow]:
     """Yield the rows of a part of a dataset; a row's place is its number through all files, counted from 1.
 
     Args:
@@ -75,10 +75,10 @@ def part_rows(files: Iterable[Path], choose: Choose) -> Iterator[Row]:
     """
     contents = (row.content for file in files for row in _file_rows(file, choose))
     for number, content in enumerate(contents, 1):
-        yield Row(number, content)
+        yield RawRow(number, content)
 
 
-def _file_rows(file: Path, choose: Choose) -> Iterator[Row]:
+def _file_rows(file: Path, choose: Choose) -> Iterator[RawRow]:
     match file.suffix:
         case ".parquet":
             yield from parquet_rows(file, choose)
@@ -87,7 +87,7 @@ def _file_rows(file: Path, choose: Choose) -> Iterator[Row]:
                 where = f"{file}:{place}"
                 if isinstance(content, Unreadable):
                     raise UserError(f"{where} is {content}")
-                yield Row(place, {name: content[name] for name in choose(content, where)})
+                yield RawRow(place, {name: content[name] for name in choose(content, where)})
         case _:
             raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
 
@@ -112,7 +112,7 @@ class HubChats:
                 yield SPLITS[index], chat
 
 
-def choose_chats(spec: HubDataset, fetched: Mapping[str, Fetched]) -> HubChats:
+def choose_chats(spec: HubDataset, fetched: Mapping[str, FetchedRepository]) -> HubChats:
     """Choose the rows of each split at random by the spec's seed; each prompt once, so that splits share none.
 
     The held-out splits are drawn first, so that they do not depend on the number of training examples.

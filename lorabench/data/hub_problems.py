@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from random import Random
 from typing import Any, NamedTuple
 
-from lorabench.config import HubProblems
+from lorabench.config.problems import HubProblems
 from lorabench.data.answers import gsm8k_answer, last_box
 from lorabench.data.hub import part_files, part_rows
 from lorabench.data.reasoning import Problem
 from lorabench.data.rows import Tally, UnusableRowError, usable
 from lorabench.errors import UserError
-from lorabench.hub import Fetched, Wanted
+from lorabench.utils.hub import FetchedRepository, WantedRepository
 
 BOX = r" Write your answer in \boxed{} format."
 NUMBER_BOX = r" Provide a numerical answer without units, written inside \boxed{}."
@@ -68,15 +68,20 @@ _TEST = {
 }
 
 
-def repositories(spec: HubProblems) -> list[Wanted]:
+def repositories(spec: HubProblems) -> list[WantedRepository]:
     """Return what has to be fetched for a problem set."""
     parts: dict[str, list[tuple[str | None, str]]] = {}
     for part in (*_TRAIN.get(spec.kind, ()), *_TEST.get(spec.kind, ())):
         parts.setdefault(part.id, []).append((part.config, part.split))
-    return [Wanted("dataset", name, spec.revisions.get(name, "main"), tuple(splits)) for name, splits in parts.items()]
+    return [
+        WantedRepository("dataset", name, spec.revisions.get(name, "main"), tuple(splits))
+        for name, splits in parts.items()
+    ]
 
 
-def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterator[Problem], Iterator[Problem]]:
+def hub_pools(
+    spec: HubProblems, fetched: Mapping[str, FetchedRepository]
+) -> tuple[Iterator[Problem], Iterator[Problem]]:
     """Return the problems to train on and those to test on, in an order that the seed decides.
 
     For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
@@ -99,7 +104,7 @@ def hub_pools(spec: HubProblems, fetched: Mapping[str, Fetched]) -> tuple[Iterat
     return (problem for problem in train if problem.key not in tested), iter(test)
 
 
-def _problems(spec: HubProblems, fetched: Mapping[str, Fetched], part: _Part) -> list[Problem]:
+def _problems(spec: HubProblems, fetched: Mapping[str, FetchedRepository], part: _Part) -> list[Problem]:
     suffix = NUMBER_BOX if spec.kind == "gsm8k" else BOX
     source = "/".join(name for name in (part.id, part.config) if name)
 

@@ -102,10 +102,10 @@ def task_problems(task: str, seed: int, **settings: int) -> Iterator[Problem]:
 
 def mixture(tasks: tuple[str, ...], seed: int) -> Iterator[Problem]:
     """Yield problems without end, each from a task drawn uniformly."""
-    return drawn([task_problems(task, seed) for task in tasks], seed)
+    return interleaved([task_problems(task, seed) for task in tasks], seed)
 
 
-def drawn(streams: list[Iterator[Problem]], seed: int) -> Iterator[Problem]:
+def interleaved(streams: list[Iterator[Problem]], seed: int) -> Iterator[Problem]:
     """Yield problems without end, each from a stream drawn uniformly."""
     rng = Random(seed)
     while True:
@@ -132,11 +132,11 @@ def worked_solutions(template: Callable[[int], bool], seed: int) -> Iterator[Pro
         yield Problem(f"gsm_symbolic/{number}", item["question"].strip(), str(item["answer"]).strip(), solution)
 
 
-def even(template: int) -> bool:
+def is_pretraining_template(template: int) -> bool:
     """Return whether a gsm_symbolic template belongs to the pretraining text."""
     return template % 2 == 0
 
 
-def odd(template: int) -> bool:
+def is_worked_template(template: int) -> bool:
     """Return whether a gsm_symbolic template belongs to the worked-solutions dataset."""
     return template % 2 == 1

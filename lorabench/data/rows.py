@@ -39,7 +39,7 @@ class Unreadable(str):
     __slots__ = ()
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
     """A row as it was read: its place, counted from 1 (the line, in JSON lines and CSV), and its columns by name."""
 
     place: int
@@ -98,7 +98,7 @@ class Tally:
 
 
 def usable(
-    rows: Iterable[Row],
+    rows: Iterable[RawRow],
     parse: Callable[[dict[str, Any]], Example],
     tally: Tally,
     identity: Callable[[Example], Hashable] | None = None,
@@ -154,10 +154,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str | Unreadable]]:
                 yield place, text
 
 
-def json_lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[RawRow]:
     """Yield the rows of a file with one JSON object per line."""
     for place, line in text_lines(path):
-        yield Row(place, line if isinstance(line, Unreadable) else _parsed(line))
+        yield RawRow(place, line if isinstance(line, Unreadable) else _parsed(line))
 
 
 def _parsed(line: str) -> dict[str, Any] | Unreadable:
@@ -168,7 +168,7 @@ def _parsed(line: str) -> dict[str, Any] | Unreadable:
     return value if isinstance(value, dict) else Unreadable("not a JSON object")
 
 
-def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
+def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[RawRow]:
     """Yield the rows of a parquet file, a batch of which is held in memory; by default with all columns.
 
     Raises:
@@ -181,7 +181,7 @@ def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
                 for content in batch.to_pylist():
                     place += 1
-                    yield Row(place, content)
+                    yield RawRow(place, content)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} can't be read as parquet: {reason}") from error

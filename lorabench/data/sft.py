@@ -12,17 +12,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config import ChatDataset, DatasetSpec, FactsDataset, FileDataset, HubDataset
+from lorabench.config.datasets import ChatDataset, DatasetSpec, FactsDataset, FileDataset, HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, prompt, prompt_digest
 from lorabench.data.facts import SOURCE, random_facts
 from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
-from lorabench.data.reasoning import INSTRUCT_TASKS, mixture, odd, worked_solutions
+from lorabench.data.reasoning import INSTRUCT_TASKS, is_worked_template, mixture, worked_solutions
 from lorabench.errors import UserError
-from lorabench.hub import Fetched
-from lorabench.records import atomic_path, damage_told
+from lorabench.utils.files import atomic_path, damage_explained
+from lorabench.utils.hub import FetchedRepository
 
-Row = dict[str, Any]
+ExampleRow = dict[str, Any]
 """An example of a dataset file: `split`, `source` and `messages`."""
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -40,7 +40,9 @@ _BATCH_ROWS = 256
 _MAX_MISSES = 500
 
 
-def build_dataset(spec: DatasetSpec, path: Path, fetched: Mapping[str, Fetched] = MappingProxyType({})) -> None:
+def build_dataset(
+    spec: DatasetSpec, path: Path, fetched: Mapping[str, FetchedRepository] = MappingProxyType({})
+) -> None:
     """Make a dataset and write it; a dataset of the hub with a note of what was left out and why (see `about`).
 
     Args:
@@ -58,7 +60,7 @@ def build_dataset(spec: DatasetSpec, path: Path, fetched: Mapping[str, Fetched] 
         write_dataset(make_dataset(spec), path)
 
 
-def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row]:
+def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[ExampleRow]:
     """Yield the rows of a dataset that is not of the hub, distinct by prompt across all splits.
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
@@ -80,7 +82,11 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Row
 
 def _chats(spec: ChatDataset) -> Iterator[Chat]:
     """Yield chats of the dataset's kind without end."""
-    problems = mixture(INSTRUCT_TASKS, spec.seed) if spec.kind == "instruct" else worked_solutions(odd, spec.seed)
+    problems = (
+        mixture(INSTRUCT_TASKS, spec.seed)
+        if spec.kind == "instruct"
+        else worked_solutions(is_worked_template, spec.seed)
+    )
     for problem in problems:
         yield Chat.of(problem.source, problem.question, problem.response)
 
@@ -115,11 +121,11 @@ def _take(source: Iterator[Chat], count: int, what: str) -> Iterator[Chat]:
         raise UserError(f"found {taken} distinct {what}; {count} are needed")
 
 
-def _row(split: Split, chat: Chat) -> Row:
+def _row(split: Split, chat: Chat) -> ExampleRow:
     return {"split": split, "source": chat.source, "messages": chat.messages}
 
 
-def disjoint(rows: Iterable[Row]) -> Iterator[Row]:
+def checked_disjoint(rows: Iterable[ExampleRow]) -> Iterator[ExampleRow]:
     """Yield the same rows; raise UserError, naming the prompt, if two splits share it. Random facts may be shared."""
     split_of: dict[int, Split] = {}
     for row in rows:
@@ -131,7 +137,7 @@ def disjoint(rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None = None) -> None:
+def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] | None = None) -> None:
     """Write rows as parquet, a row group at a time; the file appears only once it is complete.
 
     Args:
@@ -145,8 +151,8 @@ def write_dataset(rows: Iterable[Row], path: Path, about: dict[str, Any] | None 
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
+def _groups(rows: Iterable[ExampleRow]) -> Iterator[list[ExampleRow]]:
+    group: list[ExampleRow] = []
     chars = 0
     for row in rows:
         group.append(row)
@@ -158,14 +164,14 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def read_dataset(path: Path) -> Iterator[Row]:
+def read_dataset(path: Path) -> Iterator[ExampleRow]:
     """Yield the rows of a dataset file.
 
     Raises:
         UserError: the file is missing or damaged, or two splits share an example.
     """
-    with damage_told(path), pq.ParquetFile(path) as file:
-        yield from disjoint(row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
+    with damage_explained(path), pq.ParquetFile(path) as file:
+        yield from checked_disjoint(row for batch in file.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
 
 
 def about(path: Path) -> dict[str, Any] | None:

@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lorabench.data.chat import SPLITS, Messages, Split, is_text
-from lorabench.data.sft import Row, read_dataset
+from lorabench.data.sft import ExampleRow, read_dataset
 from lorabench.errors import UserError
-from lorabench.exhausted import space_for
-from lorabench.records import atomic_path, file_sha256
-from lorabench.tensors import DamagedError, read_header, read_tensors, write_tensors
+from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
+from lorabench.utils.exhaustion import space_for
+from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -257,7 +257,7 @@ class _Encoder:
             batches = file.iter_batches(_BATCH_ROWS, row_groups=[group])
             return [self._example(row) for batch in batches for row in batch.to_pylist()]
 
-    def _example(self, row: Row) -> tuple[Split, np.ndarray, np.ndarray]:
+    def _example(self, row: ExampleRow) -> tuple[Split, np.ndarray, np.ndarray]:
         split: Split = row["split"]
         ids, scored = encode_chat(self.tokenizer, row["messages"])
         if not any(scored):
@@ -294,7 +294,7 @@ def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
     # safetensors maps tensors of torch on a CPU, but reads those of numpy whole.
     try:
         tensors, header = read_tensors(path, "pt")
-    except DamagedError as error:
+    except DamagedTensorsError as error:
         raise UserError(f"token cache {error}; delete it to have it made again") from error
     different = ", ".join(name for name in key if header.get(name) != key[name])
     if different:
@@ -305,7 +305,7 @@ def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
     }
 
 
-def examples_left_out(path: Path) -> dict[Split, int]:
+def count_left_out(path: Path) -> dict[Split, int]:
     """Return for each split the number of examples over the dataset's limit, which a cache lacks; empty if no limit."""
     counts: dict[Split, int] = json.loads(read_header(path).get("left_out", "{}"))
     return counts

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config import EVAL_SOURCES, EvalTask
+from lorabench.config.execution import EVAL_SOURCES, EvalTask
 from lorabench.errors import UserError
-from lorabench.layout import Layout
-from lorabench.records import write_json
+from lorabench.storage.layout import Layout
+from lorabench.utils.files import write_json
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -30,7 +30,7 @@ _SPLITTER = "tokenizers/punkt_tab"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTask:
     """A task of the preset with its data: the tasks that it consists of by name, and lm-eval's group if it is one."""
 
     task: EvalTask
@@ -43,7 +43,7 @@ class Loaded:
         return list(self.leaves.values()) if self.group is None else [self.group]
 
 
-def manager(tasks: Iterable[EvalTask]) -> TaskManager:
+def task_index(tasks: Iterable[EvalTask]) -> TaskManager:
     """Return lm-eval's index of this project's tasks, and of its own tasks where the preset names one of these.
 
     Raises:
@@ -68,7 +68,7 @@ def manager(tasks: Iterable[EvalTask]) -> TaskManager:
     return index
 
 
-def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
+def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
     """Build a task with its data.
 
     Raises:
@@ -81,7 +81,7 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
         # In lm-eval, only a group can give a task of the index other settings than those of its YAML file.
         member = {"task": task.name, "dataset_kwargs": {"path": str(path)}}
         built = index.load({"group": "lorabench", "task": [member]})
-        return Loaded(task, built["tasks"], None)
+        return LoadedTask(task, built["tasks"], None)
     try:
         built = index.load(task.name)
         _check_splitter(built["tasks"])
@@ -91,7 +91,7 @@ def load(index: TaskManager, task: EvalTask, layout: Layout) -> Loaded:
         raise UserError(
             f"evaluation task {task.name!r} can't be loaded; run `lorabench fetch` with a connection: {reason}"
         ) from error
-    return Loaded(task, built["tasks"], built["groups"].get(task.name))
+    return LoadedTask(task, built["tasks"], built["groups"].get(task.name))
 
 
 def _check_splitter(tasks: Iterable[str]) -> None:
@@ -109,7 +109,7 @@ def _check_splitter(tasks: Iterable[str]) -> None:
             raise LookupError(f"nltk has no {_SPLITTER} in {', '.join(nltk.data.path)}") from None
 
 
-def check_settings(loaded: Iterable[Loaded], model: str, max_length: int) -> None:
+def check_settings(loaded: Iterable[LoadedTask], model: str, max_length: int) -> None:
     """Refuse settings that lm-eval would ignore, or would fail at after hours.
 
     Args:
@@ -137,7 +137,7 @@ def check_settings(loaded: Iterable[Loaded], model: str, max_length: int) -> Non
                 )
 
 
-def fetch(layout: Layout, path: Path) -> None:
+def fetch_tasks(layout: Layout, path: Path) -> None:
     """Look up every task of a preset, download the data of the tasks on the hub, and write their names and versions.
 
     Raises:
@@ -146,11 +146,11 @@ def fetch(layout: Layout, path: Path) -> None:
     evaluation = layout.preset.evaluation
     if evaluation is None:
         raise UserError(f"preset {layout.name} has no evaluation")
-    index = manager(evaluation.tasks)
+    index = task_index(evaluation.tasks)
     versions: dict[str, Any] = {}
     for task in evaluation.tasks:
         # The files that the project's own tasks read may not have been made yet.
-        leaves = {} if task.name in EVAL_SOURCES else load(index, task, layout).leaves
+        leaves = {} if task.name in EVAL_SOURCES else load_task(index, task, layout).leaves
         versions[task.name] = {
             name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
         }

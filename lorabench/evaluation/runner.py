@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lorabench.config import Evaluation, ModelSpec, PathModel
+from lorabench.config.execution import Evaluation
+from lorabench.config.models import ModelSpec, PathModel
 from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
-from lorabench.evaluation.catalog import Loaded
-from lorabench.layout import Layout
+from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import load_model, load_tokenizer, max_length, package_versions, weights_sha256
-from lorabench.plan import EvalJob, Plan
-from lorabench.records import RunFolder
-from lorabench.tables import EVALS, best_lr, write_table
-from lorabench.training.sweep import this_machine
+from lorabench.planning.plan import Plan
+from lorabench.runs import EvalJob
+from lorabench.storage.layout import Layout
+from lorabench.storage.run_folder import RunFolder
+from lorabench.tables.io import write_table
+from lorabench.tables.schemas import EVALS
+from lorabench.training.selection import best_lr
+from lorabench.training.sweep import machine_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,12 +76,12 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
         if record is not None:
             check_run(record, job.model, spec, layout)
         tokenizer = load_tokenizer(spec)
-        index = catalog.manager(evaluation.tasks)
-        loaded = [catalog.load(index, task, layout) for task in evaluation.tasks]
+        index = catalog.task_index(evaluation.tasks)
+        loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
         catalog.check_settings(loaded, job.model, max_length(spec))
-        machine = this_machine(plan)
-        model = load(spec, record, layout).to(machine.device)
-        lm = harness(model, tokenizer, evaluation.batch_size, machine.autocast(plan.preset.protocol))
+        machine = machine_of(plan)
+        model = load_evaluated_model(spec, record, layout).to(machine.device)
+        lm = lm_eval_model(model, tokenizer, evaluation.batch_size, machine.autocast(plan.preset.protocol))
         scores, samples = run_tasks(lm, index, loaded, evaluation)
         rows = [{"model": job.model, **_run_columns(record)} | row for row in scores]
     write_table(pa.Table.from_pylist(samples, schema=SAMPLES), layout.samples(job))
@@ -126,7 +130,7 @@ def _hashes(weights: dict[str, str]) -> str:
     return ", ".join(f"{name} {value[:12]}" for name, value in weights.items())
 
 
-def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
+def load_evaluated_model(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
     """Load the base (no record), the base with a run's adapter, or the model of a full fine-tuning."""
     model: torch.nn.Module
     if record is None:
@@ -144,7 +148,7 @@ def load(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torc
     return model
 
 
-def harness(
+def lm_eval_model(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, autocast: torch.dtype | None
 ) -> HFLM:
     """Wrap a loaded model for lm-eval."""
@@ -165,7 +169,7 @@ def harness(
 
 
 def run_tasks(
-    lm: HFLM, index: TaskManager, loaded: Iterable[Loaded], evaluation: Evaluation
+    lm: HFLM, index: TaskManager, loaded: Iterable[LoadedTask], evaluation: Evaluation
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
 
@@ -186,7 +190,7 @@ def run_tasks(
     # Standard errors are computed without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"
     template = template_key(lm.tokenizer) if lm.tokenizer.chat_template else None
-    settings: dict[tuple[bool, int | None, int | None, int | None], list[Loaded]] = {}
+    settings: dict[tuple[bool, int | None, int | None, int | None], list[LoadedTask]] = {}
     for loaded_task in loaded:
         task = loaded_task.task
         key = (task.chat and template is not None, task.num_fewshot, task.limit, task.max_new_tokens)
@@ -220,7 +224,7 @@ def run_tasks(
     return rows, samples
 
 
-def _rows(results: Any, loaded: Loaded) -> list[dict[str, Any]]:
+def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
     """Return a row per metric and filter of a task; for a group these are of its mean, or else of each member."""
     task, members = loaded.task, loaded.leaves
     names = [task.name] if _metrics(results["results"].get(task.name, {})) else list(members)

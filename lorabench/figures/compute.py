@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lorabench.analysis.compute import SETTING, each_setting, flops_ratio
+from lorabench.analysis.step_flops import COMPUTE_SETTING, each_setting, flops_ratio
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
-_COLUMNS = [*SETTING, "placement", "effective_width", "element", "rank", "ratio"]
+_COLUMNS = [*COMPUTE_SETTING, "placement", "effective_width", "element", "rank", "ratio"]
 
 # The number of points of the formula's line, which is curved on a log axis.
 _LINE_POINTS = 33

@@ -14,7 +14,7 @@ from lorabench.analysis.departure import departures
 from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

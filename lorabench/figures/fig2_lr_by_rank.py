@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, with_arm_columns
+from lorabench.analysis.published import sweep_of
 from lorabench.figures import style
-from lorabench.figures.lr_panel import COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.published import sweep_of
-from lorabench.tables import Tables
+from lorabench.figures.lr_panel import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
+from lorabench.tables.tables import Tables
 
 
 @style.applied()
@@ -23,7 +23,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """
     ours = lr_rows(with_arm_columns(tables.runs))
     plotted = pd.concat([part for part in (ours, _published(ours)) if len(part)], ignore_index=True)
-    plotted = plotted.reindex(columns=[*COLUMNS, "source"])
+    plotted = plotted.reindex(columns=[*LR_COLUMNS, "source"])
     figure, panels = style.panels(plotted, STRIP)
     styles = style.arm_styles(ours)
     for rows, axes in panels:

@@ -16,7 +16,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.gaps import best_losses, gap, mean_interval
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

@@ -16,10 +16,10 @@ from lorabench.analysis.arms import ARM, arm_label, rows_of
 from lorabench.analysis.gaps import best_losses, mean_interval
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.figures import lr_panel, style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 
-COLUMNS = [*lr_panel.COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
+COLUMNS = [*lr_panel.LR_COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]
 
 # The height in points of the x-axis with its labels.
 _AXIS_POINTS = 30
@@ -38,7 +38,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return draw_placement(plotted, lr_panel.LOSS), plotted
 
 
-def draw_placement(plotted: pd.DataFrame, measure: lr_panel.Measure) -> Figure:
+def draw_placement(plotted: pd.DataFrame, measure: lr_panel.FinalResult) -> Figure:
     """Draw the figure from the rows that it plots: of `best_rows`, and of the panels by LR, in the given measure."""
     figure, panels = style.panel_pairs(plotted, lr_panel.STRIP)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
@@ -84,7 +84,7 @@ def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw_by_count(
-    axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: lr_panel.Measure
+    axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: lr_panel.FinalResult
 ) -> None:
     """Draw what each arm reaches at its best LR against its trainable parameters, and list these below the panel."""
     value, lower, upper = measure.column, f"{measure.column}_low", f"{measure.column}_high"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lorabench.analysis.rewards import errors
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import style
 from lorabench.figures.fig4_placement import COLUMNS, best_rows, draw_placement
 from lorabench.figures.lr_panel import ACCURACY, accuracy_columns, accuracy_rows, as_accuracies
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = accuracy_columns(COLUMNS)
 
@@ -21,6 +21,6 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     The column `element` says what a row is: one of `accuracy_rows`, or `best` or `noise_band` as in figure 4, but in
     accuracies from 0 to 1, with the band around the highest accuracy.
     """
-    parts = [accuracy_rows(tables.runs), *map(as_accuracies, best_rows(errors(tables.runs)))]
+    parts = [accuracy_rows(tables.runs), *map(as_accuracies, best_rows(with_error_rates(tables.runs)))]
     plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)
     return draw_placement(plotted, ACCURACY), plotted

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from lorabench.figures import style
 from lorabench.figures.lr_panel import ACCURACY, ACCURACY_COLUMNS, BASE, STRIP, accuracy_rows, draw_lr_panel, lr_marks
 from lorabench.figures.rl_curves import curve_rows, draw_curves
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = [*ACCURACY_COLUMNS, "step", "episodes"]
 

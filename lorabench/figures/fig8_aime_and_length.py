@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, rows_of
 from lorabench.figures import style
-from lorabench.figures.rl_curves import COLUMNS, curve_rows, draw_curves
-from lorabench.tables import Tables
+from lorabench.figures.rl_curves import CURVE_COLUMNS, curve_rows, draw_curves
+from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 
-_COLUMNS = [*COLUMNS, "n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]
+_COLUMNS = [*CURVE_COLUMNS, "n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]
 
 # The number of columns of the grid that panels are placed on, and the height of a panel in inches.
 _GRID, _HEIGHT = 6, 2.6

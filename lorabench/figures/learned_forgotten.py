@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 BITS = "bits_per_byte"
 # The metrics of right answers, by preference: the strictest, or the customary one, first.

@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.compute import loss_by_flops
 from lorabench.analysis.noise import seed_noise, sigma_of
+from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict_lr
 from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
-from lorabench.published import numbers, sweeps
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement", "family", "hidden_size"),
@@ -97,11 +97,11 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
         for family in sorted(set(families) & set(curve.exponents)):
             for arm in (models[0].fullft, models[0].lora):
                 for size in span:
-                    lr = predict(curve, family, size, arm["method"])
+                    lr = predict_lr(curve, family, size, arm["method"])
                     point = {"element": element, "family": family, "hidden_size": size, "lr": lr}
                     rows.append(point | {"arm": arm_label(arm), "method": arm["method"]})
     rows += [{"element": "naive", "hidden_size": size, "ratio": size / 64} for size in span]
-    ten = numbers().get("lr_ratio_lora_over_fullft")
+    ten = paper_numbers().get("lr_ratio_lora_over_fullft")
     rows += [{"element": "reference", "hidden_size": size, "ratio": ten} for size in span if ten is not None]
     frame = pd.concat([part for part in (pd.DataFrame(rows), published) if len(part)], ignore_index=True)
     return frame.assign(**{name: models[0].fullft[name] for name in _DATA})
@@ -109,7 +109,7 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
 
 def _published_optima(families: list[str]) -> pd.DataFrame:
     """Return the published optimal LRs of FullFT, and of LoRA at each model's highest rank on all layers."""
-    table = sweeps()
+    table = published_sweeps()
     table = table[table["family"].isin(families) & ((table["placement"] == "all") | (table["method"] == "fullft"))]
     highest = table.groupby("model")["rank"].transform("max")
     table = table[table["rank"].isna() | (table["rank"] == highest)]

@@ -21,10 +21,10 @@ from lorabench.analysis.arms import ARM, arm_label
 from lorabench.analysis.losses import with_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from lorabench.analysis.rewards import errors
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import style
 
-COLUMNS = [
+LR_COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
     *("element", "lr", "lr_low", "lr_high"),
     *("nll", "nll_sd", "n_seeds", "resolved", "above_range", "run_id", "seed"),
@@ -36,11 +36,11 @@ def accuracy_columns(columns: Sequence[str]) -> list[str]:
     return [name.replace("nll", "accuracy") for name in columns if name != "above_range"]
 
 
-ACCURACY_COLUMNS = accuracy_columns(COLUMNS)
+ACCURACY_COLUMNS = accuracy_columns(LR_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Measure:
+class FinalResult:
     """The final result of a run that a panel shows: the test loss, or in RL the test accuracy."""
 
     column: str
@@ -55,10 +55,10 @@ class Measure:
     """What the noise band lies around, for the legend."""
 
 
-LOSS = Measure(
+LOSS = FinalResult(
     "nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)", f"lowest best loss ± 2{style.SIGMA}"
 )
-ACCURACY = Measure(
+ACCURACY = FinalResult(
     "accuracy",
     "accuracy",
     "final test accuracy",
@@ -99,7 +99,7 @@ def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for element, part in {"loss": loss, "optimum": optimum, "diverged": diverged}.items():
         labels = [arm_label(row) for _, row in part.iterrows()]
-        parts.append(part.assign(arm=labels, element=element).reindex(columns=COLUMNS))
+        parts.append(part.assign(arm=labels, element=element).reindex(columns=LR_COLUMNS))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
@@ -114,7 +114,11 @@ def accuracy_rows(runs: pd.DataFrame) -> pd.DataFrame:
     unrewarded = runs[runs["status"] == "unrewarded"].assign(element="unrewarded")
     unrewarded["arm"] = [arm_label(run) for _, run in unrewarded.iterrows()]
     base = runs.groupby(style.PANEL, dropna=False, as_index=False).agg(accuracy=("base_reward", "median"))
-    parts = [as_accuracies(lr_rows(errors(runs))), unrewarded, base.dropna(subset=["accuracy"]).assign(element="base")]
+    parts = [
+        as_accuracies(lr_rows(with_error_rates(runs))),
+        unrewarded,
+        base.dropna(subset=["accuracy"]).assign(element="base"),
+    ]
     return pd.concat([part.reindex(columns=ACCURACY_COLUMNS) for part in parts if len(part)], ignore_index=True)
 
 
@@ -141,7 +145,9 @@ def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
     return above
 
 
-def draw_lr_panel(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: Measure = LOSS) -> None:
+def draw_lr_panel(
+    axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: FinalResult = LOSS
+) -> None:
     """Draw the rows of one panel; it needs STRIP points of free height above it."""
     means, optimum, diverged, unrewarded, base = (
         rows[rows["element"] == element] for element in (measure.element, "optimum", "diverged", "unrewarded", "base")
@@ -178,7 +184,7 @@ def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
     return above
 
 
-def _limit(axes: Axes, rows: pd.DataFrame, measure: Measure) -> None:
+def _limit(axes: Axes, rows: pd.DataFrame, measure: FinalResult) -> None:
     """Set the range of the axes to all LRs, and to all losses but the rows `above_range`."""
     lowest, highest = rows["lr"].min(), rows["lr"].max()
     beside = max(1.3, (highest / lowest) ** 0.1)
@@ -210,7 +216,7 @@ def _marks_above(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
             axes.plot(row["lr"], 1, ls="none", marker=row["marker"], transform=data_by_height + shift, **look)
 
 
-def _facts(rows: pd.DataFrame, measure: Measure) -> str:
+def _facts(rows: pd.DataFrame, measure: FinalResult) -> str:
     diverged, unrewarded = rows[rows["element"] == "diverged"], rows[rows["element"] == "unrewarded"]
     facts = [f"{len(diverged)} diverged"]
     facts.append(f"{_is_above(rows).sum()} above the range" if measure is LOSS else f"{len(unrewarded)} unrewarded")

@@ -12,22 +12,22 @@ from matplotlib.figure import Figure
 
 from lorabench.analysis.early import train_curves
 from lorabench.analysis.gaps import mean_interval
-from lorabench.analysis.parametrization import (
+from lorabench.analysis.invariances import (
     CONFIGURATION,
+    PAIR_SETTING,
     RULES,
-    SETTING,
     descent_ratios,
     differences,
     first_descents,
+    fixed_a_controls,
     invariance_pairs,
     move_times,
     step_sizes,
-    still_controls,
     with_scales,
 )
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 # Runs that should be equivalent are compared over this number of steps.
 _STEPS = 50
@@ -114,10 +114,10 @@ def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return for each configuration the geometric mean over seeds, or the length of its runs if A lags in one."""
     rows = []
-    for _, seeds in move_times(runs, curves).groupby([*SETTING, *CONFIGURATION], dropna=False):
+    for _, seeds in move_times(runs, curves).groupby([*PAIR_SETTING, *CONFIGURATION], dropna=False):
         moved = bool(seeds["step"].notna().all())
         first = seeds.iloc[0]
-        row = {name: first[name] for name in (*SETTING, "time_scale")} | {
+        row = {name: first[name] for name in (*PAIR_SETTING, "time_scale")} | {
             "n": len(seeds),
             "arm": f"LoRA r{first['rank']}",
         }
@@ -132,17 +132,17 @@ def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     sizes = step_sizes(runs, curves)
-    for key, seeds in sizes.groupby([*SETTING, "step"], dropna=False):
+    for key, seeds in sizes.groupby([*PAIR_SETTING, "step"], dropna=False):
         value, low, high = mean_interval(seeds["size"])
-        first = {name: seeds.iloc[0][name] for name in SETTING} | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"}
+        first = {name: seeds.iloc[0][name] for name in PAIR_SETTING} | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"}
         ends = {"value": value, "low": low, "high": high, "n": len(seeds)}
         rows.append(first | ends | {"element": "update_norm", "step": key[-1]})
-    controls = runs[runs["run_id"].isin(still_controls(runs)["run_id_slow"])]
+    controls = runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])]
     norms = train_curves(controls, curves, "update_norm")
     # The update of B alone, so the norm is per unit of the LR of B.
     norms = norms.assign(size=norms["value"] / (norms["lr"] * norms["lr_ratio"]))
-    for key, seeds in norms.groupby([*SETTING, "lr", "lr_ratio", "step"], dropna=False):
-        first = {name: seeds.iloc[0][name] for name in SETTING} | {"time_scale": seeds["time_scale"].iloc[0]}
+    for key, seeds in norms.groupby([*PAIR_SETTING, "lr", "lr_ratio", "step"], dropna=False):
+        first = {name: seeds.iloc[0][name] for name in PAIR_SETTING} | {"time_scale": seeds["time_scale"].iloc[0]}
         ends = dict(zip(("value", "low", "high"), mean_interval(seeds["size"]), strict=True))
         rows.append(first | ends | {"n": len(seeds), "element": "still_a", "step": key[-1]})
     return pd.DataFrame(rows)
@@ -254,7 +254,7 @@ def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.15, linewidth=0)
         axes.plot(steps, of_arm["value"], **look.line, marker="o", ms=3)
     still = elements.get("still_a", points.iloc[:0])
-    for _, control in still.groupby([*SETTING, "time_scale"], dropna=False):
+    for _, control in still.groupby([*PAIR_SETTING, "time_scale"], dropna=False):
         control = control.sort_values("step")
         axes.plot(control["step"].astype(float), control["value"], "--", color="0.45", linewidth=1.2, zorder=2)
     axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")

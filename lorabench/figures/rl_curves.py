@@ -12,7 +12,7 @@ from lorabench.analysis.arms import ARM, arm_label
 from lorabench.analysis.rewards import reward_curves
 from lorabench.figures import style
 
-COLUMNS = [
+CURVE_COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
     *("element", "split", "lr", "step", "episodes", "mean", "sd", "n_seeds"),
 ]
@@ -45,7 +45,7 @@ def curve_rows(
         other = _metric_rows(runs, curves, split, name).rename(columns={"mean": name})
         rows = rows.merge(other[[*ARM, "step", name]], how="left", on=[*ARM, "step"])
     rows["arm"] = [arm_label(row) for _, row in rows.iterrows()]
-    return rows.assign(element=metric, split=split).reindex(columns=[*COLUMNS, *beside])
+    return rows.assign(element=metric, split=split).reindex(columns=[*CURVE_COLUMNS, *beside])
 
 
 def _metric_rows(runs: pd.DataFrame, curves: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:

@@ -13,15 +13,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.at_step import at_step
-from lorabench.analysis.claims.learning_rate import SHORT_STEPS
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.lr_ratio import lr_ratio
+from lorabench.analysis.published import paper_numbers
+from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import style
-from lorabench.figures.lr_panel import COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.published import numbers
-from lorabench.tables import Tables
+from lorabench.figures.lr_panel import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
+from lorabench.tables.tables import Tables
 
-_COLUMNS = [*COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
+_COLUMNS = [*LR_COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
 
 # Ratios are drawn from this step on: earlier, the optimum of LoRA is beyond any grid, since B starts at zero.
 _FIRST_STEP = 10
@@ -118,13 +118,13 @@ def _references(parts: list[pd.DataFrame]) -> pd.DataFrame:
     """Return the paper's ratios, if these runs give a ratio to compare with them."""
     if not any((part["element"] == "ratio").any() for part in parts):
         return pd.DataFrame(columns=_COLUMNS)
-    printed = numbers()
+    printed = paper_numbers()
     rows = [{"element": "reference", "ratio": printed[key]} for key in _REFERENCES if key in printed]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    printed = numbers()
+    printed = paper_numbers()
     for key, words in _REFERENCES.items():
         if key in printed and len(rows):
             axes.axhline(printed[key], color="0.6", linewidth=0.9, linestyle="--", zorder=1)

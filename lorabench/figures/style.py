@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from lorabench.records import atomic_path
+from lorabench.utils.files import atomic_path
 
 # Columns that identify a panel: losses of different models, data, batch sizes or lengths are never drawn together.
 PANEL = ["model", "dataset", "batch_size", "steps"]

@@ -12,11 +12,11 @@ from matplotlib.patches import Patch
 
 from lorabench.analysis.arms import ARM, arm_label, is_standard, rows_of
 from lorabench.analysis.gaps import best_losses, losses_by_seed, mean_interval
+from lorabench.analysis.invariances import PAIR_SETTING, with_lr_grid
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.optimum import lr_optima
-from lorabench.analysis.parametrization import SETTING, tuned
 from lorabench.figures import style
-from lorabench.tables import Tables
+from lorabench.tables.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
@@ -57,11 +57,11 @@ def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Return a title and the runs of each setting that has the standard parametrization and a variant of it."""
     if runs.empty:
         return []
-    lora = tuned(runs)
+    lora = with_lr_grid(runs)
     lora = lora[lora["method"] == "lora"]
     titles = []
     for title, of_panel in style.titled(lora):
-        settings = [rows for _, rows in of_panel.groupby(SETTING, dropna=False)]
+        settings = [rows for _, rows in of_panel.groupby(PAIR_SETTING, dropna=False)]
         for rows in settings:
             standard = is_standard(rows)
             if standard.any() and not standard.all():

@@ -1,0 +1,1 @@
+"""Base models, LoRA, and several runs that share one base."""

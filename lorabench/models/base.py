@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.chat_template import template_text
-from lorabench.models.tiny import shipped
-from lorabench.plan import weights_id
-from lorabench.records import atomic_path, file_sha256
+from lorabench.models.identity import weights_id
+from lorabench.models.tiny import shipped_folder
+from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def converted_folder(spec: GgufModel) -> Path:
     return CONVERTED / f"{Path(spec.path).stem}-{weights_id(spec)}"
 
 
-def location(spec: ModelSpec) -> str:
+def model_location(spec: ModelSpec) -> str:
     """Return the folder or hub id from which transformers loads the model."""
     match spec:
         case HubModel():
@@ -46,7 +46,7 @@ def location(spec: ModelSpec) -> str:
         case PathModel():
             return spec.path
         case _:
-            return str(shipped(spec.name))
+            return str(shipped_folder(spec.name))
 
 
 def _options(spec: ModelSpec) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def check_folder(spec: ModelSpec) -> None:
     """Raise ModelError if a local model's folder lacks its configuration or its safetensors."""
     if isinstance(spec, HubModel):
         return
-    folder = Path(location(spec))
+    folder = Path(model_location(spec))
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder} has no config.json; a Hugging Face causal LM is needed there")
     if not list(folder.glob("*.safetensors")):
@@ -77,7 +77,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
     check_folder(spec)
     with _explained(spec):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location(spec), **_options(spec))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_location(spec), **_options(spec))
     if not isinstance(spec, TinyModel) and spec.chat_template is not None:
         tokenizer.chat_template = template_text(spec.chat_template)
     return tokenizer
@@ -108,7 +108,7 @@ def max_length(spec: ModelSpec) -> int:
 
     check_folder(spec)
     with _explained(spec):
-        config = AutoConfig.from_pretrained(location(spec), **_options(spec))
+        config = AutoConfig.from_pretrained(model_location(spec), **_options(spec))
     return int(config.max_position_embeddings)
 
 
@@ -129,11 +129,11 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     check_folder(spec)
     with _explained(spec):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            location(spec), dtype=torch.float32, use_safetensors=True, **_options(spec)
+            model_location(spec), dtype=torch.float32, use_safetensors=True, **_options(spec)
         )
     for name, value in model.config.to_dict().items():
         if "dropout" in name and value:
-            raise ModelError(f"model {location(spec)} has {name} {value}; set it to 0 in its config.json")
+            raise ModelError(f"model {model_location(spec)} has {name} {value}; set it to 0 in its config.json")
     attend_in_blocks(model)
     return model.train()
 
@@ -153,7 +153,7 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
     check_folder(spec)
     options = _options(spec)
     with _explained(spec), init_empty_weights():
-        config = AutoConfig.from_pretrained(location(spec), **options)
+        config = AutoConfig.from_pretrained(model_location(spec), **options)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=options["trust_remote_code"]
         )
@@ -165,7 +165,7 @@ def weights_sha256(spec: ModelSpec) -> dict[str, str]:
     """Return the SHA-256 of each weights file of a local model; for a model of the hub its id and revision."""
     if isinstance(spec, HubModel):
         return {spec.id: spec.revision}
-    return {path.name: file_sha256(path) for path in sorted(Path(location(spec)).glob("*.safetensors"))}
+    return {path.name: file_sha256(path) for path in sorted(Path(model_location(spec)).glob("*.safetensors"))}
 
 
 @contextmanager
@@ -177,11 +177,11 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ModelError(
-            f"model {location(spec)} has a damaged .safetensors file ({error}); delete it and get it again"
+            f"model {model_location(spec)} has a damaged .safetensors file ({error}); delete it and get it again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"model {location(spec)} can't be loaded: {reason}") from error
+        raise ModelError(f"model {model_location(spec)} can't be loaded: {reason}") from error
 
 
 def convert_gguf(spec: GgufModel) -> Path:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from lorabench.config.placement import SUFFIXES, Placement
 from lorabench.errors import UserError
 from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.models.lora import add_lora, in_expert, lora_layers
-from lorabench.models.placement import SUFFIXES, Placement
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,9 +12,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lorabench.config import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
-from lorabench.models.placement import Placement
-from lorabench.models.tiny import shipped
+from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.config.placement import Placement
+from lorabench.models.tiny import shipped_folder
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
@@ -40,12 +40,12 @@ class Matrix:
         return self.count * self.d_in * self.d_out
 
 
-def merges(rank: int, d_in: int, d_out: int) -> bool:
+def merging_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
     """Return whether LoRA's products with A and B cost more than the gradient of the layer's weights.
 
     Forward and backward pass together, the former take 3 r (d_in + d_out) multiplications per token, the latter takes
     d_in d_out. Where the former take more, LoRA is computed in fp32 with merged weights
-    (`lorabench.models.lora_lanes`).
+    (`lorabench.models.lanes.lora`).
     """
     return 3 * rank * (d_in + d_out) > d_in * d_out
 
@@ -124,7 +124,7 @@ def _parts(placement: Placement, include_unembedding: bool) -> set[str]:
     return parts | {"unembedding"} if include_unembedding else parts
 
 
-def of_config(config: dict[str, Any]) -> Dimensions:
+def dimensions_of_config(config: dict[str, Any]) -> Dimensions:
     """Return the sizes in a Hugging Face configuration.
 
     Raises:
@@ -149,7 +149,7 @@ def of_config(config: dict[str, Any]) -> Dimensions:
     )
 
 
-def guessed(parameters: int, hidden: int) -> Dimensions:
+def guessed_dimensions(parameters: int, hidden: int) -> Dimensions:
     """Return the sizes of a Llama with the given number of parameters and width, for a model of unknown sizes."""
     heads = max(1, hidden // _GUESSED_HEAD)
     one_layer = Dimensions(
@@ -172,7 +172,7 @@ def dimensions(model: ModelSpec) -> Dimensions:
     """Return the sizes of a preset's model: from its configuration if that is known, else guessed."""
     match model:
         case TinyModel():
-            return of_config(json.loads((shipped(model.name) / "config.json").read_text()))
+            return dimensions_of_config(json.loads((shipped_folder(model.name) / "config.json").read_text()))
         case PathModel():
             name, folder = "", Path(model.path)
             configs = [folder / "config.json"]
@@ -181,9 +181,9 @@ def dimensions(model: ModelSpec) -> Dimensions:
             configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if name.startswith(path.stem)]
     for path in configs:
         try:
-            known = of_config(json.loads(path.read_text()))
+            known = dimensions_of_config(json.loads(path.read_text()))
         except KeyError:
             continue
         if abs(known.parameters / model.parameters - 1) <= _AGREE:
             return known
-    return guessed(model.parameters, model.hidden_size)
+    return guessed_dimensions(model.parameters, model.hidden_size)

@@ -14,16 +14,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lorabench.models.lanes import Rows
+from lorabench.models.lanes.shelf import RowCounts
 
 
-def unwrapped(model: nn.Module) -> Any:
+def without_peft(model: nn.Module) -> Any:
     """Return the causal LM itself, where PEFT wraps it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
-def read_at(model: nn.Module, tokens: Tensor, rows: Rows, counts: Sequence[int]) -> Iterator[None]:
+def computing_only(model: nn.Module, tokens: Tensor, rows: RowCounts, counts: Sequence[int]) -> Iterator[None]:
     """Within the context, which must include the backward pass, the decoder's output is right at these tokens only.
 
     All tokens are computed in a model whose layers have no `mlp`, or whose `mlp` does not map a tensor (rows, length,
@@ -35,7 +35,7 @@ def read_at(model: nn.Module, tokens: Tensor, rows: Rows, counts: Sequence[int])
         rows: the row counts of the model's lanes.
         counts: the number of these tokens of each lane.
     """
-    layers: Any = getattr(unwrapped(model).get_decoder(), "layers", None)
+    layers: Any = getattr(without_peft(model).get_decoder(), "layers", None)
     mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
     if mlp is None or not len(tokens):
         yield

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.placement import SUFFIXES, Placement
 from lorabench.errors import UserError
-from lorabench.models.placement import SUFFIXES, Placement
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def add_lora(
     return peft_model
 
 
-def add_lane(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> None:
+def add_adapter(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> None:
     """Put another adapter on a model, with the configuration of its first one, and make it the trained one.
 
     Its initial weights are those that `add_lora` draws from the same seed.

@@ -25,9 +25,9 @@ from lorabench.data.reasoning import (
     INSTRUCT_TASKS,
     PRETRAIN_TASKS,
     Problem,
-    even,
+    is_pretraining_template,
+    is_worked_template,
     mixture,
-    odd,
     worked_solutions,
 )
 
@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PretrainingRecipe:
     """Everything that determines a tiny base. Lengths are in tokens unless the name says otherwise."""
 
     family: Literal["llama", "qwen3", "qwen3_moe"] = "llama"
@@ -89,24 +89,24 @@ _OTHERS: dict[str, Any] = {"tokenizer": "llama-128", "train_tokens": 8_000_000}
 _NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160}
 _EXPERTS: dict[str, Any] = {"intermediate_size": 128, "experts": 8, "active_experts": 2, "balance": 0.01}
 
-RECIPES: dict[str, Recipe] = {
-    "llama-128": Recipe(),
-    "llama-64": Recipe(**_OTHERS, **_NARROW),
-    "qwen-128": Recipe(**_OTHERS, family="qwen3"),
-    "qwen-64": Recipe(**_OTHERS, **_NARROW, family="qwen3"),
-    "moe-128": Recipe(**_OTHERS, **_EXPERTS, family="qwen3_moe"),
+RECIPES: dict[str, PretrainingRecipe] = {
+    "llama-128": PretrainingRecipe(),
+    "llama-64": PretrainingRecipe(**_OTHERS, **_NARROW),
+    "qwen-128": PretrainingRecipe(**_OTHERS, family="qwen3"),
+    "qwen-64": PretrainingRecipe(**_OTHERS, **_NARROW, family="qwen3"),
+    "moe-128": PretrainingRecipe(**_OTHERS, **_EXPERTS, family="qwen3_moe"),
 }
 
 
-def shipped(name: str) -> Path:
+def shipped_folder(name: str) -> Path:
     """Return the folder of a shipped tiny base."""
     return FOLDER / name
 
 
-def pretraining_problems(recipe: Recipe, seed: int) -> Iterator[Problem]:
+def pretraining_problems(recipe: PretrainingRecipe, seed: int) -> Iterator[Problem]:
     """Yield short enough problems without end: from the pretraining pool, and rarely from the fine-tuning pools."""
-    common = worked_solutions(even, seed), mixture(PRETRAIN_TASKS, seed)
-    rare = worked_solutions(odd, seed), mixture(INSTRUCT_TASKS, seed)
+    common = worked_solutions(is_pretraining_template, seed), mixture(PRETRAIN_TASKS, seed)
+    rare = worked_solutions(is_worked_template, seed), mixture(INSTRUCT_TASKS, seed)
     rng = Random(seed)
     while True:
         solutions, tasks = rare if rng.random() < recipe.rare_share else common
@@ -123,14 +123,14 @@ def document(problem: Problem, rng: Random, chat_share: float) -> str:
     return f"{question}{problem.question}{answer}{problem.response}{END}"
 
 
-def documents(recipe: Recipe, seed: int) -> Iterator[str]:
+def documents(recipe: PretrainingRecipe, seed: int) -> Iterator[str]:
     """Yield pretraining documents without end."""
     rng = Random(seed)
     for problem in pretraining_problems(recipe, seed):
         yield document(problem, rng, recipe.chat_share)
 
 
-def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+def train_tokenizer(recipe: PretrainingRecipe) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer that keeps digits apart, trained on the pretraining text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -165,11 +165,11 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 def _shared_tokenizer(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(shipped(name))
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(shipped_folder(name))
     return tokenizer
 
 
-def _config(recipe: Recipe) -> PreTrainedConfig:
+def _config(recipe: PretrainingRecipe) -> PreTrainedConfig:
     from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = {
@@ -201,7 +201,7 @@ def _config(recipe: Recipe) -> PreTrainedConfig:
             )
 
 
-def new_model(recipe: Recipe) -> PreTrainedModel:
+def new_model(recipe: PretrainingRecipe) -> PreTrainedModel:
     """Return the untrained model of a recipe, in fp32 and with an unembedding of its own."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -211,7 +211,7 @@ def new_model(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def packed_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
+def packed_blocks(recipe: PretrainingRecipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
     """Yield blocks of `recipe.block` + 1 tokens from concatenated documents, without end."""
     pending: list[int] = []
     source = documents(recipe, seed)
@@ -230,7 +230,9 @@ def _nll(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
 
 
-def _training_loss(model: PreTrainedModel, blocks: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, float]:
+def _training_loss(
+    model: PreTrainedModel, blocks: torch.Tensor, recipe: PretrainingRecipe
+) -> tuple[torch.Tensor, float]:
     """Return the loss that pretraining minimises, and the NLL in it in nats per token."""
     experts: dict[str, Any] = {"output_router_logits": True} if recipe.balance else {}
     output = model(input_ids=blocks[:, :-1], use_cache=False, **experts)
@@ -239,7 +241,7 @@ def _training_loss(model: PreTrainedModel, blocks: torch.Tensor, recipe: Recipe)
     return loss, nll.item()
 
 
-def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: Recipe) -> torch.Tensor:
+def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: PretrainingRecipe) -> torch.Tensor:
     """Return the mean load-balancing loss of the layers; evenly used experts give the number of active experts."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -248,7 +250,7 @@ def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: Recipe) -> torch
     return mean
 
 
-def _lr(recipe: Recipe, step: int, steps: int) -> float:
+def _lr(recipe: PretrainingRecipe, step: int, steps: int) -> float:
     """Return the LR of a step: linear warm-up, then cosine decay to a tenth."""
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / recipe.warmup_steps
@@ -256,7 +258,7 @@ def _lr(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> float:
+def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: PretrainingRecipe) -> float:
     """Return the NLL on text of the same tasks with another seed, in nats per token."""
     import torch
 
@@ -270,14 +272,14 @@ def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, reci
     return total / batches
 
 
-def build(out: Path, recipe: Recipe) -> dict[str, Any]:
+def build(out: Path, recipe: PretrainingRecipe) -> dict[str, Any]:
     """Pretrain a tiny base by its recipe, write it to the folder `out`, and return the content of `recipe.json`.
 
     The held-out loss is that of the shipped weights, which are in bf16.
     """
     import torch
 
-    from lorabench.allocation import keep_freed_memory
+    from lorabench.utils.malloc import keep_freed_memory
 
     keep_freed_memory()
     started = time.perf_counter()
@@ -308,7 +310,7 @@ def build(out: Path, recipe: Recipe) -> dict[str, Any]:
         tokenizer.save_pretrained(out)
     else:
         for file in _TOKENIZER_FILES:
-            shutil.copy(shipped(recipe.tokenizer) / file, out / file)
+            shutil.copy(shipped_folder(recipe.tokenizer) / file, out / file)
     (out / "model.safetensors").chmod(0o644)
     record = {
         "recipe": asdict(recipe),

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorabench.data.sft import about
-from lorabench.data.tokens import examples_left_out
-from lorabench.layout import Layout
+from lorabench.data.tokens import count_left_out
+from lorabench.storage.layout import Layout
 
 
-def datasets(layout: Layout) -> list[dict[str, Any]]:
+def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
     """Describe each dataset that comes from a file or the hub, and each of which something was left out.
 
     Returns:
@@ -48,6 +48,6 @@ def _longer(layout: Layout, name: str) -> Iterator[str]:
     for model in layout.preset.models:
         path = layout.tokens(model, name)
         if path.is_file():
-            for split, count in examples_left_out(path).items():
+            for split, count in count_left_out(path).items():
                 if count:
                     yield f"{count} of {split} with more tokens than max_tokens for {model}"

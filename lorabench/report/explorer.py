@@ -64,7 +64,7 @@ def thinned(steps: np.ndarray, limit: int) -> np.ndarray:
     return np.unique([0, *np.searchsorted(steps, np.floor(wanted + 0.5)).clip(0, len(steps) - 1)])
 
 
-def downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+def table_downloads(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the given tables of a folder that have a CSV file as data: URIs, compressed with gzip if they are large.
 
     Returns:

@@ -13,18 +13,18 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from lorabench.analysis.recipe import recipe
-from lorabench.config import PRESETS
-from lorabench.figures import EVALS, PaperFigure, of_preset
-from lorabench.layout import Layout
-from lorabench.plan import Plan
-from lorabench.records import atomic_path
+from lorabench.claims.recipe import measured_recipe
+from lorabench.config.files import PRESETS
+from lorabench.figures.catalog import EVALS_TABLE, PaperFigure, figures_of_preset
+from lorabench.planning.plan import Plan
 from lorabench.report import summary
-from lorabench.report.datasets import datasets
-from lorabench.report.explorer import curves_to_draw, data_uri, downloads
+from lorabench.report.datasets import dataset_origins
+from lorabench.report.explorer import curves_to_draw, data_uri, table_downloads
 from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS
-from lorabench.tables import read_table
+from lorabench.storage.layout import Layout
+from lorabench.tables.io import read_table
+from lorabench.utils.files import atomic_path
 from lorabench.utils.formats import missing
 
 _DEFAULT_PRESET = "laptop"
@@ -45,7 +45,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
     Raises:
         FileNotFoundError: a table or a figure is missing.
     """
-    figures = [figure for figure in of_preset(plan.preset) if evaluated or figure.experiments != EVALS]
+    figures = [figure for figure in figures_of_preset(plan.preset) if evaluated or figure.experiments != EVALS_TABLE]
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
@@ -60,7 +60,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         script=_inline("page.js"),
         verdicts=summary.by_verdict(judged),
         claims=claims,
-        recipe=recipe(all_runs),
+        recipe=measured_recipe(all_runs),
         sections=arrange([_figure(figure, layout, source) for figure in figures], claims),
         environment=summary.environment(runs),
         experiments=[tuned for name in plan.preset.experiments.trained() if (tuned := summary.experiment(name, runs))],
@@ -69,10 +69,10 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
-        datasets=datasets(layout),
+        datasets=dataset_origins(layout),
         curves=_json(curves),
         points=curves["points"],
-        downloads=downloads(
+        downloads=table_downloads(
             tables, ("runs", "curves", "claims", *(["evals"] if evaluated else []), "compute", "counts")
         ),
         tables=tables,

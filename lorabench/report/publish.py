@@ -13,16 +13,16 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.claims import CORE
-from lorabench.config import preset_path
+from lorabench.claims import CORE
+from lorabench.config.files import preset_path
 from lorabench.errors import UserError
-from lorabench.figures import FIGURES
-from lorabench.layout import Layout
-from lorabench.plan import PROTOCOL_VERSION
-from lorabench.records import atomic_path, file_sha256, write_json
+from lorabench.figures.catalog import FIGURES
 from lorabench.report import summary
-from lorabench.tables import read_table
+from lorabench.runs import PROTOCOL_VERSION
+from lorabench.storage.layout import Layout
+from lorabench.tables.io import read_table
 from lorabench.utils import formats
+from lorabench.utils.files import atomic_path, file_sha256, write_json
 
 START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"

@@ -149,10 +149,10 @@ SECTIONS = (
 
 REST = Section("further", "Further", "Further figures and claims", "", (), ())
 
-Named = dict[str, Any]
+Shown = dict[str, Any]
 
 
-def arrange(figures: Sequence[Named], claims: Sequence[Named]) -> list[Named]:
+def arrange(figures: Sequence[Shown], claims: Sequence[Shown]) -> list[Shown]:
     """Return the sections that have a figure or a claim, each with its figures and claims in order.
 
     Args:

@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench import bill
-from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, is_rl, rows_of
+from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, rows_of
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_draws, lr_optima
-from lorabench.analysis.rewards import errors
+from lorabench.analysis.rewards import with_error_rates
 from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
-from lorabench.plan import Plan
-from lorabench.tables import with_all_columns, words
+from lorabench.planning import bill
+from lorabench.planning.plan import Plan
+from lorabench.tables.checks import is_rl
+from lorabench.tables.io import list_of_words, with_all_columns
 from lorabench.utils.formats import missing
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
 _RESULTS = ["best_mean", "best_median", "best_low", "best_high"]
@@ -41,11 +42,16 @@ def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
     return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
 
 
-def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Rows:
+def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
     """Return each claim as a row, with the runs behind it as `runs`."""
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
     return [
-        claim | {"runs": [{"run_id": run_id, **known[run_id]} for run_id in words(claim["run_ids"]) if run_id in known]}
+        claim
+        | {
+            "runs": [
+                {"run_id": run_id, **known[run_id]} for run_id in list_of_words(claim["run_ids"]) if run_id in known
+            ]
+        }
         for claim in _records(table)
     ]
 
@@ -57,9 +63,9 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
     the best LR, mean over seeds) and in best_median, best_low and best_high (at each seed's own best LR, over seeds).
     Returns None if the experiment has no LR-tuned arm.
     """
-    runs = runs[[name in words(value) for value in runs["experiments"]]]
+    runs = runs[[name in list_of_words(value) for value in runs["experiments"]]]
     rewarded = bool(is_rl(runs).any())
-    runs = errors(runs) if rewarded else runs
+    runs = with_error_rates(runs) if rewarded else runs
     tuned = [of_arm for _, of_arm in each_arm(runs) if of_arm["lr"].nunique() >= MIN_LRS]
     if not tuned:
         return None
@@ -83,7 +89,7 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
     }
 
 
-def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Rows:
+def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Records:
     """Return the optimal LR of each LoRA arm over that of FullFT on the same model, dataset, batch size and length."""
     grid = first_seed(runs)
     # Where the LR has no interval, the arm has no finished run or its noise is unknown, so nothing can be drawn.
@@ -187,18 +193,18 @@ def work(plan: Plan, runs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def runs_with_versions(runs: pd.DataFrame) -> Rows:
+def runs_with_versions(runs: pd.DataFrame) -> Records:
     """Return every run as a row; `software` is the number, from 1, of its package versions in `environment`."""
     sets = _distinct(runs["versions"])
     return _records(runs.assign(software=runs["versions"].map({text: place for place, text in enumerate(sets, 1)})))
 
 
-def inputs(runs: pd.DataFrame) -> Rows:
+def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
     return _records(runs[["model", "dataset", *_INPUTS]].drop_duplicates())
 
 
-def _records(frame: pd.DataFrame) -> Rows:
+def _records(frame: pd.DataFrame) -> Records:
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 

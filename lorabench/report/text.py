@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from lorabench.tables import words
+from lorabench.tables.io import list_of_words
 from lorabench.utils import formats
 
 if TYPE_CHECKING:
-    from lorabench.config import Block
+    from lorabench.config.experiments import Block
 
 
 def text(value: Any) -> str:
@@ -66,7 +66,7 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, words, in_paper, parametrization, anchor_run, anchor_claim),
+        *(text, list_of_words, in_paper, parametrization, anchor_run, anchor_claim),
     )
 }
 """The functions that the templates use as filters, by name."""

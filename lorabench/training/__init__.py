@@ -1,0 +1,1 @@
+"""Train the runs of a job, by SFT and by RL."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabench.training.distributed import whole
+from lorabench.training.distributed import full_tensor
 
 METRICS = ("a_moved", "update_norm", "b_over_a", "descent")
 """Names of the measures of `AdapterProbe`, in the order in which it returns them."""
@@ -71,9 +71,9 @@ class AdapterProbe:
             return {}
         layers = []
         for name, (a, b, scaling) in self._pairs.items():
-            before, initial_a = self._before.pop(name), whole(self._initial_a[name])
-            before = _Before(*(whole(tensor) for tensor in vars(before).values()))
-            a, b = whole(a), whole(b)
+            before, initial_a = self._before.pop(name), full_tensor(self._initial_a[name])
+            before = _Before(*(full_tensor(tensor) for tensor in vars(before).values()))
+            a, b = full_tensor(a), full_tensor(b)
             a_step, b_step = (a - before.a).double(), (b - before.b).double()
             descent = -(a_step * before.a_grad).sum() - (b_step * before.b_grad).sum()
             # B'A' - BA = (B' - B) A' + B (A' - A).

@@ -176,7 +176,7 @@ def collate(split: TokenizedSplit, rows: Iterable[Row]) -> Batch:
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions) if packed else None)
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def concatenated(batches: Sequence[Batch]) -> Batch:
     """Concatenate the rows of batches of one shape."""
     import torch
 

@@ -17,11 +17,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.models.lanes import Lane, trained_parameters
-from lorabench.plan import PROTOCOL_VERSION
-from lorabench.records import atomic_path
-from lorabench.tensors import DamagedError, read_header, read_tensors, write_tensors
-from lorabench.training.distributed import ALONE, Processes, local, placed, whole
+from lorabench.models.lanes.shelf import Lane, trained_parameters
+from lorabench.runs import PROTOCOL_VERSION
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, local_part, sharded_like
+from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
+from lorabench.utils.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def save_checkpoint(
     lane: Lane,
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> None:
     """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically."""
     tensors = {}
@@ -41,9 +41,9 @@ def save_checkpoint(
         state = {"parameter": place.parameter.detach(), **optimizer.state[place.parameter]}
         for key, value in state.items():
             # Adam's step count is one number for a whole parameter.
-            part = value if value.ndim == 0 else place.of(local(value))
+            part = value if value.ndim == 0 else place.of(local_part(value))
             # On a shelf many weights are views of one tensor; safetensors refuses tensors that share memory.
-            tensors[f"{key}/{name}"] = local(part).contiguous() if place.start is None else part.clone()
+            tensors[f"{key}/{name}"] = local_part(part).contiguous() if place.start is None else part.clone()
     count = processes.count if processes.sharded else 1
     parts = _parts(path, progress["step"], count)
     about = _owner(run_id)
@@ -66,7 +66,7 @@ def load_checkpoint(
     run_id: str,
     lane: Lane,
     optimizer: torch.optim.Optimizer,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any] | None:
     """Restore weights and optimizer state in place and return the saved `progress`.
 
@@ -81,8 +81,8 @@ def load_checkpoint(
         parts, progress = _read(path, run_id)
         saved_shapes = {name: _shape(parts, name) for name in parts[0] if name.startswith("parameter/")}
         if saved_shapes != {f"parameter/{name}": tuple(place.shape) for name, place in lane.places.items()}:
-            raise DamagedError(f"{path} is of a model with other parameters")
-    except DamagedError as error:
+            raise DamagedTensorsError(f"{path} is of a model with other parameters")
+    except DamagedTensorsError as error:
         if processes.first:
             logging.warning("run %s starts again from step 1: checkpoint %s", run_id, error)
         return None
@@ -92,7 +92,7 @@ def load_checkpoint(
         if tensors[0].ndim == 0:
             # This is Adam's step count, which is on the CPU unless Adam is fused on a GPU.
             return tensors[0].to(like.device)
-        return placed(torch.cat(tensors), like)
+        return sharded_like(torch.cat(tensors), like)
 
     with torch.no_grad():
         for name, place in lane.places.items():
@@ -117,7 +117,7 @@ def checkpoint_step(path: Path) -> int:
     """Return the step in a checkpoint's header; 0 if the header cannot be read."""
     try:
         about = read_header(path)
-    except DamagedError:
+    except DamagedTensorsError:
         return 0
     return int(json.loads(about.get("progress", '{"step": 0}'))["step"])
 
@@ -126,7 +126,7 @@ def usable_step(path: Path, run_id: str) -> int:
     """Return the step of a run's checkpoint after reading and verifying all of it; 0 if it cannot be used."""
     try:
         return int(_read(path, run_id)[1]["step"])
-    except DamagedError:
+    except DamagedTensorsError:
         return 0
 
 
@@ -145,7 +145,7 @@ def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]
 def _read_part(path: Path, run_id: str) -> tuple[dict[str, Any], dict[str, str]]:
     tensors, about = read_tensors(path, "pt")
     if not about.items() >= _owner(run_id).items():
-        raise DamagedError(f"{path} is of run {about.get('run_id')}, protocol {about.get('protocol_version')}")
+        raise DamagedTensorsError(f"{path} is of run {about.get('run_id')}, protocol {about.get('protocol_version')}")
     return tensors, about
 
 
@@ -160,7 +160,7 @@ def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, tor
     """Gather a sharded model's trained parameters on the CPU of the first process; other processes return nothing."""
     gathered = {}
     for name, parameter in trained_parameters(model).items():
-        tensor = whole(parameter.detach())
+        tensor = full_tensor(parameter.detach())
         if processes.first:
             gathered[name] = tensor.cpu()
     return gathered

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lorabench.config import Sharding
+from lorabench.config.fields import Sharding
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,7 +140,7 @@ class Processes:
         return sharded
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 """A single process on the CPU."""
 
 
@@ -159,7 +159,7 @@ def leave(processes: Processes) -> None:
         dist.destroy_process_group()
 
 
-def enter(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:
+def call_as_forward(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:
     """Call `function(model, *inputs)` as a forward pass of the model, in which FSDP gathers sharded parameters."""
     if not isinstance(model, FSDPModule):
         return function(model, *inputs)
@@ -189,17 +189,17 @@ def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T
     return function(model, *inputs)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor in every process, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor, all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Move a full tensor to the device of `like` and shard it as `like` is sharded."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -6,20 +6,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorabench.exhausted import memory_for
-from lorabench.lanes import lanes_of
-from lorabench.lock import locked
-from lorabench.tables import write_job
-from lorabench.training.distributed import ALONE, Processes
-from lorabench.training.sweep import Train, run_sweep
+from lorabench.estimates.lane_count import lane_count
+from lorabench.tables.collect import write_job
+from lorabench.training.distributed import SINGLE_PROCESS, Processes
+from lorabench.training.sweep import Trainer, run_sweep
+from lorabench.utils.exhaustion import memory_for
+from lorabench.utils.lock import locked
 
 if TYPE_CHECKING:
-    from lorabench.config import Preset
-    from lorabench.layout import Layout
-    from lorabench.plan import Job, Plan, Sweep
+    from lorabench.config.preset import Preset
+    from lorabench.planning.plan import Plan
+    from lorabench.runs import Job, Sweep
+    from lorabench.storage.layout import Layout
 
 
-def run_job(plan: Plan, job: Job, layout: Layout, say: Callable[[str], None], processes: Processes = ALONE) -> None:
+def run_job(
+    plan: Plan, job: Job, layout: Layout, say: Callable[[str], None], processes: Processes = SINGLE_PROCESS
+) -> None:
     """Train all runs of a job and write its parquet file; each sweep is locked while it is trained.
 
     Args:
@@ -42,14 +45,14 @@ def run_job(plan: Plan, job: Job, layout: Layout, say: Callable[[str], None], pr
         write_job(rows, layout.job(job))
 
 
-def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Train]:
+def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Trainer]:
     """Return the trainer of a job, which keeps what the job's sweeps share (model, data, graders) until the end."""
     # Imported here since each trainer imports libraries that the other does not need.
     if task == "sft":
-        from lorabench.training.sft_job import SftTrainer
+        from lorabench.training.sft.trainer import SftTrainer
 
         return nullcontext(SftTrainer())
-    from lorabench.training.rl.job import RlTrainer
+    from lorabench.training.rl.trainer import RlTrainer
 
     return RlTrainer()
 
@@ -60,7 +63,7 @@ def _prefixed(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
 
 def _to_lower(preset: Preset, sweep: Sweep, processes: int) -> str:
     """Name the settings of `execution` that reduce a sweep's memory when lowered, with their present values."""
-    execution, lanes = preset.execution, lanes_of(preset, sweep, processes)
+    execution, lanes = preset.execution, lane_count(preset, sweep, processes)
     settings = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
     if sweep.condition.task == "rl":
         settings.append(f"max_cache_tokens ({execution.max_cache_tokens})")

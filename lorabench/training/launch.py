@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorabench.errors import UserError
-from lorabench.training.stop import Stopped
+from lorabench.utils.signals import Stopped
 
 # Seconds that the processes have to save a checkpoint when a signal asks the job to end.
 _GRACE = 120
 
 
-def started() -> bool:
+def is_worker() -> bool:
     """Return whether this process was started by the elastic launcher."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -69,7 +69,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def reporting() -> Iterator[None]:
+def errors_to_launcher() -> Iterator[None]:
     """Within, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
 
     The launching process receives the signals itself.
@@ -77,11 +77,11 @@ def reporting() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        if not started():
+        if not is_worker():
             raise
         sys.exit(stopped.exit_status)
     except UserError as error:
-        if not started():
+        if not is_worker():
             raise
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

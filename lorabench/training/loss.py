@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
-from lorabench.models.lanes import Rows
-from lorabench.models.last_layer import read_at, unwrapped
-from lorabench.training.batches import IGNORED, PASS_TOKENS, Batch, collate, joined, micro_batches
-from lorabench.training.distributed import ALONE, Processes, enter
+from lorabench.models.lanes.shelf import RowCounts
+from lorabench.models.last_layer import computing_only, without_peft
+from lorabench.training.batches import IGNORED, PASS_TOKENS, Batch, collate, concatenated, micro_batches
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Largest number of logits computed at once, by device type: 64 and 256 MiB in fp32, a few times that with gradients.
 
 Smaller pieces make the products of the unembedding slow, since its weights are read for each piece. The CPU's value was
-measured against a quarter of it (`python -m tests.benchmarks.parts`); the GPU's is assumed.
+measured against a quarter of it (`python -m benchmarks.parts`); the GPU's is assumed.
 """
 
 
@@ -37,10 +37,10 @@ def nll_sum(model: nn.Module, inputs: Tensor, targets: Tensor, positions: Tensor
 
     With a gradient all logits are computed at once.
     """
-    return nll_sums(model, Batch(inputs, targets, positions), Rows(1)).sum()
+    return nll_sums(model, Batch(inputs, targets, positions), RowCounts(1)).sum()
 
 
-def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
+def nll_sums(model: nn.Module, batch: Batch, rows: RowCounts) -> Tensor:
     """Return the sum of the NLL over each lane's scored targets, (lanes,), in fp32.
 
     With a gradient, all logits are computed at once and the last layer at all tokens; `add_gradient` avoids both.
@@ -50,10 +50,10 @@ def nll_sums(model: nn.Module, batch: Batch, rows: Rows) -> Tensor:
     """
     scored = _Scored.of(batch, rows)
     with _through(model, batch, rows, None if torch.is_grad_enabled() else scored):
-        return enter(model, _nll_sums, batch, rows, scored)
+        return call_as_forward(model, _nll_sums, batch, rows, scored)
 
 
-def _nll_sums(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored) -> Tensor:
+def _nll_sums(model: nn.Module, batch: Batch, rows: RowCounts, scored: _Scored) -> Tensor:
     hidden, targets = _hidden(model, batch, scored), scored.targets
     size = max(1, len(targets)) if torch.is_grad_enabled() else _tokens_at_once(model, MAX_LOGITS[targets.device.type])
     pieces = _pieces(scored.counts, size)
@@ -63,7 +63,7 @@ def _nll_sums(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored) -> Te
 def add_gradient(
     model: nn.Module,
     batch: Batch,
-    rows: Rows,
+    rows: RowCounts,
     divisors: Sequence[int],
     autocast: torch.dtype | None,
     max_logits: int | None,
@@ -88,7 +88,7 @@ def add_gradient(
     with _through(model, batch, rows, scored):
         if max_logits is None or len(scored.tokens) <= _tokens_at_once(model, max_logits):
             with cast():
-                nll = enter(model, _nll_sums, batch, rows, scored) / divisor
+                nll = call_as_forward(model, _nll_sums, batch, rows, scored) / divisor
             nll.sum().backward()
             return nll.detach()
         with cast():
@@ -112,17 +112,17 @@ class _Scored(NamedTuple):
     counts: list[int]
 
     @classmethod
-    def of(cls, batch: Batch, rows: Rows) -> _Scored:
+    def of(cls, batch: Batch, rows: RowCounts) -> _Scored:
         targets = batch.targets.flatten()
         tokens = (targets != IGNORED).nonzero().squeeze(1)
         return cls(tokens, targets[tokens], batch.scored_by(len(rows.counts)).tolist())
 
 
 @contextmanager
-def _through(model: nn.Module, batch: Batch, rows: Rows, scored: _Scored | None) -> Iterator[None]:
+def _through(model: nn.Module, batch: Batch, rows: RowCounts, scored: _Scored | None) -> Iterator[None]:
     """Within, layers know the lane of each row and the tokens that are read; `scored` is None for all tokens."""
     lanes = len(rows.counts)
-    read = read_at(model, scored.tokens, rows, scored.counts) if scored else nullcontext()
+    read = computing_only(model, scored.tokens, rows, scored.counts) if scored else nullcontext()
     with rows.are((len(batch.inputs) // lanes,) * lanes), read:
         yield
 
@@ -134,16 +134,16 @@ def _tokens_at_once(model: nn.Module, max_logits: int) -> int:
 
 def _hidden(model: nn.Module, batch: Batch, scored: _Scored) -> Tensor:
     """Return the inputs of the unembedding at scored tokens, (scored, width)."""
-    decoder = unwrapped(model).get_decoder()
+    decoder = without_peft(model).get_decoder()
     hidden: Tensor = decoder(
         input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
     ).last_hidden_state.flatten(0, 1)
     return hidden[scored.tokens]
 
 
-def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: Rows) -> Tensor:
+def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: RowCounts) -> Tensor:
     with rows.are(counts):
-        logits = unwrapped(model).get_output_embeddings()(hidden)
+        logits = without_peft(model).get_output_embeddings()(hidden)
     nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     return torch.stack([part.sum() for part in nll.split(list(counts))])
 
@@ -198,22 +198,22 @@ def mean_nll(
     max_tokens: int,
     device: torch.device,
     autocast: torch.dtype | None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     packing: bool = False,
 ) -> float:
     """Return the token-weighted NLL of a whole split in nats per scored token; see `mean_nlls`."""
-    return mean_nlls(model, Rows(1), split, max_tokens, device, autocast, processes, packing)[0]
+    return mean_nlls(model, RowCounts(1), split, max_tokens, device, autocast, processes, packing)[0]
 
 
 @torch.no_grad()
 def mean_nlls(
     model: nn.Module,
-    rows: Rows,
+    rows: RowCounts,
     split: TokenizedSplit,
     max_tokens: int,
     device: torch.device,
     autocast: torch.dtype | None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     packing: bool = False,
 ) -> list[float]:
     """Return the token-weighted NLL of a whole split in nats per scored token, for each lane.
@@ -234,6 +234,6 @@ def mean_nlls(
         batch = collate(split, [share[row] for row in part])
         count += batch.scored
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            totals += nll_sums(model, joined([batch] * lanes).to(device), rows)
+            totals += nll_sums(model, concatenated([batch] * lanes).to(device), rows)
     scored = processes.total(count)
     return [processes.total(total) / scored for total in totals.tolist()]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from lorabench.gpus import processor
 from lorabench.models.base import package_versions
-from lorabench.records import atomic_path
+from lorabench.utils.files import atomic_path
+from lorabench.utils.gpus import processor
 
 _REPOSITORY = Path(__file__).parents[2]
 

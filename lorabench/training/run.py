@@ -9,29 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lorabench.config import Protocol
-from lorabench.models.lanes import Lane
-from lorabench.plan import Run
-from lorabench.training.distributed import ALONE, Processes, whole
+from lorabench.config.experiments import Protocol
+from lorabench.models.lanes.shelf import Lane
+from lorabench.runs import Run
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 # Elements of a gradient whose squares are summed at once.
 _PIECE = 1 << 16
-
-
-@dataclass(frozen=True)
-class Point:
-    """One value of a learning curve; `examples` and `tokens` are trained on up to this step, `value` is None if it is
-    not finite."""
-
-    step: int
-    examples: int
-    tokens: int
-    split: str
-    metric: str
-    value: float | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ class Machine:
     checkpoint_seconds: float
     max_cache_tokens: int = 65_536
     packing: bool = False
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
         """Return the autocast type of the protocol's precision, None for fp32."""
@@ -85,4 +73,4 @@ def clip_gradient(lane: Lane, max_norm: float | None) -> float:
         pieces += [gradient] if undivided else gradient.flatten().split(_PIECE)
     norm = torch.nn.utils.get_total_norm(pieces)
     torch.nn.utils.clip_grads_with_norm_(lane.parameters, max_norm or math.inf, norm)
-    return float(whole(norm))
+    return float(full_tensor(norm))

@@ -16,36 +16,39 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorabench.allocation import keep_freed_memory
-from lorabench.config import FactsDataset
+from lorabench.config.datasets import FactsDataset
 from lorabench.errors import UserError
-from lorabench.lanes import dealt, lanes_of
-from lorabench.layout import Layout
+from lorabench.estimates.lane_count import deal, lane_count
 from lorabench.models.base import load_model, skeleton, weights_sha256
-from lorabench.models.full_lanes import lane_state
-from lorabench.models.lanes import Stack
-from lorabench.models.lora import add_lane, add_lora
-from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.lanes.full import lane_state
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import Stack
+from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.size import Sizes
-from lorabench.plan import Plan, Run, Sweep
-from lorabench.progress import Progress
-from lorabench.records import RunFolder, write_json
-from lorabench.tables import best_lr, sweep_rows, write_curves
+from lorabench.planning.plan import Plan
+from lorabench.runs import Run, Sweep
+from lorabench.storage.layout import Layout
+from lorabench.storage.progress import Progress
+from lorabench.storage.run_folder import RunFolder
+from lorabench.tables.collect import sweep_rows, write_curves
 from lorabench.training.checkpoint import whole_weights
-from lorabench.training.checkpoints import Checkpoints, in_step
-from lorabench.training.distributed import ALONE, Processes
+from lorabench.training.distributed import SINGLE_PROCESS, Processes
+from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
 from lorabench.training.run import Machine, recompute_activations
+from lorabench.training.selection import best_lr
+from lorabench.utils.files import write_json
+from lorabench.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from lorabench.training.rl.loop import RlOutcome
-    from lorabench.training.sft import Outcome
+    from lorabench.training.sft.loop import SftOutcome
 
 
-def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
+def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads."""
     execution = plan.preset.execution
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
@@ -62,12 +65,12 @@ def this_machine(plan: Plan, processes: Processes = ALONE) -> Machine:
     )
 
 
-Group = dict[str, tuple[int, Run]]
+RunGroup = dict[str, tuple[int, Run]]
 """Runs that are trained together, by run_id, each with its number in the sweep."""
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepContext:
     """The plan, files, machine and progress that the runs of one sweep share."""
 
     plan: Plan
@@ -111,7 +114,7 @@ class Job:
             model, condition.rank, condition.placement, condition.alpha, head, first.seed, init_a, first.run_id
         )
         for run in others:
-            add_lane(adapted, run.run_id, run.seed, init_a)
+            add_adapter(adapted, run.run_id, run.seed, init_a)
         return adapted
 
     def stacked(self, model: PeftModel, runs: Sequence[Run]) -> Stack:
@@ -130,28 +133,30 @@ class Job:
         if self.machine.processes.first:
             self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
 
-    def unfinished_groups(self, runs: list[tuple[int, Run]]) -> list[Group]:
+    def unfinished_groups(self, runs: list[tuple[int, Run]]) -> list[RunGroup]:
         """Group the unfinished ones of some runs, given with their numbers, by the lanes that train them together."""
         machine = self.machine
         gpus = machine.processes.count if machine.device.type == "cuda" else 0
-        size = 1 if machine.processes.sharded else lanes_of(self.plan.preset, self.sweep, gpus)
+        size = 1 if machine.processes.sharded else lane_count(self.plan.preset, self.sweep, gpus)
         groups, numbers = [], {run: number for number, run in runs}
         # Groups are formed before finished runs are left out, so that a resumed run has the same runs beside it.
-        for dealt_runs in dealt(self.plan.preset, numbers, size):
+        for dealt_runs in deal(self.plan.preset, numbers, size):
             unfinished = self.unfinished((numbers[run], run) for run in dealt_runs)
             group = {run.run_id: (number, run) for number, run in unfinished}
             if group:
                 paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
-                groups += [{run_id: group[run_id] for run_id in ids} for ids in in_step(paths, machine.processes)]
+                groups += [
+                    {run_id: group[run_id] for run_id in ids} for ids in groups_at_same_step(paths, machine.processes)
+                ]
         return groups
 
-    def checkpoints(self, runs: Iterable[Run]) -> Checkpoints:
+    def checkpoints(self, runs: Iterable[Run]) -> LaneCheckpoints:
         """Return the checkpoints of runs that are trained together."""
         paths = {run.run_id: self.folder(run).checkpoint for run in runs}
-        return Checkpoints(paths, self.machine.checkpoint_seconds, self.machine.processes)
+        return LaneCheckpoints(paths, self.machine.checkpoint_seconds, self.machine.processes)
 
     def write(
-        self, run: Run, outcome: Outcome | RlOutcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]
+        self, run: Run, outcome: SftOutcome | RlOutcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]
     ) -> None:
         """Write a finished run's record, curves and weights atomically. Every process must call this."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
@@ -191,7 +196,7 @@ class Job:
         processes.wait()
 
 
-Train = Callable[[Job, list[tuple[int, Run]]], None]
+Trainer = Callable[[SweepContext, list[tuple[int, Run]]], None]
 """A trainer: trains the unfinished ones of some runs, given with their number in the sweep, and writes each."""
 
 
@@ -199,9 +204,9 @@ def run_sweep(
     plan: Plan,
     sweep: Sweep,
     layout: Layout,
-    train: Train,
+    train: Trainer,
     say: Callable[[str], None],
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> list[dict[str, Any]]:
     """Train all runs of a sweep.
 
@@ -211,13 +216,13 @@ def run_sweep(
         processes: the processes that train the sweep together; each calls this function.
 
     Returns:
-        The rows of the sweep's runs (see `lorabench.tables.sweep_rows`) in the first process, nothing in the others.
+        The rows of the sweep's runs (see `lorabench.tables.collect.sweep_rows`) in the first process, else nothing.
 
     Raises:
         UserError: a finished run was made with another commit of a Hugging Face repository than is fetched now.
     """
     progress = Progress(layout.progress(sweep), sweep)
-    job = Job(plan, sweep, layout, this_machine(plan, processes), progress, say)
+    job = SweepContext(plan, sweep, layout, machine_of(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
         _check_commits(job, [run for _, run in runs if job.folder(run).done()])
@@ -252,7 +257,7 @@ def run_sweep(
     return sweep_rows([job.folder(run) for run in (*grid, *repeats)], sweep)
 
 
-def _check_commits(job: Job, finished: list[Run]) -> None:
+def _check_commits(job: SweepContext, finished: list[Run]) -> None:
     """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
     now = job.layout.commits(job.sweep.condition)
     for run in finished:
@@ -265,7 +270,7 @@ def _check_commits(job: Job, finished: list[Run]) -> None:
             )
 
 
-def provenance(job: Job) -> dict[str, Any]:
+def provenance(job: SweepContext) -> dict[str, Any]:
     """Return the machine, code and model versions common to all runs of a job; trainers add the hashes of the data."""
     condition, processes = job.sweep.condition, job.machine.processes
     return {

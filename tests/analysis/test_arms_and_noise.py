@@ -9,7 +9,8 @@ import pytest
 from lorabench.analysis.arms import arm_label, check_runs, each_arm, rows_of
 from lorabench.analysis.noise import seed_noise
 from lorabench.errors import UserError
-from tests.handmade.sft import arm, tables
+
+from ..handmade.sft import arm, tables
 
 
 def test_labels_name_rank_and_only_unusual_placements():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from lorabench.analysis.at_step import at_step
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from tests.handmade.sft import STEPS, arm, tables
+
+from ..handmade.sft import STEPS, arm, tables
 
 FINAL = 128
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.early import early_difference, train_curves
-from tests.handmade.lora import difficulty, lora_run, lora_tables, nll
+
+from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 
 SEEDS = range(3)
 

@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from lorabench.analysis.departure import departures
 from lorabench.analysis.envelopes import envelopes
-from tests.handmade.sft import arm, noise_table, tables
+
+from ..handmade.sft import arm, noise_table, tables
 
 
 def by_hand(values: dict[str, list[float]], steps=(0, 1, 2, 4)) -> tuple[pd.DataFrame, pd.DataFrame]:

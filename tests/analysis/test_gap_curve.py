@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.arms import each_arm
 from lorabench.analysis.gap_curve import envelope_gap, gap_at, gap_curve
-from tests.handmade.sft import arm, tables
+
+from ..handmade.sft import arm, tables
 
 
 def arms_of(runs):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.gaps import best_losses, gap
 from lorabench.errors import UserError
-from tests.handmade.sft import arm, tables
+
+from ..handmade.sft import arm, tables
 
 
 def test_best_losses_are_taken_over_seeds_at_the_lr_that_validation_picks():

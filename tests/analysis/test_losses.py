@@ -3,7 +3,8 @@ from __future__ import annotations
 import pandas as pd
 
 from lorabench.analysis.losses import with_losses
-from tests.handmade.sft import arm, tables
+
+from ..handmade.sft import arm, tables
 
 
 def test_losses_of_supervised_runs_are_their_final_nlls():

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, LrProblem, fit, is_determined, lineage, predict, regret
+from lorabench.analysis.lr_law import (
+    PUBLISHED,
+    LrLaw,
+    LrProblem,
+    fit_lr_law,
+    is_determined,
+    lineage,
+    lr_regret,
+    predict_lr,
+)
 
 # Family, hidden size, and the LRs of FullFT and LoRA by `get_lr` of the authors' tinker-cookbook, to four digits.
 TABLE = [
@@ -27,46 +36,46 @@ LOSSES = np.array([2.4, 2.0, 2.2, 3.0])
 
 @pytest.mark.parametrize(("family", "hidden_size", "fullft", "lora"), TABLE)
 def test_published_lrs(family, hidden_size, fullft, lora):
-    found = [predict(PUBLISHED, family, hidden_size, method) for method in ("fullft", "lora")]
+    found = [predict_lr(PUBLISHED, family, hidden_size, method) for method in ("fullft", "lora")]
     assert [f"{lr:.3e}" for lr in found] == [f"{fullft:.3e}", f"{lora:.3e}"]
 
 
 def test_lineages():
     assert [lineage(name) for name in ("llama", "qwen2", "qwen3", "qwen3_moe", "Qwen3")] == ["llama", *["qwen"] * 4]
     assert lineage("gemma3") == "gemma3"
-    assert math.isnan(predict(PUBLISHED, "gemma3", 2048, "lora"))
+    assert math.isnan(predict_lr(PUBLISHED, "gemma3", 2048, "lora"))
 
 
 def test_regret_is_linear_in_log_lr_between_the_measured():
     half_way = math.sqrt(3e-4 * 1e-3)
-    assert regret(LRS, LOSSES, half_way) == pytest.approx((2.1 - 2.0) / 2.0)
+    assert lr_regret(LRS, LOSSES, half_way) == pytest.approx((2.1 - 2.0) / 2.0)
     for lr, loss in zip(LRS, LOSSES, strict=True):
-        assert regret(LRS, LOSSES, lr) == pytest.approx(loss / 2.0 - 1)
-    assert regret(LRS, LOSSES, 3e-4 * (1 + 1e-12)) == 0.0
+        assert lr_regret(LRS, LOSSES, lr) == pytest.approx(loss / 2.0 - 1)
+    assert lr_regret(LRS, LOSSES, 3e-4 * (1 + 1e-12)) == 0.0
 
 
 @pytest.mark.parametrize("lr", [9e-5, 4e-3, math.nan, 0.0])
 def test_no_regret_is_made_up_where_nothing_was_measured(lr):
-    assert math.isnan(regret(LRS, LOSSES, lr))
+    assert math.isnan(lr_regret(LRS, LOSSES, lr))
 
 
 def test_beside_a_run_without_a_loss_the_regret_is_unknown():
     lost = np.array([2.4, 2.0, 2.2, math.nan])
-    assert math.isnan(regret(LRS, lost, 2e-3))
-    assert math.isnan(regret(LRS, lost, 3e-3))
-    assert regret(LRS, lost, 1e-3) == pytest.approx(0.1)
-    assert math.isnan(regret(LRS, np.full(4, math.nan), 1e-3))
+    assert math.isnan(lr_regret(LRS, lost, 2e-3))
+    assert math.isnan(lr_regret(LRS, lost, 3e-3))
+    assert lr_regret(LRS, lost, 1e-3) == pytest.approx(0.1)
+    assert math.isnan(lr_regret(LRS, np.full(4, math.nan), 1e-3))
 
 
 def test_regret_of_many_draws():
     draws = np.stack([LOSSES, LOSSES + np.array([0, 0, -1.0, 0])])
-    np.testing.assert_allclose(regret(LRS, draws, 1e-3), [0.1, 0.0])
-    assert np.isnan(regret(LRS, draws, 1.0)).tolist() == [True, True]
+    np.testing.assert_allclose(lr_regret(LRS, draws, 1e-3), [0.1, 0.0])
+    assert np.isnan(lr_regret(LRS, draws, 1.0)).tolist() == [True, True]
 
 
 def problem(law, family, hidden_size, method, factors=(1 / 9, 1 / 3, 1, 3, 9), centre=None):
     """Return losses that are a parabola in log LR around the law's LR, on a grid around it or around a given LR."""
-    optimum = predict(law, family, hidden_size, method)
+    optimum = predict_lr(law, family, hidden_size, method)
     lrs = (centre or optimum) * np.array(factors)
     return LrProblem(lineage(family), hidden_size, method, lrs, 2.0 + 0.1 * np.log(lrs / optimum) ** 2)
 
@@ -88,7 +97,7 @@ def problems(law, **grid):
 )
 def test_a_law_gives_its_constants_back(base, multiplier, llama, qwen):
     law = LrLaw(base, multiplier, {"llama": llama, "qwen": qwen})
-    found = fit(problems(law))
+    found = fit_lr_law(problems(law))
     assert found.base == pytest.approx(base, rel=1e-4)
     assert found.multiplier == pytest.approx(multiplier, rel=1e-4)
     assert found.exponents == pytest.approx(law.exponents, abs=1e-4)
@@ -96,10 +105,10 @@ def test_a_law_gives_its_constants_back(base, multiplier, llama, qwen):
 
 def test_on_one_grid_for_all_the_law_is_within_a_grid_step():
     law = LrLaw(3e-4, 9.8, {"llama": 0.6, "qwen": 0.1})
-    found = fit(problems(law, centre=1e-3, factors=10.0 ** np.arange(-3, 3.25, 0.25)))
+    found = fit_lr_law(problems(law, centre=1e-3, factors=10.0 ** np.arange(-3, 3.25, 0.25)))
     for family, hidden_size in (("llama", 128), ("qwen3", 128)):
         for method in ("fullft", "lora"):
-            off = predict(found, family, hidden_size, method) / predict(law, family, hidden_size, method)
+            off = predict_lr(found, family, hidden_size, method) / predict_lr(law, family, hidden_size, method)
             assert abs(math.log10(off)) < 0.25
 
 
@@ -107,7 +116,7 @@ def test_the_fit_follows_most_models_past_one_that_is_off():
     law = LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.08})
     off = LrLaw(4e-4, 10.0, law.exponents)
     mixed = [p for p in problems(law) if (p.lineage, p.hidden_size) != ("llama", 256)]
-    found = fit([*mixed, problem(off, "llama", 256, "fullft"), problem(law, "llama", 256, "lora")])
+    found = fit_lr_law([*mixed, problem(off, "llama", 256, "fullft"), problem(law, "llama", 256, "lora")])
     assert found.base == pytest.approx(1e-4, rel=1e-3)
     assert found.exponents["llama"] == pytest.approx(0.78, abs=1e-3)
 
@@ -115,7 +124,7 @@ def test_the_fit_follows_most_models_past_one_that_is_off():
 def test_lost_runs_do_not_stop_the_fit():
     law = LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.08})
     lost = [p._replace(losses=np.where(p.lrs > 5 * p.lrs[2], math.nan, p.losses)) for p in problems(law)]
-    assert fit(lost).base == pytest.approx(1e-4, rel=1e-4)
+    assert fit_lr_law(lost).base == pytest.approx(1e-4, rel=1e-4)
 
 
 def test_what_does_not_determine_a_law():
@@ -130,4 +139,4 @@ def test_what_does_not_determine_a_law():
     # A second hidden size of one family determines the base, and so the other family's exponent.
     assert is_determined([p for p in every if p.hidden_size == 64 or p.lineage == "llama"])
     with pytest.raises(ValueError, match="several hidden sizes"):
-        fit([p for p in every if p.hidden_size == 64])
+        fit_lr_law([p for p in every if p.hidden_size == 64])

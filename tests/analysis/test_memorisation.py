@@ -8,15 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.analysis.memorisation import (
-    best_stored,
-    description_lengths,
-    is_memorisation,
-    late_growth,
-    mean_interval,
-    stored_bits,
-)
-from tests.handmade.sft import arm, tables
+from lorabench.analysis.gaps import mean_interval
+from lorabench.analysis.memorisation import best_stored, description_lengths, is_memorisation, late_growth, stored_bits
+
+from ..handmade.sft import arm, tables
 
 TOKENS, ENTROPY = 1000, 4000.0
 

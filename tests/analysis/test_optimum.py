@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.optimum import lr_draws, lr_optima, vertex
 from lorabench.errors import UserError
-from tests.handmade.sft import LRS, arm, noise_table, tables
+
+from ..handmade.sft import LRS, arm, noise_table, tables
 
 NOISE = noise_table(0.002)
 

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.arms import ARM, OPTIONAL
-from lorabench.analysis.claims import judge_claims
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from lorabench.tables import Tables
+from lorabench.claims import judge_claims
+from lorabench.tables.tables import Tables
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
 SIGMA = 0.0004  # about what the repeats at LR 1e-3 show; seed_noise below

@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.analysis.arms import check_table, rows_of
+from lorabench.analysis.arms import rows_of
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.rewards import GOOD, errors, good_bands, reward_curves, reward_optima
+from lorabench.analysis.rewards import GOOD, good_bands, reward_curves, reward_optima, with_error_rates
 from lorabench.errors import UserError
-from tests.handmade.rl import BASE, CURVATURE, LRS, OFFSETS, STEPS, arm, tables
-from tests.handmade.sft import arm as sft_arm
-from tests.handmade.sft import tables as sft_tables
+from lorabench.tables.checks import check_table
+
+from ..handmade.rl import BASE, CURVATURE, LRS, OFFSETS, STEPS, arm
+from ..handmade.sft import arm as sft_arm
+from ..handmade.sft import tables
+from ..handmade.sft import tables as sft_tables
 
 
 def grid(lrs, accuracies, statuses=None, repeats=(-0.001, 0.001)):
@@ -50,19 +53,19 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     sft, _ = sft_tables([sft_arm(optimum=3e-4)])
     runs.loc[0, ["status", "final_reward", "final_valid_reward", "best_reward"]] = ["unrewarded", BASE, BASE, BASE]
     both = pd.concat([runs, sft])
-    found = errors(both)
+    found = with_error_rates(both)
     assert list(found["run_id"]) == list(runs["run_id"])
     done = found["status"] == "done"
     assert found["status"].iloc[0] == "done"
     assert (found["status"] == "diverged").sum() == 1
     assert found.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
     assert found.loc[~done, "test_loss"].isna().all()
-    best = errors(both, "best_reward")[done]
+    best = with_error_rates(both, "best_reward")[done]
     assert best["test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "best_reward"]).tolist())
     assert best["validation_loss"].tolist() == found.loc[done, "validation_loss"].tolist()
     assert found[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
-    pd.testing.assert_frame_equal(errors(found), found)
-    assert errors(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
+    pd.testing.assert_frame_equal(with_error_rates(found), found)
+    assert with_error_rates(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
     assert seed_noise(found)["sigma"].item() == pytest.approx(OFFSETS[1])
 
 

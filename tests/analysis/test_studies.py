@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.studies import over_studies, seed_studies
-from tests.handmade.sft import arm, tables
+
+from ..handmade.sft import arm, tables
 
 
 def studies_of(*optima_and_floors, **columns):

@@ -8,7 +8,8 @@ import pytest
 from lorabench.analysis.departure import departures
 from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.thresholds import threshold_slope, thresholds
-from tests.handmade.sft import arm, noise_table, tables
+
+from ..handmade.sft import arm, noise_table, tables
 
 
 def found(sigma=0.01, **changes):

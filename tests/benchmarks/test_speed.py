@@ -13,15 +13,16 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config import load_preset
+from benchmarks.speed import models, rl, steps, sweep, table
+from benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, measure
+from benchmarks.speed.table import Row
+from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.size import base_parameters
-from lorabench.plan import make_plan
+from lorabench.planning.plan import make_plan
 from lorabench.training.batches import IGNORED
-from tests.benchmarks.speed import models, rl, steps, sweep, table
-from tests.benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, measure
-from tests.benchmarks.speed.table import Row
-from tests.conftest import REPOSITORY
+
+from ..conftest import REPOSITORY
 
 SHARED = {
     "date": "2026-01-02",
@@ -145,7 +146,7 @@ def test_a_model_that_is_not_here_is_told(tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_is_not_there_is_told():
-    command = [sys.executable, "-m", "tests.benchmarks.speed", "--gpu", "A10"]
+    command = [sys.executable, "-m", "benchmarks.speed", "--gpu", "A10"]
     said = subprocess.run(
         command,
         cwd=REPOSITORY,
@@ -170,7 +171,7 @@ def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_quick_form_runs_from_end_to_end(tmp_path):
     out = tmp_path / "speed.csv"
-    command = [sys.executable, "-m", "tests.benchmarks.speed", "--quick", "--threads", "1", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--threads", "1", "--out", str(out)]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     measured = pd.read_csv(out)
     assert set(measured.loc[measured["part"] == "sweep", "arm"]) == set(sweep.ARMS.values())

@@ -12,17 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabench.config import FileDataset, FileProblems, TinyModel
+from lorabench.config.datasets import FileDataset
+from lorabench.config.models import TinyModel
+from lorabench.config.problems import FileProblems
 from lorabench.data import files, rows
 from lorabench.data.chat import Chat
 from lorabench.data.files import chosen_format, file_chats, tally_of, usable_chats
-from lorabench.data.problems import make_problems
+from lorabench.data.identity import dataset_id
+from lorabench.data.problem_sets import make_problems
 from lorabench.data.rows import NOT_UTF8, REPEATED, TOO_LONG, Tally
 from lorabench.data.sft import make_dataset, read_dataset, write_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
-from lorabench.plan import dataset_id
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 PAIR = [("user", "q"), ("assistant", "a")]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from lorabench.config import HubDataset
+from lorabench.config.datasets import HubDataset
 from lorabench.data.chat import prompt
 from lorabench.data.hub import hub_messages
 from lorabench.data.sft import about, build_dataset, read_dataset
 from lorabench.errors import UserError
-from tests.hub.repositories import (
+
+from ..hub.repositories import (
     openthoughts3_row,
     tulu3_row,
     write_jsonl,

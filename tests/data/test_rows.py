@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.data.rows import REPEATED, Row, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
+from lorabench.data.rows import REPEATED, RawRow, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 
 
@@ -15,12 +15,12 @@ def number(content):
 
 
 ROWS = [
-    Row(1, Unreadable("not JSON")),
-    Row(3, {"n": 1, "other": None}),
-    Row(4, {"n": -1}),
-    Row(5, {"n": 1}),
-    Row(6, {"n": -2}),
-    Row(7, {"n": 2}),
+    RawRow(1, Unreadable("not JSON")),
+    RawRow(3, {"n": 1, "other": None}),
+    RawRow(4, {"n": -1}),
+    RawRow(5, {"n": 1}),
+    RawRow(6, {"n": -2}),
+    RawRow(7, {"n": 2}),
 ]
 
 
@@ -52,7 +52,7 @@ def test_rows_left_out_later_keep_the_first_place():
 def test_lines_end_at_line_feeds_only(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"n": "\u2028"}\n\n[]\n'.encode())
-    assert list(json_lines(path)) == [Row(1, {"n": "\u2028"}), Row(3, Unreadable("not a JSON object"))]
+    assert list(json_lines(path)) == [RawRow(1, {"n": "\u2028"}), RawRow(3, Unreadable("not a JSON object"))]
 
 
 def test_damaged_parquet_is_one_sentence(tmp_path):

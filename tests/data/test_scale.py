@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub.repositories import TULU3, tulu3_row, write_card
+from ..hub.repositories import TULU3, tulu3_row, write_card
 
 pytestmark = pytest.mark.long
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.long
 WORK = """
 import json, sys, threading, time
 from pathlib import Path
-from lorabench.config import HubDataset, TinyModel
+from lorabench.config.preset import HubDataset, TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.base import load_tokenizer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from lorabench.config import ChatDataset
+from lorabench.config.datasets import ChatDataset
 from lorabench.data import sft
 from lorabench.data.chat import prompt
 from lorabench.data.reasoning import INSTRUCT_TASKS, PRETRAIN_TASKS
-from lorabench.data.sft import disjoint, make_dataset, read_dataset, write_dataset
+from lorabench.data.sft import checked_disjoint, make_dataset, read_dataset, write_dataset
 from lorabench.errors import UserError
 
 
@@ -25,7 +25,7 @@ def test_splits_are_whole_distinct_and_short(kind):
     assert len({prompt(row["messages"]) for row in rows}) == 60
     assert all(sum(len(m["content"]) for m in row["messages"]) <= 300 for row in rows)
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
-    assert list(disjoint(rows)) == rows
+    assert list(checked_disjoint(rows)) == rows
 
 
 def test_same_seed_same_rows_and_another_seed_others():
@@ -48,7 +48,7 @@ def test_a_shared_example_is_named_whatever_its_spaces():
     copy = {**rows[0], "split": "test"}
     copy["messages"] = [{"role": "user", "content": f" {rows[0]['messages'][0]['content']}\n"}, rows[0]["messages"][1]]
     with pytest.raises(UserError, match="splits 'train' and 'test' share the example"):
-        list(disjoint([*rows, copy]))
+        list(checked_disjoint([*rows, copy]))
 
 
 def test_a_file_with_a_shared_example_is_refused(tmp_path):

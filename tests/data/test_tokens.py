@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lorabench.config import ChatDataset, TinyModel
+from lorabench.config.datasets import ChatDataset
+from lorabench.config.models import TinyModel
 from lorabench.data import sft
 from lorabench.data.sft import build_dataset, make_dataset, read_dataset, write_dataset
-from lorabench.data.tokens import Limits, cache_key, encode_chat, examples_left_out, read_tokens, write_tokens
+from lorabench.data.tokens import Limits, cache_key, count_left_out, encode_chat, read_tokens, write_tokens
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
 
@@ -157,11 +158,11 @@ def test_examples_over_the_datasets_limit_are_left_out_whole_and_counted(tokeniz
     write_tokens(path, tokenizer, tmp_path / "cache", Limits(512, limit))
     split = read_tokens(tmp_path / "cache", cache_key(tokenizer, path))["train"]
     assert sorted(split.lengths()) == lengths[:-1]
-    assert examples_left_out(tmp_path / "cache") == {"train": 1, "validation": 0, "test": 0}
+    assert count_left_out(tmp_path / "cache") == {"train": 1, "validation": 0, "test": 0}
     assert f"1 of 12 examples of split 'train' have more than max_tokens = {limit} tokens" in caplog.text
     with pytest.raises(UserError, match=f"of 12 examples of split 'train' have more than max_tokens = {lengths[6]}"):
         write_tokens(path, tokenizer, tmp_path / "other", Limits(512, lengths[6]))
     with pytest.raises(UserError, match="max_tokens = 513 is more than the 512 tokens that the model takes"):
         Limits(512, 513)
     write_tokens(path, tokenizer, tmp_path / "all", Limits(512))
-    assert examples_left_out(tmp_path / "all") == {}
+    assert count_left_out(tmp_path / "all") == {}

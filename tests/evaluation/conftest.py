@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from lorabench.data.problems import make_problems, write_problems
+from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.data.sft import build_dataset
 from lorabench.evaluation.pretraining import write_pretraining
-from lorabench.layout import Layout
-from lorabench.plan import EvalJob, Job, Plan, make_plan
+from lorabench.planning.plan import Plan, make_plan
+from lorabench.runs import EvalJob, Job
+from lorabench.storage.layout import Layout
 
 TASKS = [
     {"name": "lorabench_worked", "about": "learned", "source": "worked", "chat": True, "limit": 6},

@@ -9,11 +9,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorabench.cli import app
-from lorabench.config import EVAL_SOURCES, EvalTask, PresetError, load_preset
+from lorabench.cli.main import app
+from lorabench.config.execution import EVAL_SOURCES, EvalTask
+from lorabench.config.fields import PresetError
+from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
-from tests.evaluation.conftest import RAW, Trained
+
+from .conftest import RAW, Trained
 
 
 def task(name: str, source: str | None = None) -> EvalTask:
@@ -25,7 +28,7 @@ def graded(trained: Trained, name: str, source: str, response: str, target: str)
     from lm_eval.api.instance import Instance
 
     wanted = task(name, source)
-    built = catalog.load(catalog.manager([wanted]), wanted, trained.layout).leaves[name]
+    built = catalog.load_task(catalog.task_index([wanted]), wanted, trained.layout).leaves[name]
     doc = {"question": "?", "answer": target, "source": "made up"}
     instance = Instance("generate_until", doc, ("?", {}), 0, metadata=(name, 0, 1))
     instance.resps.append(response)
@@ -74,7 +77,7 @@ def test_whole_answers(trained, name, source, response, right):
 
 def test_an_unknown_task_is_named_with_those_near_it():
     with pytest.raises(UserError, match="'gsm8' is not known to lm-eval; near it: .*gsm8k"):
-        catalog.manager([task("gsm8")])
+        catalog.task_index([task("gsm8")])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_every_task_of_this_project_has_its_kind_of_source():
 
 def test_settings_that_lm_eval_would_pass_over_are_refused(trained):
     wanted = task("lorabench_arithmetic", "gcd")
-    loaded = catalog.load(catalog.manager([wanted]), wanted, trained.layout)
+    loaded = catalog.load_task(catalog.task_index([wanted]), wanted, trained.layout)
 
     def check(max_length: int, **changes: int) -> None:
         catalog.check_settings([replace(loaded, task=wanted.model_copy(update=changes))], "tiny", max_length)
@@ -125,7 +128,7 @@ def test_a_missing_file_is_named(trained):
     wanted = task("lorabench_arithmetic", "gcd")
     try:
         with pytest.raises(UserError, match=f"reads {path}, which does not exist"):
-            catalog.load(catalog.manager([wanted]), wanted, trained.layout)
+            catalog.load_task(catalog.task_index([wanted]), wanted, trained.layout)
     finally:
         aside.rename(path)
 

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from lorabench.config import load_preset
-from lorabench.layout import Layout
-from lorabench.plan import make_plan
-from tests.evaluation.conftest import RAW
-from tests.hub.evaluation import SUBJECTS, write_repositories
-from tests.hub.server import Hub, serving
+from lorabench.config.loading import load_preset
+from lorabench.planning.plan import make_plan
+from lorabench.storage.layout import Layout
+
+from ..hub.evaluation import SUBJECTS, write_repositories
+from ..hub.server import Hub, serving
+from .conftest import RAW
 
 pytestmark = pytest.mark.slow
 

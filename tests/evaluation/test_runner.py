@@ -14,19 +14,29 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lorabench.config import PathModel
+from lorabench.config.models import PathModel
 from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
-from lorabench.evaluation.runner import SAMPLES, best_record, check_run, evaluate_job, harness, load, run_tasks
+from lorabench.evaluation.runner import (
+    SAMPLES,
+    best_record,
+    check_run,
+    evaluate_job,
+    lm_eval_model,
+    load_evaluated_model,
+    run_tasks,
+)
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
-from lorabench.records import RunFolder, write_json
-from lorabench.tables import EVALS
+from lorabench.storage.run_folder import RunFolder
+from lorabench.tables.schemas import EVALS
 from lorabench.training.loss import mean_nll
-from tests.evaluation.conftest import Trained
-from tests.training.several import write_tied
+from lorabench.utils.files import write_json
+
+from ..training.several import write_tied
+from .conftest import Trained
 
 CPU = torch.device("cpu")
 
@@ -122,12 +132,12 @@ def test_nll_of_lm_eval_is_this_projects(trained, method):
     job = trained.job(method)
     record = best_record(job, trained.layout) if method else None
     spec = trained.plan.preset.models["tiny"]
-    model = load(spec, record, trained.layout)
+    model = load_evaluated_model(spec, record, trained.layout)
     tokenizer = load_tokenizer(spec)
     rows = [row for row in read_dataset(trained.layout.dataset("instruct")) if row["split"] == "test"]
     split = split_of([encode_chat(tokenizer, row["messages"]) for row in rows])
     own = mean_nll(model, split, 2048, CPU, None)
-    lm = harness(model, tokenizer, 4, None)
+    lm = lm_eval_model(model, tokenizer, 4, None)
     pairs = [
         (lm.apply_chat_template(row["messages"][:1]), row["messages"][1]["content"] + tokenizer.eos_token)
         for row in rows
@@ -151,7 +161,7 @@ def test_an_adapter_on_an_unembedding_leaves_the_embedding_that_it_is_alone(tmp_
                 parameter.normal_(std=0.05)
     layout = SimpleNamespace(runs=tmp_path / "runs")
     adapted.save_pretrained(RunFolder(layout.runs, "run").weights, save_embedding_layers=False)
-    loaded = load(spec, {"run_id": "run", "spec": {"method": "lora"}, "outcome": {}}, layout).eval()
+    loaded = load_evaluated_model(spec, {"run_id": "run", "spec": {"method": "lora"}, "outcome": {}}, layout).eval()
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
@@ -191,9 +201,9 @@ def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base
 
     def again(batch_size: int) -> pd.Series:
         tasks = plan.preset.evaluation.tasks
-        index = catalog.manager(tasks)
-        loaded = [catalog.load(index, task, layout) for task in tasks]
-        lm = harness(load_model(plan.preset.models["tiny"]), tokenizer, batch_size, None)
+        index = catalog.task_index(tasks)
+        loaded = [catalog.load_task(index, task, layout) for task in tasks]
+        lm = lm_eval_model(load_model(plan.preset.models["tiny"]), tokenizer, batch_size, None)
         rows, _ = run_tasks(lm, index, loaded, plan.preset.evaluation)
         return pd.DataFrame(rows).set_index(keys)["value"]
 
@@ -212,9 +222,9 @@ def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
     tokenizer.chat_template = None
     tasks = [task for task in plan.preset.evaluation.tasks if task.name == "lorabench_arithmetic"]
     assert tasks[0].chat
-    index = catalog.manager(tasks)
-    lm = harness(load_model(plan.preset.models["tiny"]), tokenizer, 4, None)
-    rows, samples = run_tasks(lm, index, [catalog.load(index, tasks[0], trained.layout)], plan.preset.evaluation)
+    index = catalog.task_index(tasks)
+    lm = lm_eval_model(load_model(plan.preset.models["tiny"]), tokenizer, 4, None)
+    rows, samples = run_tasks(lm, index, [catalog.load_task(index, tasks[0], trained.layout)], plan.preset.evaluation)
     assert [row["template_sha256"] for row in rows] == [None]
     assert len(samples) == 6
 

@@ -24,14 +24,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from lorabench.lanes import lanes_of
-from lorabench.layout import Layout
-from lorabench.plan import Job as Wanted
-from lorabench.plan import Plan, Sweep, make_plan
+from lorabench.estimates.lane_count import lane_count
+from lorabench.planning.plan import Plan, make_plan
+from lorabench.runs import Job as Wanted
+from lorabench.runs import Sweep
+from lorabench.storage.layout import Layout
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["lorabench.cli", "lorabench.training.sft_job", "lorabench.training.rl.job", "peft", "pyarrow.dataset"]
+    ["lorabench.cli", "lorabench.training.sft.trainer", "lorabench.training.rl.trainer", "peft", "pyarrow.dataset"]
 )
 
 PRESET: dict[str, Any] = {
@@ -211,7 +212,7 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    from lorabench.cli import app
+    from lorabench.cli.main import app
 
     app(arguments)
 
@@ -237,7 +238,7 @@ def fresh(tmp_path_factory) -> Place:
         command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]
         subprocess.run(command, cwd=place.folder, check=True)
     place.run("tokens", "tiny", "instruct")
-    lanes = [lanes_of(place.layout.preset, place.sweep(task), gpus=0) for task in AT_WORK]
+    lanes = [lane_count(place.layout.preset, place.sweep(task), gpus=0) for task in AT_WORK]
     assert lanes == [1, 2], "the tests want runs of SFT one after another and two lanes of RL"
     return place
 

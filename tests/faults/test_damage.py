@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorabench.config import PathModel
+from lorabench.config.models import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.lanes import Lane, alone
-from lorabench.models.tiny import shipped
-from lorabench.records import RunFolder
-from lorabench.tables import collect
-from lorabench.tensors import read_tensors, write_tensors
+from lorabench.models.lanes.shelf import Lane, single_lane
+from lorabench.models.tiny import shipped_folder
+from lorabench.storage.run_folder import RunFolder
+from lorabench.tables.collect import collect
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
+from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
 
 def cut(path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_damaged_dataset_is_told_by_what_reads_it(task, dataset, place):
 
 @pytest.mark.parametrize("damage", [cut, empty])
 def test_damaged_weights_of_a_base_are_told(damage, tmp_path):
-    shutil.copytree(shipped("llama-64"), tmp_path / "base")
+    shutil.copytree(shipped_folder("llama-64"), tmp_path / "base")
     damage(tmp_path / "base/model.safetensors")
     with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; delete it and"):
         load_model(PathModel(kind="path", path=str(tmp_path / "base"), parameters=1, hidden_size=64))
@@ -98,7 +98,7 @@ def lane_and_optimizer(width: int = 3) -> tuple[Lane, torch.optim.Optimizer, tor
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(width)).sum().backward()
     optimizer.step()
-    return alone(model, "mine").lanes["mine"], optimizer, model
+    return single_lane(model, "mine").lanes["mine"], optimizer, model
 
 
 REASONS = {

@@ -15,11 +15,11 @@ import torch
 
 from lorabench.data.grading import Grader
 from lorabench.errors import UserError
-from lorabench.exhausted import memory_for
-from lorabench.lock import SILENT, locked
-from lorabench.progress import status
-from lorabench.training import stop
+from lorabench.storage.progress import status
 from lorabench.training.checkpoint import checkpoint_step
+from lorabench.utils import signals
+from lorabench.utils.exhaustion import memory_for
+from lorabench.utils.lock import DEAD_AFTER, locked
 
 from .conftest import AT_WORK, numbers
 
@@ -85,11 +85,11 @@ def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
     state = status(half.plan, half.layout)
     assert (state.jobs_done, len(state.running)) == (0, 2), "the last sign of life is seconds old"
     for lock in locks:
-        os.utime(lock, (time.time() - 2 * SILENT,) * 2)
+        os.utime(lock, (time.time() - 2 * DEAD_AFTER,) * 2)
     state = status(half.plan, half.layout)
     assert not state.running
     assert {job["label"] for job in state.silent} == {sweep.condition.label for sweep in half.plan.sweeps}
-    assert all(job["silent_s"] == pytest.approx(2 * SILENT, abs=10) for job in state.silent)
+    assert all(job["silent_s"] == pytest.approx(2 * DEAD_AFTER, abs=10) for job in state.silent)
     assert "silent" in half.run("status")
     assert "last sign of life 2 minutes ago" in " ".join(half.run("status").split())
 
@@ -118,12 +118,12 @@ def test_a_job_that_is_told_to_end_saves_what_it_has(task, number, place, unbrok
 
 
 def test_the_second_signal_does_not_wait():
-    with stop.at_once(), stop.after_this_step():
+    with signals.stop_immediately(), signals.stop_after_step():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested()
-        with pytest.raises(stop.Stopped):
+        assert signals.requested()
+        with pytest.raises(signals.Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert not stop.requested()
+    assert not signals.requested()
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_the_lock_of_a_job_that_hangs_is_named(place):
     # It is stopped when its name is in the file.
     first.until(lambda: lock.exists() and lock.read_text())
     first.signal(signal.SIGSTOP)
-    os.utime(lock, (time.time() - 3 * SILENT,) * 2)
+    os.utime(lock, (time.time() - 3 * DEAD_AFTER,) * 2)
     try:
         told = place.train("sft", status=2).splitlines()[-1]
         assert f"is locked by process {first.pid} on " in told
@@ -304,9 +304,9 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkey
     path, said = tmp_path / "x.lock", []
     with locked(path, "x", said.append):
         assert path.exists()
-        with stop.after_this_step():
+        with signals.stop_after_step():
             os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(stop.Stopped):
+            with pytest.raises(signals.Stopped):
                 locked(path, "x", said.append).__enter__()
     assert said == [f"waits for process {os.getpid()} on {os.uname().nodename}, which is at work on x"]
     path.write_text("process 1 on a dead node")

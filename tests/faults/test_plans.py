@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.tables import read_table
-from tests.conftest import REPOSITORY
+from lorabench.tables.io import read_table
 
+from ..conftest import REPOSITORY
 from .conftest import Place
 
 TABLES = "results/mine/tables/runs.parquet"

@@ -13,10 +13,11 @@ from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.memorisation import best_stored, stored_bits
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.slopes import log_log
-from lorabench.figures import FIGURES
-from lorabench.tables import Tables
-from tests.figures.layout import lay_out
-from tests.handmade import STEPS, make_run, make_sweep, runs_table
+from lorabench.figures.catalog import FIGURES
+from lorabench.tables.tables import Tables
+
+from ..handmade import STEPS, make_run, make_sweep, runs_table
+from .layout import lay_out
 
 ENTROPY, TOKENS = 40_000.0, 13_000
 RANKS = (None, 1, 4, 16, 64)

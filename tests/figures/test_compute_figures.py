@@ -9,14 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.compute import loss_by_flops
+from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
-from lorabench.figures import FIGURES, save
+from lorabench.figures.catalog import FIGURES
+from lorabench.figures.save import save_figure
 from lorabench.figures.style import arm_styles
-from lorabench.tables import Tables, with_all_columns
-from tests.analysis.test_claims_compute import compute_table
-from tests.figures.layout import lay_out
-from tests.handmade import curves_of, make_run, make_sweep, runs_table
+from lorabench.tables.io import with_all_columns
+from lorabench.tables.tables import Tables
+
+from ..claims.test_compute import compute_table
+from ..handmade import curves_of, make_run, make_sweep, runs_table
+from .layout import lay_out
 
 NOTHING = pd.DataFrame()
 
@@ -100,7 +103,7 @@ def test_odd_compute_tables_are_drawn(compute: pd.DataFrame):
 def test_a_compute_table_of_few_columns_and_with_markup_is_saved(tmp_path: Path):
     table = compute_table(model="<b>$x^$&")[["model", "method", "rank", "effective_width", "linear_flops"]]
     table.to_parquet(tmp_path / "compute.parquet")
-    save("compute", [tmp_path], tmp_path / "out")
+    save_figure("compute", [tmp_path], tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "<b>" not in (tmp_path / "out" / "compute.svg").read_text()
 

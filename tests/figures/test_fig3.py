@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.gaps import best_losses, gap
-from lorabench.figures import FIGURES
+from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import arm_styles
-from lorabench.tables import Tables
-from tests.figures.layout import lay_out
-from tests.handmade import curves_of, make_sweep, runs_table
+from lorabench.tables.tables import Tables
+
+from ..handmade import curves_of, make_sweep, runs_table
+from .layout import lay_out
 
 
 def sweeps(ranks=(None, 8), sizes=(4, 16, 64), **changes):

@@ -10,10 +10,11 @@ import pytest
 
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
-from lorabench.figures import FIGURES
-from lorabench.tables import Tables
-from tests.figures.layout import lay_out
-from tests.handmade import make_sweep, runs_table
+from lorabench.figures.catalog import FIGURES
+from lorabench.tables.tables import Tables
+
+from ..handmade import make_sweep, runs_table
+from .layout import lay_out
 
 PER_RANK = {"attn": 5_500, "mlp": 9_000, "all": 14_000}
 

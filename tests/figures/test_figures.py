@@ -12,15 +12,20 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures import COMPUTE, EVALS, FIGURES, drawable, save
+from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES
+from lorabench.figures.save import drawable_figures, save_figure
 from lorabench.figures.style import ArmStyle, arm_styles, write_figure
-from lorabench.tables import Tables, with_all_columns
-from tests.figures.layout import lay_out
-from tests.handmade import LRS, curves_of, make_run, make_sweep, runs_table
+from lorabench.tables.io import with_all_columns
+from lorabench.tables.tables import Tables
+
+from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
+from .layout import lay_out
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
 OF_RUNS = [
-    name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE, EVALS) and figure.task == "sft"
+    name
+    for name, figure in FIGURES.items()
+    if figure.experiments not in (COMPUTE_TABLE, EVALS_TABLE) and figure.task == "sft"
 ]
 # Figures that show every run; other figures show only the runs at the best LR, or a part of the runs.
 OF_RANK = ["fig1_envelopes", "fig2_lr_by_rank"]
@@ -59,7 +64,7 @@ def test_registry_is_cheap_to_import():
 
 @pytest.mark.parametrize("name", OF_RUNS)
 def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, tables: Path, tmp_path: Path):
-    save(name, [tables], tmp_path)
+    save_figure(name, [tables], tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(files) == {f"{name}.svg", f"{name}.png", f"{name}.csv"}
     assert all(files.values())
@@ -82,12 +87,12 @@ def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path)
     rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]
     runs = runs_table(rows)[[*kept, "final_valid_nll", "final_test_nll"]]
     runs.to_csv(tmp_path / "runs.csv", index=False)
-    assert drawable([tmp_path]) == OF_RUNS
+    assert drawable_figures([tmp_path]) == OF_RUNS
     for name in OF_RUNS:
-        save(name, [tmp_path], tmp_path / "drawn")
+        save_figure(name, [tmp_path], tmp_path / "drawn")
     assert {path.name for path in (tmp_path / "drawn").glob("*.svg")} == {f"{name}.svg" for name in OF_RUNS}
     with pytest.raises(UserError, match="there is no table compute"):
-        save("compute", [tmp_path], tmp_path / "drawn")
+        save_figure("compute", [tmp_path], tmp_path / "drawn")
 
 
 @pytest.mark.parametrize("name", OF_RANK)
@@ -119,7 +124,7 @@ def test_sparse_tables_are_drawn(name: str, rows: list[dict]):
 
 def test_unknown_figure_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="fig1_envelopes"):
-        save("fig9", [tmp_path], tmp_path)
+        save_figure("fig9", [tmp_path], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fig1_envelopes", "fig2_lr_by_rank"])

@@ -10,11 +10,14 @@ import matplotlib.text
 import pandas as pd
 import pytest
 
-from lorabench.config import load_preset
+from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.figures import EVALS, FIGURES, drawable, of_preset, save
-from lorabench.tables import Tables, write_frame
-from tests.handmade import evals_table, make_eval
+from lorabench.figures.catalog import EVALS_TABLE, FIGURES, figures_of_preset
+from lorabench.figures.save import drawable_figures, save_figure
+from lorabench.tables.io import write_frame
+from lorabench.tables.tables import Tables
+
+from ..handmade import evals_table, make_eval
 
 ACC = {"metric": "exact_match", "filter": "strict-match"}
 BITS = {"about": "forgotten", "task": "pretraining", "source": None, "metric": "bits_per_byte", "filter": "none"}
@@ -194,18 +197,20 @@ def test_a_table_that_says_nothing_is_refused(rows, told):
 
 def test_it_reads_a_folder_with_evals_only_and_writes_the_same_bytes_again(tmp_path: Path):
     write_frame(evals_table(ROWS), "evals", tmp_path)
-    assert drawable([tmp_path]) == ["learned_forgotten"]
+    assert drawable_figures([tmp_path]) == ["learned_forgotten"]
     for out in ("one", "two"):
-        save("learned_forgotten", [tmp_path], tmp_path / out)
+        save_figure("learned_forgotten", [tmp_path], tmp_path / out)
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
     assert first == second
     assert set(first) == {f"learned_forgotten.{kind}" for kind in ("svg", "png", "csv")}
 
 
 def test_a_preset_has_the_figure_where_it_has_an_evaluation(raw_preset, write_preset):
-    assert EVALS == ("evaluation",)
-    assert "learned_forgotten" not in {figure.name for figure in of_preset(load_preset(write_preset(raw_preset)))}
+    assert EVALS_TABLE == ("evaluation",)
+    assert "learned_forgotten" not in {
+        figure.name for figure in figures_of_preset(load_preset(write_preset(raw_preset)))
+    }
     tasks = [{"name": "hellaswag", "about": "forgotten"}]
     evaluation = {"experiments": ["rank"], "tasks": tasks}
     preset = load_preset(write_preset(raw_preset | {"evaluation": evaluation}))
-    assert "learned_forgotten" in {figure.name for figure in of_preset(preset)}
+    assert "learned_forgotten" in {figure.name for figure in figures_of_preset(preset)}

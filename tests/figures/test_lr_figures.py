@@ -8,16 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench import published
+from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict_lr
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.swept_models import fitted_law, swept_models
-from lorabench.figures import FIGURES
-from lorabench.tables import Tables
-from tests.figures.layout import lay_out
-from tests.handmade.sft import CURVATURE, OFFSETS, arm, tables
+from lorabench.figures.catalog import FIGURES
+from lorabench.tables.tables import Tables
+
+from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
+from .layout import lay_out
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
@@ -32,7 +33,7 @@ def models(chosen=MODELS, ranks=(None, 16), **settings):
     arms = []
     for name, (family, hidden_size) in chosen.items():
         for rank in ranks:
-            optimum = predict(LAW, family, hidden_size, "fullft" if rank is None else "lora")
+            optimum = predict_lr(LAW, family, hidden_size, "fullft" if rank is None else "lora")
             lrs = [optimum * factor for factor in (1 / 9, 1 / 3, 1, 3, 9)]
             about = {"model": name, "family": family, "hidden_size": hidden_size, "lrs": lrs}
             arms.append(arm(rank, optimum=optimum, **(about | settings)))
@@ -89,7 +90,7 @@ def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
         points = of(plotted, element)
         assert len(points) == 2 * 2 * 2
         for point in points.to_dict("records"):
-            expected = predict(law, point["family"], point["hidden_size"], point["method"])
+            expected = predict_lr(law, point["family"], point["hidden_size"], point["method"])
             assert point["lr"] == pytest.approx(expected)
     assert any("M 8, exponent llama 0.78, qwen 0.08" in text.get_text() for text in figure.axes[0].texts)
 
@@ -252,8 +253,8 @@ def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
 
 def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path):
     monkeypatch.setattr(published, "REFERENCE", tmp_path)
-    assert published.numbers() == {}
-    assert published.sweeps().empty
+    assert published.paper_numbers() == {}
+    assert published.published_sweeps().empty
     for name, (runs, curves) in {"lr_law": models(), "short_run": lengths()}.items():
         _, plotted = draw(name, runs, curves)
         assert not {"published", "reference"} & set(plotted["element"])
@@ -262,7 +263,7 @@ def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path
 
 
 def test_published_models_all_have_a_family_and_a_hidden_size():
-    table = published.sweeps()
+    table = published.published_sweeps()
     assert table[["family", "hidden_size", "nll", "lr", "source"]].notna().all().all()
     assert set(table["family"]) == {"llama", "qwen"}
-    assert published.numbers()["lr_ratio_short_runs"] == 15
+    assert published.paper_numbers()["lr_ratio_short_runs"] == 15

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.figures import FIGURES
+from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import arm_styles
-from lorabench.tables import Tables
-from tests.handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
-from tests.handmade.sft import arm, tables
+from lorabench.tables.tables import Tables
+
+from ..handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
+from ..handmade.sft import arm, tables
 
 SEEDS = range(3)
 NAMES = ("early", "parametrization", "variants")

@@ -10,14 +10,18 @@ import pytest
 
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.rewards import errors, reward_curves, reward_optima
+from lorabench.analysis.rewards import reward_curves, reward_optima, with_error_rates
 from lorabench.errors import UserError
-from lorabench.figures import COMPUTE, EVALS, FIGURES, drawable, save
+from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES
+from lorabench.figures.save import drawable_figures, save_figure
 from lorabench.figures.style import arm_styles, write_figure
-from lorabench.tables import Tables, with_all_columns
-from tests.figures.layout import lay_out
-from tests.handmade import curves_of, make_sweep, runs_table
-from tests.handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown, tables
+from lorabench.tables.io import with_all_columns
+from lorabench.tables.tables import Tables
+
+from ..handmade import curves_of, make_sweep, runs_table
+from ..handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown
+from ..handmade.sft import tables
+from .layout import lay_out
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
 BY_LR = ["fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves"]
@@ -180,14 +184,14 @@ def test_fig6_has_a_panel_per_model_and_problem_set():
 def test_placement_shows_best_accuracies_by_parameters():
     rl_tables = read(placements())
     figure, plotted = FIGURES["fig5_placement_rl"].draw(rl_tables)
-    best, expected = of(plotted, "best"), best_losses(errors(rl_tables.runs))
+    best, expected = of(plotted, "best"), best_losses(with_error_rates(rl_tables.runs))
     np.testing.assert_allclose(best["accuracy"].astype(float), 1 - expected["loss_mean"].astype(float))
     half = 4.302653 * SD / math.sqrt(3)
     np.testing.assert_allclose((best["accuracy_high"] - best["accuracy"]).astype(float), half, rtol=1e-5)
     np.testing.assert_allclose((best["accuracy"] - best["accuracy_low"]).astype(float), half, rtol=1e-5)
     assert best.set_index("arm")["accuracy"]["LoRA r16 attn"] == pytest.approx(0.6)
     [band] = of(plotted, "noise_band").to_dict("records")
-    sigma = seed_noise(errors(rl_tables.runs))["sigma"].item()
+    sigma = seed_noise(with_error_rates(rl_tables.runs))["sigma"].item()
     assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(4 * sigma)
     assert (band["accuracy_high"] + band["accuracy_low"]) / 2 == pytest.approx(best["accuracy"].max())
     listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
@@ -319,7 +323,7 @@ def mixed() -> Tables:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE, EVALS)]
+    "name", [name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE_TABLE, EVALS_TABLE)]
 )
 def test_supervised_and_rl_runs_are_never_drawn_together(name, mixed):
     _, plotted = FIGURES[name].draw(mixed)
@@ -342,9 +346,9 @@ def test_a_few_columns_are_enough(tmp_path):
     columns = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
     kept = tables(arms())[0][[*columns, "task", "final_valid_reward", "final_reward"]]
     folder = write(tmp_path / "tables", kept)
-    assert drawable([folder]) == OF_RL
+    assert drawable_figures([folder]) == OF_RL
     for name in OF_RL:
-        save(name, [folder], tmp_path / "drawn")
+        save_figure(name, [folder], tmp_path / "drawn")
     assert {path.stem for path in (tmp_path / "drawn").glob("*.svg")} == set(OF_RL)
 
 
@@ -353,7 +357,7 @@ def test_csv_is_what_draw_returns_and_bytes_are_stable(name, tmp_path):
     runs, curves = tables(placements())
     folder = write(tmp_path / "tables", runs, curves)
     for out in ("one", "two"):
-        save(name, [folder], tmp_path / out)
+        save_figure(name, [folder], tmp_path / out)
     written = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert set(written) == {f"{name}.{kind}" for kind in ("svg", "png", "csv")}
     assert written == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
@@ -370,11 +374,11 @@ def test_a_figure_of_several_experiments_reads_a_folder_of_each(tmp_path):
     for name, parts in {"rl_gsm8k": shared, "rl_math": [*shared, *of_math]}.items():
         runs, curves = tables(parts)
         folders.append(write(tmp_path / name, runs.assign(experiments="rl_gsm8k rl_math"), curves))
-    save("fig6_rl_lr", folders, tmp_path / "both")
-    save("fig6_rl_lr", folders[1:], tmp_path / "one")
+    save_figure("fig6_rl_lr", folders, tmp_path / "both")
+    save_figure("fig6_rl_lr", folders[1:], tmp_path / "one")
     # A run that both folders have is drawn once.
     assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() == (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
-    save("fig6_rl_lr", folders[:1], tmp_path / "one")
+    save_figure("fig6_rl_lr", folders[:1], tmp_path / "one")
     assert (tmp_path / "both/fig6_rl_lr.csv").read_bytes() != (tmp_path / "one/fig6_rl_lr.csv").read_bytes()
 
 
@@ -382,5 +386,5 @@ def test_folders_that_contradict_each_other_are_refused(tmp_path):
     runs, _ = tables(arms((None,)))
     folders = [write(tmp_path / name, runs.assign(base_reward=base)) for name, base in (("a", 0.1), ("b", 0.2))]
     with pytest.raises(UserError, match="base_reward"):
-        save("fig6_rl_lr", folders, tmp_path / "out")
+        save_figure("fig6_rl_lr", folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tests.handmade.sft import typed
+from .sft import typed
 
 RECORDED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

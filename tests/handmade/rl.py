@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.handmade.sft import ArmTables
-from tests.handmade.sft import tables as tables
+from .sft import ArmTables
 
 LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 OFFSETS = (0.0, 0.004, -0.004)  # of every accuracy, by seed: the same luck in every arm

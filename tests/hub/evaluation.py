@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.hub.repositories import write_aime25, write_card, write_gsm8k, write_jsonl, write_math500
+from .repositories import write_aime25, write_card, write_gsm8k, write_jsonl, write_math500
 
 SUBJECTS = 57
 """The number of members of MMLU."""

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lorabench.config import TinyModel
+from lorabench.config.models import TinyModel
 from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
+from lorabench.models.attention_blocks import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 from lorabench.models.base import load_model, skeleton
-from lorabench.models.blocks import LONGEST, MOST, blocks, blocks_pay, kept_shares
-from tests.training.lanes import base_of
+
+from ..training.lanes import base_of
 
 TINY = TinyModel(kind="tiny")
 
@@ -45,7 +46,7 @@ def formula(query, key, value, scaling):
     rows=st.integers(1, 3),
     groups=st.integers(1, 3),
     each=st.integers(1, 3),
-    length=st.integers(1, 2 * MOST + 3),
+    length=st.integers(1, 2 * MAX_BLOCK_QUERIES + 3),
     width=st.integers(1, 5),
     of_values=st.integers(1, 5),
 )
@@ -89,7 +90,7 @@ def test_blocks_cover_each_query_once(length):
     parts = blocks(length)
     assert [query for block in parts for query in range(length)[block]] == list(range(length))
     sizes = [block.stop - block.start for block in parts]
-    assert max(sizes) <= MOST
+    assert max(sizes) <= MAX_BLOCK_QUERIES
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -97,7 +98,7 @@ def test_probabilities_that_are_kept_by_hand():
     # There are two blocks of 80 queries: 80 x 80 and 80 x 160.
     assert kept_shares(160, bf16=False) == (80 * 80 + 80 * 160) / 160
     assert kept_shares(2, bf16=True) == 2
-    assert kept_shares(128, bf16=False) == kept_shares(LONGEST + 1, bf16=True) == kept_shares(0, bf16=True) == 0
+    assert kept_shares(128, bf16=False) == kept_shares(MAX_ROW_TOKENS + 1, bf16=True) == kept_shares(0, bf16=True) == 0
 
 
 @pytest.fixture
@@ -186,5 +187,15 @@ def test_loaded_models_attend_in_blocks_and_do_not_say_so_where_they_are_saved(t
 
 
 def test_blocks_are_for_rows_of_medium_length_and_in_bf16_for_short_ones():
-    assert [blocks_pay(length, bf16=False) for length in (128, 129, LONGEST, LONGEST + 1)] == [False, True, True, False]
-    assert [blocks_pay(length, bf16=True) for length in (1, 2, LONGEST, LONGEST + 1)] == [False, True, True, False]
+    assert [blocks_pay(length, bf16=False) for length in (128, 129, MAX_ROW_TOKENS, MAX_ROW_TOKENS + 1)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert [blocks_pay(length, bf16=True) for length in (1, 2, MAX_ROW_TOKENS, MAX_ROW_TOKENS + 1)] == [
+        False,
+        True,
+        True,
+        False,
+    ]

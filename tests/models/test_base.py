@@ -8,10 +8,10 @@ import zipfile
 import pytest
 import torch
 
-from lorabench.config import GgufModel, PathModel, TinyModel
+from lorabench.config.models import GgufModel, PathModel, TinyModel
 from lorabench.models import base
 from lorabench.models.base import ModelError, load_model, load_tokenizer, max_length, weights_sha256
-from lorabench.models.tiny import shipped
+from lorabench.models.tiny import shipped_folder
 
 
 def at(path):
@@ -20,7 +20,7 @@ def at(path):
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(shipped("llama-128"), tmp_path / "model")
+    return shutil.copytree(shipped_folder("llama-128"), tmp_path / "model")
 
 
 def test_a_local_model_loads_in_fp32(folder):

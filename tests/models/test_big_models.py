@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorabench.config import HubModel, PathModel, load_preset
-from lorabench.memory import step_memory
-from lorabench.models.dimensions import ARCHITECTURES, dimensions, guessed, of_config
+from lorabench.config.loading import load_preset
+from lorabench.config.models import HubModel, PathModel
+from lorabench.estimates.memory import step_memory
+from lorabench.models.dimensions import ARCHITECTURES, dimensions, dimensions_of_config, guessed_dimensions
 from lorabench.models.lora import add_lora, expert_rank, in_expert, lora_layers, targets
 
 SIZES = {
@@ -47,7 +48,7 @@ def test_all_architectures_are_tested():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameters_are_those_of_the_model_and_as_published(name):
-    model, sizes = on_meta(name), of_config(config(name))
+    model, sizes = on_meta(name), dimensions_of_config(config(name))
     assert sum(parameter.numel() for parameter in model.parameters()) == sizes.parameters == SIZES[name]
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     fused = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3 and in_expert(n))
@@ -74,7 +75,7 @@ def test_lora_has_the_parameters_that_are_counted(name, placement, rank):
     with torch.device("meta"):
         model = add_lora(on_meta(name), rank, placement, 32.0, True, seed=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert trained == of_config(config(name)).lora(placement, rank, True)[0]
+    assert trained == dimensions_of_config(config(name)).lora(placement, rank, True)[0]
 
 
 def test_each_expert_has_a_lora_of_its_own():
@@ -106,7 +107,9 @@ def test_weights_gradients_and_moments_have_the_bytes_that_are_counted(name, ran
         optimizer = torch.optim.AdamW(trained, foreach=False)
         optimizer.step()
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    memory = step_memory(load_preset("paper"), of_config(config(name)), rank, "all" if rank else None, 1024, 1024)
+    memory = step_memory(
+        load_preset("paper"), dimensions_of_config(config(name)), rank, "all" if rank else None, 1024, 1024
+    )
     assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(parameter.grad.nbytes for parameter in trained)
     assert memory.moments == sum(moment.nbytes for moment in moments)
@@ -117,7 +120,7 @@ def hub(name, parameters, hidden):
 
 
 def test_a_known_model_is_known_by_its_name_and_size():
-    llama = of_config(config("llama-3.1-8b"))
+    llama = dimensions_of_config(config("llama-3.1-8b"))
     for name in ("meta-llama/Llama-3.1-8B-Instruct", "somebody/llama-3.1-8b-tuned"):
         assert dimensions(hub(name, 8_030_261_248, 4096)) == llama
     # A different model whose name starts alike.
@@ -126,8 +129,8 @@ def test_a_known_model_is_known_by_its_name_and_size():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_an_unknown_model_is_guessed_by_its_size(name):
-    known = of_config(config(name))
-    guess = guessed(known.parameters, known.hidden)
+    known = dimensions_of_config(config(name))
+    guess = guessed_dimensions(known.parameters, known.hidden)
     assert 0.7 < guess.parameters / known.parameters < 1.4
     assert guess.hidden == known.hidden
 
@@ -135,4 +138,4 @@ def test_an_unknown_model_is_guessed_by_its_size(name):
 def test_a_folder_brings_its_own_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config("qwen3-4b")))
     spec = PathModel(kind="path", path=str(tmp_path), parameters=4_022_468_096, hidden_size=2560)
-    assert dimensions(spec) == of_config(config("qwen3-4b"))
+    assert dimensions(spec) == dimensions_of_config(config("qwen3-4b"))

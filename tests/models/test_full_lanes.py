@@ -21,9 +21,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lorabench.config import TinyModel
+from lorabench.config.models import TinyModel
 from lorabench.models.base import load_model
-from lorabench.models.full_lanes import can_stack, lane_state, stack_full
+from lorabench.models.lanes.full import can_stack_full, lane_state, stack_full
 from lorabench.training.loss import nll_sum
 from lorabench.training.run import recompute_activations
 
@@ -332,10 +332,10 @@ def test_the_model_keeps_names_type_and_sizes():
 
 def test_experts_are_refused_but_for_one_lane():
     model = base("moe-128")
-    assert not can_stack(model)
+    assert not can_stack_full(model)
     with pytest.raises(ValueError, match="2 lanes can't share a Qwen3MoeForCausalLM"):
         stack_full(model, ("a", "b"))
-    assert can_stack(base("llama-128"))
+    assert can_stack_full(base("llama-128"))
     stack, alone = stacked("moe-128", ("a",))
     ids = batch(4)
     losses = backward(stack, ids, (4,))

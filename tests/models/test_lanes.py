@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lorabench.models.lanes import Lane, Place, Rows, Shelf, Stack, alone, lane_name
+from lorabench.models.lanes.shelf import Lane, RowCounts, Shelf, Stack, WeightSlot, lane_name, single_lane
 
 shapes = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), min_size=2, max_size=6)
 
@@ -55,7 +55,7 @@ def test_a_place_is_where_a_tensor_laid_out_alike_has_the_weight(shapes):
         assert torch.equal(place.of(moment), wanted)
         assert moment.count_nonzero() == wanted.count_nonzero()
     whole = nn.Parameter(torch.randn(3, 2))
-    assert Place(whole, whole.shape).of(whole) is whole
+    assert WeightSlot(whole, whole.shape).of(whole) is whole
 
 
 @given(shapes, st.integers(1, 5), st.data())
@@ -118,7 +118,7 @@ def test_gradients_are_dropped_where_layers_add_to_them():
 
 
 def test_a_model_alone_lets_its_gradients_go():
-    stack = alone(nn.Linear(2, 3), "it")
+    stack = single_lane(nn.Linear(2, 3), "it")
     lane = stack.lanes["it"]
     assert lane.size == 9
     stack.model(torch.ones(1, 2)).sum().backward()
@@ -130,7 +130,9 @@ def test_a_model_alone_lets_its_gradients_go():
 
 def test_a_stack_drops_any_lane_but_the_last():
     shelf, starts = shelf_of([(2,), (3,)], 3)
-    stack = Stack(nn.Identity(), {name: Lane(shelf.places(lane)) for lane, name in enumerate("abc")}, Rows(3), shelf)
+    stack = Stack(
+        nn.Identity(), {name: Lane(shelf.places(lane)) for lane, name in enumerate("abc")}, RowCounts(3), shelf
+    )
     for name, left in (("b", "ac"), ("a", "c"), ("c", "c")):
         stack.drop(name)
         assert "".join(stack.lanes) == left
@@ -142,7 +144,7 @@ def test_a_stack_drops_any_lane_but_the_last():
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 7))
 def test_tokens_are_dealt_like_rows(counts, width):
-    rows = Rows(len(counts))
+    rows = RowCounts(len(counts))
     before = rows.counts
     with rows.are(counts):
         total = sum(counts) * width
@@ -154,7 +156,7 @@ def test_tokens_are_dealt_like_rows(counts, width):
 
 
 def test_rows_are_as_before_after_an_error():
-    rows = Rows(2)
+    rows = RowCounts(2)
     with pytest.raises(KeyError), rows.are([3, 4]):
         raise KeyError
     assert rows.counts == (1, 1)

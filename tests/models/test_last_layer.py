@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorabench.models.lanes import Rows
-from lorabench.models.last_layer import read_at
+from lorabench.models.lanes.shelf import RowCounts
+from lorabench.models.last_layer import computing_only
 from lorabench.training.batches import IGNORED, Batch
 from lorabench.training.loss import add_gradient
 from lorabench.training.run import recompute_activations
-from tests.training.lanes import base_of
+
+from ..training.lanes import base_of
 
 FAMILIES = ["llama-128", "qwen-64", "moe-128", "qwen2", "gemma"]
 
@@ -47,7 +48,7 @@ def test_loss_and_gradients_are_those_of_all_tokens(name, again):
     model.zero_grad()
     if again:
         recompute_activations(model)
-    loss = add_gradient(model, batch, Rows(1), [1], None, None)
+    loss = add_gradient(model, batch, RowCounts(1), [1], None, None)
     assert_close(loss[0], expected, rtol=1e-6, atol=0)
     own = gradients(model)
     assert own.keys() == theirs.keys()
@@ -72,7 +73,7 @@ def products_of_mlps(model, run):
 def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
     model, batch = base_of("llama-128"), batch_of(7)
     layers = model.config.num_hidden_layers
-    rows = products_of_mlps(model, lambda: add_gradient(model, batch, Rows(1), [1], None, None))
+    rows = products_of_mlps(model, lambda: add_gradient(model, batch, RowCounts(1), [1], None, None))
     assert rows == [80] * (layers - 1) + [7 + 6]
     # Outside the context the model's own forward pass is back.
     assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
@@ -82,7 +83,7 @@ def test_it_is_the_models_own_again_after_an_error():
     model = base_of("llama-128")
     mlp = model.get_decoder().layers[-1].mlp
     own = mlp.forward
-    with pytest.raises(KeyError), read_at(model, torch.tensor([3]), Rows(1), [1]):
+    with pytest.raises(KeyError), computing_only(model, torch.tensor([3]), RowCounts(1), [1]):
         raise KeyError(mlp.forward == own)
     assert mlp.forward == own
 
@@ -91,12 +92,12 @@ def test_without_a_scored_token_or_an_mlp_all_is_computed():
     model, batch = base_of("llama-128"), batch_of(7)
     layers = model.config.num_hidden_layers
     nothing = torch.zeros(0, dtype=torch.long)
-    with read_at(model, nothing, Rows(1), [0]):
+    with computing_only(model, nothing, RowCounts(1), [0]):
         assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
     last = model.get_decoder().layers[-1]
     last.feed_forward = last.mlp
     del last.mlp
-    with read_at(model, torch.tensor([3]), Rows(1), [1]):
+    with computing_only(model, torch.tensor([3]), RowCounts(1), [1]):
         assert last.feed_forward.forward == type(last.feed_forward).forward.__get__(last.feed_forward)
 
 
@@ -117,7 +118,7 @@ def test_an_mlp_of_another_kind_computes_all(way):
         way
     ]
     expected = call(*given)
-    with read_at(model, torch.tensor([3, 50]), Rows(1), [2]):
+    with computing_only(model, torch.tensor([3, 50]), RowCounts(1), [2]):
         output = mlp(*given)
     assert_close(output, expected)
 
@@ -127,7 +128,7 @@ def test_in_bf16_results_have_the_type_of_the_products():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, theirs = by_transformers(model, batch)
     model.zero_grad()
-    loss = add_gradient(model, batch, Rows(1), [1], torch.bfloat16, None)
+    loss = add_gradient(model, batch, RowCounts(1), [1], torch.bfloat16, None)
     assert_close(loss[0], expected, rtol=2e-3, atol=0)
     own = gradients(model)
     for key, gradient in theirs.items():

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lorabench.config import TinyModel
+from lorabench.config.models import TinyModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets

@@ -9,11 +9,11 @@ from itertools import islice
 import pytest
 import torch
 
-from lorabench.config import TinyModel
+from lorabench.config.models import TinyModel
 from lorabench.models import tiny
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.dimensions import dimensions
-from lorabench.models.tiny import RECIPES, build, heldout_nll, new_model, packed_blocks, shipped
+from lorabench.models.tiny import RECIPES, build, heldout_nll, new_model, packed_blocks, shipped_folder
 
 TYPES = {"llama": "llama", "qwen": "qwen3", "moe": "qwen3_moe"}
 
@@ -23,7 +23,7 @@ def spec(name):
 
 
 def record(name):
-    return json.loads((shipped(name) / "recipe.json").read_text())
+    return json.loads((shipped_folder(name) / "recipe.json").read_text())
 
 
 each = pytest.mark.parametrize("name", RECIPES)
@@ -31,7 +31,7 @@ each = pytest.mark.parametrize("name", RECIPES)
 
 def test_every_base_of_the_presets_is_there():
     allowed = TinyModel.model_json_schema()["properties"]["name"]["enum"]
-    assert set(allowed) == set(RECIPES) == {path.name for path in shipped("llama-128").parent.iterdir()}
+    assert set(allowed) == set(RECIPES) == {path.name for path in shipped_folder("llama-128").parent.iterdir()}
 
 
 @each
@@ -85,7 +85,7 @@ def test_it_speaks_the_language_of_its_tasks(name):
 @each
 def test_all_share_tokenizer_and_template(name):
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (shipped(name) / file).read_bytes() == (shipped("llama-128") / file).read_bytes()
+        assert (shipped_folder(name) / file).read_bytes() == (shipped_folder("llama-128") / file).read_bytes()
 
 
 def test_every_expert_is_used():

@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from lorabench.analysis.claims import judge_claims
-from lorabench.figures import FIGURES
-from lorabench.layout import Layout
-from lorabench.plan import make_plan
+from lorabench.claims import judge_claims
+from lorabench.figures.catalog import FIGURES
+from lorabench.planning.plan import make_plan
 from lorabench.report.page import build
-from lorabench.tables import Tables, write_frame
-from tests.handmade import curves_of, evals_table, make_sweep, runs_table
+from lorabench.storage.layout import Layout
+from lorabench.tables.io import write_frame
+from lorabench.tables.tables import Tables
+
+from ..handmade import curves_of, evals_table, make_sweep, runs_table
 
 Change = Callable[[pd.DataFrame], pd.DataFrame]
 

@@ -7,8 +7,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from lorabench.tables import CLAIMS, CURVES, EVALS, RUNS
-from tests.handmade import make_eval, make_sweep
+from lorabench.tables.schemas import CLAIMS, CURVES, EVALS, RUNS
+
+from ..handmade import make_eval, make_sweep
 
 HOSTILE = (
     "'\"></script></style><script>window.hacked=1</script><img/src=x/onerror=window.hacked=1>"

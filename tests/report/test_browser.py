@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from lorabench.layout import Layout
-from tests.handmade import make_eval, make_run, make_sweep
-from tests.report.hostile import hostile_report
+from lorabench.storage.layout import Layout
+
+from ..handmade import make_eval, make_run, make_sweep
+from .hostile import hostile_report
 
 pytestmark = pytest.mark.slow
 

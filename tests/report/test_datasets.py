@@ -11,14 +11,16 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from lorabench.data.chat import SPLITS
 from lorabench.data.files import tally_of
-from lorabench.data.sft import SPLITS, build_dataset
+from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
-from lorabench.layout import Layout
 from lorabench.models.base import load_tokenizer
-from lorabench.records import write_json
-from lorabench.report.datasets import datasets
-from tests.hub.repositories import tulu3_row, write_tulu3
+from lorabench.report.datasets import dataset_origins
+from lorabench.storage.layout import Layout
+from lorabench.utils.files import write_json
+
+from ..hub.repositories import tulu3_row, write_tulu3
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def preset(raw_preset, tmp_path, monkeypatch):
 def test_data_made_here_has_nothing_to_tell(preset):
     layout = preset()
     build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
-    assert datasets(layout) == []
+    assert dataset_origins(layout) == []
 
 
 def test_bad_rows_of_a_file_are_told_with_the_first(preset, tmp_path):
@@ -47,7 +49,7 @@ def test_bad_rows_of_a_file_are_told_with_the_first(preset, tmp_path):
     sizes = {"max_chars": 400, "mean_tokens": 10}
     layout = preset(rows={"kind": "file", "path": "rows.jsonl", "train": 8, "validation": 2, "test": 2, **sizes})
     write_json(tally_of(layout.preset.datasets["rows"]).plain(), layout.tally("rows"))
-    assert datasets(layout) == [
+    assert dataset_origins(layout) == [
         {
             "name": "rows",
             "source": "file, prompt/completion",
@@ -64,11 +66,11 @@ def test_examples_too_long_for_a_limit_are_told_by_split_and_model(preset):
     build_dataset(layout.preset.datasets["instruct"], path)
     tokenizer = load_tokenizer(layout.preset.models["tiny"])
     write_tokens(path, tokenizer, tokens, Limits(10_000))
-    assert datasets(layout) == []
+    assert dataset_origins(layout) == []
     before = _lengths(tokens)
     limit = max(before) - 1
     write_tokens(path, tokenizer, tokens, Limits(10_000, limit))
-    [row] = datasets(layout)
+    [row] = dataset_origins(layout)
     assert row["rows"] is None
     counts = [int(sentence.split()[0]) for sentence in row["left_out"]]
     assert sum(counts) == sum(length > limit for length in before)
@@ -83,7 +85,7 @@ def test_rows_of_the_hub_are_told_with_their_reasons(preset, tmp_path):
     sizes = {"train": 16, "validation": 4, "test": 4, "max_chars": 1500, "mean_tokens": 50}
     layout = preset(tulu={"kind": "hub", "id": "allenai/tulu-3-sft-mixture", "path": "copies", **sizes})
     build_dataset(layout.preset.datasets["tulu"], layout.dataset("tulu"))
-    [row] = datasets(layout)
+    [row] = dataset_origins(layout)
     assert (row["rows"], row["usable"]) == (32, 30)
     assert row["left_out"] == ["1 of more than 1500 characters", "1 with the prompt of another"]
 

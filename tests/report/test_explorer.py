@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from lorabench.report import explorer
-from lorabench.report.explorer import curves_to_draw, downloads, thinned
+from lorabench.report.explorer import curves_to_draw, table_downloads, thinned
 from lorabench.report.summary import labelled
-from tests.handmade import curves_of, make_sweep, runs_table
+
+from ..handmade import curves_of, make_sweep, runs_table
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_tables_are_embedded_compressed_where_large_and_named_where_too_large(tm
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     (tmp_path / "evals.csv").write_text("a,b\n" * 100_000)
     (tmp_path / "curves.csv").write_text("".join(noise))
-    small, large, huge = downloads(tmp_path, ("runs", "absent", "evals", "curves"))
+    small, large, huge = table_downloads(tmp_path, ("runs", "absent", "evals", "curves"))
     assert (small["file"], large["file"], huge["file"]) == ("runs.csv", "evals.csv.gz", "curves.csv")
     assert base64.b64decode(small["uri"].partition(",")[2]) == b"a,b\n1,2\n"
     packed = base64.b64decode(large["uri"].partition(",")[2])

@@ -12,13 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lorabench.figures import FIGURES
-from lorabench.layout import Layout
-from lorabench.plan import make_plan
+from lorabench.figures.catalog import FIGURES
+from lorabench.planning.plan import make_plan
 from lorabench.report.page import build
-from tests.handmade import make_eval, make_run, make_sweep
-from tests.report.conftest import Page
-from tests.report.hostile import HOSTILE, columns, hostile_report
+from lorabench.storage.layout import Layout
+
+from ..handmade import make_eval, make_run, make_sweep
+from .conftest import Page
+from .hostile import HOSTILE, columns, hostile_report
 
 
 def test_every_claim_is_there_with_its_verdict(report, rows):

@@ -8,13 +8,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorabench.analysis.claims import CORE, judge_claims
+from lorabench.claims import CORE, judge_claims
 from lorabench.errors import UserError
-from lorabench.layout import Layout
 from lorabench.report.publish import END, RESULTS_PAGE, SHOWN, START, publish, readme_block, results_block
-from lorabench.tables import Tables, write_frame
-from tests.conftest import REPOSITORY
-from tests.handmade import curves_of, laptop_like
+from lorabench.storage.layout import Layout
+from lorabench.tables.io import write_frame
+from lorabench.tables.tables import Tables
+
+from ..conftest import REPOSITORY
+from ..handmade import curves_of, laptop_like
 
 PAGES = (Path("README.md"), RESULTS_PAGE)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorabench.analysis.claims import CLAIMS
-from lorabench.figures import FIGURES
+from lorabench.claims import CLAIMS
+from lorabench.figures.catalog import FIGURES
 from lorabench.report.sections import SECTIONS, arrange
 
 

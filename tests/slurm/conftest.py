@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.slurm.cluster import missing, started
+from .cluster import missing, started
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorabench.layout import Layout
-from lorabench.plan import Job, Sweep, make_plan
-from lorabench.resources import job_resources
-from tests.slurm.cluster import Cluster, until
-from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
+from lorabench.planning.plan import make_plan
+from lorabench.planning.resources import job_resources
+from lorabench.runs import Job, Sweep
+from lorabench.storage.layout import Layout
+
+from ..workflow.checkout import adapt_profile, copy_checkout, snakemake
+from .cluster import Cluster, until
 
 pytestmark = pytest.mark.slurm
 

@@ -10,23 +10,26 @@ import pytest
 import torch
 import yaml
 
-from lorabench.config import ChatDataset, ModelSpec, Protocol, TinyModel
+from lorabench.config.datasets import ChatDataset
+from lorabench.config.experiments import Protocol
+from lorabench.config.models import ModelSpec, TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
-from lorabench.layout import Layout
 from lorabench.models.base import load_model, load_tokenizer, skeleton
-from lorabench.models.lanes import alone
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import adapter_pairs, add_lora
-from lorabench.models.lora_lanes import stack_lora
-from lorabench.plan import Condition, Job, Run, make_plan
-from lorabench.training.checkpoints import Checkpoints, in_step
-from lorabench.training.distributed import ALONE, Processes
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Condition, Job, Run
+from lorabench.storage.layout import Layout
+from lorabench.training.distributed import SINGLE_PROCESS, Processes
+from lorabench.training.drive import train_alone
 from lorabench.training.job import run_job
-from lorabench.training.lanes import train_alone
+from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine, recompute_activations
-from lorabench.training.sft import train_run
-from lorabench.training.sft_lanes import SftLanes
+from lorabench.training.sft.loop import train_sft
+from lorabench.training.sft.serve import SftServer
 
 TINY = TinyModel(kind="tiny")
 
@@ -78,7 +81,7 @@ def train(
     checkpoint_seconds: float = 1e9,
     tick=lambda step: None,
     spec: ModelSpec = TINY,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     recompute: bool = False,
 ):
     """Train on a newly loaded model; return the outcome and the trained model."""
@@ -95,13 +98,13 @@ def train(
     if condition.method == "lora" and not processes.sharded:
         stack = stack_lora(model, ["default"])
     else:
-        stack = alone(model, "default", "default", adapter_pairs(model))
+        stack = single_lane(model, "default", "default", adapter_pairs(model))
     paths = {run.run_id: folder / "checkpoint.safetensors"}
-    assert in_step(paths, processes) == [[run.run_id]]
-    checkpoints, vocabulary = Checkpoints(paths, checkpoint_seconds, processes), model.config.vocab_size
+    assert groups_at_same_step(paths, processes) == [[run.run_id]]
+    checkpoints, vocabulary = LaneCheckpoints(paths, checkpoint_seconds, processes), model.config.vocab_size
     [lane] = stack.lanes.values()
-    running = train_run(run, lane, vocabulary, data, protocol, processes, checkpoints, base_nll, tick)
-    served = SftLanes(stack, data, machine, machine.autocast(protocol))
+    running = train_sft(run, lane, vocabulary, data, protocol, processes, checkpoints, base_nll, tick)
+    served = SftServer(stack, data, machine, machine.autocast(protocol))
     return train_alone(running, served, "default"), model
 
 

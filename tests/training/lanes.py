@@ -13,23 +13,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2Config
 
-from lorabench.config import Protocol, TinyModel
+from lorabench.config.experiments import Protocol
+from lorabench.config.models import TinyModel
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import load_model
-from lorabench.models.full_lanes import stack_full
-from lorabench.models.lanes import Stack, alone
-from lorabench.models.lora import add_lane, add_lora
-from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.lanes.full import stack_full
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import Stack, single_lane
+from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.tiny import RECIPES
-from lorabench.plan import Run
+from lorabench.runs import Run
 from lorabench.training.batches import data_order
-from lorabench.training.checkpoints import Checkpoints
-from lorabench.training.lanes import train_lanes
+from lorabench.training.drive import train_lanes
+from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine
-from lorabench.training.sft import Outcome, train_run
-from lorabench.training.sft_lanes import SftLanes
+from lorabench.training.sft.loop import SftOutcome, train_sft
+from lorabench.training.sft.serve import SftServer
 
 from .conftest import condition_of
 
@@ -75,12 +76,12 @@ def stack_of(model: Any, runs: Sequence[Run], protocol: Protocol | None = None) 
     """Return the stack with a lane for each of some runs of one condition."""
     condition, names = runs[0].condition, [run.run_id for run in runs]
     if condition.method == "fullft":
-        return stack_full(model, names) if len(names) > 1 else alone(model, *names)
+        return stack_full(model, names) if len(names) > 1 else single_lane(model, *names)
     head, init_a = (protocol or Protocol()).include_unembedding, condition.init_a or 1.0
     first, *others = runs
     model = add_lora(model, condition.rank, "all", condition.alpha, head, first.seed, init_a, first.run_id)
     for run in others:
-        add_lane(model, run.run_id, run.seed, init_a)
+        add_adapter(model, run.run_id, run.seed, init_a)
     return stack_lora(model, names)
 
 
@@ -94,7 +95,7 @@ def train_together(
     tick=lambda run, step: None,
     ended=lambda stack, run: None,
     **machine: Any,
-) -> dict[str, Outcome]:
+) -> dict[str, SftOutcome]:
     """Train some runs of one condition as a job does and return their outcomes by run_id.
 
     Args:
@@ -108,16 +109,16 @@ def train_together(
     stack = stack_of(model, runs, protocol)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {run.run_id: folder / f"{run.run_id}.safetensors" for run in runs}
-    checkpoints = Checkpoints(paths, checkpoint_seconds)
+    checkpoints = LaneCheckpoints(paths, checkpoint_seconds)
 
     def lane_of(number: int, run: Run):
         lane, vocabulary = stack.lanes[run.run_id], model.config.vocab_size
         ticked = lambda step: tick(number, step)  # noqa: E731
-        return train_run(run, lane, vocabulary, data, protocol, where.processes, checkpoints, base_nll, ticked)
+        return train_sft(run, lane, vocabulary, data, protocol, where.processes, checkpoints, base_nll, ticked)
 
     outcomes, by_id = {}, {run.run_id: run for run in runs}
     lanes = {run.run_id: lane_of(number, run) for number, run in enumerate(runs)}
-    for name, outcome in train_lanes(lanes, SftLanes(stack, data, where, autocast)):
+    for name, outcome in train_lanes(lanes, SftServer(stack, data, where, autocast)):
         outcomes[name] = outcome
         ended(stack, by_id[name])
         checkpoints.ended(name)
@@ -125,7 +126,7 @@ def train_together(
     return outcomes
 
 
-def series(outcome: Outcome, metric: str, split: str = "train") -> list[float]:
+def series(outcome: SftOutcome, metric: str, split: str = "train") -> list[float]:
     """Return the values of a metric in the order of steps."""
     return [point.value for point in outcome.curve if (point.split, point.metric) == (split, metric)]
 

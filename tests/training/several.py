@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from lorabench.config import ModelSpec, PathModel, Protocol, Sharding, TinyModel
+from lorabench.config.experiments import Protocol
+from lorabench.config.fields import Sharding
+from lorabench.config.models import ModelSpec, PathModel, TinyModel
 from lorabench.models.base import load_model
-from lorabench.training.distributed import ALONE, Processes, join, leave, local
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, join, leave, local_part
 
 from .conftest import TINY, condition_of, splits_of, train
 
@@ -80,7 +82,9 @@ def spec_of(case: Case, folder: Path) -> ModelSpec:
     return TinyModel(kind="tiny", name=case.base)
 
 
-def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE, tick=lambda step: None):
+def run_case(
+    case: Case, data, folder: Path, checkpoints: Path, processes: Processes = SINGLE_PROCESS, tick=lambda step: None
+):
     """Train a case, from the checkpoint in `checkpoints` if there is one, and return its numbers as plain data."""
     condition = condition_of(case.method, case.rank, case.steps, case.batch_size)
     outcome, model = train(
@@ -95,12 +99,12 @@ def run_case(case: Case, data, folder: Path, checkpoints: Path, processes: Proce
         processes=processes,
         recompute=case.recompute,
     )
-    held = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+    held = sum(local_part(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     numbers = {**vars(outcome), "curve": [vars(point) for point in outcome.curve], "held": held}
     return json.loads(json.dumps(numbers))
 
 
-def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = ALONE) -> None:
+def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Processes = SINGLE_PROCESS) -> None:
     """Train a case up to its interruption."""
 
     def tick(step: int) -> None:

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lorabench.config import Protocol
+from lorabench.config.experiments import Protocol
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora
 from lorabench.training.batches import IGNORED, collate, micro_batches
 from lorabench.training.loss import check_plain_head, mean_nll, nll_sum
-from lorabench.training.sft import curve_steps
+from lorabench.training.sft.loop import curve_steps
 
 from .conftest import TINY
 

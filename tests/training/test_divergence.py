@@ -19,16 +19,16 @@ def test_a_huge_learning_rate_ends_as_diverged(method, rank, data, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatch):
-    from lorabench.training import sft_lanes
+    from lorabench.training.sft import serve
 
-    real, calls = sft_lanes.add_gradient, []
+    real, calls = serve.add_gradient, []
 
     def broken(*arguments):
         calls.append(None)
         # A batch of one example is one part, so that calls count steps.
         return real(*arguments) * (math.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(sft_lanes, "add_gradient", broken)
+    monkeypatch.setattr(serve, "add_gradient", broken)
     outcome, model = train(condition_of("lora", 4, steps=20, batch_size=1), data, tmp_path, lr=1e-3)
     assert (outcome.status, outcome.diverged_at) == ("diverged", 3)
     last = [point for point in outcome.curve if point.step == 3 and point.metric == "nll"]

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.config import Protocol
-from lorabench.models import lora_lanes
-from lorabench.models.lora import add_lane, add_lora
-from lorabench.models.lora_lanes import can_share, stack_lora
-from lorabench.training import sft_lanes
+from lorabench.config.experiments import Protocol
+from lorabench.models.lanes import lora
+from lorabench.models.lanes.lora import can_stack_lora, stack_lora
+from lorabench.models.lora import add_adapter, add_lora
 from lorabench.training.batches import data_order, micro_batches
 from lorabench.training.distributed import Processes
 from lorabench.training.run import recompute_activations
+from lorabench.training.sft import serve
 
 from .lanes import BATCH, DENSE, STEPS, base_of, plain_loop, run_of, series, train_together
 
@@ -92,8 +92,8 @@ def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
 
 @pytest.mark.parametrize("base", fast("qwen2"))
 def test_weights_merged_at_a_high_rank_give_the_losses_of_peft_in_a_plain_loop(base, short_data, tmp_path, monkeypatch):
-    pays, merged = lora_lanes._merging_pays, []
-    monkeypatch.setattr(lora_lanes, "_merging_pays", lambda *shape: merged.append(pays(*shape)) or merged[-1])
+    pays, merged = lora._merging_pays, []
+    monkeypatch.setattr(lora, "_merging_pays", lambda *shape: merged.append(pays(*shape)) or merged[-1])
     runs = runs_of("lora", rank=64, steps=25)
     packed, solo = together(runs, base, short_data, tmp_path), apart(runs[1:2], base, short_data, tmp_path)
     assert_same(packed[runs[1].run_id], solo[runs[1].run_id])
@@ -118,8 +118,8 @@ def test_experts_alone_have_the_losses_of_peft_in_a_plain_loop(method, short_dat
 
 def test_experts_with_lora_have_one_lane():
     model = add_lora(base_of("moe-128"), 4, "all", 32.0, True, seed=0, adapter="one")
-    add_lane(model, "two", seed=1)
-    assert not can_share(model)
+    add_adapter(model, "two", seed=1)
+    assert not can_stack_lora(model)
     with pytest.raises(ValueError, match="2 lanes can't share a model whose experts carry LoRA"):
         stack_lora(model, ["one", "two"])
 
@@ -226,7 +226,7 @@ def test_in_bf16_losses_are_within_the_spread_of_other_orders_of_rows(method, ba
         # One example at a time.
         apart(runs, base, short_data, tmp_path / "1", protocol, max_batch_tokens=1),
     ]
-    monkeypatch.setattr(sft_lanes, "micro_batches", _reversed)
+    monkeypatch.setattr(serve, "micro_batches", _reversed)
     solo.append(apart(runs, base, short_data, tmp_path / "2", protocol))
     spread = max(_difference(one, other) for one in solo for other in solo if one is not other)
     # Another sample of the same spread may exceed the largest of three slightly.

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.config import Protocol
-from lorabench.training.compute import _NewStorages, _storages
+from lorabench.config.experiments import Protocol
 from lorabench.training.run import Machine, make_optimizer
-from lorabench.training.sft_lanes import Learn, SftLanes
+from lorabench.training.sft.serve import GradientRequest, SftServer
+from lorabench.training.step_cost import _NewStorages, _storages
 
 from .lanes import CPU, base_of, run_of, stack_of
 
@@ -32,7 +32,7 @@ class Measured:
         self.stack = stack_of(model, runs)
         self.adapter = 4 * next(iter(self.stack.lanes.values())).size
         machine = Machine(CPU, 1 << 20, 1e9)
-        self.served = SftLanes(self.stack, data, machine, machine.autocast(protocol))
+        self.served = SftServer(self.stack, data, machine, machine.autocast(protocol))
         self.optimizers = [make_optimizer(self.stack.lanes[run.run_id], run, protocol) for run in runs]
         # The first backward pass leaves nothing behind but the frozen weights in autocast's type.
         with _NewStorages() as new:
@@ -49,7 +49,7 @@ class Measured:
         self.growth = new.peak
 
     def learn(self):
-        self.served({name: Learn(EXAMPLES) for name in self.stack.lanes})
+        self.served({name: GradientRequest(EXAMPLES) for name in self.stack.lanes})
 
     def update(self):
         for lane, optimizer in zip(self.stack.lanes.values(), self.optimizers, strict=True):

@@ -15,9 +15,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lorabench.config import PathModel
+from lorabench.config.models import PathModel
 from lorabench.models.base import load_model
-from lorabench.plan import Job
+from lorabench.runs import Job
 
 from .conftest import TINY, trained
 

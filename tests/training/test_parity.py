@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorabench.config import Protocol, TinyModel
+from lorabench.config.experiments import Protocol
+from lorabench.config.models import TinyModel
 from lorabench.training.batches import data_order
 
 from .conftest import condition_of, train

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from lorabench.plan import Job
+from lorabench.runs import Job
 from lorabench.training.batches import scored_tokens
 
 from .conftest import condition_of, train, trained

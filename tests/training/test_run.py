@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorabench.models.lanes import Lane, Place
+from lorabench.models.lanes.shelf import Lane, WeightSlot
 from lorabench.training.run import clip_gradient
 
 
@@ -16,7 +16,7 @@ def lane_of(*sizes):
     parameters = [nn.Parameter(torch.zeros(size)) for size in (*sizes, 3)]
     for parameter in parameters[:-1]:
         parameter.grad = torch.randn_like(parameter)
-    return Lane({str(n): Place(parameter, parameter.shape) for n, parameter in enumerate(parameters)})
+    return Lane({str(n): WeightSlot(parameter, parameter.shape) for n, parameter in enumerate(parameters)})
 
 
 def exact(lane):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorabench.config import PRESETS
+from lorabench.config.files import PRESETS
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
-from lorabench.layout import Layout
 from lorabench.models.base import convert_gguf, load_model, load_tokenizer, max_length
-from lorabench.plan import make_plan
+from lorabench.planning.plan import make_plan
+from lorabench.storage.layout import Layout
 
 from .conftest import trained
 

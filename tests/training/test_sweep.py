@@ -11,8 +11,8 @@ import torch
 from pandas.testing import assert_frame_equal
 
 from lorabench.errors import UserError
-from lorabench.plan import Job
-from lorabench.progress import status
+from lorabench.runs import Job
+from lorabench.storage.progress import status
 from lorabench.training.job import run_job
 
 from .conftest import trained
@@ -53,7 +53,7 @@ def test_a_sweep_of_diverged_runs_only_has_no_repeats(ready):
 def test_a_second_call_trains_nothing(ready, monkeypatch):
     plan, layout = ready("twice")
     first, _ = trained(plan, layout, "lora")
-    monkeypatch.setattr("lorabench.training.sft_job.train_run", None)
+    monkeypatch.setattr("lorabench.training.sft.trainer.train_sft", None)
     again, _ = trained(plan, layout, "lora")
     assert again.equals(first) or again.to_json() == first.to_json()
 
@@ -91,8 +91,8 @@ def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(
         monkeypatch.setattr(f"{module}.{name}", call)
 
     counting("lorabench.training.sweep", "load_model")
-    counting("lorabench.training.sft_job", "read_tokens")
-    counting("lorabench.training.sft_job", "mean_nll")
+    counting("lorabench.training.sft.trainer", "read_tokens")
+    counting("lorabench.training.sft.trainer", "mean_nll")
     methods = [sweep.condition.method for sweep in plan.sweeps]
     assert sorted(methods) == ["fullft", "lora", "lora"]
     together = rows_of(plan, layout, *plan.sweeps)

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from lorabench.config import Protocol
+from lorabench.config.experiments import Protocol
 from lorabench.training.batches import data_order
 
 from .lanes import DENSE, base_of, padded, run_of, series, train_together, with_peft

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import REPOSITORY
+from ..conftest import REPOSITORY
 
 _CODE = ("Snakefile", "workflow", "lorabench", "pyproject.toml", "slurm")
 

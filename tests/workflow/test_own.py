@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.own.conftest import write_rows
+from ..conftest import REPOSITORY
+from ..custom.conftest import write_rows
 
 pytestmark = pytest.mark.slow
 

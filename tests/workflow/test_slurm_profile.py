@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from lorabench.layout import Layout
-from lorabench.plan import make_plan
-from lorabench.resources import evaluation_resources, job_resources
-from tests.workflow.checkout import adapt_profile, copy_checkout, snakemake
+from lorabench.planning.plan import make_plan
+from lorabench.planning.resources import evaluation_resources, job_resources
+from lorabench.storage.layout import Layout
+
+from .checkout import adapt_profile, copy_checkout, snakemake
 
 pytestmark = pytest.mark.slow
 

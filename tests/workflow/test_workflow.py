@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from lorabench.analysis.arms import ARM
-from lorabench.analysis.claims import CLAIMS
-from lorabench.config import EVAL_SOURCES
-from lorabench.figures import of_preset
-from lorabench.layout import Layout
-from lorabench.plan import make_plan
-from tests.conftest import REPOSITORY
-from tests.workflow.checkout import copy_checkout, snakemake
+from lorabench.claims import CLAIMS
+from lorabench.config.execution import EVAL_SOURCES
+from lorabench.figures.catalog import figures_of_preset
+from lorabench.planning.plan import make_plan
+from lorabench.storage.layout import Layout
+
+from ..conftest import REPOSITORY
+from .checkout import copy_checkout, snakemake
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_smoke_runs_to_the_report(smoke):
     # What needs no runs is judged in the smallest preset too.
     assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
-    drawn = {figure.name for figure in of_preset(layout.preset)}
+    drawn = {figure.name for figure in figures_of_preset(layout.preset)}
     assert {"fig1_envelopes", "fig4_placement", "early", "fig6_rl_lr", "compute", "learned_forgotten"} <= drawn
     for name in drawn:
         for suffix in ("svg", "png", "csv"):

@@ -1,14 +1,14 @@
 # The preset, its plan, and the paths of both. Every cluster job parses this file again, so it must stay fast.
 from snakemake.exceptions import WorkflowError
 
-from lorabench.bill import total
-from lorabench.budget import with_budget
-from lorabench.config import GgufModel
+from lorabench.planning.bill import total
+from lorabench.planning.budget import with_budget
+from lorabench.config.models import GgufModel
 from lorabench.errors import UserError
-from lorabench.figures import COMPUTE, EVALS, FIGURES, of_preset
-from lorabench.layout import Layout
+from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES, figures_of_preset
+from lorabench.storage.layout import Layout
 from lorabench.models.base import CONVERTED, converted_folder
-from lorabench.plan import make_plan
+from lorabench.planning.plan import make_plan
 
 PRESET = config.get("preset", "laptop")
 try:

@@ -37,7 +37,7 @@ def retries(jobs):
     Where a site limits the time of a job, it may fail three times beside the restarts that the limit makes necessary.
 
     Args:
-        jobs: the `lorabench.resources.Resources` of the jobs.
+        jobs: the `lorabench.planning.resources.Resources` of the jobs.
     """
     if LONGEST is None:
         return None
@@ -63,7 +63,7 @@ def asked(of):
     """The resources of a rule; a job that has failed requests more memory and time.
 
     Args:
-        of: a function from a job's wildcards to its `lorabench.resources.Resources`.
+        of: a function from a job's wildcards to its `lorabench.planning.resources.Resources`.
     """
     return {
         **gpu_request(lambda wildcards: of(wildcards).gpus or None),

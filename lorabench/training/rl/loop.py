@@ -18,19 +18,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lorabench.config import Protocol
+from lorabench.config.experiments import Protocol
 from lorabench.data.reflection import reflects
-from lorabench.models.lanes import Lane
-from lorabench.plan import Rollouts, Run
-from lorabench.training import stop
+from lorabench.models.lanes.shelf import Lane
+from lorabench.runs import Rollouts, Run
+from lorabench.tables.schemas import CurvePoint
 from lorabench.training.batches import data_order
-from lorabench.training.checkpoints import Checkpoints
 from lorabench.training.distributed import Processes
-from lorabench.training.rl.objective import Group, Step
-from lorabench.training.rl.problems import Grades, Problems, Texts, grade
+from lorabench.training.lane_checkpoints import LaneCheckpoints
+from lorabench.training.rl.objective import ResponseGroup, StepMeasures
+from lorabench.training.rl.problems import GraderProtocol, Problems, ProblemTexts, grade
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.rl.serve import Learn, Learned, Sample, Sampled
-from lorabench.training.run import Point, clip_gradient, make_optimizer
+from lorabench.training.rl.serve import GradientRequest, GradientResult, SampleRequest, SampleResult
+from lorabench.training.run import clip_gradient, make_optimizer
+from lorabench.utils import signals
 
 PATIENCE = 0.2
 """A run without any reward in this share of its steps is stopped, since its policy has not changed."""
@@ -46,11 +47,11 @@ Scores = dict[str, dict[str, float]]
 class Environment:
     """The problems and graders that a run is trained and evaluated on; `held_out` sets are only evaluated."""
 
-    texts: Texts
+    texts: ProblemTexts
     splits: Mapping[str, Problems]
     held_out: Mapping[str, Problems]
-    grader: Grades
-    held_out_graders: Mapping[str, Grades]
+    grader: GraderProtocol
+    held_out_graders: Mapping[str, GraderProtocol]
 
 
 @dataclass
@@ -65,7 +66,7 @@ class RlOutcome:
     best_reward: float | None = None
     train_tokens: int = 0
     wall_s: float = 0.0
-    curve: list[Point] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
@@ -75,7 +76,7 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
 
 def evaluate(
     environment: Environment, rollouts: Rollouts, seed: int, step: int, lane: str | None
-) -> Generator[Sample, Sampled, tuple[Scores, float]]:
+) -> Generator[SampleRequest, SampleResult, tuple[Scores, float]]:
     """Return the metrics of the validation, test and held-out sets, and the seconds of sampling.
 
     Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1.
@@ -94,7 +95,7 @@ def evaluate(
         for problem, prompt in enumerate(problems.prompts)
         for sample in range(samples)
     ]
-    sampled = yield Sample(requests)
+    sampled = yield SampleRequest(requests)
     responses = iter(sampled.responses)
     scores: Scores = {}
     for name, (problems, grader, samples) in sets.items():
@@ -113,10 +114,10 @@ def train_rl(
     environment: Environment,
     protocol: Protocol,
     processes: Processes,
-    checkpoints: Checkpoints,
+    checkpoints: LaneCheckpoints,
     base: Scores,
     tick: Callable[[int], None] = lambda step: None,
-) -> Generator[Sample | Learn, Any, RlOutcome]:
+) -> Generator[SampleRequest | GradientRequest, Any, RlOutcome]:
     """Train and evaluate one run on its lane.
 
     The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
@@ -148,21 +149,21 @@ def train_rl(
         for metric, value in metrics.items():
             finite = value if math.isfinite(value) else None
             examples = step * condition.batch_size
-            outcome.curve.append(Point(step, examples, response_tokens, split, metric, finite))
+            outcome.curve.append(CurvePoint(step, examples, response_tokens, split, metric, finite))
 
     saved = checkpoints.load(run.run_id, lane, optimizer)
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
         evaluations = [(valid, test) for valid, test in saved["evaluations"]]
-        outcome.curve = [Point(**point) for point in saved["curve"]]
+        outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
     else:
         for split, metrics in base.items():
             record(0, split, metrics)
 
     for step in range(first_step + 1, condition.steps + 1):
         chosen = [int(problem) for problem in order[step - 1]]
-        sampled: Sampled = yield Sample(
+        sampled: SampleResult = yield SampleRequest(
             [
                 Request(train.prompts[problem], (run.seed, step, problem, sample), run.run_id)
                 for problem in chosen
@@ -174,7 +175,7 @@ def train_rl(
         response_tokens += sum(len(response.tokens) for response in sampled.responses)
         rewarded = rewarded or metrics["reward"] > 0
         outcome.wall_s += sampled.seconds + time.perf_counter() - started
-        learned: Learned = yield Learn(groups)
+        learned: GradientResult = yield GradientRequest(groups)
         started = time.perf_counter()
         measured = learned.step
         norm = clip_gradient(lane, protocol.clip_norm)
@@ -214,7 +215,7 @@ def train_rl(
             }
             checkpoints.save(run.run_id, lane, optimizer, progress)
             if checkpoints.stopping:
-                stop.end()
+                signals.raise_stopped()
 
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
@@ -225,14 +226,16 @@ def train_rl(
 
 def _graded(
     environment: Environment, chosen: list[int], responses: list[Response], group_size: int
-) -> tuple[list[Group], dict[str, float]]:
+) -> tuple[list[ResponseGroup], dict[str, float]]:
     """Return the groups of a step with their rewards, and the metrics of its responses."""
     train = environment.splits["train"]
     texts = [environment.texts.text(response) for response in responses]
     answers = [train.answers[problem] for problem in chosen for _ in range(group_size)]
     rewards = grade(environment.grader, texts, answers)
     groups = [
-        Group.of(train.prompts[problem], responses[start : start + group_size], rewards[start : start + group_size])
+        ResponseGroup.of(
+            train.prompts[problem], responses[start : start + group_size], rewards[start : start + group_size]
+        )
         for start, problem in zip(range(0, len(responses), group_size), chosen, strict=True)
     ]
     equal = float(np.mean([group.equal for group in groups]))
@@ -247,7 +250,7 @@ def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, 
     }
 
 
-def _policy_metrics(step: Step) -> dict[str, float]:
+def _policy_metrics(step: StepMeasures) -> dict[str, float]:
     return {
         "entropy": step.entropy,
         "kl": step.kl,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lorabench.errors import UserError
-from lorabench.models.lanes import Rows, Stack
-from lorabench.models.last_layer import read_at, unwrapped
-from lorabench.training.distributed import ALONE, Processes, enter
+from lorabench.models.lanes.shelf import RowCounts, Stack
+from lorabench.models.last_layer import computing_only, without_peft
+from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 from lorabench.training.rl.sampler import Response, window
 
 # The limit of a row in tokens is the short one, or `_RESPONSES` times the longest prompt with response, up to the long
@@ -30,7 +30,7 @@ _SHORT_ROW, _LONG_ROW, _RESPONSES = 192, 2048, 4
 
 
 @dataclass(frozen=True)
-class Group:
+class ResponseGroup:
     """Some or all responses to one prompt, with the reward, advantage and count of each, all (n,)."""
 
     prompt: tuple[int, ...]
@@ -41,7 +41,7 @@ class Group:
     """How often a response was drawn, where equal responses are merged."""
 
     @classmethod
-    def of(cls, prompt: tuple[int, ...], responses: list[Response], rewards: np.ndarray) -> Group:
+    def of(cls, prompt: tuple[int, ...], responses: list[Response], rewards: np.ndarray) -> ResponseGroup:
         """Make a whole group; advantages are rewards minus their mean."""
         return cls(prompt, responses, rewards, rewards - rewards.mean(), np.ones(len(responses)))
 
@@ -50,12 +50,12 @@ class Group:
         """Whether all rewards are equal, so that all advantages are zero."""
         return bool((self.rewards == self.rewards[0]).all())
 
-    def part(self, rows: list[int]) -> Group:
+    def part(self, rows: list[int]) -> ResponseGroup:
         """Return a group of some of the responses, with the advantages that they have in the whole group."""
         responses = [self.responses[row] for row in rows]
-        return Group(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
+        return ResponseGroup(self.prompt, responses, self.rewards[rows], self.advantages[rows], self.times[rows])
 
-    def distinct(self) -> Group:
+    def distinct(self) -> ResponseGroup:
         """Return the group with equal responses merged: short answers are often drawn several times."""
         seen: dict[tuple[bytes, bytes, float], int] = {}
         first = [
@@ -68,11 +68,11 @@ class Group:
 
 
 # What a process without any row computes while other processes have rows.
-_NOTHING = Group.of((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1))
+_NOTHING = ResponseGroup.of((0,), [Response(np.zeros(1, np.int64), np.zeros(1, np.float32), False)], np.zeros(1))
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMeasures:
     """Measures of the batch of one step before its update, over all response tokens."""
 
     tokens: int
@@ -87,11 +87,11 @@ class Step:
 
 def backward(
     stack: Stack,
-    batches: Sequence[Sequence[Group]],
+    batches: Sequence[Sequence[ResponseGroup]],
     max_tokens: int,
     autocast: torch.dtype | None = None,
-    processes: Processes = ALONE,
-) -> list[Step]:
+    processes: Processes = SINGLE_PROCESS,
+) -> list[StepMeasures]:
     """Add the gradient of each lane's loss to its weights, and return the measures of each lane's batch.
 
     Groups of equal rewards add nothing to the gradient and are only measured, unless a lane has no other groups.
@@ -113,14 +113,14 @@ def backward(
         for groups, learned in zip(batches, teaching, strict=True)
     ]
     sums, ratio_max = torch.zeros((lanes, 5), dtype=torch.float64), [0.0] * lanes
-    nothing: tuple[list[Group], ...] = ([],) * lanes
+    nothing: tuple[list[ResponseGroup], ...] = ([],) * lanes
     for by_lane, learn in ((teaching, True), (idle, False)):
-        split = (parts(groups, max_tokens // lanes, processes) for groups in by_lane)
+        split = (row_parts(groups, max_tokens // lanes, processes) for groups in by_lane)
         for part in processes.even(zip_longest(*split, fillvalue=[]), nothing):
             idling = not any(part)
             part = ([_NOTHING], *part[1:]) if idling else part
             rows = [row for of_lane in part for row in of_lane]
-            check_window(unwrapped(stack.model), rows)
+            check_window(without_peft(stack.model), rows)
             layout = _Layout.of(rows)
             # The context includes the backward pass, since recomputed layers read the rows and tokens again.
             with (
@@ -129,7 +129,7 @@ def backward(
                 torch.set_grad_enabled(learn),
             ):
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    learner, entropy, mask = enter(stack.model, response_logprobs, layout, stack.rows)
+                    learner, entropy, mask = call_as_forward(stack.model, response_logprobs, layout, stack.rows)
                 if idling:
                     if learn:
                         (0.0 * learner.sum()).backward()
@@ -155,24 +155,28 @@ def backward(
     for lane_sum, largest in zip(sums, ratio_max, strict=True):
         tokens, loss_sum, *others = processes.gather(lane_sum.numpy()).sum(0).tolist()
         entropy_mean, kl, ratio_mean = (value / tokens for value in others)
-        steps.append(Step(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
+        steps.append(StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
     return steps
 
 
 def _read(stack: Stack, layout: _Layout, device: torch.device) -> AbstractContextManager[None]:
     """Within, the last layer is computed only at positions that predict tokens of responses."""
     tokens = np.unique(layout.sources)
-    return read_at(stack.model, torch.from_numpy(tokens).to(device), stack.rows, layout.by_lane(tokens, stack.rows))
+    return computing_only(
+        stack.model, torch.from_numpy(tokens).to(device), stack.rows, layout.by_lane(tokens, stack.rows)
+    )
 
 
-def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE) -> Iterator[list[Group]]:
+def row_parts(
+    groups: Sequence[ResponseGroup], max_tokens: int, processes: Processes = SINGLE_PROCESS
+) -> Iterator[list[ResponseGroup]]:
     """Split groups into rows, and this process's share of the rows into parts with little padding.
 
     Equal responses are merged. A part has at most `max_tokens` tokens, padding included, unless it is a single row.
     """
     rows = [row for group in groups for row in _rows(group.distinct(), max_tokens)]
     rows = [rows[index] for index in processes.share(np.array([_length(row) for row in rows]))]
-    part: list[Group] = []
+    part: list[ResponseGroup] = []
     for row in rows:
         if part and (len(part) + 1) * _length(row) > max_tokens:
             yield part
@@ -182,7 +186,7 @@ def parts(groups: Sequence[Group], max_tokens: int, processes: Processes = ALONE
         yield part
 
 
-def _rows(group: Group, max_tokens: int) -> Iterator[Group]:
+def _rows(group: ResponseGroup, max_tokens: int) -> Iterator[ResponseGroup]:
     """Fill rows with responses up to a limit: they share the prompt, but attention is computed over the whole row."""
     longest = len(group.prompt) + max(len(response.tokens) for response in group.responses)
     limit = min(max_tokens, max(_SHORT_ROW, longest, min(_LONG_ROW, _RESPONSES * longest)))
@@ -196,7 +200,7 @@ def _rows(group: Group, max_tokens: int) -> Iterator[Group]:
     yield group.part(row)
 
 
-def _length(row: Group) -> int:
+def _length(row: ResponseGroup) -> int:
     """Return the tokens of a row; the last token of a response is predicted but is no input."""
     return len(row.prompt) + sum(len(response.tokens) - 1 for response in row.responses)
 
@@ -218,7 +222,7 @@ class _Layout(NamedTuple):
     """Whether a response has a token there, (responses, longest response)."""
 
     @classmethod
-    def of(cls, rows: Sequence[Group]) -> _Layout:
+    def of(cls, rows: Sequence[ResponseGroup]) -> _Layout:
         width = max(map(_length, rows))
         ids, positions, segments = (np.zeros((len(rows), width), np.int64) for _ in range(3))
         segments -= 1
@@ -240,14 +244,14 @@ class _Layout(NamedTuple):
                 number, start = number + 1, own.stop
         return cls(ids, positions, segments, np.concatenate(sources), np.concatenate(responses), is_token)
 
-    def by_lane(self, indices: np.ndarray, lane_rows: Rows) -> list[int]:
+    def by_lane(self, indices: np.ndarray, lane_rows: RowCounts) -> list[int]:
         """Count the indices into (rows x length), in ascending order of rows, of each lane."""
         ends = np.cumsum(lane_rows.counts)
         counts: list[int] = np.diff(np.searchsorted(indices // self.ids.shape[1], ends), prepend=0).tolist()
         return counts
 
 
-def check_window(model: torch.nn.Module, rows: Sequence[Group]) -> None:
+def check_window(model: torch.nn.Module, rows: Sequence[ResponseGroup]) -> None:
     """Refuse prompts with responses that are longer than the model's sliding window.
 
     Raises:
@@ -262,7 +266,7 @@ def check_window(model: torch.nn.Module, rows: Sequence[Group]) -> None:
         )
 
 
-def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: RowCounts) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the log-probability and the entropy, in nats, of every response token.
 
     Args:
@@ -272,7 +276,7 @@ def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: Rows) 
         Log-probabilities with gradient, entropies without, and whether there is a token: each (responses, longest
         response), 0 where there is no token.
     """
-    base = unwrapped(model)
+    base = without_peft(model)
     device = next(base.parameters()).device
     ids, positions, segments, sources, targets, is_token = (torch.from_numpy(part).to(device) for part in layout)
     visible = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
@@ -290,7 +294,7 @@ def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: Rows) 
     return empty.masked_scatter(is_token, chosen), empty.masked_scatter(is_token, entropy), is_token
 
 
-def _padded(groups: Sequence[Group], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(groups: Sequence[ResponseGroup], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sampler's log-probabilities, (responses, longest), the advantages, (responses,), and how often each
     token was drawn, (responses, longest), 0 where there is no token."""
     sampler = np.zeros(mask.shape, np.float32)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lorabench.data.problems import read_problems
+from lorabench.data.problem_sets import read_problems
 from lorabench.errors import UserError
-from lorabench.plan import Rollouts
+from lorabench.runs import Rollouts
 from lorabench.training.rl.sampler import Response, Stop
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Problems:
 
 
 @dataclass(frozen=True)
-class Texts:
+class ProblemTexts:
     """The conversion between texts and tokens for one model and problem set, and the stops of responses."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -93,13 +93,13 @@ class Texts:
         return splits
 
 
-class Grades(Protocol):
+class GraderProtocol(Protocol):
     """The interface of graders: `lorabench.data.grading.Grader`, or an object that delegates to it."""
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Return whether each response gives the answer with the same index."""
 
 
-def grade(grader: Grades, texts: list[str], answers: list[str]) -> np.ndarray:
+def grade(grader: GraderProtocol, texts: list[str], answers: list[str]) -> np.ndarray:
     """Return the rewards of responses, (n,): 1 for a right answer, else 0."""
     return np.array(grader.grade(texts, answers), dtype=np.float64)

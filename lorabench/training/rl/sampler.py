@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorabench.models.lanes import Stack
-from lorabench.models.last_layer import read_at
+from lorabench.models.lanes.shelf import Stack
+from lorabench.models.last_layer import computing_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -306,7 +306,7 @@ def _logits(
     counts = [lanes.count(lane) for lane in range(len(stack.lanes))]
     rows, length = ids.shape
     read = torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()
-    with stack.rows.are(counts), read_at(stack.model, read, stack.rows, [count * last for count in counts]):
+    with stack.rows.are(counts), computing_only(stack.model, read, stack.rows, [count * last for count in counts]):
         logits: Tensor = stack.model(
             input_ids=ids,
             attention_mask=mask,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lorabench.models.lanes import Stack
-from lorabench.training.rl.objective import Group, Step, backward
+from lorabench.models.lanes.shelf import Stack
+from lorabench.training.rl.objective import ResponseGroup, StepMeasures, backward
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine
 
@@ -17,14 +17,14 @@ Sampler = Callable[[list[Request]], list[Response]]
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleRequest:
     """A request for responses."""
 
     requests: list[Request]
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampleResult:
     """Responses in request order, this lane's share of the seconds, and the whole batch's tokens per second."""
 
     responses: list[Response]
@@ -33,36 +33,38 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Learn:
+class GradientRequest:
     """A request for the gradient of the objective on the groups of a step."""
 
-    groups: list[Group]
+    groups: list[ResponseGroup]
 
 
 @dataclass(frozen=True)
-class Learned:
+class GradientResult:
     """The measures of a step, this lane's share of the seconds, and the whole batch's response tokens per second."""
 
-    step: Step
+    step: StepMeasures
     seconds: float
     tokens_per_s: float
 
 
-class RlLanes:
+class RlServer:
     """Serves the requests of a stack's lanes."""
 
     def __init__(self, stack: Stack, sampler: Sampler, machine: Machine, autocast: torch.dtype | None) -> None:
         self._stack, self._sampler, self._machine, self._autocast = stack, sampler, machine, autocast
 
-    def __call__(self, asked: Mapping[str, Sample | Learn]) -> dict[str, Sampled | Learned]:
+    def __call__(
+        self, asked: Mapping[str, SampleRequest | GradientRequest]
+    ) -> dict[str, SampleResult | GradientResult]:
         """Answer all requests for responses; if there are none, compute the gradients of all lanes."""
-        requests = {name: request.requests for name, request in asked.items() if isinstance(request, Sample)}
+        requests = {name: request.requests for name, request in asked.items() if isinstance(request, SampleRequest)}
         if requests:
-            return dict(sampled(requests, self._sampler))
-        groups = {name: request.groups for name, request in asked.items() if isinstance(request, Learn)}
+            return dict(serve_samples(requests, self._sampler))
+        groups = {name: request.groups for name, request in asked.items() if isinstance(request, GradientRequest)}
         return dict(self._learn({name: groups[name] for name in self._stack.lanes}))
 
-    def _learn(self, batches: Mapping[str, list[Group]]) -> dict[str, Learned]:
+    def _learn(self, batches: Mapping[str, list[ResponseGroup]]) -> dict[str, GradientResult]:
         machine, started = self._machine, time.perf_counter()
         steps = backward(
             self._stack, list(batches.values()), machine.max_batch_tokens, self._autocast, machine.processes
@@ -72,12 +74,12 @@ class RlLanes:
         seconds = time.perf_counter() - started
         tokens = sum(step.tokens for step in steps)
         return {
-            name: Learned(step, seconds * step.tokens / tokens, tokens / seconds)
+            name: GradientResult(step, seconds * step.tokens / tokens, tokens / seconds)
             for name, step in zip(batches, steps, strict=True)
         }
 
 
-def sampled(asked: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, Sampled]:
+def serve_samples(asked: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, SampleResult]:
     """Draw the responses of all lanes as one batch; the seconds are divided by the tokens of each lane."""
     started = time.perf_counter()
     responses = sampler([request for requests in asked.values() for request in requests])
@@ -88,10 +90,10 @@ def sampled(asked: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, S
         of_lane = responses[start : start + len(requests)]
         start += len(requests)
         share = sum(len(response.tokens) for response in of_lane) / tokens
-        answers[name] = Sampled(of_lane, seconds * share, tokens / seconds)
+        answers[name] = SampleResult(of_lane, seconds * share, tokens / seconds)
     return answers
 
 
-def sampling_alone(sampler: Sampler) -> Callable[[Mapping[str, Sample]], dict[str, Sampled]]:
+def sampling_server(sampler: Sampler) -> Callable[[Mapping[str, SampleRequest]], dict[str, SampleResult]]:
     """Return a function that serves lanes which request only responses."""
-    return lambda asked: sampled({name: request.requests for name, request in asked.items()}, sampler)
+    return lambda asked: serve_samples({name: request.requests for name, request in asked.items()}, sampler)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from lorabench.data.grading import Grader
-from lorabench.training.distributed import Processes, whole
+from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.sampler import Request, Response
 
 
-def draw_together(
+def sample_in_processes(
     requests: list[Request], draw: Callable[[list[Request]], list[Response]], processes: Processes
 ) -> list[Response]:
     """Draw this process's share of the responses and gather all; every process returns the same, in request order."""
@@ -51,7 +51,7 @@ def _unpacked(numbers: np.ndarray) -> Iterator[Response]:
 
 
 @dataclass(frozen=True)
-class OneVerdict:
+class FirstProcessGrader:
     """A grader that uses the first process's verdicts in all processes, since time limits may expire in some only."""
 
     grader: Grader
@@ -86,7 +86,7 @@ class Replica:
             layer, _, attribute = name.rpartition(".")
             module = blank.get_submodule(layer)
             dtype = autocast if isinstance(module, torch.nn.Linear) else None
-            weight = whole(parameter.detach()).to(device=device, dtype=dtype, copy=True)
+            weight = full_tensor(parameter.detach()).to(device=device, dtype=dtype, copy=True)
             copied = torch.nn.Parameter(weight, requires_grad=False)
             setattr(module, attribute, copied)
             if trained_name in name:
@@ -97,5 +97,5 @@ class Replica:
     def refreshed(self) -> torch.nn.Module:
         """Copy the model's present weights and return the copy. Every process must call this."""
         for parameter, copied in self._trained:
-            copied.copy_(whole(parameter.detach()))
+            copied.copy_(full_tensor(parameter.detach()))
         return self._model

@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.config import Protocol, ReasoningProblems, TinyModel
+from lorabench.config.experiments import Protocol
+from lorabench.config.models import TinyModel
+from lorabench.config.problems import ReasoningProblems
 from lorabench.data.grading import Grader
-from lorabench.data.problems import make_problems, write_problems
+from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
-from lorabench.models.lanes import Stack, alone
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.lora import add_lora
-from lorabench.models.lora_lanes import stack_lora
-from lorabench.plan import Condition, Rollouts, Run
-from lorabench.training.checkpoints import Checkpoints
-from lorabench.training.distributed import ALONE
-from lorabench.training.lanes import train_alone
+from lorabench.runs import Condition, Rollouts, Run
+from lorabench.training.distributed import SINGLE_PROCESS
+from lorabench.training.drive import train_alone
+from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
-from lorabench.training.rl.objective import Group
-from lorabench.training.rl.problems import Texts
+from lorabench.training.rl.objective import ResponseGroup
+from lorabench.training.rl.problems import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
-from lorabench.training.rl.serve import RlLanes, sampling_alone
+from lorabench.training.rl.serve import RlServer, sampling_server
 from lorabench.training.run import Machine
 
 TINY = TinyModel(kind="tiny")
@@ -63,7 +65,7 @@ def environment(tmp_path_factory, tokenizer) -> Environment:
 
 
 def environment_of(path: Path, tokenizer, rollouts: Rollouts = ROLLOUTS) -> Environment:
-    texts = Texts(tokenizer, rollouts, 512)
+    texts = ProblemTexts(tokenizer, rollouts, 512)
     return Environment(texts, texts.read(path), {}, Grader("arithmetic"), {})
 
 
@@ -83,7 +85,7 @@ def drawn(
 ) -> list[Response]:
     """Draw responses of a model or a stack, ended by the tokenizer's end token."""
     end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
-    stack = model if isinstance(model, Stack) else alone(model, "")
+    stack = model if isinstance(model, Stack) else single_lane(model, "")
     return sample(stack, tokenizer, requests, end, cache)
 
 
@@ -98,7 +100,7 @@ def groups(base, tokenizer, prompts):
             Response(r.tokens, r.logprobs + rng.normal(0, 0.1, len(r.tokens)).astype(np.float32), r.truncated)
             for r in responses
         ]
-        groups.append(Group.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
+        groups.append(ResponseGroup.of(prompt, shifted, rng.integers(0, 2, 6).astype(float)))
     return groups
 
 
@@ -112,10 +114,10 @@ def lane_of(
     """Return the generator of an RL run on its lane of an untrained stack."""
     protocol, where = protocol or Protocol(), machine(**changes)
     evaluation = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
-    scores, _ = train_alone(evaluation, sampling_alone(sampler_of(stack, environment)))
-    checkpoints = Checkpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
+    scores, _ = train_alone(evaluation, sampling_server(sampler_of(stack, environment)))
+    checkpoints = LaneCheckpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
     lane = stack.lanes[run.run_id]
-    return train_rl(run, lane, environment, protocol, ALONE, checkpoints, scores, tick)
+    return train_rl(run, lane, environment, protocol, SINGLE_PROCESS, checkpoints, scores, tick)
 
 
 def sampler_of(stack: Stack, environment: Environment):
@@ -127,8 +129,8 @@ def sampler_of(stack: Stack, environment: Environment):
     return take
 
 
-def serving(stack: Stack, environment: Environment, **changes) -> RlLanes:
-    return RlLanes(stack, sampler_of(stack, environment), machine(**changes), None)
+def serving(stack: Stack, environment: Environment, **changes) -> RlServer:
+    return RlServer(stack, sampler_of(stack, environment), machine(**changes), None)
 
 
 def train(run: Run, environment: Environment, folder: Path, **changes) -> tuple[RlOutcome, torch.nn.Module]:
@@ -138,7 +140,7 @@ def train(run: Run, environment: Environment, folder: Path, **changes) -> tuple[
         model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed, adapter=run.run_id)
         stack = stack_lora(model, [run.run_id])
     else:
-        stack = alone(model, run.run_id)
+        stack = single_lane(model, run.run_id)
     running = lane_of(run, stack, environment, folder, **changes)
     changes = {name: value for name, value in changes.items() if name not in ("tick", "protocol")}
     return train_alone(running, serving(stack, environment, **changes), run.run_id), model

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lorabench.layout import Layout
-from lorabench.plan import Job, make_plan
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.storage.layout import Layout
 from lorabench.training.distributed import join, leave
 from lorabench.training.job import run_job
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lorabench.models.base import load_model
-from lorabench.models.lora import add_lane, add_lora
-from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lora import add_adapter, add_lora
 from lorabench.training.distributed import Processes
-from lorabench.training.rl.objective import Group, backward
+from lorabench.training.rl.objective import ResponseGroup, backward
 
 from .conftest import TINY
 
@@ -24,7 +24,7 @@ def stack_of(base, names=NAMES):
     first, *others = names
     model = add_lora(base, 4, "all", 32.0, True, NAMES.index(first), adapter=first)
     for name in others:
-        add_lane(model, name, NAMES.index(name))
+        add_adapter(model, name, NAMES.index(name))
     stack = stack_lora(model, names)
     for row, name in zip(stack.shelf.values, names, strict=True):
         generator = torch.Generator().manual_seed(NAMES.index(name))
@@ -43,14 +43,16 @@ def learned(stack, batches, max_tokens, **changes):
 
 
 def equal(group):
-    return Group.of(group.prompt, group.responses, np.ones(len(group.responses)))
+    return ResponseGroup.of(group.prompt, group.responses, np.ones(len(group.responses)))
 
 
 @pytest.fixture
 def informative(groups):
     """The groups with rewards that are not all equal."""
     rewards = np.array([1.0, 0, 0, 1, 0, 0])
-    return [Group.of(group.prompt, group.responses, np.roll(rewards, turn)) for turn, group in enumerate(groups)]
+    return [
+        ResponseGroup.of(group.prompt, group.responses, np.roll(rewards, turn)) for turn, group in enumerate(groups)
+    ]
 
 
 def batches_of(case, informative):

@@ -10,25 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.models.lora import add_lane, add_lora
-from lorabench.models.lora_lanes import stack_lora
-from lorabench.plan import Run
-from lorabench.training.lanes import train_lanes
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lora import add_adapter, add_lora
+from lorabench.runs import Run
+from lorabench.training.drive import train_lanes
 from lorabench.training.rl.loop import evaluation_steps
-from lorabench.training.rl.problems import Texts
+from lorabench.training.rl.problems import ProblemTexts
 from lorabench.training.rl.sampler import Request
 
-from .conftest import (
-    ROLLOUTS,
-    condition_of,
-    drawn,
-    environment_of,
-    lane_of,
-    problem_file,
-    same_tokens,
-    serving,
-    train,
-)
+from .conftest import ROLLOUTS, condition_of, drawn, environment_of, lane_of, problem_file, same_tokens, serving, train
 
 
 class KilledError(Exception):
@@ -172,7 +162,7 @@ def test_packed_runs_are_those_alone(environment, tmp_path, base):
     ]
     model = add_lora(base, 2, "all", 32.0, True, runs[0].seed, adapter=runs[0].run_id)
     for run in runs[1:]:
-        add_lane(model, run.run_id, run.seed)
+        add_adapter(model, run.run_id, run.seed)
     stack = stack_lora(model, [run.run_id for run in runs])
     lanes = {run.run_id: lane_of(run, stack, environment, tmp_path) for run in runs}
     packed = {}
@@ -196,7 +186,7 @@ def test_another_seed_draws_other_samples(environment, tmp_path):
 def test_held_out_problems_are_evaluated_and_not_trained_on(environment, tmp_path, tokenizer):
     rollouts = replace(ROLLOUTS, held_out=("sums",), held_out_samples=3)
     path = problem_file(tmp_path, tasks=["chain_sum"], max_digits=1)
-    sums = Texts(tokenizer, rollouts, 512).read(path)["test"]
+    sums = ProblemTexts(tokenizer, rollouts, 512).read(path)["test"]
     both = replace(environment, held_out={"sums": sums}, held_out_graders={"sums": environment.grader})
     with_sums, _ = train(Run(condition_of(None, rollouts=rollouts), 1e-4, 0), both, tmp_path)
     without, _ = train(Run(condition_of(None), 1e-4, 0), environment, tmp_path)

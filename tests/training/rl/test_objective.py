@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.models.lanes import alone, trained_parameters
+from lorabench.models.lanes.shelf import single_lane, trained_parameters
 from lorabench.training.rl import objective
-from lorabench.training.rl.objective import Group, parts
+from lorabench.training.rl.objective import ResponseGroup, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
 from .conftest import CPU, drawn
@@ -29,15 +29,15 @@ def gradients(model):
 
 def backward(model, groups, max_tokens):
     """Run the backward pass of a single lane and return its measures."""
-    [step] = objective.backward(alone(model, ""), [groups], max_tokens)
+    [step] = objective.backward(single_lane(model, ""), [groups], max_tokens)
     return step
 
 
 def test_advantage_is_reward_minus_the_group_mean():
-    group = Group.of((1, 2), [response([3])] * 4, np.array([1.0, 0.0, 0.0, 0.0]))
+    group = ResponseGroup.of((1, 2), [response([3])] * 4, np.array([1.0, 0.0, 0.0, 0.0]))
     assert group.advantages == pytest.approx([0.75, -0.25, -0.25, -0.25])
     assert not group.equal
-    same = Group.of((1, 2), [response([3])] * 3, np.ones(3))
+    same = ResponseGroup.of((1, 2), [response([3])] * 3, np.ones(3))
     assert same.equal
     assert same.advantages == pytest.approx([0, 0, 0])
 
@@ -46,7 +46,7 @@ def test_gradient_of_one_token_is_the_one_derived_by_hand(base):
     """With one token t, d loss / d logits = -(1 / n) * ratio * advantage * (onehot(t) - p)."""
     prompt, tokens, rewards = (5, 9, 200), [7, 8, 9, 7], np.array([1.0, 0.0, 0.0, 1.0])
     sampler = [-2.0, -3.0, -2.5, -2.0]
-    group = Group.of(prompt, [response([t], [p]) for t, p in zip(tokens, sampler, strict=True)], rewards)
+    group = ResponseGroup.of(prompt, [response([t], [p]) for t, p in zip(tokens, sampler, strict=True)], rewards)
     measured = backward(base, [group], 10_000)
 
     with torch.no_grad():
@@ -98,10 +98,10 @@ def row_length(row):
 )
 def test_parts_hold_every_response_once_and_fit(shapes, limit):
     made = [
-        Group.of((number,) * prompt, [response([1] * n) for n in lengths], np.arange(float(len(lengths))))
+        ResponseGroup.of((number,) * prompt, [response([1] * n) for n in lengths], np.arange(float(len(lengths))))
         for number, (prompt, lengths) in enumerate(shapes)
     ]
-    found = list(parts(made, limit))
+    found = list(row_parts(made, limit))
     held = sorted((row.prompt[0], reward) for part in found for row in part for reward in row.rewards)
     assert held == sorted((group.prompt[0], reward) for group in made for reward in group.rewards)
     assert sum(row.advantages.sum() for part in found for row in part) == pytest.approx(0, abs=1e-9)
@@ -111,7 +111,7 @@ def test_parts_hold_every_response_once_and_fit(shapes, limit):
 
 def test_a_long_response_does_not_pad_the_others():
     lengths = [2] * 40 + [150]
-    [part] = parts([Group.of((1, 2, 3), [response([1] * n) for n in lengths], np.arange(41.0))], 10_000)
+    [part] = row_parts([ResponseGroup.of((1, 2, 3), [response([1] * n) for n in lengths], np.arange(41.0))], 10_000)
     assert sum(map(row_length, part)) <= 3 * len(part) + 40 + 149
 
 
@@ -122,10 +122,10 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
         response([3, 1], [-1.0, -0.5]),
         response([3], [-1.0]),
     ]
-    group = Group.of((5, 9), drawn, np.array([1.0, 0.0, 1.0, 0.0]))
+    group = ResponseGroup.of((5, 9), drawn, np.array([1.0, 0.0, 1.0, 0.0]))
     # The same tokens with another reward, for instance after a timeout of the grader, are another response.
-    judged_apart = Group.of((5, 9), [response([3, 1])] * 2, np.array([1.0, 0.0]))
-    [[row, apart]] = parts([group, judged_apart], 10_000)
+    judged_apart = ResponseGroup.of((5, 9), [response([3, 1])] * 2, np.array([1.0, 0.0]))
+    [[row, apart]] = row_parts([group, judged_apart], 10_000)
     assert [one.tokens.tolist() for one in row.responses] == [[3, 1], [4], [3]]
     assert row.times.tolist() == [2, 1, 1]
     assert apart.times.tolist() == [1, 1]
@@ -135,7 +135,7 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
     # The reference has each response alone in its own row.
-    singly = [backward(base, [Group.of((5, 9), [one], np.zeros(1))], 10_000) for one in drawn]
+    singly = [backward(base, [ResponseGroup.of((5, 9), [one], np.zeros(1))], 10_000) for one in drawn]
     tokens = [len(one.tokens) for one in drawn]
     assert (measured.loss, measured.tokens) == (pytest.approx(loss, abs=1e-5), sum(tokens))
     for measure in ("entropy", "kl", "ratio_mean"):
@@ -147,7 +147,7 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
 
 def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups):
     informative = [group for group in groups if not group.equal]
-    idle = [Group.of(group.prompt, group.responses, np.ones(6)) for group in groups]
+    idle = [ResponseGroup.of(group.prompt, group.responses, np.ones(6)) for group in groups]
     with_idle = backward(base, [*informative, *idle], 10_000)
     gradient = gradients(base)
     without = backward(base, informative, 10_000)
@@ -161,19 +161,19 @@ def test_groups_of_equal_rewards_are_measured_but_not_learned_from(base, groups)
 def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     exact = drawn(base, tokenizer, [Request(prompts[0], (0, 0, 0, s)) for s in range(6)])
     rewards = np.array([1.0, 0, 0, 0, 0, 0])
-    same = backward(base, [Group.of(prompts[0], exact, rewards)], 10_000)
+    same = backward(base, [ResponseGroup.of(prompts[0], exact, rewards)], 10_000)
     assert same.ratio_mean == pytest.approx(1, abs=1e-4)
     assert same.ratio_max == pytest.approx(1, abs=1e-4)
     assert same.kl == pytest.approx(0, abs=1e-5)
     halved = [Response(r.tokens, r.logprobs + np.float32(np.log(2)), r.truncated) for r in exact]
-    off = backward(base, [Group.of(prompts[0], halved, rewards)], 10_000)
+    off = backward(base, [ResponseGroup.of(prompts[0], halved, rewards)], 10_000)
     assert off.ratio_mean == pytest.approx(0.5, abs=1e-4)
     assert off.kl == pytest.approx(np.log(2), abs=1e-4)
     ids = torch.tensor([prompts[0]])
     with torch.no_grad():
         first = base(ids).logits[0, -1].log_softmax(-1)
     single = [Response(r.tokens[:1], r.logprobs[:1], False) for r in exact]
-    entropy = backward(base, [Group.of(prompts[0], single, rewards)], 10_000).entropy
+    entropy = backward(base, [ResponseGroup.of(prompts[0], single, rewards)], 10_000).entropy
     assert entropy == pytest.approx(-(first.exp() * first).sum().item(), rel=1e-4)
 
 

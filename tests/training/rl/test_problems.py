@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
-from lorabench.training.rl.problems import Texts
+from lorabench.training.rl.problems import ProblemTexts
 from lorabench.training.rl.sampler import Response
 
 from .conftest import ROLLOUTS, TINY, problem_file
@@ -22,13 +22,13 @@ def own_tokenizer():
 
 
 def test_a_prompt_is_the_chat_up_to_the_assistant(tokenizer):
-    prompt = Texts(tokenizer, ROLLOUTS, 512).prompt("What is 1 + 1?")
+    prompt = ProblemTexts(tokenizer, ROLLOUTS, 512).prompt("What is 1 + 1?")
     assert tokenizer.decode(prompt) == "<|user|>What is 1 + 1?<|assistant|>"
 
 
 def test_a_plain_prompt_needs_no_template(own_tokenizer):
     own_tokenizer.chat_template = None
-    texts = Texts(own_tokenizer, replace(ROLLOUTS, prompt="Question: {question}\nAnswer:", stop=("\n",)), 512)
+    texts = ProblemTexts(own_tokenizer, replace(ROLLOUTS, prompt="Question: {question}\nAnswer:", stop=("\n",)), 512)
     assert own_tokenizer.decode(texts.prompt("{x} + 1?")) == "Question: {x} + 1?\nAnswer:"
     assert texts.stop.tokens == (own_tokenizer.eos_token_id,)
     said = np.array(own_tokenizer(" 12\nQuestion").input_ids)
@@ -38,19 +38,19 @@ def test_a_plain_prompt_needs_no_template(own_tokenizer):
 def test_a_model_without_template_and_prompt_is_refused(own_tokenizer, tmp_path):
     own_tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template; give the RL experiment a `prompt`"):
-        Texts(own_tokenizer, ROLLOUTS, 512).read(problem_file(tmp_path))
+        ProblemTexts(own_tokenizer, ROLLOUTS, 512).read(problem_file(tmp_path))
 
 
 def test_what_closes_a_turn_ends_a_response(own_tokenizer):
-    assert Texts(own_tokenizer, ROLLOUTS, 512).stop.tokens == (own_tokenizer.eos_token_id,)
+    assert ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens == (own_tokenizer.eos_token_id,)
     own_tokenizer.chat_template = own_tokenizer.chat_template.replace("<|end|>", "<|pad|>")
     both = {own_tokenizer.eos_token_id, own_tokenizer.pad_token_id}
-    assert set(Texts(own_tokenizer, ROLLOUTS, 512).stop.tokens) == both
+    assert set(ProblemTexts(own_tokenizer, ROLLOUTS, 512).stop.tokens) == both
 
 
 def test_what_does_not_fit_the_model_is_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="a response of 8 is more than the 40 tokens that the model takes"):
-        Texts(tokenizer, ROLLOUTS, 40).read(problem_file(tmp_path))
+        ProblemTexts(tokenizer, ROLLOUTS, 40).read(problem_file(tmp_path))
 
 
 def test_splits_hold_prompts_and_answers(environment):

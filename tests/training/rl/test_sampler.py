@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
-from lorabench.models.lanes import alone
-from lorabench.models.lora import adapter_pairs, add_lane, add_lora
-from lorabench.models.lora_lanes import stack_lora
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import single_lane
+from lorabench.models.lora import adapter_pairs, add_adapter, add_lora
 from lorabench.training.rl import sampler
-from lorabench.training.rl.objective import Group, backward
+from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Request, draw, uniforms
-from tests.training.lanes import base_of
 
+from ..lanes import base_of
 from .conftest import drawn, same_tokens
 
 
@@ -98,9 +98,9 @@ def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
 def test_learning_beyond_a_sliding_window_is_refused(tokenizer):
     model = base_of("mistral")
     requests = keyed([tuple(range(5, 35))], samples=2)
-    group = Group.of(requests[0].prompt, drawn(model, tokenizer, requests, 8), np.array([0.0, 1.0]))
+    group = ResponseGroup.of(requests[0].prompt, drawn(model, tokenizer, requests, 8), np.array([0.0, 1.0]))
     with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be within"):
-        backward(alone(model, "one"), [[group]], 2048)
+        backward(single_lane(model, "one"), [[group]], 2048)
 
 
 def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
@@ -163,32 +163,32 @@ def test_a_length_limit_only_cuts(base, tokenizer, prompts):
 
 def test_lanes_get_what_they_would_get_alone(base, tokenizer, prompts):
     model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="one")
-    add_lane(model, "two", seed=1)
+    add_adapter(model, "two", seed=1)
     move(model)
     asked = {lane: keyed(prompts[:6], lane=lane) for lane in ("one", "two")}
     # The reference is PEFT's own forward pass with one adapter at a time.
-    alone = {}
+    single_lane = {}
     for lane, requests in asked.items():
         model.set_adapter(lane)
-        alone[lane] = drawn(model, tokenizer, requests)
+        single_lane[lane] = drawn(model, tokenizer, requests)
     # Requests are interleaved, as when lanes are at different steps.
     mixed = [request for pair in zip(asked["one"], asked["two"], strict=True) for request in pair]
     together = drawn(stack_lora(model, ["one", "two"]), tokenizer, mixed)
-    assert same_tokens(together[::2], alone["one"])
-    assert same_tokens(together[1::2], alone["two"])
-    assert not same_tokens(alone["one"], alone["two"])
+    assert same_tokens(together[::2], single_lane["one"])
+    assert same_tokens(together[1::2], single_lane["two"])
+    assert not same_tokens(single_lane["one"], single_lane["two"])
 
 
 def test_a_lane_starts_as_an_adapter_of_its_own_does(base):
     model = add_lora(base, 4, "all", 32.0, True, seed=0, init_a=0.5, adapter="other")
-    add_lane(model, "default", seed=7, init_a=2.0)
+    add_adapter(model, "default", seed=7, init_a=2.0)
     lane = {name: a.clone() for name, (a, _, _) in adapter_pairs(model).items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all(".default." in name for name in trained)
-    alone = adapter_pairs(add_lora(model.unload(), 4, "all", 32.0, True, seed=7, init_a=2.0))
-    assert lane.keys() == alone.keys()
-    assert all(torch.equal(lane[name], a) for name, (a, _, _) in alone.items())
+    single_lane = adapter_pairs(add_lora(model.unload(), 4, "all", 32.0, True, seed=7, init_a=2.0))
+    assert lane.keys() == single_lane.keys()
+    assert all(torch.equal(lane[name], a) for name, (a, _, _) in single_lane.items())
 
 
 def test_a_text_ends_a_response(base, tokenizer, prompts):

@@ -12,10 +12,11 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from lorabench.data.problems import make_problems, write_problems
-from lorabench.layout import Layout
+from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.models.base import load_model
-from lorabench.plan import Job, make_plan
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.storage.layout import Layout
 from lorabench.training.job import run_job
 
 from ...conftest import REPOSITORY

@@ -1,0 +1,106 @@
+"""A step of RL (sampling, grading, learning) by this project and by TRL's GRPOTrainer, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from benchmarks.speed.models import Precision
+from benchmarks.speed.sweep import execution, finish, lorabench, start
+from benchmarks.speed.table import Row, say
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The RL runs that are trained; the problems are those of the preset `laptop`."""
+
+    problems: int = 40
+    group_size: int = 16
+    max_new_tokens: int = 4
+    rank: int = 8
+    lrs: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
+    steps: int = 12
+    threads: int = 2
+    precision: Precision = "fp32"
+    gpu: str | None = None
+
+    @property
+    def case(self) -> str:
+        """The description of the case in the table."""
+        what = f"gcd, {self.problems} problems x {self.group_size}, {self.max_new_tokens} tokens, LoRA r{self.rank}"
+        return what if self.gpu is None else f"{self.precision}, {what}"
+
+
+ARMS = {
+    "rl-lanes": "lorabench, together",
+    "rl-alone": "lorabench, one run",
+    "rl-trl": "TRL's GRPOTrainer, one run",
+}
+"""The name of each arm in the table, by its name on the command line."""
+
+
+def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
+    """Return the preset of the runs."""
+    sizes = {"tasks": ["gcd"], "max_value": 50, "train": 600, "validation": 1, "test": 1}
+    return {
+        "description": "RL whose speed is measured",
+        "models": {"tiny": {"kind": "tiny"}},
+        "problems": {"gcd": {"kind": "arithmetic", **sizes}},
+        # TRL refuses LoRA on the unembedding.
+        "protocol": {"include_unembedding": False, "precision": shape.precision},
+        "experiments": {
+            "rl_arithmetic": [
+                {
+                    "models": ["tiny"],
+                    "problems": ["gcd"],
+                    "ranks": {"all": [shape.rank]},
+                    "problems_per_step": shape.problems,
+                    "group_size": shape.group_size,
+                    "steps": shape.steps,
+                    "max_new_tokens": shape.max_new_tokens,
+                    "mean_response_tokens": 2,
+                    "evaluations": 1,
+                    "lrs": {"fullft": [], "lora": list(lrs)},
+                    "seeds": 1,
+                }
+            ]
+        },
+        "execution": {"lanes": len(lrs)} | execution(shape.threads, shape.gpu),
+    }
+
+
+def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -> list[Row]:
+    """Measure the chosen arms; return a row for each with the median seconds of its steps after `WARM_UP`.
+
+    Raises:
+        SystemExit: an arm failed.
+    """
+    rows = []
+    for name in chosen:
+        # All arms have the middle LR.
+        lrs = shape.lrs if name == "rl-lanes" else (shape.lrs[len(shape.lrs) // 2],)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            path, settings, result = (folder / file for file in ("speed.yaml", "settings.json", "result.json"))
+            path.write_text(yaml.safe_dump(preset(shape, lrs)))
+            finish(start(lorabench("dataset", "gcd", path), folder, shape.threads))
+            trainer = "trl" if name == "rl-trl" else "lorabench"
+            settings.write_text(json.dumps({"trainer": trainer, "preset": str(path), "result": str(result)}))
+            command = [sys.executable, "-m", "benchmarks.speed.rl_step", str(settings)]
+            finish(start(command, folder, shape.threads))
+            measured = json.loads(result.read_text())
+        seconds = statistics.median(measured["seconds"][WARM_UP:])
+        reward = statistics.mean(measured["rewards"][WARM_UP:])
+        say(f"rl: {ARMS[name]}: {seconds:.2f} s a step")
+        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, measured["runs"], seconds, reward=reward))
+    return rows

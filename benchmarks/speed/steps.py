@@ -1,0 +1,219 @@
+"""A training step within one process, without start-up; and the speed of the machine's matrix products.
+
+The steps of this project are computed as in a run (`SftLanes`). Every token is scored unless a setting says otherwise,
+and there is no padding. At LR 0 a step does all its work and does not change the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.speed.models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
+from benchmarks.speed.table import Row, say
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.models.lanes.full import stack_full
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import Stack, single_lane
+from lorabench.models.lora import add_adapter, add_lora
+from lorabench.models.size import train_flops_per_token
+from lorabench.training.run import Machine
+from lorabench.training.sft.serve import GradientRequest, SftServer
+from lorabench.utils.malloc import keep_freed_memory
+
+ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
+MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""`execution.max_batch_tokens` of presets, by device type."""
+WARM_UP = 1
+SQUARE = {"cpu": 2048, "cuda": 8192}
+"""Number of rows and columns of the matrices that measure a device's peak."""
+
+CPU = torch.device("cpu")
+Method = Literal["peft", "lora", "fullft"]
+
+
+class Arm(NamedTuple):
+    """The trainer of a step."""
+
+    method: Method
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model, rank, batch and precision within which arms are compared."""
+
+    model: str = "llama-128"
+    rank: int = 16
+    batch: int = 8
+    length: int = 128
+    precision: Precision = "fp32"
+    scored: float = 1.0
+    """Share of a row's tokens that are scored, from its end."""
+    lanes: tuple[int, ...] = (2, 4, 8, 16)
+    full_lanes: tuple[int, ...] = ()
+
+    @property
+    def case(self) -> str:
+        """The description of the case in the table."""
+        scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
+        return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
+
+    def arms(self) -> dict[str, Arm]:
+        """Return the arms by name; the arm without this project comes first."""
+        lora = {f"LoRA, {lanes} lanes": Arm("lora", lanes) for lanes in self.lanes}
+        full = {f"FullFT, {lanes} lanes": Arm("fullft", lanes) for lanes in self.full_lanes}
+        return {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
+
+
+SETTINGS = [
+    Setting(full_lanes=(4, 8)),
+    *(Setting(rank=rank) for rank in (1, 4, 64)),
+    *(Setting(length=length, lanes=(8,)) for length in (64, 256)),
+    Setting(precision="bf16", lanes=(8,)),
+    Setting(model="llama-64", full_lanes=(4, 8)),
+    # Here a single run leaves most of a core idle.
+    Setting(model="llama-64", length=64, lanes=(7,)),
+    # These take a few seconds per step on two cores.
+    Setting(model=SMOLLM2, batch=1, length=64, lanes=(4,)),
+    Setting(model=SMOLLM2, batch=4, precision="bf16", lanes=(2,)),
+    Setting(model=SMOLLM2, batch=16, length=127, precision="bf16", lanes=()),
+]
+ON_A_GPU = [
+    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,)),
+    *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16", lanes=(7,)) for rank in (1, 128)),
+    *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16", lanes=(7,)) for length in (512, 1024)),
+    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=()),
+]
+QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
+
+
+def training_step(setting: Setting, arm: Arm, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
+    """Return a function that makes one optimizer step of all lanes, and the step's FLOPs as the paper counts them."""
+    method, lanes = arm
+    base: Any = loaded(setting.model, device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
+    if method != "fullft":
+        base = add_lora(base, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, adapter="lane0")
+    flops = lanes * setting.batch * setting.length * train_flops_per_token(base)
+    if method == "peft":
+        # PEFT is measured without this project's attention.
+        base.set_attn_implementation("sdpa")
+        return _peft_step(base, ids.to(device), setting.precision), flops
+    names = [f"lane{lane}" for lane in range(lanes)]
+    stack = _full(base, names) if method == "fullft" else _lora(base, names)
+    optimizers = [_adam(lane.parameters) for lane in stack.lanes.values()]
+    offsets = np.arange(setting.batch + 1) * (setting.length + 1)
+    scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
+    split = TokenizedSplit(ids.flatten().numpy(), scored, offsets)
+    machine = Machine(device, MAX_BATCH_TOKENS[device.type], math.inf)
+    serve = SftServer(stack, {"train": split}, machine, torch.bfloat16 if setting.precision == "bf16" else None)
+    asked = {name: GradientRequest(np.arange(setting.batch)) for name in names}
+
+    def step() -> None:
+        serve(asked)
+        for lane, optimizer in zip(stack.lanes.values(), optimizers, strict=True):
+            torch.nn.utils.clip_grad_norm_(lane.parameters, math.inf)
+            optimizer.step()
+            lane.zero_grad()
+
+    return step, flops
+
+
+def _full(base: Any, names: list[str]) -> Stack:
+    return stack_full(base, names) if len(names) > 1 else single_lane(base, names[0])
+
+
+def _lora(model: Any, names: list[str]) -> Stack:
+    """Return the lanes of a model that has the first lane's adapter."""
+    for lane, name in enumerate(names[1:], 1):
+        add_adapter(model, name, seed=lane)
+    return stack_lora(model, names)
+
+
+def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[[], None]:
+    """Return a step of PEFT's model as its documentation shows it."""
+    optimizer = _adam([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+
+
+def median_seconds(
+    steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device = CPU
+) -> dict[str, float]:
+    """Return the median seconds of each step; steps take turns, so that changes of the machine's speed affect all."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + repeats):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            done(device)
+            if turn >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak(precision: Precision, device: torch.device = CPU, repeats: int = 15) -> float:
+    """Return the FLOP/s of the product of two large square matrices, the best of several."""
+    side = SQUARE[device.type]
+    left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
+    best = math.inf
+    for _ in range(WARM_UP + repeats):
+        started = time.perf_counter()
+        left @ right
+        done(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def measure(
+    settings: list[Setting],
+    threads: int,
+    repeats: int,
+    device: torch.device = CPU,
+    say: Callable[[str], None] = say,
+) -> Iterator[Row]:
+    """Yield the device's peaks, then a row for each arm of each setting whose model is on this machine."""
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        # Training processes do this too; PEFT's steps share the process and also gain by it.
+        keep_freed_memory()
+    peaks: dict[str, float] = {precision: peak(precision, device) for precision in DTYPES}  # type: ignore[arg-type]
+    for precision, speed in peaks.items():
+        say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
+        side = SQUARE[device.type]
+        yield Row(
+            "peak", f"matmul of {side}, {precision}", "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9
+        )
+    for setting in settings:
+        if not is_there(setting.model):
+            say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
+            continue
+        made = {name: training_step(setting, arm, device) for name, arm in setting.arms().items()}
+        seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)
+        say(f"step: {setting.case}: {len(made)} arms")
+        for name, arm in setting.arms().items():
+            speed = made[name][1] / seconds[name]
+            share = speed / peaks[setting.precision]
+            yield Row(
+                "step", setting.case, name, threads, arm.lanes, seconds[name], gflops=speed / 1e9, share_of_peak=share
+            )

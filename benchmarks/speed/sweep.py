@@ -1,0 +1,374 @@
+"""The wall-clock time of a whole sweep, start-up included, against other trainers with a process for each run.
+
+Every arm trains the same runs: one model folder, the same batches of the same tokens in the same order, LoRA with the
+same settings and seed, Adam at a constant LR. The losses of all arms must agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+
+from benchmarks.speed.models import Precision, preset_entry
+from benchmarks.speed.table import REPOSITORY, Row, say
+from lorabench.config.loading import load_preset
+from lorabench.data.chat import Split
+from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
+from lorabench.models.base import load_model, load_tokenizer, model_location
+from lorabench.models.lora import targets
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Run, Sweep
+from lorabench.storage.layout import Layout
+from lorabench.storage.run_folder import RunFolder
+from lorabench.training.batches import IGNORED, data_order
+
+# The datasets written here need no progress bars.
+disable_progress_bar()
+
+FINETUNE = Path(__file__).with_name("finetune.py")
+NAME, DATASET = "speed", "instruct"
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 3e-2}
+"""Nats per token by which the losses of two arms may differ in a run."""
+LAST = 5
+"""Number of last steps whose mean loss is the final training loss."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The runs of the sweep."""
+
+    lrs: tuple[float, ...] = (2e-4, 4e-4, 8e-4, 1.5e-3, 3e-3, 5e-3, 8e-3)
+    steps: int = 50
+    batch_size: int = 8
+    rank: int = 16
+    test: int = 64
+    threads: int = 2
+    turns: int = 3
+    model: str = "llama-128"
+    precision: Precision = "fp32"
+    max_chars: int = 220
+    gpu: str | None = None
+    """Name of the GPU in `lorabench.utils.gpus`; None for a CPU."""
+
+    @property
+    def case(self) -> str:
+        """The description of the case in the table."""
+        what = f"{len(self.lrs)} LRs of LoRA r{self.rank}, {self.steps} steps of {self.batch_size}"
+        return what if self.gpu is None else f"{self.model}, {self.precision}, {what}"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The final losses of a run in nats per scored token."""
+
+    train: float
+    test: float
+
+
+Found = dict[float, Losses]
+"""The losses of the runs by learning rate."""
+
+
+def preset(shape: Shape, lanes: int) -> dict[str, Any]:
+    """Return the preset of the sweep."""
+    train = shape.steps * shape.batch_size
+    return {
+        "description": "The sweep whose speed is measured",
+        "models": {shape.model: preset_entry(shape.model)},
+        "datasets": {
+            DATASET: {
+                "kind": DATASET,
+                "train": train,
+                "validation": 16,
+                "test": shape.test,
+                "max_chars": shape.max_chars,
+            }
+        },
+        # Validation is as rare as possible, since the other trainers have none.
+        # TRL refuses LoRA on the unembedding.
+        "protocol": {"curve_points": 2, "include_unembedding": False, "precision": shape.precision},
+        "experiments": {
+            "rank": [
+                {
+                    "models": [shape.model],
+                    "datasets": [DATASET],
+                    "ranks": {"all": [shape.rank]},
+                    "batch_sizes": [shape.batch_size],
+                    "lrs": {"fullft": [], "lora": list(shape.lrs)},
+                    "seeds": 1,
+                }
+            ]
+        },
+        "execution": {"lanes": lanes} | execution(shape.threads, shape.gpu),
+    }
+
+
+def execution(threads: int, gpu: str | None) -> dict[str, Any]:
+    """Return a preset's settings of `execution` for a number of CPU threads, or for a GPU."""
+    return {"threads": threads} | ({"gpu": gpu} if gpu else {"max_batch_tokens": 4096, "gflops": 50.0})
+
+
+def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
+    """Return the command that trains the sweep of a preset."""
+    [sweep] = sweeps
+    return lorabench("train", sweep.sweep_id, path)
+
+
+def lorabench(*arguments: Any) -> list[str]:
+    """Return a command of this project; the last argument is the preset."""
+    *words, path = map(str, arguments)
+    return [sys.executable, "-m", "lorabench.cli", *words, "--preset", path]
+
+
+def start(command: list[str], folder: Path, threads: int) -> subprocess.Popen[str]:
+    """Start a command in a folder, with this checkout's code."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    """Wait for processes.
+
+    Raises:
+        SystemExit: a process failed; the message has its output.
+    """
+    for process in processes:
+        output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(process.args)} failed:\n{output[-3000:]}")  # type: ignore[arg-type]
+
+
+class Sweeps:
+    """The sweep trained by lorabench, in its own folders, with data and tokens prepared in advance.
+
+    Args:
+        lanes: largest number of runs that are trained together.
+        processes: number of processes that divide the learning rates and threads among them.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, lanes: int, processes: int = 1) -> None:
+        self.threads = max(1, shape.threads // processes)
+        shares = [shape.lrs[first::processes] for first in range(processes)]
+        shapes = [replace(shape, lrs=lrs, threads=self.threads) for lrs in shares]
+        self.jobs = [_Job(folder / str(number), share, lanes) for number, share in enumerate(shapes)]
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        for job in self.jobs:
+            for path in job.results.iterdir():
+                if path.name not in ("data", "tokens"):
+                    shutil.rmtree(path)
+
+    def train(self) -> None:
+        """Train all runs."""
+        finish(*[start(sweep_command(job.plan.sweeps, job.path), job.folder, self.threads) for job in self.jobs])
+
+    def losses(self) -> Found:
+        """Final losses of the finished runs."""
+        return {run.lr: job.losses(run) for job in self.jobs for sweep in job.plan.sweeps for run in sweep.grid()}
+
+
+class _Job:
+    """The folder, the preset and the plan of a process."""
+
+    def __init__(self, folder: Path, shape: Shape, lanes: int) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.path, self.results = folder, folder / f"{NAME}.yaml", folder / "results" / NAME
+        self.path.write_text(yaml.safe_dump(preset(shape, lanes)))
+        self.plan = make_plan(load_preset(str(self.path)))
+        finish(start(lorabench("dataset", DATASET, self.path), folder, shape.threads))
+        finish(start(lorabench("tokens", shape.model, DATASET, self.path), folder, shape.threads))
+
+    def losses(self, run: Run) -> Losses:
+        """Return the final losses of a run; the test loss is NaN if it diverged."""
+        folder = RunFolder(self.results / "runs", run.run_id)
+        curves = folder.read_curves().to_pandas()
+        train = curves[(curves["split"] == "train") & (curves["metric"] == "nll")].sort_values("step")["value"]
+        test = folder.read_record()["outcome"]["final_test_nll"]
+        return Losses(float(train.tail(LAST).mean()), math.nan if test is None else test)
+
+    def tokens(self) -> dict[Split, TokenizedSplit]:
+        """Read the splits that are trained and tested on."""
+        layout = Layout(NAME, self.plan.preset)
+        [(model, spec)] = self.plan.preset.models.items()
+        key = cache_key(load_tokenizer(spec), self.folder / layout.dataset(DATASET))
+        return read_tokens(self.folder / layout.tokens(model, DATASET), key)
+
+
+def rows(split: TokenizedSplit, indices: Iterable[int]) -> dict[str, list[list[int]]]:
+    """Return examples in the form that trainers take: labels are the ids of scored tokens, else `IGNORED`."""
+    examples = [split.example(index) for index in indices]
+    labels = [[int(i) if score else IGNORED for i, score in zip(*example, strict=True)] for example in examples]
+    return {"input_ids": [ids.tolist() for ids, _ in examples], "labels": labels}
+
+
+class Trainings:
+    """The same runs trained by another trainer, each in its own process, one after another.
+
+    Args:
+        trainer: "transformers" or "trl".
+        like: the sweep whose runs and tokens are used.
+    """
+
+    def __init__(self, folder: Path, shape: Shape, trainer: str, like: Sweeps) -> None:
+        folder.mkdir()
+        self.folder, self.shape = folder, shape
+        job = like.jobs[0]
+        data, run, protocol = job.tokens(), job.plan.sweeps[0].grid()[0], job.plan.preset.protocol
+        order = data_order(len(data["train"]), shape.steps, shape.batch_size, run.seed).ravel().tolist()
+        Dataset.from_dict(rows(data["train"], order)).save_to_disk(folder / "train")
+        Dataset.from_dict(rows(data["test"], range(len(data["test"])))).save_to_disk(folder / "test")
+        spec, condition = job.plan.preset.models[shape.model], run.condition
+        assert condition.placement
+        self.settings = {
+            "trainer": trainer,
+            "model": model_location(spec),
+            "train": str(folder / "train"),
+            "test": str(folder / "test"),
+            "steps": shape.steps,
+            "batch_size": shape.batch_size,
+            "threads": shape.threads,
+            "gpu": shape.gpu is not None,
+            "bf16": shape.precision == "bf16",
+            "rank": condition.rank,
+            "alpha": condition.alpha,
+            "targets": targets(load_model(spec), condition.placement, protocol.include_unembedding).modules,
+            "seed": run.seed,
+            "betas": protocol.betas,
+            "eps": condition.eps,
+        }
+
+    def _result(self, lr: float) -> Path:
+        return self.folder / f"{lr}.result.json"
+
+    def clear(self) -> None:
+        """Forget all runs."""
+        for lr in self.shape.lrs:
+            self._result(lr).unlink(missing_ok=True)
+
+    def train(self) -> None:
+        """Train all runs."""
+        for lr in self.shape.lrs:
+            path = self.folder / f"{lr}.json"
+            path.write_text(json.dumps(self.settings | {"lr": lr, "out": f"{lr}", "result": str(self._result(lr))}))
+            finish(start([sys.executable, str(FINETUNE), str(path)], self.folder, self.shape.threads))
+
+    def losses(self) -> Found:
+        """Final losses of the finished runs."""
+        results = {lr: json.loads(self._result(lr).read_text()) for lr in self.shape.lrs}
+        return {lr: Losses(statistics.mean(run["train"][-LAST:]), run["test"]) for lr, run in results.items()}
+
+
+ARMS: dict[str, str] = {
+    "lanes": "lorabench, together",
+    "alone": "lorabench, one after another",
+    "halves": "lorabench, two processes of one thread",
+    "transformers": "Trainer and PEFT, a process per run",
+    "trl": "TRL's SFTTrainer, a process per run",
+}
+"""The name of each arm in the table, by its name on the command line."""
+
+
+def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Trainings:
+    """Return an arm by its name on the command line, ready to train.
+
+    Args:
+        like: the sweep whose tokens other trainers use.
+    """
+    match name:
+        case "lanes":
+            return Sweeps(folder, shape, lanes=len(shape.lrs))
+        case "alone":
+            return Sweeps(folder, shape, lanes=1)
+        case "halves":
+            return Sweeps(folder, shape, lanes=1, processes=2)
+        case _:
+            return Trainings(folder, shape, name, like)
+
+
+def check_agreement(found: dict[str, Found], tolerance: float) -> None:
+    """Refuse to compare arms whose losses differ.
+
+    Args:
+        found: the losses of each arm.
+        tolerance: largest allowed difference in nats per token.
+
+    Raises:
+        SystemExit: the losses of a run differ by more than the tolerance, or are NaN.
+    """
+    (first, expected), *others = found.items()
+    for name, losses in others:
+        for lr, own in losses.items():
+            for what in ("train", "test"):
+                reference, value = getattr(expected[lr], what), getattr(own, what)
+                # The comparison is negated so that NaN does not pass.
+                if not abs(reference - value) <= tolerance:
+                    values = f"{reference:.5f} by {first!r}, {value:.5f} by {name!r}"
+                    raise SystemExit(f"the arms did not train the same: {what} loss at lr {lr:g} is {values}")
+
+
+def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = say) -> list[Row]:
+    """Train the sweep by each arm in turns; return a row for each arm with the medians of its turns.
+
+    Raises:
+        SystemExit: an arm failed, or the arms did not train the same.
+    """
+    chosen = list(chosen)
+    if not chosen:
+        return []
+    with TemporaryDirectory() as scratch:
+        like = Sweeps(Path(scratch) / "data", shape, lanes=1)
+        arms = {name: make_arm(name, Path(scratch) / name, shape, like) for name in chosen}
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        of_cpu: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(shape.turns):
+            for name, arm in arms.items():
+                arm.clear()
+                started, cpu_before = time.perf_counter(), _cpu_seconds()
+                arm.train()
+                seconds[name].append(time.perf_counter() - started)
+                of_cpu[name].append(_cpu_seconds() - cpu_before)
+                say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
+            found = {name: arm.losses() for name, arm in arms.items()}
+            check_agreement(found, TOLERANCE[shape.precision])
+    return [
+        Row(
+            "sweep",
+            shape.case,
+            ARMS[name],
+            shape.threads,
+            len(shape.lrs),
+            statistics.median(times),
+            statistics.median(of_cpu[name]),
+            statistics.mean(loss.train for loss in found[name].values()),
+            statistics.mean(loss.test for loss in found[name].values()),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system

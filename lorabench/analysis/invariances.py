@@ -1,0 +1,335 @@
+"""Parametrization of LoRA: runs that its invariances make equivalent, and measures of how far runs differ.
+
+LoRA has four hyperparameters: alpha, the initial scale of A and the LRs of A and B. Two are redundant: with Adam at
+epsilon 0, training depends on them only through
+
+    update scale   alpha * init_a * LR_B   the size of the first updates of W
+    time scale     init_a / LR_A           the number of steps until A has moved away from its initial value
+
+according to the paper's section on parametrization and invariances. LR_A is `lr`, LR_B is `lr * lr_ratio`, and init_a
+is in units of 1/sqrt(d_in).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
+from lorabench.analysis.early import train_curves
+from lorabench.analysis.gaps import best_losses
+from lorabench.analysis.student import t_quantile
+
+PAIR_SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
+"""Columns that are equal, with the seed, in runs that differ only in their parametrization and LR."""
+
+CONFIGURATION = ["alpha", "init_a", "lr", "lr_ratio"]
+"""Columns of the four hyperparameters that determine a run's update scale and time scale."""
+
+SAME = 1e-9
+"""Relative difference up to which two scales count as equal; it allows for rounding in their products."""
+
+RULES = {0.0: "alpha / r", 0.5: "alpha / sqrt(r)", 1.0: "constant factor"}
+"""Rules by which the factor of BA depends on rank, by the power of rank in alpha; the first is the paper's."""
+
+_BATCHES = ["model", "dataset", "placement", "batch_size", "eps"]
+
+
+def with_scales(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the LoRA runs with `update_scale` and `time_scale`; a null of STANDARD becomes its value."""
+    runs = with_arm_columns(runs)
+    lora = runs[runs["method"] == "lora"].astype(dict.fromkeys(STANDARD, float)).fillna(STANDARD)
+    lr = lora["lr"].astype(float)
+    return lora.assign(
+        update_scale=lora["alpha"] * lora["init_a"] * lr * lora["lr_ratio"], time_scale=lora["init_a"] / lr
+    )
+
+
+def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Pair the LoRA runs that differ only in their parametrization or LR.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+
+    Returns:
+        One row per pair: SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
+        `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
+        fast run, at least 1); equivalent (both scales are the same).
+    """
+    rows: list[dict[str, Any]] = []
+    for key, of_setting in with_scales(runs).groupby([*PAIR_SETTING, "seed"], dropna=False):
+        ordered = of_setting.sort_values(["time_scale", *CONFIGURATION])
+        members: list[Any] = ordered.to_dict("records")
+        setting = dict(zip([*PAIR_SETTING, "seed"], key, strict=True))
+        first, second = np.triu_indices(len(members), k=1)
+        update, time = (ordered[name].to_numpy(float) for name in ("update_scale", "time_scale"))
+        same_update = np.isclose(update[first], update[second], rtol=SAME, atol=0.0)
+        time_ratio = time[second] / time[first]
+        for i, j, same, ratio in zip(first, second, same_update, time_ratio, strict=True):
+            pair = {
+                f"{name}_{speed}": members[index][name]
+                for index, speed in ((i, "fast"), (j, "slow"))
+                for name in ("run_id", *CONFIGURATION)
+            }
+            rows.append({**setting, **pair, "same_update_scale": bool(same), "time_ratio": float(ratio)})
+    names = [f"{name}_{speed}" for speed in ("fast", "slow") for name in ("run_id", *CONFIGURATION)]
+    table = pd.DataFrame(rows, columns=[*PAIR_SETTING, "seed", *names, "same_update_scale", "time_ratio"])
+    table["same_update_scale"] = table["same_update_scale"].astype(bool)
+    return table.assign(equivalent=table["same_update_scale"] & (table["time_ratio"].astype(float) < 1 + SAME))
+
+
+def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
+    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and as a control others.
+
+    The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The pairs of
+    the control are not equivalent and have the same settings and seeds.
+
+    Args:
+        runs: as for `run_pairs`.
+        plus: whether to use only equivalent pairs in which one run has unequal LRs of A and B (LoRA+) and the other
+            has equal LRs.
+    """
+    pairs = run_pairs(runs)
+    wanted = pairs["equivalent"]
+    if plus:
+        wanted &= pairs["lr_ratio_fast"].eq(1.0) ^ pairs["lr_ratio_slow"].eq(1.0)
+    eps = pairs["eps"].astype(float)
+    smallest = eps[wanted].min()
+    at_eps = eps.isna() if math.isnan(smallest) else eps == smallest
+    tested = (wanted & at_eps).groupby([pairs[name] for name in (*PAIR_SETTING, "seed")], dropna=False).transform("any")
+    return pairs[tested & (wanted | ~pairs["equivalent"])]
+
+
+def tenfold_pairs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the pairs of `run_pairs` with the same update scale and time scales that differ at least tenfold."""
+    pairs = run_pairs(runs)
+    return pairs[pairs["same_update_scale"] & (pairs["time_ratio"] >= 10 * (1 - SAME))]
+
+
+def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the pairs of `tenfold_pairs` whose fast run is standard and whose slow run has the same initial A.
+
+    In the slow run A hardly moves, in comparison. Both runs have the same initial A, optimizer and first update, so
+    that later differences between their updates are due to the movement of A.
+    """
+    pairs = tenfold_pairs(runs)
+    standard = [pairs[f"{name}_fast"].eq(value) for name, value in STANDARD.items()]
+    return pairs[np.logical_and.reduce([*standard, pairs["init_a_slow"].eq(STANDARD["init_a"])])]
+
+
+def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
+
+    Args:
+        pairs: as from `still_controls`.
+        curves: columns run_id, step, split, metric, value, with the metric `update_norm` at step 1 and later.
+
+    Returns:
+        The pairs with such steps, and the columns step and growth: the norm of the change of W by that step in the
+        fast run over that in the slow run, each relative to the change by its first step.
+    """
+    rows = []
+    for pair in pairs.to_dict("records"):
+        norms = [_norms(str(pair[f"run_id_{speed}"]), curves) for speed in ("fast", "slow")]
+        both = norms[0].index.intersection(norms[1].index)
+        if 1 in both and len(both) > 1:
+            fast, slow = (float(norm[both.max()] / norm[1]) for norm in norms)
+            rows.append({**pair, "step": int(both.max()), "growth": fast / slow})
+    return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
+
+
+def _norms(run_id: str, curves: pd.DataFrame) -> pd.Series[float]:
+    return (
+        train_curves(pd.DataFrame({"run_id": [run_id]}), curves, "update_norm").set_index("step")["value"].astype(float)
+    )
+
+
+def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
+    """Compute how far the training losses of paired runs differ, by step.
+
+    Args:
+        pairs: as from `run_pairs`.
+        curves: columns run_id, step, split, metric, value.
+        first_steps: the last step to include.
+
+    Returns:
+        One row per pair and step that both runs have: the pair's columns, pair (its number), step, difference (largest
+        absolute difference of the training NLL up to that step, nats per token).
+    """
+    pairs = pairs.reset_index(drop=True).rename_axis("pair").reset_index()
+    ids = pd.DataFrame({"run_id": pd.unique(pairs[["run_id_fast", "run_id_slow"]].to_numpy(object).ravel())})
+    losses = train_curves(ids, curves)
+    losses = losses[losses["step"] <= first_steps]
+    # The table has a row per run, also for a run without losses, and a column per step.
+    wide = losses.pivot(index="run_id", columns="step", values="value").reindex(ids["run_id"]).astype(float)
+    fast, slow = (wide.loc[pairs[f"run_id_{speed}"]].to_numpy() for speed in ("fast", "slow"))
+    apart = np.abs(fast - slow)
+    number, column = np.nonzero(np.isfinite(apart))
+    so_far = np.fmax.accumulate(apart, axis=1)[number, column]
+    long = pd.DataFrame({"pair": number, "step": wide.columns.to_numpy(int)[column], "difference": so_far})
+    return pairs.merge(long, on="pair")
+
+
+def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute the loss decrease by the first update per unit of LR, by rule and rank, at A's standard initial scale.
+
+    Adam's first update of B is LR_B per entry, so that the decrease is proportional to LR_B. Runs with the same rank,
+    alpha and seed measure the same number whatever their LRs and number of steps, and are averaged.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+        curves: columns run_id, step, split, metric, value, with the metric `descent` at step 1.
+
+    Returns:
+        One row per model, dataset, placement, batch_size, eps, rule (of RULES), rank and seed: alpha, descent (nats
+        per unit of LR), run_ids. A rule other than the paper's has rows only if at least two ranks follow it, not all
+        with the standard alpha; if ranks follow it with several factors, the factor with the most ranks is used.
+    """
+    scaled = with_scales(runs)
+    scaled = scaled[scaled["init_a"] == STANDARD["init_a"]]
+    first = train_curves(scaled, curves, "descent")
+    first = first[first["step"] == 1]
+    first = first.assign(descent=first["value"] / (first["lr"].astype(float) * first["lr_ratio"]))
+    cells = first.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
+        descent=("descent", "mean"), run_ids=("run_id", list)
+    )
+    parts = [
+        _following(of_batches, power).assign(rule=rule)
+        for _, of_batches in cells.groupby(_BATCHES, dropna=False)
+        for power, rule in RULES.items()
+    ]
+    columns = [*_BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _following(cells: pd.DataFrame, power: float) -> pd.DataFrame:
+    """Return the cells, of one model, dataset, placement and batch size, whose alpha grows as a power of the rank."""
+    factor = cells["alpha"] / cells["rank"].astype(float) ** power
+    if power == 0:
+        return cells[factor == STANDARD["alpha"]]
+    # Rounding makes factors equal that differ only by the inexact square roots of ranks.
+    factor = factor.map(lambda value: float(f"{value:.9g}"))
+    sets = [of_factor for _, of_factor in cells.groupby(factor)]
+    sets = [rows for rows in sets if rows["rank"].nunique() > 1 and (rows["alpha"] != STANDARD["alpha"]).any()]
+    return max(sets, key=lambda rows: int(rows["rank"].nunique()), default=cells.iloc[:0])
+
+
+def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
+    """Compute each rank's mean first descent over that of the highest rank of its rule, over the seeds of both.
+
+    Args:
+        descents: as from `first_descents`.
+
+    Returns:
+        One row per model, dataset, placement, batch_size, eps, rule and rank: ratio, with its 95% interval (`low`,
+        `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
+    """
+    ratios = []
+    for key, of_rule in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
+        by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in of_rule.groupby("rank")}
+        top = by_rank[max(by_rank)]
+        for rank, group in by_rank.items():
+            seeds = group.index.intersection(top.index)
+            pair = group.loc[seeds], top.loc[seeds]
+            ratio, low, high = ratio_of_means(pair[0]["descent"].to_numpy(float), pair[1]["descent"].to_numpy(float))
+            if group is top:
+                low = high = math.nan
+            run_ids = [run_id for rows in pair for ids in rows["run_ids"] for run_id in ids]
+            ratios.append((*key, rank, ratio, low, high, len(seeds), sorted(set(run_ids))))
+    columns = [*_BATCHES, "rule", "rank", "ratio", "low", "high", "n_seeds", "run_ids"]
+    return pd.DataFrame(ratios, columns=columns)
+
+
+def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float, float]:
+    """Return the ratio of the means of paired values, and the ends of its 95% t interval.
+
+    The interval is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation
+    that the paired values share cancels.
+
+    Args:
+        numerator: values, shape (n,).
+        denominator: values, shape (n,), paired with the numerator's.
+
+    Returns:
+        Ratio, lower and upper end. The ends are NaN with fewer than two pairs; all three are NaN where the mean of the
+        denominator is not positive.
+    """
+    n = len(numerator)
+    mean = float(denominator.mean()) if n else math.nan
+    if not mean > 0:
+        return math.nan, math.nan, math.nan
+    ratio = float(numerator.mean()) / mean
+    if n < 2:
+        return ratio, math.nan, math.nan
+    residual = float((numerator - ratio * denominator).std(ddof=1))
+    half = t_quantile(n - 1) * residual / math.sqrt(n) / mean
+    return ratio, ratio - half, ratio + half
+
+
+def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float:
+    """Return the step at which a growing measure first reaches a level, interpolated on logarithmic axes.
+
+    The step is NaN if the measure never reaches the level, or has reached it at its first point.
+
+    Args:
+        steps: positive steps, ascending.
+        values: values of the measure at these steps; a point whose value is not positive is left out.
+        level: the level, positive.
+    """
+    points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+    for (step, value), (later, reached) in pairwise(points):
+        if value < level <= reached:
+            share = math.log(level / value) / math.log(reached / value)
+            return float(math.exp(math.log(step) + share * math.log(later / step)))
+    return math.nan
+
+
+def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> pd.DataFrame:
+    """Compute the number of steps until A has moved by `level` times its initial norm.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+        curves: columns run_id, step, split, metric, value, with the metric `a_moved`.
+        level: value of `a_moved` to reach.
+
+    Returns:
+        The LoRA runs that have the metric, with update_scale, time_scale and step (see `crossing`; NaN where A did not
+        move that far during the run).
+    """
+    scaled = with_scales(runs)
+    moved = train_curves(scaled, curves, "a_moved")
+    steps = {
+        run_id: crossing(points["step"].astype(float).tolist(), points["value"].astype(float).tolist(), level)
+        for run_id, points in moved.groupby("run_id")
+    }
+    return scaled[scaled["run_id"].isin(steps)].assign(step=lambda rows: rows["run_id"].map(steps).astype(float))
+
+
+def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their best LRs.
+
+    Args:
+        runs: runs of one model and dataset, columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
+        curves: columns run_id, step, split, metric, value, with the metric `update_norm`.
+
+    Returns:
+        The columns of these runs with step and size (Frobenius norm over all layers, per unit of the LR of A).
+    """
+    scaled = with_scales(runs)
+    standard = scaled[is_standard(scaled)]
+    longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]
+    best = {run_id for run_ids in best_losses(longest)["run_ids"] for run_id in run_ids}
+    norms = train_curves(longest[longest["run_id"].isin(best)], curves, "update_norm")
+    return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
+
+
+def with_lr_grid(runs: pd.DataFrame, min_lrs: int = 3) -> pd.DataFrame:
+    """Return the runs with A's standard initial scale whose arm has at least `min_lrs` LRs."""
+    runs = with_arm_columns(runs)
+    lrs = runs.groupby(ARM, dropna=False)["lr"].transform("nunique")
+    return runs[(lrs >= min_lrs) & (runs["init_a"].isna() | runs["init_a"].eq(STANDARD["init_a"]))]

@@ -1,0 +1,147 @@
+"""Published numbers to compare with, from `paper_figures/reference` (its SOURCES.md names the sources).
+
+The folder is next to the package in the repository. Without it, all functions return empty results.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.optimum import vertex
+from lorabench.utils.packaged import REFERENCE
+
+SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
+"""The columns of `sweeps`; nll is the final test NLL in nats per token."""
+
+# What the files leave out because their source says it in its text. Hidden sizes are from the models' configurations.
+_TINKER, _REPLICATION = "tinker-cookbook", "michaelbzhu"
+_HIDDEN_SIZES = {
+    "llama-3.2-1b": 2048,
+    "llama-3.2-3b": 3072,
+    "llama-3.1-8b": 4096,
+    "llama-3.1-8b-instruct": 4096,
+    "qwen3-4b": 2560,
+    "qwen3-8b": 4096,
+    "qwen3-8b-base": 4096,
+    "qwen3-30b-a3b": 2048,
+    "qwen3-30b-a3b-base": 2048,
+}
+_DATASETS = {"tulu3": "tulu3", "tulu3sftmixture": "tulu3", "norobots": "norobots"}
+
+
+def paper_numbers() -> dict[str, float]:
+    """Return the numbers printed in the paper, by their key in `paper_numbers.csv`."""
+    path = REFERENCE / "paper_numbers.csv"
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path)
+    return dict(zip(table["key"], table["value"].astype(float), strict=True))
+
+
+_Read = TypeVar("_Read", pd.DataFrame, dict[str, str])
+
+
+def _read_once(function: Callable[[], _Read]) -> Callable[[], _Read]:
+    """Keep what a function reads in REFERENCE, and return a copy of it at each call."""
+    kept: dict[Path, _Read] = {}
+
+    @wraps(function)
+    def read() -> _Read:
+        if REFERENCE not in kept:
+            kept[REFERENCE] = function()
+        return kept[REFERENCE].copy()
+
+    return read
+
+
+@_read_once
+def published_sweeps() -> pd.DataFrame:
+    """Return published final test losses by learning rate.
+
+    Returns:
+        The columns SWEEP_COLUMNS, one row per model, method, rank, placement and LR; runs with the same settings are
+        averaged. The source `tinker-cookbook` has the whole LR grid of LoRA, `michaelbzhu` the best LR of each arm.
+    """
+    parts = [pd.DataFrame(columns=SWEEP_COLUMNS)]
+    tinker, replication = REFERENCE / "tinker_sft_sweep.csv", REFERENCE / "replication_michaelbzhu_sft.csv"
+    if tinker.is_file():
+        cells = pd.read_csv(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
+        parts.append(cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all"))
+    if replication.is_file():
+        best = pd.read_csv(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
+        parts.append(best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots"))
+    table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    names = table["model"].map(_short)
+    table["hidden_size"] = names.map(_HIDDEN_SIZES)
+    table["family"] = names.str.split(r"[-\d]", regex=True).str[0]
+    return table.reindex(columns=SWEEP_COLUMNS).astype({"rank": "Int64", "hidden_size": "Int64"})
+
+
+def sweep_of(model: str, dataset: str) -> pd.DataFrame:
+    """Return the rows of `sweeps` for a model and a dataset; names are compared without their owner and case."""
+    table = published_sweeps()
+    same_model = table["model"].map(_short) == _short(model)
+    return table[same_model & (table["dataset"] == _dataset(dataset))]
+
+
+@_read_once
+def estimates_by_claim() -> dict[str, str]:
+    """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
+    table = published_sweeps()
+    estimates: dict[str, str] = {}
+    of_replication = table[table["source"] == _REPLICATION]
+    if len(of_replication):
+        labels = [f"LoRA r{rank} {placement}" if rank > 0 else "FullFT" for rank, placement in _arms_of(of_replication)]
+        lr, nll = (dict(zip(labels, of_replication[column], strict=True)) for column in ("lr", "nll"))
+        best = "LoRA r256 all"
+        gap = f"{nll[best] - nll['FullFT']:.4f} nats"
+        values = {
+            "A7": gap,
+            "B1": f"{lr[best] / lr['FullFT']:.3g}",
+            "B2": gap,
+            "B4": f"{lr['LoRA r1 all'] / lr[best]:.2g}",
+            "E2": f"{nll['LoRA r256 mlp'] - nll[best]:.4f} nats",
+        }
+        about = f"(Qwen3-4B, No Robots, one seed; {_REPLICATION})"
+        estimates |= {claim: f"{value} {about}" for claim, value in values.items()}
+    llama = sweep_of("Llama-3.1-8B", "tulu3")
+    if len(llama):
+        optima = {
+            int(rank): interpolated_optimum(llama[llama["rank"] == rank].sort_values("lr"))
+            for rank in llama["rank"].unique()
+        }
+        low, high = min(optima), max(optima)
+        ratio = optima[high] / optima[low]
+        estimates["B3"] = f"{ratio:.2f} from rank {low} to {high} (Llama-3.1-8B, Tulu3, one seed; {_TINKER})"
+    return estimates
+
+
+def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
+    return list(zip(table["rank"].fillna(0), table["placement"].fillna(""), strict=True))
+
+
+def interpolated_optimum(grid: pd.DataFrame) -> float:
+    """Return the optimal LR of a grid, interpolated by a parabola through the best LR and its neighbours.
+
+    Args:
+        grid: rows with `lr` ascending and `nll`; the best LR must not be at an edge.
+    """
+    best = int(grid["nll"].to_numpy().argmin())
+    neighbours = grid.iloc[best - 1 : best + 2]
+    return float(np.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy())))
+
+
+def _short(model: str) -> str:
+    """A model's name without its owner, in lower case: `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`."""
+    return model.rsplit("/", 1)[-1].lower()
+
+
+def _dataset(name: str) -> str | None:
+    return _DATASETS.get(re.sub("[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower()))

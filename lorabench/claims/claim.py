@@ -1,0 +1,53 @@
+"""The type of a claim: a statement of the paper, a criterion, and the function that judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lorabench.analysis.comparison import Task
+from lorabench.analysis.finding import Finding
+from lorabench.claims.evidence import Evidence
+
+Kind = Literal["empirical", "theory", "opinion", "prediction"]
+"""How the paper supports a statement.
+
+empirical    by runs of its own
+theory       by a derivation or a count
+opinion      by its authors' experience, without showing runs
+prediction   not at all: it left it untested
+"""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A testable statement of the paper."""
+
+    id: str
+    kind: Kind
+    statement: str
+    figure: str
+    """The number of the paper's figure, or several with commas, or `text`."""
+    criterion: str
+    """What must hold for the verdict confirmed, and what contradicts."""
+    needs: str
+    """The runs or tables that the criterion needs, for the reason of a claim that is not tested."""
+    paper_value: str
+    """The paper's number for the estimate, or its words."""
+    unit: str
+    """The unit of the estimate."""
+    experiments: tuple[str, ...]
+    """The experiments whose runs the claim is judged on; in a table without the column `experiments`, all runs."""
+    judge: Callable[[Evidence], Finding]
+    columns: tuple[str, ...] = ()
+    """The columns of `runs` that the claim needs beyond those of every claim on its task (`NEEDED_BY`)."""
+    task: Task = "sft"
+    """The task whose runs the claim is judged on."""
+    core: bool = False
+    """Whether the paper's main conclusions rest on this claim: the README shows the core claims first."""
+
+
+def untestable(reason: str) -> Callable[[Evidence], Finding]:
+    """Return a judge for a claim that no preset tests; it gives the reason why."""
+    return lambda evidence: Finding("not tested", reason)

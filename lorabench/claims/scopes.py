@@ -1,0 +1,103 @@
+"""Scopes of claims: functions that choose the comparisons on which a claim is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
+
+from lorabench.analysis.comparison import Comparison
+from lorabench.analysis.finding import Finding, UnjudgedError
+from lorabench.analysis.invariances import with_scales
+from lorabench.analysis.memorisation import is_memorisation
+from lorabench.claims.evidence import Evidence, judge_each
+
+Scoped = tuple[Comparison, str]
+"""A comparison that a claim is judged on, and a note for the reason on why it was chosen."""
+
+Scope = Callable[[list[Comparison]], list[Scoped]]
+"""A function from all comparisons in the tables to those that a claim is judged on."""
+
+
+def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose all comparisons."""
+    return [(comparison, "") for comparison in comparisons]
+
+
+def smallest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose, for each model, the dataset with the fewest train tokens."""
+    return _by_size(comparisons, "train_tokens", lambda runs: float(runs["train_tokens"].max()), -1, "fewest tokens")
+
+
+def longest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose, for each model, the dataset with the most examples seen (steps times batch size)."""
+    return _by_size(
+        comparisons, "steps", lambda runs: float((runs["steps"] * runs["batch_size"]).max()), 1, "most examples"
+    )
+
+
+def _by_size(
+    comparisons: list[Comparison], column: str, size: Callable[[pd.DataFrame], float], sign: int, why: str
+) -> list[Scoped]:
+    by_model: dict[str, dict[str, list[Comparison]]] = {}
+    for comparison in comparisons:
+        first = comparison.runs.iloc[0]
+        by_model.setdefault(first["model"], {}).setdefault(first["dataset"], []).append(comparison)
+    chosen: list[Scoped] = []
+    for model, datasets in by_model.items():
+        if len(datasets) == 1:
+            [picked] = datasets.values()
+            note = f" (the only dataset of {model})"
+        elif any(column not in c.runs or c.runs[column].isna().all() for group in datasets.values() for c in group):
+            raise UnjudgedError("not tested", f"the runs table has no {column}, by which {model}'s dataset is chosen")
+        else:
+            sizes = {dataset: sign * max(size(c.runs) for c in group) for dataset, group in datasets.items()}
+            picked = datasets[max(sizes, key=lambda dataset: sizes[dataset])]
+            note = f" ({why} of {len(datasets)} datasets)"
+        chosen += [(comparison, note) for comparison in picked]
+    return chosen
+
+
+def every_longest(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose, for each model and dataset, the comparison with the most steps."""
+    return every_dataset(longest_runs(comparisons))
+
+
+def longest_run(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose, for each model, the dataset with the most examples seen, and of it the comparison with the most steps."""
+    return longest_dataset(longest_runs(comparisons))
+
+
+def longest_runs(comparisons: list[Comparison]) -> list[Comparison]:
+    """Return, for each model and dataset, the comparison with the most steps; shorter runs are its beginning."""
+    longest: dict[tuple[str, str], Comparison] = {}
+    for comparison in comparisons:
+        first = comparison.runs.iloc[0]
+        known = longest.setdefault((first["model"], first["dataset"]), comparison)
+        if comparison.runs["steps"].fillna(0).max() > known.runs["steps"].fillna(0).max():
+            longest[first["model"], first["dataset"]] = comparison
+    return list(longest.values())
+
+
+def learning(scope: Scope) -> Scope:
+    """Return the scope without the datasets of random facts, from which a model learns nothing general."""
+    return lambda comparisons: scope(without_facts(comparisons))
+
+
+def without_facts(comparisons: list[Comparison]) -> list[Comparison]:
+    """Return the comparisons whose dataset is not one of random facts."""
+    return [comparison for comparison in comparisons if not is_memorisation(comparison.runs).any()]
+
+
+def on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
+    """Return a judge of the LoRA runs of each model and dataset, of any parametrization; the worst finding decides.
+
+    Args:
+        judge: given the LoRA runs (with the columns of `with_scales`) and the table `curves`.
+    """
+
+    return lambda evidence: judge_each(
+        (f"{model}/{dataset}", partial(judge, runs, evidence.curves))
+        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"])
+    )

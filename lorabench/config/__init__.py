@@ -1,0 +1,1 @@
+"""Presets: their sections, validation, and the JSON schema."""

@@ -1,0 +1,100 @@
+"""The sections `execution` and `evaluation` of a preset: how its jobs run, and what lm-eval measures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Sharding, Strict
+from lorabench.utils.gpus import GPUS
+
+EVAL_SOURCES = {
+    "lorabench_worked": "worked",
+    "lorabench_worked_bits": "worked",
+    "lorabench_instruct": "instruct",
+    "lorabench_instruct_bits": "instruct",
+    "lorabench_arithmetic": "arithmetic",
+    "lorabench_pretraining": None,
+}
+"""This project's evaluation tasks, and the kind of dataset or problem set that each reads, None if it reads none."""
+
+
+class EvalTask(Strict):
+    """A task of lm-eval, or one of this project's own (see lorabench/evaluation/tasks)."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Name of the task in lm-eval, or in this project."""
+    about: Literal["learned", "forgotten"]
+    """Whether the task measures what fine-tuning teaches or what it may lose."""
+    source: str | None = None
+    """For a task of this project: the dataset or problem set whose test split it reads."""
+    num_fewshot: NotNegative | None = None
+    """Number of worked examples in the prompt; null for the task's own number."""
+    limit: Positive | None = None
+    """Most documents that are evaluated; null for all."""
+    max_new_tokens: Positive | None = None
+    """Most tokens of an answer; null for the task's own limit, in lm-eval 256 where the task has none."""
+    chat: bool = False
+    """Put prompts into the model's chat template, if it has one."""
+    mean_tokens: Positive = 200
+    """Tokens of an average document with what is generated for it, for the cost estimate."""
+    documents: Positive = 1000
+    """Number of the task's documents, for the cost estimate; the estimate uses `limit` where that is less."""
+
+
+class Evaluation(Strict):
+    """The evaluation with lm-eval, of each base and of the best run of each condition."""
+
+    experiments: Annotated[list[str], Field(min_length=1)]
+    """Experiments whose conditions are evaluated, each at its best LR."""
+    tasks: Annotated[list[EvalTask], Field(min_length=1)]
+    """A list of tasks, or a mapping of tasks by name."""
+    batch_size: Positive = 16
+    """Sequences that go through the model at once."""
+    pretraining_documents: Positive = 200
+    """Documents of the tiny bases' held-out pretraining text that lorabench_pretraining reads."""
+
+
+class Execution(Strict):
+    """The machine that does the work, and how. No field here changes the identity of a run."""
+
+    threads: Positive = 1
+    """CPU threads of one job."""
+    max_batch_tokens: Positive = 16_384
+    """Most tokens, with padding and of all lanes together, that go through the model at once; the gradients of larger
+    batches are accumulated."""
+    packing: bool = False
+    """Lay several examples end to end where a batch of them would be padded (see lorabench/training/batches.py)."""
+    max_cache_tokens: Positive = 65_536
+    """Most tokens of prompts and responses whose keys and values are kept at once in sampling."""
+    lanes: Positive = 8
+    """Most runs of a sweep that are trained together in one process, as its lanes; the plan uses as many as save time
+    and fit into memory. With 1, every run is trained alone."""
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
+    """Minutes between a run's checkpoints, from which it resumes; 0 means a checkpoint after every step."""
+    keep_weights: Literal["best", "all"] = "best"
+    """The trained weights that are kept: of the runs at each condition's best LR, or of all runs."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
+    more work and far less memory."""
+    sharding: Sharding = "fsdp"
+    """How several GPUs hold a model: `fsdp` gives each a part of it, `ddp` the whole model, which must fit."""
+    gpu: str | None = None
+    """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
+    max_gpus: Positive = 1
+    """Most GPUs of a job, which requests the smallest number that holds it."""
+    gflops: PositiveFloat | None = None
+    """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
+    lorabench/utils/gpus.py assumes."""
+
+    @model_validator(mode="after")
+    def _hardware(self) -> Self:
+        if self.gpu is None:
+            if self.gflops is None:
+                raise ValueError("gflops: missing; without a gpu the speed of a job must be given")
+            if self.max_gpus > 1:
+                raise ValueError(f"max_gpus = {self.max_gpus}: without a gpu a job has none; name the gpu")
+        elif self.gpu not in GPUS:
+            raise ValueError(f"gpu = {self.gpu!r}: not known; allowed: {', '.join(GPUS)}")
+        return self

@@ -1,0 +1,200 @@
+"""The sections `protocol` and `experiments` of a preset: what is compared, and how every run is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lorabench.config.fields import Positive, PositiveFloat, Strict
+from lorabench.config.placement import Placement
+
+
+class Protocol(Strict):
+    """The training rules of every run of the preset, the same for LoRA and full fine-tuning."""
+
+    alpha: PositiveFloat = 32.0
+    """LoRA's alpha, the same at every rank (paper, section on hyperparameters)."""
+    include_unembedding: bool = True
+    """Put LoRA on the unembedding too, as the paper's parameter table shows."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """Adam's betas. The learning rate is constant, without warm-up."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon, above 0: while B is zero A's gradient is zero too, and Adam would divide 0 by 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    clip_norm: PositiveFloat | None = None
+    """Clip the gradient to this norm; null for no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of both arms; master weights are always fp32."""
+    curve_points: Annotated[int, Field(ge=2)] = 12
+    """Validation points per run, log-spaced in steps."""
+    validate_at: list[Positive] = []
+    """Further steps after which to validate. The LR is constant, so the loss there is that of a run of that length."""
+
+
+class LearningRates(Strict):
+    """The LR grid of each method, ascending. A method with an empty grid is not trained."""
+
+    fullft: list[PositiveFloat]
+    lora: list[PositiveFloat]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        for name in ("fullft", "lora"):
+            grid = getattr(self, name)
+            if sorted(set(grid)) != grid:
+                raise ValueError(f"{name} grid {grid} must be ascending without repeats")
+        if not (self.fullft or self.lora):
+            raise ValueError("both grids are empty; at least one LR is needed")
+        return self
+
+
+class Block(Strict):
+    """A block of an experiment: models and the arms (LoRA and FullFT) that are trained on them, with LRs and seeds."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    """Names from `models` or from the catalogue of models."""
+    ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
+    """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
+    lrs: LearningRates
+    seeds: Positive = 3
+    """Number of seeds at each condition's best LR; the grid itself is run with the first seed."""
+    repeat: Literal["best", "every"] = "best"
+    """The LRs at which further seeds are run: the best LR, or every LR of the grid."""
+    alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
+    """LoRA's alpha, in place of the protocol's."""
+    alpha_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Alpha is multiplied by the rank r to this power: at 0 LoRA's factor is the paper's alpha/r, at 0.5 alpha/sqrt(r),
+    at 1 it does not depend on the rank."""
+    inits_a: Annotated[list[PositiveFloat], Field(min_length=1)] = [1.0]
+    """Scale of A's initial entries, in units of 1/sqrt(d_in)."""
+    lr_ratios: Annotated[list[PositiveFloat], Field(min_length=1)] = [1.0]
+    """LR of B over LR of A; the grid holds LRs of A."""
+    transforms: list[Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]] = []
+    """Pairs p, q: each LoRA arm is also trained with alpha/(pq), p times A's initial scale and LR, and q times B's LR
+    (paper, section on parametrization invariances)."""
+    eps: PositiveFloat | None = None
+    """Adam's epsilon, in place of the protocol's."""
+
+    @model_validator(mode="after")
+    def _ranks_for_lora(self) -> Self:
+        if bool(self.ranks) != bool(self.lrs.lora):
+            raise ValueError(f"ranks {self.ranks} and lrs.lora {self.lrs.lora}: give both for LoRA, or neither")
+        return self
+
+
+class SftExperiment(Block):
+    """A block of supervised fine-tuning: every combination of its models, datasets, batch sizes and arms."""
+
+    datasets: Annotated[list[str], Field(min_length=1)]
+    """Names from `datasets`."""
+    batch_sizes: Annotated[list[Positive], Field(min_length=1)]
+    """Examples per optimizer step."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training split."""
+    steps: Positive | None = None
+    """Most optimizer steps of a run; null for all epochs."""
+
+
+class RlExperiment(Block):
+    """A block of reinforcement learning: every combination of its models, problem sets and arms."""
+
+    problems: Annotated[list[str], Field(min_length=1)]
+    """Names from `problems`."""
+    problems_per_step: Positive
+    """Problems per optimizer step."""
+    group_size: Annotated[int, Field(ge=2)]
+    """Responses to each problem; a response's advantage is its reward minus the mean reward of its group."""
+    steps: Positive
+    """Number of optimizer steps, each on a new batch of responses."""
+    max_new_tokens: Positive
+    """Tokens at which a response is cut."""
+    evaluations: Positive = 6
+    """Greedy evaluations of validation and test split, evenly spaced, the last at the end."""
+    held_out: list[str] = []
+    """Names from `problems` whose test split is evaluated at the same steps, never trained on."""
+    held_out_samples: Positive = 1
+    """Responses to each held-out problem; a single one is greedy, several are drawn at temperature 1."""
+    prompt: str | None = None
+    """A text that contains `{question}`, for a model without a chat template; null for the template."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a response, beside the model's end token."""
+    mean_response_tokens: Positive
+    """Tokens of an average response, for the cost estimate."""
+
+    @model_validator(mode="after")
+    def _prompt_has_question(self) -> Self:
+        if self.prompt is not None and self.prompt.count("{question}") != 1:
+            raise ValueError(f"prompt = {self.prompt!r}: must contain {{question}} once")
+        if self.mean_response_tokens > self.max_new_tokens:
+            mean, longest = self.mean_response_tokens, self.max_new_tokens
+            raise ValueError(f"mean_response_tokens = {mean} is more than max_new_tokens = {longest}")
+        return self
+
+
+class ComputeExperiment(Strict):
+    """The cost of a training step by rank: counted FLOPs, measured time and memory."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    """Names from `models` or from the catalogue of models."""
+    ranks: Annotated[list[Positive], Field(min_length=1)]
+    """LoRA ranks, on all layers. Full fine-tuning is always measured too."""
+    batch_size: Positive
+    """Sequences per step."""
+    sequence_length: Positive
+    """Tokens per sequence."""
+    repeats: Positive = 10
+    """Number of timed steps, of which the median is reported."""
+
+
+SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]
+
+
+RlBlocks = Annotated[list[RlExperiment], Field(min_length=1)]
+
+
+class Experiments(Strict):
+    """The paper's comparisons by name. Each is a list of blocks, or a mapping of blocks by name, in which fields under
+    `common` are shared by all blocks."""
+
+    rank: SftBlocks | None = None
+    """LoRA ranks against full fine-tuning over an LR sweep (the paper's figures 1 and 2)."""
+    batch_size: SftBlocks | None = None
+    """Batch sizes, with the LR tuned at each (figure 3)."""
+    placement: SftBlocks | None = None
+    """LoRA on attention, MLP, or all layers, of dense models and a mixture of experts (figure 4 and its table)."""
+    placement_small: SftBlocks | None = None
+    """LoRA on attention, MLP, or all layers, on a small dataset (figure 5)."""
+    early: SftBlocks | None = None
+    """The first steps of ranks at the same LR (the paper's figure of early learning curves)."""
+    short_run: SftBlocks | None = None
+    """The ratio of LoRA's to FullFT's optimal LR in short and long runs."""
+    lr_law: SftBlocks | None = None
+    """The optimal LR over models of several sizes and families."""
+    parametrization: SftBlocks | None = None
+    """Alpha, and initial scales and LRs of A and B: which are redundant, and the effect of the factor 1/r."""
+    capacity: SftBlocks | None = None
+    """The point where an adapter runs out of capacity, on longer data and on facts to memorise."""
+    rl_arithmetic: RlBlocks | None = None
+    """RL on problems of reasoning-gym: ranks against full fine-tuning over an LR sweep (figures 6 to 8)."""
+    rl_gsm8k: RlBlocks | None = None
+    """RL on GSM8K (figure 6)."""
+    rl_math: RlBlocks | None = None
+    """RL on MATH (figure 6)."""
+    rl_deepmath: RlBlocks | None = None
+    """RL on DeepMath, with AIME held out (figures 7 and 8)."""
+    rl: RlBlocks | None = None
+    """RL on problems of your own: ranks against full fine-tuning over an LR sweep (figure 6)."""
+    placement_rl: RlBlocks | None = None
+    """RL with LoRA on attention, MLP, or all layers (figure 5)."""
+    compute: ComputeExperiment | None = None
+    """FLOPs, time and memory of a training step."""
+
+    def chosen(self) -> list[str]:
+        """The names of the preset's experiments, in the order of the fields here."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+    def trained(self) -> dict[str, list[SftExperiment] | list[RlExperiment]]:
+        """The blocks of each of the preset's experiments but `compute`, which trains nothing."""
+        return {name: getattr(self, name) for name in self.chosen() if name != "compute"}

@@ -1,0 +1,74 @@
+"""Types, limits and messages that the sections of a preset share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from lorabench.errors import UserError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+Sharding = Literal["fsdp", "ddp"]
+
+
+FileFormat = Literal[
+    "messages",
+    "conversations",
+    "prompt/completion",
+    "prompt/response",
+    "instruction/output",
+    "question/answer",
+    "text",
+]
+"""The columns of a dataset file, whose rows are chats, pairs of a prompt and its answer, or plain texts."""
+
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class PresetError(UserError):
+    """A preset can't be run; the message names the field, its value and what is allowed."""
+
+
+class Strict(BaseModel):
+    """A part of a preset: it refuses unknown keys and silent conversions, and it is immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+def _is_template(value: str) -> str:
+    if value != "plain" and not Path(value).is_file():
+        raise ValueError(f"{value!r} is no file; allowed: plain, or the path of a Jinja file")
+    return value
+
+
+def _is_data_file(value: str) -> str:
+    if not Path(value).is_file():
+        raise ValueError(f"data file {value!r} does not exist")
+    if Path(value).suffix not in FILE_SUFFIXES:
+        raise ValueError(f"data file {value!r} must end in one of {', '.join(FILE_SUFFIXES)}")
+    return value
+
+
+ChatTemplate = Annotated[str, AfterValidator(_is_template)]
+
+
+DataFile = Annotated[str, AfterValidator(_is_data_file)]
+
+
+def check_copies(path: str | None) -> None:
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"folder {path!r} does not exist")

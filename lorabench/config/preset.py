@@ -1,0 +1,122 @@
+"""The whole preset: one YAML file of models, data, protocol and experiments, validated by pydantic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import model_validator
+
+from lorabench.config.datasets import DatasetSpec
+from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
+from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
+from lorabench.config.fields import Name, Strict
+from lorabench.config.files import model_catalogue
+from lorabench.config.models import ModelSpec
+from lorabench.config.problems import ProblemSpec
+
+
+class Preset(Strict):
+    """The models, data, training protocol and experiments that are run, and the machine that runs them."""
+
+    description: str
+    """One sentence for the report."""
+    limits: list[str] = []
+    """What this preset cannot test, for the report; a sentence or two each."""
+    models: dict[Name, ModelSpec] = {}
+    """Models of your own, by name; experiments may also name those of the catalogue, workflow/models.yaml."""
+    datasets: dict[Name, DatasetSpec] = {}
+    """Datasets for SFT, by name."""
+    problems: dict[Name, ProblemSpec] = {}
+    """Problem sets for RL, by name."""
+    protocol: Protocol = Protocol()
+    experiments: Experiments
+    evaluation: Evaluation | None = None
+    """Evaluation with lm-eval; null for none."""
+    execution: Execution
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        if not self.experiments.chosen():
+            allowed = ", ".join(Experiments.model_fields)
+            raise ValueError(f"experiments is empty; allowed: {allowed}")
+        if not self.experiments.trained():
+            raise ValueError("experiments: compute alone trains nothing; add another experiment")
+        if twice := self.datasets.keys() & self.problems.keys():
+            raise ValueError(f"problems: {min(twice)!r} is also the name of a dataset; choose another name")
+        if self.experiments.compute:
+            self._check_models(self.experiments.compute.models, "experiments.compute")
+        for name, blocks in self.experiments.trained().items():
+            for number, block in enumerate(blocks):
+                where = f"experiments.{name}.{number}"
+                self._check_models(block.models, where)
+                match block:
+                    case SftExperiment():
+                        self._check_sft(block, where)
+                    case RlExperiment():
+                        self._check_rl(block, where)
+        if self.evaluation:
+            self._check_evaluation(self.evaluation)
+        return self
+
+    def _check_models(self, names: list[str], where: str) -> None:
+        for name in names:
+            if name not in self.models:
+                allowed = ", ".join(dict.fromkeys((*self.models, *model_catalogue())))
+                raise ValueError(f"{where}.models: unknown name {name!r}; allowed: {allowed}")
+
+    def _check_evaluation(self, evaluation: Evaluation) -> None:
+        _known(evaluation.experiments, self.experiments.trained(), "evaluation.experiments")
+        names = [task.name for task in evaluation.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluation.tasks: {twice[0]!r} appears twice")
+        for number, task in enumerate(evaluation.tasks):
+            where = f"evaluation.tasks.{number}"
+            if task.name.startswith("lorabench_"):
+                _known([task.name], EVAL_SOURCES, f"{where}.name")
+            kind = EVAL_SOURCES.get(task.name)
+            allowed = [name for name, spec in self.sources.items() if spec.kind == kind]
+            if kind is None and task.source is not None:
+                raise ValueError(f"{where}.source = {task.source!r}: task {task.name!r} reads no source; leave it out")
+            if kind is not None and task.source not in allowed:
+                raise ValueError(
+                    f"{where}.source = {task.source!r}: task {task.name!r} reads a source of kind {kind}; "
+                    f"allowed: {', '.join(allowed) or 'none in this preset'}"
+                )
+
+    def _check_sft(self, block: SftExperiment, where: str) -> None:
+        _known(block.datasets, self.datasets, f"{where}.datasets")
+        for dataset in block.datasets:
+            train = self.datasets[dataset].train
+            for batch_size in block.batch_sizes:
+                if train * block.epochs < batch_size:
+                    raise ValueError(
+                        f"{where}.batch_sizes: {batch_size} is more than the {train} training examples of {dataset!r}"
+                    )
+
+    def _check_rl(self, block: RlExperiment, where: str) -> None:
+        _known(block.problems, self.problems, f"{where}.problems")
+        _known(block.held_out, self.problems, f"{where}.held_out")
+        for name in block.problems:
+            train = self.problems[name].train
+            if train < block.problems_per_step:
+                raise ValueError(
+                    f"{where}.problems_per_step: {block.problems_per_step} is more than the {train} training problems "
+                    f"of {name!r}"
+                )
+            if name in block.held_out:
+                raise ValueError(f"{where}.held_out: {name!r} is trained on")
+        for name in block.held_out:
+            if name in ("train", "validation", "test"):
+                raise ValueError(f"{where}.held_out: {name!r} is the name of a split; name the problem set otherwise")
+
+    @property
+    def sources(self) -> dict[str, DatasetSpec | ProblemSpec]:
+        """The datasets and problem sets by name."""
+        return {**self.datasets, **self.problems}
+
+
+def _known(wanted: list[str], known: Mapping[str, object], where: str) -> None:
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{where}: unknown name {name!r}; allowed: {', '.join(known)}")

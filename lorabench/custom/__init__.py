@@ -1,0 +1,1 @@
+"""Presets, recommendations and scripts for a user's own model and data."""

@@ -1,0 +1,133 @@
+"""Settings to start from, by the paper and its authors' code: learning rates, rank, batch size, RL steps.
+
+Nothing here reads a file or imports torch. The authors' code is tinker-cookbook, their library's public repository.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lorabench.analysis.lr_law import PUBLISHED, lineage, predict_lr
+
+ALPHA = 32.0
+"""The paper's alpha, the same at every rank."""
+DEFAULT_RANK = 32
+"""The default rank of the authors' library."""
+MAX_RANK = 512
+"""The paper's largest rank."""
+SHORT_STEPS = 100
+"""Steps below which the paper calls a run short."""
+SHORT_RATIO = 15.0
+"""The optimal LR of LoRA over that of FullFT in short runs, which the paper calls anecdotal."""
+SMALLEST_WIDTH = 1000
+"""About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
+LAW_BATCH = 128
+"""Examples per step in the sweep that the law was fitted on."""
+POINTS_PER_DECADE = 3
+RL_SHARE = 0.25
+"""The LR in reinforcement learning over that of the law.
+
+tinker-cookbook takes 4e-5 and 8e-5 for GSM8K on 8B parameters, where the law gives 2.9e-4.
+"""
+GROUP_SIZE = PROBLEMS_PER_STEP = 16
+RL_STEPS = (50, 300)
+"""The smallest and the largest number of steps in reinforcement learning."""
+
+# For a family without a law, the range of LRs reaches half a decade beyond the LRs of the law's families (our choice).
+_BEYOND = math.sqrt(10)
+# Grid points on each side of the law's prediction.
+_AROUND = 2
+_LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
+
+
+@dataclass(frozen=True)
+class StartingLr:
+    """A learning rate to start from; `value` is None, with only a range, if the law does not cover the family."""
+
+    value: float | None
+    low: float
+    high: float
+
+
+def law_lr(family: str, hidden_size: int, method: str) -> StartingLr:
+    """Return the law's LR for a model, or a range around the LRs of the law's families if it does not cover the family.
+
+    Args:
+        family: the `model_type` of transformers, such as `llama` or `qwen3`.
+        hidden_size: the model's width.
+        method: `lora` or `fullft`.
+    """
+    value = predict_lr(PUBLISHED, family, hidden_size, method)
+    if math.isfinite(value):
+        return StartingLr(value, value, value)
+    covered = [predict_lr(PUBLISHED, name, hidden_size, method) for name in PUBLISHED.exponents]
+    return StartingLr(None, min(covered) / _BEYOND, max(covered) * _BEYOND)
+
+
+def covered(family: str) -> bool:
+    """Return whether the law has an exponent for a family."""
+    return lineage(family) in PUBLISHED.exponents
+
+
+def lr_grid(lr: StartingLr) -> list[float]:
+    """Return LRs at three points per decade (1, 2.2, 4.6): two on each side of a prediction, or all of a range."""
+    lowest, highest = (POINTS_PER_DECADE * math.log10(end) for end in (lr.low, lr.high))
+    if lr.value is None:
+        first, last = math.floor(lowest), math.ceil(highest)
+    else:
+        first, last = round(lowest) - _AROUND, round(highest) + _AROUND
+    return [float(f"{10 ** (place / POINTS_PER_DECADE):.1e}") for place in range(first, last + 1)]
+
+
+def rl_lr(lr: StartingLr) -> StartingLr:
+    """Return the LR to start from in reinforcement learning, given the law's LR."""
+    return StartingLr(lr.value and RL_SHARE * lr.value, RL_SHARE * lr.low, RL_SHARE * lr.high)
+
+
+def rl_steps(problems: int, per_step: int, epochs: float) -> int:
+    """Return the number of steps, within RL_STEPS, that go through all problems `epochs` times.
+
+    Args:
+        problems: the number of problems for training.
+        per_step: the number of problems in each step.
+        epochs: passes over the problems.
+    """
+    fewest, most = RL_STEPS
+    return min(most, max(fewest, math.ceil(epochs * problems / per_step)))
+
+
+def batch_size(examples: int) -> int:
+    """Return a batch size: 32, halved down to 4 until an epoch has 100 steps.
+
+    In the paper both methods reach their lowest loss at small batches, and LoRA loses more at large ones.
+    """
+    size = _LARGEST_BATCH
+    while size > _SMALLEST_BATCH and examples // size < SHORT_STEPS:
+        size //= 2
+    return min(size, examples)
+
+
+def capacity_rank(parameters_per_rank: float, completion_tokens: float) -> int:
+    """Return the smallest power of two at which LoRA has a parameter for each completion token.
+
+    This is the rule in the documentation of the authors' library.
+    """
+    return 1 << math.ceil(math.log2(max(1.0, completion_tokens / parameters_per_rank)))
+
+
+def max_rank(hidden_size: int) -> int:
+    """Return the highest rank to use: the paper's highest, or the one at which LoRA's matrices outgrow the weights."""
+    return min(MAX_RANK, hidden_size // 2)
+
+
+def recommended_rank(hidden_size: int, parameters_per_rank: float, completion_tokens: float | None) -> int:
+    """Return the authors' default rank, or a higher one up to `max_rank` if the data need it.
+
+    Args:
+        hidden_size: the model's width.
+        parameters_per_rank: LoRA's parameters at rank 1.
+        completion_tokens: scored tokens of the training data; None if unknown.
+    """
+    needed = 1 if completion_tokens is None else capacity_rank(parameters_per_rank, completion_tokens)
+    return min(max(DEFAULT_RANK, needed), max_rank(hidden_size))

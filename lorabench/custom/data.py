@@ -1,0 +1,245 @@
+"""A user's dataset, examined before it is used: its format, its usable and unusable rows, its numbers of tokens."""
+
+from __future__ import annotations
+
+import statistics
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from lorabench.config.fields import FileFormat
+from lorabench.config.models import GgufModel, HubModel
+from lorabench.custom.model import HUB_ID, UserModel
+from lorabench.data.chat import Chat, is_text
+from lorabench.data.files import FORMATS, chosen_format, formats_in, usable_chats, usable_rows
+from lorabench.data.rows import RawRow, Tally
+from lorabench.data.tokens import encode_chat
+from lorabench.errors import UserError
+from lorabench.models.chat_template import template_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# At most this many examples are tokenized; a larger dataset is judged by a random sample of this size.
+_SAMPLE = 2000
+# At most this many rows of a dataset of the hub are read.
+_HUB_ROWS = 20_000
+# A rough guess without a tokenizer: English prose has about 4, code and digits about 2.
+_CHARS_PER_TOKEN = 3.0
+# The sample may miss the densest examples, so the limit on characters stays below what the sample suggests.
+_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class UserData:
+    """A user's dataset."""
+
+    source: dict[str, Any]
+    """The fields by which a preset names the dataset: kind, and path or id."""
+    tally: Tally
+    usable: int
+    """The number of distinct usable examples; for a large dataset of the hub, estimated from its first rows."""
+    max_chars: int
+    """The number of characters of the longest example that fits the model."""
+    mean_tokens: float
+    """The mean number of tokens of an example."""
+    mean_completion_tokens: float
+    """The mean number of scored tokens of an example."""
+    counted: bool
+    """Whether tokens were counted with the model's tokenizer; otherwise their numbers are a guess."""
+
+    def __str__(self) -> str:
+        how = "" if self.counted else f" (a guess: {_CHARS_PER_TOKEN:g} characters a token)"
+        scored = f"{self.mean_completion_tokens:.0f} of them scored{how}"
+        return f"{self.name}: {self.tally}\nabout {self.mean_tokens:.0f} tokens an example, {scored}"
+
+    @property
+    def name(self) -> str:
+        """The path or id that the user gave."""
+        return str(self.source.get("path") or self.source["id"])
+
+
+def load_tokenizer(model: UserModel) -> PreTrainedTokenizerBase | None:
+    """Load the model's tokenizer; None for a model of the hub that is not on this machine and can't be fetched.
+
+    Raises:
+        UserError: a local model has no tokenizer.
+    """
+    from lorabench.models import base
+
+    if isinstance(model.spec, GgufModel):
+        return base.gguf_tokenizer(Path(model.spec.path))
+    try:
+        return base.load_tokenizer(model.spec)
+    except UserError:
+        if isinstance(model.spec, HubModel):
+            return None
+        raise
+
+
+def checked_format(name: str | None) -> FileFormat | None:
+    """Return the format that a user named.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    for known in FORMATS:
+        if name == known:
+            return known
+    if name is not None:
+        raise UserError(f"format {name!r}: allowed: {', '.join(FORMATS)}")
+    return None
+
+
+def prepared_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """Load the model's tokenizer (see `load_tokenizer`), and give it a chat template if it has none.
+
+    Returns:
+        The tokenizer, and the `chat_template` that it was given, None if it has its own.
+    """
+    tokenizer, template = load_tokenizer(model), None
+    if tokenizer is not None and not tokenizer.chat_template:
+        template = "plain"
+        tokenizer.chat_template = template_text(template)
+    return tokenizer, template
+
+
+def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, str | None]:
+    """Examine a dataset for a model.
+
+    Args:
+        model: the model, whose tokenizer counts the tokens.
+        name: see `find_data`.
+        form: the format that the user named, or None.
+
+    Returns:
+        The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
+
+    Raises:
+        UserError: there is no such format, or the data can't be used; see `find_data`.
+    """
+    tokenizer, template = prepared_tokenizer(model)
+    return examine_data(name, checked_format(form), tokenizer, model.max_length), template
+
+
+def examine_data(
+    name: str, wanted: FileFormat | None, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> UserData:
+    """Read a dataset and count its usable rows and their tokens.
+
+    Args:
+        name: a data file, or the id of a dataset of the hub with the column `messages` or `conversations`.
+        wanted: the format, if the file's columns allow more than one.
+        tokenizer: the model's tokenizer with a chat template; None to guess the numbers of tokens.
+        max_length: the longest sequence that the model takes, in tokens; None if unknown.
+
+    Raises:
+        UserError: the data can't be read, or no example can be used.
+    """
+    source, form, share = _identified(name, wanted)
+    chats, tally = _chats(source, form)
+    sample, lengths = _sampled(chats)
+    if not lengths:
+        raise UserError(f"{name}: none of its {tally.rows} rows can be used as {form}: {tally.reasons()}")
+    tokens = [_tokens(chat, tokenizer) for chat in sample]
+    totals = [total for total, _ in tokens]
+    limit = _limit([chat.chars() for chat in sample], totals, lengths, max_length)
+    longest = max((length for length in lengths if length <= limit), default=0)
+    if not longest:
+        raise UserError(f"{name}: no example fits the {max_length} tokens that the model takes")
+    if longest < max(lengths):
+        chats, tally = _chats(source, form, longest)
+        deque(chats, maxlen=0)
+    # If the whole sample is too long, its means are all there is.
+    kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
+    mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
+    return UserData(source, tally, int(tally.usable * share), longest, mean, scored, tokenizer is not None)
+
+
+def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
+    """Return the source's fields for a preset, its format, and the ratio of all its rows to those that are read."""
+    if Path(name).is_file():
+        form = chosen_format(Path(name), wanted)
+        return {"kind": "file", "path": name, "format": form}, form, 1.0
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"data {name!r} is no file and no hub id (owner/name)")
+    rows = _hub_stream(name)
+    columns = list(next(iter(rows), {}))
+    form = next(iter(formats_in(columns)), "text")
+    if form not in ("messages", "conversations"):
+        named = ", ".join(columns) or "none"
+        raise UserError(f"dataset {name} has the columns {named}; messages or conversations is needed, or a file")
+    splits = rows.info.splits or {}
+    total = splits["train"].num_examples if "train" in splits else 0
+    return {"kind": "hub", "id": name}, form, max(1.0, (total or 0) / _HUB_ROWS)
+
+
+def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = None) -> tuple[Iterator[Chat], Tally]:
+    tally = Tally(form)
+    if source["kind"] == "file":
+        return usable_chats(Path(source["path"]), tally, max_chars), tally
+    return usable_rows(_first_hub_rows(source["id"], tally), source["id"], tally, max_chars), tally
+
+
+def _hub_stream(name: str) -> Any:
+    """Open the train split of a dataset of the hub as a stream of rows (datasets.IterableDataset).
+
+    Raises:
+        UserError: the dataset can't be read.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"dataset {name} can't be read from the hub: {reason}") from error
+
+
+def _first_hub_rows(name: str, tally: Tally) -> Iterator[RawRow]:
+    tally.unit = "row"
+    for place, content in enumerate(islice(_hub_stream(name), _HUB_ROWS), 1):
+        yield RawRow(place, content)
+
+
+def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
+    """Draw a sample of chats by reservoir sampling; also return the number of characters of each chat."""
+    rng = Random(0)
+    sample: list[Chat] = []
+    lengths = array("q")
+    for chat in chats:
+        lengths.append(chat.chars())
+        if len(sample) < _SAMPLE:
+            sample.append(chat)
+        elif (place := rng.randrange(len(lengths))) < _SAMPLE:
+            sample[place] = chat
+    return sample, lengths
+
+
+def _tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase | None) -> tuple[float, float]:
+    """Return the numbers of all tokens and of scored tokens of an example."""
+    if tokenizer is None:
+        scored = chat.chars() if is_text(chat.messages) else len(chat.messages[-1]["content"])
+        return chat.chars() / _CHARS_PER_TOKEN, scored / _CHARS_PER_TOKEN
+    ids, mask = encode_chat(tokenizer, chat.messages)
+    return len(ids), sum(mask)
+
+
+def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_length: int | None) -> int:
+    """Return the number of characters up to which every example fits the model; a sample makes this an estimate."""
+    longest = max(lengths)
+    if max_length is None:
+        return longest
+    too_long = [length for length, count in zip(chars, tokens, strict=True) if count > max_length]
+    limit = min(too_long) - 1 if too_long else longest
+    if len(lengths) > len(chars):
+        # Only the longer half counts, since the template's tokens dominate short examples.
+        median = statistics.median(chars)
+        densest = max(count / length for length, count in zip(chars, tokens, strict=True) if length >= median)
+        limit = min(limit, int(_MARGIN * max_length / densest))
+    return limit

@@ -1,0 +1,173 @@
+"""A user's model, described without loading it: from its configuration and the headers of its files, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
+from lorabench.errors import UserError
+from lorabench.models.dimensions import ARCHITECTURES, Dimensions, dimensions, dimensions_of_config
+from lorabench.models.tiny import shipped_folder
+from lorabench.utils import formats
+from lorabench.utils.files import file_sha256
+
+TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A file whose header claims to be longer than this is no safetensors file.
+_MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class UserModel:
+    """A user's model."""
+
+    name: str
+    """The name that the user gave: a folder, a file, a hub id or a shipped base."""
+    spec: ModelSpec
+    """The model as a preset names it."""
+    family: str
+    """The `model_type` of transformers."""
+    parameters: int
+    """The number of parameters."""
+    max_length: int | None
+    """The longest sequence in tokens; None if the configuration does not say."""
+
+    @property
+    def sizes(self) -> Dimensions:
+        """The dimensions of the model's matrices."""
+        return dimensions(self.spec)
+
+    def lora_parameters(self, rank: int) -> int:
+        """Return the number of parameters of LoRA with a rank on all layers and the unembedding."""
+        return self.sizes.lora("all", rank, include_unembedding=True)[0]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.family}, {formats.parameters(self.parameters)} parameters, width {self.sizes.hidden}"
+        )
+
+
+def find_model(name: str) -> UserModel:
+    """Return the model of a name: `tiny` or a shipped base, a folder, a GGUF file, or an id of the Hugging Face hub.
+
+    Raises:
+        UserError: there is no such model, or its dimensions can't be read.
+    """
+    if name == "tiny" or name in TINY:
+        return _tiny(name)
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return _gguf(name)
+    if path.is_dir():
+        return _folder(name)
+    if HUB_ID.fullmatch(name):
+        return _hub(name)
+    known = ", ".join(("tiny", *TINY))
+    raise UserError(f"model {name!r} is no folder, no .gguf file, no hub id (owner/name) and none of {known}")
+
+
+def _tiny(name: str) -> UserModel:
+    spec = TinyModel.model_validate({"kind": "tiny"} | ({} if name == "tiny" else {"name": name}))
+    config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
+    parameters = json.loads((shipped_folder(spec.name) / "recipe.json").read_text())["parameters"]
+    return UserModel(name, spec, config["model_type"], parameters, config["max_position_embeddings"])
+
+
+def _folder(name: str) -> UserModel:
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {name!r} has no config.json; a Hugging Face causal LM is needed there")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
+    config = _config(folder / "config.json", name)
+    parameters = sum(_elements(file) for file in files)
+    spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
+    return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
+
+
+def _elements(file: Path) -> int:
+    """Return the number of elements in a safetensors file.
+
+    The header is its own length in 8 bytes, then JSON with the shape of each tensor.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = opened.read(min(length, _MAX_HEADER_BYTES))
+    try:
+        tensors = json.loads(header)
+        return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is no safetensors file") from error
+
+
+def _hub(name: str) -> UserModel:
+    """Describe a model of the hub by a shipped configuration of its name, or else by the hub's."""
+    short = name.rpartition("/")[2].lower()
+    shipped_configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if _is_variant(short, path.stem)]
+    config = _config(shipped_configs[-1] if shipped_configs else _from_hub(name), name)
+    try:
+        parameters = dimensions_of_config(config).parameters
+    except KeyError as error:
+        raise UserError(
+            f"model {name!r} is of the family {config['model_type']!r}, whose configuration has no {error.args[0]}; "
+            "download it and give its folder"
+        ) from error
+    spec = HubModel(kind="hub", id=name, parameters=parameters, hidden_size=config["hidden_size"])
+    return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
+
+
+def _is_variant(name: str, architecture: str) -> bool:
+    """Return whether a model has a shipped architecture or is a variant of it, as in `llama-3.1-8b-instruct`."""
+    return name == architecture or name.startswith(f"{architecture}-")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"model {name!r}: its config.json can't be read from the hub ({reason}); download the model and give its "
+            "folder"
+        ) from error
+
+
+def _gguf(name: str) -> UserModel:
+    from gguf import GGUFReader
+
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"GGUF file {name!r} does not exist")
+    try:
+        reader = GGUFReader(path)
+        family = str(reader.fields["general.architecture"].contents())
+        hidden, length = (
+            int(reader.fields[f"{family}.{key}"].contents()) for key in ("embedding_length", "context_length")
+        )
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise UserError(f"{path} can't be read as GGUF: {error}") from error
+    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    spec = GgufModel(kind="gguf", path=name, sha256=file_sha256(path), parameters=parameters, hidden_size=hidden)
+    return UserModel(name, spec, family, parameters, length)
+
+
+def _config(path: Path, name: str) -> dict[str, Any]:
+    """Read a configuration and check the two entries that every model needs."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"config.json of model {name!r} is no JSON: {error}") from error
+    for key, kind in (("model_type", str), ("hidden_size", int)):
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
+            raise UserError(f"config.json of model {name!r} has no {key}; a causal LM for text is needed")
+    return dict(config)

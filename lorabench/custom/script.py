@@ -1,0 +1,70 @@
+"""The training script of `lorabench recommend --script`: finetune.py with a recommendation's settings filled in."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from lorabench.config.models import GgufModel
+from lorabench.custom.data import UserData
+from lorabench.custom.recommend import Recommendation, Setting
+from lorabench.data.rows import REPEATED, TOO_LONG
+from lorabench.errors import UserError
+from lorabench.models.base import model_location
+from lorabench.models.chat_template import template_text
+
+_TEMPLATE = Path(__file__).with_name("finetune.py")
+_MAX_TOKENS = 4096
+
+
+def script(recommendation: Recommendation, data: UserData | None, chat_template: str | None) -> str:
+    """Return a Python script that trains the model with transformers and PEFT.
+
+    Args:
+        recommendation: the model and its settings.
+        data: the training data; None leaves a placeholder for their path.
+        chat_template: a preset's setting for a model without its own template.
+
+    Raises:
+        UserError: the script does not support the model or the data.
+    """
+    model = recommendation.model
+    if model.sizes.experts:
+        raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")
+    if isinstance(model.spec, GgufModel):
+        raise UserError(f"{model.name} is a GGUF file; the script needs safetensors, which `lorabench convert` makes")
+    settings: dict[str, object] = {
+        "MODEL": model_location(model.spec),
+        "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
+        "RANK": recommendation.rank,
+        "LORA_LR": _single_lr(recommendation.setting("lora_lr")),
+        "FULL_LR": _single_lr(recommendation.setting("fullft_lr")),
+        "BATCH_SIZE": recommendation.batch_size,
+        "MAX_TOKENS": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
+    }
+    if data is not None:
+        if data.source["kind"] != "file":
+            raise UserError(f"data {data.name} is on the hub; the script reads a file")
+        unsupported = {reason: rows for reason, rows in data.tally.bad.items() if reason not in (TOO_LONG, REPEATED)}
+        if unsupported:
+            reasons = replace(data.tally, bad=unsupported).reasons()
+            raise UserError(f"{data.name} has rows that the script would not leave out: {reasons}; remove them")
+        settings |= {"DATA": data.name, "FORMAT": data.source["format"]}
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    for name, value in settings.items():
+        # The comment after the value is kept.
+        [line] = re.findall(rf"^{name} = .*$", text, re.MULTILINE)
+        comment = "".join(line.partition("  # ")[1:])
+        text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
+    return text
+
+
+def _single_lr(lr: Setting) -> float:
+    """Return the recommended LR, or the geometric middle of a recommended range."""
+    if isinstance(lr.value, float):
+        return lr.value
+    assert lr.low
+    assert lr.high
+    return float(f"{math.sqrt(lr.low * lr.high):.1g}")

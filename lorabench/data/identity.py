@@ -1,0 +1,28 @@
+"""Hashes of what determines the examples of a dataset or the problems of a set."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from lorabench.config.datasets import DatasetSpec, FileDataset
+from lorabench.config.problems import FileProblems, ProblemSpec
+from lorabench.runs import PROTOCOL_VERSION
+from lorabench.utils.files import file_sha256
+from lorabench.utils.hashing import digest
+
+
+def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
+    """Hash of everything that determines the examples of a dataset, or the problems of a problem set."""
+    if isinstance(spec, FileDataset | FileProblems):
+        # The file's content counts, not its path.
+        rules = spec.model_dump(exclude={"path", "mean_tokens"})
+        path = Path(spec.path)
+        return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
+    return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
+
+
+@cache
+def _content(path: Path, size: int, changed_ns: int) -> str:
+    """The file's hash; it is computed again in this process only if the file's size or time has changed."""
+    return file_sha256(path)

@@ -1,0 +1,236 @@
+"""The memory of a job, estimated from the sizes of its model; it decides the number of GPUs. Does not import torch.
+
+A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
+moments of the trained parameters; the bf16 copies that autocast makes of the other weights; activations of one
+micro-batch; logits of its scored tokens; in RL the cache of keys and values. Lanes of LoRA share the base, lanes of
+full fine-tuning share no weights; a micro-batch of all lanes together has as many tokens as that of one run. Over
+several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers of bytes
+follow the code of transformers and PEFT, and were checked by the lifetime of every tensor's storage
+(`lorabench.training.step_cost`, tests/estimates/test_cost.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lorabench.config.placement import Placement
+from lorabench.config.preset import Preset
+from lorabench.errors import UserError
+from lorabench.estimates.lengths import longest_sequence
+from lorabench.models.attention_blocks import kept_shares
+from lorabench.models.dimensions import Dimensions, dimensions, merging_is_cheaper
+from lorabench.utils.gpus import GB, GPUS
+
+if TYPE_CHECKING:
+    from lorabench.runs import Sweep
+
+# The usable share of a GPU's memory; the driver and the gaps between allocated blocks take up the remainder.
+USABLE = 0.92
+# Bytes of a CPU process with its imported libraries, and in RL with the graders' processes: measured on `laptop`.
+_SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
+# Linear layers that carry LoRA in a decoder layer with experts, where all layers do.
+_LORA_LAYERS = 7
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes that a job needs on each GPU, or on a CPU in its process."""
+
+    weights: float
+    """Weights in fp32, and the bf16 copies that are kept from step to step."""
+    gradients: float
+    moments: float
+    copies: float
+    """Weights in bf16 that live until the backward pass; with experts also their weights with LoRA added."""
+    activations: float
+    logits: float
+    sampling: float
+    """Keys, values and distributions while responses are drawn, with the gradients that are allocated throughout; never
+    at the same time as gradients, copies, activations and logits."""
+
+    @property
+    def total(self) -> float:
+        """The peak of a training step or of sampling. Gradients count, since they wait for the batch's next part."""
+        held = self.weights + self.moments
+        return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
+
+
+def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
+    """The number of parameters that are trained; a rank of None is full fine-tuning."""
+    if rank is None or placement is None:
+        return sizes.parameters
+    return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
+
+
+def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
+    """The number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
+
+    It is 0 for sharded models, and with `activation_checkpointing`, which is set where memory matters more than speed.
+    """
+    execution, bf16 = preset.execution, preset.protocol.precision == "bf16"
+    if placement is None or not bf16 or execution.activation_checkpointing or _parts(preset, gpus) > 1:
+        return 0
+    return sizes.carrying(placement, preset.protocol.include_unembedding)
+
+
+def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) -> Memory:
+    """Estimate the peak memory of a sweep's job on each of its GPUs, with `lanes` runs at once."""
+    condition, execution = sweep.condition, preset.execution
+    sizes = dimensions(preset.models[condition.model])
+    longest = longest_sequence(preset, condition)
+    # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
+    part = max(longest, min(execution.max_batch_tokens // lanes, condition.batch_size * longest))
+    is_rl = condition.rollouts is not None
+    # In RL attention has a mask and is not computed in blocks.
+    row = 0 if is_rl else longest
+    step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
+    if not is_rl:
+        return step
+    bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
+    # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
+    copy = 4 * sizes.parameters - (2 * _linear(sizes) if bf16 else 0) if sharded else 0
+    cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
+    # The gradients of LoRA's lanes are allocated throughout.
+    kept = step.gradients if condition.rank is not None and not sharded else 0
+    drawing = kept + _sampling(sizes, cached, cached / longest, bf16)
+    return replace(step, weights=step.weights + copy, sampling=drawing)
+
+
+def step_memory(
+    preset: Preset,
+    sizes: Dimensions,
+    rank: int | None,
+    placement: Placement | None,
+    tokens: int,
+    row: int,
+    gpus: int = 1,
+    is_rl: bool = False,
+    lanes: int = 1,
+) -> Memory:
+    """Estimate the memory of a training step on micro-batches whose tokens are all scored.
+
+    Args:
+        rank: LoRA's rank; None is full fine-tuning.
+        tokens: tokens of a micro-batch, of all lanes together.
+        row: tokens of a row over which attention is computed without a mask.
+        is_rl: whether the loss is that of RL, which also measures the entropy.
+
+    Returns:
+        The bytes on each GPU, without those of sampling.
+    """
+    bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
+    parts = _parts(preset, gpus)
+    trained = lanes * trained_parameters(preset, sizes, rank, placement)
+    layer = _layer_bytes(sizes, rank, bf16)
+    if preset.execution.gpu is None:
+        layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
+    # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time,
+    # when the logits are already freed.
+    kept = sizes.layers * (4 * sizes.hidden if again else layer)
+    # Logits and their gradient in fp32; in RL also the gradient of the entropy.
+    logits = sizes.vocabulary * (16 if is_rl else 12)
+    # Sharded layers are gathered one by one; the next is fetched while one is computed.
+    gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
+    cast = cast_parameters(preset, sizes, placement, gpus)
+    # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
+    # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
+    # fully fine-tuned.
+    share = 1 / sizes.layers if again and (rank is not None or parts > 1) else 1.0
+    copies = 2.0 * ((1 if rank else lanes) * _linear(sizes) - cast) if bf16 else 0.0
+    if rank is not None and placement != "attn":
+        # PEFT adds LoRA to the weights of fused experts, in fp32.
+        copies += 4 * sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
+    return Memory(
+        weights=4 * (sizes.parameters + trained if rank else trained) / parts + 2 * cast + gathered,
+        gradients=4 * trained / parts,
+        moments=8 * trained / parts,
+        copies=copies * share,
+        # Beside the layers: the embeddings, the last norm, and the unembedding's input.
+        activations=tokens * (kept + 10 * sizes.hidden),
+        logits=tokens * (max(logits, layer) if again else logits),
+        sampling=0,
+    )
+
+
+def peak_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
+    """Estimate the peak that runs report, in bytes: tensors on each of `gpus` GPUs, or on a CPU the whole process."""
+    process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
+    return process + sweep_memory(preset, sweep, max(1, gpus), lanes).total
+
+
+def gpus_needed(preset: Preset, sweep: Sweep) -> int:
+    """The smallest number of GPUs, a power of two, that holds a sweep's job with one run at a time; 0 on a CPU.
+
+    The number of lanes is chosen afterwards to fit these GPUs (see `lorabench.estimates.lane_count`).
+
+    Raises:
+        UserError: the job does not even fit on `execution.max_gpus`.
+    """
+    execution = preset.execution
+    if execution.gpu is None:
+        return 0
+    available = USABLE * GPUS[execution.gpu].memory
+    gpus = 1
+    while (needed := sweep_memory(preset, sweep, gpus).total) > available:
+        if 2 * gpus > execution.max_gpus:
+            again = "" if execution.activation_checkpointing else "set activation_checkpointing, "
+            raise UserError(
+                f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which "
+                f"has {available / GB:.0f} GB to give; of execution, {again}lower max_batch_tokens "
+                f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
+                f"({execution.max_gpus}), or choose another gpu"
+            )
+        gpus *= 2
+    return gpus
+
+
+def _linear(sizes: Dimensions) -> int:
+    """The number of parameters of all linear layers."""
+    return sum(matrix.parameters for matrix in sizes.matrices)
+
+
+def _parts(preset: Preset, gpus: int) -> int:
+    """The number of parts into which weights, gradients and moments are split."""
+    return gpus if preset.execution.sharding == "fsdp" else 1
+
+
+def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
+    """The bytes that a layer keeps of each token for the backward pass."""
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    full = rank is None
+    if bf16:
+        kept = (26 if full else 18) * sizes.hidden + (4 if full else 6) * queries + 4 * keys
+    else:
+        kept = (24 if full else 16) * sizes.hidden + 8 * queries + 8 * keys
+    if sizes.query_key_norms:
+        kept += (4 if not full else 6 if bf16 else 8) * (queries + keys)
+    if sizes.experts:
+        # Experts compute in fp32, each on a copy of its tokens.
+        kept += sizes.active_experts * (8 * sizes.hidden + 16 * sizes.intermediate)
+    else:
+        kept += (8 if bf16 else 16) * sizes.intermediate
+    return kept + _lora_numbers(sizes, rank or 0, bf16) * (2 if bf16 else 4)
+
+
+def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
+    """The size of A's output for each token in a layer, which is kept unless A and B are merged into the weights."""
+    if sizes.experts:
+        return _LORA_LAYERS * rank
+    layers = sum(
+        matrix.count
+        for matrix in sizes.matrices
+        if matrix.part != "unembedding" and (bf16 or not merging_is_cheaper(rank, matrix.d_in, matrix.d_out))
+    )
+    return rank * layers // sizes.layers
+
+
+def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
+    """The bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    # Keys leave their rotation in fp32, values have the precision of their product; a layer's buffers grow by copying.
+    cache = tokens * (sizes.layers + 1) * keys * (6 if bf16 else 8)
+    # One layer's keys and values are repeated for all heads, then cast.
+    repeated = tokens * queries * (10 if bf16 else 8)
+    # Log-probabilities, and the cumulative sums of their exponentials in double precision.
+    return cache + repeated + rows * sizes.vocabulary * 34

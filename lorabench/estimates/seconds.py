@@ -1,0 +1,184 @@
+"""Estimate the seconds that sweeps, jobs and evaluations take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorabench.config.execution import Execution
+from lorabench.config.preset import Preset
+from lorabench.estimates.flops import (
+    evaluated_documents,
+    graded_problems,
+    linear_flops_per_token,
+    run_flops,
+    run_tokens,
+)
+from lorabench.estimates.lane_count import lane_count, turns
+from lorabench.estimates.lengths import longest_sequence
+from lorabench.estimates.memory import cast_parameters
+from lorabench.models.dimensions import dimensions
+from lorabench.utils.gpus import GPUS
+
+if TYPE_CHECKING:
+    from lorabench.runs import EvalJob, Job, Sweep
+
+
+# Seconds in which a job on one core imports its libraries, loads and writes.
+_START_SECONDS = 6.0
+
+
+_EVALUATION_START_SECONDS = 12.0
+
+
+# Seconds of drawing a token on a CPU over seconds of a forward pass for one token of a text: one position at a time
+# leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
+# 30,000.
+_DECODING = 3.0
+
+
+# Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
+# at which weights are read from disk.
+_GPU_START_SECONDS = 60.0
+
+
+_READING = 1e9
+
+
+# Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
+_LAYER_SECONDS = 0.8e-3
+
+
+# The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
+_SHARDED = 0.8
+
+
+# Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
+# longest answer.
+_LONGEST_ANSWER = 256
+
+
+def flops_per_second(execution: Execution, gpus: int = 1) -> float:
+    """Useful FLOP/s of a job on a CPU, or on the given number of GPUs."""
+    if execution.gflops is not None:
+        single = execution.gflops * 1e9
+    else:
+        assert execution.gpu
+        gpu = GPUS[execution.gpu]
+        single = gpu.peak_flops * gpu.efficiency
+    return single if gpus <= 1 else single * gpus * _SHARDED
+
+
+def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
+    """Estimate the wall-clock seconds of one run on `gpus` GPUs (0: a CPU), in two parts.
+
+    Returns:
+        The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
+    """
+    flops = run_flops(preset, sweep.condition)
+    work = flops.trained + flops.evaluated + flops.again
+    if not gpus:
+        return (work + _DECODING * flops.drawn) / flops_per_second(preset.execution), 0.0
+    computing = work / flops_per_second(preset.execution, gpus)
+    waiting = max(0.0, _launch_seconds(preset, sweep, gpus) - computing)
+    drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
+    return computing + flops.drawn / flops_per_second(preset.execution, gpus), waiting + drawing
+
+
+def start_seconds(preset: Preset) -> float:
+    """Wall-clock seconds of a job before its first step, without reading a large model."""
+    return _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+
+
+def job_seconds(preset: Preset, job: Job, gpus: int) -> float:
+    """Estimate the wall-clock seconds of a job on `gpus` GPUs (0: a CPU), which starts once for all its sweeps."""
+    return start_seconds(preset) + sum(sweep_seconds(preset, sweep, gpus) for sweep in job.sweeps)
+
+
+def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Estimate the wall-clock seconds of a sweep on `gpus` GPUs (0: a CPU), without the start of its job."""
+    seconds = sweep.n_runs * sum(run_seconds(preset, sweep, gpus))
+    if not gpus:
+        return seconds
+    # Full fine-tuning loads the base again for each run.
+    loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
+    weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
+    return seconds + loads * weights / _READING
+
+
+def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """The least wall-clock seconds of a run on GPUs, however small the model: launching its passes layer by layer.
+
+    The passes that runs share as lanes are divided among them.
+    """
+    condition = sweep.condition
+    tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
+    share = turns(preset, sweep, lane_count(preset, sweep, gpus)) / sweep.n_runs
+    # A training step counts as three passes, two of them backward.
+    passes = 3 * condition.steps * max(share, tokens.trained / condition.steps / most) + tokens.evaluated / most
+    return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
+
+
+def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Seconds of drawing one run's responses on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
+    condition, execution = sweep.condition, preset.execution
+    rollouts = condition.rollouts
+    assert rollouts
+    assert execution.gpu
+    sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
+    lanes = lane_count(preset, sweep, gpus)
+    rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
+    # Each batch of rows is drawn until its longest response ends; lanes share batches.
+    batches = condition.steps * max(1.0, lanes * condition.batch_size / rows)
+    batches += rollouts.evaluations * max(1.0, lanes * graded_problems(preset, condition) / rows)
+    # Autocast copies frozen weights for every position and trained weights once; weights that are kept in bf16, and the
+    # copy from which processes of a sharded model sample, are read in bf16.
+    cast = cast_parameters(preset, sizes, condition.placement, gpus)
+    other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
+    weights = (2 * cast + other) / gpu.bandwidth
+    positions = batches / lanes * rollouts.max_new_tokens
+    # Keys and values are repeated for all heads, cast, and read.
+    tokens = run_tokens(preset, condition)
+    cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
+    return positions * (sizes.layers * _LAYER_SECONDS + weights) + cache
+
+
+def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
+    """Estimate the wall-clock seconds of one evaluation with lm-eval, on a CPU or one GPU."""
+    assert preset.evaluation
+    sizes, gpu = dimensions(preset.models[job.model]), preset.execution.gpu
+    seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
+    for task in preset.evaluation.tasks:
+        read = (
+            2.0
+            * sizes.active_linear
+            * evaluated_documents(task)
+            * task.mean_tokens
+            / flops_per_second(preset.execution)
+        )
+        # Tasks about what was learned mostly draw answers; tasks about what was forgotten read texts.
+        drawn = task.about == "learned"
+        seconds += read * _DECODING if drawn and gpu is None else read
+        if drawn and gpu is not None:
+            positions = (
+                evaluated_documents(task) / preset.evaluation.batch_size * (task.max_new_tokens or _LONGEST_ANSWER)
+            )
+            weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
+            seconds += positions * (sizes.layers * _LAYER_SECONDS + weights)
+    return seconds
+
+
+def compute_seconds(preset: Preset) -> float:
+    """Estimate the wall-clock seconds of the job that measures training steps.
+
+    It takes a few steps more than it times, to count FLOPs and to measure memory.
+    """
+    experiment = preset.experiments.compute
+    assert experiment
+    tokens = experiment.batch_size * experiment.sequence_length * (experiment.repeats + 8)
+    seconds = start_seconds(preset)
+    for model in experiment.models:
+        sizes = dimensions(preset.models[model])
+        adapters = (sizes.lora("all", rank, preset.protocol.include_unembedding)[1] for rank in experiment.ranks)
+        flops = sum(linear_flops_per_token(sizes, lora) for lora in (None, *adapters))
+        seconds += flops * tokens / flops_per_second(preset.execution)
+    return seconds

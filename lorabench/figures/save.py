@@ -1,0 +1,73 @@
+"""Draw a figure of the catalogue and save it as SVG, PNG and the CSV of what it plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorabench.analysis.comparison import NEEDED_BY, curves_of
+from lorabench.errors import UserError
+from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
+from lorabench.figures.style import write_figure
+from lorabench.tables.checks import check_curves, check_table
+from lorabench.tables.io import with_all_columns, write_csv
+from lorabench.tables.tables import Tables
+
+
+def drawable_figures(folders: Sequence[Path]) -> list[str]:
+    """Return the names of the figures that the tables in the given folders have rows for.
+
+    Raises:
+        UserError: see `Tables.read`.
+    """
+    from lorabench.tables.tables import Tables
+
+    tables = Tables.read(*folders)
+    own = {COMPUTE_TABLE: tables.compute, EVALS_TABLE: tables.evals}
+    return [
+        figure.name
+        for figure in FIGURES.values()
+        if not (own[figure.experiments] if figure.experiments in own else figure.of_experiments(tables.runs)).empty
+    ]
+
+
+def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
+    """Draw a figure from the tidy tables in the given folders and write `<name>.svg`, `.png` and `.csv` into `out`.
+
+    From merged tables it draws the runs of its own experiments only. Where the tables are refused nothing is written.
+
+    Raises:
+        UserError: there is no such figure; the folders hold no tables, tables that contradict one another, or nothing
+            for this figure; or see `check_table` and `check_curves`.
+    """
+    from lorabench.tables.tables import Tables
+
+    if name not in FIGURES:
+        raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
+    figure, plotted = FIGURES[name].draw(_of_figure(Tables.read(*folders), FIGURES[name]))
+    for kind in ("svg", "png"):
+        write_figure(figure, out / f"{name}.{kind}")
+    write_csv(plotted, out / f"{name}.csv")
+
+
+def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
+    """Return the tables with only the runs of a figure, checked; a figure of COMPUTE or EVALS reads no runs.
+
+    Missing columns, and all columns of a missing table, become nulls: a figure shows what the tables hold.
+    """
+
+    if figure.experiments == COMPUTE_TABLE:
+        return replace(tables, compute=with_all_columns(tables.compute, "compute"))
+    if figure.experiments == EVALS_TABLE:
+        return replace(tables, evals=with_all_columns(tables.evals, "evals"))
+    if tables.runs.columns.empty:
+        raise UserError("there is no table runs")
+    if missing := [name for name in NEEDED_BY[figure.task] if name not in tables.runs]:
+        raise UserError(f"the runs table has no column {', '.join(missing)}")
+    check_table(tables.runs)
+    check_curves(tables.curves)
+    runs = with_all_columns(figure.of_experiments(tables.runs), "runs")
+    if runs.empty:
+        raise UserError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
+    return replace(tables, runs=runs, curves=with_all_columns(curves_of(tables.curves, runs), "curves"))

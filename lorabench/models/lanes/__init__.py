@@ -1,0 +1,1 @@
+"""Several runs of one condition computed together over one base model."""

@@ -1,0 +1,1 @@
+"""From a preset to runs, sweeps and jobs, with their resources, bill and budget."""

@@ -1,0 +1,115 @@
+"""Expand the blocks of a preset's experiments into sweeps, one per condition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+from lorabench.config.experiments import Block, Protocol, RlExperiment, SftExperiment
+from lorabench.config.models import ModelSpec
+from lorabench.config.preset import Preset
+from lorabench.data.identity import dataset_id
+from lorabench.models.identity import model_id
+from lorabench.runs import PROTOCOL_VERSION, Condition, Rollouts, Sweep
+from lorabench.utils.hashing import digest
+
+
+def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
+    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them."""
+    merged: dict[Condition, Sweep] = {}
+    for sweep in sweeps:
+        other = merged.get(sweep.condition)
+        if other is not None:
+            sweep = Sweep(
+                sweep.condition,
+                lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
+                seeds=max(other.seeds, sweep.seeds),
+                experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
+                repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
+            )
+        merged[sweep.condition] = sweep
+    return list(merged.values())
+
+
+def sft_conditions(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
+    """Yield the condition's fields that a block's arms share, for each model, dataset and batch size."""
+    for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
+        spec = preset.datasets[dataset]
+        steps = int(spec.train * block.epochs) // batch_size
+        yield {
+            "task": "sft",
+            "model": model,
+            "dataset": dataset,
+            "batch_size": batch_size,
+            "steps": steps if block.steps is None else min(steps, block.steps),
+            "identity": _identity(preset.models[model], dataset_id(spec), preset.protocol),
+        }
+
+
+def rl_conditions(preset: Preset, block: RlExperiment) -> Iterator[dict[str, Any]]:
+    """Yield the condition's fields that a block's arms share, for each model and problem set."""
+    rollouts = Rollouts(
+        block.group_size,
+        block.max_new_tokens,
+        block.evaluations,
+        tuple(block.held_out),
+        block.held_out_samples,
+        block.prompt,
+        tuple(block.stop),
+        block.mean_response_tokens,
+    )
+    for model, problems in product(block.models, block.problems):
+        sets = [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]
+        yield {
+            "task": "rl",
+            "model": model,
+            "dataset": problems,
+            "batch_size": block.problems_per_step * block.group_size,
+            "steps": block.steps,
+            "identity": _identity(preset.models[model], sets, preset.protocol),
+            "rollouts": rollouts,
+        }
+
+
+def block_sweeps(
+    preset: Preset, name: str, block: SftExperiment | RlExperiment, common: dict[str, Any]
+) -> Iterator[Sweep]:
+    eps = preset.protocol.eps if block.eps is None else block.eps
+    for arm, lrs in _arms(block, preset.protocol):
+        every = range(1, block.seeds) if block.repeat == "every" else ()
+        yield Sweep(
+            Condition(**common, **arm, eps=eps),
+            tuple(lrs),
+            seeds=block.seeds if block.repeat == "best" else 1,
+            experiments=(name,),
+            repeated=tuple((lr, seed) for lr in lrs for seed in every),
+        )
+
+
+def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """Yield the condition's fields of each arm, and the arm's LR grid."""
+    if block.lrs.fullft:
+        absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))
+        yield {"method": "fullft", **absent}, block.lrs.fullft
+    alphas = block.alphas or [protocol.alpha]
+    # The first transform is the identity: p = q = 1.
+    transforms = [[1.0, 1.0], *block.transforms]
+    for placement, ranks in block.ranks.items():
+        for rank, alpha, init_a, ratio, (p, q) in product(ranks, alphas, block.inits_a, block.lr_ratios, transforms):
+            arm = {
+                "method": "lora",
+                "rank": rank,
+                "placement": placement,
+                "alpha": alpha * rank**block.alpha_power / (p * q),
+                "init_a": init_a * p,
+                "lr_ratio": ratio * q / p,
+            }
+            yield arm, [lr * p for lr in block.lrs.lora]
+
+
+def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
+    """Hash of everything that determines a run's result beside the other fields of its condition, its LR and seed."""
+    # Alpha and epsilon are fields of the condition.
+    rules = protocol.model_dump(exclude={"alpha", "eps"})
+    return digest([PROTOCOL_VERSION, model_id(model), data, rules])

@@ -1,0 +1,155 @@
+"""The resources that each job requests of a cluster, from the estimates that `lorabench plan` prints.
+
+They are computed for every job of the DAG, so this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lorabench.config.preset import Preset
+from lorabench.errors import UserError
+from lorabench.estimates.lane_count import lane_count
+from lorabench.estimates.lengths import tokens_per_example
+from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
+from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.plan import Plan
+from lorabench.runs import EvalJob, Job, Sweep
+from lorabench.utils.gpus import GB, GPUS
+
+MB = 1e6
+# Factors on the estimates, because a job that is cut off costs more than one that waits a little longer to start.
+_TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
+_EXTRA_MINUTES = 10
+# Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process beside weights.
+_PROCESS, _GPU_PROCESS = 1.5e9, 6e9
+# Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
+# are slower.
+_TOKENIZED_PER_SECOND = 100_000
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The resources that a job requests."""
+
+    gpus: int
+    """0 for a CPU job."""
+    cpus: int
+    mem_mb: int
+    """Memory of the host."""
+    gpu_mem_mb: int
+    """Estimated peak on each GPU; 0 on a CPU."""
+    minutes: int
+    """Wall-clock limit: the estimate with a margin."""
+    disk_mb: int
+    """Size of the files that the job leaves under results/."""
+
+
+def job_resources(plan: Plan, job: Job) -> Resources:
+    """The resources of a training job: the memory of its largest sweep, and the time of all of them.
+
+    Raises:
+        UserError: a sweep fits on no number of GPUs that the preset allows.
+    """
+    preset = plan.preset
+    gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
+    peak = max(peak_bytes(preset, sweep, gpus, lane_count(preset, sweep, gpus)) for sweep in job.sweeps)
+    disk = sum(_kept_bytes(preset, sweep) for sweep in job.sweeps)
+    return _resources(preset, job.sweeps[0].condition.model, gpus, peak, job_seconds(preset, job, gpus), disk)
+
+
+def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
+    """Bytes of the weights that are kept when a sweep is done."""
+    condition = sweep.condition
+    sizes = dimensions(preset.models[condition.model])
+    kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
+    return 4 * kept * trained_parameters(preset, sizes, condition.rank, condition.placement)
+
+
+def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
+    """The resources of an evaluation's job, which uses one GPU or a CPU.
+
+    Raises:
+        UserError: the model does not fit.
+    """
+    preset, evaluation = plan.preset, plan.preset.evaluation
+    assert evaluation
+    sizes = dimensions(preset.models[job.model])
+    # Weights in fp32, with bf16 copies that may live at the same time; logits of a batch of long texts in both types.
+    longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
+    peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
+    return _on_one(preset, "the evaluation", job.model, peak, evaluation_seconds(preset, job), 20 * MB)
+
+
+def compute_resources(plan: Plan) -> Resources:
+    """The resources of the job that measures training steps, which uses one GPU or a CPU.
+
+    It holds all arms of a model at once, and they share its base.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    preset, plain = plan.preset, plan.preset.execution.model_copy(update={"activation_checkpointing": False})
+    experiment, protocol = preset.experiments.compute, preset.protocol
+    assert experiment
+
+    uncut = preset.model_copy(update={"execution": plain})
+
+    def peak(model: str) -> float:
+        sizes = dimensions(preset.models[model])
+        adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
+        step = step_memory(
+            uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length, experiment.sequence_length
+        )
+        return step.total + 12 * adapters
+
+    largest = max(experiment.models, key=peak)
+    return _on_one(preset, "experiment compute", largest, peak(largest), compute_seconds(preset), MB)
+
+
+def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
+    """The resources of the job that tokenizes a dataset in pieces: a process per thread, one that writes, no GPU."""
+    spec, processes = preset.datasets[dataset], preset.execution.threads
+    examples = spec.train + spec.validation + spec.test
+    tokens = examples * tokens_per_example(preset.models[model], spec)
+    # A token's id takes 4 bytes, its mask of scored tokens a byte; there are files of both and the cache made of them.
+    size = 5 * tokens
+    seconds = tokens / (processes * _TOKENIZED_PER_SECOND)
+    minutes = math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES
+    memory = (1 + processes) * _PROCESS
+    return Resources(0, processes, math.ceil(memory / MB), 0, minutes, math.ceil(2 * size / MB))
+
+
+def restarts(jobs: Iterable[Resources], limit: int) -> int:
+    """The number of times that a limit in minutes may end the longest of some jobs before it is done."""
+    return max((job.minutes for job in jobs), default=0) // limit
+
+
+def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float) -> Resources:
+    """The resources of a job of one process, on a GPU if the preset has one."""
+    gpu = preset.execution.gpu
+    if gpu is None:
+        return _resources(preset, model, 0, peak + _PROCESS, seconds, disk)
+    available = USABLE * GPUS[gpu].memory
+    if peak > available:
+        raise UserError(
+            f"{what} needs {peak / GB:.0f} GB for {model} on one {gpu}, which has {available / GB:.0f} GB to give; "
+            f"leave that model out of it, or choose another execution.gpu"
+        )
+    return _resources(preset, model, 1, peak, seconds, disk)
+
+
+def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:
+    # Weights are read and written through the host's memory.
+    host = 6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak
+    return Resources(
+        gpus=gpus,
+        cpus=preset.execution.threads * max(1, gpus),
+        mem_mb=math.ceil(_MEMORY_MARGIN * host / MB),
+        gpu_mem_mb=math.ceil(peak / MB) if gpus else 0,
+        minutes=math.ceil(_TIME_MARGIN * seconds / 60) + _EXTRA_MINUTES,
+        disk_mb=math.ceil(disk / MB),
+    )

@@ -1,0 +1,1 @@
+"""Where results lie: paths, run folders and progress."""

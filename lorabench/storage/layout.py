@@ -1,0 +1,175 @@
+"""The paths of all files of a preset. No other module knows a path, and the rules of the workflow use this one too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lorabench.config.datasets import HubDataset
+from lorabench.config.files import preset_path
+from lorabench.config.loading import load_preset
+from lorabench.config.models import HubModel, ModelSpec
+from lorabench.config.preset import Preset
+from lorabench.config.problems import HubProblems
+from lorabench.data.identity import dataset_id
+from lorabench.models.identity import model_id
+from lorabench.planning.budget import reduce_to_budget, split_budget
+from lorabench.runs import Condition, EvalJob, Job, Sweep
+from lorabench.utils.hashing import digest
+from lorabench.utils.hub import read_fetched
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of one preset's files, relative to the working directory."""
+
+    name: str
+    preset: Preset
+    dropped: tuple[str, ...] = ()
+    """Sentences that say what was left out of the preset to stay within a budget."""
+
+    @classmethod
+    def of(cls, preset: str) -> Layout:
+        """Return the layout of a preset.
+
+        Args:
+            preset: a shipped preset's name or the path of a YAML file; `NAME@HOURS` reduces it to a budget.
+
+        Raises:
+            PresetError: there is no such preset, it is not valid, or no part of it fits the budget.
+        """
+        preset, hours = split_budget(preset)
+        name, loaded = preset_path(preset).stem, load_preset(preset)
+        if hours is None:
+            return cls(name, loaded)
+        kept, dropped = reduce_to_budget(loaded, hours)
+        return cls(name, kept, tuple(dropped))
+
+    @property
+    def root(self) -> Path:
+        """The folder of all results."""
+        return Path("results") / self.name
+
+    @property
+    def figures(self) -> Path:
+        """The folder of the figures that a run of the preset draws; git ignores it."""
+        return Path("paper_figures") / self.name
+
+    @property
+    def published(self) -> Path:
+        """The folder of figures, claims and provenance that the repository shows; `lorabench publish` writes it."""
+        return Path("paper_figures") / "published" / self.name
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs' folders."""
+        return self.root / "runs"
+
+    @property
+    def patches(self) -> Path:
+        """The folder of the uncommitted changes to the code that runs were made with."""
+        return self.root / "patches"
+
+    @property
+    def report(self) -> Path:
+        """The report page."""
+        return self.root / "report" / "index.html"
+
+    @property
+    def report_without_evaluation(self) -> Path:
+        """The report page without scores of lm-eval, for a preset whose evaluation fails."""
+        return self.report.with_name("without_evaluation.html")
+
+    def tables(self, experiment: str | None = None) -> Path:
+        """Return the folder of the tidy tables, of one experiment or of all."""
+        return self.root / "tables" / experiment if experiment else self.root / "tables"
+
+    def dataset(self, dataset: str) -> Path:
+        """Return the file of a dataset or a problem set."""
+        return self.root / "data" / f"{dataset}.{dataset_id(self.preset.sources[dataset])}.parquet"
+
+    def tally(self, dataset: str) -> Path:
+        """Return the file that counts the usable and the unusable rows of a user's data file."""
+        return self.dataset(dataset).with_suffix(".rows.json")
+
+    def tokens(self, model: str, dataset: str) -> Path:
+        """Return the file of a dataset's tokens for a model."""
+        model_key, dataset_key = model_id(self.preset.models[model]), dataset_id(self.preset.datasets[dataset])
+        return self.root / "tokens" / f"{model}.{model_key}.{dataset}.{dataset_key}.safetensors"
+
+    @property
+    def pins(self) -> Path:
+        """The folder that pins each branch or tag of the hub to the commit that was fetched first."""
+        return self.root / "pins"
+
+    def fetched_model(self, model: str) -> Path | None:
+        """Return the file that describes what was fetched of a model of the hub; None for other models."""
+        spec = self.preset.models[model]
+        if not isinstance(spec, HubModel):
+            return None
+        return self.root / "hub" / "models" / f"{model}.{model_id(spec)}.json"
+
+    def fetched_data(self, dataset: str) -> Path | None:
+        """Return the file that describes what was fetched of a dataset or problem set of the hub.
+
+        None if the data are not from the hub, or a local copy is read.
+        """
+        spec = self.preset.sources[dataset]
+        if not isinstance(spec, HubDataset | HubProblems) or spec.path is not None:
+            return None
+        return self.root / "hub" / "data" / f"{dataset}.{dataset_id(spec)}.json"
+
+    def model(self, model: str) -> ModelSpec:
+        """Return a model's spec; the revision of a hub model is the commit that was fetched.
+
+        Raises:
+            UserError: the model was not fetched yet.
+        """
+        spec, fetched = self.preset.models[model], self.fetched_model(model)
+        if fetched is None or not isinstance(spec, HubModel):
+            return spec
+        return spec.model_copy(update={"revision": read_fetched(fetched)[spec.id].commit})
+
+    def commits(self, condition: Condition) -> dict[str, str]:
+        """Return the commits of the hub's repositories that a condition reads, by repository id.
+
+        Raises:
+            UserError: a repository was not fetched yet.
+        """
+        held_out = condition.rollouts.held_out if condition.rollouts else ()
+        files = [self.fetched_model(condition.model), *map(self.fetched_data, (condition.dataset, *held_out))]
+        return {name: repository.commit for file in files if file for name, repository in read_fetched(file).items()}
+
+    def job(self, job: Job) -> Path:
+        """Return the file of a job's runs."""
+        return self.root / "jobs" / f"{job.job_id}.parquet"
+
+    def lock(self, sweep: Sweep) -> Path:
+        """Return the lock file of a sweep's condition; sweeps of other plans with this condition share it."""
+        return self.root / "locks" / f"{digest(asdict(sweep.condition))}.lock"
+
+    def progress(self, sweep: Sweep) -> Path:
+        """Return the file that says how far a sweep is while it is trained."""
+        return self.root / "progress" / f"{sweep.sweep_id}.json"
+
+    def evals(self, job: EvalJob) -> Path:
+        """Return the file of one evaluation's scores."""
+        return self.root / "evals" / f"{job.eval_id}.parquet"
+
+    def samples(self, job: EvalJob) -> Path:
+        """Return the file of the model's responses to an evaluation's documents."""
+        return self.root / "evals" / f"{job.eval_id}.samples.parquet"
+
+    @property
+    def eval_tasks(self) -> Path:
+        """The file of the evaluation's tasks as lm-eval defines them; its name changes with the preset's tasks."""
+        assert self.preset.evaluation
+        tasks = [task.model_dump() for task in self.preset.evaluation.tasks]
+        return self.root / "evals" / f"tasks-{digest(tasks, 8)}.json"
+
+    @property
+    def pretraining(self) -> Path:
+        """The file of held-out pretraining text of the tiny bases."""
+        assert self.preset.evaluation
+        documents = self.preset.evaluation.pretraining_documents
+        return self.root / "data" / f"pretraining-{documents}.parquet"

@@ -1,0 +1,102 @@
+"""How far the work of a preset is: the progress file of each sweep, and a summary of all files on disk.
+
+The heartbeat of a job's lock (lock.py) shows whether the job is alive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabench.planning.plan import Plan
+from lorabench.runs import Run, Sweep
+from lorabench.storage.layout import Layout
+from lorabench.storage.run_folder import RunFolder
+from lorabench.utils.exhaustion import NoSpaceError
+from lorabench.utils.files import write_json
+from lorabench.utils.lock import heartbeat_age, is_alive
+
+INTERVAL = 2.0
+"""Seconds between two updates of a progress file."""
+
+
+class Progress:
+    """The file that holds how far one sweep is; it is removed when the sweep has ended well."""
+
+    def __init__(self, path: Path, sweep: Sweep) -> None:
+        self.path, self.sweep, self.last = path, sweep, -INTERVAL
+
+    def tick(self, number: int, run: Run, step: int) -> None:
+        """Record that a run has done `step` steps; the file is written at most every `EVERY` seconds.
+
+        Args:
+            number: the run's place in the sweep, counted from 1.
+        """
+        now = time.monotonic()
+        if now - self.last >= INTERVAL:
+            self.last = now
+            state = {
+                "label": self.sweep.condition.label,
+                "run": number,
+                "runs": self.sweep.n_runs,
+                "lr": run.lr,
+                "seed": run.seed,
+                "step": step,
+                "steps": run.condition.steps,
+            }
+            # A full disk must end the job where it loses something, not here.
+            with suppress(NoSpaceError):
+                write_json(state, self.path)
+
+    def close(self) -> None:
+        """Remove the file of a sweep that has ended well."""
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a preset's work.
+
+    `running` and `silent` hold the progress files of the sweeps that have not ended: those whose lock has a heartbeat,
+    and the others. Each has `silent_s`, the seconds since its last heartbeat; null if nobody holds the lock.
+    """
+
+    runs_done: int
+    runs_planned: int
+    jobs_done: int
+    jobs_planned: int
+    running: list[dict[str, Any]]
+    silent: list[dict[str, Any]]
+    report: Path | None
+
+
+def status(plan: Plan, layout: Layout) -> Status:
+    """Read the state of a preset's work from the files on disk."""
+    running: list[dict[str, Any]] = []
+    silent: list[dict[str, Any]] = []
+    finished = [job for job in plan.jobs if layout.job(job).exists()]
+    done = sum(job.n_runs for job in finished)
+    # The folder is listed once: a job calls this after every run, and most of its runs have no folder yet.
+    run_folders = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
+    for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
+        done += sum(RunFolder(layout.runs, run_id).done() for run_id in run_folders & sweep.run_ids)
+        try:
+            state = json.loads(layout.progress(sweep).read_text())
+        except FileNotFoundError:
+            continue
+        age = heartbeat_age(layout.lock(sweep))
+        (running if is_alive(age) else silent).append(state | {"silent_s": age})
+    return Status(
+        runs_done=done,
+        runs_planned=sum(sweep.n_runs for sweep in plan.sweeps),
+        jobs_done=len(finished),
+        jobs_planned=len(plan.jobs),
+        running=running,
+        silent=silent,
+        report=layout.report if layout.report.exists() else None,
+    )

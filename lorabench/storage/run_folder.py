@@ -1,0 +1,125 @@
+"""The folder of a run, and files that are written whole or not at all.
+
+    runs/<run_id>/record.json      the run's spec, its outcome, and the environment that it ran in
+    runs/<run_id>/curves.parquet   one row per step, split and metric
+    runs/<run_id>/weights/         the PEFT adapter, or the fully fine-tuned model
+    runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
+
+A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
+the final name is therefore complete, even after a power cut. Two jobs on the same run take turns by a lock (lock.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.errors import UserError
+from lorabench.utils.exhaustion import space_for
+from lorabench.utils.files import flush_to_disk
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run's files in the folder `runs` of a preset's results."""
+
+    runs: Path
+    run_id: str
+
+    @property
+    def final(self) -> Path:
+        return self.runs / self.run_id
+
+    @property
+    def partial(self) -> Path:
+        return self.runs / f"{self.run_id}.partial"
+
+    @property
+    def _finishing(self) -> Path:
+        return self.runs / f"{self.run_id}.finishing"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.partial / "checkpoint.safetensors"
+
+    @property
+    def record(self) -> Path:
+        return self.final / "record.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.final / "curves.parquet"
+
+    @property
+    def weights(self) -> Path:
+        return self.final / "weights"
+
+    def done(self) -> bool:
+        """Return whether the run has ended, whether or not it diverged."""
+        return self.record.is_file()
+
+    def read_record(self) -> dict[str, Any]:
+        """Read the record of a finished run.
+
+        Raises:
+            UserError: the record is missing or damaged.
+        """
+        with self._damage_explained():
+            record: dict[str, Any] = json.loads(self.record.read_text())
+        return record
+
+    def read_curves(self) -> pa.Table:
+        """Read the curves of a finished run.
+
+        Raises:
+            UserError: the curves are missing or damaged.
+        """
+        import pyarrow.parquet as pq
+
+        with self._damage_explained():
+            return pq.read_table(self.curves)
+
+    @contextmanager
+    def _damage_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise UserError(f"run {self.run_id} is damaged; delete {self.final} to have it trained again") from error
+
+    def tidy(self) -> None:
+        """Remove the half-written files of a killed job; the checkpoint stays until the run is finished."""
+        shutil.rmtree(self._finishing, ignore_errors=True)
+        if self.done():
+            shutil.rmtree(self.partial, ignore_errors=True)
+        for half_written in self.partial.glob(".*.partial"):
+            half_written.unlink()
+
+    @contextmanager
+    def finishing(self) -> Iterator[Path]:
+        """Yield a temporary folder for the finished run's files; it becomes the run's folder on success.
+
+        Raises:
+            NoSpaceError: the disk is full.
+        """
+        self.tidy()
+        try:
+            with space_for(self.final):
+                self._finishing.mkdir(parents=True)
+                yield self._finishing
+                for path in self._finishing.rglob("*"):
+                    if path.is_file():
+                        flush_to_disk(path)
+                shutil.rmtree(self.final, ignore_errors=True)
+                os.replace(self._finishing, self.final)
+        finally:
+            shutil.rmtree(self._finishing, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)

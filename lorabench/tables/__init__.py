@@ -1,0 +1,1 @@
+"""The tidy tables: their columns, how they are made, written, read, checked and merged."""

@@ -1,0 +1,117 @@
+"""Make tidy tables from the records of runs, jobs and evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from lorabench.errors import UserError
+from lorabench.planning.plan import Plan
+from lorabench.runs import Sweep
+from lorabench.storage.run_folder import RunFolder
+from lorabench.tables.io import write_csv, write_frame, write_table
+from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS
+from lorabench.utils.files import read_parquet
+
+if TYPE_CHECKING:
+    from lorabench.tables.schemas import CurvePoint
+
+
+def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:
+    """Return a run's row of the `runs` table.
+
+    Args:
+        record: the content of the run's record.json.
+        experiments: the experiments that the run belongs to.
+    """
+    spec, outcome, environment = record["spec"], record["outcome"], record["environment"]
+    flat = {**environment, **outcome, **spec, "run_id": record["run_id"], "experiments": list(experiments)}
+    flat["versions"] = json.dumps(environment["packages"], sort_keys=True)
+    flat["protocol"] = json.dumps(spec["protocol"], sort_keys=True)
+    flat["model_sha256"] = json.dumps(environment["model_sha256"], sort_keys=True)
+    return {name: flat.get(name) for name in RUNS.names}
+
+
+def write_curves(run_id: str, points: list[CurvePoint], path: Path) -> None:
+    """Write the curves of one run in the columns of CURVES."""
+    rows = [{"run_id": run_id, **vars(point)} for point in points]
+    write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
+
+
+def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
+    """Return the rows of a sweep's finished runs for `write_job`, each with its curves nested."""
+    # The preset may have given the model or dataset another name since the run was trained.
+    names = {"model": sweep.condition.model, "dataset": sweep.condition.dataset}
+    rows = []
+    for folder in folders:
+        curve = folder.read_curves().drop_columns(["run_id"]).to_pylist()
+        rows.append({**run_row(folder.read_record(), sweep.experiments), **names, "curve": curve})
+    return rows
+
+
+def write_job(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the file of a job: the `sweep_rows` of all its sweeps."""
+    write_table(pa.Table.from_pylist(rows, schema=JOB), path)
+
+
+def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
+    """Merge files of jobs into the tables `runs` and `curves` (parquet and CSV) in the folder `out`.
+
+    Args:
+        jobs: the files that `write_job` wrote.
+        out: the folder of the tables.
+        plan: the plan to take the runs' experiments from; without it, those are kept that the files were written with.
+
+    Raises:
+        UserError: a file is damaged, or its job is not in the plan.
+    """
+    table = pa.concat_tables([_read_job(path, plan) for path in jobs])
+    runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
+    curves = pa.Table.from_pylist(
+        [
+            {"run_id": row["run_id"], **point}
+            for row in table.select(["run_id", "curve"]).to_pylist()
+            for point in row["curve"]
+        ],
+        schema=CURVES,
+    )
+    for name, part in (("runs", runs), ("curves", curves)):
+        write_table(part, out / f"{name}.parquet")
+        write_csv(part.to_pandas(), out / f"{name}.csv")
+
+
+def _read_job(path: Path, plan: Plan | None) -> pa.Table:
+    table = read_parquet(path, JOB)
+    if plan is None:
+        return table
+    experiments = pa.array([plan.job(path.stem).experiments] * len(table), pa.list_(pa.string()))
+    return table.set_column(table.schema.get_field_index("experiments"), RUNS.field("experiments"), experiments)
+
+
+def collect_evals(files: list[Path], out: Path) -> None:
+    """Merge the scores of evaluations into the table `evals` (parquet and CSV) in the folder `out`.
+
+    Rows are ordered by model, the base model before its fine-tuned runs.
+
+    Raises:
+        UserError: a file is damaged, or was not written by `lorabench evaluate`.
+    """
+    order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
+    tables = []
+    for path in files:
+        table = read_parquet(path)
+        if missing := [name for name in EVALS.names if name not in table.column_names]:
+            raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
+        tables.append(table.select(EVALS.names).cast(EVALS))
+    # The stable sort keeps the rows of one model in the order of its tasks.
+    frame = pa.concat_tables(tables).to_pandas()
+    write_frame(frame.sort_values(order, na_position="first", kind="stable"), "evals", out)
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write the planned runs as parquet, one row per run."""
+    write_table(pa.Table.from_pylist(plan.rows()), path)

@@ -1,0 +1,188 @@
+"""The columns of the tidy tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One value of a learning curve; `examples` and `tokens` are trained on up to this step, `value` is None if it is
+    not finite."""
+
+    step: int
+    examples: int
+    tokens: int
+    split: str
+    metric: str
+    value: float | None
+
+
+RUNS = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("experiments", pa.list_(pa.string())),
+        ("model", pa.string()),
+        ("dataset", pa.string()),
+        ("task", pa.string()),
+        ("method", pa.string()),
+        ("rank", pa.int64()),
+        ("placement", pa.string()),
+        ("alpha", pa.float64()),
+        ("init_a", pa.float64()),
+        ("lr_ratio", pa.float64()),
+        ("eps", pa.float64()),
+        ("lr", pa.float64()),
+        ("batch_size", pa.int64()),
+        ("steps", pa.int64()),
+        ("seed", pa.int64()),
+        ("status", pa.string()),
+        ("diverged_at", pa.int64()),
+        ("final_valid_nll", pa.float64()),
+        ("final_test_nll", pa.float64()),
+        ("test_scored_tokens", pa.int64()),
+        ("first_epoch_nats", pa.float64()),
+        ("first_epoch_scored_tokens", pa.int64()),
+        ("entropy_bits", pa.float64()),
+        ("group_size", pa.int64()),
+        ("max_new_tokens", pa.int64()),
+        ("base_reward", pa.float64()),
+        ("final_valid_reward", pa.float64()),
+        ("final_reward", pa.float64()),
+        ("best_reward", pa.float64()),
+        ("family", pa.string()),
+        ("hidden_size", pa.int64()),
+        ("trainable_params", pa.int64()),
+        ("base_params", pa.int64()),
+        ("train_tokens", pa.int64()),
+        ("train_flops", pa.float64()),
+        ("wall_s", pa.float64()),
+        ("peak_mem_bytes", pa.int64()),
+        ("device", pa.string()),
+        ("threads", pa.int64()),
+        ("host", pa.string()),
+        ("started", pa.string()),
+        ("git_sha", pa.string()),
+        ("git_dirty_patch", pa.string()),
+        ("versions", pa.string()),
+        ("model_sha256", pa.string()),
+        ("dataset_sha256", pa.string()),
+        ("tokenizer_sha256", pa.string()),
+        ("template_sha256", pa.string()),
+        ("protocol", pa.string()),
+    ]
+)
+
+
+_CURVE = [
+    ("step", pa.int64()),
+    ("examples", pa.int64()),
+    ("tokens", pa.int64()),
+    ("split", pa.string()),
+    ("metric", pa.string()),
+    ("value", pa.float64()),
+]
+
+
+CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
+
+
+COMPUTE = pa.schema(
+    [
+        ("model", pa.string()),
+        ("method", pa.string()),
+        ("rank", pa.int64()),
+        ("placement", pa.string()),
+        ("batch_size", pa.int64()),
+        ("sequence_length", pa.int64()),
+        ("effective_width", pa.float64()),
+        ("linear_flops", pa.float64()),
+        ("total_flops", pa.float64()),
+        ("step_s", pa.float64()),
+        ("peak_mem_bytes", pa.int64()),
+        ("trainable_params", pa.int64()),
+        ("base_params", pa.int64()),
+        ("device", pa.string()),
+        ("threads", pa.int64()),
+    ]
+)
+
+
+COUNTS = pa.schema(
+    [
+        ("architecture", pa.string()),
+        ("placement", pa.string()),
+        ("part", pa.string()),
+        ("rank", pa.int64()),
+        ("include_unembedding", pa.bool_()),
+        ("trainable_params", pa.int64()),
+        ("base_params", pa.int64()),
+    ]
+)
+
+
+EVALS = pa.schema(
+    [
+        ("run_id", pa.string()),
+        ("model", pa.string()),
+        ("dataset", pa.string()),
+        ("method", pa.string()),
+        ("rank", pa.int64()),
+        ("placement", pa.string()),
+        ("alpha", pa.float64()),
+        ("init_a", pa.float64()),
+        ("lr_ratio", pa.float64()),
+        ("eps", pa.float64()),
+        ("lr", pa.float64()),
+        ("batch_size", pa.int64()),
+        ("steps", pa.int64()),
+        ("seed", pa.int64()),
+        ("final_test_nll", pa.float64()),
+        ("final_reward", pa.float64()),
+        ("about", pa.string()),
+        ("task", pa.string()),
+        ("source", pa.string()),
+        ("metric", pa.string()),
+        ("filter", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("higher_is_better", pa.bool_()),
+        ("n_samples", pa.int64()),
+        ("num_fewshot", pa.int64()),
+        ("eval_batch_size", pa.int64()),
+        ("task_version", pa.string()),
+        ("task_config", pa.string()),
+        ("template_sha256", pa.string()),
+        ("versions", pa.string()),
+    ]
+)
+
+
+CLAIMS = pa.schema(
+    [
+        ("claim_id", pa.string()),
+        ("kind", pa.string()),
+        ("statement", pa.string()),
+        ("figure", pa.string()),
+        ("criterion", pa.string()),
+        ("estimate", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("unit", pa.string()),
+        ("n_runs", pa.int64()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("paper_value", pa.string()),
+        ("published", pa.string()),
+        ("run_ids", pa.list_(pa.string())),
+    ]
+)
+
+
+# The file of a job holds its runs with their curves nested, since a job has one output.
+JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
+
+
+SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS, "evals": EVALS, "claims": CLAIMS}

@@ -1,0 +1,47 @@
+"""All tidy tables of one folder, or of several that are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabench.errors import UserError
+from lorabench.tables.io import empty_table, read_table, table_path
+from lorabench.tables.merge import merge_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tidy tables that claims and figures are made from; a missing table is empty and has no columns."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    compute: pd.DataFrame = field(default_factory=empty_table)
+    counts: pd.DataFrame = field(default_factory=empty_table)
+    evals: pd.DataFrame = field(default_factory=empty_table)
+
+    @classmethod
+    def read(cls, *folders: Path) -> Tables:
+        """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
+
+        Raises:
+            UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
+        """
+        names = ("runs", "curves", "compute", "counts", "evals")
+        for folder in folders:
+            if not any(table_path(folder, name) for name in names):
+                raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")
+        return cls(*(_read_merged(folders, name) for name in names))
+
+
+def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
+    frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
+    if len(frames) < 2:
+        return next(iter(frames.values()), empty_table())
+
+    return merge_tables(name, frames)

@@ -1,0 +1,105 @@
+"""Checkpoints of runs that are trained together as lanes: all are of the same step, also after a crash.
+
+The last bits of a run's numbers depend on the runs computed beside it, so lanes must resume at a common step. All lanes
+save after the same step, each to a `.next` file beside its checkpoint; when all have saved, these files replace the
+checkpoints. If a job dies during these renames, the next job completes them. Runs whose checkpoints are of different
+steps, because one is damaged or they were grouped differently before, are trained separately.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorabench.models.lanes.shelf import Lane
+from lorabench.training.checkpoint import checkpoint_step, load_checkpoint, save_checkpoint, usable_step
+from lorabench.training.distributed import SINGLE_PROCESS, Processes
+from lorabench.utils import signals
+
+
+def groups_at_same_step(paths: Mapping[str, Path], processes: Processes = SINGLE_PROCESS) -> list[list[str]]:
+    """Group runs by the step of their checkpoints; the runs of a group can go on together.
+
+    Renames that a killed job left unfinished are completed first, and stale `.next` files are deleted.
+
+    Args:
+        paths: the checkpoint of each run by its run_id.
+
+    Returns:
+        The run_ids of each group. Runs without a usable checkpoint are at step 0.
+    """
+    if processes.first:
+        newest = max(checkpoint_step(path) for path in paths.values())
+        for path in paths.values():
+            if checkpoint_step(path) < newest == checkpoint_step(_next(path)):
+                os.replace(_next(path), path)
+            _next(path).unlink(missing_ok=True)
+    processes.wait()
+    groups: dict[int, list[str]] = {}
+    for run_id, path in paths.items():
+        groups.setdefault(usable_step(path, run_id), []).append(run_id)
+    return list(groups.values())
+
+
+class LaneCheckpoints:
+    """Decides when the lanes of a job save, and writes and reads their checkpoints.
+
+    Attributes:
+        stopping: whether the lanes must end when they have saved.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], seconds: float, processes: Processes = SINGLE_PROCESS) -> None:
+        """
+        Args:
+            paths: the checkpoint of each run by its run_id.
+            seconds: time between two checkpoints.
+            processes: the processes that train the lanes together.
+        """
+        self._paths, self._seconds, self._saved = dict(paths), seconds, time.perf_counter()
+        self._processes = processes
+        self._step, self._due, self.stopping = 0, False, False
+
+    def due(self, step: int, last: bool) -> bool:
+        """Return whether the lanes save after this step; the first lane's call decides for all lanes.
+
+        Several lanes save after the `last` step too: some may be finished before the job dies and others not.
+        """
+        if step != self._step:
+            self._step, self.stopping = step, self._processes.any(signals.requested()) and not last
+            waited = self._processes.any(time.perf_counter() - self._saved >= self._seconds)
+            self._due = len(self._paths) > 1 if last else waited or self.stopping
+            if self._due:
+                self._saved = time.perf_counter()
+        return self._due
+
+    def save(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+        """Save the state of a lane; see `save_checkpoint`."""
+        path = self._paths[run_id]
+        if len(self._paths) > 1:
+            path = _next(path)
+        save_checkpoint(path, run_id, lane, optimizer, progress, self._processes)
+        self._commit()
+
+    def load(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Restore the state of a lane; see `load_checkpoint`."""
+        return load_checkpoint(self._paths[run_id], run_id, lane, optimizer, self._processes)
+
+    def ended(self, run_id: str) -> None:
+        """Forget a finished lane, and commit if all remaining lanes have saved."""
+        del self._paths[run_id]
+        self._commit()
+
+    def _commit(self) -> None:
+        """Replace the checkpoints by the `.next` files once every lane has one."""
+        if self._processes.first and all(_next(path).exists() for path in self._paths.values()):
+            for path in self._paths.values():
+                os.replace(_next(path), path)
+
+
+def _next(path: Path) -> Path:
+    return path.with_suffix(".next")

@@ -1,0 +1,168 @@
+"""Training of RL sweeps: LoRA runs are trained as lanes, which share the base, sample together and learn together."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lorabench.data.grading import Grader
+from lorabench.data.tokens import template_key, tokenizer_key
+from lorabench.models.base import load_tokenizer, max_length, skeleton
+from lorabench.models.lanes.shelf import Stack, single_lane
+from lorabench.models.size import Sizes
+from lorabench.runs import Rollouts, Run
+from lorabench.training.drive import train_alone, train_lanes
+from lorabench.training.loss import check_plain_head
+from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
+from lorabench.training.rl.problems import GraderProtocol, ProblemTexts
+from lorabench.training.rl.sampler import Request, Response, sample
+from lorabench.training.rl.serve import RlServer, Sampler, sampling_server
+from lorabench.training.rl.together import FirstProcessGrader, Replica, sample_in_processes
+from lorabench.training.sweep import RunGroup, SweepContext, now, provenance
+from lorabench.utils import signals
+from lorabench.utils.files import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RlTrainer:
+    """Trains the runs of a job's sweeps, which share one model and one problem set.
+
+    Sweeps with equal `Rollouts` share problems, graders and the base model's scores. It is a context manager that
+    closes the graders on exit.
+    """
+
+    def __init__(self) -> None:
+        self._work: dict[Rollouts, _Work] = {}
+        self._graders = ExitStack()
+
+    def __enter__(self) -> RlTrainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._graders.close()
+
+    def __call__(self, job: SweepContext, runs: list[tuple[int, Run]]) -> None:
+        """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
+        groups = job.unfinished_groups(runs)
+        if not groups:
+            return
+        rollouts = job.sweep.condition.rollouts
+        assert rollouts
+        if rollouts not in self._work:
+            environment = _environment(job, self._graders)
+            fingerprints = provenance(job) | _fingerprints(job, environment.texts)
+            self._work[rollouts] = _Work(environment, fingerprints)
+        for group in groups:
+            self._work[rollouts].train(job, group)
+
+
+@dataclass
+class _Work:
+    """The environment of runs with equal `Rollouts`, and the base model's scores once they are known."""
+
+    environment: Environment
+    provenance: dict[str, Any]
+    base: Scores | None = None
+
+    def train(self, job: SweepContext, runs: RunGroup) -> None:
+        """Train a group of runs as lanes of a newly loaded base model."""
+        machine = job.machine
+        if machine.processes.any(signals.requested()):
+            signals.raise_stopped()
+        model: Any = job.load()
+        check_plain_head(model)
+        together = [run for _, run in runs.values()]
+        lora = together[0].condition.method == "lora"
+        if not machine.processes.sharded:
+            self._base_scores(job, partial(self._sample, job, single_lane(model, "")))
+        if lora:
+            model = job.with_lora(model, together)
+        sizes = Sizes.of(model)
+        if machine.processes.sharded:
+            stack, draw = self._sharded(job, model, together[0])
+        else:
+            stack = job.stacked(model, together) if lora else single_lane(model, together[0].run_id)
+            draw = partial(self._sample, job, stack)
+        base = self._base_scores(job, draw)
+        started, checkpoints, protocol = now(), job.checkpoints(together), job.plan.preset.protocol
+        lanes = {}
+        for name, (number, run) in runs.items():
+            job.announce(number, run)
+            lanes[name] = train_rl(
+                run,
+                stack.lanes[name],
+                self.environment,
+                protocol,
+                machine.processes,
+                checkpoints,
+                base,
+                job.ticker(number, run),
+            )
+        for name, outcome in train_lanes(lanes, RlServer(stack, draw, machine, machine.autocast(protocol))):
+            job.write(runs[name][1], outcome, stack, sizes, self.provenance | {"started": started})
+            checkpoints.ended(name)
+            stack.drop(name)
+
+    def _sharded(self, job: SweepContext, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
+        """Shard the model of a run; return its stack and the function that samples from it."""
+        blank: Any = skeleton(job.layout.model(job.sweep.condition.model))
+        adapter = run.run_id if run.condition.method == "lora" else None
+        if adapter:
+            blank = job.with_lora(blank, [run])
+        machine = job.machine
+        sharded = machine.processes.shard(model)
+        replica = Replica(sharded, blank, machine.device, machine.autocast(job.plan.preset.protocol))
+        stack = single_lane(sharded, run.run_id, adapter)
+        return stack, lambda requests: self._sample(job, single_lane(replica.refreshed(), run.run_id), requests)
+
+    def _sample(self, job: SweepContext, stack: Stack, requests: list[Request]) -> list[Response]:
+        machine, texts = job.machine, self.environment.texts
+        autocast = machine.autocast(job.plan.preset.protocol)
+
+        def draw(share: list[Request]) -> list[Response]:
+            return sample(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast)
+
+        return sample_in_processes(requests, draw, machine.processes)
+
+    def _base_scores(self, job: SweepContext, draw: Sampler) -> Scores:
+        """Return the base model's scores; the first call evaluates them, when the model is still untrained."""
+        if self.base is None:
+            rollouts = job.sweep.condition.rollouts
+            assert rollouts
+            evaluation = evaluate(self.environment, rollouts, 0, 0, None)
+            self.base, _ = train_alone(evaluation, sampling_server(draw))
+        return self.base
+
+
+def _environment(job: SweepContext, open_graders: ExitStack) -> Environment:
+    condition, preset = job.sweep.condition, job.plan.preset
+    rollouts = condition.rollouts
+    assert rollouts
+    spec = job.layout.model(condition.model)
+    texts = ProblemTexts(load_tokenizer(spec), rollouts, max_length(spec))
+
+    def grader(name: str) -> GraderProtocol:
+        workers = preset.execution.threads
+        opened = open_graders.enter_context(Grader(preset.problems[name].grader, workers))
+        return FirstProcessGrader(opened, job.machine.processes)
+
+    held_out = {name: texts.read(job.layout.dataset(name))["test"] for name in rollouts.held_out}
+    return Environment(
+        texts,
+        texts.read(job.layout.dataset(condition.dataset)),
+        held_out,
+        grader(condition.dataset),
+        {name: grader(name) for name in held_out},
+    )
+
+
+def _fingerprints(job: SweepContext, texts: ProblemTexts) -> dict[str, str]:
+    return {
+        "dataset_sha256": file_sha256(job.layout.dataset(job.sweep.condition.dataset))[:16],
+        "tokenizer_sha256": tokenizer_key(texts.tokenizer),
+        "template_sha256": template_key(texts.tokenizer),
+    }

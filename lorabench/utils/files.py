@@ -1,0 +1,85 @@
+"""Write files whole or not at all, and read them with one sentence about damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.errors import UserError
+from lorabench.utils.exhaustion import space_for
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it replaces `path` on success and is removed on failure.
+
+    Raises:
+        NoSpaceError: the disk is full; `path` keeps its old content.
+    """
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
+    try:
+        with space_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            flush_to_disk(partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk, so that its name does not survive a power cut without it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite; a missing number is written as null.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic_path(path) as partial:
+        partial.write_text(text + "\n")
+
+
+def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """Read a parquet file that can be made again.
+
+    Raises:
+        UserError: the file is damaged, or its columns are not those of the schema.
+    """
+    import pyarrow.parquet as pq
+
+    with damage_explained(path):
+        return pq.read_table(path, schema=schema)
+
+
+@contextmanager
+def damage_explained(path: Path) -> Iterator[None]:
+    """Turn the error of a parquet file that can't be read into a UserError: the file can be made again."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} is damaged; delete it to have it made again ({reason})") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,245 @@
+"""The Hugging Face hub: jobs with a network fetch what a preset needs once, and all other jobs read the cache offline.
+
+A revision that may move (`main`, a tag) is pinned to one commit for all of a preset's results: the commit that it
+pointed to when it was first fetched, kept in `results/<preset>/pins/`. That file is no output of a rule, so the commit
+stays the same when the workflow makes its outputs again. A small JSON file, which later jobs read, lists what was
+fetched: commit, files and sizes.
+
+A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
+and runs of different commits are never mixed (`lorabench/training/sweep.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from lorabench.errors import UserError
+from lorabench.utils.files import write_json
+
+# Only files at the top level are fetched: some repositories hold the same weights in other formats in folders.
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_IN_FOLDERS = ("*/*",)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Bytes that must stay free on the disk after a download.
+_SPARE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class WantedRepository:
+    """A repository to fetch, at the revision that a preset names."""
+
+    kind: Literal["model", "dataset"]
+    id: str
+    revision: str
+    parts: tuple[tuple[str | None, str], ...] = ()
+    """The parts of a dataset to fetch, each a configuration (None for the default) and a split."""
+    code: bool = False
+    """Whether to fetch a model's Python files too."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id}"
+
+
+@dataclass(frozen=True)
+class FetchedRepository:
+    """A repository as it was fetched into the hub's cache."""
+
+    kind: Literal["model", "dataset"]
+    id: str
+    revision: str
+    commit: str
+    files: dict[str, int]
+    """The size in bytes of each file, by its name."""
+    parts: dict[str, list[str]]
+    """The names of a dataset's files by part, `configuration/split` or `split`."""
+
+    def data_files(self, config: str | None, split: str) -> list[Path]:
+        """Return the local files of a part of a dataset.
+
+        Raises:
+            UserError: a file is not in the cache, or no longer.
+        """
+        return [self._cached(name) for name in self.parts[_part_name(config, split)]]
+
+    def _cached(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(self.id, name, repo_type=self.kind, revision=self.commit, local_files_only=True)
+            )
+        except LocalEntryNotFoundError as error:
+            cache = f"the hub's cache {_cache_folder()}"
+            raise UserError(f"{name} of {self.kind} {self.id} is not in {cache}; fetch it again") from error
+
+
+@cache
+def read_fetched(path: Path) -> dict[str, FetchedRepository]:
+    """Read the file that `fetch` wrote: the fetched repositories by their id on the hub.
+
+    Raises:
+        UserError: there is no such file, since nothing was fetched yet.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"not fetched from the hub yet: no {path}; run `lorabench fetch-model` or `lorabench fetch-data`"
+        )
+    return {entry["id"]: FetchedRepository(**entry) for entry in json.loads(path.read_text())}
+
+
+def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) -> None:
+    """Download repositories into the hub's cache and describe them in the JSON file `out`.
+
+    Args:
+        wanted: the repositories.
+        pins: the folder of the files that pin revisions to commits.
+        out: the file for `read_fetched`.
+
+    Raises:
+        UserError: a repository can't be downloaded, lacks a .safetensors file or a wanted part, or does not fit on the
+            disk.
+    """
+    write_json([asdict(_fetch(repository, pins)) for repository in wanted], out)
+    read_fetched.cache_clear()
+
+
+def _fetch(wanted: WantedRepository, pins: Path) -> FetchedRepository:
+    from huggingface_hub import snapshot_download
+
+    with _explained(wanted):
+        commit = _pinned(wanted, pins)
+        parts: dict[str, list[str]] = {}
+        patterns: dict[str, Any]
+        if wanted.kind == "dataset":
+            parts = {_part_name(*part): _part_files(wanted, commit, *part) for part in wanted.parts}
+            patterns = {"allow_patterns": [name for names in parts.values() for name in names]}
+        else:
+            code = ("*.py",) if wanted.code else ()
+            patterns = {"allow_patterns": [*_MODEL_FILES, *code], "ignore_patterns": [*_IN_FOLDERS]}
+        download = {"repo_id": wanted.id, "repo_type": wanted.kind, "revision": commit, **patterns}
+        files = snapshot_download(**download, dry_run=True)
+        sizes = {file.filename: file.file_size or 0 for file in sorted(files, key=lambda file: file.filename)}
+        if wanted.kind == "model" and not any(name.endswith(".safetensors") for name in sizes):
+            raise UserError(f"{wanted} has no .safetensors file at {commit}; pickled weights are not loaded")
+        _check_space(wanted, sum(sizes[file.filename] for file in files if file.will_download))
+        snapshot_download(**download)
+    return FetchedRepository(wanted.kind, wanted.id, wanted.revision, commit, sizes, parts)
+
+
+def _pinned(wanted: WantedRepository, pins: Path) -> str:
+    """Return the commit that a revision is pinned to; the first call looks it up."""
+    if _COMMIT.fullmatch(wanted.revision):
+        return wanted.revision
+    from huggingface_hub import HfApi
+
+    name = "--".join([f"{wanted.kind}s", *wanted.id.split("/"), *wanted.revision.split("/")])
+    pin = pins / f"{name}.txt"
+    if not pin.is_file():
+        commit = HfApi().repo_info(wanted.id, repo_type=wanted.kind, revision=wanted.revision).sha
+        pins.mkdir(parents=True, exist_ok=True)
+        # Two datasets of one repository may be fetched at the same time; the first to link its file decides.
+        with tempfile.NamedTemporaryFile("w", dir=pins, suffix=".partial") as partial:
+            partial.write(f"{commit}\n")
+            partial.flush()
+            with suppress(FileExistsError):
+                os.link(partial.name, pin)
+    return pin.read_text().strip()
+
+
+def _part_name(config: str | None, split: str) -> str:
+    return f"{config}/{split}" if config else split
+
+
+def _part_files(wanted: WantedRepository, commit: str, config: str | None, split: str) -> list[str]:
+    """Return the names of a part's files, which the datasets library finds by the repository's card and file names."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        builder = datasets.load_dataset_builder(wanted.id, name=config, revision=commit)
+    except datasets.exceptions.DatasetNotFoundError:
+        # The library does not say why; the hub's client raises an error that does.
+        HfApi().auth_check(wanted.id, repo_type="dataset")
+        raise
+    except ValueError as error:
+        raise UserError(f"{wanted} has no configuration {config!r}: {_first_line(error)}") from error
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise UserError(f"{wanted} has no split {split!r}; allowed: {', '.join(map(str, files))}")
+    return [str(file).removeprefix(f"hf://datasets/{wanted.id}@{commit}/") for file in files[split]]
+
+
+def _cache_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _check_space(wanted: WantedRepository, needed: int) -> None:
+    folder = _cache_folder()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed and needed + _SPARE_BYTES > free:
+        raise UserError(
+            f"{wanted} needs {needed:,} bytes and {_SPARE_BYTES:,} to spare in {folder}, where {free:,} are free; make "
+            "room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+@contextmanager
+def _explained(wanted: WantedRepository) -> Iterator[None]:
+    """Turn an error of the hub's client into a UserError of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        sentence = _sentence(wanted, error)
+        if sentence is None:
+            raise
+        raise UserError(sentence) from error
+
+
+def _sentence(wanted: WantedRepository, error: Exception) -> str | None:
+    """Describe an error that the user can correct; None for any other error."""
+    from huggingface_hub import constants, errors
+
+    failed = f"{wanted} can't be fetched at {wanted.revision}"
+    # The last class is that of the client's HTTP library, which differs between versions of the client.
+    no_connection = (
+        *(ConnectionError, TimeoutError, errors.DryRunError, errors.LocalEntryNotFoundError),
+        errors.HTTPError,  # type: ignore[attr-defined]
+    )
+    # The order matters: GatedRepoError is a RepositoryNotFoundError, and all errors of the hub are errors of HTTP.
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{'datasets/' if wanted.kind == 'dataset' else ''}{wanted.id}"
+            return f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return f"{wanted} has no revision {wanted.revision!r}"
+        case errors.RepositoryNotFoundError():
+            return f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
+        case errors.OfflineModeIsEnabled():
+            return f"{failed}: HF_HUB_OFFLINE is set"
+        case errors.HfHubHTTPError():
+            return f"{failed}: {_first_line(error)}"
+        case _ if isinstance(error, no_connection):
+            return f"{failed}: no connection to {constants.ENDPOINT} ({_first_line(error)})"
+        case OSError():
+            return f"{failed}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorabench.analysis.invariances import (
+    crossing,
+    descent_ratios,
+    differences,
+    first_descents,
+    invariance_pairs,
+    move_times,
+    ratio_of_means,
+    run_pairs,
+    step_sizes,
+    with_lr_grid,
+    with_scales,
+)
+
+from ..handmade.lora import lora_run, lora_tables, nll, update_norm
+from ..handmade.sft import arm, tables
+
+FACTORS = st.floats(0.01, 100)
+
+
+def table(*configurations, seeds=(0,)):
+    return lora_tables(lora_run(**config, seed=seed) for config in configurations for seed in seeds)[0]
+
+
+@given(p=FACTORS, q=FACTORS, alpha=FACTORS, init_a=FACTORS, lr=st.floats(1e-6, 1e-1))
+def test_transformed_runs_are_equivalent(p, q, alpha, init_a, lr):
+    first = {"alpha": alpha, "init_a": init_a, "lr": lr, "lr_ratio": 1.0}
+    second = {"alpha": alpha / (p * q), "init_a": init_a * p, "lr": lr * p, "lr_ratio": q / p}
+    runs = pd.DataFrame([lora_run(**config) | {"run_id": name} for name, config in (("a", first), ("b", second))])
+    [pair] = run_pairs(runs).to_dict("records")
+    assert pair["equivalent"]
+    assert pair["time_ratio"] == pytest.approx(1)
+
+
+@given(factor=st.floats(1.001, 100), name=st.sampled_from(["alpha", "init_a", "lr", "lr_ratio"]))
+def test_runs_that_differ_in_one_hyperparameter_are_not(factor, name):
+    standard = {"alpha": 32.0, "init_a": 1.0, "lr": 1e-3, "lr_ratio": 1.0}
+    runs = pd.DataFrame([lora_run(**standard), lora_run(**(standard | {name: standard[name] * factor}))])
+    [pair] = run_pairs(runs).to_dict("records")
+    assert not pair["equivalent"]
+    assert not pair["same_update_scale"]
+    assert pair["time_ratio"] == pytest.approx(factor if name in ("init_a", "lr") else 1.0)
+
+
+def test_pairs_have_all_else_in_common():
+    runs = table({}, {"lr": 2e-3}, {"lr": 4e-3, "rank": 16}, {"lr": 4e-3, "eps": 1e-8}, {"steps": 32}, seeds=(0, 1))
+    pairs = run_pairs(runs)
+    assert len(pairs) == 2
+    assert set(pairs["lr_fast"]) == {2e-3}
+    assert set(pairs["lr_slow"]) == {1e-3}
+    assert set(pairs["seed"]) == {0, 1}
+
+
+def test_nulls_are_standard_and_fullft_has_no_scales():
+    runs = table({}, {"rank": 16})
+    runs[["alpha", "init_a", "lr_ratio"]] = math.nan
+    runs.loc[1, "method"] = "fullft"
+    scaled = with_scales(runs)
+    assert scaled["update_scale"].tolist() == [pytest.approx(0.032)]
+    assert scaled["time_scale"].tolist() == [pytest.approx(1000)]
+
+
+def test_controls_are_of_settings_with_equivalent_runs_at_the_smallest_epsilon():
+    plus = {"alpha": 8.0, "lr_ratio": 4.0}
+    runs = table(
+        {}, plus, {"lr": 2e-3}, {"rank": 16}, {"rank": 16, "lr": 2e-3}, *({**c, "eps": 1e-8} for c in ({}, plus))
+    )
+    pairs = invariance_pairs(runs)
+    assert pairs["equivalent"].sum() == 1
+    assert (~pairs["equivalent"]).sum() == 2
+    assert set(pairs["rank"]) == {8}
+    assert set(pairs["eps"]) == {1e-30}
+    same_ratio = {"alpha": 8.0, "init_a": 2.0, "lr": 2e-3, "lr_ratio": 1.0}
+    assert len(invariance_pairs(table({}, same_ratio))) == 1
+    assert invariance_pairs(table({}, same_ratio), plus=True).empty
+    assert len(invariance_pairs(table({}, plus), plus=True)) == 1
+    assert invariance_pairs(table({})).empty
+
+
+def test_differences_grow_to_the_largest_so_far():
+    bumps = {1: 0.0, 2: 3e-3, 3: -1e-3, 4: -5e-3}
+
+    def loss(run, step):
+        return nll(run | {"lr": 1e-3}, step) + (bumps.get(step, 0.0) if run["lr"] == 2e-3 else 0.0)
+
+    runs, curves = lora_tables([lora_run(lr=1e-3, steps=8), lora_run(lr=2e-3, steps=8)], nll=loss)
+    found = differences(run_pairs(runs), curves, 6)
+    assert found["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found["difference"].tolist() == pytest.approx([0, 3e-3, 3e-3, 5e-3, 5e-3, 5e-3])
+    gone = curves[~((curves["run_id"] == runs["run_id"].iloc[1]) & (curves["step"] > 3))]
+    assert differences(run_pairs(runs), gone, 6)["step"].tolist() == [1, 2, 3]
+    assert differences(run_pairs(runs), curves.iloc[:0], 6).empty
+    assert differences(run_pairs(runs).iloc[:0], curves, 6).empty
+
+
+def test_first_descents_by_rule_are_per_unit_of_lr():
+    configurations = [{"rank": r} for r in (1, 4, 16)] + [{"rank": 4, "lr": 5e-3}, {"rank": 4, "lr_ratio": 3.0}]
+    configurations += [{"rank": r, "alpha": 32 * math.sqrt(r)} for r in (4, 16)]
+    configurations += [{"rank": r, "alpha": 2.0 * r} for r in (4, 8)] + [{"rank": 4, "init_a": 2.0}]
+    made = [lora_run(**config, seed=seed) for config in configurations for seed in (0, 1)]
+    found = first_descents(*lora_tables(made, descent=lambda run, step: run["alpha"] * run["lr"] * run["lr_ratio"]))
+    ranks = {rule: sorted(set(rows["rank"])) for rule, rows in found.groupby("rule")}
+    # Alpha 32 at rank 16 follows alpha = 2 r as well.
+    assert ranks == {"alpha / r": [1, 4, 16], "alpha / sqrt(r)": [1, 4, 16], "constant factor": [4, 8, 16]}
+    assert found["descent"].tolist() == pytest.approx(found["alpha"].tolist())
+    of_rank_4 = found[(found["rule"] == "alpha / r") & (found["rank"] == 4)]
+    assert len(of_rank_4) == 2
+    assert of_rank_4["run_ids"].map(len).tolist() == [3, 3]
+    ratios = descent_ratios(found).set_index(["rule", "rank"])
+    assert ratios.loc[("alpha / sqrt(r)", 1), "ratio"] == pytest.approx(1 / 4)
+    assert ratios.loc[("constant factor", 8), "ratio"] == pytest.approx(1 / 2)
+    assert ratios.loc[("alpha / r", 1), ["ratio", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
+    assert ratios.loc[("alpha / r", 4), "n_seeds"] == 2
+
+
+def test_ratios_are_paired_by_seed():
+    rows = [
+        {"rule": "alpha / r", "rank": rank, "seed": seed, "descent": value, "run_ids": [f"{rank}-{seed}"]}
+        for rank, values in ((1, (1.0, 2.0, 9.0)), (8, (2.0, 4.0)))
+        for seed, value in enumerate(values)
+    ]
+    common = {"model": "m", "dataset": "d", "placement": None, "batch_size": 8, "eps": math.nan}
+    [low, high] = descent_ratios(pd.DataFrame(rows).assign(**common)).to_dict("records")
+    assert (low["ratio"], low["low"], low["high"], low["n_seeds"]) == pytest.approx((0.5, 0.5, 0.5, 2))
+    assert low["run_ids"] == ["1-0", "1-1", "8-0", "8-1"]
+    assert high["ratio"] == 1
+    assert math.isnan(high["low"])
+
+
+def test_ratio_of_means():
+    ratio, low, high = ratio_of_means(np.array([1.0, 2.0, 3.5]), np.array([2.0, 4.0, 6.0]))
+    assert ratio == pytest.approx(6.5 / 12)
+    residual = np.array([1.0, 2.0, 3.5]) - ratio * np.array([2.0, 4.0, 6.0])
+    half = 4.302652729911275 * residual.std(ddof=1) / math.sqrt(3) / 4
+    assert (low, high) == pytest.approx((ratio - half, ratio + half))
+    assert math.isnan(ratio_of_means(np.array([1.0]), np.array([2.0]))[1])
+    assert all(map(math.isnan, ratio_of_means(np.array([1.0, 1.0]), np.array([1.0, -1.0]))))
+    assert all(map(math.isnan, ratio_of_means(np.array([]), np.array([]))))
+
+
+@given(power=st.floats(0.2, 3), at=st.floats(1.5, 500))
+def test_a_power_law_crosses_where_it_does(power, at):
+    steps = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert crossing(steps, [(step / at) ** power for step in steps], 1.0) == pytest.approx(at)
+
+
+def test_no_crossing():
+    assert math.isnan(crossing([1, 2, 4], [0.0, 0.1, 0.9], 1.0))
+    assert math.isnan(crossing([1, 2, 4], [1.0, 2.0, 3.0], 1.0))
+    assert math.isnan(crossing([1, 2], [0.0, 2.0], 1.0))
+    assert math.isnan(crossing([], [], 1.0))
+    assert crossing([1, 2, 4], [0.0, 0.5, 2.0], 1.0) == pytest.approx(math.sqrt(8))
+    assert crossing([1, 2, 4], [0.0, 0.5, 1.0], 1.0) == pytest.approx(4)
+
+
+def test_move_times_are_of_runs_with_the_measure():
+    runs, curves = lora_tables(
+        [lora_run(lr=lr) for lr in (1e-3, 1e-6)], a_moved=lambda run, step: run["lr"] * step * 100
+    )
+    times = move_times(runs, curves).set_index("lr")["step"]
+    assert times[1e-3] == pytest.approx(10)
+    assert math.isnan(times[1e-6])
+    assert move_times(runs, curves[curves["metric"] == "nll"]).empty
+    assert move_times(runs, pd.DataFrame()).empty
+
+
+def test_step_sizes_are_of_the_longest_standard_runs_at_the_best_lr():
+    def loss(lr):
+        return 2.0 + abs(math.log(lr / 1e-3))
+
+    made = [lora_run(lr=lr, steps=steps, final_valid_nll=loss(lr)) for lr in (3e-4, 1e-3, 3e-3) for steps in (8, 16)]
+    made += [lora_run(seed=1, steps=16), lora_run(seed=0, steps=16, alpha=8.0)]
+    runs, curves = lora_tables(made)
+    found = step_sizes(runs, curves)
+    assert set(zip(found["lr"], found["steps"], found["seed"], found["alpha"], strict=True)) == {
+        (1e-3, 16, 0, 32.0),
+        (1e-3, 16, 1, 32.0),
+    }
+    at = found[(found["seed"] == 1) & (found["step"] == 8)]["size"].item()
+    assert at == pytest.approx(update_norm(lora_run(seed=1), 8) / 1e-3)
+
+
+def test_tuned_arms_have_a_grid_and_the_standard_initial_scale():
+    runs, _ = tables(
+        [
+            arm(8, optimum=3e-3, alpha=32.0, init_a=1.0),
+            arm(8, optimum=3e-3, alpha=8.0, init_a=1.0, lrs=(1e-3, 3e-3)),
+            arm(8, optimum=3e-3, alpha=32.0, init_a=2.0),
+        ]
+    )
+    found = with_lr_grid(runs)
+    assert set(zip(found["alpha"], found["init_a"], strict=True)) == {(32.0, 1.0)}
+    assert len(found) == 8

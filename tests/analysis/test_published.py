@@ -1,0 +1,24 @@
+"""Published estimates beside the claims are computed from the reference files; without the files there are none."""
+
+from __future__ import annotations
+
+from lorabench.analysis import published
+from lorabench.claims import CLAIMS
+
+
+def test_numbers_are_those_of_the_files():
+    estimates = published.estimates_by_claim()
+    assert estimates["B1"].startswith("10 (Qwen3-4B")
+    assert estimates["B4"].startswith("0.48 (")
+    assert estimates["A7"].startswith("0.0000 nats")
+    assert estimates["E2"].startswith("0.0034 nats")
+    # The ratio of the vertices of the parabolas through the minima: 5.012e-4 / 3.001e-4.
+    assert estimates["B3"].startswith("1.67 from rank 4 to 128 (Llama-3.1-8B")
+    assert set(estimates) <= {claim.id for claim in CLAIMS}
+
+
+def test_without_the_files_there_is_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "REFERENCE", tmp_path)
+    assert published.estimates_by_claim() == {}
+    assert published.paper_numbers() == {}
+    assert published.published_sweeps().empty

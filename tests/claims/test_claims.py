@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.finding import Finding, within, worst
+from lorabench.claims import CLAIMS, judge_claims
+from lorabench.errors import UserError
+from lorabench.tables.schemas import CLAIMS as COLUMNS
+from lorabench.tables.tables import Tables
+
+from ..handmade.sft import LRS, arm, tables
+
+IDS = ["A1", "A3", "A7", "A8", "B1", "B2", "B3", "B4"]
+NOISY = (0.0, 0.02, -0.02)  # with these offsets in every arm sigma is 0.02
+UNPAIRED = (0.0, 0.012, -0.016)
+
+# A world in which every claim holds, arm by arm; a test changes one of them.
+WORLD = {
+    None: {"optimum": 3.2e-4},
+    1: {"optimum": 1.2e-3, "floor": 2.1, "leaves_at": 4},
+    4: {"optimum": 3.3e-3, "leaves_at": 16},
+    16: {"optimum": 3.3e-3},
+    64: {"optimum": 3.3e-3},
+}
+
+
+def world(changes=None, every=None):
+    """The tables of `WORLD` with some arms' settings changed, by rank, or those of every arm."""
+    changes = changes or {}
+    return tables(arm(rank, **(settings | (every or {}) | changes.get(rank, {}))) for rank, settings in WORLD.items())
+
+
+def judged(runs, curves, ids=IDS):
+    claims = [claim for claim in CLAIMS if claim.id in ids]
+    return judge_claims(Tables(runs, curves), claims).set_index("claim_id")
+
+
+@pytest.fixture(scope="module")
+def confirmed():
+    return judged(*world())
+
+
+def test_every_claim_is_confirmed_where_all_hold(confirmed):
+    assert confirmed["verdict"].to_dict() == dict.fromkeys(IDS, "confirmed")
+    assert list(judge_claims(Tables(*world())).columns) == COLUMNS.names
+
+
+def test_the_numbers_are_those_of_the_tables(confirmed):
+    assert confirmed.loc["B1", "estimate"] == pytest.approx(3.3e-3 / 3.2e-4)
+    assert confirmed.loc["B3", "estimate"] == pytest.approx(1.0)
+    assert confirmed.loc["B4", "estimate"] == pytest.approx(1.2e-3 / 3.3e-3)
+    excess = 0.1 * (math.log(1e-3 / 1.2e-3) ** 2 - math.log(3e-4 / 3.2e-4) ** 2)
+    assert confirmed.loc["A8", "estimate"] == pytest.approx(0.1 + excess)
+    for claim in ("A1", "A7", "A8", "B1", "B2", "B3", "B4"):
+        low, estimate, high = confirmed.loc[claim, ["ci_low", "estimate", "ci_high"]]
+        assert low - 1e-9 <= estimate <= high + 1e-9
+    assert (confirmed["n_runs"] == confirmed["run_ids"].map(len)).all()
+    assert confirmed.loc["A7", "n_runs"] == 2 * (len(LRS) + 2)
+
+
+def test_reasons_name_data_and_rank(confirmed):
+    assert confirmed["reason"].str.startswith("tiny/instruct").all()
+    for claim in ("A1", "A7", "B1", "B2"):
+        assert "LoRA r64" in confirmed.loc[claim, "reason"]
+    assert not confirmed["reason"].str.contains("nan").any()
+
+
+@pytest.mark.parametrize(
+    ("claims", "changes"),
+    [
+        (["A1"], {64: {"leaves_at": 4}}),
+        (["A3"], {1: {"leaves_at": None}}),
+        (["A3"], {1: {"leaves_at": 32}, 4: {"leaves_at": 8}, 16: {"leaves_at": 2}, 64: {"leaves_at": 1}}),
+        (["A7", "B2"], {64: {"floor": 2.1}}),
+        (["A7", "B2"], {64: {"floor": 1.9}}),
+        (["A8"], {1: {"floor": 2.0, "optimum": 1e-3}}),
+        (["B1"], {64: {"optimum": 1e-3}}),
+        (["B1", "B3"], {64: {"optimum": 9e-3}}),
+        (["B4"], {1: {"optimum": 5e-3}}),
+    ],
+)
+def test_contradicted_where_it_fails(claims, changes):
+    verdicts = judged(*world(changes), claims)["verdict"]
+    assert verdicts[claims].tolist() == ["contradicted"] * len(claims)
+
+
+@pytest.mark.parametrize(
+    ("claims", "changes", "every"),
+    [
+        (["A1"], {}, {"offsets": (0.0, 0.03, -0.03)}),
+        (["A3"], {64: {"leaves_at": 32}}, {}),
+        (["A3"], {1: {"leaves_at": None}, 4: {"leaves_at": None}}, {}),
+        (["A3"], {4: {"leaves_at": None}}, {}),
+        (["A7", "B2"], {64: {"offsets": UNPAIRED}}, {}),
+        (["A8"], {1: {"floor": 2.02, "offsets": UNPAIRED}}, {}),
+        (["B1"], {64: {"optimum": 2.05e-3}}, {"offsets": NOISY}),
+        (["B3"], {64: {"optimum": 6.4e-3}}, {"offsets": NOISY}),
+        (["B4"], {1: {"optimum": 3e-3}}, {"offsets": NOISY}),
+    ],
+)
+def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, every):
+    verdicts = judged(*world(changes, every), claims)["verdict"]
+    assert verdicts[claims].tolist() == ["inconclusive"] * len(claims)
+
+
+def test_one_seed_decides_nothing():
+    claims = judged(*world(every={"offsets": (0.0,)}))
+    assert claims["verdict"].to_dict() == dict.fromkeys(IDS, "inconclusive")
+    assert claims["reason"].str.contains("noise not measured").all()
+    assert not claims["reason"].str.contains("nan").any()
+    failing = judged(*world({64: {"floor": 3.0, "optimum": 3e-4, "leaves_at": 1}}, {"offsets": (0.0,)}))
+    assert set(failing["verdict"]) == {"inconclusive"}
+
+
+def test_two_seeds_decide_no_difference():
+    claims = judged(*world(every={"offsets": (0.0, 0.004)}), ["A7", "A8", "B2"])
+    assert claims.loc[["A7", "A8", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
+    assert "2 paired seeds, 3 needed" in claims.loc["A7", "reason"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "lrs", "affected"),
+    [
+        (64, LRS[:4], ["A1", "A3", "A7", "B1", "B2", "B3", "B4"]),
+        (None, LRS[1:], ["A1", "A3", "A7", "A8", "B1", "B2"]),
+        (1, LRS[2:], ["A3", "A8", "B4"]),
+    ],
+)
+def test_an_optimum_at_the_edge_decides_nothing(rank, lrs, affected):
+    claims = judged(*world({rank: {"lrs": lrs}}), affected)
+    assert claims["verdict"].tolist() == ["inconclusive"] * len(affected)
+    assert claims["reason"].str.contains("edge of its grid").all()
+
+
+def test_a_coarse_grid_resolves_no_lr():
+    claims = judged(*world(every={"lrs": (3e-5, 3e-4, 3e-3, 3e-2)}), ["B1", "B3", "B4"])
+    assert set(claims.loc[["B1", "B3", "B4"], "verdict"]) == {"inconclusive"}
+
+
+@pytest.mark.parametrize("column", ["final_valid_nll", "final_test_nll"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_done_run_without_a_loss_is_refused(column, value):
+    runs, curves = world()
+    runs.loc[7, column] = value
+    with pytest.raises(UserError, match=f"run_id {runs.loc[7, 'run_id']}: {column} = (missing|inf); allowed: a finite"):
+        judge_claims(Tables(runs, curves))
+
+
+def test_no_loss_at_all_decides_nothing():
+    runs, curves = world()
+    claims = judged(runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan), curves)
+    assert "confirmed" not in set(claims["verdict"])
+    assert "contradicted" not in set(claims["verdict"])
+
+
+def test_curves_of_nan_confirm_nothing():
+    runs, curves = world()
+    claims = judged(runs, curves.assign(value=math.nan), ["A1", "A3", "A7", "B1"])
+    assert claims.loc[["A1", "A3"], "verdict"].tolist() == ["not tested"] * 2
+    assert claims.loc[["A7", "B1"], "verdict"].tolist() == ["confirmed"] * 2
+
+
+def test_arms_without_curves_confirm_no_claim_about_curves():
+    runs, curves = world()
+    for method in ("fullft", "lora"):
+        claims = judged(runs, curves[~curves["run_id"].str.contains(method)], ["A1", "A3"])
+        assert "confirmed" not in set(claims["verdict"])
+
+
+def test_a_repeat_that_diverged_decides_nothing():
+    runs, curves = world(every={"offsets": (0.0, 0.004, -0.004, 0.001)})
+    lost = runs["rank"].eq(64) & (runs["seed"] == 2)
+    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    claims = judged(runs, curves)
+    assert claims.loc[["A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 2
+    assert "1 repeats at the best LR diverged" in claims.loc["B2", "reason"]
+
+
+def test_an_optimum_below_diverged_runs_is_as_wide_as_its_neighbours():
+    claim = judged(*world({64: {"diverges_from": 1e-2}}), ["B1"]).loc["B1"]
+    assert claim["verdict"] == "inconclusive"
+    assert claim["ci_low"] < 6
+    assert claim["ci_high"] > 16
+
+
+def test_losses_too_noisy_to_compare_are_not_called_equal():
+    # Luck shared by both arms cancels in the pairs, and the margin of 2 sigma is wide: no ground for a verdict.
+    claims = judged(*world(every={"offsets": (0.0, 0.5, -0.5)}), ["A1", "A7", "B2"])
+    assert claims.loc[["A1", "A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
+    assert "of the loss" in claims.loc["A7", "reason"]
+
+
+def test_missing_arms_are_inconclusive_and_nothing_at_all_is_not_tested():
+    runs, curves = world()
+    no_fullft = judged(runs[runs["method"] != "fullft"], curves)
+    assert no_fullft.loc[["A1", "A3", "A7", "A8", "B1", "B2"], "verdict"].tolist() == ["inconclusive"] * 6
+    assert no_fullft.loc[["B3", "B4"], "verdict"].tolist() == ["confirmed"] * 2
+    no_rank_1 = judged(runs[~runs["rank"].eq(1).fillna(False)], curves)
+    assert no_rank_1.loc[["A3", "A8", "B4"], "verdict"].tolist() == ["inconclusive"] * 3
+    only_rank_1 = judged(runs[runs["rank"].eq(1).fillna(False)], curves)
+    assert "confirmed" not in set(only_rank_1["verdict"])
+    only_fullft = judged(runs[runs["method"] == "fullft"], curves)
+    assert only_fullft.loc["B3", "verdict"] == "not tested"
+
+
+@pytest.mark.parametrize("runs", [pd.DataFrame(), world()[0].iloc[:0], world()[0].drop(columns="seed")])
+def test_tables_without_runs_or_columns_are_not_tested(runs):
+    claims = judged(runs, pd.DataFrame(), [claim.id for claim in CLAIMS])
+    assert set(claims["verdict"]) == {"not tested"}
+    assert claims.loc[IDS, "reason"].str.contains("empty|no runs of the experiment|no column seed").all()
+    assert list(claims.index) == [claim.id for claim in CLAIMS]
+
+
+def test_columns_that_no_criterion_needs_may_be_missing():
+    runs, curves = world()
+    claims = judged(
+        runs.drop(columns=["train_tokens", "steps"]),
+        curves.drop(columns=["examples", "tokens"], errors="ignore").assign(examples=0, tokens=0),
+    )
+    assert set(claims["verdict"]) == {"confirmed"}
+
+
+def test_only_runs_of_the_claims_experiment_are_read():
+    runs, curves = world()
+    runs["experiments"] = [np.array(["rank", "early"], dtype=object)] * len(runs)
+    other, other_curves = world({64: {"floor": 3.0}})
+    other = other.assign(run_id=other["run_id"] + "x", experiments="short_run other")
+    assert set(judged(pd.concat([runs, other]), curves)["verdict"]) == {"confirmed"}
+    assert set(judged(other, other_curves)["verdict"]) == {"not tested"}
+
+
+def test_other_placements_are_left_out():
+    runs, curves = tables(
+        [
+            *(arm(rank, **settings) for rank, settings in WORLD.items()),
+            arm(64, optimum=1e-3, floor=3.0, placement="attn"),
+        ]
+    )
+    assert set(judged(runs, curves)["verdict"]) == {"confirmed"}
+
+
+def two_datasets(changes, model="tiny"):
+    """`WORLD` on a short and a long dataset, with changes on each, by dataset and rank."""
+    return [
+        arm(rank, **(settings | changes.get(dataset, {}).get(rank, {})), dataset=dataset, steps=steps, model=model)
+        for dataset, steps in (("short", 128), ("long", 512))
+        for rank, settings in WORLD.items()
+    ]
+
+
+def test_a_claim_about_all_data_needs_all_of_it():
+    claims = judged(*tables(two_datasets({"long": {64: {"floor": 2.1}}})), ["B2"])
+    assert claims.loc["B2", "verdict"] == "contradicted"
+    assert claims.loc["B2", "reason"].startswith("tiny/long")
+    assert "tiny/short" in claims.loc["B2", "reason"]
+    assert claims.loc["B2", "estimate"] == pytest.approx(0.1, abs=0.005)
+    open_on_one = judged(*tables(two_datasets({"short": {64: {"offsets": (0.0,)}}})), ["B2"])
+    assert open_on_one.loc["B2", "verdict"] == "inconclusive"
+
+
+def test_small_and_long_data_are_chosen_by_size():
+    # Only the short set is beyond anything's capacity here, and only on the long one do the losses differ.
+    claims = judged(
+        *tables(two_datasets({"long": {64: {"floor": 2.1}}, "short": {1: {"floor": 2.0, "leaves_at": None}}}))
+    )
+    assert claims.loc[["A7", "A8", "A3"], "verdict"].tolist() == ["confirmed", "confirmed", "confirmed"]
+    assert claims.loc["A7", "reason"].startswith("tiny/short (fewest tokens of 2 datasets)")
+    assert claims.loc["A8", "reason"].startswith("tiny/long (most examples of 2 datasets)")
+
+
+def test_size_must_be_known_where_there_is_a_choice():
+    runs, curves = tables(two_datasets({}))
+    claims = judged(runs.drop(columns="train_tokens"), curves, ["A7", "A8"])
+    assert claims.loc["A7", "verdict"] == "not tested"
+    assert "train_tokens" in claims.loc["A7", "reason"]
+    assert claims.loc["A8", "verdict"] == "confirmed"
+
+
+def test_models_are_judged_apart():
+    tables_of_two = [*(arm(rank, **settings) for rank, settings in WORLD.items())]
+    tables_of_two += [arm(rank, **settings, model="other") for rank, settings in WORLD.items() if rank != 1]
+    claims = judged(*tables(tables_of_two), ["B1", "B4"])
+    assert claims.loc["B1", "verdict"] == "confirmed"
+    assert claims.loc["B4", "verdict"] == "inconclusive"
+    assert "other/instruct: no runs of LoRA r1" in claims.loc["B4", "reason"]
+
+
+def test_mixed_tokenizers_and_repeated_ids_are_refused():
+    runs, curves = world()
+    mixed = runs.assign(tokenizer_sha256=np.where(runs["method"] == "lora", "aaa", "bbb"))
+    with pytest.raises(UserError, match="tiny/instruct have different tokenizers, aaa, bbb"):
+        judge_claims(Tables(mixed, curves))
+    with pytest.raises(UserError, match="more than once"):
+        judge_claims(Tables(pd.concat([runs, runs.iloc[:1]]), curves))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (7, 12, "confirmed"),
+        (6, 16, "confirmed"),
+        (1, 5, "contradicted"),
+        (17, 20, "contradicted"),
+        (5, 12, "inconclusive"),
+        (12, 17, "inconclusive"),
+        (1, 100, "inconclusive"),
+        (math.nan, 12, "inconclusive"),
+        (7, math.nan, "inconclusive"),
+        (math.nan, math.nan, "inconclusive"),
+    ],
+)
+def test_intervals_against_a_band(low, high, verdict):
+    assert within(low, high, (6, 16)) == verdict
+
+
+def test_the_worst_finding_decides():
+    def of(verdict, strain):
+        return Finding(verdict, "", strain=strain)
+
+    assert worst([of("confirmed", 0.1), of("confirmed", 0.4)]).strain == 0.4
+    assert worst([of("confirmed", 9.0), of("inconclusive", 0.1)]).verdict == "inconclusive"
+    assert worst([of("contradicted", 0.1), of("inconclusive", 9.0)]).verdict == "contradicted"
+    assert worst([of("not tested", 9.0), of("confirmed", 0.1)]).verdict == "confirmed"
+
+
+def test_claims_have_unique_ids_and_say_everything():
+    assert len(set(IDS)) == len(IDS)
+    for claim in CLAIMS:
+        assert all((claim.statement, claim.figure, claim.criterion, claim.needs, claim.paper_value, claim.unit))

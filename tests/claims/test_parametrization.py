@@ -1,0 +1,531 @@
+"""Claims C on tables in which each holds, fails, or is left open."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.claims import CLAIMS, judge_claims
+from lorabench.tables.tables import Tables
+
+from ..handmade.lora import descent, difficulty, lora_run, lora_tables, luck, nll, update_norm
+from ..handmade.sft import arm, tables
+
+SEEDS = range(5)
+
+
+def judged(claim, runs, curves):
+    [chosen] = [declared for declared in CLAIMS if declared.id == claim]
+    return judge_claims(Tables(runs, curves), [chosen]).iloc[0]
+
+
+def grid(*configurations, seeds=SEEDS, **columns):
+    """A run per configuration and seed."""
+    return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in seeds]
+
+
+# Early curves -------------------------------------------------------------------------------------------------------
+
+
+def early(excess, seeds=SEEDS, ranks=(1, 4, 16, 64), steps=128):
+    """Runs of several ranks at one LR; that of rank 4 is above the others by `excess(seed, step)` nats."""
+
+    def loss(run, step):
+        return nll(run, step) + (excess(run["seed"], step) if run["rank"] == 4 else 0.0)
+
+    return lora_tables(grid(*({"rank": rank} for rank in ranks), seeds=seeds, steps=steps), nll=loss)
+
+
+def growing(size, wobble=0.1):
+    """A difference that grows with log step, by seed a little more or less."""
+    return lambda seed, step: size * math.log10(step) * (1 + luck(seed, size=wobble))
+
+
+@pytest.mark.parametrize(
+    ("claim", "excess", "verdict"),
+    [
+        ("C1", growing(0.001), "confirmed"),
+        ("C1", growing(0.05), "contradicted"),
+        ("C1", lambda seed, step: luck(seed, step, size=0.03), "inconclusive"),
+        ("C2", growing(0.001), "confirmed"),
+        ("C2", growing(-0.001), "confirmed"),
+        ("C2", lambda seed, step: 0.02 / step, "contradicted"),
+        ("C2", lambda seed, step: luck(seed, step, size=0.01), "inconclusive"),
+        ("C3", growing(-0.001), "confirmed"),
+        ("C3", growing(0.001), "contradicted"),
+        ("C3", lambda seed, step: luck(seed, size=0.01), "inconclusive"),
+    ],
+)
+def test_early_curves(claim, excess, verdict):
+    judged_claim = judged(claim, *early(excess))
+    assert judged_claim["verdict"] == verdict
+    assert "r4 - r64" in judged_claim["reason"]
+    assert judged_claim["ci_low"] <= judged_claim["estimate"] <= judged_claim["ci_high"]
+    assert judged_claim["n_runs"] == 10
+
+
+def test_early_numbers():
+    size = 0.001
+    factors = [1 + luck(seed, size=0.1) for seed in SEEDS]
+    slope = judged("C2", *early(growing(size)))
+    assert slope["estimate"] == pytest.approx(size * np.mean(factors))
+    sign = judged("C3", *early(growing(size)))
+    mean_log = np.mean([math.log10(step) for step in range(2, 11)])
+    assert sign["estimate"] == pytest.approx(size * mean_log * np.mean(factors))
+    # Up to step 20 the margin is 1% of a loss of 3 nats, later twice a sigma of about 0.05.
+    same = judged("C1", *early(growing(0.005)))
+    assert same["verdict"] == "confirmed"
+    sigma = np.sqrt(np.mean([np.var([difficulty(seed, step) for seed in SEEDS], ddof=1) for step in range(1, 101)]))
+    assert f"sigma {sigma:.4f}" in same["reason"]
+
+
+@pytest.mark.parametrize("claim", ["C1", "C2", "C3"])
+def test_early_claims_need_seeds_and_ranks(claim):
+    few = judged(claim, *early(growing(-0.001), seeds=range(2)))
+    assert few["verdict"] == "inconclusive"
+    assert "paired seeds" in few["reason"]
+    single = judged(claim, *early(growing(-0.001), seeds=range(1)))
+    assert single["verdict"] == "inconclusive"
+    assert "nan" not in single["reason"]
+    assert judged(claim, *early(growing(-0.001), ranks=(1, 4)))["verdict"] == "inconclusive"
+    runs, curves = early(growing(-0.001))
+    assert judged(claim, runs, curves.iloc[:0])["verdict"] == "inconclusive"
+    fullft = runs.assign(method="fullft", rank=pd.NA, placement=None)
+    fullft = fullft.drop_duplicates(["lr", "seed"])
+    assert judged(claim, fullft, curves)["verdict"] == "not tested"
+
+
+def test_four_seeds_tell_no_sign():
+    assert judged("C3", *early(growing(-0.001), seeds=range(4)))["verdict"] == "inconclusive"
+    assert judged("C1", *early(growing(-0.001), seeds=range(4)))["verdict"] == "confirmed"
+
+
+def test_few_steps_tell_no_trend():
+    assert judged("C2", *early(growing(0.001), steps=9))["verdict"] == "inconclusive"
+    assert judged("C3", *early(growing(-0.001), steps=9))["verdict"] == "inconclusive"
+
+
+def test_a_diverged_run_leaves_early_claims_open():
+    runs, curves = early(growing(0.001))
+    lost = (runs["rank"] == 64) & (runs["seed"] == 4)
+    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    claim = judged("C1", runs, curves)
+    assert claim["verdict"] == "inconclusive"
+    assert "1 runs at that LR diverged" in claim["reason"]
+
+
+# The first update ---------------------------------------------------------------------------------------------------
+
+RANKS = (1, 4, 16)
+FLAT = [{"rank": rank} for rank in RANKS]
+ROOT = [{"rank": rank, "alpha": 32 * math.sqrt(rank)} for rank in RANKS[1:]]
+CONSTANT = [{"rank": rank, "alpha": 32.0 * rank} for rank in RANKS[1:]]
+
+
+def test_first_updates_do_not_depend_on_rank():
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT)))
+    assert claim["verdict"] == "confirmed"
+    assert 0.95 < claim["ci_low"] < claim["estimate"] < claim["ci_high"] < 1.05
+    assert "control alpha / sqrt(r)" in claim["reason"]
+    assert "control constant factor" in claim["reason"]
+    assert claim["n_runs"] == 7 * len(SEEDS)
+
+
+def test_runs_of_one_rank_are_not_about_the_first_update():
+    # The runs on the redundant pair are such runs, with another epsilon.
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, *CONSTANT, {"rank": 4, "eps": 1e-16})))
+    assert claim["verdict"] == "confirmed"
+    assert claim["n_runs"] == 7 * len(SEEDS)
+
+
+def rising(run, step):
+    return descent(run, step) * (1 + 0.1 * math.log2(run["rank"]))
+
+
+def flat_always(run, step):
+    return descent(run | {"alpha": 32.0}, step)
+
+
+def noisy(run, step):
+    return descent(run, step) * (1 + luck(run["rank"], run["seed"], 1, size=0.2))
+
+
+@pytest.mark.parametrize(
+    ("configurations", "change", "verdict", "reason"),
+    [
+        (FLAT + ROOT, rising, "contradicted", "r1 0.7"),
+        (FLAT + ROOT, noisy, "inconclusive", ""),
+        (FLAT + ROOT, flat_always, "inconclusive", "does not fail"),
+        (FLAT, descent, "inconclusive", "no control"),
+        (FLAT[:1] + ROOT, descent, "inconclusive", "fewer than two ranks"),
+    ],
+)
+def test_first_updates_that_leave_c4_open_or_fail(configurations, change, verdict, reason):
+    claim = judged("C4", *lora_tables(grid(*configurations), descent=change))
+    assert claim["verdict"] == verdict
+    assert reason in claim["reason"]
+
+
+def test_first_updates_need_seeds():
+    claim = judged("C4", *lora_tables(grid(*FLAT, *ROOT, seeds=range(2))))
+    assert claim["verdict"] == "inconclusive"
+    runs, curves = lora_tables(grid(*FLAT, *ROOT))
+    assert judged("C4", runs, curves[curves["metric"] != "descent"])["verdict"] == "not tested"
+
+
+# Invariance ---------------------------------------------------------------------------------------------------------
+
+
+def moved_by(p, q, alpha=32.0, lr=1e-3):
+    """The configuration that is equivalent under p and q."""
+    return {"alpha": alpha / (p * q), "init_a": p, "lr": lr * p, "lr_ratio": q / p}
+
+
+EQUIVALENT = [moved_by(1, 1), moved_by(2, 1), moved_by(1, 3), moved_by(4, 4)]
+OTHER = [{"lr": 1e-2, "lr_ratio": 0.1}, {"lr": 2e-3}]
+
+
+@pytest.mark.parametrize("claim", ["C5", "C8"])
+def test_equivalent_runs_are_one_run(claim):
+    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER))
+    judged_claim = judged(claim, runs, curves)
+    assert judged_claim["verdict"] == "confirmed"
+    assert judged_claim["estimate"] < 1e-12
+    # There are six pairs a seed; C8 takes those of a configuration with equal LRs and one with unequal LRs.
+    assert f"{30 if claim == 'C5' else 20} equivalent pairs" in judged_claim["reason"]
+
+
+def test_the_largest_difference_of_equivalent_runs_is_the_estimate():
+    def loss(run, step):
+        return nll(run, step) + (3e-5 if run["lr_ratio"] == 3.0 and run["seed"] == 2 and step == 50 else 0.0)
+
+    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER), nll=loss)
+    for claim in ("C5", "C8"):
+        judged_claim = judged(claim, runs, curves)
+        assert judged_claim["verdict"] == "contradicted"
+        assert judged_claim["estimate"] == pytest.approx(3e-5)
+    # After step 50 the losses of equivalent runs may differ.
+    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER), nll=lambda run, step: loss(run, step - 1))
+    assert judged("C5", runs, curves)["estimate"] < 1e-12
+
+
+def test_a_large_epsilon_contradicts_no_argument_about_zero():
+    def loss(run, step):
+        return nll(run, step) + 1e-4 * run["init_a"]
+
+    coarse = grid(*EQUIVALENT, *OTHER, eps=1e-8)
+    claim = judged("C5", *lora_tables(coarse, nll=loss))
+    assert claim["verdict"] == "inconclusive"
+    assert "epsilon" in claim["reason"]
+    # Of two values of epsilon, the smaller is judged.
+    fine = grid(*EQUIVALENT, *OTHER)
+    both = judged(
+        "C5",
+        *lora_tables(coarse + fine, nll=lambda run, step: loss(run, step) if run["eps"] > 1e-9 else nll(run, step)),
+    )
+    assert both["verdict"] == "confirmed"
+    assert "eps 1e-30" in both["reason"]
+
+
+@pytest.mark.parametrize(
+    ("configurations", "columns", "change", "verdict", "reason"),
+    [
+        (EQUIVALENT, {}, nll, "inconclusive", "no pair that should differ"),
+        (EQUIVALENT + OTHER, {}, lambda run, step: 3.0, "inconclusive", "should differ do not"),
+        (EQUIVALENT + OTHER, {"steps": 30}, nll, "inconclusive", "fewer than 50 steps"),
+        (OTHER, {}, nll, "not tested", "no runs that should be equivalent"),
+    ],
+)
+@pytest.mark.parametrize("claim", ["C5", "C8"])
+def test_what_leaves_invariance_open(claim, configurations, columns, change, verdict, reason):
+    judged_claim = judged(claim, *lora_tables(grid(*configurations, **columns), nll=change))
+    assert judged_claim["verdict"] == verdict
+    assert reason in judged_claim["reason"]
+
+
+def test_moves_within_equal_lrs_say_nothing_about_lora_plus():
+    runs, curves = lora_tables(grid(moved_by(1, 1), moved_by(4, 4), *OTHER[1:]))
+    assert judged("C5", runs, curves)["verdict"] == "confirmed"
+    assert judged("C8", runs, curves)["verdict"] == "not tested"
+
+
+# The initial slope and the time scale of A --------------------------------------------------------------------------
+
+TENFOLD = [{}, {"lr": 1e-2, "lr_ratio": 0.1}, {"lr": 3e-3}]
+
+
+def sooner(size):
+    """A loss that falls more at every step with the larger LR of A, by seed a little more or less."""
+
+    def loss(run, step):
+        more = 0.01 * size + luck(run["seed"], size=1e-5)
+        return nll(run, step) - (more * (step - 1) if run["lr"] == 1e-2 else 0.0)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("size", "moved", "verdict"),
+    [
+        (0.0, 0.0, "confirmed"),
+        (1.0, 0.05, "contradicted"),
+        (1.0, 0.5, "inconclusive"),
+    ],
+)
+def test_lr_a_does_not_matter_at_first(size, moved, verdict):
+    runs, curves = lora_tables(grid(*TENFOLD), nll=sooner(size), a_moved=lambda run, step: moved)
+    claim = judged("C6", runs, curves)
+    assert claim["verdict"] == verdict
+    # Pairs whose A moved are left out.
+    assert claim["n_runs"] == (0 if moved > 0.1 else 10)
+    assert ("1 pairs left out" in claim["reason"]) == (moved > 0.1)
+    if not size:
+        assert claim["estimate"] == pytest.approx(1.0, abs=0.01)
+        assert 0.98 < claim["ci_low"] < claim["ci_high"] < 1.02
+
+
+def test_slopes_need_seeds_and_a_falling_loss():
+    few = judged("C6", *lora_tables(grid(*TENFOLD, seeds=range(2)), a_moved=lambda run, step: 0.0))
+    assert few["verdict"] == "inconclusive"
+    assert "2 paired seeds" in few["reason"]
+    rising_loss = lora_tables(grid(*TENFOLD), nll=lambda run, step: 3.0 + step, a_moved=lambda run, step: 0.0)
+    claim = judged("C6", *rising_loss)
+    assert claim["verdict"] == "inconclusive"
+    assert "does not fall" in claim["reason"]
+    assert judged("C6", *lora_tables(grid({}, {"lr": 1e-2})))["verdict"] == "not tested"
+
+
+TIMES = [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 8e-3)]
+
+
+@pytest.mark.parametrize(
+    ("power", "verdict"), [(1.0, "confirmed"), (2.0, "contradicted"), (0.5, "contradicted"), (1.2, "inconclusive")]
+)
+def test_the_time_scale_of_a(power, verdict):
+    def moved(run, step):
+        reached = 2000 * (run["init_a"] / run["lr"] / 2000) ** power / 20 * (1 + luck(run["seed"], size=0.05))
+        return (step / reached * (1 + luck(round(1e6 * run["lr"]), size=0.05))) if step > 1 else 0.0
+
+    claim = judged("C7", *lora_tables(grid(*TIMES, steps=256), a_moved=moved))
+    assert claim["verdict"] == verdict
+    assert claim["estimate"] == pytest.approx(power, abs=0.15)
+
+
+def test_runs_in_which_a_does_not_move_that_far_are_left_out():
+    claim = judged("C7", *lora_tables(grid(*TIMES, {"lr": 1e-5}, steps=256)))
+    assert claim["verdict"] == "confirmed"
+    assert "1 left out" in claim["reason"]
+    assert claim["n_runs"] == len(TIMES) * len(SEEDS)
+    runs, curves = lora_tables(grid(*TIMES[:2], {"lr": 1e-5}, steps=256))
+    assert judged("C7", runs, curves)["verdict"] == "inconclusive"
+    assert judged("C7", runs, curves[curves["metric"] != "a_moved"])["verdict"] == "not tested"
+    none = judged("C7", *lora_tables(grid({"lr": 1e-5}, {"lr": 2e-5})))
+    assert none["verdict"] == "inconclusive"
+    assert "nan" not in none["reason"]
+
+
+# Variants -----------------------------------------------------------------------------------------------------------
+
+VARIANTS = [{"alpha": 8.0}, {"alpha": 128.0}, {"lr_ratio": 4.0}, {"lr_ratio": 16.0}]
+LUCK = [
+    (0.0, 0.004, -0.004),
+    (0.001, 0.003, -0.005),
+    (-0.001, 0.006, -0.004),
+    (0.0, 0.005, -0.003),
+    (0.001, 0.004, -0.006),
+]
+
+
+def variants(changes=None, every=None, chosen=VARIANTS):
+    """The standard arm and variants, LR-tuned, with the loss of some changed by place."""
+    configurations = [
+        {"alpha": 32.0, "lr_ratio": 1.0},
+        *({"alpha": 32.0, "lr_ratio": 1.0} | variant for variant in chosen),
+    ]
+    return tables(
+        arm(
+            16,
+            optimum=3.2e-3,
+            init_a=1.0,
+            **({"offsets": LUCK[place]} | config | (every or {}) | (changes or {}).get(place, {})),
+        )
+        for place, config in enumerate(configurations)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "every", "verdict", "reason"),
+    [
+        ({}, {}, "confirmed", "LoRA r16 alpha 8 - standard"),
+        ({1: {"floor": 2.1}, 4: {"floor": 2.1}}, {}, "confirmed", "LR_B/LR_A 16"),
+        ({2: {"floor": 1.9}}, {}, "contradicted", "LoRA r16 alpha 128 - standard = -0.09"),
+        ({3: {"offsets": (-0.01, 0.004, -0.03)}}, {}, "inconclusive", "LR_B/LR_A 4"),
+        ({1: {"lrs": (3e-3, 1e-2, 3e-2)}}, {}, "inconclusive", "alpha 8: best LR at the edge"),
+        ({0: {"lrs": (3e-3, 1e-2, 3e-2)}}, {}, "inconclusive", "LoRA r16: best LR at the edge"),
+        ({}, {"offsets": (0.0, 0.004)}, "inconclusive", "2 paired seeds"),
+        ({}, {"offsets": (0.0,)}, "inconclusive", "seed noise not measured"),
+    ],
+)
+def test_variants_of_the_parametrization(changes, every, verdict, reason):
+    claim = judged("C9", *variants(changes, every))
+    assert claim["verdict"] == verdict
+    assert reason in claim["reason"]
+    assert "nan" not in claim["reason"]
+
+
+def test_variants_of_both_kinds_are_needed_and_a_grid():
+    claim = judged("C9", *variants(chosen=VARIANTS[:2]))
+    assert claim["verdict"] == "inconclusive"
+    assert "no variant of lr_ratio" in claim["reason"]
+    assert judged("C9", *variants(chosen=[]))["verdict"] == "not tested"
+    assert judged("C9", *variants(every={"lrs": (1e-3, 3e-3)}))["verdict"] == "not tested"
+
+
+# B against A --------------------------------------------------------------------------------------------------------
+
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+def sweeps(ranks=(1, 8), seeds=SEEDS, steps=64, **columns):
+    """LR grids whose middle is best, with seeds there."""
+    return [
+        lora_run(rank, lr=lr, seed=seed, steps=steps, **({"final_valid_nll": 2.0 + abs(math.log(lr / 1e-3))} | columns))
+        for rank in ranks
+        for lr in RATES
+        for seed in seeds
+        if lr == 1e-3 or seed == 0
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [
+        (lambda run, step: 0.8 + luck(run["seed"], size=0.02), "confirmed"),
+        (lambda run, step: 1.0 if run["rank"] == 8 else 0.3, "contradicted"),
+        (lambda run, step: 0.5 + luck(run["seed"], size=0.1), "inconclusive"),
+        (lambda run, step: 1.0 if run["lr"] == 1e-3 and step == run["steps"] else 0.0, "confirmed"),
+    ],
+)
+def test_b_outgrows_a(share, verdict):
+    claim = judged("C10", *lora_tables(sweeps(), b_over_a=share))
+    assert claim["verdict"] == verdict
+    assert "64 steps" in claim["reason"]
+    assert claim["n_runs"] == 10
+
+
+def test_the_longest_runs_tell_whether_b_outgrows_a():
+    def share(run, step):
+        return 0.9 if run["dataset"] == "worked" else 0.1
+
+    short, long, facts = (
+        sweeps(),
+        sweeps(dataset="worked", steps=128),
+        sweeps(dataset="facts", steps=256, entropy_bits=9.0),
+    )
+    claim = judged("C10", *lora_tables(short + long + facts, b_over_a=share))
+    assert claim["verdict"] == "confirmed"
+    assert claim["reason"].startswith("tiny/worked (longest runs, 128 steps)")
+
+
+def test_b_against_a_needs_the_end_and_a_best_lr():
+    runs, curves = lora_tables(sweeps())
+    assert judged("C10", runs, curves[curves["step"] < 64])["verdict"] == "not tested"
+    edge = judged("C10", *lora_tables(sweeps(final_valid_nll=2.0)))
+    assert edge["verdict"] == "inconclusive"
+    assert "edge" in edge["reason"]
+    assert judged("C10", *lora_tables(sweeps(seeds=range(1))))["verdict"] == "inconclusive"
+
+
+# The effective LR ---------------------------------------------------------------------------------------------------
+
+
+def after_adam(grows):
+    """A first step much larger than all others, which then grow or fall."""
+    return lambda run, step: run["lr"] * (1 if step == 1 else 0.3 * step**grows * (1 + luck(run["seed"], size=0.05)))
+
+
+@pytest.mark.parametrize(
+    ("norm", "verdict"),
+    [
+        (update_norm, "confirmed"),
+        (after_adam(-0.3), "contradicted"),
+        (after_adam(0.2), "inconclusive"),
+        (lambda run, step: run["lr"] * (1 + luck(run["seed"], step, size=0.2)), "inconclusive"),
+    ],
+)
+def test_the_effective_lr(norm, verdict):
+    claim = judged("C11", *lora_tables(grid({"rank": 8}, {"rank": 16}, steps=64), update_norm=norm))
+    assert claim["verdict"] == verdict
+    assert claim["ci_low"] <= claim["estimate"] <= claim["ci_high"]
+
+
+def test_the_effective_lr_of_the_standard_parametrization_in_the_first_half():
+    def norm(run, step):
+        return update_norm(run, step) if run["alpha"] == 32 and step <= 32 else run["lr"] * 1e-9
+
+    claim = judged("C11", *lora_tables(grid({}, {"alpha": 8.0}, steps=64), update_norm=norm))
+    assert claim["verdict"] == "confirmed"
+    factors = np.array([[1 + (0.1 + luck(seed, size=0.01)) * (step - 1) for step in (8, 16, 32)] for seed in SEEDS])
+    assert claim["estimate"] == pytest.approx(np.exp(np.log(factors).mean()))
+    assert claim["n_runs"] == len(SEEDS)
+
+
+MOVING_AND_STILL = [{}, {"lr": 1e-4, "lr_ratio": 10.0}]
+
+
+def shrinking(by_a):
+    """Steps that shrink as Adam's do, and grow by a power of the step where A moves."""
+
+    def norm(run, step):
+        moves = 1.0 if run["lr_ratio"] == 1 else 0.0
+        return run["lr"] * run["lr_ratio"] * (1 + luck(run["seed"], step, size=0.02)) * step ** (moves * by_a - 0.5)
+
+    return norm
+
+
+@pytest.mark.parametrize(("by_a", "verdict"), [(0.2, "confirmed"), (-0.2, "contradicted"), (0.0, "inconclusive")])
+def test_the_effective_lr_beside_runs_in_which_a_is_still(by_a, verdict):
+    def norm(run, step):
+        noise = 1 + luck(run["seed"], step, round(run["lr_ratio"]), size=0.02)
+        return shrinking(by_a)(run, step) * noise
+
+    claim = judged("C11", *lora_tables(grid(*MOVING_AND_STILL), update_norm=norm))
+    assert claim["verdict"] == verdict
+    assert claim["estimate"] == pytest.approx(64**by_a, rel=0.05)
+    assert "with LR_A 0.0001 and the same LR_B" in claim["reason"]
+    assert claim["n_runs"] == 2 * len(SEEDS)
+    few = judged("C11", *lora_tables(grid(*MOVING_AND_STILL, seeds=range(2)), update_norm=norm))
+    assert few["verdict"] == "inconclusive"
+
+
+def test_the_effective_lr_needs_seeds_and_records():
+    assert judged("C11", *lora_tables(grid({}, seeds=range(2))))["verdict"] == "inconclusive"
+    single = judged("C11", *lora_tables(grid({}, seeds=range(1))))
+    assert single["verdict"] == "inconclusive"
+    assert "nan" not in single["reason"]
+    runs, curves = lora_tables(grid({}))
+    assert judged("C11", runs, curves[curves["step"] != 1])["verdict"] == "not tested"
+    assert judged("C11", *lora_tables(grid({"alpha": 8.0})))["verdict"] == "not tested"
+
+
+# All ----------------------------------------------------------------------------------------------------------------
+
+
+def test_only_runs_of_the_experiment_are_read():
+    runs, curves = lora_tables(grid(*EQUIVALENT, *OTHER))
+    for experiment, verdict in (("parametrization", "confirmed"), ("rank", "not tested")):
+        assert judged("C5", runs.assign(experiments=experiment), curves)["verdict"] == verdict
+
+
+def test_models_are_judged_apart():
+    def loss(run, step):
+        return nll(run, step) + (1e-3 * run["init_a"] if run["model"] == "other" else 0.0)
+
+    both = grid(*EQUIVALENT, *OTHER) + grid(*EQUIVALENT, *OTHER, model="other")
+    claim = judged("C5", *lora_tables(both, nll=loss))
+    assert claim["verdict"] == "contradicted"
+    assert claim["reason"].startswith("other/instruct")
+    assert "tiny/instruct" in claim["reason"]

@@ -1,0 +1,180 @@
+"""The recipe, from tables whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from lorabench.claims.recipe import measured_recipe
+
+from ..handmade import LRS, make_sweep, runs_table
+
+SEEDS = 24
+
+
+def sft(*ranks: int | None, seeds: int = SEEDS, **changes: Any) -> list[dict[str, Any]]:
+    """Sweeps whose floor is 2.55 nats, above it 0.3 / rank for LoRA; seed noise 0.012; optima 1e-3 and 3e-3."""
+    return [row for rank in ranks for row in make_sweep(rank, seeds=seeds, **changes)]
+
+
+def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
+    """The rows with the losses of both splits shifted."""
+    losses = ("final_valid_nll", "final_test_nll")
+    return [row | {name: row[name] + by for name in losses if row[name] is not None} for row in rows]
+
+
+def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **changes: Any) -> list[dict[str, Any]]:
+    """A sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
+    rows = []
+    for lr in LRS:
+        for seed in range(seeds if lr == best else 1):
+            accuracy = max(0.0, peak - 0.2 * abs(math.log10(lr / best))) + 0.01 * (seed % 3)
+            rewards = {"final_valid_reward": accuracy, "final_reward": accuracy, "base_reward": 0.2}
+            name = f"rl-{rank}-{lr:g}-{seed}-{changes.get('dataset', 'gcd')}"
+            row = {"run_id": name, "task": "rl", "experiments": ["rl_arithmetic"], "model": "tiny", "dataset": "gcd"}
+            row |= {"method": "fullft" if rank is None else "lora", "rank": rank, "lr": lr, "seed": seed}
+            row |= {"placement": None if rank is None else "all", "alpha": None if rank is None else 32.0}
+            rows.append(row | {"batch_size": 64, "steps": 50, "status": "done"} | rewards | changes)
+    return rows
+
+
+def only(rows: list[dict[str, Any]]):
+    """The only recommendation from some rows."""
+    [recommendation] = measured_recipe(runs_table(rows)).found
+    return recommendation
+
+
+def test_lora_matches_from_some_rank_up():
+    recommendation = only(sft(None, 1, 4, 64, 256))
+    assert [choice.gap.answer for choice in recommendation.lora] == ["no", "no", "yes", "yes"]
+    assert recommendation.answer == "yes"
+    assert recommendation.smallest.rank == recommendation.use.rank == 64
+    assert recommendation.use.gap.estimate == pytest.approx(0.3 / 64, abs=0.012)
+    assert (
+        recommendation.use.gap.low
+        < recommendation.use.gap.estimate
+        < recommendation.use.gap.high
+        < 2 * recommendation.sigma
+    )
+    assert recommendation.sigma == pytest.approx(0.012, rel=0.3)
+    assert recommendation.best.rank in (64, 256)
+
+
+def test_learning_rates_are_those_of_the_optima():
+    recommendation = only(sft(None, 64))
+    assert (recommendation.fullft.lr_best, recommendation.use.lr_best) == (1e-3, 3e-3)
+    # The curve is steeper above its optimum, so the optimum of the parabola is lower.
+    assert recommendation.use.lr_low < recommendation.use.lr_opt < recommendation.use.lr_high < 3.3e-3
+    assert recommendation.use.resolved
+    assert recommendation.use.ratio.estimate == pytest.approx(recommendation.use.lr_opt / recommendation.fullft.lr_opt)
+    assert (
+        recommendation.use.ratio.low < 3 < recommendation.use.ratio.high
+        or recommendation.use.ratio.estimate == pytest.approx(3, rel=0.2)
+    )
+    assert recommendation.use.ratio.problems == ()
+
+
+def test_lora_that_is_better_matches():
+    recommendation = only(sft(None) + shifted(sft(64), -0.2))
+    assert recommendation.answer == "yes"
+    assert recommendation.use.gap.estimate < -0.15
+
+
+def test_lora_does_not_match():
+    recommendation = only(sft(None, 1, 2, 4))
+    assert recommendation.answer == "no"
+    assert recommendation.smallest is None
+    # The lowest validation loss, not the lowest rank.
+    assert recommendation.use.rank == recommendation.best.rank == 4
+    assert recommendation.use.gap.low > 2 * recommendation.sigma
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_decide_nothing(seeds):
+    recommendation = only(sft(None, 1, 64, seeds=seeds))
+    assert recommendation.answer == "undecided"
+    assert recommendation.smallest is None
+    assert f"{seeds} paired seeds, 3 needed" in recommendation.use.gap.reason
+
+
+def test_an_optimum_at_the_edge_decides_nothing():
+    recommendation = only(sft(None) + sft(64, lrs=[3e-3, 1e-2, 1.5e-2]))
+    assert recommendation.answer == "undecided"
+    assert "edge of its grid" in recommendation.use.gap.reason
+    assert recommendation.use.ratio.problems
+
+
+def test_a_gap_near_the_noise_is_undecided():
+    recommendation = only(sft(None, seeds=3) + shifted(sft(64, seeds=3), 0.02))
+    assert recommendation.answer == "undecided"
+
+
+def test_best_is_picked_on_validation():
+    better_on_test = [row | {"final_test_nll": (row["final_test_nll"] or 9) - 0.1} for row in sft(64)]
+    better_on_test = [row if row["status"] == "done" else row | {"final_test_nll": None} for row in better_on_test]
+    better_on_validation = [
+        row | {"final_valid_nll": row["final_valid_nll"] and row["final_valid_nll"] - 0.1} for row in sft(256)
+    ]
+    assert only(sft(None) + better_on_test + better_on_validation).best.rank == 256
+
+
+def test_each_batch_size_has_its_answer():
+    small, large = sft(None, 64), sft(None, 64)
+    small = [row | {"run_id": row["run_id"] + "-4", "batch_size": 4} for row in small]
+    large = [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in large if row["method"] == "fullft"]
+    large += [row | {"run_id": row["run_id"] + "-64", "batch_size": 64} for row in shifted(sft(64), 0.3)]
+    recommended = measured_recipe(runs_table(small + large))
+    [sizes] = recommended.by_batch_size()
+    assert [(size.place.batch_size, size.answer) for size in sizes] == [(4, "yes"), (64, "no")]
+    assert recommended.answer == "mixed"
+
+
+def test_placements_against_all_layers():
+    rows = sft(64) + shifted(sft(64, placement="attn"), 0.3) + sft(128, placement="mlp")
+    rows = [row | {"run_id": f"{row['run_id']}-{row['placement']}"} for row in rows]
+    [choice] = measured_recipe(runs_table(rows)).placements
+    assert (choice.every.rank, choice.every.placement) == (64, "all")
+    assert {part.placement: part.gap.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
+
+
+def test_rl_is_judged_by_error_rate():
+    recommendation = only(rl(None, 0.8) + rl(1, 0.8, best=3e-3) + rl(8, 0.5, best=3e-3))
+    assert recommendation.place.task == "rl"
+    assert [choice.gap.answer for choice in recommendation.lora] == ["yes", "no"]
+    assert recommendation.lora[1].gap.estimate == pytest.approx(0.3)
+    assert recommendation.use.loss == pytest.approx(0.2, abs=0.01)
+
+
+def test_rl_that_learned_nothing_is_undecided():
+    assert only(rl(None, 0.2) + rl(1, 0.2, best=3e-3)).answer == "undecided"
+
+
+def test_what_was_never_rewarded_is_left_out():
+    hopeless = [row | {"status": "unrewarded"} for row in rl(None, 0.2, dataset="x") + rl(1, 0.2, dataset="x")]
+    assert measured_recipe(runs_table(hopeless)).found == ()
+
+
+@pytest.mark.parametrize("rows", [sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])])
+def test_without_two_tuned_methods_there_is_no_answer(rows):
+    recommended = measured_recipe(runs_table(rows))
+    assert recommended.found == ()
+    assert recommended.answer is None
+
+
+def test_other_parametrizations_do_not_count():
+    assert measured_recipe(runs_table(sft(None) + sft(64, alpha=8.0))).found == ()
+
+
+def test_a_table_may_lack_columns():
+    runs = runs_table(sft(None, 64) + rl(None, 0.8) + rl(1, 0.8))
+    few = runs[["run_id", "model", "dataset", "method", "rank", "placement", "batch_size", "lr", "seed", "status"]]
+    assert measured_recipe(few).found == ()
+    assert measured_recipe(pd.DataFrame()).found == ()
+    [recommendation] = measured_recipe(
+        few[:56].assign(**{name: runs[name] for name in ("final_valid_nll", "final_test_nll")})
+    ).found
+    assert recommendation.answer == "yes"
+    assert recommendation.use.trainable_params is None

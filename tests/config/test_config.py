@@ -1,0 +1,336 @@
+"""Presets: the shipped presets are valid, the schema is current, and a mistake is reported in one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from lorabench.config.fields import PresetError
+from lorabench.config.files import MODELS, PRESETS, SCHEMA
+from lorabench.config.loading import load_preset
+from lorabench.config.models import ModelSpec
+from lorabench.config.schema import json_schema
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_presets_are_valid(path):
+    load_preset(path.stem)
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("suites/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_suites_fit_the_schema(path):
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
+
+
+def test_the_catalogue_of_models_is_valid():
+    for spec in yaml.safe_load(MODELS.read_text()).values():
+        TypeAdapter(ModelSpec).validate_python(spec)
+
+
+def test_schema_is_current():
+    assert SCHEMA.read_text() == json_schema(), "run: lorabench schema > workflow/presets/schema.json"
+
+
+def change(raw, path, value):
+    *parents, last = path
+    for key in parents:
+        raw = raw[key]
+    raw[last] = value
+
+
+RL = ("experiments", "rl_arithmetic", 0)
+RL_MISTAKES = {
+    "unknown problems": ((*RL, "problems"), ["sums"], r"problems: unknown name 'sums'; allowed: gcd, gcd-of-three"),
+    "a dataset as problems": (
+        ("datasets", "gcd"),
+        {"kind": "facts", "facts": 9},
+        r"problems: 'gcd' is also the name of a dataset",
+    ),
+    "too many problems": (
+        (*RL, "problems_per_step"),
+        33,
+        r"problems_per_step: 33 is more than the 32 training problems",
+    ),
+    "a group of one": ((*RL, "group_size"), 1, r"group_size = 1: input should be greater than or equal to 2"),
+    "held out and trained on": ((*RL, "held_out"), ["gcd"], r"held_out: 'gcd' is trained on"),
+    "a prompt without question": ((*RL, "prompt"), "Solve!", r"prompt = 'Solve!': must contain \{question\} once"),
+    "longer on average": (
+        (*RL, "mean_response_tokens"),
+        5,
+        r"mean_response_tokens = 5 is more than max_new_tokens = 4",
+    ),
+    "epochs": ((*RL, "epochs"), 1.0, r"rl_arithmetic\.0: unknown key 'epochs'; allowed: .*problems_per_step"),
+    "digits out of order": (
+        ("problems", "gcd", "min_digits"),
+        3,
+        r"problems\.gcd: min_digits = 3 is more than max_digits",
+    ),
+    "unknown kind": (
+        ("problems", "gcd", "kind"),
+        "x",
+        r"problems\.gcd\.kind = 'x': allowed: 'arithmetic', 'gsm_symbolic'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), RL_MISTAKES.values(), ids=RL_MISTAKES.keys())
+def test_mistakes_of_rl_are_named(raw_rl_preset, write_preset, path, value, message):
+    raw_rl_preset["datasets"] = {}
+    change(raw_rl_preset, path, value)
+    with pytest.raises(PresetError) as error:
+        load_preset(str(write_preset(raw_rl_preset)))
+    assert re.search(message, str(error.value)), error.value
+
+
+def test_a_held_out_set_is_not_named_like_a_split(raw_rl_preset, write_preset):
+    raw_rl_preset["problems"]["test"] = raw_rl_preset["problems"]["gcd-of-three"]
+    change(raw_rl_preset, (*RL, "held_out"), ["test"])
+    with pytest.raises(PresetError, match="held_out: 'test' is the name of a split"):
+        load_preset(str(write_preset(raw_rl_preset)))
+
+
+EVAL_MISTAKES = {
+    "unknown experiment": (
+        {"experiments": ["placement"]},
+        r"evaluation\.experiments: unknown name 'placement'; allowed: rank",
+    ),
+    "unknown source": (
+        {"source": "worked"},
+        r"evaluation\.tasks\.0\.source = .worked.: .* reads a source of kind instruct; allowed: instruct",
+    ),
+    "a task twice": ({"twice": True}, r"evaluation\.tasks: 'lorabench_instruct' appears twice"),
+    "an unknown purpose": ({"about": "lost"}, r"evaluation\.tasks\.0\.about = 'lost': .*'learned' or 'forgotten'"),
+    "no tasks": ({"tasks": []}, r"evaluation\.tasks = \[\]: must not be empty"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "message"), EVAL_MISTAKES.values(), ids=EVAL_MISTAKES.keys())
+def test_mistakes_of_an_evaluation_are_named(raw_preset, write_preset, mistake, message):
+    task = {"name": "lorabench_instruct", "about": "learned", "source": "instruct"}
+    task |= {key: value for key, value in mistake.items() if key in task}
+    evaluation = {"experiments": ["rank"], "tasks": [task] * (2 if "twice" in mistake else 1)}
+    raw_preset["evaluation"] = evaluation | {key: mistake[key] for key in ("experiments", "tasks") if key in mistake}
+    with pytest.raises(PresetError) as error:
+        load_preset(str(write_preset(raw_preset)))
+    assert re.search(message, str(error.value)), error.value
+
+
+RANK = ("experiments", "rank", 0)
+MISTAKES = {
+    "wrong key": ((*RANK, "rnaks"), [1], r"experiments\.rank\.0: unknown key 'rnaks'; allowed: .*ranks"),
+    "wrong key at the top": (("modles",), {}, r"preset: unknown key 'modles'; allowed: .*models"),
+    "wrong key of a model": (
+        ("models", "tiny", "path"),
+        "x",
+        r"models\.tiny: unknown key 'path'; allowed: kind, name$",
+    ),
+    "wrong type": ((*RANK, "ranks"), "all", r"experiments\.rank\.0\.ranks = 'all': input should be a valid dict"),
+    "number as text": (("execution", "threads"), "2", r"execution\.threads = '2': this is text to YAML.*write 2$"),
+    "unknown model": (
+        (*RANK, "models"),
+        ["tinny"],
+        r"experiments\.rank\.0\.models: unknown name 'tinny'; allowed: tiny",
+    ),
+    "unknown dataset": ((*RANK, "datasets"), ["tulu"], r"datasets: unknown name 'tulu'; allowed: instruct"),
+    "unknown kind of model": (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
+    "unknown kind of dataset": (
+        ("datasets", "instruct", "kind"),
+        "x",
+        r"datasets\.instruct\.kind = 'x': allowed: 'instruct', 'worked', 'facts'",
+    ),
+    "unknown placement": ((*RANK, "ranks"), {"heads": [1]}, r"ranks\.heads = 'heads': .*'attn', 'mlp' or 'all'"),
+    "rank 0": ((*RANK, "ranks", "all"), [0], r"ranks\.all\.0 = 0: input should be greater than or equal to 1"),
+    "no grid": ((*RANK, "lrs"), {"fullft": [], "lora": []}, r"both grids are empty; at least one LR is needed"),
+    "grid without ranks": ((*RANK, "ranks"), {}, r"ranks \{\} and lrs\.lora .*: give both for LoRA, or neither"),
+    "ranks without grid": ((*RANK, "lrs", "lora"), [], r"lrs\.lora \[\]: give both for LoRA, or neither"),
+    "empty ranks": ((*RANK, "ranks", "all"), [], r"ranks\.all = \[\]: must not be empty"),
+    "empty experiment": (("experiments", "rank"), [], r"experiments\.rank = \[\]: must not be empty"),
+    "no named block": (("experiments", "rank"), {}, r"experiments\.rank = \[\]: must not be empty"),
+    "one block without a name": (
+        ("experiments", "rank"),
+        {"models": ["tiny"]},
+        r"experiments\.rank\.models = \['tiny'\]: a block is a mapping; allowed for rank: a list of blocks, or",
+    ),
+    "unknown model of compute": (
+        ("experiments", "compute"),
+        {"models": ["big"], "ranks": [1], "batch_size": 1, "sequence_length": 8},
+        r"experiments\.compute\.models: unknown name 'big'; allowed: tiny",
+    ),
+    "unknown key of facts": (
+        ("datasets", "instruct"),
+        {"kind": "facts", "facts": 9, "train": 9},
+        r"datasets\.instruct: unknown key 'train'; allowed: digits, facts, kind, seed",
+    ),
+    "transform of three": ((*RANK, "transforms"), [[1.0, 2.0, 3.0]], r"transforms\.0 = .*at most 2"),
+    "negative lr": ((*RANK, "lrs", "lora"), [-1.0], r"lrs\.lora\.0 = -1.0: input should be greater than 0"),
+    "infinite lr": ((*RANK, "lrs", "lora"), [float("inf")], r"lrs\.lora\.0 = inf: input should be a finite number"),
+    "unordered grid": ((*RANK, "lrs", "lora"), [1e-2, 1e-3], r"lora grid .* must be ascending without repeats"),
+    "repeated lr": ((*RANK, "lrs", "fullft"), [1e-3, 1e-3], r"fullft grid .* must be ascending without repeats"),
+    "batch larger than the data": ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
+    "no experiment": (("experiments",), {}, r"experiments is empty; allowed: rank"),
+    "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_sentence_that_names_the_field(mistake, raw_preset, write_preset):
+    path, value, message = mistake
+    change(raw_preset, path, value)
+    with pytest.raises(PresetError) as caught:
+        load_preset(write_preset(raw_preset))
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_learning_rate_that_yaml_reads_as_text(raw_preset, write_preset):
+    text = yaml.safe_dump(raw_preset).replace("- 0.01", "- 1e-2")
+    with pytest.raises(PresetError, match=r"lrs\.lora\.2 = '1e-2': this is text to YAML, not a number; write 0.01"):
+        load_preset(write_preset(text))
+
+
+def test_suggested_number_is_a_number_to_yaml(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"][0]["lrs"]["lora"] = ["1e-05"]
+    with pytest.raises(PresetError) as caught:
+        load_preset(write_preset(raw_preset))
+    suggested = str(caught.value).rpartition("write ")[2]
+    assert yaml.safe_load(suggested) == 1e-5
+
+
+def test_missing_field_is_named(raw_preset, write_preset):
+    del raw_preset["datasets"]["instruct"]["test"]
+    with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
+        load_preset(write_preset(raw_preset))
+
+
+def test_several_mistakes_are_all_named(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"][0]["ranks"] = {"all": [0, -1]}
+    with pytest.raises(PresetError) as caught:
+        load_preset(write_preset(raw_preset))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"kind": "path", "path": "/nowhere"}, r"models\.tiny: model folder '/nowhere' has no config\.json"),
+        (
+            {"kind": "gguf", "path": "/no.gguf", "sha256": "0" * 64},
+            r"models\.tiny: GGUF file '/no\.gguf' does not exist",
+        ),
+        ({"kind": "hub", "id": "no-owner"}, r"models\.tiny\.id = 'no-owner'"),
+    ],
+)
+def test_a_model_that_is_not_there(model, message, raw_preset, write_preset):
+    raw_preset["models"]["tiny"] = model | {"parameters": 1, "hidden_size": 1}
+    with pytest.raises(PresetError, match=message):
+        load_preset(write_preset(raw_preset))
+
+
+def test_unknown_preset_names_the_shipped_ones():
+    with pytest.raises(PresetError, match=r"preset 'lpatop': .*allowed: core, laptop, paper, smoke, smollm2, or"):
+        load_preset("lpatop")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", ""])
+def test_a_file_that_is_no_mapping(text, write_preset):
+    with pytest.raises(PresetError, match="a preset is a mapping of description"):
+        load_preset(write_preset(text))
+
+
+def test_broken_yaml(write_preset):
+    with pytest.raises(PresetError, match="not valid YAML"):
+        load_preset(write_preset("models: [tiny"))
+
+
+def test_a_model_of_the_catalogue_needs_no_definition_and_a_preset_may_have_its_own(raw_preset, write_preset):
+    raw_preset["experiments"]["rank"][0]["models"] = ["tiny", "qwen-64"]
+    preset = load_preset(write_preset(raw_preset))
+    assert {name: spec.name for name, spec in preset.models.items()} == {"tiny": "llama-128", "qwen-64": "qwen-64"}
+    raw_preset["models"]["qwen-64"] = {"kind": "tiny", "name": "qwen-128"}
+    assert load_preset(write_preset(raw_preset)).models["qwen-64"].name == "qwen-128"
+    del raw_preset["models"]
+    assert set(load_preset(write_preset(raw_preset)).models) == {"tiny", "qwen-64"}
+
+
+def test_named_blocks_share_what_is_common_to_them(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    expected = load_preset(write_preset(raw_preset | {"experiments": {"rank": [block | {"seeds": 3}, block]}}))
+    named = {"common": block, "more": {"seeds": 3}, "same": {}}
+    assert load_preset(write_preset(raw_preset | {"experiments": {"rank": named}})) == expected
+
+
+def test_mistakes_in_named_blocks_call_them_by_name(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    raw_preset["experiments"]["rank"] = {"common": block, "first": {}, "second": {"seeds": 0}}
+    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.seeds = 0: input"):
+        load_preset(write_preset(raw_preset))
+    raw_preset["experiments"]["rank"]["second"] = {"models": ["tinny"]}
+    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.models: unknown name 'tinny'; allowed: tiny, "):
+        load_preset(write_preset(raw_preset))
+
+
+def test_mistakes_in_named_tasks_call_them_by_name(raw_preset, write_preset):
+    tasks = {"lorabench_instruct": {"about": "learned", "source": "instruct"}, "gsm8k": {"about": "lost"}}
+    raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": tasks}
+    with pytest.raises(PresetError, match=r"evaluation\.tasks\.gsm8k\.about = 'lost'"):
+        load_preset(write_preset(raw_preset))
+
+
+def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    raw_preset["experiments"]["rank"] = {"grid": block}
+    task = {"about": "learned", "source": "instruct"}
+    tasks = {"lorabench_instruct": task, "lorabench_instruct_bits": task}
+    raw_preset["evaluation"] = {"experiments": ["rank"], "tasks": tasks}
+    write_preset(raw_preset, "parent")
+    changes = {
+        "extends": "parent.yaml",
+        "datasets": {"instruct": {"train": 32}},
+        "experiments": {"rank": {"grid": {"lrs": {"lora": [0.5]}, "seeds": None}}, "early": [block]},
+        "evaluation": {"tasks": {"lorabench_instruct": {"limit": 4}, "lorabench_instruct_bits": None}},
+    }
+    preset = load_preset(write_preset(changes, "child"))
+    assert preset.description == raw_preset["description"]
+    assert (preset.datasets["instruct"].train, preset.datasets["instruct"].test) == (32, 8)
+    [grid] = preset.experiments.rank
+    assert (grid.lrs.fullft, grid.lrs.lora, grid.seeds) == ([1e-3, 3e-3], [0.5], 3)
+    assert preset.experiments.early[0].seeds == 2
+    assert [(task.name, task.limit) for task in preset.evaluation.tasks] == [("lorabench_instruct", 4)]
+    less = {"extends": ["child.yaml"], "evaluation": None, "experiments": {"early": None}}
+    experiments = preset.experiments.model_copy(update={"early": None})
+    expected = preset.model_copy(update={"evaluation": None, "experiments": experiments})
+    assert load_preset(write_preset(less, "grandchild")) == expected
+
+
+def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, write_preset):
+    write_preset(raw_preset, "parent")
+    changes = {"extends": "parent.yaml", "datasets": {"instruct": {"kind": "facts", "facts": 64}}}
+    assert load_preset(write_preset(changes)).datasets["instruct"].kind == "facts"
+
+
+def test_a_shipped_preset_may_be_extended_by_name(write_preset):
+    changes = {"extends": "laptop", "experiments": {"rank": {"equal": {"seeds": 9}}}}
+    rank = load_preset(write_preset(changes)).experiments.rank
+    assert [block.seeds for block in rank] == [3, 9]
+
+
+def test_what_can_not_be_extended_is_one_sentence(write_preset):
+    with pytest.raises(PresetError, match=r"extends = 'crore': no file \S+; allowed: core, .*suites/sft, or a path"):
+        load_preset(write_preset({"extends": "crore"}))
+    with pytest.raises(PresetError, match="extends = 3: the name of a preset, or a list of names, is needed"):
+        load_preset(write_preset({"extends": 3}))
+    write_preset({"extends": "second.yaml"}, "first")
+    second = write_preset({"extends": "first.yaml"}, "second")
+    with pytest.raises(PresetError, match=r"must not extend itself, but \S+second.yaml extends \S+first.yaml extends"):
+        load_preset(second)
+
+
+def test_what_no_parent_gives_is_missing(write_preset):
+    with pytest.raises(PresetError, match=r"mine\.yaml: description: missing"):
+        load_preset(write_preset({"extends": "suites/sft"}))

@@ -1,0 +1,38 @@
+"""Fixtures for what a user brings: a small data file, and a model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from lorabench.models.tiny import shipped_folder
+
+WORDS = ("apple", "river", "stone", "cloud", "green", "tiger", "lemon")
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Return examples that a model can learn: reverse a list of words."""
+    rng = Random(seed)
+    examples = []
+    for number in range(count):
+        words = rng.choices(WORDS, k=rng.randint(2, 4))
+        examples.append({"prompt": f"Reverse {number}: {' '.join(words)}", "completion": " ".join(reversed(words))})
+    return examples
+
+
+def write_rows(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A model folder with the tiny base, as if downloaded, without a chat template."""
+    folder = Path(shutil.copytree(shipped_folder("llama-128"), tmp_path / "base"))
+    (folder / "chat_template.jinja").unlink()
+    (folder / "recipe.json").unlink()
+    return folder

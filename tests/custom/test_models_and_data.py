@@ -1,0 +1,155 @@
+"""Models and data are described correctly before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from lorabench.config.models import GgufModel, HubModel, PathModel, TinyModel
+from lorabench.custom.data import examine, examine_data, load_tokenizer
+from lorabench.custom.model import find_model
+from lorabench.data.rows import TOO_LONG
+from lorabench.errors import UserError
+
+from .conftest import rows, write_rows
+
+
+def test_a_shipped_base():
+    model = find_model("tiny")
+    assert (model.spec, model.family, model.parameters) == (TinyModel(kind="tiny"), "llama", 828_288)
+    # Per rank: 3 layers of q, k, v, o (128 + 128) and gate, up, down (128 + 320), and the unembedding (128 + 1024).
+    assert model.lora_parameters(4) == 4 * (3 * (4 * 256 + 3 * 448) + 1152)
+    assert find_model("qwen-64").spec == TinyModel(kind="tiny", name="qwen-64")
+
+
+def test_a_folder_is_read_by_the_headers_of_its_files(base):
+    model = find_model(str(base))
+    assert isinstance(model.spec, PathModel)
+    assert (model.parameters, model.spec.hidden_size, model.max_length) == (828_288, 128, 512)
+    assert model.lora_parameters(4) == find_model("tiny").lora_parameters(4)
+
+
+def test_a_known_model_of_the_hub_needs_no_connection():
+    model = find_model("meta-llama/Llama-3.1-8B-Instruct")
+    assert model.spec == HubModel(
+        kind="hub", id="meta-llama/Llama-3.1-8B-Instruct", parameters=8_030_261_248, hidden_size=4096
+    )
+    assert model.lora_parameters(1) == 2_753_792
+
+
+def test_a_gguf_file(tmp_path):
+    path = tmp_path / "own.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_embedding_length(64)
+    writer.add_context_length(256)
+    writer.add_tensor("token_embd.weight", np.zeros((100, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = find_model(str(path))
+    assert isinstance(model.spec, GgufModel)
+    assert (model.family, model.parameters, model.spec.hidden_size, model.max_length) == ("llama", 6400, 64, 256)
+
+
+def broken(name, content):
+    def change(base):
+        (base / name).write_bytes(content)
+
+    return change
+
+
+MODELS = {
+    "no json": (broken("config.json", b"\0"), "config.json of model .* is no JSON"),
+    "no width": (
+        broken("config.json", b'{"model_type": "gpt2"}'),
+        "has no hidden_size; a causal LM for text is needed",
+    ),
+    "null": (broken("config.json", b"null"), "has no model_type"),
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), "has no .safetensors file"),
+    "cut weights": (broken("model.safetensors", b"\xff" * 8), "model.safetensors is no safetensors file"),
+    "other weights": (broken("model.safetensors", b"\2\0\0\0\0\0\0\0[]"), "model.safetensors is no safetensors file"),
+    "no config": (lambda base: (base / "config.json").unlink(), "has no config.json"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MODELS.values(), ids=MODELS.keys())
+def test_a_folder_that_is_no_model_is_one_sentence(change, message, base):
+    change(base)
+    with pytest.raises(UserError, match=message):
+        find_model(str(base))
+
+
+def test_other_names_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="is no folder, no .gguf file, no hub id .owner/name. and none of tiny"):
+        find_model("nothing")
+    (tmp_path / "own.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(UserError, match="can't be read as GGUF"):
+        find_model(str(tmp_path / "own.gguf"))
+    with pytest.raises(UserError, match="data 'nothing' is no file and no hub id"):
+        examine_data("nothing", None, None, None)
+
+
+def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, base):
+    path = write_rows(tmp_path / "own.jsonl", 20)
+    tokenizer = load_tokenizer(find_model("tiny"))
+    counts = [
+        (
+            len(tokenizer(f"<|user|>{row['prompt']}<|assistant|>{row['completion']}<|end|>")["input_ids"]),
+            len(tokenizer(f"{row['completion']}<|end|>")["input_ids"]),
+        )
+        for row in rows(20)
+    ]
+    data, template = examine(find_model("tiny"), str(path), None)
+    assert template is None
+    assert data.mean_tokens == sum(total for total, _ in counts) / 20
+    assert data.mean_completion_tokens == sum(scored for _, scored in counts) / 20
+    assert data.max_chars == max(len(row["prompt"]) + len(row["completion"]) for row in rows(20))
+    plain, template = examine(find_model(str(base)), str(path), None)
+    assert template == "plain"
+    # The scored tokens are the same: the answer and the end token. The plain template adds a heading to each turn.
+    assert plain.mean_completion_tokens == data.mean_completion_tokens
+    assert plain.mean_tokens > data.mean_tokens
+
+
+def test_examples_that_do_not_fit_the_model_are_counted(tmp_path):
+    path = tmp_path / "own.jsonl"
+    texts = [f"{number} {'word ' * (10 if number % 5 else 2000)}" for number in range(20)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data, _ = examine(find_model("tiny"), str(path), None)
+    assert data.usable == 16
+    assert data.tally.bad == {TOO_LONG: (4, 1)}
+    assert max(len(text) for text in texts if len(text) < 1000) <= data.max_chars < 10_000
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if len(text) > 1000))
+    with pytest.raises(UserError, match="no example fits the 512 tokens that the model takes"):
+        examine(find_model("tiny"), str(path), None)
+
+
+def test_a_large_file_is_judged_by_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorabench.custom.data._SAMPLE", 30)
+    data, _ = examine(find_model("tiny"), str(write_rows(tmp_path / "own.jsonl", 300)), None)
+    exact, _ = examine(find_model("tiny"), str(write_rows(tmp_path / "other.jsonl", 30)), None)
+    assert data.usable == data.tally.rows == 300
+    assert data.mean_tokens == pytest.approx(exact.mean_tokens, rel=0.2)
+
+
+def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
+    # The datasets library reads a folder of this name before it asks the hub.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    chats = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in rows(25)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    data, _ = examine(find_model("tiny"), "owner/name", None)
+    assert data.source == {"kind": "hub", "id": "owner/name"}
+    assert (data.usable, data.tally.bad) == (25, {})
+    (folder / "train.jsonl").write_text('{"q": "1", "a": "2"}\n')
+    with pytest.raises(UserError, match="has the columns q, a; messages or conversations is needed, or a file"):
+        examine(find_model("tiny"), "owner/name", None)

@@ -1,0 +1,197 @@
+"""`lorabench init` writes a valid preset for the model and data, and reports a mistake before it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from lorabench.config.datasets import FileDataset
+from lorabench.config.loading import load_preset
+from lorabench.config.models import PathModel
+from lorabench.custom.data import UserData
+from lorabench.custom.model import find_model
+from lorabench.custom.preset import Choices, Splits, init_preset, preset_text, splits
+from lorabench.data.problem_sets import make_problems
+from lorabench.data.sft import make_dataset
+from lorabench.data.tokens import encode_chat
+from lorabench.errors import UserError
+from lorabench.models.base import load_tokenizer
+from lorabench.models.identity import model_id
+
+from .conftest import write_rows
+
+
+def init(path, model, data, choices=None, force=False, form=None):
+    said: list[str] = []
+    return init_preset(path, model, str(data), form, choices or Choices(), force, said.append), "\n".join(said)
+
+
+def test_the_preset_describes_the_data(tmp_path):
+    data = write_rows(tmp_path / "own.jsonl", 1000)
+    with data.open("a") as file:
+        file.write("{}\n")
+    preset, said = init(tmp_path / "mine.yaml", "tiny", data)
+    assert preset == load_preset(str(tmp_path / "mine.yaml"))
+    assert "1000 of 1001 rows can be used as prompt/completion; left out: 1 no text (line 1001)" in said
+    dataset = preset.datasets["own"]
+    assert isinstance(dataset, FileDataset)
+    assert (dataset.train, dataset.validation, dataset.test, dataset.format) == (800, 100, 100, "prompt/completion")
+    [block] = preset.experiments.rank or []
+    assert block.ranks == {"all": [1, 8, 32]}
+    # The law gives 5e-5 (2000/128)^0.781 = 4.28e-4 for FullFT, and ten times that for LoRA.
+    assert block.lrs.fullft == [1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3]
+    assert block.lrs.lora == [1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2]
+    assert (block.batch_sizes, block.seeds, block.epochs) == ([8], 3, 1.0)
+    assert len(list(make_dataset(dataset))) == 1000
+
+
+def test_what_a_user_chooses_counts(tmp_path):
+    data = write_rows(tmp_path / "own.jsonl", 60)
+    choices = Choices(ranks=(2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu="A10")
+    preset, said = init(tmp_path / "mine.yaml", "qwen-64", data, choices)
+    [block] = preset.experiments.rank or []
+    assert (block.ranks, block.seeds, block.epochs) == ({"all": [2, 5]}, 2, 3.0)
+    assert (preset.datasets["own"].train, preset.datasets["own"].test) == (36, 12)
+    assert (preset.protocol.precision, preset.execution.gpu) == ("bf16", "A10")
+    assert "runs have 27 steps; below 100" in said
+
+
+def test_a_base_without_a_template_gets_the_plain_one_and_is_another_model_with_it(tmp_path, base):
+    preset, said = init(tmp_path / "mine.yaml", str(base), write_rows(tmp_path / "own.jsonl", 20))
+    assert "chat_template: plain" in said
+    spec = preset.models["base"]
+    assert isinstance(spec, PathModel)
+    assert model_id(spec) != model_id(spec.model_copy(update={"chat_template": None}))
+    tokenizer = load_tokenizer(spec)
+    turns = [{"role": "user", "content": "2+2 "}, {"role": "assistant", "content": "\n4"}]
+    ids, scored = encode_chat(tokenizer, turns)
+    assert tokenizer.decode(ids) == "User:\n2+2\n\nAssistant:\n4<|end|>\n\n"
+    assert tokenizer.decode([i for i, is_scored in zip(ids, scored, strict=True) if is_scored]) == "4<|end|>"
+
+
+def test_a_template_of_ones_own(tmp_path, base):
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    spec = find_model(str(base)).spec.model_copy(update={"chat_template": str(own)})
+    assert load_tokenizer(spec).chat_template == own.read_text()
+    with pytest.raises(ValueError, match="is no file; allowed: plain, or the path of a Jinja file"):
+        PathModel.model_validate(spec.model_dump() | {"chat_template": "fancy"})
+
+
+def test_an_unknown_family_has_a_wider_grid_and_says_so(tmp_path, base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    model = find_model(str(base))
+    data, _ = small_data(tmp_path)
+    text = preset_text(model, data, Choices(), None, tmp_path / "mine.yaml")
+    assert "the range for a family that the paper's law does not cover, mistral" in text
+    assert len(yaml.safe_load(text)["experiments"]["rank"][0]["lrs"]["lora"]) == 8
+
+
+def small_data(tmp_path) -> tuple[UserData, None]:
+    from lorabench.custom.data import examine
+
+    return examine(find_model("tiny"), str(write_rows(tmp_path / "own.jsonl", 20)), None)
+
+
+def test_names_of_files_can_hold_anything(tmp_path):
+    for name in ('true # "x" \u2028: {no}\n[a].jsonl', "true.jsonl", "2024.jsonl", "_.jsonl"):
+        preset, _ = init(tmp_path / "my odd.yaml", "tiny", write_rows(tmp_path / name, 20), force=True)
+        [dataset] = preset.datasets.values()
+        assert isinstance(dataset, FileDataset)
+        assert dataset.path == str(tmp_path / name)
+
+
+def test_split_sizes():
+    assert splits(50, 0.1) == Splits(40, 5, 5)
+    assert splits(10, 0.01) == Splits(8, 1, 1)
+    assert splits(100_000, 0.1) == Splits(98_500, 500, 1000)
+    with pytest.raises(UserError, match="9 usable examples are too few; at least 10 are needed"):
+        splits(9, 0.1)
+
+
+MISTAKES = {
+    "suffix": ("mine.txt", {}, "mine.txt must end in .yaml"),
+    "shipped": ("laptop.yaml", {}, "'laptop' is the name of a shipped preset"),
+    "there": ("there.yaml", {}, "there.yaml exists; --force overwrites it"),
+    "gpu": ("mine.yaml", {"choices": Choices(gpu="H9000")}, "gpu 'H9000' is not known; allowed: A100-40GB"),
+    "rank": ("mine.yaml", {"choices": Choices(ranks=(0,))}, "ranks.all.0 = 0: input should be greater"),
+    "format": ("mine.yaml", {"form": "tables"}, "format 'tables': allowed: messages, conversations"),
+    "other format": ("mine.yaml", {"form": "text"}, "none of its 20 rows can be used as text: 20 no text"),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_reported_and_nothing_written(name, changes, message, tmp_path):
+    data = write_rows(tmp_path / "own.jsonl", 20)
+    (tmp_path / "there.yaml").write_text("mine")
+    with pytest.raises(UserError, match=message):
+        init(tmp_path / name, "tiny", data, **changes)
+    assert {path.name for path in tmp_path.iterdir()} == {"own.jsonl", "there.yaml"}
+    assert (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_force_overwrites(tmp_path):
+    data = write_rows(tmp_path / "own.jsonl", 20)
+    (tmp_path / "there.yaml").write_text("mine")
+    preset, _ = init(tmp_path / "there.yaml", "tiny", data, force=True)
+    assert load_preset(str(tmp_path / "there.yaml")) == preset
+
+
+def write_problems(path, count):
+    path.write_text(
+        "".join(json.dumps({"question": f"What is {n} + 2?", "answer": str(n + 2)}) + "\n" for n in range(count))
+    )
+    return path
+
+
+def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path):
+    data = write_problems(tmp_path / "sums.jsonl", 400)
+    with data.open("a") as file:
+        file.write('{"question": "no answer"}\n')
+    preset, said = init(tmp_path / "mine.yaml", "tiny", data, Choices(grader="number"))
+    assert preset == load_preset(str(tmp_path / "mine.yaml"))
+    assert "400 of 401 rows can be used as question/answer; left out: 1" in said
+    assert "split: 320 train, 40 validation, 40 test" in said
+    problems = preset.problems["sums"]
+    assert (problems.kind, problems.grader, problems.train) == ("file", "number", 320)
+    assert not preset.datasets
+    [block] = preset.experiments.rl or []
+    assert block.ranks == {"all": [1, 32]}
+    assert (block.problems_per_step, block.group_size, block.steps, block.seeds) == (16, 16, 50, 3)
+    # Half of the 512 tokens that the model takes.
+    assert block.max_new_tokens == 256
+    # A quarter of the law's 4.28e-4 for FullFT, and ten times that for LoRA.
+    assert block.lrs.fullft == [2.2e-5, 4.6e-5, 1e-4, 2.2e-4, 4.6e-4]
+    assert block.lrs.lora == [2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3]
+    assert len(list(make_problems(problems))) == 400
+
+
+def test_boxed_answers_leave_room_for_a_solution_and_epochs_for_more_steps(tmp_path, base):
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (base / "config.json").write_text(json.dumps(config))
+    data = write_problems(tmp_path / "sums.jsonl", 2000)
+    preset, said = init(tmp_path / "mine.yaml", str(base), data, Choices(grader="boxed", epochs=2.0, ranks=(4,)))
+    [block] = preset.experiments.rl or []
+    assert (block.max_new_tokens, block.steps, block.ranks) == (1024, 200, {"all": [4]})
+    assert "chat_template: plain" in said
+
+
+@pytest.mark.parametrize(
+    ("grader", "form", "message"),
+    [("numbr", None, "grader 'numbr': allowed: number, boxed"), ("number", "text", "--format and --grader")],
+)
+def test_a_wrong_choice_of_grader_is_one_sentence(grader, form, message, tmp_path):
+    data = write_problems(tmp_path / "sums.jsonl", 40)
+    with pytest.raises(UserError, match=message):
+        init(tmp_path / "mine.yaml", "tiny", data, Choices(grader=grader), form=form)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_problems_must_be_a_file_with_their_columns(tmp_path):
+    with pytest.raises(UserError, match="problems 'owner/name' is no file"):
+        init(tmp_path / "mine.yaml", "tiny", "owner/name", Choices(grader="boxed"))
+    with pytest.raises(UserError, match="has the columns 'prompt', 'completion'; 'question', 'answer' is needed"):
+        init(tmp_path / "mine.yaml", "tiny", write_rows(tmp_path / "own.jsonl", 40), Choices(grader="boxed"))

@@ -1,0 +1,142 @@
+"""`lorabench recommend` gives the numbers computed by hand with their sources, and a range without a law."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lorabench.cli.main import app
+from lorabench.custom.model import find_model
+from lorabench.custom.recommend import recommend
+from lorabench.custom.script import script
+from lorabench.errors import UserError
+from lorabench.tables.io import write_frame
+
+from ..handmade import make_sweep, runs_table
+from .conftest import write_rows
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+
+
+def recommended(model, tokens=None, results=None, tmp_path=None):
+    return recommend(find_model(model), tokens, None, "H100-80GB", results or tmp_path)
+
+
+def test_llama_8b_by_hand(tmp_path):
+    recommendation = recommended(LLAMA, 50e6, tmp_path=tmp_path)
+    assert recommendation.setting("lora_lr").value == 2.856e-4
+    assert recommendation.setting("fullft_lr").value == 2.856e-5
+    assert recommendation.setting("alpha").value == 32
+    # At 2,753,792 parameters per rank, rank 19 is enough for 50 M tokens, so the default of 32 is recommended.
+    assert (recommendation.rank, recommendation.setting("lora_parameters").value) == (32, 32 * 2_753_792)
+    assert recommended(LLAMA, 200e6, tmp_path=tmp_path).rank == 128
+    assert recommendation.batch_size == 32
+    # Weights, gradients and two moments in fp32 take 16 bytes per parameter: 128 GB, more than one GPU has.
+    gpus = int(recommendation.setting("fullft_gigabytes").source.split()[2])
+    assert gpus > 1
+    assert 128.5 / gpus < recommendation.setting("fullft_gigabytes").value < 80
+    assert 8.03 * 4 < recommendation.setting("lora_gigabytes").value < 80
+    # 6 FLOPs a parameter and token, at 35% of 989.5 TFLOP/s: 1.9 hours, without attention, waiting and starting.
+    hours = 6 * 7.5e9 * 50e6 / (0.35 * 989.5e12) / 3600
+    assert hours < recommendation.setting("fullft_gpu_hours").value < 2 * hours
+    assert (
+        hours * 2 / 3
+        < recommendation.setting("lora_gpu_hours").value
+        < recommendation.setting("fullft_gpu_hours").value
+    )
+    assert all(setting.source for setting in recommendation.settings)
+
+
+def test_published_sweeps_of_the_model_stand_beside_the_law(tmp_path):
+    [seen] = recommended(LLAMA, tmp_path=tmp_path).seen
+    assert (seen.method, seen.where) == ("lora", "published, tinker-cookbook: tulu3")
+    assert 2e-4 < seen.lr < 6e-4
+    assert recommended("tiny", tmp_path=tmp_path).seen == ()
+
+
+def test_a_family_without_a_law_has_a_range_and_no_number(tmp_path, base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    recommendation = recommended(str(base), tmp_path=tmp_path)
+    lr = recommendation.setting("lora_lr")
+    assert lr.value is None
+    assert lr.low
+    assert lr.high
+    assert lr.low < lr.high
+    assert "the law does not cover 'mistral'" in lr.source
+    # The script needs a single number, the middle of the range.
+    assert "LORA_LR = 0.002\n" in script(recommendation, None, None)
+
+
+def test_finished_runs_are_shown_with_their_interval(tmp_path):
+    rows = [
+        row | {"family": "llama", "hidden_size": 128, "base_params": 828_288}
+        for rank in (None, 32)
+        for row in make_sweep(rank=rank)
+    ]
+    other = [row | {"family": "llama", "hidden_size": 64, "base_params": 300_000} for row in make_sweep(rank=None)]
+    write_frame(runs_table([*rows, *other]), "runs", tmp_path / "mine" / "tables")
+    seen = recommended("tiny", results=tmp_path).seen
+    assert [(optimum.method, optimum.rank) for optimum in seen] == [("fullft", None), ("lora", 32)]
+    for optimum in seen:
+        assert optimum.low
+        assert optimum.high
+        assert optimum.low <= optimum.lr <= optimum.high
+        assert optimum.where.startswith(f"measured, {tmp_path / 'mine'}: ")
+    assert recommended("llama-64", results=tmp_path).seen == ()
+    # A table that is not valid, or lacks columns, is skipped.
+    (tmp_path / "broken" / "tables").mkdir(parents=True)
+    (tmp_path / "broken" / "tables" / "runs.csv").write_text("run_id,lr\na,1\na,2\n")
+    assert recommended("tiny", results=tmp_path).seen == seen
+
+
+def test_capacity_and_short_runs_are_noted(tmp_path):
+    recommendation = recommended("tiny", 10_000_000, tmp_path=tmp_path)
+    assert recommendation.rank == 64
+    assert any("LoRA may run out of capacity" in note for note in recommendation.notes)
+    assert any("10 Mbit in the data" in note and "1.06 Mbit in the adapter" in note for note in recommendation.notes)
+    assert any("an extrapolation" in note for note in recommendation.notes)
+    data = write_rows(tmp_path / "own.jsonl", 40)
+    from lorabench.custom.data import examine
+
+    model = find_model("tiny")
+    known, _ = examine(model, str(data), None)
+    few = recommend(model, 400.0, known, "A10", tmp_path)
+    assert any("An epoch has 10 steps" in note for note in few.notes)
+
+
+def lorabench(*arguments, cwd):
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, ["recommend", *arguments])
+
+
+def test_json_and_table_say_the_same(tmp_path):
+    printed = json.loads(lorabench("--model", LLAMA, "--json", cwd=tmp_path).stdout)
+    assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
+    assert printed["settings"]["lora_lr"]["value"] == 2.856e-4
+    table = lorabench("--model", LLAMA, cwd=tmp_path).stdout
+    assert "2.86e-4" in table
+    assert "2.86e-5" in table
+
+
+MISTAKES = {
+    "two": (("--data", "x.jsonl", "--dataset-tokens", "5"), "--dataset-tokens and --data: give one of them"),
+    "both": (("--json", "--script"), "--json and --script: give one of them"),
+    "gpu": (("--gpu", "H9000"), "gpu 'H9000' is not known"),
+    "data": (("--data", "x.jsonl"), "data 'x.jsonl' is no file and no hub id"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_sentence(arguments, message, tmp_path):
+    result = lorabench("--model", "tiny", *arguments, cwd=tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"lorabench: {message}")
+
+
+def test_a_mixture_of_experts_and_a_gguf_file_have_no_script(tmp_path):
+    with pytest.raises(UserError, match="is a mixture of experts, which the script does not cover"):
+        script(recommended("moe-128", tmp_path=tmp_path), None, None)

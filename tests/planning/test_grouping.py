@@ -1,0 +1,140 @@
+"""Grouping of sweeps into jobs: each sweep is trained once, a figure needs no other sweeps, and no core waits long."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorabench.config.loading import load_preset
+from lorabench.config.preset import Preset
+from lorabench.estimates.memory import gpus_needed
+from lorabench.estimates.seconds import flops_per_second, job_seconds, start_seconds
+from lorabench.planning.bill import per_experiment, training
+from lorabench.planning.grouping import START_SHARE, group_sweeps
+from lorabench.planning.plan import Plan, make_plan
+from lorabench.runs import Job
+
+PLANS = {name: make_plan(load_preset(name)) for name in ("smoke", "laptop", "smollm2", "core", "paper")}
+
+
+def seconds(plan: Plan, job: Job) -> float:
+    return job_seconds(plan.preset, job, max(gpus_needed(plan.preset, sweep) for sweep in job.sweeps))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(sorted(PLANS)), st.floats(0.01, 100), st.data())
+def test_each_sweep_is_in_one_job_with_others_like_it(name, faster, data):
+    preset = PLANS[name].preset
+    gflops = faster * flops_per_second(preset.execution) / 1e9
+    preset = preset.model_copy(update={"execution": preset.execution.model_copy(update={"gflops": gflops})})
+    chosen = data.draw(st.lists(st.sampled_from(PLANS[name].sweeps), unique=True))
+    jobs = group_sweeps(preset, chosen)
+    assert sorted(sweep.sweep_id for job in jobs for sweep in job) == sorted(sweep.sweep_id for sweep in chosen)
+    for job in jobs:
+        alike = {
+            (
+                sweep.condition.model,
+                sweep.condition.dataset,
+                sweep.condition.task,
+                sweep.experiments,
+                gpus_needed(preset, sweep),
+            )
+            for sweep in job
+        }
+        assert len(alike) == 1
+    times = [seconds(Plan(preset, ()), Job(job)) for job in jobs]
+    assert times == sorted(times, reverse=True)
+    assert group_sweeps(preset, chosen) == jobs
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_job_of_several_is_longer_than_the_longest_sweep_or_a_start(name):
+    plan = PLANS[name]
+    alone = max(seconds(plan, Job((sweep,))) for sweep in plan.sweeps)
+    start = start_seconds(plan.preset)
+    for job in plan.jobs:
+        assert len(job.sweeps) == 1 or seconds(plan, job) <= max(alone, 2.5 * start)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_all_is_done_no_later_than_with_a_job_per_sweep(name):
+    plan = PLANS[name]
+    together = sorted((seconds(plan, job) for job in plan.jobs), reverse=True)
+    alone = sorted((seconds(plan, Job((sweep,))) for sweep in plan.sweeps), reverse=True)
+
+    def end(jobs, cores) -> float:
+        """The seconds until all jobs are done, if each free core takes the longest job that is left."""
+        free = [0.0] * cores
+        for job in jobs:
+            heapq.heappush(free, heapq.heappop(free) + job)
+        return max(free)
+
+    for cores in (1, 2, 8, 64):
+        # Where starts take no time beside the work, jobs may be spread over the cores a little worse.
+        assert end(together, cores) <= 1.001 * end(alone, cores), cores
+
+
+def test_starts_take_little_of_the_laptop_preset():
+    plan = PLANS["laptop"]
+    start, whole = start_seconds(plan.preset), training(plan, plan.jobs).job_hours * 3600
+    assert len(plan.jobs) < 0.6 * len(plan.sweeps)
+    assert len(plan.jobs) * start < 1.5 * START_SHARE * whole
+
+
+def test_long_sweeps_stay_alone():
+    plan = PLANS["paper"]
+    start = start_seconds(plan.preset)
+    for job in plan.jobs:
+        if len(job.sweeps) > 1:
+            worked = [seconds(plan, Job((sweep,))) - start for sweep in job.sweeps]
+            assert max(worked) < start / START_SHARE
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_an_experiment_trains_what_it_needs_and_nothing_else(name):
+    plan = PLANS[name]
+    for experiment in plan.preset.experiments.trained():
+        trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
+        assert trained == set(plan.of(experiment))
+
+
+def test_a_start_is_paid_once_per_job():
+    plan = PLANS["smoke"]
+    together = max(plan.jobs, key=lambda job: len(job.sweeps))
+    alone = training(plan, [Job((sweep,)) for sweep in together.sweeps])
+    saved = (len(together.sweeps) - 1) * start_seconds(plan.preset)
+    assert (alone.job_hours - training(plan, [together]).job_hours) * 3600 == pytest.approx(saved)
+    assert per_experiment(plan)["total"].runs == sum(job.n_runs for job in plan.jobs)
+
+
+def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
+    # So fast that the work is nothing beside a start.
+    raw_preset["execution"]["gflops"] = 1e6
+
+    def jobs():
+        return make_plan(Preset.model_validate(raw_preset)).jobs
+
+    before = {job.job_id for job in jobs()}
+    assert len(before) == 1
+    # Another experiment with the same runs, and one with others.
+    raw_preset["experiments"]["placement"] = raw_preset["experiments"]["rank"]
+    assert {job.job_id for job in jobs()} == before
+    raw_preset["experiments"]["early"] = [raw_preset["experiments"]["rank"][0] | {"steps": 3}]
+    assert {job.job_id for job in jobs()} > before
+    raw_preset["experiments"]["rank"] = [raw_preset["experiments"]["rank"][0] | {"seeds": 3}]
+    assert not {job.job_id for job in jobs()} & before
+    assert all(len(job.job_id) < 100 for plan in PLANS.values() for job in plan.jobs)
+    ids = [job.job_id for plan in PLANS.values() for job in plan.jobs]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_job_is_found_by_its_id_and_a_sweep_by_its_own():
+    plan = PLANS["smoke"]
+    for job in plan.jobs:
+        assert plan.job(job.job_id) == job
+        for sweep in job.sweeps:
+            assert plan.job_of(sweep) == job
+            assert plan.job(sweep.sweep_id) == Job((sweep,))

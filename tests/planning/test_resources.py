@@ -1,0 +1,103 @@
+"""The resources that jobs request of a cluster are fast to compute and never less than the estimate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from lorabench.config.loading import load_preset
+from lorabench.estimates.seconds import job_seconds
+from lorabench.planning import bill
+from lorabench.planning.plan import make_plan
+from lorabench.planning.resources import (
+    compute_resources,
+    evaluation_resources,
+    job_resources,
+    restarts,
+    tokens_resources,
+)
+from lorabench.runs import Job
+
+PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
+
+
+def every_job(plan):
+    """The resources of all jobs of a plan, by the jobs' ids."""
+    preset = plan.preset
+    jobs = {job.job_id: job_resources(plan, job) for job in plan.jobs}
+    jobs |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
+    if preset.experiments.compute:
+        jobs["compute"] = compute_resources(plan)
+    return jobs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_job_asks_for_something_sensible(name):
+    plan = make_plan(load_preset(name))
+    execution = plan.preset.execution
+    jobs = every_job(plan)
+    assert jobs
+    for job in jobs.values():
+        assert job.gpus in ((0,) if execution.gpu is None else (1, 2, 4, 8))
+        assert job.gpus <= execution.max_gpus
+        assert (job.gpu_mem_mb > 0) == (job.gpus > 0)
+        assert job.cpus == execution.threads * max(1, job.gpus)
+        assert job.mem_mb > 300
+        assert job.disk_mb >= 1
+    for job in plan.jobs:
+        asked = jobs[job.job_id]
+        assert asked.minutes * 60 > job_seconds(plan.preset, job, asked.gpus)
+
+
+def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
+    paper = load_preset("paper")
+    small, large = (tokens_resources(paper, "llama-3-1-8b", name) for name in ("tulu3-10k", "tulu3"))
+    assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, paper.execution.threads, 0)
+    # Tokenizing works in pieces.
+    assert small.mem_mb == large.mem_mb
+    assert small.disk_mb < large.disk_mb
+    assert small.minutes <= large.minutes
+
+
+def test_weights_of_the_best_runs_stay_on_disk():
+    core = load_preset("core")
+    plan = make_plan(core)
+    full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b")
+    assert job_resources(plan, Job((full,))).disk_mb == pytest.approx(4 * 1235.8144 * full.seeds, abs=1)
+    everything = core.model_copy(update={"execution": core.execution.model_copy(update={"keep_weights": "all"})})
+    assert job_resources(make_plan(everything), Job((full,))).disk_mb == pytest.approx(
+        4 * 1235.8144 * full.n_runs, abs=1
+    )
+
+
+def test_the_bill_counts_the_gpus_that_jobs_ask_for():
+    plan = make_plan(load_preset("core"))
+    largest = max(job.gpus for job in every_job(plan).values())
+    assert bill.total(plan).gpus == largest > 1
+
+
+def test_a_thousand_jobs_take_no_time_and_no_torch():
+    script = (
+        "import sys; from lorabench.config.loading import load_preset; from lorabench.planning.plan import make_plan;"
+        "from lorabench.planning import bill, budget, resources, calibration; from lorabench.cli import show;"
+        "plan = make_plan(load_preset('paper')); bill.per_experiment(plan); budget.reduce_to_budget(plan.preset, 3000);"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    plan = make_plan(load_preset("paper"))
+    jobs = len(every_job(plan))
+    started = time.process_time()
+    for _ in range(1000 // jobs + 1):
+        every_job(plan)
+    assert time.process_time() - started < 5
+
+
+def test_a_limit_ends_the_longest_job_so_often():
+    plan = make_plan(load_preset("smoke"))
+    jobs = [replace(job_resources(plan, plan.jobs[0]), minutes=minutes) for minutes in (30, 3000)]
+    assert [restarts(jobs, limit) for limit in (3001, 3000, 1440, 60)] == [0, 1, 2, 50]
+    assert restarts([], 60) == 0

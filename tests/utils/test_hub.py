@@ -1,0 +1,399 @@
+"""Repositories are fetched once and then read offline: a server on this machine answers the hub's own client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lorabench.cli.main import app
+from lorabench.config.problems import HubProblems
+from lorabench.data.hub_problems import repositories
+from lorabench.data.problem_sets import make_problems
+from lorabench.data.sft import about, read_dataset
+from lorabench.errors import UserError
+from lorabench.models.tiny import shipped_folder
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.storage.layout import Layout
+from lorabench.training.job import run_job
+from lorabench.utils.hub import WantedRepository, fetch_repositories, read_fetched
+
+from ..conftest import REPOSITORY
+from ..hub import repositories as hub_repositories
+from ..hub.server import serving
+
+COUNTS = {"train": 30, "validation": 5, "test": 10}
+PARTS = {
+    "gsm8k": [hub_repositories.write_gsm8k],
+    "math": [hub_repositories.write_hendrycks_math, hub_repositories.write_math500],
+    "deepmath": [hub_repositories.write_deepmath],
+    "aime24": [hub_repositories.write_aime24],
+    "aime25": [hub_repositories.write_aime25],
+}
+TULU3 = "allenai/tulu-3-sft-mixture"
+
+
+def at(monkeypatch, endpoint, home):
+    """Point the client at an endpoint, as HF_ENDPOINT and HF_HOME do when it is imported."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", endpoint)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", home / "datasets")
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", str(home / "modules"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+
+
+def unused_endpoint():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub without repositories, and a client that knows no other; read_fetched forgets what it read."""
+    for kind in ("models", "datasets", "work"):
+        (tmp_path / kind).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    read_fetched.cache_clear()
+    with serving(tmp_path) as server:
+        at(monkeypatch, server.endpoint, tmp_path / "home")
+        yield server
+
+
+@pytest.fixture
+def fetched(hub):
+    """Return a function that fetches repositories and returns them by id."""
+
+    def get(*wanted):
+        fetch_repositories(list(wanted), Path("pins"), Path("fetched.json"))
+        return read_fetched(Path("fetched.json"))
+
+    return get
+
+
+def add_model(hub, name="owner/tiny"):
+    folder = hub.folder("models", name)
+    shutil.copytree(shipped_folder("llama-64"), folder)
+    # Other formats of the same weights, in folders and at the top level, must not be fetched.
+    (folder / "original").mkdir()
+    (folder / "original/params.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "README.md").write_text("# A model\n")
+    (folder / "code.py").write_text("raise SystemExit")
+    return folder
+
+
+MODEL = WantedRepository("model", "owner/tiny", "main")
+DATA = WantedRepository("dataset", TULU3, "main", ((None, "train"),))
+
+
+def test_of_a_model_only_what_is_read_comes(hub, fetched):
+    add_model(hub)
+    (model,) = fetched(MODEL).values()
+    assert (model.commit, model.revision) == (hub.commit("models", "owner/tiny"), "main")
+    names = "chat_template.jinja config.json generation_config.json model.safetensors recipe.json tokenizer.json"
+    assert sorted(model.files) == [*names.split(), "tokenizer_config.json"]
+    assert model.files["model.safetensors"] == (shipped_folder("llama-64") / "model.safetensors").stat().st_size
+    assert not [request for request in hub.requests if "pytorch_model" in request]
+    code = WantedRepository("model", "owner/tiny", model.commit, code=True)
+    assert "code.py" in fetched(code)["owner/tiny"].files
+
+
+def test_what_is_fetched_is_fetched_once(hub, fetched):
+    hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(50)))
+    before = fetched(DATA)
+    files = [f"GET /datasets/{TULU3}/resolve/{before[TULU3].commit}/{name}" for name in before[TULU3].files]
+    assert [hub.requests[file] for file in files] == [1, 1]
+    assert fetched(DATA) == before
+    assert [hub.requests[file] for file in files] == [1, 1]
+
+
+def test_a_moving_revision_stays_what_it_was_when_it_was_first_fetched(hub, fetched):
+    folder = add_model(hub)
+    before = fetched(MODEL)
+    (folder / "README.md").write_text("# Another\n")
+    Path("fetched.json").unlink()
+    assert fetched(MODEL) == before
+    pins = list(Path("pins").iterdir())
+    assert [(pin.name, pin.read_text()) for pin in pins] == [
+        ("models--owner--tiny--main.txt", before["owner/tiny"].commit + "\n")
+    ]
+    pins[0].unlink()
+    assert fetched(MODEL)["owner/tiny"].commit == hub.commit("models", "owner/tiny") != before["owner/tiny"].commit
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_problem_sets_are_those_of_local_copies(hub, fetched, kind):
+    for write in PARTS[kind]:
+        write(hub.root / "datasets")
+    counts = COUNTS if kind not in ("aime24", "aime25") else {"train": 0, "validation": 0, "test": 30}
+    spec = HubProblems(kind=kind, **counts)
+    wanted = repositories(spec)
+    assert tuple(repository.id for repository in wanted) == spec.ids
+    rows = make_problems(spec, fetched(*wanted))
+    assert Counter(row["split"] for row in rows) == Counter(counts)
+    assert rows == make_problems(spec.model_copy(update={"path": str(hub.root / "datasets")}))
+    requests = " ".join(hub.requests)
+    assert "socratic/train-00000" not in requests.replace("HEAD", "GET")
+
+
+def preset(hub, **data):
+    """Write a preset with a model, a dataset and a problem set of the hub; return its layout."""
+    block = {"models": ["tiny"], "seeds": 1, "ranks": {"all": [2]}, "lrs": {"fullft": [], "lora": [1e-3]}}
+    rollouts = {"problems_per_step": 2, "group_size": 2, "steps": 1, "max_new_tokens": 4, "mean_response_tokens": 4}
+    raw = {
+        "description": "a preset of the hub",
+        "models": {"tiny": {"kind": "hub", "id": "owner/tiny", "parameters": 300_000, "hidden_size": 64}},
+        "datasets": {
+            "tulu3": {"kind": "hub", "id": TULU3, "train": 24, "validation": 4, "test": 4, "max_chars": 200}
+            | {"max_tokens": 300, "mean_tokens": 20, **data},
+        },
+        "problems": {"gsm8k": {"kind": "gsm8k", "train": 8, "validation": 4, "test": 4}},
+        "experiments": {
+            "rank": [block | {"datasets": ["tulu3"], "batch_sizes": [8]}],
+            "rl_gsm8k": [block | {"problems": ["gsm8k"], "evaluations": 1, **rollouts}],
+        },
+        "execution": {"gflops": 1.0},
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(raw))
+    add_model(hub)
+    hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(60)))
+    hub_repositories.write_gsm8k(hub.root / "datasets")
+    return Layout.of("mine.yaml")
+
+
+def lorabench(*arguments):
+    """Run a command in this process; return its error message, empty on success."""
+    result = CliRunner().invoke(app, [*arguments, "--preset", "mine.yaml"])
+    if result.exit_code == 0:
+        return ""
+    assert result.exit_code == 2, result.exception
+    return result.stderr
+
+
+@pytest.fixture
+def fixed_hashes(monkeypatch):
+    """Fix the hashes of text, or `lorabench dataset` would replace this process by a new one."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+
+
+@pytest.fixture
+def offline(hub, monkeypatch, tmp_path):
+    """Return a function that takes the network away: no server answers, and the client is in offline mode."""
+
+    def cut():
+        at(monkeypatch, unused_endpoint(), tmp_path / "home")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        hub.requests.clear()
+
+    return cut
+
+
+def test_fetched_once_the_rest_needs_no_connection(hub, fixed_hashes, offline):
+    layout = preset(hub)
+    plan = make_plan(layout.preset)
+    assert "not fetched from the hub yet" in lorabench("tokens", "tiny", "tulu3")
+    assert "not fetched from the hub yet" in lorabench("dataset", "tulu3")
+    assert not lorabench("fetch-model", "tiny")
+    assert not lorabench("fetch-data", "tulu3")
+    assert not lorabench("fetch-data", "gsm8k")
+    commits = {
+        "owner/tiny": hub.commit("models", "owner/tiny"),
+        TULU3: hub.commit("datasets", TULU3),
+        "openai/gsm8k": hub.commit("datasets", "openai/gsm8k"),
+    }
+    # A new commit of the base on the hub must not matter.
+    (hub.folder("models", "owner/tiny") / "model.safetensors").write_bytes(b"other weights")
+    offline()
+    assert not lorabench("dataset", "tulu3")
+    assert not lorabench("dataset", "gsm8k")
+    assert not lorabench("tokens", "tiny", "tulu3")
+    assert about(layout.dataset("tulu3"))["commit"] == commits[TULU3]
+    assert Counter(row["split"] for row in read_dataset(layout.dataset("tulu3")))["train"] == 24
+    for sweep in plan.sweeps:
+        run_job(plan, Job((sweep,)), layout, lambda line: None)
+        (row,) = pq.read_table(layout.job(Job((sweep,)))).to_pylist()
+        environment = json.loads((layout.runs / row["run_id"] / "record.json").read_text())["environment"]
+        data = TULU3 if sweep.condition.task == "sft" else "openai/gsm8k"
+        assert environment["hub_commits"] == {name: commits[name] for name in ("owner/tiny", data)}
+        assert environment["model_sha256"] == {"owner/tiny": commits["owner/tiny"]}
+    assert not hub.requests
+
+    # Runs on data of another commit are not mixed with the finished ones.
+    changed = layout.fetched_data("tulu3")
+    changed.write_text(changed.read_text().replace(commits[TULU3], "f" * 40))
+    read_fetched.cache_clear()
+    (sft,) = (sweep for sweep in plan.sweeps if sweep.condition.task == "sft")
+    message = f"was made with {TULU3} at commit {commits[TULU3]}, but {'f' * 40} is fetched now"
+    with pytest.raises(UserError, match=message):
+        run_job(plan, Job((sft,)), layout, lambda line: None)
+
+
+def test_an_adapter_is_named_after_its_base_on_the_hub(hub, fixed_hashes):
+    layout = preset(hub)
+    assert not lorabench("fetch-model", "tiny")
+    assert not lorabench("fetch-data", "tulu3")
+    assert not lorabench("dataset", "tulu3")
+    assert not lorabench("tokens", "tiny", "tulu3")
+    plan = make_plan(layout.preset)
+    (sft,) = (sweep for sweep in plan.sweeps if sweep.condition.task == "sft")
+    run_job(plan, Job((sft,)), layout, lambda line: None)
+    (config,) = layout.runs.glob("*/weights/adapter_config.json")
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "owner/tiny"
+
+
+def test_files_that_were_cleared_away_are_named(hub, fixed_hashes, tmp_path):
+    preset(hub)
+    assert not lorabench("fetch-data", "tulu3")
+    assert not lorabench("fetch-model", "tiny")
+    shutil.rmtree(tmp_path / "home")
+    said = lorabench("dataset", "tulu3")
+    assert re.search(f"data/train-0.* of dataset {TULU3} is not in the hub's cache .*; fetch it again", said)
+
+
+def only_sentence(caught):
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_gated_repository_without_a_token(hub, fetched):
+    add_model(hub, "meta-llama/Llama-3.2-1B")
+    hub_repositories.write_tulu3(hub.root / "datasets", map(hub_repositories.tulu3_row, range(5)))
+    hub.gated |= {"meta-llama/Llama-3.2-1B", TULU3}
+    with pytest.raises(UserError) as caught:
+        fetched(WantedRepository("model", "meta-llama/Llama-3.2-1B", "main"))
+    assert only_sentence(caught) == (
+        f"model meta-llama/Llama-3.2-1B is gated: ask for access on {hub.endpoint}/meta-llama/Llama-3.2-1B, then log "
+        "in with `hf auth login` or set HF_TOKEN"
+    )
+    with pytest.raises(UserError) as caught:
+        fetched(DATA)
+    assert f"dataset {TULU3} is gated: ask for access on {hub.endpoint}/datasets/{TULU3}" in only_sentence(caught)
+    assert not Path("fetched.json").exists()
+
+
+def test_a_repository_or_a_revision_that_is_not_there(hub, fetched):
+    with pytest.raises(UserError) as caught:
+        fetched(MODEL)
+    assert only_sentence(caught).startswith("model owner/tiny is not on the hub, or is private and needs a token")
+    add_model(hub)
+    for revision in ("v2", "f" * 40):
+        with pytest.raises(UserError) as caught:
+            fetched(WantedRepository("model", "owner/tiny", revision))
+        assert only_sentence(caught) == f"model owner/tiny has no revision {revision!r}"
+
+
+def test_a_model_without_safetensors(hub, fetched):
+    (add_model(hub) / "model.safetensors").unlink()
+    with pytest.raises(UserError) as caught:
+        fetched(MODEL)
+    assert re.fullmatch(
+        "model owner/tiny has no .safetensors file at [0-9a-f]{40}; pickled weights are not loaded",
+        only_sentence(caught),
+    )
+
+
+def test_a_split_or_a_configuration_that_is_not_there(hub, fetched):
+    hub_repositories.write_gsm8k(hub.root / "datasets")
+    with pytest.raises(UserError) as caught:
+        fetched(WantedRepository("dataset", "openai/gsm8k", "main", (("main", "validation"),)))
+    assert only_sentence(caught) == "dataset openai/gsm8k has no split 'validation'; allowed: train, test"
+    with pytest.raises(UserError) as caught:
+        fetched(WantedRepository("dataset", "openai/gsm8k", "main", (("algebra", "train"),)))
+    assert "dataset openai/gsm8k has no configuration 'algebra'" in only_sentence(caught)
+    assert "socratic" in str(caught.value)
+
+
+def test_a_disk_that_is_too_small(hub, fetched, monkeypatch):
+    add_model(hub)
+    usage = shutil.disk_usage("/")
+    free = (1 << 30) + 1000
+    monkeypatch.setattr("lorabench.utils.hub.shutil.disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(UserError) as caught:
+        fetched(MODEL)
+    needed = sum(path.stat().st_size for path in shipped_folder("llama-64").iterdir())
+    assert f"model owner/tiny needs {needed:,} bytes and 1,073,741,824 to spare in " in only_sentence(caught)
+    assert f"where {free:,} are free" in str(caught.value)
+    assert not [request for request in hub.requests if request.startswith("GET /owner")]
+
+
+def test_no_connection(hub, fetched, monkeypatch, tmp_path):
+    # The client waits longer after each attempt.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    at(monkeypatch, unused_endpoint(), tmp_path / "home")
+    for wanted in (
+        MODEL,
+        DATA,
+        WantedRepository("model", "owner/tiny", "f" * 40),
+        WantedRepository("dataset", TULU3, "f" * 40, DATA.parts),
+    ):
+        with pytest.raises(UserError) as caught:
+            fetched(wanted)
+        assert f"can't be fetched at {wanted.revision}: no connection to http://127.0.0.1:" in only_sentence(caught)
+
+
+def test_a_hub_that_is_out_of_order(hub, fetched):
+    add_model(hub)
+    hub.broken = True
+    with pytest.raises(UserError) as caught:
+        fetched(MODEL)
+    assert "model owner/tiny can't be fetched at main: " in only_sentence(caught)
+    assert "503" in str(caught.value)
+
+
+def test_offline_mode(hub, fetched, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        fetched(MODEL)
+    assert only_sentence(caught) == "model owner/tiny can't be fetched at main: HF_HUB_OFFLINE is set"
+
+
+def test_a_dataset_whose_form_has_changed(hub, fixed_hashes):
+    preset(hub)
+    row = {**hub_repositories.tulu3_row(1), "messages": [{"content": "x", "role": "ipython"}]}
+    hub_repositories.write_tulu3(hub.root / "datasets", [row])
+    assert not lorabench("fetch-data", "tulu3")
+    assert f"dataset {TULU3} has a turn of role 'ipython'; allowed: user, human" in lorabench("dataset", "tulu3")
+
+
+@pytest.mark.slow
+def test_snakemake_fetches_by_local_jobs_and_trains_without_a_connection(hub, tmp_path):
+    """The rules fetch while the hub answers, and all other jobs run without a network."""
+    preset(hub)
+    for name in ("Snakefile", "workflow", "lorabench", "pyproject.toml"):
+        (Path.cwd() / name).symlink_to(REPOSITORY / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+
+    def snakemake(*arguments, endpoint):
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "preset=mine.yaml", *arguments]
+        done = subprocess.run(
+            command, env={**environment, "HF_ENDPOINT": endpoint}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    fetching = snakemake("--until", "fetch_model", "fetch_data", endpoint=hub.endpoint)
+    assert "rule dataset" not in fetching
+    snakemake(endpoint=unused_endpoint())
+    runs = pq.read_table("results/mine/tables/runs.parquet").to_pandas()
+    assert set(runs.status) <= {"done", "unrewarded"}
+    assert set(runs.task) == {"sft", "rl"}
