@@ -50,7 +50,7 @@ def stop_immediately() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    with _handled(raise_stopped):
+    with _handled(end):
         yield
 
 

@@ -29,7 +29,7 @@ PRIORITIES = {job_id: -number for number, job_id in enumerate(JOBS, -len(JOBS))}
 FIRST = len(JOBS) + 1
 EVALUATIONS = {job.eval_id: job for job in PLAN.evaluations()}
 EXPERIMENTS = LAYOUT.preset.experiments.chosen()
-FIGURE_NAMES = [figure.name for figure in of_preset(LAYOUT.preset)]
+FIGURE_NAMES = [figure.name for figure in figures_of_preset(LAYOUT.preset)]
 
 
 wildcard_constraints:
@@ -107,9 +107,9 @@ def figure_files(names):
 def figure_tables(wildcards):
     """The input of a figure: the tables of those of its experiments that the preset has."""
     figure = FIGURES[wildcards.figure]
-    if figure.experiments == COMPUTE:
+    if figure.experiments == COMPUTE_TABLE:
         return [LAYOUT.tables() / "compute.parquet"]
-    if figure.experiments == EVALS:
+    if figure.experiments == EVALS_TABLE:
         return [LAYOUT.tables() / "evals.parquet"]
     return [
         LAYOUT.tables(experiment) / f"{name}.parquet"

@@ -1,5 +1,5 @@
 # The resources that each job requests of a cluster. On one machine, without a profile, they have no effect.
-from lorabench.resources import (
+from lorabench.planning.resources import (
     compute_resources,
     evaluation_resources,
     job_resources,
