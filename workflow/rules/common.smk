@@ -5,7 +5,12 @@ from lorabench.planning.bill import total
 from lorabench.planning.budget import with_budget
 from lorabench.config.models import GgufModel
 from lorabench.errors import UserError
-from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES, figures_of_preset
+from lorabench.figures.catalog import (
+    COMPUTE_TABLE,
+    EVALS_TABLE,
+    FIGURES,
+    figures_of_preset,
+)
 from lorabench.storage.layout import Layout
 from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.planning.plan import make_plan
