@@ -1,0 +1,108 @@
+"""The documentation's page of claims, made from their declarations.
+
+`python -m lorabench.report.claims_page docs/claims.md` rewrites the part of the page between its two marker lines; the
+text around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from lorabench.claims import CLAIMS
+from lorabench.claims.claim import Claim
+from lorabench.utils.files import atomic_path
+
+START = "<!-- claims: written by `python -m lorabench.report.claims_page docs/claims.md`, never by hand -->"
+END = "<!-- end of claims -->"
+
+FAMILIES = {
+    "A": "Learning curves and capacity",
+    "B": "Learning rates",
+    "C": "Early curves and parametrization",
+    "D": "Batch size",
+    "E": "Layers that carry LoRA",
+    "F": "Reinforcement learning",
+    "G": "Compute",
+    "M": "Mixtures of experts",
+    "N": "Bits in data and parameters",
+}
+"""The subject of each family of claims, by the first letter of their ids."""
+
+
+def claims_block(claims: Iterable[Claim] = CLAIMS) -> str:
+    """Return the block between the marker lines, with them: a section per family, and in it one per claim."""
+    lines = [START, ""]
+    for family, members in groupby(sorted(claims, key=_position), key=lambda claim: claim.id[0]):
+        lines += [f"## {family}. {FAMILIES[family]}", ""]
+        for claim in members:
+            lines += [*_section(claim), ""]
+    return "\n".join([*lines, END])
+
+
+def write_page(page: Path) -> None:
+    """Replace the block of a page.
+
+    Raises:
+        ValueError: the page does not have both marker lines.
+    """
+    before, start, rest = page.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"{page} needs the two marker lines {START} and {END}")
+    with atomic_path(page) as partial:
+        partial.write_text(before + claims_block() + after, encoding="utf-8")
+
+
+def _position(claim: Claim) -> tuple[str, int]:
+    """Return the sort key of a claim: its family, then its number."""
+    return claim.id[0], int(claim.id[1:])
+
+
+def _section(claim: Claim) -> list[str]:
+    core = ", a core claim" if claim.core else ""
+    entries = {
+        "Kind": claim.kind + core,
+        "Where": _where(claim.figure),
+        "Value in the paper": claim.paper_value,
+        "Unit of the estimate": claim.unit,
+        "Criterion": claim.criterion,
+        "Needs": claim.needs,
+        "Runs": _runs(claim),
+    }
+    heading = f"### {claim.id} {_escaped(claim.statement)} {{ #{claim.id.lower()} }}"
+    texts = {name: text if name == "Runs" else _escaped(text) for name, text in entries.items()}
+    return [heading, "", *(f"- **{name}**: {text}" for name, text in texts.items())]
+
+
+def _where(figure: str) -> str:
+    """Return the place in the paper: `1, 2` becomes `figures 1 and 2`, `4 (table)` becomes `table of figure 4`."""
+    if figure == "text":
+        return "text"
+    if figure.endswith(" (table)"):
+        return f"table of figure {figure.removesuffix(' (table)')}"
+    if not figure[0].isdigit():
+        return f"figure of {figure}"
+    numbers = figure.split(", ")
+    return f"figures {' and '.join(numbers)}" if len(numbers) > 1 else f"figure {figure}"
+
+
+def _runs(claim: Claim) -> str:
+    """Return the experiments whose runs the claim is judged on."""
+    if not claim.experiments:
+        return "none"
+    names = [f"`{name}`" for name in claim.experiments]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f"{'experiments' if len(names) > 1 else 'experiment'} {listed}"
+
+
+def _escaped(text: str) -> str:
+    """Return plain text as Markdown that shows the same characters."""
+    return re.sub(r"([*_<`])", r"\\\1", text)
+
+
+if __name__ == "__main__":
+    write_page(Path(sys.argv[1]))
