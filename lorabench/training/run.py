@@ -1,10 +1,10 @@
-"""Parts shared by the loops of SFT and RL: learning-curve points, the machine, the optimizer, gradient clipping."""
+"""Parts shared by the loops of SFT and RL: the machine, the outcome, the optimizer, gradient clipping."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lorabench.config.experiments import Protocol
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
+from lorabench.tables.schemas import CurvePoint
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ class Machine:
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
         """Return the autocast type of the protocol's precision, None for fp32."""
         return torch.bfloat16 if protocol.precision == "bf16" else None
+
+
+@dataclass
+class Outcome:
+    """The part of a run's outcome that SFT and RL share."""
+
+    status: Literal["done", "diverged", "unrewarded"]
+    """`unrewarded`: no response of an RL run was ever right, so it was stopped early."""
+    diverged_at: int | None = None
+    """The step whose loss or gradient was not finite."""
+    train_tokens: int = 0
+    wall_s: float = 0.0
+    """Seconds of the run, those before a resume included."""
+    curve: list[CurvePoint] = field(default_factory=list)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -35,7 +35,7 @@ from lorabench.training.checkpoint import whole_weights
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
-from lorabench.training.run import Machine, recompute_activations
+from lorabench.training.run import Machine, Outcome, recompute_activations
 from lorabench.training.selection import best_lr
 from lorabench.utils.files import write_json
 from lorabench.utils.malloc import keep_freed_memory
@@ -43,9 +43,6 @@ from lorabench.utils.malloc import keep_freed_memory
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-    from lorabench.training.rl.loop import RlOutcome
-    from lorabench.training.sft.loop import SftOutcome
 
 
 def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
@@ -155,9 +152,7 @@ class SweepContext:
         paths = {run.run_id: self.folder(run).checkpoint for run in runs}
         return LaneCheckpoints(paths, self.machine.checkpoint_seconds, self.machine.processes)
 
-    def write(
-        self, run: Run, outcome: SftOutcome | RlOutcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]
-    ) -> None:
+    def write(self, run: Run, outcome: Outcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]) -> None:
         """Write a finished run's record, curves and weights atomically. Every process must call this."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
         config: Any = stack.model.config

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from lorabench.training.rl.objective import ResponseGroup, StepMeasures
 from lorabench.training.rl.problems import GraderProtocol, Problems, ProblemTexts, grade
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.rl.serve import GradientRequest, GradientResult, SampleRequest, SampleResult
-from lorabench.training.run import clip_gradient, make_optimizer
+from lorabench.training.run import Outcome, clip_gradient, make_optimizer
 from lorabench.utils import signals
 
 PATIENCE = 0.2
@@ -55,18 +55,13 @@ class Environment:
 
 
 @dataclass
-class RlOutcome:
-    """The outcome of a run. Rewards are accuracies of greedy responses, and None if the run diverged."""
+class RlOutcome(Outcome):
+    """The outcome of an RL run. Rewards are accuracies of greedy responses, and None if the run diverged."""
 
-    status: Literal["done", "diverged", "unrewarded"]
-    diverged_at: int | None = None
     base_reward: float | None = None
     final_valid_reward: float | None = None
     final_reward: float | None = None
     best_reward: float | None = None
-    train_tokens: int = 0
-    wall_s: float = 0.0
-    curve: list[CurvePoint] = field(default_factory=list)
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

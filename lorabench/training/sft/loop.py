@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from lorabench.training.adapter import AdapterProbe
 from lorabench.training.batches import data_order, scored_tokens
 from lorabench.training.distributed import Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
-from lorabench.training.run import clip_gradient, make_optimizer
+from lorabench.training.run import Outcome, clip_gradient, make_optimizer
 from lorabench.training.sft.serve import GradientRequest, NllRequest, SftResult
 from lorabench.utils import signals
 
@@ -36,19 +36,14 @@ EXPLODED_ABOVE_UNIFORM = 1.0
 
 
 @dataclass
-class SftOutcome:
-    """The outcome of a run. Losses are in nats per scored token, and None if the run diverged."""
+class SftOutcome(Outcome):
+    """The outcome of an SFT run. Losses are in nats per scored token, and None if the run diverged."""
 
-    status: Literal["done", "diverged"]
-    diverged_at: int | None = None
     final_valid_nll: float | None = None
     final_test_nll: float | None = None
     test_scored_tokens: int = 0
     first_epoch_nats: float | None = None
     first_epoch_scored_tokens: int | None = None
-    train_tokens: int = 0
-    wall_s: float = 0.0
-    curve: list[CurvePoint] = field(default_factory=list)
 
 
 def curve_steps(steps: int, protocol: Protocol) -> set[int]:
