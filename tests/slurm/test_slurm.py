@@ -24,7 +24,7 @@ from lorabench.planning.resources import job_resources
 from lorabench.runs import Job, Sweep
 from lorabench.storage.layout import Layout
 
-from ..workflow.checkout import adapt_profile, copy_checkout, snakemake
+from ..workflow.checkout import adapt_profile, fresh_clone, snakemake
 from .cluster import Cluster, until
 
 pytestmark = pytest.mark.slurm
@@ -40,9 +40,9 @@ MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward",
 TIMES = ["sample_tokens_per_s", "learn_tokens_per_s"]
 
 
-def fresh_clone(folder: Path) -> Path:
-    """A fresh clone, its profile adapted to a site without accounting."""
-    copy_checkout(folder)
+def adapted_clone(folder: Path) -> Path:
+    """Make a clone with the profile adapted to a site without accounting."""
+    fresh_clone(folder)
     shutil.copy(PRESET, folder)
     adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
     adapt_profile(folder, "status-checks: 40", "status-checks: 2")
@@ -51,7 +51,7 @@ def fresh_clone(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    return fresh_clone(tmp_path_factory.mktemp("checkout"))
+    return adapted_clone(tmp_path_factory.mktemp("checkout"))
 
 
 @contextmanager
@@ -265,9 +265,9 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 
 
 @pytest.mark.slow
-def test_the_smoke_preset_from_a_fresh_clone(cluster, tmp_path):
+def test_the_smoke_preset_from_a_adapted_clone(cluster, tmp_path):
     """A preset for CPUs, whose jobs the profile gives a GPU each."""
-    checkout = fresh_clone(tmp_path)
+    checkout = adapted_clone(tmp_path)
     gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
     before = len(cluster.jobs())
     with workflow(cluster, checkout, *gpus, preset="smoke") as output:

@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ..conftest import REPOSITORY
 from ..custom.conftest import write_rows
 
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, *command: str) -> str:
-    """Run a Python module in a working copy; returns what it printed."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A working copy in which the three commands of the README were typed."""
+    """An empty folder in which a user made a preset and ran it, and what `lorabench init` printed."""
     folder = tmp_path_factory.mktemp("own")
-    for name in ("Snakefile", "workflow", "lorabench", "pyproject.toml"):
-        source = REPOSITORY / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, folder / name)
     data = write_rows(folder / "mine.jsonl", 48)
     data.write_text(data.read_text() + '{"prompt": "no answer"}\nnot JSON\n')
-    options = ["--model", "tiny", "--data", "mine.jsonl", "--rank", "8", "--seeds", "2"]
-    said = run(folder, "lorabench.cli", "init", "my.yaml", *options)
-    run(folder, "snakemake", "--cores", "2", "--config", "preset=my.yaml")
-    return folder, said
+    printed = shell("lorabench init my.yaml --model tiny --data mine.jsonl --rank 8 --seeds 2", folder)
+    shell("lorabench run my.yaml --cores 2", folder)
+    return folder, printed
 
 
-def test_init_tells_what_it_found_and_what_to_type(finished):
-    _, said = finished
+def test_init_reports_model_and_data_and_names_the_next_command(finished):
+    _, printed = finished
     for line in (
         "tiny: llama, 0.83M parameters, width 128",
         "mine.jsonl: 48 of 50 rows can be used as prompt/completion; left out: "
         "1 no text (line 49), 1 not JSON (line 50)",
         "split: 38 train, 5 validation, 5 test",
-        "wrote my.yaml; next: snakemake --cores all --config preset=my.yaml",
+        "wrote my.yaml; next: lorabench run my.yaml",
     ):
-        assert line in said
-    assert "rank" in said
+        assert line in printed
+    assert "rank" in printed
 
 
 def test_the_report_answers_for_this_model_and_data(finished):
@@ -85,6 +64,6 @@ def test_the_report_answers_for_this_model_and_data(finished):
 
 def test_what_was_measured_is_recommended_from(finished):
     folder, _ = finished
-    told = json.loads(run(folder, "lorabench.cli", "recommend", "--model", "tiny", "--json"))
-    assert [one["rank"] for one in told["seen"]] == [None, 8]
-    assert all(one["where"].startswith("measured, results/my: mine, batch 4, 9 steps") for one in told["seen"])
+    seen = json.loads(shell("lorabench recommend --model tiny --json 2>/dev/null", folder))["seen"]
+    assert [optimum["rank"] for optimum in seen] == [None, 8]
+    assert all(optimum["where"].startswith("measured, results/my: mine, batch 4, 9 steps") for optimum in seen)

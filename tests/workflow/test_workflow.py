@@ -19,13 +19,13 @@ from lorabench.planning.plan import make_plan
 from lorabench.storage.layout import Layout
 
 from ..conftest import REPOSITORY
-from .checkout import copy_checkout, snakemake
+from .checkout import fresh_clone, git, snakemake
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A working copy to run in."""
-    return copy_checkout(tmp_path_factory.mktemp("checkout"))
+    """A fresh clone to run in."""
+    return fresh_clone(tmp_path_factory.mktemp("checkout"))
 
 
 def planned_jobs(output: str) -> dict[str, int]:
@@ -41,6 +41,8 @@ def test_the_main_job_is_the_laptop_preset(checkout):
 
 
 def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
+    # The committed figure is no obstacle: it lies elsewhere.
+    assert (checkout / "paper_figures/published/laptop/fig2_lr_by_rank.svg").is_file()
     target = "paper_figures/laptop/fig2_lr_by_rank.svg"
     jobs = planned_jobs(snakemake(checkout, target, "--dry-run", "--quiet", "rules"))
     needed = len(make_plan(Layout.of("laptop").preset).jobs_of("rank"))
@@ -101,9 +103,7 @@ def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
 
 @pytest.mark.slow
 def test_what_fits_on_no_gpu_is_one_sentence(checkout):
-    raw = yaml.safe_load((REPOSITORY / "workflow/presets/core.yaml").read_text())
-    raw["execution"] |= {"gpu": "A10"}
-    (checkout / "small.yaml").write_text(yaml.safe_dump(raw))
+    (checkout / "small.yaml").write_text("extends: core\nexecution: {gpu: A10}\n")
     output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)
     assert re.search(r"sweep \S+ needs \d+ GB on each of 4 x A10", output)
     assert "Traceback" not in output
@@ -118,13 +118,16 @@ def test_an_unknown_preset_is_one_sentence(checkout):
 
 @pytest.fixture(scope="module")
 def smoke(checkout):
-    """The smoke preset, run whole."""
-    return checkout, snakemake(checkout, "--config", "preset=smoke")
+    """The smoke preset, run whole, and what git then says of the clone."""
+    before = git(checkout, "status", "--porcelain")
+    output = snakemake(checkout, "--config", "preset=smoke")
+    changes = set(git(checkout, "status", "--porcelain").splitlines()) - set(before.splitlines())
+    return checkout, output, changes
 
 
 @pytest.mark.slow
 def test_smoke_runs_to_the_report(smoke):
-    checkout, output = smoke
+    checkout, output, _ = smoke
     results = checkout / "results/smoke"
     layout = Layout.of("smoke")
     runs = pq.read_table(results / "tables/runs.parquet").to_pandas()
@@ -151,6 +154,11 @@ def test_smoke_runs_to_the_report(smoke):
         for suffix in ("svg", "png", "csv"):
             assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
     assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
+
+
+@pytest.mark.slow
+def test_a_clean_clone_stays_clean(smoke):
+    assert smoke[2] == set()
 
 
 @pytest.mark.slow

@@ -1,0 +1,87 @@
+"""The shell commands of the README and of the pages in docs/ run as they are written.
+
+Commands that train are run by Snakemake as a dry run. Commands that a test here must not run are named below with the
+reason, so a new command on a page is either run or named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorabench.claims import judge_claims
+from lorabench.models.tiny import shipped_folder
+from lorabench.tables.io import write_frame
+from lorabench.tables.tables import Tables
+
+from ..conftest import REPOSITORY
+from ..custom.conftest import write_rows
+from ..handmade import curves_of, make_sweep, runs_table
+from ..workflow.checkout import fresh_clone, shell
+
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
+
+ELSEWHERE = {
+    "python3 -m venv .venv": "CI begins with it",
+    "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
+}
+"""The beginnings of commands that are not run here, and why."""
+
+
+def commands() -> list[str]:
+    """The lines of all shell blocks without their comments, each once, in the order of the pages."""
+    blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
+    lines = [line.partition("    #")[0].strip() for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A clone with the files that the examples name: tables, a model, data."""
+    clone = fresh_clone(tmp_path_factory.mktemp("docs"))
+    for place, dataset in (("results/laptop", "instruct"), ("from_the_cluster", "worked")):
+        runs = runs_table([row for rank in (None, 1, 16) for row in make_sweep(rank, dataset=dataset)])
+        write_frame(runs, "runs", clone / place / "tables")
+        write_frame(curves_of(runs), "curves", clone / place / "tables")
+    shutil.copytree(shipped_folder("llama-128"), clone / "path/to/model")
+    write_rows(clone / "my.jsonl", 50)
+    problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]
+    (clone / "problems.jsonl").write_text("\n".join(problems))
+    return clone
+
+
+def test_every_command_is_run_here_or_named():
+    lines = commands()
+    assert all(any(line.startswith(start) for line in lines) for start in ELSEWHERE)
+    programs = {shlex.split(line)[0] for line in lines if not line.startswith(tuple(ELSEWHERE))}
+    assert programs == {"lorabench", "snakemake"}
+
+
+@pytest.mark.slow
+def test_lorabench_commands_run_in_the_order_of_the_pages(folder):
+    for line in commands():
+        if line.startswith("lorabench "):
+            output = shell(line, folder)
+            assert "Traceback" not in output, line
+    assert (folder / "my.yaml").is_file()
+    assert {"fig1_envelopes", "fig2_lr_by_rank"} <= {figure.stem for figure in (folder / "figures").glob("*.svg")}
+    assert "lora_alpha" in (folder / "finetune.py").read_text()
+    merged = Tables.read(folder / "merged")
+    assert set(merged.runs["dataset"]) == {"instruct", "worked"}
+    verdicts = judge_claims(merged).set_index("claim_id")["verdict"]
+    assert verdicts["A7"] != "not tested"
+
+
+@pytest.mark.slow
+def test_snakemake_commands_plan_what_the_pages_say(folder):
+    shell("lorabench init planned.yaml --model tiny --data my.jsonl", folder)
+    for line in commands():
+        if line.startswith("snakemake "):
+            dry_run = line if "--dry-run" in line else line.replace("snakemake", "snakemake --dry-run --quiet rules", 1)
+            output = shell(dry_run.replace("my.yaml", "planned.yaml"), folder)
+            assert re.search(r"^(train|rule train)\b", output, re.M), f"{line}\n{output}"
