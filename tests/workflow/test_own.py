@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from ..custom.conftest import write_rows
+from .checkout import shell
 
 pytestmark = pytest.mark.slow
 

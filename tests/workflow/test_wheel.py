@@ -1,0 +1,76 @@
+"""A built wheel, installed in a fresh environment, works in an empty folder without the repository."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..conftest import REPOSITORY
+from ..custom.conftest import write_rows
+from .checkout import fresh_clone, shell
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> str:
+    """The folder of the commands of a fresh environment into which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    clone = fresh_clone(tmp_path_factory.mktemp("clone"))
+    shell(f"pip wheel -q --no-deps -w {folder} {clone} && {sys.executable} -m venv {folder}/environment", folder)
+    constraints = REPOSITORY / "constraints.txt"
+    shell(f"environment/bin/pip install -q -c {constraints} lorabench-*.whl", folder)
+    return str(folder / "environment/bin")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An empty folder."""
+    return tmp_path_factory.mktemp("empty")
+
+
+def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers(commands, folder):
+    script = (
+        "import json, lorabench.config.files as files, lorabench.utils.packaged as packaged; "
+        "from lorabench.analysis.published import paper_numbers, published_sweeps; "
+        "rules = sorted(path.name for path in packaged.WORKFLOW.glob('rules/*.smk')); "
+        "print(json.dumps([packaged.__file__, files.shipped_names('*'), rules, len(paper_numbers()), "
+        "len(published_sweeps())]))"
+    )
+    place, presets, rules, numbers, sweeps = json.loads(shell(f'python -c "{script}"', folder, commands))
+    assert Path(place).is_relative_to(Path(commands).parent)
+    assert presets == "core, laptop, paper, smoke, smollm2"
+    assert rules == sorted(path.name for path in (REPOSITORY / "workflow/rules").glob("*.smk"))
+    assert numbers > 10
+    assert sweeps > 10
+
+
+def test_plan_and_init_work_in_an_empty_folder(commands, folder):
+    assert "smoke" in shell("lorabench plan --preset smoke", folder, commands).lower()
+    write_rows(folder / "mine.jsonl", 48)
+    printed = shell("lorabench init my.yaml --model tiny --data mine.jsonl", folder, commands)
+    assert "next: lorabench run my.yaml" in printed
+    assert "rule train:" in shell("lorabench run my.yaml --dry-run", folder, commands)
+
+
+def test_the_shipped_slurm_profile_is_found_by_its_name(commands, folder):
+    assert "rule train:" in shell("lorabench run smoke --profile slurm --dry-run", folder, commands)
+
+
+def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder):
+    package = Path(
+        json.loads(
+            shell("python -c 'import json, lorabench; print(json.dumps(lorabench.__path__[0]))'", folder, commands)
+        )
+    )
+    before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
+    shell("lorabench run smoke --cores 2", folder, commands)
+    assert "<title>" in (folder / "results/smoke/report/index.html").read_text()
+    assert (folder / "paper_figures/smoke/fig2_lr_by_rank.svg").is_file()
+    assert {path for path in package.rglob("*") if "__pycache__" not in path.parts} == before
+    [record, *_] = (folder / "results/smoke/runs").glob("*/record.json")
+    environment = json.loads(record.read_text())["environment"]
+    assert environment["git_sha"] is None
