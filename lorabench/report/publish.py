@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from lorabench.claims import CORE
-from lorabench.config.files import preset_path
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.report import summary
@@ -22,7 +21,8 @@ from lorabench.runs import PROTOCOL_VERSION
 from lorabench.storage.layout import Layout
 from lorabench.tables.io import read_table
 from lorabench.utils import formats
-from lorabench.utils.files import atomic_path, file_sha256, write_json
+from lorabench.utils.files import atomic_path, write_json
+from lorabench.utils.hashing import digest
 
 START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"
@@ -86,7 +86,7 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
     first, last = environment["started"]
     return {
         "preset": layout.name,
-        "preset_sha256": file_sha256(preset_path(layout.name)),
+        "preset_sha256": digest(layout.preset.model_dump(mode="json"), 64),
         "protocol_version": PROTOCOL_VERSION,
         "runs": len(runs),
         "runs_by_status": {str(status): int(count) for status, count in runs["status"].value_counts().items()},
