@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+
+from safetensors import SafetensorError, safe_open
 
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
@@ -19,8 +20,6 @@ from lorabench.utils.files import file_sha256
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# A file whose header claims to be longer than this is no safetensors file.
-_MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,12 @@ def _folder(name: str) -> UserModel:
 
 
 def _elements(file: Path) -> int:
-    """Return the number of elements in a safetensors file.
-
-    The header is its own length in 8 bytes, then JSON with the shape of each tensor.
-    """
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        header = opened.read(min(length, _MAX_HEADER_BYTES))
+    """Return the number of elements in a safetensors file, from its header."""
     try:
-        tensors = json.loads(header)
-        return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is no safetensors file") from error
+        with safe_open(file, "numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a safetensors file") from error
 
 
 def _hub(name: str) -> UserModel:
@@ -166,7 +158,7 @@ def _config(path: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"config.json of model {name!r} is no JSON: {error}") from error
+        raise UserError(f"config.json of model {name!r} is not JSON: {error}") from error
     for key, kind in (("model_type", str), ("hidden_size", int)):
         if not isinstance(config, dict) or not isinstance(config.get(key), kind):
             raise UserError(f"config.json of model {name!r} has no {key}; a causal LM for text is needed")

@@ -63,15 +63,15 @@ def broken(name, content):
 
 
 MODELS = {
-    "no json": (broken("config.json", b"\0"), "config.json of model .* is no JSON"),
+    "no json": (broken("config.json", b"\0"), "config.json of model .* is not JSON"),
     "no width": (
         broken("config.json", b'{"model_type": "gpt2"}'),
         "has no hidden_size; a causal LM for text is needed",
     ),
     "null": (broken("config.json", b"null"), "has no model_type"),
     "no weights": (lambda base: (base / "model.safetensors").unlink(), "has no .safetensors file"),
-    "cut weights": (broken("model.safetensors", b"\xff" * 8), "model.safetensors is no safetensors file"),
-    "other weights": (broken("model.safetensors", b"\2\0\0\0\0\0\0\0[]"), "model.safetensors is no safetensors file"),
+    "cut weights": (broken("model.safetensors", b"\xff" * 8), "model.safetensors is not a safetensors file"),
+    "other weights": (broken("model.safetensors", b"\2\0\0\0\0\0\0\0[]"), "model.safetensors is not a safetensors file"),
     "no config": (lambda base: (base / "config.json").unlink(), "has no config.json"),
 }
 
