@@ -16,7 +16,7 @@ test:  ## Run the fast tests, at most 5 minutes on 2 cores.
 	pytest
 
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
-	pytest -m 'slow and not long and not slurm'
+	pytest -m 'slow and not long and not slurm and not gpu'
 
 lint:  ## Check style, types, spelling, the floors of the packages, and the workflow.
 	ruff check .
