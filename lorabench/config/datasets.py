@@ -83,7 +83,7 @@ class HubDataset(Strict):
     """Seed of the choice of examples."""
 
     @model_validator(mode="after")
-    def _is_there(self) -> Self:
+    def _exists(self) -> Self:
         check_copies(self.path)
         return self
 

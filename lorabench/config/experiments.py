@@ -94,7 +94,7 @@ class SftExperiment(Block):
     epochs: PositiveFloat = 1.0
     """Passes over the training split."""
     steps: Positive | None = None
-    """Most optimizer steps of a run; null for all epochs."""
+    """Largest number of optimizer steps of a run; null for all epochs."""
 
 
 class RlExperiment(Block):
@@ -149,8 +149,6 @@ class ComputeExperiment(Strict):
 
 
 SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]
-
-
 RlBlocks = Annotated[list[RlExperiment], Field(min_length=1)]
 
 
