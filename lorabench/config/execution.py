@@ -62,15 +62,15 @@ class Execution(Strict):
     threads: Positive = 1
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
-    """Largest number of tokens, with padding and of all lanes together, that go through the model at once; the gradients
-    of larger batches are accumulated."""
+    """Largest number of tokens, with padding and of all lanes together, that go through the model at once; the
+    gradients of larger batches are accumulated."""
     packing: bool = False
     """Lay several examples end to end where a batch of them would be padded (see lorabench/training/batches.py)."""
     max_cache_tokens: Positive = 65_536
     """Largest number of tokens of prompts and responses whose keys and values are kept at once in sampling."""
     lanes: Positive = 8
-    """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many as
-    save time and fit into memory. With 1, every run is trained alone."""
+    """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many
+    as save time and fit into memory. With 1, every run is trained alone."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Minutes between a run's checkpoints, from which it resumes; 0 means a checkpoint after every step."""
     keep_weights: Literal["best", "all"] = "best"

@@ -1,4 +1,4 @@
-"""The plain data of a preset, resolved: presets and suites that it extends, named blocks, and models of the catalogue."""
+"""What a preset inherits: presets and suites that it extends, fields common to named blocks, and catalogued models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...] = ()) -> dict[str, 
 
 
 def _parent_path(parent: str, child: Path) -> Path:
-    """Return the file that a preset extends: a shipped preset or suite by name, or a path relative to the preset's folder."""
+    """Return the file that a preset extends: a shipped one by name, or a path relative to the preset's folder."""
     path = child.parent / parent if is_file_name(parent) else PRESETS / f"{parent}.yaml"
     if not path.is_file():
         allowed = shipped_names("*", "suites/*")

@@ -65,7 +65,7 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the only model class inside an annotation such as `X | None` or `dict[str, X]`; None if there are several."""
+    """Return the only model class in an annotation such as `X | None` or `dict[str, X]`; None if there are several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [model for argument in get_args(annotation) if (model := _model_in(argument))]

@@ -1,4 +1,7 @@
-"""Base models: where each kind is stored, and loading it. Only safetensors are loaded, by default no remote code."""
+"""Where each kind of base model is stored, and how it is loaded.
+
+Only safetensors are loaded, and the model's own Python code only where the preset trusts it.
+"""
 
 from __future__ import annotations
 

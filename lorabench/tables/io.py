@@ -153,6 +153,7 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
 
 
 def empty_table() -> pd.DataFrame:
+    """Return a table without rows and columns, in place of one that a folder lacks."""
     import pandas as pd
 
     return pd.DataFrame()

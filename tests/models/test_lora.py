@@ -345,13 +345,13 @@ def test_experts_under_an_unknown_name_are_refused():
     assert targets(model, "attn", True).parameters == []
 
 
-def test_lora_elsewhere_than_asked_is_refused():
+def test_lora_on_other_layers_is_refused():
     """Where a model has dense MLPs and fused experts, PEFT mistakes the names of the former for those of the latter."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
     with pytest.raises(
-        UserError, match="PEFT did not put LoRA on the layers asked for in Qwen3MoeForCausalLM: see model.layers.0"
+        UserError, match="PEFT did not put LoRA on the requested layers of Qwen3MoeForCausalLM: see model.layers.0"
     ):
         add_lora(model, 8, "all", 32.0, True, seed=0)
