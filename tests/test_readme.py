@@ -1,7 +1,7 @@
 """The README's commands, run as they are written.
 
-Those that train for long are run by Snakemake as a dry run, and those that are run elsewhere are named here: a new
-command in the README must be one or the other.
+Commands that train for long are run as a dry run, and commands that other tests run are listed here. A new command in
+the README must be run or listed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working copy with what the README's examples are about: tables, a model, a data file."""
+    """A working copy with the files of the README's examples: tables, a model, a data file."""
     checkout = copy_checkout(tmp_path_factory.mktemp("readme"))
     for place, dataset in (("results/laptop", "instruct"), ("from_the_cluster", "worked")):
         runs = runs_table([row for rank in (None, 1, 16) for row in make_sweep(rank, dataset=dataset)])
@@ -58,8 +58,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(command: str, folder: Path) -> str:
-    """Run a command line in a shell; returns all it printed."""
-    # The commands of the environment that runs the tests. No hub is asked: the examples must work without.
+    """Run a command line in a shell and return its output."""
+    # The commands are those of the environment that runs the tests, and the examples must work without the hub.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],

@@ -36,7 +36,7 @@ class Form:
     repeats: int
     rl: rl.Shape
 
-    def asked(self, threads: int, turns: int | None, gpu: str | None) -> Form:
+    def with_options(self, threads: int, turns: int | None, gpu: str | None) -> Form:
         """Return the form with a number of threads, a GPU or None, and turns of the sweep (None: those of the form)."""
         shape = replace(self.sweep, threads=threads, turns=turns or self.sweep.turns, gpu=gpu)
         return replace(self, sweep=shape, rl=replace(self.rl, threads=threads, gpu=gpu))
@@ -93,7 +93,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
     form = QUICK if options.quick else FULL if options.gpu is None else ON_A_GPU
-    form = form.asked(options.threads, options.turns, options.gpu)
+    form = form.with_options(options.threads, options.turns, options.gpu)
     # The arm of two processes of one thread is for a CPU only.
     usual = [arm for arm in every if options.gpu is None or arm != "halves"]
     rows = measure(form, options.arm or usual)

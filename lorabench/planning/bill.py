@@ -91,16 +91,16 @@ def _job(requested: Resources, runs: int, tokens: float, flops: float, seconds: 
     hours = seconds / 3600
     memory = requested.gpu_mem_mb if requested.gpus else requested.mem_mb
     return Bill(
-        1,
-        runs,
-        tokens,
-        flops,
-        hours,
-        requested.gpus * hours,
-        hours,
-        requested.gpus,
-        memory * MB,
-        requested.disk_mb * MB,
+        jobs=1,
+        runs=runs,
+        tokens=tokens,
+        flops=flops,
+        job_hours=hours,
+        gpu_hours=requested.gpus * hours,
+        longest_hours=hours,
+        gpus=requested.gpus,
+        memory=memory * MB,
+        disk=requested.disk_mb * MB,
     )
 
 

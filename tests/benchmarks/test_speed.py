@@ -93,7 +93,7 @@ def test_losses_must_agree():
         sweep.check_agreement({"a": found(test=float("nan")), "b": found()}, 1e-3)
 
 
-@pytest.mark.parametrize("form", [FULL, QUICK, ON_A_GPU.asked(1, 1, "H100-80GB")], ids=["full", "quick", "gpu"])
+@pytest.mark.parametrize("form", [FULL, QUICK, ON_A_GPU.with_options(1, 1, "H100-80GB")], ids=["full", "quick", "gpu"])
 def test_presets_are_valid_and_of_the_size_they_say(form, tmp_path, monkeypatch):
     # The model need not be on this machine.
     monkeypatch.setattr(sweep, "preset_entry", lambda model: {"kind": "tiny"})
@@ -184,7 +184,7 @@ def test_the_quick_form_runs_from_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_bf16_runs_from_end_to_end_and_all_arms_agree():
     """The arms measured on a GPU also run in bf16 on a CPU."""
-    form = QUICK.asked(1, 1, None)
+    form = QUICK.with_options(1, 1, None)
     form = replace(form, sweep=replace(form.sweep, precision="bf16"), rl=replace(form.rl, precision="bf16"))
     arms = ["lanes", "alone", "transformers", "trl", *rl.ARMS]
     assert [row.part for row in measure(form, arms)] == ["sweep"] * 4 + ["rl"] * 3

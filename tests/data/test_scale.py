@@ -63,7 +63,7 @@ print(json.dumps(report))
 
 
 def write_rows(root, count):
-    """Chats of 600 characters on average, a few of them ten times as long."""
+    """Write chats of 600 characters on average, a few of them ten times as long."""
     rng = random.Random(0)
     words = [f"w{number:x}" for number in range(1, 30)]
 

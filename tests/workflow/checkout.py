@@ -14,7 +14,7 @@ _CODE = ("Snakefile", "workflow", "lorabench", "pyproject.toml", "slurm")
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy what a run needs into a folder, so that the repository stays clean."""
+    """Copy the files that Snakemake needs into a folder, so that the repository stays clean."""
     for name in _CODE:
         source = REPOSITORY / name
         if source.is_symlink() or source.is_file():
@@ -33,8 +33,8 @@ def adapt_profile(checkout: Path, old: str, new: str) -> None:
 
 
 def snakemake(checkout: Path, *arguments: str, fails: bool = False) -> str:
-    """Run Snakemake on two cores in the working copy; returns all it printed."""
-    # The commands of the rules lie beside the interpreter that runs the tests.
+    """Run Snakemake on two cores in the working copy, and return its output."""
+    # The command `lorabench` of the rules is beside the interpreter that runs the tests.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(folder: Path, *command: str) -> str:
-    """Run a Python module in a working copy; returns what it printed."""
+    """Run a Python module in a working copy and return its output."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -30,7 +30,7 @@ def run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A working copy in which the three commands of the README were typed."""
+    """A working copy in which the README's commands for own data have been run, and the output of `init`."""
     folder = tmp_path_factory.mktemp("own")
     for name in ("Snakefile", "workflow", "lorabench", "pyproject.toml"):
         source = REPOSITORY / name
@@ -39,13 +39,13 @@ def finished(tmp_path_factory):
     data = write_rows(folder / "mine.jsonl", 48)
     data.write_text(data.read_text() + '{"prompt": "no answer"}\nnot JSON\n')
     options = ["--model", "tiny", "--data", "mine.jsonl", "--rank", "8", "--seeds", "2"]
-    said = run(folder, "lorabench.cli", "init", "my.yaml", *options)
+    output = run(folder, "lorabench.cli", "init", "my.yaml", *options)
     run(folder, "snakemake", "--cores", "2", "--config", "preset=my.yaml")
-    return folder, said
+    return folder, output
 
 
-def test_init_tells_what_it_found_and_what_to_type(finished):
-    _, said = finished
+def test_init_describes_model_and_data_and_names_the_next_command(finished):
+    _, output = finished
     for line in (
         "tiny: llama, 0.83M parameters, width 128",
         "mine.jsonl: 48 of 50 rows can be used as prompt/completion; left out: "
@@ -53,8 +53,8 @@ def test_init_tells_what_it_found_and_what_to_type(finished):
         "split: 38 train, 5 validation, 5 test",
         "wrote my.yaml; next: snakemake --cores all --config preset=my.yaml",
     ):
-        assert line in said
-    assert "rank" in said
+        assert line in output
+    assert "rank" in output
 
 
 def test_the_report_answers_for_this_model_and_data(finished):
@@ -63,7 +63,7 @@ def test_the_report_answers_for_this_model_and_data(finished):
     runs = pd.read_csv(results / "tables/runs.csv")
     # Two arms of five LRs, and the second seed at the best of each.
     assert len(runs) == 2 * (5 + 1)
-    # The highest LR may diverge; what is repeated is the best.
+    # The highest LR may diverge, but the repeats are at the best LR.
     assert set(runs["status"]) <= {"done", "diverged"}
     assert set(runs.loc[runs["seed"] == 1, "status"]) == {"done"}
     assert set(runs["dataset"]) == {"mine"}
@@ -83,8 +83,8 @@ def test_the_report_answers_for_this_model_and_data(finished):
     }
 
 
-def test_what_was_measured_is_recommended_from(finished):
+def test_recommendations_use_the_measured_runs(finished):
     folder, _ = finished
-    told = json.loads(run(folder, "lorabench.cli", "recommend", "--model", "tiny", "--json"))
-    assert [one["rank"] for one in told["seen"]] == [None, 8]
-    assert all(one["where"].startswith("measured, results/my: mine, batch 4, 9 steps") for one in told["seen"])
+    recommended = json.loads(run(folder, "lorabench.cli", "recommend", "--model", "tiny", "--json"))
+    assert [run["rank"] for run in recommended["seen"]] == [None, 8]
+    assert all(run["where"].startswith("measured, results/my: mine, batch 4, 9 steps") for run in recommended["seen"])
