@@ -46,7 +46,7 @@ def with_execution(preset, **changes):
 
 
 def with_model(preset, **changes):
-    """Return a GPU preset with the experiment `rank` alone, on one model."""
+    """A GPU preset that has only the experiment `rank`, on one model."""
     experiments = preset.experiments.model_copy(update=dict.fromkeys(preset.experiments.chosen()))
     block = preset.experiments.rank[0].model_copy(update={"seeds": 1, **changes})
     experiments = experiments.model_copy(update={"rank": [block]})
@@ -109,7 +109,7 @@ def test_memory_is_what_a_step_takes(name, length, precision):
     preset = load_preset("laptop").model_copy(update={"protocol": protocol})
     for row in measure_compute("tiny", spec, [8, 64], "all", 8, length, 1, 1, protocol):
         estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], 8 * length, length).total
-        # The estimate is an upper bound: the last gradients are allocated when the first activations are already freed.
+        # An upper bound: the last gradients come when the first activations are gone.
         assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
 
 
@@ -158,7 +158,7 @@ def test_lanes_of_lora_share_the_base_and_those_of_full_fine_tuning_nothing():
         assert (four.gradients, four.moments) == (16 * trained, 32 * trained)
         assert four.weights - one.weights == 3 * 4 * trained
         assert four.copies == (0 if lora else 4 * one.copies)
-        # One lane has a batch of 32 examples of 233 tokens; two and more lanes fill the limit of tokens per pass.
+        # A batch of 32 examples of 233 tokens; of two lanes and more all that goes through the model at once.
         tokens = [step.logits / (12 * sizes.vocabulary) for step in (one, two, four)]
         assert tokens == [32 * 233, 2 * 32 * 233, limit]
         assert (two.activations, four.activations / limit) == (2 * one.activations, one.activations / (32 * 233))
@@ -170,7 +170,7 @@ def test_lanes_of_rl_have_gradients_and_moments_each():
     trained = dimensions(plan.preset.models["llama-3-2-1b"]).lora("all", 1, True)[0]
     one, seven = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 7))
     assert (seven.weights - one.weights, seven.moments) == (6 * 4 * trained, 7 * 8 * trained)
-    # Gradients stay allocated while responses are drawn; the cache is already full with one lane.
+    # Gradients keep their place while responses are drawn; the cache was full before.
     assert seven.sampling - one.sampling == 6 * 4 * trained
     assert seven.logits == 8192 // 7 * 7 * 16 * 128256
 
@@ -186,7 +186,7 @@ def test_weights_that_lora_goes_with_stay_in_bf16():
         trained = sizes.lora(placement, 16, True)[0]
         step = step_memory(plain, sizes, 16, placement, 8192, 1024)
         assert (step.weights, step.copies) == (4 * (sizes.parameters + trained) + 2 * cast, 2 * (linear - cast))
-        # With activation checkpointing and in sharded models, weights are cast in every pass.
+        # Where memory counts for more, and where a part of each weight is elsewhere, they are cast in every pass.
         short = step_memory(checkpoints, sizes, 16, placement, 8192, 1024)
         assert (short.weights, short.copies) == (4 * (sizes.parameters + trained), 2 * linear / sizes.layers)
         assert step_memory(plain, sizes, 16, placement, 8192, 1024, gpus=2).copies == 2 * linear
@@ -252,7 +252,7 @@ def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
     given = with_execution(core, gflops=50_000.0)
     assert flops_per_second(given.execution) == 50e12
     assert bill.total(make_plan(given)).gpu_hours > hours[1]
-    # A speed that was measured on one GPU does not hold for another.
+    # A speed that was measured on one GPU is not that of another.
     assert bill.on_gpu(given, "H200").execution.gflops is None
     with pytest.raises(UserError, match="gpu 'H1000' is not known; allowed: A100-40GB"):
         bill.on_gpu(core, "H1000")
@@ -322,7 +322,7 @@ def smoke():
 
 
 def table(plan, gflops, device="a CPU"):
-    """Return runs that took exactly the seconds that the cost model predicts at a speed."""
+    """Runs that took exactly the seconds that the cost model predicts at a speed."""
     rows = []
     for run_id, (preset, sweep) in planned_runs([plan]).items():
         seconds = run_seconds(preset, sweep, 0)[0] * preset.execution.gflops / gflops
@@ -404,7 +404,7 @@ def test_a_budget_with_room_leaves_everything():
 def test_what_a_budget_leaves_out_is_known():
     core = load_preset("core")
     steps = [step.what for step in steps_in_order(make_plan(core))]
-    # DeepMath, the most expensive, tests no core claim; MATH goes before GSM8K, which tests the same claims.
+    # No core claim needs DeepMath, the dearest; then MATH goes before GSM8K, which tests the same.
     assert steps[:3] == ["rl_deepmath", "placement_rl", "rl_math"]
     assert steps.index("placement_small") < steps.index("rl_gsm8k") < steps.index("rank")
     kept, dropped = reduce_to_budget(core, 350)
@@ -419,7 +419,7 @@ def test_of_several_models_the_dearest_goes():
     steps = [step.what for step in steps_in_order(make_plan(paper))]
     assert steps.index("rank on llama-3-1-8b") < steps.index("rank")
     assert "rank on llama-3-2-1b" not in steps
-    # The core claims on placement are about dense models.
+    # A core claim on placement is about a dense model.
     assert steps.index("placement on qwen3-30b-a3b-base") < steps.index("placement")
     assert "placement on llama-3-1-8b" not in steps
     kept, _ = reduce_to_budget(paper, 2500)
@@ -445,7 +445,7 @@ def test_a_larger_budget_keeps_what_a_smaller_one_keeps(name, one, other):
         plan = make_plan(reduced)
         assert hours(reduced) <= share * total
         kept.append({sweep.condition for sweep in plan.sweeps})
-        # Blocks stay whole: those with full fine-tuning still have it, on the same grid.
+        # Blocks stay whole: what had full fine-tuning still has it, on the same grid.
         for experiment, blocks in reduced.experiments.trained().items():
             before = {json.dumps(b.lrs.model_dump()): b for b in preset.experiments.trained()[experiment]}
             assert all(json.dumps(block.lrs.model_dump()) in before for block in blocks)

@@ -1,4 +1,4 @@
-"""`snakemake --cores all --profile slurm` on a real Slurm: what jobs request, and what they survive."""
+"""`snakemake --cores all --profile slurm` on a real Slurm: what jobs ask for, and what they survive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorabench.planning.resources import job_resources
 from lorabench.runs import Job, Sweep
 from lorabench.storage.layout import Layout
 
-from ..workflow.checkout import adapt_profile, copy_checkout, snakemake
+from ..workflow.checkout import adapt_profile, fresh_clone, snakemake
 from .cluster import Cluster, until
 
 pytestmark = pytest.mark.slurm
@@ -32,17 +32,17 @@ pytestmark = pytest.mark.slurm
 PRESET = Path(__file__).parent / "cluster.yaml"
 PLAN = make_plan(Layout.of(str(PRESET)).preset)
 (STOPPED,) = (job for job in PLAN.jobs if job.sweeps[0].condition.task == "sft")
-# The job is cancelled in the middle of its first sweep and killed in the middle of its second.
+# In the middle of its first sweep, and of its second.
 CANCELLED, KILLED = STOPPED.sweeps
 
-# The columns that a run computes; the other columns say where it ran and how fast.
+# What a run computes; the rest of its row says where and how fast.
 MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward", "final_reward", "train_tokens"]
 TIMES = ["sample_tokens_per_s", "learn_tokens_per_s"]
 
 
-def fresh_clone(folder: Path) -> Path:
-    """Return a fresh clone, with its profile adapted to a site without accounting."""
-    copy_checkout(folder)
+def adapted_clone(folder: Path) -> Path:
+    """Make a clone with the profile adapted to a site without accounting."""
+    fresh_clone(folder)
     shutil.copy(PRESET, folder)
     adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
     adapt_profile(folder, "status-checks: 40", "status-checks: 2")
@@ -51,14 +51,14 @@ def fresh_clone(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    return fresh_clone(tmp_path_factory.mktemp("checkout"))
+    return adapted_clone(tmp_path_factory.mktemp("checkout"))
 
 
 @contextmanager
 def workflow(
     cluster: Cluster, checkout: Path, *arguments: str, preset: str = "cluster.yaml"
 ) -> Iterator[Callable[[], str]]:
-    """Run the README's command in the background; yield a function that returns its output, empty until its end."""
+    """The README's command in the background; gives a function that returns its output, empty until it has ended."""
     log = checkout / "snakemake.out"
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
     command += ["--config", f"preset={preset}"]
@@ -79,7 +79,7 @@ def workflow(
 
 
 def saved_step(checkpoint: Path) -> int:
-    """Return the step in the header of a checkpoint, which may be replaced at any time."""
+    """The step of a checkpoint that may be replaced at any time, from the header of the file."""
     with checkpoint.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return json.loads(header["__metadata__"]["progress"])["step"]
@@ -87,7 +87,7 @@ def saved_step(checkpoint: Path) -> int:
 
 @dataclass
 class Watcher:
-    """Records the steps of each run's checkpoints while jobs run, in the order of time."""
+    """Looks at the checkpoints of all runs: the steps that each had, in the order of time."""
 
     runs: Path
     steps: dict[str, list[int]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Watcher:
                     seen.append(step)
 
     def middle(self, sweep: Sweep) -> str | None:
-        """Return a run of the sweep that is half done, once another run has ended; else None."""
+        """A run of the sweep that is in its middle, if another one has ended."""
         grid = [run.run_id for run in sweep.grid()]
         ended = [run for run in grid if (self.runs / run).exists()]
         middle = range(3, sweep.condition.steps)
@@ -123,8 +123,8 @@ class Watcher:
 
 
 @dataclass
-class Observations:
-    """The observations of a workflow whose jobs were disturbed."""
+class Seen:
+    """What was seen of a workflow whose jobs were disturbed."""
 
     output: str
     jobs: list[dict[str, str]]
@@ -132,7 +132,7 @@ class Observations:
     stopped_at: dict[str, int]
     """The step of each run that was stopped in its middle."""
     records: dict[Path, tuple[int, str]]
-    """Time and content of the record of each run that had ended before a disturbance."""
+    """Records of runs that had ended by then: time and content."""
 
 
 @pytest.fixture(scope="module")
@@ -150,37 +150,37 @@ def seen(cluster, checkout):
     with Watcher(runs) as watcher, workflow(cluster, checkout, "--set-resources", "compute:gpu=2") as output:
 
         def wait(condition: Callable[[], str | None], what: str) -> str:
-            value = until(lambda: condition() or output(), what, 240)
-            assert value != output(), f"the workflow ended before {what}"
-            return value
+            found = until(lambda: condition() or output(), what, 240)
+            assert found != output(), f"the workflow ended before {what}"
+            return found
 
         remember(wait(lambda: watcher.middle(CANCELLED), "a sweep in its middle"))
         cluster("scancel", of_job(cluster.jobs(), STOPPED)[0]["JobId"])
         run = wait(lambda: watcher.middle(KILLED), "another sweep in its middle")
         remember(run)
         os.kill(training(STOPPED), signal.SIGKILL)
-        # Steps until now were made by the killed process and not by the next try.
+        # Steps that it made until now are no sign of the job that is tried again.
         time.sleep(0.5)
         remember(run)
         remember(wait(lambda: run if watcher.steps[run][-1] > stopped_at[run] else None, "a job that is tried again"))
         cluster.node_state("down")
         cluster.node_state("resume")
         text = until(output, "the end of the workflow", 300)
-    return Observations(text, cluster.jobs(), watcher.steps, stopped_at, records)
+    return Seen(text, cluster.jobs(), watcher.steps, stopped_at, records)
 
 
 def of_job(jobs: list[dict[str, str]], job: Job) -> list[dict[str, str]]:
-    """Return the tries of a training job, in the order of their submission."""
-    return [submitted for submitted in jobs if submitted["Comment"] == f"rule_train_wildcards_{job.job_id}"]
+    """The tries of a job that trains, in the order of their submission."""
+    return [one for one in jobs if one["Comment"] == f"rule_train_wildcards_{job.job_id}"]
 
 
 def of_rule(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
-    """Return the jobs of a rule."""
+    """The jobs of a rule."""
     return [job for job in jobs if re.match(rf"rule_{rule}(_wildcards|$)", job["Comment"])]
 
 
 def training(job: Job) -> int:
-    """Return the id of the process that trains a job."""
+    """The process that trains a job."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_text().split("\0")
@@ -191,18 +191,18 @@ def training(job: Job) -> int:
     raise AssertionError(f"nothing trains {job.job_id}")
 
 
-def test_every_job_requests_the_resources_of_the_plan(seen):
-    for planned in PLAN.jobs:
-        needed, job = job_resources(PLAN, planned), of_job(seen.jobs, planned)[0]
-        assert job["TresPerJob"] == f"gres/gpu:{needed.gpus}" == "gres/gpu:1"
-        assert f"cpu={needed.cpus},mem={needed.mem_mb}M,node=1" in job["ReqTRES"]
-        assert job["TimeLimit"] == f"00:{needed.minutes:02}:00"
+def test_every_job_asks_slurm_for_what_the_plan_says(seen):
+    for wanted in PLAN.jobs:
+        asked, job = job_resources(PLAN, wanted), of_job(seen.jobs, wanted)[0]
+        assert job["TresPerJob"] == f"gres/gpu:{asked.gpus}" == "gres/gpu:1"
+        assert f"cpu={asked.cpus},mem={asked.mem_mb}M,node=1" in job["ReqTRES"]
+        assert job["TimeLimit"] == f"00:{asked.minutes:02}:00"
     (compute,) = of_rule(seen.jobs, "compute")
     assert compute["TresPerJob"] == "gres/gpu:2"
     assert {job["TresPerJob"] for job in of_rule(seen.jobs, "evaluate")} == {"gres/gpu:1"}
     (tokens,) = of_rule(seen.jobs, "tokens")
     assert "TresPerJob" not in tokens
-    # Downloads, tables and figures are not jobs of Slurm.
+    # Downloads, tables and figures are no jobs.
     assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"dataset", "tokens", "train", "evaluate", "compute"}
 
 
@@ -217,7 +217,7 @@ def test_a_stopped_job_is_tried_again_and_goes_on(seen):
     assert [job["JobState"] for job in tries] == ["CANCELLED", "FAILED", "COMPLETED"]
     minutes = job_resources(PLAN, STOPPED).minutes
     assert [job["TimeLimit"] for job in tries] == [f"00:{number * minutes:02}:00" for number in (1, 2, 3)]
-    # A job that lost its node is put back into the queue by Slurm itself.
+    # Slurm itself puts a job back that lost its node.
     assert {job["JobState"] for job in seen.jobs if int(job["Restarts"])} == {"COMPLETED"}
     assert len(seen.stopped_at) >= 2
     for run, steps in seen.steps.items():
@@ -265,9 +265,9 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 
 
 @pytest.mark.slow
-def test_the_smoke_preset_from_a_fresh_clone(cluster, tmp_path):
+def test_the_smoke_preset_from_a_adapted_clone(cluster, tmp_path):
     """A preset for CPUs, whose jobs the profile gives a GPU each."""
-    checkout = fresh_clone(tmp_path)
+    checkout = adapted_clone(tmp_path)
     gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
     before = len(cluster.jobs())
     with workflow(cluster, checkout, *gpus, preset="smoke") as output:

@@ -1,4 +1,4 @@
-"""A working copy of the repository to run Snakemake in."""
+"""A clone of the repository to run Snakemake and other commands in."""
 
 from __future__ import annotations
 
@@ -10,18 +10,46 @@ from pathlib import Path
 
 from ..conftest import REPOSITORY
 
-_CODE = ("Snakefile", "workflow", "lorabench", "pyproject.toml", "slurm")
+_GIT = ("git", "-c", "user.name=tests", "-c", "user.email=tests@localhost")
 
 
-def copy_checkout(folder: Path) -> Path:
-    """Copy the files that Snakemake needs into a folder, so that the repository stays clean."""
-    for name in _CODE:
-        source = REPOSITORY / name
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder and return what it printed."""
+    return subprocess.run([*_GIT, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def fresh_clone(folder: Path) -> Path:
+    """Make a repository of the files that git knows in this one, changed and new files included, all committed."""
+    names = git(REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, names):
+        source, copy = REPOSITORY / name, folder / name
         if source.is_symlink() or source.is_file():
-            shutil.copy(source, folder / name, follow_symlinks=False)
-        else:
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, copy, follow_symlinks=False)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "a clone")
     return folder
+
+
+def shell(command: str, folder: Path, path: str | None = None) -> str:
+    """Run a command line in a shell and return what it printed; no hub is asked.
+
+    Args:
+        path: the folder whose commands come first; by default that of the interpreter that runs the tests.
+    """
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": f"{path or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "" if path else os.environ.get("PYTHONPATH", "")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, f"{command}\n{output}"
+    return output
 
 
 def adapt_profile(checkout: Path, old: str, new: str) -> None:
@@ -33,8 +61,8 @@ def adapt_profile(checkout: Path, old: str, new: str) -> None:
 
 
 def snakemake(checkout: Path, *arguments: str, fails: bool = False) -> str:
-    """Run Snakemake on two cores in the working copy, and return its output."""
-    # The command `lorabench` of the rules is beside the interpreter that runs the tests.
+    """Run Snakemake on two cores in the working copy; returns all it printed."""
+    # The commands of the rules lie beside the interpreter that runs the tests.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],

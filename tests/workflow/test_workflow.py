@@ -19,17 +19,17 @@ from lorabench.planning.plan import make_plan
 from lorabench.storage.layout import Layout
 
 from ..conftest import REPOSITORY
-from .checkout import copy_checkout, snakemake
+from .checkout import fresh_clone, git, snakemake
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A working copy to run in."""
-    return copy_checkout(tmp_path_factory.mktemp("checkout"))
+    """A fresh clone to run in."""
+    return fresh_clone(tmp_path_factory.mktemp("checkout"))
 
 
 def planned_jobs(output: str) -> dict[str, int]:
-    """Return the number of jobs per rule from the table of a dry run."""
+    """Jobs per rule from the table of a dry run."""
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
@@ -41,6 +41,8 @@ def test_the_main_job_is_the_laptop_preset(checkout):
 
 
 def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
+    # The committed figure is no obstacle: it lies elsewhere.
+    assert (checkout / "paper_figures/published/laptop/fig2_lr_by_rank.svg").is_file()
     target = "paper_figures/laptop/fig2_lr_by_rank.svg"
     jobs = planned_jobs(snakemake(checkout, target, "--dry-run", "--quiet", "rules"))
     needed = len(make_plan(Layout.of("laptop").preset).jobs_of("rank"))
@@ -50,8 +52,8 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
 @pytest.mark.slow
 def test_what_is_read_comes_first_then_the_longest_job(checkout):
     output = snakemake(checkout, "--dry-run")
-    blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
-    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in blocks]
+    found = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
+    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in found]
     training = {
         re.search(r"jobs/(\S+)\.parquet", said)[1]: priority for rule, priority, said in given if rule == "train"
     }
@@ -101,9 +103,7 @@ def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
 
 @pytest.mark.slow
 def test_what_fits_on_no_gpu_is_one_sentence(checkout):
-    raw = yaml.safe_load((REPOSITORY / "workflow/presets/core.yaml").read_text())
-    raw["execution"] |= {"gpu": "A10"}
-    (checkout / "small.yaml").write_text(yaml.safe_dump(raw))
+    (checkout / "small.yaml").write_text("extends: core\nexecution: {gpu: A10}\n")
     output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)
     assert re.search(r"sweep \S+ needs \d+ GB on each of 4 x A10", output)
     assert "Traceback" not in output
@@ -118,13 +118,16 @@ def test_an_unknown_preset_is_one_sentence(checkout):
 
 @pytest.fixture(scope="module")
 def smoke(checkout):
-    """A working copy in which the whole preset `smoke` was run, and the output."""
-    return checkout, snakemake(checkout, "--config", "preset=smoke")
+    """The smoke preset, run whole, and what git then says of the clone."""
+    before = git(checkout, "status", "--porcelain")
+    output = snakemake(checkout, "--config", "preset=smoke")
+    changes = set(git(checkout, "status", "--porcelain").splitlines()) - set(before.splitlines())
+    return checkout, output, changes
 
 
 @pytest.mark.slow
 def test_smoke_runs_to_the_report(smoke):
-    checkout, output = smoke
+    checkout, output, _ = smoke
     results = checkout / "results/smoke"
     layout = Layout.of("smoke")
     runs = pq.read_table(results / "tables/runs.parquet").to_pandas()
@@ -136,13 +139,13 @@ def test_smoke_runs_to_the_report(smoke):
     # The repeats are at the LR that was best on the validation split.
     for _, arm in runs.groupby(ARM, dropna=False):
         grid, repeats = arm[arm.seed == 0], arm[arm.seed > 0]
-        # In RL the best LR has the highest accuracy; of equally good LRs it is the lowest.
+        # In RL the highest accuracy, of equals the lowest LR.
         loss = grid.final_valid_nll.fillna(-grid.final_valid_reward)
         assert set(repeats.lr) == {grid[loss == loss.min()].lr.min()}
     page = (results / "report/index.html").read_text()
     claims = pd.read_csv(results / "tables/claims.csv")
     assert len(claims) == len(CLAIMS)
-    # Claims that need no runs are judged in the smallest preset too.
+    # What needs no runs is judged in the smallest preset too.
     assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
     drawn = {figure.name for figure in figures_of_preset(layout.preset)}
@@ -151,6 +154,11 @@ def test_smoke_runs_to_the_report(smoke):
         for suffix in ("svg", "png", "csv"):
             assert (checkout / f"paper_figures/smoke/{name}.{suffix}").stat().st_size > 0
     assert re.search(r"\[\d+/\d+ runs of smoke\] tiny-instruct-", output)
+
+
+@pytest.mark.slow
+def test_a_clean_clone_stays_clean(smoke):
+    assert smoke[2] == set()
 
 
 @pytest.mark.slow
@@ -222,7 +230,7 @@ def test_snakemakes_own_report(smoke):
 
 BAD_TASKS = [
     {"name": "lorabench_pretraining", "about": "forgotten", "limit": 4},
-    # Only lm-eval's index shows that this task does not exist.
+    # Known to nobody, which only lm-eval's index can tell.
     {"name": "gsm8", "about": "learned"},
 ]
 BAD_EVALUATION = {
@@ -247,7 +255,7 @@ BAD_EVALUATION = {
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scores(checkout):
+def test_an_evaluation_that_fails_is_told_early_and_keeps_back_only_its_scores(checkout):
     (checkout / "mine.yaml").write_text(yaml.safe_dump(BAD_EVALUATION))
     output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
     assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; near it: " in output
