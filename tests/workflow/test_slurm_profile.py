@@ -10,7 +10,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import evaluation_resources, job_resources
 from lorabench.storage.layout import Layout
 
-from .checkout import adapt_profile, copy_checkout, snakemake
+from .checkout import adapt_profile, fresh_clone, snakemake
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def checkout(tmp_path):
     """A fresh clone."""
-    return copy_checkout(tmp_path)
+    return fresh_clone(tmp_path)
 
 
 def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
