@@ -128,13 +128,13 @@ def block(results: Path) -> str:
     if not results.is_file():
         return f"{START}\nNo numbers are kept yet.\n{END}"
     table = pd.read_csv(results)
-    facts_of_run = table.iloc[0]
-    packages = ", ".join(f"{package} {facts_of_run[package]}" for package in _PACKAGES)
+    first = table.iloc[0]
+    packages = ", ".join(f"{package} {first[package]}" for package in _PACKAGES)
     peaks = "; ".join(f"{row.case}: {row.gflops:.0f}" for row in table[table["part"] == "peak"].itertuples())
     lines = [
         START,
-        f"Measured on {facts_of_run['device']}, threads: {facts_of_run['threads']}, on {facts_of_run['date']} at commit {facts_of_run['commit']} (load "
-        f"before: {facts_of_run['load']}); {packages}. Turns of a sweep: {facts_of_run['turns']}. GFLOP/s there, {peaks}.",
+        f"Measured on {first['device']}, threads: {first['threads']}, on {first['date']} at commit {first['commit']} (load "
+        f"before: {first['load']}); {packages}. Turns of a sweep: {first['turns']}. GFLOP/s there, {peaks}.",
         "",
         "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
         "|---|---|---|---|---|---|---|---|",
