@@ -133,8 +133,8 @@ def block(results: Path) -> str:
     peaks = "; ".join(f"{row.case}: {row.gflops:.0f}" for row in table[table["part"] == "peak"].itertuples())
     lines = [
         START,
-        f"Measured on {first['device']}, threads: {first['threads']}, on {first['date']} at commit {first['commit']} (load "
-        f"before: {first['load']}); {packages}. Turns of a sweep: {first['turns']}. GFLOP/s there, {peaks}.",
+        f"Measured on {first['device']}, threads: {first['threads']}, on {first['date']} at commit {first['commit']} "
+        f"(load before: {first['load']}); {packages}. Turns of a sweep: {first['turns']}. GFLOP/s there, {peaks}.",
         "",
         "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
         "|---|---|---|---|---|---|---|---|",

@@ -28,7 +28,7 @@ class ChatDataset(Strict):
 
 
 class FactsDataset(Strict):
-    """Random facts to be memorised. The test facts are the training facts, since nothing generalises to others."""
+    """Random facts to be memorized. The test facts are the training facts, since nothing generalizes to others."""
 
     kind: Literal["facts"]
     facts: Positive

@@ -173,7 +173,7 @@ class Experiments(Strict):
     parametrization: SftBlocks | None = None
     """Alpha, and initial scales and LRs of A and B: which are redundant, and the effect of the factor 1/r."""
     capacity: SftBlocks | None = None
-    """The point where an adapter runs out of capacity, on longer data and on facts to memorise."""
+    """The point where an adapter runs out of capacity, on longer data and on facts to memorize."""
     rl_arithmetic: RlBlocks | None = None
     """RL on problems of reasoning-gym: ranks against full fine-tuning over an LR sweep (figures 6 to 8)."""
     rl_gsm8k: RlBlocks | None = None

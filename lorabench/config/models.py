@@ -60,7 +60,7 @@ class PathModel(Strict):
 
 
 class GgufModel(Strict):
-    """A model in a GGUF file, which is dequantised once into safetensors."""
+    """A model in a GGUF file, which is dequantized once into safetensors."""
 
     kind: Literal["gguf"]
     path: str

@@ -235,7 +235,7 @@ def _nll(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def _training_loss(
     model: PreTrainedModel, blocks: torch.Tensor, recipe: PretrainingRecipe
 ) -> tuple[torch.Tensor, float]:
-    """Return the loss that pretraining minimises, and the NLL in it in nats per token."""
+    """Return the loss that pretraining minimizes, and the NLL in it in nats per token."""
     experts: dict[str, Any] = {"output_router_logits": True} if recipe.balance else {}
     output = model(input_ids=blocks[:, :-1], use_cache=False, **experts)
     nll = _nll(output.logits, blocks)

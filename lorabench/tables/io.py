@@ -16,6 +16,7 @@ from lorabench.errors import UserError
 from lorabench.tables.schemas import SCHEMAS
 from lorabench.utils.files import atomic_path
 
+# Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
 if TYPE_CHECKING:
     import pandas as pd
 

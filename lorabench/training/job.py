@@ -44,7 +44,7 @@ def run_job(
 
 
 def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Trainer]:
-    """Return the trainer of a job, which keeps what the job's sweeps share (model, data, graders) until the end."""
+    """Return the trainer of a job, which keeps the model, data and graders of the job's sweeps until the end."""
     # Imported here since each trainer imports libraries that the other does not need.
     if task == "sft":
         from lorabench.training.sft.trainer import SftTrainer

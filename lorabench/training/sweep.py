@@ -206,7 +206,7 @@ def run_sweep(
     """Train all runs of a sweep.
 
     Args:
-        train: trains some runs; it keeps what the sweeps of a job share.
+        train: trains some runs, and keeps the model and data that the sweeps of a job share.
         say: reports one line of progress; called in the first process only.
         processes: the processes that train the sweep together; each calls this function.
 

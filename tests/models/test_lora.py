@@ -100,7 +100,7 @@ def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("rank", "init_a"), [(2, 1.0), (64, 0.25)])
-def test_initialisation_and_scale(name, rank, init_a):
+def test_initialization_and_scale(name, rank, init_a):
     # The experts' width differs from the model's, so that gate and down differ in d_in.
     recipe = replace(RECIPES[name], intermediate_size=40)
     model = add_lora(new_model(recipe), rank, "all", 32.0, True, seed=0, init_a=init_a)
@@ -129,7 +129,7 @@ def test_init_a_scales_the_same_draw(name):
         assert torch.equal(scaled[parameter], 3.0 * values), parameter
 
 
-def test_the_seed_decides_the_initialisation():
+def test_the_seed_decides_the_initialization():
     def first(seed):
         model = add_lora(base("llama-128"), 4, "all", 32.0, True, seed)
         return next(iter(trainable(model).values())).clone()
