@@ -1,0 +1,1 @@
+"""Measurements of speed, each a program; none is part of the package."""

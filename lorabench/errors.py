@@ -1,4 +1,4 @@
-"""The error that a user can correct."""
+"""The base of all errors that a user can correct."""
 
 
 class UserError(Exception):

@@ -19,7 +19,6 @@ from lorabench.utils.hashing import digest
 # when that may be the case.
 PROTOCOL_VERSION = 2
 
-
 Method = Literal["fullft", "lora"]
 
 
@@ -89,6 +88,7 @@ class Run:
 
     @cached_property
     def run_id(self) -> str:
+        """The hash of everything that determines the run's result."""
         return digest({"condition": self.condition.determining, "lr": self.lr, "seed": self.seed})
 
 
@@ -106,6 +106,7 @@ class Sweep:
 
     @cached_property
     def sweep_id(self) -> str:
+        """The sweep's name for files: its condition's label, and a hash of its runs."""
         return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds], 8)}"
 
     @property

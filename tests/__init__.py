@@ -1,0 +1,1 @@
+"""The tests of lorabench, its workflow and its benchmarks."""

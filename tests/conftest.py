@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-# Tests run side by side, one per core. Read by torch when it is first imported.
+# Tests run side by side, one per core; torch reads this when it is first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def raw_rl_preset() -> dict[str, Any]:
 
 @pytest.fixture
 def write_preset(tmp_path: Path):
-    """Writes plain data as a preset file and returns its path."""
+    """Return a function that writes plain data as a preset file and returns its path."""
 
     def write(raw: Any, name: str = "mine") -> str:
         path = tmp_path / f"{name}.yaml"

@@ -26,7 +26,7 @@ from lorabench.runs import Run, Sweep
 from lorabench.storage.layout import Layout
 from lorabench.storage.progress import Progress
 
-Found = tuple[int, list[float], list[float]]
+StepTimes = tuple[int, list[float], list[float]]
 """The number of runs trained together, and of the first run the time at which each step ended and its mean reward."""
 
 
@@ -44,24 +44,24 @@ class Clock(Progress):
         super().tick(number, run, step)
 
 
-def lorabench_steps(plan: Plan, layout: Layout) -> Found:
+def lorabench_steps(plan: Plan, layout: Layout) -> StepTimes:
     """Train the runs that the plan groups with the sweep's first run."""
     from lorabench.training.rl.trainer import RlTrainer
     from lorabench.training.sweep import SweepContext, machine_of
 
     [sweep] = plan.sweeps
     clock = Clock(layout.progress(sweep), sweep)
-    job = SweepContext(plan, sweep, layout, machine_of(plan), clock, print)
-    together = list(job.unfinished_groups(list(enumerate(sweep.grid(), 1)))[0].values())
+    context = SweepContext(plan, sweep, layout, machine_of(plan), clock, print)
+    together = list(context.unfinished_groups(list(enumerate(sweep.grid(), 1)))[0].values())
     with RlTrainer() as train:
-        train(job, together)
-    curves = job.folder(sweep.grid()[0]).read_curves().to_pandas()
+        train(context, together)
+    curves = context.folder(sweep.grid()[0]).read_curves().to_pandas()
     of_train = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
     # The last step is evaluated before it ends.
     return len(together), clock.ends[:-1], of_train.sort_values("step")["value"].tolist()[:-1]
 
 
-def trl_steps(plan: Plan, layout: Layout) -> Found:
+def trl_steps(plan: Plan, layout: Layout) -> StepTimes:
     """Train the first run of the sweep by TRL's GRPO with settings that give the paper's objective.
 
     There is no KL term, no division by the standard deviation and no clipping; one update per batch, temperature 1.

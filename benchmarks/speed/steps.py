@@ -1,6 +1,6 @@
 """A training step within one process, without start-up; and the speed of the machine's matrix products.
 
-The steps of this project are computed as in a run (`SftLanes`). Every token is scored unless a setting says otherwise,
+The steps of this project are computed as in a run (`SftServer`). Every token is scored unless a setting says otherwise,
 and there is no padding. At LR 0 a step does all its work and does not change the weights.
 """
 

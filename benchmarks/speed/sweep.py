@@ -80,7 +80,7 @@ class Losses:
     test: float
 
 
-Found = dict[float, Losses]
+LossesByLr = dict[float, Losses]
 """The losses of the runs by learning rate."""
 
 
@@ -174,7 +174,7 @@ class Sweeps:
         self.jobs = [_Job(folder / str(number), share, lanes) for number, share in enumerate(shapes)]
 
     def clear(self) -> None:
-        """Forget all runs."""
+        """Delete all runs."""
         for job in self.jobs:
             for path in job.results.iterdir():
                 if path.name not in ("data", "tokens"):
@@ -184,8 +184,8 @@ class Sweeps:
         """Train all runs."""
         finish(*[start(sweep_command(job.plan.sweeps, job.path), job.folder, self.threads) for job in self.jobs])
 
-    def losses(self) -> Found:
-        """Final losses of the finished runs."""
+    def losses(self) -> LossesByLr:
+        """Return the final losses of the finished runs."""
         return {run.lr: job.losses(run) for job in self.jobs for sweep in job.plan.sweeps for run in sweep.grid()}
 
 
@@ -263,7 +263,7 @@ class Trainings:
         return self.folder / f"{lr}.result.json"
 
     def clear(self) -> None:
-        """Forget all runs."""
+        """Delete all runs."""
         for lr in self.shape.lrs:
             self._result(lr).unlink(missing_ok=True)
 
@@ -274,8 +274,8 @@ class Trainings:
             path.write_text(json.dumps(self.settings | {"lr": lr, "out": f"{lr}", "result": str(self._result(lr))}))
             finish(start([sys.executable, str(FINETUNE), str(path)], self.folder, self.shape.threads))
 
-    def losses(self) -> Found:
-        """Final losses of the finished runs."""
+    def losses(self) -> LossesByLr:
+        """Return the final losses of the finished runs."""
         results = {lr: json.loads(self._result(lr).read_text()) for lr in self.shape.lrs}
         return {lr: Losses(statistics.mean(run["train"][-LAST:]), run["test"]) for lr, run in results.items()}
 
@@ -307,17 +307,17 @@ def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Tr
             return Trainings(folder, shape, name, like)
 
 
-def check_agreement(found: dict[str, Found], tolerance: float) -> None:
+def check_agreement(losses_by_arm: dict[str, LossesByLr], tolerance: float) -> None:
     """Refuse to compare arms whose losses differ.
 
     Args:
-        found: the losses of each arm.
+        losses_by_arm: the losses of each arm's runs.
         tolerance: largest allowed difference in nats per token.
 
     Raises:
         SystemExit: the losses of a run differ by more than the tolerance, or are NaN.
     """
-    (first, expected), *others = found.items()
+    (first, expected), *others = losses_by_arm.items()
     for name, losses in others:
         for lr, own in losses.items():
             for what in ("train", "test"):
@@ -350,8 +350,8 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
                 seconds[name].append(time.perf_counter() - started)
                 of_cpu[name].append(_cpu_seconds() - cpu_before)
                 say(f"sweep, turn {turn + 1} of {shape.turns}: {ARMS[name]}: {seconds[name][-1]:.1f} s")
-            found = {name: arm.losses() for name, arm in arms.items()}
-            check_agreement(found, TOLERANCE[shape.precision])
+            losses = {name: arm.losses() for name, arm in arms.items()}
+            check_agreement(losses, TOLERANCE[shape.precision])
     return [
         Row(
             "sweep",
@@ -361,8 +361,8 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
             len(shape.lrs),
             statistics.median(times),
             statistics.median(of_cpu[name]),
-            statistics.mean(loss.train for loss in found[name].values()),
-            statistics.mean(loss.test for loss in found[name].values()),
+            statistics.mean(loss.train for loss in losses[name].values()),
+            statistics.mean(loss.test for loss in losses[name].values()),
         )
         for name, times in seconds.items()
     ]

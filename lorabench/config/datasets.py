@@ -28,7 +28,7 @@ class ChatDataset(Strict):
 
 
 class FactsDataset(Strict):
-    """Random facts to be memorised. The test facts are the training facts, since nothing generalises to others."""
+    """Random facts to be memorized. The test facts are the training facts, since nothing generalizes to others."""
 
     kind: Literal["facts"]
     facts: Positive
@@ -83,7 +83,7 @@ class HubDataset(Strict):
     """Seed of the choice of examples."""
 
     @model_validator(mode="after")
-    def _is_there(self) -> Self:
+    def _exists(self) -> Self:
         check_copies(self.path)
         return self
 

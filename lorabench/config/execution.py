@@ -32,9 +32,9 @@ class EvalTask(Strict):
     num_fewshot: NotNegative | None = None
     """Number of worked examples in the prompt; null for the task's own number."""
     limit: Positive | None = None
-    """Most documents that are evaluated; null for all."""
+    """Largest number of documents that are evaluated; null for all."""
     max_new_tokens: Positive | None = None
-    """Most tokens of an answer; null for the task's own limit, in lm-eval 256 where the task has none."""
+    """Largest number of tokens of an answer; null for the task's own limit, in lm-eval 256 where the task has none."""
     chat: bool = False
     """Put prompts into the model's chat template, if it has one."""
     mean_tokens: Positive = 200
@@ -62,15 +62,15 @@ class Execution(Strict):
     threads: Positive = 1
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
-    """Most tokens, with padding and of all lanes together, that go through the model at once; the gradients of larger
-    batches are accumulated."""
+    """Largest number of tokens, with padding and of all lanes together, that go through the model at once; the
+    gradients of larger batches are accumulated."""
     packing: bool = False
     """Lay several examples end to end where a batch of them would be padded (see lorabench/training/batches.py)."""
     max_cache_tokens: Positive = 65_536
-    """Most tokens of prompts and responses whose keys and values are kept at once in sampling."""
+    """Largest number of tokens of prompts and responses whose keys and values are kept at once in sampling."""
     lanes: Positive = 8
-    """Most runs of a sweep that are trained together in one process, as its lanes; the plan uses as many as save time
-    and fit into memory. With 1, every run is trained alone."""
+    """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many
+    as save time and fit into memory. With 1, every run is trained alone."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Minutes between a run's checkpoints, from which it resumes; 0 means a checkpoint after every step."""
     keep_weights: Literal["best", "all"] = "best"
@@ -83,13 +83,13 @@ class Execution(Strict):
     gpu: str | None = None
     """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1
-    """Most GPUs of a job, which requests the smallest number that holds it."""
+    """Largest number of GPUs of a job, which requests the smallest number that holds it."""
     gflops: PositiveFloat | None = None
     """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
     lorabench/utils/gpus.py assumes."""
 
     @model_validator(mode="after")
-    def _hardware(self) -> Self:
+    def _check_hardware(self) -> Self:
         if self.gpu is None:
             if self.gflops is None:
                 raise ValueError("gflops: missing; without a gpu the speed of a job must be given")

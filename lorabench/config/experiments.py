@@ -94,7 +94,7 @@ class SftExperiment(Block):
     epochs: PositiveFloat = 1.0
     """Passes over the training split."""
     steps: Positive | None = None
-    """Most optimizer steps of a run; null for all epochs."""
+    """Largest number of optimizer steps of a run; null for all epochs."""
 
 
 class RlExperiment(Block):
@@ -149,8 +149,6 @@ class ComputeExperiment(Strict):
 
 
 SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]
-
-
 RlBlocks = Annotated[list[RlExperiment], Field(min_length=1)]
 
 
@@ -175,7 +173,7 @@ class Experiments(Strict):
     parametrization: SftBlocks | None = None
     """Alpha, and initial scales and LRs of A and B: which are redundant, and the effect of the factor 1/r."""
     capacity: SftBlocks | None = None
-    """The point where an adapter runs out of capacity, on longer data and on facts to memorise."""
+    """The point where an adapter runs out of capacity, on longer data and on facts to memorize."""
     rl_arithmetic: RlBlocks | None = None
     """RL on problems of reasoning-gym: ranks against full fine-tuning over an LR sweep (figures 6 to 8)."""
     rl_gsm8k: RlBlocks | None = None

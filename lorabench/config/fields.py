@@ -1,4 +1,4 @@
-"""Types, limits and messages that the sections of a preset share."""
+"""Types of fields that the sections of a preset share, and the error of a wrong preset."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from lorabench.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
-
 Positive = Annotated[int, Field(ge=1)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 NotNegative = Annotated[int, Field(ge=0)]
 
-
 Sharding = Literal["fsdp", "ddp"]
-
 
 FileFormat = Literal[
     "messages",
@@ -35,8 +28,8 @@ FileFormat = Literal[
 ]
 """The columns of a dataset file, whose rows are chats, pairs of a prompt and its answer, or plain texts."""
 
-
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""The endings of data files that can be read."""
 
 
 class PresetError(UserError):
@@ -64,11 +57,10 @@ def _is_data_file(value: str) -> str:
 
 
 ChatTemplate = Annotated[str, AfterValidator(_is_template)]
-
-
 DataFile = Annotated[str, AfterValidator(_is_data_file)]
 
 
 def check_copies(path: str | None) -> None:
+    """Raise ValueError if a folder with copies of hub repositories is given and does not exist."""
     if path is not None and not Path(path).is_dir():
         raise ValueError(f"folder {path!r} does not exist")

@@ -1,4 +1,4 @@
-"""What a preset's file takes from others: presets and suites that it extends, named blocks, and catalogued models."""
+"""What a preset inherits: presets and suites that it extends, fields common to named blocks, and catalogued models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ COMMON = "common"
 
 
 def read_with_parents(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a preset's file, laid over the content of all that it extends."""
+    """Return the content of a preset's file, laid over the content of the presets that it extends.
+
+    Raises:
+        PresetError: a file does not exist, is not a YAML mapping, or extends itself.
+    """
     if path.resolve() in [child.resolve() for child in children]:
         chain = " extends ".join(str(file) for file in (*children, path))
         raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
@@ -35,7 +39,7 @@ def read_with_parents(path: Path, children: tuple[Path, ...] = ()) -> dict[str, 
 
 
 def _parent_path(parent: str, child: Path) -> Path:
-    """The file that a preset extends: a shipped preset or suite by name, or a path relative to the preset's folder."""
+    """Return the file that a preset extends: a shipped one by name, or a path relative to the preset's folder."""
     path = child.parent / parent if is_file_name(parent) else PRESETS / f"{parent}.yaml"
     if not path.is_file():
         allowed = shipped_names("*", "suites/*")
@@ -54,7 +58,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings, merged at every level.
+    """Return both mappings, merged at every level.
 
     Where one of two values is no mapping, or they have different kinds (of a model, say), the upper value replaces the
     lower one; null removes it.
@@ -72,7 +76,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The experiments of plain data whose blocks have names, with `COMMON` among them."""
+    """Return the experiments whose blocks are a mapping by name, with `COMMON` among the names."""
     experiments = raw.get("experiments")
     if not isinstance(experiments, dict):
         return {}
@@ -81,14 +85,18 @@ def _named_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _named_tasks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tasks of evaluation in plain data, if they are a mapping by name."""
+    """Return the tasks of the evaluation if they are a mapping by name, else an empty mapping."""
     evaluation = raw.get("evaluation")
     tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
     return tasks if isinstance(tasks, dict) and all(isinstance(task, dict) for task in tasks.values()) else {}
 
 
 def with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Plain data in which named blocks, and tasks of evaluation by name, are lists."""
+    """Return the data with lists in place of named blocks and of evaluation tasks by name.
+
+    Raises:
+        PresetError: a named block is not a mapping.
+    """
     lists: dict[str, list[Any]] = {}
     for name, blocks in _named_blocks(raw).items():
         for key, block in blocks.items():
@@ -106,7 +114,7 @@ def with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def with_models(raw: dict[str, Any]) -> dict[str, Any]:
-    """Plain data with those models of the catalogue that its experiments name; the preset's own go before them."""
+    """Return the data with the models of the catalogue that its experiments name and that it does not define itself."""
     own = raw.get("models", {})
     if not isinstance(own, dict):
         return raw
@@ -123,7 +131,7 @@ def _models_named(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def with_names(sentence: str, raw: dict[str, Any]) -> str:
-    """A sentence about a preset in which named blocks and tasks are called by their names rather than by number."""
+    """Return a sentence about a preset with the names of its named blocks and tasks in place of their numbers."""
     named = {
         f"experiments.{experiment}": [key for key in blocks if key != COMMON]
         for experiment, blocks in _named_blocks(raw).items()

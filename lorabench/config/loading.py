@@ -26,7 +26,11 @@ def load_preset(preset: str) -> Preset:
 
 
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
-    """A preset from plain data that no longer extends anything; `path` is what errors name.
+    """Return the preset of plain data that no longer extends anything.
+
+    Args:
+        raw: the content of the preset's file, laid over that of the presets it extends.
+        path: the file, for error messages.
 
     Raises:
         PresetError: a field is wrong; one line per field.

@@ -14,7 +14,7 @@ from lorabench.config.problems import FileProblems, HubProblems, ReasoningProble
 
 
 def explain(problem: Any) -> str:
-    """A readable sentence for one of pydantic's errors."""
+    """Return a readable sentence for one of pydantic's errors."""
     location, value, kind, context = problem["loc"], problem["input"], problem["type"], problem.get("ctx", {})
     model_of, parts = _walk(location)
     where = ".".join(parts)
@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[type[BaseModel], ...]] = {
 
 
 def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
-    """The innermost model class along an error's location, and the location as a reader of the YAML sees it."""
+    """Return the innermost model class along an error's location, and the location as it is written in the YAML."""
     current: type[BaseModel] = Preset
     parts: list[str] = []
     for position, part in enumerate(location):
@@ -65,7 +65,7 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The only model class inside an annotation such as `X | None` or `dict[str, X]`; None if there are several."""
+    """Return the only model class in an annotation such as `X | None` or `dict[str, X]`; None if there are several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [model for argument in get_args(annotation) if (model := _model_in(argument))]

@@ -53,14 +53,14 @@ class PathModel(Strict):
     """Width of the model, for the cost estimate."""
 
     @model_validator(mode="after")
-    def _is_there(self) -> Self:
+    def _exists(self) -> Self:
         if not (Path(self.path) / "config.json").is_file():
             raise ValueError(f"model folder {self.path!r} has no config.json; a Hugging Face causal LM is needed there")
         return self
 
 
 class GgufModel(Strict):
-    """A model in a GGUF file, which is dequantised once into safetensors."""
+    """A model in a GGUF file, which is dequantized once into safetensors."""
 
     kind: Literal["gguf"]
     path: str
@@ -77,7 +77,7 @@ class GgufModel(Strict):
     """Width of the model, for the cost estimate."""
 
     @model_validator(mode="after")
-    def _is_there(self) -> Self:
+    def _exists(self) -> Self:
         if self.wheel is None and not Path(self.path).is_file():
             raise ValueError(f"GGUF file {self.path!r} does not exist")
         return self

@@ -11,7 +11,6 @@ from lorabench.config.fields import DataFile, NotNegative, Positive, Strict, che
 NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
 """The tasks of reasoning-gym whose answer is a number."""
 
-
 HUB_PROBLEMS = {
     "gsm8k": ("openai/gsm8k",),
     "math": ("EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"),
@@ -37,15 +36,15 @@ class ReasoningProblems(Strict):
     tasks: Annotated[list[NumberTask], Field(min_length=1)] = ["chain_sum"]
     """Tasks of `arithmetic`, drawn uniformly."""
     min_digits: Positive = 1
-    """Fewest digits of a term, in `chain_sum` and `products`."""
+    """Smallest number of digits of a term, in `chain_sum` and `products`."""
     max_digits: Positive = 2
-    """Most digits of a term."""
+    """Largest number of digits of a term."""
     max_value: Annotated[int, Field(ge=10)] = 100
     """Largest number, in `gcd` and `lcm`."""
     min_terms: Annotated[int, Field(ge=2)] = 2
-    """Fewest terms, in `chain_sum`, `products`, `gcd` and `lcm`."""
+    """Smallest number of terms, in `chain_sum`, `products`, `gcd` and `lcm`."""
     max_terms: Annotated[int, Field(ge=2)] = 2
-    """Most terms. More digits and terms make a problem set harder."""
+    """Largest number of terms. More digits and terms make a problem set harder."""
     max_chars: Annotated[int, Field(ge=32)] = 400
     """Longer problems (question and worked solution together) are left out."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -57,7 +56,7 @@ class ReasoningProblems(Strict):
         return self.kind
 
     @model_validator(mode="after")
-    def _sizes(self) -> Self:
+    def _check_sizes(self) -> Self:
         for what in ("digits", "terms"):
             low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if low > high:
@@ -98,7 +97,7 @@ class HubProblems(Strict):
         return self.kind
 
     @model_validator(mode="after")
-    def _can_be(self) -> Self:
+    def _check_revisions_and_splits(self) -> Self:
         for name in self.revisions:
             if name not in self.ids:
                 raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")

@@ -9,7 +9,7 @@ from lorabench.config.preset import Preset
 
 
 def json_schema() -> str:
-    """The JSON schema of a preset's file, as shipped beside the presets for editors.
+    """Return the JSON schema of a preset's file, as shipped beside the presets for editors.
 
     It requires no field, because a file may extend another that has it; `load_preset` says what is missing.
     """
@@ -34,7 +34,7 @@ def _by_name(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_required(schema: Any) -> Any:
-    """A JSON schema that parts of what it describes satisfy too: no field is required, not even a `kind`."""
+    """Return a JSON schema without required fields, which a part of a preset satisfies too, even without a `kind`."""
     if isinstance(schema, list):
         return [_without_required(part) for part in schema]
     if not isinstance(schema, dict):

@@ -1,1 +1,1 @@
-"""Datasets, token caches, problem sets and graders."""
+"""Datasets, token caches, problem sets and graders, and the hashes that identify data."""

@@ -18,7 +18,7 @@ _ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})")
 
 
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`, stripped; None if no box is there or closed.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`, stripped; None without a closed box.
 
     A box without braces (`$\boxed 2$`) ends at the dollar sign or the end of the line. The time is linear in the length
     of the text.

@@ -1,4 +1,4 @@
-"""Random facts, names with random digits: they do not generalise, so a model predicts only what it has stored."""
+"""Random facts, names with random digits: they do not generalize, so a model predicts only what it has stored."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Examples and problems from a user's own file: JSONL, JSON, CSV or parquet.
 
-The columns decide what a row is (`config.FileFormat`): a chat in `messages` or `conversations`; a pair, which becomes a
-chat of two turns (`instruction` together with its `input`, if there is one); or a `text`, trained as plain text with
-the end token and without a chat template, every token of it scored. A chat takes precedence over a pair, a pair over a
-text.
+The columns decide what a row is (`lorabench.config.fields.FileFormat`): a chat in `messages` or `conversations`; a
+pair, which becomes a chat of two turns (`instruction` together with its `input`, if there is one); or a `text`, trained
+as plain text with the end token and without a chat template, every token of it scored. A chat takes precedence over a
+pair, a pair over a text.
 
 The file is read row by row. A row that can't be used is counted by its reason (`lorabench.data.rows.Tally`), never
 silently dropped; what is wrong with the file as a whole is an error of one sentence.

@@ -45,7 +45,7 @@ class Grader:
     def __init__(self, kind: str, workers: int = 1, seconds: float = 2.0) -> None:
         """
         Args:
-            kind: the kind of the problem set, or the grader of a problem file (see config.ProblemSpec).
+            kind: the `grader` of a problem set (`lorabench.config.problems`), which for most sets is their kind.
             workers: processes that compare boxed answers; each starts when it is first needed.
             seconds: CPU time after which a comparison is given up, and the answer counts as wrong.
 

@@ -32,7 +32,7 @@ _NO_ANSWER, _REPEATED = "without a last answer", "with the prompt of another"
 
 
 def repository(spec: HubDataset) -> WantedRepository:
-    """Return what has to be fetched for a dataset."""
+    """Return the repository to fetch for a dataset."""
     return WantedRepository("dataset", spec.id, spec.revision, ((spec.config, spec.split),))
 
 

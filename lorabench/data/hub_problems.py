@@ -35,7 +35,7 @@ _SUBJECTS = (
 
 
 class _Part(NamedTuple):
-    """A split of a repository with problems of a set: where it is, and how to read question and answer.
+    """A split of a repository with problems of a set: its place in the repository, and how to read question and answer.
 
     Attributes:
         question: the column of the question.
@@ -69,7 +69,7 @@ _TEST = {
 
 
 def repositories(spec: HubProblems) -> list[WantedRepository]:
-    """Return what has to be fetched for a problem set."""
+    """Return the repositories to fetch for a problem set."""
     parts: dict[str, list[tuple[str | None, str]]] = {}
     for part in (*_TRAIN.get(spec.kind, ()), *_TEST.get(spec.kind, ())):
         parts.setdefault(part.id, []).append((part.config, part.split))
@@ -82,7 +82,7 @@ def repositories(spec: HubProblems) -> list[WantedRepository]:
 def hub_pools(
     spec: HubProblems, fetched: Mapping[str, FetchedRepository]
 ) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """Return the problems to train on and those to test on, in an order that the seed decides.
+    """Return the problems to train on and the problems to test on, in an order that the seed decides.
 
     For DeepMath, which has no test split, both are the same iterator. Problems without an answer are left out, and
     their number is logged.

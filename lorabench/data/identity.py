@@ -1,4 +1,4 @@
-"""Hashes of what determines the examples of a dataset or the problems of a set."""
+"""The hash of everything that determines the examples of a dataset, or the problems of a problem set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorabench.utils.hashing import digest
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
-    """Hash of everything that determines the examples of a dataset, or the problems of a problem set."""
+    """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
         rules = spec.model_dump(exclude={"path", "mean_tokens"})
@@ -24,5 +24,5 @@ def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
 
 @cache
 def _content(path: Path, size: int, changed_ns: int) -> str:
-    """The file's hash; it is computed again in this process only if the file's size or time has changed."""
+    """Return a file's hash, which this process computes again only if the file's size or time has changed."""
     return file_sha256(path)

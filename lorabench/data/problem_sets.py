@@ -56,7 +56,7 @@ def make_problems(
 
 
 def _pools(spec: ProblemSpec, fetched: Mapping[str, FetchedRepository]) -> tuple[Iterator[Problem], Iterator[Problem]]:
-    """Return the problems to train on and those to test on; the same iterator where the set has no test split."""
+    """Return the problems to train on and to test on; the same iterator where the set has no test split."""
     match spec:
         case HubProblems():
             return hub_pools(spec, fetched)
@@ -68,7 +68,7 @@ def _pools(spec: ProblemSpec, fetched: Mapping[str, FetchedRepository]) -> tuple
 
 
 def _reasoning_pool(spec: ReasoningProblems) -> Iterator[Problem]:
-    """Return as many distinct problems as the splits need, if there are that many, in random order.
+    """Return distinct problems in random order: as many as the splits need, or fewer if the tasks have no more.
 
     Easy problems repeat soon, so problems that come late are harder, and must not make up a split of their own.
     """
@@ -97,7 +97,7 @@ def _settings(task: str, spec: ReasoningProblems) -> dict[str, int]:
 
 
 def _suitable(problems: Iterator[Problem], max_chars: int) -> Iterator[Problem]:
-    """Yield the problems that are short enough and have a number as answer, until many in a row do not."""
+    """Yield the problems that are short enough and have a number as answer; end after many others in a row."""
     misses = 0
     for problem in problems:
         if len(problem.question) + len(problem.response) <= max_chars and number(problem.answer) is not None:
@@ -108,7 +108,7 @@ def _suitable(problems: Iterator[Problem], max_chars: int) -> Iterator[Problem]:
 
 
 def _distinct(problems: Iterator[Problem], seen: set[str]) -> Iterator[Problem]:
-    """Yield the problems whose question is not in `seen`, and add it, until many in a row are."""
+    """Yield the problems whose question is not yet in `seen`, and add it; end after many repeated ones in a row."""
     misses = 0
     for problem in problems:
         if problem.key not in seen:

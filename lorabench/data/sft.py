@@ -92,7 +92,7 @@ def _chats(spec: ChatDataset) -> Iterator[Chat]:
 
 
 def _distinct(chats: Iterator[Chat], max_chars: int | None) -> Iterator[Chat]:
-    """Yield the chats that are short enough, each prompt once, until many in a row are not."""
+    """Yield the chats that are short enough, each prompt once; end after many others in a row."""
     seen: set[int] = set()
     misses = 0
     for chat in chats:

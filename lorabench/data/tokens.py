@@ -1,7 +1,7 @@
 """Token caches: a dataset's examples as token ids with the mask of scored tokens.
 
 A cache is keyed by dataset, tokenizer and chat template: the file holds the three hashes, and `read_tokens` refuses a
-file that was made from others or is damaged.
+file that is damaged or was made from another dataset, tokenizer or template.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TokenizedSplit:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[bool]]:
-    """Return a chat's token ids and which are scored: every assistant turn with its end token, or a whole plain text.
+    """Return a chat's token ids and which of them are scored: assistant turns with their end token, or all of a text.
 
     The span of a turn is what the template adds between its generation prompt and the turn's end, which holds for any
     template that only appends. What a template puts after the end token (such as a line break) is not part of the

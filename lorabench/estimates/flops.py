@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorabench.config.execution import EvalTask
 from lorabench.config.preset import Preset
 from lorabench.estimates.lengths import prompt_tokens, tokens_per_example
 from lorabench.models.dimensions import Dimensions, dimensions
-
-if TYPE_CHECKING:
-    from lorabench.runs import Condition, EvalJob, Sweep
+from lorabench.runs import Condition, EvalJob, Sweep
 
 
 def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
-    """FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
+    """Return the FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
 
     Args:
-        lora: LoRA's parameters that a token passes through; None is full fine-tuning.
+        lora: number of LoRA's parameters that a token passes through; None for full fine-tuning.
     """
     return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
 
 
 def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
-    """FLOPs of attention's forward pass for a token that attends to `context` others; backward takes twice as many."""
+    """Return the FLOPs of attention's forward pass for a token that attends to `context` tokens; backward takes twice
+    as many."""
     return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
 
 
@@ -61,14 +59,14 @@ def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
 
 
 def _validations(preset: Preset, steps: int) -> int:
-    """The number of validations of a run, at the steps where `lorabench.training.sft.loop.curve_steps` places them."""
+    """Return the number of validations of a run, at the steps that `lorabench.training.sft.loop.curve_steps` gives."""
     protocol = preset.protocol
     spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
     return len(spaced | {step for step in protocol.validate_at if step <= steps})
 
 
 def graded_problems(preset: Preset, condition: Condition) -> int:
-    """The number of responses that are graded in one evaluation of an RL run."""
+    """Return the number of responses that are graded in one evaluation of an RL run."""
     assert condition.rollouts
     problems = preset.problems[condition.dataset]
     held_out = sum(preset.problems[name].test for name in condition.rollouts.held_out)
@@ -76,15 +74,18 @@ def graded_problems(preset: Preset, condition: Condition) -> int:
 
 
 @dataclass(frozen=True)
-class _RunFlops:
+class RunFlops:
+    """FLOPs of one run: of training, of evaluating without a gradient, and of drawing responses."""
+
     trained: float
     evaluated: float
     drawn: float
-    again: float
+    recomputed: float
     """FLOPs of the forward passes that activation checkpointing repeats."""
 
 
-def run_flops(preset: Preset, condition: Condition) -> _RunFlops:
+def run_flops(preset: Preset, condition: Condition) -> RunFlops:
+    """Estimate the FLOPs of each run of a condition."""
     sizes = dimensions(preset.models[condition.model])
     tokens = run_tokens(preset, condition)
     lora = None
@@ -93,12 +94,12 @@ def run_flops(preset: Preset, condition: Condition) -> _RunFlops:
     attention = attention_flops_per_token(sizes, tokens.context)
     forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
     train = linear_flops_per_token(sizes, lora) + 3 * attention
-    again = tokens.trained * forward if preset.execution.activation_checkpointing else 0.0
-    return _RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, again)
+    recomputed = tokens.trained * forward if preset.execution.activation_checkpointing else 0.0
+    return RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, recomputed)
 
 
 def sweep_flops(preset: Preset, sweep: Sweep) -> float:
-    """FLOPs of all runs of a sweep, with their evaluation and sampling."""
+    """Estimate the FLOPs of all runs of a sweep, with their evaluation and sampling."""
     flops = run_flops(preset, sweep.condition)
     return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
 
@@ -112,4 +113,5 @@ def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
 
 
 def evaluated_documents(task: EvalTask) -> int:
+    """Return the number of documents of a task that are evaluated."""
     return min(task.documents, task.limit or task.documents)

@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
 from lorabench.estimates.lengths import longest_sequence, tokens_per_example
 from lorabench.estimates.memory import USABLE, peak_bytes
 from lorabench.models.dimensions import dimensions, merging_is_cheaper
+from lorabench.runs import Condition, Run, Sweep
 from lorabench.utils.gpus import GB, GPUS
-
-if TYPE_CHECKING:
-    from lorabench.runs import Condition, Run, Sweep
 
 Work = Literal["lora", "fullft", "drawing"]
 """The purpose of a pass through a model: SFT by LoRA or by full fine-tuning, or drawing the responses of RL."""
@@ -35,28 +33,29 @@ _CPU_MEMORY = 4 * GB
 
 
 def lane_count(preset: Preset, sweep: Sweep, gpus: int) -> int:
-    """The number of a sweep's runs that are trained together on `gpus` GPUs, one process each (0: a CPU); at least 1.
+    """Return the number of a sweep's runs that are trained together on `gpus` GPUs, one process each (0: a CPU).
 
-    One where the model is sharded or has experts, and in full fine-tuning by RL.
+    It is 1 where the model is sharded or has experts, and in full fine-tuning by RL.
     """
     condition, execution = sweep.condition, preset.execution
     sharded = gpus > 1 and execution.sharding == "fsdp"
-    by_itself = condition.method == "fullft" and condition.rollouts is not None
-    if sharded or by_itself or dimensions(preset.models[condition.model]).experts:
+    rl_of_all_weights = condition.method == "fullft" and condition.rollouts is not None
+    if sharded or rl_of_all_weights or dimensions(preset.models[condition.model]).experts:
         return 1
-    most = min(execution.lanes, max(map(len, _groups(preset, sweep, execution.lanes))), _paying(preset, condition))
+    largest_group = max(map(len, _groups(preset, sweep, execution.lanes)))
+    most = min(execution.lanes, largest_group, _most_that_save_time(preset, condition))
     while most > 1 and not _fit(preset, sweep, gpus, most):
         most -= 1
-    # The fewest lanes with as few turns: five runs are dealt three and two rather than four and one.
+    # The fewest lanes that take the fewest turns: five runs are dealt as three and two rather than as four and one.
     work = _work(preset, condition)
-    taken = {
+    turns_by_lanes = {
         lanes: turns(preset, sweep, lanes) for lanes in range(1, most + 1) if keeps_threads_busy(execution, work, lanes)
     }
-    return min(taken, key=lambda lanes: (taken[lanes], lanes))
+    return min(turns_by_lanes, key=lambda lanes: (turns_by_lanes[lanes], lanes))
 
 
 def turns(preset: Preset, sweep: Sweep, lanes: int) -> int:
-    """The number of groups of at most `lanes` runs, trained one after the other, that a sweep's runs make."""
+    """Return the number of groups of at most `lanes` runs, trained one after the other, that a sweep's runs make."""
     return len(_groups(preset, sweep, lanes))
 
 
@@ -75,7 +74,7 @@ def deal(preset: Preset, runs: Iterable[Run], lanes: int) -> list[list[Run]]:
 
 
 def lanes_that_fill(execution: Execution, work: Work, tokens: float, hidden: int) -> int:
-    """The number of lanes that fill the machine (a CPU's threads, or one GPU), at least 1.
+    """Return the number of lanes that fill the machine (a CPU's threads, or one GPU), at least 1.
 
     Args:
         tokens: tokens of a lane's average batch, or of the part of it that goes through the model at once.
@@ -86,7 +85,7 @@ def lanes_that_fill(execution: Execution, work: Work, tokens: float, hidden: int
 
 
 def keeps_threads_busy(execution: Execution, work: Work, lanes: int) -> bool:
-    """Whether all of a CPU's threads but at most a fifth are busy, where each thread computes whole lanes.
+    """Return whether all of a CPU's threads but at most a fifth are busy, where each thread computes whole lanes.
 
     It matters for full fine-tuning on a CPU, whose products are stacked over lanes: three lanes on two threads took a
     tenth longer than each run alone. LoRA's largest products are not stacked, so for LoRA the answer is always true.
@@ -96,7 +95,8 @@ def keeps_threads_busy(execution: Execution, work: Work, lanes: int) -> bool:
     return -(-lanes // execution.threads) * execution.threads <= 1.2 * lanes
 
 
-def _paying(preset: Preset, condition: Condition) -> int:
+def _most_that_save_time(preset: Preset, condition: Condition) -> int:
+    """Return the number of lanes beyond which lanes save no time, at least 1."""
     execution, model = preset.execution, preset.models[condition.model]
     longest = longest_sequence(preset, condition)
     if condition.rollouts is None:
@@ -110,7 +110,7 @@ def _paying(preset: Preset, condition: Condition) -> int:
 
 
 def _work(preset: Preset, condition: Condition) -> Work:
-    """The kind of work that takes most of a condition's time."""
+    """Return the kind of work that takes most of a condition's time."""
     if condition.rollouts is not None:
         # Drawing takes longer than learning, because it computes one position of all responses at a time.
         return "drawing"
@@ -121,12 +121,13 @@ def _work(preset: Preset, condition: Condition) -> Work:
 
 
 def _groups(preset: Preset, sweep: Sweep, lanes: int) -> list[list[Run]]:
-    """The groups of the runs that are known from the start, then of the runs that wait for the best LR."""
+    """Return the groups of the runs that are known from the start, then of the runs that wait for the best LR."""
     later = sweep.repeats(best_lr=math.nan)
     return deal(preset, sweep.grid(), lanes) + deal(preset, later, lanes)
 
 
 def _fit(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> bool:
+    """Return whether the memory of the GPUs, or of a CPU's threads, holds the lanes."""
     execution = preset.execution
     available = _CPU_MEMORY * execution.threads if execution.gpu is None else USABLE * GPUS[execution.gpu].memory
     return peak_bytes(preset, sweep, gpus, lanes) <= available

@@ -1,15 +1,11 @@
-"""Estimated lengths of examples, prompts and responses in tokens, before any of them exists. Does not import torch."""
+"""Estimated lengths of examples, prompts and responses in tokens, without reading any data; imports no torch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from lorabench.config.datasets import DatasetSpec
 from lorabench.config.models import ModelSpec
 from lorabench.config.preset import Preset
-
-if TYPE_CHECKING:
-    from lorabench.runs import Condition
+from lorabench.runs import Condition
 
 # Measured on the offline datasets: an example's mean length as a share of the limit, and its largest mean; characters
 # per token of the tiny base's tokenizer and, roughly, of large ones. The lengths of the hub's problems are guesses.
@@ -21,7 +17,7 @@ _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 
 
 def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
-    """The estimated mean number of tokens of an example."""
+    """Return the estimated mean number of tokens of an example."""
     if dataset.kind in ("hub", "file"):
         return dataset.mean_tokens
     if dataset.kind == "facts":
@@ -32,13 +28,13 @@ def tokens_per_example(model: ModelSpec, dataset: DatasetSpec) -> float:
 
 
 def prompt_tokens(preset: Preset, condition: Condition) -> float:
-    """The estimated mean number of tokens of a problem of an RL condition."""
+    """Return the estimated mean number of tokens of an RL condition's prompts."""
     kind = preset.problems[condition.dataset].kind
     return _CHARS_OF_A_PROBLEM[kind] / _CHARS_PER_TOKEN[preset.models[condition.model].kind]
 
 
 def longest_sequence(preset: Preset, condition: Condition) -> int:
-    """The estimated number of tokens of the longest example, or in RL of a prompt with the longest response."""
+    """Return the estimated number of tokens of the longest example, or in RL of a prompt with the longest response."""
     model = preset.models[condition.model]
     if condition.rollouts is not None:
         return round(prompt_tokens(preset, condition)) + condition.rollouts.max_new_tokens

@@ -12,7 +12,6 @@ follow the code of transformers and PEFT, and were checked by the lifetime of ev
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from lorabench.config.placement import Placement
 from lorabench.config.preset import Preset
@@ -20,10 +19,8 @@ from lorabench.errors import UserError
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.models.attention_blocks import kept_shares
 from lorabench.models.dimensions import Dimensions, dimensions, merging_is_cheaper
+from lorabench.runs import Sweep
 from lorabench.utils.gpus import GB, GPUS
-
-if TYPE_CHECKING:
-    from lorabench.runs import Sweep
 
 # The usable share of a GPU's memory; the driver and the gaps between allocated blocks take up the remainder.
 USABLE = 0.92
@@ -57,14 +54,14 @@ class Memory:
 
 
 def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, placement: Placement | None) -> int:
-    """The number of parameters that are trained; a rank of None is full fine-tuning."""
+    """Return the number of parameters that are trained; a rank of None is full fine-tuning."""
     if rank is None or placement is None:
         return sizes.parameters
     return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
 
 
 def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
-    """The number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
+    """Return the number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
 
     It is 0 for sharded models, and with `activation_checkpointing`, which is set where memory matters more than speed.
     """
@@ -119,7 +116,7 @@ def step_memory(
     Returns:
         The bytes on each GPU, without those of sampling.
     """
-    bf16, again = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
+    bf16, recomputes = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
     parts = _parts(preset, gpus)
     trained = lanes * trained_parameters(preset, sizes, rank, placement)
     layer = _layer_bytes(sizes, rank, bf16)
@@ -127,7 +124,7 @@ def step_memory(
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time,
     # when the logits are already freed.
-    kept = sizes.layers * (4 * sizes.hidden if again else layer)
+    kept = sizes.layers * (4 * sizes.hidden if recomputes else layer)
     # Logits and their gradient in fp32; in RL also the gradient of the entropy.
     logits = sizes.vocabulary * (16 if is_rl else 12)
     # Sharded layers are gathered one by one; the next is fetched while one is computed.
@@ -136,7 +133,7 @@ def step_memory(
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
     # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
     # fully fine-tuned.
-    share = 1 / sizes.layers if again and (rank is not None or parts > 1) else 1.0
+    share = 1 / sizes.layers if recomputes and (rank is not None or parts > 1) else 1.0
     copies = 2.0 * ((1 if rank else lanes) * _linear(sizes) - cast) if bf16 else 0.0
     if rank is not None and placement != "attn":
         # PEFT adds LoRA to the weights of fused experts, in fp32.
@@ -148,7 +145,7 @@ def step_memory(
         copies=copies * share,
         # Beside the layers: the embeddings, the last norm, and the unembedding's input.
         activations=tokens * (kept + 10 * sizes.hidden),
-        logits=tokens * (max(logits, layer) if again else logits),
+        logits=tokens * (max(logits, layer) if recomputes else logits),
         sampling=0,
     )
 
@@ -160,7 +157,7 @@ def peak_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:
-    """The smallest number of GPUs, a power of two, that holds a sweep's job with one run at a time; 0 on a CPU.
+    """Return the smallest number of GPUs, a power of two, that holds a sweep's job with one run at a time; 0 on a CPU.
 
     The number of lanes is chosen afterwards to fit these GPUs (see `lorabench.estimates.lane_count`).
 
@@ -174,10 +171,10 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     gpus = 1
     while (needed := sweep_memory(preset, sweep, gpus).total) > available:
         if 2 * gpus > execution.max_gpus:
-            again = "" if execution.activation_checkpointing else "set activation_checkpointing, "
+            also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
             raise UserError(
                 f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which "
-                f"has {available / GB:.0f} GB to give; of execution, {again}lower max_batch_tokens "
+                f"has {available / GB:.0f} GB to give; of execution, {also}lower max_batch_tokens "
                 f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
                 f"({execution.max_gpus}), or choose another gpu"
             )
@@ -186,17 +183,17 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
 
 
 def _linear(sizes: Dimensions) -> int:
-    """The number of parameters of all linear layers."""
+    """Return the number of parameters of all linear layers."""
     return sum(matrix.parameters for matrix in sizes.matrices)
 
 
 def _parts(preset: Preset, gpus: int) -> int:
-    """The number of parts into which weights, gradients and moments are split."""
+    """Return the number of parts into which weights, gradients and moments are split."""
     return gpus if preset.execution.sharding == "fsdp" else 1
 
 
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
-    """The bytes that a layer keeps of each token for the backward pass."""
+    """Return the bytes that a layer keeps of each token for the backward pass."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     full = rank is None
     if bf16:
@@ -214,7 +211,7 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
 
 
 def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
-    """The size of A's output for each token in a layer, which is kept unless A and B are merged into the weights."""
+    """Return the size of A's outputs for a token in a layer, which are kept unless A and B are merged into W."""
     if sizes.experts:
         return _LORA_LAYERS * rank
     layers = sum(
@@ -226,7 +223,7 @@ def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
 
 
 def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
-    """The bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
+    """Return the bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     # Keys leave their rotation in fp32, values have the precision of their product; a layer's buffers grow by copying.
     cache = tokens * (sizes.layers + 1) * keys * (6 if bf16 else 8)

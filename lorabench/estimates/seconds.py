@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
 from lorabench.estimates.flops import (
@@ -17,40 +15,28 @@ from lorabench.estimates.lane_count import lane_count, turns
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.estimates.memory import cast_parameters
 from lorabench.models.dimensions import dimensions
+from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
 
-if TYPE_CHECKING:
-    from lorabench.runs import EvalJob, Job, Sweep
-
-
-# Seconds in which a job on one core imports its libraries, loads and writes.
+# Seconds in which a job on one core imports its libraries, loads and writes; in an evaluation with lm-eval's libraries.
 _START_SECONDS = 6.0
-
-
 _EVALUATION_START_SECONDS = 12.0
-
 
 # Seconds of drawing a token on a CPU over seconds of a forward pass for one token of a text: one position at a time
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
 # 30,000.
 _DECODING = 3.0
 
-
 # Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
 # at which weights are read from disk.
 _GPU_START_SECONDS = 60.0
-
-
 _READING = 1e9
-
 
 # Seconds of launching one layer from Python for one position: the least that a drawn token takes, whatever the batch.
 _LAYER_SECONDS = 0.8e-3
 
-
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
-
 
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
@@ -58,7 +44,7 @@ _LONGEST_ANSWER = 256
 
 
 def flops_per_second(execution: Execution, gpus: int = 1) -> float:
-    """Useful FLOP/s of a job on a CPU, or on the given number of GPUs."""
+    """Return the useful FLOP/s of a job on a CPU, or on the given number of GPUs."""
     if execution.gflops is not None:
         single = execution.gflops * 1e9
     else:
@@ -75,7 +61,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
     flops = run_flops(preset, sweep.condition)
-    work = flops.trained + flops.evaluated + flops.again
+    work = flops.trained + flops.evaluated + flops.recomputed
     if not gpus:
         return (work + _DECODING * flops.drawn) / flops_per_second(preset.execution), 0.0
     computing = work / flops_per_second(preset.execution, gpus)
@@ -85,7 +71,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
 
 
 def start_seconds(preset: Preset) -> float:
-    """Wall-clock seconds of a job before its first step, without reading a large model."""
+    """Return the wall-clock seconds of a job before its first step, without reading a large model."""
     return _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
 
 
@@ -106,7 +92,7 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
 
 
 def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """The least wall-clock seconds of a run on GPUs, however small the model: launching its passes layer by layer.
+    """Return the least seconds of a run on GPUs, however small the model: those of launching its passes layer by layer.
 
     The passes that runs share as lanes are divided among them.
     """
@@ -119,7 +105,8 @@ def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
 
 
 def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Seconds of drawing one run's responses on GPUs beside its FLOPs: launches, and traffic of weights and cache."""
+    """Return the seconds, beside those of FLOPs, of drawing a run's responses on GPUs: launches, and memory traffic of
+    weights and cache."""
     condition, execution = sweep.condition, preset.execution
     rollouts = condition.rollouts
     assert rollouts

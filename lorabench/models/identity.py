@@ -1,4 +1,4 @@
-"""Hashes of what determines a model's weights, tokenizer and chat template."""
+"""Hashes of everything that determines a model's weights, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lorabench.utils.hashing import digest
 
 @cache
 def model_id(spec: ModelSpec) -> str:
-    """Hash of everything that determines a model's weights, tokenizer and chat template, but for their paths."""
+    """Return the hash of everything that determines a model's weights, tokenizer and chat template, without paths."""
     template = None if isinstance(spec, TinyModel) else spec.chat_template
     return weights_id(spec) if template is None else digest([weights_id(spec), template_text(template)], 8)
 
 
 @cache
 def weights_id(spec: ModelSpec) -> str:
-    """Hash of everything that determines a model's weights and tokenizer."""
+    """Return the hash of everything that determines a model's weights and tokenizer."""
     match spec:
         case TinyModel():
             return digest(json.loads((shipped_folder(spec.name) / "recipe.json").read_text())["weights_sha256"], 8)
@@ -37,7 +37,7 @@ def weights_id(spec: ModelSpec) -> str:
 
 
 def _ends_sha256(path: Path, size: int = 1 << 20) -> str:
-    """SHA-256 of a file's first and last MiB, which distinguishes trained weights without reading all of them."""
+    """Return the SHA-256 of a file's first and last MiB, which suffice to distinguish trained weights."""
     with path.open("rb") as file:
         ends = file.read(size)
         file.seek(max(0, path.stat().st_size - size))

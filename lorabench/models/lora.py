@@ -135,7 +135,7 @@ def add_lora(
     # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.
     if layers.keys() != names:
         different = sorted(layers.keys() ^ names)
-        raise UserError(f"PEFT did not put LoRA on the layers asked for in {type(model).__name__}: see {different[0]}")
+        raise UserError(f"PEFT did not put LoRA on the requested layers of {type(model).__name__}: see {different[0]}")
     _scale_a(peft_model, adapter, init_a)
     return peft_model
 

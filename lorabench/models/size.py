@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The parameters of the base, and the FLOPs per token of a training step (see the functions of these names)."""
+    """The number of parameters of the base, and the FLOPs per token of a training step.
+
+    The functions of these names define both.
+    """
 
     base_parameters: int
     train_flops_per_token: int

@@ -30,6 +30,7 @@ from lorabench.data.reasoning import (
     mixture,
     worked_solutions,
 )
+from lorabench.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ class PretrainingRecipe:
     seed: int = 20250929
 
 
+# What the recipes of the other bases share, of the narrow ones, and of the mixture of experts.
 _OTHERS: dict[str, Any] = {"tokenizer": "llama-128", "train_tokens": 8_000_000}
 _NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160}
 _EXPERTS: dict[str, Any] = {"intermediate_size": 128, "experts": 8, "active_experts": 2, "balance": 0.01}
@@ -104,7 +106,7 @@ def shipped_folder(name: str) -> Path:
 
 
 def pretraining_problems(recipe: PretrainingRecipe, seed: int) -> Iterator[Problem]:
-    """Yield short enough problems without end: from the pretraining pool, and rarely from the fine-tuning pools."""
+    """Yield short problems without end: from the pretraining pool, and rarely from the fine-tuning pools."""
     common = worked_solutions(is_pretraining_template, seed), mixture(PRETRAIN_TASKS, seed)
     rare = worked_solutions(is_worked_template, seed), mixture(INSTRUCT_TASKS, seed)
     rng = Random(seed)
@@ -233,7 +235,7 @@ def _nll(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def _training_loss(
     model: PreTrainedModel, blocks: torch.Tensor, recipe: PretrainingRecipe
 ) -> tuple[torch.Tensor, float]:
-    """Return the loss that pretraining minimises, and the NLL in it in nats per token."""
+    """Return the loss that pretraining minimizes, and the NLL in it in nats per token."""
     experts: dict[str, Any] = {"output_router_logits": True} if recipe.balance else {}
     output = model(input_ids=blocks[:, :-1], use_cache=False, **experts)
     nll = _nll(output.logits, blocks)
@@ -278,8 +280,6 @@ def build(out: Path, recipe: PretrainingRecipe) -> dict[str, Any]:
     The held-out loss is that of the shipped weights, which are in bf16.
     """
     import torch
-
-    from lorabench.utils.malloc import keep_freed_memory
 
     keep_freed_memory()
     started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""From a preset to runs, sweeps and jobs, with their resources, bill and budget."""
+"""The plan of a preset: its sweeps and jobs, with their resources, bill and budget."""

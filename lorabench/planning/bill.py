@@ -39,7 +39,7 @@ class Bill:
     """The largest number of runs that a job trains together; 0 where nothing is trained."""
 
     def __add__(self, other: Bill) -> Bill:
-        """Add two bills: sums of work, and the larger of two sizes of a job."""
+        """Add two bills: amounts of work are added, and of two sizes of a job the larger is taken."""
         return Bill(
             self.jobs + other.jobs,
             self.runs + other.runs,
@@ -56,23 +56,23 @@ class Bill:
 
 
 def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
-    """The bill of some of a plan's training jobs.
+    """Return the bill of some of a plan's training jobs.
 
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
     preset, total = plan.preset, Bill()
     for job in jobs:
-        asked = job_resources(plan, job)
+        requested = job_resources(plan, job)
         tokens = sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
         flops = sum(sweep_flops(preset, sweep) for sweep in job.sweeps)
-        bill = _job(asked, job.n_runs, tokens, flops, job_seconds(preset, job, asked.gpus))
-        total += replace(bill, lanes=max(lane_count(preset, sweep, asked.gpus) for sweep in job.sweeps))
+        bill = _job(requested, job.n_runs, tokens, flops, job_seconds(preset, job, requested.gpus))
+        total += replace(bill, lanes=max(lane_count(preset, sweep, requested.gpus) for sweep in job.sweeps))
     return total
 
 
 def evaluation(plan: Plan) -> Bill:
-    """The bill of all evaluations with lm-eval."""
+    """Return the bill of all evaluations with lm-eval."""
     total = Bill()
     for job in plan.evaluations():
         tokens, flops = evaluation_flops(plan.preset, job)
@@ -81,20 +81,32 @@ def evaluation(plan: Plan) -> Bill:
 
 
 def compute(plan: Plan) -> Bill:
-    """The bill of the job that measures training steps, without tokens, since it trains nothing; empty if none does."""
+    """Return the bill of the job that measures training steps, without tokens; it is empty if there is no such job."""
     if plan.preset.experiments.compute is None:
         return Bill()
     return _job(compute_resources(plan), 0, 0.0, 0.0, compute_seconds(plan.preset))
 
 
-def _job(asked: Resources, runs: int, tokens: float, flops: float, seconds: float) -> Bill:
+def _job(requested: Resources, runs: int, tokens: float, flops: float, seconds: float) -> Bill:
     hours = seconds / 3600
-    memory = asked.gpu_mem_mb if asked.gpus else asked.mem_mb
-    return Bill(1, runs, tokens, flops, hours, asked.gpus * hours, hours, asked.gpus, memory * MB, asked.disk_mb * MB)
+    memory = requested.gpu_mem_mb if requested.gpus else requested.mem_mb
+    return Bill(
+        jobs=1,
+        runs=runs,
+        tokens=tokens,
+        flops=flops,
+        job_hours=hours,
+        gpu_hours=requested.gpus * hours,
+        longest_hours=hours,
+        gpus=requested.gpus,
+        memory=memory * MB,
+        disk=requested.disk_mb * MB,
+    )
 
 
 def per_experiment(plan: Plan) -> dict[str, Bill]:
-    """The bills of each experiment alone, of the evaluation, and of the `total`, in which shared runs count once."""
+    """Return the bills of each experiment alone, of the evaluation, and of the `total`, in which shared runs count
+    once."""
     rows = {name: training(plan, plan.jobs_of(name)) for name in plan.preset.experiments.trained()}
     others = {"compute": compute(plan), "evaluation": evaluation(plan)}
     rows |= {name: bill for name, bill in others.items() if bill.jobs}
@@ -102,7 +114,7 @@ def per_experiment(plan: Plan) -> dict[str, Bill]:
 
 
 def total(plan: Plan) -> Bill:
-    """The bill of the whole plan; runs that experiments share count once."""
+    """Return the bill of the whole plan; runs that experiments share count once."""
     return training(plan, plan.jobs) + compute(plan) + evaluation(plan)
 
 
@@ -112,12 +124,12 @@ def minutes(plan: Plan, bill: Bill, cores: int) -> float:
 
 
 def jobs_at_once(preset: Preset, cores: int) -> int:
-    """The number of jobs that run at once on `cores` cores, at least 1."""
+    """Return the number of jobs that run at once on `cores` cores, at least 1."""
     return max(1, cores // preset.execution.threads)
 
 
 def on_gpu(preset: Preset, gpu: str) -> Preset:
-    """The preset as it would be run on other GPUs; without its `gflops`, which hold for its own GPU.
+    """Return the preset with another GPU, and without its `gflops`, which hold for its own GPU.
 
     Raises:
         UserError: the GPU is unknown.

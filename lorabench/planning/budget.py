@@ -38,7 +38,8 @@ CORE_CLAIMS_BY_EXPERIMENT = {
 }
 """The claims that make up the paper's core, by the experiment that tests them."""
 
-_OF_DENSE_MODELS = ("E1", "E2")
+# Claims that only dense models can test.
+_DENSE_MODELS_ONLY = ("E1", "E2")
 
 Unit = tuple[str, str]
 """A part that can be left out: an experiment's name and a model's, which is empty for the experiment `compute`."""
@@ -58,7 +59,7 @@ class Step:
 
 
 def with_budget(preset: str, hours: float | str) -> str:
-    """The name of a preset with a budget, which replaces any budget in that name.
+    """Return the name of a preset with a budget, which replaces any budget in that name.
 
     Raises:
         PresetError: the budget is no number of hours.
@@ -109,7 +110,7 @@ def reduce_to_budget(preset: Preset, hours: float) -> tuple[Preset, list[str]]:
 
 
 def steps_in_order(plan: Plan) -> Iterator[Step]:
-    """Yield the parts that may be left out, in order; the last experiment that trains must not be.
+    """Yield the parts to leave out, in order, until only one experiment that trains remains.
 
     The module's docstring describes the order.
     """
@@ -119,13 +120,13 @@ def steps_in_order(plan: Plan) -> Iterator[Step]:
     if plan.preset.experiments.compute:
         left.add(_COMPUTE)
 
-    def saved(more: frozenset[Unit]) -> float:
-        kept = left - more
+    def saved(units_out: frozenset[Unit]) -> float:
+        kept = left - units_out
         jobs = sum(hours[job] for job, units in needed.items() if units & left and not units & kept)
-        return jobs + (_hours(bill.compute(plan)) if _COMPUTE in more else 0.0)
+        return jobs + (_hours(bill.compute(plan)) if _COMPUTE in units_out else 0.0)
 
-    def lost(more: frozenset[Unit]) -> int:
-        return len(_claims(plan.preset, left) - _claims(plan.preset, left - more))
+    def lost(units_out: frozenset[Unit]) -> int:
+        return len(_claims(plan.preset, left) - _claims(plan.preset, left - units_out))
 
     while True:
         whole = {name: frozenset(unit for unit in left if unit[0] == name) for name, _ in left}
@@ -151,12 +152,12 @@ def steps_in_order(plan: Plan) -> Iterator[Step]:
 
 
 def _claims(preset: Preset, units: Iterable[Unit]) -> set[str]:
-    """The core claims that experiments on models test together."""
+    """Return the core claims that experiments on models test together."""
     return {
         claim
         for name, model in units
         for claim in CORE_CLAIMS_BY_EXPERIMENT.get(name, ())
-        if claim not in _OF_DENSE_MODELS or not dimensions(preset.models[model]).experts
+        if claim not in _DENSE_MODELS_ONLY or not dimensions(preset.models[model]).experts
     }
 
 
@@ -165,7 +166,7 @@ def _hours(cost: bill.Bill) -> float:
 
 
 def _without(preset: Preset, units: frozenset[Unit]) -> Preset:
-    """The preset without some experiments on some models."""
+    """Return the preset without some experiments on some models."""
     experiments = preset.experiments
     changed: dict[str, object] = {}
     for name in {name for name, _ in units}:

@@ -44,7 +44,7 @@ class Calibration:
 
     @property
     def sentence(self) -> str:
-        """The calibration in a sentence for a reader."""
+        """The calibration in words, for `lorabench plan`."""
         return (
             f"measured on {self.runs} runs on {self.device}: {self.gflops:,.3g} GFLOP/s; predicted over measured, "
             f"median and range: time {_ratios(self.time)}, memory {_ratios(self.memory)}"
@@ -90,7 +90,7 @@ def calibrate(
 
 
 def _gpus(preset: Preset, sweep: Sweep) -> int:
-    """The GPUs of a measured run's job: `max_gpus` where the estimate says that it does not fit, since it ran."""
+    """Return the GPUs of a measured run's job: `max_gpus` where by the estimate it does not fit, since it ran."""
     try:
         return gpus_needed(preset, sweep)
     except UserError:
@@ -98,7 +98,7 @@ def _gpus(preset: Preset, sweep: Sweep) -> int:
 
 
 def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
-    """The preset and sweep of every run that plans may contain, by run_id, whichever LRs prove the best."""
+    """Return the preset and sweep of every run that plans may contain, by run_id, whichever LRs prove the best."""
     return {
         run.run_id: (plan.preset, sweep)
         for plan in plans
@@ -108,7 +108,7 @@ def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
 
 
 def calibrated(preset: Preset, measured: Calibration) -> Preset:
-    """The preset with the measured speed."""
+    """Return the preset with the measured speed."""
     execution = preset.execution.model_copy(update={"gflops": measured.gflops})
     return preset.model_copy(update={"execution": execution})
 

@@ -15,23 +15,6 @@ from lorabench.runs import PROTOCOL_VERSION, Condition, Rollouts, Sweep
 from lorabench.utils.hashing import digest
 
 
-def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
-    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them."""
-    merged: dict[Condition, Sweep] = {}
-    for sweep in sweeps:
-        other = merged.get(sweep.condition)
-        if other is not None:
-            sweep = Sweep(
-                sweep.condition,
-                lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
-                seeds=max(other.seeds, sweep.seeds),
-                experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
-                repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
-            )
-        merged[sweep.condition] = sweep
-    return list(merged.values())
-
-
 def sft_conditions(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
     """Yield the condition's fields that a block's arms share, for each model, dataset and batch size."""
     for model, dataset, batch_size in product(block.models, block.datasets, block.batch_sizes):
@@ -75,6 +58,12 @@ def rl_conditions(preset: Preset, block: RlExperiment) -> Iterator[dict[str, Any
 def block_sweeps(
     preset: Preset, name: str, block: SftExperiment | RlExperiment, common: dict[str, Any]
 ) -> Iterator[Sweep]:
+    """Yield the sweep of each arm of a block.
+
+    Args:
+        name: the experiment's name.
+        common: the condition's fields that the arms share (see `sft_conditions` and `rl_conditions`).
+    """
     eps = preset.protocol.eps if block.eps is None else block.eps
     for arm, lrs in _arms(block, preset.protocol):
         every = range(1, block.seeds) if block.repeat == "every" else ()
@@ -109,7 +98,24 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
 
 
 def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
-    """Hash of everything that determines a run's result beside the other fields of its condition, its LR and seed."""
+    """Return the hash of what determines a run's result beside the other fields of its condition, its LR and seed."""
     # Alpha and epsilon are fields of the condition.
     rules = protocol.model_dump(exclude={"alpha", "eps"})
     return digest([PROTOCOL_VERSION, model_id(model), data, rules])
+
+
+def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
+    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them."""
+    merged: dict[Condition, Sweep] = {}
+    for sweep in sweeps:
+        other = merged.get(sweep.condition)
+        if other is not None:
+            sweep = Sweep(
+                sweep.condition,
+                lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
+                seeds=max(other.seeds, sweep.seeds),
+                experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
+                repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
+            )
+        merged[sweep.condition] = sweep
+    return list(merged.values())

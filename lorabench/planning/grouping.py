@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from lorabench.config.preset import Preset
 from lorabench.estimates.memory import gpus_needed
 from lorabench.estimates.seconds import start_seconds, sweep_seconds
-
-if TYPE_CHECKING:
-    from lorabench.runs import Sweep
+from lorabench.runs import Sweep
 
 START_SHARE = 0.05
 """Share of a job's time that its start may take."""

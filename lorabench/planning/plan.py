@@ -26,7 +26,7 @@ class Plan:
     sweeps: tuple[Sweep, ...]
 
     def evaluations(self) -> list[EvalJob]:
-        """The evaluations with lm-eval: of each base, then of the best run of each condition that is evaluated."""
+        """Return the evaluations with lm-eval: of each base, then of the best run of each evaluated condition."""
         evaluation = self.preset.evaluation
         if evaluation is None:
             return []
@@ -42,7 +42,7 @@ class Plan:
         return jobs
 
     def evaluation(self, eval_id: str) -> EvalJob:
-        """The evaluation with an id.
+        """Return the evaluation with an id.
 
         Raises:
             UserError: the plan has no such evaluation.
@@ -53,7 +53,7 @@ class Plan:
         raise UserError(f"evaluation {eval_id!r} is not in the plan; has the preset changed since the job was made?")
 
     def of(self, experiment: str) -> list[Sweep]:
-        """The sweeps that an experiment needs."""
+        """Return the sweeps that an experiment needs."""
         return [sweep for sweep in self.sweeps if experiment in sweep.experiments]
 
     @cached_property
@@ -66,26 +66,26 @@ class Plan:
         return tuple(Job(sweeps) for sweeps in group_sweeps(self.preset, self.sweeps))
 
     def jobs_of(self, experiment: str) -> list[Job]:
-        """The jobs that train the sweeps of an experiment, and no others."""
+        """Return the jobs that train the sweeps of an experiment, and no others."""
         return [job for job in self.jobs if experiment in job.experiments]
 
     def job_of(self, sweep: Sweep) -> Job:
-        """The job that trains a sweep of the plan."""
+        """Return the job that trains a sweep of the plan."""
         return next(job for job in self.jobs if sweep in job.sweeps)
 
-    def job(self, name: str) -> Job:
-        """The job with an id, or a job of a single sweep by the sweep's id.
+    def job(self, job_id: str) -> Job:
+        """Return the job with an id, or a job of a single sweep by the sweep's id.
 
         Raises:
             UserError: the plan has no such job (the preset or the protocol version has changed).
         """
         for job in (*self.jobs, *(Job((sweep,)) for sweep in self.sweeps)):
-            if job.job_id == name:
+            if job.job_id == job_id:
                 return job
-        raise UserError(f"job {name!r} is not in the plan; has the preset changed since the job was made?")
+        raise UserError(f"job {job_id!r} is not in the plan; has the preset changed since the job was made?")
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per planned run; `lr` and `run_id` are None for seeds at the best LR, which is not known yet."""
+        """Return one row per planned run; `lr` and `run_id` are None for seeds at the best LR, not known yet."""
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
             grid = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]

@@ -49,7 +49,7 @@ class Resources:
 
 
 def job_resources(plan: Plan, job: Job) -> Resources:
-    """The resources of a training job: the memory of its largest sweep, and the time of all of them.
+    """Return the resources of a training job: the memory of its largest sweep, and the time of all of them.
 
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
@@ -62,7 +62,7 @@ def job_resources(plan: Plan, job: Job) -> Resources:
 
 
 def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
-    """Bytes of the weights that are kept when a sweep is done."""
+    """Return the bytes of the weights that are kept when a sweep is done."""
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
     kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
@@ -70,7 +70,7 @@ def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
-    """The resources of an evaluation's job, which uses one GPU or a CPU.
+    """Return the resources of an evaluation's job, which uses one GPU or a CPU.
 
     Raises:
         UserError: the model does not fit.
@@ -85,24 +85,25 @@ def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
 
 
 def compute_resources(plan: Plan) -> Resources:
-    """The resources of the job that measures training steps, which uses one GPU or a CPU.
+    """Return the resources of the job that measures training steps, which uses one GPU or a CPU.
 
     It holds all arms of a model at once, and they share its base.
 
     Raises:
         UserError: they do not fit.
     """
-    preset, plain = plan.preset, plan.preset.execution.model_copy(update={"activation_checkpointing": False})
+    preset = plan.preset
     experiment, protocol = preset.experiments.compute, preset.protocol
     assert experiment
-
-    uncut = preset.model_copy(update={"execution": plain})
+    # The measured steps keep all activations, whatever the preset sets for training.
+    execution = preset.execution.model_copy(update={"activation_checkpointing": False})
+    measured = preset.model_copy(update={"execution": execution})
 
     def peak(model: str) -> float:
         sizes = dimensions(preset.models[model])
         adapters = sum(sizes.lora("all", rank, protocol.include_unembedding)[0] for rank in experiment.ranks)
         step = step_memory(
-            uncut, sizes, None, None, experiment.batch_size * experiment.sequence_length, experiment.sequence_length
+            measured, sizes, None, None, experiment.batch_size * experiment.sequence_length, experiment.sequence_length
         )
         return step.total + 12 * adapters
 
@@ -111,7 +112,7 @@ def compute_resources(plan: Plan) -> Resources:
 
 
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
-    """The resources of the job that tokenizes a dataset in pieces: a process per thread, one that writes, no GPU."""
+    """Return the resources of the job that tokenizes a dataset: a process per thread and one that writes, no GPU."""
     spec, processes = preset.datasets[dataset], preset.execution.threads
     examples = spec.train + spec.validation + spec.test
     tokens = examples * tokens_per_example(preset.models[model], spec)
@@ -124,12 +125,12 @@ def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:
 
 
 def restarts(jobs: Iterable[Resources], limit: int) -> int:
-    """The number of times that a limit in minutes may end the longest of some jobs before it is done."""
+    """Return the number of times that a limit in minutes may end the longest of some jobs before it is done."""
     return max((job.minutes for job in jobs), default=0) // limit
 
 
 def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, disk: float) -> Resources:
-    """The resources of a job of one process, on a GPU if the preset has one."""
+    """Return the resources of a job of one process, on a GPU if the preset has one."""
     gpu = preset.execution.gpu
     if gpu is None:
         return _resources(preset, model, 0, peak + _PROCESS, seconds, disk)

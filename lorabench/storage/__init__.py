@@ -1,1 +1,1 @@
-"""Where results lie: paths, run folders and progress."""
+"""The files of results: their paths, the folders of runs, and the progress of work."""

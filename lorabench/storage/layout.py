@@ -149,7 +149,7 @@ class Layout:
         return self.root / "locks" / f"{digest(asdict(sweep.condition))}.lock"
 
     def progress(self, sweep: Sweep) -> Path:
-        """Return the file that says how far a sweep is while it is trained."""
+        """Return the progress file of a sweep, which exists while the sweep is trained."""
         return self.root / "progress" / f"{sweep.sweep_id}.json"
 
     def evals(self, job: EvalJob) -> Path:

@@ -1,6 +1,6 @@
-"""How far the work of a preset is: the progress file of each sweep, and a summary of all files on disk.
+"""The progress of a preset's work: a progress file for each sweep in training, and a summary of all files on disk.
 
-The heartbeat of a job's lock (lock.py) shows whether the job is alive.
+The heartbeat of a sweep's lock (`lorabench.utils.lock`) shows whether its job is alive.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ INTERVAL = 2.0
 
 
 class Progress:
-    """The file that holds how far one sweep is; it is removed when the sweep has ended well."""
+    """The progress file of one sweep, which is removed when all runs of the sweep are finished."""
 
     def __init__(self, path: Path, sweep: Sweep) -> None:
-        self.path, self.sweep, self.last = path, sweep, -INTERVAL
+        self.path, self.sweep, self.last_written = path, sweep, -INTERVAL
 
     def tick(self, number: int, run: Run, step: int) -> None:
-        """Record that a run has done `step` steps; the file is written at most every `EVERY` seconds.
+        """Record that a run has done `step` steps; the file is written at most every `INTERVAL` seconds.
 
         Args:
-            number: the run's place in the sweep, counted from 1.
+            number: the run's number in the sweep, from 1.
         """
         now = time.monotonic()
-        if now - self.last >= INTERVAL:
-            self.last = now
+        if now - self.last_written >= INTERVAL:
+            self.last_written = now
             state = {
                 "label": self.sweep.condition.label,
                 "run": number,
@@ -54,7 +54,7 @@ class Progress:
                 write_json(state, self.path)
 
     def close(self) -> None:
-        """Remove the file of a sweep that has ended well."""
+        """Remove the file, when all runs of the sweep are finished."""
         self.path.unlink(missing_ok=True)
 
 
@@ -62,8 +62,8 @@ class Progress:
 class Status:
     """The state of a preset's work.
 
-    `running` and `silent` hold the progress files of the sweeps that have not ended: those whose lock has a heartbeat,
-    and the others. Each has `silent_s`, the seconds since its last heartbeat; null if nobody holds the lock.
+    `running` and `silent` hold the contents of the progress files: of sweeps whose lock has a heartbeat, and of other
+    sweeps. Each has `silent_s`, the seconds since its last heartbeat; null if nobody holds the lock.
     """
 
     runs_done: int

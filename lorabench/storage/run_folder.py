@@ -1,4 +1,4 @@
-"""The folder of a run, and files that are written whole or not at all.
+"""The folder of a run, which gets its final name when it is complete.
 
     runs/<run_id>/record.json      the run's spec, its outcome, and the environment that it ran in
     runs/<run_id>/curves.parquet   one row per step, split and metric
@@ -6,7 +6,8 @@
     runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 
 A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
-the final name is therefore complete, even after a power cut. Two jobs on the same run take turns by a lock (lock.py).
+the final name is therefore complete, even after a power cut. Two jobs on the same run take turns
+by a lock (`lorabench.utils.lock`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from lorabench.errors import UserError
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
 
-
 # Losses are comparable only for the same text, tokenization and base model: each of these hashes must have one value
 # per combination of the columns that follow it.
 _ONE_PER = {
@@ -128,4 +127,5 @@ def check_curves(curves: pd.DataFrame) -> None:
 
 
 def listed(values: Iterable[object]) -> str:
+    """Return the distinct values in words, sorted and separated by commas."""
     return ", ".join(sorted(str(value) for value in set(values)))

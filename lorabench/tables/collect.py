@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,11 +14,8 @@ from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.io import write_csv, write_frame, write_table
-from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS
+from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS, CurvePoint
 from lorabench.utils.files import read_parquet
-
-if TYPE_CHECKING:
-    from lorabench.tables.schemas import CurvePoint
 
 
 def run_row(record: dict[str, Any], experiments: Iterable[str]) -> dict[str, Any]:

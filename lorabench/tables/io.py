@@ -16,6 +16,7 @@ from lorabench.errors import UserError
 from lorabench.tables.schemas import SCHEMAS
 from lorabench.utils.files import atomic_path
 
+# Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -153,6 +154,7 @@ def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[A
 
 
 def empty_table() -> pd.DataFrame:
+    """Return a table without rows and columns, in place of one that a folder lacks."""
     import pandas as pd
 
     return pd.DataFrame()

@@ -1,4 +1,4 @@
-"""Read off finished runs how fast a machine trained them."""
+"""The speed of a machine, measured by the finished runs in tables."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from lorabench.tables.io import read_rows
 from lorabench.utils.gpus import is_called, processor
 
 RESULTS = Path("results")
-
-
 _COLUMNS = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
 
 
@@ -45,7 +43,7 @@ def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
     known = [row for run_id, row in runs.items() if run_id in sweeps]
     gpu = plan.preset.execution.gpu
     counted = Counter(row["device"] for row in known if row["device"]).most_common()
-    devices = [device for device, _ in counted if _is(device, gpu, anywhere=bool(folders))]
+    devices = [device for device, _ in counted if _is_of_kind(device, gpu, anywhere=bool(folders))]
     result = calibrate(known, sweeps, devices[0]) if devices else None
     if result is None and folders:
         place = ", ".join(str(folder) for folder in folders)
@@ -53,7 +51,8 @@ def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
     return result
 
 
-def _is(device: str, gpu: str | None, anywhere: bool) -> bool:
+def _is_of_kind(device: str, gpu: str | None, anywhere: bool) -> bool:
+    """Return whether a device is the named GPU, or without a name this machine's CPU or, if `anywhere`, any device."""
     if gpu is not None:
         return is_called(gpu, device)
     return anywhere or device == processor()

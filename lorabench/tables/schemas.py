@@ -1,4 +1,4 @@
-"""The columns of the tidy tables."""
+"""The columns of the tidy tables and their types; docs/tables.md describes each column."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pyarrow as pa
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One value of a learning curve; `examples` and `tokens` are trained on up to this step, `value` is None if it is
-    not finite."""
+    """A value of a metric at a step of a run, one row of `curves` without the run_id.
+
+    `examples` and `tokens` are the numbers trained on up to this step; `value` is None if it is not finite.
+    """
 
     step: int
     examples: int
@@ -75,7 +77,6 @@ RUNS = pa.schema(
     ]
 )
 
-
 _CURVE = [
     ("step", pa.int64()),
     ("examples", pa.int64()),
@@ -84,7 +85,6 @@ _CURVE = [
     ("metric", pa.string()),
     ("value", pa.float64()),
 ]
-
 
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
 
@@ -109,7 +109,6 @@ COMPUTE = pa.schema(
     ]
 )
 
-
 COUNTS = pa.schema(
     [
         ("architecture", pa.string()),
@@ -121,7 +120,6 @@ COUNTS = pa.schema(
         ("base_params", pa.int64()),
     ]
 )
-
 
 EVALS = pa.schema(
     [
@@ -159,7 +157,6 @@ EVALS = pa.schema(
     ]
 )
 
-
 CLAIMS = pa.schema(
     [
         ("claim_id", pa.string()),
@@ -180,9 +177,8 @@ CLAIMS = pa.schema(
     ]
 )
 
-
-# The file of a job holds its runs with their curves nested, since a job has one output.
 JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
-
+"""The columns of the file of a job: its runs with their curves nested, since a job has one output."""
 
 SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS, "evals": EVALS, "claims": CLAIMS}
+"""The columns of each tidy table, by its name."""

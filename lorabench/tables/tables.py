@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.tables.io import empty_table, read_table, table_path
 from lorabench.tables.merge import merge_tables
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -43,5 +41,4 @@ def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
     frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
     if len(frames) < 2:
         return next(iter(frames.values()), empty_table())
-
     return merge_tables(name, frames)

@@ -1,1 +1,1 @@
-"""Train the runs of a job, by SFT and by RL."""
+"""The training of a job's runs, by SFT and by RL."""

@@ -1,8 +1,8 @@
 """Measures of how one optimizer step moves a LoRA adapter.
 
-They need the factors A and B only, never a matrix of the layer's size: with U of few columns
-and V of few rows, ||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the singular values of U are the square
-roots of the eigenvalues of U^T U.
+They need the factors A and B only, never a matrix of the layer's size: with U of few columns and V of few rows,
+||U V||_F^2 is the sum over entries of (U^T U) * (V V^T), and the singular values of U are the square roots of the
+eigenvalues of U^T U.
 """
 
 from __future__ import annotations

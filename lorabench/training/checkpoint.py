@@ -134,7 +134,7 @@ def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]
     """Read the tensors of each part of a checkpoint, and its progress.
 
     Raises:
-        DamagedError: a part is missing, damaged, or belongs to another run.
+        DamagedTensorsError: a part is missing, damaged, or belongs to another run.
     """
     tensors, about = _read_part(path, run_id)
     progress: dict[str, Any] = json.loads(about["progress"])

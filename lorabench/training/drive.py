@@ -12,14 +12,14 @@ from typing import TypeVar
 
 from lorabench.utils.signals import Stopped
 
-Ask = TypeVar("Ask")
+Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 Outcome = TypeVar("Outcome")
 
 
 def train_lanes(
-    lanes: Mapping[str, Generator[Ask, Answer, Outcome]],
-    serve: Callable[[Mapping[str, Ask]], Mapping[str, Answer]],
+    lanes: Mapping[str, Generator[Request, Answer, Outcome]],
+    serve: Callable[[Mapping[str, Request]], Mapping[str, Answer]],
 ) -> Iterator[tuple[str, Outcome]]:
     """Run all lanes to their end; yield the name and outcome of each as it ends, after which it may be dropped.
 
@@ -31,7 +31,7 @@ def train_lanes(
         Stopped: a signal asked the job to end, and every lane has ended or saved its state.
     """
     answers: Mapping[str, Answer | None] = dict.fromkeys(lanes)
-    pending: dict[str, Ask] = {}
+    pending: dict[str, Request] = {}
     stopped: Stopped | None = None
     while answers:
         ended: dict[str, Outcome] = {}
@@ -46,14 +46,14 @@ def train_lanes(
         yield from ended.items()
         answers = serve(pending) if pending else {}
         assert bool(answers) == bool(pending)
-        pending = {name: ask for name, ask in pending.items() if name not in answers}
+        pending = {name: request for name, request in pending.items() if name not in answers}
     if stopped is not None:
         raise stopped
 
 
 def train_alone(
-    lane: Generator[Ask, Answer, Outcome],
-    serve: Callable[[Mapping[str, Ask]], Mapping[str, Answer]],
+    lane: Generator[Request, Answer, Outcome],
+    serve: Callable[[Mapping[str, Request]], Mapping[str, Answer]],
     name: str = "",
 ) -> Outcome:
     """Run a single lane to its end and return its outcome."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from lorabench.config.preset import Preset
 from lorabench.estimates.lane_count import lane_count
+from lorabench.planning.plan import Plan
+from lorabench.runs import Job, Sweep
+from lorabench.storage.layout import Layout
 from lorabench.tables.collect import write_job
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.sweep import Trainer, run_sweep
 from lorabench.utils.exhaustion import memory_for
 from lorabench.utils.lock import locked
-
-if TYPE_CHECKING:
-    from lorabench.config.preset import Preset
-    from lorabench.planning.plan import Plan
-    from lorabench.runs import Job, Sweep
-    from lorabench.storage.layout import Layout
 
 
 def run_job(
@@ -46,7 +44,7 @@ def run_job(
 
 
 def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Trainer]:
-    """Return the trainer of a job, which keeps what the job's sweeps share (model, data, graders) until the end."""
+    """Return the trainer of a job, which keeps the model, data and graders of the job's sweeps until the end."""
     # Imported here since each trainer imports libraries that the other does not need.
     if task == "sft":
         from lorabench.training.sft.trainer import SftTrainer

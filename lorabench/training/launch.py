@@ -70,7 +70,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def errors_to_launcher() -> Iterator[None]:
-    """Within, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
+    """Within the context, pass a UserError to the launching process, if there is one, and exit quietly on Stopped.
 
     The launching process receives the signals itself.
     """

@@ -120,7 +120,7 @@ class _Scored(NamedTuple):
 
 @contextmanager
 def _through(model: nn.Module, batch: Batch, rows: RowCounts, scored: _Scored | None) -> Iterator[None]:
-    """Within, layers know the lane of each row and the tokens that are read; `scored` is None for all tokens."""
+    """Within the context, layers know each row's lane and the tokens that are read; `scored` is None for all tokens."""
     lanes = len(rows.counts)
     read = computing_only(model, scored.tokens, rows, scored.counts) if scored else nullcontext()
     with rows.are((len(batch.inputs) // lanes,) * lanes), read:

@@ -18,7 +18,6 @@ from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tenso
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 # Elements of a gradient whose squares are summed at once.
 _PIECE = 1 << 16
 

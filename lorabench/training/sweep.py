@@ -1,4 +1,4 @@
-"""The training of a sweep's runs, of which finished runs are skipped and unfinished ones go on from checkpoints.
+"""The training of a sweep's runs: finished runs are skipped, and unfinished ones go on from their checkpoints.
 
 The LR grid is trained first, then the repeats: the other seeds at the LR that was best on the validation split.
 """
@@ -206,7 +206,7 @@ def run_sweep(
     """Train all runs of a sweep.
 
     Args:
-        train: trains some runs; it keeps what the sweeps of a job share.
+        train: trains some runs, and keeps the model and data that the sweeps of a job share.
         say: reports one line of progress; called in the first process only.
         processes: the processes that train the sweep together; each calls this function.
 
@@ -217,24 +217,24 @@ def run_sweep(
         UserError: a finished run was made with another commit of a Hugging Face repository than is fetched now.
     """
     progress = Progress(layout.progress(sweep), sweep)
-    job = SweepContext(plan, sweep, layout, machine_of(plan, processes), progress, say)
+    context = SweepContext(plan, sweep, layout, machine_of(plan, processes), progress, say)
 
     def finish(runs: list[tuple[int, Run]]) -> None:
-        _check_commits(job, [run for _, run in runs if job.folder(run).done()])
-        train(job, runs)
+        _check_commits(context, [run for _, run in runs if context.folder(run).done()])
+        train(context, runs)
         for number, run in runs:
-            job.announce(number, run, _result(job.folder(run).read_record()["outcome"]))
+            context.announce(number, run, _result(context.folder(run).read_record()["outcome"]))
 
     if processes.first:
         for run in sweep.grid():
-            job.folder(run).tidy()
+            context.folder(run).tidy()
     processes.wait()
     # The grid's runs of seed 0 choose the LR; other seeds that belong to the grid are trained with it.
     grid = sweep.grid()
     finish(list(enumerate(grid, 1)))
-    best = best_lr([job.folder(run).read_record() for run in grid if run.seed == 0])
+    best = best_lr([context.folder(run).read_record() for run in grid if run.seed == 0])
     # An earlier plan with another grid may have had another best LR and deleted these weights: train the run again.
-    if best is not None and not (chosen := job.folder(Run(sweep.condition, best, 0))).weights.exists():
+    if best is not None and not (chosen := context.folder(Run(sweep.condition, best, 0))).weights.exists():
         processes.wait()
         if processes.first:
             chosen.record.unlink()
@@ -247,34 +247,34 @@ def run_sweep(
     if plan.preset.execution.keep_weights == "best":
         for run in grid:
             if run.lr != best:
-                shutil.rmtree(job.folder(run).weights, ignore_errors=True)
+                shutil.rmtree(context.folder(run).weights, ignore_errors=True)
     progress.close()
-    return sweep_rows([job.folder(run) for run in (*grid, *repeats)], sweep)
+    return sweep_rows([context.folder(run) for run in (*grid, *repeats)], sweep)
 
 
-def _check_commits(job: SweepContext, finished: list[Run]) -> None:
+def _check_commits(context: SweepContext, finished: list[Run]) -> None:
     """Raise UserError if a finished run used another commit of a Hugging Face repository than is fetched now."""
-    now = job.layout.commits(job.sweep.condition)
+    now = context.layout.commits(context.sweep.condition)
     for run in finished:
-        then = job.folder(run).read_record()["environment"].get("hub_commits", {})
+        then = context.folder(run).read_record()["environment"].get("hub_commits", {})
         for name in (name for name in now if now[name] != then.get(name)):
             raise UserError(
                 f"run {run.run_id} was made with {name} at commit {then.get(name)}, but {now[name]} is fetched now: "
-                f"write the former into the file of {name} in {job.layout.pins} and fetch again, or delete "
-                f"{job.folder(run).final} to train the run again"
+                f"write the former into the file of {name} in {context.layout.pins} and fetch again, or delete "
+                f"{context.folder(run).final} to train the run again"
             )
 
 
-def provenance(job: SweepContext) -> dict[str, Any]:
+def provenance(context: SweepContext) -> dict[str, Any]:
     """Return the machine, code and model versions common to all runs of a job; trainers add the hashes of the data."""
-    condition, processes = job.sweep.condition, job.machine.processes
+    condition, processes = context.sweep.condition, context.machine.processes
     return {
-        **machine_state(job.machine.device),
+        **machine_state(context.machine.device),
         "processes": processes.count,
         "sharding": processes.sharding if processes.count > 1 else None,
-        **code_state(job.layout.patches),
-        "model_sha256": weights_sha256(job.layout.model(condition.model)),
-        "hub_commits": job.layout.commits(condition),
+        **code_state(context.layout.patches),
+        "model_sha256": weights_sha256(context.layout.model(condition.model)),
+        "hub_commits": context.layout.commits(condition),
     }
 
 

@@ -34,7 +34,7 @@ def read_header(path: Path) -> dict[str, str]:
     """Return the header's metadata without checking the checksum.
 
     Raises:
-        DamagedError: the file is missing or truncated.
+        DamagedTensorsError: the file is missing or truncated.
     """
     with _opened(path, "numpy") as file:
         return file.metadata() or {}
@@ -48,7 +48,7 @@ def read_tensors(path: Path, framework: Literal["numpy", "pt"]) -> tuple[dict[st
         framework: whether to return arrays of numpy, or tensors of torch (`pt`).
 
     Raises:
-        DamagedError: the file is missing or truncated, or its content differs from what was written.
+        DamagedTensorsError: the file is missing or truncated, or its content differs from what was written.
     """
     with _opened(path, framework) as file:
         about: dict[str, str] = file.metadata() or {}

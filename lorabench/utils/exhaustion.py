@@ -61,7 +61,7 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-    """The system's error number, which some libraries give in the message only."""
+    """Return the system's error number, which some libraries give in the message only."""
     if isinstance(error, OSError):
         return error.errno
     match = _OS_ERROR.search(str(error))

@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and read them with one sentence about damage."""
+"""Files that are written whole or not at all, and one sentence about a damaged file where it is read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """Read a parquet file that can be made again.
+    """Read a parquet file of the workflow, which can make it again if it is damaged.
 
     Raises:
         UserError: the file is damaged, or its columns are not those of the schema.
@@ -67,7 +67,7 @@ def read_parquet(path: Path, schema: pa.Schema | None = None) -> pa.Table:
 
 @contextmanager
 def damage_explained(path: Path) -> Iterator[None]:
-    """Turn the error of a parquet file that can't be read into a UserError: the file can be made again."""
+    """Turn the error of a parquet file that can't be read into a UserError, which says to delete the file."""
     import pyarrow as pa
 
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 DASH = "\N{EN DASH}"
-"""What stands in place of a missing value."""
+"""The text in place of a missing value."""
 
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SPANS = ((86_400, "d"), (3_600, "h"), (60, "min"))

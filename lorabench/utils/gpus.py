@@ -52,12 +52,12 @@ GPUS = {
 
 
 def is_called(gpu: str, device: str) -> bool:
-    """Whether a device by torch's name for it is the GPU named `gpu`: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
+    """Return whether torch's name of a device is that of a GPU in `GPUS`: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
     return set(gpu.split("-")) <= set(re.split(r"[ -]", device))
 
 
 def processor() -> str:
-    """The name of this machine's CPU."""
+    """Return the name of this machine's CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -67,7 +67,7 @@ class FetchedRepository:
         """Return the local files of a part of a dataset.
 
         Raises:
-            UserError: a file is not in the cache, or no longer.
+            UserError: a file is not, or no longer, in the cache.
         """
         return [self._cached(name) for name in self.parts[_part_name(config, split)]]
 

@@ -5,7 +5,7 @@ releases a dead node's locks when their lease ends. It covers a condition and no
 plan may still be training runs that a new plan wants too.
 
 What filelock does not do is added here. The holder writes its name into the file and updates the file's modification
-time every BEAT seconds. A second process waits as long as the holder's heartbeat goes on, and then finds the runs
+time every HEARTBEAT seconds. A second process waits as long as the holder's heartbeat goes on, and then finds the runs
 finished. If the holder keeps the lock but its heartbeat has stopped (a node that hangs, or one that died under NFS 3),
 the second process refuses to start and names the file to delete. On a file system without locks the heartbeat alone
 decides.
@@ -67,7 +67,7 @@ def locked(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 class _Waiting:
-    """Called at each attempt that found the lock taken; always false, as filelock's `cancel_check`."""
+    """Called at each attempt while another process holds the lock; always false, as filelock's `cancel_check`."""
 
     def __init__(self, path: Path, what: str, say: Callable[[str], None]) -> None:
         self.path, self.what, self.say, self.announced = path, what, say, False
@@ -110,7 +110,7 @@ def _acquired(path: Path, waiting: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def _heartbeat(descriptor: int) -> Iterator[None]:
-    """Update the modification time of an open file every BEAT seconds, in a thread."""
+    """Update the modification time of an open file every HEARTBEAT seconds, in a thread."""
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(descriptor, ended), daemon=True)
     thread.start()
@@ -151,7 +151,7 @@ def is_alive(age: float | None) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """What the holder of a lock wrote into the file; empty if there is none, or it has not written yet."""
+    """Return what the holder of a lock wrote into the file; empty if nobody holds it or nothing is written yet."""
     try:
         return path.read_text()
     except FileNotFoundError:

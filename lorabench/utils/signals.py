@@ -1,8 +1,9 @@
 """Signals that ask a job to end: SIGTERM (Slurm's time limit, preemption, `kill`) and SIGINT (Ctrl-C).
 
-Training ends after the current step: its loop reads `requested` after each step, writes a checkpoint, and calls `end`.
+Training ends after the current step: its loop reads `requested` after each step, writes a checkpoint, and calls
+`raise_stopped`.
 A second signal has its usual effect at once. Other work of a command ends at once by an exception, so that no
-half-written file is left. Several processes that train one run must agree before they call `end`.
+half-written file is left. Several processes that train one run must agree before they call it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: int | None = None
+
+_Handlers = dict[signal.Signals, Any]
 
 
 # Like KeyboardInterrupt this is no Exception: code that continues after any error must not continue after a signal.
@@ -45,7 +48,7 @@ def raise_stopped() -> NoReturn:
 
 @contextmanager
 def stop_immediately() -> Iterator[None]:
-    """Within, a signal raises Stopped immediately."""
+    """Within the context, a signal raises Stopped immediately."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -56,7 +59,7 @@ def stop_immediately() -> Iterator[None]:
 
 @contextmanager
 def stop_after_step() -> Iterator[None]:
-    """Within, the first signal is remembered for `requested` and `check`; the next meets the previous handlers."""
+    """Within the context, the first signal is kept for `requested` and `check`; the next has its usual effect."""
     global _received
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -71,11 +74,8 @@ def stop_after_step() -> Iterator[None]:
             _received = None
 
 
-Handlers = dict[signal.Signals, Any]
-
-
 @contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Handlers]:
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Handlers]:
     # A shell starts background jobs with SIGINT ignored, which must stay so.
     before = {number: old for number in _SIGNALS if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
     for number in before:
@@ -86,6 +86,6 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Handl
         _restore(before)
 
 
-def _restore(handlers: Handlers) -> None:
+def _restore(handlers: _Handlers) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)

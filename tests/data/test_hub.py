@@ -29,7 +29,7 @@ SIZES = {"train": 40, "validation": 8, "test": 8}
 
 @pytest.fixture
 def make(tmp_path):
-    """Makes a dataset from the copy in a folder; returns its rows."""
+    """Return a function that makes a dataset from the copy in a folder and returns its rows."""
 
     def make(folder, **changes):
         owner_name = "/".join(folder.parts[-2:])

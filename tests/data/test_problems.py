@@ -52,7 +52,7 @@ def math500(question, answer):
 
 @pytest.fixture
 def copies(tmp_path):
-    """Writes copies of the sets, each row of MATH given by hand, and makes the problems of a kind."""
+    """Write copies of the sets; return a function that makes the problems of a kind."""
 
     def make(kind, ending="parquet", math=(), math500_rows=(), **changes):
         if kind == "gsm8k":

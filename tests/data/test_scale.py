@@ -22,7 +22,8 @@ pytestmark = pytest.mark.long
 WORK = """
 import json, sys, threading, time
 from pathlib import Path
-from lorabench.config.preset import HubDataset, TinyModel
+from lorabench.config.datasets import HubDataset
+from lorabench.config.models import TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
 from lorabench.models.base import load_tokenizer
@@ -63,7 +64,7 @@ print(json.dumps(report))
 
 
 def write_rows(root, count):
-    """Chats of 600 characters on average, a few of them ten times as long."""
+    """Write chats of 600 characters on average, a few of them ten times as long."""
     rng = random.Random(0)
     words = [f"w{number:x}" for number in range(1, 30)]
 

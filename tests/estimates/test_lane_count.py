@@ -55,7 +55,7 @@ def with_execution(preset, **changes):
 
 
 def first(plan, method, dataset, **fields):
-    """The first sweep of a plan with a method, a dataset and the given fields of its condition."""
+    """Return the first sweep of a plan with a method, a dataset and the given fields of its condition."""
     for sweep in plan.sweeps:
         condition = sweep.condition
         wanted = fields | {"method": method, "dataset": dataset}
@@ -71,7 +71,7 @@ def test_as_many_as_were_measured_to_pay(case):
     most = min(5, lanes_that_fill(execution, work, tokens, hidden))
     chosen = next(lanes for lanes in range(most, 0, -1) if keeps_threads_busy(execution, work, lanes))
     below, above = max(n for n in times if n <= chosen), min(n for n in times if n >= chosen)
-    # Never slower than one lane, and near the fastest of all.
+    # The number of lanes is never slower than one lane, and near the fastest.
     assert max(times[below], times[above]) <= 1.03 * times[1]
     assert times[below] <= 1.1 * min(times.values())
 
@@ -118,13 +118,13 @@ def test_the_laptop_trains_together_what_leaves_a_core_idle():
     assert (chosen("lora", "worked", batch_size=4, rank=16), chosen("fullft", "worked", batch_size=4)) == (4, 4)
     assert chosen("lora", "facts") == 3
     assert chosen("lora", "instruct", model="moe") == 1
-    # 640 responses fill a core; four LRs are two and two.
+    # 640 responses fill a core; four LRs are dealt as two and two.
     assert chosen("lora", "gcd") == chosen("fullft", "gcd") == 1
     four = with_execution(preset, threads=4)
     assert lane_count(four, first(plan, "lora", "gcd"), 0) == 2
     assert lane_count(four, first(plan, "fullft", "gcd"), 0) == 1
     assert lane_count(with_execution(four, lanes=1), first(plan, "lora", "gcd"), 0) == 1
-    # 175 tokens of the longest example go through the model at once for each lane, or none.
+    # The longest example, of 175 tokens, has to fit into each lane's share of the tokens per pass.
     assert (
         lane_count(with_execution(four, max_batch_tokens=600), first(plan, "lora", "worked", batch_size=4, rank=16), 0)
         == 2
@@ -153,7 +153,7 @@ def test_full_fine_tuning_on_a_cpu_has_lanes_of_one_seed():
     assert seeds == [[0, 0, 0, 0], [0, 1, 2]]
     assert (turns(preset, full, 5), turns(preset, lora, 5)) == (1 + 2, 1 + 1)
     assert turns(with_execution(preset, gpu="A10"), full, 5) == 1 + 1
-    # However the seeds are mixed, each run is in one group.
+    # Each run is in exactly one group, in whatever order the seeds come.
     mixed = [Run(full.condition, lr, seed) for lr in full.lrs for seed in range(3)]
     groups = deal(preset, mixed, 3)
     assert sorted(run.run_id for group in groups for run in group) == sorted(run.run_id for run in mixed)
@@ -167,11 +167,11 @@ def test_lora_of_a_high_rank_has_lanes_as_full_fine_tuning_has_and_threads_are_b
     def chosen(preset, method, dataset, **fields):
         return lane_count(preset, first(plan, method, dataset, batch_size=8, **fields), 0)
 
-    # Of rank 64 at width 128 the weights are merged in fp32, of rank 16 not.
+    # At width 128 the weights are merged in fp32 at rank 64, and not at rank 16.
     assert [chosen(preset, "lora", "worked", rank=rank, placement="all") for rank in (16, 64)] == [5, 2]
     assert chosen(preset, "fullft", "worked") == 2
     assert [chosen(two, "lora", "worked", rank=rank, placement="all") for rank in (16, 64)] == [5, 4]
-    # Of five runs three lanes would be as few turns as four, but a thread would wait for the other.
+    # For five runs three lanes would take as few turns as four, but one of two threads would wait for the other.
     full = first(plan, "fullft", "instruct", model="tiny")
     assert len(full.lrs) == 5
     assert turns(two, full, 3) == turns(two, full, 4) > turns(two, full, 5)

@@ -1,4 +1,4 @@
-"""Real jobs in processes of their own: each is forked from one that has torch imported, so that it starts at once.
+"""Real jobs, each in a process that is forked from one that has imported torch, so that it starts at once.
 
 Tests that run jobs are marked slow.
 """
@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from lorabench import runs
 from lorabench.estimates.lane_count import lane_count
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.runs import Job as Wanted
-from lorabench.runs import Sweep
 from lorabench.storage.layout import Layout
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -69,12 +68,11 @@ PRESET: dict[str, Any] = {
             }
         ],
     },
-    # No room for two examples of SFT at once, so its runs go one after another; those of RL go in lanes.
+    # Two examples of SFT do not fit at once, so its runs go one after another; runs of RL go in lanes.
     "execution": {"gflops": 20.0, "lanes": 2, "max_batch_tokens": 160, "checkpoint_minutes": 0.0},
 }
 
-
-# The run of the grid in whose middle a job is killed.
+# The number of the grid's run that is in progress when a job is killed, by task.
 AT_WORK = {"sft": 1, "rl": 0}
 
 
@@ -92,14 +90,14 @@ class Place:
     def plan(self) -> Plan:
         return make_plan(self.layout.preset)
 
-    def sweep(self, task: str) -> Sweep:
+    def sweep(self, task: str) -> runs.Sweep:
         return next(sweep for sweep in self.plan.sweeps if sweep.condition.task == task)
 
-    def job(self, task: str) -> Wanted:
+    def job(self, task: str) -> runs.Job:
         return self.plan.job_of(self.sweep(task))
 
     def path(self, path: Path) -> Path:
-        """Where a path of the layout lies."""
+        """Return a path of the layout within the folder."""
         return self.folder / path
 
     def change(self, change: Callable[[dict[str, Any]], object]) -> None:
@@ -115,7 +113,7 @@ class Place:
         return Place(folder)
 
     def run_path(self, task: str, number: int, *parts: str) -> Path:
-        """The folder of a run of the grid, or what lies in it or beside it."""
+        """Return the folder of a run of the grid, or a path in it."""
         run_id = self.sweep(task).grid()[number].run_id
         return self.path(self.layout.runs).joinpath(run_id, *parts)
 
@@ -123,7 +121,7 @@ class Place:
         final = self.run_path(task, number)
         return final.with_name(f"{final.name}.partial") / "checkpoint.safetensors"
 
-    def start(self, *arguments: str, memory: int | None = None, file_size: int | None = None) -> Job:
+    def start(self, *arguments: str, memory: int | None = None, file_size: int | None = None) -> JobProcess:
         """Start a command of lorabench.
 
         Args:
@@ -131,14 +129,14 @@ class Place:
             file_size: bytes that a file of the process may have.
         """
         with_preset = [*arguments, "--preset", "mine.yaml"]
-        # Beside the folder, which may lie on a full disk.
+        # The file is beside the folder, which may be on a full disk.
         output = self.folder.with_name(f"{self.folder.name}.output-{time.monotonic_ns()}")
         process = FORKS.Process(target=_command, args=(with_preset, self.folder, output, memory, file_size))
         process.start()
-        return Job(process, output)
+        return JobProcess(process, output)
 
     def run(self, *arguments: str, status: int = 0, **limits: int) -> str:
-        """Run a command to its end; returns what it printed."""
+        """Run a command to its end and return its output."""
         job = self.start(*arguments, **limits)
         assert job.wait() == status, job.text
         return job.text
@@ -147,12 +145,12 @@ class Place:
         return self.run("train", self.job(task).job_id, status=status, **limits)
 
     def numbers(self, task: str) -> list[dict[str, Any]]:
-        """What must not depend on what happened to a job."""
+        """Return the results that must not depend on what happened to a job."""
         return numbers(pq.read_table(self.path(self.layout.job(self.job(task)))).to_pylist())
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of runs without what is measured by a clock or says where they ran."""
+    """Return rows of runs without the columns and metrics that depend on the machine."""
     names = ("run_id", "status", "final_valid_nll", "final_test_nll", "final_reward", "best_reward", "train_tokens")
     return [
         {name: row[name] for name in names}
@@ -162,7 +160,9 @@ def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Job:
+class JobProcess:
+    """A running command, and the file of what it prints."""
+
     process: Any
     output: Path
 
@@ -175,7 +175,7 @@ class Job:
         return self.output.read_text()
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Wait until something is so; the job must not end before."""
+        """Wait until a condition holds; the process must not end before."""
         deadline = time.monotonic() + 120
         while not condition():
             assert self.process.is_alive(), self.text
@@ -183,7 +183,7 @@ class Job:
             time.sleep(0.002)
 
     def wait(self) -> int:
-        """Exit status, negative for the signal that ended the process."""
+        """Wait for the end and return the exit status, negative for the signal that ended the process."""
         self.process.join(120)
         if self.process.is_alive():
             self.process.kill()
@@ -191,7 +191,7 @@ class Job:
         return self.process.exitcode
 
     def catches(self, number: int) -> bool:
-        """Whether the process has a handler for a signal."""
+        """Return whether the process has a handler for a signal."""
         [caught] = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{self.pid}/status").read_text())
         return bool(int(caught, 16) >> (number - 1) & 1)
 
@@ -201,7 +201,7 @@ class Job:
 
 def _command(arguments: list[str], folder: Path, output: Path, memory: int | None, file_size: int | None) -> None:
     os.chdir(folder)
-    # As from a terminal: tests that a shell runs in the background are deaf to Ctrl-C, and so are their jobs.
+    # A shell starts background processes with Ctrl-C ignored, and their children inherit that; a terminal's are not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
@@ -234,7 +234,7 @@ def fresh(tmp_path_factory) -> Place:
     """The preset with its data and nothing trained; to be copied."""
     place = write_preset(tmp_path_factory.mktemp("fresh"))
     for name in ("instruct", "gcd"):
-        # Restarts itself with fixed hashes, so it takes a process of its own anyway.
+        # This command restarts itself with fixed hashes, so it cannot be forked.
         command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]
         subprocess.run(command, cwd=place.folder, check=True)
     place.run("tokens", "tiny", "instruct")
@@ -250,7 +250,7 @@ def place(fresh, tmp_path) -> Place:
 
 @pytest.fixture(scope="session")
 def unbroken(fresh, tmp_path_factory) -> Place:
-    """All sweeps, trained with nothing in their way."""
+    """All sweeps, trained without an interruption."""
     place = fresh.copy(tmp_path_factory.mktemp("unbroken"))
     for task in ("sft", "rl"):
         place.train(task)
@@ -259,7 +259,7 @@ def unbroken(fresh, tmp_path_factory) -> Place:
 
 @pytest.fixture(scope="session")
 def killed(fresh, tmp_path_factory) -> Place:
-    """Both sweeps killed in the middle of a run: the second of SFT, whose first is finished; two lanes of RL."""
+    """Both sweeps, each killed in the middle of a run: SFT in its second run, RL in its two lanes."""
     place = fresh.copy(tmp_path_factory.mktemp("killed"))
     for task, number in AT_WORK.items():
         job = place.start("train", place.job(task).job_id)
@@ -276,11 +276,11 @@ def half(killed, tmp_path) -> Place:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[Place], Place]]:
-    """Copies a place to a disk of 64 MB."""
+    """A function that copies a place to a disk of 64 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("may not mount a small disk here; the limit on file sizes is tested anyway")
+        pytest.skip("cannot mount a small disk here; the limit on file sizes is tested anyway")
     yield lambda place: place.copy(disk)
     subprocess.run(["umount", "-l", str(disk)], check=True)

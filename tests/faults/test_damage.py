@@ -1,4 +1,4 @@
-"""Files that are not as they were written: told before anything is trained, or not relied on."""
+"""Damaged files are reported before anything is trained, or are not used."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Turn around one bit of the last tensor."""
+    """Flip one bit of the last tensor."""
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
 
 
 def flip_header(path: Path) -> None:
-    """Turn around one bit of what the header says about the run."""
+    """Flip one bit of the step in the header."""
     content = bytearray(path.read_bytes())
     content[content.index(b"step") + len(b'step\\": ')] ^= 1
     path.write_bytes(content)
@@ -44,30 +44,30 @@ def empty(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, flip, empty])
-def test_a_damaged_token_cache_is_told_before_training(damage, place):
+def test_a_damaged_token_cache_is_reported_before_training(damage, place):
     path = place.layout.tokens("tiny", "instruct")
     damage(place.path(path))
-    told = place.train("sft", status=2).splitlines()[-1]
-    assert told.startswith(f"lorabench: token cache {path} ")
-    assert told.endswith("; delete it to have it made again")
+    message = place.train("sft", status=2).splitlines()[-1]
+    assert message.startswith(f"lorabench: token cache {path} ")
+    assert message.endswith("; delete it to have it made again")
     assert not place.path(place.layout.runs).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "dataset"), [("sft", "instruct"), ("rl", "gcd")])
-def test_a_damaged_dataset_is_told_by_what_reads_it(task, dataset, place):
+def test_a_damaged_dataset_is_reported_by_its_readers(task, dataset, place):
     path = place.layout.dataset(dataset)
     cut(place.path(path))
     command = ["tokens", "tiny", "instruct"] if task == "sft" else ["train", place.job("rl").job_id]
-    told = place.run(*command, status=2).splitlines()[-1]
-    assert told.startswith(f"lorabench: {path} is damaged; delete it to have it made again")
+    message = place.run(*command, status=2).splitlines()[-1]
+    assert message.startswith(f"lorabench: {path} is damaged; delete it to have it made again")
     if task == "sft":
         # A cache made before the damage does not hide it.
         assert "was made with another dataset" in place.train("sft", status=2)
 
 
 @pytest.mark.parametrize("damage", [cut, empty])
-def test_damaged_weights_of_a_base_are_told(damage, tmp_path):
+def test_damaged_weights_of_a_base_are_reported(damage, tmp_path):
     shutil.copytree(shipped_folder("llama-64"), tmp_path / "base")
     damage(tmp_path / "base/model.safetensors")
     with pytest.raises(UserError, match=f"model {tmp_path}/base has a damaged .safetensors file .*; delete it and"):
@@ -92,7 +92,7 @@ def of_another_model(path: Path) -> None:
 
 
 def lane_and_optimizer(width: int = 3) -> tuple[Lane, torch.optim.Optimizer, torch.nn.Module]:
-    """A model after one step of Adam."""
+    """Return a model after one step of Adam, with its lane and optimizer."""
     torch.manual_seed(width)
     model = torch.nn.Linear(width, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -122,19 +122,19 @@ def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_p
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     caplog.clear()
     assert load_checkpoint(path, "mine", lane, optimizer) is None
-    [told] = caplog.messages
-    assert told.startswith(f"run mine starts again from step 1: checkpoint {path} ")
-    assert reason in told
+    [message] = caplog.messages
+    assert message.startswith(f"run mine starts again from step 1: checkpoint {path} ")
+    assert reason in message
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, flip])
-def test_the_run_of_a_damaged_checkpoint_starts_anew(damage, half, unbroken):
+def test_the_run_of_a_damaged_checkpoint_starts_again(damage, half, unbroken):
     damage(half.checkpoint("sft", 1))
-    said = half.train("sft")
-    assert len([line for line in said.splitlines() if "starts again from step 1" in line]) == 1
-    assert "goes on after step" not in said
+    output = half.train("sft")
+    assert len([line for line in output.splitlines() if "starts again from step 1" in line]) == 1
+    assert "goes on after step" not in output
     assert half.numbers("sft") == unbroken.numbers("sft")
 
 
@@ -145,21 +145,21 @@ def next_of(checkpoint: Path) -> Path:
 @pytest.mark.slow
 def test_lanes_are_at_the_same_step_when_a_job_dies_between_two_of_their_checkpoints(half, unbroken):
     second = half.checkpoint("rl", 1)
-    # Both had saved, and one new file had its place.
+    # Both lanes had saved, and one of the new files had already replaced its checkpoint.
     second.rename(next_of(second))
-    said = half.train("rl")
-    assert said.count("goes on after step") == 2
+    output = half.train("rl")
+    assert output.count("goes on after step") == 2
     assert half.numbers("rl") == unbroken.numbers("rl")
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_not_all_lanes_have_is_not_used(half, unbroken):
     first, second = (half.checkpoint("rl", number) for number in (0, 1))
-    # The first lane had saved for the first time, the second not yet.
+    # The first lane had saved for the first time, and the second had not.
     first.rename(next_of(first))
     second.unlink()
-    said = half.train("rl")
-    assert "goes on after step" not in said
+    output = half.train("rl")
+    assert "goes on after step" not in output
     assert half.numbers("rl") == unbroken.numbers("rl")
 
 

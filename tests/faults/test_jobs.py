@@ -1,4 +1,4 @@
-"""What can happen to a job: killed, told to end, out of memory or of disk space, beside another one."""
+"""A job is killed, gets a signal, runs out of memory or disk space, or meets another job on the same sweep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
         final, checkpoint = half.run_path(task, number), half.checkpoint(task, number)
         assert checkpoint.exists()
         assert not final.exists()
-        # What a job leaves that is killed while it writes.
+        # A job that is killed while it writes leaves such files.
         checkpoint.with_name(".checkpoint.safetensors.elsewhere.1.partial").write_bytes(b"half")
         staging = final.with_name(f"{final.name}.finishing")
         staging.mkdir()
@@ -43,14 +43,14 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(half, un
         assert half.numbers(task) == unbroken.numbers(task)
     assert first.stat().st_mtime_ns == kept
     results = half.path(half.layout.root)
-    rest = [*results.rglob("*.partial"), *results.rglob("*.finishing")]
-    assert [*rest, *results.glob("progress/*"), *results.glob("locks/*")] == []
+    partial = [*results.rglob("*.partial"), *results.rglob("*.finishing")]
+    assert [*partial, *results.glob("progress/*"), *results.glob("locks/*")] == []
 
 
 @pytest.mark.slow
 def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
     place.change(lambda raw: raw["experiments"]["rank"][0].update(ranks={"all": [1, 2]}))
-    # So fast a machine that one is not worth a job.
+    # On so fast a machine one sweep is too short for a job of its own.
     place.change(lambda raw: raw["execution"].update(gflops=2000.0))
     [job] = [job for job in place.plan.jobs if len(job.sweeps) == 2]
     first, second = job.sweeps
@@ -96,24 +96,24 @@ def test_status_knows_that_a_killed_job_does_not_run(half, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "number"), [("sft", signal.SIGTERM), ("rl", signal.SIGTERM), ("sft", signal.SIGINT)])
-def test_a_job_that_is_told_to_end_saves_what_it_has(task, number, place, unbroken):
-    # No checkpoint but that of the signal.
+def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbroken):
+    # The signal leads to the only checkpoint.
     place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
     job = place.start("train", place.job(task).job_id)
     job.until(place.path(place.layout.progress(place.sweep(task))).exists)
-    asked = time.monotonic()
+    sent = time.monotonic()
     job.signal(number)
     assert job.wait() == 128 + number
-    assert time.monotonic() - asked < 10
-    told = [line for line in job.text.splitlines() if not line[:2].isdigit()]
-    assert told == [f"lorabench: stopped by {number.name}; what was done is kept, the same command goes on from there"]
-    # In RL both lanes have theirs.
+    assert time.monotonic() - sent < 10
+    lines = [line for line in job.text.splitlines() if not line[:2].isdigit()]
+    assert lines == [f"lorabench: stopped by {number.name}; what was done is kept, the same command goes on from there"]
+    # In RL both lanes have a checkpoint.
     at_work = 2 if task == "rl" else 1
     assert [place.checkpoint(task, index).exists() for index in range(at_work)] == [True] * at_work
     assert not place.path(place.layout.lock(place.sweep(task))).exists()
 
-    said = place.train(task)
-    assert said.count("goes on after step") == at_work
+    output = place.train(task)
+    assert output.count("goes on after step") == at_work
     assert place.numbers(task) == unbroken.numbers(task)
 
 
@@ -157,21 +157,21 @@ def test_a_signal_to_all_processes_of_a_job_makes_no_answer_wrong():
 def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken):
     checkpoint = half.checkpoint(task, AT_WORK[task])
     before = checkpoint_step(checkpoint)
-    # Less than the model and a step need.
-    said = half.train(task, status=2, memory=50_000_000)
-    told = said.splitlines()[-1]
-    assert "is out of memory" in told
+    # The model and a step need more.
+    output = half.train(task, status=2, memory=50_000_000)
+    message = output.splitlines()[-1]
+    assert "is out of memory" in message
     others = ", max_cache_tokens (65536) or lanes (2)" if task == "rl" else ""
-    assert f"lower execution.max_batch_tokens (now 160){others}; what is finished is kept" in told
-    assert "Traceback" not in said
-    # It may have got a few steps further.
+    assert f"lower execution.max_batch_tokens (now 160){others}; what is finished is kept" in message
+    assert "Traceback" not in output
+    # The job may have made a few steps before.
     assert checkpoint_step(checkpoint) >= before > 0
     assert "goes on after step" in half.train(task)
     assert half.numbers(task) == unbroken.numbers(task)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "beginning"),
     [
         (MemoryError(), "is out of memory: "),
         (
@@ -184,16 +184,16 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
         (OSError(12, "Cannot allocate memory"), "is out of memory: "),
     ],
 )
-def test_every_kind_of_full_memory_is_told(error, said):
-    with pytest.raises(UserError) as told, memory_for("the sweep", "lower x"):
+def test_every_kind_of_full_memory_is_one_sentence(error, beginning):
+    with pytest.raises(UserError) as raised, memory_for("the sweep", "lower x"):
         raise error
-    assert str(told.value) == f"the sweep {said}lower x; what is finished is kept"
+    assert str(raised.value) == f"the sweep {beginning}lower x; what is finished is kept"
     with pytest.raises(RuntimeError, match="shapes"), memory_for("the sweep", "lower x"):
         raise RuntimeError("shapes do not fit")
 
 
 def fill(disk: Path, but_for: int) -> Path:
-    """A file that takes all space of a disk but so many bytes."""
+    """Fill a disk except for `but_for` bytes with one file, and return the file."""
     space = os.statvfs(disk)
     filler = disk / "filler"
     with filler.open("wb") as file:
@@ -207,15 +207,15 @@ def test_a_full_disk_is_one_sentence_and_the_job_goes_on_when_there_is_room(what
     place = small_disk(half)
     checkpoint = place.checkpoint("sft", 1)
     if what == "run":
-        # No further checkpoint, so that the finished run is the first thing there is no room for.
+        # Without further checkpoints the finished run is the first that finds no room.
         place.change(lambda raw: raw["execution"].update(checkpoint_minutes=1000))
     old = checkpoint.read_bytes()
     filler = fill(place.folder, but_for=64_000)
-    said = place.train("sft", status=2)
+    output = place.train("sft", status=2)
     path = checkpoint if what == "checkpoint" else place.run_path("sft", 1)
-    told = said.splitlines()[-1]
-    assert told.startswith(f"lorabench: no space left to write {path.relative_to(place.folder)}; make room and give")
-    assert "Traceback" not in said
+    message = output.splitlines()[-1]
+    assert message.startswith(f"lorabench: no space left to write {path.relative_to(place.folder)}; make room and give")
+    assert "Traceback" not in output
     assert checkpoint.read_bytes() == old
     assert [entry.name for entry in checkpoint.parent.iterdir()] == ["checkpoint.safetensors"]
     assert not place.run_path("sft", 1).exists()
@@ -232,9 +232,9 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     jobs = [str(place.layout.job(job)) for job in place.plan.jobs]
     filler = fill(place.folder, but_for=8_000)
     for command in (["tokens", "tiny", "instruct"], ["collect", *jobs, "--out", "tables"]):
-        said = place.run(*command, status=2)
-        assert "no space left to write" in said
-        assert "Traceback" not in said
+        output = place.run(*command, status=2)
+        assert "no space left to write" in output
+        assert "Traceback" not in output
     assert [path for path in place.folder.rglob("*") if path.parent.name in {"tables", "tokens"}] == []
     filler.unlink()
     place.run("collect", *jobs, "--out", "tables")
@@ -244,9 +244,9 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
 @pytest.mark.slow
 def test_a_file_that_may_not_grow_is_a_full_disk(half, unbroken):
     old = half.checkpoint("sft", 1).read_bytes()
-    said = half.train("sft", status=2, file_size=100_000)
-    assert "no space left to write" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    output = half.train("sft", status=2, file_size=100_000)
+    assert "no space left to write" in output.splitlines()[-1]
+    assert "Traceback" not in output
     assert half.checkpoint("sft", 1).read_bytes() == old
     half.train("sft")
     assert half.numbers("sft") == unbroken.numbers("sft")
@@ -272,16 +272,16 @@ def test_the_lock_of_a_job_that_hangs_is_named(place):
     sweep = place.sweep("sft")
     lock = place.path(place.layout.lock(sweep))
     first = place.start("train", sweep.sweep_id)
-    # It is stopped when its name is in the file.
+    # The process is stopped once its name is in the file.
     first.until(lambda: lock.exists() and lock.read_text())
     first.signal(signal.SIGSTOP)
     os.utime(lock, (time.time() - 3 * DEAD_AFTER,) * 2)
     try:
-        told = place.train("sft", status=2).splitlines()[-1]
-        assert f"is locked by process {first.pid} on " in told
-        # Seconds may pass until the second job looks.
-        assert re.search(r"silent for 18\d s", told)
-        assert f"delete {place.layout.lock(sweep)}" in told
+        message = place.train("sft", status=2).splitlines()[-1]
+        assert f"is locked by process {first.pid} on " in message
+        # Some seconds may pass until the second job looks.
+        assert re.search(r"silent for 18\d s", message)
+        assert f"delete {place.layout.lock(sweep)}" in message
     finally:
         first.process.kill()
         first.wait()
@@ -301,15 +301,15 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkey
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    path, said = tmp_path / "x.lock", []
-    with locked(path, "x", said.append):
+    path, lines = tmp_path / "x.lock", []
+    with locked(path, "x", lines.append):
         assert path.exists()
         with signals.stop_after_step():
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(signals.Stopped):
-                locked(path, "x", said.append).__enter__()
-    assert said == [f"waits for process {os.getpid()} on {os.uname().nodename}, which is at work on x"]
+                locked(path, "x", lines.append).__enter__()
+    assert lines == [f"waits for process {os.getpid()} on {os.uname().nodename}, which is at work on x"]
     path.write_text("process 1 on a dead node")
     os.utime(path, (0, 0))
-    with locked(path, "x", said.append):
-        assert len(said) == 1
+    with locked(path, "x", lines.append):
+        assert len(lines) == 1

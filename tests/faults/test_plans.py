@@ -1,4 +1,4 @@
-"""A preset that changes half-way, clocks that differ, and Snakemake itself killed."""
+"""A preset changes after some runs, clocks differ, and Snakemake itself is killed."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def done(unbroken, tmp_path) -> Place:
 
 
 def records(place: Place) -> dict[str, int]:
-    """The finished runs that lie there, with the time of their record."""
+    """Return the time of the record of each finished run, by run_id."""
     return {path.parent.name: path.stat().st_mtime_ns for path in place.folder.glob("results/mine/runs/*/record.json")}
 
 
 def collected(place: Place):
-    """The table `runs` of the plan as it is."""
+    """Return the table `runs` of the present plan, collected again."""
     place.run("collect", *(str(place.layout.job(job)) for job in place.plan.jobs), "--out", "tables")
     return read_table(place.folder / "tables", "runs")
 
 
 @pytest.mark.slow
-def test_a_longer_grid_trains_only_what_is_new(done, unbroken):
+def test_a_longer_grid_trains_only_new_runs(done, unbroken):
     before = records(done)
     old = done.layout.job(done.job("sft"))
     done.change(lambda raw: raw["experiments"]["rank"][0]["lrs"].update(lora=[1e-3, 3e-3, 1e-2]))
@@ -128,14 +128,14 @@ def start_snakemake(place: Place, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A group of its own, like a terminal's; Ctrl-C reaches it even where the tests run in the background.
+        # As in a terminal, it is a process group of its own; Ctrl-C reaches it even if the tests run in the background.
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
 def planned(place: Place) -> set[str]:
-    """Rules that would run."""
+    """Return the rules that Snakemake would run."""
     output = snakemake(place, TABLES, "--dry-run", "--quiet", "rules")
     return {rule for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE)} - {"total"}
 
@@ -153,13 +153,13 @@ def test_clocks_that_differ_by_hours_make_no_job_run_again(ahead, done):
 
 @pytest.mark.slow
 def test_status_of_a_node_whose_clock_is_hours_off(half):
-    """The job's own clock is nowhere read; if the file system's was set back, that is said."""
+    """The clock of the job's node is not read; a file system's clock that was set back is reported."""
     for task, offset in (("sft", 0), ("rl", 5 * HOURS)):
         lock = half.path(half.layout.lock(half.sweep(task)))
         os.utime(lock, (time.time() + offset,) * 2)
-    said = " ".join(half.run("status").split())
-    assert "running tiny-instruct" in said
-    assert re.search(r"silent tiny-gcd.* last sign of life 300 minutes ahead of this file system's clock", said)
+    output = " ".join(half.run("status").split())
+    assert "running tiny-instruct" in output
+    assert re.search(r"silent tiny-gcd.* last sign of life 300 minutes ahead of this file system's clock", output)
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_snakemake_goes_on_when_it_was_interrupted_or_killed(place, unbroken):
     assert "Traceback" not in output
     saved = sft.read_bytes()
 
-    # kill -9 or a power cut: Snakemake's lock stays and it says what to do.
+    # After kill -9 or a power cut Snakemake's lock stays, and its message says what to do.
     shutil.rmtree(place.path(place.layout.runs))
     process = until_at_work()
     os.killpg(process.pid, signal.SIGKILL)
@@ -196,6 +196,6 @@ def test_snakemake_goes_on_when_it_was_interrupted_or_killed(place, unbroken):
         assert place.numbers(task) == unbroken.numbers(task)
     assert planned(place) == set()
 
-    # Metadata of the runs is there now: a change that needs no training plans none.
+    # Snakemake now has the metadata of the runs: after a change that needs no training it plans none.
     place.change(lambda raw: raw["experiments"].update(placement=raw["experiments"]["rank"]))
     assert planned(place) == {"tables"}

@@ -1,8 +1,8 @@
 """Tidy tables made by hand, without training.
 
-Here are rows with every column, as a run writes them: for pages, figures and files. `sft`, `rl` and `lora` make the few
-columns that an estimator or a claim reads, with answers that are known exactly: `sft` losses and `rl` accuracies that
-are parabolas in log LR, `lora` training curves that follow the theory of the parametrization.
+This module makes rows with all columns of a run, for pages, figures and files. `sft`, `rl` and `lora` make the few
+columns that an estimator or a claim reads, with answers that are known exactly: in `sft` losses and in `rl` accuracies
+are parabolas in log LR, and in `lora` training curves follow the theory of the parametrization.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _VERSIONS = '{"torch": "2.8.0", "peft": "0.17.1", "transformers": "5.0.0"}'
 
 
 def final_loss(rank: int | None, lr: float) -> float:
-    """Test NLL with its minimum at 3e-3 (LoRA) or 1e-3 (FullFT); low ranks are worse."""
+    """Return a test NLL with its minimum at 3e-3 (LoRA) or 1e-3 (FullFT); low ranks are worse."""
     optimum = 1e-3 if rank is None else 3e-3
     floor = 2.55 if rank is None else 2.55 + 0.3 / rank
     return floor + 0.35 * math.log(lr / optimum) ** 2 / math.log(3.16) ** 2 * (1.6 if lr > optimum else 0.5)
 
 
 def make_run(rank: int | None, lr: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """One row of `runs`; keyword arguments replace columns. A diverged run loses its final losses."""
+    """Return one row of `runs`; keyword arguments replace columns. A diverged run loses its final losses."""
     model, dataset = changes.get("model", "tiny"), changes.get("dataset", "instruct")
     noise = SIGMA * np.random.default_rng([rank or 0, seed, round(lr * 1e6)]).standard_normal()
     loss = final_loss(rank, lr) + noise
@@ -73,7 +73,7 @@ def make_run(rank: int | None, lr: float, seed: int = 0, **changes: Any) -> dict
 def make_sweep(
     rank: int | None, lrs: list[float] | None = None, seeds: int = 3, diverged_from: float = 2e-2, **changes: Any
 ) -> list[dict[str, Any]]:
-    """The runs of one arm: its LR grid, those from `diverged_from` on diverged, and more seeds at the optimum."""
+    """Return the runs of one arm: its LR grid, diverged from `diverged_from` on, and more seeds at the best LR."""
     lrs = lrs or LRS
     grid = [make_run(rank, lr, status="diverged" if lr >= diverged_from else "done", **changes) for lr in lrs]
     best = min((lr for lr in lrs if lr < diverged_from), key=lambda lr: final_loss(rank, lr), default=None)
@@ -82,7 +82,7 @@ def make_sweep(
 
 
 def make_eval(rank: int | str | None, value: float, **changes: Any) -> dict[str, Any]:
-    """One row of `evals`, of a run as `make_run` makes it, or where `rank` is `base` of the base."""
+    """Return one row of `evals`: of a run of `make_run`, or of the base model if `rank` is `base`."""
     base = rank == "base"
     run = {} if base else make_run(rank, 3e-3, **{k: v for k, v in changes.items() if k in ("model", "dataset")})
     row = {name: run.get(name) for name in EVALS.names} | {
@@ -105,12 +105,12 @@ def make_eval(rank: int | str | None, value: float, **changes: Any) -> dict[str,
 
 
 def runs_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as `read_table` returns them."""
+    """Return the table `runs` of the rows, typed as by `read_table`."""
     return _table(rows, RUNS)
 
 
 def evals_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as `read_table` returns them."""
+    """Return the table `evals` of the rows, typed as by `read_table`."""
     return _table(rows, EVALS)
 
 
@@ -121,7 +121,7 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pd.DataFrame:
 
 
 def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """Validation curves that fall with log(step) from 4.2 nats to each run's final loss; diverged ones stop early."""
+    """Return validation curves, which fall with log(step) from 4.2 nats to the final loss; diverged runs stop early."""
     rows = []
     for run in runs.itertuples():
         final = 5.0 if run.status == "diverged" else run.final_valid_nll
@@ -144,7 +144,7 @@ def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def laptop_like() -> pd.DataFrame:
-    """Runs in the form of the laptop preset: one model, two datasets, FullFT and six ranks."""
+    """Return runs in the form of the laptop preset: one model, two datasets, FullFT and six ranks."""
     rows = []
     for dataset in ("instruct", "worked"):
         for rank in (None, 1, 2, 4, 8, 16, 64):

@@ -93,7 +93,7 @@ def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def typed(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Give the columns that are there the types that `lorabench.tables.io.read_table` gives them."""
+    """Give the present columns the types that `lorabench.tables.io.read_table` gives them."""
     runs = runs.astype(
         {name: "Int64" for name in INTEGERS if name in runs} | {name: float for name in FLOATS if name in runs}
     )

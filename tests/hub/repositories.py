@@ -1,7 +1,7 @@
 """Small repositories of exactly the form that those of the hub have: files, configurations, columns, types.
 
 Each is written into `<root>/<owner>/<name>`. The forms are those of the dataset cards on the hub, at the commits that
-the presets `core` and `paper` name; what the cards do not say was seen in the files' names as public code uses them.
+the presets `core` and `paper` name; what the cards do not say follows from file names in public code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_card(folder: Path, configs: Mapping[str, Mapping[str, str]]) -> None:
-    """The card, which says which files make which split of which configuration."""
+    """Write the card, which says which files make which split of which configuration."""
     files = [
         {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in splits.items()]}
         for name, splits in configs.items()
@@ -44,7 +44,7 @@ TULU3 = {"id": TEXT, "messages": pa.list_(pa.struct([("content", TEXT), ("role",
 
 
 def tulu3_row(number: int, question: str | None = None, answer: str | None = None) -> dict[str, Any]:
-    """A third of the rows has a system prompt and two turns."""
+    """Return a row; a third of the rows has a system prompt and two turns."""
     turns = [("user", question or f"question {number}"), ("assistant", answer or f"answer {number}")]
     if number % 3 == 0:
         turns = [("system", "be brief"), *turns, ("user", "and more?"), ("assistant", "no")]
@@ -71,7 +71,7 @@ OPENTHOUGHTS3 = {
 
 
 def openthoughts3_row(number: int) -> dict[str, Any]:
-    """Two answers to each question here."""
+    """Return a row; each question has two answers here."""
     chat = [
         {"from": "human", "value": f"riddle {number // 2}"},
         {"from": "gpt", "value": f"<think>\u2028</think> {number}"},

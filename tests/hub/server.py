@@ -27,7 +27,7 @@ _FILE = re.compile(r"/(datasets/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class Hub:
-    """The server's state: where its repositories lie, which are gated, what was asked of it."""
+    """The server's state: the folder of its repositories, the gated ones, and the counts of requests."""
 
     root: Path
     gated: set[str] = field(default_factory=set)

@@ -266,7 +266,7 @@ def test_training_in_lanes_is_training_alone(family):
         assert (weights - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_with_autocast_weights_are_cast_anew_when_they_have_changed():
+def test_with_autocast_weights_are_cast_again_when_they_have_changed():
     stack, alone = stacked("qwen2")
     steppers = [torch.optim.AdamW(lane.parameters, lr=1e-2, fused=True) for lane in stack.lanes.values()]
     steppers += [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in alone.values()]

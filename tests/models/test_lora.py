@@ -100,7 +100,7 @@ def test_each_expert_has_the_rank_over_the_active_experts(placement, attention, 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("rank", "init_a"), [(2, 1.0), (64, 0.25)])
-def test_initialisation_and_scale(name, rank, init_a):
+def test_initialization_and_scale(name, rank, init_a):
     # The experts' width differs from the model's, so that gate and down differ in d_in.
     recipe = replace(RECIPES[name], intermediate_size=40)
     model = add_lora(new_model(recipe), rank, "all", 32.0, True, seed=0, init_a=init_a)
@@ -129,7 +129,7 @@ def test_init_a_scales_the_same_draw(name):
         assert torch.equal(scaled[parameter], 3.0 * values), parameter
 
 
-def test_the_seed_decides_the_initialisation():
+def test_the_seed_decides_the_initialization():
     def first(seed):
         model = add_lora(base("llama-128"), 4, "all", 32.0, True, seed)
         return next(iter(trainable(model).values())).clone()
@@ -345,13 +345,13 @@ def test_experts_under_an_unknown_name_are_refused():
     assert targets(model, "attn", True).parameters == []
 
 
-def test_lora_elsewhere_than_asked_is_refused():
+def test_lora_on_other_layers_is_refused():
     """Where a model has dense MLPs and fused experts, PEFT mistakes the names of the former for those of the latter."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 2}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64}
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, **heads))
     with pytest.raises(
-        UserError, match="PEFT did not put LoRA on the layers asked for in Qwen3MoeForCausalLM: see model.layers.0"
+        UserError, match="PEFT did not put LoRA on the requested layers of Qwen3MoeForCausalLM: see model.layers.0"
     ):
         add_lora(model, 8, "all", 32.0, True, seed=0)

@@ -66,14 +66,14 @@ def test_all_is_done_no_later_than_with_a_job_per_sweep(name):
     alone = sorted((seconds(plan, Job((sweep,))) for sweep in plan.sweeps), reverse=True)
 
     def end(jobs, cores) -> float:
-        """The seconds until all jobs are done, if each free core takes the longest job that is left."""
+        """Return the seconds until all jobs are done, if each free core takes the longest remaining job."""
         free = [0.0] * cores
         for job in jobs:
             heapq.heappush(free, heapq.heappop(free) + job)
         return max(free)
 
     for cores in (1, 2, 8, 64):
-        # Where starts take no time beside the work, jobs may be spread over the cores a little worse.
+        # Where a start takes little time compared with the work, jobs may be spread over the cores slightly worse.
         assert end(together, cores) <= 1.001 * end(alone, cores), cores
 
 
@@ -111,7 +111,7 @@ def test_a_start_is_paid_once_per_job():
 
 
 def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
-    # So fast that the work is nothing beside a start.
+    # At this speed the work takes no time compared with a start.
     raw_preset["execution"]["gflops"] = 1e6
 
     def jobs():
@@ -119,7 +119,7 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
 
     before = {job.job_id for job in jobs()}
     assert len(before) == 1
-    # Another experiment with the same runs, and one with others.
+    # One experiment with the same runs is added, and one with other runs.
     raw_preset["experiments"]["placement"] = raw_preset["experiments"]["rank"]
     assert {job.job_id for job in jobs()} == before
     raw_preset["experiments"]["early"] = [raw_preset["experiments"]["rank"][0] | {"steps": 3}]

@@ -195,7 +195,7 @@ def lora_conditions(plan):
 
 
 @pytest.mark.parametrize(("power", "expected"), [(0.0, {32.0}), (0.5, {32.0, 64.0}), (1.0, {32.0, 128.0})])
-def test_alpha_grows_with_rank_as_told(power, expected, raw_preset):
+def test_alpha_grows_with_a_power_of_the_rank(power, expected, raw_preset):
     assert {condition.alpha for condition in lora_conditions(changed_block(raw_preset, alpha_power=power))} == expected
 
 

@@ -26,7 +26,7 @@ PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
 
 def every_job(plan):
-    """The resources of all jobs of a plan, by the jobs' ids."""
+    """Return the resources of all jobs of a plan, by the jobs' ids."""
     preset = plan.preset
     jobs = {job.job_id: job_resources(plan, job) for job in plan.jobs}
     jobs |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
@@ -49,15 +49,15 @@ def test_every_job_asks_for_something_sensible(name):
         assert job.mem_mb > 300
         assert job.disk_mb >= 1
     for job in plan.jobs:
-        asked = jobs[job.job_id]
-        assert asked.minutes * 60 > job_seconds(plan.preset, job, asked.gpus)
+        requested = jobs[job.job_id]
+        assert requested.minutes * 60 > job_seconds(plan.preset, job, requested.gpus)
 
 
 def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
     paper = load_preset("paper")
     small, large = (tokens_resources(paper, "llama-3-1-8b", name) for name in ("tulu3-10k", "tulu3"))
     assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, paper.execution.threads, 0)
-    # Tokenizing works in pieces.
+    # Tokenizing holds a part of the dataset in memory, so large datasets need no more.
     assert small.mem_mb == large.mem_mb
     assert small.disk_mb < large.disk_mb
     assert small.minutes <= large.minutes

@@ -1,4 +1,4 @@
-"""A Slurm of one node on this machine: munged, slurmctld and slurmd in a folder of their own, and two GPUs to give.
+"""A Slurm cluster of one node on this machine: munged, slurmctld and slurmd in their own folder, and two GPUs.
 
 The daemons, the scheduler, sbatch and srun are Slurm's; only the devices behind the GPUs are /dev/null and /dev/zero.
 """
@@ -31,7 +31,7 @@ SlurmdPort={node_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# How long credentials live is also how long a job that was put back into the queue has to wait.
+# A job that was put back into the queue waits until its credentials expire, so they expire soon.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -47,7 +47,7 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 GresTypes=gpu
-# Finished jobs can be asked after until the test ends: there is no accounting database.
+# There is no accounting database, so finished jobs are kept until the test ends.
 MinJobAge=3600
 KillWait=10
 NodeName={node} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 Gres=gpu:2
@@ -58,7 +58,7 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scont
 
 
 def missing() -> str | None:
-    """What this machine lacks, or None."""
+    """Return what this machine lacks for Slurm, in words; None if it lacks nothing."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root"
     absent = [program for program in _PROGRAMS if not shutil.which(program, path=_path())]
@@ -66,7 +66,7 @@ def missing() -> str | None:
 
 
 def until(condition: Callable[[], T], what: str, seconds: float) -> T:
-    """Wait until something is true, and return it; it is an error if that does not come."""
+    """Wait until a condition returns a true value, and return it; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -76,41 +76,41 @@ def until(condition: Callable[[], T], what: str, seconds: float) -> T:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm."""
+    """A running Slurm cluster."""
 
     folder: Path
     node: str
 
     @property
     def environment(self) -> dict[str, str]:
-        """For processes that talk to this Slurm. The commands of the rules lie beside the interpreter of the tests."""
+        """The environment of processes that use this Slurm; `lorabench` is beside the interpreter of the tests."""
         path = f"{self.folder}/bin:{Path(sys.executable).parent}:{_path()}"
         return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
 
     def __call__(self, *command: str) -> str:
-        """Run one of Slurm's commands; returns what it printed."""
+        """Run one of Slurm's commands and return its output."""
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
         assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
         return result.stdout
 
     def jobs(self) -> list[dict[str, str]]:
-        """All jobs so far, as `scontrol show job` describes them, in the order of their submission."""
+        """Return all jobs so far, as `scontrol show job` describes them, in the order of their submission."""
         lines = self("scontrol", "show", "job", "--oneliner").splitlines()
         return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines if line.startswith("JobId=")]
 
     def node_state(self, state: str) -> None:
-        """Tell Slurm that the node is `down`, or back by `resume`."""
+        """Set the state of the node: `down`, or back by `resume`."""
         self("scontrol", "update", f"nodename={self.node}", f"state={state}", "reason=test")
 
     def log(self) -> str:
-        """What the daemons logged last."""
+        """Return the end of each daemon's log."""
         files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
         return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in files)
 
 
 @contextmanager
 def started(folder: Path) -> Iterator[Cluster]:
-    """A Slurm whose files are all in `folder`; stopped, with its jobs, at the end."""
+    """Start a Slurm whose files are all in `folder`; stop it and its jobs at the end."""
     cluster = Cluster(folder, platform.node().partition(".")[0])
     for name in ("state", "spool", "bin"):
         (folder / name).mkdir(parents=True)
@@ -135,7 +135,7 @@ def started(folder: Path) -> Iterator[Cluster]:
             daemons.append(subprocess.Popen(command, env=cluster.environment, stdout=out, stderr=out))
 
     try:
-        # By force: pytest's folders are closed to other users, who are none here.
+        # munged refuses pytest's folders, which are closed to other users, unless it is forced.
         start("munged", "--foreground", "--force", f"--key-file={key}", *munge)
         until((folder / "munge.socket").exists, "munged", 20)
         start("slurmctld", "-D")
@@ -152,11 +152,11 @@ def started(folder: Path) -> Iterator[Cluster]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        _kill_rest(folder)
+        _kill_remaining(folder)
 
 
-def _kill_rest(folder: Path) -> None:
-    """Kill what jobs left: without cgroups, Slurm loses processes whose parent died with the node."""
+def _kill_remaining(folder: Path) -> None:
+    """Kill the processes that jobs left: without cgroups, Slurm loses processes whose parent died with the node."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if f"{folder}/".encode() in path.read_bytes():

@@ -1,4 +1,4 @@
-"""`snakemake --cores all --profile slurm` on a real Slurm: what jobs ask for, and what they survive."""
+"""`snakemake --cores all --profile slurm` on a real Slurm: what jobs request, and what they survive."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.slurm
 PRESET = Path(__file__).parent / "cluster.yaml"
 PLAN = make_plan(Layout.of(str(PRESET)).preset)
 (STOPPED,) = (job for job in PLAN.jobs if job.sweeps[0].condition.task == "sft")
-# In the middle of its first sweep, and of its second.
+# The job is cancelled in the middle of its first sweep and killed in the middle of its second.
 CANCELLED, KILLED = STOPPED.sweeps
 
-# What a run computes; the rest of its row says where and how fast.
+# The columns that a run computes; the other columns say where it ran and how fast.
 MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward", "final_reward", "train_tokens"]
 TIMES = ["sample_tokens_per_s", "learn_tokens_per_s"]
 
@@ -58,7 +58,7 @@ def checkout(tmp_path_factory):
 def workflow(
     cluster: Cluster, checkout: Path, *arguments: str, preset: str = "cluster.yaml"
 ) -> Iterator[Callable[[], str]]:
-    """The README's command in the background; gives a function that returns its output, empty until it has ended."""
+    """Run the README's command in the background; yield a function that returns its output, empty until its end."""
     log = checkout / "snakemake.out"
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
     command += ["--config", f"preset={preset}"]
@@ -79,7 +79,7 @@ def workflow(
 
 
 def saved_step(checkpoint: Path) -> int:
-    """The step of a checkpoint that may be replaced at any time, from the header of the file."""
+    """Return the step in the header of a checkpoint, which may be replaced at any time."""
     with checkpoint.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return json.loads(header["__metadata__"]["progress"])["step"]
@@ -87,7 +87,7 @@ def saved_step(checkpoint: Path) -> int:
 
 @dataclass
 class Watcher:
-    """Looks at the checkpoints of all runs: the steps that each had, in the order of time."""
+    """Records the steps of each run's checkpoints while jobs run, in the order of time."""
 
     runs: Path
     steps: dict[str, list[int]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Watcher:
                     seen.append(step)
 
     def middle(self, sweep: Sweep) -> str | None:
-        """A run of the sweep that is in its middle, if another one has ended."""
+        """Return a run of the sweep that is half done, once another run has ended; else None."""
         grid = [run.run_id for run in sweep.grid()]
         ended = [run for run in grid if (self.runs / run).exists()]
         middle = range(3, sweep.condition.steps)
@@ -123,8 +123,8 @@ class Watcher:
 
 
 @dataclass
-class Seen:
-    """What was seen of a workflow whose jobs were disturbed."""
+class Observations:
+    """The observations of a workflow whose jobs were disturbed."""
 
     output: str
     jobs: list[dict[str, str]]
@@ -132,7 +132,7 @@ class Seen:
     stopped_at: dict[str, int]
     """The step of each run that was stopped in its middle."""
     records: dict[Path, tuple[int, str]]
-    """Records of runs that had ended by then: time and content."""
+    """Time and content of the record of each run that had ended before a disturbance."""
 
 
 @pytest.fixture(scope="module")
@@ -150,37 +150,37 @@ def seen(cluster, checkout):
     with Watcher(runs) as watcher, workflow(cluster, checkout, "--set-resources", "compute:gpu=2") as output:
 
         def wait(condition: Callable[[], str | None], what: str) -> str:
-            found = until(lambda: condition() or output(), what, 240)
-            assert found != output(), f"the workflow ended before {what}"
-            return found
+            value = until(lambda: condition() or output(), what, 240)
+            assert value != output(), f"the workflow ended before {what}"
+            return value
 
         remember(wait(lambda: watcher.middle(CANCELLED), "a sweep in its middle"))
         cluster("scancel", of_job(cluster.jobs(), STOPPED)[0]["JobId"])
         run = wait(lambda: watcher.middle(KILLED), "another sweep in its middle")
         remember(run)
         os.kill(training(STOPPED), signal.SIGKILL)
-        # Steps that it made until now are no sign of the job that is tried again.
+        # Steps until now were made by the killed process and not by the next try.
         time.sleep(0.5)
         remember(run)
         remember(wait(lambda: run if watcher.steps[run][-1] > stopped_at[run] else None, "a job that is tried again"))
         cluster.node_state("down")
         cluster.node_state("resume")
         text = until(output, "the end of the workflow", 300)
-    return Seen(text, cluster.jobs(), watcher.steps, stopped_at, records)
+    return Observations(text, cluster.jobs(), watcher.steps, stopped_at, records)
 
 
 def of_job(jobs: list[dict[str, str]], job: Job) -> list[dict[str, str]]:
-    """The tries of a job that trains, in the order of their submission."""
-    return [one for one in jobs if one["Comment"] == f"rule_train_wildcards_{job.job_id}"]
+    """Return the tries of a training job, in the order of their submission."""
+    return [submitted for submitted in jobs if submitted["Comment"] == f"rule_train_wildcards_{job.job_id}"]
 
 
 def of_rule(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
-    """The jobs of a rule."""
+    """Return the jobs of a rule."""
     return [job for job in jobs if re.match(rf"rule_{rule}(_wildcards|$)", job["Comment"])]
 
 
 def training(job: Job) -> int:
-    """The process that trains a job."""
+    """Return the id of the process that trains a job."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_text().split("\0")
@@ -191,18 +191,18 @@ def training(job: Job) -> int:
     raise AssertionError(f"nothing trains {job.job_id}")
 
 
-def test_every_job_asks_slurm_for_what_the_plan_says(seen):
-    for wanted in PLAN.jobs:
-        asked, job = job_resources(PLAN, wanted), of_job(seen.jobs, wanted)[0]
-        assert job["TresPerJob"] == f"gres/gpu:{asked.gpus}" == "gres/gpu:1"
-        assert f"cpu={asked.cpus},mem={asked.mem_mb}M,node=1" in job["ReqTRES"]
-        assert job["TimeLimit"] == f"00:{asked.minutes:02}:00"
+def test_every_job_requests_the_resources_of_the_plan(seen):
+    for planned in PLAN.jobs:
+        needed, job = job_resources(PLAN, planned), of_job(seen.jobs, planned)[0]
+        assert job["TresPerJob"] == f"gres/gpu:{needed.gpus}" == "gres/gpu:1"
+        assert f"cpu={needed.cpus},mem={needed.mem_mb}M,node=1" in job["ReqTRES"]
+        assert job["TimeLimit"] == f"00:{needed.minutes:02}:00"
     (compute,) = of_rule(seen.jobs, "compute")
     assert compute["TresPerJob"] == "gres/gpu:2"
     assert {job["TresPerJob"] for job in of_rule(seen.jobs, "evaluate")} == {"gres/gpu:1"}
     (tokens,) = of_rule(seen.jobs, "tokens")
     assert "TresPerJob" not in tokens
-    # Downloads, tables and figures are no jobs.
+    # Downloads, tables and figures are not jobs of Slurm.
     assert {job["Comment"].split("_")[1] for job in seen.jobs} == {"dataset", "tokens", "train", "evaluate", "compute"}
 
 
@@ -217,7 +217,7 @@ def test_a_stopped_job_is_tried_again_and_goes_on(seen):
     assert [job["JobState"] for job in tries] == ["CANCELLED", "FAILED", "COMPLETED"]
     minutes = job_resources(PLAN, STOPPED).minutes
     assert [job["TimeLimit"] for job in tries] == [f"00:{number * minutes:02}:00" for number in (1, 2, 3)]
-    # Slurm itself puts a job back that lost its node.
+    # A job that lost its node is put back into the queue by Slurm itself.
     assert {job["JobState"] for job in seen.jobs if int(job["Restarts"])} == {"COMPLETED"}
     assert len(seen.stopped_at) >= 2
     for run, steps in seen.steps.items():

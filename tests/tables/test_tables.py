@@ -137,7 +137,7 @@ BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
 }
 
 
-# Both commands check what they read in one place, so a figure is asked for a few kinds of mistakes only.
+# Both commands check tables by the same code, so `figure` is tested with a few kinds of mistakes only.
 @pytest.mark.parametrize(
     ("command", "kind"),
     [*(("claims", kind) for kind in BAD), *(("figure", kind) for kind in ("infinite loss", "datasets", "empty file"))],

@@ -43,12 +43,12 @@ def curve_of(run) -> dict[tuple, float]:
     return {(point["step"], point["split"], point["metric"]): point["value"] for point in run["curve"]}
 
 
-def assert_same(one, other, rtol: float) -> None:
-    assert [one[name] for name in COUNTS] == [other[name] for name in COUNTS]
-    numbers = [[run[name] for name in NUMBERS if run[name] is not None] for run in (one, other)]
+def assert_same(run, other, rtol: float) -> None:
+    assert [run[name] for name in COUNTS] == [other[name] for name in COUNTS]
+    numbers = [[each[name] for name in NUMBERS if each[name] is not None] for each in (run, other)]
     np.testing.assert_allclose(*numbers, rtol=rtol)
-    assert curve_of(one).keys() == curve_of(other).keys()
-    for place, value in curve_of(one).items():
+    assert curve_of(run).keys() == curve_of(other).keys()
+    for place, value in curve_of(run).items():
         if value is None:
             assert curve_of(other)[place] is None
         else:

@@ -35,19 +35,23 @@ def runs_of(method, **changes):
     return [run_of(method, lr, seed, **changes) for seed, lr in enumerate(LRS[method])]
 
 
-def assert_same(one, other, factor=1.0):
+def assert_same(outcome, other, factor=1.0):
     """Two outcomes agree in everything, up to rounding."""
-    assert (one.status, one.diverged_at, one.train_tokens) == (other.status, other.diverged_at, other.train_tokens)
-    assert one.first_epoch_scored_tokens == other.first_epoch_scored_tokens
-    assert [(p.step, p.tokens, p.metric) for p in one.curve] == [(p.step, p.tokens, p.metric) for p in other.curve]
+    assert (outcome.status, outcome.diverged_at, outcome.train_tokens) == (
+        other.status,
+        other.diverged_at,
+        other.train_tokens,
+    )
+    assert outcome.first_epoch_scored_tokens == other.first_epoch_scored_tokens
+    assert [(p.step, p.tokens, p.metric) for p in outcome.curve] == [(p.step, p.tokens, p.metric) for p in other.curve]
     for metric, rtol in METRICS.items():
         np.testing.assert_allclose(
-            series(one, metric), series(other, metric), rtol=factor * rtol, atol=1e-12, err_msg=metric
+            series(outcome, metric), series(other, metric), rtol=factor * rtol, atol=1e-12, err_msg=metric
         )
     for name in ("final_valid_nll", "final_test_nll", "first_epoch_nats"):
         expected = getattr(other, name)
-        assert getattr(one, name) == (expected and pytest.approx(expected, rel=factor * 1e-5)), name
-    validations = [series(outcome, "nll", "validation") for outcome in (one, other)]
+        assert getattr(outcome, name) == (expected and pytest.approx(expected, rel=factor * 1e-5)), name
+    validations = [series(each, "nll", "validation") for each in (outcome, other)]
     np.testing.assert_allclose(*validations, rtol=factor * 1e-5)
 
 
@@ -228,7 +232,7 @@ def test_in_bf16_losses_are_within_the_spread_of_other_orders_of_rows(method, ba
     ]
     monkeypatch.setattr(serve, "micro_batches", _reversed)
     solo.append(apart(runs, base, short_data, tmp_path / "2", protocol))
-    spread = max(_difference(one, other) for one in solo for other in solo if one is not other)
+    spread = max(_difference(run, other) for run in solo for other in solo if run is not other)
     # Another sample of the same spread may exceed the largest of three slightly.
     assert _difference(packed, solo[0]) < 1.5 * spread
     # The test is sensitive: an LR higher by a tenth makes a difference beyond this spread.

@@ -139,7 +139,7 @@ def test_killed_processes_go_on_where_they_were(ready):
     assert resumed[[*KEPT, *LOSSES]].equals(unbroken[[*KEPT, *LOSSES]])
 
 
-def test_processes_that_are_told_to_end_save_together(ready):
+def test_processes_that_get_a_signal_save_together(ready):
     plan, layout = ready("stopped", {"checkpoint_minutes": 1000, "keep_weights": "all"})
     sweep = sweep_of(plan, "lora")
     process = subprocess.Popen(command(sweep), stderr=subprocess.PIPE, text=True)

@@ -39,11 +39,11 @@ def tiny(tied, vocabulary=VOCABULARY):
 @cache
 def stack(method, tied, lanes, vocabulary=VOCABULARY):
     """Return a stack whose B is not zero, so that LoRA on the unembedding has an effect."""
-    made = stack_of(tiny(tied, vocabulary), [run_of(method, 1e-3, seed) for seed in range(lanes)])
-    if made.shelf is not None:
+    stacked = stack_of(tiny(tied, vocabulary), [run_of(method, 1e-3, seed) for seed in range(lanes)])
+    if stacked.shelf is not None:
         with torch.no_grad():
-            made.shelf.values.add_(0.05 * torch.randn_like(made.shelf.values))
-    return made
+            stacked.shelf.values.add_(0.05 * torch.randn_like(stacked.shelf.values))
+    return stacked
 
 
 def batch_of(lanes, rows, width, share, seed=0, vocabulary=VOCABULARY):
@@ -56,22 +56,22 @@ def batch_of(lanes, rows, width, share, seed=0, vocabulary=VOCABULARY):
     return Batch(inputs, targets.masked_fill(ignored, IGNORED), None)
 
 
-def gradients(made, batch, max_logits, autocast=None):
+def gradients(stacked, batch, max_logits, autocast=None):
     """Return the losses of the lanes, and the gradient of each weight of each lane."""
-    lanes = len(made.lanes)
-    losses = add_gradient(made.model, batch, made.rows, batch.scored_by(lanes).tolist(), autocast, max_logits)
+    lanes = len(stacked.lanes)
+    losses = add_gradient(stacked.model, batch, stacked.rows, batch.scored_by(lanes).tolist(), autocast, max_logits)
     of_lanes = []
-    for lane in made.lanes.values():
+    for lane in stacked.lanes.values():
         of_lanes.append({name: place.of(place.parameter.grad).clone() for name, place in lane.places.items()})
         lane.zero_grad()
     return losses, of_lanes
 
 
-def assert_close(one, other, rtol):
-    assert one.keys() == other.keys()
-    for name, gradient in other.items():
+def assert_close(actual, expected, rtol):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
         assert gradient.norm() > 0, name
-        assert (one[name] - gradient).norm() <= rtol * gradient.norm(), name
+        assert (actual[name] - gradient).norm() <= rtol * gradient.norm(), name
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -84,55 +84,55 @@ def assert_close(one, other, rtol):
     seed=st.integers(0, 99),
 )
 def test_pieces_of_any_size_add_up(kind, rows, width, share, at_once, seed):
-    made = stack(*kind)
+    stacked = stack(*kind)
     batch = batch_of(kind[2], rows, width, share, seed)
-    whole, of_whole = gradients(made, batch, None)
-    pieces, of_pieces = gradients(made, batch, at_once * VOCABULARY)
+    whole, of_whole = gradients(stacked, batch, None)
+    pieces, of_pieces = gradients(stacked, batch, at_once * VOCABULARY)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
-    for one, other in zip(of_pieces, of_whole, strict=True):
+    for actual, expected in zip(of_pieces, of_whole, strict=True):
         # A first token attends to itself only, so its queries and keys have no gradient except rounding errors.
-        assert one.keys() == other.keys()
-        scale = max(gradient.norm() for gradient in other.values())
-        for name, gradient in other.items():
-            assert (one[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * scale, name
+        assert actual.keys() == expected.keys()
+        scale = max(gradient.norm() for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * scale, name
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("max_logits", [1, 7 * VOCABULARY])
 def test_every_weight_gets_the_same_gradient_from_pieces(kind, max_logits):
-    made = stack(*kind)
+    stacked = stack(*kind)
     batch = batch_of(kind[2], 3, 20, 0.6)
-    whole, of_whole = gradients(made, batch, None)
-    pieces, of_pieces = gradients(made, batch, max_logits)
+    whole, of_whole = gradients(stacked, batch, None)
+    pieces, of_pieces = gradients(stacked, batch, max_logits)
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=0)
-    for one, other in zip(of_pieces, of_whole, strict=True):
-        assert_close(one, other, 1e-5)
+    for actual, expected in zip(of_pieces, of_whole, strict=True):
+        assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_in_bf16_pieces_are_the_whole_up_to_rounding(kind):
-    made = stack(*kind)
+    stacked = stack(*kind)
     batch = batch_of(kind[2], 3, 20, 0.6)
-    whole, of_whole = gradients(made, batch, None, torch.bfloat16)
-    pieces, of_pieces = gradients(made, batch, 7 * VOCABULARY, torch.bfloat16)
+    whole, of_whole = gradients(stacked, batch, None, torch.bfloat16)
+    pieces, of_pieces = gradients(stacked, batch, 7 * VOCABULARY, torch.bfloat16)
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=0)
-    for one, other in zip(of_pieces, of_whole, strict=True):
-        assert_close(one, other, 0.03)
+    for actual, expected in zip(of_pieces, of_whole, strict=True):
+        assert_close(actual, expected, 0.03)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == "lora" and kind[2] > 1], ids=str)
 @pytest.mark.parametrize("max_logits", [None, 7 * VOCABULARY])
 def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
     """The reference is the model of transformers with PEFT's adapter and the same weights."""
-    made, lanes = stack(*kind), kind[2]
+    stacked, lanes = stack(*kind), kind[2]
     batch = batch_of(lanes, 2, 15, 0.5)
     scored = batch.scored_by(lanes)
     assert len(set(scored.tolist())) > 1
-    losses, of_lanes = gradients(made, batch, max_logits)
+    losses, of_lanes = gradients(stacked, batch, max_logits)
     for lane in range(lanes):
         alone = stack_of(tiny(kind[1]), [run_of("lora", 1e-3, 0)])
         with torch.no_grad():
-            alone.shelf.values.copy_(made.shelf.values[lane : lane + 1])
+            alone.shelf.values.copy_(stacked.shelf.values[lane : lane + 1])
         # Restore PEFT's own forward pass.
         ours = [module for module in alone.model.modules() if "forward" in vars(module)]
         assert len(ours) == 8
@@ -155,26 +155,26 @@ def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
 )
 def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
     vocabulary, at_once = 8192, 32
-    made, lanes = stack(*kind, vocabulary), kind[2]
+    stacked, lanes = stack(*kind, vocabulary), kind[2]
     batch = batch_of(lanes, 512 // lanes // 32, 32, 1.0, vocabulary=vocabulary)
     logits = 4 * batch.scored * vocabulary
     divisors = batch.scored_by(lanes).tolist()
     # The first pass allocates the gradients.
-    add_gradient(made.model, batch, made.rows, divisors, None, None)
+    add_gradient(stacked.model, batch, stacked.rows, divisors, None, None)
 
     def peak(max_logits):
         with _NewStorages() as new:
-            add_gradient(made.model, batch, made.rows, divisors, None, max_logits)
+            add_gradient(stacked.model, batch, stacked.rows, divisors, None, max_logits)
         return new.peak
 
     assert peak(None) > 2 * logits
     # With 16 pieces a few times the logits of one piece (with gradient, in fp32) and the decoder's activations remain.
     assert peak(at_once * vocabulary) < logits / 2
-    for lane in made.lanes.values():
+    for lane in stacked.lanes.values():
         lane.zero_grad()
     monkeypatch.setitem(loss.MAX_LOGITS, "cpu", at_once * vocabulary)
     with torch.no_grad(), _NewStorages() as new:
-        nll_sums(made.model, batch, made.rows)
+        nll_sums(stacked.model, batch, stacked.rows)
     assert new.peak < logits / 2
 
 

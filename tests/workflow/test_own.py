@@ -43,7 +43,7 @@ def test_the_report_answers_for_this_model_and_data(finished):
     runs = pd.read_csv(results / "tables/runs.csv")
     # Two arms of five LRs, and the second seed at the best of each.
     assert len(runs) == 2 * (5 + 1)
-    # The highest LR may diverge; what is repeated is the best.
+    # The highest LR may diverge, but the repeats are at the best LR.
     assert set(runs["status"]) <= {"done", "diverged"}
     assert set(runs.loc[runs["seed"] == 1, "status"]) == {"done"}
     assert set(runs["dataset"]) == {"mine"}
@@ -63,7 +63,7 @@ def test_the_report_answers_for_this_model_and_data(finished):
     }
 
 
-def test_what_was_measured_is_recommended_from(finished):
+def test_recommendations_use_the_measured_runs(finished):
     folder, _ = finished
     seen = json.loads(shell("lorabench recommend --model tiny --json 2>/dev/null", folder))["seen"]
     assert [optimum["rank"] for optimum in seen] == [None, 8]

@@ -1,4 +1,4 @@
-"""The Slurm profile without a Slurm: what each job would ask for. tests/slurm runs it on a real one."""
+"""The Slurm profile without a cluster: the resources that jobs would request. tests/slurm runs it on a real Slurm."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ def checkout(tmp_path):
     return fresh_clone(tmp_path)
 
 
-def asked(output: str, rule: str) -> dict[str, dict[str, str]]:
-    """Resources of a rule's jobs in a dry run, by their first wildcard."""
+def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
+    """Return the resources of a rule's jobs in a dry run, by the jobs' first wildcard."""
     blocks = re.findall(rf"^rule {rule}:\n((?:    .*\n)+)", output, re.MULTILINE)
-    found = {}
+    resources_of_jobs = {}
     for block in blocks:
         name = re.search(r"wildcards: \w+=([^,\n]+)", block)
         (resources,) = re.findall(r"resources: (.*)", block)
-        found[name.group(1) if name else ""] = dict(re.findall(r"(\w+)=([^,]+)", resources))
-    return found
+        resources_of_jobs[name.group(1) if name else ""] = dict(re.findall(r"(\w+)=([^,]+)", resources))
+    return resources_of_jobs
 
 
 def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
     return snakemake(checkout, "--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}")
 
 
-def test_every_job_asks_for_what_the_plan_says(checkout):
+def test_every_job_requests_the_resources_of_the_plan(checkout):
     output = dry_run(checkout)
     plan = make_plan(Layout.of("paper").preset)
-    jobs, evaluations = asked(output, "train"), asked(output, "evaluate")
+    jobs, evaluations = requested(output, "train"), requested(output, "evaluate")
     needed = {job.job_id: job_resources(plan, job) for job in plan.jobs}
     needed |= {job.eval_id: evaluation_resources(plan, job) for job in plan.evaluations()}
     assert jobs.keys() | evaluations.keys() == needed.keys()
     for name, resources in (jobs | evaluations).items():
-        wanted = needed[name]
-        assert resources["gpu"] == str(wanted.gpus)
-        assert resources["cpus_per_task"] == str(wanted.cpus)
-        assert resources["mem_mb"] == str(wanted.mem_mb)
-        assert resources["runtime"] == str(wanted.minutes)
+        estimate = needed[name]
+        assert resources["gpu"] == str(estimate.gpus)
+        assert resources["cpus_per_task"] == str(estimate.cpus)
+        assert resources["mem_mb"] == str(estimate.mem_mb)
+        assert resources["runtime"] == str(estimate.minutes)
         assert resources["nodes"] == "1"
         assert "gres" not in resources
         assert "gpu_model" not in resources
-    assert all("gpu" not in resources for resources in asked(output, "tokens").values())
+    assert all("gpu" not in resources for resources in requested(output, "tokens").values())
 
 
-def test_a_preset_for_cpus_asks_for_no_gpu(checkout):
+def test_a_preset_for_cpus_requests_no_gpu(checkout):
     output = dry_run(checkout, preset="smoke")
     for rule in ("train", "evaluate", "compute", "tokens"):
-        jobs = asked(output, rule)
+        jobs = requested(output, rule)
         assert jobs
         assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
 
@@ -66,8 +66,8 @@ def test_a_preset_for_cpus_asks_for_no_gpu(checkout):
 def test_a_site_names_its_gpus(checkout):
     adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
     output = dry_run(checkout)
-    assert {resources["gpu_model"] for resources in asked(output, "train").values()} == {"h100"}
-    assert all("gpu_model" not in resources for resources in asked(output, "tokens").values())
+    assert {resources["gpu_model"] for resources in requested(output, "train").values()} == {"h100"}
+    assert all("gpu_model" not in resources for resources in requested(output, "tokens").values())
 
 
 def test_a_site_takes_gres_only(checkout):
@@ -75,24 +75,24 @@ def test_a_site_takes_gres_only(checkout):
     adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
     plan = make_plan(Layout.of("paper").preset)
     output = dry_run(checkout)
-    for name, resources in asked(output, "train").items():
+    for name, resources in requested(output, "train").items():
         assert resources["gres"] == f"gpu:h100:{job_resources(plan, plan.job(name)).gpus}"
         assert "gpu" not in resources
         assert "gpu_model" not in resources
-    assert all("gres" not in resources for resources in asked(output, "tokens").values())
+    assert all("gres" not in resources for resources in requested(output, "tokens").values())
 
 
-def test_a_wrong_way_to_ask_is_one_sentence(checkout):
+def test_a_wrong_gpu_option_is_one_sentence(checkout):
     adapt_profile(checkout, "gpu_option: gpu", "gpu_option: grse")
     output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
     assert "gpu_option = 'grse' in the profile: allowed: gpu, gres" in output
     assert "Traceback" not in output
 
 
-def test_no_job_asks_for_more_time_than_a_site_gives(checkout):
+def test_no_job_requests_more_time_than_a_site_allows(checkout):
     adapt_profile(checkout, "# max_runtime: 1440", "max_runtime: 1440")
     plan = make_plan(Layout.of("paper").preset)
-    minutes = {name: int(resources["runtime"]) for name, resources in asked(dry_run(checkout), "train").items()}
+    minutes = {name: int(resources["runtime"]) for name, resources in requested(dry_run(checkout), "train").items()}
     assert minutes == {job.job_id: min(1440, job_resources(plan, job).minutes) for job in plan.jobs}
     assert max(minutes.values()) == 1440
 

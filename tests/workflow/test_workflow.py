@@ -29,7 +29,7 @@ def checkout(tmp_path_factory):
 
 
 def planned_jobs(output: str) -> dict[str, int]:
-    """Jobs per rule from the table of a dry run."""
+    """Return the number of jobs per rule from the table of a dry run."""
     return {rule: int(count) for rule, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.MULTILINE) if rule != "total"}
 
 
@@ -52,8 +52,8 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
 @pytest.mark.slow
 def test_what_is_read_comes_first_then_the_longest_job(checkout):
     output = snakemake(checkout, "--dry-run")
-    found = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
-    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in found]
+    blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)
+    given = [(rule, int(re.search(r"priority: (\d+)|$", said)[1] or 0), said) for rule, said in blocks]
     training = {
         re.search(r"jobs/(\S+)\.parquet", said)[1]: priority for rule, priority, said in given if rule == "train"
     }
@@ -139,13 +139,13 @@ def test_smoke_runs_to_the_report(smoke):
     # The repeats are at the LR that was best on the validation split.
     for _, arm in runs.groupby(ARM, dropna=False):
         grid, repeats = arm[arm.seed == 0], arm[arm.seed > 0]
-        # In RL the highest accuracy, of equals the lowest LR.
+        # In RL the best LR has the highest accuracy; of equally good LRs it is the lowest.
         loss = grid.final_valid_nll.fillna(-grid.final_valid_reward)
         assert set(repeats.lr) == {grid[loss == loss.min()].lr.min()}
     page = (results / "report/index.html").read_text()
     claims = pd.read_csv(results / "tables/claims.csv")
     assert len(claims) == len(CLAIMS)
-    # What needs no runs is judged in the smallest preset too.
+    # Claims that need no runs are judged in the smallest preset too.
     assert claims.set_index("claim_id").verdict["E6"] == "confirmed"
     assert all(claim in page for claim in claims.claim_id)
     drawn = {figure.name for figure in figures_of_preset(layout.preset)}
@@ -230,7 +230,7 @@ def test_snakemakes_own_report(smoke):
 
 BAD_TASKS = [
     {"name": "lorabench_pretraining", "about": "forgotten", "limit": 4},
-    # Known to nobody, which only lm-eval's index can tell.
+    # Only lm-eval's index shows that this task does not exist.
     {"name": "gsm8", "about": "learned"},
 ]
 BAD_EVALUATION = {
@@ -255,7 +255,7 @@ BAD_EVALUATION = {
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_is_told_early_and_keeps_back_only_its_scores(checkout):
+def test_an_evaluation_that_fails_is_reported_early_and_keeps_back_only_its_scores(checkout):
     (checkout / "mine.yaml").write_text(yaml.safe_dump(BAD_EVALUATION))
     output = snakemake(checkout, "--keep-going", "--config", "preset=mine.yaml", fails=True)
     assert "lorabench: evaluation task 'gsm8' is not known to lm-eval; near it: " in output

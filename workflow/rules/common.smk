@@ -1,8 +1,6 @@
 # The preset, its plan, and the paths of both. Every cluster job parses this file again, so it must stay fast.
 from snakemake.exceptions import WorkflowError
 
-from lorabench.planning.bill import total
-from lorabench.planning.budget import with_budget
 from lorabench.config.models import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures.catalog import (
@@ -11,9 +9,11 @@ from lorabench.figures.catalog import (
     FIGURES,
     figures_of_preset,
 )
-from lorabench.storage.layout import Layout
 from lorabench.models.base import CONVERTED, converted_folder
+from lorabench.planning.bill import total
+from lorabench.planning.budget import with_budget
 from lorabench.planning.plan import make_plan
+from lorabench.storage.layout import Layout
 
 PRESET = config.get("preset", "laptop")
 try:
@@ -110,7 +110,7 @@ def figure_files(names):
 
 
 def figure_tables(wildcards):
-    """The input of a figure: the tables of those of its experiments that the preset has."""
+    """The input of a figure: the tables of its experiments, as far as the preset has them."""
     figure = FIGURES[wildcards.figure]
     if figure.experiments == COMPUTE_TABLE:
         return [LAYOUT.tables() / "compute.parquet"]

@@ -49,7 +49,7 @@ rule tokens:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **asked(
+        **requested(
             lambda wildcards: tokens_resources(
                 LAYOUT.preset, wildcards.model, wildcards.dataset
             )

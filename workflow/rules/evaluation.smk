@@ -47,7 +47,7 @@ rule evaluate:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **asked(
+        **requested(
             lambda wildcards: evaluation_resources(
                 PLAN, EVALUATIONS[wildcards.evaluation]
             )

@@ -59,7 +59,7 @@ def gpu_request(gpus):
     return {"gpu": gpus} | (model if GPU_TYPE else {})
 
 
-def asked(of):
+def requested(of):
     """The resources of a rule; a job that has failed requests more memory and time.
 
     Args:

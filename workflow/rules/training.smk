@@ -15,7 +15,7 @@ rule compute:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **asked(lambda wildcards: compute_resources(PLAN)),
+        **requested(lambda wildcards: compute_resources(PLAN)),
     params:
         preset=PRESET,
     shell:
@@ -37,7 +37,7 @@ rule train:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **asked(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
+        **requested(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
         # Each GPU has a training process.
         processes=lambda wildcards: max(
             1, job_resources(PLAN, JOBS[wildcards.job]).gpus

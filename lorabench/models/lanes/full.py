@@ -37,7 +37,7 @@ def stack_full(model: nn.Module, names: Sequence[str]) -> Stack:
         names: the names of the lanes, in the order of their rows.
 
     Raises:
-        ValueError: there are several lanes, and they can't share the model (see `can_stack`).
+        ValueError: there are several lanes, and they can't share the model (see `can_stack_full`).
     """
     if len(names) > 1 and not can_stack_full(model):
         raise ValueError(

@@ -53,7 +53,7 @@ def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -
             recomputed, only while a layer is computed.
 
     Raises:
-        ValueError: there are several lanes on a model that they can't share (see `can_share`).
+        ValueError: there are several lanes on a model that they can't share (see `can_stack_lora`).
     """
     from peft.tuners.lora import Linear
 

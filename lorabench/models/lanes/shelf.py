@@ -4,7 +4,8 @@ The rows of a batch are split among the lanes, contiguous for each lane. Each tr
 that lane's weights; all other layers see one larger batch. The trained weights are stored on a `Shelf`, lane by lane: a
 layer reads those of all lanes as one stacked tensor, an optimizer steps those of a lane as one tensor.
 
-A single run that does not need this (full fine-tuning, sharded models) trains the model's own parameters (`alone`).
+A single run that does not need this (full fine-tuning, sharded models) trains the model's own parameters
+(`single_lane`).
 """
 
 from __future__ import annotations

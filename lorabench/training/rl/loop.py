@@ -4,8 +4,8 @@ Each step samples a group of responses to each of its problems, grades them, and
 the objective of `objective.py`.
 
 `train_rl` is the experiment, written to be read from top to bottom. It is a generator that requests responses and
-gradients by yielding, so that several runs sample and learn in one batch (`training/lanes.py`, `rl/serve.py`); it does
-everything else itself.
+gradients by yielding, so that several runs sample and learn in one batch (`training/drive.py`, `training/rl/serve.py`);
+it does everything else itself.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def train_rl(
         tick: called after each step with the number of finished steps.
 
     Yields:
-        Requests for responses or for a gradient; the caller sends back `Sampled` or `Learned`.
+        Requests for responses or for a gradient; the caller sends back a `SampleResult` or a `GradientResult`.
 
     Returns:
         The outcome. It is `diverged` if a loss or a gradient norm is not finite, and `unrewarded` if no response got a

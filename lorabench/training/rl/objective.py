@@ -160,7 +160,7 @@ def backward(
 
 
 def _read(stack: Stack, layout: _Layout, device: torch.device) -> AbstractContextManager[None]:
-    """Within, the last layer is computed only at positions that predict tokens of responses."""
+    """Within the context, the last layer is computed only at positions that predict tokens of responses."""
     tokens = np.unique(layout.sources)
     return computing_only(
         stack.model, torch.from_numpy(tokens).to(device), stack.rows, layout.by_lane(tokens, stack.rows)

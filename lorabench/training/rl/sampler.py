@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorabench.models.lanes.shelf import Stack
 from lorabench.models.last_layer import computing_only
+from lorabench.training.rl.cache import growing_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,8 +167,6 @@ def _sample_chunk(
     stop: Stop,
     device: torch.device,
 ) -> list[Response]:
-    from lorabench.training.rl.cache import growing_cache
-
     n, longest = len(requests), stop.max_new_tokens
     random_numbers = np.full((n, longest), -1.0)
     for number, request in enumerate(requests):

@@ -14,6 +14,7 @@ from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine
 
 Sampler = Callable[[list[Request]], list[Response]]
+"""Draws a response to each request, in their order."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ class RlServer:
         self._stack, self._sampler, self._machine, self._autocast = stack, sampler, machine, autocast
 
     def __call__(
-        self, asked: Mapping[str, SampleRequest | GradientRequest]
+        self, requests: Mapping[str, SampleRequest | GradientRequest]
     ) -> dict[str, SampleResult | GradientResult]:
         """Answer all requests for responses; if there are none, compute the gradients of all lanes."""
-        requests = {name: request.requests for name, request in asked.items() if isinstance(request, SampleRequest)}
-        if requests:
-            return dict(serve_samples(requests, self._sampler))
-        groups = {name: request.groups for name, request in asked.items() if isinstance(request, GradientRequest)}
+        samples = {name: request.requests for name, request in requests.items() if isinstance(request, SampleRequest)}
+        if samples:
+            return dict(serve_samples(samples, self._sampler))
+        groups = {name: request.groups for name, request in requests.items() if isinstance(request, GradientRequest)}
         return dict(self._learn({name: groups[name] for name in self._stack.lanes}))
 
     def _learn(self, batches: Mapping[str, list[ResponseGroup]]) -> dict[str, GradientResult]:
@@ -79,21 +80,21 @@ class RlServer:
         }
 
 
-def serve_samples(asked: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, SampleResult]:
+def serve_samples(requests: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, SampleResult]:
     """Draw the responses of all lanes as one batch; the seconds are divided by the tokens of each lane."""
     started = time.perf_counter()
-    responses = sampler([request for requests in asked.values() for request in requests])
+    responses = sampler([request for of_lane in requests.values() for request in of_lane])
     seconds = time.perf_counter() - started
     tokens = sum(len(response.tokens) for response in responses)
     answers, start = {}, 0
-    for name, requests in asked.items():
-        of_lane = responses[start : start + len(requests)]
-        start += len(requests)
-        share = sum(len(response.tokens) for response in of_lane) / tokens
-        answers[name] = SampleResult(of_lane, seconds * share, tokens / seconds)
+    for name, of_lane in requests.items():
+        drawn = responses[start : start + len(of_lane)]
+        start += len(of_lane)
+        share = sum(len(response.tokens) for response in drawn) / tokens
+        answers[name] = SampleResult(drawn, seconds * share, tokens / seconds)
     return answers
 
 
 def sampling_server(sampler: Sampler) -> Callable[[Mapping[str, SampleRequest]], dict[str, SampleResult]]:
     """Return a function that serves lanes which request only responses."""
-    return lambda asked: serve_samples({name: request.requests for name, request in asked.items()}, sampler)
+    return lambda lanes: serve_samples({name: request.requests for name, request in lanes.items()}, sampler)

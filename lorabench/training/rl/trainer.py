@@ -45,19 +45,19 @@ class RlTrainer:
     def __exit__(self, *error: object) -> None:
         self._graders.close()
 
-    def __call__(self, job: SweepContext, runs: list[tuple[int, Run]]) -> None:
+    def __call__(self, context: SweepContext, runs: list[tuple[int, Run]]) -> None:
         """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
-        groups = job.unfinished_groups(runs)
+        groups = context.unfinished_groups(runs)
         if not groups:
             return
-        rollouts = job.sweep.condition.rollouts
+        rollouts = context.sweep.condition.rollouts
         assert rollouts
         if rollouts not in self._work:
-            environment = _environment(job, self._graders)
-            fingerprints = provenance(job) | _fingerprints(job, environment.texts)
+            environment = _environment(context, self._graders)
+            fingerprints = provenance(context) | _fingerprints(context, environment.texts)
             self._work[rollouts] = _Work(environment, fingerprints)
         for group in groups:
-            self._work[rollouts].train(job, group)
+            self._work[rollouts].train(context, group)
 
 
 @dataclass
@@ -68,30 +68,30 @@ class _Work:
     provenance: dict[str, Any]
     base: Scores | None = None
 
-    def train(self, job: SweepContext, runs: RunGroup) -> None:
+    def train(self, context: SweepContext, runs: RunGroup) -> None:
         """Train a group of runs as lanes of a newly loaded base model."""
-        machine = job.machine
+        machine = context.machine
         if machine.processes.any(signals.requested()):
             signals.raise_stopped()
-        model: Any = job.load()
+        model: Any = context.load()
         check_plain_head(model)
         together = [run for _, run in runs.values()]
         lora = together[0].condition.method == "lora"
         if not machine.processes.sharded:
-            self._base_scores(job, partial(self._sample, job, single_lane(model, "")))
+            self._base_scores(context, partial(self._sample, context, single_lane(model, "")))
         if lora:
-            model = job.with_lora(model, together)
+            model = context.with_lora(model, together)
         sizes = Sizes.of(model)
         if machine.processes.sharded:
-            stack, draw = self._sharded(job, model, together[0])
+            stack, draw = self._sharded(context, model, together[0])
         else:
-            stack = job.stacked(model, together) if lora else single_lane(model, together[0].run_id)
-            draw = partial(self._sample, job, stack)
-        base = self._base_scores(job, draw)
-        started, checkpoints, protocol = now(), job.checkpoints(together), job.plan.preset.protocol
+            stack = context.stacked(model, together) if lora else single_lane(model, together[0].run_id)
+            draw = partial(self._sample, context, stack)
+        base = self._base_scores(context, draw)
+        started, checkpoints, protocol = now(), context.checkpoints(together), context.plan.preset.protocol
         lanes = {}
         for name, (number, run) in runs.items():
-            job.announce(number, run)
+            context.announce(number, run)
             lanes[name] = train_rl(
                 run,
                 stack.lanes[name],
@@ -100,69 +100,69 @@ class _Work:
                 machine.processes,
                 checkpoints,
                 base,
-                job.ticker(number, run),
+                context.ticker(number, run),
             )
         for name, outcome in train_lanes(lanes, RlServer(stack, draw, machine, machine.autocast(protocol))):
-            job.write(runs[name][1], outcome, stack, sizes, self.provenance | {"started": started})
+            context.write(runs[name][1], outcome, stack, sizes, self.provenance | {"started": started})
             checkpoints.ended(name)
             stack.drop(name)
 
-    def _sharded(self, job: SweepContext, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
+    def _sharded(self, context: SweepContext, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
         """Shard the model of a run; return its stack and the function that samples from it."""
-        blank: Any = skeleton(job.layout.model(job.sweep.condition.model))
+        blank: Any = skeleton(context.layout.model(context.sweep.condition.model))
         adapter = run.run_id if run.condition.method == "lora" else None
         if adapter:
-            blank = job.with_lora(blank, [run])
-        machine = job.machine
+            blank = context.with_lora(blank, [run])
+        machine = context.machine
         sharded = machine.processes.shard(model)
-        replica = Replica(sharded, blank, machine.device, machine.autocast(job.plan.preset.protocol))
+        replica = Replica(sharded, blank, machine.device, machine.autocast(context.plan.preset.protocol))
         stack = single_lane(sharded, run.run_id, adapter)
-        return stack, lambda requests: self._sample(job, single_lane(replica.refreshed(), run.run_id), requests)
+        return stack, lambda requests: self._sample(context, single_lane(replica.refreshed(), run.run_id), requests)
 
-    def _sample(self, job: SweepContext, stack: Stack, requests: list[Request]) -> list[Response]:
-        machine, texts = job.machine, self.environment.texts
-        autocast = machine.autocast(job.plan.preset.protocol)
+    def _sample(self, context: SweepContext, stack: Stack, requests: list[Request]) -> list[Response]:
+        machine, texts = context.machine, self.environment.texts
+        autocast = machine.autocast(context.plan.preset.protocol)
 
         def draw(share: list[Request]) -> list[Response]:
             return sample(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast)
 
         return sample_in_processes(requests, draw, machine.processes)
 
-    def _base_scores(self, job: SweepContext, draw: Sampler) -> Scores:
+    def _base_scores(self, context: SweepContext, draw: Sampler) -> Scores:
         """Return the base model's scores; the first call evaluates them, when the model is still untrained."""
         if self.base is None:
-            rollouts = job.sweep.condition.rollouts
+            rollouts = context.sweep.condition.rollouts
             assert rollouts
             evaluation = evaluate(self.environment, rollouts, 0, 0, None)
             self.base, _ = train_alone(evaluation, sampling_server(draw))
         return self.base
 
 
-def _environment(job: SweepContext, open_graders: ExitStack) -> Environment:
-    condition, preset = job.sweep.condition, job.plan.preset
+def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
+    condition, preset = context.sweep.condition, context.plan.preset
     rollouts = condition.rollouts
     assert rollouts
-    spec = job.layout.model(condition.model)
+    spec = context.layout.model(condition.model)
     texts = ProblemTexts(load_tokenizer(spec), rollouts, max_length(spec))
 
     def grader(name: str) -> GraderProtocol:
         workers = preset.execution.threads
         opened = open_graders.enter_context(Grader(preset.problems[name].grader, workers))
-        return FirstProcessGrader(opened, job.machine.processes)
+        return FirstProcessGrader(opened, context.machine.processes)
 
-    held_out = {name: texts.read(job.layout.dataset(name))["test"] for name in rollouts.held_out}
+    held_out = {name: texts.read(context.layout.dataset(name))["test"] for name in rollouts.held_out}
     return Environment(
         texts,
-        texts.read(job.layout.dataset(condition.dataset)),
+        texts.read(context.layout.dataset(condition.dataset)),
         held_out,
         grader(condition.dataset),
         {name: grader(name) for name in held_out},
     )
 
 
-def _fingerprints(job: SweepContext, texts: ProblemTexts) -> dict[str, str]:
+def _fingerprints(context: SweepContext, texts: ProblemTexts) -> dict[str, str]:
     return {
-        "dataset_sha256": file_sha256(job.layout.dataset(job.sweep.condition.dataset))[:16],
+        "dataset_sha256": file_sha256(context.layout.dataset(context.sweep.condition.dataset))[:16],
         "tokenizer_sha256": tokenizer_key(texts.tokenizer),
         "template_sha256": template_key(texts.tokenizer),
     }

@@ -2,9 +2,9 @@
 
 A run has a constant LR without warm-up, Adam, and as loss of a step the token-weighted NLL of its batch.
 
-`train_run` is the experiment, written to be read from top to bottom. It is a generator that requests gradients and
-measurements by yielding, so that those of several runs are computed as one batch (`lanes.py`, `sft_lanes.py`); it does
-everything else itself.
+`train_sft` is the experiment, written to be read from top to bottom. It is a generator that requests gradients and
+measurements by yielding, so that those of several runs are computed as one batch (`training/drive.py`,
+`training/sft/serve.py`); it does everything else itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def train_sft(
         tick: called after each step with the number of finished steps.
 
     Yields:
-        Requests for a gradient or a measurement; the caller sends back the answers.
+        Requests for a gradient or an NLL; the caller sends back an `SftResult`.
 
     Returns:
         The outcome. It is `diverged` if a loss or a gradient norm is not finite, or if the loss exceeds that of a

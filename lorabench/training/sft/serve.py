@@ -34,7 +34,7 @@ class NllRequest:
 @dataclass(frozen=True)
 class SftResult:
     """The answer to a request: NLL in nats per scored token, numbers of tokens and of scored tokens (both 0 for
-    `Measure`), and this lane's share of the seconds."""
+    an `NllRequest`), and this lane's share of the seconds."""
 
     nll: float
     tokens: int
@@ -50,17 +50,17 @@ class SftServer:
     ) -> None:
         self._stack, self._data, self._machine, self._autocast = stack, data, machine, autocast
 
-    def __call__(self, asked: Mapping[str, GradientRequest | NllRequest]) -> dict[str, SftResult]:
+    def __call__(self, requests: Mapping[str, GradientRequest | NllRequest]) -> dict[str, SftResult]:
         """Answer the request of each lane; all requests are of one kind, since the lanes are at the same step."""
         started = time.perf_counter()
-        asks = [asked[name] for name in self._stack.lanes]
-        learn = [ask.examples for ask in asks if isinstance(ask, GradientRequest)]
-        if learn:
-            results = self._learn(learn)
+        ordered = [requests[name] for name in self._stack.lanes]
+        examples = [request.examples for request in ordered if isinstance(request, GradientRequest)]
+        if examples:
+            results = self._learn(examples)
         else:
-            [split] = {ask.split for ask in asks if isinstance(ask, NllRequest)}
+            [split] = {request.split for request in ordered if isinstance(request, NllRequest)}
             results = self._measure(split)
-        seconds = (time.perf_counter() - started) / len(asks)
+        seconds = (time.perf_counter() - started) / len(ordered)
         return {name: SftResult(*numbers, seconds) for name, numbers in zip(self._stack.lanes, results, strict=True)}
 
     def _measure(self, split: Split) -> list[tuple[float, int, int]]:

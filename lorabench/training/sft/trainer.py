@@ -38,24 +38,24 @@ class SftTrainer:
         self._data: dict[Split, TokenizedSplit] | None = None
         self._environment: dict[str, Any] = {}
 
-    def __call__(self, job: SweepContext, runs: list[tuple[int, Run]]) -> None:
+    def __call__(self, context: SweepContext, runs: list[tuple[int, Run]]) -> None:
         """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
-        groups = job.unfinished_groups(runs)
+        groups = context.unfinished_groups(runs)
         if not groups:
             return
-        protocol, machine, bases = job.plan.preset.protocol, job.machine, self._bases
-        data = self._read(job)
-        for group in bases.dealt(job, groups):
+        protocol, machine, bases = context.plan.preset.protocol, context.machine, self._bases
+        data = self._read(context)
+        for group in bases.stackable(context, groups):
             if machine.processes.any(signals.requested()):
                 signals.raise_stopped()
             for number, run in group.values():
-                job.announce(number, run)
-            base_nll = bases.base_valid_nll(job, data["validation"])
+                context.announce(number, run)
+            base_nll = bases.base_valid_nll(context, data["validation"])
             together = [run for _, run in group.values()]
             started = {"started": now()}
-            with bases.ready(job, together) as (stack, sizes):
+            with bases.ready(context, together) as (stack, sizes):
                 config: Any = stack.model.config
-                checkpoints = job.checkpoints(together)
+                checkpoints = context.checkpoints(together)
                 lanes = {
                     name: train_sft(
                         run,
@@ -66,24 +66,24 @@ class SftTrainer:
                         machine.processes,
                         checkpoints,
                         base_nll,
-                        job.ticker(number, run),
+                        context.ticker(number, run),
                     )
                     for name, (number, run) in group.items()
                 }
                 for name, outcome in train_lanes(lanes, SftServer(stack, data, machine, machine.autocast(protocol))):
-                    job.write(group[name][1], outcome, stack, sizes, self._environment | started)
+                    context.write(group[name][1], outcome, stack, sizes, self._environment | started)
                     checkpoints.ended(name)
                     stack.drop(name)
             # Free the memory before the next model is loaded.
             del stack, lanes
 
-    def _read(self, job: SweepContext) -> dict[Split, TokenizedSplit]:
+    def _read(self, context: SweepContext) -> dict[Split, TokenizedSplit]:
         if self._data is None:
-            condition = job.sweep.condition
-            tokenizer = load_tokenizer(job.layout.model(condition.model))
-            key = cache_key(tokenizer, job.layout.dataset(condition.dataset))
-            self._data = read_tokens(job.layout.tokens(condition.model, condition.dataset), key)
-            self._environment = provenance(job) | {f"{name}_sha256": value for name, value in key.items()}
+            condition = context.sweep.condition
+            tokenizer = load_tokenizer(context.layout.model(condition.model))
+            key = cache_key(tokenizer, context.layout.dataset(condition.dataset))
+            self._data = read_tokens(context.layout.tokens(condition.model, condition.dataset), key)
+            self._environment = provenance(context) | {f"{name}_sha256": value for name, value in key.items()}
         return self._data
 
 
@@ -98,31 +98,35 @@ class _Bases:
         self._model: PreTrainedModel | None = None
         self._base_nll: float | None = None
 
-    def _pristine(self, job: SweepContext) -> PreTrainedModel:
+    def _pristine(self, context: SweepContext) -> PreTrainedModel:
         if self._model is None:
-            self._model = job.load()
+            self._model = context.load()
             check_plain_head(self._model)
             # Before a model is sharded the other processes have no weights to check.
-            if job.machine.packing and job.machine.processes.first:
+            if context.machine.packing and context.machine.processes.first:
                 check_packing(self._model)
         return self._model
 
-    def dealt(self, job: SweepContext, groups: list[RunGroup]) -> list[RunGroup]:
+    def stackable(self, context: SweepContext, groups: list[RunGroup]) -> list[RunGroup]:
         """Return the groups, split into single runs if the model's weights cannot be stacked."""
-        if job.sweep.condition.method == "lora" or max(map(len, groups)) == 1 or can_stack_full(self._pristine(job)):
+        if (
+            context.sweep.condition.method == "lora"
+            or max(map(len, groups)) == 1
+            or can_stack_full(self._pristine(context))
+        ):
             return groups
         return [{name: run} for group in groups for name, run in group.items()]
 
-    def base_valid_nll(self, job: SweepContext, validation: TokenizedSplit) -> float:
+    def base_valid_nll(self, context: SweepContext, validation: TokenizedSplit) -> float:
         """Return the validation NLL of the base model in nats per scored token.
 
         Raises:
             UserError: the NLL is more than 1 nat above that of a uniform guess.
         """
         if self._base_nll is None:
-            machine = job.machine
-            processes, autocast = machine.processes, machine.autocast(job.plan.preset.protocol)
-            model = processes.shard(self._pristine(job))
+            machine = context.machine
+            processes, autocast = machine.processes, machine.autocast(context.plan.preset.protocol)
+            model = processes.shard(self._pristine(context))
             nll = mean_nll(
                 model, validation, machine.max_batch_tokens, machine.device, autocast, processes, machine.packing
             )
@@ -132,22 +136,22 @@ class _Bases:
             uniform = math.log(model.config.vocab_size)
             if not nll < uniform + 1:
                 raise UserError(
-                    f"base model {job.sweep.condition.model} has a validation loss of {nll:.2f} nats, worse than "
+                    f"base model {context.sweep.condition.model} has a validation loss of {nll:.2f} nats, worse than "
                     f"guessing ({uniform:.2f}): wrong weights or tokenizer"
                 )
             self._base_nll = nll
         return self._base_nll
 
     @contextmanager
-    def ready(self, job: SweepContext, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
-        """Within, provide the stack that has a lane for each run, named by run_id, and the model's sizes."""
-        model, processes, names = self._pristine(job), job.machine.processes, [run.run_id for run in runs]
+    def ready(self, context: SweepContext, runs: Sequence[Run]) -> Iterator[tuple[Stack, Sizes]]:
+        """Provide the stack that has a lane for each run, named by run_id, and the model's sizes."""
+        model, processes, names = self._pristine(context), context.machine.processes, [run.run_id for run in runs]
         if runs[0].condition.method == "fullft":
             self._model = None
             sizes = Sizes.of(model)
             yield stack_full(model, names) if len(names) > 1 else single_lane(processes.shard(model), names[0]), sizes
             return
-        adapted = job.with_lora(model, runs)
+        adapted = context.with_lora(model, runs)
         sizes = Sizes.of(adapted)
         if processes.sharded:
             self._model = None
@@ -155,7 +159,7 @@ class _Bases:
             yield single_lane(adapted, names[0], names[0], adapter_pairs(adapted, names[0])), sizes
             return
         try:
-            yield job.stacked(adapted, runs), sizes
+            yield context.stacked(adapted, runs), sizes
         finally:
             self._model = adapted.unload()
             self._model.requires_grad_(True)

@@ -67,11 +67,11 @@ def plain_gradients(model, groups):
     episodes = sum(len(group.responses) for group in groups)
     loss = 0.0
     for group in groups:
-        for one, advantage in zip(group.responses, group.advantages, strict=True):
-            ids = torch.tensor([[*group.prompt, *one.tokens]])
+        for response, advantage in zip(group.responses, group.advantages, strict=True):
+            ids = torch.tensor([[*group.prompt, *response.tokens]])
             logp = model(ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
-            chosen = logp.gather(-1, torch.from_numpy(one.tokens)[:, None]).squeeze(-1)
-            loss = loss - ((chosen - torch.from_numpy(one.logprobs)).exp() * float(advantage)).sum() / episodes
+            chosen = logp.gather(-1, torch.from_numpy(response.tokens)[:, None]).squeeze(-1)
+            loss = loss - ((chosen - torch.from_numpy(response.logprobs)).exp() * float(advantage)).sum() / episodes
     loss.backward()
     return gradients(model), loss.item()
 
@@ -97,15 +97,15 @@ def row_length(row):
     st.sampled_from([50, 200, 1000]),
 )
 def test_parts_hold_every_response_once_and_fit(shapes, limit):
-    made = [
+    groups = [
         ResponseGroup.of((number,) * prompt, [response([1] * n) for n in lengths], np.arange(float(len(lengths))))
         for number, (prompt, lengths) in enumerate(shapes)
     ]
-    found = list(row_parts(made, limit))
-    held = sorted((row.prompt[0], reward) for part in found for row in part for reward in row.rewards)
-    assert held == sorted((group.prompt[0], reward) for group in made for reward in group.rewards)
-    assert sum(row.advantages.sum() for part in found for row in part) == pytest.approx(0, abs=1e-9)
-    for part in found:
+    parts = list(row_parts(groups, limit))
+    held = sorted((row.prompt[0], reward) for part in parts for row in part for reward in row.rewards)
+    assert held == sorted((group.prompt[0], reward) for group in groups for reward in group.rewards)
+    assert sum(row.advantages.sum() for part in parts for row in part) == pytest.approx(0, abs=1e-9)
+    for part in parts:
         assert len(part) * max(map(row_length, part)) <= limit or len(part) == len(part[0].responses) == 1
 
 
@@ -126,7 +126,7 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     # The same tokens with another reward, for instance after a timeout of the grader, are another response.
     judged_apart = ResponseGroup.of((5, 9), [response([3, 1])] * 2, np.array([1.0, 0.0]))
     [[row, apart]] = row_parts([group, judged_apart], 10_000)
-    assert [one.tokens.tolist() for one in row.responses] == [[3, 1], [4], [3]]
+    assert [response.tokens.tolist() for response in row.responses] == [[3, 1], [4], [3]]
     assert row.times.tolist() == [2, 1, 1]
     assert apart.times.tolist() == [1, 1]
 
@@ -135,13 +135,13 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     for name, gradient in gradients(base).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-5)
     # The reference has each response alone in its own row.
-    singly = [backward(base, [ResponseGroup.of((5, 9), [one], np.zeros(1))], 10_000) for one in drawn]
-    tokens = [len(one.tokens) for one in drawn]
+    singly = [backward(base, [ResponseGroup.of((5, 9), [response], np.zeros(1))], 10_000) for response in drawn]
+    tokens = [len(response.tokens) for response in drawn]
     assert (measured.loss, measured.tokens) == (pytest.approx(loss, abs=1e-5), sum(tokens))
     for measure in ("entropy", "kl", "ratio_mean"):
-        mean = np.average([getattr(one, measure) for one in singly], weights=tokens)
+        mean = np.average([getattr(step, measure) for step in singly], weights=tokens)
         assert getattr(measured, measure) == pytest.approx(mean, rel=1e-4, abs=1e-5)
-    assert measured.ratio_max == pytest.approx(max(one.ratio_max for one in singly), rel=1e-4)
+    assert measured.ratio_max == pytest.approx(max(step.ratio_max for step in singly), rel=1e-4)
     base.zero_grad()
 
 
@@ -207,10 +207,14 @@ def test_gradient_is_that_of_trl(base, groups, tokenizer, tmp_path):
     ids, mask = (torch.zeros(len(responses), longest, dtype=torch.long) for _ in range(2))
     old = torch.zeros(len(responses), longest)
     owners = [group.prompt for group in groups for _ in group.responses]
-    for row, (prompt, one) in enumerate(zip(owners, responses, strict=True)):
+    for row, (prompt, response) in enumerate(zip(owners, responses, strict=True)):
         prompt_ids[row, width - len(prompt) :], prompt_mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
-        n = len(one.tokens)
-        ids[row, :n], mask[row, :n], old[row, :n] = torch.from_numpy(one.tokens), 1, torch.from_numpy(one.logprobs)
+        n = len(response.tokens)
+        ids[row, :n], mask[row, :n], old[row, :n] = (
+            torch.from_numpy(response.tokens),
+            1,
+            torch.from_numpy(response.logprobs),
+        )
     inputs = {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,

@@ -81,13 +81,13 @@ def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
         for parameter in model.parameters():
             # Larger weights make attention less uniform.
             parameter.mul_(8 if parameter.ndim == 2 else 1)
-    made, rows = [], sampler._Rows
-    monkeypatch.setattr(sampler, "_Rows", lambda *given: made.append(rows(*given)) or made[-1])
+    row_tables, rows = [], sampler._Rows
+    monkeypatch.setattr(sampler, "_Rows", lambda *given: row_tables.append(rows(*given)) or row_tables[-1])
     rng = np.random.default_rng(0)
     requests = keyed([tuple(rng.integers(5, 900, short).tolist()) for _ in range(3)])
-    found = drawn(model, tokenizer, requests, 8)
-    assert made[0].shared == shared
-    for request, response in zip(requests, found, strict=True):
+    responses = drawn(model, tokenizer, requests, 8)
+    assert row_tables[0].shared == shared
+    for request, response in zip(requests, responses, strict=True):
         ids = torch.tensor([[*request.prompt, *response.tokens]])
         with torch.no_grad():
             logits = model(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
@@ -105,8 +105,8 @@ def test_learning_beyond_a_sliding_window_is_refused(tokenizer):
 
 def test_greedy_is_that_of_transformers(base, tokenizer, prompts):
     longest = 12
-    found = drawn(base, tokenizer, [Request(prompt, None) for prompt in prompts[:8]], longest)
-    for prompt, response in zip(prompts, found, strict=False):
+    responses = drawn(base, tokenizer, [Request(prompt, None) for prompt in prompts[:8]], longest)
+    for prompt, response in zip(prompts, responses, strict=False):
         ids = torch.tensor([prompt])
         text = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False)
         assert response.tokens.tolist() == text[0, len(prompt) :].tolist()
@@ -119,28 +119,28 @@ def test_a_response_does_not_depend_on_its_batch(base, tokenizer, prompts, cache
     by_itself = [drawn(base, tokenizer, [request])[0] for request in requests]
     assert same_tokens(together, by_itself)
     assert len({tuple(response.tokens) for response in together}) > 5
-    for one, other in zip(together, by_itself, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    for response, alone in zip(together, by_itself, strict=True):
+        assert response.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize(("tokens", "seats"), [(1, 1), (16, 2), (10_000, 5)])
 def test_a_response_does_not_depend_on_those_in_its_row(base, tokenizer, prompts, monkeypatch, tokens, seats):
     monkeypatch.setattr(sampler, "_SHARED_TOKENS", tokens)
-    made, rows = [], sampler._Rows
-    monkeypatch.setattr(sampler, "_Rows", lambda *given: made.append(rows(*given)) or made[-1])
+    row_tables, rows = [], sampler._Rows
+    monkeypatch.setattr(sampler, "_Rows", lambda *given: row_tables.append(rows(*given)) or row_tables[-1])
     requests = keyed(prompts[:6], samples=5)
     together = drawn(base, tokenizer, requests, 8)
-    [dealt] = made
-    assert dealt.seats.max() == seats
+    [row_table] = row_tables
+    assert row_table.seats.max() == seats
     by_itself = [drawn(base, tokenizer, [request], 8)[0] for request in requests]
     assert same_tokens(together, by_itself)
     # Some responses end early, so that rows are dropped and others have empty seats.
     assert len({len(response.tokens) for response in together}) > 2
-    for one, other in zip(together, by_itself, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    for response, alone in zip(together, by_itself, strict=True):
+        assert response.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
-def test_rows_are_given_up_when_nobody_in_them_goes_on():
+def test_rows_are_dropped_when_all_their_responses_have_ended():
     rows = sampler._Rows(np.array([0, 0, 0, 1, 1, 1, 1, 2]), 2)
     assert rows.prompts.tolist() == [0, 0, 1, 1, 2]
     assert rows.seats.tolist() == [1, 2, 1, 1, 2, 1, 2, 1]
@@ -165,14 +165,14 @@ def test_lanes_get_what_they_would_get_alone(base, tokenizer, prompts):
     model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="one")
     add_adapter(model, "two", seed=1)
     move(model)
-    asked = {lane: keyed(prompts[:6], lane=lane) for lane in ("one", "two")}
+    requests_of = {lane: keyed(prompts[:6], lane=lane) for lane in ("one", "two")}
     # The reference is PEFT's own forward pass with one adapter at a time.
     single_lane = {}
-    for lane, requests in asked.items():
+    for lane, requests in requests_of.items():
         model.set_adapter(lane)
         single_lane[lane] = drawn(model, tokenizer, requests)
     # Requests are interleaved, as when lanes are at different steps.
-    mixed = [request for pair in zip(asked["one"], asked["two"], strict=True) for request in pair]
+    mixed = [request for pair in zip(requests_of["one"], requests_of["two"], strict=True) for request in pair]
     together = drawn(stack_lora(model, ["one", "two"]), tokenizer, mixed)
     assert same_tokens(together[::2], single_lane["one"])
     assert same_tokens(together[1::2], single_lane["two"])
