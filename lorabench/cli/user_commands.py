@@ -202,7 +202,7 @@ def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of
 def claims(tables: TablesFolder, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
-        from lorabench.claims import judge_claims
+        from lorabench.claims.judge import judge_claims
         from lorabench.tables.io import write_frame
         from lorabench.tables.tables import Tables
 

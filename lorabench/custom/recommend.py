@@ -242,7 +242,7 @@ def _measured(model: UserModel, results: Path) -> list[SeenOptimum]:
         except UserError:
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
-        for recommendation in measured.found:
+        for recommendation in measured.recommendations:
             place = recommendation.place
             where = f"measured, {folder.parent}: {place.dataset}, batch {place.batch_size}, {place.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}

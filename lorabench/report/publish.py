@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.claims import CORE
+from lorabench.claims.catalog import CORE
 from lorabench.config.files import preset_path
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES

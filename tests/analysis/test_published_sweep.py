@@ -10,7 +10,7 @@ import pytest
 from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from lorabench.claims import judge_claims
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"

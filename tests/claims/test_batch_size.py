@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import batch_size, judge_claims
+from lorabench.claims import batch_size
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables

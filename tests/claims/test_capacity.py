@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables

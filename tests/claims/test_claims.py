@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.finding import Finding, within, worst
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.tables.schemas import CLAIMS as COLUMNS
 from lorabench.tables.tables import Tables

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.arms import each_arm
 from lorabench.analysis.step_flops import each_setting, equal_flops_gap, flops_ratio, loss_by_flops
-from lorabench.claims import judge_claims
 from lorabench.claims.compute import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.tables.tables import Tables
 

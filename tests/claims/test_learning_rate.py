@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.lr_law import LrLaw, predict_lr
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.lora import descent, difficulty, lora_run, lora_tables, luck, nll, update_norm

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lorabench.claims import judge_claims
+from lorabench.claims.judge import judge_claims
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report.page import build

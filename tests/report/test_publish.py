@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorabench.claims import CORE, judge_claims
+from lorabench.claims.catalog import CORE
+from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.report.publish import END, RESULTS_PAGE, SHOWN, START, publish, readme_block, results_block
 from lorabench.storage.layout import Layout
