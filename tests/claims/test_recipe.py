@@ -16,18 +16,18 @@ SEEDS = 24
 
 
 def sft(*ranks: int | None, seeds: int = SEEDS, **changes: Any) -> list[dict[str, Any]]:
-    """Sweeps whose floor is 2.55 nats, above it 0.3 / rank for LoRA; seed noise 0.012; optima 1e-3 and 3e-3."""
+    """Make sweeps with a lowest loss of 2.55 nats, for LoRA 0.3 / rank more; sigma is 0.012, optima 1e-3 and 3e-3."""
     return [row for rank in ranks for row in make_sweep(rank, seeds=seeds, **changes)]
 
 
 def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
-    """The rows with the losses of both splits shifted."""
+    """Return the rows with the losses of both splits shifted."""
     losses = ("final_valid_nll", "final_test_nll")
     return [row | {name: row[name] + by for name in losses if row[name] is not None} for row in rows]
 
 
 def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **changes: Any) -> list[dict[str, Any]]:
-    """A sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
+    """Make a sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
     rows = []
     for lr in LRS:
         for seed in range(seeds if lr == best else 1):
@@ -42,7 +42,7 @@ def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **chan
 
 
 def only(rows: list[dict[str, Any]]):
-    """The only recommendation from some rows."""
+    """Return the only recommendation from some rows."""
     [recommendation] = measured_recipe(runs_table(rows)).recommendations
     return recommendation
 

@@ -1,4 +1,4 @@
-"""The training script runs as it is printed, lowers the loss, and saves an adapter that PEFT loads."""
+"""The printed training script runs unchanged, lowers the loss, and saves an adapter that PEFT loads."""
 
 from __future__ import annotations
 
