@@ -138,7 +138,7 @@ def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
 C8 = Claim(
     id="C8",
     kind="theory",
-    statement="LoRA+ (a larger LR of B) and a larger alpha are moves along init_A / LR_A",
+    statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
     figure="text",
     criterion=(
         "The criterion of C5 holds for the pairs in which one run has unequal LRs of A and B and the other, with "
