@@ -156,8 +156,8 @@ class MeasuredRecipe:
 def measured_recipe(runs: pd.DataFrame) -> MeasuredRecipe:
     """Derive recommendations from runs.
 
-    A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Only LoRA in the paper's parametrization
-    counts. RL problems on which no run ever got a reward are left out.
+    A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Only LoRA in the paper's
+    parametrization counts. RL problems on which no run ever got a reward are left out.
 
     Args:
         runs: the table `runs`; a task that lacks columns of NEEDED_BY is left out.
