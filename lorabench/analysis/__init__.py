@@ -1,1 +1,1 @@
-"""Estimators that take and return tables."""
+"""Estimators of optima, seed noise, gaps, departures and laws, which take and return tables."""

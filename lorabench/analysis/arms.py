@@ -1,7 +1,8 @@
-"""Arms: grouping, selecting, naming and checking the runs of a table.
+"""Arms, the units that are compared: grouping, selecting, naming and checking the runs of a table.
 
-An arm is what one LR sweep varies over: a method (FullFT, or LoRA of one rank, placement and parametrization) on one
-model and dataset, at one batch size and number of steps. Its runs differ in learning rate and seed only.
+An arm is everything that an LR sweep leaves fixed: a method (FullFT, or LoRA of one rank, placement and
+parametrization) on one model and dataset, at one batch size and number of steps. Its runs differ in learning rate and
+seed only.
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ from lorabench.tables.checks import check_table, listed
 STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
 """The paper's parametrization of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""
 
-
 ARM = ["model", "dataset", "method", "rank", "placement", "batch_size", "steps", *STANDARD, "eps"]
 """Columns whose values identify an arm. FullFT has null for rank, placement and the parametrization of LoRA."""
 
-
 OPTIONAL = ["steps", *STANDARD, "eps"]
 """Columns of ARM that a table may lack; all of its runs then count as having the same value."""
-
 
 _INTEGERS = ("rank", "batch_size", "steps")
 
@@ -41,10 +39,10 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
     words = [f"LoRA r{int(arm['rank'])}"]
     if not pd.isna(arm["placement"]) and arm["placement"] != "all":
         words.append(str(arm["placement"]))
-    for name, words_for in (("alpha", "alpha {:g}"), ("init_a", "init x{:g}"), ("lr_ratio", "LR_B/LR_A {:g}")):
+    for name, template in (("alpha", "alpha {:g}"), ("init_a", "init x{:g}"), ("lr_ratio", "LR_B/LR_A {:g}")):
         value = arm.get(name)
         if value is not None and not pd.isna(value) and value != STANDARD[name]:
-            words.append(words_for.format(value))
+            words.append(template.format(value))
     return " ".join(words)
 
 

@@ -54,7 +54,7 @@ class Comparison:
 
     label: str
     runs: pd.DataFrame
-    """The runs of all arms; those of RL as returned by `rewards.errors`, with error rates as their losses."""
+    """The runs of all arms; runs of RL have error rates as losses (see `rewards.with_error_rates`)."""
     curves: pd.DataFrame
     noise: pd.DataFrame = field(repr=False)
 
@@ -137,8 +137,8 @@ class Comparison:
         if difference.n_diverged:
             problems.append(f"{difference.n_diverged} repeats at the best LR diverged")
         interval = (difference.ci_low, difference.ci_high)
-        list_of_words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {list_of_words} over {difference.n_seeds} seeds"
+        in_words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {in_words} over {difference.n_seeds} seeds"
         return difference.estimate, interval, text, problems
 
     @property
@@ -187,7 +187,7 @@ def comparisons(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Comparison]:
 
 
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the curves of some runs; a table without the column run_id is returned as it is."""
+    """Return the curves of some runs; a table without the column run_id is returned unchanged."""
     return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
 
 

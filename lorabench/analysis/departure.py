@@ -20,10 +20,10 @@ def departures(
 ) -> pd.DataFrame:
     """Find where each arm's envelope leaves the lowest envelope for good, by more than the seed noise.
 
-    The criterion is that of the replication Orbit, which is meant for log-spaced points, with one change: the points
-    above must reach to the end of the curve. LoRA starts slowly, since B is zero, and a curve that joins the others
-    later has not run out of capacity. Arms are compared within model, dataset, batch size and number of steps. Step 0
-    is left out, since all arms are the base model there.
+    The criterion is that of the replication Sphere-AI-Lab/orbit (see docs/paper.md), which is meant for log-spaced
+    points, with one change: the points above must reach to the end of the curve. LoRA starts slowly, since B is zero,
+    and a curve that joins the others later has not run out of capacity. Arms are compared within model, dataset,
+    batch size and number of steps. Step 0 is left out, since all arms are the base model there.
 
     Args:
         envelopes: as from `envelopes`.

@@ -1,11 +1,11 @@
 """Findings: the verdict on a claim with its numbers, its reason and the runs behind it.
 
-The verdicts are
+The verdicts are:
 
-confirmed      the criterion holds with its whole interval on every comparison that the claim is about
-contradicted   the criterion fails with its whole interval on some comparison
-inconclusive   neither, because of too much noise, too few seeds, a missing arm, or an optimum at the edge of its grid
-not tested     the tables hold no runs or counts that the claim is about
+- `confirmed`: The criterion holds with its whole interval on every comparison that the claim is about.
+- `contradicted`: The criterion fails with its whole interval on some comparison.
+- `inconclusive`: Neither holds, because of much noise, few seeds, a missing arm, or an optimum at the edge of its grid.
+- `not tested`: The tables hold no runs or counts that the claim is about.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from lorabench.utils.formats import fixed_interval
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive", "not tested"]
 
@@ -64,7 +66,7 @@ def finding(
     """Build a finding; with any problem it is inconclusive, and its reason names the problems.
 
     Args:
-        run_ids: the runs behind it, in any order, repeated or not.
+        run_ids: ids of the runs behind it, in any order; ids may repeat.
         text: the numbers in words.
         verdict: the verdict if there is no problem.
         problems: what speaks against a verdict.
@@ -86,7 +88,7 @@ def finding(
 def worst(findings: Sequence[Finding]) -> Finding:
     """Return the finding that decides over several: contradicted before inconclusive before confirmed, then by strain.
 
-    `not tested` decides only if all findings are.
+    `not tested` decides only if all findings have this verdict.
     """
     order = ["not tested", "confirmed", "inconclusive", "contradicted"]
     return max(findings, key=lambda judged: (order.index(judged.verdict), judged.strain))
@@ -127,17 +129,12 @@ def exceeds(estimate: float, low: float, high: float, margin: float) -> Verdict:
 
 def nats(estimate: float, low: float, high: float) -> str:
     """Format a difference of losses, in nats per token."""
-    return f"{estimate:.4f} nats {interval_text(low, high, 4)}"
+    return f"{estimate:.4f} nats {fixed_interval(low, high, 4)}"
 
 
 def error_rate(estimate: float, low: float, high: float) -> str:
     """Format a difference of error rates."""
-    return f"{estimate:+.4f} in error rate {interval_text(low, high, 4)}"
-
-
-def interval_text(low: float, high: float, digits: int) -> str:
-    """Format an interval."""
-    return "(no interval)" if math.isnan(low + high) else f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{estimate:+.4f} in error rate {fixed_interval(low, high, 4)}"
 
 
 def sigma_text(sigma: float) -> str:

@@ -42,7 +42,7 @@ class Gap:
 
 
 def best_losses(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the final test losses of each arm at its best LR, that with the lowest validation loss on the LR grid.
+    """Compute the final test losses of each arm at its best LR, which has the lowest validation loss of the LR grid.
 
     Args:
         runs: columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).

@@ -57,7 +57,7 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
         runs: columns run_id, ARM, lr, seed.
 
     Returns:
-        One row per pair: SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
+        One row per pair: PAIR_SETTING, seed; run_id and CONFIGURATION of the run with the smaller time scale (suffix
         `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
         fast run, at least 1); equivalent (both scales are the same).
     """
@@ -84,7 +84,7 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
-    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and as a control others.
+    """Return the pairs of `run_pairs` that test the invariance: equivalent pairs, and other pairs as a control.
 
     The paper's argument holds at epsilon 0, so only the smallest epsilon with equivalent pairs is used. The pairs of
     the control are not equivalent and have the same settings and seeds.
@@ -114,7 +114,7 @@ def tenfold_pairs(runs: pd.DataFrame) -> pd.DataFrame:
 def fixed_a_controls(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the pairs of `tenfold_pairs` whose fast run is standard and whose slow run has the same initial A.
 
-    In the slow run A hardly moves, in comparison. Both runs have the same initial A, optimizer and first update, so
+    In the slow run A hardly moves in comparison. Both runs have the same initial A, optimizer and first update, so
     that later differences between their updates are due to the movement of A.
     """
     pairs = tenfold_pairs(runs)
@@ -126,7 +126,7 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Compute how much more a step changes W where A moves than where A is still, at the last step that both record.
 
     Args:
-        pairs: as from `still_controls`.
+        pairs: as from `fixed_a_controls`.
         curves: columns run_id, step, split, metric, value, with the metric `update_norm` at step 1 and later.
 
     Returns:

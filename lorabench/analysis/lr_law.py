@@ -149,7 +149,7 @@ def _design(problems: Sequence[LrProblem]) -> tuple[np.ndarray, list[str]]:
 
 
 def _regret_everywhere(problem: LrProblem) -> Callable[[float], float]:
-    """Return the regret as a function of log LR that is finite everywhere, see `fit`."""
+    """Return the regret as a function of log LR that is finite everywhere; see `fit_lr_law`."""
     log_lrs = np.log(problem.lrs)
     lowest, highest = np.nanmin(problem.losses), np.nanmax(problem.losses)
     regrets = (np.where(np.isnan(problem.losses), 2 * highest - lowest, problem.losses) - lowest) / lowest

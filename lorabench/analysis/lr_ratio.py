@@ -9,13 +9,14 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.finding import Finding, finding, interval_text, noise_problems, within
+from lorabench.analysis.finding import Finding, finding, noise_problems, within
+from lorabench.utils.formats import fixed_interval
 
 PAPER_RATIO = 10.0
 """The ratio of optimal LRs, LoRA over FullFT, that the paper gives."""
 
 RATIO_BAND = (6.0, 16.0)
-"""The LR ratios that count as PAPER_RATIO: those within a factor of 1.6 of it."""
+"""The LR ratios that count as PAPER_RATIO: all within a factor of 1.6 of it."""
 
 QUANTILES = [0.025, 0.975]
 """The ends of a 95% interval."""
@@ -42,7 +43,7 @@ class LrRatio:
     @property
     def short(self) -> str:
         """The ratio with its interval."""
-        return f"{self.estimate:.2f} {interval_text(*self.interval, 2)}"
+        return f"{self.estimate:.2f} {fixed_interval(*self.interval, 2)}"
 
 
 def lr_ratio(comparison: Comparison, arm: Arm, other: Arm) -> LrRatio:

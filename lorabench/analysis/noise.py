@@ -18,7 +18,7 @@ NOISE_GROUP = ["model", "dataset", "batch_size", "steps"]
 
 
 def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
-    """Estimate the seed standard deviation of the final losses, per model, dataset, batch size and steps (GROUP).
+    """Estimate the seed standard deviation of the final losses of each NOISE_GROUP.
 
     The estimate is pooled over the cells (arm and LR) that have at least two finished seeds: it is the root of the
     summed squared deviations from each cell's mean over the summed degrees of freedom. Seeds are repeated at the best
@@ -28,9 +28,9 @@ def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
         runs: columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
 
     Returns:
-        One row per GROUP: sigma (of the test loss, in its unit), sigma_valid (of the validation loss), dof (degrees of
-        freedom of both), n_runs (number of runs in the cells). Without a cell of two seeds the sigmas are NaN and dof
-        is 0.
+        One row per NOISE_GROUP: sigma (of the test loss, in its unit), sigma_valid (of the validation loss), dof
+        (degrees of freedom of both), n_runs (number of runs in the cells). Without a cell of two seeds the sigmas are
+        NaN and dof is 0.
 
     Raises:
         UserError: See `check_runs`.
@@ -53,11 +53,11 @@ def seed_noise(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def sigma_of(noise: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, split: str) -> float:
-    """Return the seed noise of an arm's GROUP, in the unit of its loss; NaN where it was not measured.
+    """Return the seed noise of an arm's NOISE_GROUP, in the unit of its loss; NaN where it was not measured.
 
     Args:
-        noise: as from `seed_noise`. Without sigma_valid, sigma holds for both splits; without a column of GROUP, a row
-            holds for all of its values.
+        noise: as from `seed_noise`. Without sigma_valid, sigma holds for both splits; without a column of NOISE_GROUP,
+            a row holds for all of its values.
         arm: values of the ARM columns.
         split: `validation` or `test`.
     """

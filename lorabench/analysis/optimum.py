@@ -19,7 +19,7 @@ from lorabench.analysis.losses import with_losses
 from lorabench.analysis.noise import sigma_of
 
 MAX_STEP = 3.5
-"""Widest ratio between neighbouring LRs around a resolved optimum: about half a decade, such as from 3e-4 to 1e-3."""
+"""The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
 
 _TAIL = 0.025  # on each side of a 95% interval
 
@@ -28,7 +28,7 @@ class LrGrid(NamedTuple):
     """One arm's runs of one seed, ascending in LR; each field has shape (n,)."""
 
     lr: np.ndarray
-    valid: np.ndarray
+    validation: np.ndarray
     """Validation losses; NaN where a run has no finite losses."""
     test: np.ndarray
     """Test losses; NaN where a run has no finite losses."""
@@ -43,11 +43,11 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
         of_arm: the arm's runs, columns lr, seed, status, and the losses (see `with_losses`).
     """
     ascending = with_losses(first_seed(of_arm)).sort_values("lr")
-    valid, test = (ascending[loss].to_numpy(float, na_value=math.nan) for loss in ("validation_loss", "test_loss"))
-    usable = (ascending["status"] == "done").to_numpy(bool) & np.isfinite(valid) & np.isfinite(test)
+    validation, test = (ascending[loss].to_numpy(float, na_value=math.nan) for loss in ("validation_loss", "test_loss"))
+    usable = (ascending["status"] == "done").to_numpy(bool) & np.isfinite(validation) & np.isfinite(test)
     return LrGrid(
         lr=ascending["lr"].to_numpy(float),
-        valid=np.where(usable, valid, math.nan),
+        validation=np.where(usable, validation, math.nan),
         test=np.where(usable, test, math.nan),
         diverged=(ascending["status"] == "diverged").to_numpy(bool),
     )
@@ -55,7 +55,7 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
 
 def best_index(grid: LrGrid) -> int | None:
     """Return the index of the lowest validation loss, the first of equals; None if no run finished."""
-    return int(np.nanargmin(grid.valid)) if np.isfinite(grid.valid).any() else None
+    return int(np.nanargmin(grid.validation)) if np.isfinite(grid.validation).any() else None
 
 
 def is_edge(grid: LrGrid, index: int) -> bool:
@@ -134,7 +134,7 @@ def _optimum(grid: LrGrid, sigma: float, n_bootstrap: int, rng: np.random.Genera
     if has_parabola:
         around = slice(best - 1, best + 2)
         log_lrs = np.log(grid.lr[around])
-        log_opt = vertex(log_lrs, grid.valid[around])
+        log_opt = vertex(log_lrs, grid.validation[around])
         loss_opt = _parabola_at(log_lrs, grid.test[around], log_opt.item())
         optimum |= {"lr_opt": np.exp(log_opt).item(), "loss_opt": loss_opt}
     if not math.isfinite(sigma):
@@ -180,7 +180,7 @@ def _bootstrap(grid: LrGrid, sigma: float, n_bootstrap: int, rng: np.random.Gene
     one seed share their data order; this makes the interval wider, not narrower.
     """
     log_lrs = np.log(grid.lr)
-    losses = grid.valid + sigma * rng.standard_normal((n_bootstrap, len(log_lrs)))
+    losses = grid.validation + sigma * rng.standard_normal((n_bootstrap, len(log_lrs)))
     best = np.nanargmin(losses, axis=1)
     has_parabola, diverged_above = _bracket(grid, best)
 
@@ -194,7 +194,7 @@ def _bootstrap(grid: LrGrid, sigma: float, n_bootstrap: int, rng: np.random.Gene
 
 def _bracket(grid: LrGrid, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return whether both neighbours of each index finished, and whether the lower finished and the upper diverged."""
-    finished = np.concatenate([[False], np.isfinite(grid.valid), [False]])
+    finished = np.concatenate([[False], np.isfinite(grid.validation), [False]])
     diverged = np.concatenate([[False], grid.diverged, [False]])
     # The arrays are padded by one, so `best` is the neighbour below and `best + 2` the neighbour above.
     return finished[best] & finished[best + 2], finished[best] & diverged[best + 2]

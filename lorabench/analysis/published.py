@@ -18,9 +18,9 @@ from lorabench.analysis.optimum import vertex
 from lorabench.utils.packaged import REFERENCE
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
-"""The columns of `sweeps`; nll is the final test NLL in nats per token."""
+"""The columns of `published_sweeps`; nll is the final test NLL in nats per token."""
 
-# What the files leave out because their source says it in its text. Hidden sizes are from the models' configurations.
+# These facts are in the text of the sources, not in the files. Hidden sizes are from the models' configurations.
 _TINKER, _REPLICATION = "tinker-cookbook", "michaelbzhu"
 _HIDDEN_SIZES = {
     "llama-3.2-1b": 2048,
@@ -85,7 +85,7 @@ def published_sweeps() -> pd.DataFrame:
 
 
 def sweep_of(model: str, dataset: str) -> pd.DataFrame:
-    """Return the rows of `sweeps` for a model and a dataset; names are compared without their owner and case."""
+    """Return the rows of `published_sweeps` for a model and a dataset; owner and case of their names do not matter."""
     table = published_sweeps()
     same_model = table["model"].map(_short) == _short(model)
     return table[same_model & (table["dataset"] == _dataset(dataset))]
@@ -139,7 +139,7 @@ def interpolated_optimum(grid: pd.DataFrame) -> float:
 
 
 def _short(model: str) -> str:
-    """A model's name without its owner, in lower case: `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`."""
+    """Return a model's name without its owner, in lower case: `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`."""
     return model.rsplit("/", 1)[-1].lower()
 
 

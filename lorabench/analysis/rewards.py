@@ -1,9 +1,9 @@
 """Rewards of reinforcement learning: error rates as losses, accuracies over training, and ranges of good LRs.
 
 An error rate, 1 - accuracy, is a loss: lower is better, the LR is picked by it on the validation split, it is reported
-on the test split, and it has seed noise. `errors` puts it into the columns `validation_loss` and `test_loss` (see
-`lorabench.analysis.losses`), so that the noise, optimal LRs and gaps of RL runs are computed by the same code as those
-of supervised runs.
+on the test split, and it has seed noise. `with_error_rates` puts it into the columns `validation_loss` and `test_loss`
+(see `lorabench.analysis.losses`), so that the same code computes the noise, optimal LRs and gaps of supervised runs and
+of RL runs.
 
 Near an accuracy of 1 many LRs may be equally good. The optimal LR is then the lowest of them, which means little. Its
 interval shows this, since noise moves the optimum anywhere on the flat top. If all seeds agree exactly, the noise is
@@ -27,7 +27,7 @@ from lorabench.analysis.optimum import LrGrid, arm_rng, best_index, lr_grid, lr_
 from lorabench.tables.checks import is_rl
 
 GOOD = 0.95
-"""Share of an arm's own peak accuracy that a good LR reaches at least."""
+"""The least share of an arm's own peak accuracy that a good LR reaches."""
 
 TestReward = Literal["final_reward", "best_reward"]
 
@@ -38,7 +38,8 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has.
 
     Args:
-        runs: columns task, status, final_valid_reward and that of `test_reward`; no run is RL if task is missing.
+        runs: columns task, status, final_valid_reward and the column that `test_reward` names; without the column task,
+            no run is RL.
         test_reward: the test accuracy to report: after the last step (`final_reward`), or at the evaluation with the
             best validation accuracy (`best_reward`).
 
@@ -82,7 +83,7 @@ def _noise(with_errors: pd.DataFrame) -> pd.DataFrame:
 def reward_curves(
     runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
 ) -> pd.DataFrame:
-    """Return a metric over training at each arm's best LR, that with the highest validation accuracy on the LR grid.
+    """Return a metric over training at each arm's best LR, which has the highest validation accuracy of the LR grid.
 
     Args:
         runs: columns as for `reward_optima`.
@@ -188,8 +189,8 @@ def band_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 100
     """Return the bootstrap draws from which `good_bands` makes an arm's interval.
 
     Args:
-        of_arm: the arm's runs as from `errors`.
-        noise: as from `seed_noise` of runs from `errors`.
+        of_arm: the arm's runs as from `with_error_rates`.
+        noise: as from `seed_noise` of runs from `with_error_rates`.
         n_bootstrap: number of draws.
         seed: seed of the bootstrap.
     """
@@ -199,12 +200,12 @@ def band_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 100
     if not _band(grid)["peak"] > 0 or not np.isfinite(sigmas).all():
         return BandDraws(np.full(n_bootstrap, math.nan), np.zeros(n_bootstrap, bool))
     rng = arm_rng(arm, seed)
-    valid, test = (
+    validation, test = (
         np.clip(1 - error + sigma * rng.standard_normal((n_bootstrap, len(grid.lr))), 0, 1)
-        for error, sigma in zip((grid.valid, grid.test), sigmas, strict=True)
+        for error, sigma in zip((grid.validation, grid.test), sigmas, strict=True)
     )
     accuracy = np.where(grid.diverged, 0.0, test)
-    threshold = GOOD * np.take_along_axis(test, np.nanargmax(valid, axis=1)[:, None], axis=1)
+    threshold = GOOD * np.take_along_axis(test, np.nanargmax(validation, axis=1)[:, None], axis=1)
     lengths = _good_shares(accuracy, threshold) * np.diff(np.log10(grid.lr))
     return BandDraws(lengths.sum(axis=1), np.asarray((accuracy[:, [0, -1]] >= threshold).any(axis=1)))
 

@@ -1,4 +1,4 @@
-"""Compute: the cost of a LoRA training step by rank relative to FullFT, and losses at equal training FLOPs."""
+"""The cost of a LoRA training step relative to that of full fine-tuning, and losses at equal training FLOPs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def flops_ratio(compute: pd.DataFrame) -> pd.DataFrame:
     """Compute the cost of a LoRA step divided by that of a FullFT step in the same setting.
 
     Args:
-        compute: the table `compute`, with the columns NEEDED; its other columns are optional.
+        compute: the table `compute`, with the columns FLOPS_COLUMNS; its other columns are optional.
 
     Returns:
-        One row per LoRA row, ascending in rank: the columns SETTING, placement, rank, effective_width, and
-        flops_ratio (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the
+        One row per LoRA row, ascending in rank: the columns COMPUTE_SETTING, placement, rank, effective_width,
+        and flops_ratio (counted FLOPs of the linear layers), formula (2/3 + 2R/N, with rank R and width N, from the
         paper's section on compute efficiency), relative_difference (of flops_ratio from formula), total_flops_ratio,
         step_ratio (seconds per step) and memory_ratio (peak bytes). A ratio is NaN where a number is missing or the
         setting has no FullFT row.
 
     Raises:
-        UserError: A column of NEEDED is missing, a method is unknown, LoRA has no rank, an arm appears twice in one
-            setting, or a number is not positive.
+        UserError: A column of FLOPS_COLUMNS is missing, a method is unknown, LoRA has no rank, an arm appears twice in
+            one setting, or a number is not positive.
     """
     _check(compute)
     columns = [*COMPUTE_SETTING, "placement", "rank", "effective_width"]

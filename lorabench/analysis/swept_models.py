@@ -80,6 +80,6 @@ def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:
     for model in models:
         for method in ("fullft", "lora"):
             grid = model.grid(method)
-            if np.isfinite(grid.valid).any() and len(grid.lr) > 1:
-                problems.append(LrProblem(model.lineage, model.hidden_size, method, grid.lr, grid.valid))
+            if np.isfinite(grid.validation).any() and len(grid.lr) > 1:
+                problems.append(LrProblem(model.lineage, model.hidden_size, method, grid.lr, grid.validation))
     return fit_lr_law(problems) if is_determined(problems) else None

@@ -22,7 +22,7 @@ MODELS = (
     f"FullFT and LoRA swept on at least {MIN_MODELS} models with the same data, batch size and length; seeds that give "
     "sigma"
 )
-"""What these claims need."""
+"""The runs that these claims need."""
 
 
 def across_models(judge: Callable[[list[SweptModel]], Finding]) -> Callable[[Evidence], Finding]:

@@ -18,7 +18,6 @@ from lorabench.analysis.finding import (
     UnjudgedError,
     Verdict,
     finding,
-    interval_text,
     noise_problems,
     sigma_text,
     together,
@@ -29,6 +28,7 @@ from lorabench.analysis.thresholds import threshold_slope, thresholds
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, over
 from lorabench.claims.scopes import every_longest, learning, longest_run, longest_runs, without_facts
+from lorabench.utils.formats import fixed_interval
 
 MIN_POINTS = 3
 """The number of points at the end of an envelope that must lie above the shared curve for a departure."""
@@ -98,10 +98,10 @@ A3 = Claim(
     statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
     figure="1",
     criterion=(
-        f"A rank leaves at the step from which its envelope stays more than {SIGMAS} sigma above the lowest one to the "
-        f"end, for at least {MIN_POINTS} points. On the longest dataset, rank 1 and at least one further rank leave, "
-        "the highest rank does not, and these steps do not fall with rank or their Spearman rho is at least "
-        f"{MIN_RHO:g}. Contradicted if rho is below 0, or if a rank leaves while rank 1 stays"
+        f"A rank leaves at the step from which its envelope stays more than {SIGMAS} sigma above the lowest "
+        f"envelope to the end, for at least {MIN_POINTS} points. On the longest dataset, rank 1 and at least one more "
+        "rank leave, the highest rank does not, and these steps do not fall with rank or their Spearman rho is at "
+        f"least {MIN_RHO:g}. Contradicted if rho is below 0, or if a rank leaves while rank 1 stays"
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; validation curves; seeds that give sigma",
     paper_value="no number",
@@ -122,14 +122,14 @@ def _keeps_falling(comparison: Comparison, arm: pd.Series[Any], points: pd.DataF
     # The curves are of single runs, so their difference has twice the variance of one.
     lag = against_log(both["step"], both["value"] - both["value_shared"], math.sqrt(2) * sigma)
     text = (
-        f"{arm_label(arm)} after step {arm['step']}: {loss.slope:.4f} {interval_text(loss.low, loss.high, 4)} nats per "
-        f"tenfold steps, FullFT {fullft.slope:.4f}, difference {lag.slope:.4f} {interval_text(lag.low, lag.high, 4)} "
-        f"({loss.n} points)"
+        f"{arm_label(arm)} after step {arm['step']}: {loss.slope:.4f} {fixed_interval(loss.low, loss.high, 4)} nats "
+        f"per tenfold steps, FullFT {fullft.slope:.4f}, difference {lag.slope:.4f} "
+        f"{fixed_interval(lag.low, lag.high, 4)} ({loss.n} points)"
     )
     both_arms = [comparison.lora[int(arm["rank"])], comparison.fullft or {}]
     problems = noise_problems(sigma, dof) + comparison.edge_problems(both_arms)
     if not fullft.high < 0:
-        problems.append("FullFT's own loss may not fall there")
+        problems.append("FullFT's own loss does not surely fall there")
     verdict: Verdict = "inconclusive"
     if loss.low > FLOOR * fullft.slope:
         verdict, text = "contradicted", f"{text}; a floor"
@@ -207,9 +207,8 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     others = f"; left out: {', '.join(left_out)}" if left_out else ""
     if line is None or math.isnan(line.low):
         raise UnjudgedError("inconclusive", f"{', '.join(tokens) or 'no departures'}: too few for a slope{others}")
-    text = (
-        f"slope {line.slope:.2f} {interval_text(line.low, line.high, 2)} over {line.n} departures ({', '.join(tokens)})"
-    )
+    interval = fixed_interval(line.low, line.high, 2)
+    text = f"slope {line.slope:.2f} {interval} over {line.n} departures ({', '.join(tokens)})"
     verdict = within(line.low, line.high, THRESHOLD_BAND)
     return finding(run_ids, text + others, verdict, [], line.slope, (line.low, line.high), abs(line.slope - 1))
 

@@ -13,10 +13,10 @@ from lorabench.claims.evidence import Evidence
 Kind = Literal["empirical", "theory", "opinion", "prediction"]
 """How the paper supports a statement.
 
-empirical    by runs of its own
-theory       by a derivation or a count
-opinion      by its authors' experience, without showing runs
-prediction   not at all: it left it untested
+- `empirical`: by runs of its own
+- `theory`: by a derivation or a count
+- `opinion`: by its authors' experience, without showing runs
+- `prediction`: not at all, since the paper left the statement untested
 """
 
 
@@ -30,22 +30,22 @@ class Claim:
     figure: str
     """The number of the paper's figure, or several with commas, or `text`."""
     criterion: str
-    """What must hold for the verdict confirmed, and what contradicts."""
+    """The conditions for the verdict `confirmed`, and for `contradicted`."""
     needs: str
     """The runs or tables that the criterion needs, for the reason of a claim that is not tested."""
     paper_value: str
-    """The paper's number for the estimate, or its words."""
+    """The paper's number for the estimate, or its statement in words."""
     unit: str
     """The unit of the estimate."""
     experiments: tuple[str, ...]
     """The experiments whose runs the claim is judged on; in a table without the column `experiments`, all runs."""
     judge: Callable[[Evidence], Finding]
     columns: tuple[str, ...] = ()
-    """The columns of `runs` that the claim needs beyond those of every claim on its task (`NEEDED_BY`)."""
+    """The columns of `runs` that the claim needs beyond those of every claim on its task (see `NEEDED_BY`)."""
     task: Task = "sft"
     """The task whose runs the claim is judged on."""
     core: bool = False
-    """Whether the paper's main conclusions rest on this claim: the README shows the core claims first."""
+    """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""
 
 
 def untestable(reason: str) -> Callable[[Evidence], Finding]:

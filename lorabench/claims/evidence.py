@@ -14,7 +14,7 @@ from lorabench.analysis.comparison import Comparison, comparisons
 from lorabench.analysis.finding import Finding, UnjudgedError, together
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
-"""What most claims need."""
+"""The runs that most claims need."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Evidence:
     curves: pd.DataFrame
     """The learning curves of these runs."""
     compute: pd.DataFrame
+    """The table `compute`: FLOPs, time and memory of training steps."""
     counts: pd.DataFrame
+    """The table `counts`: parameter counts of LoRA on large models."""
     every_run: pd.DataFrame = field(default_factory=pd.DataFrame)
     """The whole table `runs`, for a claim that compares RL with supervised training."""
 
     @cached_property
     def standard(self) -> pd.DataFrame:
-        """The runs of FullFT, and those of LoRA in the paper's parametrization on any layers."""
+        """The runs of FullFT, and the runs of LoRA in the paper's parametrization on any layers."""
         return self.runs[is_standard(self.runs)]
 
     @cached_property
@@ -54,10 +56,10 @@ Judged = TypeVar("Judged", bound=Labelled)
 def over(
     scope: Callable[[list[Comparison]], list[tuple[Judged, str]]], judge: Callable[[Judged], Finding]
 ) -> Callable[[Evidence], Finding]:
-    """Return a judge that judges each comparison in a scope by itself; the worst finding decides.
+    """Return a function that judges each comparison in a scope by itself; the worst finding decides.
 
     Args:
-        scope: chooses from all comparisons what is judged, each with a note for the reason.
+        scope: chooses what is judged from all comparisons; each choice has a note for the reason.
         judge: judges one choice of the scope.
     """
 

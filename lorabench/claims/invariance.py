@@ -16,7 +16,6 @@ from lorabench.analysis.finding import (
     UnjudgedError,
     Verdict,
     finding,
-    interval_text,
     together,
     within,
     worst,
@@ -33,6 +32,7 @@ from lorabench.analysis.invariances import (
 from lorabench.analysis.slopes import log_log
 from lorabench.claims.claim import Claim
 from lorabench.claims.scopes import on_lora
+from lorabench.utils.formats import fixed_interval
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 
@@ -138,7 +138,7 @@ def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
 C8 = Claim(
     id="C8",
     kind="theory",
-    statement="LoRA+ (a larger LR of B) and a larger alpha are moves along init_A / LR_A",
+    statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
     figure="text",
     criterion=(
         "The criterion of C5 holds for the pairs in which one run has unequal LRs of A and B and the other, with "
@@ -176,7 +176,7 @@ def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
     ratio, low, high = ratio_of_means(of_pair["fast"].to_numpy(float), of_pair["slow"].to_numpy(float))
     a_moved = of_pair["run_id_fast"].map(moved).max()
     text = (
-        f"r{first['rank']} {_named(first, 'fast')}: {ratio:.3f} {interval_text(low, high, 3)} of the fall of "
+        f"r{first['rank']} {_named(first, 'fast')}: {ratio:.3f} {fixed_interval(low, high, 3)} of the fall of "
         f"{_named(first, 'slow')} over {len(of_pair)} seeds"
     )
     problems = []
@@ -254,7 +254,7 @@ def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     n_times = reached["time"].map(lambda value: f"{value:.6g}").nunique()
     text = (
         f"steps until A has moved by its own norm go as (init_a/LR_A) to the power {line.slope:.2f} "
-        f"{interval_text(line.low, line.high, 2)}, {line.n} configurations with {n_times} time scales"
+        f"{fixed_interval(line.low, line.high, 2)}, {line.n} configurations with {n_times} time scales"
     )
     left_out = len(cells) - len(reached)
     if left_out:

@@ -19,7 +19,6 @@ from lorabench.analysis.finding import (
     equality_problems,
     exceeds,
     finding,
-    interval_text,
     nats,
     noise_problems,
     sigma_text,
@@ -31,6 +30,7 @@ from lorabench.analysis.student import t_quantile
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, over
 from lorabench.claims.scopes import every_dataset, learning, longest_run, longest_runs, smallest_dataset, without_facts
+from lorabench.utils.formats import fixed_interval
 
 MIN_SHARE = 0.01
 """The share of the steps at the start of a run that A1 leaves out."""
@@ -111,7 +111,7 @@ def _straight(comparison: Comparison, arm: Arm, points: pd.DataFrame) -> Finding
     low, high = min(low, high), max(low, high)
     text = (
         f"{arm_label(arm)} falls by {-line.slope:.3g} nats per tenfold steps, R2 {line.r2:.3f}, bend {bend:.3f} "
-        f"{interval_text(low, high, 3)} of the fall ({line.n} points)"
+        f"{fixed_interval(low, high, 3)} of the fall ({line.n} points)"
     )
     problems = noise_problems(sigma, dof) + comparison.edge_problems([arm])
     if math.isnan(low):
@@ -120,7 +120,7 @@ def _straight(comparison: Comparison, arm: Arm, points: pd.DataFrame) -> Finding
     if line.low > 0:
         verdict, text = "contradicted", f"{text}; it rises"
     elif not line.high < 0:
-        verdict, text = "inconclusive", f"{text}; it may not fall"
+        verdict, text = "inconclusive", f"{text}; it does not surely fall"
     elif verdict == "confirmed" and line.r2 < MIN_R2:
         verdict = "inconclusive"
     return finding(comparison.rows[arm_label(arm)]["run_id"], text, verdict, problems, bend, (low, high), abs(bend))

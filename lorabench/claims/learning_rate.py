@@ -17,7 +17,6 @@ from lorabench.analysis.finding import (
     Verdict,
     all_of,
     finding,
-    interval_text,
     together,
     within,
     worst,
@@ -26,6 +25,7 @@ from lorabench.analysis.lr_ratio import PAPER_RATIO, QUANTILES, RATIO_BAND, judg
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, over
 from lorabench.claims.scopes import every_dataset
+from lorabench.utils.formats import fixed_interval
 
 LOW_RANK = 4
 """The rank from which the optimal LR is nearly the same at all ranks."""
@@ -157,7 +157,7 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
         above: Verdict = "confirmed" if low > 1 else "contradicted" if high <= 1 else "inconclusive"
         text = (
             f"{step} steps: {short.text}; over that at {steps} steps "
-            f"{short.estimate / full.estimate:.2f} {interval_text(low, high, 2)}"
+            f"{short.estimate / full.estimate:.2f} {fixed_interval(low, high, 2)}"
         )
         problems = [f"at {step} steps {fault}" for fault in short.problems]
         problems += [f"at {steps} steps {fault}" for fault in full.problems]

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorabench.analysis.arms import STANDARD
-from lorabench.analysis.finding import Finding, Verdict, all_of, finding, interval_text, within
+from lorabench.analysis.finding import Finding, Verdict, all_of, finding, within
 from lorabench.analysis.lr_ratio import PAPER_RATIO, QUANTILES, RATIO_BAND, LrRatio
 from lorabench.analysis.swept_models import SweptModel, run_ids
 from lorabench.claims.across_models import COLUMNS, EXPERIMENTS, MIN_MODELS, MODELS, across_models
 from lorabench.claims.claim import Claim
+from lorabench.utils.formats import fixed_interval
 
 FLAT = 0.3
 """The slope of log ratio on log hidden size, or its distance from another slope, up to which it counts as none."""
@@ -51,7 +52,7 @@ def _slope(ratios: Sequence[tuple[SweptModel, LrRatio]]) -> tuple[float, tuple[f
 def _slope_text(slope: float, interval: tuple[float, float]) -> str:
     if math.isnan(slope):
         return "no slope against hidden size"
-    return f"slope of log ratio on log hidden size {slope:.2f} {interval_text(*interval, 2)}"
+    return f"slope of log ratio on log hidden size {slope:.2f} {fixed_interval(*interval, 2)}"
 
 
 def _distance(ratio: LrRatio) -> float:

@@ -14,7 +14,6 @@ from lorabench.analysis.finding import (
     UnjudgedError,
     Verdict,
     finding,
-    interval_text,
     noise_problems,
     together,
     within,
@@ -24,12 +23,13 @@ from lorabench.analysis.lr_ratio import QUANTILES
 from lorabench.analysis.swept_models import SweptModel, fitted_law, run_ids
 from lorabench.claims.across_models import COLUMNS, EXPERIMENTS, MIN_MODELS, MODELS, across_models
 from lorabench.claims.claim import Claim
+from lorabench.utils.formats import fixed_interval
 
 MAX_REGRET = 0.005
-"""Mean regret, as a share of the lowest test loss, up to which a law predicts the optimal LR."""
+"""The mean regret, as a share of the lowest test loss, up to which a law predicts the optimal LR."""
 
 MAX_EXPONENT_DISTANCE = 0.3
-"""Distance of an exponent from the published one up to which the two count as the same."""
+"""The distance of an exponent from the published one up to which the two count as the same."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _regret_of_law(models: list[SweptModel], method: str, law: LrLaw, left_out: 
 
 
 def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
-    """B7: judge the mean regret over models, by method, of laws fitted to the other models and of one fitted to all."""
+    """B7: judge the mean regret over models, by method, of laws fitted to the other models and of the law of all."""
     problems = [f"{len(models)} models, {MIN_MODELS} needed"] if len(models) < MIN_MODELS else []
     for model in models:
         faults = noise_problems(*model.comparison.sigma("test"))
@@ -156,7 +156,7 @@ def _exponent(members: list[SweptModel], family: str) -> Finding:
     low, high = np.quantile(exponents, QUANTILES).tolist()
     expected = PUBLISHED.exponents[family]
     sizes = ", ".join(f"{model.name} ({model.hidden_size})" for model in members)
-    text = f"{family}: exponent {exponent:.2f} {interval_text(low, high, 2)}, published {expected:.2g}; over {sizes}"
+    text = f"{family}: exponent {exponent:.2f} {fixed_interval(low, high, 2)}, published {expected:.2g}; over {sizes}"
     problems = [f"{model.name}: {fault}" for model in members for fault in model.ratio.problems]
     verdict = within(low, high, (expected - MAX_EXPONENT_DISTANCE, expected + MAX_EXPONENT_DISTANCE))
     strain = abs(exponent - expected)

@@ -99,7 +99,7 @@ def expert_ratio(evidence: Evidence) -> Finding:
 M1 = Claim(
     id="M1",
     kind="theory",
-    statement="A rank of total/8 for each expert keeps LoRA's share of parameters the same as in other layers",
+    statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
     figure="text",
     criterion=(
         "On Qwen3-30B-A3B with an expert rank of total rank / 8, and with gate and up of an expert as one matrix: "

@@ -21,7 +21,6 @@ from lorabench.analysis.finding import (
     all_of,
     equality_problems,
     finding,
-    interval_text,
     nats,
     noise_problems,
     sigma_text,
@@ -45,16 +44,16 @@ from lorabench.analysis.slopes import log_log
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import over
 from lorabench.claims.scopes import Scoped, on_lora
+from lorabench.utils.formats import fixed_interval
 
 FLAT_BAND = (0.95, 1.05)
 """The ratios of two first descents that count as equal."""
 
 HALF = 0.5
-"""The share of layers from which B has the larger norm in most of them."""
+"""The share of layers above which B has the larger norm in most layers."""
 
-# First descents are compared where these are the same.
+# First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
-
 
 _STANDARD_RULE, *_CONTROL_RULES = RULES.values()
 
@@ -72,7 +71,8 @@ def _flat(of_rule: pd.DataFrame) -> tuple[Verdict, pd.Series[Any], str]:
     deciding = others[[of_rank == verdict for of_rank in verdicts]]
     furthest = deciding.sort_values("ratio", key=lambda ratio: (ratio - 1).abs()).iloc[-1]
     ratios = ", ".join(
-        f"r{row['rank']} {row['ratio']:.3f} {interval_text(row['low'], row['high'], 3)}" for _, row in others.iterrows()
+        f"r{row['rank']} {row['ratio']:.3f} {fixed_interval(row['low'], row['high'], 3)}"
+        for _, row in others.iterrows()
     )
     return verdict, furthest, f"first descent over that of r{top}: {ratios}, {furthest['n_seeds']} seeds"
 
@@ -189,7 +189,9 @@ def standard_near_optimal(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
         if standard and variants:
             findings.append(_best_variant(of_setting, standard, variants))
     if not findings:
-        raise UnjudgedError("not tested", "no LR-tuned variants of alpha or LR ratio beside the standard one")
+        raise UnjudgedError(
+            "not tested", "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
+        )
     return together(findings)
 
 
@@ -201,7 +203,7 @@ C9 = Claim(
     criterion=(
         "The test NLL of each variant of alpha and of LR_B/LR_A minus that of the standard parametrization, each at "
         f"its own best LR and paired by seed, has no 95% interval that reaches below -{SIGMAS} sigma. Contradicted if "
-        "one lies wholly below"
+        "an interval lies wholly below that"
     ),
     needs=f"the standard parametrization and variants of alpha and LR ratio, each LR-tuned; {MIN_SEEDS} seeds",
     paper_value="unable to improve; no number",
@@ -242,7 +244,7 @@ def b_outgrows_a(comparison: Comparison) -> Finding:
             continue
         share, low, high = mean_interval(shares.loc[run_ids])
         verdict: Verdict = "confirmed" if low > HALF else "contradicted" if high <= HALF else "inconclusive"
-        text = f"{arm_label(arm)} {share:.2f} {interval_text(low, high, 2)} over {len(run_ids)} seeds"
+        text = f"{arm_label(arm)} {share:.2f} {fixed_interval(low, high, 2)} over {len(run_ids)} seeds"
         findings.append(finding(run_ids, text, verdict, comparison.edge_problems([arm]), share, (low, high), -share))
     if not findings:
         raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its best LR")
@@ -278,7 +280,7 @@ def _growth_by_a(of_pair: pd.DataFrame) -> Finding:
     ratio, interval = math.exp(mean), (math.exp(low), math.exp(high))
     text = (
         f"r{first['rank']} LR {first['lr_fast']:g}: change of W at step {first['step']} over the first is {ratio:.2f} "
-        f"{interval_text(*interval, 2)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(of_pair)} "
+        f"{fixed_interval(*interval, 2)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(of_pair)} "
         "seeds"
     )
     problems = [f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed"] if len(of_pair) < MIN_SEEDS else []
@@ -301,12 +303,12 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
         pd.Series([log_log(size.index, size).slope for size in filled.values()], dtype=float)
     )
     text = (
-        f"{label}: change of W per step over the LR is {ratio:.2f} {interval_text(*interval, 2)} times that "
+        f"{label}: change of W per step over the LR is {ratio:.2f} {fixed_interval(*interval, 2)} times that "
         f"of the first step from step {math.ceil(math.sqrt(last))} to {last}, {len(sizes)} seeds"
     )
     # A slope needs two recorded steps.
     if not math.isnan(slope):
-        text += f"; it goes as step to the power {slope:.2f} {interval_text(slope_low, slope_high, 2)} from "
+        text += f"; it goes as step to the power {slope:.2f} {fixed_interval(slope_low, slope_high, 2)} from "
         text += f"step {ADAM_STEPS} on"
     problems = [f"{len(sizes)} seeds, {MIN_SEEDS} needed"] if len(sizes) < MIN_SEEDS else []
     verdict: Verdict = "inconclusive"
@@ -353,8 +355,8 @@ C11 = Claim(
     figure="text",
     criterion=(
         "With a control: at the last recorded step, the norm of the change of W by one step, relative to the first "
-        "step, over the same of a run with a tenth of LR_A and the same LR_B, has a 95% interval over paired seeds "
-        "above 1; contradicted if it is below. In the control A hardly moves, and Adam's updates shrink as much. "
+        "step, over the same ratio of a run with a tenth of LR_A and the same LR_B, has a 95% interval over paired "
+        "seeds above 1; contradicted if it is below. In the control A hardly moves, and Adam's updates shrink as much. "
         "Without a control: the norm of the change of W over the LR, in the first half of the longest runs at the "
         "best LR (mean of logs over the recorded steps from the square root of its last step on), over that of the "
         f"first step is above 1; contradicted only if it is below 1 and falls from step {ADAM_STEPS} on, since Adam's "

@@ -171,14 +171,15 @@ E7 = Claim(
 
 def attention_adds_nothing(comparison: Comparison) -> Finding:
     """E2: judge the test NLL of LoRA on the MLP minus that on all layers, at every rank that both have."""
-    mlp, every = comparison.placed("mlp"), comparison.lora
+    mlp, all_layers = comparison.placed("mlp"), comparison.lora
     require(
-        ("LoRA on the MLP", next(iter(mlp.values()), None)), ("LoRA on all layers", next(iter(every.values()), None))
+        ("LoRA on the MLP", next(iter(mlp.values()), None)),
+        ("LoRA on all layers", next(iter(all_layers.values()), None)),
     )
-    ranks = [rank for rank in mlp if rank in every]
+    ranks = [rank for rank in mlp if rank in all_layers]
     if not ranks:
         raise UnjudgedError("inconclusive", "no rank with LoRA on the MLP and on all layers")
-    return together([comparison.equal_losses(mlp[rank], every[rank]) for rank in ranks])
+    return together([comparison.equal_losses(mlp[rank], all_layers[rank]) for rank in ranks])
 
 
 E2 = Claim(

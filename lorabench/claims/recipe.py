@@ -30,7 +30,7 @@ _ANSWERS: Mapping[Verdict, MatchAnswer] = {"confirmed": "yes", "contradicted": "
 
 @dataclass(frozen=True)
 class SharedSetting:
-    """What all arms of a comparison have in common."""
+    """The settings that all arms of a comparison have in common."""
 
     task: Task
     model: str
@@ -99,7 +99,7 @@ class RankRecommendation:
     lora: tuple[Choice, ...]
     """The LoRA arms on all layers, ascending in rank."""
     best: Choice
-    """The rank with the lowest validation loss among those that give the answer."""
+    """The rank with the lowest validation loss among the ranks that give the answer."""
     smallest: Choice | None
     """The lowest rank that matches, if any."""
     sigma: float
@@ -118,7 +118,7 @@ class PlacementChoice:
     """LoRA on all and on some layers of one model, dataset, batch size and length, each at its best rank."""
 
     place: SharedSetting
-    every: Choice
+    all_layers: Choice
     """LoRA on all layers."""
     parts: tuple[Choice, ...]
     """LoRA on the MLP and on attention alone, with their gap to LoRA on all layers."""
@@ -128,13 +128,15 @@ class PlacementChoice:
 class MeasuredRecipe:
     """The recommendations from a table of runs."""
 
-    found: tuple[RankRecommendation, ...]
+    recommendations: tuple[RankRecommendation, ...]
+    """The recommended rank and LR of each comparison of LoRA with full fine-tuning."""
     placements: tuple[PlacementChoice, ...]
+    """The comparisons of LoRA on some layers with LoRA on all layers."""
 
     @property
     def answer(self) -> MatchAnswer | Literal["mixed"] | None:
         """The answer of all comparisons together; `mixed` if they differ, None without any."""
-        answers = {recommendation.answer for recommendation in self.found}
+        answers = {recommendation.answer for recommendation in self.recommendations}
         return answers.pop() if len(answers) == 1 else "mixed" if answers else None
 
     def by_batch_size(self) -> list[tuple[RankRecommendation, ...]]:
@@ -143,16 +145,19 @@ class MeasuredRecipe:
         They ascend in batch size; of several lengths at one batch size, the longest is taken.
         """
         groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
-        for recommendation in sorted(self.found, key=lambda each: (each.place.batch_size, each.place.steps or 0)):
+        for recommendation in sorted(
+            self.recommendations, key=lambda each: (each.place.batch_size, each.place.steps or 0)
+        ):
             place = recommendation.place
             groups.setdefault((place.task, place.model, place.dataset), {})[place.batch_size] = recommendation
         return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]
 
 
 def measured_recipe(runs: pd.DataFrame) -> MeasuredRecipe:
-    """Derive recommendations from runs. A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs.
+    """Derive recommendations from runs.
 
-    Only LoRA in the paper's parametrization counts. RL problems on which no run ever got a reward are left out.
+    A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Only LoRA in the paper's
+    parametrization counts. RL problems on which no run ever got a reward are left out.
 
     Args:
         runs: the table `runs`; a task that lacks columns of NEEDED_BY is left out.
@@ -175,7 +180,7 @@ def measured_recipe(runs: pd.DataFrame) -> MeasuredRecipe:
 
 
 def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Yield the runs of each task in the paper's parametrization; those of RL as error rates."""
+    """Yield the runs of each task in the paper's parametrization; runs of RL have error rates as losses."""
     rl = is_rl(runs)
     of_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
     for task, chosen in of_task.items():
@@ -212,9 +217,9 @@ def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm])
 
 
 def _placements(comparison: Comparison, by_rank: Sequence[Arm], parts: Sequence[Sequence[Arm]]) -> PlacementChoice:
-    every, *others = (min(arms, key=lambda arm: _validation_loss(comparison, arm)) for arms in (by_rank, *parts))
-    against = tuple(_against(comparison, arm, every, tuned_ratio=False) for arm in others)
-    return PlacementChoice(_place(comparison), _choice(comparison, every), against)
+    all_layers, *others = (min(arms, key=lambda arm: _validation_loss(comparison, arm)) for arms in (by_rank, *parts))
+    against = tuple(_against(comparison, arm, all_layers, tuned_ratio=False) for arm in others)
+    return PlacementChoice(_place(comparison), _choice(comparison, all_layers), against)
 
 
 def _place(comparison: Comparison) -> SharedSetting:
@@ -268,7 +273,7 @@ def _choice(
         lr_low=float(optimum["lr_low"]),
         lr_high=float(optimum["lr_high"]),
         resolved=bool(optimum["resolved"]),
-        loss=float(losses["nll_mean"]),
+        loss=float(losses["loss_mean"]),
         n_seeds=int(losses["n_seeds"]),
         gap=gap,
         ratio=ratio,

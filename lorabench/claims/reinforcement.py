@@ -18,7 +18,6 @@ from lorabench.analysis.finding import (
     UnjudgedError,
     Verdict,
     finding,
-    interval_text,
     noise_problems,
     sigma_text,
 )
@@ -26,9 +25,10 @@ from lorabench.analysis.lr_ratio import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import GOOD, band_draws, good_bands
 from lorabench.claims.claim import Claim, untestable
 from lorabench.claims.rl_shared import LEARNED, RL_EXPERIMENTS, RL_RUNS, each_rank, if_learned, over_problems
+from lorabench.utils.formats import fixed_interval
 
 LR_BAND = (5.0, 20.0)
-"""The LR ratios that count as PAPER_RATIO in RL: those within a factor of 2 of it."""
+"""The LR ratios that count as PAPER_RATIO in RL: all within a factor of 2 of that ratio."""
 
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
@@ -45,7 +45,7 @@ B10 = Claim(
     figure="6, 7",
     criterion=(
         "On every problem set, the 95% interval of the ratio of the LRs with the highest validation accuracy, of the "
-        f"highest rank over FullFT, lies within {LR_BAND[0]:g} to {LR_BAND[1]:g}; both LRs are found by quadratic "
+        f"highest rank over FullFT, lies within {LR_BAND[0]:g} to {LR_BAND[1]:g}; both LRs come from quadratic "
         f"interpolation in log LR. {LEARNED.format('one of them')}"
     ),
     needs=RL_RUNS.format("LoRA above rank 1"),
@@ -109,7 +109,7 @@ def _wider(comparison: Comparison, of_arm: dict[str, pd.Series[Any]], lora: Arm,
         verdict = "confirmed" if low > 0 else "contradicted"
     sigma, dof = comparison.sigma("test")
     text = (
-        f"{_range(bands[0])} - FullFT's {_range(bands[1])} = {estimate:.2f} {interval_text(low, high, 2)} decades of "
+        f"{_range(bands[0])} - FullFT's {_range(bands[1])} = {estimate:.2f} {fixed_interval(low, high, 2)} decades of "
         f"good LRs, of grids {step:.2f} apart, {sigma_text(sigma)}"
     )
     problems = noise_problems(sigma, dof) + comparison.edge_problems(arms)

@@ -11,13 +11,14 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
-from lorabench.analysis.finding import Finding, UnjudgedError, Verdict, finding, interval_text, together, within
+from lorabench.analysis.finding import Finding, UnjudgedError, Verdict, finding, together, within
 from lorabench.analysis.gaps import mean_interval
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import Evidence
 from lorabench.claims.rl_shared import MIN_CHAIN, RL_EXPERIMENTS, at_best, over_problems, tenths
 from lorabench.tables.checks import is_rl
+from lorabench.utils.formats import fixed_interval
 
 MATH_PROBLEMS = 10_000
 """The number of problems in the paper's RL on MATH."""
@@ -187,7 +188,7 @@ def _bits(lengths: pd.DataFrame, comparison: Comparison) -> Finding:
         # The product of the ends is wider than the interval of the product, so it is cautious.
         ratio, low, high = (n / math.log(2) * t for n, t in zip(nats, per_episode, strict=True))
         bits = f"SFT on {row['dataset']} {nats[0] / math.log(2):.3g} bits per token"
-        text = f"{bits}; ratio {ratio:.0f} {interval_text(low, high, 0)}"
+        text = f"{bits}; ratio {ratio:.0f} {fixed_interval(low, high, 0)}"
         problems = comparison.edge_problems([arm])
         run_ids = [*comparison.losses[arm_label(arm)]["run_ids"], *row["run_ids"]]
         verdict = within(low, high, BITS_BAND)

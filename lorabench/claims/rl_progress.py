@@ -18,7 +18,6 @@ from lorabench.analysis.finding import (
     all_of,
     error_equality_problems,
     finding,
-    interval_text,
     noise_problems,
     sigma_text,
     within,
@@ -39,6 +38,7 @@ from lorabench.claims.rl_shared import (
     pair_problems,
     tenths,
 )
+from lorabench.utils.formats import fixed_interval
 
 LENGTH_BAND = (0.8, 1.25)
 """The ratios of two response lengths that count as the same."""
@@ -83,7 +83,7 @@ def same_progress(comparison: Comparison) -> Finding:
         verdict = within(*interval, (-margin, margin))
         text = (
             f"mean train reward - FullFT's is furthest off in tenth {tenth} of the steps: {estimate:+.4f} "
-            f"{interval_text(*interval, 4)} over {n} seeds, {sigma_text(sigma)}"
+            f"{fixed_interval(*interval, 4)} over {n} seeds, {sigma_text(sigma)}"
         )
         problems = noise_problems(sigma, dof) + error_equality_problems(verdict, margin)
         problems += pair_problems(comparison, lora, fullft, n)
@@ -136,7 +136,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     margin = _Z * math.sqrt(2 * mean * (1 - mean) / samples) if samples > 0 else math.nan
     verdict = within(low, high, (-margin, margin))
     text = (
-        f"accuracy - FullFT's = {estimate:+.4f} {interval_text(low, high, 4)} over {len(gaps)} seeds, FullFT "
+        f"accuracy - FullFT's = {estimate:+.4f} {fixed_interval(low, high, 4)} over {len(gaps)} seeds, FullFT "
         f"{first:.3f} before and {last:.3f} after training"
     )
     problems = pair_problems(comparison, lora, fullft, len(gaps)) + error_equality_problems(verdict, margin)
@@ -194,7 +194,7 @@ def _geometric_mean(ratios: pd.Series[float]) -> tuple[float, float, float]:
 
 
 def _ratio_text(ratio: tuple[float, float, float]) -> str:
-    return f"{ratio[0]:.2f} {interval_text(*ratio[1:], 2)}"
+    return f"{ratio[0]:.2f} {fixed_interval(*ratio[1:], 2)}"
 
 
 def _reflection(comparison: Comparison, arm: Arm) -> str:

@@ -26,22 +26,22 @@ RL_RUNS = (
     "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
     f"{MIN_SEEDS} seeds at the best LRs"
 )
-"""What most claims on RL need; the place is for the LoRA arms."""
+"""The runs that most claims on RL need; the placeholder stands for the LoRA arms."""
 
 LEARNED = f"Inconclusive where the accuracy of {{}} is not above that of the base model by more than {SIGMAS} sigma"
-"""The part of a criterion that asks for learning; the place is for the arms that must have learned."""
+"""The part of a criterion that requires learning; the placeholder stands for the arms that must have learned."""
 
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 """All experiments that compare LoRA of several ranks with FullFT in RL."""
 
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
-"""The experiment on DeepMath, and the one that stands for it on small models."""
+"""The experiment on DeepMath, and the experiment that stands for it on small models."""
 
 
 def over_problems(
     judge: Callable[[Comparison], Finding], test_reward: TestReward = "final_reward"
 ) -> Callable[[Evidence], Finding]:
-    """Return a judge that judges each model and problem set by itself on error rates; the worst finding decides.
+    """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
 
     A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only.
 
@@ -62,7 +62,7 @@ def over_problems(
 
 
 def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs as error rates (see `errors`), of models and problem sets on which some run got a reward."""
+    """Return the RL runs as error rates, of models and problem sets on which some run got a reward."""
     rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
     return with_error_rates(runs[rewarded.astype(bool)], test_reward)
 

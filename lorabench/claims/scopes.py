@@ -14,10 +14,10 @@ from lorabench.analysis.memorisation import is_memorisation
 from lorabench.claims.evidence import Evidence, judge_each
 
 Scoped = tuple[Comparison, str]
-"""A comparison that a claim is judged on, and a note for the reason on why it was chosen."""
+"""A comparison that a claim is judged on, and a note for the finding's reason that says why it was chosen."""
 
 Scope = Callable[[list[Comparison]], list[Scoped]]
-"""A function from all comparisons in the tables to those that a claim is judged on."""
+"""A function that chooses, from all comparisons in the tables, the comparisons that a claim is judged on."""
 
 
 def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:
@@ -65,7 +65,7 @@ def every_longest(comparisons: list[Comparison]) -> list[Scoped]:
 
 
 def longest_run(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose, for each model, the dataset with the most examples seen, and of it the comparison with the most steps."""
+    """Choose, for each model, the dataset with the most examples seen, and its comparison with the most steps."""
     return longest_dataset(longest_runs(comparisons))
 
 
@@ -86,12 +86,14 @@ def learning(scope: Scope) -> Scope:
 
 
 def without_facts(comparisons: list[Comparison]) -> list[Comparison]:
-    """Return the comparisons whose dataset is not one of random facts."""
+    """Return the comparisons whose dataset does not hold random facts."""
     return [comparison for comparison in comparisons if not is_memorisation(comparison.runs).any()]
 
 
 def on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
-    """Return a judge of the LoRA runs of each model and dataset, of any parametrization; the worst finding decides.
+    """Return a function that judges the LoRA runs of each model and dataset; the worst finding decides.
+
+    The runs may have any parametrization.
 
     Args:
         judge: given the LoRA runs (with the columns of `with_scales`) and the table `curves`.

@@ -1,4 +1,4 @@
-"""Claims N: bits per token of data, and bits that a parameter stores."""
+"""Claims N1 and N2: bits per token of data, and bits that a parameter stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, finding, interval_text, within, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, finding, within, worst
 from lorabench.analysis.gaps import gap
 from lorabench.analysis.memorisation import (
     BITS_PER_PARAMETER,
@@ -23,6 +23,7 @@ from lorabench.analysis.memorisation import (
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import over
 from lorabench.claims.scopes import Scoped, every_longest, learning
+from lorabench.utils.formats import fixed_interval
 
 BIT_BAND = (0.3, 1.2)
 """The losses, in nats per token, that count as about 1 bit."""
@@ -36,7 +37,7 @@ def about_one_bit(comparison: Comparison) -> Finding:
     row = lengths.iloc[0]
     mean, interval = float(row["nats_per_token"]), (float(row["nats_low"]), float(row["nats_high"]))
     text = (
-        f"first epoch of {arm_label(row)} {mean:.3f} nats {interval_text(*interval, 3)} per scored token = "
+        f"first epoch of {arm_label(row)} {mean:.3f} nats {fixed_interval(*interval, 3)} per scored token = "
         f"{mean / math.log(2):.2f} bits, {row['bits']:.3g} bits in all, {row['n_seeds']} seeds"
     )
     problems = [] if row["n_seeds"] > 1 else ["one seed gives no interval"]
@@ -52,7 +53,7 @@ N1 = Claim(
     criterion=(
         "The 95% interval over seeds of the first epoch's loss per scored token, of FullFT at its best LR, lies "
         f"within {BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats. The paper speaks of natural data; a verdict on generated "
-        "tasks is about those tasks"
+        "tasks is about these tasks only"
     ),
     needs="runs of FullFT that go through an epoch; two seeds at the best LR",
     paper_value="1 bit = 0.69 nats",
@@ -95,7 +96,7 @@ def _two_bits(comparison: Comparison, rank: int, stored: pd.Series[Any], growth:
         late = "unknown" if math.isnan(growth) else f"{growth:.0%}"
         problems.append(f"still storing at the end ({late} of it in the second half of the steps)")
     estimate = float(stored["bits_per_parameter"])
-    text = f"r{rank} is saturated at {estimate:.2f} {interval_text(low, high, 2)} bits per parameter"
+    text = f"r{rank} is saturated at {estimate:.2f} {fixed_interval(low, high, 2)} bits per parameter"
     verdict = within(low, high, TWO_BITS_BAND)
     return finding(
         stored["run_ids"], text, verdict, problems, estimate, (low, high), abs(estimate - BITS_PER_PARAMETER)
@@ -110,7 +111,7 @@ def two_bits_per_parameter(comparison: Comparison) -> Finding:
     stored = stored.set_index("rank")
     by_rank = ", ".join(
         f"r{rank} {row['bits_per_parameter']:.2f} "
-        f"{interval_text(row['bits_per_parameter_low'], row['bits_per_parameter_high'], 2)} bits per parameter, "
+        f"{fixed_interval(row['bits_per_parameter_low'], row['bits_per_parameter_high'], 2)} bits per parameter, "
         f"{row['share']:.0%} of the facts"
         for rank, row in stored.iterrows()
     )

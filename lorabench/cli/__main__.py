@@ -1,3 +1,5 @@
+"""Run the command line by `python -m lorabench.cli`."""
+
 from lorabench.cli.main import app
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a command ends when something goes wrong."""
+"""The end of a command that fails: an error in one sentence, and an exit status."""
 
 from __future__ import annotations
 

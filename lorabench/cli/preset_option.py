@@ -1,4 +1,4 @@
-"""The option --preset, which most commands have, and what it stands for."""
+"""The option --preset, which most commands have, and the plan and layout that a preset gives."""
 
 from __future__ import annotations
 

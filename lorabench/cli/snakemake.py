@@ -13,17 +13,17 @@ _CORES = ("--cores", "-c", "--jobs", "-j")
 
 
 def snakemake_command(preset: str, options: Sequence[str]) -> list[str]:
-    """The command line that runs a preset with the packaged workflow.
+    """Return the command line that runs a preset with the packaged workflow.
 
     Args:
         preset: a shipped preset's name, or the path of a YAML file.
         options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
-            profile may be given by its name (`--profile slurm`), unless the current folder has one of that name.
+            profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
     """
     given = [_shipped_profile(before, option) for before, option in zip(["", *options], options, strict=False)]
     if not any(option.partition("=")[0].startswith(_CORES) for option in given):
         given += ["--cores", "all"]
-    # Snakemake takes the last --config only, so the preset joins one that is given.
+    # Snakemake takes the last --config only, so the preset joins a --config that the user gave.
     place = given.index("--config") + 1 if "--config" in given else len(given)
     config = [f"preset={preset}"] if "--config" in given else ["--config", f"preset={preset}"]
     return [
@@ -40,7 +40,10 @@ def _shipped_profile(before: str, option: str) -> str:
 
 
 def start_snakemake(preset: str, options: Sequence[str]) -> None:
-    """Become Snakemake. The workflow's rules call `lorabench`, so this environment's commands come first in PATH."""
+    """Replace this process by Snakemake.
+
+    The workflow's rules call `lorabench`, so this environment's commands come first in PATH.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     command = snakemake_command(preset, options)
     os.execve(command[0], command, os.environ | {"PATH": path})

@@ -1,4 +1,4 @@
-"""The commands that people type: what a preset costs, a preset of their own, how far the work is, what came out."""
+"""The commands for people: plan and run a preset, write one for an own model, merge tables, judge, draw and publish."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def init(
 def recommend(
     model: ModelName,
     dataset_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Scored tokens of the training data: those of the assistant.")
+        int | None, typer.Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="The training data, as for init.")] = None,
     data_format: DataFormat = None,
@@ -202,7 +202,7 @@ def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of
 def claims(tables: TablesFolder, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
-        from lorabench.claims import judge_claims
+        from lorabench.claims.judge import judge_claims
         from lorabench.tables.io import write_frame
         from lorabench.tables.tables import Tables
 

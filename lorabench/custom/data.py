@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SAMPLE = 2000
 # At most this many rows of a dataset of the hub are read.
 _HUB_ROWS = 20_000
-# A rough guess without a tokenizer: English prose has about 4, code and digits about 2.
+# A rough guess for use without a tokenizer: English prose has about 4 characters per token, code and digits about 2.
 _CHARS_PER_TOKEN = 3.0
 # The sample may miss the densest examples, so the limit on characters stays below what the sample suggests.
 _MARGIN = 0.9
@@ -54,9 +54,9 @@ class UserData:
     """Whether tokens were counted with the model's tokenizer; otherwise their numbers are a guess."""
 
     def __str__(self) -> str:
-        how = "" if self.counted else f" (a guess: {_CHARS_PER_TOKEN:g} characters a token)"
+        how = "" if self.counted else f" (a guess: {_CHARS_PER_TOKEN:g} characters per token)"
         scored = f"{self.mean_completion_tokens:.0f} of them scored{how}"
-        return f"{self.name}: {self.tally}\nabout {self.mean_tokens:.0f} tokens an example, {scored}"
+        return f"{self.name}: {self.tally}\nabout {self.mean_tokens:.0f} tokens per example, {scored}"
 
     @property
     def name(self) -> str:
@@ -114,14 +114,14 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
 
     Args:
         model: the model, whose tokenizer counts the tokens.
-        name: see `find_data`.
+        name: a data file or the id of a dataset of the hub; see `examine_data`.
         form: the format that the user named, or None.
 
     Returns:
         The dataset, and the `chat_template` that a preset must give the model, None if the model has its own.
 
     Raises:
-        UserError: there is no such format, or the data can't be used; see `find_data`.
+        UserError: there is no such format, or the data can't be used; see `examine_data`.
     """
     tokenizer, template = prepared_tokenizer(model)
     return examine_data(name, checked_format(form), tokenizer, model.max_length), template
@@ -155,14 +155,14 @@ def examine_data(
     if longest < max(lengths):
         chats, tally = _chats(source, form, longest)
         deque(chats, maxlen=0)
-    # If the whole sample is too long, its means are all there is.
+    # If the whole sample is too long, its means are the only estimate.
     kept = [counts for chat, counts in zip(sample, tokens, strict=True) if chat.chars() <= longest] or tokens
     mean, scored = (statistics.fmean(column) for column in zip(*kept, strict=True))
     return UserData(source, tally, int(tally.usable * share), longest, mean, scored, tokenizer is not None)
 
 
 def _identified(name: str, wanted: FileFormat | None) -> tuple[dict[str, Any], FileFormat, float]:
-    """Return the source's fields for a preset, its format, and the ratio of all its rows to those that are read."""
+    """Return the source's fields for a preset, its format, and the number of all its rows over that of rows read."""
     if Path(name).is_file():
         form = chosen_format(Path(name), wanted)
         return {"kind": "file", "path": name, "format": form}, form, 1.0

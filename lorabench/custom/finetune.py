@@ -1,7 +1,7 @@
 """Fine-tune a model with LoRA, or fully with `--full`, with the settings of "LoRA Without Regret".
 
 LoRA is on all layers and the unembedding, with alpha 32 at every rank, A uniform in +-1/sqrt(d_in) and B zero (PEFT's
-own initialisation). The learning rate is constant, without warm-up. The optimizer is Adam with betas 0.9 and 0.95.
+own initialization). The learning rate is constant, without warm-up. The optimizer is Adam with betas 0.9 and 0.95.
 Weights are in fp32 and autocast to bf16 with both methods. The loss is the mean over the assistant's tokens of a batch.
 Written by `lorabench recommend --script`.
 

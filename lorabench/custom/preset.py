@@ -34,7 +34,7 @@ _EDGE = "If the report finds an optimum at an edge of a grid, widen the grid the
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user may choose in a preset."""
+    """The choices that a user can make in a preset."""
 
     ranks: tuple[int, ...] = ()
     """The LoRA ranks; empty to take the ranks that the amount of data suggests."""
@@ -82,7 +82,7 @@ def init_preset(
     Args:
         path: the .yaml file to write.
         model: the model's name; see `find_model`.
-        data: the data's name; see `find_data`.
+        data: a data file or the id of a dataset of the hub; see `examine_data` and `examine_problems`.
         form: the format of a data file; None to recognize it by the columns.
         choices: the user's choices.
         force: whether to overwrite an existing file.

@@ -1,7 +1,7 @@
 """Settings to start from for a model and an amount of data (`lorabench recommend`), each with its source.
 
 The paper's law of learning rates covers Llama and Qwen; for other families the recommendation is a range. The optimal
-learning rates that your own finished presets measured on a model of the same family and size, and those that others
+learning rates that your own finished presets measured on a model of the same family and size, and the ones that others
 published for it, are shown beside the law.
 """
 
@@ -132,7 +132,7 @@ def recommend(
         Setting("placement", "layers with LoRA", "all, and the unembedding", f"{PAPER}: attention alone is worse"),
         Setting("alpha", "alpha, at every rank", advice.ALPHA, PAPER),
         Setting("schedule", "learning rate over time", "constant, no warm-up", PAPER),
-        Setting("batch_size", "batch size", batch, f"{PAPER}: both methods do best at small ones, LoRA above all"),
+        Setting("batch_size", "batch size", batch, f"{PAPER}: both methods do best at small batches, LoRA above all"),
     ]
     bills = _bills(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
     amount = "an epoch" if data or completion_tokens else "a million tokens"
@@ -171,8 +171,8 @@ def _notes(model: UserModel, rank: int, batch: int, examples: int, completion_to
     )
     if (steps := examples // batch) < advice.SHORT_STEPS:
         notes.append(
-            f"An epoch has {steps} steps. Below {advice.SHORT_STEPS} the paper found a LoRA optimum of about "
-            f"{advice.SHORT_RATIO:g} times that of FullFT, in place of 10."
+            f"An epoch has {steps} steps. Below {advice.SHORT_STEPS} the paper gives an optimal LR of LoRA of "
+            f"about {advice.SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
     if model.sizes.hidden < advice.SMALLEST_WIDTH and advice.covered(model.family):
         notes.append(f"Width {model.sizes.hidden} is below the widths that the law was shown for: an extrapolation.")
@@ -242,7 +242,7 @@ def _measured(model: UserModel, results: Path) -> list[SeenOptimum]:
         except UserError:
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
-        for recommendation in measured.found:
+        for recommendation in measured.recommendations:
             place = recommendation.place
             where = f"measured, {folder.parent}: {place.dataset}, batch {place.batch_size}, {place.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}

@@ -26,7 +26,7 @@ def recommendation_table(recommendation: Recommendation, data: UserData | None) 
             (_arm(seen), formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where)
             for seen in recommendation.seen
         )
-        _print(console, ("optimum found", "LR", "95% interval", "where"), optima)
+        _print(console, ("optimal LR of", "LR", "95% interval", "source"), optima)
     for note in recommendation.notes:
         console.print(Text(f"- {note}"))
 

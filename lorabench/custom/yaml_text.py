@@ -90,7 +90,7 @@ class _Representer(RoundTripRepresenter):
     """Writes texts and numbers so that YAML 1.1 reads them back: ruamel.yaml writes YAML 1.2."""
 
     def represent_text(self, text: str) -> ScalarNode:
-        """Write a word as it is, and any other text, such as `yes` or `2024`, in quotes."""
+        """Write a plain word without quotes, and any other text, such as `yes` or `2024`, in quotes."""
         bare = re.fullmatch(r"[A-Za-z][\w./-]*", text) and yaml.safe_load(text) == text
         return self._scalar("str", text, None if bare else '"')
 

@@ -1,1 +1,1 @@
-"""Evaluate models with lm-eval."""
+"""The evaluation of models with lm-evaluation-harness (lm-eval): its catalogue of tasks, and the job."""

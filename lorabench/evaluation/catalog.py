@@ -31,7 +31,7 @@ _SPLITTER = "tokenizers/punkt_tab"
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task of the preset with its data: the tasks that it consists of by name, and lm-eval's group if it is one."""
+    """A task of the preset with its data: the tasks that it consists of by name, and its group in lm-eval, if any."""
 
     task: EvalTask
     leaves: dict[str, Task]
@@ -97,8 +97,8 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
 def _check_splitter(tasks: Iterable[str]) -> None:
     """Raise LookupError if one of the tasks is IFEval and its sentence splitter is not installed.
 
-    IFEval downloads the splitter when it is first loaded. If that fails it is silent, and fails later, at the first
-    prompt about sentences.
+    IFEval downloads the splitter when it is first loaded. If the download fails, IFEval says nothing, and fails
+    later, at the first prompt about sentences.
     """
     if any("ifeval" in name for name in tasks):
         import nltk

@@ -44,7 +44,7 @@ SAMPLES = pa.schema(
         ("metrics", pa.string()),
     ]
 )
-"""The model's answers, raw and after a filter. An answer that is not a single text is JSON."""
+"""The table of a model's answers, raw and after a filter. An answer that is not a single text is JSON."""
 
 # The number of bootstrap samples for standard errors that have no formula.
 _BOOTSTRAP = 1_000
@@ -225,7 +225,7 @@ def run_tasks(
 
 
 def _rows(results: Any, loaded: LoadedTask) -> list[dict[str, Any]]:
-    """Return a row per metric and filter of a task; for a group these are of its mean, or else of each member."""
+    """Return a row per metric and filter of a task; for a group the rows are of its mean, or else of each member."""
     task, members = loaded.task, loaded.leaves
     names = [task.name] if _metrics(results["results"].get(task.name, {})) else list(members)
     rows = []

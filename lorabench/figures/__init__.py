@@ -1,1 +1,1 @@
-"""One module per figure, a catalogue of them, and a shared style."""
+"""Figures: a module for each, from tables to a picture and the table of what it plots; their catalogue and style."""

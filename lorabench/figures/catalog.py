@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from lorabench.analysis.comparison import Task
     from lorabench.config.preset import Preset
 
-
 COMPUTE_TABLE = ("compute",)
-"""The experiments of a figure that shows the table `compute`: that experiment has no runs."""
-
+"""The experiments of a figure that shows the table `compute`; this experiment has no runs."""
 
 EVALS_TABLE = ("evaluation",)
 """In place of experiments, for a figure that shows the table `evals`: the scores that lm-eval gave the models."""
@@ -30,14 +28,14 @@ EVALS_TABLE = ("evaluation",)
 class PaperFigure:
     """A figure of the paper, or of a claim in its text.
 
-    It shows the runs of its experiments and task; a figure of COMPUTE or EVALS shows that table instead.
+    It shows the runs of its experiments and task; a figure of COMPUTE_TABLE or EVALS_TABLE shows that table instead.
     """
 
     name: str
-    """Its module in this package, and the name of its files."""
+    """The name of its module in this package, and of its files."""
     title: str
     caption: str
-    """What it shows, for a reader who sees only the figure and this text."""
+    """An explanation for a reader who sees only the figure and this text."""
     experiments: tuple[str, ...]
     task: Task = "sft"
 
@@ -49,12 +47,10 @@ class PaperFigure:
 
     def of_task(self, runs: pd.DataFrame) -> pd.DataFrame:
         """Return the runs of the figure's task; a run without a task counts as supervised."""
-
         return runs[is_rl(runs) == (self.task == "rl")]
 
     def of_experiments(self, runs: pd.DataFrame) -> pd.DataFrame:
         """Return the runs of the figure's task and experiments; a run without experiments belongs to all of them."""
-
         return self.of_task(runs[in_experiments(runs, self.experiments)])
 
 
@@ -63,19 +59,16 @@ _UNRESOLVED = (
     "there, or the noise between seeds is unknown."
 )
 
-
 _OPTIMUM = (
     "A diamond marks the optimum of an arm, interpolated on the grid of the first seed, and its bar is the 95% "
     f"bootstrap interval of the optimal learning rate. {_UNRESOLVED}"
 )
-
 
 _LAYERS = (
     "Solid lines and circles are LoRA on all layers, dashed lines and crosses LoRA on the MLP only (in a mixture of "
     "experts, on the experts), and dotted lines and triangles pointing down LoRA on attention only. Colour is the "
     "LoRA rank, and black is full fine-tuning; each combination is called an arm."
 )
-
 
 _PLACEMENT = (
     f"{_LAYERS} The left panel shows the final test loss (nats per scored token) against the learning rate; where an "
@@ -87,7 +80,6 @@ _PLACEMENT = (
     "either side of the lowest loss, where repeated runs allow that to be measured."
 )
 
-
 _ACCURACY_BY_LR = (
     "the final accuracy against the learning rate: the share of greedy answers on the test split that are right after "
     "the last step. Where an arm has several seeds, it is their mean, with their standard deviation as error bar. A "
@@ -96,7 +88,6 @@ _ACCURACY_BY_LR = (
     "training. Above the panel, a cross stands for a run that diverged and a zero for a run that never got a reward; "
     "such a run counts with the accuracy of the model before training."
 )
-
 
 FIGURES = {
     figure.name: figure
@@ -137,10 +128,10 @@ FIGURES = {
                 "step the lowest loss over the arm's learning rates. The vertical range is that of the losses after "
                 "the first tenth of the data. Solid black is full fine-tuning, and dashed colour is LoRA by rank; the "
                 "number of diverged runs stands above each panel. The lower panels have the batch size on the "
-                "horizontal axis, with the arms of one batch size side by side. The left one shows the final test loss "
-                "at the best learning rate of each arm, the mean over seeds; the right one shows the loss of LoRA "
-                "minus that of full fine-tuning, paired by seed. Bars are 95% intervals over seeds, where there are "
-                "several. A mark is open where the best learning rate is at the edge of its grid."
+                "horizontal axis, with the arms of one batch size side by side. The left panel shows the final test "
+                "loss at the best learning rate of each arm, the mean over seeds; the right panel shows the loss of "
+                "LoRA minus that of full fine-tuning, paired by seed. Bars are 95% intervals over seeds, where there "
+                "are several. A mark is open where the best learning rate is at the edge of its grid."
             ),
             experiments=("batch_size",),
         ),
@@ -230,7 +221,7 @@ FIGURES = {
         ),
         PaperFigure(
             name="memorisation",
-            title="Memorisation. Bits of random facts stored, by trainable parameters",
+            title="Memorization. Bits of random facts stored, by trainable parameters",
             caption=(
                 "The figure shows how many bits of random facts a model has stored against the number of its trainable "
                 "parameters, at the learning rate with the lowest loss. Bits stored are the entropy of the facts minus "
@@ -300,7 +291,7 @@ FIGURES = {
                 "by how much the first update lowers the loss, to first order, as a ratio to the highest rank, for "
                 "three ways in which the factor depends on the rank. Marks are means over seeds with their 95% "
                 "interval, and the band is 5% to either side of equality. Redundant pair: runs with the same alpha * "
-                "init_A * LR_B and the same init_A / LR_A should be one and the same run. The panel shows the largest "
+                "init_A * LR_B and the same init_A / LR_A should have the same losses. The panel shows the largest "
                 "difference of the training loss up to a step (nats per scored token) between two runs: in black the "
                 "largest over all pairs that should be equal, in grey the range over other pairs, with its lower end "
                 "dashed. The dotted line is numerical precision. When A moves: the panel shows the number of steps "
@@ -339,7 +330,7 @@ FIGURES = {
                 "grey line is the paper's formula 2/3 + 2R/N, where N (above the panel) is the width of square layers "
                 "that would give the same ratio, and the dotted line is its limit 2/3. The right panel shows the "
                 "median time of an optimizer step (squares) and the peak memory (triangles), measured on the machine "
-                "named above the panel. The black line is as much as full fine-tuning takes."
+                "named above the panel. The black line is the same cost as that of full fine-tuning."
             ),
             experiments=("compute",),
         ),

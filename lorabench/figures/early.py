@@ -46,7 +46,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return what is plotted of one panel, at one LR: that of the difference of two ranks where there is one."""
+    """Return what is plotted of one panel at one LR: the LR of the difference of two ranks, or else the commonest."""
     panel: dict[str, Any] = {name: runs[name].iloc[0] for name in style.PANEL}
     early = early_difference(runs, curves)
     lr = early.lr if early else float(runs["lr"].mode().iloc[0])

@@ -24,7 +24,7 @@ from lorabench.figures import style
 from lorabench.tables.tables import Tables
 
 BITS = "bits_per_byte"
-# The metrics of right answers, by preference: the strictest, or the customary one, first.
+# The metrics of right answers by preference: the strictest metric, or the customary metric, comes first.
 _ACCURACIES = ("exact_match", "prompt_level_strict_acc", "acc_norm", "acc")
 _MEASURES = {BITS: "bits per byte above the base", "accuracy": "accuracy below the base"}
 _REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
@@ -41,10 +41,10 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
     The table has one row per run (and the base, whose `arm` is `base`) and measure of forgetting. `learned` is an
-    accuracy from 0 to 1. `learned_bits` is by how many bits per byte the right answers cost less than under the base;
-    it is null where no task gives their likelihood. `measure` says what `forgotten` is: the `bits_per_byte` above those
-    of the base, or the `accuracy` below that of the base, the mean over `forgotten_tasks`. Standard errors are over
-    documents; those of `forgotten` are of the run's own score, without that of the base.
+    accuracy from 0 to 1. `learned_bits` is the number of bits per byte that the right answers cost less than under the
+    base; it is null where no task gives their likelihood. `measure` says what `forgotten` is: the `bits_per_byte`
+    above the base's, or the `accuracy` below the base's, the mean over `forgotten_tasks`. Standard errors are over
+    documents; the standard errors of `forgotten` are of the run's own score, without the base's.
 
     Raises:
         UserError: there is no table evals, it has no trained run, or it has two scores of one kind for a run.
@@ -55,7 +55,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     score = ["model", "run_id", "task", "metric", "filter"]
     if (twice := evals.duplicated(score)).any():
         repeated = evals.loc[twice, score].dropna(axis="columns").iloc[0]
-        raise UserError(f"the evals table has more than once: {' '.join(map(str, repeated))}")
+        raise UserError(f"the evals table has the score {' '.join(map(str, repeated))} more than once")
     trained = evals[evals["method"].notna()]
     if trained.empty:
         raise UserError("the evals table has no trained run")
@@ -78,7 +78,7 @@ class _Mean:
 
 
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
-    """Return what is plotted of one model trained on one dataset, from its scores and those of its base."""
+    """Return what is plotted of one model trained on one dataset, from its scores and its base's."""
     base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in style.PANEL})
     # The base has no run_id, so runs and base share another key.
     scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))

@@ -1,7 +1,7 @@
 """The panel of final loss against learning rate, by arm: the rows that it plots, and its marks.
 
-Figures 2 and 4 to 7 and `short_run` have it. In RL it shows the final accuracy: the rows are made from error rates
-as if these were losses, and `as_accuracies` turns them into accuracies.
+Figures 2, 4, 5, 6 and 7 and the figure of short runs have it. In RL it shows the final accuracy: the rows are made from
+error rates as if these were losses, and `as_accuracies` turns them into accuracies.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class FinalResult:
     """The final result of a run that a panel shows: the test loss, or in RL the test accuracy."""
 
     column: str
-    """The column that holds it."""
+    """The column that holds the result."""
     element: str
-    """The `element` of rows that are means of it."""
+    """The `element` of rows that are means of the result over seeds."""
     final: str
     """The label of its axis in a panel by learning rate."""
     best: str
@@ -80,7 +80,7 @@ BASE: dict[str, Any] = {"color": "0.6", "linewidth": 1.2, "zorder": 1}
 
 
 def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return what the panels plot, with the columns COLUMNS.
+    """Return what the panels plot, with the columns LR_COLUMNS.
 
     The column `element` says what a row is: `loss` (the mean over the seeds of one arm and LR; `above_range` where it
     is drawn as a triangle above the panel), `optimum` (interpolated, with the interval of the LR) or `diverged` (one
@@ -140,8 +140,8 @@ def _above_range(loss: pd.DataFrame) -> pd.Series[bool]:
     lowest, worst_best = nll.min(), loss.groupby(ARM, dropna=False)["nll"].min().max()
     top = max(worst_best, nll.quantile(0.75))
     top += 0.25 * (top - lowest)
-    worth_it = nll.max() - lowest > 1.6 * (top - lowest)
-    above: pd.Series[bool] = (nll > top) & worth_it
+    is_stretched = nll.max() - lowest > 1.6 * (top - lowest)
+    above: pd.Series[bool] = (nll > top) & is_stretched
     return above
 
 

@@ -1,4 +1,4 @@
-"""Memorisation: how many bits of random facts an adapter stores, against its number of parameters."""
+"""Memorization: how many bits of random facts an adapter stores, against its number of parameters."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         rows.append(first | ends | {"element": "update_norm", "step": key[-1]})
     controls = runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])]
     norms = train_curves(controls, curves, "update_norm")
-    # The update of B alone, so the norm is per unit of the LR of B.
+    # Only B is updated noticeably, so the norm is per unit of the LR of B.
     norms = norms.assign(size=norms["value"] / (norms["lr"] * norms["lr_ratio"]))
     for key, seeds in norms.groupby([*PAIR_SETTING, "lr", "lr_ratio", "step"], dropna=False):
         first = {name: seeds.iloc[0][name] for name in PAIR_SETTING} | {"time_scale": seeds["time_scale"].iloc[0]}
@@ -205,7 +205,7 @@ def _draw_differences(axes: Axes, elements: Elements, styles: Styles) -> None:
     last = equivalent.iloc[-1]
     facts = [f"{last['n']} equivalent pairs", f"{0 if other is None else other['n'].iloc[-1]} others"]
     if shown.empty:
-        facts.append("equivalent ones equal to the last bit")
+        facts.append("equivalent runs equal to the last bit")
     elif not pd.isna(last["eps"]):
         facts.append(f"eps {last['eps']:g}")
     style.note(axes, " · ".join(facts))

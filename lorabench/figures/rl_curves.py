@@ -38,7 +38,7 @@ def curve_rows(
         beside: further metrics of the split; the mean of each gets a column.
 
     Returns:
-        One row per arm and step, with the columns COLUMNS and `beside`.
+        One row per arm and step, with the columns CURVE_COLUMNS and `beside`.
     """
     rows = _metric_rows(runs, curves, split, metric)
     for name in beside:

@@ -21,8 +21,6 @@ def drawable_figures(folders: Sequence[Path]) -> list[str]:
     Raises:
         UserError: see `Tables.read`.
     """
-    from lorabench.tables.tables import Tables
-
     tables = Tables.read(*folders)
     own = {COMPUTE_TABLE: tables.compute, EVALS_TABLE: tables.evals}
     return [
@@ -35,14 +33,12 @@ def drawable_figures(folders: Sequence[Path]) -> list[str]:
 def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """Draw a figure from the tidy tables in the given folders and write `<name>.svg`, `.png` and `.csv` into `out`.
 
-    From merged tables it draws the runs of its own experiments only. Where the tables are refused nothing is written.
+    From merged tables it draws the runs of its own experiments only. Where the tables are refused, nothing is written.
 
     Raises:
         UserError: there is no such figure; the folders hold no tables, tables that contradict one another, or nothing
             for this figure; or see `check_table` and `check_curves`.
     """
-    from lorabench.tables.tables import Tables
-
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
     figure, plotted = FIGURES[name].draw(_of_figure(Tables.read(*folders), FIGURES[name]))
@@ -52,11 +48,10 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
 
 
 def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
-    """Return the tables with only the runs of a figure, checked; a figure of COMPUTE or EVALS reads no runs.
+    """Return the checked tables with only a figure's runs; a figure of COMPUTE_TABLE or EVALS_TABLE reads no runs.
 
     Missing columns, and all columns of a missing table, become nulls: a figure shows what the tables hold.
     """
-
     if figure.experiments == COMPUTE_TABLE:
         return replace(tables, compute=with_all_columns(tables.compute, "compute"))
     if figure.experiments == EVALS_TABLE:

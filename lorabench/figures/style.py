@@ -22,10 +22,10 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from lorabench.utils.files import atomic_path
 
-# Columns that identify a panel: losses of different models, data, batch sizes or lengths are never drawn together.
+# These columns identify a panel: losses of different models, data, batch sizes or lengths are never drawn together.
 PANEL = ["model", "dataset", "batch_size", "steps"]
 
-# In inches: 7.2 in at 100 dpi is about the 700 px of a text column, so text appears at its nominal size.
+# These are inches: 7.2 in at 100 dpi is about the 700 px of a text column, so text appears at its nominal size.
 WIDTH, PANEL_HEIGHT, COLUMNS = 7.2, 3.1, 2
 PNG_DPI = 200
 
@@ -61,7 +61,7 @@ _RC = {
     "legend.fontsize": 8,
     "lines.solid_capstyle": "round",
     "savefig.facecolor": "white",
-    # Outlines instead of fonts, and fixed ids: the same picture and the same bytes everywhere.
+    # Outlines instead of fonts and fixed ids give the same picture and the same bytes on every machine.
     "svg.fonttype": "path",
     "svg.hashsalt": "lorabench",
 }
@@ -118,7 +118,7 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
         else:
             rank, placement = int(arm["rank"]), arm["placement"]
             linestyle, marker = _PLACEMENT_LINES.get(placement, "-"), _PLACEMENT_MARKERS.get(placement, "o")
-            # Low ranks are drawn on top, since they are the ones that stand apart.
+            # Low ranks are drawn on top, since their curves differ most from the others.
             zorder = 3 - ranks.index(rank) / 100
             styles[label] = ArmStyle(label, _rank_colour(rank, ranks), linestyle, 1.4, marker, zorder)
     return styles
@@ -170,7 +170,7 @@ def panel_pairs(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[t
 
 
 def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return a title and the rows of each panel; the title has as much as distinguishes it from the other panels."""
+    """Return a title and the rows of each panel; the title names what distinguishes the panel from the others."""
     several_batch_sizes = frame["batch_size"].nunique() > 1
     several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
     titles = []

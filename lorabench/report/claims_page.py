@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from lorabench.claims import CLAIMS
+from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
 from lorabench.utils.files import atomic_path
 

@@ -1,4 +1,4 @@
-"""Where a preset's datasets come from and what was left out of them, read from the files that the runs read."""
+"""The origin of a preset's datasets and the examples left out of them, from the files that the runs read."""
 
 from __future__ import annotations
 

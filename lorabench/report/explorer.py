@@ -1,4 +1,4 @@
-"""What the page embeds for a closer look: learning curves that its script draws, and tidy tables to download."""
+"""Data that the page embeds for a closer look: learning curves that its script draws, and tidy tables to download."""
 
 from __future__ import annotations
 

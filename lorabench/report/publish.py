@@ -1,7 +1,7 @@
-"""What a repository shows of a finished preset: its figures with their claims and provenance, and two blocks of text.
+"""Publishing a finished preset: copies of its figures, claims and provenance, and two blocks of text about them.
 
-One block, of the core claims, stands in the README, the other, of all claims, on a page of the documentation. Both are
-made from the committed files alone, so that a test can compare the pages with what those files say.
+The block of the core claims stands in the README, the block of all claims on a page of the documentation. Both are
+made from the committed files alone, so that a test can compare the pages with these files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.claims import CORE
+from lorabench.claims.catalog import CORE
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.report import summary
@@ -28,7 +28,7 @@ START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"
 
 FIGURE_KINDS = (".svg", ".png", ".csv")
-"""What is drawn of each figure: two pictures, and a table of what they show."""
+"""The suffixes of a figure's files: two pictures, and the table of what they show."""
 
 SHOWN = "fig2_lr_by_rank"
 """The figure that the README shows; the page of results shows all."""
@@ -133,7 +133,7 @@ def results_block(figures: Path) -> str:
 
 
 def _read(figures: Path) -> tuple[pd.DataFrame, str]:
-    """The claims of a published folder, and a sentence that counts the verdicts and says what they rest on."""
+    """Return the claims of a published folder, and a sentence that counts the verdicts and says what they rest on."""
     claims = pd.read_csv(figures / "claims.csv")
     provenance = json.loads((figures / "provenance.json").read_text())
     counts = ", ".join(f"{len(ids)} {verdict}" for verdict, ids in summary.by_verdict(claims))

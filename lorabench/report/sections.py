@@ -12,14 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the paper: what it finds there, the figures that show it here, and the claims about it."""
+    """A part of the paper: its result there, the figures that show it here, and the claims about it."""
 
     id: str
     short: str
     """The title in the list of contents."""
     title: str
     paper: str
-    """What the paper finds, in a sentence."""
+    """The paper's result, in a sentence."""
     figures: tuple[str, ...]
     claims: tuple[str, ...]
 
@@ -141,13 +141,13 @@ SECTIONS = (
         "learned-and-forgotten",
         "Learned",
         "What was learned, and what was forgotten",
-        "Only the loss is measured there; here, tasks measure what a model has learned and what it has forgotten.",
+        "The paper measures only the loss; here, tasks measure what a model has learned and what it has forgotten.",
         ("learned_forgotten",),
         (),
     ),
 )
 
-REST = Section("further", "Further", "Further figures and claims", "", (), ())
+FURTHER = Section("further", "Further", "Further figures and claims", "", (), ())
 
 Shown = dict[str, Any]
 
@@ -169,5 +169,5 @@ def arrange(figures: Sequence[Shown], claims: Sequence[Shown]) -> list[Shown]:
         its_figures = [by_name.pop(name) for name in section.figures if name in by_name]
         its_claims = [by_id.pop(claim) for claim in section.claims if claim in by_id]
         arranged.append({"about": section, "figures": its_figures, "claims": its_claims})
-    arranged.append({"about": REST, "figures": list(by_name.values()), "claims": list(by_id.values())})
+    arranged.append({"about": FURTHER, "figures": list(by_name.values()), "claims": list(by_id.values())})
     return [section for section in arranged if section["figures"] or section["claims"]]

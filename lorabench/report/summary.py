@@ -1,4 +1,4 @@
-"""What the report shows in tables: claims with their runs, noise, optima, the work done and where it was done."""
+"""The tables of the report: claims with their runs, seed noise, optima, scores of lm-eval, runs, work and machines."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _of_score(of_arm: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | No
 
 
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
-    """Return the settings that scores were measured with; each list has one value if all were evaluated alike."""
+    """Return the settings of scores; each list has a single value if all scores were measured alike."""
     names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "eval_batch_size")
     versions = [_versions(text).get("lm_eval") for text in _distinct(scores["versions"])]
     return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}

@@ -1,4 +1,4 @@
-"""What the page's templates write values with: the formats of numbers, and texts that only the page needs."""
+"""The filters with which the page's templates write values: formats of numbers, and texts that only the page needs."""
 
 from __future__ import annotations
 

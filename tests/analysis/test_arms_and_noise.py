@@ -78,7 +78,7 @@ def test_tokenizers_must_not_mix_within_a_comparison(column):
     check_runs(apart)
 
 
-def test_runs_that_an_arm_can_not_tell_apart_are_refused():
+def test_runs_that_an_arm_cannot_distinguish_are_refused():
     runs, _ = tables([arm(8, optimum=3e-3)])
     decayed = runs.assign(weight_decay=0.1, run_id=runs["run_id"] + "-decayed")
     with pytest.raises(UserError, match="same LR and seed"):
@@ -86,7 +86,7 @@ def test_runs_that_an_arm_can_not_tell_apart_are_refused():
 
 
 @pytest.mark.parametrize("changed", [{"steps": 256}, {"alpha": 8.0}, {"init_a": 2.0}, {"lr_ratio": 4.0}, {"eps": 0.0}])
-def test_length_and_parametrisation_make_an_arm(changed):
+def test_length_and_parametrization_make_an_arm(changed):
     runs, _ = tables([arm(8, optimum=3e-3, alpha=32.0, init_a=1.0, lr_ratio=1.0, eps=1e-8)])
     other = runs.assign(**changed, run_id=runs["run_id"] + "-other")
     assert len(each_arm(pd.concat([runs, other]))) == 2

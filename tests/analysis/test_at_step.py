@@ -23,13 +23,13 @@ def two_arms(**settings):
 @given(step=st.sampled_from(STEPS[1:]))
 def test_losses_are_those_of_the_curves_and_all_else_is_kept(step):
     runs, curves = two_arms()
-    found = at_step(runs, curves, step)
+    as_of_step = at_step(runs, curves, step)
     at = curves[curves["step"] == step].set_index("run_id")["value"]
-    assert found["final_valid_nll"].tolist() == at[found["run_id"]].tolist()
-    assert found["final_test_nll"].tolist() == found["final_valid_nll"].tolist()
-    assert (found["steps"] == step).all()
+    assert as_of_step["final_valid_nll"].tolist() == at[as_of_step["run_id"]].tolist()
+    assert as_of_step["final_test_nll"].tolist() == as_of_step["final_valid_nll"].tolist()
+    assert (as_of_step["steps"] == step).all()
     changed = ["steps", "status", "final_valid_nll", "final_test_nll"]
-    pd.testing.assert_frame_equal(found.drop(columns=changed), runs.drop(columns=changed))
+    pd.testing.assert_frame_equal(as_of_step.drop(columns=changed), runs.drop(columns=changed))
 
 
 def test_the_table_given_is_not_changed():
@@ -41,11 +41,11 @@ def test_the_table_given_is_not_changed():
 
 def test_optima_and_noise_of_a_step_are_those_of_its_losses():
     runs, curves = two_arms()
-    found = at_step(runs, curves, 16)
-    noise = seed_noise(found)
+    as_of_step = at_step(runs, curves, 16)
+    noise = seed_noise(as_of_step)
     assert noise["sigma_valid"].item() == pytest.approx(0.004)
     assert noise["steps"].item() == 16
-    optima = lr_optima(found, noise)
+    optima = lr_optima(as_of_step, noise)
     assert optima["lr_opt"].tolist() == pytest.approx([3.2e-4, 3.3e-3])
 
 

@@ -13,7 +13,7 @@ from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 SEEDS = range(3)
 
 
-def made(ranks=(1, 4, 64), seeds=SEEDS, lrs=(1e-3,), steps=16):
+def early_tables(ranks=(1, 4, 64), seeds=SEEDS, lrs=(1e-3,), steps=16):
     """Return tables in which rank 4 lies above the other ranks by 0.01 * step * (1 + seed)."""
 
     def loss(run, step):
@@ -24,7 +24,7 @@ def made(ranks=(1, 4, 64), seeds=SEEDS, lrs=(1e-3,), steps=16):
 
 
 def test_the_difference_is_paired_by_seed_and_step():
-    early = early_difference(*made())
+    early = early_difference(*early_tables())
     assert (early.low, early.high, early.lr, early.n_seeds) == (4, 64, 1e-3, 3)
     for seed in SEEDS:
         np.testing.assert_allclose(early.by_seed[seed], [0.01 * step * (1 + seed) for step in range(1, 17)])
@@ -35,7 +35,7 @@ def test_the_difference_is_paired_by_seed_and_step():
 
 
 def test_mean_and_interval_over_seeds():
-    by_step = early_difference(*made()).over_seeds()
+    by_step = early_difference(*early_tables()).over_seeds()
     values = np.array([0.05, 0.10, 0.15])
     half = 4.302652729911275 * values.std(ddof=1) / math.sqrt(3)
     assert by_step.loc[5].tolist() == pytest.approx([0.1, 0.1 - half, 0.1 + half])
@@ -46,16 +46,16 @@ def test_sigma_is_that_of_batches_over_both_ranks():
     fall = np.array([[nll(lora_run(4), step) - difficulty(0, step)] for step in range(1, 17)])
     upper = luck + fall + 0.01 * np.arange(1, 17)[:, None] * (1 + np.arange(3))
     pooled = (luck.var(axis=1, ddof=1).mean() + upper.var(axis=1, ddof=1).mean()) / 2
-    assert early_difference(*made()).sigma_batch == pytest.approx(math.sqrt(pooled))
-    assert math.isnan(early_difference(*made(seeds=[0])).sigma_batch)
+    assert early_difference(*early_tables()).sigma_batch == pytest.approx(math.sqrt(pooled))
+    assert math.isnan(early_difference(*early_tables(seeds=[0])).sigma_batch)
 
 
 def test_steps_may_be_cut():
-    assert list(early_difference(*made(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
+    assert list(early_difference(*early_tables(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
 
 
 def test_the_lr_with_most_pairs_counts():
-    runs, curves = made(lrs=(1e-4, 1e-3))
+    runs, curves = early_tables(lrs=(1e-4, 1e-3))
     assert early_difference(runs, curves).lr == 1e-4
     fewer = runs[~((runs["lr"] == 1e-4) & (runs["rank"] == 64) & (runs["seed"] == 1))]
     early = early_difference(fewer, curves)
@@ -63,7 +63,7 @@ def test_the_lr_with_most_pairs_counts():
 
 
 def test_seeds_that_one_rank_lacks_are_left_out_and_diverged_ones_counted():
-    runs, curves = made()
+    runs, curves = early_tables()
     runs.loc[(runs["rank"] == 64) & (runs["seed"] == 1), "status"] = "diverged"
     early = early_difference(runs, curves)
     assert list(early.by_seed.columns) == [0, 2]
@@ -72,8 +72,8 @@ def test_seeds_that_one_rank_lacks_are_left_out_and_diverged_ones_counted():
 
 
 def test_without_two_ranks_or_losses_there_is_none():
-    assert early_difference(*made(ranks=(1, 4))) is None
-    runs, curves = made()
+    assert early_difference(*early_tables(ranks=(1, 4))) is None
+    runs, curves = early_tables()
     assert early_difference(runs, curves.iloc[:0]) is None
     assert early_difference(runs, pd.DataFrame()) is None
     assert early_difference(runs, curves.assign(value=math.nan)) is None
@@ -81,7 +81,7 @@ def test_without_two_ranks_or_losses_there_is_none():
 
 
 def test_train_curves_are_of_the_metric_and_the_runs():
-    runs, curves = made()
+    runs, curves = early_tables()
     moved = train_curves(runs.iloc[:2], curves, "a_moved")
     assert set(moved["run_id"]) == set(runs["run_id"].iloc[:2])
     assert moved["step"].tolist() == [1, 2, 4, 8, 16] * 2

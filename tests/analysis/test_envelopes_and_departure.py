@@ -15,7 +15,7 @@ from ..handmade.sft import arm, noise_table, tables
 
 
 def by_hand(values: dict[str, list[float]], steps=(0, 1, 2, 4)) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One LoRA arm; runs `a`, `b`, ... at LRs 1, 2, ... with these validation losses."""
+    """Make a LoRA arm with runs `a`, `b`, ... at LRs 1, 2, ... that have the given validation losses."""
     lrs = {run_id: float(index) for index, run_id in enumerate(values, start=1)}
     runs = pd.DataFrame(
         {

@@ -33,14 +33,14 @@ def test_a_paired_gap_is_exact():
         ]
     )
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
-    found = gap(runs, lora, fullft)
+    paired = gap(runs, lora, fullft)
     differences = pd.Series([0.11, 0.11, 0.08])
-    assert found.estimate == pytest.approx(0.1)
-    assert found.sigma == pytest.approx(differences.std())
+    assert paired.estimate == pytest.approx(0.1)
+    assert paired.sigma == pytest.approx(differences.std())
     # Student's t with 2 degrees of freedom: 4.302653.
-    assert found.ci_high - found.estimate == pytest.approx(4.302653 * differences.std() / math.sqrt(3), rel=1e-5)
-    assert found.estimate - found.ci_low == pytest.approx(found.ci_high - found.estimate)
-    assert (found.n_seeds, found.n_diverged, found.at_edge, len(found.run_ids)) == (3, 0, False, 6)
+    assert paired.ci_high - paired.estimate == pytest.approx(4.302653 * differences.std() / math.sqrt(3), rel=1e-5)
+    assert paired.estimate - paired.ci_low == pytest.approx(paired.ci_high - paired.estimate)
+    assert (paired.n_seeds, paired.n_diverged, paired.at_edge, len(paired.run_ids)) == (3, 0, False, 6)
     assert gap(runs, fullft, lora).estimate == pytest.approx(-0.1)
 
 
@@ -49,18 +49,18 @@ def test_seeds_are_paired_whatever_the_order_and_unpaired_ones_left_out():
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
     repeat = (runs["method"] == "fullft") & (runs["seed"] == 2)
     runs.loc[repeat, ["status", "final_test_nll"]] = ["diverged", math.nan]
-    found = gap(runs.sample(frac=1, random_state=0), lora, fullft)
-    assert found.estimate == pytest.approx(0.1)
-    assert (found.n_seeds, found.n_diverged) == (2, 1)
+    paired = gap(runs.sample(frac=1, random_state=0), lora, fullft)
+    assert paired.estimate == pytest.approx(0.1)
+    assert (paired.n_seeds, paired.n_diverged) == (2, 1)
 
 
 def test_one_seed_has_no_interval():
     runs, _ = tables([arm(optimum=3e-4, offsets=(0.0,)), arm(8, optimum=3e-3, offsets=(0.0,))])
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
-    found = gap(runs, lora, fullft)
-    assert found.n_seeds == 1
-    assert math.isnan(found.ci_low)
-    assert math.isnan(found.sigma)
+    paired = gap(runs, lora, fullft)
+    assert paired.n_seeds == 1
+    assert math.isnan(paired.ci_low)
+    assert math.isnan(paired.sigma)
 
 
 def test_an_edge_is_told():
@@ -76,9 +76,9 @@ def test_an_arm_without_a_finished_run_gives_no_number():
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
     assert math.isnan(lora["loss_mean"])
     assert lora["n_seeds"] == 0
-    found = gap(runs, lora, fullft)
-    assert math.isnan(found.estimate)
-    assert found.n_seeds == 0
+    paired = gap(runs, lora, fullft)
+    assert math.isnan(paired.estimate)
+    assert paired.n_seeds == 0
 
 
 def test_an_arm_that_is_not_there_is_named():
@@ -100,6 +100,6 @@ def test_an_arm_that_is_not_there_is_named():
 def test_luck_that_both_arms_share_cancels(luck, difference):
     runs, _ = tables([arm(optimum=3e-4, offsets=luck), arm(8, optimum=3e-3, floor=2.0 + difference, offsets=luck)])
     fullft, lora = (row for _, row in best_losses(runs).iterrows())
-    found = gap(runs, lora, fullft)
-    assert found.estimate == pytest.approx(difference, abs=1e-9)
-    assert found.sigma == pytest.approx(0, abs=1e-9)
+    paired = gap(runs, lora, fullft)
+    assert paired.estimate == pytest.approx(difference, abs=1e-9)
+    assert paired.sigma == pytest.approx(0, abs=1e-9)

@@ -94,9 +94,9 @@ def test_differences_grow_to_the_largest_so_far():
         return nll(run | {"lr": 1e-3}, step) + (bumps.get(step, 0.0) if run["lr"] == 2e-3 else 0.0)
 
     runs, curves = lora_tables([lora_run(lr=1e-3, steps=8), lora_run(lr=2e-3, steps=8)], nll=loss)
-    found = differences(run_pairs(runs), curves, 6)
-    assert found["step"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert found["difference"].tolist() == pytest.approx([0, 3e-3, 3e-3, 5e-3, 5e-3, 5e-3])
+    measured = differences(run_pairs(runs), curves, 6)
+    assert measured["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert measured["difference"].tolist() == pytest.approx([0, 3e-3, 3e-3, 5e-3, 5e-3, 5e-3])
     gone = curves[~((curves["run_id"] == runs["run_id"].iloc[1]) & (curves["step"] > 3))]
     assert differences(run_pairs(runs), gone, 6)["step"].tolist() == [1, 2, 3]
     assert differences(run_pairs(runs), curves.iloc[:0], 6).empty
@@ -108,15 +108,15 @@ def test_first_descents_by_rule_are_per_unit_of_lr():
     configurations += [{"rank": r, "alpha": 32 * math.sqrt(r)} for r in (4, 16)]
     configurations += [{"rank": r, "alpha": 2.0 * r} for r in (4, 8)] + [{"rank": 4, "init_a": 2.0}]
     made = [lora_run(**config, seed=seed) for config in configurations for seed in (0, 1)]
-    found = first_descents(*lora_tables(made, descent=lambda run, step: run["alpha"] * run["lr"] * run["lr_ratio"]))
-    ranks = {rule: sorted(set(rows["rank"])) for rule, rows in found.groupby("rule")}
+    measured = first_descents(*lora_tables(made, descent=lambda run, step: run["alpha"] * run["lr"] * run["lr_ratio"]))
+    ranks = {rule: sorted(set(rows["rank"])) for rule, rows in measured.groupby("rule")}
     # Alpha 32 at rank 16 follows alpha = 2 r as well.
     assert ranks == {"alpha / r": [1, 4, 16], "alpha / sqrt(r)": [1, 4, 16], "constant factor": [4, 8, 16]}
-    assert found["descent"].tolist() == pytest.approx(found["alpha"].tolist())
-    of_rank_4 = found[(found["rule"] == "alpha / r") & (found["rank"] == 4)]
+    assert measured["descent"].tolist() == pytest.approx(measured["alpha"].tolist())
+    of_rank_4 = measured[(measured["rule"] == "alpha / r") & (measured["rank"] == 4)]
     assert len(of_rank_4) == 2
     assert of_rank_4["run_ids"].map(len).tolist() == [3, 3]
-    ratios = descent_ratios(found).set_index(["rule", "rank"])
+    ratios = descent_ratios(measured).set_index(["rule", "rank"])
     assert ratios.loc[("alpha / sqrt(r)", 1), "ratio"] == pytest.approx(1 / 4)
     assert ratios.loc[("constant factor", 8), "ratio"] == pytest.approx(1 / 2)
     assert ratios.loc[("alpha / r", 1), ["ratio", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
@@ -181,12 +181,12 @@ def test_step_sizes_are_of_the_longest_standard_runs_at_the_best_lr():
     made = [lora_run(lr=lr, steps=steps, final_valid_nll=loss(lr)) for lr in (3e-4, 1e-3, 3e-3) for steps in (8, 16)]
     made += [lora_run(seed=1, steps=16), lora_run(seed=0, steps=16, alpha=8.0)]
     runs, curves = lora_tables(made)
-    found = step_sizes(runs, curves)
-    assert set(zip(found["lr"], found["steps"], found["seed"], found["alpha"], strict=True)) == {
+    measured = step_sizes(runs, curves)
+    assert set(zip(measured["lr"], measured["steps"], measured["seed"], measured["alpha"], strict=True)) == {
         (1e-3, 16, 0, 32.0),
         (1e-3, 16, 1, 32.0),
     }
-    at = found[(found["seed"] == 1) & (found["step"] == 8)]["size"].item()
+    at = measured[(measured["seed"] == 1) & (measured["step"] == 8)]["size"].item()
     assert at == pytest.approx(update_norm(lora_run(seed=1), 8) / 1e-3)
 
 
@@ -198,6 +198,6 @@ def test_tuned_arms_have_a_grid_and_the_standard_initial_scale():
             arm(8, optimum=3e-3, alpha=32.0, init_a=2.0),
         ]
     )
-    found = with_lr_grid(runs)
-    assert set(zip(found["alpha"], found["init_a"], strict=True)) == {(32.0, 1.0)}
-    assert len(found) == 8
+    measured = with_lr_grid(runs)
+    assert set(zip(measured["alpha"], measured["init_a"], strict=True)) == {(32.0, 1.0)}
+    assert len(measured) == 8

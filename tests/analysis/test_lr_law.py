@@ -36,8 +36,8 @@ LOSSES = np.array([2.4, 2.0, 2.2, 3.0])
 
 @pytest.mark.parametrize(("family", "hidden_size", "fullft", "lora"), TABLE)
 def test_published_lrs(family, hidden_size, fullft, lora):
-    found = [predict_lr(PUBLISHED, family, hidden_size, method) for method in ("fullft", "lora")]
-    assert [f"{lr:.3e}" for lr in found] == [f"{fullft:.3e}", f"{lora:.3e}"]
+    fitted = [predict_lr(PUBLISHED, family, hidden_size, method) for method in ("fullft", "lora")]
+    assert [f"{lr:.3e}" for lr in fitted] == [f"{fullft:.3e}", f"{lora:.3e}"]
 
 
 def test_lineages():
@@ -97,18 +97,18 @@ def problems(law, **grid):
 )
 def test_a_law_gives_its_constants_back(base, multiplier, llama, qwen):
     law = LrLaw(base, multiplier, {"llama": llama, "qwen": qwen})
-    found = fit_lr_law(problems(law))
-    assert found.base == pytest.approx(base, rel=1e-4)
-    assert found.multiplier == pytest.approx(multiplier, rel=1e-4)
-    assert found.exponents == pytest.approx(law.exponents, abs=1e-4)
+    fitted = fit_lr_law(problems(law))
+    assert fitted.base == pytest.approx(base, rel=1e-4)
+    assert fitted.multiplier == pytest.approx(multiplier, rel=1e-4)
+    assert fitted.exponents == pytest.approx(law.exponents, abs=1e-4)
 
 
 def test_on_one_grid_for_all_the_law_is_within_a_grid_step():
     law = LrLaw(3e-4, 9.8, {"llama": 0.6, "qwen": 0.1})
-    found = fit_lr_law(problems(law, centre=1e-3, factors=10.0 ** np.arange(-3, 3.25, 0.25)))
+    fitted = fit_lr_law(problems(law, centre=1e-3, factors=10.0 ** np.arange(-3, 3.25, 0.25)))
     for family, hidden_size in (("llama", 128), ("qwen3", 128)):
         for method in ("fullft", "lora"):
-            off = predict_lr(found, family, hidden_size, method) / predict_lr(law, family, hidden_size, method)
+            off = predict_lr(fitted, family, hidden_size, method) / predict_lr(law, family, hidden_size, method)
             assert abs(math.log10(off)) < 0.25
 
 
@@ -116,9 +116,9 @@ def test_the_fit_follows_most_models_past_one_that_is_off():
     law = LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.08})
     off = LrLaw(4e-4, 10.0, law.exponents)
     mixed = [p for p in problems(law) if (p.lineage, p.hidden_size) != ("llama", 256)]
-    found = fit_lr_law([*mixed, problem(off, "llama", 256, "fullft"), problem(law, "llama", 256, "lora")])
-    assert found.base == pytest.approx(1e-4, rel=1e-3)
-    assert found.exponents["llama"] == pytest.approx(0.78, abs=1e-3)
+    fitted = fit_lr_law([*mixed, problem(off, "llama", 256, "fullft"), problem(law, "llama", 256, "lora")])
+    assert fitted.base == pytest.approx(1e-4, rel=1e-3)
+    assert fitted.exponents["llama"] == pytest.approx(0.78, abs=1e-3)
 
 
 def test_lost_runs_do_not_stop_the_fit():

@@ -40,22 +40,22 @@ def facts(bits_by_rank, params=lambda rank: 500 * rank, **changes):
 
 def test_stored_bits_are_the_entropy_less_what_is_left_to_tell():
     runs, _ = facts({1: 1000.0}, offsets=(0.0,))
-    found = stored_bits(runs).set_index("lr")
-    assert found.loc[1e-3, "bits_stored"] == pytest.approx(1000)
-    assert found.loc[1e-3, "bits_per_parameter"] == pytest.approx(2)
-    assert found.loc[1e-3, "share"] == pytest.approx(0.25)
+    stored = stored_bits(runs).set_index("lr")
+    assert stored.loc[1e-3, "bits_stored"] == pytest.approx(1000)
+    assert stored.loc[1e-3, "bits_per_parameter"] == pytest.approx(2)
+    assert stored.loc[1e-3, "share"] == pytest.approx(0.25)
     # Away from the optimum the loss is 0.1 ln(3)^2 nats higher.
     lost = 0.1 * math.log(3) ** 2 * TOKENS / math.log(2)
-    assert found.loc[3e-3, "bits_stored"] == pytest.approx(1000 - lost)
-    assert len(found) == len(runs)
+    assert stored.loc[3e-3, "bits_stored"] == pytest.approx(1000 - lost)
+    assert len(stored) == len(runs)
 
 
 def test_less_than_nothing_can_be_stored_and_diverged_runs_store_nothing_known():
     runs, _ = facts({1: -200.0}, offsets=(0.0,), diverges_from=1e-2)
-    found = stored_bits(runs).set_index("lr")
-    assert found.loc[1e-3, "bits_stored"] == pytest.approx(-200)
-    assert found.loc[[1e-2, 3e-2], "bits_stored"].isna().all()
-    assert found.loc[1e-2, "status"] == "diverged"
+    stored = stored_bits(runs).set_index("lr")
+    assert stored.loc[1e-3, "bits_stored"] == pytest.approx(-200)
+    assert stored.loc[[1e-2, 3e-2], "bits_stored"].isna().all()
+    assert stored.loc[1e-2, "status"] == "diverged"
 
 
 def test_other_datasets_and_tables_have_no_facts():
@@ -70,16 +70,16 @@ def test_other_datasets_and_tables_have_no_facts():
 
 def test_best_over_lr_is_the_mean_over_seeds_with_an_interval():
     runs, _ = facts({None: 3900.0, 4: 3000.0})
-    found = best_stored(runs).set_index("method")
-    assert found["lr_best"].tolist() == [1e-3, 1e-3]
-    assert found["n_seeds"].tolist() == [3, 3]
-    assert found.loc["lora", "bits_stored"] == pytest.approx(3000)
+    stored = best_stored(runs).set_index("method")
+    assert stored["lr_best"].tolist() == [1e-3, 1e-3]
+    assert stored["n_seeds"].tolist() == [3, 3]
+    assert stored.loc["lora", "bits_stored"] == pytest.approx(3000)
     seeds = np.array([0.0, 0.004, -0.004]) * TOKENS / math.log(2)
     half = 4.302653 * seeds.std(ddof=1) / math.sqrt(3)
-    assert found.loc["lora", "bits_stored_high"] == pytest.approx(3000 + half)
-    assert found.loc["lora", "bits_per_parameter_low"] == pytest.approx((3000 - half) / 2000)
-    assert found.loc["fullft", "share"] == pytest.approx(3900 / ENTROPY)
-    assert found.loc["fullft", "trainable_params"] == 10**6
+    assert stored.loc["lora", "bits_stored_high"] == pytest.approx(3000 + half)
+    assert stored.loc["lora", "bits_per_parameter_low"] == pytest.approx((3000 - half) / 2000)
+    assert stored.loc["fullft", "share"] == pytest.approx(3900 / ENTROPY)
+    assert stored.loc["fullft", "trainable_params"] == 10**6
 
 
 def test_an_arm_that_never_finished_is_left_out():

@@ -22,13 +22,13 @@ def optimum(noise=NOISE, **settings_of_arm):
 
 @pytest.mark.parametrize("lr_opt", [3.3e-4, 8e-4, 1e-3, 1.7e-3, 9e-3])
 def test_the_vertex_of_a_parabola_is_found(lr_opt):
-    found = optimum(optimum=lr_opt)
-    assert math.log(found["lr_opt"]) == pytest.approx(math.log(lr_opt), abs=1e-6)
-    assert found["loss_opt"] == pytest.approx(2.0, abs=1e-9)
-    assert found["lr_low"] < lr_opt < found["lr_high"]
-    assert found["resolved"]
-    assert not found["edge"]
-    assert (found["n_runs"], found["n_diverged"], len(found["run_ids"])) == (6, 0, 6)
+    estimate = optimum(optimum=lr_opt)
+    assert math.log(estimate["lr_opt"]) == pytest.approx(math.log(lr_opt), abs=1e-6)
+    assert estimate["loss_opt"] == pytest.approx(2.0, abs=1e-9)
+    assert estimate["lr_low"] < lr_opt < estimate["lr_high"]
+    assert estimate["resolved"]
+    assert not estimate["edge"]
+    assert (estimate["n_runs"], estimate["n_diverged"], len(estimate["run_ids"])) == (6, 0, 6)
 
 
 def test_the_interval_widens_with_noise_and_covers():
@@ -39,26 +39,26 @@ def test_the_interval_widens_with_noise_and_covers():
     covered = []
     for _ in range(40):
         noisy = runs.assign(final_valid_nll=runs["final_valid_nll"] + rng.normal(0, 0.02, len(runs)))
-        found = lr_optima(noisy, noise_table(0.02), n_bootstrap=300).iloc[0]
-        covered.append(found["lr_low"] <= 2e-3 <= found["lr_high"])
+        estimate = lr_optima(noisy, noise_table(0.02), n_bootstrap=300).iloc[0]
+        covered.append(estimate["lr_low"] <= 2e-3 <= estimate["lr_high"])
     assert np.mean(covered) > 0.85
 
 
 @pytest.mark.parametrize("beyond", [3e-5, 1e-1])
 def test_a_minimum_at_the_grids_edge_is_flagged(beyond):
-    found = optimum(optimum=beyond)
-    assert found["edge"]
-    assert not found["resolved"]
-    assert found["lr_opt"] == found["lr_best"]
+    estimate = optimum(optimum=beyond)
+    assert estimate["edge"]
+    assert not estimate["resolved"]
+    assert estimate["lr_opt"] == estimate["lr_best"]
 
 
 def test_a_diverged_upper_neighbour_brackets_without_a_parabola():
-    found = optimum(optimum=5e-3, diverges_from=1e-2)
-    assert found["lr_opt"] == found["lr_best"] == 3e-3
-    assert (found["lr_low"], found["lr_high"]) == (1e-3, 1e-2)
-    assert not found["edge"]
+    estimate = optimum(optimum=5e-3, diverges_from=1e-2)
+    assert estimate["lr_opt"] == estimate["lr_best"] == 3e-3
+    assert (estimate["lr_low"], estimate["lr_high"]) == (1e-3, 1e-2)
+    assert not estimate["edge"]
     assert not optimum(optimum=5e-3, diverges_from=1e-2, noise=noise_table(math.nan))["resolved"]
-    assert found["n_diverged"] == 2
+    assert estimate["n_diverged"] == 2
 
 
 def test_a_diverged_lower_neighbour_brackets_nothing():
@@ -75,10 +75,10 @@ def test_a_loss_that_is_missing_is_refused():
 
 
 def test_without_sigma_there_is_an_optimum_but_no_interval():
-    found = optimum(optimum=1e-3, noise=NOISE.iloc[:0])
-    assert found["lr_opt"] == pytest.approx(1e-3)
-    assert math.isnan(found["lr_low"])
-    assert not found["resolved"]
+    estimate = optimum(optimum=1e-3, noise=NOISE.iloc[:0])
+    assert estimate["lr_opt"] == pytest.approx(1e-3)
+    assert math.isnan(estimate["lr_low"])
+    assert not estimate["resolved"]
 
 
 def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
@@ -87,27 +87,27 @@ def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
 
 def test_an_interval_that_reaches_the_edge_is_not_resolved():
     # The loss is almost flat between the two lowest LRs: with this noise the first may well be the best.
-    found = optimum(optimum=1.8e-4, noise=noise_table(0.05))
-    assert not found["edge"]
-    assert found["lr_low"] == pytest.approx(LRS[0])
-    assert not found["resolved"]
+    estimate = optimum(optimum=1.8e-4, noise=noise_table(0.05))
+    assert not estimate["edge"]
+    assert estimate["lr_low"] == pytest.approx(LRS[0])
+    assert not estimate["resolved"]
 
 
 def test_an_arm_of_which_every_run_diverged_stays_in_the_table():
     runs, _ = tables([arm(8, optimum=1e-3)])
     runs = runs.assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan)
-    found = lr_optima(runs, NOISE).iloc[0]
-    assert math.isnan(found["lr_opt"])
-    assert not found["resolved"]
-    assert found["n_diverged"] == found["n_runs"] == 6
+    estimate = lr_optima(runs, NOISE).iloc[0]
+    assert math.isnan(estimate["lr_opt"])
+    assert not estimate["resolved"]
+    assert estimate["n_diverged"] == estimate["n_runs"] == 6
 
 
 def test_the_lr_is_picked_on_validation_and_its_loss_read_on_test():
     runs, _ = tables([arm(8, optimum=1e-3)])
     runs["final_test_nll"] = 7.0 + 0.5 * np.log(runs["lr"] / 3e-3) ** 2
-    found = lr_optima(runs, NOISE).iloc[0]
-    assert found["lr_opt"] == pytest.approx(1e-3)
-    assert found["loss_opt"] == pytest.approx(7.0 + 0.5 * math.log(1 / 3) ** 2)
+    estimate = lr_optima(runs, NOISE).iloc[0]
+    assert estimate["lr_opt"] == pytest.approx(1e-3)
+    assert estimate["loss_opt"] == pytest.approx(7.0 + 0.5 * math.log(1 / 3) ** 2)
 
 
 def test_an_arms_interval_depends_neither_on_other_arms_nor_on_row_order():
@@ -131,20 +131,20 @@ def test_the_optimum_ignores_a_constant_and_scales_with_the_lrs(losses, shift, s
     lrs = [1e-3 * 3**i for i in range(len(losses))]
     runs, _ = tables([arm(8, optimum=1e-3, lrs=lrs, offsets=(0.0,))])
     runs = runs.assign(final_valid_nll=losses, final_test_nll=losses)
-    found = lr_optima(runs, NOISE, n_bootstrap=50).iloc[0]
+    estimate = lr_optima(runs, NOISE, n_bootstrap=50).iloc[0]
     shifted = lr_optima(runs.assign(final_valid_nll=losses + shift), NOISE, n_bootstrap=50).iloc[0]
     scaled = lr_optima(runs.assign(lr=runs["lr"] * scale), NOISE, n_bootstrap=50).iloc[0]
     for name in ("lr_opt", "lr_low", "lr_high"):
-        assert scaled[name] / scale == pytest.approx(found[name], rel=1e-6)
+        assert scaled[name] / scale == pytest.approx(estimate[name], rel=1e-6)
         if len(set(losses)) == len(losses):
-            assert shifted[name] == pytest.approx(found[name], rel=1e-4)
-    assert lrs[0] <= found["lr_opt"] <= lrs[-1] * (1 + 1e-12)
-    assert found["loss_opt"] <= max(losses) + 1e-9
+            assert shifted[name] == pytest.approx(estimate[name], rel=1e-4)
+    assert lrs[0] <= estimate["lr_opt"] <= lrs[-1] * (1 + 1e-12)
+    assert estimate["loss_opt"] <= max(losses) + 1e-9
 
 
 @settings(deadline=None)
 @given(st.floats(0.1, 3.0), st.floats(0.1, 3.0), st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.floats(-10, 10))
 def test_a_vertex_lies_between_its_neighbours(left, right, rise_left, rise_right, middle):
     x = np.array([middle - left, middle, middle + right])
-    found = vertex(x, np.array([rise_left, 0.0, rise_right]))
-    assert x[0] - 1e-9 <= found <= x[2] + 1e-9
+    estimate = vertex(x, np.array([rise_left, 0.0, rise_right]))
+    assert x[0] - 1e-9 <= estimate <= x[2] + 1e-9

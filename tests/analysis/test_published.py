@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorabench.analysis import published
-from lorabench.claims import CLAIMS
+from lorabench.claims.catalog import CLAIMS
 
 
 def test_numbers_are_those_of_the_files():

@@ -10,7 +10,7 @@ import pytest
 from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
-from lorabench.claims import judge_claims
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
@@ -42,38 +42,38 @@ def optima(runs):
 
 
 def test_optimum_by_rank_of_llama_8b(optima):
-    found = optima.loc["meta-llama/Llama-3.1-8B"]
+    of_model = optima.loc["meta-llama/Llama-3.1-8B"]
     # Rank 64 is a tie of 3e-4 and 1e-3; the vertex lies half way between them in log LR.
-    assert found["lr_best"].to_dict() == {4: 3e-4, 16: 3e-4, 64: 3e-4, 128: 3e-4}
-    assert found.loc[64, "lr_opt"] == pytest.approx((3e-4 * 1e-3) ** 0.5)
+    assert of_model["lr_best"].to_dict() == {4: 3e-4, 16: 3e-4, 64: 3e-4, 128: 3e-4}
+    assert of_model.loc[64, "lr_opt"] == pytest.approx((3e-4 * 1e-3) ** 0.5)
     # Vertices of numpy.polyfit through log LR and the three losses around each minimum.
     expected = {4: 3.00072e-4, 16: 3.69949e-4, 64: 5.47723e-4, 128: 5.01201e-4}
-    assert found["lr_opt"].to_dict() == pytest.approx(expected, rel=1e-5)
-    assert not found["edge"].any()
+    assert of_model["lr_opt"].to_dict() == pytest.approx(expected, rel=1e-5)
+    assert not of_model["edge"].any()
 
 
 def test_the_optimum_moves_up_from_rank_4_to_128_by_less_than_two(optima):
     # The optimal LR grows by a factor of 1.5 to 1.9 from rank 4 to rank 64 or 128.
     for model in ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct"):
-        found = optima.loc[model]
-        assert 1.4 < found.loc[128, "lr_opt"] / found.loc[4, "lr_opt"] < 2
+        of_model = optima.loc[model]
+        assert 1.4 < of_model.loc[128, "lr_opt"] / of_model.loc[4, "lr_opt"] < 2
 
 
 def test_the_shift_from_rank_4_to_128_of_llama_8b(optima):
-    found = optima.loc["meta-llama/Llama-3.1-8B"]
-    assert found.loc[128, "lr_opt"] / found.loc[4, "lr_opt"] == pytest.approx(5.01201e-4 / 3.00072e-4, rel=1e-5)
+    of_model = optima.loc["meta-llama/Llama-3.1-8B"]
+    assert of_model.loc[128, "lr_opt"] / of_model.loc[4, "lr_opt"] == pytest.approx(5.01201e-4 / 3.00072e-4, rel=1e-5)
 
 
 def test_rank_1_has_the_lower_optimum(optima):
-    found = optima.loc["Qwen/Qwen3-30B-A3B"]
-    assert 1.2 < found.loc[16, "lr_opt"] / found.loc[1, "lr_opt"] < 2.4
+    of_model = optima.loc["Qwen/Qwen3-30B-A3B"]
+    assert 1.2 < of_model.loc[16, "lr_opt"] / of_model.loc[1, "lr_opt"] < 2.4
 
 
 def test_llama_1b_ends_at_the_edge_of_the_grid(optima):
-    found = optima.loc["meta-llama/Llama-3.2-1B"]
-    assert found["edge"].all()
-    assert not found["resolved"].any()
-    assert (found["lr_opt"] == 1e-3).all()
+    of_model = optima.loc["meta-llama/Llama-3.2-1B"]
+    assert of_model["edge"].all()
+    assert not of_model["resolved"].any()
+    assert (of_model["lr_opt"] == 1e-3).all()
 
 
 def test_the_small_llamas_end_at_the_edge_at_every_rank(optima):
@@ -106,13 +106,13 @@ def test_a_table_with_optional_columns_missing_is_judged(runs):
     # Only the needed columns are kept, since the published files have no steps, alpha, tokens or parameters.
     needed = [*(name for name in ARM if name not in OPTIONAL), "run_id", "lr", "seed", "status"]
     bare = seeded(runs)[[*needed, "final_valid_nll", "final_test_nll"]]
-    found = judge_claims(Tables(bare, pd.DataFrame())).set_index("claim_id")
-    assert not {"confirmed", "contradicted"} & set(found.loc[["A1", "A7", "A8", "B1", "B2"], "verdict"])
-    assert set(found.loc[["B5", "B6", "B7", "B8", "B11"], "verdict"]) == {"not tested"}
+    judged = judge_claims(Tables(bare, pd.DataFrame())).set_index("claim_id")
+    assert not {"confirmed", "contradicted"} & set(judged.loc[["A1", "A7", "A8", "B1", "B2"], "verdict"])
+    assert set(judged.loc[["B5", "B6", "B7", "B8", "B11"], "verdict"]) == {"not tested"}
     # Some models are at the edge of their grids or have no rank 1, which leaves both open over all models ...
-    assert found.loc[["B3", "B4"], "verdict"].tolist() == ["inconclusive"] * 2
-    assert "Llama-3.2-1B" in found.loc["B3", "reason"]
-    assert "edge of its grid" in found.loc["B3", "reason"]
+    assert judged.loc[["B3", "B4"], "verdict"].tolist() == ["inconclusive"] * 2
+    assert "Llama-3.2-1B" in judged.loc["B3", "reason"]
+    assert "edge of its grid" in judged.loc["B3", "reason"]
     # ... and in the models with rank 1 its optimum is below that of rank 16 by a factor of 1.2 to 2.4.
     moe = judge_claims(Tables(bare[bare["model"].str.contains("30B")], pd.DataFrame())).set_index("claim_id")
     assert moe.loc["B4", "verdict"] == "confirmed"
@@ -122,20 +122,20 @@ def test_a_table_with_optional_columns_missing_is_judged(runs):
 def test_a_tie_of_two_lrs_leaves_the_shift_of_llama_8b_open(runs):
     llama = seeded(runs)
     llama = llama[llama["model"] == "meta-llama/Llama-3.1-8B"]
-    found = judge_claims(Tables(llama, pd.DataFrame())).set_index("claim_id").loc["B3"]
+    judged = judge_claims(Tables(llama, pd.DataFrame())).set_index("claim_id").loc["B3"]
     # Rank 64 is lowest at 3e-4 and at 1e-3, the grid's end: in half the draws the optimum lies at the edge.
-    assert found["verdict"] == "inconclusive"
-    assert "LoRA r64: optimum not resolved" in found["reason"]
+    assert judged["verdict"] == "inconclusive"
+    assert "LoRA r64: optimum not resolved" in judged["reason"]
     without = llama[llama["rank"] != 64]
-    found = judge_claims(Tables(without, pd.DataFrame())).set_index("claim_id").loc["B3"]
-    assert found["verdict"] == "confirmed"
-    assert found["estimate"] == pytest.approx(5.01201e-4 / 3.00072e-4, rel=1e-5)
+    judged = judge_claims(Tables(without, pd.DataFrame())).set_index("claim_id").loc["B3"]
+    assert judged["verdict"] == "confirmed"
+    assert judged["estimate"] == pytest.approx(5.01201e-4 / 3.00072e-4, rel=1e-5)
 
 
 def test_without_full_fine_tuning_no_claim_about_it_gets_a_verdict(runs):
     llama = runs[runs["model"] == "meta-llama/Llama-3.1-8B"]
-    found = judge_claims(Tables(llama, pd.DataFrame())).set_index("claim_id")
-    assert found.loc[["A1", "A7", "A8", "B1", "B2"], "verdict"].isin(["inconclusive", "not tested"]).all()
-    assert found.loc["B4", "verdict"] == "inconclusive"
+    judged = judge_claims(Tables(llama, pd.DataFrame())).set_index("claim_id")
+    assert judged.loc[["A1", "A7", "A8", "B1", "B2"], "verdict"].isin(["inconclusive", "not tested"]).all()
+    assert judged.loc["B4", "verdict"] == "inconclusive"
     # Without the error of the interpolation, the optima of ranks 4 to 128 lie within a factor of two.
-    assert 1.5 < found.loc["B3", "estimate"] < 2
+    assert 1.5 < judged.loc["B3", "estimate"] < 2

@@ -53,37 +53,37 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     sft, _ = sft_tables([sft_arm(optimum=3e-4)])
     runs.loc[0, ["status", "final_reward", "final_valid_reward", "best_reward"]] = ["unrewarded", BASE, BASE, BASE]
     both = pd.concat([runs, sft])
-    found = with_error_rates(both)
-    assert list(found["run_id"]) == list(runs["run_id"])
-    done = found["status"] == "done"
-    assert found["status"].iloc[0] == "done"
-    assert (found["status"] == "diverged").sum() == 1
-    assert found.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
-    assert found.loc[~done, "test_loss"].isna().all()
+    table = with_error_rates(both)
+    assert list(table["run_id"]) == list(runs["run_id"])
+    done = table["status"] == "done"
+    assert table["status"].iloc[0] == "done"
+    assert (table["status"] == "diverged").sum() == 1
+    assert table.loc[done, "test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "final_reward"]).tolist())
+    assert table.loc[~done, "test_loss"].isna().all()
     best = with_error_rates(both, "best_reward")[done]
     assert best["test_loss"].tolist() == pytest.approx((1 - runs.loc[done, "best_reward"]).tolist())
-    assert best["validation_loss"].tolist() == found.loc[done, "validation_loss"].tolist()
-    assert found[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
-    pd.testing.assert_frame_equal(with_error_rates(found), found)
+    assert best["validation_loss"].tolist() == table.loc[done, "validation_loss"].tolist()
+    assert table[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
+    pd.testing.assert_frame_equal(with_error_rates(table), table)
     assert with_error_rates(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
-    assert seed_noise(found)["sigma"].item() == pytest.approx(OFFSETS[1])
+    assert seed_noise(table)["sigma"].item() == pytest.approx(OFFSETS[1])
 
 
 def test_the_optimum_of_accuracy_is_interpolated():
-    found = reward_optima(tables([arm(optimum=2e-4), arm(8, optimum=2e-3)])[0])
-    assert found["lr_opt"].tolist() == pytest.approx([2e-4, 2e-3])
-    assert found["reward_opt"].tolist() == pytest.approx([0.8, 0.8])
-    assert found["resolved"].all()
-    assert found["n_runs"].tolist() == [len(LRS)] * 2
+    table = reward_optima(tables([arm(optimum=2e-4), arm(8, optimum=2e-3)])[0])
+    assert table["lr_opt"].tolist() == pytest.approx([2e-4, 2e-3])
+    assert table["reward_opt"].tolist() == pytest.approx([0.8, 0.8])
+    assert table["resolved"].all()
+    assert table["n_runs"].tolist() == [len(LRS)] * 2
 
 
 def test_a_flat_top_has_an_interval_as_wide_as_itself_and_none_without_noise():
     lrs = [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
     flat = [0.2, 0.9, 0.9, 0.9, 0.9, 0.2]
-    found = reward_optima(grid(lrs, flat, repeats=(0.01, -0.01))).iloc[0]
-    assert found["lr_low"] < 2e-4
-    assert found["lr_high"] > 1.5e-3
-    assert found["lr_best"] == 1e-4
+    table = reward_optima(grid(lrs, flat, repeats=(0.01, -0.01))).iloc[0]
+    assert table["lr_low"] < 2e-4
+    assert table["lr_high"] > 1.5e-3
+    assert table["lr_best"] == 1e-4
     # The accuracy is 1 with every seed at several LRs, any of which may be the best.
     certain = grid(lrs, [0.2, 1, 1, 1, 1, 0.2], repeats=(0, 0))
     for optimum in (reward_optima(certain).iloc[0], reward_optima(grid(lrs, flat, repeats=())).iloc[0]):
@@ -95,36 +95,40 @@ def test_a_flat_top_has_an_interval_as_wide_as_itself_and_none_without_noise():
 
 def test_a_triangle_has_a_known_band():
     # 0.95 of the peak 0.8 is 0.76: a tenth of the way down on both sides.
-    found = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.4])
-    assert found["peak"] == pytest.approx(0.8)
-    assert found["threshold"] == pytest.approx(0.76)
-    assert found["width"] == pytest.approx(0.2)
-    assert found["step"] == pytest.approx(1.0)
-    assert (found["lr_low"], found["lr_high"]) == pytest.approx((10**-4.1, 10**-3.9))
-    assert not found["open_low"]
-    assert not found["open_high"]
-    assert found["width_low"] < 0.2 < found["width_high"]
+    good_range = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.4])
+    assert good_range["peak"] == pytest.approx(0.8)
+    assert good_range["threshold"] == pytest.approx(0.76)
+    assert good_range["width"] == pytest.approx(0.2)
+    assert good_range["step"] == pytest.approx(1.0)
+    assert (good_range["lr_low"], good_range["lr_high"]) == pytest.approx((10**-4.1, 10**-3.9))
+    assert not good_range["open_low"]
+    assert not good_range["open_high"]
+    assert good_range["width_low"] < 0.2 < good_range["width_high"]
 
 
 def test_a_band_that_reaches_the_edge_is_open_there():
-    found = band([1e-5, 1e-4, 1e-3], [0.8, 0.8, 0.4])
-    assert (found["width"], found["open_low"], found["open_high"]) == (pytest.approx(1.1), True, False)
-    found = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.77])
-    assert (found["open_low"], found["open_high"], found["lr_high"]) == (False, True, pytest.approx(1e-3))
+    good_range = band([1e-5, 1e-4, 1e-3], [0.8, 0.8, 0.4])
+    assert (good_range["width"], good_range["open_low"], good_range["open_high"]) == (pytest.approx(1.1), True, False)
+    good_range = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.77])
+    assert (good_range["open_low"], good_range["open_high"], good_range["lr_high"]) == (
+        False,
+        True,
+        pytest.approx(1e-3),
+    )
 
 
 def test_one_unlucky_run_does_not_cut_off_what_lies_beyond():
     lrs = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
-    found = band(lrs, [0.0, 0.8, 0.72, 0.8, 0.0])
+    good_range = band(lrs, [0.0, 0.8, 0.72, 0.8, 0.0])
     whole = band(lrs, [0.0, 0.8, 0.8, 0.8, 0.0])
-    assert found["width"] == pytest.approx(whole["width"] - 1.0)
-    assert found["lr_high"] == pytest.approx(whole["lr_high"])
+    assert good_range["width"] == pytest.approx(whole["width"] - 1.0)
+    assert good_range["lr_high"] == pytest.approx(whole["lr_high"])
 
 
 def test_a_diverged_run_has_no_reward():
-    found = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.8], statuses={2: "diverged"})
-    assert found["width"] == pytest.approx(0.1 + 0.05)
-    assert found["n_diverged"] == 1
+    good_range = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.8], statuses={2: "diverged"})
+    assert good_range["width"] == pytest.approx(0.1 + 0.05)
+    assert good_range["n_diverged"] == 1
 
 
 def test_without_a_peak_or_noise_there_is_no_band_or_no_interval():
@@ -145,9 +149,9 @@ ACCURACIES = st.lists(st.floats(0.05, 1.0), min_size=2, max_size=6)
 def test_the_width_does_not_depend_on_the_unit_of_lr(accuracies, shift):
     lrs = np.geomspace(1e-5, 1e-2, len(accuracies))
     repeats = (-0.01, -0.02)
-    one, other = band(lrs, accuracies, repeats=repeats), band(lrs * 10**shift, accuracies, repeats=repeats)
+    original, shifted = band(lrs, accuracies, repeats=repeats), band(lrs * 10**shift, accuracies, repeats=repeats)
     for name in ("width", "width_low", "width_high", "peak"):
-        assert other[name] == pytest.approx(one[name], abs=1e-9)
+        assert shifted[name] == pytest.approx(original[name], abs=1e-9)
 
 
 @FEW
@@ -163,15 +167,15 @@ def test_a_run_on_the_line_between_two_lrs_changes_nothing(accuracies):
 
 def test_the_band_of_a_parabola_is_about_that_of_its_formula():
     lrs = np.geomspace(1e-5, 1e-2, 25)
-    found = good_bands(tables([arm(optimum=lrs[12], lrs=lrs)])[0]).iloc[0]
+    good_range = good_bands(tables([arm(optimum=lrs[12], lrs=lrs)])[0]).iloc[0]
     exact = 2 * math.sqrt((1 - GOOD) * 0.8 / CURVATURE) / math.log(10)
-    assert found["width"] == pytest.approx(exact, rel=0.02)
+    assert good_range["width"] == pytest.approx(exact, rel=0.02)
 
 
 def test_curves_at_the_best_lr_are_averaged_over_seeds():
     runs, curves = tables([arm(optimum=1e-4), arm(8, optimum=1e-3, peak=0.7)])
-    found = reward_curves(runs, curves)
-    fullft, lora = (rows_of(found, {"method": method}, ["method"]) for method in ("fullft", "lora"))
+    table = reward_curves(runs, curves)
+    fullft, lora = (rows_of(table, {"method": method}, ["method"]) for method in ("fullft", "lora"))
     assert list(fullft["step"]) == list(range(1, STEPS + 1))
     assert set(lora["lr"]) == {1e-3}
     last = lora.iloc[-1]
@@ -192,7 +196,7 @@ def test_no_curves_give_empty_tables():
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "told"),
+    ("column", "value", "shown"),
     [
         ("final_reward", None, "missing; allowed: a share of 0 to 1 where RL finished"),
         ("final_valid_reward", 1.5, "1.5; allowed: a share of 0 to 1 where RL finished"),
@@ -202,12 +206,12 @@ def test_no_curves_give_empty_tables():
         ("task", "dpo", "'dpo'; allowed: sft, rl"),
     ],
 )
-def test_rl_runs_need_rewards_and_no_losses(column, value, told):
+def test_rl_runs_need_rewards_and_no_losses(column, value, shown):
     runs, _ = tables([arm(optimum=1e-4, final_valid_nll=None, final_test_nll=None)])
     check_table(runs)
     check_table(runs.assign(status="unrewarded"))
     runs.loc[1, column] = value
-    with pytest.raises(UserError, match=f"run_id {runs.loc[1, 'run_id']}: {column} = {told}"):
+    with pytest.raises(UserError, match=f"run_id {runs.loc[1, 'run_id']}: {column} = {shown}"):
         check_table(runs)
 
 

@@ -16,11 +16,11 @@ SCATTER = np.array([1.0, -1.0, -0.5, 0.5, 0.7, -0.7, 0.2, -0.2])
 
 def test_slope_and_interval_are_those_of_scipy():
     y = 3 - 0.5 * X + 0.1 * SCATTER
-    found, known = fit_line(X, y), stats.linregress(X, y)
+    line, known = fit_line(X, y), stats.linregress(X, y)
     half = stats.t.ppf(0.975, len(X) - 2) * known.stderr
-    assert (found.slope, found.intercept, found.n) == pytest.approx((known.slope, known.intercept, len(X)))
-    assert (found.low, found.high) == pytest.approx((known.slope - half, known.slope + half))
-    assert found.r2 == pytest.approx(known.rvalue**2)
+    assert (line.slope, line.intercept, line.n) == pytest.approx((known.slope, known.intercept, len(X)))
+    assert (line.low, line.high) == pytest.approx((known.slope - half, known.slope + half))
+    assert line.r2 == pytest.approx(known.rvalue**2)
 
 
 def test_the_quadratic_term_is_that_of_a_parabola():
@@ -45,13 +45,13 @@ def test_points_that_lie_on_a_line_by_luck_are_as_uncertain_as_their_noise():
 def test_groups_share_the_slope_only():
     x, groups = np.tile(X, 2), np.repeat(["a", "b"], len(X))
     y = 0.5 * x + np.where(groups == "a", 0.0, 7.0) + 0.1 * np.tile(SCATTER, 2)
-    found = fit_line(x, y, groups=groups)
+    line = fit_line(x, y, groups=groups)
     design = np.column_stack([groups == "a", groups == "b", x]).astype(float)
     coefficients, (residual,), *_ = np.linalg.lstsq(design, y, rcond=None)
     spread = math.sqrt(residual / (len(y) - 3) * np.linalg.inv(design.T @ design)[2, 2])
-    assert found.slope == pytest.approx(coefficients[2])
-    assert found.high - found.slope == pytest.approx(stats.t.ppf(0.975, len(y) - 3) * spread)
-    assert found.r2 > 0.98 > fit_line(x, y).r2
+    assert line.slope == pytest.approx(coefficients[2])
+    assert line.high - line.slope == pytest.approx(stats.t.ppf(0.975, len(y) - 3) * spread)
+    assert line.r2 > 0.98 > fit_line(x, y).r2
 
 
 def test_logarithmic_axes():
@@ -62,8 +62,8 @@ def test_logarithmic_axes():
 
 
 def test_what_has_no_place_on_an_axis_is_left_out():
-    found = log_log([0, 1, 10, 100, 1000, 10], [3, 1, 10, 100, math.nan, -1])
-    assert (found.slope, found.n) == (pytest.approx(1), 3)
+    line = log_log([0, 1, 10, 100, 1000, 10], [3, 1, 10, 100, math.nan, -1])
+    assert (line.slope, line.n) == (pytest.approx(1), 3)
 
 
 def test_too_few_points_tell_nothing():
@@ -80,10 +80,10 @@ def test_too_few_points_tell_nothing():
 @given(st.floats(-5, 5), st.floats(-50, 50), st.floats(0.1, 10))
 def test_units_and_shifts_do_not_matter(slope, shift, unit):
     y = slope * X + 0.1 * SCATTER
-    one, other = fit_line(X, y), fit_line(X / unit + shift, y + shift)
-    assert other.slope == pytest.approx(one.slope * unit, abs=1e-7)
-    assert other.high - other.low == pytest.approx((one.high - one.low) * unit, rel=1e-6)
-    assert other.quadratic == pytest.approx(one.quadratic * unit**2, abs=1e-6)
+    original, scaled = fit_line(X, y), fit_line(X / unit + shift, y + shift)
+    assert scaled.slope == pytest.approx(original.slope * unit, abs=1e-7)
+    assert scaled.high - scaled.low == pytest.approx((original.high - original.low) * unit, rel=1e-6)
+    assert scaled.quadratic == pytest.approx(original.quadratic * unit**2, abs=1e-6)
 
 
 def test_intervals_cover_the_true_slope():

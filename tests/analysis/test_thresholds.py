@@ -12,7 +12,7 @@ from lorabench.analysis.thresholds import threshold_slope, thresholds
 from ..handmade.sft import arm, noise_table, tables
 
 
-def found(sigma=0.01, **changes):
+def threshold_rows(sigma=0.01, **changes):
     left = {1: 4, 4: 16, 16: None, 64: 1} | changes
     arms = [arm(optimum=1e-3)]
     arms += [arm(rank, optimum=1e-3, leaves_at=at, trainable_params=1000 * rank) for rank, at in left.items()]
@@ -22,7 +22,7 @@ def found(sigma=0.01, **changes):
 
 
 def test_thresholds_of_ranks_that_leave_stay_or_never_joined():
-    table = found()
+    table = threshold_rows()
     assert table["status"].to_dict() == {1: "left", 4: "left", 16: "stays", 64: "never joined"}
     assert table["step"].to_dict() == {1: 4, 4: 16, 16: 128, 64: 1}
     assert table["tokens"].to_dict() == {1: 6400.0, 4: 25600.0, 16: 204800.0, 64: 1600.0}
@@ -31,7 +31,7 @@ def test_thresholds_of_ranks_that_leave_stay_or_never_joined():
 
 
 def test_without_noise_nothing_is_known():
-    assert set(found(math.nan)["status"]) == {"unknown"}
+    assert set(threshold_rows(math.nan)["status"]) == {"unknown"}
 
 
 def test_the_slope_is_no_surer_than_the_points_are_dense():
@@ -43,4 +43,4 @@ def test_the_slope_is_no_surer_than_the_points_are_dense():
 
 
 def test_no_departure_no_slope():
-    assert math.isnan(threshold_slope(found().iloc[:0]).slope)
+    assert math.isnan(threshold_slope(threshold_rows().iloc[:0]).slope)

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import batch_size, judge_claims
+from lorabench.claims import batch_size
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
@@ -21,7 +22,7 @@ NEARLY_PAIRED = (0.0, 0.0045, -0.0042)
 
 
 def world(gap=None, rank_gap=None, fullft=None, ranks=(4, 64), halfway=None, steps=None, **settings):
-    """FullFT and ranks at three batch sizes, one pass over the same data; `settings` go to every LoRA arm."""
+    """Make FullFT and LoRA at three batch sizes, in one pass over the same data; `settings` change all LoRA arms."""
     gap, fullft, halfway = GAP | (gap or {}), FULLFT | (fullft or {}), HALFWAY | (halfway or {})
     sizes = [size for size in gap if size in SIZES]
     length = {size: (steps or {}).get(size, EXAMPLES // size) for size in sizes}
@@ -37,7 +38,7 @@ def world(gap=None, rank_gap=None, fullft=None, ranks=(4, 64), halfway=None, ste
 
 
 def curves_of(runs, gap, halfway):
-    """Validation curves that end at each run's final loss; LoRA's gap is linear in log(share of the data)."""
+    """Make validation curves that end at each run's final loss; LoRA's gap is linear in log(share of the data)."""
     rows = []
     for run in runs.dropna(subset=["final_valid_nll"]).to_dict("records"):
         size = run["batch_size"]
@@ -123,7 +124,7 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes):
 
 
 def of_seed(runs, size, by_seed, ranks=(4, 64)):
-    """The runs with some ranks' test losses at a batch size changed by seed, which no pairing cancels."""
+    """Return the runs with some ranks' test losses at a batch size changed by seed, which no pairing cancels."""
     for seed, change in by_seed.items():
         changed = runs["rank"].isin(ranks) & runs["batch_size"].eq(size) & runs["seed"].eq(seed)
         runs.loc[changed, "final_test_nll"] += change

@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
@@ -23,7 +24,7 @@ def shared(step: int) -> float:
 
 
 def departing(rank: int | None, slope: float = 0.2, first: int = 4, power: float = 1.0):
-    """The shared curve, left at a step proportional to rank for one less steep by `slope`; the highest stays."""
+    """Return a loss by step: the shared curve, which all ranks but the highest leave at a step proportional to rank."""
 
     def shape(step: int) -> float:
         if rank in (None, RANKS[-1]):
@@ -35,7 +36,7 @@ def departing(rank: int | None, slope: float = 0.2, first: int = 4, power: float
 
 
 def curved(of_arm, shape):
-    """An arm with the curve `shape(step)`, higher away from the optimal LR as the final loss is."""
+    """Make an arm with the curve `shape(step)`, which is higher away from the optimal LR, as the final loss is."""
     runs, _ = of_arm
     lowest = min(row["final_valid_nll"] for row in runs if row["final_valid_nll"] is not None and row["seed"] == 0)
     curves = [
@@ -55,7 +56,7 @@ def curved(of_arm, shape):
 
 
 def learner(rank, shape=None, floor=None, **settings):
-    """An arm of the world in which the claims hold: rank 1 is worse in the end, the others like FullFT."""
+    """Make an arm for which the claims hold: rank 1 is worse in the end, and the other ranks are like FullFT."""
     floor = floor if floor is not None else 2.1 if rank == 1 else 2.0
     columns = {"trainable_params": PARAMS * (rank or 100), "first_epoch_nats": 69.0, "first_epoch_scored_tokens": 100}
     optimum = 1e-3 if rank is None else 3e-3
@@ -64,7 +65,7 @@ def learner(rank, shape=None, floor=None, **settings):
 
 
 def epochs(offsets=(69.0, 70.0, 68.0)):
-    """First-epoch losses by seed."""
+    """Return a function that sets the first-epoch losses of a runs table by seed."""
 
     def change(runs: pd.DataFrame) -> pd.DataFrame:
         return runs.assign(first_epoch_nats=runs["seed"].map(lambda seed: offsets[seed]).astype(float))
@@ -73,7 +74,7 @@ def epochs(offsets=(69.0, 70.0, 68.0)):
 
 
 def world(changes=None, every=None, datasets=("short", "long")):
-    """Two datasets: on one the highest rank is better than FullFT, on the other worse; otherwise alike."""
+    """Make tables of two datasets that differ in whether the highest rank is better or worse than FullFT."""
     changes, every = changes or {}, every or {}
     arms = [
         learner(rank, **({"dataset": dataset} | every | changes.get(rank, {}) | changes.get((dataset, rank), {})))
@@ -249,7 +250,7 @@ def test_no_curves():
         assert claims["verdict"].tolist() == ["not tested", "not tested", "inconclusive"]
 
 
-def test_the_longest_runs_of_a_dataset_tell():
+def test_the_longest_runs_of_a_dataset_decide():
     short, long = world({}, datasets=("long",)), world(datasets=("long",))
     other = short[0]["run_id"] + "-short"
     runs = pd.concat([short[0].assign(run_id=other, steps=64), long[0]])
@@ -263,7 +264,7 @@ def test_the_longest_runs_of_a_dataset_tell():
 
 
 def facts(bits_by_rank, growth=0.02, params=PARAMS, entropy=40_000.0, tokens=10_000, **settings):
-    """Arms that store the given bits of random facts, a share `growth` of them in the second half of their steps."""
+    """Make arms that store the given bits of random facts, a share `growth` of them in the second half of the steps."""
 
     def loss(bits: float) -> float:
         return (entropy - bits) * math.log(2) / tokens

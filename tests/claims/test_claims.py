@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.finding import Finding, within, worst
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.tables.schemas import CLAIMS as COLUMNS
 from lorabench.tables.tables import Tables
@@ -29,7 +30,7 @@ WORLD = {
 
 
 def world(changes=None, every=None):
-    """The tables of `WORLD` with some arms' settings changed, by rank, or those of every arm."""
+    """Make the tables of `WORLD`, with the settings of some arms changed by rank, or of every arm."""
     changes = changes or {}
     return tables(arm(rank, **(settings | (every or {}) | changes.get(rank, {}))) for rank, settings in WORLD.items())
 
@@ -244,7 +245,7 @@ def test_other_placements_are_left_out():
 
 
 def two_datasets(changes, model="tiny"):
-    """`WORLD` on a short and a long dataset, with changes on each, by dataset and rank."""
+    """Make the tables of `WORLD` on a short and a long dataset, with changes by dataset and rank."""
     return [
         arm(rank, **(settings | changes.get(dataset, {}).get(rank, {})), dataset=dataset, steps=steps, model=model)
         for dataset, steps in (("short", 128), ("long", 512))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lorabench.analysis.arms import each_arm
 from lorabench.analysis.step_flops import each_setting, equal_flops_gap, flops_ratio, loss_by_flops
-from lorabench.claims import judge_claims
 from lorabench.claims.compute import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.tables.tables import Tables
 
@@ -36,7 +36,7 @@ def world(changes=None, offsets=QUIET, hidden_size=128, **every):
 
 
 def compute_table(ranks=(1, 8, 64), width=150.0, **columns):
-    """Rows that cost exactly the formula; LoRA takes 0.9 of the time and half of the memory."""
+    """Make rows whose FLOPs follow the formula exactly; LoRA takes 0.9 of the time and half of the memory."""
     rows = [
         {
             "model": "tiny",
@@ -274,7 +274,7 @@ def test_a_run_that_diverged_counts_by_its_own_tokens():
     flops=st.lists(st.floats(1, 1e6), min_size=2, max_size=12, unique=True),
 )
 def test_curves_linear_in_log_flops_have_their_exact_gap(shift, offset, flops):
-    """One is the other at `shift` times the FLOPs, plus `offset`; the gap is the same wherever both are."""
+    """A curve is the other at `shift` times the FLOPs, plus `offset`; the gap is the same wherever both have points."""
     of_arm = {"model": "m", "dataset": "d", "method": "lora", "rank": 8}
     other = of_arm | {"rank": 16}
     points = pd.DataFrame(

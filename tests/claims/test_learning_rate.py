@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.lr_law import LrLaw, predict_lr
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
@@ -31,14 +32,14 @@ def judged(runs, curves, ids):
 
 
 def swept(name, family, hidden_size, rank, optimum, off_grid=1.0, **settings):
-    """One arm whose grid holds its optimum, or lies beside it by a factor."""
+    """Make an arm whose grid holds its optimum, or lies beside it by a factor."""
     lrs = [off_grid * optimum * factor for factor in (1 / 9, 1 / 3, 1, 3, 9)]
     settings = {"lrs": lrs, "model": name, "family": family, "hidden_size": hidden_size} | settings
     return arm(rank, optimum=optimum, **settings)
 
 
 def world(models=MODELS, law=LAW, lora=lambda name, lr: lr, fullft=lambda name, lr: lr, every=None, **by_model):
-    """Models whose optima follow a law, changed by functions of the model; settings for all, or by model."""
+    """Make models whose optima follow a law, changed by functions of the model; settings are for all, or by model."""
     arms = []
     for name, (family, hidden_size) in models.items():
         settings = (every or {}) | by_model.get(name.replace("-", "_"), {})
@@ -147,7 +148,7 @@ def test_one_seed_decides_nothing():
     assert claims["reason"].str.contains("noise not measured|optima resolved").all()
 
 
-def test_a_coarse_grid_can_not_tell_a_law_by_linear_interpolation():
+def test_a_coarse_grid_cannot_show_a_law_by_linear_interpolation():
     claim = judged(*world(every={"off_grid": 3**0.3}), ["B7"]).loc["B7"]
     assert claim["verdict"] == "inconclusive"
     assert "grids too coarse" in claim["reason"]
@@ -228,7 +229,7 @@ LENGTHS = (50, 100, 400)
 
 
 def lengths(ratios, offsets=OFFSETS, steps=400, fullft=3e-4):
-    """Runs of FullFT and rank 16 whose LR ratio differs by length; curves at those lengths only."""
+    """Make runs of FullFT and rank 16 whose LR ratio differs by length, and curves at these lengths only."""
     full = {length: ratio * fullft for length, ratio in ratios.items()}
     runs, _ = tables(
         arm(rank, optimum=optimum, steps=steps, offsets=offsets) for rank, optimum in ((None, fullft), (16, full[400]))

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.lora import descent, difficulty, lora_run, lora_tables, luck, nll, update_norm
@@ -23,7 +24,7 @@ def judged(claim, runs, curves):
 
 
 def grid(*configurations, seeds=SEEDS, **columns):
-    """A run per configuration and seed."""
+    """Make a run per configuration and seed."""
     return [lora_run(**(columns | config), seed=seed) for config in configurations for seed in seeds]
 
 
@@ -31,7 +32,7 @@ def grid(*configurations, seeds=SEEDS, **columns):
 
 
 def early(excess, seeds=SEEDS, ranks=(1, 4, 16, 64), steps=128):
-    """Runs of several ranks at one LR; that of rank 4 is above the others by `excess(seed, step)` nats."""
+    """Make runs of several ranks at one LR; the loss of rank 4 is above the others by `excess(seed, step)` nats."""
 
     def loss(run, step):
         return nll(run, step) + (excess(run["seed"], step) if run["rank"] == 4 else 0.0)
@@ -40,7 +41,7 @@ def early(excess, seeds=SEEDS, ranks=(1, 4, 16, 64), steps=128):
 
 
 def growing(size, wobble=0.1):
-    """A difference that grows with log step, by seed a little more or less."""
+    """Return a difference that grows with log step, a little more or less by seed."""
     return lambda seed, step: size * math.log10(step) * (1 + luck(seed, size=wobble))
 
 
@@ -98,12 +99,12 @@ def test_early_claims_need_seeds_and_ranks(claim):
     assert judged(claim, fullft, curves)["verdict"] == "not tested"
 
 
-def test_four_seeds_tell_no_sign():
+def test_four_seeds_show_no_sign():
     assert judged("C3", *early(growing(-0.001), seeds=range(4)))["verdict"] == "inconclusive"
     assert judged("C1", *early(growing(-0.001), seeds=range(4)))["verdict"] == "confirmed"
 
 
-def test_few_steps_tell_no_trend():
+def test_few_steps_show_no_trend():
     assert judged("C2", *early(growing(0.001), steps=9))["verdict"] == "inconclusive"
     assert judged("C3", *early(growing(-0.001), steps=9))["verdict"] == "inconclusive"
 
@@ -180,7 +181,7 @@ def test_first_updates_need_seeds():
 
 
 def moved_by(p, q, alpha=32.0, lr=1e-3):
-    """The configuration that is equivalent under p and q."""
+    """Return the configuration that is equivalent under p and q."""
     return {"alpha": alpha / (p * q), "init_a": p, "lr": lr * p, "lr_ratio": q / p}
 
 
@@ -194,7 +195,7 @@ def test_equivalent_runs_are_one_run(claim):
     judged_claim = judged(claim, runs, curves)
     assert judged_claim["verdict"] == "confirmed"
     assert judged_claim["estimate"] < 1e-12
-    # There are six pairs a seed; C8 takes those of a configuration with equal LRs and one with unequal LRs.
+    # There are six pairs a seed; C8 takes the pairs of equal LRs in one run with unequal LRs in the other.
     assert f"{30 if claim == 'C5' else 20} equivalent pairs" in judged_claim["reason"]
 
 
@@ -258,7 +259,7 @@ TENFOLD = [{}, {"lr": 1e-2, "lr_ratio": 0.1}, {"lr": 3e-3}]
 
 
 def sooner(size):
-    """A loss that falls more at every step with the larger LR of A, by seed a little more or less."""
+    """Return a loss that falls more at every step with the larger LR of A, a little more or less by seed."""
 
     def loss(run, step):
         more = 0.01 * size + luck(run["seed"], size=1e-5)
@@ -340,7 +341,7 @@ LUCK = [
 
 
 def variants(changes=None, every=None, chosen=VARIANTS):
-    """The standard arm and variants, LR-tuned, with the loss of some changed by place."""
+    """Make the standard arm and LR-tuned variants, with the loss of some changed by their place."""
     configurations = [
         {"alpha": 32.0, "lr_ratio": 1.0},
         *({"alpha": 32.0, "lr_ratio": 1.0} | variant for variant in chosen),
@@ -390,7 +391,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 
 def sweeps(ranks=(1, 8), seeds=SEEDS, steps=64, **columns):
-    """LR grids whose middle is best, with seeds there."""
+    """Make LR grids whose middle LR is best and has several seeds."""
     return [
         lora_run(rank, lr=lr, seed=seed, steps=steps, **({"final_valid_nll": 2.0 + abs(math.log(lr / 1e-3))} | columns))
         for rank in ranks
@@ -416,7 +417,7 @@ def test_b_outgrows_a(share, verdict):
     assert claim["n_runs"] == 10
 
 
-def test_the_longest_runs_tell_whether_b_outgrows_a():
+def test_the_longest_runs_decide_whether_b_outgrows_a():
     def share(run, step):
         return 0.9 if run["dataset"] == "worked" else 0.1
 
@@ -443,7 +444,7 @@ def test_b_against_a_needs_the_end_and_a_best_lr():
 
 
 def after_adam(grows):
-    """A first step much larger than all others, which then grow or fall."""
+    """Return the size of a step: the first is much larger than all others, which then grow or fall."""
     return lambda run, step: run["lr"] * (1 if step == 1 else 0.3 * step**grows * (1 + luck(run["seed"], size=0.05)))
 
 
@@ -477,7 +478,7 @@ MOVING_AND_STILL = [{}, {"lr": 1e-4, "lr_ratio": 10.0}]
 
 
 def shrinking(by_a):
-    """Steps that shrink as Adam's do, and grow by a power of the step where A moves."""
+    """Return the size of a step, which shrinks as Adam's does, and grows by a power of the step where A moves."""
 
     def norm(run, step):
         moves = 1.0 if run["lr_ratio"] == 1 else 0.0

@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.claims.parameter_counts import PAPER_COUNTS
 from lorabench.tables.tables import Tables
 
@@ -18,7 +19,7 @@ NEARLY_PAIRED = (0.0, 0.0045, -0.0042)
 
 
 def world(changes=None, without=(), batch_size=16, steps=128, every=None, **columns):
-    """FullFT and LoRA by placement and rank; attn r17 has 6% more parameters than mlp r8."""
+    """Make FullFT and LoRA by placement and rank; attn r17 has 6% more parameters than mlp r8."""
     same = {"batch_size": batch_size, "steps": steps, **columns}
     arms = [arm(optimum=3e-4, floor=2.0, trainable_params=10_000, **same)]
     for (name, rank), floor in FLOORS.items():

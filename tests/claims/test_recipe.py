@@ -16,18 +16,18 @@ SEEDS = 24
 
 
 def sft(*ranks: int | None, seeds: int = SEEDS, **changes: Any) -> list[dict[str, Any]]:
-    """Sweeps whose floor is 2.55 nats, above it 0.3 / rank for LoRA; seed noise 0.012; optima 1e-3 and 3e-3."""
+    """Make sweeps with a lowest loss of 2.55 nats, for LoRA 0.3 / rank more; sigma is 0.012, optima 1e-3 and 3e-3."""
     return [row for rank in ranks for row in make_sweep(rank, seeds=seeds, **changes)]
 
 
 def shifted(rows: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
-    """The rows with the losses of both splits shifted."""
+    """Return the rows with the losses of both splits shifted."""
     losses = ("final_valid_nll", "final_test_nll")
     return [row | {name: row[name] + by for name in losses if row[name] is not None} for row in rows]
 
 
 def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **changes: Any) -> list[dict[str, Any]]:
-    """A sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
+    """Make a sweep of RL with its highest accuracy at an LR; seeds differ by hundredths."""
     rows = []
     for lr in LRS:
         for seed in range(seeds if lr == best else 1):
@@ -42,8 +42,8 @@ def rl(rank: int | None, peak: float, seeds: int = 5, best: float = 1e-3, **chan
 
 
 def only(rows: list[dict[str, Any]]):
-    """The only recommendation from some rows."""
-    [recommendation] = measured_recipe(runs_table(rows)).found
+    """Return the only recommendation from some rows."""
+    [recommendation] = measured_recipe(runs_table(rows)).recommendations
     return recommendation
 
 
@@ -136,7 +136,7 @@ def test_placements_against_all_layers():
     rows = sft(64) + shifted(sft(64, placement="attn"), 0.3) + sft(128, placement="mlp")
     rows = [row | {"run_id": f"{row['run_id']}-{row['placement']}"} for row in rows]
     [choice] = measured_recipe(runs_table(rows)).placements
-    assert (choice.every.rank, choice.every.placement) == (64, "all")
+    assert (choice.all_layers.rank, choice.all_layers.placement) == (64, "all")
     assert {part.placement: part.gap.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
 
 
@@ -154,27 +154,27 @@ def test_rl_that_learned_nothing_is_undecided():
 
 def test_what_was_never_rewarded_is_left_out():
     hopeless = [row | {"status": "unrewarded"} for row in rl(None, 0.2, dataset="x") + rl(1, 0.2, dataset="x")]
-    assert measured_recipe(runs_table(hopeless)).found == ()
+    assert measured_recipe(runs_table(hopeless)).recommendations == ()
 
 
 @pytest.mark.parametrize("rows", [sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])])
 def test_without_two_tuned_methods_there_is_no_answer(rows):
     recommended = measured_recipe(runs_table(rows))
-    assert recommended.found == ()
+    assert recommended.recommendations == ()
     assert recommended.answer is None
 
 
 def test_other_parametrizations_do_not_count():
-    assert measured_recipe(runs_table(sft(None) + sft(64, alpha=8.0))).found == ()
+    assert measured_recipe(runs_table(sft(None) + sft(64, alpha=8.0))).recommendations == ()
 
 
 def test_a_table_may_lack_columns():
     runs = runs_table(sft(None, 64) + rl(None, 0.8) + rl(1, 0.8))
     few = runs[["run_id", "model", "dataset", "method", "rank", "placement", "batch_size", "lr", "seed", "status"]]
-    assert measured_recipe(few).found == ()
-    assert measured_recipe(pd.DataFrame()).found == ()
+    assert measured_recipe(few).recommendations == ()
+    assert measured_recipe(pd.DataFrame()).recommendations == ()
     [recommendation] = measured_recipe(
         few[:56].assign(**{name: runs[name] for name in ("final_valid_nll", "final_test_nll")})
-    ).found
+    ).recommendations
     assert recommendation.answer == "yes"
     assert recommendation.use.trainable_params is None

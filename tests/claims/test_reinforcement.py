@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.claims import CLAIMS, judge_claims
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
 from lorabench.tables.tables import Tables
 
 from ..handmade.rl import BASE, LRS, OFFSETS, STEPS, UNPAIRED, arm, grown
@@ -31,7 +32,7 @@ WORLD = {
 
 
 def world(changes=None, every=None, without=(), **columns):
-    """The tables of `WORLD` with some arms' settings changed, or those of every arm."""
+    """Make the tables of `WORLD`, with the settings of some arms changed, or of every arm."""
     arms = []
     for (rank, placement), settings in WORLD.items():
         if (rank, placement) in without:
@@ -43,7 +44,7 @@ def world(changes=None, every=None, without=(), **columns):
 
 
 def supervised(nats=0.7, model="tiny", dataset="instruct", **settings):
-    """FullFT's SFT runs, with the loss of the first epoch in nats per token."""
+    """Make FullFT's SFT runs, with the loss of the first epoch in nats per token."""
     epoch = {"first_epoch_nats": nats * 1e4, "first_epoch_scored_tokens": 10_000}
     runs, _ = sft_tables([sft_arm(optimum=3e-4, model=model, dataset=dataset, **settings, **epoch)])
     runs["first_epoch_nats"] += runs["seed"].astype(float)
@@ -243,7 +244,7 @@ def test_bare_answers_are_no_chains_of_thought():
 
 
 def unrewarded(after=BASE, with_steps=True):
-    """Runs, one of which never got a reward and stopped after a fifth of its steps."""
+    """Make runs of which one never got a reward and stopped after a fifth of its steps."""
     runs, curves = world()
     first = runs.loc[0, "run_id"]
     runs.loc[0, ["status", "final_valid_reward", "final_reward", "best_reward"]] = ["unrewarded", BASE, after, BASE]
@@ -293,7 +294,7 @@ def test_bits_per_token_against_sft_of_the_same_model(verdict, sft):
     assert judged(*rl_and_sft(world(), *sft), ids=["F9"]).loc["F9", "verdict"] == verdict
 
 
-def test_bits_of_a_reward_are_told():
+def test_bits_of_a_reward_are_reported():
     claim = judged(*rl_and_sft(world(every={"train": {"reward": lambda done: 0.5}})), ids=["F9"]).loc["F9"]
     assert "at most 1 bit each (1.00 by the mean rewards)" in claim["reason"]
 

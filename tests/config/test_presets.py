@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
-from lorabench.claims import CLAIMS
+from lorabench.claims.catalog import CLAIMS
 from lorabench.config.experiments import SftExperiment
 from lorabench.config.loading import load_preset
 from lorabench.config.models import TinyModel

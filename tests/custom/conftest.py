@@ -31,7 +31,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A model folder with the tiny base, as if downloaded, without a chat template."""
+    """Return a model folder with the tiny base, as if downloaded, without a chat template."""
     folder = Path(shutil.copytree(shipped_folder("llama-128"), tmp_path / "base"))
     (folder / "chat_template.jinja").unlink()
     (folder / "recipe.json").unlink()

@@ -1,4 +1,4 @@
-"""The training script runs as it is printed, lowers the loss, and saves an adapter that PEFT loads."""
+"""The printed training script runs unchanged, lowers the loss, and saves an adapter that PEFT loads."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_it_learns_and_its_adapter_loads(tmp_path, base):
     adapted = {name.partition(".lora_B")[0] for name, _ in model.named_parameters() if ".lora_B" in name}
     assert len(adapted) == 3 * 7 + 1
     assert any(name.endswith("lm_head") for name in adapted)
-    # PEFT initialises A uniformly within 1/sqrt(d_in); after 13 steps it is still close to that.
+    # PEFT initializes A uniformly within 1/sqrt(d_in); after 13 steps it is still close to that.
     a = next(p for name, p in model.named_parameters() if ".q_proj.lora_A" in name)
     assert 0.9 / 128**0.5 < a.abs().max() < 1 / 128**0.5 + 0.1
     assert any(torch.any(p != 0) for name, p in model.named_parameters() if ".lora_B" in name)

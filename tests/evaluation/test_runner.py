@@ -83,7 +83,7 @@ def adapted(trained: Trained) -> pd.DataFrame:
     return scores(trained, "lora")
 
 
-def test_scores_of_a_base_have_all_that_tells_how_they_were_made(trained, base):
+def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
     assert base[["run_id", "method", "lr", "dataset"]].isna().all().all()
     worked = base[base["task"] == "lorabench_worked"]
     assert set(worked["filter"]) == {"strict-match", "flexible-extract"}
@@ -229,7 +229,7 @@ def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
     assert len(samples) == 6
 
 
-def test_the_language_of_an_answer_is_always_told_alike(adapted):
+def test_the_language_of_an_answer_is_always_detected_alike(adapted):
     from langdetect import detect_langs
 
     # IFEval's language detector draws at random; the fixture has already run an evaluation, which seeds it.

@@ -65,8 +65,8 @@ def facts(stored, **changes) -> Tables:
     return Tables(runs_table(rows), pd.DataFrame())
 
 
-def both(one: Tables, other: Tables) -> Tables:
-    return Tables(pd.concat([one.runs, other.runs], ignore_index=True), pd.concat([one.curves, other.curves]))
+def both(first: Tables, second: Tables) -> Tables:
+    return Tables(pd.concat([first.runs, second.runs], ignore_index=True), pd.concat([first.curves, second.curves]))
 
 
 def capacity(tables):
@@ -143,7 +143,7 @@ def test_the_description_length_is_where_two_bits_per_parameter_hold_it():
     assert "130 kbit" in texts(figure)
 
 
-def test_facts_and_other_parametrisations_are_not_in_the_capacity_figure():
+def test_facts_and_other_parametrizations_are_not_in_the_capacity_figure():
     tables = learning()
     other = learning((16,), alpha=8.0)
     other.runs["run_id"] += "-alpha8"

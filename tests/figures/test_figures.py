@@ -45,7 +45,7 @@ def lines_of(figure, arm: ArmStyle, panel: int = 0) -> list:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with FullFT and two ranks on two datasets."""
+    """Return a folder with the tables of FullFT and two ranks on two datasets."""
     folder = tmp_path_factory.mktemp("tables")
     rows = [
         row for dataset in ("instruct", "worked") for rank in (None, 1, 16) for row in make_sweep(rank, dataset=dataset)

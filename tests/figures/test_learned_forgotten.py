@@ -96,7 +96,7 @@ ANSWERED = [make_eval(rank, bits, **ANSWERS) for rank, bits in (("base", 3.0), (
 
 
 def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_it():
-    # Neither the answers of another dataset count, nor a task of what is forgotten.
+    # Neither the answers of another dataset nor a task of forgetting counts.
     other = [make_eval(rank, 9.0, **(ANSWERS | {"task": "other", "source": "worked"})) for rank in ("base", None, 8)]
     figure, plotted = draw(ROWS + ANSWERED + other)
     assert by_arm(plotted, "learned_bits") == pytest.approx({"base": 0, "FullFT": 1.8, "LoRA r8": 1.75})
@@ -183,15 +183,15 @@ def test_only_runs_of_what_nothing_was_learned_still_make_a_figure():
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([], "there is no table evals"),
         (of_arm("base", 0.1, 1.5), "no trained run"),
-        (ROWS + ROWS[-1:], "more than once: tiny .* pretraining byte_perplexity none"),
+        (ROWS + ROWS[-1:], "the score tiny .* pretraining byte_perplexity none more than once"),
     ],
 )
-def test_a_table_that_says_nothing_is_refused(rows, told):
-    with pytest.raises(UserError, match=told):
+def test_a_table_that_says_nothing_is_refused(rows, message):
+    with pytest.raises(UserError, match=message):
         draw(rows)
 
 

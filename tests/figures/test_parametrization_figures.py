@@ -238,7 +238,7 @@ ODD = {
     "NaN": lambda runs, curves: (runs, curves.assign(value=math.nan)),
     "every run diverged": lambda runs, curves: (runs.assign(**DIVERGED), curves),
     "two lengths": lambda *_: lora_tables(grid({"steps": 8}, {"steps": 16}, {"steps": 16, "rank": 4})),
-    "no parametrisation": lambda runs, curves: (runs.drop(columns=["alpha", "init_a", "lr_ratio", "eps"]), curves),
+    "no parametrization": lambda runs, curves: (runs.drop(columns=["alpha", "init_a", "lr_ratio", "eps"]), curves),
     "FullFT": lambda *_: early_without(method="fullft", rank=pd.NA, placement=None),
     "variants without curves": lambda *_: variant_tables({"alpha": 8.0}, {"lr_ratio": 4.0}),
     "variants of one seed": lambda *_: variant_tables({"alpha": 8.0}, offsets=(0.0,)),

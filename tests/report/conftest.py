@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lorabench.claims import judge_claims
+from lorabench.claims.judge import judge_claims
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report.page import build
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Path]:
-    """The folders of the reports that were built in this module, by the data that they were made of."""
+    """Return the folders of the reports that were built in this module, by the data that they were made of."""
     return {}
 
 
@@ -69,7 +69,7 @@ def built() -> dict[str, Path]:
 def report(tmp_path_factory, built: dict[str, Path], raw_preset: dict[str, Any], monkeypatch):
     """Return a function that builds the report of runs in a folder and enters it; equal runs are built once.
 
-    Texts of claims and curves are changed by functions of those tables.
+    Texts of claims and curves are changed by functions of these tables.
     """
 
     def make(
@@ -94,7 +94,7 @@ _JUDGED: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = {}
 
 
 def _judged(rows: list[dict[str, Any]], curves: Change | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Runs, curves and the claims judged on them, once of equal ones: most pages differ in other things."""
+    """Return runs, curves and the claims judged on them; equal runs are judged once, since most pages share them."""
     key = repr((rows, curves))
     if key not in _JUDGED:
         runs = runs_table(rows)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lorabench.claims import CLAIMS
+from lorabench.claims.catalog import CLAIMS
 from lorabench.report.claims_page import END, FAMILIES, START, claims_block, write_page
 
 from ..conftest import REPOSITORY

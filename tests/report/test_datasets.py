@@ -36,13 +36,13 @@ def preset(raw_preset, tmp_path, monkeypatch):
     return make
 
 
-def test_data_made_here_has_nothing_to_tell(preset):
+def test_generated_data_has_no_row(preset):
     layout = preset()
     build_dataset(layout.preset.datasets["instruct"], layout.dataset("instruct"))
     assert dataset_origins(layout) == []
 
 
-def test_bad_rows_of_a_file_are_told_with_the_first(preset, tmp_path):
+def test_bad_rows_of_a_file_are_shown_with_the_first(preset, tmp_path):
     lines = [json.dumps({"prompt": f"Say {n}", "completion": str(n)}) for n in range(12)]
     lines[3:3] = ["not JSON", '{"prompt": "no answer"}', "{"]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
@@ -60,7 +60,7 @@ def test_bad_rows_of_a_file_are_told_with_the_first(preset, tmp_path):
     ]
 
 
-def test_examples_too_long_for_a_limit_are_told_by_split_and_model(preset):
+def test_examples_too_long_for_a_limit_are_shown_by_split_and_model(preset):
     layout = preset()
     path, tokens = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
     build_dataset(layout.preset.datasets["instruct"], path)
@@ -77,7 +77,7 @@ def test_examples_too_long_for_a_limit_are_told_by_split_and_model(preset):
     assert all(sentence.endswith("with more tokens than max_tokens for tiny") for sentence in row["left_out"])
 
 
-def test_rows_of_the_hub_are_told_with_their_reasons(preset, tmp_path):
+def test_rows_of_the_hub_are_shown_with_their_reasons(preset, tmp_path):
     rows = [tulu3_row(number) for number in range(30)]
     # One row repeats a prompt, and another has an answer that is too long.
     rows += [tulu3_row(0), tulu3_row(40, answer="long " * 400)]

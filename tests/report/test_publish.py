@@ -1,4 +1,4 @@
-"""What the repository shows of a finished preset."""
+"""Publishing a finished preset: the copied files, and the blocks of both pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lorabench.claims import CORE, judge_claims
+from lorabench.claims.catalog import CORE
+from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.report.publish import END, RESULTS_PAGE, SHOWN, START, publish, readme_block, results_block
 from lorabench.storage.layout import Layout
@@ -23,7 +24,7 @@ PAGES = (Path("README.md"), RESULTS_PAGE)
 
 @pytest.fixture(scope="module")
 def tables() -> Tables:
-    """Runs of the laptop preset made by hand, and what they say."""
+    """Make tables of the laptop preset by hand."""
     runs = laptop_like()
     return Tables(runs=runs, curves=curves_of(runs))
 
@@ -35,7 +36,7 @@ def judged(tables: Tables) -> pd.DataFrame:
 
 @pytest.fixture
 def finished(tables: Tables, judged: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    """The laptop preset as if it had been run in an empty folder, with a README that has a place for results."""
+    """Make the laptop preset as if it had been run in an empty folder, with a README that has a place for results."""
     monkeypatch.chdir(tmp_path)
     layout = Layout.of("laptop")
     write_frame(tables.runs, "runs", layout.tables())
@@ -56,11 +57,11 @@ def test_figures_are_copied_with_claims_and_provenance(finished: Layout, tables:
     claims = pd.read_csv(finished.published / "claims.csv")
     assert list(claims.claim_id) == list(judged.claim_id)
     assert list(claims.verdict) == list(judged.verdict)
-    made = json.loads((finished.published / "provenance.json").read_text())
-    assert made["runs"] == len(tables.runs)
-    assert made["runs_by_status"] == tables.runs.status.value_counts().to_dict()
-    assert made["devices"] == ["AMD EPYC 7B13"]
-    assert made["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
+    provenance = json.loads((finished.published / "provenance.json").read_text())
+    assert provenance["runs"] == len(tables.runs)
+    assert provenance["runs_by_status"] == tables.runs.status.value_counts().to_dict()
+    assert provenance["devices"] == ["AMD EPYC 7B13"]
+    assert provenance["commits"] == ["0123456789abcdef0123456789abcdef01234567"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -76,7 +77,7 @@ def test_the_block_takes_the_place_of_the_old_one_and_nothing_else(finished: Lay
 
 
 def rows_of(block: str) -> dict[str, str]:
-    """The rows of a block's table by claim."""
+    """Return the rows of a block's table by claim."""
     return {
         line.split(" | ")[0][2:]: line
         for line in block.splitlines()

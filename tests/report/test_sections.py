@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorabench.claims import CLAIMS
+from lorabench.claims.catalog import CLAIMS
 from lorabench.figures.catalog import FIGURES
 from lorabench.report.sections import SECTIONS, arrange
 
