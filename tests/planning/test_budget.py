@@ -6,8 +6,6 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorabench.config.fields import PresetError
 from lorabench.config.loading import load_preset
@@ -64,26 +62,27 @@ def test_a_budget_too_small_for_anything_is_an_error():
         reduce_to_budget(load_preset("core"), 0.1)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from(["core", "laptop"]), st.floats(0.02, 1), st.floats(0.02, 1))
-def test_a_larger_budget_keeps_what_a_smaller_one_keeps(name, one, other):
+@pytest.mark.parametrize("name", ["core", "laptop"])
+def test_a_larger_budget_keeps_what_a_smaller_one_keeps(name):
     preset = load_preset(name)
     total = hours(preset)
     kept = []
-    for share in sorted((one, other)):
+    for share in (0.05, 0.15, 0.35, 0.6, 0.9):
         try:
             reduced, _ = reduce_to_budget(preset, share * total)
         except PresetError:
             continue
         plan = make_plan(reduced)
-        bills = bill.total(plan)
-        assert (bills.gpu_hours or bills.job_hours) <= share * total
+        bill_of_all = bill.total(plan)
+        assert (bill_of_all.gpu_hours or bill_of_all.job_hours) <= share * total
         kept.append({sweep.condition for sweep in plan.sweeps})
         # Blocks stay whole: what had full fine-tuning still has it, on the same grid.
         for experiment, blocks in reduced.experiments.trained().items():
             before = {json.dumps(b.lrs.model_dump()): b for b in preset.experiments.trained()[experiment]}
             assert all(json.dumps(block.lrs.model_dump()) in before for block in blocks)
+    assert len(kept) >= 3
     assert all(smaller <= larger for smaller, larger in pairwise(kept))
+    assert len({len(conditions) for conditions in kept}) > 1
 
 
 def test_budgets_keep_the_names_of_sweeps_and_folders():
