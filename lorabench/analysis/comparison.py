@@ -137,8 +137,8 @@ class Comparison:
         if difference.n_diverged:
             problems.append(f"{difference.n_diverged} repeats at the best LR diverged")
         interval = (difference.ci_low, difference.ci_high)
-        list_of_words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {list_of_words} over {difference.n_seeds} seeds"
+        in_words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {in_words} over {difference.n_seeds} seeds"
         return difference.estimate, interval, text, problems
 
     @property

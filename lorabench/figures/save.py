@@ -21,8 +21,6 @@ def drawable_figures(folders: Sequence[Path]) -> list[str]:
     Raises:
         UserError: see `Tables.read`.
     """
-    from lorabench.tables.tables import Tables
-
     tables = Tables.read(*folders)
     own = {COMPUTE_TABLE: tables.compute, EVALS_TABLE: tables.evals}
     return [
@@ -41,8 +39,6 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
         UserError: there is no such figure; the folders hold no tables, tables that contradict one another, or nothing
             for this figure; or see `check_table` and `check_curves`.
     """
-    from lorabench.tables.tables import Tables
-
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
     figure, plotted = FIGURES[name].draw(_of_figure(Tables.read(*folders), FIGURES[name]))
@@ -56,7 +52,6 @@ def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
 
     Missing columns, and all columns of a missing table, become nulls: a figure shows what the tables hold.
     """
-
     if figure.experiments == COMPUTE_TABLE:
         return replace(tables, compute=with_all_columns(tables.compute, "compute"))
     if figure.experiments == EVALS_TABLE:
