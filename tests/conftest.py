@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 # Tests run side by side, one per core; torch reads this when it is first imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).parent.parent
+
+# The same few examples each time: a busy machine breaks no deadline, and a failure comes again.
+settings.register_profile("lorabench", max_examples=30, deadline=None, derandomize=True)
+settings.load_profile("lorabench")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ micro-batch; logits of its scored tokens; in RL the cache of keys and values. La
 full fine-tuning share no weights; a micro-batch of all lanes together has as many tokens as that of one run. Over
 several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers of bytes
 follow the code of transformers and PEFT, and were checked by the lifetime of every tensor's storage
-(`lorabench.training.step_cost`, tests/estimates/test_cost.py).
+(`lorabench.training.step_cost`, tests/estimates/test_memory.py).
 """
 
 from __future__ import annotations

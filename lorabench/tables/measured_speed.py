@@ -12,7 +12,6 @@ from lorabench.errors import UserError
 from lorabench.planning.bill import on_gpu
 from lorabench.planning.calibration import Calibration, calibrate, planned_runs
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.tables.io import read_rows
 from lorabench.utils.gpus import is_called, processor
 
 RESULTS = Path("results")
@@ -37,6 +36,9 @@ def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
     tables = list(folders) or sorted({path.parent for path in RESULTS.glob("*/tables/runs.*")})
     if not tables:
         return None
+
+    # Imported here, since a plan without measured runs starts faster without numpy and pyarrow.
+    from lorabench.tables.io import read_rows
 
     runs = {row["run_id"]: row for folder in reversed(tables) for row in read_rows(folder, "runs", _COLUMNS)}
     sweeps = planned_runs([plan, *_named_plans(tables, plan)])

@@ -52,19 +52,25 @@ def curves_of(runs, gap, halfway):
     return pd.DataFrame(rows).astype({"step": "Int64"})
 
 
-def judged(runs, curves):
-    return judge_claims(Tables(runs, curves), batch_size.CLAIMS).set_index("claim_id")
+def judged(runs, curves, ids=IDS):
+    claims = [claim for claim in batch_size.CLAIMS if claim.id in ids]
+    return judge_claims(Tables(runs, curves), claims).set_index("claim_id")
 
 
-def test_every_claim_is_confirmed_where_all_hold():
-    claims = judged(*world())
+@pytest.fixture(scope="module")
+def confirmed():
+    return judged(*world())
+
+
+def test_every_claim_is_confirmed_where_all_hold(confirmed):
+    claims = confirmed
     assert claims["verdict"].to_dict() == dict.fromkeys(IDS[:4], "confirmed") | {"D5": "not tested"}
     assert not claims["reason"].str.contains("nan").any()
     assert claims["reason"].str.contains("LoRA r4").sum() == 4
 
 
-def test_the_numbers_are_those_of_the_tables():
-    claims = judged(*world())
+def test_the_numbers_are_those_of_the_tables(confirmed):
+    claims = confirmed
     shift = np.mean(NEARLY_PAIRED)  # of LoRA's seeds against FullFT's, which cancels between batch sizes
     assert claims.loc["D1", "estimate"] == pytest.approx(GAP[128] - GAP[8])
     assert claims.loc["D3", "estimate"] == pytest.approx(0.0, abs=1e-12)
@@ -104,7 +110,7 @@ def test_rank_1_is_left_out():
     ],
 )
 def test_contradicted_where_it_fails(claim, changes):
-    assert judged(*world(**changes)).loc[claim, "verdict"] == "contradicted"
+    assert judged(*world(**changes), ids=[claim]).loc[claim, "verdict"] == "contradicted"
 
 
 @pytest.mark.parametrize(
@@ -133,13 +139,13 @@ def of_seed(runs, size, by_seed, ranks=(4, 64)):
 
 def test_seeds_that_disagree_leave_differences_between_batch_sizes_open():
     runs, curves = world()
-    claims = judged(of_seed(runs, 128, {1: 0.3, 2: -0.3}), curves)
+    claims = judged(of_seed(runs, 128, {1: 0.3, 2: -0.3}), curves, ids=["D1", "D4"])
     assert claims.loc[["D1", "D4"], "verdict"].tolist() == ["inconclusive"] * 2
 
 
 def test_seeds_that_disagree_leave_the_difference_between_ranks_open():
     runs, curves = world()
-    claim = judged(of_seed(runs, 32, {1: 0.02, 2: -0.02}, ranks=[64]), curves).loc["D3"]
+    claim = judged(of_seed(runs, 32, {1: 0.02, 2: -0.02}, ranks=[64]), curves, ids=["D3"]).loc["D3"]
     assert claim["verdict"] == "inconclusive"
     assert "batch 32" in claim["reason"].split(";")[0]
 
@@ -147,7 +153,7 @@ def test_seeds_that_disagree_leave_the_difference_between_ranks_open():
 def test_a_rise_within_the_noise_is_not_confirmed():
     # Overall it grows, but the step from 8 to 32 is slightly down, within its interval.
     runs, curves = world(gap={32: 0.018})
-    claim = judged(of_seed(runs, 32, {1: 0.01, 2: -0.01}), curves).loc["D1"]
+    claim = judged(of_seed(runs, 32, {1: 0.01, 2: -0.01}), curves, ids=["D1"]).loc["D1"]
     assert claim["verdict"] == "inconclusive"
     assert claim["ci_low"] > 0
 
@@ -157,7 +163,7 @@ def test_seeds_that_disagree_on_the_curve_leave_it_open():
     seeds = runs.set_index("run_id")["seed"]
     noisy = curves["run_id"].str.contains("-lora-") & (curves["step"] == 64)
     curves.loc[noisy, "value"] += curves.loc[noisy, "run_id"].map(seeds).map({0: 0.0, 1: 0.1, 2: -0.1}).astype(float)
-    assert judged(runs, curves).loc["D2", "verdict"] == "inconclusive"
+    assert judged(runs, curves, ids=["D2"]).loc["D2", "verdict"] == "inconclusive"
 
 
 def test_envelopes_that_say_otherwise_leave_it_open():
@@ -165,7 +171,7 @@ def test_envelopes_that_say_otherwise_leave_it_open():
     # A larger LR is better halfway at batch 8, so that LoRA's envelope has a smaller gap there than its best LR has.
     ids = runs.loc[runs["method"].eq("lora") & runs["batch_size"].eq(8) & runs["lr"].eq(1e-2), "run_id"]
     curves.loc[curves["run_id"].isin(ids) & (curves["step"] == 64), "value"] -= 0.5
-    claim = judged(runs, curves).loc["D2"]
+    claim = judged(runs, curves, ids=["D2"]).loc["D2"]
     assert claim["verdict"] == "inconclusive"
     assert "envelopes say otherwise" in claim["reason"]
 
@@ -174,7 +180,7 @@ def test_no_curves_halfway_is_not_tested():
     runs, curves = world()
     lengths = curves["run_id"].map(runs.set_index("run_id")["steps"])
     for kept in (curves.iloc[:0], curves[curves["step"] == lengths], pd.DataFrame()):
-        claims = judged(runs, kept)
+        claims = judged(runs, kept, ids=["D1", "D2"])
         assert claims.loc["D2", "verdict"] == "not tested"
         assert claims.loc["D1", "verdict"] == "confirmed"
 
@@ -200,7 +206,7 @@ def test_batch_sizes_that_saw_other_amounts_of_data_decide_nothing():
     assert claims.loc[IDS[:4], "verdict"].tolist() == ["inconclusive"] * 4
     assert "batch 128 2,048" in claims.loc["D1", "reason"]
     # As far as whole steps allow, it is the same data.
-    assert judged(*world(steps={8: 120})).loc["D1", "verdict"] == "confirmed"
+    assert judged(*world(steps={8: 120}), ids=["D1"]).loc["D1", "verdict"] == "confirmed"
 
 
 def test_unknown_lengths_are_not_tested():
@@ -214,10 +220,14 @@ def test_missing_arms():
     fullft, large = runs["method"].eq("fullft"), runs["batch_size"].eq(128)
     r64 = runs["rank"].eq(64).fillna(False)
     for kept in (runs[~fullft], runs[fullft], runs[~(fullft & large)], runs[~(r64 & large)]):
-        assert "confirmed" not in set(judged(kept, curves).loc[["D1", "D2", "D4"], "verdict"])
-    assert judged(runs[~(r64 & large)], curves).loc["D1", "reason"].endswith("no runs of LoRA r64 at batch 128")
-    assert judged(runs[~r64], curves).loc["D3", "verdict"] == "not tested"
-    assert judged(runs[~r64], curves).loc["D1", "verdict"] == "confirmed"
+        assert "confirmed" not in set(judged(kept, curves, ids=["D1", "D2", "D4"]).loc[["D1", "D2", "D4"], "verdict"])
+    assert (
+        judged(runs[~(r64 & large)], curves, ids=["D1"])
+        .loc["D1", "reason"]
+        .endswith("no runs of LoRA r64 at batch 128")
+    )
+    assert judged(runs[~r64], curves, ids=["D3"]).loc["D3", "verdict"] == "not tested"
+    assert judged(runs[~r64], curves, ids=["D1"]).loc["D1", "verdict"] == "confirmed"
 
 
 def test_every_model_and_dataset_counts():
@@ -225,7 +235,7 @@ def test_every_model_and_dataset_counts():
     other, other_curves = world(gap={8: 0.2, 32: 0.1})
     other = other.assign(dataset="worked", run_id=other["run_id"] + "w")
     other_curves = other_curves.assign(run_id=other_curves["run_id"] + "w")
-    claim = judged(pd.concat([runs, other]), pd.concat([curves, other_curves])).loc["D1"]
+    claim = judged(pd.concat([runs, other]), pd.concat([curves, other_curves]), ids=["D1"]).loc["D1"]
     assert claim["verdict"] == "contradicted"
     assert claim["reason"].startswith("tiny/worked: ")
     assert "tiny/instruct: " in claim["reason"]

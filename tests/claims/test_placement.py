@@ -32,11 +32,9 @@ def world(changes=None, without=(), batch_size=16, steps=128, every=None, **colu
     return tables(arms)[0]
 
 
-def judged(runs, counts=None):
+def judged(runs, counts=None, ids=(*IDS, "E6", "M1")):
     tables_read = Tables(runs, pd.DataFrame(), counts=pd.DataFrame() if counts is None else counts)
-    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in (*IDS, "E6", "M1")]).set_index(
-        "claim_id"
-    )
+    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
 
 
 def moe(**settings):
@@ -81,7 +79,7 @@ def test_the_numbers_are_those_of_the_tables(confirmed):
 )
 def test_contradicted_where_it_fails(claims, changes):
     runs = pd.concat([make(changes=changes, batch_size=8, steps=120) for make in (world, moe)])
-    assert judged(runs).loc[claims, "verdict"].tolist() == ["contradicted"] * len(claims)
+    assert judged(runs, ids=claims).loc[claims, "verdict"].tolist() == ["contradicted"] * len(claims)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +106,16 @@ def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
 
 
 def test_half_of_the_claim_confirms_nothing():
-    claims = judged(moe(without=["attn", "mlp"]))
+    claims = judged(moe(without=["attn", "mlp"]), ids=["E3"])
     assert claims.loc["E3", "verdict"] == "inconclusive"
-    assert judged(moe(without=["attn", "mlp", "all"])).loc["E3", "verdict"] == "not tested"
+    assert judged(moe(without=["attn", "mlp", "all"]), ids=["E3"]).loc["E3", "verdict"] == "not tested"
 
 
 def test_of_equal_counts_attention_with_more_parameters_comes_first():
     fewer = {("attn", 8): {"trainable_params": 1590}}
-    assert "LoRA r17 attn - LoRA r8 mlp" in judged(world(fewer)).loc["E1", "reason"]
+    assert "LoRA r17 attn - LoRA r8 mlp" in judged(world(fewer), ids=["E1"]).loc["E1", "reason"]
     # Without such a pair, the nearest.
-    claim = judged(world(fewer, without=[("attn", 17)])).loc["E1"]
+    claim = judged(world(fewer, without=[("attn", 17)]), ids=["E1"]).loc["E1"]
     assert "LoRA r8 attn - LoRA r8 mlp" in claim["reason"]
     assert claim["verdict"] == "confirmed"
 
@@ -125,29 +123,29 @@ def test_of_equal_counts_attention_with_more_parameters_comes_first():
 def test_two_parameter_counts_of_one_arm_decide_nothing():
     runs = world()
     runs.loc[runs["placement"].eq("attn") & runs["seed"].eq(1), "trainable_params"] += 5
-    assert judged(runs).loc["E1", "verdict"] == "inconclusive"
-    assert judged(runs.drop(columns="trainable_params")).loc["E1", "verdict"] == "not tested"
-    assert judged(runs.drop(columns="trainable_params")).loc["E2", "verdict"] == "confirmed"
+    assert judged(runs, ids=["E1"]).loc["E1", "verdict"] == "inconclusive"
+    assert judged(runs.drop(columns="trainable_params"), ids=["E1"]).loc["E1", "verdict"] == "not tested"
+    assert judged(runs.drop(columns="trainable_params"), ids=["E2"]).loc["E2", "verdict"] == "confirmed"
 
 
 def test_dense_models_and_mixtures_of_experts_are_judged_apart():
     worse = {("attn", 17): {"floor": 2.0}}
-    claims = judged(pd.concat([world(family="llama"), moe(changes=worse)]))
+    claims = judged(pd.concat([world(family="llama"), moe(changes=worse)]), ids=["E1", "E3"])
     assert claims.loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "contradicted"]
-    assert judged(moe()).loc["E1", "verdict"] == "not tested"
+    assert judged(moe(), ids=["E1"]).loc["E1", "verdict"] == "not tested"
     # Without the column, all count as dense.
     for runs in (world(), world(family=None), world(family="qwen3")):
-        assert judged(runs).loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "not tested"]
+        assert judged(runs, ids=["E1", "E3"]).loc[["E1", "E3"], "verdict"].tolist() == ["confirmed", "not tested"]
 
 
 def test_more_examples_are_no_tiny_dataset():
-    assert judged(world(batch_size=10, steps=100)).loc["E7", "verdict"] == "confirmed"
-    assert judged(world(batch_size=10, steps=101)).loc["E7", "verdict"] == "not tested"
-    assert judged(world(batch_size=10, steps=101)).loc["E4", "verdict"] == "confirmed"
+    assert judged(world(batch_size=10, steps=100), ids=["E7"]).loc["E7", "verdict"] == "confirmed"
+    assert judged(world(batch_size=10, steps=101), ids=["E7"]).loc["E7", "verdict"] == "not tested"
+    assert judged(world(batch_size=10, steps=101), ids=["E4"]).loc["E4", "verdict"] == "confirmed"
 
 
 def test_only_runs_of_the_claims_experiment_are_read():
-    claims = judged(world(batch_size=8, steps=120).assign(experiments="placement"))
+    claims = judged(world(batch_size=8, steps=120).assign(experiments="placement"), ids=["E1", "E2", "E4", "E7"])
     assert claims.loc[["E1", "E2", "E4", "E7"], "verdict"].tolist() == ["confirmed"] * 2 + ["not tested"] * 2
 
 
@@ -165,7 +163,7 @@ def counts_by_hand(changes=None):
 
 def test_parameter_counts():
     def claim(counts):
-        return judged(pd.DataFrame(), counts).loc["E6"]
+        return judged(pd.DataFrame(), counts, ids=["E6"]).loc["E6"]
 
     exact = claim(counts_by_hand())
     assert (exact["verdict"], exact["estimate"], exact["n_runs"]) == ("confirmed", 0, 0)
@@ -191,9 +189,9 @@ def test_expert_ratio():
             if part not in without
         ]
         columns = ["architecture", "placement", "part", "rank", "include_unembedding"]
-        return judged(pd.DataFrame(), pd.DataFrame(rows, columns=[*columns, "trainable_params", "base_params"])).loc[
-            "M1"
-        ]
+        return judged(
+            pd.DataFrame(), pd.DataFrame(rows, columns=[*columns, "trainable_params", "base_params"]), ids=["M1"]
+        ).loc["M1"]
 
     same = claim()
     assert same["verdict"] == "confirmed"

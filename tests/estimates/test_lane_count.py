@@ -14,6 +14,8 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import Run
 from lorabench.utils.gpus import GB, GPUS
 
+from ..handmade.presets import with_execution
+
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
 # Milliseconds of a step for each lane, by the number of lanes: batches of the laptop preset, LoRA of rank 16, an
@@ -48,10 +50,6 @@ MEASURED = {
     (2, "fullft", 128, 2048): {1: 164.1, 2: 161.7, 5: 172.3},
 }
 WORK = {"lora r64": "fullft"}
-
-
-def with_execution(preset, **changes):
-    return preset.model_copy(update={"execution": preset.execution.model_copy(update=changes)})
 
 
 def first(plan, method, dataset, **fields):

@@ -97,13 +97,13 @@ def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
 
 def test_law_published_optima_are_those_of_the_reference():
     _, plotted = draw("lr_law", models()[0])
-    published = of(plotted, "published").set_index(["model", "method"])
-    assert published.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
-    assert published.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
-    assert published.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
-    assert published.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
+    drawn = of(plotted, "published").set_index(["model", "method"])
+    assert drawn.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
+    assert drawn.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
+    assert drawn.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
+    assert drawn.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
     # This optimum is at the edge of its grid.
-    assert not published.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
+    assert not drawn.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
     only_llama = {name: MODELS[name] for name in ("l64", "l128")}
     assert set(of(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
 
@@ -229,8 +229,8 @@ def test_short_run_of_odd_tables(case):
 def test_fig2_overlays_published_losses_of_the_same_model_and_data_only(model, dataset, arms):
     runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model=model, dataset=dataset) for rank in (None, 8))
     figure, plotted = draw("fig2_lr_by_rank", runs)
-    published = of(plotted, "published")
-    assert sorted(published["arm"].unique()) == sorted(arms)
+    drawn = of(plotted, "published")
+    assert sorted(drawn["arm"].unique()) == sorted(arms)
     words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert any(text.startswith("published") for text in words) == bool(arms)
     # Only the arms of our own runs have a colour.
@@ -240,15 +240,15 @@ def test_fig2_overlays_published_losses_of_the_same_model_and_data_only(model, d
 def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
     runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model="Llama-3.1-8B", dataset="tulu3") for rank in (None, 8))
     figure, plotted = draw("fig2_lr_by_rank", runs)
-    published = of(plotted, "published").set_index(["rank", "lr"])["nll"]
+    drawn = of(plotted, "published").set_index(["rank", "lr"])["nll"]
     sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
     sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
-    assert published.to_dict() == pytest.approx(sweep.to_dict())
+    assert drawn.to_dict() == pytest.approx(sweep.to_dict())
     low, high = figure.axes[0].get_ylim()
-    assert low < published.min()
-    assert published.max() < high
+    assert low < drawn.min()
+    assert drawn.max() < high
     lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
-    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in published.groupby("rank")}
+    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in drawn.groupby("rank")}
 
 
 def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
 
-DIGESTS = REPOSITORY / "tests/config/plan_digests.json"
+DIGESTS = REPOSITORY / "tests/workflow/plan_digests.json"
 
 GPU_PRESETS = ("smollm2", "core", "paper")
 # A third of a decade, with the rounding of 1, 2.2, 4.6.
@@ -206,7 +206,7 @@ def test_the_runs_of_a_shipped_preset_are_those_recorded(name):
     """Trained runs keep their ids, however a preset is written.
 
     Where runs are meant to change, record the digests again:
-    python -c "from tests.config.test_presets import record; record()".
+    python -c "from tests.workflow.test_presets import record; record()".
     """
     assert plan_digests(name) == json.loads(DIGESTS.read_text())[name]
 

@@ -1,0 +1,113 @@
+"""The memory of a step against measurements, and what several GPUs and lanes divide and share."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorabench.config.experiments import Protocol
+from lorabench.config.loading import load_preset
+from lorabench.config.models import TinyModel
+from lorabench.estimates.memory import gpus_needed, step_memory, sweep_memory
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.plan import make_plan
+
+from ..handmade.presets import with_execution, with_model
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "batch", "length"),
+    [
+        ("llama-128", "fp32", 3, 400),
+        ("llama-128", "bf16", 8, 128),
+        ("qwen-64", "fp32", 8, 128),
+        ("qwen-64", "bf16", 8, 128),
+    ],
+)
+def test_memory_is_what_a_step_takes(name, precision, batch, length):
+    from lorabench.training.step_cost import measure_compute
+
+    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
+    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
+    for row in measure_compute("tiny", spec, [8, 64], "all", batch, length, 1, 1, protocol):
+        estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], batch * length, length).total
+        # An upper bound: the last gradients come when the first activations are gone.
+        assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
+
+
+def test_memory_with_checkpoints_is_what_a_step_takes():
+    import torch
+
+    from lorabench.models.base import load_model
+    from lorabench.training.step_cost import _Arm
+
+    spec, protocol = TinyModel(kind="tiny"), Protocol(precision="bf16")
+    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
+    model = load_model(spec)
+    tokens = torch.randint(1024, (2, 8, 128))
+    peaks = []
+    for again in (False, True):
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        peaks.append(_Arm(None, model, tokens[0], tokens[1], protocol).peak_memory())
+        chosen = with_execution(preset, activation_checkpointing=again)
+        assert 1.0 <= step_memory(chosen, dimensions(spec), None, None, 8 * 128, 128).total / peaks[-1] < 1.25
+    assert peaks[1] < peaks[0]
+
+
+def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
+    paper = with_execution(load_preset("paper"), gpu="H100-80GB")
+    plan = make_plan(with_model(paper, models=["llama-3-1-8b"], ranks={"all": [1, 64, 256]}))
+    gpus = {sweep.condition.rank: gpus_needed(plan.preset, sweep) for sweep in plan.sweeps}
+    assert gpus[1] == gpus[64] == gpus[256] == 1
+    assert gpus[None] == 4
+    full = next(sweep for sweep in plan.sweeps if sweep.condition.rank is None)
+    one, four = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
+    assert (four.gradients, four.moments) == (one.gradients / 4, one.moments / 4)
+    assert (four.activations, four.logits) == (one.activations, one.logits)
+    whole = with_execution(plan.preset, sharding="ddp")
+    assert sweep_memory(whole, full, 4).moments == one.moments
+
+
+def test_lanes_of_lora_share_the_base_and_those_of_full_fine_tuning_nothing():
+    plan = make_plan(with_model(load_preset("smollm2"), ranks={"all": [16]}, datasets=["worked"]))
+    sizes, limit = dimensions(plan.preset.models["smollm2-135m"]), plan.preset.execution.max_batch_tokens
+    for sweep in plan.sweeps:
+        one, two, four = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 2, 4))
+        lora = sweep.condition.method == "lora"
+        trained = sizes.lora("all", 16, True)[0] if lora else sizes.parameters
+        assert (one.gradients, one.moments) == (4 * trained, 8 * trained)
+        assert (four.gradients, four.moments) == (16 * trained, 32 * trained)
+        assert four.weights - one.weights == 3 * 4 * trained
+        assert four.copies == (0 if lora else 4 * one.copies)
+        # A batch of 32 examples of 233 tokens; of two lanes and more all that goes through the model at once.
+        tokens = [step.logits / (12 * sizes.vocabulary) for step in (one, two, four)]
+        assert tokens == [32 * 233, 2 * 32 * 233, limit]
+        assert (two.activations, four.activations / limit) == (2 * one.activations, one.activations / (32 * 233))
+
+
+def test_lanes_of_rl_have_gradients_and_moments_each():
+    plan = make_plan(load_preset("core"))
+    sweep = next(s for s in plan.sweeps if s.condition.dataset == "gsm8k" and s.condition.rank == 1)
+    trained = dimensions(plan.preset.models["llama-3-2-1b"]).lora("all", 1, True)[0]
+    one, seven = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 7))
+    assert (seven.weights - one.weights, seven.moments) == (6 * 4 * trained, 7 * 8 * trained)
+    # Gradients keep their place while responses are drawn; the cache was full before.
+    assert seven.sampling - one.sampling == 6 * 4 * trained
+    assert seven.logits == 8192 // 7 * 7 * 16 * 128256
+
+
+def test_weights_that_lora_goes_with_stay_in_bf16():
+    checkpoints = load_preset("paper")
+    plain = with_execution(checkpoints, activation_checkpointing=False)
+    sizes = dimensions(plain.models["llama-3-1-8b"])
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    attention = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in ("attn", "unembedding"))
+    assert sizes.carrying("all", True) == linear
+    for placement, cast in (("all", linear), ("attn", attention)):
+        trained = sizes.lora(placement, 16, True)[0]
+        step = step_memory(plain, sizes, 16, placement, 8192, 1024)
+        assert (step.weights, step.copies) == (4 * (sizes.parameters + trained) + 2 * cast, 2 * (linear - cast))
+        # Where memory counts for more, and where a part of each weight is elsewhere, they are cast in every pass.
+        short = step_memory(checkpoints, sizes, 16, placement, 8192, 1024)
+        assert (short.weights, short.copies) == (4 * (sizes.parameters + trained), 2 * linear / sizes.layers)
+        assert step_memory(plain, sizes, 16, placement, 8192, 1024, gpus=2).copies == 2 * linear

@@ -1,0 +1,20 @@
+"""Shipped presets with other settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorabench.config.preset import Preset
+
+
+def with_execution(preset: Preset, **changes: Any) -> Preset:
+    """The preset with other settings of `execution`."""
+    return preset.model_copy(update={"execution": preset.execution.model_copy(update=changes)})
+
+
+def with_model(preset: Preset, **changes: Any) -> Preset:
+    """A GPU preset that has only the experiment `rank`, on one model."""
+    experiments = preset.experiments.model_copy(update=dict.fromkeys(preset.experiments.chosen()))
+    block = preset.experiments.rank[0].model_copy(update={"seeds": 1, **changes})
+    experiments = experiments.model_copy(update={"rank": [block]})
+    return preset.model_copy(update={"experiments": experiments, "evaluation": None})
