@@ -2,7 +2,7 @@
 
 PROTOCOL_VERSION is part of every run_id. This test keeps a digest of the code that determines a run's
 numbers, comments and docstrings left out. When it fails, either the change alters results - raise
-PROTOCOL_VERSION in lorabench/planning/plan.py - or it does not (the parity tests still pass). In both cases write
+PROTOCOL_VERSION in lorabench/runs.py - or it does not (the parity tests still pass). In both cases write
 the new line into tests/protocol_digest.txt.
 """
 

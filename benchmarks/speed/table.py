@@ -1,4 +1,4 @@
-"""The benchmark's numbers as a CSV file, as a table for a terminal, and as the README's block."""
+"""The benchmark's numbers as a CSV file, as a table for a terminal, and as the block of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "speed.csv"
-README = REPOSITORY / "README.md"
+PAGE = REPOSITORY / "docs" / "performance.md"
 
 START = "<!-- speed: written by `python -m benchmarks.speed --keep`, never by hand -->"
 END = "<!-- end of speed -->"
@@ -123,7 +123,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def block(results: Path) -> str:
-    """Return the README's block from the CSV: the sweep, RL, and the first case of a training step."""
+    """Return the page's block from the CSV: the sweep, RL, and the first case of a training step."""
     if not results.is_file():
         return f"{START}\nNo numbers are kept yet.\n{END}"
     table = pd.read_csv(results)
@@ -156,15 +156,15 @@ def block(results: Path) -> str:
     return "\n".join([*lines, END])
 
 
-def write_block(results: Path, readme: Path) -> None:
-    """Replace the block in the README.
+def write_block(results: Path, page: Path) -> None:
+    """Replace the block in the page.
 
     Raises:
-        SystemExit: the README does not have the two lines that enclose the block.
+        SystemExit: the page does not have the two lines that enclose the block.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise SystemExit(f"{readme} has no place for the numbers: two lines are needed, {START} and {END}")
-    readme.write_text(before + block(results) + after, encoding="utf-8")
+        raise SystemExit(f"{page} has no place for the numbers: two lines are needed, {START} and {END}")
+    page.write_text(before + block(results) + after, encoding="utf-8")

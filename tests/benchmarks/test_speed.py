@@ -1,4 +1,4 @@
-"""The speed benchmark: its tables, the settings of its arms, and the agreement of README and CSV."""
+"""The speed benchmark: its tables, the settings of its arms, and the agreement of docs/performance.md and the CSV."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_table_for_a_terminal_has_a_line_for_each_row():
     assert lines[4].split() == ["tiny", "LoRA,", "8", "lanes", "8", "0.5", "0.0625", "0.25", "70.5", "50%"]
 
 
-def test_readme_block_says_what_the_csv_does(tmp_path):
-    path, readme = tmp_path / "speed.csv", tmp_path / "README.md"
+def test_block_of_the_page_says_what_the_csv_does(tmp_path):
+    path, page = tmp_path / "speed.csv", tmp_path / "performance.md"
     table.write(table.with_ratios(ROWS), SHARED, path)
-    readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
-    table.write_block(path, readme)
-    text = readme.read_text()
+    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    table.write_block(path, page)
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
@@ -69,15 +69,15 @@ def test_readme_block_says_what_the_csv_does(tmp_path):
     assert "small" not in text
     assert "matmul: 141" in text
     path.unlink()
-    table.write_block(path, readme)
-    assert readme.read_text() == f"before\n{table.START}\nNo numbers are kept yet.\n{table.END}\nafter\n"
-    readme.write_text("no place")
+    table.write_block(path, page)
+    assert page.read_text() == f"before\n{table.START}\nNo numbers are kept yet.\n{table.END}\nafter\n"
+    page.write_text("no place")
     with pytest.raises(SystemExit, match="no place for the numbers"):
-        table.write_block(path, readme)
+        table.write_block(path, page)
 
 
-def test_readme_is_held_to_the_csv():
-    assert table.block(table.RESULTS) in table.README.read_text()
+def test_page_is_held_to_the_csv():
+    assert table.block(table.RESULTS) in table.PAGE.read_text()
 
 
 def found(train: float = 1.0, test: float = 2.0) -> sweep.Found:
