@@ -4,7 +4,7 @@
 
 Each turn trains in two new processes, one with and one without the setting, in alternating order. The program prints
 the CPU milliseconds of a step (user and system) and the peak memory of both, and the median ratio over the turns, and
-appends a row for each shape to `tests/benchmarks/allocation.csv`.
+appends a row for each shape to `benchmarks/allocation.csv`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The optimizations are: attention in blocks of queries (`lorabench.models.attenti
 `MAX_LOGITS` logits at once (`lorabench.training.loss`) instead of a quarter of them; LoRA's thin products transposed to
 the order that a CPU computes fast (`lorabench.models.lanes.lora`); the last MLP only at scored tokens
 (`lorabench.models.last_layer`). Steps with and without take turns in one process. The program prints the seconds of
-both and their ratio, and appends a row for each case to `tests/benchmarks/parts.csv`.
+both and their ratio, and appends a row for each case to `benchmarks/parts.csv`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.sampling
 
 The program prints the tokens per second of both and their ratio, medians of several alternating turns, and appends a
-row for each shape to `tests/benchmarks/sampling.csv`.
+row for each shape to `benchmarks/sampling.csv`.
 """
 
 from __future__ import annotations
