@@ -268,7 +268,7 @@ def _choice(
         lr_low=float(optimum["lr_low"]),
         lr_high=float(optimum["lr_high"]),
         resolved=bool(optimum["resolved"]),
-        loss=float(losses["nll_mean"]),
+        loss=float(losses["loss_mean"]),
         n_seeds=int(losses["n_seeds"]),
         gap=gap,
         ratio=ratio,
