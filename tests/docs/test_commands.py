@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.claims import judge_claims
+from lorabench.claims.judge import judge_claims
 from lorabench.models.tiny import shipped_folder
 from lorabench.tables.io import write_frame
 from lorabench.tables.tables import Tables

@@ -1,4 +1,4 @@
-"""A small preset that is trained once and evaluated by many tests."""
+"""A small preset whose data are made once, and whose sweeps are trained once and evaluated by many tests."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ RAW: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The plan of a preset whose sweeps are trained, in the working directory."""
+class Prepared:
+    """The plan of a preset whose data are made, or whose sweeps are trained as well, in the working directory."""
 
     plan: Plan
     layout: Layout
@@ -65,12 +65,8 @@ class Trained:
 
 
 @pytest.fixture(scope="package")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    """Return the preset above, with its data made and both sweeps trained."""
-    from lorabench.data.tokens import Limits, write_tokens
-    from lorabench.models.base import load_tokenizer, max_length
-    from lorabench.training.job import run_job
-
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """Yield the preset above with its data made."""
     folder, home = tmp_path_factory.mktemp("evaluation"), Path.cwd()
     os.chdir(folder)
     try:
@@ -81,11 +77,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             build_dataset(spec, layout.dataset(name))
         write_problems(make_problems(plan.preset.problems["gcd"]), layout.dataset("gcd"))
         write_pretraining(8, layout.pretraining)
-        model = plan.preset.models["tiny"]
-        source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
-        write_tokens(source, load_tokenizer(model), target, Limits(max_length(model)))
-        for sweep in plan.sweeps:
-            run_job(plan, Job((sweep,)), layout, lambda line: None)
-        yield Trained(plan, layout)
+        yield Prepared(plan, layout)
     finally:
         os.chdir(home)
+
+
+@pytest.fixture(scope="package")
+def trained(prepared: Prepared) -> Prepared:
+    """Return the preset with its data made and both sweeps trained."""
+    from lorabench.data.tokens import Limits, write_tokens
+    from lorabench.models.base import load_tokenizer, max_length
+    from lorabench.training.job import run_job
+
+    plan, layout = prepared.plan, prepared.layout
+    model = plan.preset.models["tiny"]
+    source, target = layout.dataset("instruct"), layout.tokens("tiny", "instruct")
+    write_tokens(source, load_tokenizer(model), target, Limits(max_length(model)))
+    for sweep in plan.sweeps:
+        run_job(plan, Job((sweep,)), layout, lambda line: None)
+    return prepared

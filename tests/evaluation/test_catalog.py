@@ -16,19 +16,19 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 
-from .conftest import RAW, Trained
+from .conftest import RAW, Prepared
 
 
 def task(name: str, source: str | None = None) -> EvalTask:
     return EvalTask(name=name, about="learned", source=source)
 
 
-def graded(trained: Trained, name: str, source: str, response: str, target: str) -> dict[str, float]:
+def graded(prepared: Prepared, name: str, source: str, response: str, target: str) -> dict[str, float]:
     """Return the score of a response by filter."""
     from lm_eval.api.instance import Instance
 
     wanted = task(name, source)
-    built = catalog.load_task(catalog.task_index([wanted]), wanted, trained.layout).leaves[name]
+    built = catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout).leaves[name]
     doc = {"question": "?", "answer": target, "source": "made up"}
     instance = Instance("generate_until", doc, ("?", {}), 0, metadata=(name, 0, 1))
     instance.resps.append(response)
@@ -51,14 +51,14 @@ def graded(trained: Trained, name: str, source: str, response: str, target: str)
         ("", 0, 0),
     ],
 )
-def test_strict_and_flexible_filters(trained, response, strict, flexible):
-    scores = graded(trained, "lorabench_worked", "worked", response, "7")
+def test_strict_and_flexible_filters(prepared, response, strict, flexible):
+    scores = graded(prepared, "lorabench_worked", "worked", response, "7")
     assert scores == {"strict-match": strict, "flexible-extract": flexible}
 
 
-def test_commas_and_decimals_of_worked_answers(trained):
-    assert set(graded(trained, "lorabench_worked", "worked", "#### 1,612.5", "1612.5").values()) == {1}
-    assert set(graded(trained, "lorabench_worked", "worked", "#### -7", "7").values()) == {0}
+def test_commas_and_decimals_of_worked_answers(prepared):
+    assert set(graded(prepared, "lorabench_worked", "worked", "#### 1,612.5", "1612.5").values()) == {1}
+    assert set(graded(prepared, "lorabench_worked", "worked", "#### -7", "7").values()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_commas_and_decimals_of_worked_answers(trained):
         ("lorabench_instruct", "instruct", "12 3", 0),
     ],
 )
-def test_whole_answers(trained, name, source, response, right):
-    assert graded(trained, name, source, response, "12") == {"none": right}
+def test_whole_answers(prepared, name, source, response, right):
+    assert graded(prepared, name, source, response, "12") == {"none": right}
 
 
 def test_an_unknown_task_is_named_with_those_near_it():
@@ -103,9 +103,9 @@ def test_every_task_of_this_project_has_its_kind_of_source():
     assert {path.stem for path in catalog.TASKS.glob("*.yaml")} == EVAL_SOURCES.keys()
 
 
-def test_settings_that_lm_eval_would_pass_over_are_refused(trained):
+def test_settings_that_lm_eval_would_pass_over_are_refused(prepared):
     wanted = task("lorabench_arithmetic", "gcd")
-    loaded = catalog.load_task(catalog.task_index([wanted]), wanted, trained.layout)
+    loaded = catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
 
     def check(max_length: int, **changes: int) -> None:
         catalog.check_settings([replace(loaded, task=wanted.model_copy(update=changes))], "tiny", max_length)
@@ -122,25 +122,19 @@ def test_settings_that_lm_eval_would_pass_over_are_refused(trained):
         check(9, num_fewshot=2)
 
 
-def test_a_missing_file_is_named(trained):
-    path = trained.layout.dataset("gcd")
+def test_a_missing_file_is_named(prepared):
+    path = prepared.layout.dataset("gcd")
     aside = path.rename(path.with_suffix(".aside"))
     wanted = task("lorabench_arithmetic", "gcd")
     try:
         with pytest.raises(UserError, match=f"reads {path}, which does not exist"):
-            catalog.load_task(catalog.task_index([wanted]), wanted, trained.layout)
+            catalog.load_task(catalog.task_index([wanted]), wanted, prepared.layout)
     finally:
         aside.rename(path)
 
 
-def test_fetch_and_evaluate_as_commands(trained):
+def test_tasks_are_looked_up_by_a_command(prepared):
     result = CliRunner().invoke(app, ["fetch", "--preset", "mine.yaml", "--out", "found.json"])
     assert result.exit_code == 0, result.output
     with open("found.json") as file:
         assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}
-    job = trained.job("lora")
-    result = CliRunner().invoke(app, ["evaluate", job.eval_id, "--preset", "mine.yaml"])
-    assert result.exit_code == 0, result.output
-    assert trained.layout.evals(job).is_file()
-    assert trained.layout.samples(job).is_file()
-    assert CliRunner().invoke(app, ["evaluate", "nothing", "--preset", "mine.yaml"]).exit_code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lorabench.cli.main import app
 from lorabench.config.models import PathModel
 from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
@@ -30,20 +33,20 @@ from lorabench.evaluation.runner import (
 )
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
+from lorabench.runs import EvalJob
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.schemas import EVALS
 from lorabench.training.loss import mean_nll
 from lorabench.utils.files import write_json
 
 from ..training.several import write_tied
-from .conftest import Trained
+from .conftest import Prepared
 
 CPU = torch.device("cpu")
 
 
-def scores(trained: Trained, method: str | None) -> pd.DataFrame:
-    job = trained.job(method)
-    evaluate_job(trained.plan, job, trained.layout)
+def scores(trained: Prepared, job: EvalJob) -> pd.DataFrame:
+    """Return the table that an evaluation wrote."""
     assert pq.read_schema(trained.layout.evals(job)).equals(EVALS)
     assert pq.read_schema(trained.layout.samples(job)).equals(SAMPLES)
     return pq.read_table(trained.layout.evals(job)).to_pandas()
@@ -65,22 +68,40 @@ def bits(frame: pd.DataFrame, task: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def base(trained: Trained) -> pd.DataFrame:
-    return scores(trained, None)
-
-
-def test_nobody_is_asked_for_versions(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def commands() -> Iterator[list[Any]]:
+    """Yield the commands by which torch asked the machine for versions during the evaluations of this module."""
     from torch.utils import collect_env
 
-    asked: list[str] = []
-    monkeypatch.setattr(collect_env, "run", lambda command: asked.append(command) or (1, "", ""))
-    assert len(scores(trained, None))
-    assert asked == []
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "run", lambda command: asked.append(command) or (1, "", ""))
+        yield asked
 
 
 @pytest.fixture(scope="module")
-def adapted(trained: Trained) -> pd.DataFrame:
-    return scores(trained, "lora")
+def base(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
+    job = trained.job(None)
+    evaluate_job(trained.plan, job, trained.layout)
+    return scores(trained, job)
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
+    """The scores of the LoRA sweep's best run, evaluated by the command that the workflow calls."""
+    job = trained.job("lora")
+    result = CliRunner().invoke(app, ["evaluate", job.eval_id, "--preset", "mine.yaml"])
+    assert result.exit_code == 0, result.output
+    return scores(trained, job)
+
+
+def test_nobody_is_asked_for_versions(base, adapted, commands):
+    assert len(base)
+    assert len(adapted)
+    assert commands == []
+
+
+def test_an_unknown_evaluation_is_refused(prepared):
+    assert CliRunner().invoke(app, ["evaluate", "nothing", "--preset", "mine.yaml"]).exit_code == 2
 
 
 def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):

@@ -64,7 +64,7 @@ def test_shape_is_what_the_cost_model_believes(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "llama-128" else pytest.mark.slow) for name in RECIPES]
+    "name", [pytest.param(name, marks=[] if name == "llama-64" else pytest.mark.slow) for name in RECIPES]
 )
 def test_heldout_loss_is_as_recorded(name):
     nll = heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])

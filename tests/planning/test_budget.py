@@ -100,7 +100,7 @@ def test_budgets_keep_the_names_of_sweeps_and_folders():
 
 
 def test_core_claims_are_tested_by_those_experiments():
-    from lorabench.claims import CLAIMS, CORE
+    from lorabench.claims.catalog import CLAIMS, CORE
 
     experiments = {claim.id: claim.experiments for claim in CLAIMS}
     for experiment, claims in CORE_CLAIMS_BY_EXPERIMENT.items():
