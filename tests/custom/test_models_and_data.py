@@ -71,7 +71,10 @@ MODELS = {
     "null": (broken("config.json", b"null"), "has no model_type"),
     "no weights": (lambda base: (base / "model.safetensors").unlink(), "has no .safetensors file"),
     "cut weights": (broken("model.safetensors", b"\xff" * 8), "model.safetensors is not a safetensors file"),
-    "other weights": (broken("model.safetensors", b"\2\0\0\0\0\0\0\0[]"), "model.safetensors is not a safetensors file"),
+    "other weights": (
+        broken("model.safetensors", b"\2\0\0\0\0\0\0\0[]"),
+        "model.safetensors is not a safetensors file",
+    ),
     "no config": (lambda base: (base / "config.json").unlink(), "has no config.json"),
 }
 
