@@ -270,17 +270,19 @@ def test_fig8_counts_diverged_runs_and_the_range_of_cut_responses():
 # Tables of every kind.
 
 ODD = {
-    "every run diverged": lambda: diverged(arms()),
+    "every run diverged": lambda: diverged(arms((None, 16))),
     "an arm with all runs diverged": lambda: arms((None,)) + diverged(arms((1,))),
     "one learning rate and seed": lambda: arms((None, 16), lrs=(1e-3,), offsets=(0.0,)),
     "no full fine-tuning": lambda: arms((16,)),
     "full fine-tuning alone": lambda: arms((None,)),
-    "never rewarded": lambda: arms(lrs=(1e-5,)),
-    "out of reach": lambda: out_of_reach(arms()),
-    "all right everywhere": lambda: arms(peak=1.0, curvature=0.0),
-    "base not measured": lambda: arms(base_reward=None),
-    "one set of two further": lambda: arms(dataset="a", sets={}) + arms(dataset="b", sets={"x^$": 0.2}),
-    "hardly any curves": lambda: [(runs, points[:1]) for runs, points in arms()],
+    "never rewarded": lambda: arms((None, 16), lrs=(1e-5,)),
+    "out of reach": lambda: out_of_reach(arms((None, 16))),
+    "all right everywhere": lambda: arms((None, 16), peak=1.0, curvature=0.0),
+    "base not measured": lambda: arms((None, 16), base_reward=None),
+    "one set of two further": lambda: (
+        arms((None, 16), dataset="a", sets={}) + arms((None, 16), dataset="b", sets={"x^$": 0.2})
+    ),
+    "hardly any curves": lambda: [(runs, points[:1]) for runs, points in arms((None, 16))],
 }
 
 

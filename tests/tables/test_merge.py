@@ -73,7 +73,7 @@ def same(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8)
 @given(
     parts=st.lists(st.sets(st.integers(0, len(RUNS) - 1), min_size=1), min_size=1, max_size=3),
     kinds=st.lists(st.sampled_from(["parquet", "csv"]), min_size=4, max_size=4),
