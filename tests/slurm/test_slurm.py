@@ -265,7 +265,7 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 
 
 @pytest.mark.slow
-def test_the_smoke_preset_from_a_adapted_clone(cluster, tmp_path):
+def test_the_smoke_preset_from_an_adapted_clone(cluster, tmp_path):
     """A preset for CPUs, whose jobs the profile gives a GPU each."""
     checkout = adapted_clone(tmp_path)
     gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]

@@ -224,7 +224,7 @@ def test_status_and_plan_from_another_terminal(smoke):
 def test_snakemakes_own_report(smoke):
     snakemake(smoke[0], "--config", "preset=smoke", "--report", "snakemake_report.html")
     text = (smoke[0] / "snakemake_report.html").read_text()
-    for part in ("fig2_lr_by_rank", "claims with verdicts", "interpolated on the first seed"):
+    for part in ("fig2_lr_by_rank", "claims with verdicts", "interpolated on the grid of the first seed"):
         assert part in text
 
 
