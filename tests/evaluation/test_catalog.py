@@ -75,6 +75,7 @@ def test_whole_answers(prepared, name, source, response, right):
     assert graded(prepared, name, source, response, "12") == {"none": right}
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_named_with_those_near_it():
     with pytest.raises(UserError, match="'gsm8' is not known to lm-eval; near it: .*gsm8k"):
         catalog.task_index([task("gsm8")])

@@ -42,6 +42,8 @@ from lorabench.utils.files import write_json
 from ..training.several import write_tied
 from .conftest import Prepared
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -205,6 +205,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["capacity", "memorisation"])
 @pytest.mark.parametrize("case", ODD)
 def test_odd_tables_are_drawn(name, case):

@@ -88,6 +88,7 @@ def test_of_several_lengths_the_longest_is_compared():
     assert len(line.get_xdata()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

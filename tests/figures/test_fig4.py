@@ -88,6 +88,7 @@ def test_each_model_has_its_pair_of_panels():
     assert (plotted["element"] == "noise_band").sum() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

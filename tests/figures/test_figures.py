@@ -105,6 +105,7 @@ def test_diverged_runs_are_in_the_csv(name: str):
     assert len(diverged) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_RUNS)
 @pytest.mark.parametrize(
     "rows",

@@ -245,6 +245,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ODD)
 def test_odd_tables_are_drawn(name, case):

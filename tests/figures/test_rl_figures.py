@@ -286,6 +286,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_RL)
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.filterwarnings("error")

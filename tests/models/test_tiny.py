@@ -127,7 +127,7 @@ def test_the_balancing_loss_is_least_when_experts_share_the_work():
     assert tiny._imbalance((idle, idle.roll(4, 1)), recipe).item() == pytest.approx(8)
 
 
-@pytest.mark.parametrize("name", ["llama-128", "moe-128"])
+@pytest.mark.parametrize("name", ["llama-128", pytest.param("moe-128", marks=pytest.mark.slow)])
 def test_the_recipe_rebuilds(name, tmp_path):
     """A recipe of a few steps, followed twice, gives the same weights; the loss falls."""
     few = {"train_tokens": 12_000, "tokenizer_documents": 300, "batch": 4, "block": 64}

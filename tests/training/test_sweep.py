@@ -24,7 +24,10 @@ def rows_of(plan, layout, *sweeps):
     return pq.read_table(layout.job(Job(sweeps))).to_pylist()
 
 
-@pytest.mark.parametrize(("method", "lanes"), [("lora", 1), ("fullft", 1), ("lora", 3)])
+@pytest.mark.parametrize(
+    ("method", "lanes"),
+    [("lora", 1), pytest.param("fullft", 1, marks=pytest.mark.slow), pytest.param("lora", 3, marks=pytest.mark.slow)],
+)
 def test_a_diverged_run_is_a_result_and_touches_no_other(method, lanes, ready):
     execution = {"lanes": lanes}
     sound, _ = trained(*ready("sound", execution, **{method: [1e-3, 3e-3]}), method)
@@ -75,6 +78,7 @@ def test_wrong_weights_stop_the_job_in_its_first_seconds(ready, monkeypatch):
         trained(*ready("scrambled"), "lora")
 
 
+@pytest.mark.slow
 def test_sweeps_of_a_job_share_base_and_data_and_learn_what_each_does_by_itself(ready, monkeypatch):
     plan, layout = ready("apart", {"lanes": 2}, ranks=[2, 4])
     apart = [row for sweep in plan.sweeps for row in rows_of(plan, layout, sweep)]
