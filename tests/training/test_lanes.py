@@ -223,7 +223,7 @@ def _reversed(*arguments):
 @pytest.mark.parametrize("base", DENSE)
 def test_in_bf16_losses_are_within_the_spread_of_other_orders_of_rows(method, base, short_data, tmp_path, monkeypatch):
     """In bf16 lanes may differ from single runs by as much as single runs differ with the order of their rows."""
-    runs, protocol = runs_of(method, steps=25, batch_size=4), Protocol(precision="bf16")
+    runs, protocol = runs_of(method, steps=25, batch_size=8), Protocol(precision="bf16")
     packed = together(runs, base, short_data, tmp_path, protocol)
     solo = [
         apart(runs, base, short_data, tmp_path / "0", protocol),
