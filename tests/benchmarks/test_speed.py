@@ -168,7 +168,7 @@ def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch):
     assert "smollm2-135m is not here" in said[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_form_runs_from_end_to_end(tmp_path):
     out = tmp_path / "speed.csv"
     command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--threads", "1", "--out", str(out)]
@@ -181,7 +181,7 @@ def test_the_quick_form_runs_from_end_to_end(tmp_path):
     assert losses.max() - losses.min() < sweep.TOLERANCE["fp32"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bf16_runs_from_end_to_end_and_all_arms_agree():
     """The arms measured on a GPU also run in bf16 on a CPU."""
     form = QUICK.with_options(1, 1, None)
