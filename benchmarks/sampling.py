@@ -24,7 +24,7 @@ from lorabench.models.base import load_model, load_tokenizer, package_versions
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.runs import Rollouts
 from lorabench.training.provenance import machine_state
-from lorabench.training.rl.problems import ProblemTexts
+from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, sample
 
 RESULTS = Path(__file__).with_suffix(".csv")

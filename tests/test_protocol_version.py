@@ -46,7 +46,7 @@ CODE = (
     "lorabench/training/rl/cache.py",
     "lorabench/training/rl/loop.py",
     "lorabench/training/rl/objective.py",
-    "lorabench/training/rl/problems.py",
+    "lorabench/training/rl/prompts.py",
     "lorabench/training/rl/sampler.py",
     "lorabench/training/rl/serve.py",
     "lorabench/training/rl/together.py",

@@ -25,7 +25,7 @@ from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.size import train_flops_per_token
 from lorabench.training.run import Machine
-from lorabench.training.sft.serve import GradientRequest, SftServer
+from lorabench.training.sft.serve import SftGradientRequest, SftServer
 from lorabench.utils.malloc import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
@@ -116,7 +116,7 @@ def training_step(setting: Setting, arm: Arm, device: torch.device = CPU) -> tup
     split = TokenizedSplit(ids.flatten().numpy(), scored, offsets)
     machine = Machine(device, MAX_BATCH_TOKENS[device.type], math.inf)
     serve = SftServer(stack, {"train": split}, machine, torch.bfloat16 if setting.precision == "bf16" else None)
-    asked = {name: GradientRequest(np.arange(setting.batch)) for name in names}
+    asked = {name: SftGradientRequest(np.arange(setting.batch)) for name in names}
 
     def step() -> None:
         serve(asked)

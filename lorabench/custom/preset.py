@@ -17,7 +17,7 @@ from lorabench.config.preset import Preset
 from lorabench.custom import advice
 from lorabench.custom.data import UserData, examine
 from lorabench.custom.model import UserModel, find_model
-from lorabench.custom.problems import Problems, examine_problems
+from lorabench.custom.user_problems import UserProblems, examine_problems
 from lorabench.custom.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.errors import UserError
 from lorabench.utils import formats
@@ -96,7 +96,7 @@ def init_preset(
         raise UserError("--format and --grader: problems have the columns question and answer; give one of them")
     described = find_model(model)
     say(str(described))
-    examples: UserData | Problems
+    examples: UserData | UserProblems
     if choices.grader is None:
         examples, template = examine(described, data, form)
     else:
@@ -117,7 +117,7 @@ def init_preset(
 
 
 def write_preset(
-    path: Path, model: UserModel, data: UserData | Problems, choices: Choices, template: str | None
+    path: Path, model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None
 ) -> Preset:
     """Write a preset, after it was validated, and return it.
 
@@ -149,7 +149,9 @@ def _check_place(path: Path, force: bool) -> None:
         raise UserError(f"{path} exists; --force overwrites it")
 
 
-def preset_text(model: UserModel, data: UserData | Problems, choices: Choices, template: str | None, path: Path) -> str:
+def preset_text(
+    model: UserModel, data: UserData | UserProblems, choices: Choices, template: str | None, path: Path
+) -> str:
     """Return the preset as YAML text; see `write_preset`."""
     model_name, data_name = slug(model.name), slug(data.name)
     model_fields = _fields(model.spec) | ({"chat_template": template} if template else {})
@@ -207,7 +209,7 @@ def _sft_sections(model: UserModel, data: UserData, choices: Choices, model_name
 
 
 def _rl_sections(
-    model: UserModel, problems: Problems, choices: Choices, model_name: str, problems_name: str
+    model: UserModel, problems: UserProblems, choices: Choices, model_name: str, problems_name: str
 ) -> _Sections:
     sizes = splits(problems.usable, choices.held_out)
     recommended = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)

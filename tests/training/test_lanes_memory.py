@@ -10,7 +10,7 @@ import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.training.run import Machine, make_optimizer
-from lorabench.training.sft.serve import GradientRequest, SftServer
+from lorabench.training.sft.serve import SftGradientRequest, SftServer
 from lorabench.training.step_cost import _NewStorages, _storages
 
 from .lanes import CPU, base_of, run_of, stack_of
@@ -49,7 +49,7 @@ class Measured:
         self.growth = new.peak
 
     def learn(self):
-        self.served({name: GradientRequest(EXAMPLES) for name in self.stack.lanes})
+        self.served({name: SftGradientRequest(EXAMPLES) for name in self.stack.lanes})
 
     def update(self):
         for lane, optimizer in zip(self.stack.lanes.values(), self.optimizers, strict=True):

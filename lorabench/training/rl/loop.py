@@ -27,9 +27,9 @@ from lorabench.training.batches import data_order
 from lorabench.training.distributed import Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.rl.objective import ResponseGroup, StepMeasures
-from lorabench.training.rl.problems import GraderProtocol, Problems, ProblemTexts, grade
+from lorabench.training.rl.prompts import EncodedProblems, GraderProtocol, ProblemTexts, grade
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.rl.serve import GradientRequest, GradientResult, SampleRequest, SampleResult
+from lorabench.training.rl.serve import GradientResult, RlGradientRequest, SampleRequest, SampleResult
 from lorabench.training.run import Outcome, clip_gradient, make_optimizer
 from lorabench.utils import signals
 
@@ -48,8 +48,8 @@ class Environment:
     """The problems and graders that a run is trained and evaluated on; `held_out` sets are only evaluated."""
 
     texts: ProblemTexts
-    splits: Mapping[str, Problems]
-    held_out: Mapping[str, Problems]
+    splits: Mapping[str, EncodedProblems]
+    held_out: Mapping[str, EncodedProblems]
     grader: GraderProtocol
     held_out_graders: Mapping[str, GraderProtocol]
 
@@ -112,7 +112,7 @@ def train_rl(
     checkpoints: LaneCheckpoints,
     base: Scores,
     tick: Callable[[int], None] = lambda step: None,
-) -> Generator[SampleRequest | GradientRequest, Any, RlOutcome]:
+) -> Generator[SampleRequest | RlGradientRequest, Any, RlOutcome]:
     """Train and evaluate one run on its lane.
 
     The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
@@ -170,7 +170,7 @@ def train_rl(
         response_tokens += sum(len(response.tokens) for response in sampled.responses)
         rewarded = rewarded or metrics["reward"] > 0
         outcome.wall_s += sampled.seconds + time.perf_counter() - started
-        learned: GradientResult = yield GradientRequest(groups)
+        learned: GradientResult = yield RlGradientRequest(groups)
         started = time.perf_counter()
         measured = learned.step
         norm = clip_gradient(lane, protocol.clip_norm)

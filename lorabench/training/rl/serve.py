@@ -34,7 +34,7 @@ class SampleResult:
 
 
 @dataclass(frozen=True)
-class GradientRequest:
+class RlGradientRequest:
     """A request for the gradient of the objective on the groups of a step."""
 
     groups: list[ResponseGroup]
@@ -56,13 +56,13 @@ class RlServer:
         self._stack, self._sampler, self._machine, self._autocast = stack, sampler, machine, autocast
 
     def __call__(
-        self, requests: Mapping[str, SampleRequest | GradientRequest]
+        self, requests: Mapping[str, SampleRequest | RlGradientRequest]
     ) -> dict[str, SampleResult | GradientResult]:
         """Answer all requests for responses; if there are none, compute the gradients of all lanes."""
         samples = {name: request.requests for name, request in requests.items() if isinstance(request, SampleRequest)}
         if samples:
             return dict(serve_samples(samples, self._sampler))
-        groups = {name: request.groups for name, request in requests.items() if isinstance(request, GradientRequest)}
+        groups = {name: request.groups for name, request in requests.items() if isinstance(request, RlGradientRequest)}
         return dict(self._learn({name: groups[name] for name in self._stack.lanes}))
 
     def _learn(self, batches: Mapping[str, list[ResponseGroup]]) -> dict[str, GradientResult]:

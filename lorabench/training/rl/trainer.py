@@ -16,7 +16,7 @@ from lorabench.runs import Rollouts, Run
 from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.loss import check_plain_head
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
-from lorabench.training.rl.problems import GraderProtocol, ProblemTexts
+from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, sample
 from lorabench.training.rl.serve import RlServer, Sampler, sampling_server
 from lorabench.training.rl.together import FirstProcessGrader, Replica, sample_in_processes

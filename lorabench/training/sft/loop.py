@@ -28,7 +28,7 @@ from lorabench.training.batches import data_order, scored_tokens
 from lorabench.training.distributed import Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.run import Outcome, clip_gradient, make_optimizer
-from lorabench.training.sft.serve import GradientRequest, NllRequest, SftResult
+from lorabench.training.sft.serve import NllRequest, SftGradientRequest, SftResult
 from lorabench.utils import signals
 
 EXPLODED_ABOVE_UNIFORM = 1.0
@@ -65,7 +65,7 @@ def train_sft(
     checkpoints: LaneCheckpoints,
     base_valid_nll: float,
     tick: Callable[[int], None] = lambda step: None,
-) -> Generator[GradientRequest | NllRequest, SftResult, SftOutcome]:
+) -> Generator[SftGradientRequest | NllRequest, SftResult, SftOutcome]:
     """Train and evaluate one run on its lane.
 
     The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
@@ -105,7 +105,7 @@ def train_sft(
         outcome.curve.append(point)
 
     for step in range(first_step + 1, condition.steps + 1):
-        learned = yield GradientRequest(order[step - 1])
+        learned = yield SftGradientRequest(order[step - 1])
         started = time.perf_counter()
         loss = learned.nll
         norm = clip_gradient(lane, protocol.clip_norm)

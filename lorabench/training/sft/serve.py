@@ -18,7 +18,7 @@ from lorabench.training.run import Machine
 
 
 @dataclass(frozen=True)
-class GradientRequest:
+class SftGradientRequest:
     """A request for the gradient of the token-weighted NLL of some training examples, given by index."""
 
     examples: np.ndarray
@@ -50,11 +50,11 @@ class SftServer:
     ) -> None:
         self._stack, self._data, self._machine, self._autocast = stack, data, machine, autocast
 
-    def __call__(self, requests: Mapping[str, GradientRequest | NllRequest]) -> dict[str, SftResult]:
+    def __call__(self, requests: Mapping[str, SftGradientRequest | NllRequest]) -> dict[str, SftResult]:
         """Answer the request of each lane; all requests are of one kind, since the lanes are at the same step."""
         started = time.perf_counter()
         ordered = [requests[name] for name in self._stack.lanes]
-        examples = [request.examples for request in ordered if isinstance(request, GradientRequest)]
+        examples = [request.examples for request in ordered if isinstance(request, SftGradientRequest)]
         if examples:
             results = self._learn(examples)
         else:

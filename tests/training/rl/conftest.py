@@ -23,7 +23,7 @@ from lorabench.training.drive import train_alone
 from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
 from lorabench.training.rl.objective import ResponseGroup
-from lorabench.training.rl.problems import ProblemTexts
+from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 from lorabench.training.rl.serve import RlServer, sampling_server
 from lorabench.training.run import Machine

@@ -15,7 +15,7 @@ from lorabench.models.lora import add_adapter, add_lora
 from lorabench.runs import Run
 from lorabench.training.drive import train_lanes
 from lorabench.training.rl.loop import evaluation_steps
-from lorabench.training.rl.problems import ProblemTexts
+from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request
 
 from .conftest import ROLLOUTS, condition_of, drawn, environment_of, lane_of, problem_file, same_tokens, serving, train

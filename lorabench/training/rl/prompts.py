@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Problems:
+class EncodedProblems:
     """One split of a problem set: the token ids of each prompt, and the answer of each problem."""
 
     prompts: list[tuple[int, ...]]
@@ -70,7 +70,7 @@ class ProblemTexts:
         ends = [index for text in self.rollouts.stop if (index := decoded.find(text)) >= 0]
         return decoded[: min(ends, default=len(decoded))]
 
-    def read(self, path: Path) -> dict[str, Problems]:
+    def read(self, path: Path) -> dict[str, EncodedProblems]:
         """Read the splits of a problem set's file.
 
         Raises:
@@ -80,7 +80,9 @@ class ProblemTexts:
         if self.rollouts.prompt is None and not self.tokenizer.chat_template:
             name = self.tokenizer.name_or_path
             raise UserError(f"the tokenizer {name!r} has no chat template; give the RL experiment a `prompt`")
-        splits: dict[str, Problems] = {split: Problems([], []) for split in ("train", "validation", "test")}
+        splits: dict[str, EncodedProblems] = {
+            split: EncodedProblems([], []) for split in ("train", "validation", "test")
+        }
         for row in read_problems(path):
             prompt = self.prompt(row["question"])
             if len(prompt) + self.rollouts.max_new_tokens > self.max_length:

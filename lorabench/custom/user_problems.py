@@ -23,7 +23,7 @@ _MOST_CHARS = 4000
 
 
 @dataclass(frozen=True)
-class Problems:
+class UserProblems:
     """A user's file of questions and answers."""
 
     source: dict[str, Any]
@@ -46,7 +46,7 @@ class Problems:
         return self.tally.usable
 
 
-def examine_problems(model: UserModel, name: str, grader: str) -> tuple[Problems, str | None]:
+def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProblems, str | None]:
     """Examine a file of problems for a model.
 
     Returns:
@@ -64,4 +64,4 @@ def examine_problems(model: UserModel, name: str, grader: str) -> tuple[Problems
     chars = min(_MOST_CHARS, max(32, _CHARS_PER_TOKEN * (room - response - _TEMPLATE_TOKENS)))
     source = {"kind": "file", "path": name, "grader": grader, "max_chars": chars}
     tally = tally_of(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
-    return Problems(source, tally, response), prepared_tokenizer(model)[1]
+    return UserProblems(source, tally, response), prepared_tokenizer(model)[1]
