@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.report.generated_block import text_around, write_around
+
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "speed.csv"
 PAGE = REPOSITORY / "docs/performance.md"
@@ -161,11 +163,6 @@ def write_block(results: Path, page: Path) -> None:
     """Replace the block in a page.
 
     Raises:
-        SystemExit: the page does not have the two lines that enclose the block.
+        UserError: the page does not have the two lines that enclose the block.
     """
-    text = page.read_text(encoding="utf-8")
-    before, start, remainder = text.partition(START)
-    _, end, after = remainder.partition(END)
-    if not (start and end):
-        raise SystemExit(f"{page} has no place for the numbers: two lines are needed, {START} and {END}")
-    page.write_text(before + block(results) + after, encoding="utf-8")
+    write_around(page, text_around(page, START, END), block(results))

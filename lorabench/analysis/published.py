@@ -1,6 +1,6 @@
 """Published numbers to compare with, from `paper_figures/reference` (its SOURCES.md names the sources).
 
-The folder is next to the package in the repository. Without it, all functions return empty results.
+A wheel carries a copy of the folder (`lorabench.utils.packaged`). Without it, all functions return empty results.
 """
 
 from __future__ import annotations

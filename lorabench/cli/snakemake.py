@@ -20,7 +20,8 @@ def snakemake_command(preset: str, options: Sequence[str]) -> list[str]:
         options: further options and targets for Snakemake. Without a number of cores, all cores are used. A shipped
             profile may be given by its name (`--profile slurm`), unless the current folder has a profile of that name.
     """
-    given = [_shipped_profile(before, option) for before, option in zip(["", *options], options, strict=False)]
+    parts = [part for option in options for part in _name_and_value(option)]
+    given = [_shipped_profile(before, part) for before, part in zip(["", *parts], parts, strict=False)]
     if not any(option.partition("=")[0].startswith(_CORES) for option in given):
         given += ["--cores", "all"]
     # Snakemake takes the last --config only, so the preset joins a --config that the user gave.
@@ -32,6 +33,14 @@ def snakemake_command(preset: str, options: Sequence[str]) -> list[str]:
         *config,
         *given[place:],
     ]
+
+
+def _name_and_value(option: str) -> list[str]:
+    """Return an option that is treated specially here in its long form, `--config=a=1` as `--config` and `a=1`."""
+    name, equals, value = option.partition("=")
+    if equals and name in ("--config", "--profile"):
+        return [name, value]
+    return ["--config"] if option == "-C" else [option]
 
 
 def _shipped_profile(before: str, option: str) -> str:

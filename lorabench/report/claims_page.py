@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
-from lorabench.utils.files import atomic_path
+from lorabench.report.generated_block import text_around, write_around
 
 START = "<!-- claims: written by `python -m lorabench.report.claims_page docs/claims.md`, never by hand -->"
 END = "<!-- end of claims -->"
@@ -47,14 +47,9 @@ def write_page(page: Path) -> None:
     """Replace the block of a page.
 
     Raises:
-        ValueError: the page does not have both marker lines.
+        UserError: the page lacks one of the two marker lines.
     """
-    before, start, rest = page.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"{page} needs the two marker lines {START} and {END}")
-    with atomic_path(page) as partial:
-        partial.write_text(before + claims_block() + after, encoding="utf-8")
+    write_around(page, text_around(page, START, END), claims_block())
 
 
 def _position(claim: Claim) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from lorabench.claims.catalog import CORE
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.report import summary
+from lorabench.report.generated_block import text_around, write_around
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.storage.layout import Layout
 from lorabench.tables.io import read_table
@@ -52,7 +53,7 @@ def publish(layout: Layout, readme: Path) -> None:
     """
     runs, claims = (read_table(layout.tables(), name) for name in ("runs", "claims"))
     page = readme.parent / RESULTS_PAGE
-    around = {path: _split(path) for path in (readme, page)}
+    around = {path: text_around(path, START, END) for path in (readme, page)}
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in FIGURE_KINDS)
     if layout.figures / f"{SHOWN}.svg" not in drawn:
         raise UserError(f"figure {layout.figures / SHOWN}.svg does not exist; run the preset {layout.name} first")
@@ -65,19 +66,7 @@ def publish(layout: Layout, readme: Path) -> None:
         claims.drop(columns="run_ids").to_csv(partial, index=False)
     write_json(_provenance(layout, runs), layout.published / "provenance.json")
     for path, text in ((readme, readme_block(layout.published)), (page, results_block(layout.published))):
-        before, after = around[path]
-        with atomic_path(path) as partial:
-            partial.write_text(before + text + after, encoding="utf-8")
-
-
-def _split(page: Path) -> tuple[str, str]:
-    """Return the text of a page before and after its block."""
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise UserError(f"{page} has no place for the results: it needs the two lines {START} and {END}")
-    return before, after
+        write_around(path, around[path], text)
 
 
 def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, measure
 from benchmarks.speed.table import Row
 from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
+from lorabench.errors import UserError
 from lorabench.models.size import base_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.training.batches import IGNORED
@@ -72,7 +73,7 @@ def test_block_of_the_page_has_the_numbers_of_the_csv(tmp_path):
     table.write_block(path, page)
     assert page.read_text() == f"before\n{table.START}\nNo numbers are kept yet.\n{table.END}\nafter\n"
     page.write_text("no place")
-    with pytest.raises(SystemExit, match="no place for the numbers"):
+    with pytest.raises(UserError, match="no place for its generated part"):
         table.write_block(path, page)
 
 

@@ -21,6 +21,8 @@ START = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
         (["--dry-run", "--cores=2"], ["--dry-run", "--cores=2", "--config", "preset=my.yaml"]),
         (["-c1", "report.html"], ["-c1", "report.html", "--config", "preset=my.yaml"]),
         # Snakemake would take the last --config only.
+        (["--config=budget=3", "-j4"], ["--config", "preset=my.yaml", "budget=3", "-j4"]),
+        (["-C", "budget=3", "-j4"], ["--config", "preset=my.yaml", "budget=3", "-j4"]),
         (["--config", "budget=3", "-j", "4"], ["--config", "preset=my.yaml", "budget=3", "-j", "4"]),
     ],
 )
@@ -32,6 +34,7 @@ def test_a_profile_of_the_folder_goes_before_the_shipped_one(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     profile = str(WORKFLOW / "profiles/slurm")
     assert snakemake_command("core", ["--profile", "slurm"])[5:7] == ["--profile", profile]
+    assert snakemake_command("core", ["--profile=slurm"])[5:7] == ["--profile", profile]
     (tmp_path / "slurm").mkdir()
     assert snakemake_command("core", ["--profile", "slurm"])[5:7] == ["--profile", "slurm"]
 

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from lorabench.claims.catalog import CLAIMS
+from lorabench.errors import UserError
 from lorabench.report.claims_page import END, FAMILIES, START, claims_block, write_page
 
 from ..conftest import REPOSITORY
@@ -34,6 +35,6 @@ def test_text_around_the_block_stays(tmp_path):
 def test_a_page_without_marker_lines_is_refused(tmp_path):
     page = tmp_path / "claims.md"
     page.write_text(f"before\n{START}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="marker lines"):
+    with pytest.raises(UserError, match="needs the two lines"):
         write_page(page)
     assert page.read_text(encoding="utf-8") == f"before\n{START}\n"

@@ -107,7 +107,7 @@ def test_text_is_no_markup(finished: Layout):
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_without_a_place_is_refused_before_anything_is_written(finished: Layout, page: Path):
     page.write_text("nothing")
-    with pytest.raises(UserError, match=f"{page} has no place for the results"):
+    with pytest.raises(UserError, match=f"{page} has no place for its generated part"):
         publish(finished, Path("README.md"))
     assert not (finished.published / "claims.csv").exists()
 
