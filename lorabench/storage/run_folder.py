@@ -2,6 +2,7 @@
 
     runs/<run_id>/record.json      the run's spec, its outcome, and the environment that it ran in
     runs/<run_id>/curves.parquet   one row per step, split and metric
+    runs/<run_id>/test_losses.parquet  one row per test example
     runs/<run_id>/weights/         the PEFT adapter, or the fully fine-tuned model
     runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 
@@ -61,6 +62,10 @@ class RunFolder:
         return self.final / "curves.parquet"
 
     @property
+    def test_losses(self) -> Path:
+        return self.final / "test_losses.parquet"
+
+    @property
     def weights(self) -> Path:
         return self.final / "weights"
 
@@ -88,6 +93,17 @@ class RunFolder:
 
         with self._damage_explained():
             return pq.read_table(self.curves)
+
+    def read_test_losses(self) -> pa.Table | None:
+        """Read the test losses of a finished run; None for a run that was made before they were kept.
+
+        Raises:
+            UserError: the losses are damaged.
+        """
+        import pyarrow.parquet as pq
+
+        with self._damage_explained():
+            return pq.read_table(self.test_losses) if self.test_losses.is_file() else None
 
     @contextmanager
     def _damage_explained(self) -> Iterator[None]:

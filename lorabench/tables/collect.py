@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.io import write_csv, write_frame, write_table
-from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS, CurvePoint
+from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS, TEST_LOSSES, CurvePoint, ExampleLoss
 from lorabench.utils.files import read_parquet
 
 
@@ -39,6 +39,12 @@ def write_curves(run_id: str, points: list[CurvePoint], path: Path) -> None:
     write_table(pa.Table.from_pylist(rows, schema=CURVES), path)
 
 
+def write_test_losses(run_id: str, losses: Sequence[ExampleLoss], path: Path) -> None:
+    """Write the test losses of one run in the columns of TEST_LOSSES; examples are numbered in the order given."""
+    rows = [{"run_id": run_id, "example": number, **vars(loss)} for number, loss in enumerate(losses)]
+    write_table(pa.Table.from_pylist(rows, schema=TEST_LOSSES), path)
+
+
 def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any]]:
     """Return the rows of a sweep's finished runs for `write_job`, each with its curves nested."""
     # The preset may have given the model or dataset another name since the run was trained.
@@ -46,7 +52,9 @@ def sweep_rows(folders: Iterable[RunFolder], sweep: Sweep) -> list[dict[str, Any
     rows = []
     for folder in folders:
         curve = folder.read_curves().drop_columns(["run_id"]).to_pylist()
-        rows.append({**run_row(folder.read_record(), sweep.experiments), **names, "curve": curve})
+        losses = folder.read_test_losses()
+        nested = {"curve": curve, "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist()}
+        rows.append({**run_row(folder.read_record(), sweep.experiments), **names, **nested})
     return rows
 
 
@@ -56,7 +64,7 @@ def write_job(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
-    """Merge files of jobs into the tables `runs` and `curves` (parquet and CSV) in the folder `out`.
+    """Merge files of jobs into the tables `runs`, `curves` (both parquet and CSV) and `test_losses` (parquet).
 
     Args:
         jobs: the files that `write_job` wrote.
@@ -67,7 +75,7 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
         UserError: a file is damaged, or its job is not in the plan.
     """
     table = pa.concat_tables([_read_job(path, plan) for path in jobs])
-    runs = table.drop_columns(["curve"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
+    runs = table.drop_columns(["curve", "test_losses"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves = pa.Table.from_pylist(
         [
             {"run_id": row["run_id"], **point}
@@ -79,6 +87,15 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
     for name, part in (("runs", runs), ("curves", curves)):
         write_table(part, out / f"{name}.parquet")
         write_csv(part.to_pandas(), out / f"{name}.csv")
+    losses = pa.Table.from_pylist(
+        [
+            {"run_id": row["run_id"], "example": number, **loss}
+            for row in table.select(["run_id", "test_losses"]).to_pylist()
+            for number, loss in enumerate(row["test_losses"] or [])
+        ],
+        schema=TEST_LOSSES,
+    )
+    write_table(losses, out / "test_losses.parquet")
 
 
 def _read_job(path: Path, plan: Plan | None) -> pa.Table:

@@ -12,11 +12,12 @@ import pyarrow as pa
 from lorabench.errors import UserError
 from lorabench.tables.checks import check_curves, check_table
 from lorabench.tables.io import list_of_words, read_table, table_path, write_csv, write_table
-from lorabench.tables.schemas import SCHEMAS
+from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS
 
 KEYS = {
     "runs": ["run_id"],
     "curves": ["run_id", "step", "split", "metric"],
+    "test_losses": ["run_id", "example"],
     "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
     "evals": [
@@ -63,7 +64,8 @@ def merge(folders: list[Path], out: Path) -> None:
     for name, frame in merged.items():
         schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])
         write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
-        write_csv(frame, out / f"{name}.csv")
+        if name not in PARQUET_ONLY:
+            write_csv(frame, out / f"{name}.csv")
 
 
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
@@ -81,7 +83,7 @@ def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
             that is not in MAY_DIFFER.
     """
     columns = [field.name for field in SCHEMAS[name] if any(field.name in frame for frame in frames.values())]
-    keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves")]
+    keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves", "test_losses")]
     for folder, frame in frames.items():
         if missing := [key for key in keys if key not in frame]:
             raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")

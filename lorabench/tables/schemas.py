@@ -22,6 +22,14 @@ class CurvePoint:
     value: float | None
 
 
+@dataclass(frozen=True)
+class ExampleLoss:
+    """The loss of one test example: its NLL in nats over its `tokens` scored tokens; in RL 0 or 1 over one token."""
+
+    loss: float
+    tokens: int
+
+
 RUNS = pa.schema(
     [
         ("run_id", pa.string()),
@@ -87,6 +95,10 @@ _CURVE = [
 ]
 
 CURVES = pa.schema([("run_id", pa.string()), *_CURVE])
+
+_TEST_LOSS = [("loss", pa.float32()), ("tokens", pa.int32())]
+
+TEST_LOSSES = pa.schema([("run_id", pa.string()), ("example", pa.int32()), *_TEST_LOSS])
 
 
 COMPUTE = pa.schema(
@@ -177,8 +189,19 @@ CLAIMS = pa.schema(
     ]
 )
 
-JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE)))])
-"""The columns of the file of a job: its runs with their curves nested, since a job has one output."""
+JOB = pa.schema([*RUNS, ("curve", pa.list_(pa.struct(_CURVE))), ("test_losses", pa.list_(pa.struct(_TEST_LOSS)))])
+"""The columns of the file of a job: its runs with curves and test losses nested, since a job has one output."""
 
-SCHEMAS = {"runs": RUNS, "curves": CURVES, "compute": COMPUTE, "counts": COUNTS, "evals": EVALS, "claims": CLAIMS}
+SCHEMAS = {
+    "runs": RUNS,
+    "curves": CURVES,
+    "test_losses": TEST_LOSSES,
+    "compute": COMPUTE,
+    "counts": COUNTS,
+    "evals": EVALS,
+    "claims": CLAIMS,
+}
 """The columns of each tidy table, by its name."""
+
+PARQUET_ONLY = ("test_losses",)
+"""The tables that are not written as CSV as well, since they are large."""

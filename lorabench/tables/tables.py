@@ -22,6 +22,7 @@ class Tables:
     compute: pd.DataFrame = field(default_factory=empty_table)
     counts: pd.DataFrame = field(default_factory=empty_table)
     evals: pd.DataFrame = field(default_factory=empty_table)
+    test_losses: pd.DataFrame = field(default_factory=empty_table)
 
     @classmethod
     def read(cls, *folders: Path) -> Tables:
@@ -30,7 +31,7 @@ class Tables:
         Raises:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
         """
-        names = ("runs", "curves", "compute", "counts", "evals")
+        names = ("runs", "curves", "compute", "counts", "evals", "test_losses")
         for folder in folders:
             if not any(table_path(folder, name) for name in names):
                 raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")

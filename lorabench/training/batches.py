@@ -187,6 +187,13 @@ def concatenated(batches: Sequence[Batch]) -> Batch:
     return Batch(torch.cat(inputs), torch.cat(targets), torch.cat(positions) if packed else None)
 
 
+def scored_by_example(split: TokenizedSplit) -> np.ndarray:
+    """Count the scored next tokens of each example, (examples,); an example's first token is never predicted."""
+    before = np.concatenate([[0], np.cumsum(split.scored)])
+    counts: np.ndarray = before[split.offsets[1:]] - before[split.offsets[:-1]] - split.scored[split.offsets[:-1]]
+    return counts
+
+
 def scored_tokens(split: TokenizedSplit) -> int:
-    """Count the scored next tokens of a split; an example's first token is never predicted."""
-    return int(split.scored.sum() - split.scored[split.offsets[:-1]].sum())
+    """Count the scored next tokens of a split."""
+    return int(scored_by_example(split).sum())

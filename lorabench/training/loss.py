@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,16 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.lanes.shelf import RowCounts
 from lorabench.models.last_layer import computing_only, without_peft
-from lorabench.training.batches import IGNORED, PASS_TOKENS, Batch, collate, concatenated, micro_batches
+from lorabench.training.batches import (
+    IGNORED,
+    PASS_TOKENS,
+    Batch,
+    collate,
+    concatenated,
+    micro_batches,
+    scored_by_example,
+    scored_tokens,
+)
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 
 if TYPE_CHECKING:
@@ -58,6 +68,15 @@ def _nll_sums(model: nn.Module, batch: Batch, rows: RowCounts, scored: _Scored) 
     size = max(1, len(targets)) if torch.is_grad_enabled() else _tokens_at_once(model, MAX_LOGITS[targets.device.type])
     pieces = _pieces(scored.counts, size)
     return torch.stack([_sums(model, hidden[piece], targets[piece], counts, rows) for piece, counts in pieces]).sum(0)
+
+
+def _nlls(model: nn.Module, batch: Batch, rows: RowCounts, scored: _Scored) -> Tensor:
+    """Return the NLL of each scored target, (scored,), in fp32."""
+    hidden, size = _hidden(model, batch, scored), _tokens_at_once(model, MAX_LOGITS[scored.targets.device.type])
+    pieces = _pieces(scored.counts, size)
+    return torch.cat(
+        [_token_nlls(model, hidden[piece], scored.targets[piece], counts, rows) for piece, counts in pieces]
+    )
 
 
 def add_gradient(
@@ -141,10 +160,14 @@ def _hidden(model: nn.Module, batch: Batch, scored: _Scored) -> Tensor:
     return hidden[scored.tokens]
 
 
-def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: RowCounts) -> Tensor:
+def _token_nlls(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: RowCounts) -> Tensor:
     with rows.are(counts):
         logits = without_peft(model).get_output_embeddings()(hidden)
-    nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _sums(model: nn.Module, hidden: Tensor, targets: Tensor, counts: Sequence[int], rows: RowCounts) -> Tensor:
+    nll = _token_nlls(model, hidden, targets, counts, rows)
     return torch.stack([part.sum() for part in nll.split(list(counts))])
 
 
@@ -201,12 +224,13 @@ def mean_nll(
     processes: Processes = SINGLE_PROCESS,
     packing: bool = False,
 ) -> float:
-    """Return the token-weighted NLL of a whole split in nats per scored token; see `mean_nlls`."""
-    return mean_nlls(model, RowCounts(1), split, max_tokens, device, autocast, processes, packing)[0]
+    """Return the token-weighted NLL of a whole split in nats per scored token; see `example_nlls`."""
+    nats = example_nlls(model, RowCounts(1), split, max_tokens, device, autocast, processes, packing)
+    return float(nats.sum()) / scored_tokens(split)
 
 
 @torch.no_grad()
-def mean_nlls(
+def example_nlls(
     model: nn.Module,
     rows: RowCounts,
     split: TokenizedSplit,
@@ -215,8 +239,8 @@ def mean_nlls(
     autocast: torch.dtype | None,
     processes: Processes = SINGLE_PROCESS,
     packing: bool = False,
-) -> list[float]:
-    """Return the token-weighted NLL of a whole split in nats per scored token, for each lane.
+) -> np.ndarray:
+    """Return the NLL of each example of a split, summed over its scored tokens, in nats: (lanes, examples).
 
     Args:
         max_tokens: limit of the tokens, padding included, that go through the model at once, over all lanes.
@@ -224,16 +248,26 @@ def mean_nlls(
         processes: the processes that share the split; all return the same numbers.
         packing: whether examples are packed.
     """
-    lanes = len(rows.counts)
-    totals, count = torch.zeros(lanes, dtype=torch.float64, device=device), 0
+    lanes, counts = len(rows.counts), scored_by_example(split)
+    tokens: list[Tensor] = []
+    owners: list[np.ndarray] = []
     share = processes.share(split.lengths())
     # All lanes measure the same examples, so the limit and the fixed cost of a pass are divided among them.
     lane_max_tokens, lane_pass_tokens = max_tokens // lanes, PASS_TOKENS[device.type] // lanes
     parts = [part for (part,) in micro_batches([split.lengths()[share]], lane_max_tokens, lane_pass_tokens, packing)]
     for part in processes.even(parts, share[:0]):
-        batch = collate(split, [share[row] for row in part])
-        count += batch.scored
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            totals += nll_sums(model, concatenated([batch] * lanes).to(device), rows)
-    scored = processes.total(count)
-    return [processes.total(total) / scored for total in totals.tolist()]
+        examples = [share[row] for row in part]
+        batch = concatenated([collate(split, examples)] * lanes).to(device)
+        scored = _Scored.of(batch, rows)
+        with (
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+            _through(model, batch, rows, scored),
+        ):
+            tokens.append(call_as_forward(model, _nlls, batch, rows, scored).view(lanes, -1))
+        flat = np.concatenate([np.atleast_1d(row) for row in (*examples, share[:0])])
+        owners.append(np.repeat(flat, counts[flat]))
+    nats, owner = torch.cat(tokens, dim=1).double().cpu().numpy(), np.concatenate(owners)
+    sums = np.array([np.bincount(owner, weights=of_lane, minlength=len(split)) for of_lane in nats])
+    # Each process has measured its share, and has 0 for the examples of the others.
+    whole: np.ndarray = processes.gather(sums.ravel()).sum(0).reshape(lanes, len(split))
+    return whole

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from lorabench.config.experiments import Protocol
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
-from lorabench.tables.schemas import CurvePoint
+from lorabench.tables.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Outcome:
     wall_s: float = 0.0
     """Seconds of the run, those before a resume included."""
     curve: list[CurvePoint] = field(default_factory=list)
+    test_losses: list[ExampleLoss] = field(default_factory=list)
+    """The loss of each test example after the last step; empty if the run did not get there."""
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ from lorabench.runs import Run, Sweep
 from lorabench.storage.layout import Layout
 from lorabench.storage.progress import Progress
 from lorabench.storage.run_folder import RunFolder
-from lorabench.tables.collect import sweep_rows, write_curves
+from lorabench.tables.collect import sweep_rows, write_curves, write_test_losses
 from lorabench.training.checkpoint import whole_weights
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
@@ -168,7 +168,7 @@ class SweepContext:
                 "protocol": preset.protocol.model_dump(),
             },
             "outcome": {
-                **{key: value for key, value in asdict(outcome).items() if key != "curve"},
+                **{key: value for key, value in asdict(outcome).items() if key not in ("curve", "test_losses")},
                 "trainable_params": stack.lanes[run.run_id].size,
                 "base_params": sizes.base_parameters,
                 "family": config.model_type,
@@ -185,6 +185,7 @@ class SweepContext:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_curves(run.run_id, outcome.curve, staged.curves)
+                write_test_losses(run.run_id, outcome.test_losses, staged.test_losses)
                 if keep:
                     _save_weights(stack, run, staged, weights)
                 write_json(record, staged.record)

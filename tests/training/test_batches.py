@@ -15,9 +15,10 @@ from lorabench.config.experiments import Protocol
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.lanes.shelf import RowCounts
 from lorabench.models.lora import add_lora
 from lorabench.training.batches import IGNORED, collate, micro_batches
-from lorabench.training.loss import check_plain_head, mean_nll, nll_sum
+from lorabench.training.loss import check_plain_head, example_nlls, mean_nll, nll_sum
 from lorabench.training.sft.loop import curve_steps
 
 from .conftest import TINY
@@ -75,14 +76,19 @@ def test_nll_is_token_weighted_and_equals_transformers(data):
     model = load_model(TINY)
     split = data["test"]
     total = count = 0.0
+    nats = []
     for index in range(len(split)):
         ids, scored = split.example(index)
         labels = torch.from_numpy(np.where(scored, ids, -100).astype(np.int64))[None]
         with torch.no_grad():
             loss = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], labels=labels).loss.item()
         total, count = total + loss * scored.sum(), count + scored.sum()
+        nats.append(loss * scored.sum())
     assert mean_nll(model, split, 16_384, CPU, None) == pytest.approx(total / count, rel=1e-5)
     assert mean_nll(model, split, 64, CPU, None) == pytest.approx(total / count, rel=1e-5)
+    for packing in (False, True):
+        [by_example] = example_nlls(model, RowCounts(1), split, 512, CPU, None, packing=packing)
+        assert by_example == pytest.approx(nats, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])

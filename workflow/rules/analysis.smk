@@ -30,6 +30,7 @@ rule experiment_tables:
         LAYOUT.tables() / "{experiment}/runs.csv",
         LAYOUT.tables() / "{experiment}/curves.parquet",
         LAYOUT.tables() / "{experiment}/curves.csv",
+        LAYOUT.tables() / "{experiment}/test_losses.parquet",
     log:
         LAYOUT.root / "logs/tables.{experiment}.log",
     conda:
@@ -51,6 +52,7 @@ rule tables:
         LAYOUT.tables() / "runs.csv",
         LAYOUT.tables() / "curves.parquet",
         LAYOUT.tables() / "curves.csv",
+        LAYOUT.tables() / "test_losses.parquet",
     log:
         LAYOUT.root / "logs/tables.log",
     conda:

@@ -120,7 +120,7 @@ def figure_tables(wildcards):
         LAYOUT.tables(experiment) / f"{name}.parquet"
         for experiment in figure.experiments
         if experiment in EXPERIMENTS
-        for name in ("runs", "curves")
+        for name in ("runs", "curves", "test_losses")
     ]
 
 
@@ -139,6 +139,6 @@ def eval_inputs(wildcards):
 
 def claims_tables():
     """The tables by which claims are judged."""
-    names = ["runs", "curves", "counts"]
+    names = ["runs", "curves", "test_losses", "counts"]
     measured = ["compute"] if "compute" in EXPERIMENTS else []
     return [LAYOUT.tables() / f"{name}.parquet" for name in names + measured]

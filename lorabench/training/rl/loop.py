@@ -22,7 +22,7 @@ from lorabench.config.experiments import Protocol
 from lorabench.data.reflection import reflects
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Rollouts, Run
-from lorabench.tables.schemas import CurvePoint
+from lorabench.tables.schemas import CurvePoint, ExampleLoss
 from lorabench.training.batches import data_order
 from lorabench.training.distributed import Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
@@ -71,8 +71,8 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
 
 def evaluate(
     environment: Environment, rollouts: Rollouts, seed: int, step: int, lane: str | None
-) -> Generator[SampleRequest, SampleResult, tuple[Scores, float]]:
-    """Return the metrics of the validation, test and held-out sets, and the seconds of sampling.
+) -> Generator[SampleRequest, SampleResult, tuple[Scores, list[bool], float]]:
+    """Return the metrics of all sets, whether each test problem was answered right, and the seconds of sampling.
 
     Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1.
 
@@ -93,14 +93,18 @@ def evaluate(
     sampled = yield SampleRequest(requests)
     responses = iter(sampled.responses)
     scores: Scores = {}
+    right: list[bool] = []
     for name, (problems, grader, samples) in sets.items():
         answers = [answer for answer in problems.answers for _ in range(samples)]
         of_set = [next(responses) for _ in answers]
         texts = [environment.texts.text(response) for response in of_set]
-        scores[name] = {"accuracy": float(grade(grader, texts, answers).mean()), **_response_metrics(of_set, texts)}
+        rewards = grade(grader, texts, answers)
+        if name == "test":
+            right = [reward > 0 for reward in rewards.tolist()]
+        scores[name] = {"accuracy": float(rewards.mean()), **_response_metrics(of_set, texts)}
         if name in environment.held_out:
             scores[name] |= {"n_problems": len(problems), "n_samples": len(answers)}
-    return scores, sampled.seconds
+    return scores, right, sampled.seconds
 
 
 def train_rl(
@@ -139,6 +143,7 @@ def train_rl(
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
     first_step, response_tokens, rewarded = 0, 0, False
     evaluations: list[tuple[float, float]] = []
+    right: list[bool] = []
 
     def record(step: int, split: str, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
@@ -150,7 +155,7 @@ def train_rl(
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
-        evaluations = [(valid, test) for valid, test in saved["evaluations"]]
+        evaluations, right = [(valid, test) for valid, test in saved["evaluations"]], saved["right"]
         outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
     else:
         for split, metrics in base.items():
@@ -192,7 +197,7 @@ def train_rl(
             evaluations = [(base["validation"]["accuracy"], base["test"]["accuracy"])]
             break
         if step in evaluate_at:
-            scores, seconds = yield from evaluate(environment, rollouts, run.seed, step, run.run_id)
+            scores, right, seconds = yield from evaluate(environment, rollouts, run.seed, step, run.run_id)
             outcome.wall_s += seconds
             evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
             for split, values in scores.items():
@@ -206,6 +211,7 @@ def train_rl(
                 "rewarded": rewarded,
                 "wall_s": outcome.wall_s,
                 "evaluations": evaluations,
+                "right": right,
                 "curve": [vars(point) for point in outcome.curve],
             }
             checkpoints.save(run.run_id, lane, optimizer, progress)
@@ -216,6 +222,8 @@ def train_rl(
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
         # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
         outcome.best_reward = max(evaluations, key=lambda pair: pair[0])[1]
+    if outcome.status == "done":
+        outcome.test_losses = [ExampleLoss(1.0 - answered, 1) for answered in right]
     return outcome
 
 

@@ -134,7 +134,7 @@ class _Work:
             rollouts = context.sweep.condition.rollouts
             assert rollouts
             evaluation = evaluate(self.environment, rollouts, 0, 0, None)
-            self.base, _ = train_alone(evaluation, sampling_server(draw))
+            self.base, _, _ = train_alone(evaluation, sampling_server(draw))
         return self.base
 
 

@@ -22,9 +22,9 @@ from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
-from lorabench.tables.schemas import CurvePoint
+from lorabench.tables.schemas import CurvePoint, ExampleLoss
 from lorabench.training.adapter import AdapterProbe
-from lorabench.training.batches import data_order, scored_tokens
+from lorabench.training.batches import data_order, scored_by_example, scored_tokens
 from lorabench.training.distributed import Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.run import Outcome, clip_gradient, make_optimizer
@@ -153,6 +153,9 @@ def train_sft(
             outcome.status, outcome.diverged_at = "diverged", condition.steps
         else:
             outcome.final_valid_nll, outcome.final_test_nll = valid, test
+            assert measured.example_nats is not None
+            scored = scored_by_example(data["test"])
+            outcome.test_losses = list(map(ExampleLoss, measured.example_nats.tolist(), scored.tolist()))
             # The description length of the data, if the run has seen all of it except an incomplete last batch.
             if (condition.steps + 1) * condition.batch_size > len(train):
                 outcome.first_epoch_nats, outcome.first_epoch_scored_tokens = epoch_nats, epoch_scored

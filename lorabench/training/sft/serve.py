@@ -12,8 +12,8 @@ import torch
 from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lanes.shelf import Stack
-from lorabench.training.batches import PASS_TOKENS, Batch, Row, collate, micro_batches
-from lorabench.training.loss import MAX_LOGITS, add_gradient, mean_nlls
+from lorabench.training.batches import PASS_TOKENS, Batch, Row, collate, micro_batches, scored_tokens
+from lorabench.training.loss import MAX_LOGITS, add_gradient, example_nlls
 from lorabench.training.run import Machine
 
 
@@ -33,12 +33,14 @@ class NllRequest:
 
 @dataclass(frozen=True)
 class SftResult:
-    """The answer to a request: NLL in nats per scored token, numbers of tokens and of scored tokens (both 0 for
-    an `NllRequest`), and this lane's share of the seconds."""
+    """The answer to a request: NLL in nats per scored token, numbers of tokens and of scored tokens (tokens is 0 for
+    an `NllRequest`), the NLL of each example of the split in nats (None for a gradient), and this lane's share of the
+    seconds."""
 
     nll: float
     tokens: int
     scored: int
+    example_nats: np.ndarray | None
     seconds: float
 
 
@@ -63,9 +65,10 @@ class SftServer:
         seconds = (time.perf_counter() - started) / len(ordered)
         return {name: SftResult(*numbers, seconds) for name, numbers in zip(self._stack.lanes, results, strict=True)}
 
-    def _measure(self, split: Split) -> list[tuple[float, int, int]]:
+    def _measure(self, split: Split) -> list[tuple[float, int, int, np.ndarray | None]]:
         machine, data = self._machine, self._data[split]
-        nlls = mean_nlls(
+        scored = scored_tokens(data)
+        nats = example_nlls(
             self._stack.model,
             self._stack.rows,
             data,
@@ -75,9 +78,9 @@ class SftServer:
             machine.processes,
             machine.packing,
         )
-        return [(nll, 0, 0) for nll in nlls]
+        return [(float(of_lane.sum()) / scored, 0, scored, of_lane) for of_lane in nats]
 
-    def _learn(self, examples: Sequence[np.ndarray]) -> list[tuple[float, int, int]]:
+    def _learn(self, examples: Sequence[np.ndarray]) -> list[tuple[float, int, int, np.ndarray | None]]:
         machine, train, lanes = self._machine, self._data["train"], len(examples)
         processes = machine.processes
         share = [indices[processes.share(train.lengths()[indices])] for indices in examples]
@@ -94,7 +97,8 @@ class SftServer:
             nll += add_gradient(self._stack.model, on_device, self._stack.rows, scored, self._autocast, max_logits)
         for lane in self._stack.lanes.values():
             processes.sum_gradients(lane.parameters)
-        return list(zip(map(processes.total, nll.tolist()), tokens, scored, strict=True))
+        nlls = map(processes.total, nll.tolist())
+        return [(*numbers, None) for numbers in zip(nlls, tokens, scored, strict=True)]
 
     def _parts(self, share: Sequence[np.ndarray]) -> Iterator[tuple[list[Row], ...]]:
         """Yield the micro-batches of the lanes' examples, each a list of rows for every lane."""

@@ -114,7 +114,7 @@ def lane_of(
     """Return the generator of an RL run on its lane of an untrained stack."""
     protocol, where = protocol or Protocol(), machine(**changes)
     evaluation = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
-    scores, _ = train_alone(evaluation, sampling_server(sampler_of(stack, environment)))
+    scores, _, _ = train_alone(evaluation, sampling_server(sampler_of(stack, environment)))
     checkpoints = LaneCheckpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
     lane = stack.lanes[run.run_id]
     return train_rl(run, lane, environment, protocol, SINGLE_PROCESS, checkpoints, scores, tick)

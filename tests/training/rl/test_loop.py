@@ -60,6 +60,7 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
         assert all(math.isfinite(value) for value in values)
     assert all(value > 0 for name in ("sample_tokens_per_s", "learn_tokens_per_s") for value in metric(outcome, name))
     assert outcome.final_reward == metric(outcome, "accuracy", "test")[-1]
+    assert outcome.final_reward == 1 - np.mean([problem.loss for problem in outcome.test_losses])
     assert outcome.final_valid_reward == metric(outcome, "accuracy", "validation")[-1]
     assert outcome.base_reward == metric(outcome, "accuracy", "test")[0]
     pairs = list(
@@ -150,6 +151,7 @@ def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
     resumed, _ = train(run, environment, tmp_path / "broken")
     assert untimed(resumed) == untimed(unbroken)
     assert (resumed.final_reward, resumed.best_reward) == (unbroken.final_reward, unbroken.best_reward)
+    assert resumed.test_losses == unbroken.test_losses
     assert resumed.train_tokens == unbroken.train_tokens
 
 
