@@ -14,6 +14,8 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).parent.parent
+MARGINS = {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6}
+"""The section `margins` of presets that tests write."""
 
 # The same few examples each time: a busy machine breaks no deadline, and a failure comes again.
 settings.register_profile("lorabench", max_examples=30, deadline=None, derandomize=True)
@@ -39,6 +41,7 @@ def raw_preset() -> dict[str, Any]:
                 }
             ]
         },
+        "margins": dict(MARGINS),
         "execution": {"gflops": 20.0},
     }
 
@@ -72,6 +75,7 @@ def raw_rl_preset() -> dict[str, Any]:
                 }
             ]
         },
+        "margins": dict(MARGINS),
         "execution": {"gflops": 1.0, "lanes": 2},
     }
 

@@ -16,6 +16,7 @@ import yaml
 from benchmarks.speed.models import Precision
 from benchmarks.speed.sweep import execution, finish, lorabench, start
 from benchmarks.speed.table import Row, say
+from lorabench.config.margins import DEFAULT_MARGINS
 
 WARM_UP = 2
 
@@ -75,6 +76,7 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
                 }
             ]
         },
+        "margins": DEFAULT_MARGINS.model_dump(),
         "execution": {"lanes": len(lrs)} | execution(shape.threads, shape.gpu),
     }
 

@@ -27,6 +27,7 @@ from datasets.utils.logging import disable_progress_bar
 from benchmarks.speed.models import Precision, preset_entry
 from benchmarks.speed.table import REPOSITORY, Row, say
 from lorabench.config.loading import load_preset
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
 from lorabench.models.base import load_model, load_tokenizer, model_location
@@ -114,6 +115,7 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
                 }
             ]
         },
+        "margins": DEFAULT_MARGINS.model_dump(),
         "execution": {"lanes": lanes} | execution(shape.threads, shape.gpu),
     }
 

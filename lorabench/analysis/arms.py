@@ -76,14 +76,24 @@ def check_runs(runs: pd.DataFrame) -> None:
 
 def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     """Return each arm (values of the ARM columns, None for null) with its rows; FullFT comes first, then by rank."""
-    if table.empty:
-        return []
     table = with_arm_columns(table)
-    groups = [
-        (dict(zip(ARM, map(_value, ARM, key), strict=True)), group)
-        for key, group in table.groupby(ARM, dropna=False, sort=False)
-    ]
-    return sorted(groups, key=lambda pair: _order(pair[0]))
+    return [(arm, table.iloc[places]) for arm, places in arm_places(table)]
+
+
+def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
+    """Return each arm with the positions of its rows, in the order of `each_arm`.
+
+    This is several times as fast as a groupby over so many columns, of which several are text.
+
+    Args:
+        table: all columns ARM.
+    """
+    columns = [[_value(name, value) for value in table[name].to_numpy(object)] for name in ARM]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, key in enumerate(zip(*columns, strict=True)):
+        groups.setdefault(key, []).append(place)
+    arms = [(dict(zip(ARM, key, strict=True)), places) for key, places in groups.items()]
+    return sorted(arms, key=lambda pair: _order(pair[0]))
 
 
 def first_seed(of_arm: pd.DataFrame) -> pd.DataFrame:

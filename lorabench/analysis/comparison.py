@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -11,27 +11,25 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, each_arm, rows_of
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    SIGMAS,
-    Finding,
-    UnjudgedError,
-    Verdict,
-    equality_problems,
-    error_equality_problems,
-    error_rate,
-    finding,
-    nats,
-    noise_problems,
-    sigma_text,
-    within,
-)
-from lorabench.analysis.gaps import best_losses, gap
-from lorabench.analysis.noise import NOISE_GROUP, seed_noise
-from lorabench.analysis.optimum import lr_draws, lr_optima
+from lorabench.analysis.arm_grid import MAX_STEP
+from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns
+from lorabench.analysis.estimate import Estimate
+from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
+from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
+from lorabench.analysis.losses import with_losses
+from lorabench.analysis.margin import Margin, base_loss, loss_margin, reward_margin
+from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Above, Rule, Verdict, Within
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import list_of_words
+
+MIN_LRS = 3
+"""Least number of LRs in a grid from which an optimum can be fitted."""
+
+COMPARED = ["model", "dataset", "batch_size", "steps"]
+"""The columns in which the runs of one comparison agree."""
 
 Arm = dict[str, Any]
 """An arm by the columns ARM: one method in one setting, whose LR is swept."""
@@ -49,6 +47,17 @@ NEEDED_BY: dict[Task, list[str]] = {"sft": NEEDED, "rl": [*_ARM_AND_STATUS, "fin
 
 
 @dataclass(frozen=True)
+class Judging:
+    """What is known beside the runs, for all comparisons alike."""
+
+    margins: Margins = DEFAULT_MARGINS
+    examples: ExampleLosses = field(default_factory=ExampleLosses, repr=False)
+    """The losses by test example; without them their error is not known and counts as 0."""
+    noise: Noise | None = None
+    """Seed noise from elsewhere, for comparisons with one seed."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Arms that can be compared, with their runs: FullFT and LoRA on one model, dataset, batch size and length."""
 
@@ -56,7 +65,7 @@ class Comparison:
     runs: pd.DataFrame
     """The runs of all arms; runs of RL have error rates as losses (see `rewards.with_error_rates`)."""
     curves: pd.DataFrame
-    noise: pd.DataFrame = field(repr=False)
+    judging: Judging = field(default_factory=Judging, repr=False)
 
     @cached_property
     def arms(self) -> list[Arm]:
@@ -91,98 +100,167 @@ class Comparison:
         """The LoRA arm on all layers with the highest rank above 1, which stands for the paper's high ranks."""
         return next((arm for rank, arm in reversed(self.lora.items()) if rank > 1), None)
 
-    def sigma(self, split: str) -> tuple[float, int]:
-        """Return the seed standard deviation of the final loss on a split, and its degrees of freedom."""
-        column = "sigma_valid" if split == "validation" else "sigma"
-        return float(self.noise[column].iloc[0]), int(self.noise["dof"].iloc[0])
-
-    @cached_property
-    def losses(self) -> dict[str, pd.Series]:
-        """The rows of `best_losses`, by arm label."""
-        return {arm_label(row): row for _, row in best_losses(self.runs).iterrows()}
-
-    @cached_property
-    def optima(self) -> dict[str, pd.Series]:
-        """The rows of `lr_optima`, by arm label."""
-        return {arm_label(row): row for _, row in lr_optima(self.runs, self.noise).iterrows()}
-
-    @cached_property
-    def draws(self) -> dict[str, np.ndarray]:
-        """The bootstrap draws of optimal LRs, by arm label."""
-        return {label: lr_draws(rows, self.noise) for label, rows in self.rows.items()}
-
-    def of(self, arms: Iterable[Arm]) -> pd.DataFrame:
-        """Return the runs of several arms."""
-        return pd.concat([self.rows[arm_label(arm)] for arm in arms])
-
-    def edge_problems(self, arms: Iterable[Arm]) -> list[str]:
-        """Return the arms whose best LR does not count, with the reason: the edge of its grid, or no finished run."""
-        losses = [self.losses[arm_label(arm)] for arm in arms]
-        return [
-            f"{arm_label(loss)}: " + ("best LR at the edge of its grid" if loss["at_edge"] else "no run finished")
-            for loss in losses
-            if loss["at_edge"] or math.isnan(loss["lr_best"])
-        ]
-
-    def final_gap(self, arm: Arm, other: Arm) -> tuple[float, tuple[float, float], str, list[str]]:
-        """Compute the test NLL (in RL the error rate) of an arm minus that of another, both at their best LR.
-
-        Returns:
-            The difference, its 95% interval, both in words, and what speaks against a verdict on them.
-        """
-        difference = gap(self.runs, arm, other)
-        problems = self.edge_problems([arm, other])
-        if difference.n_seeds < MIN_SEEDS:
-            problems.append(f"{difference.n_seeds} paired seeds, {MIN_SEEDS} needed")
-        if difference.n_diverged:
-            problems.append(f"{difference.n_diverged} repeats at the best LR diverged")
-        interval = (difference.ci_low, difference.ci_high)
-        in_words = (error_rate if self.is_rl else nats)(difference.estimate, *interval)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {in_words} over {difference.n_seeds} seeds"
-        return difference.estimate, interval, text, problems
-
     @property
     def is_rl(self) -> bool:
         """Whether all runs are of RL."""
         return bool(is_rl(self.runs).all())
 
-    def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
-        """Judge whether the test NLL (in RL the error rate) of two arms is the same within SIGMAS sigma.
+    def of(self, arms: Iterable[Arm]) -> pd.DataFrame:
+        """Return the runs of several arms."""
+        return pd.concat([self.rows[arm_label(arm)] for arm in arms])
+
+    @cached_property
+    def memo(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """What other modules have computed of an arm, by their name for it and the arm's label, to compute it once."""
+        return {}
+
+    @cached_property
+    def fit(self) -> LossFit:
+        """The fit of the final losses of all arms."""
+        group = self.runs[["model", "dataset", "batch_size", "steps"]].iloc[0].tolist()
+        name = "/".join(map(str, group)) + ("/rl" if self.is_rl else "")
+        # The test split is that of the dataset, whatever the model, batch size and length.
+        return fit_losses(self.runs, self.judging.examples, self.judging.noise, name, test_split=str(group[1]))
+
+    @cached_property
+    def margin(self) -> Margin:
+        """The smallest difference of test losses that matters; in RL of error rates."""
+        arm = self.fullft or min(self.arms, key=self._lowest)
+        label = arm_label(arm)
+        if self.is_rl:
+            base = float(self.runs["base_reward"].astype(float).mean()) if "base_reward" in self.runs else math.nan
+            return reward_margin(self.judging.margins, base, 1 - self._lowest(arm), label)
+        tuned = float(with_losses(self.at_optimum(arm))["validation_loss"].astype(float).mean())
+        base = base_loss(self.runs, self.curves)
+        return loss_margin(self.judging.margins, base, tuned, label, self._lowest(arm))
+
+    def _lowest(self, arm: Arm) -> float:
+        minimum = self.fit.minima.get(arm_label(arm))
+        return math.inf if minimum is None else minimum.value
+
+    def at_optimum(self, arm: Arm) -> pd.DataFrame:
+        """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum.
+
+        Of the LRs within a factor of MAX_STEP of the optimum, those with the most seeds come first, since further
+        seeds are trained at one LR only. Without a fit, it is the LR with the lowest loss.
+        """
+        key = ("at_optimum", arm_label(arm))
+        if key not in self.memo:
+            self.memo[key] = self._at_optimum(key[1])
+        return self.memo[key]
+
+    def _at_optimum(self, label: str) -> pd.DataFrame:
+        done = self.rows[label][self.rows[label]["status"] == "done"]
+        grid = self.fit.grids.get(label)
+        if grid is None or done.empty:
+            return done.iloc[:0]
+        fitted = self.fit.optima.get(label)
+        target = float(np.log(grid.lrs[grid.centre])) if fitted is None else fitted.value
+        seeds = done.groupby("lr")["seed"].nunique()
+        near = seeds[np.abs(np.log(seeds.index.to_numpy(float)) - target) <= math.log(MAX_STEP)]
+        most = near[near == near.max()].index.to_numpy(float)
+        chosen = most[np.abs(np.log(most) - target).argmin()]
+        at_chosen: pd.DataFrame = done[done["lr"] == chosen]
+        return at_chosen
+
+    def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
+        """Return what speaks against a verdict on the fitted minima of arms.
 
         Args:
+            arms: the arms that are compared.
+            resolved: whether the optimal LRs themselves are judged, so that they must be resolved by their grids.
+        """
+        labels = [arm_label(arm) for arm in arms]
+        found = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
+        found = found or self._noise_problems(labels)
+        if found or not resolved:
+            return found
+        return [self._unresolved(label) for label in labels if not self.fit.resolved[label]]
+
+    def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
+        """Return what the LRs of an arm lack for a minimum, or for an optimum."""
+        grid = self.fit.grids.get(label)
+        if grid is None:
+            return Problem(f"{label}: no run finished")
+        if len(grid.lrs) < MIN_LRS and grid.coarse is None:
+            text = f"{label}: {len(grid.lrs)} LRs finished, {MIN_LRS} needed"
+            return Problem(text, Remedy(f"{MIN_LRS} LRs of {label}"))
+        if grid.edge is not None:
+            remedy = Remedy(f"LR {grid.edge:.2g} of {label}", lrs=((label, grid.edge),))
+            return Problem(f"{label}: best LR at the edge of its grid", remedy)
+        if grid.coarse is not None and resolved:
+            remedy = Remedy(f"LR {grid.coarse:.2g} of {label}", lrs=((label, grid.coarse),))
+            return Problem(f"{label}: no finished LR within a factor of {MAX_STEP} of the best", remedy)
+        return None if label in self.fit.minima else Problem(f"{label}: its runs do not determine a minimum")
+
+    def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
+        """Return why the seed noise of arms is not known."""
+        paired = len(frozenset.intersection(*(self.fit.seeds[label] for label in labels)))
+        if paired < MIN_SEEDS and self.judging.noise is None:
+            remedy = Remedy(f"{MIN_SEEDS} seeds (now {paired})", seeds=MIN_SEEDS)
+            return [Problem(f"{paired} paired seeds, {MIN_SEEDS} needed", remedy)]
+        if math.isnan(self.fit.sigma):
+            return [Problem("the seed noise is not known: means of several seeds need final_test_nll_sd")]
+        return [] if self.fit.sigma > 0 else [Problem("all seeds alike: no seed noise to judge by")]
+
+    def _unresolved(self, label: str) -> Problem:
+        seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
+        remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds=seeds, around=True)
+        return Problem(f"{label}: optimum not resolved by its grid", remedy)
+
+    def gap(self, arm: Arm, other: Arm) -> Estimate:
+        """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""
+        return self.fit.gap(arm_label(arm), arm_label(other))
+
+    def gap_text(self, arm: Arm, other: Arm) -> str:
+        """Return the gap in words, with what its error holds."""
+        gap = self.gap(arm, other)
+        in_words = (error_rate if self.is_rl else nats)(gap)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {in_words} at the fitted minima, {gap.n_seeds} seeds"
+        if gap.example_part is None and gap.known:
+            text += "; the error from test examples is not known"
+        return text + (f"; seed noise from {self.fit.noise_source}" if self.fit.noise_source else "")
+
+    def judge_gap(self, rule: Callable[[float], Rule], arm: Arm, other: Arm, margin: Margin | None = None) -> Finding:
+        """Judge the gap of two arms.
+
+        Args:
+            rule: makes the rule from the margin: `Within.margin`, `Above`.
             arm: the arm whose loss is compared.
             other: the arm that it is compared with.
-            better_too: whether a lower loss than the other's confirms as well.
+            margin: the margin, by default that of the comparison.
         """
-        estimate, interval, text, problems = self.final_gap(arm, other)
-        sigma, dof = self.sigma("test")
-        loss = float(self.losses[arm_label(other)]["loss_mean"])
-        margin = SIGMAS * sigma
-        verdict = within(*interval, (-math.inf if better_too else -margin, margin))
-        noisy = error_equality_problems(verdict, margin) if self.is_rl else equality_problems(verdict, sigma, loss)
-        off = estimate if better_too else abs(estimate)
-        return finding(
-            self.of([arm, other])["run_id"],
-            f"{text}, {sigma_text(sigma)}",
-            verdict,
-            noise_problems(sigma, dof) + noisy + problems,
-            estimate,
-            interval,
-            off / sigma if sigma > 0 else math.nan,
-        )
+        margin = margin or self.margin
+        problems = self.problems([arm, other])
+        if margin.problem:
+            problems.append(Problem(margin.problem))
+        ids = self.of([arm, other])["run_id"]
+        return decide(rule(margin.value), self.gap(arm, other), self.gap_text(arm, other), ids, problems, margin.rule)
+
+    def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
+        """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""
+        return self.judge_gap(lambda margin: Within.margin(margin, better_too), arm, other)
+
+    def worse(self, arm: Arm, other: Arm) -> Finding:
+        """Judge whether the loss of an arm is above that of another by the margin or more."""
+        return self.judge_gap(Above, arm, other)
 
 
-def comparisons(runs: pd.DataFrame, curves: pd.DataFrame) -> list[Comparison]:
-    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length."""
-    noise = seed_noise(runs)
+def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
+    """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
+
+    Raises:
+        UserError: see `check_runs`.
+    """
+    check_runs(runs)
+    runs = with_arm_columns(runs)
     parts = []
-    several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in NOISE_GROUP[2:]}
-    for (model, dataset, batch_size, steps), of_group in runs.groupby(NOISE_GROUP, dropna=False):
+    several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in ("batch_size", "steps")}
+    for (model, dataset, batch_size, steps), of_group in runs.groupby(COMPARED, dropna=False):
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
-        group = dict(zip(NOISE_GROUP, (model, dataset, batch_size, steps), strict=True))
-        parts.append(Comparison(label, of_group, curves, rows_of(noise, group)))
+        parts.append(Comparison(label, of_group, curves, judging or Judging()))
     return parts
 
 

@@ -1,18 +1,27 @@
-"""Training curves, and the early difference between two ranks on the same batches (the paper's early curves)."""
+"""Training curves, and the early difference between two ranks on the same batches (the paper's early curves).
+
+The paper compares ranks 16 and 256, and theory says that the difference of two ranks goes as 1/r1 - 1/r2.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 
+import numpy as np
 import pandas as pd
 
 from lorabench.analysis.gaps import mean_interval
 
+PAPER_RANK = 16
+"""The lower of the two ranks that the paper compares; differences of lower ranks are far larger."""
+
 
 @dataclass(frozen=True)
 class EarlyDifference:
-    """Training NLL of the lowest rank above 1 minus that of the highest, at one LR, paired by seed and step.
+    """Training NLL of a rank minus that of a higher one, at one LR, paired by seed and step.
 
     Runs with one seed see the same batches, so that the difficulty of a batch cancels. NLL is in nats per token.
     """
@@ -24,11 +33,12 @@ class EarlyDifference:
     lr: float
     by_seed: pd.DataFrame = field(repr=False)
     """The difference, with a row per step (index) and a column per seed that both ranks finished."""
-    loss: pd.Series[float] = field(repr=False)
-    """Mean training NLL of both ranks over the seeds of `by_seed`, by step."""
     sigma_batch: float
     """Standard deviation of the training NLL over seeds, and so over batches, pooled over both ranks and all steps.
     It is NaN with fewer than two seeds."""
+    by_inverse_rank: pd.DataFrame = field(repr=False)
+    """For each pair of ranks with runs at that LR and these seeds: low, high, inverse (1/low - 1/high) and difference
+    (the mean over seeds and steps)."""
     n_diverged: int
     """Number of runs of either rank at that LR that diverged and so lack in `by_seed`."""
     run_ids: tuple[str, ...] = field(repr=False)
@@ -41,6 +51,35 @@ class EarlyDifference:
         """Return by step (index) the mean difference over seeds and its 95% t interval (`low`, `high`)."""
         rows = [mean_interval(differences) for _, differences in self.by_seed.iterrows()]
         return pd.DataFrame(rows, columns=["mean", "low", "high"], index=self.by_seed.index, dtype=float)
+
+
+def compared_ranks(ranks: Iterable[int]) -> tuple[int, int] | None:
+    """Return the ranks that stand for the paper's 16 and 256: the lowest from PAPER_RANK up, and the highest.
+
+    Without two such ranks it is the lowest above 1 and the highest; None without two ranks above 1.
+    """
+    ordered = sorted(set(ranks))
+    for lowest in (PAPER_RANK, 2):
+        enough = [rank for rank in ordered if rank >= lowest]
+        if len(enough) > 1:
+            return enough[0], enough[-1]
+    return None
+
+
+def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
+    """Fit the differences of pairs of ranks as a multiple of 1/low - 1/high.
+
+    Args:
+        by_inverse_rank: as of `EarlyDifference`.
+
+    Returns:
+        The factor in nats per token, and the share of the sum of squares that it explains; NaN without two pairs.
+    """
+    if len(by_inverse_rank) < 2:
+        return math.nan, math.nan
+    x, y = (by_inverse_rank[name].to_numpy(float) for name in ("inverse", "difference"))
+    factor = float(x @ y / (x @ x))
+    return factor, 1 - float(((y - factor * x) ** 2).sum() / (y @ y)) if y.any() else math.nan
 
 
 def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
@@ -64,7 +103,7 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
 def early_difference(
     runs: pd.DataFrame, curves: pd.DataFrame, first_steps: int | None = None
 ) -> EarlyDifference | None:
-    """Compute the training NLL of the lowest rank above 1 minus that of the highest, at one LR that both have.
+    """Compute the training NLL of a rank minus that of a higher one (see `compared_ranks`), at one LR that both have.
 
     If they share several LRs, the LR with the most paired seeds is taken, and the lowest of equals.
 
@@ -76,34 +115,50 @@ def early_difference(
     Returns:
         The difference; None if there are no two ranks above 1 that share an LR and a finished seed.
     """
-    ranked = runs[runs["rank"].gt(1).fillna(False).astype(bool)]
-    if ranked["rank"].nunique() < 2:
+    pair = compared_ranks(int(rank) for rank in runs["rank"].dropna())
+    if pair is None:
         return None
-    low, high = int(ranked["rank"].min()), int(ranked["rank"].max())
-    both = ranked[ranked["rank"].isin([low, high])]
-    losses = train_curves(both[both["status"] == "done"], curves)
+    low, high = pair
+    losses = train_curves(runs[runs["status"] == "done"], curves)
     if first_steps is not None:
         losses = losses[losses["step"] <= first_steps]
-    wide = losses.pivot(index="step", columns=["lr", "seed", "rank"], values="value").dropna()
+    wide = losses.pivot(index="step", columns=["lr", "seed", "rank"], values="value").astype(float)
     wide.index = wide.index.astype(int)
     paired = {
         lr: seeds
         for lr in sorted(set(losses["lr"]))
-        if (seeds := [s for s in sorted(set(losses["seed"])) if all((lr, s, r) in wide for r in (low, high))])
+        if (seeds := [s for s in sorted(set(losses["seed"])) if all((lr, s, r) in wide for r in pair)])
     }
-    if not paired or wide.empty:
+    if not paired:
         return None
     lr = max(paired, key=lambda candidate: len(paired[candidate]))
-    of_rank = {r: pd.DataFrame({s: wide[(lr, s, r)] for s in paired[lr]}).astype(float) for r in (low, high)}
-    variance = [of_rank[r].var(axis=1) for r in of_rank]
-    at_lr = both[both["lr"] == lr]
+    of_rank = {
+        rank: pd.DataFrame({seed: wide[(lr, seed, rank)] for seed in paired[lr]})
+        for rank in sorted(set(losses["rank"]))
+        if all((lr, seed, rank) in wide for seed in paired[lr])
+    }
+    kept = (of_rank[low] - of_rank[high]).dropna().index
+    if kept.empty:
+        return None
+    variance = [of_rank[rank].loc[kept].var(axis=1) for rank in pair]
+    both = runs[runs["rank"].isin(pair) & (runs["lr"] == lr)]
     return EarlyDifference(
         low=low,
         high=high,
         lr=float(lr),
-        by_seed=of_rank[low] - of_rank[high],
-        loss=(of_rank[low] + of_rank[high]).mean(axis=1) / 2,
+        by_seed=(of_rank[low] - of_rank[high]).loc[kept],
         sigma_batch=math.sqrt(float(pd.concat(variance).mean())) if len(paired[lr]) > 1 else math.nan,
-        n_diverged=int((at_lr["status"] == "diverged").sum()),
-        run_ids=tuple(at_lr.loc[at_lr["seed"].isin(paired[lr]), "run_id"]),
+        by_inverse_rank=_by_inverse_rank(of_rank),
+        n_diverged=int((both["status"] == "diverged").sum()),
+        run_ids=tuple(both.loc[both["seed"].isin(paired[lr]), "run_id"]),
     )
+
+
+def _by_inverse_rank(of_rank: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    # Before the first update all ranks have the loss of the base model.
+    rows = [
+        (low, high, 1 / low - 1 / high, float(np.nanmean((of_rank[low] - of_rank[high]).loc[2:].to_numpy(float))))
+        for low, high in combinations(of_rank, 2)
+        if (of_rank[low] - of_rank[high]).loc[2:].notna().to_numpy().any()
+    ]
+    return pd.DataFrame(rows, columns=["low", "high", "inverse", "difference"])

@@ -2,9 +2,10 @@
 
 The verdicts are:
 
-- `confirmed`: The criterion holds with its whole interval on every comparison that the claim is about.
-- `contradicted`: The criterion fails with its whole interval on some comparison.
+- `confirmed`: The claim holds, beyond the error of its estimate, in every comparison that it is about.
+- `contradicted`: The claim fails, beyond the error of its estimate, in some comparison.
 - `inconclusive`: Neither holds, because of much noise, few seeds, a missing arm, or an optimum at the edge of its grid.
+- `setting not met`: The runs lack a condition of the claim, such as a length of run or a range of batch sizes.
 - `not tested`: The tables hold no runs or counts that the claim is about.
 """
 
@@ -13,23 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from lorabench.analysis.estimate import Estimate
+from lorabench.analysis.remedy import Problem, Remedy, cheapest
+from lorabench.analysis.rules import LEVEL, Rule, Verdict
 from lorabench.utils.formats import fixed_interval
-
-Verdict = Literal["confirmed", "contradicted", "inconclusive", "not tested"]
 
 MIN_SEEDS = 3
 """The number of seeds that a verdict on a difference needs."""
 
-SIGMAS = 2
-"""The number of seed standard deviations (sigma) that separates two losses."""
-
-MAX_NOISE = 0.05
-"""The largest margin of SIGMAS sigma, as a share of the loss, within which two losses can be called equal."""
-
-MAX_ERROR_MARGIN = 0.1
-"""The largest margin within which two error rates, or two accuracies, can be called equal."""
+_ORDER: tuple[Verdict, ...] = ("not tested", "setting not met", "confirmed", "inconclusive", "contradicted")
 
 
 @dataclass(frozen=True)
@@ -40,30 +34,94 @@ class Finding:
     reason: str
     estimate: float = math.nan
     ci_low: float = math.nan
+    """Lower end of the 95% interval."""
     ci_high: float = math.nan
     strain: float = -math.inf
     """How near the claim is to failing (larger is nearer); of findings with the same verdict it picks the one shown."""
     run_ids: tuple[str, ...] = ()
+    margin_low: float = math.nan
+    """Lower end of the band that confirms, or the smallest difference that does."""
+    margin_high: float = math.nan
+    margin_rule: str = ""
+    """Where the margin comes from, in words."""
+    detectable: float = math.nan
+    """The smallest effect that would have been seen with a probability of 80%."""
+    against: float = 0.0
+    """The smallest level at which the numbers contradict the claim, corrected for the number of comparisons; 0 for a
+    finding without an interval."""
+    remedy: Remedy | None = None
+    """What would decide an inconclusive claim."""
 
 
 class UnjudgedError(Exception):
     """A claim can't be judged; the exception carries the finding that says why."""
 
-    def __init__(self, verdict: Verdict, reason: str) -> None:
+    def __init__(self, verdict: Verdict, reason: str, remedy: Remedy | None = None) -> None:
         super().__init__(reason)
-        self.finding = Finding(verdict, reason)
+        self.finding = Finding(verdict, reason, remedy=remedy)
+
+
+def decide(
+    rule: Rule,
+    estimate: Estimate,
+    text: str,
+    run_ids: Iterable[str],
+    problems: Sequence[Problem] = (),
+    margin_rule: str = "",
+) -> Finding:
+    """Apply a rule to an estimate.
+
+    Args:
+        rule: what the claim says about the number.
+        estimate: the number with its error; if the error is not known, the finding is inconclusive.
+        text: the numbers in words.
+        run_ids: ids of the runs behind it, in any order; ids may repeat.
+        problems: what speaks against a verdict; with any, the finding is inconclusive.
+        margin_rule: where the rule's margin comes from, in words.
+    """
+    problems = list(problems)
+    if not estimate.known and not problems:
+        problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
+    against = rule.against(estimate) if estimate.known else 1.0
+    verdict: Verdict = "inconclusive"
+    remedy = next((problem.remedy for problem in problems if problem.remedy), None)
+    if not problems:
+        if rule.confirmed(estimate):
+            verdict = "confirmed"
+        elif against <= LEVEL:
+            verdict = "contradicted"
+        if verdict != "confirmed":
+            # A contradiction may turn inconclusive as one of several (see `worst`).
+            remedy = cheapest(rule, estimate)
+    known = estimate.known
+    low, high = estimate.interval() if known else (math.nan, math.nan)
+    strain = rule.strain(estimate)
+    return Finding(
+        verdict,
+        "; ".join([text, *(problem.text for problem in problems)]),
+        estimate.value,
+        low,
+        high,
+        -math.inf if math.isnan(strain) else strain,
+        tuple(sorted(set(run_ids))),
+        *rule.margins,
+        margin_rule,
+        estimate.detectable if known else math.nan,
+        against,
+        remedy,
+    )
 
 
 def finding(
     run_ids: Iterable[str],
     text: str,
     verdict: Verdict,
-    problems: Sequence[str],
+    problems: Sequence[Problem] = (),
     estimate: float = math.nan,
     interval: tuple[float, float] = (math.nan, math.nan),
     strain: float = -math.inf,
 ) -> Finding:
-    """Build a finding; with any problem it is inconclusive, and its reason names the problems.
+    """Build a finding whose verdict does not follow from an `Estimate`; with any problem it is inconclusive.
 
     Args:
         run_ids: ids of the runs behind it, in any order; ids may repeat.
@@ -76,28 +134,38 @@ def finding(
     """
     return Finding(
         verdict="inconclusive" if problems else verdict,
-        reason=f"{text}; {', '.join(problems)}" if problems else text,
+        reason="; ".join([text, *(problem.text for problem in problems)]),
         estimate=estimate,
         ci_low=interval[0],
         ci_high=interval[1],
         strain=-math.inf if math.isnan(strain) else strain,
         run_ids=tuple(sorted(set(run_ids))),
+        remedy=next((problem.remedy for problem in problems if problem.remedy), None),
     )
 
 
 def worst(findings: Sequence[Finding]) -> Finding:
     """Return the finding that decides over several: contradicted before inconclusive before confirmed, then by strain.
 
-    `not tested` decides only if all findings have this verdict.
+    `setting not met` and `not tested` decide only if no finding has another verdict. With k findings that have a
+    verdict, one contradicts at the k-th part of the level only (see `rules`).
     """
-    order = ["not tested", "confirmed", "inconclusive", "contradicted"]
-    return max(findings, key=lambda judged: (order.index(judged.verdict), judged.strain))
+    tested = sum(judged.verdict in ("confirmed", "inconclusive", "contradicted") for judged in findings)
+    corrected = [
+        replace(judged, verdict="inconclusive")
+        if judged.verdict == "contradicted" and judged.against > LEVEL / tested
+        else judged
+        for judged in findings
+    ]
+    decisive = max(corrected, key=lambda judged: (_ORDER.index(judged.verdict), judged.strain))
+    # A finding may be one of several in turn, so that the corrections multiply.
+    return replace(decisive, against=min(1.0, decisive.against * max(1, tested)))
 
 
 def together(findings: Sequence[Finding]) -> Finding:
     """Return the finding that decides over several, with the reasons and the runs of all."""
     decisive = worst(findings)
-    reasons = [decisive.reason, *(judged.reason for judged in findings if judged is not decisive)]
+    reasons = [decisive.reason, *(judged.reason for judged in findings if judged.reason != decisive.reason)]
     run_ids = tuple(sorted({run_id for judged in findings for run_id in judged.run_ids}))
     return replace(decisive, reason="; ".join(reasons), run_ids=run_ids)
 
@@ -109,66 +177,11 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
     return "confirmed" if set(verdicts) == {"confirmed"} else "inconclusive"
 
 
-def within(low: float, high: float, band: tuple[float, float]) -> Verdict:
-    """Return confirmed if an interval lies inside a band, contradicted if wholly outside; NaN is inconclusive."""
-    if band[0] <= low and high <= band[1]:
-        return "confirmed"
-    return "contradicted" if high < band[0] or low > band[1] else "inconclusive"
-
-
-def exceeds(estimate: float, low: float, high: float, margin: float) -> Verdict:
-    """Return the verdict on whether a difference exceeds a margin.
-
-    It is confirmed if the estimate is above the margin and the interval above 0, and contradicted if the whole interval
-    is below the margin.
-    """
-    if estimate > margin and low > 0:
-        return "confirmed"
-    return "contradicted" if high < margin else "inconclusive"
-
-
-def nats(estimate: float, low: float, high: float) -> str:
+def nats(estimate: Estimate) -> str:
     """Format a difference of losses, in nats per token."""
-    return f"{estimate:.4f} nats {fixed_interval(low, high, 4)}"
+    return f"{estimate.value:.4f} nats {fixed_interval(*estimate.interval(), 4)}"
 
 
-def error_rate(estimate: float, low: float, high: float) -> str:
+def error_rate(estimate: Estimate) -> str:
     """Format a difference of error rates."""
-    return f"{estimate:+.4f} in error rate {fixed_interval(low, high, 4)}"
-
-
-def sigma_text(sigma: float) -> str:
-    """Format seed noise."""
-    return "sigma not measured" if math.isnan(sigma) else f"sigma {sigma:.4f}"
-
-
-def noise_problems(sigma: float, dof: int) -> list[str]:
-    """Return why seed noise does not support a verdict.
-
-    Args:
-        sigma: seed standard deviation.
-        dof: its degrees of freedom.
-    """
-    if sigma == 0 and dof >= MIN_SEEDS - 1:
-        return ["all seeds alike: no seed noise to judge by"]
-    return [] if sigma > 0 and dof >= MIN_SEEDS - 1 else ["seed noise not measured"]
-
-
-def equality_problems(verdict: Verdict, sigma: float, loss: float) -> list[str]:
-    """Return why two losses can't be called equal: a margin of SIGMAS sigma grows with the noise.
-
-    A verdict of contradicted stands, since noise does not create a difference.
-    """
-    if verdict == "contradicted" or not SIGMAS * sigma > MAX_NOISE * loss:
-        return []
-    return [f"{SIGMAS} sigma is more than {MAX_NOISE:.0%} of the loss"]
-
-
-def error_equality_problems(verdict: Verdict, margin: float) -> list[str]:
-    """Return why two error rates can't be called equal.
-
-    Error rates may be near 0, so the margin itself has a limit where `equality_problems` has a share of the loss.
-    """
-    if verdict == "contradicted" or not margin > MAX_ERROR_MARGIN:
-        return []
-    return [f"the margin of {margin:.2f} is above {MAX_ERROR_MARGIN:g}"]
+    return f"{estimate.value:+.4f} in error rate {fixed_interval(*estimate.interval(), 4)}"

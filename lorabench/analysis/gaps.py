@@ -14,7 +14,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label, arm_table, check_runs, each_arm, rows_of
 from lorabench.analysis.losses import with_losses
-from lorabench.analysis.optimum import best_index, is_edge, lr_grid
+from lorabench.analysis.lr_grid import best_index, is_edge, lr_grid
 from lorabench.analysis.student import t_quantile
 from lorabench.errors import UserError
 

@@ -15,15 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.early import train_curves
-from lorabench.analysis.gaps import best_losses
-from lorabench.analysis.student import t_quantile
+from lorabench.analysis.estimate import Estimate, student
 
 PAIR_SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
 """Columns that are equal, with the seed, in runs that differ only in their parametrization and LR."""
@@ -61,26 +60,24 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
         `_fast`) and of the other (`_slow`); same_update_scale; time_ratio (time scale of the slow run over that of the
         fast run, at least 1); equivalent (both scales are the same).
     """
-    rows: list[dict[str, Any]] = []
-    for key, of_setting in with_scales(runs).groupby([*PAIR_SETTING, "seed"], dropna=False):
-        ordered = of_setting.sort_values(["time_scale", *CONFIGURATION])
-        members: list[Any] = ordered.to_dict("records")
-        setting = dict(zip([*PAIR_SETTING, "seed"], key, strict=True))
-        first, second = np.triu_indices(len(members), k=1)
-        update, time = (ordered[name].to_numpy(float) for name in ("update_scale", "time_scale"))
-        same_update = np.isclose(update[first], update[second], rtol=SAME, atol=0.0)
-        time_ratio = time[second] / time[first]
-        for i, j, same, ratio in zip(first, second, same_update, time_ratio, strict=True):
-            pair = {
-                f"{name}_{speed}": members[index][name]
-                for index, speed in ((i, "fast"), (j, "slow"))
-                for name in ("run_id", *CONFIGURATION)
-            }
-            rows.append({**setting, **pair, "same_update_scale": bool(same), "time_ratio": float(ratio)})
+    scaled = with_scales(runs).sort_values(["time_scale", *CONFIGURATION], kind="stable", ignore_index=True)
+    setting = [*PAIR_SETTING, "seed"]
+    scaled = scaled.assign(setting=scaled.groupby(setting, dropna=False).ngroup(), place=range(len(scaled)))
+    of_run = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
+    fast = scaled[["setting", *setting, *of_run]].rename(columns={name: f"{name}_fast" for name in of_run})
+    slow = scaled[["setting", *of_run]].rename(columns={name: f"{name}_slow" for name in of_run})
+    pairs = fast.merge(slow, on="setting")
+    pairs = pairs[pairs["place_fast"] < pairs["place_slow"]]
+    pairs = pairs.sort_values(["setting", "place_fast", "place_slow"], ignore_index=True)
+    update, time = (
+        [pairs[f"{name}_{speed}"].to_numpy(float) for speed in ("fast", "slow")]
+        for name in ("update_scale", "time_scale")
+    )
+    pairs["same_update_scale"] = np.isclose(update[0], update[1], rtol=SAME, atol=0.0)
+    pairs["time_ratio"] = time[1] / time[0]
+    pairs["equivalent"] = pairs["same_update_scale"] & (pairs["time_ratio"] < 1 + SAME)
     names = [f"{name}_{speed}" for speed in ("fast", "slow") for name in ("run_id", *CONFIGURATION)]
-    table = pd.DataFrame(rows, columns=[*PAIR_SETTING, "seed", *names, "same_update_scale", "time_ratio"])
-    table["same_update_scale"] = table["same_update_scale"].astype(bool)
-    return table.assign(equivalent=table["same_update_scale"] & (table["time_ratio"].astype(float) < 1 + SAME))
+    return pairs[[*setting, *names, "same_update_scale", "time_ratio", "equivalent"]]
 
 
 def invariance_pairs(runs: pd.DataFrame, plus: bool = False) -> pd.DataFrame:
@@ -226,8 +223,8 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         descents: as from `first_descents`.
 
     Returns:
-        One row per model, dataset, placement, batch_size, eps, rule and rank: ratio, with its 95% interval (`low`,
-        `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
+        One row per model, dataset, placement, batch_size, eps, rule and rank: estimate (an `Estimate`), ratio (its
+        value), its 95% interval (`low`, `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
     """
     ratios = []
     for key, of_rule in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
@@ -236,39 +233,37 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         for rank, group in by_rank.items():
             seeds = group.index.intersection(top.index)
             pair = group.loc[seeds], top.loc[seeds]
-            ratio, low, high = ratio_of_means(pair[0]["descent"].to_numpy(float), pair[1]["descent"].to_numpy(float))
-            if group is top:
-                low = high = math.nan
+            name = "/".join(map(str, (*key, rank)))
+            ratio = ratio_of_means(pair[0]["descent"].to_numpy(float), pair[1]["descent"].to_numpy(float), name)
+            low, high = (math.nan, math.nan) if group is top else ratio.interval()
             run_ids = [run_id for rows in pair for ids in rows["run_ids"] for run_id in ids]
-            ratios.append((*key, rank, ratio, low, high, len(seeds), sorted(set(run_ids))))
-    columns = [*_BATCHES, "rule", "rank", "ratio", "low", "high", "n_seeds", "run_ids"]
+            ratios.append((*key, rank, ratio, ratio.value, low, high, len(seeds), sorted(set(run_ids))))
+    columns = [*_BATCHES, "rule", "rank", "estimate", "ratio", "low", "high", "n_seeds", "run_ids"]
     return pd.DataFrame(ratios, columns=columns)
 
 
-def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float, float]:
-    """Return the ratio of the means of paired values, and the ends of its 95% t interval.
+def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
+    """Estimate the ratio of the means of paired values.
 
-    The interval is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation
-    that the paired values share cancels.
+    The error is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation that
+    the paired values share cancels.
 
     Args:
         numerator: values, shape (n,).
         denominator: values, shape (n,), paired with the numerator's.
+        name: names the ratio, for draws.
 
     Returns:
-        Ratio, lower and upper end. The ends are NaN with fewer than two pairs; all three are NaN where the mean of the
-        denominator is not positive.
+        The ratio; its error is not known with fewer than two pairs, and it is NaN where the mean of the denominator is
+        not positive.
     """
     n = len(numerator)
     mean = float(denominator.mean()) if n else math.nan
     if not mean > 0:
-        return math.nan, math.nan, math.nan
+        return student(math.nan, math.nan, 0, name, n)
     ratio = float(numerator.mean()) / mean
-    if n < 2:
-        return ratio, math.nan, math.nan
-    residual = float((numerator - ratio * denominator).std(ddof=1))
-    half = t_quantile(n - 1) * residual / math.sqrt(n) / mean
-    return ratio, ratio - half, ratio + half
+    residual = float((numerator - ratio * denominator).std(ddof=1)) if n > 1 else math.nan
+    return student(ratio, residual / math.sqrt(n) / mean, n - 1, name, n)
 
 
 def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float:
@@ -298,20 +293,33 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> 
         level: value of `a_moved` to reach.
 
     Returns:
-        The LoRA runs that have the metric, with update_scale, time_scale and step (see `crossing`; NaN where A did not
-        move that far during the run).
+        The LoRA runs that have the metric, with update_scale, time_scale, step (see `crossing`; NaN where that is not
+        known), and what is known instead: `limit`, a step, and `bound`, which is 1 if the number of steps is at least
+        the limit, since A did not move that far by the last record, -1 if it is at most the limit, since A had done so
+        by its first record, and 0 if it is the limit.
     """
     scaled = with_scales(runs)
     moved = train_curves(scaled, curves, "a_moved")
-    steps = {
-        run_id: crossing(points["step"].astype(float).tolist(), points["value"].astype(float).tolist(), level)
+    times = {
+        str(run_id): _move_time(points["step"].astype(float).tolist(), points["value"].astype(float).tolist(), level)
         for run_id, points in moved.groupby("run_id")
     }
-    return scaled[scaled["run_id"].isin(steps)].assign(step=lambda rows: rows["run_id"].map(steps).astype(float))
+    known = scaled[scaled["run_id"].isin(list(times))]
+    limits, bounds = ([times[run_id][part] for run_id in known["run_id"]] for part in (0, 1))
+    timed = known.assign(limit=np.array(limits, float), bound=np.array(bounds, int))
+    return timed.assign(step=timed["limit"].where(timed["bound"] == 0))
+
+
+def _move_time(steps: list[float], values: list[float], level: float) -> tuple[float, int]:
+    step = crossing(steps, values, level)
+    if not math.isnan(step):
+        return step, 0
+    reached = [at for at, value in zip(steps, values, strict=True) if value >= level]
+    return (reached[0], -1) if reached else (steps[-1], 1)
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their best LRs.
+    """Compute the change of W by single steps per unit of LR, in the longest standard LoRA runs at their fitted optima.
 
     Args:
         runs: runs of one model and dataset, columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
@@ -323,7 +331,12 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     scaled = with_scales(runs)
     standard = scaled[is_standard(scaled)]
     longest = standard[standard["steps"].isna() | (standard["steps"] == standard["steps"].max())]
-    best = {run_id for run_ids in best_losses(longest)["run_ids"] for run_id in run_ids}
+    best = [
+        run_id
+        for comparison in comparisons(longest, curves)
+        for arm in comparison.arms
+        for run_id in comparison.at_optimum(arm)["run_id"]
+    ]
     norms = train_curves(longest[longest["run_id"].isin(best)], curves, "update_norm")
     return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
 

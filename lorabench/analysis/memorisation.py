@@ -8,12 +8,14 @@ number of bits needed to store the whole dataset, an upper bound on the bits tha
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_table, each_arm, with_arm_columns
+from lorabench.analysis.arms import ARM, arm_table, with_arm_columns
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.gaps import best_losses, mean_interval
 from lorabench.analysis.noise import NOISE_GROUP
 
@@ -132,36 +134,43 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     return arm_table(rows, ["bits", "nats_per_token", "nats_low", "nats_high", "n_seeds", "run_ids"])
 
 
-def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Compute the share of each arm's stored bits, at its best LR, that it stored in the second half of its steps.
+def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Estimate:
+    """Return the bits that an arm stores of random facts, from its lowest NLL.
+
+    The facts are all that there are, so the choice of the test examples adds no error.
+
+    Args:
+        minimum: the NLL of the facts in nats per scored token.
+        entropy_bits: the entropy of the answers.
+        scored_tokens: the number of scored tokens of all facts.
+    """
+    bits = combined(lambda nats: entropy_bits - nats * scored_tokens / math.log(2), minimum)
+    return replace(bits, example_part=None, n_examples=0)
+
+
+def late_growth(runs: pd.DataFrame, curves: pd.DataFrame) -> Estimate:
+    """Estimate the share of its stored bits that an arm stored in the second half of its steps.
 
     The share is near 0 where the arm no longer stores more, and large where a longer run would store more.
 
     Args:
-        runs: columns as for `best_stored`.
+        runs: the runs of one arm on random facts at one LR, one for each seed: columns as for `stored_bits`.
         curves: columns run_id, step, split, metric, value; the validation split must have the same facts.
 
     Returns:
-        One row per arm with a finished run: growth, the mean of that share over seeds; NaN without curves or without
-        stored bits.
-
-    Raises:
-        UserError: See `check_runs`.
+        The mean over seeds; NaN without curves or without stored bits.
     """
-    stored, rows = stored_bits(runs).set_index("run_id"), []
+    bits = stored_bits(runs).set_index("run_id")["bits_stored"]
     scored = runs.set_index("run_id")["test_scored_tokens"]
+    shares = []
     if not curves.empty:
-        curves = curves[(curves["split"] == "validation") & (curves["metric"] == "nll") & (curves["step"] > 0)]
-    for arm, best in each_arm(best_stored(runs)):
-        growth = []
-        for run_id in best["run_ids"].iloc[0]:
-            curve = curves if curves.empty else curves[curves["run_id"] == run_id].dropna(subset="value")
-            if len(curve) < 2 or not stored["bits_stored"][run_id] > 0:
+        chosen = (curves["split"] == "validation") & (curves["metric"] == "nll") & (curves["step"] > 0)
+        curves = curves[chosen & curves["run_id"].isin(runs["run_id"])].dropna(subset="value").sort_values("step")
+        for run_id, curve in curves.groupby("run_id"):
+            if len(curve) < 2 or not bits[run_id] > 0:
                 continue
-            curve = curve.sort_values("step")
             steps, losses = curve["step"].to_numpy(float), curve["value"].to_numpy(float)
             halfway = float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses))
             late = (halfway - losses[-1]) * float(scored[run_id]) / math.log(2)
-            growth.append(late / float(stored["bits_stored"][run_id]))
-        rows.append(arm | {"growth": float(np.mean(growth)) if growth else math.nan})
-    return arm_table(rows, ["growth"])
+            shares.append(late / float(bits[run_id]))
+    return mean_over_seeds(shares, f"late growth of {', '.join(sorted(runs['run_id'].astype(str)))}")

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.optimum import vertex
+from lorabench.analysis.lr_grid import vertex
 from lorabench.utils.packaged import REFERENCE
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]

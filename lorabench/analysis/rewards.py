@@ -1,33 +1,34 @@
 """Rewards of reinforcement learning: error rates as losses, accuracies over training, and ranges of good LRs.
 
-An error rate, 1 - accuracy, is a loss: lower is better, the LR is picked by it on the validation split, it is reported
-on the test split, and it has seed noise. `with_error_rates` puts it into the columns `validation_loss` and `test_loss`
-(see `lorabench.analysis.losses`), so that the same code computes the noise, optimal LRs and gaps of supervised runs and
-of RL runs.
+An error rate, 1 - accuracy, is a loss: lower is better, it is reported on the test split, and it has an error from
+seeds and one from the problems of the split. `with_error_rates` puts it into the columns `validation_loss` and
+`test_loss` (see `lorabench.analysis.losses`), so that the same code fits the optimal LRs and compares the arms of
+supervised runs and of RL runs.
 
-Near an accuracy of 1 many LRs may be equally good. The optimal LR is then the lowest of them, which means little. Its
-interval shows this, since noise moves the optimum anywhere on the flat top. If all seeds agree exactly, the noise is
-unknown, so there is no interval and the optimum is not resolved.
+Policies that end at one and the same rule have one and the same accuracy, whatever their LR. Such a flat top has no
+optimal LR, though a parabola always has one; `flat_top` finds it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
-from lorabench.analysis.gaps import best_losses
-from lorabench.analysis.noise import seed_noise, sigma_of
-from lorabench.analysis.optimum import LrGrid, arm_rng, best_index, lr_grid, lr_optima
+from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
+from lorabench.analysis.comparison import Arm, Comparison, comparisons
+from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
 from lorabench.tables.checks import is_rl
 
 GOOD = 0.95
 """The least share of an arm's own peak accuracy that a good LR reaches."""
+
+MAX_OPEN = 0.025
+"""The share of draws in which a range of good LRs may reach an end of its grid and still counts as closed there."""
 
 TestReward = Literal["final_reward", "best_reward"]
 
@@ -55,38 +56,13 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
     )
 
 
-def reward_optima(runs: pd.DataFrame) -> pd.DataFrame:
-    """Estimate the optimal LR of each arm by validation accuracy, and the test accuracy there.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed, task, status, final_valid_reward, final_reward.
-
-    Returns:
-        One row per arm as from `lr_optima` (lr_best, lr_opt, lr_low, lr_high, edge, resolved, n_runs, n_diverged,
-        run_ids), with reward_opt (test accuracy at lr_opt, 0 to 1) in place of loss_opt.
-
-    Raises:
-        UserError: See `check_runs`.
-    """
-    with_errors = with_error_rates(runs)
-    optima = lr_optima(with_errors, _noise(with_errors))
-    # The interpolated error rate can be below 0.
-    return optima.assign(reward_opt=(1 - optima["loss_opt"]).clip(0, 1)).drop(columns="loss_opt")
-
-
-def _noise(with_errors: pd.DataFrame) -> pd.DataFrame:
-    """Return the seed noise of error rates; a noise of exactly 0 counts as unknown."""
-    noise = seed_noise(with_errors)
-    return noise.assign(**{name: noise[name].where(noise[name] > 0) for name in ("sigma", "sigma_valid")})
-
-
 def reward_curves(
     runs: pd.DataFrame, curves: pd.DataFrame, split: str = "train", metric: str = "reward"
 ) -> pd.DataFrame:
-    """Return a metric over training at each arm's best LR, which has the highest validation accuracy of the LR grid.
+    """Return a metric over training at the LR of each arm's grid that is nearest to its fitted optimum.
 
     Args:
-        runs: columns as for `reward_optima`.
+        runs: columns run_id, ARM, lr, seed, task, status, final_valid_reward, final_reward.
         curves: columns run_id, step, split, metric, value, and optionally examples.
         split: the split of the curves: train, validation, test, or the name of a held-out problem set.
         metric: the metric of the curves, such as reward (train), accuracy (other splits), response_length.
@@ -99,16 +75,18 @@ def reward_curves(
         UserError: See `check_runs`.
     """
     points = points_of(curves, split, metric).sort_values(["step", "run_id"])
-    rows: list[dict[Hashable, Any]] = []
-    for best in best_losses(with_error_rates(runs)).to_dict("records"):
-        of_arm = points[points["run_id"].isin(best["run_ids"])]
-        rows += [
-            best
-            | {"lr": best["lr_best"], "step": step, "episodes": at_step["examples"].max()}
-            | {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
-            | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])}
-            for step, at_step in of_arm.groupby("step")
-        ]
+    rows: list[dict[str, Any]] = []
+    for comparison in comparisons(with_arm_columns(with_error_rates(runs)), curves):
+        for arm in comparison.arms:
+            chosen = comparison.at_optimum(arm)
+            of_arm = points[points["run_id"].isin(chosen["run_id"])]
+            rows += [
+                arm
+                | {"lr": float(chosen["lr"].iloc[0]), "step": step, "episodes": at_step["examples"].max()}
+                | {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
+                | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])}
+                for step, at_step in of_arm.groupby("step")
+            ]
     table = arm_table(rows, ["lr", "step", "episodes", "mean", "sd", "n_seeds", "run_ids"])
     return table.astype({"step": "Int64", "episodes": "Int64"})
 
@@ -122,124 +100,152 @@ def points_of(curves: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:
     return curves[chosen.astype(bool)].reindex(columns=columns)
 
 
-def good_bands(runs: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Measure the width of each arm's range of good LRs, whose test accuracy is at least GOOD times the arm's peak.
+def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
+    """Return the neighbouring LRs of an arm that are all equally good, so that its optimal LR is open.
 
-    The peak is the test accuracy at the LR with the highest validation accuracy. The accuracy is interpolated linearly
-    in log LR between the LRs of the grid; it is 0 at a diverged run. The width is the total length of all good
-    segments, so that one bad run does not cut off the good LRs beyond it.
-
-    Args:
-        runs: columns as for `reward_optima`.
-        n_bootstrap: number of draws of the parametric bootstrap, which adds Gaussian seed noise to each accuracy.
-        seed: seed of the bootstrap.
+    Two LRs are equally good if their test error rates agree exactly with every seed that both have; so are three or
+    more that can't be told from the best by the noise of the fit (two standard errors). Two such LRs are no flat top,
+    since the optimum may lie halfway between them.
 
     Returns:
-        One row per arm: lr_best, peak (accuracy), threshold (GOOD * peak), width (decades of LR), width_low and
-        width_high (95% interval; NaN without seed noise), step (widest spacing of the grid at good LRs in decades,
-        which is about the error of the width by interpolation), lr_low and lr_high (lowest and highest good LR),
-        open_low and open_high (whether the lowest or highest LR of the grid is good, so that the width is a lower
-        bound), n_runs, n_diverged, run_ids. NaN where no run finished or the peak is 0.
-
-    Raises:
-        UserError: See `check_runs`.
+        The LRs, ascending, with the best one of the grid among them; empty if the top is not flat.
     """
-    with_errors = with_error_rates(runs)
-    check_runs(with_errors)
-    noise = _noise(with_errors)
-    rows = []
-    for arm, of_arm in each_arm(with_errors):
-        grid = lr_grid(of_arm)
-        low, high = band_draws(of_arm, noise, n_bootstrap, seed).interval
-        counts = {"n_runs": len(grid.lr), "n_diverged": int(grid.diverged.sum())}
-        run_ids = {"run_ids": list(first_seed(of_arm)["run_id"])}
-        rows.append(arm | _band(grid) | {"width_low": low, "width_high": high} | counts | run_ids)
-    ends = [
-        "width_low",
-        "width_high",
-        "step",
-        "lr_low",
-        "lr_high",
-        "open_low",
-        "open_high",
-        "n_runs",
-        "n_diverged",
-        "run_ids",
-    ]
-    return arm_table(rows, ["lr_best", "peak", "threshold", "width", *ends])
+    grid = comparison.fit.grids.get(arm_label(arm))
+    if grid is None:
+        return []
+    rows = comparison.rows[arm_label(arm)]
+    errors = rows[rows["status"] == "done"].pivot_table(index="seed", columns="lr", values="test_loss").astype(float)
+    best = errors[grid.lrs[grid.centre]]
+    within_noise, exact = [], []
+    for lr in grid.lrs.tolist():
+        both = (errors[lr] - best).dropna()
+        variance = 1 / errors[lr].count() + 1 / best.count()
+        close = 2 * comparison.fit.sigma * math.sqrt(variance)
+        exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=1e-9)))
+        within_noise.append(exact[-1] or bool(abs(errors[lr].mean() - best.mean()) <= close))
+    for alike, least in ((exact, 2), (within_noise, 3)):
+        run = _run_around(alike, grid.centre)
+        if len(run) >= least:
+            return [float(lr) for lr in grid.lrs[run]]
+    return []
+
+
+def _run_around(alike: Sequence[bool], centre: int) -> list[int]:
+    """Return the indices of the unbroken run of true values around an index."""
+    low = high = centre
+    while low > 0 and alike[low - 1]:
+        low -= 1
+    while high + 1 < len(alike) and alike[high + 1]:
+        high += 1
+    return list(range(low, high + 1))
 
 
 @dataclass(frozen=True)
-class BandDraws:
-    """Bootstrap draws of the width of one arm's range of good LRs; draws of different arms are independent."""
+class GoodRange:
+    """The LRs at which an arm's test accuracy is at least GOOD times its peak, the accuracy near its fitted optimum."""
 
-    widths: np.ndarray
-    """Widths in decades of LR, shape (n_bootstrap,); NaN where `good_bands` has no interval."""
-    open: np.ndarray
-    """Whether the range of a draw reaches an edge of the grid, so that its width is a lower bound."""
+    width: Estimate
+    """The total length of all good parts in decades of LR."""
+    lr_low: float
+    """The lowest good LR of the grid; NaN without any."""
+    lr_high: float
+    open_low: bool
+    """Whether the range may go on below its grid, so that the width is a lower bound."""
+    open_high: bool
+    between: tuple[float, ...]
+    """The LRs in the middle of the steps of the grid in which the range ends."""
+    run_ids: tuple[str, ...] = field(repr=False)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of the width in decades."""
-        low, high = np.quantile(self.widths, [0.025, 0.975]).tolist()
-        return low, high
+    def open(self) -> bool:
+        """Whether the width is a lower bound."""
+        return self.open_low or self.open_high
 
 
-def band_draws(of_arm: pd.DataFrame, noise: pd.DataFrame, n_bootstrap: int = 1000, seed: int = 0) -> BandDraws:
-    """Return the bootstrap draws from which `good_bands` makes an arm's interval.
+def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
+    """Measure the range of good LRs of several arms.
+
+    At an LR of the grid the accuracy is the mean over its seeds; it is 0 where the run diverged. The peak is the
+    accuracy at the LR nearest to the fitted optimum. A step of the grid between a good LR and another counts half. That
+    the range may end anywhere in that step is part of the error, and so are the seeds (the noise of the fit, without
+    what a seed does to all arms) and the test problems, which are resampled alike for all arms. One bad LR does not cut
+    off the good LRs beyond it.
 
     Args:
-        of_arm: the arm's runs as from `with_error_rates`.
-        noise: as from `seed_noise` of runs from `with_error_rates`.
-        n_bootstrap: number of draws.
-        seed: seed of the bootstrap.
+        comparison: runs with error rates as losses.
+        arms: arms with a finished run.
     """
-    [(arm, _)] = each_arm(of_arm)
-    grid = lr_grid(of_arm)
-    sigmas = [sigma_of(noise, arm, split) for split in ("validation", "test")]
-    if not _band(grid)["peak"] > 0 or not np.isfinite(sigmas).all():
-        return BandDraws(np.full(n_bootstrap, math.nan), np.zeros(n_bootstrap, bool))
-    rng = arm_rng(arm, seed)
-    validation, test = (
-        np.clip(1 - error + sigma * rng.standard_normal((n_bootstrap, len(grid.lr))), 0, 1)
-        for error, sigma in zip((grid.validation, grid.test), sigmas, strict=True)
+    points = [_points(comparison, arm) for arm in arms]
+    ids = [run_id for rows in points for run_id in rows.loc[~rows["lost"], "run_id"]]
+    sampled = comparison.judging.examples.deviations(ids, str(comparison.runs["dataset"].iloc[0]))
+    shifts = None if sampled is None else dict(zip(ids, sampled[0].T, strict=True))
+    n_examples = 0 if sampled is None else sampled[1]
+    return [_good_range(comparison, arm, rows, shifts, n_examples) for arm, rows in zip(arms, points, strict=True)]
+
+
+def _points(comparison: Comparison, arm: Arm) -> pd.DataFrame:
+    """Return run_id, lr, accuracy and `lost` of an arm's runs; a lost run diverged and has the accuracy 0."""
+    rows = comparison.rows[arm_label(arm)]
+    lost = rows["status"] == "diverged"
+    accuracy = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
+    return rows[["run_id", "lr"]].assign(accuracy=accuracy, lost=lost).dropna(subset=["accuracy"])
+
+
+def _good_range(
+    comparison: Comparison, arm: Arm, rows: pd.DataFrame, shifts: dict[str, np.ndarray] | None, n_examples: int
+) -> GoodRange:
+    """Measure the range of one arm; `shifts` are draws of each run's error from test problems, (N_DRAWS,)."""
+    label, by_lr = arm_label(arm), rows.groupby("lr")
+    accuracy = by_lr["accuracy"].mean()
+    lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
+    steps, halves = np.diff(np.log10(lrs)), np.full(len(lrs) - 1, 0.5)
+    peak = int(np.flatnonzero(lrs == float(comparison.at_optimum(arm)["lr"].iloc[0]))[0])
+    is_good = _is_good(accuracies, peak)
+    value = float(_width(is_good, steps, halves))
+    random = generator(f"good LRs of {comparison.label} {label}")
+    good = _is_good(accuracies + _seed_noise(comparison, by_lr, random), peak)
+    seed_part = _width(good, steps, random.uniform(size=(N_DRAWS, len(steps)))) - value
+    example_part = None
+    if shifts is not None:
+        moved = [
+            np.mean([shifts.get(run_id, np.zeros(N_DRAWS)) for run_id in of_lr["run_id"]], axis=0) for _, of_lr in by_lr
+        ]
+        example_part = _width(_is_good(accuracies - np.column_stack(moved), peak), steps, halves) - value
+    if not comparison.fit.sigma > 0:
+        good, seed_part = is_good[None], np.full(N_DRAWS, math.nan)
+    is_open = good.mean(axis=0) > MAX_OPEN
+    ends = np.flatnonzero(is_good[:-1] != is_good[1:])
+    return GoodRange(
+        Estimate(value, seed_part, example_part, len(comparison.at_optimum(arm)), n_examples),
+        float(lrs[is_good][0]),
+        float(lrs[is_good][-1]),
+        bool(is_open[0]),
+        bool(is_open[-1]),
+        tuple(np.sqrt(lrs[ends] * lrs[ends + 1]).tolist()),
+        tuple(rows["run_id"]),
     )
-    accuracy = np.where(grid.diverged, 0.0, test)
-    threshold = GOOD * np.take_along_axis(test, np.nanargmax(validation, axis=1)[:, None], axis=1)
-    lengths = _good_shares(accuracy, threshold) * np.diff(np.log10(grid.lr))
-    return BandDraws(lengths.sum(axis=1), np.asarray((accuracy[:, [0, -1]] >= threshold).any(axis=1)))
 
 
-def _band(grid: LrGrid) -> dict[str, Any]:
-    """Return the peak and the range of good LRs of one grid, as columns of `good_bands`."""
-    numbers = ["lr_best", "peak", "threshold", "width", "step", "lr_low", "lr_high"]
-    band: dict[str, Any] = dict.fromkeys(numbers, math.nan)
-    band |= {"open_low": False, "open_high": False}
-    best = best_index(grid)
-    if best is None:
-        return band
-    peak = float(1 - grid.test[best])
-    band |= {"lr_best": float(grid.lr[best]), "peak": peak, "threshold": GOOD * peak}
-    if peak <= 0:
-        return band
-    log_lrs, accuracy = np.log10(grid.lr), np.where(grid.diverged, 0.0, 1 - grid.test)
-    good = np.flatnonzero(accuracy >= GOOD * peak)
-    first, last = int(good[0]), int(good[-1])
-    steps = np.diff(log_lrs)
-    shares = _good_shares(accuracy, np.array(GOOD * peak)) * steps
-    low, high = log_lrs[first], log_lrs[last]
-    # The line is still good for a part of the segments below the first good LR and above the last.
-    low -= shares[first - 1] if first else 0.0
-    high += shares[last] if last < len(shares) else 0.0
-    band |= {"lr_low": float(10**low), "lr_high": float(10**high), "width": float(shares.sum())}
-    band["step"] = float(steps[shares > 0].max(initial=0.0))
-    return band | {"open_low": first == 0, "open_high": last == len(shares)}
+def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:
+    """Return which accuracies (..., LRs) are good, given the index of the LR of the peak."""
+    return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1])
 
 
-def _good_shares(accuracy: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """Return the share of each segment between neighbouring LRs on which the line is at least the threshold."""
-    above = accuracy - threshold
-    ends = np.stack([above[..., :-1], above[..., 1:]])
-    lower, upper = ends.min(axis=0), ends.max(axis=0)
-    part = np.clip(upper, 0, None) / np.where(upper > lower, upper - lower, 1.0)
-    return np.where(lower >= 0, 1.0, part)
+def _seed_noise(comparison: Comparison, by_lr: Any, random: np.random.Generator) -> np.ndarray:
+    """Return draws of the error of each LR's accuracy from seeds, (N_DRAWS, LRs); 0 where all runs diverged."""
+    fit = comparison.fit
+    error = fit.sigma / np.sqrt(by_lr.size().to_numpy(float)) * ~by_lr["lost"].all().to_numpy(bool)
+    student = np.sqrt(max(fit.dof, 1) / random.chisquare(max(fit.dof, 1), N_DRAWS))
+    return np.asarray(random.standard_normal((N_DRAWS, len(error))) * student[:, None] * error)
+
+
+def _width(good: np.ndarray, steps: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the length of the good parts of grids, (...).
+
+    Args:
+        good: whether each LR is good, (..., LRs).
+        steps: the steps of the grid in decades, (LRs - 1,).
+        ends: the share of each step that is good if one of its two LRs is, (..., LRs - 1).
+    """
+    both, either = good[..., :-1] & good[..., 1:], good[..., :-1] ^ good[..., 1:]
+    return np.asarray(((both + either * ends) * steps).sum(axis=-1))

@@ -1,10 +1,9 @@
-"""Slopes: least-squares lines on linear and logarithmic axes, their intervals, and the curvature of the points."""
+"""Slopes: least-squares lines on linear and logarithmic axes, and their intervals."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,14 +24,6 @@ class Line:
     """Upper end of that interval."""
     intercept: float
     """Value at x = 0; with groups, of the line through the mean of all points."""
-    r2: float
-    """Share of the variance of y (within groups) that the line explains."""
-    quadratic: float
-    """Coefficient of x squared of the least-squares parabola."""
-    quadratic_low: float
-    """Lower end of the 95% t interval of that coefficient."""
-    quadratic_high: float
-    """Upper end of that interval."""
     n: int
     """Number of points used."""
 
@@ -56,30 +47,14 @@ def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike |
     within = points[["x", "y"]] - points.groupby("group")[["x", "y"]].transform("mean")
     within = within.where(within.abs() > 1e-12 * points[["x", "y"]].abs().max(), 0.0)
     n_groups = points["group"].nunique()
-    slope, half, r2 = _last_coefficient([within["x"]], within["y"], n_groups, sigma)
-    # Centring x leaves the coefficient unchanged and keeps the numbers small.
-    square = (points["x"] - points["x"].mean()) ** 2
-    square -= square.groupby(points["group"]).transform("mean")
-    quadratic, quadratic_half, _ = _last_coefficient([within["x"], square], within["y"], n_groups, sigma)
+    slope, half = _slope_and_half_width(within["x"].to_numpy(float), within["y"].to_numpy(float), n_groups, sigma)
     return Line(
         slope=slope,
         low=slope - half,
         high=slope + half,
         intercept=float(points["y"].mean() - slope * points["x"].mean()),
-        r2=r2,
-        quadratic=quadratic,
-        quadratic_low=quadratic - quadratic_half,
-        quadratic_high=quadratic + quadratic_half,
         n=len(points),
     )
-
-
-def against_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
-    """Fit y against log10(x); the slope is in units of y per tenfold x. See `fit_line`.
-
-    Points with x <= 0 are left out.
-    """
-    return fit_line(_log10(x), y, sigma, groups)
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
@@ -90,30 +65,42 @@ def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | 
     return fit_line(_log10(x), _log10(y), sigma, groups)
 
 
+def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
+    """Fit each column's values against log10 of the index by least squares.
+
+    Args:
+        curves: a row for each step (index, from 1 up) and a column for each seed; null values are left out.
+
+    Returns:
+        The slope of each column per tenfold steps; NaN for one with fewer than two steps.
+    """
+    return pd.Series({seed: _slope(curves[seed].dropna()) for seed in curves}, dtype=float)
+
+
+def _slope(curve: pd.Series[float]) -> float:
+    if len(curve) < 2:
+        return math.nan
+    x = np.log10(curve.index.to_numpy(float))
+    x = x - x.mean()
+    return float(x @ curve.to_numpy(float) / (x @ x))
+
+
 def _log10(values: ArrayLike) -> np.ndarray:
     positive = np.asarray(values, float)
     return np.asarray(np.log10(positive, out=np.full(positive.shape, math.nan), where=positive > 0))
 
 
-def _last_coefficient(
-    columns: list[pd.Series[Any]], y: pd.Series[Any], n_means: int, sigma: float
-) -> tuple[float, float, float]:
-    """Return the last column's least-squares coefficient, the half width of its 95% t interval, and R squared.
+def _slope_and_half_width(x: np.ndarray, y: np.ndarray, n_means: int, sigma: float) -> tuple[float, float]:
+    """Return the slope of centred points and the half width of its 95% t interval.
 
-    All are NaN where the columns do not determine the coefficient; the half width is NaN where no degree of freedom
-    is left.
+    Both are NaN where the points do not determine the slope; the half width is NaN where no degree of freedom is left.
     """
-    design = np.column_stack([column.to_numpy(float) for column in columns])
-    if len(y) == 0 or np.linalg.matrix_rank(design) < design.shape[1]:
-        return math.nan, math.nan, math.nan
-    values = y.to_numpy(float)
-    coefficients = np.linalg.lstsq(design, values, rcond=None)[0]
-    residual = float(((values - design @ coefficients) ** 2).sum())
-    total = float((values**2).sum())
-    r2 = 1 - residual / total if total > 0 else math.nan
-    dof = len(values) - n_means - design.shape[1]
+    squares = float(x @ x)
+    if not squares > 0:
+        return math.nan, math.nan
+    slope = float(x @ y) / squares
+    dof = len(y) - n_means - 1
     if dof < 1:
-        return float(coefficients[-1]), math.nan, r2
-    scatter = float(np.fmax(math.sqrt(residual / dof), sigma))
-    spread = math.sqrt(float(np.linalg.inv(design.T @ design)[-1, -1]))
-    return float(coefficients[-1]), t_quantile(dof) * scatter * spread, r2
+        return slope, math.nan
+    scatter = float(np.fmax(math.sqrt(float(((y - slope * x) ** 2).sum()) / dof), sigma))
+    return slope, t_quantile(dof) * scatter / math.sqrt(squares)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import rows_of
 from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.paired_curves import PairedCurves, curves_by_seed
 from lorabench.errors import UserError
 from lorabench.tables.checks import refuse_rows
 
@@ -116,35 +115,74 @@ def loss_by_flops(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     return known
 
 
-def equal_flops_gap(
-    points: pd.DataFrame, arm: Mapping[str, Any] | pd.Series, other: Mapping[str, Any] | pd.Series
-) -> pd.DataFrame:
-    """Compute the loss of one arm minus another's at equal FLOPs, in the upper half of the shared log-FLOPs range.
+def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str) -> PairedCurves:
+    """Pair the training NLL of two arms at equal training FLOPs, by seed, in the later half of their log-FLOPs range.
 
-    Losses are interpolated linearly in log FLOPs. The result has every point of either envelope in that range, so
-    that the interpolated gap between two of its rows is never larger than at the rows.
+    Both arms see the same batch at the same step, so that its difficulty cancels there, but not where the FLOPs are
+    the same, which is at different steps. So the difference at a step is that on its batch, plus what `others` gains
+    from the FLOPs by which it is ahead there, by its validation NLL, interpolated linearly in log FLOPs.
 
     Args:
-        points: as from `loss_by_flops`.
-        arm: values of the ARM columns.
-        other: values of the ARM columns.
+        runs: the runs of one arm (see `curves_by_seed`), with the columns train_flops and train_tokens.
+        others: the runs of the other arm.
+        curves: columns run_id, step, tokens, split, metric, value.
+        name: names the two arms, for draws.
 
     Returns:
-        One row per point, ascending: flops, nll (of `arm`), nll_other, gap (nats per token). The table is empty if the
-        ranges of the two arms do not overlap.
+        The loss of `others` minus that of `runs` by step of `runs` and seed, in nats per token. Steps of `runs` beyond
+        the FLOPs of `others` are left out.
     """
-    both = [rows_of(points, compared).sort_values("flops") for compared in (arm, other)]
-    columns = ["flops", "nll", "nll_other", "gap"]
-    if any(of_arm.empty for of_arm in both):
-        return pd.DataFrame(columns=columns, dtype=float)
-    logs = [np.log(of_arm["flops"].to_numpy(float)) for of_arm in both]
-    low, high = max(log[0] for log in logs), min(log[-1] for log in logs)
-    middle = (low + high) / 2
-    inside = np.unique([middle, high, *(log for of_arm in logs for log in of_arm if middle < log < high)])
-    if not low < high:
-        return pd.DataFrame(columns=columns, dtype=float)
-    nll, nll_other = (
-        np.interp(inside, log, of_arm["value"].to_numpy(float)) for log, of_arm in zip(logs, both, strict=True)
+    own, other = (curves_by_seed(of_arm, curves) for of_arm in (runs, others))
+    validation = curves_by_seed(others, curves, split="validation")
+    tokens = _tokens_by_seed(runs, curves)
+    seeds = [seed for seed in own if all(seed in of_seed for of_seed in (other, validation, tokens))]
+    per_token = [_flops_per_token(of_arm) for of_arm in (runs, others)]
+    difference = pd.DataFrame(
+        {
+            seed: _at_equal_flops(other[seed] - own[seed], validation[seed].dropna(), tokens[seed], *per_token)
+            for seed in seeds
+        }
     )
-    flops = np.exp(inside)
-    return pd.DataFrame({"flops": flops, "nll": nll, "nll_other": nll_other, "gap": nll - nll_other}, columns=columns)
+    paired = [of_arm.loc[of_arm["seed"].isin(seeds), "run_id"].astype(str) for of_arm in (runs, others)]
+    return PairedCurves(difference.dropna().sort_index(), tuple(pd.concat(paired)), name)
+
+
+def _at_equal_flops(
+    difference: pd.Series[float], validation: pd.Series[float], tokens: pd.Series[float], own: float, other: float
+) -> pd.Series[float]:
+    """Return the loss of the other run minus that of the own one at the own one's FLOPs, by step, for one seed.
+
+    Args:
+        difference: that loss on the same batch, by step.
+        validation: the validation NLL of the other run by step.
+        tokens: the tokens trained on up to each step.
+        own: FLOPs per token of the own run.
+        other: FLOPs per token of the other run.
+    """
+    # A training loss is measured before its step's update, a validation loss after it.
+    measured = difference.dropna().index
+    tokens = tokens.dropna()
+    before = pd.Series(np.interp(measured - 1, [0, *tokens.index], [0.0, *tokens]), index=measured)
+    after = tokens.reindex(validation.index).dropna()
+    after = after[after > 0]
+    if after.empty:
+        return pd.Series(dtype=float)
+    before = before[(before > 0) & (own * before <= other * after.max())]
+    later = before[before >= math.sqrt(before.min() * before.max())] if len(before) else before
+    known, values = np.log(other * after), validation.reindex(after.index)
+    gain = np.interp(np.log(own * later), known, values) - np.interp(np.log(other * later), known, values)
+    at_equal: pd.Series[float] = difference.reindex(later.index) + gain
+    return at_equal
+
+
+def _tokens_by_seed(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the tokens trained on up to each step (index, ascending), with a column for each seed."""
+    if "tokens" not in curves:
+        return pd.DataFrame()
+    points = runs[["run_id", "seed"]].merge(curves.loc[curves["split"] == "train", ["run_id", "step", "tokens"]])
+    wide = points.dropna().astype({"step": int, "tokens": float}).groupby(["step", "seed"])["tokens"].max()
+    return wide.unstack("seed").sort_index()
+
+
+def _flops_per_token(runs: pd.DataFrame) -> float:
+    return float((runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)).mean())

@@ -12,10 +12,8 @@ import math
 import pandas as pd
 
 from lorabench.analysis.arms import arm_table, check_runs, each_arm
-from lorabench.analysis.optimum import best_index, is_edge, lr_grid
-
-MIN_LRS = 3
-"""Least number of LRs in a grid from which an LR can be picked."""
+from lorabench.analysis.comparison import MIN_LRS
+from lorabench.analysis.lr_grid import best_index, is_edge, lr_grid
 
 
 def seed_studies(runs: pd.DataFrame) -> pd.DataFrame:

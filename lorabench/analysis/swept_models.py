@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,9 +11,12 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.lr_law import LrLaw, LrProblem, fit_lr_law, is_determined, lineage
-from lorabench.analysis.lr_ratio import LrRatio, lr_ratio
-from lorabench.analysis.optimum import LrGrid, lr_grid
+from lorabench.analysis.estimate import Estimate, combined, student, unknown
+from lorabench.analysis.lr_law import ArmOptimum, LrLaw, fit_lr_law, is_determined, lineage
+from lorabench.analysis.remedy import Problem
+
+METHODS = ("fullft", "lora")
+"""The methods that are swept on each model."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,30 @@ class SweptModel:
         return str(self.fullft["model"])
 
     @cached_property
-    def ratio(self) -> LrRatio:
-        """The optimal LR of LoRA over that of FullFT."""
-        return lr_ratio(self.comparison, self.lora, self.fullft)
+    def log_ratio(self) -> Estimate:
+        """The natural logarithm of the optimal LR of LoRA over that of FullFT."""
+        return self.comparison.fit.log_ratio(arm_label(self.lora), arm_label(self.fullft))
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """What speaks against a verdict on the optimal LRs."""
+        return self.comparison.problems([self.lora, self.fullft], resolved=True)
 
     def arm(self, method: str) -> Arm:
         """Return the arm of a method, `lora` or `fullft`."""
         return self.lora if method == "lora" else self.fullft
 
-    def grid(self, method: str) -> LrGrid:
-        """Return the losses of a method by LR."""
-        return lr_grid(self.comparison.rows[arm_label(self.arm(method))])
+    def log_optimum(self, method: str) -> Estimate:
+        """Return the natural logarithm of the optimal LR of a method; unknown if its runs give no fit."""
+        return self.comparison.fit.optima.get(arm_label(self.arm(method)), unknown())
+
+    def arm_optimum(self, method: str) -> ArmOptimum | None:
+        """Return the optimum of a method as the law is fitted to it; None if its runs give no parabola with one."""
+        label, fit = arm_label(self.arm(method)), self.comparison.fit
+        if label not in fit.minima or not fit.curvature[label] > 0 or not fit.minima[label].value > 0:
+            return None
+        steepness = fit.curvature[label] / fit.minima[label].value
+        return ArmOptimum(self.lineage, self.hidden_size, method, fit.optima[label].value, steepness)
 
 
 def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
@@ -75,11 +92,42 @@ def run_ids(models: Sequence[SweptModel]) -> list[str]:
 
 
 def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:
-    """Fit the law to the validation losses of models; the result is None where they do not determine it."""
-    problems = []
-    for model in models:
-        for method in ("fullft", "lora"):
-            grid = model.grid(method)
-            if np.isfinite(grid.validation).any() and len(grid.lr) > 1:
-                problems.append(LrProblem(model.lineage, model.hidden_size, method, grid.lr, grid.validation))
-    return fit_lr_law(problems) if is_determined(problems) else None
+    """Fit the law to the optima of models; the result is None where they do not determine it."""
+    optima = [optimum for model in models for method in METHODS if (optimum := model.arm_optimum(method))]
+    return fit_lr_law(optima) if is_determined(optima) else None
+
+
+def slope_over_models(x: Sequence[float], y: Sequence[Estimate], groups: Sequence[Hashable], name: str) -> Estimate:
+    """Estimate the slope of numbers of models on a property of the models, with an intercept for each group.
+
+    The error is that of the numbers, drawn together, or else that from their scatter around the line, where this is
+    larger; then `n_seeds` is 0, since it is models that are too few.
+
+    Args:
+        x: the property of each model, such as ln of its hidden size.
+        y: the numbers, such as ln of an optimal LR.
+        groups: a label for each number.
+        name: names the slope, for draws.
+
+    Returns:
+        The slope; it is unknown if no group has two values of x, or if the error of a number is not known.
+    """
+    places = np.asarray(x, float)
+    labels = np.array([hash(group) for group in groups])
+    own = labels[:, None] == labels[None, :]
+    centred = places - own @ places / own.sum(1)
+    squares = float((centred**2).sum())
+    if not squares > 1e-12:
+        return unknown()
+    weights = centred / squares
+    slope = combined(lambda *numbers: np.tensordot(weights, np.array(numbers), 1), *y)
+    values = np.array([estimate.value for estimate in y])
+    residual = values - own @ values / own.sum(1) - slope.value * centred
+    dof = len(y) - len(set(groups)) - 1
+    if not slope.known or dof < 1:
+        return slope
+    scatter = float((residual**2).sum()) / dof
+    explained = float(np.mean([estimate.seed_error**2 + estimate.example_error**2 for estimate in y]))
+    if scatter <= explained:
+        return slope
+    return student(slope.value, math.sqrt(scatter / squares), dof, name)

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
 
-import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, rows_of
-from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.departure import departures
-from lorabench.analysis.envelopes import envelopes
-from lorabench.analysis.finding import (
-    SIGMAS,
-    Finding,
-    UnjudgedError,
-    Verdict,
-    finding,
-    noise_problems,
-    sigma_text,
-    together,
-    within,
-)
-from lorabench.analysis.slopes import against_log
-from lorabench.analysis.thresholds import threshold_slope, thresholds
+from lorabench.analysis.arms import arm_label
+from lorabench.analysis.comparison import Comparison, require
+from lorabench.analysis.departure import WINDOWS, Departure, paired_departure
+from lorabench.analysis.estimate import Estimate, mean_over_seeds, student
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
+from lorabench.analysis.optimal_runs import curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
+from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.slopes import slopes_by_seed
+from lorabench.analysis.student import t_quantile
+from lorabench.analysis.thresholds import threshold_slope
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, over
+from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, margin_problems
 from lorabench.claims.scopes import every_longest, learning, longest_run, longest_runs, without_facts
 from lorabench.utils.formats import fixed_interval
-
-MIN_POINTS = 3
-"""The number of points at the end of an envelope that must lie above the shared curve for a departure."""
-
-MIN_RANKS = 3
-"""The number of ranks that a verdict on departures by rank needs."""
-
-MIN_RHO = 0.9
-"""The rank correlation from which departures grow with rank."""
 
 FLOOR = 0.05
 """A slope shallower than this share of FullFT's is a floor."""
@@ -45,51 +32,105 @@ FLOOR = 0.05
 THRESHOLD_BAND = (0.5, 1.5)
 """The log-log slopes of tokens at departure against parameters that count as proportional."""
 
+MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs give")
 
-def _departures(comparison: Comparison) -> tuple[list[Arm], pd.DataFrame, pd.DataFrame]:
-    """Return the LoRA arms and FullFT, their envelopes, and where each departs from the lowest envelope."""
-    fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
-    arms = [*comparison.lora.values(), fullft]
-    points = envelopes(comparison.of(arms), comparison.curves)
-    if points.empty:
-        raise UnjudgedError("not tested", "no validation curves")
-    return arms, points, departures(points, comparison.noise, SIGMAS, MIN_POINTS)
+LEAVES = (
+    "A rank leaves the shared curve where its training NLL minus the highest rank's exceeds the margin in each of "
+    f"{WINDOWS} windows of log(step) to the end, with an interval above 0 that holds for all windows at once, and from "
+    "which on the gap grows with log(step); a gap that shrinks is slow learning. "
+)
+"""The definition of a departure, for the criteria."""
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks of one comparison below the highest, and where they leave its curve."""
+
+    comparison: Comparison
+    departures: Mapping[int, Departure]
+    """By rank, ascending."""
+    problems: Mapping[int, list[Problem]]
+    """What speaks against the departure of each rank."""
+
+    @property
+    def gone(self) -> list[int]:
+        """The ranks that leave."""
+        return [rank for rank, departure in self.departures.items() if departure.left]
+
+    def step(self, rank: int) -> float:
+        """Return the step of a departure; infinity where the rank stays."""
+        first = self.departures[rank].first
+        return math.inf if first is None else first
+
+    def text(self, rank: int) -> str:
+        """Return the departure of a rank in words."""
+        departure = self.departures[rank]
+        if departure.growth is None:
+            return f"r{rank} stays"
+        verb = f"leaves at step {departure.first}" if departure.left else "lags without leaving"
+        return f"r{rank} {verb} (its gap's slope is {nats(departure.growth)} per tenfold steps)"
+
+    @property
+    def every_problem(self) -> list[Problem]:
+        """The problems of all ranks, each once."""
+        return list({problem.text: problem for problems in self.problems.values() for problem in problems}.values())
+
+
+def _ranks(comparison: Comparison) -> _Ranks:
+    [highest] = require(("LoRA above rank 1", comparison.highest))
+    margin = comparison.margin.value
+    departures, problems = {}, {}
+    for rank, arm in comparison.lora.items():
+        if rank == highest["rank"]:
+            continue
+        curves = pair_at_optimum(comparison, arm, highest)
+        if not len(curves.by_seed) and not comparison.problems([arm, highest]):
+            raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
+        departures[rank] = paired_departure(curves, margin)
+        problems[rank] = [*comparison.problems([arm, highest]), *margin_problems(comparison)]
+        problems[rank] = problems[rank] or off_optimum(comparison, arm, highest, margin)
+    if not departures:
+        raise UnjudgedError("inconclusive", "only one rank")
+    return _Ranks(comparison, departures, problems)
+
+
+def _between(ranks: _Ranks, lower: int, higher: int) -> Estimate:
+    """Return the loss of a rank minus that of a higher rank over the steps between their departures."""
+    comparison = ranks.comparison
+    curves = pair_at_optimum(comparison, comparison.lora[lower], comparison.lora[higher])
+    first, end = sorted((ranks.step(lower), ranks.step(higher)))
+    return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
 def departure_grows_with_rank(comparison: Comparison) -> Finding:
-    """A3: judge the rank correlation of rank and departure step; a rank that never leaves counts as leaving last."""
-    from scipy import stats
+    """A3: judge whether rank 1 leaves before the last rank that leaves, and whether any rank leaves before a lower one.
 
-    arms, _, left = _departures(comparison)
-    ranks = list(comparison.lora)
-    lora = left[left["method"] == "lora"].set_index("rank").reindex(ranks)
-    steps = lora["step"].to_numpy(float, na_value=math.inf)
-    gone = np.isfinite(steps)
-    rho = float(stats.spearmanr(ranks, steps).statistic) if len(ranks) > 1 and len(set(steps)) > 1 else math.nan
-    departure_steps = ", ".join(
-        f"r{rank} {f'at step {step:.0f}' if math.isfinite(step) else 'never'}"
-        for rank, step in zip(ranks, steps, strict=True)
-    )
-    correlation = "no rank correlation" if math.isnan(rho) else f"Spearman rho {rho:.2f}"
-    sigma, dof = comparison.sigma("validation")
-    text = f"leaves the shared curve: {departure_steps}; {correlation}, {sigma_text(sigma)}"
-    problems = noise_problems(sigma, dof) + comparison.edge_problems(arms)
-    if len(left) < len(arms) or left["departed"].isna().any():
-        problems.append("too few points on some curve")
-    if ranks[0] != 1 or len(ranks) < MIN_RANKS:
-        problems.append(f"rank 1 and at least {MIN_RANKS} ranks needed")
-    elif not gone.any():
-        problems.append("no rank leaves, so this data is within the capacity of all ranks")
-    verdict: Verdict = "inconclusive"
-    if rho < 0 or (gone.any() and not gone[0]):
-        verdict = "contradicted"
-    elif gone[-1]:
-        text += "; the highest rank leaves too"
-    elif gone.sum() < 2:
-        text += "; fewer than two ranks leave"
-    elif rho >= MIN_RHO or (steps[1:] >= steps[:-1]).all():
-        verdict = "confirmed"
-    return finding(comparison.of(arms)["run_id"], text, verdict, problems, rho, strain=-rho)
+    Between two departures the rank that has left has the higher loss, so the sign of that difference is judged.
+    """
+    ranks = _ranks(comparison)
+    ids = comparison.of(comparison.lora.values())["run_id"]
+    text = ", ".join(map(ranks.text, ranks.departures))
+    problems, gone = ranks.every_problem, ranks.gone
+    reversed_pairs = [pair for pair in combinations(ranks.departures, 2) if ranks.step(pair[1]) < ranks.step(pair[0])]
+    if reversed_pairs:
+        findings = []
+        for lower, higher in reversed_pairs:
+            gap = _between(ranks, lower, higher)
+            in_words = f"{text}; r{higher} leaves before r{lower}, r{lower} - r{higher} = {nats(gap)} between"
+            judged = decide(Above(0.0), gap, in_words, ids, problems)
+            findings.append(replace(judged, verdict="inconclusive") if judged.verdict == "confirmed" else judged)
+        return worst(findings)
+    if 1 not in ranks.departures:
+        problems.append(Problem("no runs of rank 1", Remedy("rank 1")))
+    elif not gone:
+        problems.append(Problem("no rank surely leaves", Remedy("longer runs")))
+    elif len({ranks.step(rank) for rank in gone}) < 2:
+        problems.append(Problem("fewer than two steps of departure", Remedy("longer runs")))
+    if problems:
+        return finding(ids, text, "inconclusive", problems)
+    gap = _between(ranks, gone[0], gone[-1])
+    text += f"; r{gone[0]} - r{gone[-1]} = {nats(gap)} between their departures"
+    return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
 A3 = Claim(
@@ -98,62 +139,54 @@ A3 = Claim(
     statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
     figure="1",
     criterion=(
-        f"A rank leaves at the step from which its envelope stays more than {SIGMAS} sigma above the lowest "
-        f"envelope to the end, for at least {MIN_POINTS} points. On the longest dataset, rank 1 and at least one more "
-        "rank leave, the highest rank does not, and these steps do not fall with rank or their Spearman rho is at "
-        f"least {MIN_RHO:g}. Contradicted if rho is below 0, or if a rank leaves while rank 1 stays"
+        f"{LEAVES}On the longest dataset, rank 1 and one more rank leave at two different steps or more, which do not "
+        "fall with rank, and between the first and the last departure rank 1's NLL is above that of the rank that "
+        "leaves last (the estimate). Contradicted if some rank leaves before a lower one and its NLL is above the "
+        f"lower rank's between their departures. {AT_OPTIMUM}"
     ),
-    needs=f"{SWEEP}; rank 1 and two more ranks; validation curves; seeds that give sigma",
+    needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    unit="Spearman rho",
+    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(longest_run), departure_grows_with_rank),
+    conditions=(LONG,),
     core=True,
 )
 
 
-def _keeps_falling(comparison: Comparison, arm: pd.Series[Any], points: pd.DataFrame, shared: pd.DataFrame) -> Finding:
-    """Judge whether one rank's loss falls after departure, and less steeply than FullFT's at the same steps."""
-    own = rows_of(points, arm)
-    both = own[own["step"] >= arm["step"]].merge(shared[["step", "value"]], on="step", suffixes=("", "_shared"))
-    sigma, dof = comparison.sigma("validation")
-    loss = against_log(both["step"], both["value"], sigma)
-    fullft = against_log(both["step"], both["value_shared"], sigma)
-    # The curves are of single runs, so their difference has twice the variance of one.
-    lag = against_log(both["step"], both["value"] - both["value_shared"], math.sqrt(2) * sigma)
+def _keeps_falling(ranks: _Ranks, rank: int) -> Finding:
+    """Judge the slope of one rank's loss after its departure, as a share of FullFT's over the same batches."""
+    comparison = ranks.comparison
+    arm, fullft = require((f"LoRA r{rank}", comparison.lora[rank]), ("FullFT", comparison.fullft))
+    first = int(ranks.step(rank))
+    slopes = []
+    for of_arm in (arm, fullft):
+        curve = curves_at_optimum(comparison, of_arm)
+        slopes.append(slopes_by_seed(curve[curve.index >= first]))
+    name = f"{comparison.label} {arm_label(arm)} after {first}"
+    own, full = (mean_over_seeds(slope, f"{name} {number}") for number, slope in enumerate(slopes))
+    share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
     text = (
-        f"{arm_label(arm)} after step {arm['step']}: {loss.slope:.4f} {fixed_interval(loss.low, loss.high, 4)} nats "
-        f"per tenfold steps, FullFT {fullft.slope:.4f}, difference {lag.slope:.4f} "
-        f"{fixed_interval(lag.low, lag.high, 4)} ({loss.n} points)"
+        f"{arm_label(arm)} after step {first}: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
+        f"{share.value:.2f} {fixed_interval(*share.interval(), 2)}, {share.n_seeds} seeds"
     )
-    both_arms = [comparison.lora[int(arm["rank"])], comparison.fullft or {}]
-    problems = noise_problems(sigma, dof) + comparison.edge_problems(both_arms)
-    if not fullft.high < 0:
-        problems.append("FullFT's own loss does not surely fall there")
-    verdict: Verdict = "inconclusive"
-    if loss.low > FLOOR * fullft.slope:
-        verdict, text = "contradicted", f"{text}; a floor"
-    elif lag.high < 0:
-        verdict, text = "contradicted", f"{text}; steeper than FullFT"
-    elif loss.high < 0 and lag.low > 0:
-        verdict = "confirmed"
-    return finding(
-        comparison.of(both_arms)["run_id"], text, verdict, problems, loss.slope, (loss.low, loss.high), loss.slope
-    )
+    problems = [*ranks.problems[rank], *comparison.problems([arm, fullft])]
+    if not (full.known and full.interval()[1] < 0):
+        problems.append(Problem("FullFT's own loss does not surely fall there", Remedy("more seeds")))
+    ids = comparison.of([arm, fullft])["run_id"]
+    return decide(Within(FLOOR, 1.0), share, text, ids, problems, f"a floor is {FLOOR:.0%} of FullFT's slope")
 
 
 def no_floor(comparison: Comparison) -> Finding:
     """A4: judge the slope against log(step) of each rank that has left the shared curve, beside FullFT's."""
-    arms, points, left = _departures(comparison)
-    if left["departed"].isna().any():
-        sigma, dof = comparison.sigma("validation")
-        problems = noise_problems(sigma, dof) or ["too few points on some curve"]
-        return finding(comparison.of(arms)["run_id"], "departures not known", "inconclusive", problems)
-    gone = thresholds(comparison.of(arms), points, left).query("status == 'left'")
-    if gone.empty:
-        raise UnjudgedError("not tested", "no rank joins the shared curve and leaves it")
-    shared = rows_of(points, arms[-1])
-    return together([_keeps_falling(comparison, arm, points, shared) for _, arm in gone.iterrows()])
+    ranks = _ranks(comparison)
+    if not ranks.gone:
+        departures = ", ".join(map(ranks.text, ranks.departures))
+        if ranks.every_problem:
+            ids = comparison.of(comparison.lora.values())["run_id"]
+            return finding(ids, departures, "inconclusive", ranks.every_problem)
+        raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
+    return together([_keeps_falling(ranks, rank) for rank in ranks.gone])
 
 
 A4 = Claim(
@@ -162,55 +195,77 @@ A4 = Claim(
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
     figure="text",
     criterion=(
-        "For each rank that joins the shared curve and leaves it (as in A3), from departure on: the 95% interval of "
-        "the slope of its envelope against log(step) is below 0, and the interval of its slope minus FullFT's at the "
-        f"same steps is above 0. Contradicted if the slope's whole interval is shallower than {FLOOR:.0%} of FullFT's "
-        "slope, or if the interval of the difference is below 0"
+        "For each rank that leaves the shared curve (as in A3), from departure on: the slope of its training NLL "
+        f"against log(step), as a share of FullFT's on the same batches, lies between {FLOOR:g} and 1 on average over "
+        "seeds. That it is below 1 is near to what a departure is; that there is no floor is the claim's content"
     ),
-    needs=f"{SWEEP}; a rank that leaves the shared curve; validation curves; seeds that give sigma",
+    needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    unit="nats per tenfold steps",
+    unit="share of FullFT's slope",
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), no_floor),
-    columns=("trainable_params",),
+    conditions=(LONG,),
 )
+
+
+def _thresholds(ranks: _Ranks) -> tuple[pd.DataFrame, list[str]]:
+    """Return the ranks with a threshold, as for `threshold_slope`, and what is left out, in words."""
+    comparison = ranks.comparison
+    rows, left_out = [], []
+    for rank, departure in ranks.departures.items():
+        runs = runs_at_optimum(comparison, comparison.lora[rank])
+        points = comparison.curves
+        points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
+        tokens = points.groupby("step")["tokens"].max().astype(float)
+        if ranks.problems[rank]:
+            left_out.append(f"{comparison.label} r{rank}: {ranks.problems[rank][0].text}")
+        elif departure.first is None:
+            left_out.append(f"{comparison.label} {ranks.text(rank)}")
+        elif departure.before is None:
+            left_out.append(f"{comparison.label} r{rank} never joined")
+        else:
+            rows.append(
+                {
+                    "dataset": comparison.runs["dataset"].iloc[0],
+                    "name": f"{comparison.label} r{rank}",
+                    "trainable_params": float(runs["trainable_params"].iloc[0]),
+                    "tokens": tokens[departure.first],
+                    "tokens_before": tokens[departure.before],
+                    "run_ids": list(runs["run_id"]),
+                }
+            )
+    return pd.DataFrame(rows), left_out
 
 
 def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     """A5: judge the log-log slope of tokens at departure against parameters, over all models and datasets together."""
-    parts, run_ids, tokens, left_out = [], [], [], []
+    if "tokens" not in evidence.curves:
+        raise UnjudgedError("not tested", "the curves table has no column tokens")
+    parts, left_out = [], []
     for comparison in longest_runs(without_facts(evidence.comparisons)):
         try:
-            arms, points, left = _departures(comparison)
+            part, without = _thresholds(_ranks(comparison))
         except UnjudgedError as unjudged:
             left_out.append(f"{comparison.label}: {unjudged.finding.reason}")
             continue
-        sigma, dof = comparison.sigma("validation")
-        problems = noise_problems(sigma, dof) + comparison.edge_problems(arms[-1:])
-        if problems:
-            left_out.append(f"{comparison.label}: {', '.join(problems)}")
-            continue
-        ranks = thresholds(comparison.of(arms), points, left)
-        edges = np.array([bool(comparison.edge_problems([comparison.lora[rank]])) for rank in ranks["rank"]], bool)
-        ranks = ranks.assign(status=ranks["status"].mask(edges, "at its grid's edge"))
-        gone = ranks[ranks["status"] == "left"]
-        parts.append(gone)
-        run_ids += [run_id for rank in gone["rank"] for run_id in comparison.of([comparison.lora[rank]])["run_id"]]
-        tokens += [f"{comparison.label} r{row.rank} {row.tokens:.3g} tokens" for row in gone.itertuples()]
-        left_out += [
-            f"{comparison.label} r{row.rank} {row.status}" for row in ranks.itertuples() if row.status != "left"
-        ]
+        parts.append(part)
+        left_out += without
     if not parts and not left_out:
         raise UnjudgedError("not tested", "no such runs")
-    gone = pd.concat(parts) if parts else pd.DataFrame()
-    line = threshold_slope(gone, gone["dataset"]) if len(gone) else None
+    gone = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    tokens = [f"{row['name']} {row['tokens']:.3g} tokens" for row in gone.to_dict("records")]
     others = f"; left out: {', '.join(left_out)}" if left_out else ""
-    if line is None or math.isnan(line.low):
-        raise UnjudgedError("inconclusive", f"{', '.join(tokens) or 'no departures'}: too few for a slope{others}")
-    interval = fixed_interval(line.low, line.high, 2)
-    text = f"slope {line.slope:.2f} {interval} over {line.n} departures ({', '.join(tokens)})"
-    verdict = within(line.low, line.high, THRESHOLD_BAND)
-    return finding(run_ids, text + others, verdict, [], line.slope, (line.low, line.high), abs(line.slope - 1))
+    dof = len(gone) - gone["dataset"].nunique() - 1 if len(gone) else 0
+    if dof < 1:
+        reason = f"{', '.join(tokens) or 'no departures'}: too few for a slope{others}"
+        raise UnjudgedError("inconclusive", reason, MORE_RANKS)
+    line = threshold_slope(gone, gone["dataset"])
+    slope = student(line.slope, (line.high - line.slope) / t_quantile(dof), dof, "thresholds")
+    interval = fixed_interval(*slope.interval(), 2)
+    text = f"slope {slope.value:.2f} {interval} over {line.n} departures ({', '.join(tokens)}){others}"
+    run_ids = [run_id for listed in gone["run_ids"] for run_id in listed]
+    judged = decide(Within(*THRESHOLD_BAND), slope, text, run_ids, margin_rule="a constant around 1, proportionality")
+    return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
 
 
 A5 = Claim(
@@ -219,21 +274,22 @@ A5 = Claim(
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
     figure="text",
     criterion=(
-        "The 95% interval of the log-log slope of train tokens at departure (as in A3) against adapter parameters "
-        f"lies within {THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. The line is fitted to all models and datasets "
-        "together with an intercept per dataset, to each dataset's longest runs; the interval assumes at least the "
-        "scatter that comes from the spacing of the points. Ranks that never leave, that never joined the shared "
-        "curve, or whose best LR is at the edge of its grid give no point"
+        "The log-log slope of train tokens at departure (as in A3) against adapter parameters lies within "
+        f"{THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. The line is fitted to all models and datasets together with "
+        "an intercept per dataset, to each dataset's longest runs. Its error is at least that which comes from the "
+        "width of the windows. Ranks that never leave, that never joined the shared curve, or that have a problem such "
+        "as a best LR at the edge of the grid give no point"
     ),
     needs=(
-        f"{SWEEP}; four ranks, on one or more datasets, that leave the shared curve; validation curves; seeds that "
-        "give sigma"
+        f"{SWEEP}; four ranks, on one or more datasets, that leave the shared curve; training losses at every step; "
+        f"{MIN_SEEDS} seeds"
     ),
     paper_value="proportional; no number",
     unit="log-log slope",
     experiments=("rank", "capacity"),
     judge=threshold_tied_to_parameters,
     columns=("trainable_params",),
+    conditions=(LONG,),
 )
 
 CLAIMS = (A3, A4, A5)

@@ -8,13 +8,15 @@ from typing import Literal
 
 from lorabench.analysis.comparison import Task
 from lorabench.analysis.finding import Finding
+from lorabench.claims.conditions import Condition
 from lorabench.claims.evidence import Evidence
 
-Kind = Literal["empirical", "theory", "opinion", "prediction"]
+Kind = Literal["empirical", "derivation", "count", "opinion", "prediction"]
 """How the paper supports a statement.
 
 - `empirical`: by runs of its own
-- `theory`: by a derivation or a count
+- `derivation`: by a derivation, which runs can only illustrate
+- `count`: by counting parameters, bits or operations, so that no run can speak against it
 - `opinion`: by its authors' experience, without showing runs
 - `prediction`: not at all, since the paper left the statement untested
 """
@@ -44,6 +46,10 @@ class Claim:
     """The columns of `runs` that the claim needs beyond those of every claim on its task (see `NEEDED_BY`)."""
     task: Task = "sft"
     """The task whose runs the claim is judged on."""
+    conditions: tuple[Condition, ...] = ()
+    """What the runs must be like for the claim to be about them; without it the verdict is `setting not met`."""
+    fact: str = ""
+    """The fact that the claim states, in words; claims with the same fact are one in the headline."""
     core: bool = False
     """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""
 

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
+import math
+from dataclasses import replace
 
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.early import EarlyDifference, early_difference
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    SIGMAS,
-    Finding,
-    UnjudgedError,
-    Verdict,
-    all_of,
-    finding,
-    nats,
-    sigma_text,
-    within,
-)
-from lorabench.analysis.gaps import mean_interval
-from lorabench.analysis.slopes import against_log
+from lorabench.analysis.early import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit
+from lorabench.analysis.estimate import mean_over_seeds
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
+from lorabench.analysis.paired_curves import PairedCurves, scan
+from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import over
+from lorabench.claims.learning_curves import margin_problems
 from lorabench.claims.scopes import every_dataset
+from lorabench.utils.formats import fixed_interval
 
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-FIRST_EARLY_STEPS = 20
-"""The steps up to which the difference of two curves has the further limit MAX_FIRST_GAP."""
+WINDOWS = 6
+"""The number of windows of steps, equally long on a logarithmic axis, in which the difference is judged."""
 
-MAX_FIRST_GAP = 0.01
-"""The share of the loss up to which two curves are the same over FIRST_EARLY_STEPS."""
+MIN_GROWTH = 0.2
+"""The least growth per tenfold steps that counts as one, as a share of the mean difference."""
 
 FIRST_STEPS = 10
 """The number of first steps in which the paper sees a negative difference."""
@@ -42,12 +36,15 @@ SIGN_SEEDS = 5
 
 
 def _early(comparison: Comparison, first_steps: int | None = None) -> EarlyDifference:
-    """Return the difference of the lowest rank above 1 and the highest, over the first steps or the whole run."""
+    """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run."""
     if not comparison.lora:
         raise UnjudgedError("not tested", "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
     if early is None:
         raise UnjudgedError("inconclusive", "no two ranks above 1 with training losses at one LR and seed")
+    if early.low < PAPER_RANK:
+        ranks = ", ".join(f"r{rank}" for rank in comparison.lora)
+        raise UnjudgedError("setting not met", f"it needs two ranks of {PAPER_RANK} or more (here {ranks})")
     return early
 
 
@@ -55,33 +52,53 @@ def _compared(early: EarlyDifference) -> str:
     return f"training NLL of r{early.low} - r{early.high} at LR {early.lr:g}"
 
 
-def _seed_problems(early: EarlyDifference, needed: int) -> list[str]:
-    problems = [f"{early.n_seeds} paired seeds, {needed} needed"] if early.n_seeds < needed else []
-    return problems + ([f"{early.n_diverged} runs at that LR diverged"] if early.n_diverged else [])
+def _paired(comparison: Comparison, early: EarlyDifference) -> PairedCurves:
+    name = f"{comparison.label} r{early.low} - r{early.high}"
+    return PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, name)
+
+
+def _seed_problems(early: EarlyDifference, needed: int) -> list[Problem]:
+    problems = []
+    if early.n_seeds < needed:
+        text = f"{early.n_seeds} paired seeds, {needed} needed"
+        problems.append(Problem(text, Remedy(f"{needed} seeds (now {early.n_seeds})", needed)))
+    if early.n_diverged:
+        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
+    return problems
+
+
+def _by_inverse_rank(early: EarlyDifference) -> str:
+    """Return in words how well the differences of all pairs of ranks go as 1/r1 - 1/r2."""
+    factor, explained = inverse_rank_fit(early.by_inverse_rank)
+    if math.isnan(factor):
+        return ""
+    pairs = ", ".join(
+        f"r{row['low']:.0f} - r{row['high']:.0f} {row['difference']:.4f}"
+        for row in early.by_inverse_rank.to_dict("records")
+    )
+    return (
+        f"; over all pairs of ranks the mean difference is {factor:.3f} nats x (1/r1 - 1/r2), which explains "
+        f"{explained:.0%} of its squares ({pairs})"
+    )
 
 
 def same_early_curves(comparison: Comparison) -> Finding:
-    """C1: judge the difference of two ranks on the same batches at the step where it is largest for its margin."""
+    """C1: judge the difference of two ranks on the same batches in windows of steps."""
     early = _early(comparison, EARLY_STEPS)
-    steps = (
-        early.over_seeds().assign(loss=early.loss, margin=SIGMAS * early.sigma_batch).rename_axis("step").reset_index()
+    curves = _paired(comparison, early)
+    windows = curves.windows(WINDOWS)
+    if not windows:
+        raise UnjudgedError("not tested", "no training losses after the first update")
+    margin = comparison.margin
+    judged = scan(
+        lambda _: Within.margin(margin.value),
+        curves,
+        windows,
+        lambda gap: f"{_compared(early)} = {nats(gap)}, {early.n_seeds} seeds",
+        [*_seed_problems(early, MIN_SEEDS), *margin_problems(comparison)],
+        margin.rule,
     )
-    tighter = np.fmin(steps["margin"], MAX_FIRST_GAP * steps["loss"])
-    steps["margin"] = steps["margin"].mask(steps["step"] <= FIRST_EARLY_STEPS, tighter)
-    bounds = steps[["low", "high", "margin"]].to_numpy(float)
-    verdicts: list[Verdict] = [within(low, high, (-margin, margin)) for low, high, margin in bounds]
-    half = (steps["high"] - steps["mean"]).fillna(0.0)
-    steps["strain"] = ((steps["mean"].abs() + half) / steps["margin"]).fillna(0.0)
-    verdict = all_of(verdicts)
-    furthest = steps[[at_step == verdict for at_step in verdicts]].sort_values("strain").iloc[-1]
-    mean, interval = float(furthest["mean"]), (float(furthest["low"]), float(furthest["high"]))
-    text = (
-        f"{_compared(early)} at most {nats(mean, *interval)}, margin {furthest['margin']:.4f} (step "
-        f"{furthest['step']:.0f} of {len(steps)}), loss {furthest['loss']:.3f}, batches: "
-        f"{sigma_text(early.sigma_batch)}"
-    )
-    problems = _seed_problems(early, MIN_SEEDS)
-    return finding(early.run_ids, text, verdict, problems, mean, interval, float(furthest["strain"]))
+    return replace(judged, reason=judged.reason + _by_inverse_rank(early))
 
 
 C1 = Claim(
@@ -90,13 +107,12 @@ C1 = Claim(
     statement="Early in training, learning curves at one LR are the same for all ranks",
     figure="early curves",
     criterion=(
-        "The difference is the training NLL of the lowest rank above 1 minus that of the highest (16 and 256 in the "
-        f"paper) on the same batches, as a mean over seeds. At every step up to {EARLY_STEPS} its 95% interval lies "
-        f"within {SIGMAS} sigma of batches, the standard deviation over seeds, pooled over both ranks and these steps; "
-        f"up to step {FIRST_EARLY_STEPS} it lies within {MAX_FIRST_GAP:.0%} of the loss too. Contradicted if the whole "
-        "interval is outside at some step"
+        f"The difference is the training NLL of the lowest rank of {PAPER_RANK} or more minus that of the highest rank "
+        "(16 and 256 in the paper), at one LR and on the same batches. Its mean over seeds is 0 within the margin in "
+        f"each of {WINDOWS} windows of steps 2 to {EARLY_STEPS}, which are equally long in log(step). The reason also "
+        "gives how the differences of all pairs of ranks go with 1/r1 - 1/r2"
     ),
-    needs=f"LoRA of two ranks above 1 at one LR, {MIN_SEEDS} seeds, training losses at every step",
+    needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
     paper_value="nearly on top of each other; no number",
     unit="nats per token",
     experiments=("early",),
@@ -106,29 +122,26 @@ C1 = Claim(
 
 
 def difference_grows(comparison: Comparison) -> Finding:
-    """C2: judge the slope of each seed's |difference| of two ranks against log step, and its mean by decade."""
+    """C2: judge the slope of each seed's difference of two ranks against log step, as a share of the mean of all.
+
+    The difference keeps its sign: the absolute value of a difference that is small beside its noise does not grow.
+    """
     early = _early(comparison)
-    apart = early.by_seed[early.by_seed.index > 1].abs()
-    slopes = pd.Series([against_log(apart.index, apart[seed]).slope for seed in apart], dtype=float)
-    slope, low, high = mean_interval(slopes)
-    # The first decade is steps 2 to 10, the second 11 to 100.
-    decade = np.ceil(np.log10(apart.index.to_numpy(float)) - 1e-9).astype(int)
-    means = apart.mean(axis=1).groupby(decade).mean()
-    ends = np.minimum(10.0 ** means.index.to_numpy(float), apart.index.max())
-    by_decade = ", ".join(f"{value:.4f} up to step {end:.0f}" for end, value in zip(ends, means, strict=True))
+    apart = early.by_seed[early.by_seed.index > 1]
+    name = f"{comparison.label} r{early.low} - r{early.high} growth"
+    mean = mean_over_seeds(apart.mean(), f"{name} mean")
+    growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), name)
     text = (
-        f"{_compared(early)}, |difference| grows by {nats(slope, low, high)} per decade of steps over {early.n_seeds} "
-        f"seeds; mean {by_decade}"
+        f"{_compared(early)}, {nats(mean)} on average, grows by {growth.value:.0%} "
+        f"{fixed_interval(*growth.interval(), 2)} of that per tenfold steps, {growth.n_seeds} seeds"
     )
     problems = _seed_problems(early, MIN_SEEDS)
-    if len(means) < 2:
-        problems.append("fewer than two decades of steps")
-    verdict: Verdict = "inconclusive"
-    if low > 0 and means.is_monotonic_increasing:
-        verdict = "confirmed"
-    elif high < 0:
-        verdict = "contradicted"
-    return finding(early.run_ids, text, verdict, problems, slope, (low, high), -slope)
+    if mean.known and mean.interval()[0] <= 0 <= mean.interval()[1]:
+        problems.append(Problem("no difference that surely is one, which could grow", Remedy("more seeds")))
+    if apart.empty or apart.index.max() <= FIRST_STEPS:
+        problems.append(Problem(f"no more than {FIRST_STEPS} steps", Remedy("longer runs")))
+    rule = f"{MIN_GROWTH:.0%} of the mean difference per tenfold steps"
+    return decide(Above(MIN_GROWTH), growth, text, early.run_ids, problems, rule)
 
 
 C2 = Claim(
@@ -137,13 +150,13 @@ C2 = Claim(
     statement="The difference of early curves grows with time",
     figure="early curves",
     criterion=(
-        "The slope of each seed's |difference| (as in C1) against log step, from step 2 to the end, has a 95% "
-        "interval over seeds above 0, and the mean |difference| rises from decade to decade of steps. Contradicted if "
-        "the interval is below 0"
+        "For each seed, the slope of the difference (as in C1, at each step from 2 to the end) against log10(step) is "
+        "divided by the mean difference of all seeds, which must surely differ from 0. On average over seeds it is "
+        f"above 0 by {MIN_GROWTH:g}"
     ),
-    needs=f"as C1, over 10 steps and more; {MIN_SEEDS} seeds",
+    needs=f"as C1, over more than {FIRST_STEPS} steps; {MIN_SEEDS} seeds",
     paper_value="grows; no number",
-    unit="nats per token and decade",
+    unit="share of the mean per tenfold steps",
     experiments=("early",),
     judge=over(every_dataset, difference_grows),
 )
@@ -152,15 +165,12 @@ C2 = Claim(
 def difference_negative_at_first(comparison: Comparison) -> Finding:
     """C3: judge the mean difference of two ranks over the first steps, over seeds."""
     early = _early(comparison, FIRST_STEPS)
-    # Before the first update all ranks have the loss of the base model.
-    first = early.by_seed[early.by_seed.index > 1]
-    mean, low, high = mean_interval(first.mean())
-    text = f"{_compared(early)} = {nats(mean, low, high)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
+    [mean] = _paired(comparison, early).means([(2, FIRST_STEPS)])
+    text = f"{_compared(early)} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
     problems = _seed_problems(early, SIGN_SEEDS)
-    if first.empty or first.index.max() < FIRST_STEPS:
-        problems.append(f"fewer than {FIRST_STEPS} steps")
-    verdict: Verdict = "confirmed" if high < 0 else "contradicted" if low > 0 else "inconclusive"
-    return finding(early.run_ids, text, verdict, problems, mean, (low, high), mean)
+    if early.by_seed.index.max() < FIRST_STEPS:
+        problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
+    return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
 
 
 C3 = Claim(
@@ -169,8 +179,8 @@ C3 = Claim(
     statement="In the first few steps the lower rank has a slightly lower loss",
     figure="early curves",
     criterion=(
-        f"The difference as in C1, as a mean over steps 2 to {FIRST_STEPS}, has a 95% interval over at least "
-        f"{SIGN_SEEDS} seeds below 0. Contradicted if the interval is above 0"
+        f"The difference as in C1, as a mean over steps 2 to {FIRST_STEPS} and at least {SIGN_SEEDS} seeds, is below "
+        "0, within an upper margin of 0"
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import pandas as pd
 
 from lorabench.analysis.arms import is_standard
-from lorabench.analysis.comparison import Comparison, comparisons
+from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.finding import Finding, UnjudgedError, together
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
@@ -31,6 +31,11 @@ class Evidence:
     """The table `counts`: parameter counts of LoRA on large models."""
     every_run: pd.DataFrame = field(default_factory=pd.DataFrame)
     """The whole table `runs`, for a claim that compares RL with supervised training."""
+    judging: Judging = field(default_factory=Judging)
+    """Margins, losses by test example, and seed noise from elsewhere."""
+    rewarded: dict[str, list[Comparison]] = field(default_factory=dict, repr=False)
+    """The comparisons of RL on error rates that claims have asked for, by the column of test accuracies; they share
+    their fits."""
 
     @cached_property
     def standard(self) -> pd.DataFrame:
@@ -40,7 +45,7 @@ class Evidence:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """The comparisons of the standard runs, one per model, dataset, batch size and length."""
-        return comparisons(self.standard, self.curves)
+        return comparisons(self.standard, self.curves, self.judging)
 
 
 class Labelled(Protocol):

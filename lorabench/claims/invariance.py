@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.censored import censored_slope
 from lorabench.analysis.early import train_curves
-from lorabench.analysis.finding import (
-    MIN_SEEDS,
-    Finding,
-    UnjudgedError,
-    Verdict,
-    finding,
-    together,
-    within,
-    worst,
-)
+from lorabench.analysis.estimate import exact
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
     PAIR_SETTING,
@@ -29,10 +22,14 @@ from lorabench.analysis.invariances import (
     ratio_of_means,
     tenfold_pairs,
 )
-from lorabench.analysis.slopes import log_log
+from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.scopes import on_lora
 from lorabench.utils.formats import fixed_interval
+
+REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
+"""The fact that several claims state."""
 
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
 
@@ -49,7 +46,8 @@ SLOPE_STEPS = 5
 """The number of steps over which the initial slope is taken."""
 
 SLOPE_BAND = (0.98, 1.02)
-"""The ratios of two initial slopes that count as equal."""
+"""The ratios of two initial slopes that count as equal: the losses of equal first updates differ by rounding and by
+what little A has moved."""
 
 STILL = 0.1
 """The movement of A, as a share of its initial norm, up to which A counts as still."""
@@ -58,10 +56,14 @@ TIME_BAND = (0.8, 1.2)
 """The exponents of the time until A has moved, against init_A / LR_A, that count as 1."""
 
 MIN_TIMES = 3
-"""The number of values of init_A / LR_A that this exponent needs."""
+"""The number of values of init_A / LR_A, at one update scale, that this exponent needs."""
 
 MIN_TIMES_RANGE = 4
 """The factor between the largest and the smallest of these values that the exponent needs."""
+
+TIME_ERROR = 0.05
+"""The least standard deviation of the natural logarithm of a time until A has moved, since it is interpolated between
+recorded steps."""
 
 
 def _named(pair: pd.Series[Any], speed: str) -> str:
@@ -93,39 +95,48 @@ def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool
     )
     problems = []
     if len(equal) < int(pairs["equivalent"].sum()):
-        problems.append("some equivalent pairs have no training losses")
-    verdict: Verdict = "confirmed" if largest < IDENTICAL else "contradicted"
-    if equal["step"].min() < TRAJECTORY_STEPS and verdict == "confirmed":
-        problems.append(f"fewer than {TRAJECTORY_STEPS} steps in common")
-    if verdict == "contradicted" and not eps <= ZERO_EPS:
-        problems.append("epsilon is not near the zero that the argument is about")
-    if control.empty:
-        problems += ["no pair that should differ"] if verdict == "confirmed" else []
-    else:
-        nearest = float(control["difference"].min())
-        text += f"; {len(control)} other pairs by at least {nearest:.2g}"
-        if verdict == "confirmed" and not nearest > max(largest, IDENTICAL):
-            problems.append("runs that should differ do not, so the measure can't tell them apart")
+        problems.append(Problem("some equivalent pairs have no training losses"))
+    if largest > IDENTICAL and not eps <= ZERO_EPS:
+        remedy = Remedy(f"runs with an epsilon of {ZERO_EPS:g} or less")
+        problems.append(Problem("epsilon is not near the zero that the argument is about", remedy))
+    if largest <= IDENTICAL:
+        if equal["step"].min() < TRAJECTORY_STEPS:
+            remedy = Remedy(f"runs of {TRAJECTORY_STEPS} steps")
+            problems.append(Problem(f"fewer than {TRAJECTORY_STEPS} steps in common", remedy))
+        problems += _control_problems(control, largest)
+    if len(control):
+        text += f"; {len(control)} other pairs by at least {float(control['difference'].min()):.2g}"
     run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
-    return finding(run_ids, text, verdict, problems, largest, strain=largest)
+    margin_rule = "the numerical precision of a training loss"
+    return decide(Within.margin(IDENTICAL), exact(largest), text, run_ids, problems, margin_rule)
+
+
+def _control_problems(control: pd.DataFrame, largest: float) -> list[Problem]:
+    """Return what keeps the control from showing that runs which should differ do."""
+    if control.empty:
+        return [Problem("no pair that should differ", Remedy("a run that should differ, such as at another LR"))]
+    if float(control["difference"].min()) > max(largest, IDENTICAL):
+        return []
+    return [Problem("runs that should differ do not, so the measure can't tell them apart")]
 
 
 C5 = Claim(
     id="C5",
-    kind="theory",
+    kind="derivation",
     statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
     figure="text",
     criterion=(
         "Runs with the same alpha * init_A * LR_B and the same init_A / LR_A, all else equal, have training losses "
-        f"that differ by less than {IDENTICAL:g} nats over the first {TRAJECTORY_STEPS} steps, and all pairs in which "
-        "one of the two products differs, the control, differ by more. Judged at the smallest epsilon in the tables; "
-        f"above {ZERO_EPS:g}, a difference does not contradict"
+        f"that are the same within {IDENTICAL:g} nats, the precision of a loss, over the first {TRAJECTORY_STEPS} "
+        "steps. All pairs in which one of the two differs are the control and must differ by more. Judged at the "
+        f"smallest epsilon in the tables; above {ZERO_EPS:g}, a difference leaves the claim open"
     ),
     needs=f"{_PAIRS}, that are equivalent, and some that are not",
     paper_value="exact; derived",
     unit="nats per token",
     experiments=("parametrization",),
     judge=on_lora(equivalent_trajectories),
+    fact=REDUNDANT,
     core=True,
 )
 
@@ -137,7 +148,7 @@ def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
 
 C8 = Claim(
     id="C8",
-    kind="theory",
+    kind="derivation",
     statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
     figure="text",
     criterion=(
@@ -149,6 +160,7 @@ C8 = Claim(
     unit="nats per token",
     experiments=("parametrization",),
     judge=on_lora(plus_trajectories),
+    fact=REDUNDANT,
 )
 
 
@@ -173,22 +185,23 @@ def _moved_by(lora: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.Series[
 def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
     """Judge one pair of configurations, over seeds."""
     first = of_pair.iloc[0]
-    ratio, low, high = ratio_of_means(of_pair["fast"].to_numpy(float), of_pair["slow"].to_numpy(float))
+    name = f"r{first['rank']} {_named(first, 'fast')} / {_named(first, 'slow')}"
+    ratio = ratio_of_means(of_pair["fast"].to_numpy(float), of_pair["slow"].to_numpy(float), name)
     a_moved = of_pair["run_id_fast"].map(moved).max()
     text = (
-        f"r{first['rank']} {_named(first, 'fast')}: {ratio:.3f} {fixed_interval(low, high, 3)} of the fall of "
-        f"{_named(first, 'slow')} over {len(of_pair)} seeds"
+        f"r{first['rank']} {_named(first, 'fast')}: {ratio.value:.3f} {fixed_interval(*ratio.interval(), 3)} of the "
+        f"fall of {_named(first, 'slow')} over {len(of_pair)} seeds"
     )
     problems = []
     if len(of_pair) < MIN_SEEDS:
-        problems.append(f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed")
-    if math.isnan(ratio):
-        problems.append("the loss does not fall")
-    verdict = within(low, high, SLOPE_BAND)
+        remedy = Remedy(f"{MIN_SEEDS} seeds (now {len(of_pair)})", seeds=MIN_SEEDS)
+        problems.append(Problem(f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed", remedy))
+    if math.isnan(ratio.value):
+        problems.append(Problem("the loss does not fall"))
     if not math.isnan(a_moved):
         text += f", A moved by {a_moved:.2g}"
     run_ids = [*of_pair["run_id_fast"], *of_pair["run_id_slow"]]
-    return finding(run_ids, text, verdict, problems, ratio, (low, high), abs(ratio - 1))
+    return decide(Within(*SLOPE_BAND), ratio, text, run_ids, problems, "a ratio of 1 within 2%")
 
 
 def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
@@ -210,7 +223,7 @@ def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
         f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
     )
     if not still:
-        raise UnjudgedError("inconclusive", left_out)
+        raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
     findings = [_slope_of(of_pair, moved) for of_pair in still]
     # There may be dozens of pairs, so the reason counts their verdicts.
     counts = pd.Series([judged.verdict for judged in findings]).value_counts()
@@ -220,13 +233,13 @@ def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
 
 C6 = Claim(
     id="C6",
-    kind="theory",
+    kind="derivation",
     statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
     figure="text",
     criterion=(
         f"The measure is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at "
         "least ten times as large, so that init_A / LR_A is a tenth or less, over that of runs with the same alpha * "
-        f"init_A * LR_B. The 95% interval of this ratio of means, paired by seed, lies within {SLOPE_BAND[0]:g} to "
+        f"init_A * LR_B. In every pair this ratio of means, paired by seed, is between {SLOPE_BAND[0]:g} and "
         f"{SLOPE_BAND[1]:g}. Pairs whose A has moved by more than {STILL:.0%} of its norm by then are left out, since "
         "the claim is about the time before A moves"
     ),
@@ -238,48 +251,96 @@ C6 = Claim(
 )
 
 
+def _time_cells(times: pd.DataFrame) -> pd.DataFrame:
+    """Return one time until A has moved for each setting, update scale and time scale.
+
+    Runs that are equivalent are one cell, as are seeds. The log times of a cell are averaged; if A did not move that
+    far in a run, or had done so by its first record, the mean is a bound as that run's limit is.
+
+    Returns:
+        The columns group (the number of the setting and update scale), time_scale, limit and bound (as of `move_times`)
+        and run_ids.
+    """
+    scales = {name: times[name].map(lambda value: f"{value:.9g}") for name in ("update_scale", "time_scale")}
+    keyed = times.assign(**{f"{name}_key": scale for name, scale in scales.items()})
+    keyed["group"] = keyed.groupby([*PAIR_SETTING, "update_scale_key"], dropna=False, sort=False).ngroup()
+    cells = keyed.groupby(["group", "time_scale_key"], as_index=False, sort=False).agg(
+        time_scale=("time_scale", "first"),
+        limit=("limit", lambda limits: math.exp(np.log(limits).mean())),
+        lowest=("bound", "min"),
+        highest=("bound", "max"),
+        run_ids=("run_id", list),
+    )
+    # A mean of an upper and a lower bound bounds nothing.
+    cells = cells[~((cells["lowest"] < 0) & (cells["highest"] > 0))]
+    return cells.assign(bound=cells["lowest"] + cells["highest"].where(cells["highest"] != cells["lowest"], 0))
+
+
 def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C7: judge the steps until A has moved by its own norm, as a power of init_A / LR_A."""
+    """C7: judge the steps until A has moved by its own norm, as a power of init_A / LR_A at one update scale."""
     times = move_times(lora, curves)
     if times.empty:
         raise UnjudgedError("not tested", "no a_moved in the curves")
-    # The seeds of one configuration make one point of the line.
-    cells = times.groupby([*PAIR_SETTING, *CONFIGURATION], dropna=False).agg(
-        time=("time_scale", "first"), step=("step", lambda steps: math.exp(np.log(steps).mean(skipna=False)))
+    cells = _time_cells(times)
+    known = cells[cells["bound"] == 0]
+    compared = cells[cells["group"].isin(known["group"]) & (cells.groupby("group")["group"].transform("size") > 1)]
+    if compared.empty:
+        text = "no two values of init_a/LR_A at one alpha * init_a * LR_B, in one of which A moved by its own norm"
+        raise UnjudgedError("inconclusive", text, _LONGER)
+    name = f"time scale of A on {lora['model'].iloc[0]}/{lora['dataset'].iloc[0]}"
+    slope = censored_slope(
+        np.log(compared["time_scale"].to_numpy(float)),
+        np.log(compared["limit"].to_numpy(float)),
+        compared["bound"].to_numpy(int),
+        compared["group"].to_numpy(int),
+        TIME_ERROR,
+        name,
     )
-    reached = cells.dropna()
-    if reached.empty:
-        raise UnjudgedError("inconclusive", f"A did not move by its own norm in any of {len(cells)} configurations")
-    line = log_log(reached["time"], reached["step"])
-    n_times = reached["time"].map(lambda value: f"{value:.6g}").nunique()
+    n_known = int((compared["bound"] == 0).sum())
+    number = f"{slope.value:.2f} {fixed_interval(*slope.interval(), 2)}" if math.isfinite(slope.value) else "unknown"
     text = (
-        f"steps until A has moved by its own norm go as (init_a/LR_A) to the power {line.slope:.2f} "
-        f"{fixed_interval(line.low, line.high, 2)}, {line.n} configurations with {n_times} time scales"
+        f"at fixed alpha * init_a * LR_B, steps until A has moved by its own norm go as (init_a/LR_A) to the power "
+        f"{number}, {n_known} times and {len(compared) - n_known} bounds at {compared['group'].nunique()} update scales"
     )
-    left_out = len(cells) - len(reached)
-    if left_out:
-        text += f"; {left_out} left out, in which A did not get there in every seed, or did before the first record"
-    problems = []
-    if n_times < MIN_TIMES or reached["time"].max() < MIN_TIMES_RANGE * reached["time"].min():
-        problems.append(f"{MIN_TIMES} time scales over a factor of {MIN_TIMES_RANGE} needed")
-    verdict = within(line.low, line.high, TIME_BAND)
-    run_ids = times.loc[times["step"].notna(), "run_id"]
-    return finding(run_ids, text, verdict, problems, line.slope, (line.low, line.high), abs(line.slope - 1))
+    ids = [run_id for of_cell in compared["run_ids"] for run_id in of_cell]
+    problems = _time_problems(compared[compared["bound"] == 0])
+    return decide(Within(*TIME_BAND), slope, text, ids, problems, "an exponent of 1 within a fifth")
+
+
+_LONGER = Remedy(
+    f"{MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE} at one alpha * init_A * LR_B, in runs "
+    "long enough for A to move by its own norm"
+)
+
+
+def _time_problems(known: pd.DataFrame) -> list[Problem]:
+    """Return the problem that no update scale has enough known times, if so."""
+    for _, of_group in known.groupby("group"):
+        if (
+            len(of_group) >= MIN_TIMES
+            and of_group["time_scale"].max() >= MIN_TIMES_RANGE * of_group["time_scale"].min()
+        ):
+            return []
+    text = f"{MIN_TIMES} known times over a factor of {MIN_TIMES_RANGE} in init_a/LR_A needed at one update scale"
+    return [Problem(text, _LONGER)]
 
 
 C7 = Claim(
     id="C7",
-    kind="theory",
+    kind="derivation",
     statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
     figure="text",
     criterion=(
-        "The log-log slope against init_A / LR_A of the steps until ||A - A0|| / ||A0|| reaches 1 has a 95% interval "
-        f"within {TIME_BAND[0]:g} to {TIME_BAND[1]:g}. The movement is a mean over layers, the steps are interpolated "
-        "on log axes between recorded steps, and their logs are averaged over seeds. Runs in which A does not move so "
-        "far are left out"
+        "The measure is the exponent with which the steps until ||A - A0|| / ||A0|| reaches 1 grow with init_A / LR_A, "
+        "between runs with the same alpha * init_A * LR_B, so that the size of the first updates is the same. It is "
+        f"between {TIME_BAND[0]:g} and {TIME_BAND[1]:g}. Movement is a mean over layers, and steps are interpolated on "
+        "log axes between recorded steps. Runs that end before A has moved so far count with their length as a lower "
+        "bound (Tobit regression with an intercept for each update scale); the log times of seeds and of equivalent "
+        "runs are averaged"
     ),
     needs=(
-        f"LoRA with {MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE}, long enough for A to move"
+        f"LoRA with {MIN_TIMES} values of init_A / LR_A over a factor of {MIN_TIMES_RANGE} at one alpha * init_A * "
+        "LR_B, long enough for A to move"
     ),
     paper_value="proportional; derived",
     unit="exponent",

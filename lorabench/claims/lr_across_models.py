@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lorabench.analysis.arms import STANDARD
-from lorabench.analysis.finding import Finding, Verdict, all_of, finding, within
-from lorabench.analysis.lr_ratio import PAPER_RATIO, QUANTILES, RATIO_BAND, LrRatio
-from lorabench.analysis.swept_models import SweptModel, run_ids
-from lorabench.claims.across_models import COLUMNS, EXPERIMENTS, MIN_MODELS, MODELS, across_models
+from lorabench.analysis.estimate import Estimate, combined, unknown
+from lorabench.analysis.finding import Finding, decide, finding, worst
+from lorabench.analysis.lr_ratio import as_ratio, in_words
+from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.swept_models import SweptModel, run_ids, slope_over_models, swept_models
+from lorabench.analysis.units import in_unit
+from lorabench.claims.across_models import (
+    COLUMNS,
+    EXPERIMENTS,
+    MIN_MODELS,
+    MODELS,
+    across_models,
+    of_models,
+    or_more_models,
+    too_few,
+)
 from lorabench.claims.claim import Claim
+from lorabench.claims.conditions import Condition
+from lorabench.claims.evidence import Evidence
+from lorabench.claims.learning_rate import LR_RATIO
 from lorabench.utils.formats import fixed_interval
 
-FLAT = 0.3
-"""The slope of log ratio on log hidden size, or its distance from another slope, up to which it counts as none."""
+SLOPE_MARGIN = 0.3
+"""The least distance of a slope of log ratio on log hidden size from the naive one that matters."""
 
 NAIVE_SLOPE = 1.0
 """The slope of log ratio on log hidden size in the naive derivation: the ratio is hidden size / (2 alpha)."""
@@ -27,61 +44,48 @@ NAIVE_DIVISOR = 2 * STANDARD["alpha"]
 MIN_SLOPE_MODELS = 3
 """The number of models that a slope needs."""
 
+PAPER_MODELS = 14
+"""The number of models that the paper swept."""
 
-def _ratios_text(ratios: Sequence[tuple[SweptModel, LrRatio]]) -> str:
+
+def _ratios_text(models: Sequence[SweptModel]) -> str:
     """Format each model's ratio with what speaks against it."""
-    ranks = sorted({model.lora["rank"] for model, _ in ratios})
+    ranks = sorted({model.lora["rank"] for model in models})
     each = [
-        f"{model.name} {ratio.short}" + (f" ({', '.join(ratio.problems)})" if ratio.problems else "")
-        for model, ratio in ratios
+        f"{model.name} {in_words(model.log_ratio)}"
+        + (f" ({', '.join(problem.text for problem in model.problems)})" if model.problems else "")
+        for model in models
     ]
     return f"LoRA {', '.join(f'r{rank}' for rank in ranks)} / FullFT: {', '.join(each)}"
 
 
-def _slope(ratios: Sequence[tuple[SweptModel, LrRatio]]) -> tuple[float, tuple[float, float]]:
-    """Return the slope of log ratio on log hidden size with its 95% interval; NaN for too few models or one size."""
-    x = np.log([float(model.hidden_size) for model, _ in ratios])
-    if len(x) < MIN_SLOPE_MODELS or np.ptp(x) == 0:
-        return math.nan, (math.nan, math.nan)
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    slope = float(weights @ np.log([ratio.estimate for _, ratio in ratios]))
-    low, high = np.quantile(weights @ np.log([ratio.draws for _, ratio in ratios]), QUANTILES).tolist()
-    return slope, (low, high)
-
-
-def _slope_text(slope: float, interval: tuple[float, float]) -> str:
-    if math.isnan(slope):
-        return "no slope against hidden size"
-    return f"slope of log ratio on log hidden size {slope:.2f} {fixed_interval(*interval, 2)}"
-
-
-def _distance(ratio: LrRatio) -> float:
-    """Return the distance of a ratio from the paper's, as a log."""
-    return abs(math.log(ratio.estimate / PAPER_RATIO))
+def _slope(models: Sequence[SweptModel]) -> Estimate:
+    """Return the slope of log ratio on log hidden size; it is unknown for too few models or one size."""
+    if len(models) < MIN_SLOPE_MODELS:
+        return unknown()
+    sizes = [math.log(model.hidden_size) for model in models]
+    name = "LR ratio on hidden size: " + ", ".join(model.name for model in models)
+    return slope_over_models(sizes, [model.log_ratio for model in models], ["all"] * len(models), name)
 
 
 def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
-    """B5: judge each model's LR ratio, and their slope against hidden size."""
-    ratios = [(model, model.ratio) for model in models]
-    resolved = [(model, ratio) for model, ratio in ratios if not ratio.problems]
-    verdicts: list[Verdict] = [within(*ratio.interval, RATIO_BAND) for _, ratio in resolved]
-    verdicts += ["inconclusive"] * (len(ratios) - len(resolved))
-    slope, interval = _slope(resolved)
-    verdicts.append(within(*interval, (-FLAT, FLAT)))
-    furthest_model, furthest = max(resolved or ratios, key=lambda pair: np.nan_to_num(_distance(pair[1]), nan=-1.0))
-    estimates = [ratio.estimate for _, ratio in resolved]
-    spread = f", largest / smallest {max(estimates) / min(estimates):.2f}" if len(estimates) > 1 else ""
-    text = (
-        f"furthest from {PAPER_RATIO:g}: {furthest_model.name}; {_ratios_text(ratios)}{spread}; "
-        f"{_slope_text(slope, interval)}"
-    )
-    problems = []
-    if len(models) < MIN_MODELS:
-        problems.append(f"{len(models)} models, {MIN_MODELS} needed")
+    """B5: judge each model's LR ratio against the geometric mean of all."""
+    resolved = [model for model in models if not model.problems]
+    log_ratios = [model.log_ratio for model in resolved or models]
+    problems = too_few(len(models), MIN_MODELS)
     if len({(model.lineage, model.hidden_size) for model in models}) < 2:
-        problems.append("all of one family and size")
-    strain = _distance(furthest)
-    return finding(run_ids(models), text, all_of(verdicts), problems, furthest.estimate, furthest.interval, strain)
+        problems.append(Problem("all of one family and size", Remedy("models of another family or hidden size")))
+    factor = models[0].comparison.judging.margins.lr_factor
+    rule = Within(-math.log(factor), math.log(factor))
+    margin_rule = f"within a factor of {factor:g}, the preset's lr_factor"
+    findings = []
+    for model in models:
+        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), model.log_ratio, *log_ratios)
+        text = f"{model.name} over the mean of {len(log_ratios)} models {in_words(distance)}"
+        against = [*problems, *of_models([model])]
+        findings.append(as_ratio(decide(rule, distance, text, run_ids(models), against, margin_rule)))
+    decisive = worst(findings)
+    return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
 
 
 B5 = Claim(
@@ -91,76 +95,85 @@ B5 = Claim(
     figure="text",
     criterion=(
         f"Over at least {MIN_MODELS} models of several families or sizes, on the same data, batch size and length, at "
-        f"the highest rank that all have: the 95% interval of every ratio lies within {RATIO_BAND[0]:g} to "
-        f"{RATIO_BAND[1]:g}, and the interval of the slope of log ratio on log hidden size within -{FLAT:g} to "
-        f"{FLAT:g} (bootstrap of the optima). Contradicted if one interval lies wholly outside. The estimate is the "
-        f"resolved ratio furthest from {PAPER_RATIO:g}"
+        "the highest rank that all have: every model's ratio of fitted optimal LRs is the geometric mean of all "
+        "within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise). A model whose "
+        "optima are not resolved leaves the claim open and is no part of the mean. The estimate is the ratio over the "
+        "mean of the model that decides"
     ),
     needs=MODELS,
     paper_value="the same for 14 models; fitted slope 0",
-    unit="ratio",
+    unit="ratio over the mean ratio",
     experiments=EXPERIMENTS,
     judge=across_models(ratio_independent_of_model),
     columns=COLUMNS,
+    fact=LR_RATIO,
 )
 
 
 def models_swept(models: list[SweptModel]) -> Finding:
-    """B11: count the models that have both optima resolved; the verdict is that of B5 on them."""
-    count = sum(not model.ratio.problems for model in models)
-    judged = ratio_independent_of_model(models)
-    enough = count >= MIN_MODELS
-    text = f"{count} of {len(models)} models with both optima resolved; as B5 {judged.verdict}: {judged.reason}"
-    return finding(judged.run_ids, text, judged.verdict if enough else "inconclusive", [], float(count), strain=-count)
+    """B11: count the models that were swept with both methods."""
+    count = len(models)
+    resolved = sum(not model.problems for model in models)
+    text = f"{count} models swept with FullFT and LoRA, {resolved} of them with both optima resolved"
+    return finding(run_ids(models), text, "confirmed", [], float(count), strain=-count)
+
+
+def _as_many_models(evidence: Evidence) -> str | None:
+    swept = max(map(len, swept_models(evidence.comparisons)), default=0)
+    return None if swept >= PAPER_MODELS else f"{swept} models"
 
 
 B11 = Claim(
     id="B11",
-    kind="empirical",
-    statement="The ratio of optimal LRs can be determined by sweeps of many models",
+    kind="count",
+    statement=f"The ratio of optimal LRs was determined by sweeps of {PAPER_MODELS} models",
     figure="text",
     criterion=(
-        f"At least {MIN_MODELS} models have resolved optima with both methods on the same data; the verdict is then "
-        "that of B5, since a count alone supports nothing"
+        f"At least {PAPER_MODELS} models were swept with both methods on the same data. It says nothing about the "
+        "world, so it is never contradicted"
     ),
     needs=MODELS,
-    paper_value="14 models",
+    paper_value=f"{PAPER_MODELS} models",
     unit="models",
     experiments=EXPERIMENTS,
     judge=across_models(models_swept),
     columns=COLUMNS,
+    conditions=(Condition(f"{PAPER_MODELS} models swept with FullFT and LoRA", _as_many_models, ("paper",)),),
+    fact=LR_RATIO,
 )
 
 
 def naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
-    """B6: judge the slope of log LR ratio on log hidden size against that of the naive derivation."""
-    ratios = [(model, model.ratio) for model in models]
-    resolved = [(model, ratio) for model, ratio in ratios if not ratio.problems]
-    slope, (low, high) = _slope(resolved)
+    """B6: judge by how much the slope of log LR ratio on log hidden size is below that of the naive derivation."""
+    resolved = [model for model in models if not model.problems]
+    slope = _slope(resolved)
     naive = ", ".join(f"{model.name} {model.hidden_size / NAIVE_DIVISOR:.3g}" for model in models)
-    text = f"{_slope_text(slope, (low, high))}; {_ratios_text(ratios)}; hidden/{NAIVE_DIVISOR:g} would be {naive}"
-    problems = []
-    if len(resolved) < MIN_SLOPE_MODELS:
-        problems.append(f"{len(resolved)} models with both optima resolved, {MIN_SLOPE_MODELS} needed")
-    elif math.isnan(slope):
-        problems.append("all of one hidden size")
-    verdict: Verdict = "inconclusive"
-    if high < NAIVE_SLOPE:
-        verdict = "confirmed"
-    elif low > NAIVE_SLOPE or NAIVE_SLOPE - FLAT <= low <= high <= NAIVE_SLOPE + FLAT:
-        verdict = "contradicted"
-    return finding(run_ids(models), text, verdict, problems, slope, (low, high), slope)
+    problems = too_few(len(resolved), MIN_SLOPE_MODELS, "models with both optima resolved")
+    if problems:
+        # What would resolve a model comes first, since the first remedy is the one that is given.
+        problems = [*of_models(models), *problems]
+    elif len({model.hidden_size for model in resolved}) < 2:
+        problems.append(Problem("all of one hidden size", Remedy("models of another hidden size")))
+    number = f"{slope.value:.2f} {fixed_interval(*slope.interval(), 2)}" if slope.known else "unknown"
+    text = (
+        f"slope of log ratio on log hidden size {number}; {_ratios_text(models)}; hidden/{NAIVE_DIVISOR:g} would be "
+        f"{naive}"
+    )
+    below = combined(lambda value: NAIVE_SLOPE - value, slope)
+    margin_rule = f"{SLOPE_MARGIN:g} below the naive slope"
+    judged = decide(Above(SLOPE_MARGIN), below, text, run_ids(models), problems, margin_rule)
+    return or_more_models(in_unit(judged, lambda distance: NAIVE_SLOPE - distance))
 
 
 B6 = Claim(
     id="B6",
-    kind="theory",
+    kind="derivation",
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
     figure="text",
     criterion=(
-        f"Over at least {MIN_SLOPE_MODELS} models with both optima resolved, the 95% interval of the slope of log "
-        f"ratio on log hidden size is below {NAIVE_SLOPE:g} (bootstrap of the optima). Contradicted if it is above "
-        f"{NAIVE_SLOPE:g}, or includes {NAIVE_SLOPE:g} and lies within {NAIVE_SLOPE - FLAT:g} to {NAIVE_SLOPE + FLAT:g}"
+        f"Over at least {MIN_SLOPE_MODELS} models with both optima resolved, the slope of log ratio on log hidden size "
+        f"is below the naive {NAIVE_SLOPE:g} by a margin of {SLOPE_MARGIN:g}. Its error is that of the fitted optima, "
+        "drawn together, or else that from the scatter of the models around the line, where this is larger"
     ),
     needs=MODELS,
     paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
-from lorabench.analysis.finding import Finding, UnjudgedError, Verdict, together, within
+from lorabench.analysis.finding import Finding, UnjudgedError, together
+from lorabench.analysis.rules import Verdict
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import Evidence
 
@@ -51,7 +54,7 @@ def parameter_counts(evidence: Evidence) -> Finding:
 
 E6 = Claim(
     id="E6",
-    kind="empirical",
+    kind="count",
     statement="LoRA has 0.49B (mlp r256), 0.25B (attn r256), 0.70B (all r256) and 0.24B (mlp r128) parameters",
     figure="4 (table)",
     criterion=(
@@ -65,10 +68,38 @@ E6 = Claim(
     judge=parameter_counts,
 )
 
-SAME_ORDER = 10.0
-"""The factor up to which two shares of parameters are of the same order."""
+ACTIVE_EXPERTS = 8
+"""The number of experts that Qwen3-30B-A3B activates for a token, by which the paper divides the total rank."""
 
 _MOE_PARTS = ("experts", "attention", "unembedding")
+
+
+def _distance(factors: dict[str, float]) -> float:
+    """Return the distance from 1, on a logarithmic scale, of the factor that is furthest from 1."""
+    return max(abs(math.log(factor)) for factor in factors.values())
+
+
+def _text(factors: dict[str, float]) -> str:
+    return ", ".join(f"{part} / experts {factor:.2f}" for part, factor in factors.items())
+
+
+def _expert_ratio(rank: int, share: pd.Series[float]) -> Finding:
+    """Judge M1 at one total rank, from LoRA's share of parameters by part of the model."""
+    missing = [part for part in _MOE_PARTS if part not in share]
+    if missing:
+        return Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted")
+    divided = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
+    # An expert's LoRA parameters are proportional to its rank.
+    undivided = {part: factor / ACTIVE_EXPERTS for part, factor in divided.items()}
+    nearer = _distance(divided) <= _distance(undivided)
+    shares = ", ".join(f"{part} {share[part]:.3%}" for part in _MOE_PARTS)
+    text = (
+        f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: {shares}; {_text(divided)}, and without the "
+        f"division {_text(undivided)}, which is {'further from' if nearer else 'nearer to'} 1"
+    )
+    furthest = max(divided.values(), key=lambda factor: abs(math.log(factor)))
+    strain = _distance(divided) - _distance(undivided)
+    return Finding("confirmed" if nearer else "contradicted", text, estimate=furthest, strain=strain)
 
 
 def expert_ratio(evidence: Evidence) -> Finding:
@@ -77,20 +108,10 @@ def expert_ratio(evidence: Evidence) -> Finding:
     by_part = counts[counts["part"].isin(_MOE_PARTS)].assign(
         share=lambda rows: rows["trainable_params"].astype(float) / rows["base_params"].astype(float)
     )
-    findings = []
-    for rank, rows in by_part.groupby("rank"):
-        share = rows.drop_duplicates("part").set_index("part")["share"]
-        missing = [part for part in _MOE_PARTS if part not in share]
-        if missing:
-            findings.append(Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted"))
-            continue
-        factors = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
-        furthest = max(factors.values(), key=lambda factor: max(factor, 1 / factor))
-        shares = ", ".join(f"{part} {share[part]:.3%}" for part in _MOE_PARTS)
-        times = ", ".join(f"{part} / experts {factor:.1f}" for part, factor in factors.items())
-        verdict = within(furthest, furthest, (1 / SAME_ORDER, SAME_ORDER))
-        text = f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: {shares} ({times})"
-        findings.append(Finding(verdict, text, estimate=furthest, strain=max(furthest, 1 / furthest)))
+    of_rank = {rank: by_part[by_part["rank"] == rank] for rank in sorted(set(by_part["rank"].astype(int)))}
+    findings = [
+        _expert_ratio(rank, rows.drop_duplicates("part").set_index("part")["share"]) for rank, rows in of_rank.items()
+    ]
     if not findings:
         raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
     return together(findings)
@@ -98,13 +119,14 @@ def expert_ratio(evidence: Evidence) -> Finding:
 
 M1 = Claim(
     id="M1",
-    kind="theory",
+    kind="count",
     statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
     figure="text",
     criterion=(
-        "On Qwen3-30B-A3B with an expert rank of total rank / 8, and with gate and up of an expert as one matrix: "
-        "LoRA over base parameters of attention and of the unembedding, each over that of the experts, lies within "
-        f"{1 / SAME_ORDER:g} to {SAME_ORDER:g}. The estimate is the factor furthest from 1"
+        "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
+        "attention, and of the unembedding, over that of the experts. With an expert rank of the total rank / "
+        f"{ACTIVE_EXPERTS}, the factor furthest from 1, which is the estimate, is nearer to 1 on a logarithmic scale "
+        "than with the total rank for every expert. Contradicted if it is further"
     ),
     needs="the table of parameter counts; no runs",
     paper_value="the same, by dividing by the 8 active experts",

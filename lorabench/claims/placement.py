@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.finding import (
-    MAX_ERROR_MARGIN,
-    MIN_SEEDS,
-    SIGMAS,
-    Finding,
-    UnjudgedError,
-    exceeds,
-    finding,
-    noise_problems,
-    sigma_text,
-    together,
-)
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together
 from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import over
-from lorabench.claims.rl_shared import LEARNED, if_learned, over_problems
-from lorabench.claims.scopes import Scoped, every_dataset
+from lorabench.claims.evidence import Evidence, judge_each, over
+from lorabench.claims.rl_shared import (
+    CONDITIONS,
+    LEARNED,
+    alike_problems,
+    doubted,
+    if_learned,
+    over_problems,
+    overshoot_problems,
+)
+from lorabench.claims.scopes import Scope, Scoped, every_dataset
 
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
@@ -37,22 +36,24 @@ SMALL_DATA = 1000
 
 _NEEDS = (
     "LoRA on attention and on the MLP at about equal parameter counts{}, each with an LR grid whose best LR is not at "
-    f"its edge; {MIN_SEEDS} seeds at the best LRs"
+    f"its edge; {MIN_SEEDS} seeds at the LRs around each optimum"
 )
 
 _WITH_ALL = ", and on the MLP and all layers at one rank"
 
-_WORSE = (
+_PAIR = (
     f"of the arms nearest in parameter count (within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as "
-    f"many parameters on attention), attention's test NLL minus the MLP's is more than {SIGMAS} sigma with its 95% "
-    "interval above 0"
+    "many parameters on attention)"
 )
-_BELOW = f"Contradicted if the whole interval is below {SIGMAS} sigma"
+
+_WORSE = f"{_PAIR}, the fitted minimum of attention's test NLL is above that of the MLP's by the margin"
 
 _SAME = (
-    "at every rank that both have, the 95% interval of the MLP's test NLL minus that of all layers lies within "
-    f"{SIGMAS} sigma"
+    "at every rank that both have, the fitted minimum of the MLP's test NLL is the same as that of all layers within "
+    "the margin, or lower"
 )
+
+_FACT = "LoRA on attention alone is worse than on the MLP"
 
 
 def _is_moe(comparison: Comparison) -> bool:
@@ -123,19 +124,10 @@ def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
 
 
 def attention_worse(comparison: Comparison) -> Finding:
-    """E1, E7: judge the test NLL of LoRA on attention minus that on the MLP at about equal parameter counts."""
+    """E1, E7: judge the loss of LoRA on attention minus that on the MLP at about equal parameter counts."""
     attn, mlp, counts = _equal_pair(comparison)
-    estimate, interval, text, problems = comparison.final_gap(attn, mlp)
-    sigma, dof = comparison.sigma("test")
-    return finding(
-        comparison.of([attn, mlp])["run_id"],
-        f"{text}, {sigma_text(sigma)} ({counts})",
-        exceeds(estimate, *interval, SIGMAS * sigma),
-        noise_problems(sigma, dof) + problems,
-        estimate,
-        interval,
-        -estimate,
-    )
+    judged = comparison.worse(attn, mlp)
+    return replace(judged, reason=f"{judged.reason} ({counts})")
 
 
 E1 = Claim(
@@ -143,13 +135,14 @@ E1 = Claim(
     kind="empirical",
     statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
     figure="4",
-    criterion=f"On every dense model: {_WORSE}. {_BELOW}",
+    criterion=f"On every dense model: {_WORSE}",
     needs=_NEEDS.format(""),
     paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
     unit="nats per token",
     experiments=("placement",),
     judge=over(dense, attention_worse),
     columns=("trainable_params",),
+    fact=_FACT,
     core=True,
 )
 
@@ -159,18 +152,19 @@ E7 = Claim(
     kind="empirical",
     statement="Attention alone is worse even with very little data",
     figure="text",
-    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. {_BELOW}",
+    criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
     needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
     paper_value="no number",
     unit="nats per token",
     experiments=("placement_small",),
     judge=over(tiny_dataset, attention_worse),
     columns=("trainable_params",),
+    fact=_FACT,
 )
 
 
 def attention_adds_nothing(comparison: Comparison) -> Finding:
-    """E2: judge the test NLL of LoRA on the MLP minus that on all layers, at every rank that both have."""
+    """E2: judge the loss of LoRA on the MLP minus that on all layers, at every rank that both have."""
     mlp, all_layers = comparison.placed("mlp"), comparison.lora
     require(
         ("LoRA on the MLP", next(iter(mlp.values()), None)),
@@ -179,7 +173,7 @@ def attention_adds_nothing(comparison: Comparison) -> Finding:
     ranks = [rank for rank in mlp if rank in all_layers]
     if not ranks:
         raise UnjudgedError("inconclusive", "no rank with LoRA on the MLP and on all layers")
-    return together([comparison.equal_losses(mlp[rank], all_layers[rank]) for rank in ranks])
+    return together([comparison.equal_losses(mlp[rank], all_layers[rank], better_too=True) for rank in ranks])
 
 
 E2 = Claim(
@@ -188,7 +182,10 @@ E2 = Claim(
     statement="On a dense model, LoRA on attention adds nothing to LoRA on the MLP",
     figure="4",
     criterion=f"On every dense model: {_SAME}",
-    needs=f"LoRA on the MLP and on all layers at one rank, each with an LR grid; {MIN_SEEDS} seeds at the best LRs",
+    needs=(
+        "LoRA on the MLP and on all layers at one rank, each with an LR grid whose best LR is not at its edge; "
+        f"{MIN_SEEDS} seeds at the LRs around each optimum"
+    ),
     paper_value="no benefit; no number",
     unit="nats per token",
     experiments=("placement",),
@@ -196,23 +193,44 @@ E2 = Claim(
     core=True,
 )
 
+PARTS: dict[str, Callable[[Comparison], Finding]] = {
+    "attention against the MLP": attention_worse,
+    "the MLP against all layers": attention_adds_nothing,
+}
+"""The two parts of E3, E4 and E5 by name: attention alone is worse, and it adds nothing to the MLP."""
 
-def both_parts(comparison: Comparison) -> Finding:
-    """E3, E4: judge whether attention is worse, and whether the MLP alone is as good as all layers."""
-    findings = []
-    for what, judge in (
-        ("attention alone is worse", attention_worse),
-        ("the MLP alone is enough", attention_adds_nothing),
-    ):
-        try:
-            part = judge(comparison)
-        except UnjudgedError as unjudged:
-            part = unjudged.finding
-        findings.append(replace(part, reason=f"{what}? {part.verdict}: {part.reason}"))
-    verdicts = {part.verdict for part in findings}
-    decided = together(findings)
-    # One half of the claim does not confirm it.
-    return replace(decided, verdict="inconclusive") if verdicts == {"confirmed", "not tested"} else decided
+
+def in_parts(
+    judge_part: Callable[[Evidence, Callable[[Comparison], Finding]], Finding],
+) -> Callable[[Evidence], Finding]:
+    """Return a judge of both parts of a claim, whose reason starts with the part that decides.
+
+    Args:
+        judge_part: judges one part, given by its function, on the evidence.
+    """
+
+    def judge(evidence: Evidence) -> Finding:
+        decided = {}
+        for name, part in PARTS.items():
+            try:
+                decided[name] = judge_part(evidence, part)
+            except UnjudgedError as unjudged:
+                decided[name] = unjudged.finding
+        judged = judge_each((name, partial(_given, finding)) for name, finding in decided.items())
+        # One part of the claim does not confirm it.
+        if {finding.verdict for finding in decided.values()} == {"confirmed", "not tested"}:
+            return replace(judged, verdict="inconclusive")
+        return judged
+
+    return judge
+
+
+def _given(judged: Finding) -> Finding:
+    return judged
+
+
+def _over(scope: Scope) -> Callable[[Evidence], Finding]:
+    return in_parts(lambda evidence, part: over(scope, part)(evidence))
 
 
 E3 = Claim(
@@ -221,15 +239,15 @@ E3 = Claim(
     statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
     figure="4",
     criterion=(
-        f"On every model whose family ends in moe: {_WORSE}; and {_SAME}. Contradicted if the whole interval of the "
-        f"first difference is below {SIGMAS} sigma, or that of the second outside"
+        f"On every model whose family ends in moe: {_WORSE}; and {_SAME}. The estimate is that of the part that the "
+        "reason names first"
     ),
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     unit="nats per token",
     experiments=("placement",),
-    judge=over(mixture_of_experts, both_parts),
-    columns=("trainable_params",),
+    judge=_over(mixture_of_experts),
+    columns=("trainable_params", "family"),
 )
 
 
@@ -238,22 +256,25 @@ E4 = Claim(
     kind="empirical",
     statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
     figure="5",
-    criterion=(
-        f"By test NLL: {_WORSE}; and {_SAME}. Contradicted if the whole interval of the first difference is below "
-        f"{SIGMAS} sigma, or that of the second outside"
-    ),
+    criterion=f"On every dataset: {_WORSE}; and {_SAME}. The estimate is that of the part that the reason names first",
     needs=_NEEDS.format(_WITH_ALL),
     paper_value="same as on the large dataset (rank 256); no number",
     unit="nats per token",
     experiments=("placement_small",),
-    judge=over(every_dataset, both_parts),
+    judge=_over(every_dataset),
     columns=("trainable_params",),
+    fact=_FACT,
 )
 
 
-def placement_in_rl(comparison: Comparison) -> Finding:
-    """E5: judge E3 on error rates, where the MLP has learned."""
-    return if_learned(comparison, both_parts(comparison), list(comparison.placed("mlp").values()))
+def _in_rl(part: Callable[[Comparison], Finding], comparison: Comparison) -> Finding:
+    arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
+    judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
+    return doubted(judged, [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)])
+
+
+def _part_in_rl(evidence: Evidence, part: Callable[[Comparison], Finding]) -> Finding:
+    return over_problems(partial(_in_rl, part), "best_reward")(evidence)
 
 
 E5 = Claim(
@@ -262,22 +283,23 @@ E5 = Claim(
     statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
     criterion=(
-        "By the test error rate at the evaluation that is best on validation: of the arms nearest in parameter count "
-        f"(within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as many parameters on attention), "
-        f"attention's minus the MLP's is more than {SIGMAS} sigma with its 95% interval above 0; and at every rank "
-        f"that both have, the interval of the MLP's minus that of all layers lies within {SIGMAS} sigma, which must be "
-        f"at most {MAX_ERROR_MARGIN:g}. {LEARNED.format('the MLP')}"
+        "On the test error rate at the evaluation that is best on validation, on every model and problem set: "
+        f"{_PAIR}, attention's fitted minimum is above the MLP's by the margin; and at every rank that both have, the "
+        "MLP's is the same as that of all layers within the margin, or lower. The estimate is that of the part that "
+        f"the reason names first. {LEARNED.format('the MLP')}, and unless the seeds of each arm differ"
     ),
     needs=(
         "RL runs of LoRA on attention and on the MLP at about equal parameter counts, and on the MLP and all layers "
-        f"at one rank, each with an LR grid whose best LR is not at its edge; {MIN_SEEDS} seeds at the best LRs"
+        "at one rank, each with an LR grid whose best LR is not at its edge; "
+        f"{MIN_SEEDS} seeds at the LRs around each optimum"
     ),
     paper_value="no number",
     unit="error rate",
     experiments=("placement_rl",),
-    judge=over_problems(placement_in_rl, "best_reward"),
+    judge=in_parts(_part_in_rl),
     columns=("base_reward", "best_reward", "trainable_params"),
     task="rl",
+    conditions=CONDITIONS,
 )
 
 CLAIMS = (E1, E2, E3, E4, E5, E7)

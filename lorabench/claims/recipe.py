@@ -1,24 +1,27 @@
 """The practical recipe from runs: does LoRA match full fine-tuning, and at which learning rate, rank and placement?
 
-Every arm is taken at its own best learning rate, picked on the validation split. LoRA matches if, on the test split,
-its loss minus that of full fine-tuning is below two seed standard deviations with its whole 95% interval, by the rule
-of the claims on equal losses (`Comparison.equal_losses`); a better LoRA matches too. In RL all losses are error rates.
+Every arm is taken at the minimum that is fitted to its test losses around its optimal learning rate (`loss_fit`). By
+the rule of the claims on equal losses (`Comparison.equal_losses`), LoRA matches if the 90% interval of its loss minus
+that of full fine-tuning lies below the margin; a better LoRA matches too. In RL all losses are error rates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
 
+from lorabench.analysis.arm_grid import ArmGrid
 from lorabench.analysis.arms import arm_label, is_standard
-from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, Task, comparisons
-from lorabench.analysis.finding import Finding, Verdict
-from lorabench.analysis.losses import with_losses
-from lorabench.analysis.lr_ratio import lr_ratio
-from lorabench.analysis.studies import MIN_LRS
+from lorabench.analysis.comparison import MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
+from lorabench.analysis.estimate import unknown
+from lorabench.analysis.finding import Finding
+from lorabench.analysis.lr_ratio import ratio_interval
+from lorabench.analysis.margin import Margin
+from lorabench.analysis.rules import Verdict
 from lorabench.claims.rl_shared import if_learned, rewarded_errors
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import with_all_columns
@@ -41,13 +44,14 @@ class SharedSetting:
 
 @dataclass(frozen=True)
 class GapToBaseline:
-    """The loss of an arm minus that of another, both at their best LR, paired by seed. NaN where not known."""
+    """The loss of an arm minus that of another at their fitted minima, paired by seed. NaN where not known."""
 
     answer: MatchAnswer
     """Whether the arm is as good as the other, or better."""
     estimate: float
     """In nats per token; in RL, in error rate. Above 0 the arm is worse."""
     low: float
+    """Lower end of the 95% interval."""
     high: float
     reason: str
     run_ids: tuple[str, ...]
@@ -55,7 +59,7 @@ class GapToBaseline:
 
 @dataclass(frozen=True)
 class LrRatioEstimate:
-    """The optimal LR of LoRA over that of full fine-tuning, with its 95% bootstrap interval. NaN where not known."""
+    """The optimal LR of LoRA over that of full fine-tuning, with its 95% interval. NaN where not known."""
 
     estimate: float
     low: float
@@ -66,21 +70,22 @@ class LrRatioEstimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """An arm at its best LR. NaN where not known."""
+    """An arm at its fitted optimum. NaN where not known."""
 
     label: str
     rank: int | None
     placement: str | None
     trainable_params: int | None
-    lr_best: float
-    """The LR of the grid with the lowest validation loss."""
+    lr: float
+    """The LR to use: the optimal LR in two digits, no further out than the grid."""
     lr_opt: float
-    """The optimal LR, interpolated between the LRs of the grid, with its 95% bootstrap interval (lr_low, lr_high)."""
+    """The fitted optimal LR, with its 95% interval (lr_low, lr_high)."""
     lr_low: float
     lr_high: float
     resolved: bool
+    """Whether the grid resolves the optimal LR."""
     loss: float
-    """The mean test loss at the best LR over its seeds."""
+    """The fitted minimum of the test loss."""
     n_seeds: int
     gap: GapToBaseline | None = None
     """Against full fine-tuning; for LoRA on some layers, against LoRA on all layers."""
@@ -92,20 +97,18 @@ class Choice:
 class RankRecommendation:
     """The recommendation from the runs of one model, dataset, batch size and length."""
 
-    place: SharedSetting
+    setting: SharedSetting
     answer: MatchAnswer
     """Yes: some rank matches. No: no rank that was tried matches. Undecided: no rank is known to match, some may."""
     fullft: Choice
     lora: tuple[Choice, ...]
     """The LoRA arms on all layers, ascending in rank."""
     best: Choice
-    """The rank with the lowest validation loss among the ranks that give the answer."""
+    """The rank with the lowest fitted loss among the ranks that give the answer."""
     smallest: Choice | None
     """The lowest rank that matches, if any."""
-    sigma: float
-    """The seed standard deviation of the test loss."""
-    dof: int
-    """The degrees of freedom of sigma."""
+    margin: Margin
+    """The smallest difference of losses that matters."""
 
     @property
     def use(self) -> Choice:
@@ -117,7 +120,7 @@ class RankRecommendation:
 class PlacementChoice:
     """LoRA on all and on some layers of one model, dataset, batch size and length, each at its best rank."""
 
-    place: SharedSetting
+    setting: SharedSetting
     all_layers: Choice
     """LoRA on all layers."""
     parts: tuple[Choice, ...]
@@ -146,14 +149,16 @@ class MeasuredRecipe:
         """
         groups: dict[tuple[str, ...], dict[int, RankRecommendation]] = {}
         for recommendation in sorted(
-            self.recommendations, key=lambda each: (each.place.batch_size, each.place.steps or 0)
+            self.recommendations, key=lambda each: (each.setting.batch_size, each.setting.steps or 0)
         ):
-            place = recommendation.place
-            groups.setdefault((place.task, place.model, place.dataset), {})[place.batch_size] = recommendation
+            setting = recommendation.setting
+            groups.setdefault((setting.task, setting.model, setting.dataset), {})[setting.batch_size] = recommendation
         return [tuple(sizes.values()) for sizes in groups.values() if len(sizes) > 1]
 
 
-def measured_recipe(runs: pd.DataFrame) -> MeasuredRecipe:
+def measured_recipe(
+    runs: pd.DataFrame, curves: pd.DataFrame | None = None, judging: Judging | None = None
+) -> MeasuredRecipe:
     """Derive recommendations from runs.
 
     A comparison needs full fine-tuning and LoRA, each with MIN_LRS or more LRs. Only LoRA in the paper's
@@ -161,6 +166,8 @@ def measured_recipe(runs: pd.DataFrame) -> MeasuredRecipe:
 
     Args:
         runs: the table `runs`; a task that lacks columns of NEEDED_BY is left out.
+        curves: the table `curves`, whose losses of the base the margin is taken from.
+        judging: margins, losses by test example, and seed noise from elsewhere.
 
     Raises:
         UserError: see `check_runs`.
@@ -168,11 +175,11 @@ def measured_recipe(runs: pd.DataFrame) -> MeasuredRecipe:
     recommendations: list[RankRecommendation] = []
     placements: list[PlacementChoice] = []
     for standard in _standard(runs):
-        # As in the claims, seed noise is taken from the compared arms alone.
-        for comparison in _tuned(standard[standard["placement"].isna() | standard["placement"].eq("all")]):
+        of_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
+        for comparison in _tuned(of_all_layers, curves, judging):
             if comparison.fullft and comparison.lora:
                 recommendations.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
-        for comparison in _tuned(standard[standard["method"].eq("lora")]):
+        for comparison in _tuned(standard, curves, judging):
             parts = [arms for name in ("mlp", "attn") if (arms := list(comparison.placed(name).values()))]
             if comparison.lora and parts:
                 placements.append(_placements(comparison, list(comparison.lora.values()), parts))
@@ -189,12 +196,12 @@ def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
             yield rewarded_errors(standard) if task == "rl" else standard
 
 
-def _tuned(runs: pd.DataFrame) -> Iterator[Comparison]:
+def _tuned(runs: pd.DataFrame, curves: pd.DataFrame | None, judging: Judging | None) -> Iterator[Comparison]:
     """Yield the comparisons, without the arms that have fewer than MIN_LRS LRs."""
-    for comparison in comparisons(runs, pd.DataFrame()):
+    for comparison in comparisons(runs, pd.DataFrame() if curves is None else curves, judging):
         rows = [arm_runs for arm_runs in comparison.rows.values() if arm_runs["lr"].nunique() >= MIN_LRS]
         if rows:
-            yield Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.noise)
+            yield Comparison(comparison.label, pd.concat(rows), comparison.curves, comparison.judging)
 
 
 def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm]) -> RankRecommendation:
@@ -202,27 +209,25 @@ def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm])
     answers: tuple[MatchAnswer, ...] = ("yes", "undecided", "no")
     answer = next(given for given in answers if any(_answer(choice) == given for choice in lora))
     giving = [(arm, choice) for arm, choice in zip(by_rank, lora, strict=True) if _answer(choice) == answer]
-    _, best = min(giving, key=lambda pair: _validation_loss(comparison, pair[0]))
-    sigma, dof = comparison.sigma("test")
+    _, best = min(giving, key=lambda pair: _loss(comparison, pair[0]))
     return RankRecommendation(
-        _place(comparison),
+        _setting(comparison),
         answer=answer,
         fullft=_choice(comparison, fullft),
         lora=tuple(lora),
         best=best,
         smallest=giving[0][1] if answer == "yes" else None,
-        sigma=sigma,
-        dof=dof,
+        margin=comparison.margin,
     )
 
 
 def _placements(comparison: Comparison, by_rank: Sequence[Arm], parts: Sequence[Sequence[Arm]]) -> PlacementChoice:
-    all_layers, *others = (min(arms, key=lambda arm: _validation_loss(comparison, arm)) for arms in (by_rank, *parts))
+    all_layers, *others = (min(arms, key=lambda arm: _loss(comparison, arm)) for arms in (by_rank, *parts))
     against = tuple(_against(comparison, arm, all_layers, tuned_ratio=False) for arm in others)
-    return PlacementChoice(_place(comparison), _choice(comparison, all_layers), against)
+    return PlacementChoice(_setting(comparison), _choice(comparison, all_layers), against)
 
 
-def _place(comparison: Comparison) -> SharedSetting:
+def _setting(comparison: Comparison) -> SharedSetting:
     arm = comparison.arms[0]
     task: Task = "rl" if comparison.is_rl else "sft"
     return SharedSetting(task, arm["model"], arm["dataset"], arm["batch_size"], arm["steps"])
@@ -233,11 +238,10 @@ def _answer(choice: Choice) -> MatchAnswer:
     return choice.gap.answer
 
 
-def _validation_loss(comparison: Comparison, arm: Arm) -> float:
-    """Return the mean validation loss at the best LR; infinite where no run finished."""
-    rows = with_losses(comparison.rows[arm_label(arm)])
-    loss = rows.loc[rows["run_id"].isin(comparison.losses[arm_label(arm)]["run_ids"]), "validation_loss"].mean()
-    return float("inf") if pd.isna(loss) else float(loss)
+def _loss(comparison: Comparison, arm: Arm) -> float:
+    """Return the fitted minimum of an arm; infinite where there is none."""
+    minimum = comparison.fit.minima.get(arm_label(arm))
+    return math.inf if minimum is None else minimum.value
 
 
 def _against(comparison: Comparison, arm: Arm, other: Arm, tuned_ratio: bool) -> Choice:
@@ -247,8 +251,9 @@ def _against(comparison: Comparison, arm: Arm, other: Arm, tuned_ratio: bool) ->
         judged = if_learned(comparison, judged, [other])
     ratio = None
     if tuned_ratio:
-        of_lrs = lr_ratio(comparison, arm, other)
-        ratio = LrRatioEstimate(of_lrs.estimate, *of_lrs.interval, tuple(of_lrs.problems))
+        log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
+        problems = tuple(problem.text for problem in comparison.problems([arm, other], resolved=True))
+        ratio = LrRatioEstimate(math.exp(log_ratio.value), *ratio_interval(log_ratio), problems)
     return _choice(comparison, arm, _gap(judged), ratio)
 
 
@@ -260,21 +265,29 @@ def _gap(judged: Finding) -> GapToBaseline:
 def _choice(
     comparison: Comparison, arm: Arm, gap: GapToBaseline | None = None, ratio: LrRatioEstimate | None = None
 ) -> Choice:
-    label = arm_label(arm)
-    optimum, losses, rows = comparison.optima[label], comparison.losses[label], comparison.rows[label]
-    params = rows["trainable_params"].dropna()
+    label, fit = arm_label(arm), comparison.fit
+    params = comparison.rows[label]["trainable_params"].dropna()
+    optimum, minimum = fit.optima.get(label, unknown()), fit.minima.get(label, unknown())
+    low, high = optimum.interval()
+    lr_opt = math.exp(optimum.value)
     return Choice(
         label=label,
         rank=arm["rank"],
         placement=arm["placement"],
         trainable_params=int(params.iloc[0]) if len(params) else None,
-        lr_best=float(optimum["lr_best"]),
-        lr_opt=float(optimum["lr_opt"]),
-        lr_low=float(optimum["lr_low"]),
-        lr_high=float(optimum["lr_high"]),
-        resolved=bool(optimum["resolved"]),
-        loss=float(losses["loss_mean"]),
-        n_seeds=int(losses["n_seeds"]),
+        lr=_lr_to_use(lr_opt, fit.grids.get(label)),
+        lr_opt=lr_opt,
+        lr_low=math.exp(low),
+        lr_high=math.exp(high),
+        resolved=fit.resolved.get(label, False),
+        loss=minimum.value,
+        n_seeds=fit.n_seeds.get(label, 0),
         gap=gap,
         ratio=ratio,
     )
+
+
+def _lr_to_use(optimum: float, grid: ArmGrid | None) -> float:
+    if grid is None or math.isnan(optimum):
+        return math.nan
+    return min(max(float(f"{optimum:.1e}"), float(grid.lrs[0])), float(grid.lrs[-1]))

@@ -9,16 +9,25 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
-from lorabench.analysis.finding import Finding, UnjudgedError, Verdict, finding, together, within
-from lorabench.analysis.gaps import mean_interval
+from lorabench.analysis.estimate import Estimate, combined, exact, mean_over_seeds
+from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, together, worst
+from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
+from lorabench.analysis.remedy import Problem
+from lorabench.analysis.rules import Above, Verdict, Within
 from lorabench.claims.claim import Claim
+from lorabench.claims.conditions import response_length
 from lorabench.claims.evidence import Evidence
-from lorabench.claims.rl_shared import MIN_CHAIN, RL_EXPERIMENTS, at_best, over_problems, tenths
+from lorabench.claims.rl_shared import (
+    LONG_RESPONSE,
+    RL_EXPERIMENTS,
+    RL_PRESETS,
+    over_problems,
+    points_at_optimum,
+    tenths,
+)
 from lorabench.tables.checks import is_rl
-from lorabench.utils.formats import fixed_interval
 
 MATH_PROBLEMS = 10_000
 """The number of problems in the paper's RL on MATH."""
@@ -28,6 +37,9 @@ MATH_SAMPLES = 32
 
 MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
 """The bits that RL on MATH gives at most, at 1 bit per episode."""
+
+FAR_MORE = 5.0
+"""The ratio from which on there are far more parameters than bits; the paper has almost 10."""
 
 
 def rank_1_holds_math(evidence: Evidence) -> Finding:
@@ -42,24 +54,24 @@ def rank_1_holds_math(evidence: Evidence) -> Finding:
         raise UnjudgedError(
             "not tested", "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
         )
-    ratios = {include: parameters / MATH_BITS for include, parameters in by_unembedding.items()}
-    verdict: Verdict = "confirmed" if min(ratios.values()) > 1 else "contradicted"
-    counted = ", ".join(
-        f"{parameters:,} {'with' if include else 'without'} the unembedding ({ratios[include]:.1f} times)"
-        for include, parameters in sorted(by_unembedding.items())
-    )
-    return Finding(verdict, f"rank-1 parameters over {MATH_BITS:,} bits: {counted}", estimate=ratios[True])
+    findings = []
+    for include, parameters in sorted(by_unembedding.items()):
+        ratio = parameters / MATH_BITS
+        text = f"{parameters:,} {'with' if include else 'without'} the unembedding ({ratio:.1f} times)"
+        findings.append(decide(Above(FAR_MORE), exact(ratio), text, (), (), f"a factor of {FAR_MORE:g}"))
+    counted = ", ".join(judged.reason for judged in findings)
+    return replace(worst(findings), reason=f"rank-1 parameters over {MATH_BITS:,} bits: {counted}")
 
 
 F6 = Claim(
     id="F6",
-    kind="theory",
+    kind="count",
     statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
     figure="text",
     criterion=(
-        "Llama-3.1-8B has more rank-1 parameters, counted with and without the unembedding, than RL on MATH gives "
-        f"bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} samples each at 1 bit per episode. "
-        "The estimate is their ratio with the unembedding"
+        f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
+        f"unembedding, as RL on MATH gives bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} "
+        "samples each at 1 bit per episode. The estimate is the smaller ratio. It is a count, which no run can change"
     ),
     needs="the table of parameter counts; no runs",
     paper_value="3M parameters for 320,000 bits, almost 10 times",
@@ -113,35 +125,40 @@ def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
     largest = float(steps.loc[equal, "grad_norm"].max())
     learning = steps.loc[~equal, "grad_norm"] > 0
     texts = [f"{learning.sum()} of {len(learning)} other steps have a gradient above 0"]
-    problems = []
+    problems: list[Problem] = []
     if equal.any():
         texts.insert(0, f"largest gradient of {equal.sum()} steps whose groups all have equal rewards: {largest:.3g}")
     else:
-        problems.append("no step whose groups all have equal rewards has a gradient norm")
+        problems.append(Problem("no step whose groups all have equal rewards has a gradient norm"))
     if len(before_and_after):
         n_runs = before_and_after["run_id"].nunique()
         texts.append(
             f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
         )
     if not learning.any():
-        problems.append("no step learns, so gradients of 0 are no evidence")
+        problems.append(Problem("no step learns, so the gradients of 0 check nothing"))
     verdict: Verdict = "confirmed"
     if largest > 0 or changed.any():
         # These steps learned, whatever other steps did.
         verdict, problems = "contradicted", []
+        texts.append("the trainer does not do what the derivation says")
+    else:
+        texts.append("true by construction, so it only checks the trainer")
     run_ids = {*steps.index[equal].get_level_values("run_id"), *before_and_after["run_id"]}
     return finding(run_ids, "; ".join(texts), verdict, problems, largest)
 
 
 F7 = Claim(
     id="F7",
-    kind="theory",
+    kind="derivation",
     statement="Where all samples of a group get the same reward, RL learns nothing",
     figure="text",
     criterion=(
-        "At every step whose groups all have equal rewards the gradient is exactly 0, while at other steps it is not; "
-        "and a run without other steps ends with exactly the accuracies of its base model on validation and test. The "
-        "estimate is the largest gradient norm of a step with equal rewards"
+        "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
+        "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
+        "all have equal rewards the gradient is exactly 0, while at other steps it is not; and a run without other "
+        "steps ends with exactly the accuracies of its base model on validation and test. The estimate is the largest "
+        "gradient norm of a step with equal rewards"
     ),
     needs="RL runs with steps at which all samples of every group get the same reward",
     paper_value="the entropy of the advantage is 0",
@@ -165,36 +182,36 @@ def _entropy(comparison: Comparison, arm: Arm) -> str:
     """Format the bits that an episode gives at most, with their mean by the mean reward of each step."""
     from scipy.special import entr
 
-    share = at_best(comparison, arm, "train", "reward")["value"].to_numpy(float)
+    share = points_at_optimum(comparison, arm, "train", "reward")["value"].to_numpy(float)
     if not len(share):
         return "at most 1 bit each"
     return f"at most 1 bit each ({float(np.mean(entr(share) + entr(1 - share))) / math.log(2):.2f} by the mean rewards)"
 
 
-def _bits(lengths: pd.DataFrame, comparison: Comparison) -> Finding:
+def _bits_per_token(sft: pd.DataFrame, run_ids: list[str]) -> Estimate:
+    """Estimate the mean first-epoch loss of runs of SFT, in bits per scored token."""
+    runs = sft[sft["run_id"].isin(run_ids)]
+    nats, tokens = (runs[name].astype(float) for name in _FIRST_EPOCH)
+    return mean_over_seeds(nats / tokens / math.log(2), f"first epoch of {' '.join(run_ids)}")
+
+
+def _bits(sft: pd.DataFrame, lengths: pd.DataFrame, comparison: Comparison) -> Finding:
     """Judge F9 for one model and problem set, against every dataset that the model was fine-tuned on."""
     highest = next(reversed(comparison.lora.values()), None)
     [arm] = require(("FullFT or LoRA on all layers", comparison.fullft or highest))
     tokens = tenths(comparison, arm, "response_length").mean(axis=1)
     if tokens.empty:
         raise UnjudgedError("not tested", "no response lengths")
-    per_episode = mean_interval(tokens)
-    episodes = f"{per_episode[0]:.3g} tokens per episode, {_entropy(comparison, arm)}"
-    if per_episode[0] < MIN_CHAIN:
-        raise UnjudgedError("not tested", f"{episodes}; the claim is about long responses, {MIN_CHAIN} tokens at least")
+    per_episode = mean_over_seeds(tokens, f"tokens of {comparison.label}")
+    episodes = f"{per_episode.value:.3g} tokens per episode, {_entropy(comparison, arm)}"
     findings = []
     for row in lengths[lengths["model"] == arm["model"]].to_dict("records"):
-        nats = [row["nats_per_token"], row["nats_low"], row["nats_high"]]
-        # The product of the ends is wider than the interval of the product, so it is cautious.
-        ratio, low, high = (n / math.log(2) * t for n, t in zip(nats, per_episode, strict=True))
-        bits = f"SFT on {row['dataset']} {nats[0] / math.log(2):.3g} bits per token"
-        text = f"{bits}; ratio {ratio:.0f} {fixed_interval(low, high, 0)}"
-        problems = comparison.edge_problems([arm])
-        run_ids = [*comparison.losses[arm_label(arm)]["run_ids"], *row["run_ids"]]
-        verdict = within(low, high, BITS_BAND)
-        findings.append(
-            finding(run_ids, text, verdict, problems, ratio, (low, high), abs(math.log(ratio / BITS_RATIO)))
-        )
+        per_token = _bits_per_token(sft, row["run_ids"])
+        ratio = combined(lambda bits, length: np.log(np.maximum(bits * length, 1e-9)), per_token, per_episode)
+        bits = f"SFT on {row['dataset']} {per_token.value:.3g} bits per token, ratio {math.exp(ratio.value):.3g}"
+        run_ids = [*comparison.at_optimum(arm)["run_id"], *row["run_ids"]]
+        rule = Within(*map(math.log, BITS_BAND))
+        findings.append(as_ratio(decide(rule, ratio, bits, run_ids, (), f"a factor of 10 around {BITS_RATIO:,.0f}")))
     if not findings:
         raise UnjudgedError("inconclusive", f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses")
     decisive = together(findings)
@@ -207,26 +224,28 @@ def fewer_bits_per_token(evidence: Evidence) -> Finding:
     if missing := [name for name in (*NEEDED_BY["sft"], *_FIRST_EPOCH) if name not in sft]:
         raise UnjudgedError("not tested", f"the runs table has no column {', '.join(missing)}")
     lengths = description_lengths(sft[~is_memorisation(sft)])
-    return over_problems(partial(_bits, lengths))(evidence)
+    return over_problems(partial(_bits, sft, lengths))(evidence)
 
 
 F9 = Claim(
     id="F9",
-    kind="theory",
+    kind="derivation",
     statement="RL takes in about 1,000 times fewer bits per token than SFT",
     figure="text",
     criterion=(
-        "On every problem set and against every dataset of the same model: SFT's first-epoch bits per scored token "
-        "times the mean tokens of an RL response, which gives at most 1 bit, lies with its 95% interval within "
-        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}. Both are of FullFT, or else of the highest LoRA rank, at its "
-        f"best LR. Not tested where responses are shorter than {MIN_CHAIN} tokens, since the claim speaks of thousands"
+        "That an episode gives at most 1 bit is derived; what is measured is the length of responses and the loss of "
+        "SFT. On every problem set and against every dataset of the same model, SFT's first-epoch bits per scored "
+        "token times the mean tokens of an RL response is within "
+        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}. Both are of FullFT, or else of the highest LoRA rank, near its "
+        "optimal LR"
     ),
-    needs=f"RL runs with responses of {MIN_CHAIN} tokens or more, and SFT runs of the same model; 2 seeds of both",
+    needs=f"RL runs with responses of {LONG_RESPONSE} tokens or more, and SFT runs of the same model; 2 seeds of both",
     paper_value="about 1,000",
     unit="ratio",
     experiments=RL_EXPERIMENTS,
     judge=fewer_bits_per_token,
     task="rl",
+    conditions=(response_length(LONG_RESPONSE, RL_PRESETS),),
 )
 
 CLAIMS = (F6, F7, F9)

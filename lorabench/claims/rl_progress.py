@@ -3,92 +3,114 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.finding import (
-    MAX_ERROR_MARGIN,
-    SIGMAS,
-    Finding,
-    UnjudgedError,
-    all_of,
-    error_equality_problems,
-    finding,
-    noise_problems,
-    sigma_text,
-    within,
-)
-from lorabench.analysis.gaps import mean_interval
-from lorabench.analysis.student import t_quantile
+from lorabench.analysis.estimate import N_DRAWS, Estimate, generator, mean_over_seeds
+from lorabench.analysis.finding import Finding, UnjudgedError, decide, worst
+from lorabench.analysis.lr_ratio import as_ratio
+from lorabench.analysis.margin import reward_margin
+from lorabench.analysis.paired_curves import paired_curves, scan
+from lorabench.analysis.remedy import Problem
+from lorabench.analysis.rules import Above, Rule, Within
 from lorabench.claims.claim import Claim
+from lorabench.claims.conditions import lrs, response_length
 from lorabench.claims.evidence import judge_each
 from lorabench.claims.rl_shared import (
+    CONDITIONS,
     DEEPMATH_EXPERIMENTS,
     LEARNED,
-    MIN_CHAIN,
+    LONG_RESPONSE,
+    MIN_GAIN,
+    RL_PRESETS,
     RL_RUNS,
-    at_best,
-    difference,
+    curve_problems,
     each_rank,
     over_problems,
-    pair_problems,
+    points_at_optimum,
     tenths,
 )
 from lorabench.utils.formats import fixed_interval
 
+PLATEAU = 0.9
+"""The share of FullFT's rise of the train reward from which on it counts as being on its plateau."""
+
+BEFORE, AFTER = 3, 2
+"""The numbers of equally long windows of steps before the plateau and on it."""
+
 LENGTH_BAND = (0.8, 1.25)
 """The ratios of two response lengths that count as the same."""
+
+LEAST_GROWTH = 1.1
+"""The factor from which on response lengths count as growing."""
 
 MAX_TRUNCATED = 0.1
 """The share of responses cut off above which their mean length says more about the limit than about them."""
 
 _OWN_SPLITS = ("train", "validation", "test")
 
-# The quantile of the normal distribution for a 95% interval.
-_Z = 1.96
 
+def plateau_step(rewards: pd.Series[float]) -> int:
+    """Return the first step at which train rewards have made the share PLATEAU of their rise.
 
-def _pooled(tables: list[pd.DataFrame]) -> tuple[float, int]:
-    """Compute the standard deviation over seeds, pooled over tables and columns, and its degrees of freedom.
+    The rise is that from the first to the last tenth of the steps, and rewards are running means over a tenth.
 
-    Columns of one seed are not independent, so the degrees of freedom count seeds alone.
+    Args:
+        rewards: mean train reward by step, ascending; at least one.
+
+    Returns:
+        A step; the last one if the rewards do not rise.
     """
-    repeated = [table for table in tables if len(table) > 1 and table.shape[1]]
-    dof = sum(len(table) - 1 for table in repeated)
-    squares = sum((len(table) - 1) * float(table.var().mean()) for table in repeated)
-    return (math.sqrt(squares / dof) if dof else math.nan), dof
+    tenth = max(1, len(rewards) // 10)
+    smooth = rewards.rolling(tenth, center=True, min_periods=1).mean()
+    first, last = float(rewards.iloc[:tenth].mean()), float(rewards.iloc[-tenth:].mean())
+    there = smooth.index[smooth >= first + PLATEAU * (last - first)]
+    return int(there[0]) if last > first and len(there) else int(rewards.index[-1])
+
+
+def progress_windows(steps: Sequence[int], plateau: int) -> list[tuple[int, int]]:
+    """Split steps into BEFORE windows up to the plateau and AFTER windows from there, without the first step.
+
+    Args:
+        steps: all steps, ascending. Before the first update all arms are the base model, so step 1 does not count.
+        plateau: the first step of the plateau.
+
+    Returns:
+        The first and last step of each window; fewer windows if the steps do not suffice for one each.
+    """
+    later = np.array([step for step in steps if step > 1], int)
+    parts = [*np.array_split(later[later < plateau], BEFORE), *np.array_split(later[later >= plateau], AFTER)]
+    return [(int(part[0]), int(part[-1])) for part in parts if len(part)]
 
 
 def same_progress(comparison: Comparison) -> Finding:
-    """F3: judge the mean train reward of each LoRA rank minus FullFT's, in each tenth of the steps after the first."""
-    rewards = {
-        arm_label(arm): tenths(comparison, arm, "reward").drop(columns=1, errors="ignore") for arm in comparison.arms
-    }
-    sigma, dof = _pooled(list(rewards.values()))
+    """F3: judge the train reward of each LoRA rank minus FullFT's, in windows of steps before and on the plateau."""
 
     def judge(lora: Arm, fullft: Arm) -> Finding:
-        gaps = difference(rewards[arm_label(lora)], rewards[arm_label(fullft)])
-        if gaps.empty:
+        runs = [comparison.at_optimum(arm) for arm in (lora, fullft)]
+        name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
+        curves = paired_curves(runs[0], runs[1], comparison.curves, name, "reward")
+        if curves.by_seed.empty:
             raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
-        tenth = gaps.columns[int(gaps.mean().abs().argmax())]
-        estimate, n = float(gaps[tenth].mean()), len(gaps)
-        # The tenths of one run are not independent: they steady the spread but add no degrees of freedom.
-        half = t_quantile(n - 1) * math.sqrt(gaps.var().mean() / n) if n > 1 else math.nan
-        interval = (estimate - half, estimate + half)
-        margin = SIGMAS * sigma
-        verdict = within(*interval, (-margin, margin))
-        text = (
-            f"mean train reward - FullFT's is furthest off in tenth {tenth} of the steps: {estimate:+.4f} "
-            f"{fixed_interval(*interval, 4)} over {n} seeds, {sigma_text(sigma)}"
+        rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
+        plateau = plateau_step(rewards.astype(float))
+        margin = comparison.margin
+        problems = curve_problems(comparison, [lora, fullft], curves.n_seeds)
+        problems += [Problem(margin.problem)] if margin.problem else []
+        return scan(
+            lambda window: Within.margin(margin.value),
+            curves,
+            progress_windows(curves.by_seed.index.tolist(), plateau),
+            lambda gap: f"train reward - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)}",
+            problems,
+            margin.rule,
         )
-        problems = noise_problems(sigma, dof) + error_equality_problems(verdict, margin)
-        problems += pair_problems(comparison, lora, fullft, n)
-        run_ids = comparison.of([lora, fullft])["run_id"]
-        return finding(run_ids, text, verdict, problems, estimate, interval, abs(estimate))
 
     return each_rank(comparison, judge, lambda lora, fullft: [fullft])
 
@@ -99,9 +121,10 @@ F3 = Claim(
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
     criterion=(
-        "Train rewards at the best LRs are averaged over tenths of the steps and paired by seed. For every LoRA rank, "
-        "in the tenth after the first where it is furthest from FullFT, the 95% interval of the difference lies "
-        f"within {SIGMAS} sigma, the seed noise of such a mean, which must be at most {MAX_ERROR_MARGIN:g}. "
+        "At the LRs nearest to the fitted optima, the train reward of every LoRA rank is the same as FullFT's within "
+        f"the margin, paired by seed, in each of {BEFORE + AFTER} windows of steps: {BEFORE} before FullFT has made "
+        f"{PLATEAU:.0%} of its rise and {AFTER} after that. The intervals hold for all windows at once. The margin is "
+        "the share of the gain in test accuracy from the base to FullFT that the preset gives. "
         f"{LEARNED.format('FullFT')}"
     ),
     needs=RL_RUNS.format("LoRA") + ", with train rewards",
@@ -111,48 +134,61 @@ F3 = Claim(
     judge=over_problems(same_progress),
     columns=("base_reward",),
     task="rl",
+    conditions=CONDITIONS,
 )
 
 
-def _first_and_last(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
-    """Return a metric before training (`first`) and at its end (`last`), by seed at an arm's best LR."""
-    points = at_best(comparison, arm, split, metric)
-    steps = {"first": 0, "last": points["step"].max()}
-    return pd.DataFrame(
-        {name: points[points["step"] == step].set_index("seed")["value"] for name, step in steps.items()}
-    )
+def _by_step(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
+    """Return a metric at the LR nearest to an arm's optimum, a row for each seed and a column for each step."""
+    points = points_at_optimum(comparison, arm, split, metric)
+    return points.pivot(index="seed", columns="step", values="value").astype(float)
+
+
+def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: int, name: str) -> Estimate:
+    """Estimate an accuracy minus another, each by seed, on one set of problems.
+
+    The answers to single problems are not in the tables, so the error from problems is that of two independent sets
+    of so many, which is cautious.
+    """
+    of_seeds = mean_over_seeds((lora - fullft).dropna(), name)
+    # Two more problems, of which one is right, keep the error of accuracies of 0 and 1 above 0.
+    shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in (lora, fullft)]
+    error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
+    of_problems = error * generator(f"problems of {name}").standard_normal(N_DRAWS)
+    return replace(of_seeds, example_part=of_problems, n_examples=n_problems)
 
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
-    accuracy = {arm["method"]: _first_and_last(comparison, arm, name, "accuracy") for arm in (lora, fullft)}
-    samples = _first_and_last(comparison, fullft, name, "n_samples")["last"].min()
-    gaps = difference(accuracy["lora"][["last"]], accuracy["fullft"][["last"]])
-    first, last = accuracy["fullft"].mean()[["first", "last"]]
-    if gaps.empty or math.isnan(first):
+    of_lora, of_fullft = (_by_step(comparison, arm, name, "accuracy") for arm in (lora, fullft))
+    steps = [step for step in of_fullft.columns.intersection(of_lora.columns).astype(int).tolist() if step > 0]
+    paired = [seed for seed in of_lora.index if seed in of_fullft.index]
+    if not steps or not paired or 0 not in of_fullft:
         raise UnjudgedError("inconclusive", "no accuracies of both before and after training")
-    estimate, low, high = mean_interval(gaps["last"])
-    mean = (last + float(accuracy["lora"]["last"].mean())) / 2
-    margin = _Z * math.sqrt(2 * mean * (1 - mean) / samples) if samples > 0 else math.nan
-    verdict = within(low, high, (-margin, margin))
-    text = (
-        f"accuracy - FullFT's = {estimate:+.4f} {fixed_interval(low, high, 4)} over {len(gaps)} seeds, FullFT "
-        f"{first:.3f} before and {last:.3f} after training"
-    )
-    problems = pair_problems(comparison, lora, fullft, len(gaps)) + error_equality_problems(verdict, margin)
-    if math.isnan(margin):
-        problems.append("number of samples not known")
-    else:
-        text += f", binomial margin {margin:.3f} of {samples:.0f} samples"
-        problems += ["accuracies of 0 or 1 leave no margin"] if margin == 0 else []
-    if not last - first > margin:
-        problems.append("FullFT got no better on it")
-    run_ids = comparison.of([lora, fullft])["run_id"]
-    return finding(run_ids, text, verdict, problems, estimate, (low, high), abs(estimate))
+    before, after = float(of_fullft[0].mean()), float(of_fullft[steps[-1]].mean())
+    margin = reward_margin(comparison.judging.margins, before, after, "FullFT")
+    problems = curve_problems(comparison, [lora, fullft], len(paired))
+    if not after - before >= MIN_GAIN:
+        problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))
+    counts = points_at_optimum(comparison, fullft, name, "n_problems")["value"]
+    if counts.empty:
+        problems.append(Problem("the number of problems is not known"))
+    n_problems = 0 if counts.empty else int(counts.min())
+    ids = pd.concat([comparison.at_optimum(arm) for arm in (lora, fullft)])["run_id"]
+    findings = []
+    for step in steps:
+        about = f"{comparison.label} {name} {arm_label(lora)} step {step}"
+        gap = _paired_gap(of_lora.loc[paired][step], of_fullft.loc[paired][step], n_problems, about)
+        text = f"accuracy - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)} after step {step}"
+        rule = f"{margin.rule} on {name}"
+        findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, rule))
+    decisive = worst(findings)
+    more = f"one of {len(steps)} evaluations on {n_problems} problems; FullFT {before:.3f} before, {after:.3f} after"
+    return replace(decisive, reason=f"{decisive.reason} ({more})")
 
 
 def further_sets_follow(comparison: Comparison) -> Finding:
-    """F4: judge the final accuracy of each LoRA rank minus FullFT's on AIME, or else on other further sets."""
+    """F4: judge the accuracy of each LoRA rank minus FullFT's on AIME, or else on other further sets."""
     curves = comparison.curves
     if not curves.empty:
         curves = curves[curves["run_id"].isin(comparison.runs["run_id"]) & curves["metric"].eq("accuracy")]
@@ -173,28 +209,22 @@ F4 = Claim(
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
     criterion=(
-        "On every AIME set, or on every other further set where there is no AIME set, for every LoRA rank: the 95% "
-        "interval of its final accuracy minus FullFT's, paired by seed, lies within the 95% binomial interval of a "
-        f"difference of two runs, which must be at most {MAX_ERROR_MARGIN:g}. Inconclusive where FullFT's own accuracy "
-        "does not rise by more than that"
+        "On every AIME set, or on every other further set where there is no AIME set, for every LoRA rank and every "
+        "evaluation after step 0: the accuracy is the same as FullFT's within the margin, at the LRs nearest to the "
+        "fitted optima and paired by seed. The margin is the share that the preset gives of FullFT's own gain in "
+        "accuracy on that set. The error from the problems of the set is that of two independent sets, which is "
+        "cautious. Inconclusive where that gain is below "
+        f"{MIN_GAIN:g}"
     ),
     needs=RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
     paper_value="no number",
     unit="accuracy",
     experiments=DEEPMATH_EXPERIMENTS,
     judge=over_problems(further_sets_follow),
+    columns=("base_reward",),
     task="rl",
+    conditions=CONDITIONS,
 )
-
-
-def _geometric_mean(ratios: pd.Series[float]) -> tuple[float, float, float]:
-    """Compute the geometric mean over seeds and its 95% t interval."""
-    mean, low, high = mean_interval(ratios.map(math.log))
-    return math.exp(mean), math.exp(low), math.exp(high)
-
-
-def _ratio_text(ratio: tuple[float, float, float]) -> str:
-    return f"{ratio[0]:.2f} {fixed_interval(*ratio[1:], 2)}"
 
 
 def _reflection(comparison: Comparison, arm: Arm) -> str:
@@ -204,33 +234,46 @@ def _reflection(comparison: Comparison, arm: Arm) -> str:
     return f"; {arm_label(arm)}: {shares[1]:.1%} of responses go back or check at first, {shares[10]:.1%} at last"
 
 
+def _factor(log_ratio: Estimate) -> str:
+    low, high = log_ratio.interval()
+    return f"{math.exp(log_ratio.value):.2f} {fixed_interval(math.exp(low), math.exp(high), 2)}"
+
+
+def _length_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) -> list[Problem]:
+    problems = curve_problems(comparison, arms, n_seeds)
+    for arm in arms:
+        truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
+        if truncated > MAX_TRUNCATED:
+            problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
+    return problems
+
+
 def same_growth_of_responses(comparison: Comparison) -> Finding:
     """F5: judge the mean length of the last train responses over FullFT's, and over that of the first ones."""
-    lengths = {arm_label(arm): tenths(comparison, arm, "response_length") for arm in comparison.arms}
 
     def judge(lora: Arm, fullft: Arm) -> Finding:
         # Empty responses have no ratio of lengths, so they count as one token.
-        both = [lengths[arm_label(arm)].reindex(columns=[1, 10]).dropna().clip(lower=1) for arm in (lora, fullft)]
+        arms = [lora, fullft]
+        both = [
+            tenths(comparison, arm, "response_length").reindex(columns=[1, 10]).dropna().clip(lower=1).map(math.log)
+            for arm in arms
+        ]
         if any(table.empty for table in both):
             raise UnjudgedError("not tested", "no response lengths of both at the start and the end of training")
-        final = max(float(table[10].mean()) for table in both)
-        if final < MIN_CHAIN:
-            raise UnjudgedError(
-                "not tested", f"responses of {final:.0f} tokens at most hold no chain of thought ({MIN_CHAIN} needed)"
-            )
-        ratios = (both[0][10] / both[1][10]).dropna()
-        ratio, *growths = map(_geometric_mean, (ratios, *(table[10] / table[1] for table in both)))
-        text = f"final length / FullFT's = {_ratio_text(ratio)} over {len(ratios)} seeds"
-        text += f", grown by {_ratio_text(growths[0])}, FullFT by {_ratio_text(growths[1])}"
-        problems = pair_problems(comparison, lora, fullft, len(ratios))
-        for arm in (lora, fullft):
-            text += _reflection(comparison, arm)
-            truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
-            if truncated > MAX_TRUNCATED:
-                problems.append(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off")
-        parts = [within(*ratio[1:], LENGTH_BAND), *(within(*growth[1:], (1.0, math.inf)) for growth in growths)]
-        run_ids = comparison.of([lora, fullft])["run_id"]
-        return finding(run_ids, text, all_of(parts), problems, ratio[0], ratio[1:], abs(math.log(ratio[0])))
+        name = f"lengths of {comparison.label} {arm_label(lora)}"
+        ratio = mean_over_seeds((both[0][10] - both[1][10]).dropna(), name)
+        growths = [mean_over_seeds(table[10] - table[1], f"{name} {end}") for end, table in enumerate(both)]
+        text = f"final length / FullFT's = {_factor(ratio)}, grown by {_factor(growths[0])}, FullFT by "
+        text += _factor(growths[1]) + "".join(_reflection(comparison, arm) for arm in arms)
+        ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
+        problems = _length_problems(comparison, arms, ratio.n_seeds)
+        same = Within(*map(math.log, LENGTH_BAND))
+        rules: list[tuple[Rule, Estimate]] = [
+            (same, ratio),
+            *((Above(math.log(LEAST_GROWTH)), growth) for growth in growths),
+        ]
+        band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
+        return as_ratio(worst([decide(rule, number, text, ids, problems, band) for rule, number in rules]))
 
     return each_rank(comparison, judge, lambda lora, fullft: [fullft])
 
@@ -241,11 +284,12 @@ F5 = Claim(
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
     criterion=(
-        "The measure is the mean length of train responses at the best LRs, paired by seed. For every LoRA rank, the "
-        f"95% interval of the mean length in the last tenth of the steps over FullFT's lies within {LENGTH_BAND[0]:g} "
-        f"to {LENGTH_BAND[1]:g}, and the intervals of both over their own first tenth lie above 1. Not tested where "
-        f"the last responses are shorter than {MIN_CHAIN} tokens; inconclusive where more than {MAX_TRUNCATED:.0%} of "
-        f"them are cut off. {LEARNED.format('FullFT')}. Words of backtracking and checking are reported, not judged"
+        "The measure is the mean length of train responses at the LRs nearest to the fitted optima, paired by seed. "
+        "For every LoRA rank, the mean length in the last tenth of the steps over FullFT's is the same within "
+        f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}, and the lengths of both grow from the first tenth to the last by a "
+        f"factor of {LEAST_GROWTH:g} or more. The estimate is the number that decides. Inconclusive where more than "
+        f"{MAX_TRUNCATED:.0%} of the last responses are cut off. {LEARNED.format('FullFT')}. Words of backtracking and "
+        "checking are reported, not judged"
     ),
     needs=RL_RUNS.format("LoRA") + ", with response lengths",
     paper_value="no number",
@@ -254,6 +298,7 @@ F5 = Claim(
     judge=over_problems(same_growth_of_responses),
     columns=("base_reward",),
     task="rl",
+    conditions=(lrs(6, RL_PRESETS), response_length(LONG_RESPONSE, RL_PRESETS)),
 )
 
 CLAIMS = (F3, F4, F5)

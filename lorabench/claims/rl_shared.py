@@ -1,4 +1,4 @@
-"""The rules and statistics that the claims on reinforcement learning (RL) share.
+"""The conditions, rules and statistics that the claims on reinforcement learning (RL) share.
 
 Final accuracies are compared as error rates, 1 - accuracy (see `lorabench.analysis.rewards`).
 """
@@ -6,7 +6,7 @@ Final accuracies are compared as error rates, 1 - accuracy (see `lorabench.analy
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,20 +15,32 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
-from lorabench.analysis.finding import MIN_SEEDS, SIGMAS, Finding, UnjudgedError
+from lorabench.analysis.estimate import combined
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
+from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import TestReward, points_of, with_error_rates
+from lorabench.claims.conditions import Condition, lrs, response_length
 from lorabench.claims.evidence import Evidence, judge_each
 
-MIN_CHAIN = 100
-"""Mean tokens per response from which a response may hold a chain of thought; shorter ones are bare answers."""
+MIN_GAIN = 0.05
+"""The least gain in test accuracy over the base model with which an arm counts as having learned."""
+
+RL_PRESETS = ("core", "paper")
+"""The shipped presets whose RL has sweeps and responses that a claim can be judged on."""
+
+LONG_RESPONSE = 200
+"""Tokens per response from which a response may hold a chain of thought; shorter ones are bare answers."""
 
 RL_RUNS = (
     "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
-    f"{MIN_SEEDS} seeds at the best LRs"
+    f"{MIN_SEEDS} seeds at the LRs around the optimum"
 )
 """The runs that most claims on RL need; the placeholder stands for the LoRA arms."""
 
-LEARNED = f"Inconclusive where the accuracy of {{}} is not above that of the base model by more than {SIGMAS} sigma"
+LEARNED = (
+    "Inconclusive unless the accuracy of {} at the fitted optimum is above that of the base model by "
+    f"{MIN_GAIN:g} or more, with a 95% interval above 0"
+)
 """The part of a criterion that requires learning; the placeholder stands for the arms that must have learned."""
 
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
@@ -36,6 +48,32 @@ RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
+
+
+def above_constant(presets: tuple[str, ...]) -> Condition:
+    """Return the condition that RL gets clearly more problems right than the most frequent answer does.
+
+    The optional column `constant_reward` of `runs` holds the test accuracy of that answer. Runs without it meet the
+    condition.
+    """
+
+    def found(evidence: Evidence) -> str | None:
+        runs = evidence.runs
+        if "constant_reward" not in runs or runs["constant_reward"].isna().all():
+            return None
+        for (model, dataset), of_set in runs.groupby(["model", "dataset"]):
+            constant = float(of_set["constant_reward"].astype(float).max())
+            arms = of_set.groupby(["method", "rank", "lr"], dropna=False)["final_reward"]
+            best = float(arms.mean().astype(float).max())
+            if best < constant + MIN_GAIN:
+                return f"{best:.3f} on {model}/{dataset}, where that answer gets {constant:.3f}"
+        return None
+
+    return Condition(f"an accuracy of {MIN_GAIN:g} or more above that of the most frequent answer", found, presets)
+
+
+CONDITIONS = (lrs(6, RL_PRESETS), response_length(8, RL_PRESETS), above_constant(()))
+"""The conditions of the claims that compare arms in RL."""
 
 
 def over_problems(
@@ -51,12 +89,13 @@ def over_problems(
     """
 
     def over_rewarded(evidence: Evidence) -> Finding:
-        rewarded = rewarded_errors(evidence.standard, test_reward)
-        if rewarded.empty:
-            raise UnjudgedError("not tested", "no run ever got a reward")
-        return judge_each(
-            (comparison.label, partial(judge, comparison)) for comparison in comparisons(rewarded, evidence.curves)
-        )
+        if test_reward not in evidence.rewarded:
+            rewarded = rewarded_errors(evidence.standard, test_reward)
+            if rewarded.empty:
+                raise UnjudgedError("not tested", "no run ever got a reward")
+            evidence.rewarded[test_reward] = comparisons(rewarded, evidence.curves, evidence.judging)
+        compared = evidence.rewarded[test_reward]
+        return judge_each((comparison.label, partial(judge, comparison)) for comparison in compared)
 
     return over_rewarded
 
@@ -88,53 +127,99 @@ def each_rank(
 def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Finding:
     """Return the finding with the accuracies of arms added; it is inconclusive where one of them has not learned.
 
-    Arms that have not learned are alike whatever the claim says. An arm has learned if its mean test accuracy is above
-    that of the base model by more than SIGMAS sigma.
+    Arms that have not learned are alike whatever the claim says.
     """
     if not arms:
         return judged
-    margin = SIGMAS * np.nan_to_num(comparison.sigma("test")[0])
-    accuracy = {arm_label(arm): 1 - float(comparison.losses[arm_label(arm)]["loss_mean"]) for arm in arms}
     base = float(comparison.runs["base_reward"].astype(float).mean())
-    if math.isnan(base):
-        problems = ["accuracy of the base not known"]
-    else:
-        problems = [f"{label} has not learned" for label, value in accuracy.items() if not value - base > margin]
-    known = {label: value for label, value in (accuracy | {"base": base}).items() if not math.isnan(value)}
-    accuracies = ", ".join(f"{label} {value:.3f}" for label, value in known.items())
-    reason = "; ".join([judged.reason, *([f"test accuracy {accuracies}"] if accuracies else []), *problems])
-    decided = judged.verdict in ("confirmed", "contradicted")
-    return replace(judged, reason=reason, verdict="inconclusive" if decided and problems else judged.verdict)
+    accuracies, problems = [], [] if math.isfinite(base) else [Problem("accuracy of the base not known")]
+    for arm in arms:
+        label = arm_label(arm)
+        minimum = comparison.fit.minima.get(label)
+        if minimum is None:
+            continue
+        accuracies.append(f"{label} {1 - minimum.value:.3f}")
+        gain = combined(lambda error: 1 - error - base, minimum)
+        if math.isfinite(base) and not (gain.value >= MIN_GAIN and (not gain.known or gain.interval()[0] > 0)):
+            problems.append(Problem(f"{label} has not learned"))
+    accuracies += [f"base {base:.3f}"] if math.isfinite(base) else []
+    with_accuracies = f"{judged.reason}; peak test accuracy {', '.join(accuracies)}" if accuracies else judged.reason
+    return doubted(replace(judged, reason=with_accuracies), problems)
 
 
-def pair_problems(comparison: Comparison, lora: Arm, fullft: Arm, n_seeds: int) -> list[str]:
-    """Return what speaks against a verdict on the curves of two arms at their best LRs, with `n_seeds` paired seeds."""
-    problems = comparison.final_gap(lora, fullft)[3]
-    return problems or ([f"curves of {n_seeds} paired seeds, {MIN_SEEDS} needed"] if n_seeds < MIN_SEEDS else [])
+def doubted(judged: Finding, problems: Sequence[Problem]) -> Finding:
+    """Return the finding with further problems; with any, a verdict of confirmed or contradicted is inconclusive."""
+    if not problems:
+        return judged
+    reason = "; ".join([judged.reason, *(problem.text for problem in problems)])
+    if judged.verdict not in ("confirmed", "contradicted"):
+        return replace(judged, reason=reason)
+    remedy = next((problem.remedy for problem in problems if problem.remedy), None)
+    return replace(judged, reason=reason, verdict="inconclusive", remedy=remedy)
 
 
-def at_best(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
-    """Return the points of a metric over training at an arm's best LR; the columns are seed, step and value."""
-    best = comparison.losses[arm_label(arm)]
+def alike_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose seeds all have one accuracy, as policies have that end at one rule."""
+    problems = []
+    for arm in arms:
+        errors = comparison.at_optimum(arm)["test_loss"].astype(float)
+        if len(errors) > 1 and float(np.ptp(errors)) < 1e-9:
+            text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
+            problems.append(Problem(text, Remedy("problems on which the seeds differ")))
+    return problems
+
+
+def overshoot_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose fitted peak is above its best measured accuracy by half of the margin.
+
+    Where accuracy is flat and then breaks down, a parabola has a peak between the LRs that no run reaches.
+    """
+    problems = []
+    for arm in arms:
+        label = arm_label(arm)
+        rows = comparison.rows[label]
+        errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
+        minimum = comparison.fit.minima.get(label)
+        if minimum is None or not errors.min() - minimum.value > comparison.margin.value / 2:
+            continue
+        lr = math.exp(comparison.fit.optima[label].value)
+        text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
+        problems.append(Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))))
+    return problems
+
+
+def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) -> list[Problem]:
+    """Return what speaks against a verdict on the curves of arms at their LR, with a number of paired seeds."""
+    problems = comparison.problems(arms)
+    if not problems and n_seeds < MIN_SEEDS:
+        remedy = Remedy(f"{MIN_SEEDS} seeds with curves (now {n_seeds})", seeds=MIN_SEEDS)
+        problems.append(Problem(f"curves of {n_seeds} paired seeds, {MIN_SEEDS} needed", remedy))
+    for arm in arms:
+        rows, chosen = comparison.rows[arm_label(arm)], comparison.at_optimum(arm)
+        lost = int((rows["lr"].isin(chosen["lr"]) & rows["status"].eq("diverged")).sum())
+        if lost:
+            problems.append(Problem(f"{arm_label(arm)}: {lost} seeds diverged at its best LR"))
+    return problems
+
+
+def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
+    """Return the points of a metric over training at the LR of an arm's grid that is nearest to its fitted optimum.
+
+    Returns:
+        Columns seed, step and value.
+    """
     points = points_of(comparison.curves, split, metric)
-    points = points[points["run_id"].isin(best["run_ids"])]
-    return points.assign(seed=points["run_id"].map(dict(zip(best["run_ids"], best["seeds"], strict=True))))
+    return points.merge(comparison.at_optimum(arm)[["run_id", "seed"]], on="run_id")
 
 
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
-    """Return means of a train metric over tenths of the steps, at an arm's best LR.
+    """Return means of a train metric over tenths of the steps, at the LR nearest to an arm's fitted optimum.
 
     Returns:
         One row per seed and one column (1 to 10) per tenth of the steps.
     """
-    points = at_best(comparison, arm, "train", metric)
+    points = points_at_optimum(comparison, arm, "train", metric)
     points = points[points["step"] > 0]
     last = arm["steps"] or points["step"].max()
     tenth = np.ceil(10 * points["step"].astype(float) / last).clip(1, 10).astype(int).rename("tenth")
     return points.groupby(["seed", tenth])["value"].mean().unstack()
-
-
-def difference(table: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """Return one table by seed minus another, for the seeds that are complete in both."""
-    differences: pd.DataFrame = (table - other).dropna()
-    return differences

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
-
-import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, finding, within, worst
-from lorabench.analysis.gaps import gap
-from lorabench.analysis.memorisation import (
-    BITS_PER_PARAMETER,
-    best_stored,
-    description_lengths,
-    is_memorisation,
-    late_growth,
-)
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
+from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
+from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Within
 from lorabench.claims.claim import Claim
+from lorabench.claims.conditions import natural_text
 from lorabench.claims.evidence import over
 from lorabench.claims.scopes import Scoped, every_longest, learning
 from lorabench.utils.formats import fixed_interval
@@ -30,19 +24,19 @@ BIT_BAND = (0.3, 1.2)
 
 
 def about_one_bit(comparison: Comparison) -> Finding:
-    """N1: judge the first epoch's loss per scored token, of FullFT at its best LR."""
-    lengths = description_lengths(comparison.runs)
-    if lengths.empty:
+    """N1: judge the first epoch's loss per scored token, of FullFT or else the highest rank."""
+    arm = comparison.fullft or comparison.highest
+    runs = comparison.at_optimum(arm) if arm else comparison.runs.iloc[:0]
+    runs = runs.dropna(subset=["first_epoch_nats", "first_epoch_scored_tokens"])
+    if arm is None or runs.empty:
         raise UnjudgedError("not tested", "no run that went through an epoch")
-    row = lengths.iloc[0]
-    mean, interval = float(row["nats_per_token"]), (float(row["nats_low"]), float(row["nats_high"]))
+    nats, tokens = runs["first_epoch_nats"].astype(float), runs["first_epoch_scored_tokens"].astype(float)
+    mean = mean_over_seeds(nats / tokens, f"{comparison.label} first epoch")
     text = (
-        f"first epoch of {arm_label(row)} {mean:.3f} nats {fixed_interval(*interval, 3)} per scored token = "
-        f"{mean / math.log(2):.2f} bits, {row['bits']:.3g} bits in all, {row['n_seeds']} seeds"
+        f"first epoch of {arm_label(arm)} {mean.value:.3f} nats {fixed_interval(*mean.interval(), 3)} per scored token "
+        f"= {mean.value / math.log(2):.2f} bits, {nats.mean() / math.log(2):.3g} bits in all, {mean.n_seeds} seeds"
     )
-    problems = [] if row["n_seeds"] > 1 else ["one seed gives no interval"]
-    strain = abs(math.log(mean / math.log(2))) if mean > 0 else math.nan
-    return finding(row["run_ids"], text, within(*interval, BIT_BAND), problems, mean, interval, strain)
+    return decide(Within(*BIT_BAND), mean, text, runs["run_id"], margin_rule="a constant around 1 bit")
 
 
 N1 = Claim(
@@ -51,16 +45,16 @@ N1 = Claim(
     statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
     figure="text",
     criterion=(
-        "The 95% interval over seeds of the first epoch's loss per scored token, of FullFT at its best LR, lies "
-        f"within {BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats. The paper speaks of natural data; a verdict on generated "
-        "tasks is about these tasks only"
+        "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
+        f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
     ),
-    needs="runs of FullFT that go through an epoch; two seeds at the best LR",
+    needs="runs of FullFT that go through an epoch; two seeds",
     paper_value="1 bit = 0.69 nats",
     unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), about_one_bit),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
+    conditions=(natural_text(("core", "paper")),),
 )
 
 TWO_BITS_BAND = (1.5, 2.5)
@@ -78,57 +72,90 @@ def memorising(comparisons: list[Comparison]) -> list[Scoped]:
     return [(comparison, "") for comparison in comparisons if is_memorisation(comparison.runs).any()]
 
 
-def _stores_more(comparison: Comparison, higher: int, rank: int) -> bool:
-    """Return whether the higher rank stores more than the other with its whole 95% interval."""
-    return gap(comparison.runs, comparison.lora[higher], comparison.lora[rank]).ci_high < 0
+@dataclass(frozen=True)
+class _Adapter:
+    """What one rank stores of the facts."""
+
+    rank: int
+    bits: Estimate
+    entropy: float
+    """Entropy of the facts, in bits."""
+    parameters: float
+    problems: list[Problem]
+
+    @property
+    def per_parameter(self) -> Estimate:
+        """The bits stored per trainable parameter."""
+        return combined(lambda bits: bits / self.parameters, self.bits)
+
+    @property
+    def share(self) -> Estimate:
+        """The share of the facts that is stored."""
+        return combined(lambda bits: bits / self.entropy, self.bits)
+
+    @property
+    def text(self) -> str:
+        """What is stored, in words."""
+        interval = fixed_interval(*self.per_parameter.interval(), 2)
+        return (
+            f"r{self.rank} {self.per_parameter.value:.2f} {interval} bits per parameter, {self.share.value:.0%} of the "
+            "facts"
+        )
 
 
-def _two_bits(comparison: Comparison, rank: int, stored: pd.Series[Any], growth: float) -> Finding:
+def _adapters(comparison: Comparison) -> list[_Adapter]:
+    """Return what each rank with a fitted minimum stores, by rank."""
+    adapters = []
+    for rank, arm in comparison.lora.items():
+        minimum, rows = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)]
+        if minimum is not None:
+            entropy, tokens, parameters = (
+                float(rows[name].iloc[0]) for name in ("entropy_bits", "test_scored_tokens", "trainable_params")
+            )
+            bits = stored(minimum, entropy, tokens)
+            adapters.append(_Adapter(rank, bits, entropy, parameters, comparison.problems([arm])))
+    return adapters
+
+
+def _saturated(comparison: Comparison, adapter: _Adapter, higher: _Adapter) -> bool:
+    """Return whether a rank stores less than all facts, and the next rank stores more."""
+    gap = comparison.gap(comparison.lora[higher.rank], comparison.lora[adapter.rank])
+    more = stored(gap, 0.0, 1.0)
+    return adapter.bits.known and more.known and adapter.share.interval()[1] < SATURATED and more.interval()[0] > 0
+
+
+def _two_bits(comparison: Comparison, adapter: _Adapter) -> Finding:
     """Judge the bits per parameter of one saturated rank."""
-    low, high = float(stored["bits_per_parameter_low"]), float(stored["bits_per_parameter_high"])
-    problems = comparison.edge_problems([comparison.lora[rank]])
-    if stored["n_seeds"] < MIN_SEEDS:
-        problems.append(f"{stored['n_seeds']} seeds, {MIN_SEEDS} needed")
-    if stored["n_diverged"]:
-        problems.append(f"{stored['n_diverged']} repeats at the best LR diverged")
+    arm, estimate = comparison.lora[adapter.rank], adapter.per_parameter
+    problems = list(adapter.problems)
+    growth = late_growth(comparison.at_optimum(arm), comparison.curves)
     # More steps can only store more, so a value above the band contradicts all the same.
-    if low <= TWO_BITS_BAND[1] and not growth < MAX_GROWTH:
-        late = "unknown" if math.isnan(growth) else f"{growth:.0%}"
-        problems.append(f"still storing at the end ({late} of it in the second half of the steps)")
-    estimate = float(stored["bits_per_parameter"])
-    text = f"r{rank} is saturated at {estimate:.2f} {fixed_interval(low, high, 2)} bits per parameter"
-    verdict = within(low, high, TWO_BITS_BAND)
-    return finding(
-        stored["run_ids"], text, verdict, problems, estimate, (low, high), abs(estimate - BITS_PER_PARAMETER)
-    )
+    if estimate.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
+        late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
+        text = f"still storing at the end ({late} of it in the second half of the steps)"
+        problems.append(Problem(text, Remedy("more epochs")))
+    interval = fixed_interval(*estimate.interval(), 2)
+    text = f"r{adapter.rank} is saturated at {estimate.value:.2f} {interval} bits per parameter"
+    ids = comparison.of([arm])["run_id"]
+    return decide(Within(*TWO_BITS_BAND), estimate, text, ids, problems, "the numbers that round to 2")
 
 
 def two_bits_per_parameter(comparison: Comparison) -> Finding:
     """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
-    stored = best_stored(comparison.of(comparison.lora.values())) if comparison.lora else pd.DataFrame()
-    if stored.empty:
-        raise UnjudgedError("inconclusive", "no finished LoRA run on the facts")
-    stored = stored.set_index("rank")
-    by_rank = ", ".join(
-        f"r{rank} {row['bits_per_parameter']:.2f} "
-        f"{fixed_interval(row['bits_per_parameter_low'], row['bits_per_parameter_high'], 2)} bits per parameter, "
-        f"{row['share']:.0%} of the facts"
-        for rank, row in stored.iterrows()
-    )
-    full = [
-        rank
-        for rank, higher in pairwise(stored.index)
-        if stored["share_high"][rank] < SATURATED and _stores_more(comparison, higher, rank)
-    ]
-    run_ids = [run_id for listed in stored["run_ids"] for run_id in listed]
+    adapters = _adapters(comparison)
+    if not comparison.lora:
+        raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
+    run_ids = tuple(sorted(comparison.of(comparison.lora.values())["run_id"]))
+    if not adapters:
+        problems = [problem for arm in comparison.lora.values() for problem in comparison.problems([arm])]
+        return finding(run_ids, "no fitted minimum of a rank", "inconclusive", problems)
+    by_rank = "; ".join(adapter.text for adapter in adapters)
+    full = [adapter for adapter, higher in pairwise(adapters) if _saturated(comparison, adapter, higher)]
     if not full:
-        few = [f"r{rank}" for rank, row in stored.iterrows() if row["n_seeds"] < MIN_SEEDS]
-        reason = f"fewer than {MIN_SEEDS} seeds of {', '.join(few)}" if few else "no rank is saturated"
-        return finding(run_ids, by_rank, "inconclusive", [reason])
-    growth = late_growth(comparison.of(comparison.lora.values()), comparison.curves).set_index("rank")["growth"]
-    findings = [_two_bits(comparison, rank, stored.loc[rank], float(growth[rank])) for rank in full]
-    decisive = worst(findings)
-    return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=tuple(sorted(run_ids)))
+        problems = [problem for adapter in adapters for problem in adapter.problems]
+        return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])
+    decisive = worst([_two_bits(comparison, adapter) for adapter in full])
+    return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=run_ids)
 
 
 N2 = Claim(
@@ -137,14 +164,14 @@ N2 = Claim(
     statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
     figure="text",
     criterion=(
-        "On random facts, for each saturated rank: the 95% interval over seeds of the bits stored per adapter "
-        f"parameter lies within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "
+        "On random facts, for each saturated rank: the bits stored per adapter parameter, at the fitted minimum of the "
+        f"NLL over LRs, lie within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "
         f"{BITS_PER_PARAMETER:g}. A rank is saturated if it stores less than {SATURATED:.0%} of the facts and the next "
-        f"rank stores more, both with their intervals. A rank that stored {MAX_GROWTH:.0%} or more in the second half "
-        "of its steps is still storing, so it counts only above the band. The paper cites the number for whole "
-        "networks, after long training"
+        f"rank stores more, both with their 95% intervals. A rank that stored {MAX_GROWTH:.0%} or more of its bits in "
+        "the second half of its steps is still storing, so it counts only above the band. The paper cites the number "
+        "for whole networks, after long training"
     ),
-    needs=f"LoRA on all layers at two or more ranks on a dataset of facts; {MIN_SEEDS} seeds at the best LRs",
+    needs=f"LoRA on all layers at two or more ranks on a dataset of facts; {MIN_SEEDS} seeds",
     paper_value="2 (cited)",
     unit="bits per parameter",
     experiments=("capacity",),

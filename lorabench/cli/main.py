@@ -10,7 +10,7 @@ import gc
 
 import typer
 
-from lorabench.cli import user_commands, workflow_steps
+from lorabench.cli import calibrate, user_commands, workflow_steps
 
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
@@ -22,4 +22,5 @@ app = typer.Typer(
     help='Rerun the comparisons of "LoRA Without Regret" and judge its claims from the results.',
 )
 app.add_typer(user_commands.app)
+app.add_typer(calibrate.app)
 app.add_typer(workflow_steps.app)

@@ -47,6 +47,13 @@ def plan(
             help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
         ),
     ] = None,
+    decide: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An inconclusive claim of the finished preset, or `all`: show the further runs that would decide it, "
+            "and their cost; may be repeated."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
@@ -58,6 +65,8 @@ def plan(
         from lorabench.tables.measured_speed import measure
 
         planned, layout = plan_and_layout(preset if budget is None else with_budget(preset, budget))
+        if out is not None and decide:
+            raise UserError("--out and --decide: give one of them")
         if out is not None:
             from lorabench.tables.collect import write_plan
 
@@ -72,7 +81,13 @@ def plan(
             planned = make_plan(calibrated(planned.preset, speed))
         cores = os.cpu_count() or 1
         notes = [*([speed.sentence] if speed else []), *layout.dropped]
-        if as_json:
+        if decide:
+            from lorabench.claims.decide import undecided
+            from lorabench.cli.show_decisions import decisions, decisions_json, decisions_table
+
+            priced = decisions(planned, undecided(layout, decide), named=decide != ["all"])
+            (decisions_json if as_json else decisions_table)(planned, priced, cores, price, notes)
+        elif as_json:
             print(plan_json(planned, cores, price, notes))
         else:
             plan_table(planned, cores, price, notes)
@@ -199,14 +214,37 @@ def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of
 
 
 @app.command(rich_help_panel=_PANEL)
-def claims(tables: TablesFolder, out: Annotated[Path, typer.Option(help="Folder for the claims table.")]) -> None:
+def claims(
+    tables: TablesFolder,
+    out: Annotated[Path, typer.Option(help="Folder for the claims table.")],
+    preset: Annotated[
+        str | None, typer.Option(help="The preset of the runs, which states the margins of the verdicts.")
+    ] = None,
+    margins: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor."),
+    ] = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed."),
+    ] = None,
+    noise_sd: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise."),
+    ] = None,
+    noise_dof: Annotated[int | None, typer.Option(help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
+    noise_source: Annotated[str | None, typer.Option(help="The source of --noise-sd, for the reasons.")] = None,
+) -> None:
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
+        from lorabench.cli.judging import margins_of, noise_of
         from lorabench.tables.io import write_frame
         from lorabench.tables.tables import Tables
 
-        write_frame(judge_claims(Tables.read(tables)), "claims", out)
+        chosen = margins_of(preset, margins)
+        elsewhere = noise_of(noise, noise_sd, noise_dof, noise_source)
+        write_frame(judge_claims(Tables.read(tables), margins=chosen, noise=elsewhere), "claims", out)
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel
 
 from lorabench.config.datasets import ChatDataset, FactsDataset, FileDataset, HubDataset
@@ -24,7 +25,7 @@ def explain(problem: Any) -> str:
             allowed = {*model_of.model_fields, *(["extends"] if model_of is Preset else [])}
             return f"{parent}: unknown key {parts[-1]!r}; allowed: {', '.join(sorted(allowed))}"
         case "missing":
-            return f"{where}: missing"
+            return f"{where}: missing{_example(location)}"
         case "value_error":
             return f"{where + ': ' if where else ''}{context['error']}"
         case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
@@ -62,6 +63,17 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
         inner = _model_in(field.annotation) if field else None
         current = inner or current
     return current, parts
+
+
+def _example(location: tuple[int | str, ...]) -> str:
+    """Return how a missing field may be written, as the end of a sentence; empty if its declaration has no example."""
+    parent, _ = _walk(location[:-1])
+    name = str(location[-1])
+    field = parent.model_fields.get(name)
+    if field is None or not field.examples:
+        return ""
+    line = yaml.safe_dump({name: field.examples[0]}, default_flow_style=True, sort_keys=False, width=1000).strip()
+    return f"; for example `{line.removeprefix('{').removesuffix('}')}`"
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

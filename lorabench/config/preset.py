@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lorabench.config.datasets import DatasetSpec
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
 from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
 from lorabench.config.fields import Name, Strict
 from lorabench.config.files import model_catalogue
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.models import ModelSpec
 from lorabench.config.problems import ProblemSpec
 
@@ -30,6 +31,8 @@ class Preset(Strict):
     problems: dict[Name, ProblemSpec] = {}
     """Problem sets for RL, by name."""
     protocol: Protocol = Protocol()
+    margins: Annotated[Margins, Field(examples=[DEFAULT_MARGINS.model_dump()])]
+    """The smallest effects that matter, written down before the runs; verdicts on claims are judged by them."""
     experiments: Experiments
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from lorabench.config.files import PRESETS
 from lorabench.config.loading import parse_preset
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.models import HubModel, TinyModel
 from lorabench.config.preset import Preset
 from lorabench.custom import advice
@@ -29,6 +30,9 @@ _MAX_VALIDATION, _MAX_TEST = 500, 1000
 _MIN_EXAMPLES = 10
 # The speed of training on one core, measured with the tiny base and with SmolLM2-135M.
 _GFLOPS_PER_CORE = 50.0
+_MARGINS_NOTE = """The smallest effects that matter, by which verdicts are judged; choose them before the runs.
+loss and reward: shares of the gain from the base to full fine-tuning, in loss and in accuracy of RL.
+lr_factor: the factor up to which two optimal learning rates count as the same."""
 _EDGE = "If the report finds an optimum at an edge of a grid, widen the grid there."
 
 
@@ -172,6 +176,7 @@ def preset_text(
             "models": {model_name: model_fields},
             **source,
             "protocol": {"precision": "fp32" if choices.gpu is None else "bf16"},
+            "margins": Noted(_MARGINS_NOTE, DEFAULT_MARGINS.model_dump()),
             "experiments": experiment,
             "execution": _execution(model, choices.gpu),
         },

@@ -14,9 +14,12 @@ from typing import Any
 
 import pandas as pd
 
+from lorabench.analysis.comparison import Judging
+from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
-from lorabench.claims.recipe import Choice, measured_recipe
+from lorabench.claims.recipe import Choice, MeasuredRecipe, measured_recipe
 from lorabench.config.loading import parse_preset
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.custom import advice
 from lorabench.custom.data import UserData
 from lorabench.custom.model import UserModel
@@ -27,6 +30,7 @@ from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import read_table, table_path, with_all_columns
+from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB
 
@@ -224,6 +228,7 @@ def _bills(
                 }
             ]
         },
+        "margins": DEFAULT_MARGINS.model_dump(),
         "execution": {"gpu": gpu, "max_gpus": 1024, "max_batch_tokens": _MICRO_BATCH_TOKENS},
     }
     preset = parse_preset(raw, Path("recommendation"))
@@ -238,17 +243,25 @@ def _measured(model: UserModel, results: Path) -> list[SeenOptimum]:
         if table_path(folder, "runs") is None:
             continue
         try:
-            measured = measured_recipe(_of_model(with_all_columns(read_table(folder, "runs"), "runs"), model))
+            measured = _recipe_of(folder, model)
         except UserError:
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
         for recommendation in measured.recommendations:
-            place = recommendation.place
-            where = f"measured, {folder.parent}: {place.dataset}, batch {place.batch_size}, {place.steps} steps"
+            shared = recommendation.setting
+            where = f"measured, {folder.parent}: {shared.dataset}, batch {shared.batch_size}, {shared.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
             optima.append(_seen("fullft", recommendation.fullft, where))
             optima.append(_seen("lora", recommendation.use, f"{where}; {answer[recommendation.answer]}"))
     return optima
+
+
+def _recipe_of(folder: Path, model: UserModel) -> MeasuredRecipe:
+    runs = _of_model(with_all_columns(read_table(folder, "runs"), "runs"), model)
+    if runs.empty:
+        return MeasuredRecipe((), ())
+    tables = Tables.read(folder)
+    return measured_recipe(runs, tables.curves, Judging(examples=ExampleLosses.of(tables.test_losses)))
 
 
 def _of_model(runs: pd.DataFrame, model: UserModel) -> pd.DataFrame:

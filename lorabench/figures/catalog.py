@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lorabench.analysis.comparison import in_experiments
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.tables.checks import is_rl
 from lorabench.tables.tables import Tables
 
@@ -23,12 +24,18 @@ COMPUTE_TABLE = ("compute",)
 EVALS_TABLE = ("evaluation",)
 """In place of experiments, for a figure that shows the table `evals`: the scores that lm-eval gave the models."""
 
+CLAIMS_TABLE = ("claims",)
+"""In place of experiments, for the figure that shows the table `claims`."""
+
+OWN_TABLES = (COMPUTE_TABLE, EVALS_TABLE, CLAIMS_TABLE)
+"""In place of experiments, for figures that show another table than `runs`."""
+
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """A figure of the paper, or of a claim in its text.
+    """A figure of the paper, of a claim in its text, or of the verdicts.
 
-    It shows the runs of its experiments and task; a figure of COMPUTE_TABLE or EVALS_TABLE shows that table instead.
+    It shows the runs of its experiments and task; a figure of one of OWN_TABLES shows that table instead.
     """
 
     name: str
@@ -55,13 +62,14 @@ class PaperFigure:
 
 
 _UNRESOLVED = (
-    "An open diamond is not resolved: the optimum or its interval is at the edge of the grid, the grid is too coarse "
-    "there, or the noise between seeds is unknown."
+    "An open diamond is not resolved: the optimum or its interval reaches over the edge of the grid, the grid is too "
+    "coarse there, or the noise between seeds is unknown."
 )
 
 _OPTIMUM = (
-    "A diamond marks the optimum of an arm, interpolated on the grid of the first seed, and its bar is the 95% "
-    f"bootstrap interval of the optimal learning rate. {_UNRESOLVED}"
+    "A diamond marks the optimum of an arm: the lowest point of a parabola in the logarithm of the learning rate, "
+    "fitted to the losses of all seeds around the best one. Its bar is the 95% interval of the optimal learning rate. "
+    f"{_UNRESOLVED}"
 )
 
 _LAYERS = (
@@ -74,24 +82,41 @@ _PLACEMENT = (
     f"{_LAYERS} The left panel shows the final test loss (nats per scored token) against the learning rate; where an "
     "arm has several seeds, it is their mean, with their standard deviation as error bar. "
     f"{_OPTIMUM} Above the panel, a triangle stands for a loss beyond the range shown and a cross for a run that "
-    "diverged. The right panel shows the test loss at the best learning rate of each arm, the mean over seeds with its "
-    "95% interval, against the number of trainable parameters, which is listed below the panel; a mark is open where "
-    "the best learning rate is at the edge of its grid. The grey band reaches two standard deviations between seeds to "
-    "either side of the lowest loss, where repeated runs allow that to be measured."
+    "diverged. The right panel shows the lowest test loss of each arm, the minimum of a parabola in log learning rate "
+    "that is fitted to all seeds, with its 95% interval, against the number of trainable parameters, which is listed "
+    "below the panel; a mark is open where the best learning rate is at the edge of its grid. The grey band reaches "
+    f"from the lowest loss up by the default margin, {DEFAULT_MARGINS.loss:.0%} of the gain from the base to full "
+    "fine-tuning."
 )
 
 _ACCURACY_BY_LR = (
     "the final accuracy against the learning rate: the share of greedy answers on the test split that are right after "
     "the last step. Where an arm has several seeds, it is their mean, with their standard deviation as error bar. A "
-    "diamond marks the optimum of an arm, interpolated on the validation accuracies of the first seed's grid, and its "
-    f"bar is the 95% bootstrap interval of the optimal learning rate. {_UNRESOLVED} The grey line is the model before "
-    "training. Above the panel, a cross stands for a run that diverged and a zero for a run that never got a reward; "
-    "such a run counts with the accuracy of the model before training."
+    "diamond marks the optimum of an arm: the highest point of a parabola in the logarithm of the learning rate, "
+    "fitted to the accuracies of all seeds around the best one. Its bar is the 95% interval of the optimal learning "
+    f"rate. {_UNRESOLVED} The grey line is the model before training. Above the panel, a cross stands for a run that "
+    "diverged and a zero for a run that never got a reward; such a run counts with the accuracy of the model before "
+    "training."
 )
 
 FIGURES = {
     figure.name: figure
     for figure in (
+        PaperFigure(
+            name="verdicts",
+            title="Verdicts on the paper's claims",
+            caption=(
+                "Each row is a claim: its estimate with the 95% interval, in units of the margin that was written down "
+                "before the runs. The green part of a row is where the claim holds. A claim of equality holds within "
+                "one margin of no difference, or within its band, and a claim of a difference holds from one margin "
+                "on; ratios are measured by their logarithms. Colour and mark are the verdict. A difference is "
+                "confirmed if its interval lies above 0 and its estimate in the green part. An equality is confirmed "
+                "by its 90% interval, which is narrower than the one drawn. The axis is logarithmic beyond 2 "
+                "margins, and arrows stand for what lies beyond 30. Claims without an interval or a margin are named "
+                "below."
+            ),
+            experiments=CLAIMS_TABLE,
+        ),
         PaperFigure(
             name="fig1_envelopes",
             title="Figure 1. Learning curves by LoRA rank",
@@ -128,10 +153,11 @@ FIGURES = {
                 "step the lowest loss over the arm's learning rates. The vertical range is that of the losses after "
                 "the first tenth of the data. Solid black is full fine-tuning, and dashed colour is LoRA by rank; the "
                 "number of diverged runs stands above each panel. The lower panels have the batch size on the "
-                "horizontal axis, with the arms of one batch size side by side. The left panel shows the final test "
-                "loss at the best learning rate of each arm, the mean over seeds; the right panel shows the loss of "
-                "LoRA minus that of full fine-tuning, paired by seed. Bars are 95% intervals over seeds, where there "
-                "are several. A mark is open where the best learning rate is at the edge of its grid."
+                "horizontal axis, with the arms of one batch size side by side. The left panel shows the lowest test "
+                "loss of each arm, the minimum of a parabola in log learning rate that is fitted to all seeds; the "
+                "right panel shows that of LoRA minus that of full fine-tuning, paired by seed. Bars are 95% "
+                "intervals, where there are several seeds. A mark is open where the best learning rate is at the edge "
+                "of its grid."
             ),
             experiments=("batch_size",),
         ),
@@ -151,11 +177,12 @@ FIGURES = {
             name="fig5_placement_rl",
             title="Figure 5. Accuracy after reinforcement learning by the layers that carry LoRA",
             caption=(
-                f"{_LAYERS} The left panel shows {_ACCURACY_BY_LR} The right panel shows the accuracy at the best "
-                "learning rate of each arm, the mean over seeds with its 95% interval, against the number of trainable "
-                "parameters, which is listed below the panel; a mark is open where the best learning rate is at the "
-                "edge of its grid. The grey band reaches two standard deviations between seeds to either side of the "
-                "highest accuracy, where repeated runs allow that to be measured."
+                f"{_LAYERS} The left panel shows {_ACCURACY_BY_LR} The right panel shows the highest "
+                "accuracy of each arm, that of a parabola in log learning rate which is fitted to all seeds, with its "
+                "95% interval, against the number of trainable parameters, which is listed below the panel; a mark is "
+                "open where the best learning rate is at the edge of its grid. The grey band reaches from the highest "
+                f"accuracy down by the default margin, {DEFAULT_MARGINS.reward:.0%} of the gain from the base to full "
+                "fine-tuning."
             ),
             experiments=("placement_rl",),
             task="rl",
@@ -237,18 +264,17 @@ FIGURES = {
             name="lr_law",
             title="Optimal learning rate against hidden size",
             caption=(
-                "The left panel shows the optimal learning rate of each model, interpolated on the grid of the first "
-                "seed, with its 95% bootstrap interval. Black is full fine-tuning, and colour is LoRA. Circles and "
-                "solid lines are the Llama family, squares and dashed lines Qwen, triangles and dotted lines other "
-                "families. Lines in colour and black are the law fitted here, LR = base * M * (2000 / hidden size) ** "
-                "exponent, where M is 1 for full fine-tuning; its constants stand above the panel. Grey lines are the "
-                "same law with the constants in the authors' code, and grey marks are published optima (open at the "
-                "edge of their grid); these come from other data, batch sizes and lengths, on which the optimal "
-                "learning rate depends. The right panel shows the optimal learning rate of LoRA over that of full "
-                "fine-tuning, with its 95% interval. Its grey lines are the paper's ratio of 10 and, dashed, the "
-                "hidden size over 64, which a naive derivation gives. An open mark is not resolved: an optimum or its "
-                "interval is at the edge of the grid, or the noise between seeds is unknown. The number of diverged "
-                "runs stands above the right panel."
+                "The left panel shows the fitted optimal learning rate of each model with its 95% interval. Black is "
+                "full fine-tuning, and colour is LoRA. Circles and solid lines are the Llama family, squares and "
+                "dashed lines Qwen, triangles and dotted lines other families. Lines in colour and black are the law "
+                "fitted here, LR = base * M * (2000 / hidden size) ** exponent, where M is 1 for full fine-tuning; its "
+                "constants stand above the panel. Grey lines are the same law with the constants in the authors' "
+                "code, and grey marks are published optima (open at the edge of their grid); these come from other "
+                "data, batch sizes and lengths, on which the optimal learning rate depends. The right panel shows the "
+                "optimal learning rate of LoRA over that of full fine-tuning, with its 95% interval. Its grey lines "
+                "are the paper's ratio of 10 and, dashed, the hidden size over 64, which a naive derivation gives. An "
+                "open mark is not resolved: an optimum or its interval is at the edge of the grid, or the noise "
+                "between seeds is unknown. The number of diverged runs stands above the right panel."
             ),
             experiments=("lr_law",),
         ),
@@ -296,12 +322,13 @@ FIGURES = {
                 "largest over all pairs that should be equal, in grey the range over other pairs, with its lower end "
                 "dashed. The dotted line is numerical precision. When A moves: the panel shows the number of steps "
                 "until A has moved by its own initial norm, the geometric mean over seeds with its 95% interval, "
-                "against init_A (in units of 1/sqrt(d_in)) over the learning rate of A. The dotted line has slope 1, "
-                "and an open triangle stands at the end of runs in which A did not move that far. Size of updates: the "
-                "panel shows the Frobenius norm of the change of W by one step over the learning rate, in the standard "
-                "parametrization at its best learning rate, the mean over seeds with its 95% interval. Dashed lines "
-                "are runs whose A has a tenth of the learning rate or less, at the same learning rate of B, so that A "
-                "stays still."
+                "against init_A (in units of 1/sqrt(d_in)) over the learning rate of A. Grey lines join runs with the "
+                "same alpha * init_A * LR_B, whose slope stands above the panel; the dotted line has slope 1, and an "
+                "open triangle stands at the end of runs in which A did not move that far. Size of updates: the panel "
+                "shows the Frobenius norm of the change of W by one step over the learning rate, in the standard "
+                "parametrization at the learning rate nearest to its optimum, as means over seeds with their 95% "
+                "interval. Dashed lines are runs whose A has a tenth of the learning rate or less, at the same "
+                "learning rate of B, so that A stays still."
             ),
             experiments=("parametrization",),
         ),
@@ -310,13 +337,13 @@ FIGURES = {
             title="Variants. Alpha and LoRA+ against the standard parametrization, each LR-tuned",
             caption=(
                 "A variant has its own alpha, or its own ratio of the learning rate of B to that of A; each is tuned "
-                "over learning rates. The left panel shows the final test loss (nats per scored token) of each variant "
-                "at its best learning rate, the mean over seeds with its 95% interval. The square is the standard "
-                "parametrization. The grey band reaches two standard deviations between seeds to either side of it, "
-                "where repeated runs allow that to be measured; a variant is better if it lies to the left of the "
-                "band. A mark is open where the best learning rate is at the edge of its grid. The right panel shows "
-                "the optimal learning rate of A, interpolated on the grid of the first seed, with its 95% bootstrap "
-                "interval; an open diamond is not resolved. The number of diverged runs stands above the left panel."
+                "over learning rates. The left panel shows the lowest test loss (nats per scored token) of each "
+                "variant, the minimum of a parabola in log learning rate that is fitted to all seeds, with its 95% "
+                "interval. The square is the standard parametrization. The grey band reaches from it down by the "
+                f"default margin, {DEFAULT_MARGINS.loss:.0%} of the gain from the base; a variant is better if it lies "
+                "to the left of the band. A mark is open where the best learning rate is at the edge of its grid. The "
+                "right panel shows the fitted optimal learning rate of A with its 95% interval; an open diamond is not "
+                "resolved. The number of diverged runs stands above the left panel."
             ),
             experiments=("parametrization",),
         ),
@@ -368,10 +395,13 @@ FIGURES = {
         ),
     )
 }
-"""All figures by name, in the paper's order."""
+"""All figures by name: the verdicts, then the others in the paper's order."""
 
 
 def figures_of_preset(preset: Preset) -> list[PaperFigure]:
-    """Return the figures that a preset has an experiment or an evaluation for, in the paper's order."""
-    chosen = {*preset.experiments.chosen(), *(EVALS_TABLE if preset.evaluation else ())}
+    """Return the figures that a preset has an experiment or an evaluation for, in the paper's order.
+
+    That of the verdicts comes first; every preset has it.
+    """
+    chosen = {*preset.experiments.chosen(), *CLAIMS_TABLE, *(EVALS_TABLE if preset.evaluation else ())}
     return [figure for figure in FIGURES.values() if chosen & set(figure.experiments)]

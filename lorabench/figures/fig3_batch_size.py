@@ -13,9 +13,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label
+from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.envelopes import envelopes
-from lorabench.analysis.gaps import best_losses, gap, mean_interval
 from lorabench.figures import style
+from lorabench.figures.fitted import fitted_comparisons, fitted_rows, with_interval
 from lorabench.tables.tables import Tables
 
 _COLUMNS = [
@@ -33,12 +34,12 @@ _BY_SIZE_HEIGHT = 2.6
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (mean test NLL
-    over seeds at an arm's best LR), `gap` (the loss of LoRA minus that of FullFT, paired by seed, in the column `gap`)
-    or `diverged` (one run). `low` and `high` are the 95% interval of a final loss or gap. Losses are in nats per
-    scored token.
+    The column `element` says what a row is: `envelope` (validation NLL of an arm at one step), `final` (an arm's fitted
+    minimum of the test NLL), `gap` (that of LoRA minus that of FullFT, paired by seed, in the column `gap`) or
+    `diverged` (one run). `low` and `high` are the 95% interval of a final loss or gap. Losses are in nats per scored
+    token.
     """
-    plotted = _plotted(tables.runs, tables.curves)
+    plotted = _plotted(tables)
     styles = {
         label: replace(look, linestyle="--") if label != "FullFT" else look
         for label, look in style.arm_styles(plotted).items()
@@ -56,32 +57,32 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     return figure, plotted
 
 
-def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    envelope = envelopes(runs, curves).rename(columns={"value": "nll"})
-    best = best_losses(runs).dropna(subset=["loss_mean"])
-    finals, gaps = [], []
-    for _, group in best.groupby(style.PANEL, dropna=False):
-        fullft = next((row for _, row in group.iterrows() if row["method"] == "fullft"), None)
-        for _, arm in group.iterrows():
-            nll, low, high = mean_interval(pd.Series(arm["losses"]))
-            finals.append(dict(arm) | {"lr": arm["lr_best"], "nll": nll, "low": low, "high": high})
-            if fullft is None or arm["method"] == "fullft":
-                continue
-            paired = gap(runs, arm, fullft)
-            if paired.n_seeds:
-                row = {"gap": paired.estimate, "low": paired.ci_low, "high": paired.ci_high}
-                gaps.append(dict(arm) | row | {"n_seeds": paired.n_seeds, "at_edge": paired.at_edge})
+def _plotted(tables: Tables) -> pd.DataFrame:
+    envelope = envelopes(tables.runs, tables.curves).rename(columns={"value": "nll"})
+    compared = fitted_comparisons(tables)
     elements = {
         "envelope": envelope[envelope["step"] > 0],
-        "final": pd.DataFrame(finals),
-        "gap": pd.DataFrame(gaps),
-        "diverged": runs[runs["status"] == "diverged"],
+        "final": fitted_rows(compared).rename(columns={"nll_low": "low", "nll_high": "high"}),
+        "gap": pd.DataFrame([row for comparison in compared for row in _gaps(comparison)]),
+        "diverged": tables.runs[tables.runs["status"] == "diverged"],
     }
     parts = []
     for element, part in elements.items():
         labels = [arm_label(row) for _, row in part.iterrows()]
         parts.append(part.assign(arm=labels, element=element).reindex(columns=_COLUMNS))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def _gaps(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the fitted minimum of each LoRA arm minus that of FullFT."""
+    fit, rows = comparison.fit, []
+    for arm in comparison.arms:
+        estimate = fit.gap(arm_label(arm), "FullFT")
+        if arm["method"] == "lora" and not math.isnan(estimate.value):
+            edge = any(fit.grids[label].edge is not None for label in (arm_label(arm), "FullFT"))
+            own = {"n_seeds": estimate.n_seeds, "at_edge": edge}
+            rows.append(arm | with_interval("gap", estimate, "low", "high") | own)
+    return rows
 
 
 def _draw_block(place: SubFigure, block: pd.DataFrame, styles: dict[str, style.ArmStyle], rows: int) -> None:
@@ -133,7 +134,7 @@ def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: dict[str, 
         points, look = rows[rows["arm"] == arm].sort_values("batch_size"), styles[arm]
         x = points["batch_size"].astype(float) * 2 ** (0.12 * (place - (len(arms) - 1) / 2))
         axes.plot(x, points[value], **look.line)
-        half = np.array([points[value] - points["low"], points["high"] - points[value]], float)
+        half = np.maximum(np.array([points[value] - points["low"], points["high"] - points[value]], float), 0.0)
         axes.errorbar(x, points[value], half, fmt="none", ecolor=look.colour, capsize=2.5, zorder=4)
         for edge, marks in points.assign(x=x).groupby(points["at_edge"].astype(bool)):
             face: dict[str, Any] = {"mfc": "white" if edge else look.colour, "mec": look.colour, "mew": 1.2}

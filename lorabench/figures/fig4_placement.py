@@ -12,10 +12,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from lorabench.analysis.arms import ARM, arm_label, rows_of
-from lorabench.analysis.gaps import best_losses, mean_interval
-from lorabench.analysis.noise import seed_noise, sigma_of
+from lorabench.analysis.arms import rows_of
 from lorabench.figures import lr_panel, style
+from lorabench.figures.fitted import fitted_comparisons, fitted_rows, margin_band
 from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 
@@ -29,11 +28,11 @@ _AXIS_POINTS = 30
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: one of `lr_rows`, `best` (mean test NLL over seeds at an arm's best LR
-    with its 95% interval, the count `trainable_params`, and in `parameters` the same as text) or `noise_band` (two
-    sigma around the lowest best loss). Losses are in nats per scored token.
+    The column `element` says what a row is: one of `lr_rows`, `best` (an arm's fitted minimum of the test NLL with its
+    95% interval, the count `trainable_params`, and in `parameters` the same as text) or `margin_band` (from the lowest
+    of these up by the margin). Losses are in nats per scored token.
     """
-    parts = [lr_panel.lr_rows(tables.runs), *best_rows(tables.runs)]
+    parts = [lr_panel.lr_rows(tables.runs), best_rows(tables, tables.runs)]
     plotted = pd.concat([part.reindex(columns=COLUMNS) for part in parts if len(part)], ignore_index=True)
     return draw_placement(plotted, lr_panel.LOSS), plotted
 
@@ -43,44 +42,33 @@ def draw_placement(plotted: pd.DataFrame, measure: lr_panel.FinalResult) -> Figu
     figure, panels = style.panel_pairs(plotted, lr_panel.STRIP)
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for rows, by_lr, by_count in panels:
-        lr_panel.draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "noise_band"])], styles, measure)
+        lr_panel.draw_lr_panel(by_lr, rows[~rows["element"].isin(["best", "margin_band"])], styles, measure)
         _draw_by_count(by_count, rows, styles, measure)
-    band = Patch(label=f"{measure.band} of seeds", facecolor="0.85")
-    marks = lr_panel.lr_marks(plotted) + ([band] if (plotted["element"] == "noise_band").any() else [])
+    band = Patch(label="within the margin of the best", facecolor="0.85")
+    marks = lr_panel.lr_marks(plotted) + ([band] if (plotted["element"] == "margin_band").any() else [])
     style.legends(figure, styles, marks)
     return figure
 
 
-def best_rows(runs: pd.DataFrame) -> list[pd.DataFrame]:
-    """Return the rows `best` and the rows `noise_band` of the figure, in losses."""
-    best = _best(runs)
-    return [best, _noise_band(best, runs)]
+def best_rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows `best` and `margin_band` of the figure, in losses.
 
-
-def _best(runs: pd.DataFrame) -> pd.DataFrame:
-    runs = runs.reindex(columns=[*runs.columns, *({"trainable_params"} - set(runs.columns))])
+    Args:
+        tables: the tables of the figure.
+        runs: its runs, in RL with error rates as losses.
+    """
     rows = []
-    for _, arm in best_losses(runs).dropna(subset=["loss_mean"]).iterrows():
-        nll, low, high = mean_interval(pd.Series(arm["losses"]))
-        count = rows_of(runs, arm)["trainable_params"].dropna().max()
-        rows.append(
-            dict(arm)
-            | {"element": "best", "arm": arm_label(arm), "lr": arm["lr_best"]}
-            | {"nll": nll, "nll_low": low, "nll_high": high, "trainable_params": count}
-            | {"parameters": None if pd.isna(count) else formats.parameters(count)}
-        )
-    return pd.DataFrame(rows, columns=[*ARM, *(name for name in COLUMNS if name not in ARM)])
-
-
-def _noise_band(best: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the band of two sigma around the lowest best loss of each panel whose sigma is known."""
-    lowest = best.groupby(style.PANEL, as_index=False, dropna=False)["nll"].min()
-    noise = seed_noise(runs)
-    sigma = pd.Series([sigma_of(noise, row, "test") for _, row in lowest.iterrows()], dtype=float)
-    band: pd.DataFrame = lowest.assign(
-        nll_low=lowest["nll"] - 2 * sigma, nll_high=lowest["nll"] + 2 * sigma, element="noise_band"
-    )
-    return band.dropna(subset=["nll_low"])
+    for comparison in fitted_comparisons(tables, runs):
+        of_arms = fitted_rows([comparison])
+        for _, arm in of_arms.iterrows():
+            own = rows_of(comparison.runs, arm)
+            counts = own["trainable_params"].dropna() if "trainable_params" in own else pd.Series(dtype=float)
+            count = counts.max() if len(counts) else None
+            named = {"trainable_params": count, "parameters": None if count is None else formats.parameters(count)}
+            rows.append(dict(arm) | {"element": "best"} | named)
+        if band := margin_band(comparison, of_arms):
+            rows.append(band)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _draw_by_count(
@@ -88,7 +76,7 @@ def _draw_by_count(
 ) -> None:
     """Draw what each arm reaches at its best LR against its trainable parameters, and list these below the panel."""
     value, lower, upper = measure.column, f"{measure.column}_low", f"{measure.column}_high"
-    for band in rows[rows["element"] == "noise_band"].to_dict("records"):
+    for band in rows[rows["element"] == "margin_band"].to_dict("records"):
         axes.axhspan(band[lower], band[upper], color="0.85", linewidth=0, zorder=0)
     best = rows[rows["element"] == "best"]
     placed = best.dropna(subset=["trainable_params"]).sort_values("trainable_params")
@@ -101,7 +89,7 @@ def _draw_by_count(
         axes.plot(of_placement["trainable_params"].astype(float), of_placement[value], zorder=1, **line)
     for row in placed.to_dict("records"):
         look = styles[row["arm"]]
-        half = np.array([[row[value] - row[lower]], [row[upper] - row[value]]])
+        half = np.maximum([[row[value] - row[lower]], [row[upper] - row[value]]], 0.0)
         face: dict[str, Any] = {"mfc": "white" if row["at_edge"] else look.colour, "mec": look.colour}
         bar: dict[str, Any] = {"fmt": look.marker, "color": look.colour, "capsize": 2.5, "ms": 6, **face}
         layers = "FullFT" if row["method"] == "fullft" else f"{row['placement'] or 'all'} r{int(row['rank'])}"

@@ -18,9 +18,9 @@ _COLUMNS = accuracy_columns(COLUMNS)
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: one of `accuracy_rows`, or `best` or `noise_band` as in figure 4, but in
-    accuracies from 0 to 1, with the band around the highest accuracy.
+    The column `element` says what a row is: one of `accuracy_rows`, or `best` or `margin_band` as in figure 4, but in
+    accuracies from 0 to 1, with the band below the highest accuracy.
     """
-    parts = [accuracy_rows(tables.runs), *map(as_accuracies, best_rows(with_error_rates(tables.runs)))]
+    parts = [accuracy_rows(tables.runs), as_accuracies(best_rows(tables, with_error_rates(tables.runs)))]
     plotted = pd.concat([part.reindex(columns=_COLUMNS) for part in parts if len(part)], ignore_index=True)
     return draw_placement(plotted, ACCURACY), plotted

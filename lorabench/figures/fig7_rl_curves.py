@@ -1,4 +1,4 @@
-"""Figure 7 of the paper: accuracy over RL training at each arm's best learning rate, and by learning rate."""
+"""Figure 7 of the paper: accuracy over RL training near each arm's optimal learning rate, and by learning rate."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _COLUMNS = [*ACCURACY_COLUMNS, "step", "episodes"]
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: `curve` (greedy test accuracy of an arm at its best LR after a step, its
-    mean and standard deviation over seeds), or one of `accuracy_rows`.
+    The column `element` says what a row is: `curve` (greedy test accuracy of an arm near its optimal LR after a step,
+    its mean and standard deviation over seeds), or one of `accuracy_rows`.
     """
     curves = curve_rows(tables.runs, tables.curves, "test", "accuracy").assign(element="curve")
     curves = curves.rename(columns={"mean": "accuracy", "sd": "accuracy_sd"})

@@ -36,10 +36,11 @@ class _Panel(NamedTuple):
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    Arms are shown at their best LR; `mean` and `sd` are over seeds. The column `element` says what a row is: `accuracy`
-    (on the further problem set `split`, over `n_samples` answers to its `n_problems`), `response_length` (in tokens,
-    with the share `truncated` at `max_new_tokens`), `reflection` (the share of responses with a word of backtracking or
-    checking) or `diverged` (one run, at any LR). Lengths and reflection are running means over training batches.
+    Arms are shown at the LR of their grid nearest to the fitted optimum; `mean` and `sd` are over seeds. The column
+    `element` says what a row is: `accuracy` (on the further problem set `split`, over `n_samples` answers to its
+    `n_problems`), `response_length` (in tokens, with the share `truncated` at `max_new_tokens`), `reflection` (the
+    share of responses with a word of backtracking or checking) or `diverged` (one run, at any LR). Lengths and
+    reflection are running means over training batches.
     """
     groups = style.titled(tables.runs)
     plotted = _plotted(tables.runs, tables.curves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.comparison import Arm, Judging, comparisons
+from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict_lr
+from lorabench.analysis.lr_ratio import ratio_interval
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
@@ -34,15 +37,16 @@ _OTHER_MARKER, _OTHER_LINE, _GREY = "^", ":", "0.65"
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: `optimum` (optimal LR of an arm with its 95% interval; `nll` is the test
-    loss there in nats per scored token), `ratio` (of the optimal LR of LoRA to that of FullFT), `law` (a point of the
-    law fitted here), `published_law` (a point of the law of the authors' code), `published` (an optimum that `source`
-    published), `naive` (the ratio hidden/64), `reference` (the paper's ratio of 10) or `diverged` (one run). `family`
-    is the family by which the law has its exponents.
+    The column `element` says what a row is: `optimum` (fitted optimal LR of an arm with its 95% interval; `nll` is the
+    fitted lowest test loss in nats per scored token), `ratio` (of the optimal LR of LoRA to that of FullFT), `law` (a
+    point of the law fitted here), `published_law` (a point of the law of the authors' code), `published` (an optimum
+    that `source` published), `naive` (the ratio hidden/64), `reference` (the paper's ratio of 10) or `diverged` (one
+    run). `family` is the family by which the law has its exponents.
     """
     runs = with_arm_columns(tables.runs[is_standard(tables.runs)])
     runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, "family", "hidden_size"])))
-    groups = swept_models(comparisons(runs, tables.curves))
+    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
+    groups = swept_models(comparisons(runs, tables.curves, judging))
     laws = [fitted_law(models) for models in groups]
     parts = [_rows(models, law) for models, law in zip(groups, laws, strict=True)]
     plotted = pd.concat([*parts, _diverged(runs)], ignore_index=True).reindex(columns=_COLUMNS)
@@ -78,13 +82,10 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
     for model in models:
         of_model = {"family": model.lineage, "hidden_size": model.hidden_size}
         for arm in (model.fullft, model.lora):
-            best = model.comparison.optima[arm_label(arm)]
-            optimum = {"lr": best["lr_opt"], "nll": best["loss_opt"], "resolved": bool(best["resolved"])}
-            interval = {"lr_low": best["lr_low"], "lr_high": best["lr_high"]}
-            rows.append(arm | of_model | optimum | interval | {"element": "optimum", "arm": arm_label(arm)})
-        low, high = model.ratio.interval
-        ratio = {"ratio": model.ratio.estimate, "ratio_low": low, "ratio_high": high}
-        resolved = not model.ratio.problems
+            rows.append(arm | of_model | _optimum(model, arm) | {"element": "optimum", "arm": arm_label(arm)})
+        low, high = ratio_interval(model.log_ratio)
+        ratio = {"ratio": math.exp(model.log_ratio.value), "ratio_low": low, "ratio_high": high}
+        resolved = not model.problems
         rows.append(
             model.lora | of_model | ratio | {"element": "ratio", "resolved": resolved, "arm": arm_label(model.lora)}
         )
@@ -107,6 +108,22 @@ def _rows(models: list[SweptModel], law: LrLaw | None) -> pd.DataFrame:
     return frame.assign(**{name: models[0].fullft[name] for name in _DATA})
 
 
+def _optimum(model: SweptModel, arm: Arm) -> dict[str, Any]:
+    """Return the fitted optimum of an arm; without a fit, the LR of its grid with the lowest loss, if any."""
+    fit, label = model.comparison.fit, arm_label(arm)
+    if label not in fit.optima:
+        lr = fit.grids[label].lrs[fit.grids[label].centre] if label in fit.grids else math.nan
+        return {"lr": lr, "lr_low": math.nan, "lr_high": math.nan, "nll": math.nan, "resolved": False}
+    low, high = fit.optima[label].interval()
+    return {
+        "lr": math.exp(fit.optima[label].value),
+        "lr_low": math.exp(low),
+        "lr_high": math.exp(high),
+        "nll": fit.minima[label].value,
+        "resolved": fit.resolved[label],
+    }
+
+
 def _published_optima(families: list[str]) -> pd.DataFrame:
     """Return the published optimal LRs of FullFT, and of LoRA at each model's highest rank on all layers."""
     table = published_sweeps()
@@ -121,7 +138,7 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
         final_valid_nll=table["nll"],
         final_test_nll=table["nll"],
     )
-    optima = lr_optima(runs, pd.DataFrame(columns=["sigma"]))
+    optima = lr_optima(runs)
     about = table.drop_duplicates("model").set_index("model")
     # A best LR that was published without its grid counts as resolved, as its source says it is best.
     on_grid = optima["n_runs"] > 1
@@ -136,7 +153,7 @@ def _published_optima(families: list[str]) -> pd.DataFrame:
             "family": optima["model"].map(about["family"]).map(lineage),
             "hidden_size": optima["model"].map(about["hidden_size"]),
             "source": optima["model"].map(about["source"]),
-            "lr": optima["lr_opt"],
+            "lr": optima["lr_opt"].fillna(optima["lr_best"]),
             "resolved": ~(on_grid & optima["edge"].astype(bool)),
         }
     )

@@ -19,7 +19,6 @@ from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from lorabench.analysis.arms import ARM, arm_label
 from lorabench.analysis.losses import with_losses
-from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import style
@@ -51,20 +50,10 @@ class FinalResult:
     """The label of its axis in a panel by learning rate."""
     best: str
     """The label of its axis where arms are shown at their best learning rate."""
-    band: str
-    """What the noise band lies around, for the legend."""
 
 
-LOSS = FinalResult(
-    "nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)", f"lowest best loss ± 2{style.SIGMA}"
-)
-ACCURACY = FinalResult(
-    "accuracy",
-    "accuracy",
-    "final test accuracy",
-    "accuracy at the best LR",
-    f"highest accuracy ± 2{style.SIGMA}",
-)
+LOSS = FinalResult("nll", "loss", "final test NLL (nats / token)", "best test NLL (nats / token)")
+ACCURACY = FinalResult("accuracy", "accuracy", "final test accuracy", "accuracy at the best LR")
 
 STRIP = 11.0
 """The height in points of the strip above a panel that holds the marks of runs outside the panel."""
@@ -93,7 +82,7 @@ def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
     loss["above_range"] = False
     for _, panel in loss.groupby(style.PANEL, dropna=False):
         loss.loc[panel.index, "above_range"] = _above_range(panel)
-    optimum = lr_optima(runs, seed_noise(runs)).dropna(subset=["lr_opt", "loss_opt"])
+    optimum = lr_optima(runs).dropna(subset=["lr_opt", "loss_opt"])
     optimum = optimum.rename(columns={"lr_opt": "lr", "loss_opt": "nll"})
     diverged = runs[runs["status"] == "diverged"]
     parts = []

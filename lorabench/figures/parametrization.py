@@ -39,7 +39,7 @@ _TITLES = ("first update", "redundant pair", "when A moves", "size of updates")
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement", "eps", "element", "rule"),
-    *("time_scale", "step", "value", "low", "high", "n", "run_id"),
+    *("update_scale", "time_scale", "step", "value", "low", "high", "n", "run_id"),
 ]
 
 _RULE_LOOKS: dict[str, dict[str, Any]] = {
@@ -117,7 +117,7 @@ def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     for _, seeds in move_times(runs, curves).groupby([*PAIR_SETTING, *CONFIGURATION], dropna=False):
         moved = bool(seeds["step"].notna().all())
         first = seeds.iloc[0]
-        row = {name: first[name] for name in (*PAIR_SETTING, "time_scale")} | {
+        row = {name: first[name] for name in (*PAIR_SETTING, "update_scale", "time_scale")} | {
             "n": len(seeds),
             "arm": f"LoRA r{first['rank']}",
         }
@@ -222,7 +222,14 @@ def _draw_move_times(axes: Axes, elements: Elements, styles: Styles) -> None:
             colour = styles[row["arm"]].colour
             axes.vlines(row["time_scale"], row["low"], row["high"], color=colour, linewidth=1.2, zorder=2)
             axes.plot(row["time_scale"], row["value"], "o", ms=4, color=colour, zorder=3)
-        line = log_log(moved["time_scale"], moved["value"])
+        # Only runs whose first updates have the same size can be compared.
+        scale = moved["update_scale"].map(lambda value: f"{value:.9g}")
+        for _, comparable in moved.groupby([*PAIR_SETTING, scale], dropna=False):
+            ordered = comparable.sort_values("time_scale")
+            axes.plot(ordered["time_scale"], ordered["value"], color="0.6", linewidth=0.9, zorder=1)
+        line = log_log(
+            moved["time_scale"], moved["value"], groups=moved.groupby([*PAIR_SETTING, scale], dropna=False).ngroup()
+        )
         at = np.array([moved["time_scale"].min(), moved["time_scale"].max()], float)
         middle = np.exp(np.log(moved[["time_scale", "value"]].astype(float)).mean())
         axes.plot(at, middle["value"] * at / middle["time_scale"], ":", color="0.4", linewidth=1.2, zorder=1)

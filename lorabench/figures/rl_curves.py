@@ -25,7 +25,7 @@ _SMOOTH = 1 / 20
 def curve_rows(
     runs: pd.DataFrame, curves: pd.DataFrame, split: str, metric: str, beside: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Return a metric over the training of each arm at its best LR: its mean and standard deviation over seeds.
+    """Return a metric over the training of each arm near its optimal LR: its mean and standard deviation over seeds.
 
     Metrics of the split `train` are measured on each step's batch, so they are running means over a twentieth of the
     steps.

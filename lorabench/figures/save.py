@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from lorabench.analysis.comparison import NEEDED_BY, curves_of
 from lorabench.errors import UserError
-from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
+from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
 from lorabench.figures.style import write_figure
 from lorabench.tables.checks import check_curves, check_table
-from lorabench.tables.io import with_all_columns, write_csv
+from lorabench.tables.io import empty_table, table_path, with_all_columns, write_csv
+from lorabench.tables.judged import read_claims
 from lorabench.tables.tables import Tables
 
 
@@ -22,7 +25,7 @@ def drawable_figures(folders: Sequence[Path]) -> list[str]:
         UserError: see `Tables.read`.
     """
     tables = Tables.read(*folders)
-    own = {COMPUTE_TABLE: tables.compute, EVALS_TABLE: tables.evals}
+    own = {COMPUTE_TABLE: tables.compute, EVALS_TABLE: tables.evals, CLAIMS_TABLE: _claims(folders)}
     return [
         figure.name
         for figure in FIGURES.values()
@@ -41,10 +44,26 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
-    figure, plotted = FIGURES[name].draw(_of_figure(Tables.read(*folders), FIGURES[name]))
+    figure, plotted = FIGURES[name].draw(_tables(folders, FIGURES[name]))
     for kind in ("svg", "png"):
         write_figure(figure, out / f"{name}.{kind}")
     write_csv(plotted, out / f"{name}.csv")
+
+
+def _tables(folders: Sequence[Path], figure: PaperFigure) -> Tables:
+    if figure.experiments != CLAIMS_TABLE:
+        return _of_figure(Tables.read(*folders), figure)
+    if (claims := _claims(folders)).empty:
+        raise UserError(
+            f"the figure {figure.name} is drawn from the table claims of one folder, which `lorabench claims` writes"
+        )
+    return Tables(empty_table(), empty_table(), claims=claims)
+
+
+def _claims(folders: Sequence[Path]) -> pd.DataFrame:
+    """Return the table `claims`; empty if there is none, or several folders, whose runs are judged together."""
+    alone = len(folders) == 1 and table_path(folders[0], "claims") is not None
+    return read_claims(folders[0]) if alone else empty_table()
 
 
 def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:

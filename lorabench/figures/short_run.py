@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.at_step import at_step
+from lorabench.analysis.at_step import at_end, at_step
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
-from lorabench.analysis.lr_ratio import lr_ratio
+from lorabench.analysis.lr_ratio import ratio_interval
 from lorabench.analysis.published import paper_numbers
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import style
@@ -75,7 +75,7 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     # A table without the length of its runs holds runs of one length.
     full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
     by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
-    by_step[full] = runs.assign(steps=full, final_test_nll=runs["final_valid_nll"])
+    by_step[full] = at_end(runs).assign(steps=full)
     parts = [lr_rows(by_step[step]) for step in (*SHORT_STEPS, full) if step in by_step and len(by_step[step])]
     parts.append(pd.DataFrame([row for step, as_of in by_step.items() for row in _ratios(as_of, curves)]))
     rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
@@ -102,15 +102,15 @@ def _ratios(runs: pd.DataFrame, curves: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _ratio(comparison: Comparison, arm: Arm, fullft: Arm) -> dict[str, Any]:
-    ratio = lr_ratio(comparison, arm, fullft)
-    low, high = ratio.interval
+    log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(fullft))
+    low, high = ratio_interval(log_ratio)
     return arm | {
         "arm": arm_label(arm),
         "element": "ratio",
-        "ratio": ratio.estimate,
+        "ratio": math.exp(log_ratio.value),
         "ratio_low": low,
         "ratio_high": high,
-        "resolved": not ratio.problems,
+        "resolved": not comparison.problems([arm, fullft], resolved=True),
     }
 
 

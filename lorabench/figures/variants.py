@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -10,12 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lorabench.analysis.arms import ARM, arm_label, is_standard, rows_of
-from lorabench.analysis.gaps import best_losses, losses_by_seed, mean_interval
+from lorabench.analysis.arms import arm_label, each_arm, is_standard
 from lorabench.analysis.invariances import PAIR_SETTING, with_lr_grid
-from lorabench.analysis.noise import seed_noise, sigma_of
-from lorabench.analysis.optimum import lr_optima
 from lorabench.figures import style
+from lorabench.figures.fitted import fitted_comparisons, fitted_rows, margin_band
 from lorabench.tables.tables import Tables
 
 _COLUMNS = [
@@ -32,15 +31,15 @@ _ROW = 0.27
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
-    The column `element` says what a row is: `variant` (`nll` is the mean final test loss at the best LR, in nats per
-    scored token, with its 95% interval over seeds; `lr` is the interpolated optimum of LR_A with its bootstrap
-    interval), `noise_band` (from `nll_low` to `nll_high`) or `diverged` (one run).
+    The column `element` says what a row is: `variant` (`nll` is the fitted minimum of the test loss, in nats per scored
+    token, with its 95% interval; `lr` is the fitted optimum of LR_A with its 95% interval), `margin_band` (from the
+    standard's loss down by the margin, from `nll_low` to `nll_high`) or `diverged` (one run).
     """
     settings = _settings(tables.runs)
     if not settings:
         sentence = "There are no LR-tuned variants of the standard parametrization."
         return style.empty_figure(sentence), pd.DataFrame(columns=_COLUMNS)
-    parts = [_rows(runs) for _, runs in settings]
+    parts = [_rows(tables, runs) for _, runs in settings]
     figure = style.new_figure(sum(_ROW * int((part["element"] == "variant").sum()) + 1.2 for part in parts))
     heights = [_ROW * int((part["element"] == "variant").sum()) + 1.2 for part in parts]
     axes = figure.subplots(len(parts), 2, squeeze=False, sharey="row", gridspec_kw={"height_ratios": heights})
@@ -71,32 +70,33 @@ def _settings(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return titles
 
 
-def _rows(runs: pd.DataFrame) -> pd.DataFrame:
+def _rows(tables: Tables, runs: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one setting."""
-    noise = seed_noise(runs)
-    optima = lr_optima(runs, noise)
-    rows, band = [], []
-    for _, best in best_losses(runs).iterrows():
-        mean, low, high = mean_interval(losses_by_seed(runs, best))
-        [optimum] = rows_of(optima, best).to_dict("records")
-        rate = {"lr": optimum["lr_opt"], **{name: optimum[name] for name in ("lr_low", "lr_high", "resolved")}}
-        row = {name: best[name] for name in (*ARM, "n_seeds", "at_edge")}
-        row |= {"arm": arm_label(best), "nll": mean, "nll_low": low, "nll_high": high, "element": "variant"}
-        rows.append(row | rate | {"n_diverged": optimum["n_diverged"]})
-        sigma = sigma_of(noise, best, "test")
-        if is_standard(pd.DataFrame([row])).item() and not math.isnan(sigma + mean):
-            ends = {"nll": mean, "nll_low": mean - 2 * sigma, "nll_high": mean + 2 * sigma}
-            band.append({name: best[name] for name in ARM} | ends | {"element": "noise_band"})
-    rows.sort(key=lambda row: (row["alpha"], row["lr_ratio"]), reverse=True)
+    rows = []
+    for comparison in fitted_comparisons(tables, runs):
+        fitted = fitted_rows([comparison])
+        variants = {row["arm"]: row for row in fitted.to_dict("records")}
+        for arm, of_arm in each_arm(comparison.runs):
+            label, n_diverged = arm_label(arm), int((of_arm["status"] == "diverged").sum())
+            without: dict[Any, Any] = {"arm": label, "at_edge": False, "resolved": False}
+            rows.append(arm | variants.get(label, without) | {"element": "variant", "n_diverged": n_diverged})
+        standard = fitted[is_standard(fitted)]
+        if band := margin_band(comparison, standard):
+            margin = band["nll_high"] - band["nll_low"]
+            rows.append(band | {"nll_low": band["nll"] - margin, "nll_high": band["nll"]})
+    variants_first = [row for row in rows if row["element"] == "variant"]
+    variants_first.sort(key=lambda row: (row["alpha"], row["lr_ratio"]), reverse=True)
+    bands = [row for row in rows if row["element"] != "variant"]
     diverged = runs[runs["status"] == "diverged"].assign(element="diverged")
     diverged["arm"] = [arm_label(run) for _, run in diverged.iterrows()]
-    table = pd.DataFrame([*rows, *band, *diverged.drop(columns=["n_diverged"], errors="ignore").to_dict("records")])
+    runs_diverged = diverged.drop(columns=["n_diverged"], errors="ignore").to_dict("records")
+    table = pd.DataFrame([*variants_first, *bands, *runs_diverged])
     return table.reindex(columns=_COLUMNS).astype({"n_seeds": "Int64", "n_diverged": "Int64"})
 
 
 def _draw_losses(axes: Axes, rows: pd.DataFrame) -> None:
     variants = rows[rows["element"] == "variant"]
-    for band in rows[rows["element"] == "noise_band"].to_dict("records"):
+    for band in rows[rows["element"] == "margin_band"].to_dict("records"):
         axes.axvspan(band["nll_low"], band["nll_high"], color="0.88", linewidth=0, zorder=0)
         axes.axvline(band["nll"], color="0.6", linewidth=0.8, zorder=1)
     for place, row in enumerate(variants.to_dict("records")):
@@ -139,11 +139,11 @@ def _marks(plotted: pd.DataFrame) -> list[Artist]:
     variants = plotted[plotted["element"] == "variant"]
     edge = variants["at_edge"].astype(bool)
     resolved = variants["resolved"].fillna(False).astype(bool)
-    has_band = bool((plotted["element"] == "noise_band").any())
+    has_band = bool((plotted["element"] == "margin_band").any())
     white = {"markerfacecolor": "white", "markeredgewidth": 1.1, "markersize": 5}
     entries: list[tuple[bool, Artist]] = [
         (True, style.mark("standard", "s", color="black", linestyle="-", linewidth=1.4, markersize=5)),
-        (has_band, Patch(label=f"standard ± 2{style.SIGMA} of seeds", facecolor="0.88")),
+        (has_band, Patch(label="within the margin of the standard", facecolor="0.88")),
         (bool(edge.any()), style.mark("best LR at the edge", "o", **white)),
         (bool(resolved.any()), style.mark("optimum, interval", "D", linestyle="-", linewidth=1.4, markersize=5)),
         (bool((~resolved).any()), style.mark("optimum, not resolved", "D", **white)),

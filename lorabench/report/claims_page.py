@@ -14,32 +14,25 @@ from pathlib import Path
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
+from lorabench.claims.conditions import Condition
+from lorabench.figures.short_names import FAMILIES
 from lorabench.report.generated_block import text_around, write_around
 
 START = "<!-- claims: written by `python -m lorabench.report.claims_page docs/claims.md`, never by hand -->"
 END = "<!-- end of claims -->"
 
-FAMILIES = {
-    "A": "Learning curves and capacity",
-    "B": "Learning rates",
-    "C": "Early curves and parametrization",
-    "D": "Batch size",
-    "E": "Layers that carry LoRA",
-    "F": "Reinforcement learning",
-    "G": "Compute",
-    "M": "Mixtures of experts",
-    "N": "Bits in data and parameters",
-}
-"""The subject of each family of claims, by the first letter of their ids."""
-
 
 def claims_block(claims: Iterable[Claim] = CLAIMS) -> str:
     """Return the block between the marker lines, with them: a section per family, and in it one per claim."""
+    ordered = sorted(claims, key=_position)
+    stated: dict[str, list[str]] = {}
+    for claim in ordered:
+        stated.setdefault(claim.fact or claim.statement, []).append(claim.id)
     lines = [START, ""]
-    for family, members in groupby(sorted(claims, key=_position), key=lambda claim: claim.id[0]):
+    for family, members in groupby(ordered, key=lambda claim: claim.id[0]):
         lines += [f"## {family}. {FAMILIES[family]}", ""]
         for claim in members:
-            lines += [*_section(claim), ""]
+            lines += [*_section(claim, stated[claim.fact or claim.statement]), ""]
     return "\n".join([*lines, END])
 
 
@@ -57,7 +50,8 @@ def _position(claim: Claim) -> tuple[str, int]:
     return claim.id[0], int(claim.id[1:])
 
 
-def _section(claim: Claim) -> list[str]:
+def _section(claim: Claim, stating: list[str]) -> list[str]:
+    """Return the lines on a claim; `stating` are the ids of all claims that state its fact."""
     core = ", a core claim" if claim.core else ""
     entries = {
         "Kind": claim.kind + core,
@@ -66,11 +60,22 @@ def _section(claim: Claim) -> list[str]:
         "Unit of the estimate": claim.unit,
         "Criterion": claim.criterion,
         "Needs": claim.needs,
-        "Runs": _runs(claim),
     }
+    texts = {name: _escaped(text) for name, text in entries.items()}
+    if others := [f"[{claim_id}](#{claim_id.lower()})" for claim_id in stating if claim_id != claim.id]:
+        texts = {"Fact": f"{_escaped(claim.fact)} (also {_listed(others)})"} | texts
+    if claim.conditions:
+        texts["Conditions"] = "; ".join(_condition(condition) for condition in claim.conditions)
+    texts["Runs"] = _runs(claim)
     heading = f"### {claim.id} {_escaped(claim.statement)} {{ #{claim.id.lower()} }}"
-    texts = {name: text if name == "Runs" else _escaped(text) for name, text in entries.items()}
     return [heading, "", *(f"- **{name}**: {text}" for name, text in texts.items())]
+
+
+def _condition(condition: Condition) -> str:
+    """Return a condition in words, with the shipped presets that meet it."""
+    names = [f"`{name}`" for name in condition.presets]
+    presets = f"preset{'s' if len(names) > 1 else ''} {_listed(names)}" if names else "no shipped preset"
+    return f"{_escaped(condition.text)} ({presets})"
 
 
 def _where(figure: str) -> str:
@@ -90,8 +95,11 @@ def _runs(claim: Claim) -> str:
     if not claim.experiments:
         return "none"
     names = [f"`{name}`" for name in claim.experiments]
-    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    return f"{'experiments' if len(names) > 1 else 'experiment'} {listed}"
+    return f"{'experiments' if len(names) > 1 else 'experiment'} {_listed(names)}"
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _escaped(text: str) -> str:

@@ -13,17 +13,21 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from lorabench.analysis.comparison import Judging
+from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.files import PRESETS
-from lorabench.figures.catalog import EVALS_TABLE, PaperFigure, figures_of_preset
+from lorabench.figures.catalog import CLAIMS_TABLE, EVALS_TABLE, PaperFigure, figures_of_preset
 from lorabench.planning.plan import Plan
 from lorabench.report import summary
 from lorabench.report.datasets import dataset_origins
 from lorabench.report.explorer import curves_to_draw, data_uri, table_downloads
+from lorabench.report.facts import COUNTING, headline
 from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS
 from lorabench.storage.layout import Layout
 from lorabench.tables.io import read_table
+from lorabench.tables.judged import read_claims
 from lorabench.utils.files import atomic_path
 from lorabench.utils.formats import missing
 
@@ -43,27 +47,36 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
             figures.
 
     Raises:
-        FileNotFoundError: a table or a figure is missing.
+        FileNotFoundError: a figure is missing.
+        UserError: a table is missing, or the table claims is from another version.
     """
     figures = [figure for figure in figures_of_preset(plan.preset) if evaluated or figure.experiments != EVALS_TABLE]
     tables = layout.tables()
     all_runs = read_table(tables, "runs")
     runs = summary.labelled(all_runs)
-    judged = read_table(tables, "claims")
+    judged = read_claims(tables)
     claims = summary.claims(judged, runs)
-    curves = curves_to_draw(runs, read_table(tables, "curves"))
+    shown = [(figure, _figure(figure, layout, source)) for figure in figures]
+    all_curves = read_table(tables, "curves")
+    judging = Judging(plan.preset.margins, ExampleLosses.of(read_table(tables, "test_losses", optional=True)))
+    curves = curves_to_draw(runs, all_curves)
+    trained = plan.preset.experiments.trained()
     page = _template().render(
         name=layout.name,
         question=not (PRESETS / f"{layout.name}.yaml").is_file(),
         preset=plan.preset,
         style=_inline("page.css"),
         script=_inline("page.js"),
-        verdicts=summary.by_verdict(judged),
+        headline=headline(judged),
+        counting=COUNTING,
+        tally=summary.tally(judged),
+        statements=dict(zip(judged["claim_id"], judged["statement"], strict=True)),
         claims=claims,
-        recipe=measured_recipe(all_runs),
-        sections=arrange([_figure(figure, layout, source) for figure in figures], claims),
+        verdicts=next(drawn for figure, drawn in shown if figure.experiments == CLAIMS_TABLE),
+        sections=arrange([drawn for figure, drawn in shown if figure.experiments != CLAIMS_TABLE], claims),
+        recipe=measured_recipe(all_runs, all_curves, judging),
         environment=summary.environment(runs),
-        experiments=[tuned for name in plan.preset.experiments.trained() if (tuned := summary.experiment(name, runs))],
+        experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
         evaluated=evaluated,
         work=summary.work(plan, runs),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import pandas as pd
 from lorabench.claims.catalog import CORE
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
-from lorabench.report import summary
+from lorabench.report import claim_text, summary
+from lorabench.report.facts import COUNTING, facts, headline, in_order
 from lorabench.report.generated_block import text_around, write_around
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.storage.layout import Layout
-from lorabench.tables.io import read_table
+from lorabench.tables.io import read_table, write_csv
+from lorabench.tables.judged import read_claims
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path, write_json
 from lorabench.utils.hashing import digest
@@ -31,11 +34,14 @@ END = "<!-- end of results -->"
 FIGURE_KINDS = (".svg", ".png", ".csv")
 """The suffixes of a figure's files: two pictures, and the table of what they show."""
 
-SHOWN = "fig2_lr_by_rank"
+SHOWN = "verdicts"
 """The figure that the README shows; the page of results shows all."""
 
 RESULTS_PAGE = Path("docs/results.md")
 """The page of results, beside the README."""
+
+_NOT_PUBLISHED = ("run_ids",)
+"""The columns of the table claims that are left out."""
 
 PICTURES = Path("published")
 """The link in `docs/` that leads to `paper_figures/published`."""
@@ -49,9 +55,10 @@ def publish(layout: Layout, readme: Path) -> None:
         readme: the README; the page of results lies in `docs/` beside it.
 
     Raises:
-        UserError: a page has no place for its block, or the figure that the README shows has not been drawn.
+        UserError: a page has no place for its block, the figure that the README shows has not been drawn, or the table
+            claims is from another version.
     """
-    runs, claims = (read_table(layout.tables(), name) for name in ("runs", "claims"))
+    runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     page = readme.parent / RESULTS_PAGE
     around = {path: text_around(path, START, END) for path in (readme, page)}
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in FIGURE_KINDS)
@@ -62,8 +69,7 @@ def publish(layout: Layout, readme: Path) -> None:
             shutil.copyfile(path, partial)
     for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
         path.unlink()
-    with atomic_path(layout.published / "claims.csv") as partial:
-        claims.drop(columns="run_ids").to_csv(partial, index=False)
+    write_csv(claims.drop(columns=list(_NOT_PUBLISHED)), layout.published / "claims.csv")
     write_json(_provenance(layout, runs), layout.published / "provenance.json")
     for path, text in ((readme, readme_block(layout.published)), (page, results_block(layout.published))):
         write_around(path, around[path], text)
@@ -92,19 +98,19 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def readme_block(figures: Path) -> str:
-    """Return the README's block: one figure and the core claims.
+    """Return the README's block: the figure of all verdicts, and the core claims.
 
     Args:
         figures: a folder that `publish` has written, as a path from the README.
     """
-    claims, summary_line = _read(figures)
+    claims, counted = _read(figures)
     lines = [
         START,
-        summary_line,
-        "",
         f"![{FIGURES[SHOWN].title}]({figures / SHOWN}.svg)",
         "",
-        *_table(claims[claims["claim_id"].isin(CORE)]),
+        *counted,
+        "",
+        *_table(claims[claims["claim_id"].isin(CORE)], claims),
         END,
     ]
     return "\n".join(lines)
@@ -112,48 +118,62 @@ def readme_block(figures: Path) -> str:
 
 def results_block(figures: Path) -> str:
     """Return the block of the page of results: all claims and all figures of a folder that `publish` has written."""
-    claims, summary_line = _read(figures)
-    names = [name for name in FIGURES if (figures / f"{name}.svg").is_file()]
-    lines = [START, summary_line, "", *_table(claims), ""]
-    for name in names:
-        figure = FIGURES[name]
-        lines += [f"![{figure.title}]({PICTURES / figures.name / name}.svg)", "", f"*{figure.caption}*", ""]
+    claims, counted = _read(figures)
+    drawn = {name: _picture(figures, name) for name in FIGURES if (figures / f"{name}.svg").is_file()}
+    first = drawn.pop(SHOWN, [])
+    lines = [START, *first, *counted, "", *_table(claims, claims), "", *chain.from_iterable(drawn.values())]
     return "\n".join([*lines, END])
 
 
-def _read(figures: Path) -> tuple[pd.DataFrame, str]:
-    """Return the claims of a published folder, and a sentence that counts the verdicts and says what they rest on."""
-    claims = pd.read_csv(figures / "claims.csv")
+def _picture(figures: Path, name: str) -> list[str]:
+    """Return a figure with its caption for the page of results."""
+    figure = FIGURES[name]
+    return [f"![{figure.title}]({PICTURES / figures.name / name}.svg)", "", f"*{figure.caption}*", ""]
+
+
+def _read(figures: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return the claims of a published folder, and lines that count the verdicts and say what they rest on."""
+    claims = read_claims(figures, without=_NOT_PUBLISHED)
     provenance = json.loads((figures / "provenance.json").read_text())
-    counts = ", ".join(f"{len(ids)} {verdict}" for verdict, ids in summary.by_verdict(claims))
     devices = " and ".join(provenance["devices"])
-    return claims, (
-        f"What the `{provenance['preset']}` preset says: of {len(claims)} claims {counts}. "
-        f"Computed from {provenance['runs']} runs ({formats.duration(provenance['run_seconds'])} of one core "
-        f"on {devices}, from {provenance['first_started'][:10]})."
-    )
+    return in_order(claims), [
+        f"What the `{provenance['preset']}` preset says. {headline(claims)}. Computed from {provenance['runs']} runs "
+        f"({formats.duration(provenance['run_seconds'])} of one core on {devices}, "
+        f"from {provenance['first_started'][:10]}).",
+        "",
+        f"*{COUNTING}*",
+    ]
 
 
-def _table(claims: pd.DataFrame) -> list[str]:
-    rows = ["| | claim | verdict | measured here, 95% interval | paper |", "|---|---|---|---|---|"]
+_HEADER = ("claim", "verdict", "margin", "measured, 95% interval", "power", "scope", "paper")
+
+
+def _table(claims: pd.DataFrame, every: pd.DataFrame) -> list[str]:
+    """Return claims as a Markdown table; the facts that several of `every` claim state are named in their rows."""
+    stating = {claim_id: fact.claim_ids for fact in facts(every) for claim_id in fact.claim_ids}
+    lines = [f"| | {' | '.join(_HEADER)} |", f"|---|{'---|' * len(_HEADER)}"]
     for claim in claims.to_dict("records"):
-        measured = _measured(claim)
-        cells = (claim["claim_id"], claim["statement"], claim["verdict"], measured, _cell(claim["paper_value"]))
-        rows.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
-    return rows
+        others = [claim_id for claim_id in stating[claim["claim_id"]] if claim_id != claim["claim_id"]]
+        statement = claim["statement"] + (f" (one fact with {', '.join(others)})" if others else "")
+        remark = claim_text.remark(claim)
+        verdict = f"{claim['verdict']}; {remark}" if remark else claim["verdict"]
+        cells = (
+            *(claim["claim_id"], statement, verdict, claim_text.margin(claim), _measured(claim)),
+            *(claim_text.power(claim), _cell(claim["scope"]), _cell(claim["paper_value"])),
+        )
+        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+    return lines
 
 
 def _measured(claim: dict[Any, Any]) -> str:
-    if pd.isna(claim["estimate"]):
-        return ""
-    words = [formats.number(claim["estimate"])]
-    if pd.notna(claim["ci_low"]) and pd.notna(claim["ci_high"]):
-        words.append(formats.interval(claim["ci_low"], claim["ci_high"]))
-    return " ".join([*words, _cell(claim["unit"])]).strip()
+    text = claim_text.estimate(claim)
+    if pd.isna(claim["ci_low"]) or pd.isna(claim["ci_high"]):
+        return text
+    return f"{text} {formats.interval(claim['ci_low'], claim['ci_high'])}"
 
 
 def _cell(value: Any) -> str:
-    return "" if pd.isna(value) else str(value)
+    return formats.DASH if pd.isna(value) else str(value)
 
 
 def _escaped(text: str) -> str:

@@ -1,6 +1,7 @@
 """The page's sections in the paper's order: which figures and claims are shown together.
 
-The page shows figures and claims that no section names in a last section.
+The figure of all verdicts stands at the top of the page; it is in no section. The page shows other figures, and claims,
+that no section names in a last section.
 """
 
 from __future__ import annotations

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_label, each_arm, first_seed, rows_of
+from lorabench.analysis.arms import ARM, arm_label, each_arm
+from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optimum import lr_draws, lr_optima
+from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.analysis.studies import MIN_LRS, over_studies, seed_studies
+from lorabench.analysis.studies import over_studies, seed_studies
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
+from lorabench.report.facts import KINDS, VERDICTS, facts, in_order
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import list_of_words, with_all_columns
-from lorabench.utils.formats import missing
-
-VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
 
 Records = list[dict[str, Any]]
 
@@ -37,26 +36,44 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     return ordered.assign(label=[arm_label(row) for _, row in ordered.iterrows()])
 
 
-def by_verdict(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """Return each verdict with the ids of its claims."""
-    return [(verdict, list(table.loc[table["verdict"] == verdict, "claim_id"])) for verdict in VERDICTS]
-
-
 def claims(table: pd.DataFrame, runs: pd.DataFrame) -> Records:
-    """Return each claim as a row, with the runs behind it as `runs`."""
+    """Return each claim as a row, those of one fact next to each other, with the runs behind it as `runs`.
+
+    `same_fact` holds the ids of the other claims that state the same fact, and `first` says whether the claim is the
+    first of them.
+    """
     known = runs.set_index("run_id")[["label", "model", "dataset", "lr", "seed", "status"]].to_dict("index")
-    return [
-        claim
-        | {
-            "runs": [
-                {"run_id": run_id, **known[run_id]} for run_id in list_of_words(claim["run_ids"]) if run_id in known
+    stating = {claim_id: fact.claim_ids for fact in facts(table) for claim_id in fact.claim_ids}
+    shown = []
+    for claim in _records(in_order(table)):
+        together = stating[claim["claim_id"]]
+        run_ids = [run_id for run_id in list_of_words(claim["run_ids"]) if run_id in known]
+        shown.append(
+            claim
+            | {
+                "runs": [{"run_id": run_id, **known[run_id]} for run_id in run_ids],
+                "same_fact": [other for other in together if other != claim["claim_id"]],
+                "first": together[0] == claim["claim_id"],
+            }
+        )
+    return shown
+
+
+def tally(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """Return, for each group of KINDS that occurs, its verdicts: `verdict`, and `facts`, each the ids of its claims."""
+    stated = facts(table)
+    groups = {}
+    for group in KINDS:
+        of_group = [fact for fact in stated if fact.group == group]
+        if of_group:
+            groups[group] = [
+                {"verdict": verdict, "facts": [fact.claim_ids for fact in of_group if fact.verdict == verdict]}
+                for verdict in VERDICTS
             ]
-        }
-        for claim in _records(table)
-    ]
+    return groups
 
 
-def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
+def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any] | None:
     """Return the seed noise, the optimal LR and best result of each LR-tuned arm, and the LR ratios of an experiment.
 
     The result is the test NLL in nats per scored token, or in RL the test accuracy from 0 to 1. It is in best_mean (at
@@ -72,7 +89,7 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
     runs = pd.concat(tuned)
     noise = seed_noise(runs)
     losses = best_losses(runs)[[*ARM, "loss_mean", "loss_sd", "n_seeds"]]
-    arms = lr_optima(runs, noise).merge(losses, on=ARM, how="left")
+    arms = lr_optima(runs, judging).merge(losses, on=ARM, how="left")
     arms = arms.merge(over_studies(seed_studies(runs)), on=ARM, how="left")
     arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
     # A low error is a high accuracy.
@@ -85,28 +102,24 @@ def experiment(name: str, runs: pd.DataFrame) -> dict[str, Any] | None:
         "noise": noise.to_dict("records"),
         "arms": arms.to_dict("records"),
         "studies": bool((arms["n_studies"] > 1).any()),
-        "ratios": _ratios(runs, noise, arms),
+        "ratios": _ratios(runs, judging),
     }
 
 
-def _ratios(runs: pd.DataFrame, noise: pd.DataFrame, arms: pd.DataFrame) -> Records:
+def _ratios(runs: pd.DataFrame, judging: Judging) -> Records:
     """Return the optimal LR of each LoRA arm over that of FullFT on the same model, dataset, batch size and length."""
-    grid = first_seed(runs)
-    # Where the LR has no interval, the arm has no finished run or its noise is unknown, so nothing can be drawn.
-    draws = {
-        index: None if missing(arm["lr_low"]) else lr_draws(rows_of(grid, arm), noise) for index, arm in arms.iterrows()
-    }
-    rows = []
-    for place, group in arms.groupby(_PLACE, dropna=False):
-        for base_index, base in group[group["method"] == "fullft"].iterrows():
-            for index, arm in group[group["method"] == "lora"].iterrows():
-                row = dict(zip(_PLACE, place, strict=True)) | {"label": arm["label"]}
-                row |= {"ratio": arm["lr_opt"] / base["lr_opt"], "low": None, "high": None}
-                row["resolved"] = bool(arm["resolved"] and base["resolved"])
-                above, below = draws[index], draws[base_index]
-                if above is not None and below is not None:
-                    row["low"], row["high"] = np.quantile(above / below, [0.025, 0.975])
-                rows.append(row)
+    rows: Records = []
+    for comparison in comparisons(runs, pd.DataFrame(), judging):
+        fullft = comparison.fullft
+        for arm in comparison.arms if fullft else []:
+            label = arm_label(arm)
+            if arm["method"] == "lora":
+                ratio = comparison.fit.log_ratio(label, "FullFT")
+                low, high = (math.exp(end) for end in ratio.interval())
+                row = {name: arm[name] for name in _PLACE} | {"label": label, "ratio": math.exp(ratio.value)}
+                row |= {"low": None if math.isnan(low) else low, "high": None if math.isnan(high) else high}
+                resolved = [comparison.fit.resolved.get(name, False) for name in (label, "FullFT")]
+                rows.append(row | {"resolved": all(resolved)})
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from lorabench.report import claim_text
 from lorabench.tables.io import list_of_words
 from lorabench.utils import formats
 
@@ -67,6 +68,7 @@ FILTERS = {
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, in_paper, parametrization, anchor_run, anchor_claim),
+        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark),
     )
 }
 """The functions that the templates use as filters, by name."""

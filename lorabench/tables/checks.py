@@ -59,11 +59,13 @@ def check_table(runs: pd.DataFrame) -> None:
 
 def _check_values(runs: pd.DataFrame) -> None:
     rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
-    column = runs.reindex(columns=["task", "method", "status", "rank", "lr", "seed", *_LOSSES, *rewards])
+    several = ["n_seeds", "final_test_nll_sd"]
+    column = runs.reindex(columns=["task", "method", "status", "rank", "lr", "seed", *several, *_LOSSES, *rewards])
     lora, fullft = column["method"].eq("lora"), column["method"].eq("fullft")
     done, diverged, unrewarded = (column["status"].eq(name) for name in ("done", "diverged", "unrewarded"))
     rl = is_rl(runs)
     finished_rl = rl & (done | unrewarded)
+    deviation = column["final_test_nll_sd"]
     ranked = (lora & column["rank"].ge(1)) | (fullft & column["rank"].isna()) | ("method" not in runs)
     rules = [
         ("task", column["task"].isna() | column["task"].isin(["sft", "rl"]), "sft, rl"),
@@ -72,6 +74,8 @@ def _check_values(runs: pd.DataFrame) -> None:
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
         ("lr", _finite(column["lr"]) & column["lr"].gt(0), "numbers above 0"),
         ("seed", column["seed"].notna(), "whole numbers"),
+        ("n_seeds", column["n_seeds"].isna() | column["n_seeds"].ge(1), "whole numbers from 1 up"),
+        ("final_test_nll_sd", deviation.isna() | (_finite(deviation) & deviation.ge(0)), "numbers from 0 up"),
     ]
     for name in _LOSSES:
         rules.append((name, rl | ~done | _finite(column[name]), "a finite number where status is done"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
@@ -69,12 +70,13 @@ def collect(jobs: list[Path], out: Path, plan: Plan | None = None) -> None:
     Args:
         jobs: the files that `write_job` wrote.
         out: the folder of the tables.
-        plan: the plan to take the runs' experiments from; without it, those are kept that the files were written with.
+        plan: the plan to take the runs' experiments and kinds of data and base from; without it, those are kept that
+            the files were written with.
 
     Raises:
         UserError: a file is damaged, or its job is not in the plan.
     """
-    table = pa.concat_tables([_read_job(path, plan) for path in jobs])
+    table = _with_sources(pa.concat_tables([_read_job(path, plan) for path in jobs]))
     runs = table.drop_columns(["curve", "test_losses"]).sort_by([("model", "ascending"), ("dataset", "ascending")])
     curves = pa.Table.from_pylist(
         [
@@ -102,8 +104,47 @@ def _read_job(path: Path, plan: Plan | None) -> pa.Table:
     table = read_parquet(path, JOB)
     if plan is None:
         return table
-    experiments = pa.array([plan.job(path.stem).experiments] * len(table), pa.list_(pa.string()))
-    return table.set_column(table.schema.get_field_index("experiments"), RUNS.field("experiments"), experiments)
+    # Runs don't record the kinds of their data and base, since the preset names both.
+    sources, models = plan.preset.sources, plan.preset.models
+    columns: dict[str, list[Any]] = {
+        "experiments": [plan.job(path.stem).experiments] * len(table),
+        "data_kind": [sources[name].kind for name in table.column("dataset").to_pylist()],
+        "base_kind": [base_kind(models[name]) for name in table.column("model").to_pylist()],
+    }
+    return _with_columns(table, columns)
+
+
+def base_kind(spec: ModelSpec) -> str | None:
+    """Return whether a model is a `base` or was instruction-tuned (`instruct`), by its name; None if it does not say.
+
+    A preset gives a model without a chat template of its own the template `plain`, or a file's; it is a base too.
+    """
+    if isinstance(spec, TinyModel) or spec.chat_template is not None:
+        return "base"
+    name = (spec.id if isinstance(spec, HubModel) else Path(spec.path).name).lower()
+    if "instruct" in name:
+        return "instruct"
+    return "base" if "base" in name else None
+
+
+def _with_sources(runs: pa.Table) -> pa.Table:
+    """Fill the columns in which tables of other projects may differ from these runs, from what all own runs share."""
+    lora = [method == "lora" for method in runs.column("method").to_pylist()]
+    unembedding = [json.loads(text or "{}").get("include_unembedding") for text in runs.column("protocol").to_pylist()]
+    columns: dict[str, list[Any]] = {
+        "alpha_convention": ["alpha/r" if is_lora else None for is_lora in lora],
+        "unembedding": [value if is_lora else None for value, is_lora in zip(unembedding, lora, strict=True)],
+        "precision": ["fp32"] * len(runs),
+        "schedule": ["constant"] * len(runs),
+    }
+    return _with_columns(runs, columns)
+
+
+def _with_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
+    for name, values in columns.items():
+        field = RUNS.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
 
 
 def collect_evals(files: list[Path], out: Path) -> None:

@@ -13,6 +13,7 @@ from lorabench.errors import UserError
 from lorabench.tables.checks import check_curves, check_table
 from lorabench.tables.io import list_of_words, read_table, table_path, write_csv, write_table
 from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS
+from lorabench.tables.stand_ins import with_stand_ins
 
 KEYS = {
     "runs": ["run_id"],
@@ -59,7 +60,7 @@ def merge(folders: list[Path], out: Path) -> None:
         frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
         if frames:
             merged[name] = merge_tables(name, frames)
-    check_table(merged.get("runs", pd.DataFrame()))
+    check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
     check_curves(merged.get("curves", pd.DataFrame()))
     for name, frame in merged.items():
         schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])

@@ -23,6 +23,8 @@ class Tables:
     counts: pd.DataFrame = field(default_factory=empty_table)
     evals: pd.DataFrame = field(default_factory=empty_table)
     test_losses: pd.DataFrame = field(default_factory=empty_table)
+    claims: pd.DataFrame = field(default_factory=empty_table)
+    """The table `claims`, for the figure of it only; `read` leaves it out, since merged tables are judged again."""
 
     @classmethod
     def read(cls, *folders: Path) -> Tables:

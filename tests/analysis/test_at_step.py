@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.analysis.at_step import at_step
-from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.at_step import at_end, at_step, coupled
+from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.estimate import combined, student
 
 from ..handmade.sft import STEPS, arm, tables
 
@@ -39,14 +40,12 @@ def test_the_table_given_is_not_changed():
     pd.testing.assert_frame_equal(runs, before)
 
 
-def test_optima_and_noise_of_a_step_are_those_of_its_losses():
+def test_optima_of_a_step_are_those_of_its_losses():
     runs, curves = two_arms()
-    as_of_step = at_step(runs, curves, 16)
-    noise = seed_noise(as_of_step)
-    assert noise["sigma_valid"].item() == pytest.approx(0.004)
-    assert noise["steps"].item() == 16
-    optima = lr_optima(as_of_step, noise)
-    assert optima["lr_opt"].tolist() == pytest.approx([3.2e-4, 3.3e-3])
+    [comparison] = comparisons(at_step(runs, curves, 16), curves)
+    assert comparison.label == "tiny/instruct"
+    optima = {label: math.exp(optimum.value) for label, optimum in comparison.fit.optima.items()}
+    assert optima == pytest.approx({"FullFT": 3.2e-4, "LoRA r16": 3.3e-3})
 
 
 def test_a_run_that_diverges_later_is_done_and_one_that_had_stays_diverged():
@@ -92,3 +91,30 @@ def test_other_splits_metrics_and_longer_runs_do_not_count():
 @pytest.mark.parametrize("curves", [pd.DataFrame(), two_arms()[1].iloc[:0]])
 def test_without_curves_there_is_nothing(curves):
     assert at_step(two_arms()[0], curves, 8).empty
+
+
+def noisy(sigma, shared, number):
+    """Return a comparison of runs with noise, of which a share of the variance is the same for all numbers."""
+    runs, curves = two_arms()
+    own, common = (np.random.default_rng(seed).standard_normal(len(runs)) for seed in (number, 0))
+    loss = runs["final_valid_nll"] + sigma * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own)
+    [comparison] = comparisons(at_end(runs.assign(final_valid_nll=loss)), curves)
+    return comparison
+
+
+@pytest.mark.parametrize(("shared", "low", "high"), [(1.0, 0.9, 1.0), (0.0, -0.05, 0.4)])
+def test_errors_of_two_lengths_are_coupled_as_the_residuals_of_their_runs(shared, low, high):
+    short, full = noisy(0.01, shared, 1), noisy(0.01, shared, 2)
+    first, second = student(0.5, 1.0, 10, "first"), student(0.2, 2.0, 10, "second")
+    same, reordered = coupled(short, full, first, second, "ratio")
+    assert same is first
+    assert reordered.value == 0.2
+    np.testing.assert_array_equal(np.sort(reordered.seed_part), np.sort(second.seed_part))
+    assert low < np.corrcoef(first.seed_part, reordered.seed_part)[0, 1] < high
+    assert combined(np.subtract, first, reordered).value == pytest.approx(0.3)
+
+
+def test_an_unknown_error_is_coupled_to_nothing():
+    short, full = noisy(0.01, 1.0, 1), noisy(0.01, 1.0, 2)
+    unknown = student(0.5, math.nan, 0, "unknown")
+    assert coupled(short, full, unknown, unknown, "ratio") == (unknown, unknown)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.early import early_difference, train_curves
+from lorabench.analysis.early import compared_ranks, early_difference, inverse_rank_fit, train_curves
 
 from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 
@@ -30,8 +30,6 @@ def test_the_difference_is_paired_by_seed_and_step():
         np.testing.assert_allclose(early.by_seed[seed], [0.01 * step * (1 + seed) for step in range(1, 17)])
     assert list(early.by_seed.index) == list(range(1, 17))
     assert len(early.run_ids) == 6
-    loss = np.mean([nll(lora_run(64, seed=seed), 3) for seed in SEEDS]) + 0.01 * 3 * 2 / 2
-    assert early.loss[3] == pytest.approx(loss)
 
 
 def test_mean_and_interval_over_seeds():
@@ -78,6 +76,30 @@ def test_without_two_ranks_or_losses_there_is_none():
     assert early_difference(runs, pd.DataFrame()) is None
     assert early_difference(runs, curves.assign(value=math.nan)) is None
     assert early_difference(runs.iloc[:0], curves) is None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pair"),
+    [((1, 4, 16, 64), (16, 64)), ((16, 32, 256), (16, 256)), ((1, 4, 16), (4, 16)), ((1, 16), None), ((), None)],
+)
+def test_the_ranks_are_the_papers_or_nearest(ranks, pair):
+    assert compared_ranks(ranks) == pair
+
+
+def test_differences_of_all_pairs_go_as_inverse_ranks():
+    def loss(run, step):
+        return nll(run, step) + (0.3 / run["rank"] if step > 1 else 0.0)
+
+    runs = [lora_run(rank, seed=seed) for rank in (4, 16, 64) for seed in SEEDS]
+    early = early_difference(*lora_tables(runs, nll=loss))
+    assert (early.low, early.high) == (16, 64)
+    pairs = early.by_inverse_rank.set_index(["low", "high"])
+    assert pairs.loc[(4, 16)].tolist() == pytest.approx([3 / 16, 0.3 * 3 / 16])
+    assert len(pairs) == 3
+    assert inverse_rank_fit(early.by_inverse_rank) == pytest.approx((0.3, 1.0))
+    # A difference that does not fall with rank does not go as theory says.
+    assert inverse_rank_fit(early.by_inverse_rank.assign(difference=[0.01, -0.01, 0.02]))[1] < 0.5
+    assert math.isnan(inverse_rank_fit(early.by_inverse_rank.iloc[:1])[0])
 
 
 def test_train_curves_are_of_the_metric_and_the_runs():

@@ -4,14 +4,17 @@ import math
 
 import numpy as np
 import pandas as pd
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lorabench.analysis.departure import departures
+from lorabench.analysis.departure import departures, paired_departure
 from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.estimate import generator
+from lorabench.analysis.paired_curves import PairedCurves
 
-from ..handmade.sft import arm, noise_table, tables
+from ..handmade.sft import noise_table
 
 
 def by_hand(values: dict[str, list[float]], steps=(0, 1, 2, 4)) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -97,23 +100,28 @@ def test_departure_is_where_an_arm_stays_above_two_sigma_to_the_end():
             envelope(None, [3.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
             # The arm is above for long, as LoRA is at first, but not at the end.
             envelope(64, [3.5, 2.5, 1.5, 1.5, 1.5, 1.0]),
-            # The arm is above once, then not, and then above for good.
-            envelope(8, [3.0, 2.5, 1.01, 1.03, 1.03, 1.03]),
+            # The arm is above once, then not, and then above for good, by ever more.
+            envelope(8, [3.0, 2.5, 1.01, 1.03, 1.04, 1.07]),
             # The arm is above at the end, but only at two points.
-            envelope(4, [3.0, 2.0, 1.0, 1.0, 1.5, 1.5]),
-            envelope(1, [3.5, 2.5, 1.5, 1.5, 1.5, 1.5]),
+            envelope(4, [3.0, 2.0, 1.0, 1.0, 1.5, 1.6]),
+            # The arm comes nearer, and departs where it is nearest.
+            envelope(2, [3.5, 2.4, 1.3, 1.2, 1.3, 1.4]),
+            # The arm comes nearer to the end, or keeps its distance: it learns slowly.
+            envelope(1, [3.5, 2.5, 1.4, 1.3, 1.2, 1.2]),
+            envelope(16, [3.5, 2.5, 1.5, 1.5, 1.5, 1.51]),
         ]
     )
     found = departures(table, noise_table(0.01)).set_index("rank")
-    assert found["departed"].tolist() == [False, True, False, True, False]
-    assert found["step"].tolist() == [pd.NA, 1, pd.NA, 8, pd.NA]
+    assert found.loc[found["departed"], "step"].to_dict() == {2: 8, 8: 8}
+    assert found["departed"].notna().all()
     # With more noise, a small excess is not a departure.
     assert departures(table, noise_table(0.02))["departed"].sum() == 1
 
 
 def test_step_zero_is_ignored():
-    runs, curves = tables([arm(optimum=3e-4), arm(1, optimum=1e-3, leaves_at=0)])
-    assert departures(envelopes(runs, curves), noise_table(0.01))["step"].tolist() == [pd.NA, 1]
+    table = pd.concat([envelope(None, [1.0] * 4), envelope(1, [1.2, 1.3, 1.4, 1.5])])
+    at_start = pd.concat([envelope(None, [1.0]), envelope(1, [1.1])]).assign(step=0)
+    assert departures(pd.concat([at_start, table]), noise_table(0.01))["step"].tolist() == [pd.NA, 1]
 
 
 def test_departure_is_unknown_without_sigma_or_with_few_points():
@@ -133,8 +141,59 @@ def test_arms_of_other_data_are_not_compared():
 def test_departure_does_not_change_when_all_losses_shift(shift, values):
     noise = noise_table(0.1)
     low = [1.0] * len(values)
+    values = [value + 0.3 * (place == len(values) - 1) for place, value in enumerate(values)]
     found = departures(pd.concat([envelope(None, low), envelope(1, values)]), noise)
     lifted = [value + shift for value in values]
     moved = departures(pd.concat([envelope(None, [1.0 + shift] * len(low)), envelope(1, lifted)]), noise)
     pd.testing.assert_frame_equal(found, moved)
-    assert found["departed"].iloc[-1] == (values[-3:] == [1.5] * 3)
+    assert found["departed"].iloc[-1] == (values[-3:] == [1.5, 1.5, 1.8])
+
+
+STEPS = np.arange(1, 1001)
+
+
+def gaps(shape, spread=0.002) -> PairedCurves:
+    """Make the gap of two arms by step, with three seeds that differ by the given spread."""
+    gap = np.array([shape(step) for step in STEPS])
+    by_seed = pd.DataFrame({seed: gap + spread * (seed - 1) for seed in range(3)}, index=STEPS)
+    return PairedCurves(by_seed, ("a", "b"), "test")
+
+
+def grows_from(left: float):
+    return lambda step: 0.05 + 0.1 * np.log10(step / left) if step >= left else 0.0
+
+
+def test_a_paired_gap_departs_where_it_stays_above_the_margin_and_grows():
+    curves = gaps(grows_from(45))
+    departure = paired_departure(curves, margin=0.02)
+    assert (departure.first, departure.before) == (45, 21)
+    assert departure.growth.value == pytest.approx(0.1)
+    # With seeds that differ by much, the gap may be noise.
+    assert not paired_departure(gaps(grows_from(45), spread=0.05), 0.02).left
+    assert not paired_departure(gaps(grows_from(45)), margin=0.3).left
+
+
+def test_a_gap_that_shrinks_is_slow_learning():
+    departure = paired_departure(gaps(lambda step: 0.5 / step**0.3), 0.02)
+    assert not departure.left
+    assert departure.growth.value < 0
+    # It departs where the gap is smallest, after which it grows.
+    late = paired_departure(gaps(lambda step: 0.5 / step**0.5 + grows_from(100)(step)), 0.02)
+    assert late.first == 45
+
+
+def test_a_gap_that_comes_last_or_at_once():
+    # The last window alone shows no growth.
+    assert paired_departure(gaps(grows_from(600)), 0.02).first is None
+    at_once = paired_departure(gaps(grows_from(1)), 0.02)
+    assert (at_once.first, at_once.before) == (2, None)
+
+
+def test_noise_rarely_departs():
+    random = generator("departures")
+    left = 0
+    for _ in range(200):
+        drift = np.log10(STEPS)[:, None] / 3 * random.standard_normal(3) * 0.01
+        by_seed = pd.DataFrame(drift + 0.02 * random.standard_normal((1000, 3)), index=STEPS)
+        left += paired_departure(PairedCurves(by_seed, ("a", "b"), "noise"), 0.005).left
+    assert left <= 4

@@ -120,6 +120,7 @@ def test_first_descents_by_rule_are_per_unit_of_lr():
     assert ratios.loc[("alpha / sqrt(r)", 1), "ratio"] == pytest.approx(1 / 4)
     assert ratios.loc[("constant factor", 8), "ratio"] == pytest.approx(1 / 2)
     assert ratios.loc[("alpha / r", 1), ["ratio", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
+    assert ratios.loc[("alpha / r", 1), "estimate"].value == pytest.approx(1)
     assert ratios.loc[("alpha / r", 4), "n_seeds"] == 2
 
 
@@ -138,14 +139,16 @@ def test_ratios_are_paired_by_seed():
 
 
 def test_ratio_of_means():
-    ratio, low, high = ratio_of_means(np.array([1.0, 2.0, 3.5]), np.array([2.0, 4.0, 6.0]))
-    assert ratio == pytest.approx(6.5 / 12)
-    residual = np.array([1.0, 2.0, 3.5]) - ratio * np.array([2.0, 4.0, 6.0])
+    ratio = ratio_of_means(np.array([1.0, 2.0, 3.5]), np.array([2.0, 4.0, 6.0]), "ratio")
+    assert ratio.value == pytest.approx(6.5 / 12)
+    residual = np.array([1.0, 2.0, 3.5]) - ratio.value * np.array([2.0, 4.0, 6.0])
     half = 4.302652729911275 * residual.std(ddof=1) / math.sqrt(3) / 4
-    assert (low, high) == pytest.approx((ratio - half, ratio + half))
-    assert math.isnan(ratio_of_means(np.array([1.0]), np.array([2.0]))[1])
-    assert all(map(math.isnan, ratio_of_means(np.array([1.0, 1.0]), np.array([1.0, -1.0]))))
-    assert all(map(math.isnan, ratio_of_means(np.array([]), np.array([]))))
+    assert ratio.interval() == pytest.approx((ratio.value - half, ratio.value + half), rel=0.01)
+    single = ratio_of_means(np.array([1.0]), np.array([2.0]), "ratio")
+    assert single.value == 0.5
+    assert not single.known
+    for numerator, denominator in (([1.0, 1.0], [1.0, -1.0]), ([], [])):
+        assert math.isnan(ratio_of_means(np.array(numerator), np.array(denominator), "ratio").value)
 
 
 @given(power=st.floats(0.2, 3), at=st.floats(1.5, 500))
@@ -167,18 +170,26 @@ def test_move_times_are_of_runs_with_the_measure():
     runs, curves = lora_tables(
         [lora_run(lr=lr) for lr in (1e-3, 1e-6)], a_moved=lambda run, step: run["lr"] * step * 100
     )
-    times = move_times(runs, curves).set_index("lr")["step"]
-    assert times[1e-3] == pytest.approx(10)
-    assert math.isnan(times[1e-6])
+    times = move_times(runs, curves).set_index("lr")
+    assert times.loc[1e-3, ["step", "limit", "bound"]].tolist() == pytest.approx([10, 10, 0])
+    assert math.isnan(times.loc[1e-6, "step"])
+    assert times.loc[1e-6, ["limit", "bound"]].tolist() == [64, 1]
+    sooner = move_times(*lora_tables([lora_run()], a_moved=lambda run, step: 2.0 + step))
+    assert sooner[["limit", "bound"]].values.tolist() == [[1, -1]]
+    assert sooner["step"].isna().all()
     assert move_times(runs, curves[curves["metric"] == "nll"]).empty
     assert move_times(runs, pd.DataFrame()).empty
 
 
-def test_step_sizes_are_of_the_longest_standard_runs_at_the_best_lr():
+def test_step_sizes_are_of_the_longest_standard_runs_at_the_fitted_optimum():
     def loss(lr):
-        return 2.0 + abs(math.log(lr / 1e-3))
+        return 2.0 + math.log(lr / 1e-3) ** 2
 
-    made = [lora_run(lr=lr, steps=steps, final_valid_nll=loss(lr)) for lr in (3e-4, 1e-3, 3e-3) for steps in (8, 16)]
+    made = [
+        lora_run(lr=lr, steps=steps, final_valid_nll=loss(lr), final_test_nll=loss(lr))
+        for lr in (3e-4, 1e-3, 3e-3)
+        for steps in (8, 16)
+    ]
     made += [lora_run(seed=1, steps=16), lora_run(seed=0, steps=16, alpha=8.0)]
     runs, curves = lora_tables(made)
     measured = step_sizes(runs, curves)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorabench.analysis.estimate import mean_over_seeds
 from lorabench.analysis.gaps import mean_interval
-from lorabench.analysis.memorisation import best_stored, description_lengths, is_memorisation, late_growth, stored_bits
+from lorabench.analysis.memorisation import (
+    best_stored,
+    description_lengths,
+    is_memorisation,
+    late_growth,
+    stored,
+    stored_bits,
+)
 
 from ..handmade.sft import arm, tables
 
@@ -111,8 +120,18 @@ def test_late_growth_is_what_the_second_half_of_the_steps_added():
     runs, curves = facts({1: 1000.0})
     # 900 of 1000 bits at step 64 of 128.
     curves["value"] = curves["step"].map(lambda step: nll_of(900.0 if step == 64 else 1000.0 if step == 128 else 0.0))
-    assert late_growth(runs, curves)["growth"].tolist() == pytest.approx([0.1], abs=1e-3)
-    assert late_growth(runs, pd.DataFrame())["growth"].isna().all()
+    at_best = runs[runs["lr"] == 1e-3]
+    growth = late_growth(at_best, curves)
+    assert (growth.value, growth.n_seeds) == (pytest.approx(0.1, abs=1e-3), 3)
+    assert math.isnan(late_growth(at_best, pd.DataFrame()).value)
+
+
+def test_stored_bits_of_a_minimum_have_no_error_from_examples():
+    minimum = mean_over_seeds([nll_of(900.0), nll_of(1000.0), nll_of(1100.0)], "minimum")
+    bits = stored(replace(minimum, example_part=minimum.seed_part, n_examples=9), ENTROPY, TOKENS)
+    assert bits.value == pytest.approx(1000)
+    low, high = bits.interval()
+    assert (high - low) / 2 == pytest.approx(4.302653 * 100 / math.sqrt(3), rel=0.02)
 
 
 @settings(max_examples=25, deadline=None)

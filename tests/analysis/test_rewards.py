@@ -5,47 +5,57 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lorabench.analysis.arms import rows_of
+from lorabench.analysis.arms import rows_of, with_arm_columns
+from lorabench.analysis.comparison import Comparison, Judging, comparisons
+from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.rewards import GOOD, good_bands, reward_curves, reward_optima, with_error_rates
+from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.tables.checks import check_table
 
-from ..handmade.rl import BASE, CURVATURE, LRS, OFFSETS, STEPS, arm
+from ..handmade.rl import BASE, OFFSETS, STEPS, arm
 from ..handmade.sft import arm as sft_arm
 from ..handmade.sft import tables
 from ..handmade.sft import tables as sft_tables
 
+LRS = [10**-4, 10**-3.5, 10**-3, 10**-2.5, 10**-2]  # half a decade apart
 
-def grid(lrs, accuracies, statuses=None, repeats=(-0.001, 0.001)):
-    """Return FullFT runs with accuracies by LR, equal on both splits, and two more seeds at the best LR."""
-    best = int(np.argmax(accuracies))
-    cells = [(lr, 0, accuracy) for lr, accuracy in zip(lrs, accuracies, strict=True)]
-    cells += [(lrs[best], seed, min(1.0, accuracies[best] + offset)) for seed, offset in enumerate(repeats, start=1)]
-    runs = pd.DataFrame(cells, columns=["lr", "seed", "final_reward"]).assign(
-        run_id=lambda rows: [f"r{place}" for place in range(len(rows))],
-        final_valid_reward=lambda rows: rows["final_reward"],
-        status="done",
+
+def compared(accuracies, lrs=LRS, noise=0.0, seeds=3, statuses=None, losses=None) -> Comparison:
+    """Make FullFT with the given accuracies by LR, with noise in each of its seeds."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "run_id": f"{lr:g}-{seed}",
+            "lr": lr,
+            "seed": seed,
+            "status": (statuses or {}).get(lr, "done"),
+            "final_reward": accuracy + noise * rng.standard_normal(),
+        }
+        for lr, accuracy in zip(lrs, accuracies, strict=True)
+        for seed in range(seeds)
+    ]
+    runs = pd.DataFrame(rows).assign(
+        final_valid_reward=lambda table: table["final_reward"],
         task="rl",
         model="m",
         dataset="d",
         method="fullft",
         placement=None,
         batch_size=8,
+        steps=10,
     )
     runs["rank"] = pd.array([None] * len(runs), dtype="Int64")
-    for place, status in (statuses or {}).items():
-        runs.loc[place, "status"] = status
-        if status == "diverged":
-            runs.loc[place, ["final_reward", "final_valid_reward"]] = math.nan
-    return runs
+    runs.loc[runs["status"] == "diverged", ["final_reward", "final_valid_reward"]] = math.nan
+    examples = ExampleLosses.of(pd.DataFrame() if losses is None else losses(runs))
+    [comparison] = comparisons(with_arm_columns(with_error_rates(runs)), pd.DataFrame(), Judging(examples=examples))
+    return comparison
 
 
-def band(*args, **changes):
-    return good_bands(grid(*args, **changes)).iloc[0]
+def measured(*args, **settings):
+    comparison = compared(*args, **settings)
+    return good_ranges(comparison, comparison.arms)[0]
 
 
 def test_error_rates_are_losses_of_rl_runs_alone():
@@ -69,110 +79,84 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     assert seed_noise(table)["sigma"].item() == pytest.approx(OFFSETS[1])
 
 
-def test_the_optimum_of_accuracy_is_interpolated():
-    table = reward_optima(tables([arm(optimum=2e-4), arm(8, optimum=2e-3)])[0])
-    assert table["lr_opt"].tolist() == pytest.approx([2e-4, 2e-3])
-    assert table["reward_opt"].tolist() == pytest.approx([0.8, 0.8])
-    assert table["resolved"].all()
-    assert table["n_runs"].tolist() == [len(LRS)] * 2
+def test_steps_of_the_grid_in_which_a_range_ends_count_half():
+    good = measured([0.2, 0.8, 0.8, 0.8, 0.2], noise=1e-4)
+    assert good.width.value == pytest.approx(1.5)
+    assert (good.lr_low, good.lr_high) == pytest.approx((LRS[1], LRS[3]))
+    assert good.between == pytest.approx((10**-3.75, 10**-2.25))
+    assert not good.open
+    # The range may end anywhere in these two steps: the sum of two uniform numbers lies within 0.22 to 1.78 of 2.
+    assert good.width.interval() == pytest.approx((1 + 0.11, 1 + 0.89), abs=0.03)
+    assert good.width.example_part is None
 
 
-def test_a_flat_top_has_an_interval_as_wide_as_itself_and_none_without_noise():
-    lrs = [1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-    flat = [0.2, 0.9, 0.9, 0.9, 0.9, 0.2]
-    table = reward_optima(grid(lrs, flat, repeats=(0.01, -0.01))).iloc[0]
-    assert table["lr_low"] < 2e-4
-    assert table["lr_high"] > 1.5e-3
-    assert table["lr_best"] == 1e-4
-    # The accuracy is 1 with every seed at several LRs, any of which may be the best.
-    certain = grid(lrs, [0.2, 1, 1, 1, 1, 0.2], repeats=(0, 0))
-    for optimum in (reward_optima(certain).iloc[0], reward_optima(grid(lrs, flat, repeats=())).iloc[0]):
-        assert not optimum["resolved"]
-        assert math.isnan(optimum["lr_low"])
-        assert optimum["reward_opt"] <= 1
-    assert math.isnan(good_bands(certain)["width_low"].item())
+def test_one_bad_lr_does_not_cut_off_what_lies_beyond():
+    good = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
+    assert good.width.value == pytest.approx(1)
+    assert (good.lr_low, good.lr_high) == pytest.approx((LRS[1], LRS[3]))
 
 
-def test_a_triangle_has_a_known_band():
-    # 0.95 of the peak 0.8 is 0.76: a tenth of the way down on both sides.
-    good_range = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.4])
-    assert good_range["peak"] == pytest.approx(0.8)
-    assert good_range["threshold"] == pytest.approx(0.76)
-    assert good_range["width"] == pytest.approx(0.2)
-    assert good_range["step"] == pytest.approx(1.0)
-    assert (good_range["lr_low"], good_range["lr_high"]) == pytest.approx((10**-4.1, 10**-3.9))
-    assert not good_range["open_low"]
-    assert not good_range["open_high"]
-    assert good_range["width_low"] < 0.2 < good_range["width_high"]
-
-
-def test_a_band_that_reaches_the_edge_is_open_there():
-    good_range = band([1e-5, 1e-4, 1e-3], [0.8, 0.8, 0.4])
-    assert (good_range["width"], good_range["open_low"], good_range["open_high"]) == (pytest.approx(1.1), True, False)
-    good_range = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.77])
-    assert (good_range["open_low"], good_range["open_high"], good_range["lr_high"]) == (
-        False,
-        True,
-        pytest.approx(1e-3),
-    )
-
-
-def test_one_unlucky_run_does_not_cut_off_what_lies_beyond():
-    lrs = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
-    good_range = band(lrs, [0.0, 0.8, 0.72, 0.8, 0.0])
-    whole = band(lrs, [0.0, 0.8, 0.8, 0.8, 0.0])
-    assert good_range["width"] == pytest.approx(whole["width"] - 1.0)
-    assert good_range["lr_high"] == pytest.approx(whole["lr_high"])
+def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
+    good = measured([0.2, 0.7, 0.8, 0.79, 0.79], noise=1e-3)
+    assert (good.open_low, good.open_high) == (False, True)
+    # The last accuracy is below the threshold of 0.76, but the noise may hide that it is good.
+    assert measured([0.2, 0.7, 0.8, 0.79, 0.75], noise=0.02).open_high
 
 
 def test_a_diverged_run_has_no_reward():
-    good_range = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.8], statuses={2: "diverged"})
-    assert good_range["width"] == pytest.approx(0.1 + 0.05)
-    assert good_range["n_diverged"] == 1
+    good = measured([0.2, 0.79, 0.8, 0.79, 0.8], noise=1e-3, statuses={LRS[4]: "diverged"})
+    assert good.width.value == pytest.approx(1.5)
+    assert not good.open
 
 
-def test_without_a_peak_or_noise_there_is_no_band_or_no_interval():
-    assert math.isnan(band([1e-5, 1e-4], [0.0, 0.0], repeats=(0, 0))["width"])
-    alone = band([1e-5, 1e-4, 1e-3], [0.4, 0.8, 0.4], repeats=())
-    assert alone["width"] == pytest.approx(0.2)
-    assert math.isnan(alone["width_low"])
-    nothing = band([1e-5], [0.5], statuses=dict.fromkeys(range(3), "diverged"))
-    assert math.isnan(nothing["peak"])
+def test_without_noise_a_range_has_no_interval():
+    good = measured([0.2, 0.7, 0.8, 0.7, 0.2], seeds=1, noise=0.01)
+    assert good.width.value == pytest.approx(0.5)
+    assert not good.width.known
 
 
-FEW = settings(deadline=None, max_examples=15)
-ACCURACIES = st.lists(st.floats(0.05, 1.0), min_size=2, max_size=6)
+def test_test_problems_are_resampled_for_the_range():
+    def losses(own):
+        rng = np.random.default_rng(1)
+
+        def table(runs):
+            return pd.concat(
+                pd.DataFrame({"run_id": run["run_id"], "example": range(100), "tokens": 1}).assign(
+                    loss=(rng.permutation(100) if own else np.arange(100)) >= round(100 * run["final_reward"])
+                )
+                for run in runs.to_dict("records")
+            ).astype({"loss": float})
+
+        return table
+
+    accuracies = [0.2, 0.79, 0.8, 0.79, 0.2]
+    same, own = (measured(accuracies, noise=1e-3, losses=losses(own)).width for own in (False, True))
+    assert (same.n_examples, same.value) == (100, pytest.approx(1.5))
+    # Where all runs solve the same problems, another draw of problems moves all of them alike.
+    assert float(np.std(same.example_part)) < 0.5 * float(np.std(own.example_part))
 
 
-@FEW
-@given(ACCURACIES, st.floats(-3, 3))
-def test_the_width_does_not_depend_on_the_unit_of_lr(accuracies, shift):
-    lrs = np.geomspace(1e-5, 1e-2, len(accuracies))
-    repeats = (-0.01, -0.02)
-    original, shifted = band(lrs, accuracies, repeats=repeats), band(lrs * 10**shift, accuracies, repeats=repeats)
-    for name in ("width", "width_low", "width_high", "peak"):
-        assert shifted[name] == pytest.approx(original[name], abs=1e-9)
+@pytest.mark.parametrize(
+    ("accuracies", "flat"),
+    [
+        ([0.2, 0.8, 0.8, 0.4, 0.2], LRS[1:3]),
+        ([0.2, 0.8, 0.8, 0.8, 0.8], LRS[1:]),
+        ([0.2, 0.7, 0.8, 0.7, 0.2], []),
+        ([0.2, 0.2, 0.8, 0.7, 0.2], []),
+    ],
+)
+def test_lrs_with_one_accuracy_are_a_flat_top(accuracies, flat):
+    comparison = compared(accuracies)
+    assert flat_top(comparison, comparison.arms[0]) == pytest.approx(flat)
 
 
-@FEW
-@given(ACCURACIES)
-def test_a_run_on_the_line_between_two_lrs_changes_nothing(accuracies):
-    lrs = np.geomspace(1e-5, 1e-2, len(accuracies))
-    finer = np.geomspace(1e-5, 1e-2, 2 * len(accuracies) - 1)
-    between = np.interp(np.log(finer), np.log(lrs), accuracies)
-    width = band(lrs, accuracies)["width"]
-    assert band(finer, between)["width"] == pytest.approx(width, abs=1e-6)
-    assert 0 <= width <= 3 + 1e-9
+def test_two_lrs_within_the_noise_are_no_flat_top_but_three_are():
+    two, three = (compared([0.5, 0.8, 0.8, last, 0.2], noise=0.01) for last in (0.5, 0.8))
+    assert flat_top(two, two.arms[0]) == []
+    assert len(flat_top(three, three.arms[0])) >= 3
 
 
-def test_the_band_of_a_parabola_is_about_that_of_its_formula():
-    lrs = np.geomspace(1e-5, 1e-2, 25)
-    good_range = good_bands(tables([arm(optimum=lrs[12], lrs=lrs)])[0]).iloc[0]
-    exact = 2 * math.sqrt((1 - GOOD) * 0.8 / CURVATURE) / math.log(10)
-    assert good_range["width"] == pytest.approx(exact, rel=0.02)
-
-
-def test_curves_at_the_best_lr_are_averaged_over_seeds():
+def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
     runs, curves = tables([arm(optimum=1e-4), arm(8, optimum=1e-3, peak=0.7)])
     table = reward_curves(runs, curves)
     fullft, lora = (rows_of(table, {"method": method}, ["method"]) for method in ("fullft", "lora"))
@@ -191,7 +175,6 @@ def test_no_curves_give_empty_tables():
     for none in (pd.DataFrame(), curves.iloc[:0], curves[curves["split"] == "test"]):
         assert reward_curves(runs, none).empty
     assert reward_curves(runs.iloc[:0], curves).empty
-    assert good_bands(runs.iloc[:0]).empty
     assert len(reward_curves(runs, curves.drop(columns=["examples", "tokens"]))) == STEPS
 
 

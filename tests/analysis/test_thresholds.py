@@ -17,6 +17,10 @@ def threshold_rows(sigma=0.01, **changes):
     arms = [arm(optimum=1e-3)]
     arms += [arm(rank, optimum=1e-3, leaves_at=at, trainable_params=1000 * rank) for rank, at in left.items()]
     runs, curves = tables(arms)
+    # The gap grows, as that of an arm that runs out of capacity does.
+    leaves = curves["run_id"].map(runs.set_index("run_id")["rank"].map(left).astype(float)).fillna(math.inf)
+    gone = curves["step"].astype(float) / leaves
+    curves["value"] += 0.01 * gone.where(gone >= 1, 1.0).map(math.log2)
     envelope = envelopes(runs, curves)
     return thresholds(runs, envelope, departures(envelope, noise_table(sigma))).set_index("rank")
 

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.finding import Finding, within, worst
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
@@ -15,9 +14,8 @@ from lorabench.tables.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
 
-IDS = ["A1", "A3", "A7", "A8", "B1", "B2", "B3", "B4"]
-NOISY = (0.0, 0.02, -0.02)  # with these offsets in every arm sigma is 0.02
-UNPAIRED = (0.0, 0.012, -0.016)
+IDS = ["A7", "B1", "B2", "B3", "B4"]
+UNPAIRED = (0.0, 0.12, -0.16)
 
 # A world in which every claim holds, arm by arm; a test changes one of them.
 WORLD = {
@@ -53,10 +51,8 @@ def test_every_claim_is_confirmed_where_all_hold(confirmed):
 def test_the_numbers_are_those_of_the_tables(confirmed):
     assert confirmed.loc["B1", "estimate"] == pytest.approx(3.3e-3 / 3.2e-4)
     assert confirmed.loc["B3", "estimate"] == pytest.approx(1.0)
-    assert confirmed.loc["B4", "estimate"] == pytest.approx(1.2e-3 / 3.3e-3)
-    excess = 0.1 * (math.log(1e-3 / 1.2e-3) ** 2 - math.log(3e-4 / 3.2e-4) ** 2)
-    assert confirmed.loc["A8", "estimate"] == pytest.approx(0.1 + excess)
-    for claim in ("A1", "A7", "A8", "B1", "B2", "B3", "B4"):
+    assert confirmed.loc["B4", "estimate"] == pytest.approx(3.3e-3 / 1.2e-3)
+    for claim in ("A7", "B1", "B2", "B3", "B4"):
         low, estimate, high = confirmed.loc[claim, ["ci_low", "estimate", "ci_high"]]
         assert low - 1e-9 <= estimate <= high + 1e-9
     assert (confirmed["n_runs"] == confirmed["run_ids"].map(len)).all()
@@ -65,7 +61,7 @@ def test_the_numbers_are_those_of_the_tables(confirmed):
 
 def test_reasons_name_data_and_rank(confirmed):
     assert confirmed["reason"].str.startswith("tiny/instruct").all()
-    for claim in ("A1", "A7", "B1", "B2"):
+    for claim in ("A7", "B1", "B2"):
         assert "LoRA r64" in confirmed.loc[claim, "reason"]
     assert not confirmed["reason"].str.contains("nan").any()
 
@@ -73,12 +69,8 @@ def test_reasons_name_data_and_rank(confirmed):
 @pytest.mark.parametrize(
     ("claims", "changes"),
     [
-        (["A1"], {64: {"leaves_at": 4}}),
-        (["A3"], {1: {"leaves_at": None}}),
-        (["A3"], {1: {"leaves_at": 32}, 4: {"leaves_at": 8}, 16: {"leaves_at": 2}, 64: {"leaves_at": 1}}),
         (["A7", "B2"], {64: {"floor": 2.1}}),
         (["A7", "B2"], {64: {"floor": 1.9}}),
-        (["A8"], {1: {"floor": 2.0, "optimum": 1e-3}}),
         (["B1"], {64: {"optimum": 1e-3}}),
         (["B1", "B3"], {64: {"optimum": 9e-3}}),
         (["B4"], {1: {"optimum": 5e-3}}),
@@ -89,46 +81,32 @@ def test_contradicted_where_it_fails(claims, changes):
     assert verdicts[claims].tolist() == ["contradicted"] * len(claims)
 
 
-@pytest.mark.parametrize(
-    ("claims", "changes", "every"),
-    [
-        (["A1"], {}, {"offsets": (0.0, 0.03, -0.03)}),
-        (["A3"], {64: {"leaves_at": 32}}, {}),
-        (["A3"], {1: {"leaves_at": None}, 4: {"leaves_at": None}}, {}),
-        (["A3"], {4: {"leaves_at": None}}, {}),
-        (["A7", "B2"], {64: {"offsets": UNPAIRED}}, {}),
-        (["A8"], {1: {"floor": 2.02, "offsets": UNPAIRED}}, {}),
-        (["B1"], {64: {"optimum": 2.05e-3}}, {"offsets": NOISY}),
-        (["B3"], {64: {"optimum": 6.4e-3}}, {"offsets": NOISY}),
-        (["B4"], {1: {"optimum": 3e-3}}, {"offsets": NOISY}),
-    ],
-)
-def test_inconclusive_where_noise_or_data_leave_it_open(claims, changes, every):
-    verdicts = judged(*world(changes, every), claims)["verdict"]
-    assert verdicts[claims].tolist() == ["inconclusive"] * len(claims)
+def test_inconclusive_where_noise_leaves_it_open():
+    claims = judged(*world({64: {"offsets": UNPAIRED}}), ["A7", "B2"])
+    assert claims["verdict"].tolist() == ["inconclusive"] * 2
 
 
 def test_one_seed_decides_nothing():
     claims = judged(*world(every={"offsets": (0.0,)}))
     assert claims["verdict"].to_dict() == dict.fromkeys(IDS, "inconclusive")
-    assert claims["reason"].str.contains("noise not measured").all()
+    assert claims["reason"].str.contains("seeds").all()
     assert not claims["reason"].str.contains("nan").any()
     failing = judged(*world({64: {"floor": 3.0, "optimum": 3e-4, "leaves_at": 1}}, {"offsets": (0.0,)}))
     assert set(failing["verdict"]) == {"inconclusive"}
 
 
 def test_two_seeds_decide_no_difference():
-    claims = judged(*world(every={"offsets": (0.0, 0.004)}), ["A7", "A8", "B2"])
-    assert claims.loc[["A7", "A8", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
+    claims = judged(*world(every={"offsets": (0.0, 0.004)}), ["A7", "B2"])
+    assert claims.loc[["A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 2
     assert "2 paired seeds, 3 needed" in claims.loc["A7", "reason"]
 
 
 @pytest.mark.parametrize(
     ("rank", "lrs", "affected"),
     [
-        (64, LRS[:4], ["A1", "A3", "A7", "B1", "B2", "B3", "B4"]),
-        (None, LRS[1:], ["A1", "A3", "A7", "A8", "B1", "B2"]),
-        (1, LRS[2:], ["A3", "A8", "B4"]),
+        (64, LRS[:4], ["A7", "B1", "B2", "B3", "B4"]),
+        (None, LRS[1:], ["A7", "B1", "B2"]),
+        (1, LRS[2:], ["B4"]),
     ],
 )
 def test_an_optimum_at_the_edge_decides_nothing(rank, lrs, affected):
@@ -158,50 +136,19 @@ def test_no_loss_at_all_decides_nothing():
     assert "contradicted" not in set(claims["verdict"])
 
 
-def test_curves_of_nan_confirm_nothing():
-    runs, curves = world()
-    claims = judged(runs, curves.assign(value=math.nan), ["A1", "A3", "A7", "B1"])
-    assert claims.loc[["A1", "A3"], "verdict"].tolist() == ["not tested"] * 2
-    assert claims.loc[["A7", "B1"], "verdict"].tolist() == ["confirmed"] * 2
-
-
-def test_arms_without_curves_confirm_no_claim_about_curves():
-    runs, curves = world()
-    for method in ("fullft", "lora"):
-        claims = judged(runs, curves[~curves["run_id"].str.contains(method)], ["A1", "A3"])
-        assert "confirmed" not in set(claims["verdict"])
-
-
-def test_a_repeat_that_diverged_decides_nothing():
-    runs, curves = world(every={"offsets": (0.0, 0.004, -0.004, 0.001)})
-    lost = runs["rank"].eq(64) & (runs["seed"] == 2)
-    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
-    claims = judged(runs, curves)
-    assert claims.loc[["A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 2
-    assert "1 repeats at the best LR diverged" in claims.loc["B2", "reason"]
-
-
-def test_an_optimum_below_diverged_runs_is_as_wide_as_its_neighbours():
+def test_an_optimum_below_diverged_runs_is_not_resolved():
     claim = judged(*world({64: {"diverges_from": 1e-2}}), ["B1"]).loc["B1"]
     assert claim["verdict"] == "inconclusive"
-    assert claim["ci_low"] < 6
-    assert claim["ci_high"] > 16
-
-
-def test_losses_too_noisy_to_compare_are_not_called_equal():
-    # Luck shared by both arms cancels in the pairs, and the margin of 2 sigma is wide: no ground for a verdict.
-    claims = judged(*world(every={"offsets": (0.0, 0.5, -0.5)}), ["A1", "A7", "B2"])
-    assert claims.loc[["A1", "A7", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
-    assert "of the loss" in claims.loc["A7", "reason"]
+    assert claim["would_decide"] == "LR 0.0055 of LoRA r64"
 
 
 def test_missing_arms_are_inconclusive_and_nothing_at_all_is_not_tested():
     runs, curves = world()
     no_fullft = judged(runs[runs["method"] != "fullft"], curves)
-    assert no_fullft.loc[["A1", "A3", "A7", "A8", "B1", "B2"], "verdict"].tolist() == ["inconclusive"] * 6
+    assert no_fullft.loc[["A7", "B1", "B2"], "verdict"].tolist() == ["inconclusive"] * 3
     assert no_fullft.loc[["B3", "B4"], "verdict"].tolist() == ["confirmed"] * 2
     no_rank_1 = judged(runs[~runs["rank"].eq(1).fillna(False)], curves)
-    assert no_rank_1.loc[["A3", "A8", "B4"], "verdict"].tolist() == ["inconclusive"] * 3
+    assert no_rank_1.loc["B4", "verdict"] == "inconclusive"
     only_rank_1 = judged(runs[runs["rank"].eq(1).fillna(False)], curves)
     assert "confirmed" not in set(only_rank_1["verdict"])
     only_fullft = judged(runs[runs["method"] == "fullft"], curves)
@@ -264,21 +211,19 @@ def test_a_claim_about_all_data_needs_all_of_it():
 
 
 def test_small_and_long_data_are_chosen_by_size():
-    # Only the short set is beyond anything's capacity here, and only on the long one do the losses differ.
+    # Only on the long set do the losses differ.
     claims = judged(
         *tables(two_datasets({"long": {64: {"floor": 2.1}}, "short": {1: {"floor": 2.0, "leaves_at": None}}}))
     )
-    assert claims.loc[["A7", "A8", "A3"], "verdict"].tolist() == ["confirmed", "confirmed", "confirmed"]
+    assert claims.loc["A7", "verdict"] == "confirmed"
     assert claims.loc["A7", "reason"].startswith("tiny/short (fewest tokens of 2 datasets)")
-    assert claims.loc["A8", "reason"].startswith("tiny/long (most examples of 2 datasets)")
 
 
 def test_size_must_be_known_where_there_is_a_choice():
     runs, curves = tables(two_datasets({}))
-    claims = judged(runs.drop(columns="train_tokens"), curves, ["A7", "A8"])
+    claims = judged(runs.drop(columns="train_tokens"), curves, ["A7"])
     assert claims.loc["A7", "verdict"] == "not tested"
     assert "train_tokens" in claims.loc["A7", "reason"]
-    assert claims.loc["A8", "verdict"] == "confirmed"
 
 
 def test_models_are_judged_apart():
@@ -297,35 +242,6 @@ def test_mixed_tokenizers_and_repeated_ids_are_refused():
         judge_claims(Tables(mixed, curves))
     with pytest.raises(UserError, match="more than once"):
         judge_claims(Tables(pd.concat([runs, runs.iloc[:1]]), curves))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (7, 12, "confirmed"),
-        (6, 16, "confirmed"),
-        (1, 5, "contradicted"),
-        (17, 20, "contradicted"),
-        (5, 12, "inconclusive"),
-        (12, 17, "inconclusive"),
-        (1, 100, "inconclusive"),
-        (math.nan, 12, "inconclusive"),
-        (7, math.nan, "inconclusive"),
-        (math.nan, math.nan, "inconclusive"),
-    ],
-)
-def test_intervals_against_a_band(low, high, verdict):
-    assert within(low, high, (6, 16)) == verdict
-
-
-def test_the_worst_finding_decides():
-    def of(verdict, strain):
-        return Finding(verdict, "", strain=strain)
-
-    assert worst([of("confirmed", 0.1), of("confirmed", 0.4)]).strain == 0.4
-    assert worst([of("confirmed", 9.0), of("inconclusive", 0.1)]).verdict == "inconclusive"
-    assert worst([of("contradicted", 0.1), of("inconclusive", 9.0)]).verdict == "contradicted"
-    assert worst([of("not tested", 9.0), of("confirmed", 0.1)]).verdict == "confirmed"
 
 
 def test_claims_have_unique_ids_and_say_everything():

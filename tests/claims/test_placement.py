@@ -1,40 +1,58 @@
+"""Claims E1 to E7 and M1 on tables whose answer is known."""
+
 from __future__ import annotations
 
-import math
+import zlib
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CLAIMS
+from lorabench.claims import parameter_counts, placement
 from lorabench.claims.judge import judge_claims
 from lorabench.claims.parameter_counts import PAPER_COUNTS
 from lorabench.tables.tables import Tables
 
+from ..handmade import rl
 from ..handmade.sft import LRS, arm, tables
 
 IDS = ["E1", "E2", "E3", "E4", "E7"]
 PER_RANK = {"attn": 100, "mlp": 200, "all": 300}  # parameters
 FLOORS = {("attn", 8): 2.2, ("attn", 17): 2.1, ("mlp", 8): 2.0, ("mlp", 16): 2.0, ("all", 8): 2.0, ("all", 16): 2.0}
-NEARLY_PAIRED = (0.0, 0.0045, -0.0042)
+NOISE = 0.0005
+BASE = 3.0  # so that the margin is about 0.018
 
 
-def world(changes=None, without=(), batch_size=16, steps=128, every=None, **columns):
+def jitter(key):
+    return np.random.default_rng(zlib.crc32(key.encode())).standard_normal()
+
+
+def world(changes=None, without=(), batch_size=16, steps=128, every=None, noise=NOISE, **columns):
     """Make FullFT and LoRA by placement and rank; attn r17 has 6% more parameters than mlp r8."""
     same = {"batch_size": batch_size, "steps": steps, **columns}
-    arms = [arm(optimum=3e-4, floor=2.0, trainable_params=10_000, **same)]
+    arms = [arm(optimum=4e-4, floor=2.0, trainable_params=10_000, **same)]
     for (name, rank), floor in FLOORS.items():
         if (name, rank) in without or name in without:
             continue
-        settings = {"optimum": 3e-3, "floor": floor, "trainable_params": PER_RANK[name] * rank}
-        offsets = {"offsets": NEARLY_PAIRED} if name == "mlp" else {}
-        settings |= offsets | (every or {}) | (changes or {}).get((name, rank), {})
+        settings = {"optimum": 4e-3, "floor": floor, "trainable_params": PER_RANK[name] * rank}
+        settings |= (every or {}) | (changes or {}).get((name, rank), {})
         arms.append(arm(rank, placement=name, **settings, **same))
-    return tables(arms)[0]
+    runs = tables(arms)[0]
+    runs["final_test_nll"] += [noise * jitter(run_id) for run_id in runs["run_id"]]
+    return runs
 
 
-def judged(runs, counts=None, ids=(*IDS, "E6", "M1")):
-    tables_read = Tables(runs, pd.DataFrame(), counts=pd.DataFrame() if counts is None else counts)
-    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
+def judged(runs, counts=None, ids=(*IDS, "E6", "M1"), curves=None):
+    if curves is None and len(runs):
+        curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "examples": 0, "tokens": 0})
+        curves = curves.assign(split="validation", metric="nll", value=BASE).astype({"step": "Int64"})
+    tables_read = Tables(
+        runs,
+        pd.DataFrame() if curves is None else curves,
+        counts=pd.DataFrame() if counts is None else counts,
+    )
+    every = (*placement.CLAIMS, *parameter_counts.CLAIMS)
+    return judge_claims(tables_read, [claim for claim in every if claim.id in ids]).set_index("claim_id")
 
 
 def moe(**settings):
@@ -49,37 +67,45 @@ def confirmed():
 def test_every_claim_is_confirmed_where_all_hold(confirmed):
     assert confirmed.loc[IDS, "verdict"].to_dict() == dict.fromkeys(IDS, "confirmed")
     assert not confirmed["reason"].str.contains("nan").any()
+    assert confirmed.loc[["E1", "E4", "E7"], "fact"].nunique() == 1
 
 
 def test_the_numbers_are_those_of_the_tables(confirmed):
-    assert confirmed.loc["E1", "estimate"] == pytest.approx(0.1 - sum(NEARLY_PAIRED) / 3)
+    assert confirmed.loc["E1", "estimate"] == pytest.approx(0.1, abs=4 * NOISE)
+    assert confirmed.loc["E1", "margin_low"] == pytest.approx(0.018, abs=3e-4)
     assert "LoRA r17 attn - LoRA r8 mlp" in confirmed.loc["E1", "reason"]
     assert "1,700 and 1,600 parameters" in confirmed.loc["E1", "reason"]
     assert confirmed.loc["E1", "n_runs"] == 2 * (len(LRS) + 2)
-    assert confirmed.loc["E2", "estimate"] == pytest.approx(sum(NEARLY_PAIRED) / 3)
+    assert confirmed.loc["E2", "estimate"] == pytest.approx(0.0, abs=4 * NOISE)
     assert "LoRA r8 mlp - LoRA r8 =" in confirmed.loc["E2", "reason"]
     assert "LoRA r16 mlp - LoRA r16 =" in confirmed.loc["E2", "reason"]
     for claim in ("E1", "E2"):
         assert confirmed.loc[claim, "reason"].startswith("tiny/instruct")
-    assert confirmed.loc["E3", "reason"].startswith("sparse/instruct")
+    # The part that decides comes first; here it is the nearer one to its margin.
+    assert confirmed.loc["E3", "reason"].startswith("the MLP against all layers: sparse/instruct: ")
     for claim in ("E3", "E4"):
-        assert "attention alone is worse? confirmed" in confirmed.loc[claim, "reason"]
-        assert "the MLP alone is enough? confirmed" in confirmed.loc[claim, "reason"]
+        assert "; attention against the MLP: " in confirmed.loc[claim, "reason"]
     assert "960 examples" in confirmed.loc["E7", "reason"]
 
 
 @pytest.mark.parametrize(
-    ("claims", "changes"),
+    ("claims", "changes", "part"),
     [
-        (["E1", "E3", "E4", "E7"], {("attn", 17): {"floor": 2.0}}),
-        (["E1", "E3", "E4", "E7"], {("attn", 17): {"floor": 1.9}}),
-        (["E2", "E3", "E4"], {("mlp", 8): {"floor": 2.03}}),
-        (["E2", "E3", "E4"], {("mlp", 16): {"floor": 1.97}}),
+        (["E1", "E3", "E4", "E7"], {("attn", 17): {"floor": 2.0}}, "attention against the MLP"),
+        (["E1", "E3", "E4", "E7"], {("attn", 17): {"floor": 1.9}}, "attention against the MLP"),
+        (["E2", "E3", "E4"], {("mlp", 8): {"floor": 2.03}}, "the MLP against all layers"),
     ],
 )
-def test_contradicted_where_it_fails(claims, changes):
+def test_contradicted_where_it_fails(claims, changes, part):
     runs = pd.concat([make(changes=changes, batch_size=8, steps=120) for make in (world, moe)])
-    assert judged(runs, ids=claims).loc[claims, "verdict"].tolist() == ["contradicted"] * len(claims)
+    of_claims = judged(runs, ids=claims).loc[claims]
+    assert of_claims["verdict"].tolist() == ["contradicted"] * len(claims)
+    assert of_claims.loc[["E3", "E4"], "reason"].str.startswith(part).all()
+
+
+def test_an_mlp_that_is_better_than_all_layers_is_enough():
+    runs = world(changes={("mlp", 16): {"floor": 1.9}})
+    assert judged(runs, ids=["E2"]).loc["E2", "verdict"] == "confirmed"
 
 
 @pytest.mark.parametrize(
@@ -88,9 +114,8 @@ def test_contradicted_where_it_fails(claims, changes):
         (IDS, {"every": {"offsets": (0.0,)}}),
         (IDS, {"every": {"offsets": (0.0, 0.004)}}),
         (IDS, {"every": {"lrs": LRS[:4]}}),
-        (["E1", "E3", "E4", "E7"], {"changes": {("attn", 17): {"floor": 2.03, "offsets": (0.03, -0.03, 0.01)}}}),
-        (["E2", "E3", "E4"], {"changes": {("mlp", 8): {"offsets": (0.01, -0.01, 0.01)}}}),
-        (["E2"], {"every": {"offsets": (0.0, 0.5, -0.5)}}),
+        (["E1", "E3", "E4", "E7"], {"changes": {("attn", 17): {"floor": 2.02}}, "noise": 0.03}),
+        (["E2", "E3", "E4"], {"changes": {("mlp", 8): {"floor": 2.01}}, "noise": 0.03}),
         (["E1", "E3", "E4", "E7"], {"without": [("attn", 17)]}),
         (["E1", "E3", "E4", "E7"], {"without": ["attn"]}),
         (IDS, {"without": ["mlp"]}),
@@ -100,18 +125,18 @@ def test_contradicted_where_it_fails(claims, changes):
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings):
     runs = pd.concat([make(**settings, batch_size=8, steps=120) for make in (world, moe)])
-    judged_claims = judged(runs)
+    judged_claims = judged(runs, ids=claims)
     assert judged_claims.loc[claims, "verdict"].tolist() == ["inconclusive"] * len(claims)
     assert not judged_claims["reason"].str.contains("nan").any()
 
 
 def test_half_of_the_claim_confirms_nothing():
-    claims = judged(moe(without=["attn", "mlp"]), ids=["E3"])
-    assert claims.loc["E3", "verdict"] == "inconclusive"
+    only_all = judged(moe(without=["attn", "mlp"]), ids=["E3"])
+    assert only_all.loc["E3", "verdict"] == "inconclusive"
     assert judged(moe(without=["attn", "mlp", "all"]), ids=["E3"]).loc["E3", "verdict"] == "not tested"
 
 
-def test_of_equal_counts_attention_with_more_parameters_comes_first():
+def test_attention_with_more_parameters_comes_first():
     fewer = {("attn", 8): {"trainable_params": 1590}}
     assert "LoRA r17 attn - LoRA r8 mlp" in judged(world(fewer), ids=["E1"]).loc["E1", "reason"]
     # Without such a pair, the nearest.
@@ -124,8 +149,9 @@ def test_two_parameter_counts_of_one_arm_decide_nothing():
     runs = world()
     runs.loc[runs["placement"].eq("attn") & runs["seed"].eq(1), "trainable_params"] += 5
     assert judged(runs, ids=["E1"]).loc["E1", "verdict"] == "inconclusive"
-    assert judged(runs.drop(columns="trainable_params"), ids=["E1"]).loc["E1", "verdict"] == "not tested"
-    assert judged(runs.drop(columns="trainable_params"), ids=["E2"]).loc["E2", "verdict"] == "confirmed"
+    without = judged(runs.drop(columns="trainable_params"), ids=["E1", "E2"])
+    assert without["verdict"].to_dict() == {"E1": "not tested", "E2": "confirmed"}
+    assert without.loc["E1", "reason"] == "the runs table has no column trainable_params"
 
 
 def test_dense_models_and_mixtures_of_experts_are_judged_apart():
@@ -139,14 +165,44 @@ def test_dense_models_and_mixtures_of_experts_are_judged_apart():
 
 
 def test_more_examples_are_no_tiny_dataset():
-    assert judged(world(batch_size=10, steps=100), ids=["E7"]).loc["E7", "verdict"] == "confirmed"
-    assert judged(world(batch_size=10, steps=101), ids=["E7"]).loc["E7", "verdict"] == "not tested"
-    assert judged(world(batch_size=10, steps=101), ids=["E4"]).loc["E4", "verdict"] == "confirmed"
+    few = judged(world(batch_size=10, steps=100), ids=["E7"])
+    more = judged(world(batch_size=10, steps=101), ids=["E4", "E7"])
+    assert few.loc["E7", "verdict"] == "confirmed"
+    assert more["verdict"].to_dict() == {"E4": "confirmed", "E7": "not tested"}
 
 
 def test_only_runs_of_the_claims_experiment_are_read():
     claims = judged(world(batch_size=8, steps=120).assign(experiments="placement"), ids=["E1", "E2", "E4", "E7"])
     assert claims.loc[["E1", "E2", "E4", "E7"], "verdict"].tolist() == ["confirmed"] * 2 + ["not tested"] * 2
+
+
+def rl_world(attention=0.6, length=200.0, lrs=rl.LRS):
+    """Make RL runs by placement; the base's accuracy is 0.1, so that the margin is about 0.07."""
+    peaks = {("attn", 17): attention, ("mlp", 8): 0.8, ("all", 8): 0.8}
+    arms = [
+        rl.arm(rank, optimum=2e-3, peak=peak, placement=name, trainable_params=PER_RANK[name] * rank, lrs=lrs)
+        for (name, rank), peak in peaks.items()
+    ]
+    runs, curves = tables(arms)
+    runs["best_reward"] += [0.002 * jitter(run_id) for run_id in runs["run_id"]]
+    lengths = curves["metric"] == "response_length"
+    return runs, curves.assign(value=curves["value"].where(~lengths, length))
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict", "words"),
+    [
+        ({}, "confirmed", "the MLP against all layers: tiny/problems: LoRA r8 mlp - LoRA r8 = "),
+        ({"attention": 0.8}, "contradicted", "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8 mlp"),
+        ({"length": 7.0}, "setting not met", "responses of 8 tokens or more (here 7.0 tokens on average"),
+        ({"lrs": rl.LRS[2:]}, "setting not met", "sweeps of 6 LRs or more (here at most 5 LRs"),
+    ],
+)
+def test_placement_in_rl(settings, verdict, words):
+    runs, curves = rl_world(**settings)
+    claim = judged(runs, ids=["E5"], curves=curves).loc["E5"]
+    assert claim["verdict"] == verdict
+    assert words in claim["reason"]
 
 
 def counts_by_hand(changes=None):
@@ -189,17 +245,16 @@ def test_expert_ratio():
             if part not in without
         ]
         columns = ["architecture", "placement", "part", "rank", "include_unembedding"]
-        return judged(
-            pd.DataFrame(), pd.DataFrame(rows, columns=[*columns, "trainable_params", "base_params"]), ids=["M1"]
-        ).loc["M1"]
+        counts = pd.DataFrame(rows, columns=[*columns, "trainable_params", "base_params"])
+        return judged(pd.DataFrame(), counts, ids=["M1"]).loc["M1"]
 
-    same = claim()
-    assert same["verdict"] == "confirmed"
-    assert same["estimate"] == pytest.approx(5.0)
-    assert "(attention / experts 5.0, unembedding / experts 3.0)" in same["reason"]
-    assert claim({"unembedding": 2e-2})["verdict"] == "contradicted"
-    lower = claim({"attention": 5e-5})
-    assert (lower["verdict"], lower["estimate"]) == ("contradicted", pytest.approx(0.05))
+    # Without the division attention would be at 5 / 8 of the experts' share, which is nearer to 1 than 5.
+    further = claim()
+    assert (further["kind"], further["verdict"]) == ("count", "contradicted")
+    assert further["estimate"] == pytest.approx(5.0)
+    assert "attention / experts 5.00, unembedding / experts 3.00" in further["reason"]
+    assert "without the division attention / experts 0.62, unembedding / experts 0.38" in further["reason"]
+    nearer = claim({"attention": 2e-3, "unembedding": 0.5e-3})
+    assert (nearer["verdict"], nearer["estimate"]) == ("confirmed", pytest.approx(2.0))
     assert claim(without=["attention"])["verdict"] == "inconclusive"
     assert claim(without=list(shares))["verdict"] == "not tested"
-    assert not math.isnan(same["estimate"])

@@ -16,6 +16,8 @@ from lorabench.config.loading import load_preset
 from lorabench.config.models import ModelSpec
 from lorabench.config.schema import json_schema
 
+from ..conftest import MARGINS
+
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_presets_are_valid(path):
@@ -174,6 +176,8 @@ MISTAKES = {
     "repeated lr": ((*RANK, "lrs", "fullft"), [1e-3, 1e-3], r"fullft grid .* must be ascending without repeats"),
     "batch larger than the data": ((*RANK, "batch_sizes"), [65], r"batch_sizes: 65 is more than the 64 training"),
     "no experiment": (("experiments",), {}, r"experiments is empty; allowed: rank"),
+    "no margin at all": (("margins", "loss"), 0.0, r"margins\.loss = 0\.0: input should be greater than 0"),
+    "a factor below 1": (("margins", "lr_factor"), 0.5, r"margins\.lr_factor = 0\.5: input should be greater than 1"),
     "name unfit for a file": (("models", "My Model"), {"kind": "tiny"}, r"models\.My Model = 'My Model'"),
 }
 
@@ -205,6 +209,17 @@ def test_suggested_number_is_a_number_to_yaml(raw_preset, write_preset):
 def test_missing_field_is_named(raw_preset, write_preset):
     del raw_preset["datasets"]["instruct"]["test"]
     with pytest.raises(PresetError, match=r"datasets\.instruct\.test: missing"):
+        load_preset(write_preset(raw_preset))
+
+
+@pytest.mark.parametrize("field", ["loss", "reward", "lr_factor"])
+def test_margins_have_no_default(field, raw_preset, write_preset):
+    left_out = raw_preset | {"margins": {name: value for name, value in MARGINS.items() if name != field}}
+    with pytest.raises(PresetError, match=rf"margins\.{field}: missing; for example `{field}: {MARGINS[field]}`$"):
+        load_preset(write_preset(left_out))
+    whole = re.escape("margins: missing; for example `margins: {loss: 0.02, reward: 0.1, lr_factor: 1.6}`")
+    del raw_preset["margins"]
+    with pytest.raises(PresetError, match=rf"mine\.yaml: {whole}$"):
         load_preset(write_preset(raw_preset))
 
 

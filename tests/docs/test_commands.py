@@ -13,13 +13,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lorabench.claims.judge import judge_claims
 from lorabench.models.tiny import shipped_folder
 from lorabench.tables.io import write_frame
 from lorabench.tables.tables import Tables
 
-from ..conftest import REPOSITORY
+from ..conftest import MARGINS, REPOSITORY
 from ..custom.conftest import write_rows
 from ..handmade import curves_of, make_sweep, runs_table
 from ..workflow.checkout import fresh_clone, shell
@@ -48,6 +49,9 @@ def folder(tmp_path_factory) -> Path:
         runs = runs_table([row for rank in (None, 1, 16) for row in make_sweep(rank, dataset=dataset)])
         write_frame(runs, "runs", clone / place / "tables")
         write_frame(curves_of(runs), "curves", clone / place / "tables")
+    laptop = clone / "results/laptop/tables"
+    write_frame(judge_claims(Tables.read(laptop)), "claims", laptop)
+    (clone / "margins.yaml").write_text(yaml.safe_dump(MARGINS))
     shutil.copytree(shipped_folder("llama-128"), clone / "path/to/model")
     write_rows(clone / "my.jsonl", 50)
     problems = [json.dumps({"question": f"What is {n} + 2?", "answer": n + 2}) for n in range(50)]

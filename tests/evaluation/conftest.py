@@ -18,6 +18,8 @@ from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import EvalJob, Job
 from lorabench.storage.layout import Layout
 
+from ..conftest import MARGINS
+
 TASKS = [
     {"name": "lorabench_worked", "about": "learned", "source": "worked", "chat": True, "limit": 6},
     {"name": "lorabench_worked_bits", "about": "learned", "source": "worked", "chat": True, "limit": 6},
@@ -47,6 +49,7 @@ RAW: dict[str, Any] = {
         ]
     },
     "evaluation": {"experiments": ["rank"], "tasks": TASKS, "batch_size": 4, "pretraining_documents": 8},
+    "margins": MARGINS,
     "execution": {"gflops": 20.0},
 }
 

@@ -29,6 +29,8 @@ from lorabench.estimates.lane_count import lane_count
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.storage.layout import Layout
 
+from ..conftest import MARGINS
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["lorabench.cli", "lorabench.training.sft.trainer", "lorabench.training.rl.trainer", "peft", "pyarrow.dataset"]
@@ -69,6 +71,7 @@ PRESET: dict[str, Any] = {
         ],
     },
     # Two examples of SFT do not fit at once, so its runs go one after another; runs of RL go in lanes.
+    "margins": MARGINS,
     "execution": {"gflops": 20.0, "lanes": 2, "max_batch_tokens": 160, "checkpoint_minutes": 0.0},
 }
 

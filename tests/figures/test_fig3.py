@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.gaps import best_losses, gap
+from lorabench.analysis.comparison import comparisons
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import arm_styles
 from lorabench.tables.tables import Tables
@@ -47,15 +47,16 @@ def test_numbers_are_those_of_the_tables():
     rows = sweeps()
     figure, plotted = drawn(rows)
     runs = runs_table(rows)
-    best = best_losses(runs)
-    final = plotted[plotted["element"] == "final"]
-    np.testing.assert_allclose(final["nll"].astype(float), best["loss_mean"].astype(float))
+    final = plotted[plotted["element"] == "final"].set_index(["batch_size", "arm"])
     gaps = plotted[plotted["element"] == "gap"].set_index("batch_size")
-    for size in (4, 16, 64):
-        fullft, lora = (row for _, row in best[best["batch_size"] == size].iterrows())
-        expected = gap(runs, lora, fullft)
-        found = gaps.loc[size, ["gap", "low", "high"]].astype(float)
-        np.testing.assert_allclose(found, [expected.estimate, expected.ci_low, expected.ci_high])
+    for comparison in comparisons(runs, pd.DataFrame()):
+        size = comparison.arms[0]["batch_size"]
+        expected = comparison.fit.gap("LoRA r8", "FullFT")
+        numbers = gaps.loc[size, ["gap", "low", "high"]].astype(float)
+        np.testing.assert_allclose(numbers, [expected.value, *expected.interval()])
+        for label, minimum in comparison.fit.minima.items():
+            numbers = final.loc[(size, label), ["nll", "low", "high"]].astype(float)
+            np.testing.assert_allclose(numbers, [minimum.value, *minimum.interval()])
     lora = arm_styles(plotted.dropna(subset=["arm"]))["LoRA r8"]
     by_size = [line for line in figure.axes[4].get_lines() if line.get_linestyle() == "--"]
     assert [line.get_color() for line in by_size] == [lora.colour]

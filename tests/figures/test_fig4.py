@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.gaps import best_losses
-from lorabench.analysis.noise import seed_noise
+from lorabench.analysis.comparison import comparisons
 from lorabench.figures.catalog import FIGURES
 from lorabench.tables.tables import Tables
 
@@ -36,11 +33,10 @@ def test_numbers_are_those_of_the_tables(name):
     rows = sweeps()
     figure, plotted = drawn(rows, name)
     runs = runs_table(rows)
-    expected = best_losses(runs)
+    [comparison] = comparisons(runs, pd.DataFrame())
     best = plotted[plotted["element"] == "best"]
-    np.testing.assert_allclose(best["nll"].astype(float), expected["loss_mean"].astype(float))
-    half = 4.302653 * expected["loss_sd"].astype(float) / math.sqrt(3)
-    np.testing.assert_allclose((best["nll_high"] - best["nll"]).astype(float), half, rtol=1e-5)
+    expected = [[minimum.value, *minimum.interval()] for minimum in map(comparison.fit.minima.get, best["arm"])]
+    np.testing.assert_allclose(best[["nll", "nll_low", "nll_high"]].astype(float), expected)
     counts = best.set_index("arm")["parameters"].to_dict()
     assert counts == {
         "FullFT": "0.83M",
@@ -49,10 +45,9 @@ def test_numbers_are_those_of_the_tables(name):
         "LoRA r16 mlp": "0.14M",
         "LoRA r27 attn": "0.15M",
     }
-    band = plotted[plotted["element"] == "noise_band"].iloc[0]
-    sigma = seed_noise(runs)["sigma"].item()
-    assert band["nll_high"] - band["nll_low"] == pytest.approx(4 * sigma)
-    assert (band["nll_high"] + band["nll_low"]) / 2 == pytest.approx(best["nll"].min())
+    band = plotted[plotted["element"] == "margin_band"].iloc[0]
+    assert band["nll_low"] == pytest.approx(best["nll"].min())
+    assert band["nll_high"] - band["nll_low"] == pytest.approx(comparison.margin.value)
     listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "attn r27  0.15M", "all r16  0.22M", "FullFT  0.83M"]
 
@@ -61,7 +56,7 @@ def test_losses_by_learning_rate_are_those_of_figure_2():
     rows = sweeps()
     _, plotted = drawn(rows)
     _, by_rank = drawn(rows, "fig2_lr_by_rank")
-    own = plotted[~plotted["element"].isin(["best", "noise_band"])].reset_index(drop=True)
+    own = plotted[~plotted["element"].isin(["best", "margin_band"])].reset_index(drop=True)
     shared = ["arm", "element", "lr", "nll", "nll_sd", "run_id"]
     other = by_rank[by_rank["element"].isin(own["element"].unique())].reset_index(drop=True)
     pd.testing.assert_frame_equal(own[shared], other[shared], check_dtype=False)
@@ -85,7 +80,7 @@ def test_a_best_lr_at_the_edge_is_open():
 def test_each_model_has_its_pair_of_panels():
     figure, plotted = drawn(sweeps() + sweeps(model="sparse", family="qwen3_moe"))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["sparse · instruct", "", "tiny · instruct", ""]
-    assert (plotted["element"] == "noise_band").sum() == 2
+    assert (plotted["element"] == "margin_band").sum() == 2
 
 
 @pytest.mark.slow

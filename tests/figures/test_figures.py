@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES
+from lorabench.figures.catalog import FIGURES, OWN_TABLES
 from lorabench.figures.save import drawable_figures, save_figure
 from lorabench.figures.style import ArmStyle, arm_styles, write_figure
 from lorabench.tables.io import with_all_columns
@@ -22,11 +22,7 @@ from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from .layout import lay_out
 
 # Figures of supervised runs; here they get runs without an experiment, which belong to every figure.
-OF_RUNS = [
-    name
-    for name, figure in FIGURES.items()
-    if figure.experiments not in (COMPUTE_TABLE, EVALS_TABLE) and figure.task == "sft"
-]
+OF_RUNS = [name for name, figure in FIGURES.items() if figure.experiments not in OWN_TABLES and figure.task == "sft"]
 # Figures that show every run; other figures show only the runs at the best LR, or a part of the runs.
 OF_RANK = ["fig1_envelopes", "fig2_lr_by_rank"]
 ARMS = ["arm", "method", "rank", "placement"]

@@ -11,7 +11,6 @@ import pytest
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict_lr
-from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.swept_models import fitted_law, swept_models
 from lorabench.figures.catalog import FIGURES
@@ -71,7 +70,7 @@ def of(plotted, element):
 def test_law_draws_the_optima_and_ratios_of_the_tables():
     runs, _ = models()
     _, plotted = draw("lr_law", runs)
-    optima = lr_optima(runs, seed_noise(runs)).set_index(["model", "method"])
+    optima = lr_optima(runs).set_index(["model", "method"])
     drawn = of(plotted, "optimum").set_index(["model", "method"])
     assert len(drawn) == 8
     for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("nll", "loss_opt")):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.gaps import best_losses
-from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.rewards import reward_curves, reward_optima, with_error_rates
+from lorabench.analysis.arms import with_arm_columns
+from lorabench.analysis.comparison import comparisons
+from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.errors import UserError
-from lorabench.figures.catalog import COMPUTE_TABLE, EVALS_TABLE, FIGURES
+from lorabench.figures.catalog import FIGURES, OWN_TABLES
 from lorabench.figures.save import drawable_figures, save_figure
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.tables.io import with_all_columns
@@ -119,9 +118,10 @@ def test_accuracies_are_means_over_seeds_with_their_deviation(name):
 def test_optima_are_those_of_the_analysis(name):
     rl_tables = read(arms())
     _, plotted = FIGURES[name].draw(rl_tables)
-    optima = reward_optima(rl_tables.runs)
+    with_errors = with_error_rates(rl_tables.runs)
+    optima = lr_optima(with_errors).assign(accuracy=lambda table: 1 - table["loss_opt"])
     drawn = of(plotted, "optimum")
-    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("accuracy", "reward_opt")):
+    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("accuracy", "accuracy")):
         np.testing.assert_allclose(drawn[ours].astype(float), optima[theirs].astype(float))
     assert drawn["lr"].tolist() == pytest.approx([1e-4, 1e-3, 1e-3], rel=0.05)
     assert drawn["resolved"].tolist() == optima["resolved"].tolist() == [True] * 3
@@ -184,20 +184,20 @@ def test_fig6_has_a_panel_per_model_and_problem_set():
 def test_placement_shows_best_accuracies_by_parameters():
     rl_tables = read(placements())
     figure, plotted = FIGURES["fig5_placement_rl"].draw(rl_tables)
-    best, expected = of(plotted, "best"), best_losses(with_error_rates(rl_tables.runs))
-    np.testing.assert_allclose(best["accuracy"].astype(float), 1 - expected["loss_mean"].astype(float))
-    half = 4.302653 * SD / math.sqrt(3)
-    np.testing.assert_allclose((best["accuracy_high"] - best["accuracy"]).astype(float), half, rtol=1e-5)
-    np.testing.assert_allclose((best["accuracy"] - best["accuracy_low"]).astype(float), half, rtol=1e-5)
+    best = of(plotted, "best")
+    [comparison] = comparisons(with_arm_columns(with_error_rates(rl_tables.runs)), pd.DataFrame())
+    expected = [1 - comparison.fit.minima[label].value for label in best["arm"]]
+    np.testing.assert_allclose(best["accuracy"].astype(float), expected)
     assert best.set_index("arm")["accuracy"]["LoRA r16 attn"] == pytest.approx(0.6)
-    [band] = of(plotted, "noise_band").to_dict("records")
-    sigma = seed_noise(with_error_rates(rl_tables.runs))["sigma"].item()
-    assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(4 * sigma)
-    assert (band["accuracy_high"] + band["accuracy_low"]) / 2 == pytest.approx(best["accuracy"].max())
+    [band] = of(plotted, "margin_band").to_dict("records")
+    assert band["accuracy_high"] == pytest.approx(best["accuracy"].max())
+    # 10% of the gain of full fine-tuning over the base.
+    fullft = best.set_index("arm")["accuracy"]["FullFT"]
+    assert band["accuracy_high"] - band["accuracy_low"] == pytest.approx(0.1 * (fullft - BASE))
     listed = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert listed == ["attn r16  88.0K", "mlp r16  0.14M", "all r16  0.22M", "FullFT  0.83M"]
     assert [axes.get_ylabel() for axes in figure.axes] == ["final test accuracy", "accuracy at the best LR"]
-    assert f"highest accuracy ± 2{chr(0x3C3)} of seeds" in legend(figure)
+    assert "within the margin of the best" in legend(figure)
 
 
 # Curves.
@@ -325,9 +325,7 @@ def mixed() -> Tables:
     return Tables(runs, curves)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, figure in FIGURES.items() if figure.experiments not in (COMPUTE_TABLE, EVALS_TABLE)]
-)
+@pytest.mark.parametrize("name", [name for name, figure in FIGURES.items() if figure.experiments not in OWN_TABLES])
 def test_supervised_and_rl_runs_are_never_drawn_together(name, mixed):
     _, plotted = FIGURES[name].draw(mixed)
     drawn = set(plotted["dataset"].dropna())

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from lorabench.tables.schemas import CURVES, EVALS, RUNS
+from lorabench.tables.schemas import CLAIMS, CURVES, EVALS, RUNS
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 STEPS = [0, 1, 2, 3, 5, 8, 13, 22, 35, 57, 92, 150]
@@ -150,3 +150,40 @@ def laptop_like() -> pd.DataFrame:
         for rank in (None, 1, 2, 4, 8, 16, 64):
             rows += make_sweep(rank, dataset=dataset)
     return runs_table(rows)
+
+
+def make_claim(claim_id: str, verdict: str = "confirmed", **changes: Any) -> dict[str, Any]:
+    """Return one row of `claims`: an equality of losses that holds within 0.01 nats; keyword arguments replace columns.
+
+    Without a test there is no number, and each verdict that needs it has its remark.
+    """
+    row: dict[str, Any] = {
+        "claim_id": claim_id,
+        "kind": "empirical",
+        "fact": f"fact of {claim_id}",
+        "statement": f"statement of {claim_id}",
+        "figure": "2",
+        "criterion": f"criterion of {claim_id}",
+        "verdict": verdict,
+        "reason": f"reason of {claim_id}",
+        "paper_value": "no number",
+        "unit": "nats per token",
+        "n_runs": 0,
+        "run_ids": [],
+        "decide_around": None,
+        "decide_lrs": [],
+    }
+    if verdict != "not tested":
+        row |= {"estimate": 0.002, "ci_low": -0.004, "ci_high": 0.008, "detectable": 0.0085}
+        row |= {"margin_low": -0.01, "margin_high": 0.01, "margin_rule": "2% of the gain"}
+        row |= {"scope": "0.8M parameters, 50 steps, worked"}
+    if verdict == "inconclusive":
+        row |= {"would_decide": "6 seeds (now 3)", "decide_seeds": 6}
+    if verdict == "setting not met":
+        row["missing"] = "runs of 1,000 steps or more (here at most 200 steps; the preset core has them)"
+    return row | changes
+
+
+def claims_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the table `claims` of the rows, typed as by `read_table`."""
+    return _table(rows, CLAIMS)

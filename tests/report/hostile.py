@@ -18,7 +18,10 @@ HOSTILE = (
 
 # Columns that the page does not show in full (a time, a short hash) or at all, or that allow only a few values.
 _KEPT = {
-    "runs": {"task", "method", "status", "started", "git_sha", "family", "protocol"},
+    "runs": {
+        *("task", "method", "status", "started", "git_sha", "family", "protocol"),
+        *("data_kind", "base_kind", "alpha_convention", "precision", "schedule"),
+    },
     "curves": {"run_id"},
     "evals": {"run_id", "method", "about", "source", "template_sha256", "task_config", "placement"},
     "claims": {"kind", "verdict"},

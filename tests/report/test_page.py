@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import shutil
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
+from lorabench.report.facts import headline
 from lorabench.report.page import build
 from lorabench.storage.layout import Layout
 
-from ..handmade import make_eval, make_run, make_sweep
+from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
 from .conftest import Page
 from .hostile import HOSTILE, columns, hostile_report
 
@@ -42,14 +45,65 @@ def test_every_claim_links_to_its_runs(report, rows):
         assert sorted(linked) == sorted(claims.loc[claim_id, "run_ids"])
 
 
-def test_first_screen_has_the_answer_and_the_verdicts(report, rows):
+def test_first_screen_has_the_picture_the_answer_and_the_verdicts(report, rows):
     header = Page(report(rows).source.split("<header>")[1].split("</header>")[0])
     claims = pd.read_parquet(Layout.of("mine.yaml").tables() / "claims.parquet")
-    for verdict, ids in claims.groupby("verdict")["claim_id"]:
-        assert re.search(rf"{len(ids)} \S {verdict} {' '.join(ids)}\b", header.text)
+    assert f"{headline(claims)}." in header.text
+    assert "verdicts" in header.ids
+    assert header.all("img", "src")
+    linked = [href for href in header.all("a", "href") if href.startswith("#claim-")]
+    assert sorted(linked) == sorted(f"#claim-{claim_id}" for claim_id in claims["claim_id"])
     assert "Does LoRA match full fine-tuning here?" in header.text
     assert "a preset for tests" in header.text
     assert re.search(r"21 of at most \d+ planned: 18 done, 3 diverged", header.text)
+
+
+JUDGED = [
+    make_claim("B1"),
+    make_claim("B3", "inconclusive"),
+    make_claim("B5", "contradicted", fact="fact of B1", margin_low=0.02, margin_high=math.inf),
+    make_claim("D1", "setting not met"),
+    make_claim("G1", "not tested", kind="count"),
+    make_claim("C5", kind="derivation"),
+]
+
+
+def test_claims_table_shows_verdict_margin_interval_power_scope_and_paper_in_this_order(report, rows):
+    section = report(rows, claims=lambda table: claims_table(JUDGED)).section("claims")
+    head, body = section.source.split("<tbody>")
+    names = [Page(cell).text for cell in re.findall(r"<th.*?</th>", head)]
+    assert names[2:] == ["Verdict", "Margin", "Estimate, 95% interval", "Power", "Measured on", "The paper"]
+    rows_of = [[Page(cell).text for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in body.split("<tr")[1:]]
+    by_id = {row[0]: row[1:] for row in rows_of}
+    numbers = ["0.00200 nats [-0.00400, 0.00800]", "0.0085 nats", "0.8M parameters, 50 steps, worked", "no number"]
+    # The claims of one fact stand together.
+    assert list(by_id) == ["B1", "B5", "B3", "D1", "G1", "C5"]
+    assert by_id["B1"] == [
+        "statement of B1 One fact with B5 : fact of B1",
+        "\N{CHECK MARK} confirmed",
+        "±0.01 nats",
+        *numbers,
+    ]
+    assert by_id["B5"][0] == "statement of B5 The same fact as B1"
+    assert by_id["B5"][2] == "at least 0.02 nats"
+    assert by_id["B3"][1] == "? inconclusive to decide: 6 seeds (now 3)"
+    assert by_id["D1"][1].startswith(
+        "\N{WHITE DIAMOND} setting not met needs runs of 1,000 steps or more (here at most"
+    )
+    assert by_id["D1"][3:] == numbers
+    dash = "\N{EN DASH}"
+    assert by_id["G1"] == ["statement of G1", f"{dash} not tested", dash, dash, dash, dash, "no number"]
+
+
+def test_an_old_table_of_claims_is_refused_in_one_sentence(report, rows, tmp_path, monkeypatch):
+    report(rows)
+    shutil.copytree(".", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    layout = Layout.of("mine.yaml")
+    path = layout.tables() / "claims.parquet"
+    pd.read_parquet(path).drop(columns=["margin_low", "scope"]).to_parquet(path)
+    with pytest.raises(UserError, match="no column margin_low, scope: judge the claims again"):
+        build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
 
 
 def test_figures_stand_beside_their_claims_in_the_papers_order(report, rows):
@@ -111,7 +165,7 @@ def hash_of(text: str) -> str:
 def test_figures_are_embedded_with_caption_data_and_command(report, rows):
     page = report(rows)
     sources, texts = page.all("img", "src"), page.all("img", "alt")
-    shown = [FIGURES[name] for name in ("fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops")]
+    shown = [FIGURES[name] for name in ("verdicts", "fig1_envelopes", "fig2_lr_by_rank", "loss_by_flops")]
     assert len(sources) == len(shown)
     downloads = {
         attributes["download"]: attributes["href"] for tag, attributes in page.tags if "download" in attributes
@@ -218,16 +272,19 @@ def test_says_so_when_none_diverged(report):
 
 def test_sparse_runs_show_dashes_and_no_nan(report):
     page = report([make_run(None, 1e-3), make_run(1, 1e-3, status="diverged")])
-    # Reasons are excluded, since they are texts of the claims.
-    own = Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL))
-    assert "\N{EN DASH}" in own.text
-    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own.text)
+    assert "\N{EN DASH}" in own_text(page)
+    assert not re.search(r"\b(nan|NaN|None|<NA>|NaT)\b", own_text(page))
+
+
+def own_text(page: Page) -> str:
+    """Return the text of a page without the reasons, which are texts of the claims."""
+    return Page(re.sub(r'<dd class="reason">.*?</dd>', "", page.source, flags=re.DOTALL)).text
 
 
 def test_missing_provenance_is_a_dash(report):
     unknown = dict.fromkeys(["device", "host", "started", "git_sha", "versions", "threads", "wall_s", "train_flops"])
     page = report([row | unknown for row in make_sweep(None) + make_sweep(1)])
-    assert not re.search(r"\b(nan|None|<NA>|NaT)\b", page.text)
+    assert not re.search(r"\b(nan|None|<NA>|NaT)\b", own_text(page))
 
 
 def test_uncommitted_changes_are_shown(report):

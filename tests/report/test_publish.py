@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lorabench.claims.catalog import CORE
-from lorabench.claims.judge import judge_claims
+from lorabench.claims.catalog import CLAIMS, CORE
 from lorabench.errors import UserError
+from lorabench.report.facts import VERDICTS, headline
 from lorabench.report.publish import END, RESULTS_PAGE, SHOWN, START, publish, readme_block, results_block
 from lorabench.storage.layout import Layout
 from lorabench.tables.io import write_frame
 from lorabench.tables.tables import Tables
 
 from ..conftest import REPOSITORY
-from ..handmade import curves_of, laptop_like
+from ..handmade import claims_table, curves_of, laptop_like, make_claim
 
 PAGES = (Path("README.md"), RESULTS_PAGE)
 
@@ -30,8 +31,10 @@ def tables() -> Tables:
 
 
 @pytest.fixture(scope="module")
-def judged(tables: Tables) -> pd.DataFrame:
-    return judge_claims(tables)
+def judged() -> pd.DataFrame:
+    """Make a row for each claim, with all verdicts."""
+    verdicts = cycle(VERDICTS)
+    return claims_table([make_claim(claim.id, next(verdicts), statement=claim.statement) for claim in CLAIMS])
 
 
 @pytest.fixture
@@ -88,12 +91,44 @@ def rows_of(block: str) -> dict[str, str]:
 def test_claims_are_in_the_blocks_with_their_verdicts(finished: Layout):
     publish(finished, Path("README.md"))
     claims = pd.read_csv(finished.published / "claims.csv")
-    every, core = rows_of(results_block(finished.published)), rows_of(readme_block(finished.published))
+    blocks = results_block(finished.published), readme_block(finished.published)
+    every, core = map(rows_of, blocks)
     assert list(every) == list(claims.claim_id)
     assert set(core) == set(CORE)
     for claim in claims.itertuples():
-        assert f"| {claim.verdict} |" in every[claim.claim_id]
+        assert f" | {claim.verdict}" in every[claim.claim_id]
     assert core == {claim_id: every[claim_id] for claim_id in core}
+    for block in blocks:
+        lines = block.splitlines()
+        assert f"({lines[1].partition('](')[2]}".endswith(f"{SHOWN}.svg)"), "the picture comes first"
+        assert headline(claims) in block
+        assert "| verdict | margin | measured, 95% interval | power | scope | paper |" in block
+
+
+def test_a_row_has_the_margin_the_power_and_what_is_missing(finished: Layout):
+    publish(finished, Path("README.md"))
+    claims = [
+        make_claim("B1", fact="one"),
+        make_claim("B5", "inconclusive", fact="one"),
+        make_claim("D1", "setting not met", missing="natural text"),
+        make_claim("D5", "not tested"),
+    ]
+    claims_table(claims).drop(columns="run_ids").to_csv(finished.published / "claims.csv", index=False)
+    rows = rows_of(results_block(finished.published))
+    measured = (
+        "±0.01 nats | 0.00200 nats [-0.00400, 0.00800] | 0.0085 nats | 0.8M parameters, 50 steps, worked | no number"
+    )
+    assert rows["B1"] == f"| B1 | statement of B1 (one fact with B5) | confirmed | {measured} |"
+    assert f"| inconclusive; to decide: 6 seeds (now 3) | {measured} |" in rows["B5"]
+    assert f"| setting not met; needs natural text | {measured} |" in rows["D1"]
+    assert "| not tested | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in rows["D5"]
+
+
+def test_an_old_table_is_refused_before_anything_is_written(finished: Layout, judged: pd.DataFrame):
+    judged.drop(columns="margin_low").to_parquet(finished.tables() / "claims.parquet")
+    with pytest.raises(UserError, match="no column margin_low: judge the claims again"):
+        publish(finished, Path("README.md"))
+    assert not (finished.published / "claims.csv").exists()
 
 
 def test_text_is_no_markup(finished: Layout):

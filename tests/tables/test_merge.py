@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lorabench.errors import UserError
 from lorabench.tables.io import write_csv
 from lorabench.tables.merge import KEYS, merge
-from lorabench.tables.schemas import SCHEMAS
+from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS
 from lorabench.tables.tables import Tables
 
 from ..handmade import curves_of, evals_table, make_eval, make_run, make_sweep, runs_table
@@ -43,6 +43,13 @@ COUNTS = pd.DataFrame(
 )
 RUNS = runs_table(make_sweep(None) + make_sweep(8) + make_sweep(8, dataset="worked"))
 CURVES = curves_of(RUNS)
+TEST_LOSSES = pd.DataFrame(
+    [
+        {"run_id": run_id, "example": number, "loss": 10.5 + number, "tokens": 4}
+        for run_id in RUNS["run_id"].iloc[:2]
+        for number in range(3)
+    ]
+)
 
 
 def write(folder: Path, kind: str = "parquet", **tables: pd.DataFrame) -> Path:
@@ -96,12 +103,14 @@ def test_merging_the_parts_of_a_table_gives_it_back(parts, kinds):
 @pytest.mark.parametrize("kind", ["parquet", "csv"])
 def test_merging_again_changes_nothing(tmp_path, kind):
     one = write(tmp_path / "one", kind, runs=RUNS.iloc[:7], curves=CURVES, compute=COMPUTE.iloc[:2], counts=COUNTS)
-    two = write(tmp_path / "two", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], evals=evals_table([make_eval(8, 0.5)]))
+    others = {"evals": evals_table([make_eval(8, 0.5)]), "test_losses": TEST_LOSSES}
+    two = write(tmp_path / "two", runs=RUNS.iloc[4:], compute=COMPUTE.iloc[1:], **others)
     once, twice = tmp_path / "once", tmp_path / "twice"
     merge([one, two], once)
     merge([once, one, two], twice)
     files = {path.name: path.read_bytes() for path in once.iterdir()}
-    assert set(files) == {f"{name}.{kind}" for name in KEYS for kind in ("parquet", "csv")}
+    csv = {f"{name}.csv" for name in KEYS if name not in PARQUET_ONLY}
+    assert set(files) == csv | {f"{name}.parquet" for name in KEYS}
     assert {path.name: path.read_bytes() for path in twice.iterdir()} == files
     merge([once], once)
     assert {path.name: path.read_bytes() for path in once.iterdir()} == files
@@ -232,7 +241,7 @@ def test_a_row_must_have_its_keys(tmp_path):
 def test_a_folder_without_tables_is_named(tmp_path):
     a = write(tmp_path / "a", runs=RUNS)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"no table runs, curves, compute, counts, evals .* in {tmp_path / 'empty'}"):
+    with pytest.raises(UserError, match=f"no table runs, curves, test_losses, .*evals .* in {tmp_path / 'empty'}"):
         merge([a, tmp_path / "empty"], tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from lorabench.errors import UserError
 from lorabench.figures.save import save_figure
 from lorabench.tables.checks import check_curves, check_table
 from lorabench.tables.io import read_table, write_csv
-from lorabench.tables.schemas import EVALS
+from lorabench.tables.schemas import EVALS, SCHEMAS
 from lorabench.tables.tables import Tables
 
+from ..conftest import REPOSITORY
 from ..handmade import curves_of, evals_table, make_eval, make_sweep, runs_table
 
 RUNS = runs_table(make_sweep(None) + make_sweep(1) + make_sweep(8))
@@ -178,6 +180,13 @@ def test_one_dataset_may_stand_beside_others_and_one_model_on_many(tmp_path: Pat
     elsewhere = other.assign(model="other", dataset="instruct")
     with pytest.raises(UserError, match="runs of instruct have different datasets under one name, aaa, bbb"):
         check_table(pd.concat([RUNS.assign(dataset_sha256="aaa"), elsewhere]))
+
+
+def test_the_page_of_tables_describes_every_column():
+    page = (REPOSITORY / "docs/tables.md").read_text()
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##)", page, re.M | re.S))
+    for name, schema in SCHEMAS.items():
+        assert [column for column in schema.names if f"`{column}`" not in sections[name]] == [], name
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -100,7 +100,8 @@ def run_case(
         recompute=case.recompute,
     )
     held = sum(local_part(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
-    numbers = {**vars(outcome), "curve": [vars(point) for point in outcome.curve], "held": held}
+    curve, losses = ([vars(part) for part in parts] for parts in (outcome.curve, outcome.test_losses))
+    numbers = {**vars(outcome), "curve": curve, "test_losses": losses, "held": held}
     return json.loads(json.dumps(numbers))
 
 

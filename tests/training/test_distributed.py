@@ -47,6 +47,8 @@ def assert_same(run, other, rtol: float) -> None:
     assert [run[name] for name in COUNTS] == [other[name] for name in COUNTS]
     numbers = [[each[name] for name in NUMBERS if each[name] is not None] for each in (run, other)]
     np.testing.assert_allclose(*numbers, rtol=rtol)
+    losses = [[example["loss"] for example in each["test_losses"]] for each in (run, other)]
+    np.testing.assert_allclose(*losses, rtol=10 * rtol)
     assert curve_of(run).keys() == curve_of(other).keys()
     for place, value in curve_of(run).items():
         if value is None:

@@ -15,6 +15,7 @@ from lorabench.models.base import convert_gguf, load_model, load_tokenizer, max_
 from lorabench.planning.plan import make_plan
 from lorabench.storage.layout import Layout
 
+from ..conftest import MARGINS
 from .conftest import trained
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,7 @@ def test_a_few_real_steps(tmp_path, monkeypatch):
     raw["experiments"] = {"rank": [{"models": ["smollm2-135m"]} | block]}
     del raw["extends"], raw["evaluation"]
     raw["protocol"] = {"precision": "fp32", "curve_points": 2, "validate_at": [50, 100]}
+    raw["margins"] = MARGINS
     raw["execution"] = {"threads": 2, "gflops": 50.0}
     Path("few.yaml").write_text(yaml.safe_dump(raw))
     layout = Layout.of("few.yaml")

@@ -30,7 +30,7 @@ from lorabench.storage.layout import Layout
 from lorabench.training.job import run_job
 from lorabench.utils.hub import WantedRepository, fetch_repositories, read_fetched
 
-from ..conftest import REPOSITORY
+from ..conftest import MARGINS, REPOSITORY
 from ..hub import repositories as hub_repositories
 from ..hub.server import serving
 
@@ -169,6 +169,7 @@ def preset(hub, **data):
             "rank": [block | {"datasets": ["tulu3"], "batch_sizes": [8]}],
             "rl_gsm8k": [block | {"problems": ["gsm8k"], "evaluations": 1, **rollouts}],
         },
+        "margins": MARGINS,
         "execution": {"gflops": 1.0},
     }
     Path("mine.yaml").write_text(yaml.safe_dump(raw))

@@ -18,7 +18,7 @@ from lorabench.figures.catalog import figures_of_preset
 from lorabench.planning.plan import make_plan
 from lorabench.storage.layout import Layout
 
-from ..conftest import REPOSITORY
+from ..conftest import MARGINS, REPOSITORY
 from .checkout import fresh_clone, git, snakemake
 
 
@@ -224,7 +224,7 @@ def test_status_and_plan_from_another_terminal(smoke):
 def test_snakemakes_own_report(smoke):
     snakemake(smoke[0], "--config", "preset=smoke", "--report", "snakemake_report.html")
     text = (smoke[0] / "snakemake_report.html").read_text()
-    for part in ("fig2_lr_by_rank", "claims with verdicts", "interpolated on the grid of the first seed"):
+    for part in ("fig2_lr_by_rank", "claims with verdicts", "fitted to the losses of all seeds around the best one"):
         assert part in text
 
 
@@ -250,6 +250,7 @@ BAD_EVALUATION = {
         ]
     },
     "evaluation": {"experiments": ["rank"], "tasks": BAD_TASKS, "pretraining_documents": 4},
+    "margins": MARGINS,
     "execution": {"gflops": 20.0},
 }
 

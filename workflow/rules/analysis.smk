@@ -97,6 +97,10 @@ rule claims:
     conda:
         "../envs/lorabench.yaml"
     params:
+        preset=PRESET,
         tables=LAYOUT.tables(),
+        # Claims are judged again when the preset's margins change, which are not in its tables.
+        margins=LAYOUT.preset.margins.model_dump(),
     shell:
-        "lorabench claims --tables {params.tables:q} --out {params.tables:q} 2> >(tee {log:q} >&2)"
+        "lorabench claims --preset {params.preset:q} --tables {params.tables:q} --out {params.tables:q} "
+        "2> >(tee {log:q} >&2)"

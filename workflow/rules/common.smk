@@ -4,6 +4,7 @@ from snakemake.exceptions import WorkflowError
 from lorabench.config.models import GgufModel
 from lorabench.errors import UserError
 from lorabench.figures.catalog import (
+    CLAIMS_TABLE,
     COMPUTE_TABLE,
     EVALS_TABLE,
     FIGURES,
@@ -116,6 +117,8 @@ def figure_tables(wildcards):
         return [LAYOUT.tables() / "compute.parquet"]
     if figure.experiments == EVALS_TABLE:
         return [LAYOUT.tables() / "evals.parquet"]
+    if figure.experiments == CLAIMS_TABLE:
+        return [LAYOUT.tables() / "claims.parquet"]
     return [
         LAYOUT.tables(experiment) / f"{name}.parquet"
         for experiment in figure.experiments

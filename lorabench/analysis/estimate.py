@@ -1,0 +1,136 @@
+"""Estimates: numbers with the distribution of their error, from which intervals of any level are taken.
+
+An error has two independent parts: one from seeds (weights, data order), which more seeds make smaller, and one from
+the examples of the test split, which only more examples make smaller. Each part is kept as draws, so that a function of
+several estimates has an interval too, and estimates from one fit keep their correlation.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import stdtrit
+
+N_DRAWS = 4000
+"""Number of draws of an error. The tails of an interval at level 0.99 hold 20 of them each."""
+
+POWER = 0.8
+"""The probability with which the smallest effect that is told would have been seen."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its error; if the error is not known, the draws are NaN."""
+
+    value: float
+    seed_part: np.ndarray = field(repr=False)
+    """Draws of the error from seeds, shape (N_DRAWS,), in the unit of the value."""
+    example_part: np.ndarray | None = field(default=None, repr=False)
+    """Draws of the error from test examples, shape (N_DRAWS,); None where the tables do not hold the losses by
+    example, so that this error is not known and counts as 0."""
+    n_seeds: int = 0
+    n_examples: int = 0
+
+    @property
+    def draws(self) -> np.ndarray:
+        """Draws of the number with both errors, shape (N_DRAWS,)."""
+        return self.value + self.seed_part + (0.0 if self.example_part is None else self.example_part)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the ends of the equal-tailed interval of a level; NaN if the error is not known."""
+        tail = (1 - level) / 2
+        low, high = np.quantile(self.draws, [tail, 1 - tail]).tolist()
+        return low, high
+
+    @property
+    def known(self) -> bool:
+        """Whether the number and its error are known."""
+        return math.isfinite(self.value) and bool(np.isfinite(self.seed_part).all())
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference from 0 whose 95% interval would leave out 0 with probability POWER."""
+        low, high = self.interval()
+        middle, upper = np.quantile(self.draws, [0.5, POWER]).tolist()
+        return float((high - low) / 2 + upper - middle)
+
+    @property
+    def seed_error(self) -> float:
+        """The standard error from seeds, as half of the draws' central 68%."""
+        return _standard_error(self.seed_part)
+
+    @property
+    def example_error(self) -> float:
+        """The standard error from test examples; 0 where it is not known."""
+        return 0.0 if self.example_part is None else _standard_error(self.example_part)
+
+
+def _standard_error(part: np.ndarray) -> float:
+    low, high = np.quantile(part, [0.1587, 0.8413]).tolist()
+    return float(high - low) / 2
+
+
+def combined(function: Callable[..., ArrayLike], *estimates: Estimate) -> Estimate:
+    """Return a function of estimates, with the error that follows from theirs.
+
+    Args:
+        function: maps one number or array for each estimate to a number or array; it must work element by element.
+        estimates: their draws are taken together, so that those of one fit keep their correlation.
+    """
+    value = float(np.asarray(function(*(estimate.value for estimate in estimates))))
+    seed_part = np.asarray(function(*(estimate.value + estimate.seed_part for estimate in estimates))) - value
+    example_part = None
+    if all(estimate.example_part is not None for estimate in estimates):
+        example_part = np.asarray(function(*(e.value + np.asarray(e.example_part) for e in estimates))) - value
+    return Estimate(
+        value,
+        seed_part,
+        example_part,
+        min(estimate.n_seeds for estimate in estimates),
+        min(estimate.n_examples for estimate in estimates),
+    )
+
+
+def unknown(value: float = math.nan) -> Estimate:
+    """Return a number whose error is not known."""
+    return Estimate(value, np.full(N_DRAWS, math.nan))
+
+
+def exact(value: float) -> Estimate:
+    """Return a number without an error, such as a count."""
+    return Estimate(value, np.zeros(N_DRAWS))
+
+
+def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0) -> Estimate:
+    """Return a number with a t distributed error.
+
+    Args:
+        value: the number.
+        error: its standard error.
+        dof: degrees of freedom of the standard error; below 1 the error is not known.
+        name: names the number. Draws of different names are independent, and those of one name are always the same.
+        n_seeds: the number of seeds behind it.
+    """
+    if not (dof >= 1 and math.isfinite(error)):
+        return Estimate(value, np.full(N_DRAWS, math.nan), None, n_seeds)
+    order = generator(name).permutation(N_DRAWS)
+    return Estimate(value, error * stdtrit(dof, (order + 0.5) / N_DRAWS), None, n_seeds)
+
+
+def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
+    """Return the mean over seeds with its t distributed error; the error is not known with fewer than two seeds."""
+    numbers = np.asarray(values, float)
+    numbers = numbers[np.isfinite(numbers)]
+    n = len(numbers)
+    error = float(numbers.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return student(float(numbers.mean()) if n else math.nan, error, n - 1, name, n)
+
+
+def generator(name: str) -> np.random.Generator:
+    """Return the random generator of a name, so that no number depends on what else is in a table."""
+    return np.random.default_rng(zlib.crc32(name.encode()))

@@ -1,0 +1,77 @@
+"""Losses by test example: what the choice of the test split adds to the error of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.estimate import N_DRAWS, generator
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """The losses of runs by test example, from the table `test_losses`."""
+
+    nats: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By run_id, the summed loss of each example, (examples,)."""
+    tokens: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """By run_id, the scored tokens of each example, (examples,)."""
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> ExampleLosses:
+        """Read the table `test_losses`: columns run_id, example, loss, tokens."""
+        if table.empty:
+            return cls()
+        ordered = table.sort_values(["run_id", "example"], kind="stable")
+        run_ids, starts = np.unique(ordered["run_id"].to_numpy(str), return_index=True)
+        nats = np.split(ordered["loss"].to_numpy(float), starts[1:])
+        tokens = np.split(ordered["tokens"].to_numpy(float), starts[1:])
+        return cls(
+            dict(zip(run_ids.tolist(), nats, strict=True)),
+            dict(zip(run_ids.tolist(), tokens, strict=True)),
+        )
+
+    def deviations(self, run_ids: Sequence[str], name: str) -> tuple[np.ndarray, int] | None:
+        """Resample the test examples (bootstrap) and compute the mean loss of each run on each resampled split.
+
+        Args:
+            run_ids: runs on one test split.
+            name: names the test split; the examples of one name are resampled alike.
+
+        Returns:
+            The difference of each mean loss from that on the split itself, (N_DRAWS, runs), and the number of
+            examples. None if a run lacks its losses or the runs have different splits.
+        """
+        known = [run_id for run_id in run_ids if run_id in self.nats]
+        if len(known) < len(run_ids) or not known:
+            return None
+        weights = self.tokens[known[0]]
+        if any(not np.array_equal(self.tokens[run_id], weights) for run_id in known):
+            return None
+        losses = np.array([self.nats[run_id] for run_id in known])
+        n = len(weights)
+        counts = _resampled(name, n)
+        resampled = (counts @ losses.T) / np.maximum(counts @ weights, 1e-12)[:, None]
+        return resampled - losses.sum(1) / weights.sum(), n
+
+    def influences(self, run_ids: Sequence[str]) -> np.ndarray:
+        """Return what each test example adds to each run's mean loss, times the number of examples, (runs, examples).
+
+        Args:
+            run_ids: runs for which `deviations` is known.
+        """
+        weights = self.tokens[run_ids[0]]
+        losses = np.array([self.nats[run_id] for run_id in run_ids])
+        means = losses.sum(1, keepdims=True) / weights.sum()
+        contributions: np.ndarray = (losses - means * weights) / weights.mean()
+        return contributions
+
+
+@lru_cache(maxsize=64)
+def _resampled(name: str, n: int) -> np.ndarray:
+    """Return how often each of n examples is drawn, (N_DRAWS, n)."""
+    return generator(f"examples of {name}").multinomial(n, np.full(n, 1 / n), N_DRAWS)

@@ -1,0 +1,151 @@
+"""Generalized least squares with two variances: that of a run, and that of an arm and seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+_SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+"""The shares of the variance of an arm and seed in the sum of both that are tried; all are as likely before the runs.
+"""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Generalized least squares: coefficients, what makes them from the losses, and their covariance."""
+
+    coefficients: np.ndarray
+    hat: np.ndarray
+    """(coefficients, runs); the coefficients are linear in the losses."""
+    of_prior: np.ndarray
+    """(coefficients, 0 or 1); what they have from the number that is known before the runs."""
+    design: np.ndarray
+    """(runs, coefficients), each row times the square root of its number of seeds."""
+    covariance: np.ndarray
+    """The runs' covariance over the variance of e, (runs, runs)."""
+    unscaled: np.ndarray
+    """Covariance over the variance of e, (coefficients, coefficients)."""
+    variance: float
+    """Variance of e."""
+    ratio: float
+    """Variance of v over that of e."""
+    likelihood: float
+    dof: int
+
+
+@dataclass(frozen=True)
+class FitRows:
+    """The runs of one fit: columns run_id, label, seed, x (ln LR over the arm's centre), loss, n and sd."""
+
+    rows: pd.DataFrame
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The arms that are fitted."""
+        return list(dict.fromkeys(self.rows["label"]))
+
+    @cached_property
+    def own_curvature_possible(self) -> list[str]:
+        """The arms with three LRs or more."""
+        return [label for label in self.labels if self.rows.loc[self.rows["label"] == label, "x"].nunique() >= 3]
+
+    @cached_property
+    def same_arm_and_seed(self) -> np.ndarray:
+        """Whether two runs are of one arm and seed, (runs, runs)."""
+        cell = self.rows.groupby(["label", "seed"], sort=False).ngroup().to_numpy()
+        return np.asarray(cell[:, None] == cell[None, :], float)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
+        return np.asarray(np.sqrt(self.rows["n"].to_numpy(float)))
+
+    def design(self, curvatures: Sequence[Sequence[str]], optima: Mapping[str, float] | None = None) -> np.ndarray:
+        """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
+
+        With optima, as positions by arm, the third power of the distance from them is the last column.
+        """
+        label, x = self.rows["label"].to_numpy(), self.rows["x"].to_numpy(float)
+        columns = []
+        for arm in self.labels:
+            of_arm = (label == arm).astype(float)
+            columns += [of_arm, of_arm * x]
+        columns += [np.isin(label, list(group)) * x**2 for group in curvatures]
+        seeds = sorted(set(self.rows["seed"]))
+        # The effects of seeds sum to 0, so that intercepts are means over seeds.
+        for seed in seeds[:-1]:
+            columns.append(
+                (self.rows["seed"] == seed).to_numpy(float) - (self.rows["seed"] == seeds[-1]).to_numpy(float)
+            )
+        if optima is not None:
+            columns.append((x - np.array([optima[arm] for arm in label])) ** 3)
+        return np.column_stack(columns)
+
+    def solve(self, design: np.ndarray, prior: float = 0.0) -> Solution | None:
+        """Solve for the mean ratio of variances by their restricted likelihood; None if the runs do not suffice.
+
+        Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
+        likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small.
+        """
+        solutions = [self.solve_at(design, share / (1 - share), prior) for share in _SHARES.tolist()]
+        known = [solution for solution in solutions if solution is not None]
+        if not known:
+            return None
+        likelihoods = np.array([solution.likelihood for solution in known])
+        if not np.isfinite(likelihoods).all():
+            return known[0]
+        likelihood = np.exp(likelihoods - likelihoods.max())
+        share = float(likelihood @ _SHARES / likelihood.sum())
+        return self.solve_at(design, share / (1 - share), prior)
+
+    def solve_at(self, design: np.ndarray, ratio: float, prior: float = 0.0) -> Solution | None:
+        """Solve for a ratio of variances; None if the runs do not suffice.
+
+        Args:
+            design: as from `design`.
+            ratio: the variance of v over that of e.
+            prior: if above 0, how well it is known before the runs that the last coefficient is about 0: the standard
+                deviation of e over that of the coefficient.
+        """
+        y = self.weights * self.rows["loss"].to_numpy(float)
+        design = self.weights[:, None] * design
+        covariance = np.eye(len(y)) + ratio * self.same_arm_and_seed
+        if prior > 0:
+            # What is known before counts as one more run.
+            y, design = np.append(y, 0.0), np.vstack([design, prior * np.eye(design.shape[1])[-1]])
+            covariance = np.pad(covariance, (0, 1))
+            covariance[-1, -1] = 1.0
+        n, p = design.shape
+        if n < p or np.linalg.matrix_rank(design) < p:
+            return None
+        inverse = np.linalg.inv(covariance)
+        information = design.T @ inverse @ design
+        unscaled = np.linalg.inv(information)
+        hat = unscaled @ design.T @ inverse
+        coefficients = hat @ y
+        residual = y - design @ coefficients
+        squares = float(residual @ inverse @ residual)
+        variance = squares / (n - p) if n > p else 0.0
+        likelihood = -math.inf
+        if squares > 0 and n > p:
+            _, of_covariance = np.linalg.slogdet(covariance)
+            _, of_information = np.linalg.slogdet(information)
+            likelihood = -0.5 * ((n - p) * math.log(variance) + of_covariance + of_information)
+        runs = len(self.rows)
+        return Solution(
+            coefficients,
+            hat[:, :runs] * self.weights,
+            hat[:, runs:],
+            design[:runs],
+            covariance[:runs, :runs],
+            unscaled,
+            variance,
+            ratio,
+            likelihood,
+            n - p,
+        )

@@ -1,0 +1,179 @@
+"""Paired curves: a metric of one arm minus that of another, by step, between runs of one seed.
+
+A seed fixes the order of the data, so two runs of one seed see the same batches, and the difficulty of a batch cancels
+in the difference of their training losses. That makes the difference far less noisy than either loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.early import train_curves
+from lorabench.analysis.estimate import Estimate, mean_over_seeds
+from lorabench.analysis.finding import Finding, decide, worst
+from lorabench.analysis.remedy import Problem
+from lorabench.analysis.rules import Rule
+from lorabench.analysis.slopes import slopes_by_seed
+
+
+@dataclass(frozen=True)
+class PairedCurves:
+    """The differences of two arms by step and seed, in the unit of the metric."""
+
+    by_seed: pd.DataFrame = field(repr=False)
+    """A row for each step (index, ascending) and a column for each seed that both arms have."""
+    run_ids: tuple[str, ...] = field(repr=False)
+    name: str = ""
+    """Names the two arms, for draws."""
+
+    @property
+    def n_seeds(self) -> int:
+        """The number of paired seeds."""
+        return self.by_seed.shape[1]
+
+    @property
+    def last(self) -> int:
+        """The last step that all seeds have; 0 without steps."""
+        return int(self.by_seed.index.max()) if len(self.by_seed) else 0
+
+    def windows(self, number: int, first: int = 2) -> list[tuple[int, int]]:
+        """Split the steps into windows that are equally long on a logarithmic axis.
+
+        Args:
+            number: the number of windows; there are fewer if the steps do not suffice for one each.
+            first: the first step that counts. Before the first update all arms are the base model.
+
+        Returns:
+            The first and last step of each window.
+        """
+        steps = self.by_seed.index[self.by_seed.index >= first].to_numpy(int)
+        if not len(steps):
+            return []
+        edges = np.geomspace(steps[0], steps[-1] + 1, number + 1)
+        inside = [steps[(steps >= low) & (steps < high)] for low, high in pairwise(edges)]
+        return [(int(part[0]), int(part[-1])) for part in inside if len(part)]
+
+    def means(self, windows: Sequence[tuple[int, int]]) -> list[Estimate]:
+        """Estimate the mean difference in each window of steps, with the error of a mean over seeds.
+
+        The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
+        by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
+        """
+        return [
+            mean_over_seeds(self._between(low, high).mean(), f"{self.name} steps {low} to {high}")
+            for low, high in windows
+        ]
+
+    def slope(self, first: int) -> Estimate:
+        """Estimate the slope of the difference against log10(step) from a step on, as the mean over the seeds' slopes.
+
+        It is in the unit of the metric per tenfold steps.
+        """
+        return mean_over_seeds(slopes_by_seed(self._between(first, self.last)), f"{self.name} slope from {first}")
+
+    def _between(self, low: int, high: int) -> pd.DataFrame:
+        return self.by_seed[(self.by_seed.index >= low) & (self.by_seed.index <= high)]
+
+
+def curves_by_seed(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
+    """Return the curve of one arm for each seed.
+
+    Args:
+        runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
+            their weights (see `runs_at_optimum`).
+        curves: columns run_id, step, split, metric, value.
+        metric: the metric, such as `nll` (nats per token) or `reward`.
+        split: the split; `train` is measured on a step's batch before its update.
+
+    Returns:
+        A row for each step (index, ascending) that some seed has, and a column for each seed.
+    """
+    weighted = runs.reindex(columns=["run_id", "seed", "weight"]).fillna({"weight": 1.0})
+    points = train_curves(weighted, curves, metric, split)
+    if points.empty:
+        return pd.DataFrame(index=pd.Index([], dtype=int))
+    points = points.assign(value=points["value"].astype(float) * points["weight"].astype(float))
+    cells = points.groupby(["step", "seed"])["value"].agg(["sum", "size"])
+    # A sum that lacks one of its runs at a step is no value of the arm.
+    needed = weighted.groupby("seed")["run_id"].size().loc[cells.index.get_level_values("seed")]
+    by_seed: pd.DataFrame = cells.loc[cells["size"].to_numpy() == needed.to_numpy(), "sum"].unstack("seed")
+    by_seed.index = by_seed.index.astype(int)
+    ordered: pd.DataFrame = by_seed.sort_index()
+    return ordered
+
+
+def paired_curves(
+    runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str, metric: str = "nll", split: str = "train"
+) -> PairedCurves:
+    """Pair the curves of two arms by seed.
+
+    Args:
+        runs: the runs of one arm (see `curves_by_seed`).
+        others: the runs of the other arm.
+        curves: columns run_id, step, split, metric, value.
+        name: names the two arms, for draws.
+        metric: the metric, such as `nll` (nats per token) or `reward`.
+        split: the split; `train` is measured on a step's batch before its update.
+    """
+    by_seed = [curves_by_seed(arm_runs, curves, metric, split) for arm_runs in (runs, others)]
+    return paired(runs, others, by_seed[0], by_seed[1], name)
+
+
+def paired(
+    runs: pd.DataFrame, others: pd.DataFrame, of_runs: pd.DataFrame, of_others: pd.DataFrame, name: str
+) -> PairedCurves:
+    """Pair two arms by seed, given their curves.
+
+    Args:
+        runs: the runs of one arm: columns run_id, seed.
+        others: the runs of the other arm.
+        of_runs: the curves of the one, as from `curves_by_seed`.
+        of_others: the curves of the other.
+        name: names the two arms, for draws.
+    """
+    seeds = [seed for seed in of_runs.columns if seed in of_others.columns]
+    difference = (of_runs[seeds] - of_others[seeds]).dropna() if seeds else pd.DataFrame()
+    difference.index = difference.index.astype(int)
+    ids = [arm_runs.loc[arm_runs["seed"].isin(seeds), "run_id"] for arm_runs in (runs, others)]
+    return PairedCurves(difference.sort_index(), tuple(pd.concat(ids).astype(str)), name)
+
+
+def scan(
+    rule: Callable[[tuple[int, int]], Rule],
+    curves: PairedCurves,
+    windows: Sequence[tuple[int, int]],
+    text: Callable[[Estimate], str],
+    problems: Sequence[Problem] = (),
+    margin_rule: str = "",
+) -> Finding:
+    """Judge the difference in every window of steps; the claim must hold in each.
+
+    It is contradicted if one of the k windows contradicts it at the k-th part of the level, so that the intervals hold
+    for all windows at once.
+
+    Args:
+        rule: makes the rule for a window.
+        curves: the paired curves.
+        windows: the first and last step of each window; at least one.
+        text: formats a difference.
+        problems: what speaks against a verdict.
+        margin_rule: where the margin comes from, in words.
+    """
+    findings = [
+        decide(
+            rule(window),
+            estimate,
+            f"{text(estimate)} in steps {window[0]} to {window[1]}",
+            curves.run_ids,
+            problems,
+            margin_rule,
+        )
+        for window, estimate in zip(windows, curves.means(windows), strict=True)
+    ]
+    decisive = worst(findings)
+    return replace(decisive, reason=f"{decisive.reason} (one of {len(windows)} windows of steps)")

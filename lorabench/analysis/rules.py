@@ -1,0 +1,127 @@
+"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict.
+
+- `Within`: the claim says that a number lies in a band, such as that two losses are equal within a margin. It is
+  confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the 95%
+  interval lies wholly outside.
+- `Above`: the claim says that a number is above 0 by at least a margin. It is confirmed if the 95% interval is above 0
+  and the estimate is at or above the margin. It is contradicted if the 95% interval is below 0, or if the 90% interval
+  lies inside plus or minus the margin, so that there is no effect of the least size that matters.
+
+A claim that is judged on k comparisons is confirmed if each of them confirms it, which needs no correction. It is
+contradicted if one of them does at the k-th part of the level (Bonferroni), so that k chances to fail do not add up.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from lorabench.analysis.estimate import Estimate
+
+Verdict = Literal["confirmed", "contradicted", "inconclusive", "setting not met", "not tested"]
+
+LEVEL = 0.05
+"""The largest probability of a wrong decision."""
+
+# Quantiles of the normal distribution: a one-sided test at 5%, a two-sided test at 5%, and a power of 80%.
+_ONE_SIDED, _TWO_SIDED, _POWER = 1.645, 1.960, 0.842
+
+
+class Rule(Protocol):
+    """What a claim says about a number."""
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        """The ends of the band that confirms, or the margin and infinity."""
+        ...
+
+    def confirmed(self, estimate: Estimate) -> bool:
+        """Return whether the estimate confirms the claim."""
+        ...
+
+    def against(self, estimate: Estimate) -> float:
+        """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
+        ...
+
+    def strain(self, estimate: Estimate) -> float:
+        """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
+        ...
+
+    def deciding_error(self, estimate: Estimate) -> float:
+        """Return the standard error at which there is a verdict with a power of 80%, if the estimate is the truth."""
+        ...
+
+
+@dataclass(frozen=True)
+class Within:
+    """The claim that a number lies in a band; an end may be infinite."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def margin(cls, margin: float, better_too: bool = False) -> Within:
+        """Return the claim that a difference is 0 within a margin, or also lower if `better_too`."""
+        return cls(-math.inf if better_too else -margin, margin)
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def confirmed(self, estimate: Estimate) -> bool:
+        low, high = estimate.interval(1 - 2 * LEVEL)
+        return self.low <= low and high <= self.high
+
+    def against(self, estimate: Estimate) -> float:
+        draws = estimate.draws
+        return min(1.0, 2 * min(_share(draws <= self.high), _share(draws >= self.low)))
+
+    def strain(self, estimate: Estimate) -> float:
+        ends = [end for end in (self.low, self.high) if math.isfinite(end)]
+        if not ends:
+            return math.nan
+        middle, half = float(np.mean(ends)), (max(ends) - min(ends)) / 2
+        if half > 0:
+            return abs(estimate.value - middle) / half
+        return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
+
+    def deciding_error(self, estimate: Estimate) -> float:
+        room = min(self.high - estimate.value, estimate.value - self.low)
+        return room / (_ONE_SIDED + _POWER) if room > 0 else -room / (_TWO_SIDED + _POWER)
+
+
+@dataclass(frozen=True)
+class Above:
+    """The claim that a number is above 0 by at least a margin."""
+
+    margin: float
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        return self.margin, math.inf
+
+    def confirmed(self, estimate: Estimate) -> bool:
+        return estimate.interval(1 - LEVEL)[0] > 0 and estimate.value >= self.margin
+
+    def against(self, estimate: Estimate) -> float:
+        draws = estimate.draws
+        below_zero = 2 * _share(draws >= 0)
+        # The 90% interval lies inside the band if each tail beyond the band holds at most 5%.
+        no_effect = max(_share(draws >= self.margin), _share(draws <= -self.margin))
+        return min(1.0, below_zero, no_effect)
+
+    def strain(self, estimate: Estimate) -> float:
+        return -estimate.value / self.margin if self.margin > 0 else -estimate.value
+
+    def deciding_error(self, estimate: Estimate) -> float:
+        if estimate.value >= self.margin:
+            return estimate.value / (_TWO_SIDED + _POWER)
+        inside = (self.margin - estimate.value) / (_ONE_SIDED + _POWER)
+        return inside if estimate.value >= 0 else max(inside, -estimate.value / (_TWO_SIDED + _POWER))
+
+
+def _share(condition: np.ndarray) -> float:
+    return float(np.mean(condition))

@@ -1,0 +1,63 @@
+"""The command that calibrates the verdicts on made-up worlds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorabench.cli.errors import in_one_sentence
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel="Commands")
+def calibrate(
+    worlds: Annotated[int, typer.Option(min=1, help="Worlds for each claim and size of the effect.")] = 500,
+    claims: Annotated[
+        list[str] | None, typer.Option(help="Ids of claims, by default all that are covered.", metavar="ID...")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file for the table; the command goes on where it was interrupted.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown page to write the table into, between its two marker lines.")
+    ] = None,
+    measure: Annotated[
+        Path | None, typer.Option(help="Only measure the noise of the runs in this folder of tidy tables.")
+    ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Dataset to measure, by default all.")] = None,
+) -> None:
+    """Show how often verdicts are wrong: judge made-up sweeps whose truth is known, and count the verdicts."""
+    with in_one_sentence():
+        from dataclasses import asdict
+
+        if measure is not None:
+            from lorabench.calibration.measure import measure_noise
+            from lorabench.tables.tables import Tables
+
+            for name, value in asdict(measure_noise(Tables.read(measure), dataset or ())).items():
+                print(f"{name}: {value:.4g}")
+            return
+        from datetime import date
+
+        from lorabench.calibration.page import END, START, block
+        from lorabench.calibration.run import calibrate as run
+        from lorabench.report.generated_block import text_around, write_around
+        from lorabench.tables.io import write_csv
+
+        around = None if page is None else text_around(page, START, END)
+        kept = None if out is None else out.with_name(f"{out.name}.partial")
+        table = run(worlds, [*(claims or ()), *(more or ())], processes, seed=seed, kept=kept)
+        if out is None:
+            print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
+        else:
+            write_csv(table, out)
+        if page is not None and around is not None:
+            write_around(page, around, block(table, date.today().isoformat()))
+        if kept is not None:
+            kept.unlink(missing_ok=True)

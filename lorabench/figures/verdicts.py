@@ -1,0 +1,201 @@
+"""All verdicts in one picture: estimates with their intervals in units of the margin that decides each claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.transforms import blended_transform_factory
+
+from lorabench.figures import style
+from lorabench.figures.short_names import FAMILIES, SHORT_NAMES
+from lorabench.tables.tables import Tables
+
+LINEAR, END = 2.0, 30.0
+"""The axis is linear up to the first number of margins, logarithmic above it, and ends at the second."""
+
+_LAST = 20.0
+"""Where a mark beyond the end of the axis is drawn."""
+
+LOOKS: Mapping[str, tuple[str, str, bool]] = {
+    "confirmed": ("#17683a", "o", True),
+    "contradicted": ("#a3211b", "X", True),
+    "inconclusive": ("#b07a00", "o", False),
+    "setting not met": ("#4a4fb0", "D", False),
+    "not tested": ("#77818b", "s", False),
+}
+"""By verdict: colour, mark, and whether the mark is filled. Marks tell verdicts apart where colours don't."""
+
+# Inches. The figure is narrow, so that its text can be read where the page is 390 pixels wide.
+_WIDTH, _ROW, _GUTTER = 4.1, 0.155, 2.1
+_TEXT = 7.2
+_ID_WIDTH = 0.155  # as a share of the panel's width
+_BADGES = 10  # in a row of the strip
+
+_COLUMNS = [
+    *("claim_id", "family", "name", "verdict", "kind", "unit", "estimate", "ci_low", "ci_high"),
+    *("margin_low", "margin_high", "scale", "x", "x_low", "x_high", "holds_from", "holds_to"),
+]
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw the figure; return it, and what it plots as one tidy table.
+
+    `x`, `x_low` and `x_high` are the estimate and the ends of its 95% interval in units of the margin; they are null
+    for a claim that is only named below the panel. The claim holds from `holds_from` to `holds_to`. `scale` is `log`
+    where a ratio is measured by its logarithm.
+    """
+    plotted = in_margins(tables.claims)
+    drawn, named = plotted[plotted["x"].notna()], plotted[plotted["x"].isna()]
+    families = list(dict.fromkeys(drawn["family"]))
+    slots = len(drawn) + len(families)
+    strip = 0.0 if named.empty else 0.3 + 0.19 * math.ceil(len(named) / _BADGES)
+    above, below = 0.46, 0.5
+    height = above + max(slots, 2) * _ROW + below + strip
+    figure = style.new_figure(height)
+    figure.set_layout_engine("none")
+    figure.set_size_inches(_WIDTH, height)
+    bottom = (below + strip) / height
+    axes = figure.add_axes((_GUTTER / _WIDTH, bottom, 1 - (_GUTTER + 0.12) / _WIDTH, 1 - above / height - bottom))
+    if drawn.empty:
+        style.say(axes, "no claim has both an interval and a margin")
+    else:
+        _rows(axes, drawn, families)
+    _legend(figure, plotted, height)
+    _strip(figure, named, height, strip)
+    return figure, plotted
+
+
+def in_margins(claims: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims with their estimates in units of their margins.
+
+    Args:
+        claims: the table `claims`.
+    """
+    rows = []
+    for claim in claims.to_dict("records"):
+        row = {name: claim.get(name) for name in _COLUMNS}
+        claim_id = str(claim["claim_id"])
+        row |= {"family": claim_id[:1], "name": SHORT_NAMES.get(claim_id, str(claim["statement"]))}
+        rows.append(row | _scaled(claim))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _scaled(claim: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return estimate, interval and confirming range in units of the margin; nothing if one of them is not known.
+
+    Between two finite ends, 0 is the middle of the band and 1 its upper end. With one end, 0 is no effect and 1 or -1
+    that end.
+    """
+    low, high = _number(claim["margin_low"]), _number(claim["margin_high"])
+    numbers = [_number(claim[name]) for name in ("estimate", "ci_low", "ci_high")]
+    ends = [end for end in (low, high) if math.isfinite(end)]
+    if not ends or math.isnan(low) or math.isnan(high) or not all(map(math.isfinite, numbers)):
+        return {}
+    log = str(claim["unit"]).startswith("ratio") and min(*ends, *numbers) > 0
+    to_scale = math.log if log else float
+    placed = [to_scale(end) for end in ends]
+    middle, unit = (sum(placed) / 2, (placed[1] - placed[0]) / 2) if len(placed) == 2 else (0.0, abs(placed[0]))
+    if unit < 1e-12:
+        return {}
+    x, *interval = ((to_scale(number) - middle) / unit for number in numbers)
+    holds = [(to_scale(end) - middle) / unit if math.isfinite(end) else end for end in (low, high)]
+    return {
+        "scale": "log" if log else "linear",
+        "x": x,
+        "x_low": min(interval),
+        "x_high": max(interval),
+        "holds_from": holds[0],
+        "holds_to": holds[1],
+    }
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None or pd.isna(value) else float(value)
+
+
+def _rows(axes: Axes, drawn: pd.DataFrame, families: list[str]) -> None:
+    """Draw a row for each claim, below the name of its family."""
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    left = -(_GUTTER - 0.06) / (axes.get_position().width * _WIDTH)
+    slot = 0
+    for family in families:
+        text: dict[str, Any] = {"transform": beside, "va": "center", "fontsize": _TEXT, "parse_math": False}
+        axes.text(left, slot, FAMILIES.get(family, family), weight="bold", **text)
+        slot += 1
+        for row in drawn[drawn["family"] == family].to_dict("records"):
+            colour = LOOKS.get(row["verdict"], LOOKS["not tested"])[0]
+            axes.text(left, slot, row["claim_id"], color=colour, weight="bold", **text)
+            axes.text(left + _ID_WIDTH, slot, _cut(row["name"]), **text)
+            _row(axes, slot, row)
+            slot += 1
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.9)
+    axes.set(xlim=(-END, END), ylim=(slot - 0.4, -0.6), yticks=[])
+    axes.set_xticks(
+        [-10, -3, -1, 0, 1, 3, 10], ["\N{MINUS SIGN}10", "\N{MINUS SIGN}3", "\N{MINUS SIGN}1", "0", "1", "3", "10"]
+    )
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("margins from no difference,\nor from the middle of a band", fontsize=_TEXT)
+    axes.spines["left"].set_visible(False)
+
+
+def _row(axes: Axes, slot: int, row: Mapping[Any, Any]) -> None:
+    colour, marker, filled = LOOKS.get(row["verdict"], LOOKS["not tested"])
+    holds = np.clip([row["holds_from"], row["holds_to"]], -END, END)
+    axes.fill_betweenx([slot - 0.4, slot + 0.4], *holds, color="#dcefe2", linewidth=0, zorder=1)
+    x, low, high = (float(np.clip(row[name], -_LAST, _LAST)) for name in ("x", "x_low", "x_high"))
+    axes.plot([low, high], [slot, slot], color=colour, linewidth=1.5, zorder=3)
+    for end, arrow in ((row["x_low"], "<"), (row["x_high"], ">")):
+        if abs(end) > END:
+            axes.plot(math.copysign(END * 0.88, end), slot, arrow, color=colour, markersize=3.5, zorder=3)
+    face = colour if filled else "white"
+    axes.plot(x, slot, marker, color=colour, markersize=4.6, markerfacecolor=face, markeredgewidth=1.1, zorder=4)
+
+
+def _cut(text: str, most: int = 34) -> str:
+    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
+
+
+def _legend(figure: Figure, plotted: pd.DataFrame, height: float) -> None:
+    """Draw the marks of the verdicts that occur, and the shade, at the top."""
+    marks: list[Any] = []
+    for verdict, (colour, marker, filled) in LOOKS.items():
+        if (plotted["verdict"] == verdict).any():
+            face = colour if filled else "white"
+            marks.append(style.mark(verdict, marker, color=colour, markersize=4.8, markerfacecolor=face))
+    marks.append(Patch(facecolor="#dcefe2", label="where the claim holds"))
+    figure.legend(
+        handles=marks,
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.02 / height),
+        ncols=3,
+        fontsize=_TEXT,
+        handlelength=1.2,
+        handletextpad=0.5,
+        columnspacing=1.2,
+    )
+
+
+def _strip(figure: Figure, named: pd.DataFrame, height: float, strip: float) -> None:
+    """Write the ids of the claims without numbers as badges at the bottom."""
+    if named.empty:
+        return
+    text: dict[str, Any] = {"fontsize": _TEXT, "parse_math": False, "va": "center"}
+    top = strip - 0.12
+    figure.text(0.06 / _WIDTH, top / height, "Without an interval or a margin:", weight="bold", **text)
+    order = list(LOOKS)
+    ranked = sorted(named.to_dict("records"), key=lambda row: order.index(row["verdict"]))
+    for place, row in enumerate(ranked):
+        across = 0.24 + (place % _BADGES) * (_WIDTH - 0.3) / _BADGES
+        up = top - 0.2 - 0.19 * (place // _BADGES)
+        colour, _, filled = LOOKS[row["verdict"]]
+        box = {"boxstyle": "round,pad=0.22", "facecolor": colour if filled else "white", "edgecolor": colour}
+        ink = "white" if filled else colour
+        figure.text(across / _WIDTH, up / height, _cut(row["claim_id"], 6), color=ink, ha="center", bbox=box, **text)

@@ -1,0 +1,245 @@
+"""The fit of losses against log LR finds known optima and minima, and its errors are those of repeated experiments."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.loss_fit import Noise, fit_losses
+
+CURVATURE = 0.06
+LRS = {"FullFT": [1e-4, 2.5e-4, 6e-4, 1.5e-3, 4e-3], "LoRA r64": [5e-4, 1.2e-3, 3e-3, 7e-3, 1.7e-2]}
+OPTIMA = {"FullFT": 7e-4, "LoRA r64": 2.2e-3, "LoRA r8": 2.6e-3}
+MINIMA = {"FullFT": 0.25, "LoRA r64": 0.27, "LoRA r8": 0.29}
+
+
+def row(label, lr, seed, loss, validation=None, status="done"):
+    fullft = label == "FullFT"
+    return {
+        "run_id": f"{label}/{lr:g}/{seed}",
+        "model": "m",
+        "dataset": "d",
+        "method": "fullft" if fullft else "lora",
+        "rank": None if fullft else int(label.split("r")[1]),
+        "placement": None if fullft else "all",
+        "batch_size": 8,
+        "steps": 50,
+        "lr": lr,
+        "seed": seed,
+        "status": status,
+        "final_valid_nll": loss if validation is None else validation,
+        "final_test_nll": loss,
+    }
+
+
+def loss_at(label, lr, curvature=CURVATURE):
+    return MINIMA[label] + curvature * math.log(lr / OPTIMA[label]) ** 2
+
+
+def world(random=None, seeds=3, arms=("FullFT", "LoRA r64"), curvatures=None, shared=0.02, own=0.004, run=0.003):
+    """Return runs of arms, the first seed at every LR, the others at the best; without `random` there is no noise."""
+
+    def noise(scale):
+        return 0.0 if random is None else random.normal(0, scale)
+
+    rows, of_seed = [], [noise(shared) for _ in range(seeds)]
+    for label in arms:
+        lrs, of_arm = LRS.get(label, LRS["LoRA r64"]), [noise(own) for _ in range(seeds)]
+        curvature = (curvatures or {}).get(label, CURVATURE)
+        losses = {lr: loss_at(label, lr, curvature) + of_seed[0] + of_arm[0] + noise(run) for lr in lrs}
+        best = min(losses, key=losses.get)
+        rows += [row(label, lr, 0, loss) for lr, loss in losses.items()]
+        for seed in range(1, seeds):
+            rows.append(
+                row(label, best, seed, loss_at(label, best, curvature) + of_seed[seed] + of_arm[seed] + noise(run))
+            )
+    return pd.DataFrame(rows)
+
+
+def test_without_noise_optima_minima_and_curvature_are_exact():
+    fit = fit_losses(world())
+    for label in LRS:
+        assert math.exp(fit.optima[label].value) == pytest.approx(OPTIMA[label], rel=1e-6)
+        assert fit.minima[label].value == pytest.approx(MINIMA[label], abs=1e-9)
+        assert fit.curvature[label] == pytest.approx(CURVATURE)
+    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(0.02)
+    assert math.exp(fit.log_ratio("LoRA r64", "FullFT").value) == pytest.approx(2.2 / 0.7)
+    assert fit.shared_curvature
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    random, gaps, ratios = np.random.default_rng(3), [], []
+    for number in range(200):
+        fit = fit_losses(world(random, arms=("FullFT", "LoRA r64", "LoRA r8")), name=str(number))
+        low, high = fit.gap("LoRA r64", "FullFT").interval()
+        gaps.append(low <= 0.02 <= high)
+        low, high = fit.log_ratio("LoRA r64", "FullFT").interval()
+        ratios.append(low <= math.log(2.2 / 0.7) <= high)
+    # Three binomial standard errors below 95%.
+    assert np.mean(gaps) >= 0.90
+    assert np.mean(ratios) >= 0.90
+
+
+def test_the_effect_of_a_seed_that_arms_share_does_not_widen_the_gap():
+    random = np.random.default_rng(4)
+    widths = []
+    for shared in (0.0, 0.5):
+        fits = [fit_losses(world(random, shared=shared), name=str(number)) for number in range(20)]
+        widths.append(np.mean([np.subtract(*fit.gap("LoRA r64", "FullFT").interval()[::-1]) for fit in fits]))
+    assert widths[1] == pytest.approx(widths[0], rel=0.4)
+
+
+def test_variances_are_those_of_statsmodels():
+    import statsmodels.formula.api as smf
+
+    random = np.random.default_rng(5)
+    runs = []
+    of_seed = random.normal(0, 0.02, 8)
+    for label in LRS:
+        of_arm = random.normal(0, 0.02, 8)
+        for seed in range(8):
+            for step in (-1, 0, 1):
+                lr = OPTIMA[label] * 2.0**step
+                loss = loss_at(label, lr) + of_seed[seed] + of_arm[seed] + random.normal(0, 0.01)
+                runs.append(row(label, lr, seed, loss))
+    table = pd.DataFrame(runs)
+    fit = fit_losses(table)
+    data = table.assign(
+        y=table["final_test_nll"],
+        label=table["method"],
+        x=np.log(table["lr"]) - table["method"].map({"fullft": math.log(7e-4), "lora": math.log(2.2e-3)}),
+        cell=table["method"] + table["seed"].astype(str),
+    )
+    mixed = smf.mixedlm("y ~ label + x:label + I(x**2) + C(seed)", data, groups="cell").fit(reml=True)
+    assert fit.sigma == pytest.approx(math.sqrt(mixed.scale + float(mixed.cov_re.iloc[0, 0])), rel=0.1)
+    # With every LR at every seed, the gap of the minima is that of statsmodels to the coarseness of the variances.
+    slopes = [mixed.params["x:label[fullft]"], mixed.params["x:label[lora]"]]
+    curvature = mixed.params["I(x ** 2)"]
+    minima = [0.0 - slopes[0] ** 2 / 4 / curvature, mixed.params["label[T.lora]"] - slopes[1] ** 2 / 4 / curvature]
+    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(minima[1] - minima[0], abs=1e-4)
+
+
+def test_arms_have_their_own_curvature_where_the_data_refute_a_shared_one():
+    random = np.random.default_rng(6)
+    curvatures = {"FullFT": 0.03, "LoRA r64": 0.12}
+    fit = fit_losses(world(random, seeds=6, curvatures=curvatures, own=0.0005, run=0.0005))
+    assert not fit.shared_curvature
+    for label, curvature in curvatures.items():
+        assert fit.curvature[label] == pytest.approx(curvature, rel=0.15)
+
+
+def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
+    runs = world()
+    lower = runs[~((runs["method"] == "fullft") & (runs["lr"] > 7e-4))]
+    grid = fit_losses(lower).grids["FullFT"]
+    assert grid.edge == pytest.approx(6e-4 * 2.5)
+    assert not fit_losses(lower).resolved["FullFT"]
+    # A diverged run above bounds the optimum, but leaves it unresolved between the two.
+    diverged = pd.DataFrame([row("FullFT", 1.5e-3, 0, math.nan, status="diverged")])
+    bounded = fit_losses(pd.concat([lower, diverged]))
+    assert bounded.grids["FullFT"].edge is None
+    assert bounded.grids["FullFT"].coarse == pytest.approx(math.sqrt(6e-4 * 1.5e-3))
+    assert not bounded.resolved["FullFT"]
+
+
+def test_equal_losses_have_no_optimum():
+    runs = world(np.random.default_rng(7), curvatures={"LoRA r64": 0.0, "FullFT": 0.0})
+    fit = fit_losses(runs)
+    assert not fit.resolved["LoRA r64"]
+    assert not fit.resolved["FullFT"]
+
+
+def test_one_seed_has_no_error_unless_its_noise_is_known_from_elsewhere():
+    runs = world(seeds=1)
+    alone = fit_losses(runs)
+    assert not alone.gap("LoRA r64", "FullFT").known
+    assert not alone.log_ratio("LoRA r64", "FullFT").known
+    assert not any(alone.resolved.values())
+    gap = fit_losses(runs, noise=Noise(0.01, 1000, "elsewhere")).gap("LoRA r64", "FullFT")
+    # Two arms with a standard deviation of 0.01 each; half of the variance averages a little over LRs.
+    assert 0.01 <= gap.seed_error <= 0.0142
+
+
+def test_the_error_from_test_examples_is_that_of_new_examples():
+    random = np.random.default_rng(8)
+    runs, n = world(), 400
+    tokens = random.integers(5, 50, n).astype(float)
+    common = random.normal(0, 0.2, n)
+    of_arm = {"FullFT": 0.0, "LoRA r64": random.normal(0, 0.1, n)}
+    nats = {}
+    for run in runs.itertuples():
+        label = "FullFT" if run.method == "fullft" else "LoRA r64"
+        nats[run.run_id] = (run.final_test_nll + common + of_arm[label]) * tokens
+    runs["final_test_nll"] = [nats[run_id].sum() / tokens.sum() for run_id in runs["run_id"]]
+    gap = fit_losses(runs, ExampleLosses(nats, dict.fromkeys(nats, tokens))).gap("LoRA r64", "FullFT")
+    # What all arms share cancels; an arm's own part averages over examples, weighted by their tokens.
+    weights = tokens / tokens.sum()
+    assert gap.example_error == pytest.approx(0.1 * math.sqrt((weights**2).sum()), rel=0.15)
+    assert gap.n_examples == n
+    assert fit_losses(runs).gap("LoRA r64", "FullFT").example_part is None
+
+
+def test_draws_do_not_depend_on_the_order_of_the_table():
+    runs = world(np.random.default_rng(9))
+    shuffled = runs.sample(frac=1, random_state=1)
+    first, second = (fit_losses(table).gap("LoRA r64", "FullFT") for table in (runs, shuffled))
+    assert first.value == pytest.approx(second.value, abs=1e-12)
+    assert first.interval() == pytest.approx(second.interval(), rel=0.05)
+
+
+def as_means(runs, **changes):
+    """Return one row for each arm and LR: the mean of its seeds with their number and standard deviation."""
+    by_cell = runs.groupby(["method", "lr"], sort=False)
+    first = by_cell.head(1).set_index(["method", "lr"])
+    means = by_cell[["final_valid_nll", "final_test_nll"]].mean()
+    counted = {"n_seeds": by_cell["seed"].nunique(), "final_test_nll_sd": by_cell["final_test_nll"].std()}
+    return first.assign(**means, **counted, **changes).reset_index()
+
+
+def test_rows_that_are_means_of_seeds_count_as_that_many_with_their_own_noise():
+    # Five seeds at every LR, whose losses differ by noise that is known.
+    offsets = [-0.006, -0.003, 0.0, 0.003, 0.006]
+    runs = pd.DataFrame(
+        [
+            row(label, lr, seed, loss_at(label, lr) + offset)
+            for label in ("FullFT", "LoRA r64")
+            for lr in LRS[label]
+            for seed, offset in enumerate(offsets)
+        ]
+    )
+    fit = fit_losses(as_means(runs))
+    gap = fit.gap("LoRA r64", "FullFT")
+    assert gap.value == pytest.approx(0.02, abs=1e-9)
+    assert fit.sigma == pytest.approx(np.std(offsets, ddof=1))
+    # Three LRs of each arm lie in its window, each with four degrees of freedom.
+    assert fit.dof == 6 * 4
+    assert (gap.n_seeds, fit.noise_source) == (5, "the standard deviations in the table")
+    # The same noise from elsewhere on single runs: the error is larger by the root of five.
+    alone = fit_losses(runs[runs["seed"] == 2], noise=Noise(fit.sigma, fit.dof, "elsewhere"))
+    wide = alone.gap("LoRA r64", "FullFT")
+    assert alone.noise_source == "elsewhere"
+    assert wide.seed_error / gap.seed_error == pytest.approx(math.sqrt(5), rel=0.02)
+
+
+def test_means_without_a_deviation_have_no_known_error():
+    fit = fit_losses(as_means(world()).drop(columns="final_test_nll_sd"))
+    assert not fit.gap("LoRA r64", "FullFT").known
+
+
+def test_an_asymmetry_that_arms_share_does_not_move_minima_and_optima():
+    random = np.random.default_rng(10)
+    gaps, ratios = [], []
+    for number in range(100):
+        runs = world(random, arms=("FullFT", "LoRA r64", "LoRA r8"), own=0.002, run=0.002)
+        distance = np.log(runs["lr"] / runs["run_id"].str.split("/").str[0].map(OPTIMA))
+        runs["final_test_nll"] += 0.015 * distance**3
+        fit = fit_losses(runs, name=str(number))
+        gap, ratio = fit.gap("LoRA r64", "FullFT"), fit.log_ratio("LoRA r64", "FullFT")
+        gaps.append(gap.interval()[0] <= 0.02 <= gap.interval()[1])
+        ratios.append(ratio.interval()[0] <= math.log(2.2 / 0.7) <= ratio.interval()[1])
+    assert np.mean(gaps) >= 0.9
+    assert np.mean(ratios) >= 0.9

@@ -1,0 +1,133 @@
+"""The decision rules give the verdicts that their definitions say, at the stated rates, and findings say what helps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student, unknown
+from lorabench.analysis.finding import Finding, all_of, decide, finding, together, worst
+from lorabench.analysis.remedy import Problem, Remedy, cheapest
+from lorabench.analysis.rules import Above, Within
+
+
+def estimate(value: float, error: float = 0.01, dof: float = 1e6) -> Estimate:
+    return student(value, error, dof, "x", 3)
+
+
+def verdict(rule, value, error=0.01):
+    return decide(rule, estimate(value, error), "text", ["a"]).verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        # The 90% interval is the value plus and minus 0.0164, the 95% interval plus and minus 0.0196.
+        (0.0, "confirmed"),
+        (0.012, "confirmed"),
+        (0.015, "inconclusive"),
+        (0.048, "inconclusive"),
+        (0.052, "contradicted"),
+        (-0.052, "contradicted"),
+    ],
+)
+def test_an_equality_is_confirmed_by_two_one_sided_tests_and_contradicted_outside_of_the_margin(value, expected):
+    assert verdict(Within.margin(0.03), value) == expected
+
+
+def test_a_one_sided_margin_takes_a_lower_loss_too():
+    assert verdict(Within.margin(0.03, better_too=True), -0.2) == "confirmed"
+    assert verdict(Within.margin(0.03, better_too=True), 0.052) == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        (0.04, 0.01, "confirmed"),
+        (0.029, 0.01, "inconclusive"),
+        # Positive for certain, and smaller than the margin: there is no effect of the size that matters.
+        (0.011, 0.0055, "contradicted"),
+        (0.04, 0.03, "inconclusive"),
+        (0.0, 0.01, "contradicted"),
+        (0.0, 0.03, "inconclusive"),
+        (-0.05, 0.01, "contradicted"),
+        (-0.05, 0.03, "inconclusive"),
+    ],
+)
+def test_a_difference_needs_an_interval_above_0_and_an_estimate_beyond_the_margin(value, error, expected):
+    assert verdict(Above(0.03), value, error) == expected
+
+
+@pytest.mark.parametrize(("rule", "truth"), [(Within.margin(0.03), 0.03), (Above(0.03), 0.0)])
+def test_a_false_claim_is_confirmed_in_at_most_5_percent(rule, truth):
+    random = np.random.default_rng(1)
+    values = truth + 0.01 * random.standard_normal(1500)
+    base = estimate(0.0)
+    confirmed = np.mean([rule.confirmed(replace(base, value=value)) for value in values])
+    assert confirmed <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 1500)
+
+
+def test_a_number_without_an_error_is_inconclusive_and_asks_for_seeds():
+    judged = decide(Within.margin(0.03), unknown(0.001), "text", ["a"])
+    assert (judged.verdict, judged.remedy.seeds) == ("inconclusive", 3)
+
+
+def test_a_problem_outweighs_the_numbers_and_brings_its_remedy():
+    remedy = Remedy("LR 0.01 of FullFT", lrs=(("FullFT", 0.01),))
+    judged = decide(Within.margin(0.03), exact(0.0), "text", ["b", "a", "b"], [Problem("at the edge", remedy)], "rule")
+    assert (judged.verdict, judged.reason, judged.run_ids) == ("inconclusive", "text; at the edge", ("a", "b"))
+    assert judged.remedy == remedy
+    assert (judged.margin_low, judged.margin_high, judged.margin_rule) == (-0.03, 0.03, "rule")
+
+
+def test_seeds_that_would_decide_are_those_of_the_power():
+    # At an estimate of 0, the 90% interval lies inside 0.03 with 80% power if the error is 0.03 / (1.645 + 0.842).
+    number = estimate(0.0, 0.03)
+    remedy = cheapest(Within.margin(0.03), number)
+    assert remedy.seeds == math.ceil(3 * (0.03 / (0.03 / 2.487)) ** 2)
+    assert remedy.test_examples is None
+
+
+def test_examples_are_asked_for_where_no_number_of_seeds_decides():
+    random = np.random.default_rng(2)
+    normal = random.standard_normal((2, N_DRAWS))
+    number = Estimate(0.0, 0.001 * normal[0], 0.02 * normal[1], 3, 100)
+    remedy = cheapest(Within.margin(0.03), number)
+    assert remedy.seeds is None
+    assert remedy.test_examples == pytest.approx(100 * 0.02**2 / (0.03 / 2.487) ** 2 * 2, rel=0.1)
+
+
+def test_an_estimate_at_the_margin_is_said_to_be_undecidable():
+    assert "margin" in cheapest(Within.margin(0.03), estimate(0.03)).text
+
+
+def test_one_of_several_comparisons_contradicts_at_its_share_of_the_level():
+    rule = Within.margin(0.03)
+    # The p-value is about 0.03: enough alone, not for one of two.
+    weak = decide(rule, estimate(0.03 + 0.0218), "weak", ["a"])
+    strong = decide(rule, estimate(0.08), "strong", ["b"])
+    good = decide(rule, estimate(0.0), "good", ["c"])
+    assert weak.verdict == "contradicted"
+    assert worst([weak]).verdict == "contradicted"
+    assert worst([weak, good]).verdict == "inconclusive"
+    assert together([weak, good]).run_ids == ("a", "c")
+    assert worst([strong, good]).verdict == "contradicted"
+    # A comparison without a verdict does not count as a chance to fail.
+    assert worst([weak, Finding("not tested", "")]).verdict == "contradicted"
+
+
+def test_what_was_not_tested_decides_only_alone():
+    untested, unmet = Finding("not tested", "a"), Finding("setting not met", "b")
+    confirmed = finding(["r"], "c", "confirmed")
+    assert worst([untested, confirmed, unmet]).verdict == "confirmed"
+    assert worst([untested, unmet]).verdict == "setting not met"
+    assert worst([untested]).verdict == "not tested"
+
+
+def test_parts_that_must_all_hold():
+    assert all_of(["confirmed", "confirmed"]) == "confirmed"
+    assert all_of(["confirmed", "inconclusive"]) == "inconclusive"
+    assert all_of(["inconclusive", "contradicted"]) == "contradicted"

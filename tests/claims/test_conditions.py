@@ -1,0 +1,174 @@
+"""Conditions say what runs lack, and a claim whose conditions are not met has the verdict `setting not met`."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lorabench.analysis.comparison import in_experiments
+from lorabench.analysis.finding import Finding, UnjudgedError
+from lorabench.analysis.remedy import Remedy
+from lorabench.claims import conditions
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.claim import Claim
+from lorabench.claims.evidence import Evidence
+from lorabench.claims.judge import judge_claims
+from lorabench.config.loading import load_preset
+from lorabench.config.margins import Margins
+from lorabench.planning.plan import make_plan
+from lorabench.tables.checks import is_rl
+from lorabench.tables.tables import Tables
+
+RUNS = pd.DataFrame(
+    {
+        "run_id": ["a", "b", "c"],
+        "model": ["small", "small", "large"],
+        "dataset": "worked",
+        "data_kind": "worked",
+        "method": ["fullft", "lora", "lora"],
+        "rank": pd.array([None, 4, 4], "Int64"),
+        "placement": [None, "all", "all"],
+        "batch_size": [8, 32, 32],
+        "steps": [50, 12, 12],
+        "lr": [1e-3, 1e-3, 2e-3],
+        "seed": 0,
+        "status": "done",
+        "hidden_size": [128, 128, 2048],
+        "base_params": [800_000, 800_000, 1_000_000_000],
+        "final_valid_nll": 1.0,
+        "final_test_nll": 1.0,
+    }
+)
+CURVES = pd.DataFrame(
+    {
+        "run_id": ["a", "a"],
+        "step": [1, 2],
+        "split": "train",
+        "metric": "response_length",
+        "value": [3.0, 6.0],
+    }
+)
+
+
+def evidence(runs=RUNS, curves=CURVES):
+    return Evidence(runs, curves, pd.DataFrame(), pd.DataFrame())
+
+
+@pytest.mark.parametrize(
+    ("met", "unmet", "instead"),
+    [
+        (conditions.longest_run(50, ()), conditions.longest_run(1000, ()), "at most 50 steps"),
+        (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(16, 12, ()), "8 to 32, with 12 steps at 32"),
+        (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(4, 30, ()), "8 to 32, with 12 steps at 32"),
+        (conditions.widths(128, 2, ()), conditions.widths(2048, 2, ()), "hidden sizes 128, 2048"),
+        (conditions.lrs(1, ()), conditions.lrs(6, ()), "at most 1 LRs of FullFT"),
+        (conditions.response_length(4, ()), conditions.response_length(8, ()), "4.5 tokens on average"),
+    ],
+)
+def test_conditions_say_what_there_is_instead(met, unmet, instead):
+    assert met.found(evidence()) is None
+    assert unmet.found(evidence()) == instead
+
+
+def test_text_is_natural_unless_all_of_it_is_known_to_be_generated():
+    condition = conditions.natural_text(())
+    assert condition.found(evidence()) == "text that a program generated"
+    assert condition.found(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
+    assert condition.found(evidence(RUNS.drop(columns="data_kind"))) is None
+
+
+def claim(judge, *needed):
+    return Claim(
+        id="X1",
+        kind="empirical",
+        statement="A statement",
+        figure="text",
+        criterion="A criterion",
+        needs="runs",
+        paper_value="none",
+        unit="nats",
+        experiments=("rank",),
+        judge=judge,
+        conditions=needed,
+    )
+
+
+def judged(judge, *needed, **options):
+    table = judge_claims(Tables(RUNS, pd.DataFrame()), [claim(judge, *needed)], **options)
+    return table.iloc[0]
+
+
+def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
+    found = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
+    row = judged(lambda evidence: found, conditions.longest_run(1000, ("core", "paper")), conditions.widths(128, 2, ()))
+    assert row["verdict"] == "setting not met"
+    assert row["missing"] == "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
+    assert "the gap is 0.1 nats" in row["reason"]
+    assert row["estimate"] == 0.1
+    assert row["scope"] == "0.80M to 1.00B parameters, 12 to 50 steps, worked"
+
+
+def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
+    found = Finding("confirmed", "all well", 0.1)
+    assert judged(lambda evidence: found, conditions.longest_run(50, ()))["verdict"] == "confirmed"
+
+    def nothing(evidence):
+        raise UnjudgedError("not tested", "no runs of LoRA")
+
+    row = judged(nothing, conditions.longest_run(1000, ()))
+    assert (row["verdict"], row["missing"]) == ("not tested", None)
+
+
+def test_an_inconclusive_claim_says_what_would_decide_it_in_words_and_columns():
+    remedy = Remedy("9 seeds and LR 0.01", seeds=9, test_examples=400, lrs=(("LoRA r64", 0.01),))
+    row = judged(lambda evidence: Finding("inconclusive", "too noisy", remedy=remedy))
+    assert row["would_decide"] == "9 seeds and LR 0.01"
+    assert (row["decide_seeds"], row["decide_test_examples"]) == (9, 400)
+    assert row["decide_lrs"] == ["LoRA_r64=0.01"]
+    assert not row["decide_around"]
+    decided = judged(lambda evidence: Finding("confirmed", "well", remedy=remedy))
+    assert (decided["would_decide"], decided["decide_lrs"]) == (None, [])
+
+
+def test_the_judge_hands_margins_and_test_losses_to_the_claims():
+    margins = Margins(loss=0.5, reward=0.2, lr_factor=3.0)
+    given = []
+    losses = pd.DataFrame({"run_id": "a", "example": [0, 1], "loss": [2.0, 4.0], "tokens": [1, 2]})
+
+    def keep(evidence):
+        given.append(evidence.judging)
+        return Finding("confirmed", "")
+
+    judge_claims(Tables(RUNS, pd.DataFrame(), test_losses=losses), [claim(keep)], margins=margins)
+    assert given[0].margins == margins
+    assert given[0].examples.nats["a"].tolist() == [2.0, 4.0]
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """Return the runs that the shipped presets plan, by preset."""
+    rows = {}
+    for name in ("laptop", "smollm2", "core", "paper"):
+        preset = load_preset(name)
+        table = pd.DataFrame(make_plan(preset).rows())
+        rows[name] = table.assign(data_kind=[preset.sources[dataset].kind for dataset in table["dataset"]])
+    return rows
+
+
+CHECKED = [
+    (each.id, condition)
+    for each in CLAIMS
+    for condition in each.conditions
+    if condition.text.startswith(("runs of", "batch sizes", "sweeps of", "natural text"))
+]
+
+
+@pytest.mark.parametrize(("claim_id", "condition"), CHECKED, ids=[f"{name}-{each.text}" for name, each in CHECKED])
+def test_presets_meet_the_conditions_that_claims_say_they_meet(claim_id, condition, planned):
+    [of_claim] = [each for each in CLAIMS if each.id == claim_id]
+    meeting = []
+    for name, rows in planned.items():
+        chosen = rows[in_experiments(rows, of_claim.experiments) & (is_rl(rows) == (of_claim.task == "rl"))]
+        if len(chosen) and condition.found(evidence(chosen, pd.DataFrame())) is None:
+            meeting.append(name)
+    assert sorted(condition.presets) == sorted(meeting)

@@ -1,0 +1,108 @@
+"""Claims C1 to C3 on training curves of several ranks at one LR."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
+from lorabench.tables.tables import Tables
+
+from ..handmade.lora import lora_run, lora_tables, luck, nll
+
+SEEDS = range(5)
+MARGIN = 0.02 * 0.9  # of the fall from 3.0 nats to 2.1
+
+
+def judged(claim, runs, curves):
+    [chosen] = [declared for declared in CLAIMS if declared.id == claim]
+    return judge_claims(Tables(runs, curves), [chosen]).iloc[0]
+
+
+def early(excess, seeds=SEEDS, ranks=(4, 16, 64), steps=128):
+    """Make runs whose loss is above that of an infinite rank by `excess(seed, step)` * 64/3 / rank nats from step 2."""
+
+    def loss(run, step):
+        return nll(run, step) + (excess(run["seed"], step) * 64 / 3 / run["rank"] if step > 1 else 0.0)
+
+    runs = [
+        lora_run(rank, seed=seed, steps=steps, final_valid_nll=2.1, final_test_nll=2.0)
+        for rank in ranks
+        for seed in seeds
+    ]
+    return lora_tables(runs, nll=loss)
+
+
+def growing(size, wobble=0.1):
+    """Return a difference of ranks 16 and 64 that grows with log step, a little more or less by seed."""
+    return lambda seed, step: size * math.log10(step) * (1 + luck(seed, size=wobble))
+
+
+@pytest.mark.parametrize(
+    ("claim", "excess", "verdict"),
+    [
+        # Rank 4, four times as far from rank 16 as rank 64 is, doesn't count.
+        ("C1", growing(0.3 * MARGIN), "confirmed"),
+        ("C1", growing(1.5 * MARGIN), "contradicted"),
+        ("C1", growing(0.55 * MARGIN, wobble=0.6), "inconclusive"),
+        ("C2", growing(0.001), "confirmed"),
+        ("C2", growing(-0.001), "confirmed"),
+        ("C2", lambda seed, step: 0.02 / step, "contradicted"),
+        ("C2", lambda seed, step: 0.01, "contradicted"),
+        ("C2", lambda seed, step: 0.01 * step ** luck(seed, size=0.3), "inconclusive"),
+        ("C3", growing(-0.001), "confirmed"),
+        ("C3", growing(0.001), "contradicted"),
+        ("C3", lambda seed, step: luck(seed, size=0.01), "inconclusive"),
+    ],
+)
+def test_verdicts(claim, excess, verdict):
+    row = judged(claim, *early(excess))
+    assert row["verdict"] == verdict
+    assert "r16 - r64" in row["reason"]
+    assert row["ci_low"] <= row["estimate"] <= row["ci_high"]
+    assert row["n_runs"] == 10
+
+
+def test_the_numbers_are_those_of_the_tables():
+    factor = np.mean([1 + luck(seed, size=0.1) for seed in SEEDS])
+    logs = np.log10(np.arange(2, 101))
+    same = judged("C1", *early(growing(0.005)))
+    assert same["estimate"] == pytest.approx(0.005 * factor * logs[np.arange(2, 101) >= 53].mean(), rel=0.02)
+    assert same["margin_high"] == pytest.approx(MARGIN)
+    # From rank 16 to rank 64 it is `excess`, so in units of 1/r1 - 1/r2 it is 64/3 times that.
+    assert f"{0.005 * factor * logs.mean() * 64 / 3:.3f} nats x (1/r1 - 1/r2), which explains 100%" in same["reason"]
+    sign = judged("C3", *early(growing(0.005)))
+    assert sign["estimate"] == pytest.approx(0.005 * factor * np.log10(np.arange(2, 11)).mean())
+    whole = np.log10(np.arange(2, 129))
+    assert judged("C2", *early(growing(0.005)))["estimate"] == pytest.approx(1 / whole.mean())
+
+
+@pytest.mark.parametrize("claim", ["C1", "C2", "C3"])
+def test_what_they_need(claim):
+    for seeds in (range(2), range(1)):
+        few = judged(claim, *early(growing(-0.001), seeds=seeds))
+        assert few["verdict"] == "inconclusive"
+        assert f"{len(seeds)} paired seeds" in few["reason"]
+        assert few["decide_seeds"] >= 3
+        assert "nan" not in few["reason"]
+    low = judged(claim, *early(growing(-0.001), ranks=(1, 4, 16)))
+    assert low["verdict"] == "setting not met"
+    assert "two ranks of 16 or more (here r1, r4, r16)" in low["reason"]
+    assert judged(claim, *early(growing(-0.001), ranks=(1, 16)))["verdict"] == "inconclusive"
+    runs, curves = early(growing(-0.001))
+    assert judged(claim, runs, curves.iloc[:0])["verdict"] == "inconclusive"
+    fullft = runs.assign(method="fullft", rank=pd.NA, placement=None).drop_duplicates(["lr", "seed"])
+    assert judged(claim, fullft, curves)["verdict"] == "not tested"
+    lost = (runs["rank"] == 64) & (runs["seed"] == 4)
+    runs.loc[lost, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
+    assert "1 runs at that LR diverged" in judged(claim, runs, curves)["reason"]
+
+
+def test_few_seeds_show_no_sign_and_few_steps_no_trend():
+    assert judged("C3", *early(growing(-0.001), seeds=range(4)))["verdict"] == "inconclusive"
+    assert judged("C2", *early(growing(0.001), steps=9))["verdict"] == "inconclusive"
+    assert judged("C3", *early(growing(-0.001), steps=9))["verdict"] == "inconclusive"

@@ -1,0 +1,52 @@
+"""Claims A7 and B2: the final losses of the highest rank and FullFT at the fitted minima."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.judge import judge_claims
+from lorabench.tables.tables import Tables
+
+from ..handmade.sft import arm, tables
+
+MARGIN = 0.02 * 2.9  # the base has 5.0 nats, FullFT 2.1
+
+
+def judged(gaps, claim, sigma=0.001):
+    """Judge a world of two datasets on which rank 64 is above FullFT by the given gaps, between LRs of the grid."""
+    runs, curves = tables(
+        arm(rank, optimum=3.3e-3 if rank else 3.2e-4, floor=2.0 + (gap if rank else 0.0), dataset=dataset, steps=steps)
+        for (dataset, gap), steps in zip(gaps.items(), (64, 128), strict=True)
+        for rank in (None, 64)
+    )
+    own = runs["seed"].map({0: 0.0, 1: 1.0, 2: -1.0}).astype(float) * runs["rank"].notna()
+    runs["final_test_nll"] += sigma * own
+    [chosen] = [declared for declared in CLAIMS if declared.id == claim]
+    return judge_claims(Tables(runs, curves), [chosen]).iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "a7", "b2"),
+    [
+        (0.0, 0.0, "confirmed", "confirmed"),
+        (0.7 * MARGIN, -0.7 * MARGIN, "confirmed", "confirmed"),
+        (0.0, 1.5 * MARGIN, "confirmed", "contradicted"),
+        (-1.5 * MARGIN, 0.0, "contradicted", "contradicted"),
+        (MARGIN, 0.0, "inconclusive", "inconclusive"),
+    ],
+)
+def test_equal_within_the_margin(small, large, a7, b2):
+    gaps = {"small": small, "large": large}
+    one, both = judged(gaps, "A7"), judged(gaps, "B2")
+    assert (one["verdict"], both["verdict"]) == (a7, b2)
+    assert one["reason"].startswith("tiny/small (fewest tokens of 2 datasets)")
+    assert one["estimate"] == pytest.approx(small, abs=1e-3)
+    assert abs(both["estimate"]) == pytest.approx(max(abs(small), abs(large)), abs=1e-3)
+    assert one["fact"] == both["fact"]
+    assert one["margin_high"] == pytest.approx(MARGIN, rel=0.01)
+
+
+def test_noise_leaves_it_open_and_seeds_would_decide():
+    row = judged({"small": 0.0, "large": 0.0}, "B2", sigma=0.05)
+    assert (row["verdict"], row["decide_seeds"] > 3) == ("inconclusive", True)

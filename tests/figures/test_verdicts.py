@@ -1,0 +1,115 @@
+"""The figure of all verdicts from claims made by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lorabench.claims.catalog import CLAIMS
+from lorabench.errors import UserError
+from lorabench.figures.catalog import FIGURES
+from lorabench.figures.save import save_figure
+from lorabench.figures.short_names import FAMILIES, SHORT_NAMES
+from lorabench.figures.verdicts import END, LOOKS, in_margins
+from lorabench.tables.io import empty_table, write_frame
+from lorabench.tables.tables import Tables
+
+from ..handmade import claims_table, make_claim
+from .layout import lay_out
+
+MEASURED = ["x", "x_low", "x_high", "holds_from", "holds_to"]
+
+
+def scaled(**changes) -> list[float]:
+    [row] = in_margins(claims_table([make_claim("B1", **changes)])).to_dict("records")
+    return [row[name] for name in MEASURED]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.2, -0.4, 0.8, -1, 1]),
+        ({"margin_low": 0.004, "margin_high": math.inf}, [0.5, -1, 2, 1, math.inf]),
+        ({"margin_low": -math.inf, "margin_high": 0.004}, [0.5, -1, 2, -math.inf, 1]),
+        # No worse than by a margin: better lies on the right.
+        ({"margin_low": -0.004, "margin_high": math.inf}, [0.5, -1, 2, -1, math.inf]),
+    ],
+    ids=["equality", "difference", "at most", "no worse"],
+)
+def test_numbers_are_in_units_of_the_margin(changes, expected):
+    assert scaled(**changes) == pytest.approx(expected)
+
+
+def test_ratios_are_measured_by_their_logarithms():
+    ratio = {"unit": "ratio", "estimate": 10.0, "ci_low": 2.5, "ci_high": 160.0}
+    band = {"margin_low": 5.0, "margin_high": 20.0}
+    assert scaled(**ratio, **band) == pytest.approx([0, -2, 4, -1, 1])
+    assert scaled(**ratio, margin_low=10.0, margin_high=math.inf)[0] == pytest.approx(1)
+    lower = {"margin_low": -math.inf, "margin_high": 0.1}
+    assert scaled(**ratio, **lower)[0] == pytest.approx(1)
+    assert scaled(**ratio, **lower)[3:] == pytest.approx([-math.inf, -1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ci_low": None},
+        {"margin_low": None},
+        {"margin_low": -math.inf, "margin_high": math.inf},
+        {"margin_low": 0.0, "margin_high": 0.0},
+        {"margin_low": 0.0, "margin_high": math.inf},
+        {"estimate": math.inf},
+    ],
+)
+def test_a_claim_without_numbers_to_scale_is_only_named(changes):
+    assert all(pd.isna(value) for value in scaled(**changes))
+
+
+def every_verdict() -> pd.DataFrame:
+    rows = [make_claim(f"B{place}", verdict) for place, verdict in enumerate(LOOKS, start=1)]
+    return claims_table([*rows, make_claim("A1", estimate=9.0, ci_low=-9.0, ci_high=9.5), make_claim("$x^$")])
+
+
+def test_every_claim_is_drawn_or_named_once_below_its_family():
+    figure, plotted = FIGURES["verdicts"].draw(Tables(empty_table(), empty_table(), claims=every_verdict()))
+    lay_out(figure)
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert [text for text in texts if text in FAMILIES.values()] == [FAMILIES["B"], FAMILIES["A"]]
+    named = [text.get_text() for text in figure.texts]
+    assert sorted(plotted["claim_id"]) == sorted(text for text in texts + named if text in set(plotted["claim_id"]))
+    assert [text for text in named if text in set(plotted["claim_id"])] == ["B5"]
+    colours = {text.get_text(): text.get_color() for axes in figure.axes for text in axes.texts}
+    assert [colours[f"B{place}"] for place in range(1, 5)] == [look[0] for look in list(LOOKS.values())[:4]]
+    # What lies beyond the axis is drawn within it; the table has the numbers.
+    assert plotted.loc[plotted["claim_id"] == "A1", "x"].item() == 900
+    for line in figure.axes[0].get_lines():
+        assert all(abs(float(x)) <= END for x in line.get_xdata())
+
+
+@pytest.mark.parametrize("claims", [[], [make_claim("D5", "not tested")]], ids=["none", "no numbers"])
+def test_without_numbers_there_is_a_figure_that_says_so(claims):
+    figure, _ = FIGURES["verdicts"].draw(Tables(empty_table(), empty_table(), claims=claims_table(claims)))
+    lay_out(figure)
+    assert "no claim has both" in figure.axes[0].texts[0].get_text()
+
+
+def test_each_claim_and_family_has_a_short_name():
+    assert set(SHORT_NAMES) == {claim.id for claim in CLAIMS}
+    assert set(FAMILIES) == {claim.id[0] for claim in CLAIMS}
+    assert max(map(len, SHORT_NAMES.values())) <= 34
+
+
+def test_it_is_drawn_from_one_folders_claims(tmp_path: Path):
+    write_frame(every_verdict(), "claims", tmp_path / "judged")
+    save_figure("verdicts", [tmp_path / "judged"], tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"verdicts.{kind}" for kind in ("svg", "png", "csv")
+    }
+    with pytest.raises(UserError, match="one folder, which `lorabench claims` writes"):
+        save_figure("verdicts", [tmp_path / "judged", tmp_path / "judged"], tmp_path / "out")
+    every_verdict().drop(columns="scope").to_parquet(tmp_path / "judged" / "claims.parquet")
+    with pytest.raises(UserError, match="judge the claims again"):
+        save_figure("verdicts", [tmp_path / "judged"], tmp_path / "out")
