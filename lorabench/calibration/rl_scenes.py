@@ -23,9 +23,13 @@ def rl_margin(noise: NoiseLevels) -> float:
     return DEFAULT_MARGINS.reward * (noise.rl_tuned - noise.rl_base)
 
 
-def _length(final: float) -> Curve:
-    """Return a mean length of responses that grows from 120 tokens."""
-    return lambda steps: np.exp(np.interp(steps, [5, 45], [math.log(120.0), math.log(final)]))
+LENGTH = 360.0
+"""The mean length of responses at the end, twice that at first; in tokens. On average it meets the setting of F5."""
+
+
+def _length(final: float = LENGTH) -> Curve:
+    """Return a mean length of responses that grows from LENGTH / 2."""
+    return lambda steps: np.exp(np.interp(steps, [5, 45], [math.log(LENGTH / 2), math.log(final)]))
 
 
 def rl(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
@@ -42,10 +46,8 @@ def rl(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
         made_arm(lora(1), optimum + TEN, error + k * margin, random, seeds=5, n_lrs=6, curve=np.zeros_like),
         made_arm(lora(64), optimum + TEN + ratio, error, random, seeds=5, n_lrs=6, curve=lambda at: 0.0 * at + apart),
     ]
-    longer = 240.0 * 1.25 ** (sign(random) * k)
-    made = MadeRl(
-        arms, _RL, held_out={"aime24": 480}, lengths={0: _length(240.0), 1: _length(longer), 2: _length(240.0)}
-    )
+    longer = LENGTH * 1.25 ** (sign(random) * k)
+    made = MadeRl(arms, _RL, held_out={"aime24": 480}, lengths={0: _length(), 1: _length(longer), 2: _length()})
     return make_rl_tables(made, noise, random)
 
 
@@ -59,7 +61,7 @@ def rl_ranges(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tabl
         made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),
         replace(made_arm(lora(64), optimum + TEN, error, random, seeds=5, n_lrs=7), curvature=flatter),
     ]
-    return make_rl_tables(MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length(240.0))), noise, random)
+    return make_rl_tables(MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length())), noise, random)
 
 
 def rl_placements(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
@@ -73,4 +75,4 @@ def rl_placements(k: float, noise: NoiseLevels, random: np.random.Generator) -> 
         made_arm(lora(52, "mlp", trainable_params=40_000), at, error, random, seeds=5, n_lrs=6),
         made_arm(lora(64, "mlp", trainable_params=50_000), at, error, random, seeds=5, n_lrs=6),
     ]
-    return make_rl_tables(MadeRl(arms, _RL, lengths=dict.fromkeys(range(5), _length(240.0))), noise, random)
+    return make_rl_tables(MadeRl(arms, _RL, lengths=dict.fromkeys(range(5), _length())), noise, random)
