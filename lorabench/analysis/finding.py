@@ -170,13 +170,6 @@ def together(findings: Sequence[Finding]) -> Finding:
     return replace(decisive, reason="; ".join(reasons), run_ids=run_ids)
 
 
-def all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict on a criterion whose parts must all hold, from the verdicts on the parts."""
-    if "contradicted" in verdicts:
-        return "contradicted"
-    return "confirmed" if set(verdicts) == {"confirmed"} else "inconclusive"
-
-
 def nats(estimate: Estimate) -> str:
     """Format a difference of losses, in nats per token."""
     return f"{estimate.value:.4f} nats {fixed_interval(*estimate.interval(), 4)}"

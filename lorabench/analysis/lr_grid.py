@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, first_seed
+from lorabench.analysis.arms import first_seed
 from lorabench.analysis.losses import with_losses
 
 
@@ -80,9 +79,3 @@ def _bracket(grid: LrGrid, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     diverged = np.concatenate([[False], grid.diverged, [False]])
     # The arrays are padded by one, so `best` is the neighbour below and `best + 2` the neighbour above.
     return finished[best] & finished[best + 2], finished[best] & diverged[best + 2]
-
-
-def arm_rng(arm: dict[str, Any], seed: int) -> np.random.Generator:
-    """Return an arm's own generator, so that its interval does not depend on the other arms of the table."""
-    name = "/".join([*(str(arm[column]) for column in ("model", "dataset", "batch_size", "steps")), arm_label(arm)])
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])

@@ -19,7 +19,7 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import TestReward, points_of, with_error_rates
-from lorabench.claims.conditions import Condition, lrs, response_length
+from lorabench.claims.conditions import lrs, response_length
 from lorabench.claims.evidence import Evidence, judge_each
 
 MIN_GAIN = 0.05
@@ -50,29 +50,7 @@ DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
 
 
-def above_constant(presets: tuple[str, ...]) -> Condition:
-    """Return the condition that RL gets clearly more problems right than the most frequent answer does.
-
-    The optional column `constant_reward` of `runs` holds the test accuracy of that answer. Runs without it meet the
-    condition.
-    """
-
-    def found(evidence: Evidence) -> str | None:
-        runs = evidence.runs
-        if "constant_reward" not in runs or runs["constant_reward"].isna().all():
-            return None
-        for (model, dataset), of_set in runs.groupby(["model", "dataset"]):
-            constant = float(of_set["constant_reward"].astype(float).max())
-            arms = of_set.groupby(["method", "rank", "lr"], dropna=False)["final_reward"]
-            best = float(arms.mean().astype(float).max())
-            if best < constant + MIN_GAIN:
-                return f"{best:.3f} on {model}/{dataset}, where that answer gets {constant:.3f}"
-        return None
-
-    return Condition(f"an accuracy of {MIN_GAIN:g} or more above that of the most frequent answer", found, presets)
-
-
-CONDITIONS = (lrs(6, RL_PRESETS), response_length(8, RL_PRESETS), above_constant(()))
+CONDITIONS = (lrs(6, RL_PRESETS), response_length(8, RL_PRESETS))
 """The conditions of the claims that compare arms in RL."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student, unknown
-from lorabench.analysis.finding import Finding, all_of, decide, finding, together, worst
+from lorabench.analysis.finding import Finding, decide, finding, together, worst
 from lorabench.analysis.remedy import Problem, Remedy, cheapest
 from lorabench.analysis.rules import Above, Within
 
@@ -125,9 +125,3 @@ def test_what_was_not_tested_decides_only_alone():
     assert worst([untested, confirmed, unmet]).verdict == "confirmed"
     assert worst([untested, unmet]).verdict == "setting not met"
     assert worst([untested]).verdict == "not tested"
-
-
-def test_parts_that_must_all_hold():
-    assert all_of(["confirmed", "confirmed"]) == "confirmed"
-    assert all_of(["confirmed", "inconclusive"]) == "inconclusive"
-    assert all_of(["inconclusive", "contradicted"]) == "contradicted"

@@ -222,7 +222,6 @@ def test_nothing_is_claimed_of_arms_that_do_not_learn():
             {"every": {"train": {"response_length": grown(2, 2)}}},
             "8 tokens or more (here 2.0 tokens on average",
         ),
-        ({"constant_reward": 0.79}, "above that of the most frequent answer (here 0.80"),
     ],
 )
 def test_a_setting_that_is_not_met_is_named(settings, missing):
@@ -230,7 +229,6 @@ def test_a_setting_that_is_not_met_is_named(settings, missing):
     assert set(claims["verdict"]) == {"setting not met"}
     for text in claims["missing"]:
         assert missing in text
-    assert judged(*world(constant_reward=0.3), ids=["F1"]).loc["F1", "verdict"] == "confirmed"
 
 
 def test_bare_answers_are_no_chains_of_thought():
