@@ -2,18 +2,22 @@
 
 A *run* is a condition with one learning rate (LR) and one seed; its `run_id` is a hash of everything that determines
 its result. A *sweep* is all runs of one condition: the LR grid with the first seed, further seeds at LRs that an
-experiment names, then seeds at the LR that was best on the validation split. The last have no run_id before that LR
-is known. A *job* trains one sweep, or several short ones in one process.
+experiment names, then seeds at the LR that was best on the validation split, or with `lrs: auto` further LRs and seeds
+at the three around the best. The last have no run_id before those LRs are known; `lorabench.planning.walk` says which
+they are. A *job* trains one sweep, or several short ones in one process.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from lorabench.config.placement import Placement
 from lorabench.utils.hashing import digest
+from lorabench.utils.lattice import Lattice
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
 # when that may be the case.
@@ -92,42 +96,81 @@ class Run:
         return digest({"condition": self.condition.determining, "lr": self.lr, "seed": self.seed})
 
 
+EXPECTED_FURTHER_LRS = 2
+"""LRs beside its three first that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
+AROUND = 3
+"""Number of LRs around the best that have all seeds in a sweep with `lrs: auto`."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """The runs of one condition, and the experiments that need them."""
 
     condition: Condition
     lrs: tuple[float, ...]
+    """The LRs that are trained first."""
     seeds: int
-    """Number of seeds at the best LR."""
+    """Number of seeds at the best LR; with a lattice, at the three LRs around it."""
     experiments: tuple[str, ...] = field(compare=False)
     repeated: tuple[tuple[float, int], ...] = ()
     """LR and seed of each further run that is trained whatever the best LR is."""
+    lattice: Lattice | None = None
+    """The lattice on which the sweep walks from `lrs` to the best LR; None for a fixed grid."""
 
     @cached_property
     def sweep_id(self) -> str:
         """The sweep's name for files: its condition's label, and a hash of its runs."""
-        return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds], 8)}"
+        walk = [] if self.lattice is None else [asdict(self.lattice)]
+        return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds, *walk], 8)}"
 
     @property
     def n_runs(self) -> int:
-        """The largest possible number of runs; it is less if a seed at the best LR is also in `repeated`."""
-        return len(self.lrs) + len(self.repeated) + self.seeds - 1
+        """The expected number of runs; for a fixed grid it is less if a seed at the best LR is also in `repeated`."""
+        return sum(map(len, self.expected_waves()))
+
+    @property
+    def most_runs(self) -> int:
+        """The largest possible number of runs."""
+        if self.lattice is None:
+            return self.n_runs
+        return (len(self.lrs) + self.lattice.further) * self.seeds + len(self.repeated)
 
     def grid(self) -> list[Run]:
-        """The runs that are known before training: the LR grid with the first seed, then `repeated`."""
+        """The runs that are known before training: the first LRs with the first seed, then `repeated`."""
         cells = [*((lr, 0) for lr in self.lrs), *self.repeated]
         return [Run(self.condition, lr, seed) for lr, seed in cells]
 
     def repeats(self, best_lr: float) -> list[Run]:
-        """The runs of the other seeds at the best LR, without any that `repeated` already has."""
+        """The runs of the other seeds at an LR, without any that `repeated` already has."""
         seeds = (seed for seed in range(1, self.seeds) if (best_lr, seed) not in self.repeated)
         return [Run(self.condition, best_lr, seed) for seed in seeds]
+
+    def expected_waves(self) -> list[list[Run]]:
+        """The runs by the waves in which they are expected to be trained; unknown LRs are NaN.
+
+        The runs of a wave are known when it starts.
+        """
+        if self.lattice is None:
+            return [self.grid(), self.repeats(math.nan)]
+        steps = min(EXPECTED_FURTHER_LRS, self.lattice.further)
+        walk = [[Run(self.condition, math.nan, 0)] for _ in range(steps)]
+        seeds = [Run(self.condition, math.nan, seed) for seed in range(1, self.seeds) for _ in range(AROUND)]
+        return [self.grid(), *walk, seeds]
+
+    def possible_runs(self) -> Iterator[Run]:
+        """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""
+        yield from self.grid()
+        lrs = list(self.lrs)
+        if self.lattice is not None:
+            lrs += self.lattice.reachable(min(lrs), max(lrs))
+        for lr in lrs:
+            yield Run(self.condition, lr, 0)
+            yield from self.repeats(lr)
 
     @cached_property
     def run_ids(self) -> frozenset[str]:
         """The run_id of every run that the sweep may have, whichever LR proves the best."""
-        return frozenset(run.run_id for run in (*self.grid(), *(run for lr in self.lrs for run in self.repeats(lr))))
+        return frozenset(run.run_id for run in self.possible_runs())
 
 
 @dataclass(frozen=True)
@@ -152,8 +195,13 @@ class Job:
 
     @property
     def n_runs(self) -> int:
-        """The largest possible number of runs."""
+        """The expected number of runs."""
         return sum(sweep.n_runs for sweep in self.sweeps)
+
+    @property
+    def most_runs(self) -> int:
+        """The largest possible number of runs."""
+        return sum(sweep.most_runs for sweep in self.sweeps)
 
 
 @dataclass(frozen=True)

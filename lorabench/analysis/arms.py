@@ -62,6 +62,15 @@ def check_runs(runs: pd.DataFrame) -> None:
         UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
     """
     check_table(runs)
+    check_arms(runs)
+
+
+def check_arms(runs: pd.DataFrame) -> None:
+    """Check that no arm has two runs with the same LR and seed.
+
+    Raises:
+        UserError: An arm has two such runs.
+    """
     if runs.empty:
         return
     runs = with_arm_columns(runs)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arm_grid import MAX_STEP
-from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns
+from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_arms, check_runs, each_arm, with_arm_columns
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
@@ -22,6 +22,7 @@ from lorabench.analysis.margin import Margin, base_loss, loss_margin, reward_mar
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Rule, Verdict, Within
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import list_of_words
 
@@ -55,6 +56,8 @@ class Judging:
     """The losses by test example; without them their error is not known and counts as 0."""
     noise: Noise | None = None
     """Seed noise from elsewhere, for comparisons with one seed."""
+    predictions: Predictions = DEFAULT_PREDICTIONS
+    """What theories predict."""
 
 
 @dataclass(frozen=True)
@@ -246,13 +249,24 @@ class Comparison:
         return self.judge_gap(Above, arm, other)
 
 
-def comparisons(runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None) -> list[Comparison]:
+def comparisons(
+    runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None, checked: bool = False
+) -> list[Comparison]:
     """Return the comparisons that a table `runs` holds, one per model, dataset, batch size and length.
+
+    Args:
+        runs: the runs.
+        curves: their learning curves; the table may hold those of other runs, too.
+        judging: margins and what else is known beside the runs.
+        checked: whether `check_table` has passed these runs already, as it has for all claims.
 
     Raises:
         UserError: see `check_runs`.
     """
-    check_runs(runs)
+    if checked:
+        check_arms(runs)
+    else:
+        check_runs(runs)
     runs = with_arm_columns(runs)
     parts = []
     several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in ("batch_size", "steps")}

@@ -30,6 +30,9 @@ class Departure:
     """The first step of the window from which it has left; None if it has not left."""
     before: int | None
     """The first step of the window before; None without one, or if it has not left."""
+    past: int | None
+    """The first step of the window after, from which on it has surely left: the curve leaves somewhere within a window,
+    and the steps of that window, which chose it, are no evidence of what comes after. None if it has not left."""
     growth: Estimate | None
     """The slope of the gap against log10(step) from there on, per tenfold steps. If the curve stays above to the end
     but the gap does not grow, it is the slope from where it stays above; None if it does not stay above."""
@@ -58,17 +61,17 @@ def paired_departure(curves: PairedCurves, margin: float) -> Departure:
     above = [gap.known and gap.value >= margin and gap.interval(level)[0] > 0 for gap in means]
     start = _last_stretch(np.array(above, bool), 1)
     if start is None:
-        return Departure(None, None, None)
+        return Departure(None, None, None, None)
     stretch = len(windows) - 1 - start
     if stretch < 1:
-        return Departure(None, None, curves.slope(windows[start][0]))
+        return Departure(None, None, None, curves.slope(windows[start][0]))
     place = min(range(start, len(windows) - 1), key=lambda index: means[index].value)
     first = windows[place][0]
     growth = curves.slope(first)
     # The lowest of several windows gives a slope that noise alone makes larger, so the level is divided by them.
     if growth.known and growth.interval(1 - LEVEL / stretch)[0] > 0:
-        return Departure(first, windows[place - 1][0] if place else None, growth)
-    return Departure(None, None, curves.slope(windows[start][0]))
+        return Departure(first, windows[place - 1][0] if place else None, windows[place + 1][0], growth)
+    return Departure(None, None, None, curves.slope(windows[start][0]))
 
 
 def departures(

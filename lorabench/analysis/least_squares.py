@@ -92,16 +92,15 @@ class FitRows:
         Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
         likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small.
         """
-        solutions = [self.solve_at(design, share / (1 - share), prior) for share in _SHARES.tolist()]
-        known = [solution for solution in solutions if solution is not None]
-        if not known:
+        if not self._determined(design, prior):
             return None
-        likelihoods = np.array([solution.likelihood for solution in known])
+        solutions = [self._solution(design, share / (1 - share), prior) for share in _SHARES.tolist()]
+        likelihoods = np.array([solution.likelihood for solution in solutions])
         if not np.isfinite(likelihoods).all():
-            return known[0]
+            return solutions[0]
         likelihood = np.exp(likelihoods - likelihoods.max())
         share = float(likelihood @ _SHARES / likelihood.sum())
-        return self.solve_at(design, share / (1 - share), prior)
+        return self._solution(design, share / (1 - share), prior)
 
     def solve_at(self, design: np.ndarray, ratio: float, prior: float = 0.0) -> Solution | None:
         """Solve for a ratio of variances; None if the runs do not suffice.
@@ -112,17 +111,27 @@ class FitRows:
             prior: if above 0, how well it is known before the runs that the last coefficient is about 0: the standard
                 deviation of e over that of the coefficient.
         """
-        y = self.weights * self.rows["loss"].to_numpy(float)
-        design = self.weights[:, None] * design
-        covariance = np.eye(len(y)) + ratio * self.same_arm_and_seed
-        if prior > 0:
-            # What is known before counts as one more run.
-            y, design = np.append(y, 0.0), np.vstack([design, prior * np.eye(design.shape[1])[-1]])
-            covariance = np.pad(covariance, (0, 1))
-            covariance[-1, -1] = 1.0
+        return self._solution(design, ratio, prior) if self._determined(design, prior) else None
+
+    def _determined(self, design: np.ndarray, prior: float) -> bool:
+        """Return whether the runs, with what is known before them, determine all coefficients."""
+        weighted, _ = self._with_prior(design, prior)
+        n, p = weighted.shape
+        return n >= p and bool(np.linalg.matrix_rank(weighted) == p)
+
+    def _with_prior(self, design: np.ndarray, prior: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weighted design and losses; what is known before the runs counts as one more run."""
+        design, y = self.weights[:, None] * design, self.weights * self.rows["loss"].to_numpy(float)
+        if not prior > 0:
+            return design, y
+        return np.vstack([design, prior * np.eye(design.shape[1])[-1]]), np.append(y, 0.0)
+
+    def _solution(self, design: np.ndarray, ratio: float, prior: float) -> Solution:
+        design, y = self._with_prior(design, prior)
         n, p = design.shape
-        if n < p or np.linalg.matrix_rank(design) < p:
-            return None
+        runs = len(self.rows)
+        covariance = np.eye(n)
+        covariance[:runs, :runs] += ratio * self.same_arm_and_seed
         inverse = np.linalg.inv(covariance)
         information = design.T @ inverse @ design
         unscaled = np.linalg.inv(information)
@@ -136,7 +145,6 @@ class FitRows:
             _, of_covariance = np.linalg.slogdet(covariance)
             _, of_information = np.linalg.slogdet(information)
             likelihood = -0.5 * ((n - p) * math.log(variance) + of_covariance + of_information)
-        runs = len(self.rows)
         return Solution(
             coefficients,
             hat[:, :runs] * self.weights,

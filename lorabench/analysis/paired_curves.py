@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.early import train_curves
-from lorabench.analysis.estimate import Estimate, mean_over_seeds
+from lorabench.analysis.estimate import Estimate, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, worst
 from lorabench.analysis.remedy import Problem
 from lorabench.analysis.rules import Rule
-from lorabench.analysis.slopes import slopes_by_seed
+from lorabench.analysis.slopes import means_by_seed, slopes_by_seed
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,28 @@ class PairedCurves:
         It is in the unit of the metric per tenfold steps.
         """
         return mean_over_seeds(slopes_by_seed(self._between(first, self.last)), f"{self.name} slope from {first}")
+
+    def crossing(self, first: int, level: float) -> Estimate:
+        """Estimate where the line through the difference against log10(step), from a step on, reaches a level.
+
+        The line may reach it before that step. The mean line of the seeds gives the value. The error is that of a mean
+        over seeds of what each seed's line has above the level there, divided by the slope.
+
+        Args:
+            first: the first step that counts.
+            level: in the unit of the metric.
+
+        Returns:
+            log10(step); it is unknown if the difference does not grow.
+        """
+        curves = self._between(first, self.last)
+        slopes, (x, y) = slopes_by_seed(curves), means_by_seed(curves)
+        slope = float(slopes.mean())
+        if not slope > 0:
+            return unknown()
+        value = float((slopes * x - y).mean() + level) / slope
+        above = y + slopes * (value - x) - level
+        return mean_over_seeds(value - above / slope, f"{self.name} reaches {level} from {first}")
 
     def _between(self, low: int, high: int) -> pd.DataFrame:
         return self.by_seed[(self.by_seed.index >= low) & (self.by_seed.index <= high)]

@@ -84,6 +84,21 @@ def published_sweeps() -> pd.DataFrame:
     return table.reindex(columns=SWEEP_COLUMNS).astype({"rank": "Int64", "hidden_size": "Int64"})
 
 
+@_read_once
+def published_ratios() -> pd.DataFrame:
+    """Return published ratios of LoRA's to FullFT's optimal LR, on models of 0.6B parameters and more.
+
+    Returns:
+        One row per source: source, task, model, alpha, steps and note, and the lower and upper end of width, fullft_lr,
+        lora_lr and ratio, as `<name>_low` and `<name>_high`; NaN where the source does not say.
+    """
+    path, ends = REFERENCE / "lr_ratio_at_scale.csv", ("width", "fullft_lr", "lora_lr", "ratio")
+    if path.is_file():
+        return pd.read_csv(path)
+    columns = ["source", "task", "model", "alpha", "steps", "note"]
+    return pd.DataFrame(columns=[*columns, *(f"{name}_{end}" for name in ends for end in ("low", "high"))])
+
+
 def sweep_of(model: str, dataset: str) -> pd.DataFrame:
     """Return the rows of `published_sweeps` for a model and a dataset; owner and case of their names do not matter."""
     table = published_sweeps()

@@ -22,6 +22,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
+from lorabench.analysis.rl_health import is_sick
 from lorabench.tables.checks import is_rl
 
 GOOD = 0.95
@@ -36,11 +37,12 @@ TestReward = Literal["final_reward", "best_reward"]
 def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
     """Return the RL runs with their error rates as losses.
 
-    A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has.
+    A run that never got a reward counts as finished: its policy is the base model, whose accuracies it has. A sick run
+    (see `rl_health.is_sick`) counts as diverged, whatever its accuracy, so that it is never an optimum.
 
     Args:
         runs: columns task, status, final_valid_reward and the column that `test_reward` names; without the column task,
-            no run is RL.
+            no run is RL. Columns that `is_sick` reads may be missing.
         test_reward: the test accuracy to report: after the last step (`final_reward`), or at the evaluation with the
             best validation accuracy (`best_reward`).
 
@@ -49,10 +51,11 @@ def with_error_rates(runs: pd.DataFrame, test_reward: TestReward = "final_reward
         `test_reward`. With either test reward, the LR is picked by the validation accuracy after the last step.
     """
     rl = runs[is_rl(runs)]
+    sick = is_sick(rl)
     return rl.assign(
-        status=rl["status"].replace("unrewarded", "done"),
-        validation_loss=1 - rl["final_valid_reward"].astype(float),
-        test_loss=1 - rl[test_reward].astype(float),
+        status=rl["status"].replace("unrewarded", "done").mask(sick, "diverged"),
+        validation_loss=(1 - rl["final_valid_reward"].astype(float)).mask(sick),
+        test_loss=(1 - rl[test_reward].astype(float)).mask(sick),
     )
 
 

@@ -77,6 +77,16 @@ def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
     return pd.Series({seed: _slope(curves[seed].dropna()) for seed in curves}, dtype=float)
 
 
+def means_by_seed(curves: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
+    """Return the mean of log10 of the index and that of the values, by column: the middle of each least-squares line.
+
+    Args:
+        curves: as for `slopes_by_seed`.
+    """
+    x = np.log10(curves.index.to_numpy(float))[:, None] + 0 * curves.astype(float)
+    return x.mean(), curves.astype(float).mean()
+
+
 def _slope(curve: pd.Series[float]) -> float:
     if len(curve) < 2:
         return math.nan

@@ -35,6 +35,12 @@ class SweptModel:
         """The name of the model."""
         return str(self.fullft["model"])
 
+    @property
+    def base(self) -> tuple[object, ...]:
+        """What models share that were post-trained from one base: family, hidden size and number of parameters."""
+        sizes = self.comparison.runs["base_params"].dropna() if "base_params" in self.comparison.runs else ()
+        return self.lineage, self.hidden_size, int(sizes.iloc[0]) if len(sizes) else self.name
+
     @cached_property
     def log_ratio(self) -> Estimate:
         """The natural logarithm of the optimal LR of LoRA over that of FullFT."""
@@ -84,6 +90,23 @@ def swept_models(comparisons: Sequence[Comparison]) -> list[list[SweptModel]]:
             models.append(SweptModel(comparison, fullft, lora, lineage(str(family)), int(hidden_size)))
         groups.append(sorted(models, key=lambda model: (model.lineage, model.hidden_size, model.name)))
     return groups
+
+
+def by_base(models: Sequence[SweptModel]) -> list[list[SweptModel]]:
+    """Group models by their base.
+
+    A base and the models that were post-trained from it have much in common, so they are not independent: a number of
+    a base is the mean over its models (see `mean_of`), and it is bases that scatter.
+    """
+    groups: dict[tuple[object, ...], list[SweptModel]] = {}
+    for model in models:
+        groups.setdefault(model.base, []).append(model)
+    return list(groups.values())
+
+
+def mean_of(numbers: Sequence[Estimate]) -> Estimate:
+    """Return the mean of several estimates, whose errors are drawn together."""
+    return numbers[0] if len(numbers) == 1 else combined(lambda *values: np.mean(values, axis=0), *numbers)
 
 
 def run_ids(models: Sequence[SweptModel]) -> list[str]:

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lorabench.calibration.made import Curve, MadeArm, MadeSweep
 from lorabench.calibration.noise import NoiseLevels
 from lorabench.calibration.scenes import FULLFT, RUN, TEN, an_optimum, lora, loss_margin, made_arm, sign
-from lorabench.calibration.worlds import Curve, MadeArm, MadeSweep, make_tables, progress
+from lorabench.calibration.worlds import make_tables, progress
 from lorabench.tables.tables import Tables
 
 STEPS = 1000
@@ -85,10 +86,13 @@ def equal_flops(k: float, noise: NoiseLevels, random: np.random.Generator) -> Ta
 
 
 def _departing(noise: NoiseLevels, step: float, share: float) -> Curve:
-    """Return what a curve has above the shared one if its slope from a step on is a share of the shared slope."""
-    return lambda steps: (
-        (1 - share) * noise.gain * np.maximum(progress(steps, STEPS) - progress(np.array(step), STEPS), 0)
-    )
+    """Return what a curve has above the shared one if its slope from a step on is a share of the shared slope.
+
+    The training loss of a step is measured before its update, so a curve that leaves at a step does so one update
+    earlier.
+    """
+    left = progress(np.array(step - 1), STEPS)
+    return lambda steps: (1 - share) * noise.gain * np.maximum(progress(steps, STEPS) - left, 0)
 
 
 def capacity(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:

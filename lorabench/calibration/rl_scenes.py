@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lorabench.calibration.made import Curve
 from lorabench.calibration.noise import NoiseLevels
 from lorabench.calibration.rl_worlds import MadeRl, make_rl_tables
 from lorabench.calibration.scenes import FULLFT, LR_MARGIN, TEN, lora, made_arm, sign
-from lorabench.calibration.worlds import Curve
 from lorabench.claims.reinforcement import WIDER
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.tables.tables import Tables

@@ -7,14 +7,16 @@ difficulties say which: problems are ordered by a difficulty for all arms, one f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from lorabench.calibration.design import as_designed, current
+from lorabench.calibration.made import MadeArm
 from lorabench.calibration.noise import NoiseLevels
-from lorabench.calibration.worlds import MadeArm, Rows, cells, kept_cells, points, progress
+from lorabench.calibration.worlds import Rows, cells, kept_cells, points, progress
 from lorabench.tables.tables import Tables
 
 
@@ -36,6 +38,9 @@ class MadeRl:
 
 def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generator) -> Tables:
     """Draw the tables `runs`, `curves` and `test_losses` of a sweep of RL."""
+    if (design := current()) is not None:
+        of_split = {"test_problems": design.test_examples, "validation_problems": design.validation_examples}
+        sweep = replace(sweep, arms=as_designed(design, sweep.arms, random), **of_split)
     rows = Rows()
     sets = {"test": sweep.test_problems, "validation": sweep.validation_problems, **sweep.held_out}
     common = {name: random.standard_normal(n) for name, n in sets.items()}
@@ -55,6 +60,7 @@ def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generato
         accuracy = {name: 1 - of_set[kept].mean(1) for name, of_set in failed.items()}
         run_ids = [f"rl-{number}-{i}" for i in range(len(lr))]
         fixed = {"task": "rl", "status": "done", "base_reward": noise.rl_base, "steps": sweep.steps}
+        fixed |= {"constant_reward": 0.0, "rule_reward": 0.0}
         rows.runs += [
             {"run_id": run_id, **fixed, **sweep.columns, **arm.columns, "lr": lr[i], "seed": seed[i]}
             | {"final_valid_reward": accuracy["validation"][i]}

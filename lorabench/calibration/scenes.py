@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from lorabench.calibration.made import Curve, MadeArm, MadeSweep, Metric
 from lorabench.calibration.noise import NoiseLevels
-from lorabench.calibration.worlds import Curve, MadeArm, MadeSweep, Metric, grid, make_tables
+from lorabench.calibration.worlds import grid, make_tables
 from lorabench.claims.learning_rate import LEAST_SHIFT, SAME_FACTOR
 from lorabench.claims.parametrization import HALF, MAJORITY
 from lorabench.config.margins import DEFAULT_MARGINS

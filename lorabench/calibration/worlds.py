@@ -12,14 +12,16 @@ every LR of the grid, and further seeds at the LR with the lowest validation los
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lorabench.calibration.design import as_designed, current
+from lorabench.calibration.made import MadeArm, MadeSweep
 from lorabench.calibration.noise import NoiseLevels
 from lorabench.tables.tables import Tables
 
@@ -30,52 +32,6 @@ TOKENS_PER_STEP = 1000
 """The number of tokens that a step trains on."""
 
 _INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens", "trainable_params", "hidden_size", "group_size")
-
-Curve = Callable[[np.ndarray], np.ndarray]
-"""Function from steps to what it adds to the loss of an arm at these steps."""
-
-Metric = Callable[[np.ndarray], np.ndarray]
-"""Draws a metric of one run at some steps."""
-
-
-@dataclass(frozen=True)
-class MadeArm:
-    """An arm with its truth."""
-
-    columns: Mapping[str, Any]
-    """The values of `runs` that make it this arm, such as method, rank and placement."""
-    optimum: float
-    """The natural logarithm of its optimal LR."""
-    minimum: float
-    """Its lowest loss, in nats per token; in RL its lowest error rate."""
-    lrs: np.ndarray
-    seeds: int = 3
-    repeats: Literal["best", "around", "every"] = "best"
-    """At which LRs further seeds are trained: that with the lowest validation loss of the first seed, also the two
-    beside it, or all."""
-    curvature: float = 1.0
-    """Its curvature over that of the noise levels."""
-    moved: Curve | None = None
-    """How far ln of its optimal LR lies above `optimum` after a number of steps; by default nowhere."""
-    curve: Curve | None = None
-    """What its curves have beyond the common shape; by default what its minimum has beyond that of the sweep."""
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
-    """Further metrics of the training steps."""
-
-
-@dataclass(frozen=True)
-class MadeSweep:
-    """The arms of one comparison."""
-
-    arms: Sequence[MadeArm]
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """Values of `runs` that all arms share: model, dataset, batch_size, steps and others."""
-    curve_steps: Sequence[int] | np.ndarray = ()
-    """The steps with a training loss. A point stands for the mean of the steps since the point before."""
-    validation_steps: Sequence[int] = ()
-    """The steps with a validation loss, beside step 0."""
-    test_examples: int = 132
-    validation_examples: int = 42
 
 
 def grid(optimum: float, random: np.random.Generator, n: int = 5) -> np.ndarray:
@@ -113,6 +69,9 @@ def make_tables(sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.rand
 
     Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently.
     """
+    if (design := current()) is not None:
+        of_split = {"test_examples": design.test_examples, "validation_examples": design.validation_examples}
+        sweeps = [replace(sweep, arms=as_designed(design, sweep.arms, random), **of_split) for sweep in sweeps]
     rows = Rows()
     datasets: dict[Any, tuple[np.ndarray, np.ndarray, float]] = {}
     for number, sweep in enumerate(sweeps):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
@@ -17,13 +18,12 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optimal_runs import curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Within
-from lorabench.analysis.slopes import slopes_by_seed
+from lorabench.analysis.slopes import log_log, slopes_by_seed
 from lorabench.analysis.student import t_quantile
-from lorabench.analysis.thresholds import threshold_slope
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, over
-from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, margin_problems
-from lorabench.claims.scopes import every_longest, learning, longest_run, longest_runs, without_facts
+from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY, margin_problems
+from lorabench.claims.scopes import every_longest, full_runs, learning, longest_run, longest_runs, without_facts
 from lorabench.utils.formats import fixed_interval
 
 FLOOR = 0.05
@@ -142,13 +142,13 @@ A3 = Claim(
         f"{LEAVES}On the longest dataset, rank 1 and one more rank leave at two different steps or more, which do not "
         "fall with rank, and between the first and the last departure rank 1's NLL is above that of the rank that "
         "leaves last (the estimate). Contradicted if some rank leaves before a lower one and its NLL is above the "
-        f"lower rank's between their departures. {AT_OPTIMUM}"
+        f"lower rank's between their departures. {LONG_ONLY}. {AT_OPTIMUM}"
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
     unit="nats per token",
     experiments=("rank", "capacity"),
-    judge=over(learning(longest_run), departure_grows_with_rank),
+    judge=over(learning(full_runs(longest_run)), departure_grows_with_rank),
     conditions=(LONG,),
     core=True,
 )
@@ -158,16 +158,16 @@ def _keeps_falling(ranks: _Ranks, rank: int) -> Finding:
     """Judge the slope of one rank's loss after its departure, as a share of FullFT's over the same batches."""
     comparison = ranks.comparison
     arm, fullft = require((f"LoRA r{rank}", comparison.lora[rank]), ("FullFT", comparison.fullft))
-    first = int(ranks.step(rank))
+    past = ranks.departures[rank].past
     slopes = []
     for of_arm in (arm, fullft):
         curve = curves_at_optimum(comparison, of_arm)
-        slopes.append(slopes_by_seed(curve[curve.index >= first]))
-    name = f"{comparison.label} {arm_label(arm)} after {first}"
+        slopes.append(slopes_by_seed(curve[curve.index >= past]))
+    name = f"{comparison.label} {arm_label(arm)} from {past}"
     own, full = (mean_over_seeds(slope, f"{name} {number}") for number, slope in enumerate(slopes))
     share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
     text = (
-        f"{arm_label(arm)} after step {first}: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
+        f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
         f"{share.value:.2f} {fixed_interval(*share.interval(), 2)}, {share.n_seeds} seeds"
     )
     problems = [*ranks.problems[rank], *comparison.problems([arm, fullft])]
@@ -195,42 +195,52 @@ A4 = Claim(
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
     figure="text",
     criterion=(
-        "For each rank that leaves the shared curve (as in A3), from departure on: the slope of its training NLL "
-        f"against log(step), as a share of FullFT's on the same batches, lies between {FLOOR:g} and 1 on average over "
-        "seeds. That it is below 1 is near to what a departure is; that there is no floor is the claim's content"
+        "For each rank that leaves the shared curve (as in A3), from the window of steps after that of its departure "
+        "on: the slope of its training NLL against log(step), as a share of FullFT's on the same batches, lies between "
+        f"{FLOOR:g} and 1 on average over seeds. That it is below 1 is near to what a departure is; that there is no "
+        f"floor is the claim's content. {LONG_ONLY}"
     ),
     needs=f"{SWEEP}; a rank that leaves the shared curve; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
     unit="share of FullFT's slope",
     experiments=("rank", "capacity"),
-    judge=over(learning(every_longest), no_floor),
+    judge=over(learning(full_runs(every_longest)), no_floor),
     conditions=(LONG,),
 )
 
 
 def _thresholds(ranks: _Ranks) -> tuple[pd.DataFrame, list[str]]:
-    """Return the ranks with a threshold, as for `threshold_slope`, and what is left out, in words."""
+    """Return the ranks with a threshold and the error of its log10 from seeds, and what is left out, in words."""
     comparison = ranks.comparison
+    [highest] = require(("LoRA above rank 1", comparison.highest))
     rows, left_out = [], []
     for rank, departure in ranks.departures.items():
         runs = runs_at_optimum(comparison, comparison.lora[rank])
         points = comparison.curves
         points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
-        tokens = points.groupby("step")["tokens"].max().astype(float)
         if ranks.problems[rank]:
             left_out.append(f"{comparison.label} r{rank}: {ranks.problems[rank][0].text}")
         elif departure.first is None:
             left_out.append(f"{comparison.label} {ranks.text(rank)}")
-        elif departure.before is None:
+        elif departure.before is None or departure.past is None:
             left_out.append(f"{comparison.label} r{rank} never joined")
         else:
+            curves = pair_at_optimum(comparison, comparison.lora[rank], highest)
+            crossing = curves.crossing(departure.past, comparison.margin.value)
+            if not crossing.known:
+                left_out.append(f"{comparison.label} r{rank} does not go on leaving after its departure")
+                continue
+            if crossing.interval()[1] < math.log10(departure.before):
+                left_out.append(f"{comparison.label} r{rank} does not leave along a line in log(step)")
+                continue
+            tokens = points.groupby("step")["tokens"].max().astype(float)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
                     "name": f"{comparison.label} r{rank}",
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": tokens[departure.first],
-                    "tokens_before": tokens[departure.before],
+                    "tokens": np.interp(10**crossing.value, [0, *tokens.index], [0.0, *tokens]),
+                    "error": crossing.seed_error,
                     "run_ids": list(runs["run_id"]),
                 }
             )
@@ -259,7 +269,8 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     if dof < 1:
         reason = f"{', '.join(tokens) or 'no departures'}: too few for a slope{others}"
         raise UnjudgedError("inconclusive", reason, MORE_RANKS)
-    line = threshold_slope(gone, gone["dataset"])
+    floor = math.sqrt(float((gone["error"] ** 2).mean()))
+    line = log_log(gone["trainable_params"], gone["tokens"], floor, gone["dataset"])
     slope = student(line.slope, (line.high - line.slope) / t_quantile(dof), dof, "thresholds")
     interval = fixed_interval(*slope.interval(), 2)
     text = f"slope {slope.value:.2f} {interval} over {line.n} departures ({', '.join(tokens)}){others}"
@@ -274,11 +285,13 @@ A5 = Claim(
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
     figure="text",
     criterion=(
-        "The log-log slope of train tokens at departure (as in A3) against adapter parameters lies within "
-        f"{THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. The line is fitted to all models and datasets together with "
-        "an intercept per dataset, to each dataset's longest runs. Its error is at least that which comes from the "
-        "width of the windows. Ranks that never leave, that never joined the shared curve, or that have a problem such "
-        "as a best LR at the edge of the grid give no point"
+        "The log-log slope of train tokens at departure against adapter parameters lies within "
+        f"{THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. A rank that leaves (as in A3) departs where the line through "
+        "its gap against log(step), from the window of steps after that of A3's departure on, reaches the margin. The "
+        "line of departures is fitted to all models and datasets together with an intercept per dataset, to each "
+        "dataset's longest runs. Its scatter is at least the departures' error from seeds. Ranks that never leave, "
+        "that never joined the shared curve, whose line surely reaches the margin before the window before A3's "
+        "departure, or that have a problem such as a best LR at the edge of the grid give no point"
     ),
     needs=(
         f"{SWEEP}; four ranks, on one or more datasets, that leave the shared curve; training losses at every step; "

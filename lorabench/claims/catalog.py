@@ -12,6 +12,7 @@ from lorabench.claims import (
     learning_rate,
     lr_across_models,
     lr_law,
+    lr_ratio_theories,
     parameter_counts,
     parametrization,
     placement,
@@ -29,6 +30,7 @@ _MODULES = (
     learning_rate,
     lr_across_models,
     lr_law,
+    lr_ratio_theories,
     early_curves,
     parametrization,
     invariance,
@@ -41,7 +43,7 @@ _MODULES = (
     compute,
 )
 
-_FAMILIES = "ANBCDEMFG"
+_FAMILIES = "ANBCDEMFGP"
 """The families in the order of the table `claims`."""
 
 

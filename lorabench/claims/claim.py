@@ -11,7 +11,7 @@ from lorabench.analysis.finding import Finding
 from lorabench.claims.conditions import Condition
 from lorabench.claims.evidence import Evidence
 
-Kind = Literal["empirical", "derivation", "count", "opinion", "prediction"]
+Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
 """How the paper supports a statement.
 
 - `empirical`: by runs of its own
@@ -19,6 +19,7 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction"]
 - `count`: by counting parameters, bits or operations, so that no run can speak against it
 - `opinion`: by its authors' experience, without showing runs
 - `prediction`: not at all, since the paper left the statement untested
+- `own prediction`: not at all, since the statement is this project's and not the paper's
 """
 
 
@@ -30,7 +31,7 @@ class Claim:
     kind: Kind
     statement: str
     figure: str
-    """The number of the paper's figure, or several with commas, or `text`."""
+    """The number of the paper's figure, or several with commas, or `text`; `own` if the paper has no such statement."""
     criterion: str
     """The conditions for the verdict `confirmed`, and for `contradicted`."""
     needs: str

@@ -12,6 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import is_standard
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.finding import Finding, UnjudgedError, together
+from lorabench.analysis.lr_ratio_conditions import MeasuredRatio, measured_ratios
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
 """The runs that most claims need."""
@@ -43,9 +44,14 @@ class Evidence:
         return self.runs[is_standard(self.runs)]
 
     @cached_property
+    def lr_ratios(self) -> list[MeasuredRatio]:
+        """The conditions in which the ratio of LoRA's to FullFT's optimal LR is measured, with any alpha."""
+        return measured_ratios(self.runs, self.curves, self.judging)
+
+    @cached_property
     def comparisons(self) -> list[Comparison]:
         """The comparisons of the standard runs, one per model, dataset, batch size and length."""
-        return comparisons(self.standard, self.curves, self.judging)
+        return comparisons(self.standard, self.curves, self.judging, checked=True)
 
 
 class Labelled(Protocol):

@@ -19,6 +19,7 @@ from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import Evidence
 from lorabench.claims.scope_text import scope_text
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.tables.checks import check_curves, check_table, is_rl
 from lorabench.tables.schemas import CLAIMS as COLUMNS
 from lorabench.tables.stand_ins import remarks_on, with_stand_ins
@@ -30,6 +31,8 @@ def judge_claims(
     claims: Sequence[Claim] = CLAIMS,
     margins: Margins | None = None,
     noise: Noise | None = None,
+    reward_noise: Noise | None = None,
+    predictions: Predictions | None = None,
 ) -> pd.DataFrame:
     """Judge claims on the tidy tables.
 
@@ -38,6 +41,8 @@ def judge_claims(
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
+        reward_noise: the same of final accuracies in RL, as shares.
+        predictions: what theories predict; without them DEFAULT_PREDICTIONS hold.
 
     Returns:
         The table `claims` (columns of `lorabench.tables.schemas.CLAIMS`), one row per claim. Where a claim is judged on
@@ -49,6 +54,7 @@ def judge_claims(
     runs = with_stand_ins(tables.runs)
     check_table(runs)
     check_curves(tables.curves)
+    every_curve = _with_categories(tables.curves)
     missing = {task: [name for name in needed if name not in runs] for task, needed in NEEDED_BY.items()}
     if "run_id" in runs:
         runs = with_arm_columns(runs)
@@ -63,8 +69,13 @@ def judge_claims(
             chosen = runs[in_experiments(runs, claim.experiments) & (is_rl(runs) == (claim.task == "rl"))]
             same = (claim.task, tuple(chosen.index))
             if same not in by_runs:
-                curves = curves_of(tables.curves, chosen) if "run_id" in runs else tables.curves
-                judging = Judging(margins or DEFAULT_MARGINS, examples, noise if claim.task == "sft" else None)
+                curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
+                judging = Judging(
+                    margins or DEFAULT_MARGINS,
+                    examples,
+                    noise if claim.task == "sft" else reward_noise,
+                    predictions or DEFAULT_PREDICTIONS,
+                )
                 by_runs[same] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging)
             # Experiments with the same runs share their comparisons, whose fits take most of the time.
             evidence[key] = by_runs[same]
@@ -103,6 +114,12 @@ def judge_claims(
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS.names)
+
+
+def _with_categories(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the curves with split and metric as categories, since every claim picks points by these columns."""
+    named = [name for name in ("split", "metric") if name in curves]
+    return curves.astype(dict.fromkeys(named, "category"))
 
 
 def _by_default(margin_rule: str) -> str:

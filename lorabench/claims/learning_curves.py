@@ -27,14 +27,26 @@ from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import longest_run as runs_of
 from lorabench.claims.conditions import natural_text
 from lorabench.claims.evidence import SWEEP, over
-from lorabench.claims.scopes import every_dataset, learning, longest_run, longest_runs, smallest_dataset, without_facts
+from lorabench.claims.scopes import (
+    FULL_STEPS,
+    every_dataset,
+    full_runs,
+    learning,
+    longest_run,
+    longest_runs,
+    smallest_dataset,
+    without_facts,
+)
 from lorabench.utils.formats import fixed_interval
 
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
-LONG = runs_of(1000, ("core", "paper"))
+LONG = runs_of(FULL_STEPS, ("laptop", "core", "paper"))
 """The condition of the claims on learning curves: the paper's runs take thousands of steps."""
+
+LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
+"""Which runs count for claims with the condition `LONG`, for the criteria."""
 
 NATURAL = natural_text(("core", "paper"))
 
@@ -92,13 +104,14 @@ A1 = Claim(
     figure="1",
     criterion=(
         f"After the first {MIN_SHARE:.0%} of steps, the mean training NLL of the highest rank minus FullFT's is 0 "
-        f"within the margin in each of {WINDOWS} windows of steps, which are equally long in log(step). {AT_OPTIMUM}"
+        f"within the margin in each of {WINDOWS} windows of steps, which are equally long in log(step). {LONG_ONLY}. "
+        f"{AT_OPTIMUM}"
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="similar; no number",
     unit="nats per token",
-    experiments=("rank",),
-    judge=over(learning(every_dataset), same_curve),
+    experiments=("rank", "capacity"),
+    judge=over(learning(full_runs(every_dataset)), same_curve),
     conditions=(LONG,),
     core=True,
 )
@@ -173,13 +186,13 @@ A2 = Claim(
     criterion=(
         "For FullFT and the highest rank in the second half of log(step): a parabola in log(step) is fitted to each "
         f"seed's training NLL, as means of {WINDOWS} windows. On average over seeds its middle lies within "
-        f"{MAX_BEND:.0%} of the fall from the chord. Contradicted too if the loss rises"
+        f"{MAX_BEND:.0%} of the fall from the chord. Contradicted too if the loss rises. {LONG_ONLY}"
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="linear; no number",
     unit="share of the fall",
-    experiments=("rank",),
-    judge=over(learning(every_dataset), linear_in_log_steps),
+    experiments=("rank", "capacity"),
+    judge=over(learning(full_runs(every_dataset)), linear_in_log_steps),
     conditions=(LONG,),
 )
 

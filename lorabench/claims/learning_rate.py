@@ -18,7 +18,7 @@ from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import longest_run
 from lorabench.claims.evidence import SWEEP, over
-from lorabench.claims.scopes import every_dataset
+from lorabench.claims.scopes import FULL_STEPS, every_dataset
 
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
@@ -43,9 +43,6 @@ SHORT_RATIO = 15.0
 
 GROWTH = math.sqrt(SHORT_RATIO / PAPER_RATIO)
 """The least growth of the ratio, from long runs to short ones, that matters: half of the paper's on a log axis."""
-
-LONG_STEPS = 1000
-"""The number of steps from which a run is long."""
 
 _SEEDS = "further seeds at the LRs around the optimum"
 
@@ -207,14 +204,14 @@ B9 = Claim(
         "of the runs are"
     ),
     needs=(
-        f"{SWEEP}; runs of {LONG_STEPS:,} steps or more with validation losses at steps {SHORT_STEPS[0]} and "
+        f"{SWEEP}; runs of {FULL_STEPS:,} steps or more with validation losses at steps {SHORT_STEPS[0]} and "
         f"{SHORT_STEPS[1]}; {_SEEDS}"
     ),
     paper_value="about 15 below about 100 steps; 10 for long runs",
     unit="ratio",
     experiments=("short_run",),
     judge=over(every_dataset, short_runs_want_more),
-    conditions=(longest_run(LONG_STEPS, ("core", "paper")),),
+    conditions=(longest_run(FULL_STEPS, ("laptop", "core", "paper")),),
     fact=LR_RATIO,
 )
 

@@ -14,7 +14,7 @@ from lorabench.analysis.finding import Finding, decide, finding, worst
 from lorabench.analysis.lr_ratio import as_ratio, in_words
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Within
-from lorabench.analysis.swept_models import SweptModel, run_ids, slope_over_models, swept_models
+from lorabench.analysis.swept_models import SweptModel, by_base, mean_of, run_ids, slope_over_models, swept_models
 from lorabench.analysis.units import in_unit
 from lorabench.claims.across_models import (
     COLUMNS,
@@ -61,28 +61,35 @@ def _ratios_text(models: Sequence[SweptModel]) -> str:
 
 def _slope(models: Sequence[SweptModel]) -> Estimate:
     """Return the slope of log ratio on log hidden size; it is unknown for too few models or one size."""
-    if len(models) < MIN_SLOPE_MODELS:
+    bases = by_base(models)
+    if len(bases) < MIN_SLOPE_MODELS:
         return unknown()
-    sizes = [math.log(model.hidden_size) for model in models]
+    sizes = [math.log(of_base[0].hidden_size) for of_base in bases]
     name = "LR ratio on hidden size: " + ", ".join(model.name for model in models)
-    return slope_over_models(sizes, [model.log_ratio for model in models], ["all"] * len(models), name)
+    return slope_over_models(sizes, [_log_ratio(of_base) for of_base in bases], ["all"] * len(bases), name)
+
+
+def _log_ratio(of_base: Sequence[SweptModel]) -> Estimate:
+    """Return the log ratio of a base, the mean over its models."""
+    return mean_of([model.log_ratio for model in of_base])
 
 
 def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
-    """B5: judge each model's LR ratio against the geometric mean of all."""
+    """B5: judge each base's LR ratio against the geometric mean of all."""
     resolved = [model for model in models if not model.problems]
-    log_ratios = [model.log_ratio for model in resolved or models]
-    problems = too_few(len(models), MIN_MODELS)
+    log_ratios = [_log_ratio(of_base) for of_base in by_base(resolved or models)]
+    problems = too_few(len(by_base(models)), MIN_MODELS, "bases")
     if len({(model.lineage, model.hidden_size) for model in models}) < 2:
         problems.append(Problem("all of one family and size", Remedy("models of another family or hidden size")))
     factor = models[0].comparison.judging.margins.lr_factor
     rule = Within(-math.log(factor), math.log(factor))
     margin_rule = f"within a factor of {factor:g}, the preset's lr_factor"
     findings = []
-    for model in models:
-        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), model.log_ratio, *log_ratios)
-        text = f"{model.name} over the mean of {len(log_ratios)} models {in_words(distance)}"
-        against = [*problems, *of_models([model])]
+    for of_base in by_base(models):
+        distance = combined(lambda own, *ratios: own - np.mean(ratios, axis=0), _log_ratio(of_base), *log_ratios)
+        names = " and ".join(model.name for model in of_base)
+        text = f"{names} over the mean of {len(log_ratios)} bases {in_words(distance)}"
+        against = [*problems, *of_models(of_base)]
         findings.append(as_ratio(decide(rule, distance, text, run_ids(models), against, margin_rule)))
     decisive = worst(findings)
     return replace(decisive, reason=f"{decisive.reason}; {_ratios_text(models)}")
@@ -94,11 +101,12 @@ B5 = Claim(
     statement="The ratio of optimal LRs does not depend on the base model",
     figure="text",
     criterion=(
-        f"Over at least {MIN_MODELS} models of several families or sizes, on the same data, batch size and length, at "
-        "the highest rank that all have: every model's ratio of fitted optimal LRs is the geometric mean of all "
-        "within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise). A model whose "
-        "optima are not resolved leaves the claim open and is no part of the mean. The estimate is the ratio over the "
-        "mean of the model that decides"
+        f"Over at least {MIN_MODELS} bases of several families or sizes, on the same data, batch size and length, at "
+        "the highest rank that all have: every base's ratio of fitted optimal LRs is the geometric mean of all "
+        "within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise). A base and models "
+        "post-trained from it (the same family, hidden size and number of parameters) count once, with their mean. A "
+        "model whose optima are not resolved leaves the claim open and is no part of the mean. The estimate is the "
+        "ratio over the mean of the base that decides"
     ),
     needs=MODELS,
     paper_value="the same for 14 models; fitted slope 0",
@@ -148,7 +156,7 @@ def naive_ratio_is_wrong(models: list[SweptModel]) -> Finding:
     resolved = [model for model in models if not model.problems]
     slope = _slope(resolved)
     naive = ", ".join(f"{model.name} {model.hidden_size / NAIVE_DIVISOR:.3g}" for model in models)
-    problems = too_few(len(resolved), MIN_SLOPE_MODELS, "models with both optima resolved")
+    problems = too_few(len(by_base(resolved)), MIN_SLOPE_MODELS, "bases with both optima resolved")
     if problems:
         # What would resolve a model comes first, since the first remedy is the one that is given.
         problems = [*of_models(models), *problems]
@@ -171,9 +179,10 @@ B6 = Claim(
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
     figure="text",
     criterion=(
-        f"Over at least {MIN_SLOPE_MODELS} models with both optima resolved, the slope of log ratio on log hidden size "
+        f"Over at least {MIN_SLOPE_MODELS} bases with both optima resolved, the slope of log ratio on log hidden size "
         f"is below the naive {NAIVE_SLOPE:g} by a margin of {SLOPE_MARGIN:g}. Its error is that of the fitted optima, "
-        "drawn together, or else that from the scatter of the models around the line, where this is larger"
+        "drawn together, or else that from the scatter of the bases around the line, where this is larger. A base and "
+        "models post-trained from it are one point, their mean"
     ),
     needs=MODELS,
     paper_value="fitted slope 0; naive: 1, with ratio hidden / 64",

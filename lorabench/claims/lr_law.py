@@ -14,7 +14,7 @@ from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, 
 from lorabench.analysis.lr_law import PIVOT, PUBLISHED, ArmOptimum, fit_lr_law, predict_lr, prediction_errors
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Within
-from lorabench.analysis.swept_models import METHODS, SweptModel, run_ids, slope_over_models
+from lorabench.analysis.swept_models import METHODS, SweptModel, by_base, mean_of, run_ids, slope_over_models
 from lorabench.analysis.units import in_unit
 from lorabench.claims.across_models import (
     COLUMNS,
@@ -109,14 +109,14 @@ def _published_regret(models: Sequence[SweptModel], method: str) -> str:
 
 def law_predicts_the_optimum(models: list[SweptModel]) -> Finding:
     """B7: judge the mean regret over models, by method, of laws fitted to the other models and of the law of all."""
-    problems = too_few(len(models), MIN_MODELS) + of_models(models)
+    problems = too_few(len(by_base(models)), MIN_MODELS, "bases") + of_models(models)
     arms = [(model, method) for model in models for method in METHODS]
     optima = [optimum for model, method in arms if (optimum := model.arm_optimum(method))]
     errors = prediction_errors(optima) if len(optima) == len(arms) else np.array(math.nan)
     if not np.isfinite(errors).all():
         problems.append(Problem("too few hidden sizes to fit the law", Remedy("models of further hidden sizes")))
         return finding(run_ids(models), "no law fitted", "inconclusive", problems)
-    from_others = prediction_errors(optima, [model.name for model, _ in arms])
+    from_others = prediction_errors(optima, [model.base for model, _ in arms])
     findings = []
     for method in METHODS:
         fitted, predicted = (_mean_regret(arms, optima, of, method) for of in (errors, from_others))
@@ -157,9 +157,9 @@ B7 = Claim(
     criterion=(
         "Regret is the rise of an arm's fitted parabola from its minimum to the predicted LR, as a share of the lowest "
         "loss; its mean over models is taken for each method. The law is fitted by minimal summed regret, as in the "
-        f"paper. Confirmed if the mean regret is at most {MAX_REGRET:.1%} where each model is predicted from the "
-        "others. Contradicted if even the law fitted to all models has more. The intervals carry the errors of all "
-        "fitted optima, drawn together. The published constants are reported but not judged, since they belong to "
+        f"paper. Confirmed if the mean regret is at most {MAX_REGRET:.1%} where each model is predicted from those of "
+        "other bases. Contradicted if even the law fitted to all models has more. The intervals carry the errors of "
+        "all fitted optima, drawn together. The published constants are reported but not judged, since they belong to "
         "other data and larger models"
     ),
     needs=f"{MODELS}; enough hidden sizes to fit the law without any one model",
@@ -183,10 +183,10 @@ def _exponent(members: list[SweptModel], family: str) -> Finding:
             f"{family}: fewer than two hidden sizes",
             remedy=Remedy(f"{family} models of two hidden sizes or more"),
         )
-    arms = [(model, method) for method in METHODS for model in members]
+    arms = [(of_base, method) for method in METHODS for of_base in by_base(members)]
     exponent = slope_over_models(
-        [-math.log(model.hidden_size) for model, _ in arms],
-        [model.log_optimum(method) for model, method in arms],
+        [-math.log(of_base[0].hidden_size) for of_base, _ in arms],
+        [mean_of([model.log_optimum(method) for model in of_base]) for of_base, method in arms],
         [method for _, method in arms],
         f"exponent of {', '.join(model.name for model in members)}",
     )
@@ -232,7 +232,8 @@ B8 = Claim(
         f"{MAX_EXPONENT_DISTANCE:g}. The exponent is the slope of the log of the fitted optima, with an intercept for "
         "FullFT and one for LoRA, over at least 2 hidden sizes. Its error is that of the optima, drawn together, or "
         "else that from their scatter around the line, where this is larger; scatter between models that both methods "
-        "share is seen only with 3 hidden sizes or more"
+        "share is seen only with 3 hidden sizes or more. A base and models post-trained from it are one point, their "
+        "mean"
     ),
     needs="two hidden sizes of both Llama and Qwen, swept with FullFT and LoRA on the same data",
     paper_value=f"{PUBLISHED.exponents['llama']} and {PUBLISHED.exponents['qwen']} (authors' code)",

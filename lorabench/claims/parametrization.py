@@ -35,7 +35,7 @@ from lorabench.analysis.units import in_unit
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import longest_run
 from lorabench.claims.evidence import Evidence, judge_each, over
-from lorabench.claims.scopes import Scoped, on_lora
+from lorabench.claims.scopes import FULL_STEPS, Scoped, on_lora
 from lorabench.utils.formats import fixed_interval
 
 FLAT_BAND = (0.95, 1.05)
@@ -49,9 +49,6 @@ MAJORITY = 0.1
 
 GROWTH = 1.1
 """The least growth of the effective LR that matters."""
-
-FULL_STEPS = 1000
-"""The number of steps from which a run can be a full run, as one epoch of the paper's datasets."""
 
 # First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
@@ -172,7 +169,7 @@ def standard_near_optimal(evidence: Evidence) -> Finding:
     tuned = with_lr_grid(with_scales(evidence.runs))
     judges = [
         (comparison.label, partial(_best_variant, comparison, standard, variants))
-        for comparison in comparisons(tuned, evidence.curves, evidence.judging)
+        for comparison in comparisons(tuned, evidence.curves, evidence.judging, checked=True)
         for standard, variants in _variants(comparison)
     ]
     if not judges:
@@ -258,7 +255,7 @@ C10 = Claim(
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
     judge=over(most_examples, b_outgrows_a),
-    conditions=(longest_run(FULL_STEPS, ("core", "paper")),),
+    conditions=(longest_run(FULL_STEPS, ("laptop", "core", "paper")),),
 )
 
 

@@ -20,9 +20,9 @@ from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import response_length
 from lorabench.claims.evidence import Evidence
 from lorabench.claims.rl_shared import (
+    LONG_PRESETS,
     LONG_RESPONSE,
     RL_EXPERIMENTS,
-    RL_PRESETS,
     over_problems,
     points_at_optimum,
     tenths,
@@ -245,7 +245,7 @@ F9 = Claim(
     experiments=RL_EXPERIMENTS,
     judge=fewer_bits_per_token,
     task="rl",
-    conditions=(response_length(LONG_RESPONSE, RL_PRESETS),),
+    conditions=(response_length(LONG_RESPONSE, LONG_PRESETS),),
 )
 
 CLAIMS = (F6, F7, F9)

@@ -18,17 +18,19 @@ from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.margin import reward_margin
 from lorabench.analysis.paired_curves import paired_curves, scan
 from lorabench.analysis.remedy import Problem
+from lorabench.analysis.rl_health import MAX_TRUNCATED
 from lorabench.analysis.rules import Above, Rule, Within
 from lorabench.claims.claim import Claim
-from lorabench.claims.conditions import lrs, response_length
+from lorabench.claims.conditions import response_length
 from lorabench.claims.evidence import judge_each
 from lorabench.claims.rl_shared import (
     CONDITIONS,
     DEEPMATH_EXPERIMENTS,
+    HEALTHY,
     LEARNED,
+    LONG_PRESETS,
     LONG_RESPONSE,
     MIN_GAIN,
-    RL_PRESETS,
     RL_RUNS,
     curve_problems,
     each_rank,
@@ -49,9 +51,6 @@ LENGTH_BAND = (0.8, 1.25)
 
 LEAST_GROWTH = 1.1
 """The factor from which on response lengths count as growing."""
-
-MAX_TRUNCATED = 0.1
-"""The share of responses cut off above which their mean length says more about the limit than about them."""
 
 _OWN_SPLITS = ("train", "validation", "test")
 
@@ -213,8 +212,7 @@ F4 = Claim(
         "evaluation after step 0: the accuracy is the same as FullFT's within the margin, at the LRs nearest to the "
         "fitted optima and paired by seed. The margin is the share that the preset gives of FullFT's own gain in "
         "accuracy on that set. The error from the problems of the set is that of two independent sets, which is "
-        "cautious. Inconclusive where that gain is below "
-        f"{MIN_GAIN:g}"
+        f"cautious. {HEALTHY}. Inconclusive where that gain is below {MIN_GAIN:g}"
     ),
     needs=RL_RUNS.format("LoRA") + "; evaluated on AIME 2024 and 2025, or another further set, from step 0 on",
     paper_value="no number",
@@ -298,7 +296,7 @@ F5 = Claim(
     judge=over_problems(same_growth_of_responses),
     columns=("base_reward",),
     task="rl",
-    conditions=(lrs(6, RL_PRESETS), response_length(LONG_RESPONSE, RL_PRESETS)),
+    conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
 )
 
 CLAIMS = (F3, F4, F5)

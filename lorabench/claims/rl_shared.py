@@ -19,17 +19,21 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import TestReward, points_of, with_error_rates
-from lorabench.claims.conditions import lrs, response_length
+from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, beyond_controls
+from lorabench.claims.conditions import beats_controls, response_length, swept
 from lorabench.claims.evidence import Evidence, judge_each
 
 MIN_GAIN = 0.05
 """The least gain in test accuracy over the base model with which an arm counts as having learned."""
 
-RL_PRESETS = ("core", "paper")
-"""The shipped presets whose RL has sweeps and responses that a claim can be judged on."""
+RL_PRESETS = ("laptop", "core", "paper")
+"""The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
 
-LONG_RESPONSE = 200
-"""Tokens per response from which a response may hold a chain of thought; shorter ones are bare answers."""
+LONG_PRESETS = ("core", "paper")
+"""Those of them whose responses are long enough to hold a chain of thought."""
+
+LONG_RESPONSE = 30
+"""Tokens per response from which a response may hold a chain of thought."""
 
 RL_RUNS = (
     "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
@@ -37,8 +41,15 @@ RL_RUNS = (
 )
 """The runs that most claims on RL need; the placeholder stands for the LoRA arms."""
 
+HEALTHY = (
+    "Problem sets count on which FullFT and LoRA are both ahead of the best constant answer and the best cheap rule by "
+    f"{LEAD:g} in test accuracy. A run with more than {MAX_TRUNCATED:.0%} of its last responses cut off, or with an "
+    f"entropy below {COLLAPSED:g} nats per token at an accuracy not above these two, counts as diverged"
+)
+"""The part of a criterion that says which problem sets and runs count."""
+
 LEARNED = (
-    "Inconclusive unless the accuracy of {} at the fitted optimum is above that of the base model by "
+    f"{HEALTHY}. Inconclusive unless the accuracy of {{}} at the fitted optimum is above that of the base model by "
     f"{MIN_GAIN:g} or more, with a 95% interval above 0"
 )
 """The part of a criterion that requires learning; the placeholder stands for the arms that must have learned."""
@@ -50,7 +61,7 @@ DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
 
 
-CONDITIONS = (lrs(6, RL_PRESETS), response_length(8, RL_PRESETS))
+CONDITIONS = (swept(6, MIN_SEEDS, RL_PRESETS), response_length(8, RL_PRESETS), beats_controls(RL_PRESETS))
 """The conditions of the claims that compare arms in RL."""
 
 
@@ -59,7 +70,8 @@ def over_problems(
 ) -> Callable[[Evidence], Finding]:
     """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
 
-    A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only.
+    A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is, beside others,
+    one on which some method is not ahead of the controls (see `lorabench.analysis.rl_health`).
 
     Args:
         judge: judges one comparison, whose losses are error rates.
@@ -71,7 +83,7 @@ def over_problems(
             rewarded = rewarded_errors(evidence.standard, test_reward)
             if rewarded.empty:
                 raise UnjudgedError("not tested", "no run ever got a reward")
-            evidence.rewarded[test_reward] = comparisons(rewarded, evidence.curves, evidence.judging)
+            evidence.rewarded[test_reward] = comparisons(rewarded, evidence.curves, evidence.judging, checked=True)
         compared = evidence.rewarded[test_reward]
         return judge_each((comparison.label, partial(judge, comparison)) for comparison in compared)
 
@@ -79,9 +91,16 @@ def over_problems(
 
 
 def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
-    """Return the RL runs as error rates, of models and problem sets on which some run got a reward."""
+    """Return the RL runs as error rates, of models and problem sets on which some run got a reward.
+
+    Where there are problem sets on which every method is ahead of the controls, these are all.
+    """
     rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
-    return with_error_rates(runs[rewarded.astype(bool)], test_reward)
+    runs = runs[rewarded.astype(bool)]
+    beyond = beyond_controls(runs)
+    if beyond.any():
+        runs = runs[[bool(beyond[key]) for key in zip(runs["model"], runs["dataset"], strict=True)]]
+    return with_error_rates(runs, test_reward)
 
 
 def each_rank(

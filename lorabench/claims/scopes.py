@@ -19,6 +19,9 @@ Scoped = tuple[Comparison, str]
 Scope = Callable[[list[Comparison]], list[Scoped]]
 """A function that chooses, from all comparisons in the tables, the comparisons that a claim is judged on."""
 
+FULL_STEPS = 1000
+"""The number of steps of a run from which claims on whole runs are judged: the paper's runs take thousands."""
+
 
 def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose all comparisons."""
@@ -78,6 +81,16 @@ def longest_runs(comparisons: list[Comparison]) -> list[Comparison]:
         if comparison.runs["steps"].fillna(0).max() > known.runs["steps"].fillna(0).max():
             longest[first["model"], first["dataset"]] = comparison
     return list(longest.values())
+
+
+def full_runs(scope: Scope) -> Scope:
+    """Return the scope without comparisons of fewer than `FULL_STEPS` steps, if there are longer ones."""
+
+    def chosen(comparisons: list[Comparison]) -> list[Scoped]:
+        full = [comparison for comparison in comparisons if (comparison.runs["steps"] >= FULL_STEPS).any()]
+        return scope(full or comparisons)
+
+    return chosen
 
 
 def learning(scope: Scope) -> Scope:

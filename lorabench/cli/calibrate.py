@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,8 +32,16 @@ def calibrate(
         Path | None, typer.Option(help="Only measure the noise of the runs in this folder of tidy tables.")
     ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Dataset to measure, by default all.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Count only the power of this preset's sweeps, with their own LRs and seeds.")
+    ] = None,
+    noise: Annotated[
+        Path | None, typer.Option(help="With --preset: tidy tables to measure the noise from, by default laptop's.")
+    ] = None,
 ) -> None:
     """Show how often verdicts are wrong: judge made-up sweeps whose truth is known, and count the verdicts."""
+    # The matrices of a fit are small, and the processes share the cores. Thread pools read this once, on import.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with in_one_sentence():
         from dataclasses import asdict
 
@@ -45,6 +54,25 @@ def calibrate(
             return
         from datetime import date
 
+        if preset is not None:
+            from lorabench.calibration import power
+            from lorabench.calibration.measure import measure_noise
+            from lorabench.cli.preset_option import plan_and_layout
+            from lorabench.report.generated_block import text_around, write_around
+            from lorabench.tables.io import write_csv
+            from lorabench.tables.tables import Tables
+
+            around = None if page is None else text_around(page, power.START, power.END)
+            levels = None if noise is None else measure_noise(Tables.read(noise), dataset or ())
+            ids = [*(claims or ()), *(more or ())]
+            table = power.power_of_plan(plan_and_layout(preset)[0], worlds, ids, processes, levels, seed)
+            if out is None:
+                print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
+            else:
+                write_csv(table, out)
+            if page is not None and around is not None:
+                write_around(page, around, power.block(table, preset, date.today().isoformat()))
+            return
         from lorabench.calibration.page import END, START, block
         from lorabench.calibration.run import calibrate as run
         from lorabench.report.generated_block import text_around, write_around

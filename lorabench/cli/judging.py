@@ -1,4 +1,4 @@
-"""The options of `lorabench claims`: the margins of verdicts, and seed noise from elsewhere."""
+"""The options of `lorabench claims`: margins of verdicts, predictions of theories, and seed noise from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.pooled_noise import pooled_noise
 from lorabench.config.loading import read_margins
 from lorabench.config.margins import Margins
+from lorabench.config.predictions import LrRatioPredictions, Predictions
 from lorabench.errors import UserError
 from lorabench.storage.layout import Layout
 from lorabench.tables.io import read_table
@@ -25,6 +26,13 @@ def margins_of(preset: str | None, path: Path | None) -> Margins | None:
     if preset is not None:
         return Layout.of(preset).preset.margins
     return None if path is None else read_margins(path)
+
+
+def predictions_of(preset: str | None) -> Predictions | None:
+    """Return what the theories of a preset predict, nothing if it has no such section; None without a preset."""
+    if preset is None:
+        return None
+    return Layout.of(preset).preset.predictions or Predictions(lr_ratio=LrRatioPredictions())
 
 
 def noise_of(folder: Path | None, sd: float | None, dof: int | None, source: str | None) -> Noise | None:

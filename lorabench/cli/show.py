@@ -40,7 +40,11 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     if execution.gpu is None:
         at_once = bill.jobs_at_once(plan.preset, cores)
         caption = [f"minutes at {formats.number(rate, 4)} GFLOP/s per job ({given}), {at_once} at a time"]
-        last["minutes"] = lambda row: formats.number(bill.minutes(plan, row, cores), 2)
+        last["minutes"] = lambda row: _and_most(
+            row,
+            formats.number(bill.minutes(plan, row, cores), 2),
+            formats.number(bill.minutes(plan, row, cores, most=True), 2),
+        )
     else:
         total = rows["total"]
         caption = [
@@ -49,12 +53,16 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
             f"the longest job takes {formats.number(total.longest_hours)} hours; "
             f"{formats.number(total.gpu_hours / 24)} days on one GPU",
         ]
-        last["GPU-hours"] = lambda row: formats.number(row.gpu_hours, 2)
+        last["GPU-hours"] = lambda row: _and_most(
+            row, formats.number(row.gpu_hours, 2), formats.number(row.most_gpu_hours, 2)
+        )
         last["GPUs"] = lambda row: _up_to(row.gpus)
         last["GB/GPU"] = lambda row: f"{row.memory / GB:.0f}"
         last["disk GB"] = lambda row: formats.number(row.disk / GB, 2)
         if price is not None:
             last["money"] = lambda row: formats.count(row.gpu_hours * price)
+    if rows["total"].most_runs > rows["total"].runs:
+        caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
     table = Table(
         title=Text(plan.preset.description),
         title_justify="left",
@@ -67,7 +75,7 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
     for name, row in rows.items():
         if name == "total":
             table.add_section()
-        runs = [str(row.runs), _up_to(row.lanes)] if row.runs else ["", ""]
+        runs = [_and_most(row, str(row.runs), str(row.most_runs)), _up_to(row.lanes)] if row.runs else ["", ""]
         counts = [*runs, formats.amount(row.tokens), formats.number(row.flops / 1e15)]
         table.add_row(name, str(row.jobs), *counts, *(text_of(row) for text_of in last.values()))
     # Without a terminal, rich would assume a width of 80 characters and cut the columns.
@@ -84,6 +92,10 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
         row["money"] = None if price is None else row["gpu_hours"] * price
     machine = {"gpu": plan.preset.execution.gpu, "flops_per_s": flops_per_second(plan.preset.execution), "cores": cores}
     return json.dumps({**machine, "notes": list(notes), "experiments": rows}, indent=2)
+
+
+def _and_most(row: bill.Bill, expected: str, most: str) -> str:
+    return f"{expected} (most {most})" if row.most_runs > row.runs else expected
 
 
 def _up_to(most: int) -> str:

@@ -238,13 +238,17 @@ def claims(
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
-        from lorabench.cli.judging import margins_of, noise_of
+        from lorabench.claims.lr_ratio_theories import write_predictions
+        from lorabench.cli.judging import margins_of, noise_of, predictions_of
         from lorabench.tables.io import write_frame
         from lorabench.tables.tables import Tables
 
         chosen = margins_of(preset, margins)
         elsewhere = noise_of(noise, noise_sd, noise_dof, noise_source)
-        write_frame(judge_claims(Tables.read(tables), margins=chosen, noise=elsewhere), "claims", out)
+        read, predictions = Tables.read(tables), predictions_of(preset)
+        judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
+        write_frame(judged, "claims", out)
+        write_predictions(read, chosen, predictions, out)
 
 
 @app.command(rich_help_panel=_PANEL)

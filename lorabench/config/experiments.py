@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lorabench.config.fields import Positive, PositiveFloat, Strict
 from lorabench.config.placement import Placement
@@ -33,17 +33,63 @@ class Protocol(Strict):
     """Further steps after which to validate. The LR is constant, so the loss there is that of a run of that length."""
 
 
-class LearningRates(Strict):
-    """The LR grid of each method, ascending. A method with an empty grid is not trained."""
+class AutoLrs(Strict):
+    """A grid that the sweep finds by itself.
 
-    fullft: list[PositiveFloat]
-    lora: list[PositiveFloat]
+    It starts with three LRs and walks until the lowest validation loss has a higher one on both sides; then the other
+    seeds are trained at the three LRs around the lowest loss.
+    """
+
+    start: PositiveFloat | None = None
+    """The middle of the first three LRs; null to derive it from the model's width, the same for both methods."""
+    per_decade: Annotated[int, Field(ge=1, le=10)] = 3
+    """LRs per decade; 3 gives 1, 2.15 and 4.64 times powers of ten."""
+    most: Annotated[int, Field(ge=3)] = 9
+    """The largest number of LRs."""
+
+
+AUTO: Literal["auto"] = "auto"
+"""Stands for an `AutoLrs` with its defaults, and in place of `LearningRates` for that of both methods."""
+
+
+def _spelled_out(value: Any) -> Any:
+    """Return the fields that `auto` stands for, other values unchanged."""
+    if value == AUTO:
+        return {}
+    if not isinstance(value, (list, dict, AutoLrs)):
+        raise ValueError(f"{value!r} is neither auto, nor a list of LRs, nor a mapping of start, per_decade and most")
+    return value
+
+
+def _of_both(value: Any) -> Any:
+    if not isinstance(value, (dict, LearningRates)):
+        raise ValueError(f"{value!r} is neither auto nor a mapping of fullft and lora")
+    return value
+
+
+def _kind_of_grid(value: Any) -> str:
+    return "auto" if isinstance(value, (dict, AutoLrs)) else "grid"
+
+
+Lrs = Annotated[
+    Annotated[list[PositiveFloat], Tag("grid")] | Annotated[AutoLrs, Tag("auto")],
+    Discriminator(_kind_of_grid),
+    BeforeValidator(_spelled_out, json_schema_input_type=list[PositiveFloat] | AutoLrs | Literal["auto"]),
+]
+"""The LRs of a method: a fixed grid, or one that the sweep finds."""
+
+
+class LearningRates(Strict):
+    """The LR grid of each method: ascending LRs, or `auto` to find them. A method with an empty grid is not trained."""
+
+    fullft: Lrs
+    lora: Lrs
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
         for name in ("fullft", "lora"):
             grid = getattr(self, name)
-            if sorted(set(grid)) != grid:
+            if isinstance(grid, list) and sorted(set(grid)) != grid:
                 raise ValueError(f"{name} grid {grid} must be ascending without repeats")
         if not (self.fullft or self.lora):
             raise ValueError("both grids are empty; at least one LR is needed")
@@ -57,9 +103,11 @@ class Block(Strict):
     """Names from `models` or from the catalogue of models."""
     ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
-    lrs: LearningRates
+    lrs: Annotated[LearningRates, BeforeValidator(_of_both, json_schema_input_type=LearningRates | Literal["auto"])]
+    """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
     seeds: Positive = 3
-    """Number of seeds at each condition's best LR; the grid itself is run with the first seed."""
+    """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; the grid itself is run with
+    the first seed."""
     repeat: Literal["best", "every"] = "best"
     """The LRs at which further seeds are run: the best LR, or every LR of the grid."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
@@ -77,10 +125,20 @@ class Block(Strict):
     eps: PositiveFloat | None = None
     """Adam's epsilon, in place of the protocol's."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_for_both(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("lrs") == AUTO:
+            return raw | {"lrs": {"fullft": AUTO, "lora": AUTO if raw.get("ranks") else []}}
+        return raw
+
     @model_validator(mode="after")
     def _ranks_for_lora(self) -> Self:
         if bool(self.ranks) != bool(self.lrs.lora):
-            raise ValueError(f"ranks {self.ranks} and lrs.lora {self.lrs.lora}: give both for LoRA, or neither")
+            lora = self.lrs.lora if isinstance(self.lrs.lora, list) else AUTO
+            raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
+        if self.repeat == "every" and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
+            raise ValueError("repeat = 'every': allowed with fixed LRs, not with lrs: auto")
         return self
 
 
@@ -168,6 +226,8 @@ class Experiments(Strict):
     """The first steps of ranks at the same LR (the paper's figure of early learning curves)."""
     short_run: SftBlocks | None = None
     """The ratio of LoRA's to FullFT's optimal LR in short and long runs."""
+    lr_ratio: SftBlocks | None = None
+    """The ratio of optimal LRs by width, length of run, alpha and batch size, which `predictions` are judged on."""
     lr_law: SftBlocks | None = None
     """The optimal LR over models of several sizes and families."""
     parametrization: SftBlocks | None = None

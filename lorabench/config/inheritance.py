@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lorabench.config.experiments import Experiments
+from lorabench.config.experiments import AUTO, Experiments
 from lorabench.config.fields import PresetError
 from lorabench.config.files import PRESETS, is_file_name, model_catalogue, shipped_names
 from lorabench.config.preset import Preset
@@ -61,11 +61,14 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return both mappings, merged at every level.
 
     Where one of two values is no mapping, or they have different kinds (of a model, say), the upper value replaces the
-    lower one; null removes it.
+    lower one; null removes it. The LRs `auto` count as the mapping that they stand for, so that one method's can be
+    changed.
     """
     merged = dict(below)
     for key, value in above.items():
         other = below.get(key)
+        if key == "lrs" and other == AUTO and isinstance(value, dict):
+            other = {"fullft": AUTO, "lora": AUTO}
         if value is None and key in below:
             del merged[key]
         elif isinstance(value, dict) and isinstance(other, dict) and value.get("kind") in (None, other.get("kind")):

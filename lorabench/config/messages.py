@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from lorabench.config.datasets import ChatDataset, FactsDataset, FileDataset, HubDataset
 from lorabench.config.models import GgufModel, HubModel, PathModel, TinyModel
 from lorabench.config.preset import Preset
-from lorabench.config.problems import FileProblems, HubProblems, ReasoningProblems
+from lorabench.config.problems import FileProblems, HubProblems, ReasoningProblems, SumProblems
 
 
 def explain(problem: Any) -> str:
@@ -42,7 +42,7 @@ def explain(problem: Any) -> str:
 _KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "models": (TinyModel, HubModel, PathModel, GgufModel),
     "datasets": (ChatDataset, FactsDataset, HubDataset, FileDataset),
-    "problems": (ReasoningProblems, HubProblems, FileProblems),
+    "problems": (ReasoningProblems, SumProblems, HubProblems, FileProblems),
 }
 
 
@@ -57,6 +57,9 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
             # pydantic adds the kind after the name of a model or dataset; the YAML has no such level.
             kinds = _KINDS[str(location[0])]
             current = next(model for model in kinds if part in get_args(model.model_fields["kind"].annotation))
+            continue
+        if part in ("auto", "grid") and parts[-1:] in (["fullft"], ["lora"]):
+            # pydantic adds the kind of grid after the method; the YAML has no such level.
             continue
         parts.append(str(part))
         field = current.model_fields.get(str(part))

@@ -14,8 +14,10 @@ class TinyModel(Strict):
     """A tiny base model that is shipped with the package (see lorabench/models/tiny.py)."""
 
     kind: Literal["tiny"]
-    name: Literal["llama-128", "llama-64", "qwen-128", "qwen-64", "moe-128"] = "llama-128"
-    """The base's family and width."""
+    name: Literal[
+        "llama-128", "llama-64", "llama-256", "qwen-128", "qwen-64", "moe-128", "llama-64-sums", "llama-64-long-sums"
+    ] = "llama-128"
+    """The base's family and width; those with `sums` are pretrained further on worked sums."""
 
 
 class HubModel(Strict):

@@ -14,6 +14,7 @@ from lorabench.config.fields import Name, Strict
 from lorabench.config.files import model_catalogue
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.models import ModelSpec
+from lorabench.config.predictions import Predictions
 from lorabench.config.problems import ProblemSpec
 
 
@@ -33,6 +34,8 @@ class Preset(Strict):
     protocol: Protocol = Protocol()
     margins: Annotated[Margins, Field(examples=[DEFAULT_MARGINS.model_dump()])]
     """The smallest effects that matter, written down before the runs; verdicts on claims are judged by them."""
+    predictions: Predictions | None = None
+    """What theories predict, written down before the runs and judged like claims; null for no predictions."""
     experiments: Experiments
     evaluation: Evaluation | None = None
     """Evaluation with lm-eval; null for none."""

@@ -68,6 +68,42 @@ class ReasoningProblems(Strict):
         return self
 
 
+class SumProblems(Strict):
+    """Sums of two numbers, which the bases `sums` and `long-sums` answer with written working.
+
+    The last number of a response counts.
+    """
+
+    kind: Literal["sums"]
+    train: Positive
+    """Problems that are trained on."""
+    validation: Positive
+    """Problems on which the LR is picked."""
+    test: Positive
+    """Problems on which rewards are reported."""
+    min_digits: Annotated[int, Field(ge=2, le=9)] = 2
+    """Smallest number of digits of the terms; both have equally many."""
+    max_digits: Annotated[int, Field(ge=2, le=9)] = 2
+    """Largest number of digits. A response has 2 tokens and 8 for each digit: 18 with 2 digits, 34 with 4."""
+    carries: NotNegative = 1
+    """Least number of columns, other than the leftmost, from which something is carried."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the problems."""
+
+    @property
+    def grader(self) -> str:
+        """The name of the rule by which responses are graded."""
+        return "number"
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.min_digits > self.max_digits:
+            raise ValueError(f"min_digits = {self.min_digits} is more than max_digits = {self.max_digits}")
+        if self.carries >= self.min_digits:
+            raise ValueError(f"carries = {self.carries}: must be below min_digits = {self.min_digits}")
+        return self
+
+
 class HubProblems(Strict):
     """A set of mathematical problems on the Hugging Face hub, whose prompts ask for the answer in a box."""
 
@@ -136,4 +172,4 @@ class FileProblems(Strict):
     """Seed of the choice of problems."""
 
 
-ProblemSpec = Annotated[ReasoningProblems | HubProblems | FileProblems, Field(discriminator="kind")]
+ProblemSpec = Annotated[ReasoningProblems | SumProblems | HubProblems | FileProblems, Field(discriminator="kind")]

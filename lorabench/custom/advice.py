@@ -24,20 +24,12 @@ SMALLEST_WIDTH = 1000
 """About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
 LAW_BATCH = 128
 """Examples per step in the sweep that the law was fitted on."""
-POINTS_PER_DECADE = 3
-RL_SHARE = 0.25
-"""The LR in reinforcement learning over that of the law.
-
-tinker-cookbook takes 4e-5 and 8e-5 for GSM8K on 8B parameters, where the law gives 2.9e-4.
-"""
 GROUP_SIZE = PROBLEMS_PER_STEP = 16
 RL_STEPS = (50, 300)
 """The smallest and the largest number of steps in reinforcement learning."""
 
 # For a family without a law, the range of LRs reaches half a decade beyond the LRs of the law's families (our choice).
 _BEYOND = math.sqrt(10)
-# Grid points on each side of the law's prediction.
-_AROUND = 2
 _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
 
 
@@ -68,21 +60,6 @@ def law_lr(family: str, hidden_size: int, method: str) -> StartingLr:
 def covered(family: str) -> bool:
     """Return whether the law has an exponent for a family."""
     return lineage(family) in PUBLISHED.exponents
-
-
-def lr_grid(lr: StartingLr) -> list[float]:
-    """Return LRs at three points per decade (1, 2.2, 4.6): two on each side of a prediction, or all of a range."""
-    lowest, highest = (POINTS_PER_DECADE * math.log10(end) for end in (lr.low, lr.high))
-    if lr.value is None:
-        first, last = math.floor(lowest), math.ceil(highest)
-    else:
-        first, last = round(lowest) - _AROUND, round(highest) + _AROUND
-    return [float(f"{10 ** (place / POINTS_PER_DECADE):.1e}") for place in range(first, last + 1)]
-
-
-def rl_lr(lr: StartingLr) -> StartingLr:
-    """Return the LR to start from in reinforcement learning, given the law's LR."""
-    return StartingLr(lr.value and RL_SHARE * lr.value, RL_SHARE * lr.low, RL_SHARE * lr.high)
 
 
 def rl_steps(problems: int, per_step: int, epochs: float) -> int:

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel
 
+from lorabench.config.experiments import AUTO
 from lorabench.config.files import PRESETS
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
@@ -21,6 +23,7 @@ from lorabench.custom.model import UserModel, find_model
 from lorabench.custom.user_problems import UserProblems, examine_problems
 from lorabench.custom.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.errors import UserError
+from lorabench.planning.starting_lr import starting_lr
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS
@@ -33,7 +36,6 @@ _GFLOPS_PER_CORE = 50.0
 _MARGINS_NOTE = """The smallest effects that matter, by which verdicts are judged; choose them before the runs.
 loss and reward: shares of the gain from the base to full fine-tuning, in loss and in accuracy of RL.
 lr_factor: the factor up to which two optimal learning rates count as the same."""
-_EDGE = "If the report finds an optimum at an edge of a grid, widen the grid there."
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,6 @@ def _sft_sections(model: UserModel, data: UserData, choices: Choices, model_name
     ranks = choices.ranks or suggested_ranks(model, training_tokens)
     fields = data.source | vars(sizes) | {"max_chars": max(32, data.max_chars)}
     fields |= {"mean_tokens": max(1, round(data.mean_tokens))}
-    fullft, lora = _law(model)
     block = {
         "models": [model_name],
         "datasets": [data_name],
@@ -206,7 +207,7 @@ def _sft_sections(model: UserModel, data: UserData, choices: Choices, model_name
             "Both methods reach their lowest loss at small batches.", [advice.batch_size(sizes.train)]
         ),
         "epochs": float(choices.epochs),
-        "lrs": Noted(f"Three points per decade around {_lr_source(model, fullft, lora)}.\n{_EDGE}", _lrs(fullft, lora)),
+        "lrs": _lrs(model, "sft"),
         "seeds": choices.seeds,
     }
     about = f"{data.usable} usable examples, about {data.mean_completion_tokens:.0f} scored tokens each."
@@ -219,7 +220,6 @@ def _rl_sections(
     sizes = splits(problems.usable, choices.held_out)
     recommended = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), None)
     ranks = choices.ranks or tuple(sorted({1, recommended}))
-    fullft, lora = _law(model)
     per_step = min(advice.PROBLEMS_PER_STEP, sizes.train)
     block = {
         "models": [model_name],
@@ -230,35 +230,26 @@ def _rl_sections(
         "steps": advice.rl_steps(sizes.train, per_step, choices.epochs),
         "max_new_tokens": problems.max_new_tokens,
         "mean_response_tokens": Noted("A guess, for the estimate of the cost.", max(1, problems.max_new_tokens // 3)),
-        "lrs": Noted(
-            f"Three points per decade around a quarter of {_lr_source(model, fullft, lora)}.\n{_EDGE}",
-            _lrs(advice.rl_lr(fullft), advice.rl_lr(lora)),
-        ),
+        "lrs": _lrs(model, "rl"),
         "seeds": choices.seeds,
     }
     source = Noted(f"{problems.usable} usable problems.", problems.source | vars(sizes))
     return {"problems": {problems_name: source}}, {"rl": [block]}
 
 
-def _law(model: UserModel) -> tuple[advice.StartingLr, advice.StartingLr]:
-    fullft, lora = (advice.law_lr(model.family, model.sizes.hidden, method) for method in ("fullft", "lora"))
-    return fullft, lora
-
-
-def _lrs(fullft: advice.StartingLr, lora: advice.StartingLr) -> dict[str, object]:
-    return {"fullft": advice.lr_grid(fullft), "lora": advice.lr_grid(lora)}
+def _lrs(model: UserModel, task: Literal["sft", "rl"]) -> Noted:
+    start = formats.lr(starting_lr(model.sizes.hidden, task), 2)
+    return Noted(
+        f"Each sweep finds its learning rates: it starts at {start} and walks until the lowest loss has a higher\n"
+        "one on both sides. Seeds are at the three learning rates around the lowest loss.",
+        AUTO,
+    )
 
 
 def suggested_ranks(model: UserModel, completion_tokens: float) -> tuple[int, ...]:
     """Return the recommended rank, a quarter of it, and 1, which shows where capacity ends."""
     high = advice.recommended_rank(model.sizes.hidden, model.lora_parameters(1), completion_tokens)
     return tuple(sorted({1, max(1, high // 4), high}))
-
-
-def _lr_source(model: UserModel, fullft: advice.StartingLr, lora: advice.StartingLr) -> str:
-    if fullft.value is None or lora.value is None:
-        return f"the range for a family that the paper's law does not cover, {one_line(model.family)}"
-    return f"the paper's law: {formats.lr(fullft.value, 2)} and {formats.lr(lora.value, 2)}"
 
 
 def checked_gpu(name: str) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.problems import FileProblems, HubProblems, ProblemSpec, ReasoningProblems
+from lorabench.config.problems import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
 from lorabench.data.answers import number
 from lorabench.data.chat import SPLITS, Split
 from lorabench.data.files import file_problems
 from lorabench.data.hub_problems import hub_pools
 from lorabench.data.reasoning import Problem, interleaved, is_worked_template, task_problems, worked_solutions
+from lorabench.data.sums import sum_problems
 from lorabench.errors import UserError
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hub import FetchedRepository
@@ -62,6 +63,8 @@ def _pools(spec: ProblemSpec, fetched: Mapping[str, FetchedRepository]) -> tuple
             return hub_pools(spec, fetched)
         case FileProblems():
             pool = iter(file_problems(spec)[0])
+        case SumProblems():
+            pool = sum_problems(spec.min_digits, spec.max_digits, spec.carries, spec.seed)
         case _:
             pool = _reasoning_pool(spec)
     return pool, pool

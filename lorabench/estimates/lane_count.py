@@ -7,7 +7,6 @@ the same lanes.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
@@ -121,9 +120,8 @@ def _work(preset: Preset, condition: Condition) -> Work:
 
 
 def _groups(preset: Preset, sweep: Sweep, lanes: int) -> list[list[Run]]:
-    """Return the groups of the runs that are known from the start, then of the runs that wait for the best LR."""
-    later = sweep.repeats(best_lr=math.nan)
-    return deal(preset, sweep.grid(), lanes) + deal(preset, later, lanes)
+    """Return the groups of each of the waves that are expected."""
+    return [group for wave in sweep.expected_waves() for group in deal(preset, wave, lanes)]
 
 
 def _fit(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> bool:

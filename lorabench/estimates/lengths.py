@@ -12,7 +12,15 @@ from lorabench.runs import Condition
 _SHARE_OF_MAX_CHARS = {"instruct": 0.65, "worked": 0.83}
 _MEAN_CHARS = {"instruct": 216, "worked": 500}
 _CHARS_OF_A_FACT = 40
-_CHARS_OF_A_PROBLEM = {"arithmetic": 90, "gsm_symbolic": 300, "gsm8k": 300, "math": 300, "deepmath": 400, "file": 300}
+_CHARS_OF_A_PROBLEM = {
+    "arithmetic": 90,
+    "gsm_symbolic": 300,
+    "sums": 8,
+    "gsm8k": 300,
+    "math": 300,
+    "deepmath": 400,
+    "file": 300,
+}
 _CHARS_PER_TOKEN = {"tiny": 2.0, "hub": 3.0, "path": 3.0, "gguf": 3.0}
 
 

@@ -75,18 +75,22 @@ def start_seconds(preset: Preset) -> float:
     return _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
 
 
-def job_seconds(preset: Preset, job: Job, gpus: int) -> float:
-    """Estimate the wall-clock seconds of a job on `gpus` GPUs (0: a CPU), which starts once for all its sweeps."""
-    return start_seconds(preset) + sum(sweep_seconds(preset, sweep, gpus) for sweep in job.sweeps)
+def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
+    """Estimate the wall-clock seconds of a job on `gpus` GPUs (0: a CPU), which starts once for all its sweeps.
+
+    With `most` they are those of its largest possible number of runs, else of the expected number.
+    """
+    return start_seconds(preset) + sum(sweep_seconds(preset, sweep, gpus, most) for sweep in job.sweeps)
 
 
-def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, most: bool = False) -> float:
     """Estimate the wall-clock seconds of a sweep on `gpus` GPUs (0: a CPU), without the start of its job."""
-    seconds = sweep.n_runs * sum(run_seconds(preset, sweep, gpus))
+    runs = sweep.most_runs if most else sweep.n_runs
+    seconds = runs * sum(run_seconds(preset, sweep, gpus))
     if not gpus:
         return seconds
     # Full fine-tuning loads the base again for each run.
-    loads = sweep.n_runs if sweep.condition.method == "fullft" else 1
+    loads = runs if sweep.condition.method == "fullft" else 1
     weights = 4 * dimensions(preset.models[sweep.condition.model]).parameters
     return seconds + loads * weights / _READING
 

@@ -19,12 +19,13 @@ from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import load_model, load_tokenizer, max_length, package_versions, weights_sha256
 from lorabench.planning.plan import Plan
-from lorabench.runs import EvalJob
+from lorabench.planning.walk import best_lr, finished_losses
+from lorabench.runs import EvalJob, Run
 from lorabench.storage.layout import Layout
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.io import write_table
 from lorabench.tables.schemas import EVALS
-from lorabench.training.selection import best_lr
+from lorabench.training.selection import validation_loss
 from lorabench.training.sweep import machine_of
 
 if TYPE_CHECKING:
@@ -92,18 +93,21 @@ def best_record(job: EvalJob, layout: Layout) -> dict[str, Any] | None:
     """Return the record of the run to evaluate: the first seed at the best LR; None if all runs diverged.
 
     Raises:
-        UserError: a run of the grid is not done.
+        UserError: a run of the sweep is not done.
     """
     assert job.sweep
-    records = []
-    for run in job.sweep.grid():
-        folder = RunFolder(layout.runs, run.run_id)
-        if not folder.done():
-            raise UserError(f"run {run.run_id} of sweep {job.sweep.sweep_id} is not done; train the sweep first")
-        if run.seed == 0:
-            records.append(folder.read_record())
-    best = best_lr(records)
-    return next((record for record in records if record["spec"]["lr"] == best), None)
+    sweep = job.sweep
+
+    def folder(run: Run) -> RunFolder:
+        return RunFolder(layout.runs, run.run_id)
+
+    def loss_of(run: Run) -> float:
+        if not folder(run).done():
+            raise UserError(f"run {run.run_id} of sweep {sweep.sweep_id} is not done; train the sweep first")
+        return validation_loss(folder(run).read_record())
+
+    best = best_lr(sweep, finished_losses(sweep, loss_of))
+    return None if best is None else folder(Run(sweep.condition, best, 0)).read_record()
 
 
 def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layout) -> None:

@@ -279,6 +279,26 @@ FIGURES = {
             experiments=("lr_law",),
         ),
         PaperFigure(
+            name="lr_ratio",
+            title="LR ratio. LoRA's optimal learning rate over that of full fine-tuning, and theories of it",
+            caption=(
+                "The upper panel shows the ratio of LoRA's optimal learning rate to that of full fine-tuning against "
+                "the width of the model. Black marks are measured here, each with its 95% interval; an open mark is "
+                "not resolved by its grid of learning rates. Grey diamonds and triangles are ratios that others "
+                "published for supervised fine-tuning and for RL, mostly from one seed and a coarse grid (open where "
+                "alpha is not 32 or not known), and the star is the paper's 10; lines through them span "
+                "the widths of their models and the range that they give. "
+                "The lower panels vary the number of steps, alpha and the batch size, with all else fixed; their note "
+                "names the width of the models. A grey mark beside a black one is the ratio had longer runs ended at "
+                "that step, measured by validation losses. Coloured lines are what theories predict, with parameters "
+                "that were written down before these runs. The theory that A moves takes the measured optimum of full "
+                "fine-tuning as given, so it is drawn at measured conditions only; the dashed line is the same theory "
+                "at the learning rates that the law in the paper authors' code gives for Llama models, after 780 "
+                "steps. The page on the LR ratio in the documentation derives the theories."
+            ),
+            experiments=("lr_ratio",),
+        ),
+        PaperFigure(
             name="short_run",
             title="Learning rates of short and long runs",
             caption=(

@@ -7,7 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.figures import style
-from lorabench.figures.lr_panel import ACCURACY, ACCURACY_COLUMNS, BASE, STRIP, accuracy_rows, draw_lr_panel, lr_marks
+from lorabench.figures.lr_panel import (
+    ACCURACY,
+    ACCURACY_COLUMNS,
+    STRIP,
+    accuracy_rows,
+    draw_levels,
+    draw_lr_panel,
+    lr_marks,
+)
 from lorabench.figures.rl_curves import curve_rows, draw_curves
 from lorabench.tables.tables import Tables
 
@@ -40,8 +48,7 @@ def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyl
     if curves.empty:
         style.say(axes, "There are no test accuracies over training.")
         return
-    for level in rows.loc[rows["element"] == "base", "accuracy"]:
-        axes.axhline(level, **BASE)
+    draw_levels(axes, rows, "accuracy")
     draw_curves(axes, curves, styles)
     axes.set_ylabel("test accuracy at the best LR")
     style.note(axes, style.seeds_text(curves["n_seeds"]), STRIP)

@@ -67,6 +67,14 @@ DIVERGED, UNREWARDED = "x", "$0$"
 BASE: dict[str, Any] = {"color": "0.6", "linewidth": 1.2, "zorder": 1}
 """The look of the line at the accuracy of the base model."""
 
+LEVELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "base": ("base_reward", "before training", BASE),
+    "constant": ("constant_reward", "best constant answer", {**BASE, "linestyle": ":"}),
+    "rule": ("rule_reward", "best cheap rule", {**BASE, "linestyle": "--"}),
+}
+"""The lines at accuracies without learning the task, by element: the column of `runs`, the entry of the legend, the
+look of the line."""
+
 
 def lr_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Return what the panels plot, with the columns LR_COLUMNS.
@@ -97,17 +105,17 @@ def accuracy_rows(runs: pd.DataFrame) -> pd.DataFrame:
 
     The column `element` says what a row is: `accuracy` (the mean over the seeds of one arm and LR), `optimum` and
     `diverged` as in `lr_rows`, `unrewarded` (a run that never got a reward; the means count it with the accuracy of
-    the base model) or `base` (the model before training). Accuracies are of greedy answers to the test split, from 0
-    to 1.
+    the base model), `base` (the model before training), `constant` (the most frequent answer to all problems) or
+    `rule` (the best cheap rule, see `lorabench.data.controls`). Accuracies are of greedy answers to the test split,
+    from 0 to 1.
     """
     unrewarded = runs[runs["status"] == "unrewarded"].assign(element="unrewarded")
     unrewarded["arm"] = [arm_label(run) for _, run in unrewarded.iterrows()]
-    base = runs.groupby(style.PANEL, dropna=False, as_index=False).agg(accuracy=("base_reward", "median"))
-    parts = [
-        as_accuracies(lr_rows(with_error_rates(runs))),
-        unrewarded,
-        base.dropna(subset=["accuracy"]).assign(element="base"),
-    ]
+    parts = [as_accuracies(lr_rows(with_error_rates(runs))), unrewarded]
+    for element, (column, _, _) in LEVELS.items():
+        if column in runs:
+            level = runs.groupby(style.PANEL, dropna=False, as_index=False).agg(accuracy=(column, "median"))
+            parts.append(level.dropna(subset=["accuracy"]).assign(element=element))
     return pd.concat([part.reindex(columns=ACCURACY_COLUMNS) for part in parts if len(part)], ignore_index=True)
 
 
@@ -138,15 +146,14 @@ def draw_lr_panel(
     axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], measure: FinalResult = LOSS
 ) -> None:
     """Draw the rows of one panel; it needs STRIP points of free height above it."""
-    means, optimum, diverged, unrewarded, base = (
-        rows[rows["element"] == element] for element in (measure.element, "optimum", "diverged", "unrewarded", "base")
+    means, optimum, diverged, unrewarded = (
+        rows[rows["element"] == element] for element in (measure.element, "optimum", "diverged", "unrewarded")
     )
     above, value = means[_is_above(means)], measure.column
     axes.set(xscale="log", xlabel="learning rate", ylabel=measure.final)
     # The labels of minor ticks would overlap.
     axes.xaxis.set_minor_formatter(NullFormatter())
-    for level in base[value]:
-        axes.axhline(level, **BASE)
+    draw_levels(axes, rows, value)
     for arm, points in means.groupby("arm"):
         arm_style = styles[str(arm)]
         colour = arm_style.colour
@@ -165,6 +172,13 @@ def draw_lr_panel(
     outside = [above.assign(marker="^"), diverged.assign(marker=DIVERGED), unrewarded.assign(marker=UNREWARDED)]
     _marks_above(axes, pd.concat(outside), styles)
     style.note(axes, _facts(rows, measure), STRIP)
+
+
+def draw_levels(axes: Axes, rows: pd.DataFrame, column: str) -> None:
+    """Draw the lines at accuracies without learning the task, those of LEVELS that are in the rows."""
+    for element, (_, _, look) in LEVELS.items():
+        for level in rows.loc[rows["element"] == element, column]:
+            axes.axhline(level, **look)
 
 
 def _is_above(rows: pd.DataFrame) -> pd.Series[bool]:
@@ -224,6 +238,6 @@ def lr_marks(plotted: pd.DataFrame) -> list[Artist]:
         (_is_above(plotted).any(), style.mark("above the range", "^")),
         ("diverged" in elements, style.mark("diverged", DIVERGED, markeredgewidth=1.5)),
         ("unrewarded" in elements, style.mark("never rewarded", UNREWARDED, markeredgewidth=0.6)),
-        ("base" in elements, Line2D([], [], label="before training", **BASE)),
+        *((level in elements, Line2D([], [], label=label, **look)) for level, (_, label, look) in LEVELS.items()),
     ]
     return [entry for occurs, entry in entries if occurs]

@@ -12,6 +12,7 @@ FAMILIES = {
     "M": "Mixtures of experts",
     "F": "Reinforcement learning",
     "G": "Compute",
+    "P": "Predictions of this project",
 }
 """The subject of each family of claims, by the first letter of their ids."""
 
@@ -73,5 +74,10 @@ SHORT_NAMES = {
     "G1": "2/3 + 2R/N of FullFT's FLOPs",
     "G2": "low ranks ahead per FLOP",
     "G3": "10 times sampling's accelerators",
+    "P1": "LR ratio: A moves",
+    "P2": "LR ratio: by width / alpha alone",
+    "P3": "LR ratio: LoRA's LR has no width",
+    "P4": "LR ratio: always 10",
+    "P5": "LR ratio: width / (2 alpha)",
 }
 """What each claim says, in at most 34 characters."""

@@ -1,7 +1,7 @@
-"""The tiny bases: models of 0.3M to 1.7M parameters, pretrained by this project and shipped with the package.
+"""The tiny bases: models of 0.3M to 2.8M parameters, pretrained by this project and shipped with the package.
 
-With them every comparison runs without a hub or a GPU on models that were really pretrained, of two families and two
-widths, dense and as a mixture of experts. `RECIPES` determines them, `build` follows a recipe, and
+With them every comparison runs without a hub or a GPU on models that were really pretrained, of two families,
+in widths of 64 to 256, dense and as a mixture of experts. `RECIPES` determines them, `build` follows a recipe, and
 `lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat template, and the recipe with
 the weights' hash and held-out loss). All share a tokenizer and are trained on the same tasks. Rebuild one with
 `lorabench tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -30,6 +30,7 @@ from lorabench.data.reasoning import (
     mixture,
     worked_solutions,
 )
+from lorabench.data.sums import Writers, written_sums
 from lorabench.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -86,17 +87,41 @@ class PretrainingRecipe:
     seed: int = 20250929
 
 
+@dataclass(frozen=True)
+class SumsRecipe(PretrainingRecipe):
+    """What determines a base that is pretrained further, on nothing but worked sums (see `lorabench.data.sums`)."""
+
+    start: str = "llama-64"
+    """The shipped base that it goes on from."""
+    writers: Writers = field(default_factory=Writers)
+
+
 # What the recipes of the other bases share, of the narrow ones, and of the mixture of experts.
 _OTHERS: dict[str, Any] = {"tokenizer": "llama-128", "train_tokens": 8_000_000}
 _NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160}
 _EXPERTS: dict[str, Any] = {"intermediate_size": 128, "experts": 8, "active_experts": 2, "balance": 0.01}
+
+# What the bases of sums share.
+_SUMS: dict[str, Any] = {
+    **_NARROW,
+    "tokenizer": "llama-128",
+    "batch": 8,
+    "lr": 3e-3,
+    "chat_share": 1.0,
+    "heldout_tokens": 50_000,
+}
 
 RECIPES: dict[str, PretrainingRecipe] = {
     "llama-128": PretrainingRecipe(),
     "llama-64": PretrainingRecipe(**_OTHERS, **_NARROW),
     "qwen-128": PretrainingRecipe(**_OTHERS, family="qwen3"),
     "qwen-64": PretrainingRecipe(**_OTHERS, **_NARROW, family="qwen3"),
+    # A wider model wants a lower learning rate.
+    "llama-256": PretrainingRecipe(**_OTHERS, hidden_size=256, intermediate_size=640, lr=2e-3),
     "moe-128": PretrainingRecipe(**_OTHERS, **_EXPERTS, family="qwen3_moe"),
+    # Short sums have most mistakes to unlearn; long sums have more columns, of which each may be wrong.
+    "llama-64-sums": SumsRecipe(**_SUMS, train_tokens=3_000_000),
+    "llama-64-long-sums": SumsRecipe(**_SUMS, train_tokens=4_000_000, writers=Writers(careless=0.6, most_slips=0.5)),
 }
 
 
@@ -107,6 +132,8 @@ def shipped_folder(name: str) -> Path:
 
 def pretraining_problems(recipe: PretrainingRecipe, seed: int) -> Iterator[Problem]:
     """Yield short problems without end: from the pretraining pool, and rarely from the fine-tuning pools."""
+    if isinstance(recipe, SumsRecipe):
+        yield from written_sums(recipe.writers, seed)
     common = worked_solutions(is_pretraining_template, seed), mixture(PRETRAIN_TASKS, seed)
     rare = worked_solutions(is_worked_template, seed), mixture(INSTRUCT_TASKS, seed)
     rng = Random(seed)
@@ -204,10 +231,13 @@ def _config(recipe: PretrainingRecipe) -> PreTrainedConfig:
 
 
 def new_model(recipe: PretrainingRecipe) -> PreTrainedModel:
-    """Return the untrained model of a recipe, in fp32 and with an unembedding of its own."""
+    """Return the model that a recipe's training starts from, in fp32 and with an unembedding of its own."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if isinstance(recipe, SumsRecipe):
+        start: PreTrainedModel = AutoModelForCausalLM.from_pretrained(shipped_folder(recipe.start), dtype=torch.float32)
+        return start
     torch.manual_seed(recipe.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(recipe))
     return model

@@ -18,15 +18,19 @@ from lorabench.utils.gpus import GPUS
 
 @dataclass(frozen=True)
 class Bill:
-    """The cost of planned work. `tokens` pass forward and backward, those of an evaluation only forward."""
+    """The expected cost of planned work. `tokens` pass forward and backward, those of an evaluation only forward."""
 
     jobs: int = 0
     runs: int = 0
+    most_runs: int = 0
+    """The largest possible number of runs, which differs from `runs` where sweeps find their LRs."""
     tokens: float = 0.0
     flops: float = 0.0
     job_hours: float = 0.0
     """Wall-clock hours of all jobs, one after the other."""
+    most_job_hours: float = 0.0
     gpu_hours: float = 0.0
+    most_gpu_hours: float = 0.0
     longest_hours: float = 0.0
     """Wall-clock hours of the longest job."""
     gpus: int = 0
@@ -43,10 +47,13 @@ class Bill:
         return Bill(
             self.jobs + other.jobs,
             self.runs + other.runs,
+            self.most_runs + other.most_runs,
             self.tokens + other.tokens,
             self.flops + other.flops,
             self.job_hours + other.job_hours,
+            self.most_job_hours + other.most_job_hours,
             self.gpu_hours + other.gpu_hours,
+            self.most_gpu_hours + other.most_gpu_hours,
             max(self.longest_hours, other.longest_hours),
             max(self.gpus, other.gpus),
             max(self.memory, other.memory),
@@ -67,7 +74,14 @@ def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
         tokens = sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
         flops = sum(sweep_flops(preset, sweep) for sweep in job.sweeps)
         bill = _job(requested, job.n_runs, tokens, flops, job_seconds(preset, job, requested.gpus))
-        total += replace(bill, lanes=max(lane_count(preset, sweep, requested.gpus) for sweep in job.sweeps))
+        most_hours = job_seconds(preset, job, requested.gpus, most=True) / 3600
+        total += replace(
+            bill,
+            most_runs=job.most_runs,
+            most_job_hours=most_hours,
+            most_gpu_hours=requested.gpus * most_hours,
+            lanes=max(lane_count(preset, sweep, requested.gpus) for sweep in job.sweeps),
+        )
     return total
 
 
@@ -96,7 +110,9 @@ def _job(requested: Resources, runs: int, tokens: float, flops: float, seconds: 
         tokens=tokens,
         flops=flops,
         job_hours=hours,
+        most_job_hours=hours,
         gpu_hours=requested.gpus * hours,
+        most_gpu_hours=requested.gpus * hours,
         longest_hours=hours,
         gpus=requested.gpus,
         memory=memory * MB,
@@ -118,9 +134,13 @@ def total(plan: Plan) -> Bill:
     return training(plan, plan.jobs) + compute(plan) + evaluation(plan)
 
 
-def minutes(plan: Plan, bill: Bill, cores: int) -> float:
-    """Estimate the wall-clock minutes of a CPU preset's bill on a machine with `cores` cores."""
-    return bill.job_hours * 60 / max(1, min(jobs_at_once(plan.preset, cores), bill.jobs))
+def minutes(plan: Plan, bill: Bill, cores: int, most: bool = False) -> float:
+    """Estimate the wall-clock minutes of a CPU preset's bill on a machine with `cores` cores.
+
+    With `most` they are those of the largest possible number of runs, else of the expected number.
+    """
+    hours = bill.most_job_hours if most else bill.job_hours
+    return hours * 60 / max(1, min(jobs_at_once(plan.preset, cores), bill.jobs))
 
 
 def jobs_at_once(preset: Preset, cores: int) -> int:

@@ -100,10 +100,7 @@ def _gpus(preset: Preset, sweep: Sweep) -> int:
 def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
     """Return the preset and sweep of every run that plans may contain, by run_id, whichever LRs prove the best."""
     return {
-        run.run_id: (plan.preset, sweep)
-        for plan in plans
-        for sweep in plan.sweeps
-        for run in (*sweep.grid(), *(run for lr in sweep.lrs for run in sweep.repeats(lr)))
+        run.run_id: (plan.preset, sweep) for plan in plans for sweep in plan.sweeps for run in sweep.possible_runs()
     }
 
 

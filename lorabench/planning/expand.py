@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from lorabench.config.experiments import Block, Protocol, RlExperiment, SftExperiment
+from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.models import ModelSpec
 from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
+from lorabench.models.dimensions import dimensions
 from lorabench.models.identity import model_id
+from lorabench.planning.starting_lr import starting_lr
 from lorabench.runs import PROTOCOL_VERSION, Condition, Rollouts, Sweep
 from lorabench.utils.hashing import digest
+from lorabench.utils.lattice import Lattice
+
+# Number of LRs that a sweep with `lrs: auto` starts with.
+_FIRST_LRS = 3
 
 
 def sft_conditions(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
@@ -65,22 +72,30 @@ def block_sweeps(
         common: the condition's fields that the arms share (see `sft_conditions` and `rl_conditions`).
     """
     eps = preset.protocol.eps if block.eps is None else block.eps
-    for arm, lrs in _arms(block, preset.protocol):
+    for arm, grid, scale in _arms(block, preset.protocol):
+        lattice = None
+        if isinstance(grid, AutoLrs):
+            start = grid.start or starting_lr(dimensions(preset.models[common["model"]]).hidden, common["task"])
+            lattice = Lattice(grid.per_decade, grid.most - _FIRST_LRS, scale)
+            lrs: tuple[float, ...] = lattice.around(start)
+        else:
+            lrs = tuple(lr * scale for lr in grid)
         every = range(1, block.seeds) if block.repeat == "every" else ()
         yield Sweep(
             Condition(**common, **arm, eps=eps),
-            tuple(lrs),
+            lrs,
             seeds=block.seeds if block.repeat == "best" else 1,
             experiments=(name,),
             repeated=tuple((lr, seed) for lr in lrs for seed in every),
+            lattice=lattice,
         )
 
 
-def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float]]]:
-    """Yield the condition's fields of each arm, and the arm's LR grid."""
+def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float] | AutoLrs, float]]:
+    """Yield the condition's fields of each arm, its LR grid, and the factor on the grid's LRs."""
     if block.lrs.fullft:
         absent = dict.fromkeys(("rank", "placement", "alpha", "init_a", "lr_ratio"))
-        yield {"method": "fullft", **absent}, block.lrs.fullft
+        yield {"method": "fullft", **absent}, block.lrs.fullft, 1.0
     alphas = block.alphas or [protocol.alpha]
     # The first transform is the identity: p = q = 1.
     transforms = [[1.0, 1.0], *block.transforms]
@@ -94,7 +109,7 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
                 "init_a": init_a * p,
                 "lr_ratio": ratio * q / p,
             }
-            yield arm, [lr * p for lr in block.lrs.lora]
+            yield arm, block.lrs.lora, p
 
 
 def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
@@ -105,7 +120,10 @@ def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> st
 
 
 def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
-    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them."""
+    """Merge the sweeps of each condition into one, which has the LRs, seeds and experiments of all of them.
+
+    If some have a lattice, the merged sweep walks on the finest one, starting from the LRs of all.
+    """
     merged: dict[Condition, Sweep] = {}
     for sweep in sweeps:
         other = merged.get(sweep.condition)
@@ -116,6 +134,14 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
                 seeds=max(other.seeds, sweep.seeds),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
                 repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
+                lattice=_finest(other.lattice, sweep.lattice),
             )
         merged[sweep.condition] = sweep
     return list(merged.values())
+
+
+def _finest(one: Lattice | None, other: Lattice | None) -> Lattice | None:
+    if one is None or other is None:
+        return one or other
+    further = max(one.further, other.further)
+    return replace(max(one, other, key=lambda lattice: lattice.per_decade), further=further)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pydantic import BaseModel
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.runs import Sweep
+from lorabench.runs import AROUND, Sweep
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ def further(plan: Plan, more: Mapping[str, More], test_examples: Mapping[str, in
         extra = _extra(sweep, wanted.get(_without_identity(sweep)))
         if sweep.condition.dataset in larger:
             seeds, lrs = (extra.seeds - 1, extra.lrs) if extra else (0, ())
+            if sweep.lattice is not None:
+                seeds //= AROUND
             repeated = (*sweep.repeated, *(extra.repeated if extra else ()))
             cells = tuple(sorted({*sweep.lrs, *lrs}))
-            sweeps.append(Sweep(sweep.condition, cells, sweep.seeds + seeds, sweep.experiments, repeated))
+            sweeps.append(replace(sweep, lrs=cells, seeds=sweep.seeds + seeds, repeated=repeated))
         elif extra:
             sweeps.append(extra)
     return Plan(raised.preset, tuple(sweeps))
@@ -68,7 +70,9 @@ def _extra(sweep: Sweep, more: More | None) -> Sweep | None:
     neighbours = min(2, len(sweep.lrs) + len(lrs) - 1)
     # The LRs are not known before the grid is trained; for the number of runs it does not matter which they are.
     seeds = max(0, more.seeds - sweep.seeds, more.seeds_around - sweep.seeds) + neighbours * (more.seeds_around - 1)
-    if sweep.repeated:
+    if sweep.lattice is not None:
+        seeds = AROUND * max(0, more.seeds - sweep.seeds, more.seeds_around - sweep.seeds)
+    elif sweep.repeated:
         # Its seeds are at every LR.
         seeds, wanted = 0, max(more.seeds, more.seeds_around)
         there = 1 + max(seed for _, seed in sweep.repeated)

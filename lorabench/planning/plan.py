@@ -85,12 +85,14 @@ class Plan:
         raise UserError(f"job {job_id!r} is not in the plan; has the preset changed since the job was made?")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row per planned run; `lr` and `run_id` are None for seeds at the best LR, not known yet."""
+        """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
-            grid = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
+            grid, *later = sweep.expected_waves()
+            known = [(run.run_id, run.lr, run.seed) for run in grid]
+            unknown = [(None, None, run.seed) for wave in later for run in wave]
             condition = {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
-            for run_id, lr, seed in [*grid, *((None, None, seed) for seed in range(1, sweep.seeds))]:
+            for run_id, lr, seed in [*known, *unknown]:
                 row = {"run_id": run_id, "sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}
                 rows.append(row | condition | {"lr": lr, "seed": seed})
         return rows

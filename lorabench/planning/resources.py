@@ -49,7 +49,7 @@ class Resources:
 
 
 def job_resources(plan: Plan, job: Job) -> Resources:
-    """Return the resources of a training job: the memory of its largest sweep, and the time of all of them.
+    """Return the resources of a training job: the memory of its largest sweep, and the most time that all may take.
 
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
@@ -58,14 +58,16 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
     peak = max(peak_bytes(preset, sweep, gpus, lane_count(preset, sweep, gpus)) for sweep in job.sweeps)
     disk = sum(_kept_bytes(preset, sweep) for sweep in job.sweeps)
-    return _resources(preset, job.sweeps[0].condition.model, gpus, peak, job_seconds(preset, job, gpus), disk)
+    return _resources(
+        preset, job.sweeps[0].condition.model, gpus, peak, job_seconds(preset, job, gpus, most=True), disk
+    )
 
 
 def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
     """Return the bytes of the weights that are kept when a sweep is done."""
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
-    kept = sweep.n_runs if preset.execution.keep_weights == "all" else sweep.seeds
+    kept = sweep.most_runs if preset.execution.keep_weights == "all" else sweep.seeds
     return 4 * kept * trained_parameters(preset, sizes, condition.rank, condition.placement)
 
 

@@ -82,6 +82,8 @@ def _where(figure: str) -> str:
     """Return the place in the paper: `1, 2` becomes `figures 1 and 2`, `4 (table)` becomes `table of figure 4`."""
     if figure == "text":
         return "text"
+    if figure == "own":
+        return "not in the paper"
     if figure.endswith(" (table)"):
         return f"table of figure {figure.removesuffix(' (table)')}"
     if not figure[0].isdigit():

@@ -27,6 +27,7 @@ KINDS = {
     "empirical claim": ("empirical", "opinion", "prediction"),
     "derivation": ("derivation",),
     "count": ("count",),
+    "own prediction": ("own prediction",),
 }
 """What the headline counts apart, each with the kinds of claims that belong to it."""
 

@@ -115,6 +115,14 @@ SECTIONS = (
         ("B5", "B6", "B7", "B8", "B11"),
     ),
     Section(
+        "lr-ratio",
+        "LR ratio",
+        "Why the ratio of learning rates is what it is",
+        "Theories of this project, not claims of the paper: what the ratio depends on, predicted before the runs.",
+        ("lr_ratio",),
+        ("P1", "P2", "P3", "P4", "P5"),
+    ),
+    Section(
         "length",
         "Length",
         "Short and long runs",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lorabench.config.experiments import AutoLrs, Block
 from lorabench.report import claim_text
 from lorabench.tables.io import list_of_words
 from lorabench.utils import formats
-
-if TYPE_CHECKING:
-    from lorabench.config.experiments import Block
 
 
 def text(value: Any) -> str:
@@ -44,6 +42,21 @@ def parametrization(block: Block) -> str:
     return "; ".join(parts) or "standard"
 
 
+def lrs(grid: list[float] | AutoLrs) -> str:
+    """Describe a method's grid of LRs in a block of an experiment."""
+    if isinstance(grid, AutoLrs):
+        return f"found, at most {grid.most}"
+    return ", ".join(map(formats.lr, grid)) or formats.DASH
+
+
+def seeds(block: Block) -> str:
+    """Say at which LRs of a block all seeds are trained."""
+    if block.repeat == "every":
+        return f"{block.seeds} at every LR"
+    found = any(isinstance(grid, AutoLrs) for grid in (block.lrs.fullft, block.lrs.lora))
+    return f"{block.seeds} at the {'three LRs around the best' if found else 'best LR'}"
+
+
 def _listed(values: list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
@@ -67,7 +80,7 @@ FILTERS = {
     for function in (
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
-        *(text, list_of_words, in_paper, parametrization, anchor_run, anchor_claim),
+        *(text, list_of_words, in_paper, parametrization, lrs, seeds, anchor_run, anchor_claim),
         *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark),
     )
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.planning.plan import Plan
-from lorabench.runs import Run, Sweep
+from lorabench.runs import Job, Run, Sweep
 from lorabench.storage.layout import Layout
 from lorabench.storage.run_folder import RunFolder
 from lorabench.utils.exhaustion import NoSpaceError
@@ -43,7 +43,7 @@ class Progress:
             state = {
                 "label": self.sweep.condition.label,
                 "run": number,
-                "runs": self.sweep.n_runs,
+                "runs": max(number, self.sweep.n_runs),
                 "lr": run.lr,
                 "seed": run.seed,
                 "step": step,
@@ -80,7 +80,9 @@ def status(plan: Plan, layout: Layout) -> Status:
     running: list[dict[str, Any]] = []
     silent: list[dict[str, Any]] = []
     finished = [job for job in plan.jobs if layout.job(job).exists()]
-    done = sum(job.n_runs for job in finished)
+    # A sweep that finds its LRs has another number of runs than expected.
+    trained = {job: _trained(job, layout) for job in finished}
+    done = sum(trained.values())
     # The folder is listed once: a job calls this after every run, and most of its runs have no folder yet.
     run_folders = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
     for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
@@ -93,10 +95,20 @@ def status(plan: Plan, layout: Layout) -> Status:
         (running if is_alive(age) else silent).append(state | {"silent_s": age})
     return Status(
         runs_done=done,
-        runs_planned=sum(sweep.n_runs for sweep in plan.sweeps),
+        runs_planned=sum(trained.get(job, job.n_runs) for job in plan.jobs),
         jobs_done=len(finished),
         jobs_planned=len(plan.jobs),
         running=running,
         silent=silent,
         report=layout.report if layout.report.exists() else None,
     )
+
+
+def _trained(job: Job, layout: Layout) -> int:
+    """Return the number of runs of a finished job."""
+    if all(sweep.lattice is None for sweep in job.sweeps):
+        return job.n_runs
+    # Imported only here, because `lorabench status` shall answer at once.
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(layout.job(job)).num_rows)

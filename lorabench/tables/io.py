@@ -78,10 +78,17 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
-    for column in SCHEMAS[name]:
-        if column.name in frame:
-            frame[column.name] = _typed(frame[column.name], column.type, path)
-    return frame
+    return typed_columns(frame, name, path)
+
+
+def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
+    """Return the table `name` with its documented columns in their types; other columns are kept.
+
+    Raises:
+        UserError: a column holds a value of another type; the message names the file `path`.
+    """
+    columns = {column.name: column.type for column in SCHEMAS[name] if column.name in frame}
+    return frame.assign(**{column: _typed(frame[column], kind, path) for column, kind in columns.items()})
 
 
 def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,22 +1,17 @@
-"""Select the best learning rate of a sweep on the validation split."""
+"""The loss by which a sweep selects its learning rates: that of the validation split."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
-def best_lr(records: list[dict[str, Any]]) -> float | None:
-    """Return the LR with the lowest final validation NLL, in RL with the highest final validation reward.
-
-    If several LRs are equally good, the lowest is returned; None if every run diverged.
-
-    Args:
-        records: records of runs that differ in their LR only.
-    """
-    scored = []
-    for record in records:
-        outcome = record["outcome"]
-        nll, reward = outcome.get("final_valid_nll"), outcome.get("final_valid_reward")
-        if nll is not None or reward is not None:
-            scored.append((-reward if nll is None else nll, record["spec"]["lr"]))
-    return min(scored)[1] if scored else None
+def validation_loss(record: dict[str, Any]) -> float:
+    """Return a run's final validation NLL in nats per token, in RL minus its final validation reward; infinite if the
+    run diverged."""
+    outcome = record["outcome"]
+    nll, reward = outcome.get("final_valid_nll"), outcome.get("final_valid_reward")
+    if nll is None and reward is None:
+        return math.inf
+    loss = float(-reward if nll is None else nll)
+    return math.inf if math.isnan(loss) else loss

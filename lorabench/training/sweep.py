@@ -1,6 +1,6 @@
 """The training of a sweep's runs: finished runs are skipped, and unfinished ones go on from their checkpoints.
 
-The LR grid is trained first, then the repeats: the other seeds at the LR that was best on the validation split.
+The runs are trained in waves, which `lorabench.planning.walk` determines from the validation losses so far.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lorabench.models.lanes.shelf import Stack
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.size import Sizes
 from lorabench.planning.plan import Plan
+from lorabench.planning.walk import best_lr, ending, next_runs
 from lorabench.runs import Run, Sweep
 from lorabench.storage.layout import Layout
 from lorabench.storage.progress import Progress
@@ -36,7 +37,7 @@ from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
 from lorabench.training.run import Machine, Outcome, recompute_activations
-from lorabench.training.selection import best_lr
+from lorabench.training.selection import validation_loss
 from lorabench.utils.files import write_json
 from lorabench.utils.malloc import keep_freed_memory
 
@@ -128,7 +129,9 @@ class SweepContext:
         """Report that a run starts, or its result."""
         end = "" if result is None else f": {result}"
         if self.machine.processes.first:
-            self.say(f"run {number}/{self.sweep.n_runs}: lr {run.lr:g}, seed {run.seed}{end}")
+            sweep = self.sweep
+            of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
+            self.say(f"run {number}{of}: lr {run.lr:g}, seed {run.seed}{end}")
 
     def unfinished_groups(self, runs: list[tuple[int, Run]]) -> list[RunGroup]:
         """Group the unfinished ones of some runs, given with their numbers, by the lanes that train them together."""
@@ -226,31 +229,35 @@ def run_sweep(
         for number, run in runs:
             context.announce(number, run, _result(context.folder(run).read_record()["outcome"]))
 
-    if processes.first:
-        for run in sweep.grid():
-            context.folder(run).tidy()
-    processes.wait()
-    # The grid's runs of seed 0 choose the LR; other seeds that belong to the grid are trained with it.
-    grid = sweep.grid()
-    finish(list(enumerate(grid, 1)))
-    best = best_lr([context.folder(run).read_record() for run in grid if run.seed == 0])
-    # An earlier plan with another grid may have had another best LR and deleted these weights: train the run again.
+    waves: list[list[tuple[int, Run]]] = []
+    losses: dict[tuple[float, int], float] = {}
+    while wave := next_runs(sweep, losses):
+        if processes.first:
+            for run in wave:
+                context.folder(run).tidy()
+        processes.wait()
+        waves.append(list(enumerate(wave, len(losses) + 1)))
+        finish(waves[-1])
+        losses |= {(run.lr, run.seed): validation_loss(context.folder(run).read_record()) for run in wave}
+    best = best_lr(sweep, losses)
+    if sweep.lattice is not None and processes.first:
+        say(ending(sweep, losses))
+    # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again.
     if best is not None and not (chosen := context.folder(Run(sweep.condition, best, 0))).weights.exists():
         processes.wait()
         if processes.first:
             chosen.record.unlink()
         processes.wait()
-        finish(list(enumerate(grid, 1)))
-    repeats = sweep.repeats(best) if best is not None else []
-    finish(list(enumerate(repeats, len(grid) + 1)))
+        finish(next(wave for wave in waves if any((run.lr, run.seed) == (best, 0) for _, run in wave)))
     if not processes.first:
         return []
+    runs = [run for wave in waves for _, run in wave]
     if plan.preset.execution.keep_weights == "best":
-        for run in grid:
+        for run in runs:
             if run.lr != best:
                 shutil.rmtree(context.folder(run).weights, ignore_errors=True)
     progress.close()
-    return sweep_rows([context.folder(run) for run in (*grid, *repeats)], sweep)
+    return sweep_rows([context.folder(run) for run in runs], sweep)
 
 
 def _check_commits(context: SweepContext, finished: list[Run]) -> None:

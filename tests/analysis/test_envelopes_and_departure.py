@@ -166,11 +166,26 @@ def grows_from(left: float):
 def test_a_paired_gap_departs_where_it_stays_above_the_margin_and_grows():
     curves = gaps(grows_from(45))
     departure = paired_departure(curves, margin=0.02)
-    assert (departure.first, departure.before) == (45, 21)
+    assert (departure.first, departure.before, departure.past) == (45, 21, 98)
     assert departure.growth.value == pytest.approx(0.1)
     # With seeds that differ by much, the gap may be noise.
     assert not paired_departure(gaps(grows_from(45), spread=0.05), 0.02).left
     assert not paired_departure(gaps(grows_from(45)), margin=0.3).left
+
+
+def test_a_departure_within_a_window_leaves_that_window_out():
+    """The window that holds a departure begins before it, so what comes after starts with the next window."""
+    departure = paired_departure(gaps(lambda step: 0.3 * np.log10(max(step / 50, 1))), 0.02)
+    assert departure.first < 50 < departure.past
+
+
+@pytest.mark.parametrize("level", [0.0, 0.02])
+def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step(level):
+    # The seeds' gaps lie 0.03 apart, at a slope of 0.3 per tenfold steps.
+    crossing = gaps(lambda step: 0.3 * np.log10(step / 50), spread=0.03).crossing(98, level)
+    assert crossing.value == pytest.approx(np.log10(50) + level / 0.3)
+    assert crossing.seed_error == pytest.approx(0.1 / np.sqrt(3) * 1.32, rel=0.02)  # t with 2 degrees of freedom
+    assert not gaps(lambda step: 0.3 - 0.1 * np.log10(step)).crossing(98, level).known
 
 
 def test_a_gap_that_shrinks_is_slow_learning():

@@ -12,12 +12,13 @@ from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import Judging, comparisons
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.rewards import with_error_rates
+from lorabench.calibration.made import MadeArm, MadeSweep
 from lorabench.calibration.measure import measure_noise
 from lorabench.calibration.noise import NoiseLevels
 from lorabench.calibration.rl_scenes import rl
 from lorabench.calibration.scenes import FULLFT, RUN, batch_sizes, lora, loss_margin, ranks
 from lorabench.calibration.truths import COVERED, SCENES
-from lorabench.calibration.worlds import MadeArm, MadeSweep, grid, make_tables
+from lorabench.calibration.worlds import grid, make_tables
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.learning_rate import LEAST_SHIFT
 

@@ -120,7 +120,7 @@ def test_a_floor_contradicts_a4():
     floor = {1: {"shape": departing(10, slope=FALL)}}
     claim = one(long_world(floor), "A4")
     assert (claim["verdict"], claim["estimate"]) == ("contradicted", pytest.approx(0, abs=0.05))
-    assert "LoRA r1 after step 10" in claim["reason"]
+    assert "LoRA r1 from step 21 on" in claim["reason"]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,23 @@ def test_a4_is_not_tested_where_no_rank_leaves():
 def test_a_rank_that_never_joined_gives_no_threshold():
     row = one(long_world({1: {"shape": departing(1.5)}}), "A5")
     assert "tiny/long r1 never joined" in row["reason"]
+
+
+def late(left: float):
+    """Return a loss by step that leaves the shared curve between two windows' first steps, without a jump."""
+    return lambda step: shared(step) + 0.4 * max(math.log10(step / left), 0.0)
+
+
+def test_departures_within_windows_do_not_bend_the_threshold():
+    changes = {rank: {"shape": late(left), "trainable_params": left} for rank, left in {1: 14, 4: 40, 16: 130}.items()}
+    # The windows in which they depart begin at other ratios of steps.
+    assert one(long_world(changes), "A5")["estimate"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_gap_that_jumps_and_hardly_grows_gives_no_threshold():
+    """A line through it reaches the margin long before the departure."""
+    row = one(long_world({16: {"shape": departing(218, slope=0.05), "own": (0.0, 0.0, 0.0)}}), "A5")
+    assert "tiny/long r16 does not leave along a line" in row["reason"]
 
 
 def test_a5_is_contradicted_where_the_threshold_does_not_grow():
@@ -247,4 +264,4 @@ def test_claims_on_thresholds_read_both_experiments():
     runs, curves = world()
     ids = [*CURVES, "A8", "N1"]
     verdicts = judged(runs.assign(experiments="capacity"), curves, ids)["verdict"]
-    assert set(verdicts[verdicts == "confirmed"].index) == {"A3", "A4", "A5", "A8", "N1"}
+    assert set(verdicts[verdicts == "confirmed"].index) == {"A1", "A2", "A3", "A4", "A5", "A8", "N1"}

@@ -61,7 +61,6 @@ def evidence(runs=RUNS, curves=CURVES):
         (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(16, 12, ()), "8 to 32, with 12 steps at 32"),
         (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(4, 30, ()), "8 to 32, with 12 steps at 32"),
         (conditions.widths(128, 2, ()), conditions.widths(2048, 2, ()), "hidden sizes 128, 2048"),
-        (conditions.lrs(1, ()), conditions.lrs(6, ()), "at most 1 LRs of FullFT"),
         (conditions.response_length(4, ()), conditions.response_length(8, ()), "4.5 tokens on average"),
     ],
 )

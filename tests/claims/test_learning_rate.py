@@ -136,6 +136,23 @@ def world(models=WIDE, law=LAW, lora=lambda name, lr: lr, fullft=lambda name, lr
     return jitter(runs, sigma), curves
 
 
+def test_a_base_and_models_trained_from_it_count_once():
+    twins = {"llama-2": ("llama", 2048), "llama-2-chat": ("llama", 2048), "qwen-1": ("qwen3", 1024)}
+    # The ratio of one twin is 3 times too high and that of the other 3 times too low: their mean is right.
+    factors = {"llama-2": 3.0, "llama-2-chat": 1 / 3}
+    runs, curves = world(
+        {**twins, "llama-4": ("llama", 4096), "qwen-4": ("qwen3", 4096)},
+        lora=lambda name, lr: lr * factors.get(name, 1.0),
+    )
+    assert judged(runs, curves, "B5")["verdict"] == "contradicted"
+    runs = runs.assign(base_params=runs["hidden_size"].astype(int) * 1_000_000)
+    row = judged(runs, curves, "B5")
+    assert row["verdict"] == "confirmed"
+    assert "over the mean of 4 bases" in row["reason"]
+    few = runs[runs["model"] != "qwen-4"]
+    assert "3 bases, 4 needed" in judged(few, curves, "B5")["reason"]
+
+
 def test_all_hold_where_the_optima_follow_the_law():
     claims = judged(*world(), "B5", "B6", "B7", "B8", "B11")
     assert claims["verdict"].to_dict() == dict.fromkeys(["B5", "B6", "B7", "B8"], "confirmed") | {
@@ -177,7 +194,7 @@ def test_one_model_off_the_mean_contradicts_that_all_are_alike():
     row = judged(*world(lora=lambda name, lr: lr * (3 if name == "qwen-1" else 1)), "B5")
     assert row["verdict"] == "contradicted"
     assert row["estimate"] == pytest.approx(3 / 3 ** (1 / 6), rel=0.02)
-    assert row["reason"].startswith("6 models on instruct, batch 16, 128 steps: qwen-1 over the mean of 6 models")
+    assert row["reason"].startswith("6 models on instruct, batch 16, 128 steps: qwen-1 over the mean of 6 bases")
     # A factor that all share is B1's affair.
     assert judged(*world(lora=lambda name, lr: lr / 3), "B5")["verdict"] == "confirmed"
 
@@ -264,7 +281,7 @@ def test_too_few_models_decide_nothing():
     three = {name: WIDE[name] for name in ("llama-2", "llama-3", "qwen-1")}
     claims = judged(*world(three), "B5", "B6", "B7")
     assert claims["verdict"].to_dict() == {"B5": "inconclusive", "B6": "confirmed", "B7": "inconclusive"}
-    assert "3 models, 4 needed" in claims.loc["B5", "reason"]
+    assert "3 bases, 4 needed" in claims.loc["B5", "reason"]
     single = judged(*world({"llama-2": WIDE["llama-2"]}), "B5", "B6", "B7", "B8", "B11")
     assert set(single["verdict"]) == {"not tested"}
 
@@ -376,7 +393,8 @@ def test_the_errors_of_two_lengths_of_the_same_runs_cancel():
 def test_runs_of_some_hundred_steps_do_not_meet_the_setting():
     row = judged(*lengths({50: 16, 100: 14, 400: 10}, steps=400), "B9")
     assert row["verdict"] == "setting not met"
-    assert row["missing"] == "runs of 1,000 steps or more (here at most 400 steps; the preset core or paper meets it)"
+    missing = "runs of 1,000 steps or more (here at most 400 steps; the preset laptop, core or paper meets it)"
+    assert row["missing"] == missing
     assert "ratio at step 100" in row["reason"]
 
 

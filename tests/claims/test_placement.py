@@ -195,7 +195,7 @@ def rl_world(attention=0.6, length=200.0, lrs=rl.LRS):
         ({}, "confirmed", "the MLP against all layers: tiny/problems: LoRA r8 mlp - LoRA r8 = "),
         ({"attention": 0.8}, "contradicted", "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8 mlp"),
         ({"length": 7.0}, "setting not met", "responses of 8 tokens or more (here 7.0 tokens on average"),
-        ({"lrs": rl.LRS[2:]}, "setting not met", "sweeps of 6 LRs or more (here at most 5 LRs"),
+        ({"lrs": rl.LRS[2:]}, "setting not met", "or of 6 LRs (here at most 5 LRs"),
     ],
 )
 def test_placement_in_rl(settings, verdict, words):

@@ -217,11 +217,19 @@ def test_nothing_is_claimed_of_arms_that_do_not_learn():
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        ({"every": {"lrs": LRS[1:6]}}, "sweeps of 6 LRs or more (here at most 5 LRs of"),
+        (
+            {"every": {"lrs": LRS[1:6]}},
+            "sweeps with the best LR between two others and 3 seeds at these, or of 6 LRs (here at most 5 LRs of",
+        ),
         (
             {"every": {"train": {"response_length": grown(2, 2)}}},
             "8 tokens or more (here 2.0 tokens on average",
         ),
+        (
+            {"rule_reward": 0.7},
+            "15 points above the best constant answer and cheap rule (here tiny/problems: FullFT 0.80",
+        ),
+        ({"rule_reward": None, "constant_reward": None}, "(here the accuracies of the controls are not known"),
     ],
 )
 def test_a_setting_that_is_not_met_is_named(settings, missing):
@@ -232,8 +240,29 @@ def test_a_setting_that_is_not_met_is_named(settings, missing):
 
 
 def test_bare_answers_are_no_chains_of_thought():
-    claims = judged(*rl_and_sft(world(every={"train": {"response_length": grown(40, 60)}})), ids=["F1", "F5", "F9"])
+    claims = judged(*rl_and_sft(world(every={"train": {"response_length": grown(12, 20)}})), ids=["F1", "F5", "F9"])
     assert claims["verdict"].to_dict() == {"F1": "confirmed", "F5": "setting not met", "F9": "setting not met"}
+
+
+def test_a_bracketed_optimum_with_seeds_around_it_needs_no_more_lrs():
+    few = world(every={"lrs": LRS[1:6]})
+    repeated = []
+    for seed in (1, 2):
+        runs = few[0][few[0]["seed"].eq(0)].assign(seed=seed)
+        runs["run_id"] += f"-again-{seed}"
+        for name in ("final_reward", "final_valid_reward"):
+            runs[name] = noisy(runs[name], runs["run_id"] + name)
+        repeated.append(runs)
+    runs = pd.concat([few[0][few[0]["seed"].eq(0)], *repeated], ignore_index=True)
+    assert judged(runs, few[1], ids=["F1"]).loc["F1", "verdict"] == "confirmed"
+
+
+def test_problem_sets_within_reach_of_a_cheap_rule_do_not_count_beside_others():
+    runs, curves = world()
+    easy, _ = world(dataset="easy", rule_reward=0.75, changes={RANK_1: {"peak": 0.3}})
+    both = pd.concat([runs, easy], ignore_index=True)
+    claim = judged(both, curves, ids=["F1"]).loc["F1"]
+    assert (claim["verdict"], "easy" in claim["reason"]) == ("confirmed", False)
 
 
 def test_a_repeat_that_diverged_decides_nothing_on_curves():

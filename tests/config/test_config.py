@@ -10,10 +10,12 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from lorabench.config.experiments import AutoLrs
 from lorabench.config.fields import PresetError
 from lorabench.config.files import MODELS, PRESETS, SCHEMA
 from lorabench.config.loading import load_preset
 from lorabench.config.models import ModelSpec
+from lorabench.config.preset import Preset
 from lorabench.config.schema import json_schema
 
 from ..conftest import MARGINS
@@ -332,7 +334,7 @@ def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, wri
 def test_a_shipped_preset_may_be_extended_by_name(write_preset):
     changes = {"extends": "laptop", "experiments": {"rank": {"equal": {"seeds": 9}}}}
     rank = load_preset(write_preset(changes)).experiments.rank
-    assert [block.seeds for block in rank] == [3, 9]
+    assert [block.seeds for block in rank] == [3, 3, 9]
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):
@@ -349,3 +351,55 @@ def test_what_can_not_be_extended_is_one_sentence(write_preset):
 def test_what_no_parent_gives_is_missing(write_preset):
     with pytest.raises(PresetError, match=r"mine\.yaml: description: missing"):
         load_preset(write_preset({"extends": "suites/sft"}))
+
+
+def test_lrs_that_a_sweep_finds(raw_preset, write_preset):
+    [block] = raw_preset["experiments"]["rank"]
+
+    def lrs(written, **changes):
+        raw_preset["experiments"]["rank"] = [block | {"lrs": written} | changes]
+        [parsed] = Preset.model_validate(raw_preset).experiments.rank
+        return parsed.lrs.fullft, parsed.lrs.lora
+
+    assert lrs("auto") == (AutoLrs(start=None, per_decade=3, most=9),) * 2
+    assert lrs("auto", ranks={}) == (AutoLrs(), [])
+    assert lrs({"fullft": [], "lora": {"start": 2e-3, "most": 5}}) == ([], AutoLrs(start=2e-3, most=5))
+    # In a preset that extends another, `auto` counts as the mapping of both methods.
+    raw_preset["experiments"]["rank"] = {"common": block | {"lrs": "auto"}, "lora-only": {"lrs": {"fullft": []}}}
+    [merged] = load_preset(write_preset(raw_preset)).experiments.rank
+    assert (merged.lrs.fullft, merged.lrs.lora) == ([], AutoLrs())
+    common = block | {"lrs": {"fullft": []}}
+    raw_preset["experiments"]["rank"] = {"common": common, "found": {"lrs": {"lora": "auto"}}, "both": {"lrs": "auto"}}
+    found, both = load_preset(write_preset(raw_preset)).experiments.rank
+    assert (found.lrs.fullft, both.lrs.fullft, both.lrs.lora) == ([], AutoLrs(), AutoLrs())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lrs": "atuo"}, "experiments.rank.0.lrs: 'atuo' is neither auto nor a mapping of fullft and lora"),
+        (
+            {"lrs": {"fullft": "atuo", "lora": [1e-3]}},
+            "experiments.rank.0.lrs.fullft: 'atuo' is neither auto, nor a list of LRs, nor a mapping of start, "
+            "per_decade and most",
+        ),
+        (
+            {"lrs": {"fullft": [], "lora": {"strat": 1e-3}}},
+            "experiments.rank.0.lrs.lora: unknown key 'strat'; allowed: most, per_decade, start",
+        ),
+        (
+            {"lrs": {"fullft": [], "lora": {"most": 2}}},
+            "experiments.rank.0.lrs.lora.most = 2: input should be greater than or equal to 3",
+        ),
+        (
+            {"lrs": "auto", "repeat": "every"},
+            "experiments.rank.0: repeat = 'every': allowed with fixed LRs, not with lrs: auto",
+        ),
+    ],
+)
+def test_wrong_lrs_are_named_in_one_sentence(changes, sentence, raw_preset, write_preset):
+    raw_preset["experiments"]["rank"][0] |= changes
+    with pytest.raises(PresetError) as error:
+        load_preset(write_preset(raw_preset))
+    assert str(error.value).endswith(sentence)
+    assert "\n" not in str(error.value)

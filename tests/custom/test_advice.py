@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lorabench.custom import advice
-from lorabench.custom.advice import batch_size, capacity_rank, law_lr, lr_grid, recommended_rank
+from lorabench.custom.advice import batch_size, capacity_rank, law_lr, recommended_rank
 
 # Family, width and FullFT LR: 5e-5 (2000 / width)^p, p = 0.781 for Llama and 0.0775 for Qwen (tinker-cookbook).
 BY_HAND = [
@@ -36,15 +36,6 @@ def test_another_family_has_a_range_around_the_covered_ones_and_no_number():
     assert recommended.value is None
     assert recommended.low == pytest.approx(2.856e-4 / math.sqrt(10), rel=1e-3)
     assert recommended.high == pytest.approx(4.730e-4 * math.sqrt(10), rel=1e-3)
-
-
-def test_grids_have_three_points_per_decade_around_the_law():
-    assert lr_grid(law_lr("llama", 4096, "lora")) == [4.6e-5, 1e-4, 2.2e-4, 4.6e-4, 1e-3]
-    assert lr_grid(law_lr("llama", 4096, "fullft")) == [4.6e-6, 1e-5, 2.2e-5, 4.6e-5, 1e-4]
-    wide = law_lr("mistral", 4096, "lora")
-    grid = lr_grid(wide)
-    assert grid[0] <= wide.low < grid[1]
-    assert grid[-2] < wide.high <= grid[-1]
 
 
 @pytest.mark.parametrize(

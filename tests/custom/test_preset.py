@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
 
 from lorabench.config.datasets import FileDataset
+from lorabench.config.experiments import AutoLrs
 from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel
 from lorabench.custom.data import UserData
 from lorabench.custom.model import find_model
-from lorabench.custom.preset import Choices, Splits, init_preset, preset_text, splits
+from lorabench.custom.preset import Choices, Splits, init_preset, splits
 from lorabench.data.problem_sets import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
@@ -40,9 +40,9 @@ def test_the_preset_describes_the_data(tmp_path):
     assert (dataset.train, dataset.validation, dataset.test, dataset.format) == (800, 100, 100, "prompt/completion")
     [block] = preset.experiments.rank or []
     assert block.ranks == {"all": [1, 8, 32]}
-    # The law gives 5e-5 (2000/128)^0.781 = 4.28e-4 for FullFT, and ten times that for LoRA.
-    assert block.lrs.fullft == [1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3]
-    assert block.lrs.lora == [1e-3, 2.2e-3, 4.6e-3, 1e-2, 2.2e-2]
+    assert block.lrs.fullft == block.lrs.lora == AutoLrs()
+    # The geometric mean of the law's 5e-5 (2000/128)^0.781 = 4.28e-4 for FullFT and ten times that for LoRA.
+    assert "it starts at 1.4e-3" in (tmp_path / "mine.yaml").read_text()
     assert (block.batch_sizes, block.seeds, block.epochs) == ([8], 3, 1.0)
     assert len(list(make_dataset(dataset))) == 1000
 
@@ -78,16 +78,6 @@ def test_a_template_of_ones_own(tmp_path, base):
     assert load_tokenizer(spec).chat_template == own.read_text()
     with pytest.raises(ValueError, match="is no file; allowed: plain, or the path of a Jinja file"):
         PathModel.model_validate(spec.model_dump() | {"chat_template": "fancy"})
-
-
-def test_an_unknown_family_has_a_wider_grid_and_says_so(tmp_path, base):
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    model = find_model(str(base))
-    data, _ = small_data(tmp_path)
-    text = preset_text(model, data, Choices(), None, tmp_path / "mine.yaml")
-    assert "the range for a family that the paper's law does not cover, mistral" in text
-    assert len(yaml.safe_load(text)["experiments"]["rank"][0]["lrs"]["lora"]) == 8
 
 
 def small_data(tmp_path) -> tuple[UserData, None]:
@@ -163,9 +153,8 @@ def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path)
     assert (block.problems_per_step, block.group_size, block.steps, block.seeds) == (16, 16, 50, 3)
     # Half of the 512 tokens that the model takes.
     assert block.max_new_tokens == 256
-    # A quarter of the law's 4.28e-4 for FullFT, and ten times that for LoRA.
-    assert block.lrs.fullft == [2.2e-5, 4.6e-5, 1e-4, 2.2e-4, 4.6e-4]
-    assert block.lrs.lora == [2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3]
+    assert block.lrs.fullft == block.lrs.lora == AutoLrs()
+    assert "it starts at 3.4e-4" in (tmp_path / "mine.yaml").read_text()
     assert len(list(make_problems(problems))) == 400
 
 

@@ -37,7 +37,7 @@ def test_flops_are_those_of_the_model_itself(name, placement, rank):
 
 
 def test_attention_grows_with_the_context_and_matters_when_it_is_long():
-    sizes = dimensions(load_preset("paper").models["llama-3-1-8b"])
+    sizes = dimensions(load_preset("paper").models["llama-3-1-8b-base"])
     one, ten = (attention_flops_per_token(sizes, context) for context in (1000, 10_000))
     assert ten == 10 * one == 4 * 10_000 * 4096 * 32
     assert one / (2 * sizes.active_linear) < 0.05 < 0.3 < ten / (2 * sizes.active_linear)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lorabench.config.execution import Execution
 from lorabench.config.loading import load_preset
+from lorabench.config.preset import Preset
 from lorabench.estimates.lane_count import deal, keeps_threads_busy, lane_count, lanes_that_fill, turns
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, sweep_memory
@@ -16,6 +19,7 @@ from lorabench.utils.gpus import GB, GPUS
 
 from ..handmade.presets import with_execution
 
+FIXED_GRIDS = Path(__file__).parent / "fixed_grids.yaml"
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")
 
 # Milliseconds of a step for each lane, by the number of lanes: batches of the laptop preset, LoRA of rank 16, an
@@ -88,8 +92,7 @@ def test_lanes_keep_every_limit_and_need_no_more_gpus(name):
     for sweep in plan.sweeps:
         gpus = gpus_needed(preset, sweep)
         lanes, condition = lane_count(preset, sweep, gpus), sweep.condition
-        runs = (1, len(sweep.lrs) + len(sweep.repeated), sweep.seeds - 1)
-        assert 1 <= lanes <= min(execution.lanes, max(runs))
+        assert 1 <= lanes <= min(execution.lanes, max(map(len, sweep.expected_waves())))
         assert gpus == gpus_needed(with_execution(preset, lanes=1), sweep)
         available = USABLE * GPUS[execution.gpu].memory if execution.gpu else 4 * GB * execution.threads
         assert peak_bytes(preset, sweep, gpus, lanes) <= available
@@ -101,8 +104,8 @@ def test_lanes_keep_every_limit_and_need_no_more_gpus(name):
             assert condition.task == "sft" or condition.method == "lora"
 
 
-def test_the_laptop_trains_together_what_leaves_a_core_idle():
-    preset = load_preset("laptop")
+def test_what_leaves_a_core_idle_is_trained_together():
+    preset = load_preset(str(FIXED_GRIDS))
     plan = make_plan(preset)
 
     def chosen(method, dataset, **fields):
@@ -130,7 +133,7 @@ def test_the_laptop_trains_together_what_leaves_a_core_idle():
 
 
 def test_runs_are_spread_over_as_few_turns():
-    preset = load_preset("laptop")
+    preset = load_preset(str(FIXED_GRIDS))
     # Six LRs and one more seed later; then the five LRs and two seeds of most sweeps.
     plan = make_plan(preset)
     sweep = first(plan, "lora", "instruct", model="llama-64", rank=16)
@@ -141,7 +144,7 @@ def test_runs_are_spread_over_as_few_turns():
 
 
 def test_full_fine_tuning_on_a_cpu_has_lanes_of_one_seed():
-    preset = load_preset("laptop")
+    preset = load_preset(str(FIXED_GRIDS))
     plan = make_plan(preset)
     full, lora = (first(plan, method, "instruct", model="llama-64") for method in ("fullft", "lora"))
     assert (len(full.lrs), full.seeds) == (len(lora.lrs), lora.seeds) == (5, 3)
@@ -159,7 +162,7 @@ def test_full_fine_tuning_on_a_cpu_has_lanes_of_one_seed():
 
 
 def test_lora_of_a_high_rank_has_lanes_as_full_fine_tuning_has_and_threads_are_busy():
-    preset = load_preset("laptop")
+    preset = load_preset(str(FIXED_GRIDS))
     plan, two = make_plan(preset), with_execution(preset, threads=2)
 
     def chosen(preset, method, dataset, **fields):
@@ -193,6 +196,17 @@ def test_where_memory_is_short_lanes_are_fewer_and_gpus_not_more():
 def test_a_sharded_model_has_one_lane():
     preset = load_preset("core")
     sweep = first(make_plan(preset), "lora", "gsm8k")
-    assert lane_count(preset, sweep, 1) == 7
+    assert lane_count(preset, sweep, 1) == 8
     assert lane_count(preset, sweep, 2) == 1
-    assert lane_count(with_execution(preset, sharding="ddp"), sweep, 2) == 7
+    assert lane_count(with_execution(preset, sharding="ddp"), sweep, 2) == 8
+
+
+def test_lanes_take_the_waves_of_a_sweep_that_finds_its_lrs(raw_preset):
+    raw_preset["experiments"]["rank"][0] |= {"lrs": "auto", "ranks": {"all": [4]}, "seeds": 3}
+    raw_preset["execution"]["lanes"] = 8
+    preset = Preset.model_validate(raw_preset)
+    lora = next(sweep for sweep in make_plan(preset).sweeps if sweep.condition.method == "lora")
+    assert [len(wave) for wave in lora.expected_waves()] == [3, 1, 1, 6]
+    # Six seeds at three LRs are trained together, the walk's LRs one by one.
+    assert lane_count(preset, lora, 0) == 6
+    assert turns(preset, lora, 6) == 4

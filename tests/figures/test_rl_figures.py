@@ -158,6 +158,18 @@ def test_the_base_is_a_line(name):
         assert [line.get_ydata()[0] for line in lines] == [BASE]
         low, high = axes.get_ylim()
         assert low < BASE < high
+
+
+@pytest.mark.parametrize("name", BY_LR)
+def test_controls_are_lines_with_an_entry(name):
+    figure, plotted = draw(name, arms(constant_reward=0.03, rule_reward=0.2))
+    assert of(plotted, "constant")["accuracy"].tolist() == [0.03]
+    assert of(plotted, "rule")["accuracy"].tolist() == [0.2]
+    for axes in figure.axes[: 2 if name == "fig7_rl_curves" else 1]:
+        dotted, dashed = ([line for line in axes.get_lines() if line.get_linestyle() == look] for look in (":", "--"))
+        assert 0.03 in [line.get_ydata()[0] for line in dotted]
+        assert 0.2 in [line.get_ydata()[0] for line in dashed]
+    assert {"best constant answer", "best cheap rule", "before training"} <= set(legend(figure))
     assert "before training" in legend(figure)
 
 

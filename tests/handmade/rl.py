@@ -71,6 +71,8 @@ def arm(
                 "seed": seed,
                 "status": "diverged" if diverged else "done",
                 "base_reward": BASE,
+                "constant_reward": 0.02,
+                "rule_reward": BASE,
                 "final_valid_reward": None if diverged else final,
                 "final_reward": None if diverged else final,
                 "best_reward": None if diverged else final + best_gain,

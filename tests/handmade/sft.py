@@ -14,6 +14,7 @@ CURVATURE = 0.1  # nats per squared unit of log LR
 OFFSETS = (0.0, 0.004, -0.004)  # of the final loss, by seed: the same luck in every arm, so that pairs cancel it
 INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens")
 FLOATS = ("final_valid_nll", "final_test_nll", "base_reward", "final_valid_reward", "final_reward", "best_reward")
+FLOATS += ("constant_reward", "rule_reward", "final_entropy", "final_truncated")
 
 ArmTables = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from lorabench.config.models import TinyModel
+from lorabench.data.answers import last_number
+from lorabench.data.sums import sum_problems
 from lorabench.models import tiny
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.dimensions import dimensions
@@ -37,13 +39,13 @@ def test_every_base_of_the_presets_is_there():
 @each
 def test_shipped_weights_are_those_of_the_record(name):
     assert weights_sha256(spec(name)) == {"model.safetensors": record(name)["weights_sha256"]}
-    assert record(name)["recipe"] == asdict(RECIPES[name])
+    assert record(name)["recipe"] == json.loads(json.dumps(asdict(RECIPES[name])))
 
 
 @each
 def test_family_and_width_are_those_of_the_name(name):
     model = load_model(spec(name))
-    family, width = name.split("-")
+    family, width = name.split("-")[:2]
     assert (model.config.model_type, model.config.hidden_size) == (TYPES[family], int(width))
     assert not model.config.tie_word_embeddings
 
@@ -71,7 +73,7 @@ def test_heldout_loss_is_as_recorded(name):
     assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in RECIPES if "sums" not in name])
 def test_it_speaks_the_language_of_its_tasks(name):
     tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
     chat = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 4 + 3 ="}]
@@ -86,6 +88,25 @@ def test_it_speaks_the_language_of_its_tasks(name):
 def test_all_share_tokenizer_and_template(name):
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (shipped_folder(name) / file).read_bytes() == (shipped_folder("llama-128") / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "digits", "low", "high"),
+    [("llama-64-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 4, 0.08, 0.25)],
+)
+def test_a_base_of_sums_is_right_in_some_samples_and_in_few_greedy_answers(name, digits, low, high):
+    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
+    problems = list(islice(sum_problems(digits, digits, 1, seed=0), 100))
+    ids = tokenizer([f"<|user|>{problem.question}<|assistant|>" for problem in problems], return_tensors="pt")
+    shares = {}
+    for is_sampled in (False, True):
+        torch.manual_seed(0)
+        texts = model.generate(**ids, max_new_tokens=40, do_sample=is_sampled, pad_token_id=tokenizer.eos_token_id)
+        answers = tokenizer.batch_decode(texts[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = [last_number(text) == int(problem.answer) for text, problem in zip(answers, problems, strict=True)]
+        shares[is_sampled] = sum(right) / len(right)
+    assert low <= shares[True] <= high
+    assert shares[False] < 0.15
 
 
 def test_every_expert_is_used():
@@ -127,7 +148,7 @@ def test_the_balancing_loss_is_least_when_experts_share_the_work():
     assert tiny._imbalance((idle, idle.roll(4, 1)), recipe).item() == pytest.approx(8)
 
 
-@pytest.mark.parametrize("name", ["llama-128", pytest.param("moe-128", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama-128", "llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])
 def test_the_recipe_rebuilds(name, tmp_path):
     """A recipe of a few steps, followed twice, gives the same weights; the loss falls."""
     few = {"train_tokens": 12_000, "tokenizer_documents": 300, "batch": 4, "block": 64}

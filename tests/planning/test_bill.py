@@ -24,9 +24,9 @@ GPU_PRESETS = ("core", "paper", "smollm2")
 
 def test_what_fits_nowhere_is_one_sentence():
     small = with_execution(load_preset("paper"), gpu="RTX-4090", max_gpus=2)
-    plan = make_plan(with_model(small, models=["llama-3-1-8b"]))
+    plan = make_plan(with_model(small, models=["llama-3-1-8b-base"]))
     with pytest.raises(
-        UserError, match=r"sweep llama-3-1-8b-\S+-fullft-\S+ needs \d+ GB on each of 2 x RTX-4090, which"
+        UserError, match=r"sweep llama-3-1-8b-base-\S+-fullft-\S+ needs \d+ GB on each of 2 x RTX-4090, which"
     ):
         bill.total(plan)
 
@@ -40,7 +40,9 @@ def test_compute_must_fit_one_gpu():
 
 
 def test_an_evaluated_model_must_fit_one_gpu():
-    with pytest.raises(UserError, match="the evaluation needs 56 GB for llama-3-1-8b on one L40S, which has 44 GB"):
+    with pytest.raises(
+        UserError, match="the evaluation needs 56 GB for llama-3-1-8b-base on one L40S, which has 44 GB"
+    ):
         bill.evaluation(make_plan(with_execution(load_preset("paper"), gpu="L40S")))
 
 
@@ -86,7 +88,8 @@ def test_a_faster_gpu_takes_less_and_a_given_speed_is_believed():
 
 
 def test_checkpointing_costs_a_third():
-    plain = with_model(load_preset("core"), ranks={"all": [1]}, datasets=["tulu3"])
+    core = with_execution(load_preset("core"), activation_checkpointing=False)
+    plain = with_model(core, ranks={"all": [1]}, datasets=["tulu3"])
     again = with_execution(plain, activation_checkpointing=True)
     hours = [bill.total(make_plan(preset)).gpu_hours for preset in (plain, again)]
     assert 1.25 < hours[1] / hours[0] < 1.55
@@ -106,6 +109,6 @@ def test_the_plan_is_printed_with_money_and_json():
 
 
 def test_bills_add_up():
-    one = bill.Bill(1, 2, 3.0, 4.0, 5.0, 6.0, 7.0, 8, 9.0, 10.0, 3)
+    one = bill.Bill(1, 2, 3, 3.0, 4.0, 5.0, 6.0, 6.0, 7.0, 7.0, 8, 9.0, 10.0, 3)
     both = one + replace(one, gpus=4, memory=20.0, longest_hours=1.0, lanes=2)
-    assert both == bill.Bill(2, 4, 6.0, 8.0, 10.0, 12.0, 7.0, 8, 20.0, 20.0, 3)
+    assert both == bill.Bill(2, 4, 6, 6.0, 8.0, 10.0, 12.0, 12.0, 14.0, 7.0, 8, 20.0, 20.0, 3)

@@ -38,7 +38,7 @@ def test_what_a_budget_leaves_out_is_known():
     # No core claim needs DeepMath, the dearest; then MATH goes before GSM8K, which tests the same.
     assert steps[:3] == ["rl_deepmath", "placement_rl", "rl_math"]
     assert steps.index("placement_small") < steps.index("rl_gsm8k") < steps.index("rank")
-    kept, dropped = reduce_to_budget(core, 350)
+    kept, dropped = reduce_to_budget(core, 1000)
     assert [text.split(": ")[1].split(",")[0] for text in dropped] == ["rl_deepmath", "placement_rl"]
     assert kept.limits == [*core.limits, *dropped]
     assert kept.evaluation.experiments == ["rank", "rl_gsm8k", "rl_math"]
@@ -48,13 +48,13 @@ def test_what_a_budget_leaves_out_is_known():
 def test_of_several_models_the_dearest_goes():
     paper = load_preset("paper")
     steps = [step.what for step in steps_in_order(make_plan(paper))]
-    assert steps.index("rank on llama-3-1-8b") < steps.index("rank")
-    assert "rank on llama-3-2-1b" not in steps
+    assert steps.index("rank on llama-3-1-8b-base") < steps.index("rank")
+    assert "rank on llama-3-2-1b-base" not in steps
     # A core claim on placement is about a dense model.
     assert steps.index("placement on qwen3-30b-a3b-base") < steps.index("placement")
-    assert "placement on llama-3-1-8b" not in steps
-    kept, _ = reduce_to_budget(paper, 2500)
-    assert {model for block in kept.experiments.rank for model in block.models} == {"llama-3-2-1b"}
+    assert "placement on llama-3-1-8b-base" not in steps
+    kept, _ = reduce_to_budget(paper, 5000)
+    assert {model for block in kept.experiments.rank for model in block.models} == {"llama-3-2-1b-base"}
 
 
 def test_a_budget_too_small_for_anything_is_an_error():
@@ -92,7 +92,7 @@ def test_budgets_keep_the_names_of_sweeps_and_folders():
     for wrong in ("much", -1, "nan"):
         with pytest.raises(PresetError, match="a number of hours above 0"):
             with_budget("paper", wrong)
-    layout = Layout.of("core@350")
+    layout = Layout.of("core@1000")
     assert layout.root == Layout.of("core").root
     everything = {sweep.sweep_id for sweep in make_plan(Layout.of("core").preset).sweeps}
     assert {sweep.sweep_id for sweep in make_plan(layout.preset).sweeps} < everything

@@ -58,3 +58,14 @@ def test_a_larger_test_split_trains_all_runs_again_on_other_data(plan):
     assert further(plan, {}, {"instruct": 8}).sweeps == ()
     with pytest.raises(UserError, match="the size of the test split of 'facts' follows from its training data"):
         further(plan, {}, {"facts": 12})
+
+
+def test_a_sweep_that_finds_its_lrs_has_further_seeds_at_three(raw_preset):
+    raw_preset["experiments"]["rank"][0] |= {"lrs": "auto", "ranks": {"all": [4]}, "seeds": 2}
+    plan = make_plan(Preset.model_validate(raw_preset))
+    four = sweep_of(plan, 4)
+    for more in (More(4), More(seeds_around=4)):
+        [sweep] = further(plan, {four.sweep_id: more}, {}).sweeps
+        assert sweep.n_runs == 3 * 2
+    [again] = (s for s in further(plan, {four.sweep_id: More(4)}, {"instruct": 12}).sweeps if s.condition.rank == 4)
+    assert (again.seeds, again.lattice, again.lrs) == (4, four.lattice, four.lrs)

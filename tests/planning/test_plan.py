@@ -292,3 +292,25 @@ def test_the_estimate_has_the_evaluation(raw_preset):
     assert work.tokens == 4 * 1000 * 200
     assert bill.minutes(plan, work, 1) == pytest.approx(2 * bill.minutes(plan, work, 2))
     assert bill.evaluation(planned(raw_preset)).tokens == 0
+
+
+def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(raw_preset):
+    [block] = raw_preset["experiments"]["rank"]
+    raw_preset["experiments"]["rank"] = [block | {"lrs": "auto", "ranks": {"all": [4]}, "seeds": 3}]
+    plan = planned(raw_preset)
+    # Both methods start with the same LRs, and are expected to try two more before the seeds at three LRs.
+    assert {sweep.lrs for sweep in plan.sweeps} == {(4.64e-4, 1e-3, 2.15e-3)}
+    assert {(sweep.n_runs, sweep.most_runs) for sweep in plan.sweeps} == {(3 + 2 + 3 * 2, 9 * 3)}
+    assert (len(plan.rows()), len(run_ids(plan))) == (22, 6)
+    total = bill.total(plan)
+    assert (total.runs, total.most_runs) == (22, 54)
+    assert 2 < total.most_job_hours / total.job_hours < 54 / 22
+    # A job's time limit covers the largest number of runs.
+    shorter = planned(raw_preset | {"experiments": {"rank": [raw_preset["experiments"]["rank"][0] | {"seeds": 2}]}})
+    assert {sweep.sweep_id for sweep in plan.sweeps}.isdisjoint(sweep.sweep_id for sweep in shorter.sweeps)
+    # Another block's fixed LRs of the same condition are trained in the first wave.
+    fixed = block | {"ranks": {"all": [4]}, "lrs": {"fullft": [], "lora": [1e-3, 5e-3]}, "seeds": 4}
+    raw_preset["experiments"]["early"] = [fixed]
+    both = next(sweep for sweep in planned(raw_preset).sweeps if sweep.condition.method == "lora")
+    assert (both.lrs, both.seeds, both.experiments) == ((4.64e-4, 1e-3, 2.15e-3, 5e-3), 4, ("rank", "early"))
+    assert both.lattice is not None

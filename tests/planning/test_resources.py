@@ -55,7 +55,7 @@ def test_every_job_asks_for_something_sensible(name):
 
 def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
     paper = load_preset("paper")
-    small, large = (tokens_resources(paper, "llama-3-1-8b", name) for name in ("tulu3-10k", "tulu3"))
+    small, large = (tokens_resources(paper, "llama-3-1-8b-base", name) for name in ("tulu3-10k", "tulu3"))
     assert (small.gpus, small.cpus, large.gpu_mem_mb) == (0, paper.execution.threads, 0)
     # Tokenizing holds a part of the dataset in memory, so large datasets need no more.
     assert small.mem_mb == large.mem_mb
@@ -66,16 +66,16 @@ def test_tokens_take_no_gpu_and_no_more_memory_for_a_larger_dataset():
 def test_weights_of_the_best_runs_stay_on_disk():
     core = load_preset("core")
     plan = make_plan(core)
-    full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b")
+    full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b-base")
     assert job_resources(plan, Job((full,))).disk_mb == pytest.approx(4 * 1235.8144 * full.seeds, abs=1)
     everything = core.model_copy(update={"execution": core.execution.model_copy(update={"keep_weights": "all"})})
     assert job_resources(make_plan(everything), Job((full,))).disk_mb == pytest.approx(
-        4 * 1235.8144 * full.n_runs, abs=1
+        4 * 1235.8144 * full.most_runs, abs=1
     )
 
 
 def test_the_bill_counts_the_gpus_that_jobs_ask_for():
-    plan = make_plan(load_preset("core"))
+    plan = make_plan(load_preset("paper"))
     largest = max(job.gpus for job in every_job(plan).values())
     assert bill.total(plan).gpus == largest > 1
 

@@ -20,7 +20,7 @@ def test_the_committed_page_has_the_block_that_the_claims_give():
 
 def test_all_claims_are_on_the_page():
     headings = re.findall(r"^### ([A-Z]\d+) ", claims_block(), flags=re.MULTILINE)
-    assert len(headings) == 57
+    assert len([heading for heading in headings if heading[0] != "P"]) == 57, "P are predictions of this project"
     assert sorted(headings) == sorted(claim.id for claim in CLAIMS)
     assert {heading[0] for heading in headings} == set(FAMILIES)
 

@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from lorabench.runs import Job
+from lorabench.runs import Job, Run
+from lorabench.storage.progress import status
 from lorabench.training.batches import scored_tokens
 
 from .conftest import condition_of, train, trained
@@ -101,6 +102,38 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, l
     assert len(weights) == 3
     for file in weights:
         assert file.read_bytes() == ("resumed" / file.relative_to(layout.runs)).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
+    plan, layout = ready("walk", {"checkpoint_minutes": 0.0}, lora={"start": 1e-4, "most": 5})
+    sweep = next(s for s in plan.sweeps if s.condition.method == "lora")
+    # The optimum is far above, so the second wave has one LR.
+    fourth = Run(sweep.condition, 4.64e-4, 0)
+    checkpoint = layout.runs / f"{fourth.run_id}.partial" / "checkpoint.safetensors"
+
+    command = [sys.executable, "-m", "lorabench.cli", "train", sweep.sweep_id, "--preset", "mine.yaml"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    resumed, lines = trained(plan, layout, "lora")
+    assert "stopped at 5 LRs" in lines[-1]
+
+    layout.job(Job((sweep,))).unlink()
+    layout.runs.rename("resumed")
+    unbroken, _ = trained(plan, layout, "lora")
+    assert numbers(resumed) == numbers(unbroken)
+    assert unbroken.lr.nunique() == 5
+    # Weights are kept at the best LR only.
+    assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds
+    others = sum(s.n_runs for s in plan.sweeps if s != sweep)
+    done = status(plan, layout)
+    assert (done.runs_done, done.runs_planned) == (len(unbroken), sweep.n_runs + others)
 
 
 def test_a_half_written_run_is_no_result(ready):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from itertools import pairwise
 
 import pytest
 
-from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.claims.catalog import CLAIMS
-from lorabench.config.experiments import SftExperiment
 from lorabench.config.loading import load_preset
 from lorabench.config.models import TinyModel
 from lorabench.figures.catalog import FIGURES, figures_of_preset
@@ -25,8 +22,8 @@ from ..conftest import REPOSITORY
 DIGESTS = REPOSITORY / "tests/workflow/plan_digests.json"
 
 GPU_PRESETS = ("smollm2", "core", "paper")
-# A third of a decade, with the rounding of 1, 2.2, 4.6.
-STEP = 10 ** (1 / 3) * 1.03
+# A third of a decade, with the rounding of 1, 2.15, 4.64.
+STEP = 10 ** (1 / 3) * 1.01
 MIN_SEEDS, SIGN_SEEDS = 3, 5
 
 
@@ -40,11 +37,11 @@ def blocks(preset):
 
 
 def grids(preset):
-    """Yield each LR grid that is swept, with its experiment, block and method; a grid of one or two LRs is no sweep."""
+    """Yield each fixed LR grid that is swept, with its experiment, block and method; one or two LRs are no sweep."""
     for name, block in blocks(preset):
         for method in ("fullft", "lora"):
             grid = getattr(block.lrs, method)
-            if len(grid) > 2:
+            if isinstance(grid, list) and len(grid) > 2:
                 yield name, block, method, grid
 
 
@@ -54,41 +51,30 @@ def test_grids_have_three_points_per_decade(preset):
         assert max(steps) <= STEP, (name, grid)
 
 
-def test_grids_bracket_the_optimum_that_the_law_predicts(preset):
-    seen = 0
-    for name, block, method, grid in grids(preset):
-        standard = (block.alphas or [32.0]) == [32.0] and block.lr_ratios == [1.0]
-        if not isinstance(block, SftExperiment) or not standard:
-            continue
-        for model in block.models:
-            spec = preset.models[model]
-            if isinstance(spec, TinyModel):
-                continue  # The law was not fitted to models of a million parameters.
-            family = "qwen" if "qwen" in model else "llama"
-            best = predict_lr(PUBLISHED, family, dimensions(spec).hidden, method)
-            # The law is that of batch 128; the authors suggest the root of the batch. Facts are another task.
-            for batch in block.batch_sizes if "facts" not in block.datasets else [128]:
-                for optimum in (best, best * math.sqrt(batch / 128)):
-                    assert grid[0] <= optimum / STEP * 1.02, (name, model, method, batch, optimum)
-                    assert grid[-1] >= optimum * STEP / 1.02, (name, model, method, batch, optimum)
-                    seen += 1
-    assert seen > 20
+def test_every_sweep_has_seeds_around_an_optimum_that_it_finds(preset):
+    for sweep in make_plan(preset).sweeps:
+        # One or two LRs are no sweep.
+        if len(sweep.lrs) > 2:
+            assert sweep.lattice is not None, sweep.condition.label
+            assert sweep.seeds >= MIN_SEEDS, sweep.condition.label
+
+
+def test_the_grids_of_the_methods_overlap(preset):
+    for name, block in blocks(preset):
+        fullft, lora = block.lrs.fullft, block.lrs.lora
+        if isinstance(fullft, list) and isinstance(lora, list) and min(len(fullft), len(lora)) > 2:
+            assert len(set(fullft) & set(lora)) >= 4, name
 
 
 def test_rl_sweeps_the_range_that_others_found_best(preset):
-    for name, block, method, grid in grids(preset):
+    for name, _, method, grid in grids(preset):
         if name.startswith(("rl", "placement_rl")):
             factor = 10 if method == "lora" else 1
             assert grid[0] <= factor * 1e-6 * 1.01, name
             assert grid[-1] >= factor * 1e-4 * 0.99, name
-            assert block.seeds >= MIN_SEEDS
 
 
 def test_seeds_are_as_many_as_claims_need(preset):
-    for name, block in blocks(preset):
-        # A time scale is compared within a run, which needs only one seed.
-        time_scale = len(block.inits_a) > 1
-        assert block.seeds >= (1 if time_scale else MIN_SEEDS), name
     for block in preset.experiments.early:
         assert (block.repeat, block.seeds >= SIGN_SEEDS) == ("every", True)
     for name in ("rank", "placement"):
@@ -118,7 +104,9 @@ def test_pairs_of_placements_have_equal_parameters(preset):
 
 @pytest.mark.parametrize("name", ["core", "paper"])
 def test_all_figures_can_be_drawn(name):
-    assert figures_of_preset(load_preset(name)) == list(FIGURES.values())
+    # The theories of the LR ratio are tested on tiny bases.
+    drawn = {figure.name for figure in figures_of_preset(load_preset(name))}
+    assert {figure.name for figure in FIGURES.values()} - drawn == {"lr_ratio"}
 
 
 def test_without_rl_the_figures_of_rl_are_missing_and_no_others():
@@ -128,13 +116,14 @@ def test_without_rl_the_figures_of_rl_are_missing_and_no_others():
         "fig6_rl_lr",
         "fig7_rl_curves",
         "fig8_aime_and_length",
+        "lr_ratio",
     }
 
 
 def test_each_claim_has_its_experiment_or_is_among_the_limits(preset):
     chosen = set(preset.experiments.chosen())
-    limited = re.findall(r"\b[A-N]\d+\b", " ".join(preset.limits))
-    ranges = re.findall(r"\b([A-N])(\d+) to [A-N](\d+)\b", " ".join(preset.limits))
+    limited = re.findall(r"\b[A-P]\d+\b", " ".join(preset.limits))
+    ranges = re.findall(r"\b([A-P])(\d+) to [A-P](\d+)\b", " ".join(preset.limits))
     limited += [f"{letter}{number}" for letter, first, last in ranges for number in range(int(first), int(last) + 1)]
     for claim in CLAIMS:
         assert not claim.experiments or chosen & set(claim.experiments) or claim.id in limited, claim.id
@@ -159,12 +148,12 @@ def test_fourteen_models_in_the_law_of_the_paper():
 
 def test_the_paper_says_so_and_it_is_done():
     paper = load_preset("paper")
-    (rl,) = paper.experiments.rl_math
-    assert rl.steps * rl.problems_per_step * rl.group_size == pytest.approx(320_000, rel=0.01)
-    assert rl.models == ["llama-3-1-8b-base"]
-    (deepmath,) = paper.experiments.rl_deepmath
-    assert (deepmath.max_new_tokens, deepmath.held_out) == (8192, ["aime24", "aime25"])
-    assert {"llama-3-1-8b", "qwen3-30b-a3b-base"} == {m for b in paper.experiments.placement for m in b.models}
+    for rl in paper.experiments.rl_math:
+        assert rl.steps * rl.problems_per_step * rl.group_size == pytest.approx(320_000, rel=0.01)
+        assert rl.models == ["llama-3-1-8b-base"]
+    for deepmath in paper.experiments.rl_deepmath:
+        assert (deepmath.max_new_tokens, deepmath.held_out) == (8192, ["aime24", "aime25"])
+    assert {"llama-3-1-8b-base", "qwen3-30b-a3b-base"} == {m for b in paper.experiments.placement for m in b.models}
     assert all(block.train <= 10_000 for name, block in paper.datasets.items() if name.endswith("10k"))
 
 

@@ -50,6 +50,10 @@ def test_one_figure_is_a_target_that_trains_only_what_it_needs(checkout):
 
 
 @pytest.mark.slow
+def test_published_runs_are_judged_without_any_training(checkout):
+    assert planned_jobs(snakemake(checkout, "evidence", "--dry-run", "--quiet", "rules")) == {"evidence": 1}
+
+
 def test_what_is_read_comes_first_then_the_longest_job(checkout):
     output = snakemake(checkout, "--dry-run")
     blocks = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", output, re.MULTILINE)

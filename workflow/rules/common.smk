@@ -15,6 +15,7 @@ from lorabench.planning.bill import total
 from lorabench.planning.budget import with_budget
 from lorabench.planning.plan import make_plan
 from lorabench.storage.layout import Layout
+from lorabench.utils.packaged import REFERENCE
 
 PRESET = config.get("preset", "laptop")
 try:

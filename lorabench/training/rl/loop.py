@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lorabench.config.experiments import Protocol
+from lorabench.data.controls import Controls
 from lorabench.data.reflection import reflects
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Rollouts, Run
@@ -45,23 +46,37 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Environment:
-    """The problems and graders that a run is trained and evaluated on; `held_out` sets are only evaluated."""
+    """The problems and graders that a run is trained and evaluated on; `held_out` sets are only evaluated.
+
+    `controls` are the accuracies of answers that solve no problem, None where they are not known.
+    """
 
     texts: ProblemTexts
     splits: Mapping[str, EncodedProblems]
     held_out: Mapping[str, EncodedProblems]
     grader: GraderProtocol
     held_out_graders: Mapping[str, GraderProtocol]
+    controls: Controls | None = None
 
 
 @dataclass
 class RlOutcome(Outcome):
-    """The outcome of an RL run. Rewards are accuracies of greedy responses, and None if the run diverged."""
+    """The outcome of an RL run. Rewards are accuracies of greedy responses, and None if the run diverged.
+
+    The rewards of the best constant answer and of the best cheap rule belong to the problem set (see
+    `lorabench.data.controls`). The entropy of the policy, in nats per token, and the share of truncated responses are
+    means over the last tenth of the steps.
+    """
 
     base_reward: float | None = None
     final_valid_reward: float | None = None
     final_reward: float | None = None
     best_reward: float | None = None
+    constant_reward: float | None = None
+    rule_reward: float | None = None
+    rule: str | None = None
+    final_entropy: float | None = None
+    final_truncated: float | None = None
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:
@@ -141,6 +156,9 @@ def train_rl(
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
 
     outcome = RlOutcome("done", base_reward=base["test"]["accuracy"])
+    if environment.controls is not None:
+        outcome.constant_reward, outcome.rule_reward = environment.controls.constant, environment.controls.rule
+        outcome.rule = environment.controls.rule_text
     first_step, response_tokens, rewarded = 0, 0, False
     evaluations: list[tuple[float, float]] = []
     right: list[bool] = []
@@ -218,6 +236,9 @@ def train_rl(
             if checkpoints.stopping:
                 signals.raise_stopped()
 
+    outcome.final_entropy, outcome.final_truncated = (
+        _at_the_end(outcome.curve, metric) for metric in ("entropy", "truncated")
+    )
     if outcome.status != "diverged":
         outcome.final_valid_reward, outcome.final_reward = evaluations[-1]
         # The evaluation is chosen by the validation split (the first of equal ones) and reported on the test split.
@@ -243,6 +264,13 @@ def _graded(
     ]
     equal = float(np.mean([group.equal for group in groups]))
     return groups, {"reward": float(rewards.mean()), "equal_groups": equal, **_response_metrics(responses, texts)}
+
+
+def _at_the_end(curve: list[CurvePoint], metric: str) -> float | None:
+    """Return the mean of a train metric over the last tenth of the finished steps; None if it is never finite."""
+    values = [point.value for point in curve if point.split == "train" and point.metric == metric]
+    last = [value for value in values[-math.ceil(len(values) / 10) :] if value is not None]
+    return float(np.mean(last)) if last else None
 
 
 def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, float]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lorabench.data.controls import controls
 from lorabench.data.grading import Grader
+from lorabench.data.problem_sets import read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.lanes.shelf import Stack, single_lane
@@ -150,6 +152,10 @@ def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
         opened = open_graders.enter_context(Grader(preset.problems[name].grader, workers))
         return FirstProcessGrader(opened, context.machine.processes)
 
+    rows = read_problems(context.layout.dataset(condition.dataset))
+    train, test = (
+        [(row["question"], row["answer"]) for row in rows if row["split"] == split] for split in ("train", "test")
+    )
     held_out = {name: texts.read(context.layout.dataset(name))["test"] for name in rollouts.held_out}
     return Environment(
         texts,
@@ -157,6 +163,7 @@ def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
         held_out,
         grader(condition.dataset),
         {name: grader(name) for name in held_out},
+        controls(train, test),
     )
 
 

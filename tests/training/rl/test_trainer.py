@@ -49,6 +49,9 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monke
     rewards = runs[["base_reward", "final_valid_reward", "final_reward", "best_reward"]]
     assert rewards.notna().all(axis=None)
     assert rewards["base_reward"].nunique() == 1
+    assert runs[["constant_reward", "rule_reward"]].drop_duplicates().notna().values.tolist() == [[True, True]]
+    assert (runs["final_entropy"] > 0).all()
+    assert runs["final_truncated"].between(0, 1).all()
     assert (runs["final_test_nll"].isna()).all()
     assert set(curves["split"]) == {"train", "validation", "test", "gcd-of-three"}
     lora = runs[runs["method"] == "lora"]

@@ -1,0 +1,211 @@
+"""The LR ratio (LoRA over FullFT) by width, length, alpha and batch size, with what theories predict."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from lorabench.analysis.arms import with_arm_columns
+from lorabench.analysis.comparison import Judging
+from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.lr_law import PUBLISHED, predict_lr
+from lorabench.analysis.lr_ratio_conditions import COLUMNS, measured_ratios, prediction_table
+from lorabench.analysis.lr_ratio_theories import ALPHA, BATCH_SIZE, STEPS, Setting, predicted
+from lorabench.analysis.published import published_ratios
+from lorabench.config.predictions import DEFAULT_PREDICTIONS
+from lorabench.figures import style
+from lorabench.figures.short_run import ratio_axis
+from lorabench.tables.tables import Tables
+
+_COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
+
+_THEORIES = {
+    "movement": ("#0072B2", "A moves, given FullFT's LR"),
+    "scale": ("#D55E00", "width / alpha alone"),
+    "fixed_lora": ("#009E73", "LoRA's LR has no width"),
+    "constant": ("0.55", "always 10 (paper)"),
+    "naive": ("#CC79A7", "width / (2 alpha)"),
+}
+"""The colour of each theory, and its name in the legend."""
+
+_MARKERS = ("o", "s", "^", "D", "P", "X")
+"""The marks of the widths, ascending."""
+
+_PANELS = {"steps": "steps", "alpha": "alpha", "batch_size": "batch size"}
+"""The columns of the lower panels with the labels of their axes."""
+
+_CONDITION = ["model", "dataset", "width", "steps", "batch_size", "alpha", "rank", "runs"]
+
+_PAPER_STEPS = 780
+"""The length of published sweeps by the paper's authors (100,000 examples in batches of 128)."""
+
+
+@style.applied()
+def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw the figure; return it, and what it plots as one tidy table.
+
+    The column `element` says what a row is: `condition` (a measured ratio with what a theory predicts of it, see
+    `prediction_table`), `line` (a theory at a width), `paper_law` (the theory `movement` at the optimal LRs that the
+    law of the authors' code gives for Llama, after 780 steps) or `published` (a ratio that `source` published, from
+    ratio_low to ratio_high, for models from width_low to width_high).
+    """
+    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
+    theories = DEFAULT_PREDICTIONS.lr_ratio
+    conditions = prediction_table(measured_ratios(with_arm_columns(tables.runs), tables.curves, judging), theories)
+    if not conditions["ratio"].notna().any():
+        return style.empty_figure("no condition with an LR sweep of both LoRA and full fine-tuning"), pd.DataFrame(
+            columns=_COLUMNS
+        )
+    parts = [conditions.assign(element="condition"), pd.DataFrame(_lines(conditions)), _published()]
+    plotted = pd.concat([part for part in parts if len(part)], ignore_index=True).reindex(columns=_COLUMNS)
+    figure = style.new_figure(2 * style.PANEL_HEIGHT)
+    grid = figure.add_gridspec(2, len(_PANELS))
+    marks = dict(zip(sorted(conditions["width"].unique()), _MARKERS, strict=False))
+    top = figure.add_subplot(grid[0, :])
+    _draw_widths(top, plotted, marks)
+    for place, (column, label) in enumerate(_PANELS.items()):
+        axes = figure.add_subplot(grid[1, place], sharey=None)
+        _draw_panel(axes, conditions, column, marks)
+        axes.set_xlabel(label)
+        if place:
+            axes.set_ylabel("")
+    style.legends(figure, {}, _legend(plotted, marks))
+    return figure, plotted
+
+
+def _lines(conditions: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the theories that need no measured LR over the widths, and the theory `movement` at published optima."""
+    rows: list[dict[str, Any]] = []
+    theories = DEFAULT_PREDICTIONS.lr_ratio
+    for width in np.geomspace(0.8 * float(conditions["width"].min()), 10_000, 25):
+        at_width = predicted(theories, Setting(width, STEPS, BATCH_SIZE, ALPHA))
+        for name, theory in at_width.items():
+            if name != "movement":
+                value = float(np.exp(theory(np.asarray(math.nan))))
+                rows.append({"element": "line", "theory": name, "width": width, "alpha": ALPHA, "predicted": value})
+    for width in np.geomspace(2048, 8192, 9):
+        lr = predict_lr(PUBLISHED, "llama", int(width), "fullft")
+        theory = predicted(theories, Setting(width, _PAPER_STEPS, BATCH_SIZE, ALPHA))["movement"]
+        value = float(np.exp(theory(np.asarray(math.log(lr)))))
+        about = {"theory": "movement", "width": width, "alpha": ALPHA, "steps": _PAPER_STEPS, "fullft_lr": lr}
+        rows.append({"element": "paper_law", **about, "predicted": value})
+    return rows
+
+
+def _published() -> pd.DataFrame:
+    table = published_ratios()
+    middle = {
+        "width": np.sqrt(table["width_low"] * table["width_high"]),
+        "ratio": np.sqrt(table["ratio_low"] * table["ratio_high"]),
+    }
+    return table.drop(columns="steps").assign(element="published", **middle)
+
+
+def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> None:
+    for name, (colour, _) in _THEORIES.items():
+        for element, line in (("line", "-"), ("paper_law", "--")):
+            rows = plotted[(plotted["element"] == element) & (plotted["theory"] == name)]
+            axes.plot(
+                rows["width"].astype(float), rows["predicted"].astype(float), line, color=colour, lw=1.3, zorder=2
+            )
+    conditions = plotted[plotted["element"] == "condition"]
+    here = conditions[
+        (conditions["runs"] == "own")
+        & (conditions["alpha"] == ALPHA)
+        & (conditions["steps"] == STEPS)
+        & (conditions["batch_size"] == BATCH_SIZE)
+    ]
+    given = here[here["theory"] == "movement"].sort_values("width")
+    colour = _THEORIES["movement"][0]
+    axes.plot(given["width"].astype(float), given["predicted"], color=colour, lw=1.3, marker="_", ms=9, zorder=3)
+    _points(axes, here, "width", marks)
+    for row in plotted[(plotted["element"] == "published") & plotted["width"].notna()].to_dict("records"):
+        is_paper = row["source"] == "LoRA Without Regret"
+        colour = "black" if is_paper else "0.5"
+        axes.plot([row["width_low"], row["width_high"]], [row["ratio"]] * 2, color=colour, lw=1.2, zorder=3)
+        axes.plot([row["width"]] * 2, [row["ratio_low"], row["ratio_high"]], color=colour, lw=1.2, zorder=3)
+        marker = "*" if is_paper else "v" if row["task"] == "rl" else "d"
+        face = colour if row["alpha"] == ALPHA else "white"
+        axes.plot(row["width"], row["ratio"], marker, mfc=face, mec=colour, ms=11 if is_paper else 5, zorder=4)
+    axes.set(xscale="log", xlabel="width of the model (hidden size)")
+    axes.set_title("by width", pad=18)
+    style.note(axes, f"alpha {ALPHA:g}; measured here after {STEPS} steps of {BATCH_SIZE} examples; grey: published")
+    style.plain_log_ticks(axes)
+    ratio_axis(axes)
+
+
+def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
+    """Draw the conditions that differ in a column only, and what the theories predict of them."""
+    axes.set_title(f"by {_PANELS[column]}", pad=18)
+    base = {"steps": STEPS, "alpha": ALPHA, "batch_size": BATCH_SIZE}
+    at_base = conditions
+    for name, value in base.items():
+        at_base = at_base if name == column else at_base[at_base[name] == value]
+    shown = _varied(at_base, column) or _varied(conditions, column)
+    if not shown:
+        style.say(axes, "one value only")
+        return
+    for rows in shown:
+        # A prefix stands in where there are no runs of that length.
+        of_group = rows if column == "steps" else rows.sort_values("runs").drop_duplicates([*_CONDITION[:-1], "theory"])
+        for name, (colour, _) in _THEORIES.items():
+            line = of_group[of_group["theory"] == name].sort_values([column, "runs"]).drop_duplicates(column)
+            axes.plot(line[column].astype(float), line["predicted"], color=colour, lw=1.1, zorder=2)
+        _points(axes, of_group, column, marks)
+    widths = sorted({int(rows["width"].iloc[0]) for rows in shown})
+    style.note(axes, f"width {' and '.join(map(str, widths))}")
+    axes.set(xscale="log")
+    values = sorted({float(value) for rows in shown for value in rows[column]})
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    style.plain_log_ticks(axes)
+    ratio_axis(axes)
+
+
+def _varied(conditions: pd.DataFrame, column: str) -> list[pd.DataFrame]:
+    """Return the groups of conditions that agree in all but a column, of which they have several values."""
+    others = [name for name in _CONDITION if name not in (column, "runs")]
+    return [rows for _, rows in conditions.groupby(others, dropna=False) if rows[column].nunique() > 1]
+
+
+def _points(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
+    """Draw measured ratios with their intervals; prefixes are blue-grey and a little to the right."""
+    for row in rows.drop_duplicates(_CONDITION).dropna(subset=["ratio"]).to_dict("records"):
+        of_prefix = row["runs"] == "prefix"
+        colour, at = ("0.45", 1.07 * float(row[column])) if of_prefix else ("black", float(row[column]))
+        axes.vlines(at, row["ratio_low"], row["ratio_high"], color=colour, lw=1.2, zorder=4)
+        face = colour if row["resolved"] else "white"
+        axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)
+
+
+def _legend(plotted: pd.DataFrame, marks: dict[Any, str]) -> list[Artist]:
+    conditions = plotted[plotted["element"] == "condition"]
+    entries: list[Artist] = [
+        Line2D([], [], color=colour, label=label)
+        for name, (colour, label) in _THEORIES.items()
+        if (plotted["theory"] == name).any()
+    ]
+    if (plotted["element"] == "paper_law").any():
+        entries.append(Line2D([], [], color=_THEORIES["movement"][0], linestyle="--", label="A moves, the paper's LRs"))
+    entries += [style.mark(f"measured, width {int(width)}", marker, color="black") for width, marker in marks.items()]
+    if (conditions["runs"] == "prefix").any():
+        entries.append(style.mark("prefix of longer runs", "o", color="0.45"))
+    if not conditions.loc[conditions["ratio"].notna(), "resolved"].astype(bool).all():
+        entries.append(style.mark("not resolved", "o", markerfacecolor="white", markeredgewidth=1.2))
+    published = plotted[plotted["element"] == "published"]
+    for task, marker in (("sft", "d"), ("rl", "v")):
+        if (published["task"] == task).any():
+            entries.append(style.mark(f"published, {task.upper()}", marker, color="0.5"))
+    if (published["width"].notna() & (published["alpha"] != ALPHA)).any():
+        entries.append(style.mark("published, another alpha", "d", markerfacecolor="white", markeredgecolor="0.5"))
+    if (published["source"] == "LoRA Without Regret").any():
+        entries.append(style.mark("the paper", "*", color="black", markersize=10))
+    return entries

@@ -1,0 +1,102 @@
+"""Own presets beside the public sources: their verdicts as a column of the matrix, and their measurements."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lorabench.errors import UserError
+from lorabench.sources.measurements import Measurement, Z
+from lorabench.tables.io import table_path
+from lorabench.tables.judged import read_claims
+
+_SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
+
+
+@dataclass(frozen=True)
+class Own:
+    """The verdicts of a preset."""
+
+    name: str
+    scale: str
+    parameters: int
+    claims: pd.DataFrame
+
+
+def read_own(folder: Path, name: str) -> Own:
+    """Read the table `claims` of a preset, finished or published; its scale is the most frequent of its scopes.
+
+    Raises:
+        UserError: there is no such table, or it is from another version.
+    """
+    if table_path(folder, "claims") is None:
+        raise UserError(f"no table claims.parquet or claims.csv in {folder}")
+    claims = read_claims(folder, without=("run_ids",))
+    sizes = Counter(
+        match[0] for scope in claims["scope"].dropna() if (match := re.match(r"([\d.]+)([kMB]) parameters", str(scope)))
+    )
+    if not sizes:
+        return Own(name, name, 0, claims)
+    [(text, _)] = sizes.most_common(1)
+    number, unit = re.match(r"([\d.]+)([kMB])", text).groups()  # type: ignore[union-attr]
+    parameters = round(float(number) * _SIZES[unit])
+    return Own(
+        name, f"{float(number):.2g}{unit}" if float(number) < 10 else f"{float(number):.0f}{unit}", parameters, claims
+    )
+
+
+def own_measurements(own: Own) -> list[Measurement]:
+    """Return the fitted numbers of a preset that sources measure too, from its table `claims`.
+
+    They are those of the comparison that decides each claim: B1 and B10 for the ratio of learning rates, B2 for the gap
+    of losses, D1 for its growth, and F1 for rank 1 in RL.
+    """
+    measured = []
+    of_claims = (
+        ("B1", "lr_ratio", "sft"),
+        ("B10", "lr_ratio", "rl"),
+        ("B2", "loss_gap", "sft"),
+        ("D1", "gap_growth", "sft"),
+        ("F1", "rank_1_gap", "rl"),
+    )
+    for claim_id, measure, task in of_claims:
+        row = own.claims[own.claims["claim_id"] == claim_id]
+        numbers = (
+            [float(row[column].iloc[0]) for column in ("estimate", "ci_low", "ci_high")] if len(row) else [math.nan]
+        )
+        if not all(map(math.isfinite, numbers)):
+            continue
+        value, low, high = map(math.log, numbers) if measure == "lr_ratio" else numbers
+        sign = -1 if measure == "rank_1_gap" else 1
+        measured.append(
+            Measurement(
+                measure=measure,
+                source=f"lorabench {own.name}",
+                study=f"lorabench {own.name}",
+                scale=own.scale,
+                parameters=own.parameters,
+                task=task,
+                dataset=_dataset(row["scope"].iloc[0]),
+                batch_size=None,
+                value=sign * value,
+                error=(high - low) / (2 * Z),
+                counts=high > low,
+                remark=f"fitted, claim {claim_id}",
+                precision="fp32 weights",
+                schedule="constant",
+                alpha="32",
+                base_kind="base",
+            )
+        )
+    return measured
+
+
+def _dataset(scope: object) -> str:
+    """Return the datasets at the end of a scope such as `0.83M parameters, 50 steps, instruct, worked`."""
+    parts = str(scope).split(", ")
+    return ", ".join(part for part in parts if not re.search(r"parameters$|steps$", part)).removeprefix("RL on ")

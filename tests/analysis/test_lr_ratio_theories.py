@@ -1,0 +1,70 @@
+"""Theories of the LR ratio: predictions solve the theory's own equation, and the derivation holds for random data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lorabench.analysis.lr_ratio_theories import Setting, fitted, predicted
+from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
+
+SETTINGS = [Setting(64, 25, 8, 32.0), Setting(128, 1600, 2, 8.0), Setting(8192, 780, 128, 32.0)]
+FULLFT_LR = 3e-4
+
+
+def ratios(setting, predictions=DEFAULT_PREDICTIONS.lr_ratio, lr=FULLFT_LR):
+    theories = predicted(predictions, setting)
+    return {name: float(np.exp(theory(np.asarray(math.log(lr))))) for name, theory in theories.items()}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_predictions_solve_their_equations(setting):
+    stated, of = ratios(setting), DEFAULT_PREDICTIONS.lr_ratio
+    at_unit = of.movement.u0 * 128 / setting.width * math.sqrt(50 / setting.steps)
+    movement = stated["movement"]
+    still = of.movement.c * setting.width / setting.alpha
+    assert movement * (1 + movement * FULLFT_LR / at_unit) == pytest.approx(still)
+    scale = stated["scale"]
+    assert scale * (1 + of.scale.kappa * scale) == pytest.approx(of.scale.c * setting.width / setting.alpha)
+    assert stated["naive"] == pytest.approx(setting.width / (2 * setting.alpha))
+
+
+def test_while_a_stands_still_the_ratio_is_proportional_to_width_over_alpha():
+    assert ratios(SETTINGS[0], lr=1e-12)["movement"] == pytest.approx(2.83 * 64 / 32)
+
+
+def test_where_a_moves_the_ratio_hardly_depends_on_the_width():
+    wide, wider = (ratios(Setting(width, 1e6, 8, 32.0))["movement"] for width in (10_000, 100_000))
+    assert wider == pytest.approx(wide, rel=0.01)
+
+
+def test_theories_are_silent_where_they_say_nothing():
+    at_reference = set(ratios(Setting(256, 50, 8, 32.0)))
+    assert at_reference == {"movement", "scale", "fixed_lora", "constant", "naive"}
+    assert "fixed_lora" not in ratios(Setting(256, 100, 8, 32.0))
+    assert set(ratios(Setting(256, 50, 8, 8.0))) == {"movement", "scale", "naive"}
+    alone = LrRatioPredictions(movement=MovementTheory(c=1.0, u0=1e-3))
+    assert set(ratios(SETTINGS[0], alone)) == {"movement"}
+
+
+def test_where_parameters_were_fitted_nothing_is_tested():
+    reference = Setting(128, 50, 8, 8.0)
+    assert [fitted(name, reference) for name in ("movement", "scale", "constant")] == [True, True, False]
+    assert not fitted("movement", Setting(64, 50, 8, 8.0))
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_first_steps_of_both_methods_learn_equally_fast_at_the_derived_ratio(rank):
+    d_in, d_out, alpha = 256, 64, 32.0
+    random = np.random.default_rng(0)
+    falls = []
+    for _ in range(200):
+        x, g = random.standard_normal(d_in), random.standard_normal(d_out)
+        a = random.uniform(-1, 1, (rank, d_in)) / math.sqrt(d_in)
+        of_fullft = np.abs(np.outer(g, x)).sum()
+        of_lora = alpha / rank * np.abs(np.outer(g, a @ x)).sum()
+        falls.append((of_fullft, of_lora))
+    of_fullft, of_lora = np.mean(falls, axis=0)
+    assert of_fullft / of_lora == pytest.approx(math.sqrt(3) * d_in / alpha, rel=0.05)

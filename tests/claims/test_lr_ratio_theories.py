@@ -1,0 +1,116 @@
+"""Claims P1 to P5 in worlds whose LR ratios follow one of the theories."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.analysis.lr_ratio_conditions import COLUMNS
+from lorabench.analysis.lr_ratio_theories import Setting, predicted
+from lorabench.claims.judge import judge_claims
+from lorabench.claims.lr_ratio_theories import CLAIMS, write_predictions
+from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
+from lorabench.tables.tables import Tables
+
+from ..handmade.sft import arm, tables
+
+IDS = {"movement": "P1", "scale": "P2", "fixed_lora": "P3", "constant": "P4", "naive": "P5"}
+FULLFT_LR = 3e-4
+CONDITIONS = [(64, 50, 8, 32.0), (128, 50, 8, 32.0), (256, 50, 8, 32.0), (64, 50, 8, 8.0), (64, 400, 8, 32.0)]
+CONDITIONS += [(64, 50, 2, 32.0)]
+
+
+def world(ratio, conditions=CONDITIONS, **settings):
+    """Make runs in which the LR ratio of each condition is that of a function of it."""
+    arms = []
+    for width, steps, batch_size, alpha in conditions:
+        about = {"model": f"llama-{width}", "hidden_size": width, "steps": steps, "batch_size": batch_size}
+        about |= {"experiments": "lr_ratio"} | settings
+        setting = Setting(width, steps, batch_size, alpha)
+        for rank in (None, 16) if alpha == 32 else (16,):
+            optimum = FULLFT_LR * (1 if rank is None else ratio(setting))
+            lrs = [optimum * factor for factor in (1 / 4.64, 1 / 2.15, 1.1, 2.15, 4.64)]
+            arms.append(arm(rank, optimum=optimum, lrs=lrs, **about, **({} if rank is None else {"alpha": alpha})))
+    return tables(arms)
+
+
+def following(name):
+    def ratio(setting):
+        theory = predicted(DEFAULT_PREDICTIONS.lr_ratio, setting).get(name)
+        return 5.0 if theory is None else float(np.exp(theory(np.asarray(math.log(FULLFT_LR)))))
+
+    return ratio
+
+
+def judged(runs, curves, **options):
+    return judge_claims(Tables(runs, curves), CLAIMS, **options).set_index("claim_id")
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_theory_is_confirmed_in_a_world_that_follows_it(name):
+    row = judged(*world(following(name))).loc[IDS[name]]
+    assert (row["verdict"], row["kind"]) == ("confirmed", "own prediction")
+    assert row["estimate"] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scale", lambda setting: 2.0 if setting.steps == 400 else 1.0),
+        ("movement", lambda setting: 2.0 if setting.batch_size == 2 else 1.0),
+        ("fixed_lora", lambda setting: 0.5 if setting.width == 256 else 1.0),
+        ("constant", lambda setting: 0.5 if setting.width == 128 else 1.0),
+        ("naive", lambda setting: 0.5 if setting.alpha == 8 else 1.0),
+    ],
+)
+def test_one_condition_that_differs_contradicts(name, change):
+    ratio = following(name)
+    row = judged(*world(lambda setting: ratio(setting) * change(setting))).loc[IDS[name]]
+    assert row["verdict"] == "contradicted"
+    assert row["estimate"] == pytest.approx(2.0, rel=0.01) or row["estimate"] == pytest.approx(0.5, rel=0.01)
+
+
+def test_where_parameters_were_fitted_no_verdict_is_given():
+    rows = judged(*world(lambda setting: 100.0, [(128, 50, 8, 32.0)]))
+    assert rows.loc[["P1", "P2", "P3"], "verdict"].tolist() == ["not tested"] * 3
+    assert rows.loc["P4", "verdict"] == "contradicted"
+
+
+def test_the_beginning_of_a_long_run_is_tabulated_and_not_judged(tmp_path):
+    runs, curves = world(following("scale"), [(64, 400, 8, 32.0)])
+    curves = pd.concat([curves, curves[curves["step"] == 32].assign(step=25)])
+    # In the curves of these runs the loss at every step has the optimum of the end.
+    write_predictions(Tables(runs, curves), None, None, tmp_path)
+    written = pd.read_csv(tmp_path / "predictions.csv").query("theory == 'movement'").set_index(["runs", "steps"])
+    assert list(written.index) == [("own", 400), ("prefix", 25)]
+    np.testing.assert_allclose(written["ratio"], following("scale")(Setting(64, 400, 8, 32.0)), rtol=1e-3)
+    # The theory of A's movement predicts other ratios at both lengths from the same optimal LRs.
+    assert written.loc[("own", 400), "predicted"] < written.loc[("prefix", 25), "predicted"]
+    assert "prefix" not in judged(runs, curves).loc["P1", "reason"]
+
+
+def test_a_preset_without_predictions_tests_none():
+    nothing = Predictions(lr_ratio=LrRatioPredictions())
+    rows = judged(*world(following("scale"), CONDITIONS[:1]), predictions=nothing)
+    assert (rows["verdict"] == "not tested").all()
+    assert rows["reason"].str.startswith("the preset states no prediction").all()
+
+
+def test_predictions_are_written_beside_the_claims(tmp_path):
+    runs, curves = world(following("scale"))
+    write_predictions(Tables(runs, curves), None, None, tmp_path)
+    written = pd.read_csv(tmp_path / "predictions.csv")
+    assert list(written.columns) == COLUMNS
+    by_scale = written[written["theory"] == "scale"]
+    assert by_scale["verdict"].tolist().count("fitted") == 1
+    np.testing.assert_allclose(by_scale["off_by"], 1.0, rtol=0.01)
+    np.testing.assert_allclose(written["off_by"], written["ratio"] / written["predicted"], rtol=1e-6)
+
+
+def test_without_runs_of_the_experiment_nothing_is_written(tmp_path):
+    runs, curves = world(following("scale"), CONDITIONS[:1], experiments="rank")
+    write_predictions(Tables(runs, curves), None, None, tmp_path)
+    assert not list(tmp_path.iterdir())

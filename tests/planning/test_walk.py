@@ -1,0 +1,174 @@
+"""The walk of a sweep that finds its learning rates, on loss functions whose optimum is known."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from lorabench.analysis.lr_law import PUBLISHED, predict_lr
+from lorabench.planning.expand import merge_sweeps
+from lorabench.planning.starting_lr import starting_lr
+from lorabench.planning.walk import best_lr, ending, finished_losses, next_runs
+from lorabench.runs import Condition, Sweep
+from lorabench.utils.lattice import Lattice
+
+LATTICE = Lattice(per_decade=3, further=6)
+CONDITION = Condition("sft", "tiny", "worked", "lora", 4, "all", 32.0, 8, 50, "identity")
+# It starts with 4.64e-4, 1e-3 and 2.15e-3.
+SWEEP = Sweep(CONDITION, LATTICE.around(1.2e-3), seeds=3, experiments=("rank",), lattice=LATTICE)
+
+
+def walk(loss, sweep=SWEEP):
+    """Return the losses by LR and seed, and the LRs of each wave."""
+    losses, waves = {}, []
+    while wave := next_runs(sweep, losses):
+        assert len({(run.lr, run.seed) for run in wave}) == len(wave)
+        assert not {(run.lr, run.seed) for run in wave} & set(losses)
+        assert {run.run_id for run in wave} <= sweep.run_ids
+        waves.append(sorted({run.lr for run in wave}))
+        losses |= {(run.lr, run.seed): loss(run.lr, run.seed) for run in wave}
+    assert len(losses) <= sweep.most_runs
+    assert finished_losses(sweep, lambda run: loss(run.lr, run.seed)) == losses
+    return losses, waves
+
+
+def parabola(optimum, seed_shift=0.0):
+    return lambda lr, seed: math.log(lr / optimum) ** 2 + seed_shift * seed
+
+
+def test_an_optimum_among_the_first_lrs_takes_two_waves():
+    losses, waves = walk(parabola(1.1e-3, 0.1))
+    assert waves == [[4.64e-4, 1e-3, 2.15e-3]] * 2
+    assert len(losses) == 9
+    assert best_lr(SWEEP, losses) == 1e-3
+    assert ending(SWEEP, losses) == "bracketed by 3 LRs, the lowest loss at lr 1e-3"
+
+
+@pytest.mark.parametrize(("optimum", "triple"), [(1e-2, [4.64e-3, 1e-2, 2.15e-2]), (1e-4, [4.64e-5, 1e-4, 2.15e-4])])
+def test_a_distant_optimum_is_reached_step_by_step(optimum, triple):
+    losses, waves = walk(parabola(optimum))
+    assert waves[-1] == triple
+    assert best_lr(SWEEP, losses) == optimum
+    assert len(losses) == len({lr for lr, _ in losses}) + 6
+
+
+def test_it_stops_at_the_most_lrs_and_says_so():
+    losses, _ = walk(parabola(1e2))
+    assert len({lr for lr, _ in losses}) == 9
+    assert (
+        ending(SWEEP, losses) == "stopped at 9 LRs, the lowest loss at lr 2.15e-1, with no higher loss at a higher LR"
+    )
+    # The third LR with seeds is the next but one below.
+    assert len(losses) == 9 + 6
+
+
+def test_equal_lowest_losses_are_enclosed_together():
+    def reward(lr, seed):
+        return -0.6 if 3e-4 < lr < 5e-3 else -0.3
+
+    losses, waves = walk(reward)
+    assert waves[:2] == [[4.64e-4, 1e-3, 2.15e-3], [2.15e-4, 4.64e-3]]
+    assert waves[2] == [1e-2]
+    assert best_lr(SWEEP, losses) == 1e-3
+    assert ending(SWEEP, losses).startswith("bracketed by 6 LRs")
+
+
+def test_where_all_losses_are_equal_it_stops():
+    losses, _ = walk(lambda lr, seed: 0.0)
+    assert len({lr for lr, _ in losses}) == 9
+    assert ending(SWEEP, losses).endswith("with no higher loss at a lower or higher LR")
+
+
+def test_a_diverged_lr_counts_as_higher_and_a_finer_one_is_tried_before_it():
+    def loss(lr, seed):
+        return math.inf if lr > 1.8e-3 else -lr
+
+    losses, waves = walk(loss)
+    assert waves == [[4.64e-4, 1e-3, 2.15e-3], [1.47e-3], [4.64e-4, 1e-3, 1.47e-3]]
+    assert best_lr(SWEEP, losses) == 1.47e-3
+    assert ending(SWEEP, losses).startswith("bracketed by 4 LRs")
+
+
+def test_beside_diverged_lrs_the_third_one_is_finer():
+    losses, waves = walk(lambda lr, seed: math.inf if lr > 1.2e-3 else -lr)
+    assert waves == [[4.64e-4, 1e-3, 2.15e-3], [1.47e-3], [4.64e-4, 6.81e-4, 1e-3]]
+    assert best_lr(SWEEP, losses) == 1e-3
+
+
+def test_where_all_runs_diverge_it_walks_down_and_has_no_best_lr():
+    losses, _ = walk(lambda lr, seed: math.inf)
+    assert (min(losses), len(losses)) == ((4.64e-6, 0), 9)
+    assert best_lr(SWEEP, losses) is None
+    assert ending(SWEEP, losses) == "all 9 LRs diverged"
+
+
+def test_seeds_follow_the_mean_to_the_edge_with_the_first_seed():
+    # By the first seed 1e-3 is best, by the mean of all 4.64e-4, whose lower neighbour is not trained yet.
+    def loss(lr, seed):
+        return abs(math.log(lr / (1e-3 if seed == 0 else 3e-4)))
+
+    losses, waves = walk(loss)
+    assert waves == [[4.64e-4, 1e-3, 2.15e-3], [4.64e-4, 1e-3, 2.15e-3], [2.15e-4]]
+    assert (2.15e-4, 0) in losses
+    assert best_lr(SWEEP, losses) == 4.64e-4
+    assert len(losses) == 12
+
+
+def test_a_fixed_grid_of_the_same_condition_is_part_of_the_walk():
+    fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3, 3e-3), seeds=2, experiments=("early",), repeated=((1e-4, 1),))
+    [merged] = merge_sweeps([fixed, SWEEP])
+    assert merged.lrs == (1e-4, 3e-4, 4.64e-4, 1e-3, 2.15e-3, 3e-3)
+    assert (merged.seeds, merged.lattice) == (3, LATTICE)
+    assert {run.run_id for sweep in (fixed, SWEEP) for run in sweep.grid()} == {run.run_id for run in merged.grid()}
+    losses, waves = walk(parabola(3e-3), merged)
+    assert waves == [list(merged.lrs), [4.64e-3], [2.15e-3, 3e-3, 4.64e-3]]
+    # A step of the fixed grid that is wider than one of the lattice is filled.
+    losses, waves = walk(parabola(1e-4), merged)
+    assert waves[1:] == [[4.64e-5, 2.15e-4], [4.64e-5, 1e-4, 2.15e-4]]
+    assert (1e-4, 1) in losses
+
+
+def test_a_fixed_grid_has_seeds_at_its_best_lr():
+    fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3), seeds=3, experiments=("rank",))
+    losses, waves = walk(lambda lr, seed: 1.0 if lr > 2e-4 else math.inf, fixed)
+    # Of equally good LRs the lowest is the best.
+    assert waves == [[1e-4, 3e-4, 1e-3], [3e-4]]
+    assert (best_lr(fixed, losses), len(losses)) == (3e-4, fixed.n_runs)
+    assert next_runs(fixed, {(lr, 0): math.inf for lr in fixed.lrs}) == []
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+@pytest.mark.parametrize("number", range(40))
+def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, number):
+    rng = random.Random(number)
+    optimum, noise, diverges = 10 ** rng.uniform(-4, -2), rng.choice([0, 0.3, 3]), 10 ** rng.uniform(-3, 0)
+    sweep = replace(SWEEP, seeds=seeds)
+    drawn = {}
+
+    def loss(lr, seed):
+        value = math.inf if lr > diverges else math.log(lr / optimum) ** 2 + rng.gauss(0, noise)
+        return drawn.setdefault((lr, seed), round(value, 1) if math.isfinite(value) else value)
+
+    losses, _ = walk(loss, sweep)
+    best = best_lr(sweep, losses)
+    complete = [lr for lr, seed in losses if seed == 0 and all((lr, other) in losses for other in range(seeds))]
+    assert best in complete
+    assert len(complete) >= 3
+    enclosed = min(complete) < best < max(complete)
+    assert enclosed or len({lr for lr, _ in losses}) == 9 or best < diverges < best * 2.2
+
+
+def test_all_sweeps_share_the_lattice():
+    assert [LATTICE.lr(position) for position in (-10, -9, -8, -7)] == [4.64e-4, 1e-3, 2.15e-3, 4.64e-3]
+    assert Lattice(3, 6, scale=4.0).around(1e-3) == (4 * 4.64e-4, 4 * 1e-3, 4 * 2.15e-3)
+    assert Lattice(4, 6).around(1e-3) == (5.62e-4, 1e-3, 1.78e-3)
+    assert [LATTICE.next_to(2.2e-3, side) for side in (-1, 1)] == [1e-3, 4.64e-3]
+
+
+def test_the_start_is_the_geometric_mean_of_the_papers_law_for_both_methods():
+    laws = [predict_lr(PUBLISHED, "llama", 128, method) for method in ("fullft", "lora")]
+    assert starting_lr(128, "sft") == pytest.approx(math.sqrt(math.prod(laws)))
+    assert starting_lr(128, "rl") == pytest.approx(starting_lr(128, "sft") / 4)
