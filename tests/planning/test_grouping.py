@@ -81,8 +81,7 @@ def test_starts_take_little_of_the_laptop_preset():
     plan = PLANS["laptop"]
     start, whole = start_seconds(plan.preset), training(plan, plan.jobs).job_hours * 3600
     assert len(plan.jobs) < 0.6 * len(plan.sweeps)
-    # Experiments that share sweeps make small groups, and no job is longer than the longest sweep.
-    assert len(plan.jobs) * start < 2 * START_SHARE * whole
+    assert len(plan.jobs) * start < 1.5 * START_SHARE * whole
 
 
 def test_long_sweeps_stay_alone():
