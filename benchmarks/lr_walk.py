@@ -22,10 +22,10 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from lorabench.lattice import Lattice
 from lorabench.planning.starting_lr import starting_lr
 from lorabench.planning.walk import best_lr, ending, next_runs
 from lorabench.runs import Condition, Sweep
+from lorabench.utils.lattice import Lattice
 
 _ARM = ["task", "model", "dataset", "method", "rank", "placement", "alpha", "batch_size", "steps", "init_a", "lr_ratio"]
 _ARM += ["eps"]
