@@ -38,7 +38,7 @@ class SweptModel:
     @property
     def base(self) -> tuple[object, ...]:
         """What models share that were post-trained from one base: family, hidden size and number of parameters."""
-        sizes = self.comparison.runs["base_params"].dropna() if "base_params" in self.comparison.runs else ()
+        sizes = self.comparison.runs.reindex(columns=["base_params"])["base_params"].dropna()
         return self.lineage, self.hidden_size, int(sizes.iloc[0]) if len(sizes) else self.name
 
     @cached_property

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lorabench.calibration.made import MadeSweep
 from lorabench.calibration.noise import NoiseLevels
 from lorabench.calibration.scenes import FULLFT, LR_MARGIN, RUN, TEN, an_optimum, lora, made_arm, sign
-from lorabench.calibration.worlds import MadeSweep, make_tables
+from lorabench.calibration.worlds import make_tables
 from lorabench.claims.learning_rate import GROWTH, SHORT_RATIO
 from lorabench.claims.lr_law import MAX_EXPONENT_DISTANCE, MAX_REGRET
 from lorabench.tables.tables import Tables

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import pandas as pd
 
@@ -53,9 +54,9 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
         at = sweep.condition
         comparisons.setdefault((at.model, at.dataset, at.batch_size, at.steps), []).append(sweep)
     for members in comparisons.values():
-        arms = [vars(sweep.condition) for sweep in members]
-        for sweep, arm in zip(members, arms, strict=True):
-            by_role.setdefault(role(arm, highest_rank(arms)), []).append(sweep)
+        conditions = [vars(sweep.condition) for sweep in members]
+        for sweep, condition in zip(members, conditions, strict=True):
+            by_role.setdefault(role(condition, highest_rank(conditions)), []).append(sweep)
     # One or two LRs are no sweep.
     swept = [sweep for sweep in sweeps if _of_sweep(sweep).n_lrs > 2]
     tests, validations = (
@@ -79,7 +80,7 @@ def _of_sweep(sweep: Sweep) -> ArmDesign:
     if getattr(sweep, "lattice", None) is not None:
         return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, sweep.seeds, "around")
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
-    repeats = "every" if every > sweep.seeds else "best"
+    repeats: Literal["best", "every"] = "every" if every > sweep.seeds else "best"
     return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(sweep.seeds, every), repeats)
 
 

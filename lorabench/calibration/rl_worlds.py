@@ -39,8 +39,12 @@ class MadeRl:
 def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generator) -> Tables:
     """Draw the tables `runs`, `curves` and `test_losses` of a sweep of RL."""
     if (design := current()) is not None:
-        of_split = {"test_problems": design.test_examples, "validation_problems": design.validation_examples}
-        sweep = replace(sweep, arms=as_designed(design, sweep.arms, random), **of_split)
+        sweep = replace(
+            sweep,
+            arms=as_designed(design, sweep.arms, random),
+            test_problems=design.test_examples,
+            validation_problems=design.validation_examples,
+        )
     rows = Rows()
     sets = {"test": sweep.test_problems, "validation": sweep.validation_problems, **sweep.held_out}
     common = {name: random.standard_normal(n) for name, n in sets.items()}

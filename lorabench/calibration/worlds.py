@@ -70,8 +70,15 @@ def make_tables(sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.rand
     Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently.
     """
     if (design := current()) is not None:
-        of_split = {"test_examples": design.test_examples, "validation_examples": design.validation_examples}
-        sweeps = [replace(sweep, arms=as_designed(design, sweep.arms, random), **of_split) for sweep in sweeps]
+        sweeps = [
+            replace(
+                sweep,
+                arms=as_designed(design, sweep.arms, random),
+                test_examples=design.test_examples,
+                validation_examples=design.validation_examples,
+            )
+            for sweep in sweeps
+        ]
     rows = Rows()
     datasets: dict[Any, tuple[np.ndarray, np.ndarray, float]] = {}
     for number, sweep in enumerate(sweeps):

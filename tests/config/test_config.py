@@ -384,8 +384,8 @@ def test_lrs_that_a_sweep_finds(raw_preset, write_preset):
             "per_decade and most",
         ),
         (
-            {"lrs": {"fullft": [], "lora": {"strat": 1e-3}}},
-            "experiments.rank.0.lrs.lora: unknown key 'strat'; allowed: most, per_decade, start",
+            {"lrs": {"fullft": [], "lora": {"begin": 1e-3}}},
+            "experiments.rank.0.lrs.lora: unknown key 'begin'; allowed: most, per_decade, start",
         ),
         (
             {"lrs": {"fullft": [], "lora": {"most": 2}}},
