@@ -77,7 +77,7 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
 
 def _of_sweep(sweep: Sweep) -> ArmDesign:
     every = 1 + max((seed for _, seed in sweep.repeated), default=0)
-    if getattr(sweep, "lattice", None) is not None:
+    if sweep.lattice is not None:
         return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, sweep.seeds, "around")
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
     repeats: Literal["best", "every"] = "every" if every > sweep.seeds else "best"
