@@ -99,7 +99,7 @@ class Run:
 EXPECTED_FURTHER_LRS = 2
 """LRs beside its three first that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
 AROUND = 3
-"""Number of LRs around the best that have all seeds in a sweep with `lrs: auto`."""
+"""Number of LRs around the best that have several seeds in a sweep with `lrs: auto`."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,19 @@ class Sweep:
     lrs: tuple[float, ...]
     """The LRs that are trained first."""
     seeds: int
-    """Number of seeds at the best LR; with a lattice, at the three LRs around it."""
+    """Number of seeds at the best LR."""
     experiments: tuple[str, ...] = field(compare=False)
     repeated: tuple[tuple[float, int], ...] = ()
     """LR and seed of each further run that is trained whatever the best LR is."""
     lattice: Lattice | None = None
     """The lattice on which the sweep walks from `lrs` to the best LR; None for a fixed grid."""
+    seeds_around: int = 1
+    """With a lattice, the number of seeds at the three LRs around the best one, at most `seeds`."""
 
     @cached_property
     def sweep_id(self) -> str:
         """The sweep's name for files: its condition's label, and a hash of its runs."""
-        walk = [] if self.lattice is None else [asdict(self.lattice)]
+        walk = [] if self.lattice is None else [asdict(self.lattice), self.seeds_around]
         return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds, *walk], 8)}"
 
     @property
@@ -133,7 +135,9 @@ class Sweep:
         """The largest possible number of runs."""
         if self.lattice is None:
             return self.n_runs
-        return (len(self.lrs) + self.lattice.further) * self.seeds + len(self.repeated)
+        # Seeds go on to other LRs until the means of those around have settled; the last ones are at one LR.
+        around = (len(self.lrs) + self.lattice.further) * self.seeds_around
+        return around + self.seeds - self.seeds_around + len(self.repeated)
 
     def grid(self) -> list[Run]:
         """The runs that are known before training: the first LRs with the first seed, then `repeated`."""
@@ -154,8 +158,9 @@ class Sweep:
             return [self.grid(), self.repeats(math.nan)]
         steps = min(EXPECTED_FURTHER_LRS, self.lattice.further)
         walk = [[Run(self.condition, math.nan, 0)] for _ in range(steps)]
-        seeds = [Run(self.condition, math.nan, seed) for seed in range(1, self.seeds) for _ in range(AROUND)]
-        return [self.grid(), *walk, seeds]
+        around = [Run(self.condition, math.nan, seed) for seed in range(1, self.seeds_around) for _ in range(AROUND)]
+        others = [Run(self.condition, math.nan, seed) for seed in range(self.seeds_around, self.seeds)]
+        return [self.grid(), *walk, around, *([others] if others else [])]
 
     def possible_runs(self) -> Iterator[Run]:
         """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""

@@ -27,6 +27,8 @@ class ArmDesign:
     seeds: int
     repeats: Literal["best", "around", "every"]
     """At which LRs further seeds are trained, as in `MadeArm`."""
+    seeds_around: int | None = None
+    """As in `MadeArm`."""
 
 
 @dataclass(frozen=True)
@@ -82,4 +84,4 @@ def _swept(arm: MadeArm, design: ArmDesign, random: np.random.Generator) -> Made
         return replace(arm, seeds=design.seeds)
     place = np.arange(design.n_lrs) - (design.n_lrs - 1) // 2 + random.uniform(-0.5, 0.5)
     lrs = np.exp(arm.optimum + math.log(design.lr_step) * place)
-    return replace(arm, lrs=lrs, seeds=design.seeds, repeats=design.repeats)
+    return replace(arm, lrs=lrs, seeds=design.seeds, repeats=design.repeats, seeds_around=design.seeds_around)

@@ -30,6 +30,9 @@ class MadeArm:
     repeats: Literal["best", "around", "every"] = "best"
     """At which LRs further seeds are trained: that with the lowest validation loss of the first seed, also the two
     beside it, or all."""
+    seeds_around: int | None = None
+    """With `around`, the number of seeds at these three LRs; the others are trained at the lowest only. None for all.
+    """
     curvature: float = 1.0
     """Its curvature over that of the noise levels."""
     moved: Curve | None = None

@@ -78,7 +78,7 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
 def _of_sweep(sweep: Sweep) -> ArmDesign:
     every = 1 + max((seed for _, seed in sweep.repeated), default=0)
     if sweep.lattice is not None:
-        return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, sweep.seeds, "around")
+        return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, sweep.seeds, "around", sweep.seeds_around)
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
     repeats: Literal["best", "every"] = "every" if every > sweep.seeds else "best"
     return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(sweep.seeds, every), repeats)

@@ -197,8 +197,11 @@ def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray
         return np.ones(len(lr), bool)
     grid_of_first = lr[seed == 0]
     best = int(valid[seed == 0].argmin())
-    beside = int(arm.repeats == "around")
-    return np.asarray((seed == 0) | np.isin(lr, grid_of_first[max(0, best - beside) : best + beside + 1]))
+    kept = (seed == 0) | (lr == grid_of_first[best])
+    if arm.repeats == "around":
+        more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)
+        kept |= more & np.isin(lr, grid_of_first[max(0, best - 1) : best + 2])
+    return np.asarray(kept)
 
 
 def progress(steps: np.ndarray, last: int) -> np.ndarray:

@@ -108,6 +108,9 @@ class Block(Strict):
     seeds: Positive = 3
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; the grid itself is run with
     the first seed."""
+    seeds_around: Positive | None = None
+    """With `auto`, the number of seeds at the three LRs; the others are run at the best of them only, which makes the
+    lowest loss as certain as three times as many runs would, but not the optimal LR. Null for all seeds."""
     repeat: Literal["best", "every"] = "best"
     """The LRs at which further seeds are run: the best LR, or every LR of the grid."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
@@ -139,6 +142,8 @@ class Block(Strict):
             raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
         if self.repeat == "every" and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
             raise ValueError("repeat = 'every': allowed with fixed LRs, not with lrs: auto")
+        if self.seeds_around is not None and self.seeds_around > self.seeds:
+            raise ValueError(f"seeds_around = {self.seeds_around}: at most seeds, which is {self.seeds}")
         return self
 
 

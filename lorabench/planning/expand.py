@@ -88,6 +88,7 @@ def block_sweeps(
             experiments=(name,),
             repeated=tuple((lr, seed) for lr in lrs for seed in every),
             lattice=lattice,
+            seeds_around=1 if lattice is None else block.seeds_around or block.seeds,
         )
 
 
@@ -135,6 +136,7 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
                 repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
                 lattice=_finest(other.lattice, sweep.lattice),
+                seeds_around=max(other.seeds_around, sweep.seeds_around),
             )
         merged[sweep.condition] = sweep
     return list(merged.values())

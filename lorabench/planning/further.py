@@ -51,11 +51,14 @@ def further(plan: Plan, more: Mapping[str, More], test_examples: Mapping[str, in
         extra = _extra(sweep, wanted.get(_without_identity(sweep)))
         if sweep.condition.dataset in larger:
             seeds, lrs = (extra.seeds - 1, extra.lrs) if extra else (0, ())
-            if sweep.lattice is not None:
+            around = sweep.seeds_around
+            if sweep.lattice is not None and around == sweep.seeds:
                 seeds //= AROUND
+                around += seeds
             repeated = (*sweep.repeated, *(extra.repeated if extra else ()))
             cells = tuple(sorted({*sweep.lrs, *lrs}))
-            sweeps.append(replace(sweep, lrs=cells, seeds=sweep.seeds + seeds, repeated=repeated))
+            total = sweep.seeds + seeds
+            sweeps.append(replace(sweep, lrs=cells, seeds=total, seeds_around=around, repeated=repeated))
         elif extra:
             sweeps.append(extra)
     return Plan(raised.preset, tuple(sweeps))
@@ -71,7 +74,10 @@ def _extra(sweep: Sweep, more: More | None) -> Sweep | None:
     # The LRs are not known before the grid is trained; for the number of runs it does not matter which they are.
     seeds = max(0, more.seeds - sweep.seeds, more.seeds_around - sweep.seeds) + neighbours * (more.seeds_around - 1)
     if sweep.lattice is not None:
-        seeds = AROUND * max(0, more.seeds - sweep.seeds, more.seeds_around - sweep.seeds)
+        at_best = max(0, more.seeds - sweep.seeds, more.seeds_around - sweep.seeds)
+        # A sweep with all seeds at the three LRs goes on like that.
+        around = max(more.seeds if sweep.seeds_around == sweep.seeds else 1, more.seeds_around)
+        seeds = at_best + (AROUND - 1) * max(0, around - sweep.seeds_around)
     elif sweep.repeated:
         # Its seeds are at every LR.
         seeds, wanted = 0, max(more.seeds, more.seeds_around)

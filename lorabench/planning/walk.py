@@ -7,8 +7,9 @@ fixed LRs, the second and last one is the other seeds at the LR with the lowest 
 1. Until the lowest loss has a higher one on both sides, no more than a step of the lattice away, the lattice's next LR
    is trained on each side that lacks one. A run that diverged counts as higher, and a finer LR is tried before it.
    Equal lowest losses, as in RL, must be enclosed together.
-2. The other seeds are trained at the three LRs around the lowest loss. If its mean over the seeds is lowest at another
-   LR than the middle one, the seeds go on to that LR's neighbours.
+2. The next seeds, `Sweep.seeds_around` with the first, are trained at the three LRs around the lowest loss. If its mean
+   over the seeds is lowest at another LR than the middle one, the seeds go on to that LR's neighbours.
+3. All other seeds are trained at the LR with the lowest mean.
 
 A sweep stops when it has tried the lattice's largest number of LRs. Everything follows from the losses alone, so that a
 resumed sweep walks the same way.
@@ -41,7 +42,7 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
         return wave
     if sweep.lattice is None:
         best = best_lr(sweep, losses)
-        return [] if best is None else _missing(sweep, [best], losses)
+        return [] if best is None else _missing(sweep, [best], losses, sweep.seeds)
     first = _first_seed(losses)
     room = _room(sweep, sweep.lattice, first)
     started = any(seed and (lr, seed) not in sweep.repeated for lr, seed in losses)
@@ -51,10 +52,11 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
         return wave
     # Other experiments may have trained all seeds at some LRs, so that the means already know better.
     for scores in ([] if started else [first]) + [_means(sweep, losses) or first]:
-        wave = _missing(sweep, _around(sweep.lattice, first, _middle_of_lowest(scores), room), losses)
+        around = _around(sweep.lattice, first, _middle_of_lowest(scores), room)
+        wave = _missing(sweep, around, losses, sweep.seeds_around)
         if wave:
-            break
-    return wave
+            return wave
+    return _missing(sweep, [_middle_of_lowest(_means(sweep, losses) or first)], losses, sweep.seeds)
 
 
 def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple[float, int], float]:
@@ -74,7 +76,8 @@ def best_lr(sweep: Sweep, losses: Losses) -> float | None:
     """Return the best LR by the validation losses; None if every run diverged.
 
     In a sweep of fixed LRs it is the LR with the lowest loss of the first seed, the lowest of equally good ones. With
-    a lattice it is the LR with the lowest mean loss over all seeds, the middle of equally good ones.
+    a lattice it is the LR with the lowest mean loss over the seeds that all three LRs around it have, the middle of
+    equally good ones.
     """
     if sweep.lattice is None:
         # `repeated` may hold LRs of the first seed that are not in the grid.
@@ -105,8 +108,8 @@ def _first_seed(losses: Losses) -> dict[float, float]:
 
 
 def _means(sweep: Sweep, losses: Losses) -> dict[float, float]:
-    """Return the mean losses at the LRs that have all seeds, ascending."""
-    seeds = range(sweep.seeds)
+    """Return the mean losses at the LRs that have the seeds of those around the best, ascending."""
+    seeds = range(sweep.seeds_around)
     complete = [lr for lr in _first_seed(losses) if all((lr, seed) in losses for seed in seeds)]
     return {lr: fmean(losses[lr, seed] for seed in seeds) for lr in complete}
 
@@ -170,7 +173,7 @@ def _around(lattice: Lattice, first: Mapping[float, float], centre: float, room:
     return sorted(chosen + nearest[: AROUND - len(chosen)])
 
 
-def _missing(sweep: Sweep, lrs: Iterable[float], losses: Losses) -> list[Run]:
-    """Return the runs of all seeds at some LRs that are not finished, seed by seed."""
-    cells = [(lr, seed) for seed in range(sweep.seeds) for lr in lrs]
+def _missing(sweep: Sweep, lrs: Iterable[float], losses: Losses, seeds: int) -> list[Run]:
+    """Return the runs of so many seeds at some LRs that are not finished, seed by seed."""
+    cells = [(lr, seed) for seed in range(seeds) for lr in lrs]
     return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]

@@ -18,7 +18,7 @@ from lorabench.utils.lattice import Lattice
 LATTICE = Lattice(per_decade=3, further=6)
 CONDITION = Condition("sft", "tiny", "worked", "lora", 4, "all", 32.0, 8, 50, "identity")
 # It starts with 4.64e-4, 1e-3 and 2.15e-3.
-SWEEP = Sweep(CONDITION, LATTICE.around(1.2e-3), seeds=3, experiments=("rank",), lattice=LATTICE)
+SWEEP = Sweep(CONDITION, LATTICE.around(1.2e-3), seeds=3, experiments=("rank",), lattice=LATTICE, seeds_around=3)
 
 
 def walk(loss, sweep=SWEEP):
@@ -140,12 +140,24 @@ def test_a_fixed_grid_has_seeds_at_its_best_lr():
     assert next_runs(fixed, {(lr, 0): math.inf for lr in fixed.lrs}) == []
 
 
+def test_seeds_beyond_those_around_are_at_the_best_lr_by_the_mean():
+    # By the first seed 1e-3 is best, by the mean of three 4.64e-4; the other seeds do not move it back.
+    def loss(lr, seed):
+        return abs(math.log(lr / (3e-4 if seed in (1, 2) else 1e-3)))
+
+    losses, waves = walk(loss, replace(SWEEP, seeds=6))
+    assert waves[-1] == [4.64e-4]
+    assert {lr for lr, seed in losses if seed >= 3} == {4.64e-4}
+    assert best_lr(replace(SWEEP, seeds=6), losses) == 4.64e-4
+    assert len(losses) == 4 + 6 + 2 + 3
+
+
 @pytest.mark.parametrize("seeds", [1, 2, 4])
 @pytest.mark.parametrize("number", range(40))
 def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, number):
     rng = random.Random(number)
     optimum, noise, diverges = 10 ** rng.uniform(-4, -2), rng.choice([0, 0.3, 3]), 10 ** rng.uniform(-3, 0)
-    sweep = replace(SWEEP, seeds=seeds)
+    sweep = replace(SWEEP, seeds=seeds, seeds_around=seeds)
     drawn = {}
 
     def loss(lr, seed):
