@@ -17,6 +17,7 @@ from lorabench.figures.matrix import draw_matrix
 from lorabench.figures.style import write_figure
 from lorabench.report import claim_text
 from lorabench.report.generated_block import text_around, write_around
+from lorabench.report.publish import results_page
 from lorabench.sources.matrix import matrix
 from lorabench.sources.measurements import MEASURES, growth_measurements, measurement_table, measurements, summary_table
 from lorabench.sources.own import Own, own_measurements, read_own
@@ -135,7 +136,10 @@ def _cell(row: dict[Any, Any], docs: str) -> str:
     if row["verdict"] == "not tested":
         return formats.DASH
     value = "" if pd.isna(row["estimate"]) else f" {formats.number(row['estimate'])}"
-    link = f"{docs}evidence.md#{row['origin']}" if pd.notna(row["source"]) else f"{docs}results.md"
+    if pd.notna(row["source"]):
+        link = f"{docs}evidence.md#{row['origin']}"
+    else:
+        link = f"{docs}{results_page(row['origin']).name}"
     return f"[{row['verdict']}]({link}){value}"
 
 

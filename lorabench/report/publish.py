@@ -1,7 +1,7 @@
-"""Publishing a finished preset: copies of its figures, claims and provenance, and two blocks of text about them.
+"""Publishing a finished preset: copies of its figures, claims and provenance, and blocks of text about them.
 
-The block of the core claims stands in the README, the block of all claims on a page of the documentation. Both are
-made from the committed files alone, so that a test can compare the pages with these files.
+The block of all claims stands on a page of the documentation, and that of the default preset's core claims in the
+README as well. They are made from the committed files alone, so that a test can compare the pages with these files.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ FIGURE_KINDS = (".svg", ".png", ".csv")
 SHOWN = "verdicts"
 """The figure that the README shows; the page of results shows all."""
 
-RESULTS_PAGE = Path("docs/results.md")
-"""The page of results, beside the README."""
+DEFAULT_PRESET = "laptop"
+"""The preset whose core claims the README shows."""
 
 _NOT_PUBLISHED = ("run_ids",)
 """The columns of the table claims that are left out."""
@@ -47,20 +47,27 @@ PICTURES = Path("published")
 """The link in `docs/` that leads to `paper_figures/published`."""
 
 
+def results_page(preset: str) -> Path:
+    """Return the page of a preset's results, as a path from the README."""
+    return Path("docs/results.md" if preset == DEFAULT_PRESET else f"docs/results-{preset}.md")
+
+
 def publish(layout: Layout, readme: Path) -> None:
-    """Copy a preset's figures, claims and provenance to where the repository shows them, and write both pages.
+    """Copy a preset's figures, claims and provenance to where the repository shows them, and write its pages.
 
     Args:
         layout: the preset, finished.
-        readme: the README; the page of results lies in `docs/` beside it.
+        readme: the README, which is written for the default preset only; the page of results lies in `docs/` beside it.
 
     Raises:
         UserError: a page has no place for its block, the figure that the README shows has not been drawn, or the table
             claims is from another version.
     """
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
-    page = readme.parent / RESULTS_PAGE
-    around = {path: text_around(path, START, END) for path in (readme, page)}
+    makers = {readme.parent / results_page(layout.name): results_block}
+    if layout.name == DEFAULT_PRESET:
+        makers[readme] = readme_block
+    around = {path: text_around(path, START, END) for path in makers}
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in FIGURE_KINDS)
     if layout.figures / f"{SHOWN}.svg" not in drawn:
         raise UserError(f"figure {layout.figures / SHOWN}.svg does not exist; run the preset {layout.name} first")
@@ -71,8 +78,8 @@ def publish(layout: Layout, readme: Path) -> None:
         path.unlink()
     write_csv(claims.drop(columns=list(_NOT_PUBLISHED)), layout.published / "claims.csv")
     write_json(_provenance(layout, runs), layout.published / "provenance.json")
-    for path, text in ((readme, readme_block(layout.published)), (page, results_block(layout.published))):
-        write_around(path, around[path], text)
+    for path, block in makers.items():
+        write_around(path, around[path], block(layout.published))
 
 
 def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
@@ -119,10 +126,18 @@ def readme_block(figures: Path) -> str:
 def results_block(figures: Path) -> str:
     """Return the block of the page of results: all claims and all figures of a folder that `publish` has written."""
     claims, counted = _read(figures)
+    tested = claims[claims["verdict"] != "not tested"]
     drawn = {name: _picture(figures, name) for name in FIGURES if (figures / f"{name}.svg").is_file()}
     first = drawn.pop(SHOWN, [])
-    lines = [START, *first, *counted, "", *_table(claims, claims), "", *chain.from_iterable(drawn.values())]
+    lines = [START, *first, *counted, "", *_table(tested, claims), "", *_untested(claims)]
+    lines += chain.from_iterable(drawn.values())
     return "\n".join([*lines, END])
+
+
+def _untested(claims: pd.DataFrame) -> list[str]:
+    """Return a line that names the claims without runs; nothing if there are none."""
+    untested = claims.loc[claims["verdict"] == "not tested", "claim_id"]
+    return [f"Not tested, for want of such runs: {', '.join(untested)}.", ""] if len(untested) else []
 
 
 def _picture(figures: Path, name: str) -> list[str]:

@@ -28,12 +28,10 @@ def matrix(judged: pd.DataFrame, own: Sequence[Own] = ()) -> pd.DataFrame:
 
     Args:
         judged: the claims of all studies, as from `studies.judge`.
-        own: presets of one's own, each a column.
+        own: presets of one's own; the scale of each claim's runs says in which column it stands.
     """
     parts = [judged.assign(origin=judged["source"])]
-    parts += [
-        preset.claims.assign(origin=preset.name, scale=preset.scale, parameters=preset.parameters) for preset in own
-    ]
+    parts += [preset.claims[preset.claims["scale"].notna()].assign(origin=preset.name) for preset in own]
     every = pd.concat(parts, ignore_index=True)
     every = every[every["claim_id"].isin(CORE)]
     every.loc[every["n_runs"].fillna(0).eq(0), "verdict"] = "not tested"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +17,22 @@ from lorabench.tables.judged import read_claims
 _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 
+TINY, BELOW = "tiny", 1e7
+"""The scale of all models with fewer parameters."""
+
+
 @dataclass(frozen=True)
 class Own:
     """The verdicts of a preset."""
 
     name: str
-    scale: str
-    parameters: int
     claims: pd.DataFrame
+    """The table `claims` with the columns scale (as `8B`; None for a claim that was judged on no models) and
+    parameters (NaN there). It lacks run_ids."""
 
 
 def read_own(folder: Path, name: str) -> Own:
-    """Read the table `claims` of a preset, finished or published; its scale is the most frequent of its scopes.
+    """Read the table `claims` of a preset, finished or published; the scale of each claim is that of its scope.
 
     Raises:
         UserError: there is no such table, or it is from another version.
@@ -37,17 +40,24 @@ def read_own(folder: Path, name: str) -> Own:
     if table_path(folder, "claims") is None:
         raise UserError(f"no table claims.parquet or claims.csv in {folder}")
     claims = read_claims(folder, without=("run_ids",))
-    sizes = Counter(
-        match[0] for scope in claims["scope"].dropna() if (match := re.match(r"([\d.]+)([kMB]) parameters", str(scope)))
-    )
-    if not sizes:
-        return Own(name, name, 0, claims)
-    [(text, _)] = sizes.most_common(1)
-    number, unit = re.match(r"([\d.]+)([kMB])", text).groups()  # type: ignore[union-attr]
-    parameters = round(float(number) * _SIZES[unit])
-    return Own(
-        name, f"{float(number):.2g}{unit}" if float(number) < 10 else f"{float(number):.0f}{unit}", parameters, claims
-    )
+    scales = [_scale(scope) for scope in claims["scope"]]
+    columns = pd.DataFrame(scales, columns=["scale", "parameters"], index=claims.index)
+    return Own(name, claims.join(columns))
+
+
+def _scale(scope: object) -> tuple[str | None, float]:
+    """Return the scale and the number of parameters at the start of a scope such as `0.83M parameters, 50 steps`.
+
+    Of a range, as in `0.27M to 0.83M parameters`, the larger one counts.
+    """
+    match = re.match(r"(?:[\d.]+[kMB] to )?([\d.]+)([kMB]) parameters", str(scope))
+    if match is None:
+        return None, math.nan
+    number, unit = float(match[1]), match[2]
+    parameters = number * _SIZES[unit]
+    if parameters < BELOW:
+        return TINY, parameters
+    return (f"{number:.2g}{unit}" if number < 10 else f"{number:.0f}{unit}"), parameters
 
 
 def own_measurements(own: Own) -> list[Measurement]:
@@ -69,7 +79,7 @@ def own_measurements(own: Own) -> list[Measurement]:
         numbers = (
             [float(row[column].iloc[0]) for column in ("estimate", "ci_low", "ci_high")] if len(row) else [math.nan]
         )
-        if not all(map(math.isfinite, numbers)):
+        if not all(map(math.isfinite, numbers)) or row["scale"].isna().any():
             continue
         value, low, high = map(math.log, numbers) if measure == "lr_ratio" else numbers
         sign = -1 if measure == "rank_1_gap" else 1
@@ -78,8 +88,8 @@ def own_measurements(own: Own) -> list[Measurement]:
                 measure=measure,
                 source=f"lorabench {own.name}",
                 study=f"lorabench {own.name}",
-                scale=own.scale,
-                parameters=own.parameters,
+                scale=str(row["scale"].iloc[0]),
+                parameters=int(row["parameters"].iloc[0]),
                 task=task,
                 dataset=_dataset(row["scope"].iloc[0]),
                 batch_size=None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from lorabench.claims.catalog import CLAIMS, CORE
 from lorabench.errors import UserError
 from lorabench.report.facts import VERDICTS, headline
-from lorabench.report.publish import END, RESULTS_PAGE, SHOWN, START, publish, readme_block, results_block
+from lorabench.report.publish import END, SHOWN, START, publish, readme_block, results_block, results_page
 from lorabench.storage.layout import Layout
 from lorabench.tables.io import write_frame
 from lorabench.tables.tables import Tables
@@ -20,6 +22,7 @@ from lorabench.tables.tables import Tables
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim
 
+RESULTS_PAGE = results_page("laptop")
 PAGES = (Path("README.md"), RESULTS_PAGE)
 
 
@@ -93,11 +96,15 @@ def test_claims_are_in_the_blocks_with_their_verdicts(finished: Layout):
     claims = pd.read_csv(finished.published / "claims.csv")
     blocks = results_block(finished.published), readme_block(finished.published)
     every, core = map(rows_of, blocks)
-    assert list(every) == list(claims.claim_id)
+    tested = claims[claims["verdict"] != "not tested"]
+    assert list(every) == list(tested.claim_id)
+    untested = claims.loc[claims["verdict"] == "not tested", "claim_id"]
+    assert f"Not tested, for want of such runs: {', '.join(untested)}." in blocks[0]
     assert set(core) == set(CORE)
-    for claim in claims.itertuples():
+    for claim in tested.itertuples():
         assert f" | {claim.verdict}" in every[claim.claim_id]
-    assert core == {claim_id: every[claim_id] for claim_id in core}
+    for claim_id in set(core) - set(untested):
+        assert core[claim_id] == every[claim_id]
     for block in blocks:
         lines = block.splitlines()
         assert f"({lines[1].partition('](')[2]}".endswith(f"{SHOWN}.svg)"), "the picture comes first"
@@ -121,7 +128,7 @@ def test_a_row_has_the_margin_the_power_and_what_is_missing(finished: Layout):
     assert rows["B1"] == f"| B1 | statement of B1 (one fact with B5) | confirmed | {measured} |"
     assert f"| inconclusive; to decide: 6 seeds (now 3) | {measured} |" in rows["B5"]
     assert f"| setting not met; needs natural text | {measured} |" in rows["D1"]
-    assert "| not tested | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in rows["D5"]
+    assert "D5" not in rows
 
 
 def test_an_old_table_is_refused_before_anything_is_written(finished: Layout, judged: pd.DataFrame):
@@ -153,8 +160,27 @@ def test_a_missing_figure_is_named(finished: Layout):
         publish(finished, Path("README.md"))
 
 
-def test_the_pages_say_what_the_committed_files_say(monkeypatch: pytest.MonkeyPatch):
+def test_another_preset_has_a_page_of_its_own_and_leaves_the_readme(finished: Layout):
+    before = Path("README.md").read_text()
+    other = replace(finished, name="overnight")
+    page = results_page("overnight")
+    page.write_text(f"{START}\n{END}\n")
+    for folder in (other.tables(), other.figures):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(finished.tables(), other.tables(), dirs_exist_ok=True)
+    shutil.copytree(finished.figures, other.figures, dirs_exist_ok=True)
+    publish(other, Path("README.md"))
+    assert "What the `overnight` preset says." in page.read_text()
+    assert f"published/overnight/{SHOWN}.svg" in page.read_text()
+    assert Path("README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(path.parent.name for path in REPOSITORY.glob("paper_figures/published/*/provenance.json"))
+)
+def test_the_pages_say_what_the_committed_files_say(preset: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
-    published = Layout.of("laptop").published
-    assert readme_block(published) in Path("README.md").read_text(encoding="utf-8")
-    assert results_block(published) in RESULTS_PAGE.read_text(encoding="utf-8")
+    published = Layout.of(preset).published
+    assert results_block(published) in results_page(preset).read_text(encoding="utf-8")
+    if preset == "laptop":
+        assert readme_block(published) in Path("README.md").read_text(encoding="utf-8")

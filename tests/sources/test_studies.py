@@ -79,7 +79,7 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     own = read_own(REPOSITORY / "paper_figures/published/laptop", "laptop")
     cells = matrix(claims, [own])
     assert list(dict.fromkeys(cells.sort_values("parameters")["scale"])) == [
-        own.scale,
+        "tiny",
         "0.6B",
         "1.7B",
         "3B",
@@ -90,7 +90,7 @@ def test_the_matrix_has_a_column_for_each_scale_and_the_worst_verdict_of_several
     assert at.loc[("B1", "0.6B"), "origin"] == "nhckdvrl"
     assert at.loc[("B1", "0.6B"), "others"] == "nayyirahsan: inconclusive"
     assert at.loc[("F1", "70B"), "verdict"] == "not tested"
-    assert at.loc[("B3", own.scale), "verdict"] == own.claims.set_index("claim_id").loc["B3", "verdict"]
+    assert at.loc[("B3", "tiny"), "verdict"] == own.claims.set_index("claim_id").loc["B3", "verdict"]
 
 
 def test_a_source_of_ones_own_stands_beside_the_shipped_ones(source):
