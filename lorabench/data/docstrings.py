@@ -71,11 +71,11 @@ _EMPHASIS = re.compile(r"(?<!\w)\*{1,2}(\w+)\*{1,2}(?!\w)")
 _MARKUP = re.compile(
     r">>>|https?:|::|\.\.|[@{}\\|$#]|\w_(\s|$)|`_|<[^>]*>`|:[a-z]+:|"
     r"\b(Args|Arguments|Parameters?|Params|Returns?|Raises|Yields|Usage|Examples?|Notes?|Todo|Warning|See [Aa]lso):|"
-    r"TODO|FIXME|XXX"
+    r"TODO|FIXME|XXX|\[\d"
 )
 _POINTS = re.compile(
     r"(See|Alias|Same as|Refer|Like|Equivalent to|Wrapper|Overrid|Inherit|Copied|Adapted|Calls? )\w*\b|"
-    r".*\b(deprecat|obsolete|backwards?[- ]compat|docstring|see )",
+    r".*\b(deprecat|obsolete|overrid|backwards?[- ]compat|docstring|see\b)",
     re.IGNORECASE | re.DOTALL,
 )
 _ITEM = re.compile(r"^\s*([-*+]|\d+[.)])\s", re.MULTILINE)

@@ -103,7 +103,7 @@ def _licence(found: Distribution) -> str:
     classifiers = [text for text in stated.get_all("Classifier") or [] if text.startswith("License ::")]
     if classifiers:
         return ", ".join(text.rpartition(" :: ")[2] for text in classifiers)
-    lines = (stated["License"] if "License" in stated else "").strip().splitlines()
+    lines = (stated.get_all("License") or [""])[0].strip().splitlines()
     return lines[0].strip() if lines else "not stated"
 
 
