@@ -271,3 +271,30 @@ def publish(
         from lorabench.report.publish import publish as write_published
 
         write_published(plan_and_layout(preset)[1], readme)
+
+
+@app.command("save-runs", rich_help_panel=_PANEL)
+def save_runs(preset: PresetOption = "laptop") -> None:
+    """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
+    with in_one_sentence():
+        from lorabench.training.saved_runs import save_runs as save
+
+        planned, layout = plan_and_layout(preset)
+        runs, size = save(planned, layout)
+        print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
+
+
+@app.command("restore-runs", rich_help_panel=_PANEL)
+def restore_runs(preset: PresetOption = "laptop") -> None:
+    """Restore the runs that `save-runs` saved, so that the preset goes on from them."""
+    with in_one_sentence():
+        from lorabench.training.saved_runs import restore_runs as restore
+
+        planned, layout = plan_and_layout(preset)
+        restored = restore(planned, layout)
+        print(
+            f"restored {restored.runs} runs and {restored.jobs} whole jobs from {layout.saved_runs}; "
+            f"{restored.present} runs were there already"
+        )
+        if restored.unknown:
+            print(f"{restored.unknown} saved runs are not in the plan of preset {layout.name} and were left out")

@@ -27,6 +27,28 @@ class ChatDataset(Strict):
     """Seed of the problems."""
 
 
+class DocstringsDataset(Strict):
+    """Functions of installed Python packages with the first paragraph of their docstrings.
+
+    The splits come from different packages (see lorabench/data/docstrings.py). Another version of a package gives
+    another dataset.
+    """
+
+    kind: Literal["docstrings"]
+    train: Positive
+    """Training examples."""
+    validation: Positive
+    """Examples on which the LR is picked."""
+    test: Positive
+    """Examples on which losses are reported."""
+    max_chars: Annotated[int, Field(ge=32)] = 800
+    """Longer examples (code and description together) are left out."""
+    min_words: Positive = 14
+    """Shorter descriptions are left out."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of examples."""
+
+
 class FactsDataset(Strict):
     """Random facts to be memorized. The test facts are the training facts, since nothing generalizes to others."""
 
@@ -110,4 +132,6 @@ class FileDataset(Strict):
     """Seed of the choice of examples."""
 
 
-DatasetSpec = Annotated[ChatDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")]
+DatasetSpec = Annotated[
+    ChatDataset | DocstringsDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")
+]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
-from lorabench.config.datasets import ChatDataset, FactsDataset, FileDataset, HubDataset
+from lorabench.config.datasets import ChatDataset, DocstringsDataset, FactsDataset, FileDataset, HubDataset
 from lorabench.config.models import GgufModel, HubModel, PathModel, TinyModel
 from lorabench.config.preset import Preset
 from lorabench.config.problems import FileProblems, HubProblems, ReasoningProblems, SumProblems
@@ -41,7 +41,7 @@ def explain(problem: Any) -> str:
 
 _KINDS: dict[str, tuple[type[BaseModel], ...]] = {
     "models": (TinyModel, HubModel, PathModel, GgufModel),
-    "datasets": (ChatDataset, FactsDataset, HubDataset, FileDataset),
+    "datasets": (ChatDataset, DocstringsDataset, FactsDataset, HubDataset, FileDataset),
     "problems": (ReasoningProblems, SumProblems, HubProblems, FileProblems),
 }
 

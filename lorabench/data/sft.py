@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.datasets import ChatDataset, DatasetSpec, FactsDataset, FileDataset, HubDataset
+from lorabench.config.datasets import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
 from lorabench.data.chat import SPLITS, Chat, Split, prompt, prompt_digest
+from lorabench.data.docstrings import choose_docstrings
 from lorabench.data.facts import SOURCE, random_facts
 from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
@@ -43,7 +44,7 @@ _MAX_MISSES = 500
 def build_dataset(
     spec: DatasetSpec, path: Path, fetched: Mapping[str, FetchedRepository] = MappingProxyType({})
 ) -> None:
-    """Make a dataset and write it; a dataset of the hub with a note of what was left out and why (see `about`).
+    """Make a dataset and write it, from the hub or docstrings with a note of what was left out and why (see `about`).
 
     Args:
         spec: the dataset.
@@ -53,15 +54,15 @@ def build_dataset(
     Raises:
         UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
     """
-    if isinstance(spec, HubDataset):
-        chats = choose_chats(spec, fetched)
+    if isinstance(spec, HubDataset | DocstringsDataset):
+        chats = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_docstrings(spec)
         write_dataset((_row(split, chat) for split, chat in chats), path, chats.about)
     else:
         write_dataset(make_dataset(spec), path)
 
 
 def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[ExampleRow]:
-    """Yield the rows of a dataset that is not of the hub, distinct by prompt across all splits.
+    """Yield the rows of a generated dataset or a file, distinct by prompt across all splits.
 
     Random facts are the exception: all splits hold the same facts, since validation measures what was stored.
 
@@ -175,10 +176,10 @@ def read_dataset(path: Path) -> Iterator[ExampleRow]:
 
 
 def about(path: Path) -> dict[str, Any] | None:
-    """Return the note in a dataset file; None if it has none, as datasets that are not of the hub.
+    """Return the note in a dataset file; None if it has none, as datasets that are generated or from a file.
 
-    The note has the dataset's `id` and `commit`, its number of `rows` and of `usable` rows, and under `left_out` the
-    number of rows for each reason.
+    The note has the dataset's `id`, its number of `rows` and of `usable` rows, and under `left_out` the number of rows
+    for each reason; on the hub also its `commit`, from docstrings the `licences` of the packages.
     """
     note = (pq.read_schema(path).metadata or {}).get(_ABOUT)
     return None if note is None else json.loads(note)

@@ -61,6 +61,11 @@ class Layout:
         return Path("paper_figures") / "published" / self.name
 
     @property
+    def saved_runs(self) -> Path:
+        """The folder of finished runs that the repository keeps until the preset is finished; see `save-runs`."""
+        return Path("paper_figures") / "partial" / self.name
+
+    @property
     def runs(self) -> Path:
         """The folder of the runs' folders."""
         return self.root / "runs"

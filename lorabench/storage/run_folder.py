@@ -4,6 +4,7 @@
     runs/<run_id>/curves.parquet   one row per step, split and metric
     runs/<run_id>/test_losses.parquet  one row per test example
     runs/<run_id>/weights/         the PEFT adapter, or the fully fine-tuned model
+    runs/<run_id>/restored         an empty file in a run that was restored from the repository, without its weights
     runs/<run_id>.partial/         a run in progress: its checkpoint, which is no result
 
 A finished run is written into a temporary folder, which is renamed when all its files are on the disk. A folder with
@@ -68,6 +69,10 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         return self.final / "weights"
+
+    @property
+    def restored(self) -> Path:
+        return self.final / "restored"
 
     def done(self) -> bool:
         """Return whether the run has ended, whether or not it diverged."""

@@ -242,8 +242,11 @@ def run_sweep(
     best = best_lr(sweep, losses)
     if sweep.lattice is not None and processes.first:
         say(ending(sweep, losses))
-    # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again.
-    if best is not None and not (chosen := context.folder(Run(sweep.condition, best, 0))).weights.exists():
+    # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again. The
+    # weights of a restored run were left behind, and only an evaluation needs them.
+    evaluated = any(job.sweep == sweep for job in plan.evaluations())
+    chosen = None if best is None else context.folder(Run(sweep.condition, best, 0))
+    if chosen and not chosen.weights.exists() and (evaluated or not chosen.restored.exists()):
         processes.wait()
         if processes.first:
             chosen.record.unlink()

@@ -146,7 +146,7 @@ MISTAKES = {
     "unknown kind of dataset": (
         ("datasets", "instruct", "kind"),
         "x",
-        r"datasets\.instruct\.kind = 'x': allowed: 'instruct', 'worked', 'facts'",
+        r"datasets\.instruct\.kind = 'x': allowed: 'instruct', 'worked', 'docstrings', 'facts'",
     ),
     "unknown placement": ((*RANK, "ranks"), {"heads": [1]}, r"ranks\.heads = 'heads': .*'attn', 'mlp' or 'all'"),
     "rank 0": ((*RANK, "ranks", "all"), [0], r"ranks\.all\.0 = 0: input should be greater than or equal to 1"),

@@ -1,0 +1,198 @@
+"""Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
+
+There is one file per condition. It holds each run's record, its curves and its test losses as they are in the run's
+folder, without weights and checkpoints, and the protocol version that they were computed with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorabench.errors import UserError
+from lorabench.planning.plan import Plan
+from lorabench.planning.walk import next_runs
+from lorabench.runs import PROTOCOL_VERSION, Condition, Job, Run, Sweep
+from lorabench.storage.layout import Layout
+from lorabench.storage.run_folder import RunFolder
+from lorabench.tables.collect import sweep_rows, write_job
+from lorabench.tables.io import write_table
+from lorabench.tables.schemas import CURVES, JOB, TEST_LOSSES
+from lorabench.training.selection import validation_loss
+from lorabench.utils.files import atomic_path, read_parquet
+from lorabench.utils.hashing import digest
+
+_VERSION = b"protocol_version"
+_SCHEMA = pa.schema(
+    [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
+    metadata={_VERSION: str(PROTOCOL_VERSION)},
+)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """How many runs and jobs were restored, and how many saved runs were not."""
+
+    runs: int
+    present: int
+    """Saved runs that were there already."""
+    unknown: int
+    """Saved runs that the plan does not have."""
+    jobs: int
+    """Jobs that need no further training."""
+
+
+def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
+    """Save the finished runs of a plan, whether or not their sweep is finished; runs saved earlier are kept.
+
+    Returns:
+        The number of saved runs, and the bytes of all files.
+
+    Raises:
+        UserError: a run or a saved file is damaged.
+    """
+    saved = total = 0
+    for condition, run_ids in _run_ids(plan).items():
+        path = _path(layout, condition)
+        rows = {row["run_id"]: row for row in _read(path) if row["run_id"] in run_ids} if path.exists() else {}
+        for run_id in run_ids:
+            folder = RunFolder(layout.runs, run_id)
+            if folder.done():
+                rows[run_id] = _row(folder)
+        if rows:
+            table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
+            with atomic_path(path) as partial:
+                pq.write_table(table, partial, compression="zstd", compression_level=15)
+            saved, total = saved + len(rows), total + path.stat().st_size
+    return saved, total
+
+
+def restore_runs(plan: Plan, layout: Layout) -> Restored:
+    """Write saved runs into the folders of runs, and the files of the jobs that need no further training.
+
+    A run that is there already is left as it is. All files are checked before anything is written.
+
+    Raises:
+        UserError: a file is damaged, was computed with another protocol version, or is none of this plan's; or no
+            saved run is in the plan.
+    """
+    planned = {run.run_id: run for sweep in plan.sweeps for run in sweep.possible_runs()}
+    rows = [row for path in sorted(layout.saved_runs.glob("*.parquet")) for row in _read(path)]
+    known = [row for row in rows if row["run_id"] in planned]
+    if rows and not known:
+        raise UserError(
+            f"none of the {len(rows)} runs in {layout.saved_runs} is in the plan of preset {layout.name}: its models, "
+            "its data (such as the versions of the packages that they come from) or its settings have changed since"
+        )
+    for row in known:
+        _check(row, planned[row["run_id"]], layout)
+    missing = [row for row in known if not RunFolder(layout.runs, row["run_id"]).done()]
+    for row in missing:
+        _restore(row, RunFolder(layout.runs, row["run_id"]))
+    jobs = [job for job in plan.jobs if missing and not layout.job(job).exists() and _restore_job(plan, job, layout)]
+    return Restored(len(missing), len(known) - len(missing), len(rows) - len(known), len(jobs))
+
+
+def _run_ids(plan: Plan) -> dict[Condition, set[str]]:
+    """Return the ids of all runs that a plan may have, by condition."""
+    run_ids: dict[Condition, set[str]] = {}
+    for sweep in plan.sweeps:
+        run_ids.setdefault(sweep.condition, set()).update(sweep.run_ids)
+    return run_ids
+
+
+def _path(layout: Layout, condition: Condition) -> Path:
+    return layout.saved_runs / f"{condition.label}-{digest(asdict(condition), 8)}.parquet"
+
+
+def _row(folder: RunFolder) -> dict[str, Any]:
+    losses = folder.read_test_losses()
+    return {
+        "run_id": folder.run_id,
+        "record": json.dumps(folder.read_record(), separators=(",", ":")),
+        "curve": folder.read_curves().drop_columns(["run_id"]).to_pylist(),
+        "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist(),
+    }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    table = read_parquet(path)
+    version = (table.schema.metadata or {}).get(_VERSION, b"").decode()
+    if version != str(PROTOCOL_VERSION):
+        raise UserError(
+            f"{path} holds runs of protocol version {version or 'unknown'}, but this code computes version "
+            f"{PROTOCOL_VERSION}: their numbers can't be mixed; delete the file, or use the code that wrote it"
+        )
+    if not table.schema.equals(_SCHEMA):
+        raise UserError(f"{path} was not written by `lorabench save-runs`: its columns are others")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _check(row: dict[str, Any], run: Run, layout: Layout) -> None:
+    """Raise UserError unless a saved record is that of the run with its id."""
+    try:
+        record = json.loads(row["record"])
+        spec = record["spec"]
+        told = (record["run_id"], spec["identity"], spec["lr"], spec["seed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"run {run.run_id} in {layout.saved_runs} has a damaged record; save it again") from error
+    if told != (run.run_id, run.condition.identity, run.lr, run.seed):
+        raise UserError(f"run {run.run_id} in {layout.saved_runs} has the record of another run; save it again")
+
+
+def _restore(row: dict[str, Any], folder: RunFolder) -> None:
+    run_id = row["run_id"]
+    with folder.finishing() as staging:
+        staged = RunFolder(staging.parent, staging.name)
+        curves = [{"run_id": run_id, **point} for point in row["curve"]]
+        write_table(pa.Table.from_pylist(curves, schema=CURVES), staged.curves)
+        if row["test_losses"] is not None:
+            losses = [{"run_id": run_id, "example": i, **loss} for i, loss in enumerate(row["test_losses"])]
+            write_table(pa.Table.from_pylist(losses, schema=TEST_LOSSES), staged.test_losses)
+        staged.restored.touch()
+        staged.record.write_text(row["record"] + "\n")
+
+
+def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
+    """Write the file of a job whose runs are all there; return whether it was written.
+
+    A job that reads the hub is not restored, because its commits are compared with those of its runs when it starts,
+    nor one with weights that an evaluation needs.
+    """
+    if any(_needs_job(plan, sweep, layout) for sweep in job.sweeps):
+        return False
+    rows: list[dict[str, Any]] = []
+    for sweep in job.sweeps:
+        runs = _finished(sweep, layout)
+        if not runs:
+            return False
+        rows += sweep_rows([RunFolder(layout.runs, run.run_id) for run in runs], sweep)
+    write_job(rows, layout.job(job))
+    return True
+
+
+def _needs_job(plan: Plan, sweep: Sweep, layout: Layout) -> bool:
+    condition = sweep.condition
+    held_out = condition.rollouts.held_out if condition.rollouts else ()
+    fetched = [layout.fetched_model(condition.model), *map(layout.fetched_data, (condition.dataset, *held_out))]
+    return any(fetched) or any(job.sweep == sweep for job in plan.evaluations())
+
+
+def _finished(sweep: Sweep, layout: Layout) -> list[Run]:
+    """Return the runs of a sweep in the order of its waves; none if a run is missing."""
+    losses: dict[tuple[float, int], float] = {}
+    runs: list[Run] = []
+    while wave := next_runs(sweep, losses):
+        folders = [RunFolder(layout.runs, run.run_id) for run in wave]
+        if not all(folder.done() for folder in folders):
+            return []
+        records = [folder.read_record() for folder in folders]
+        losses |= {(run.lr, run.seed): validation_loss(record) for run, record in zip(wave, records, strict=True)}
+        runs += wave
+    return runs

@@ -1,0 +1,134 @@
+"""Finished runs that are saved in the repository: a clone goes on from them with equal numbers, or refuses them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lorabench.errors import UserError
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.storage.progress import status
+from lorabench.storage.run_folder import RunFolder
+from lorabench.training import saved_runs
+from lorabench.training.job import run_job
+from lorabench.training.saved_runs import restore_runs, save_runs
+from lorabench.training.sft import trainer
+from lorabench.training.sweep import SweepContext
+
+from .conftest import trained
+
+LRS = [1e-3, 3e-3, 1e-2]
+NUMBERS = ["run_id", "lr", "seed", "final_valid_nll", "final_test_nll"]
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def train_some(plan, layout, number: int) -> None:
+    """Train the LoRA sweep until a number of its runs is finished."""
+    sweep = next(sweep for sweep in plan.sweeps if sweep.condition.method == "lora")
+    write, finished = SweepContext.write, []
+
+    def write_until_cut(context, run, *rest) -> None:
+        write(context, run, *rest)
+        finished.append(run)
+        if len(finished) == number:
+            raise PowerCutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SweepContext, "write", write_until_cut)
+        with pytest.raises(PowerCutError):
+            run_job(plan, Job((sweep,)), layout, lambda line: None)
+
+
+def wipe_results(layout) -> None:
+    """Remove what git ignores, but keep the data, which are made alike in every clone."""
+    for folder in ("runs", "jobs", "locks", "progress"):
+        shutil.rmtree(layout.root / folder, ignore_errors=True)
+
+
+@pytest.fixture
+def saved(ready):
+    """A plan of which 2 of 4 runs of a sweep were trained and saved, and whose results were wiped."""
+    plan, layout = ready("part", {"lanes": 1}, lora=LRS)
+    train_some(plan, layout, 2)
+    assert save_runs(plan, layout)[0] == 2
+    wipe_results(layout)
+    return plan, layout
+
+
+def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, monkeypatch):
+    whole, _ = trained(*ready("whole", {"lanes": 1}, lora=LRS), "lora")
+    plan, layout = ready("part", {"lanes": 1}, lora=LRS)
+    train_some(plan, layout, 2)
+    assert save_runs(plan, layout)[0] == 2
+    wipe_results(layout)
+    restored = restore_runs(plan, layout)
+    assert (restored.runs, restored.present, restored.unknown, restored.jobs) == (2, 0, 0, 0)
+    assert status(plan, layout).runs_done == 2
+    started = []
+    train_sft = trainer.train_sft
+    monkeypatch.setattr(trainer, "train_sft", lambda run, *rest: started.append(run.run_id) or train_sft(run, *rest))
+    rows, _ = trained(plan, layout, "lora")
+    assert set(started) == set(whole.run_id[2:])
+    assert len(started) == len(whole) - 2 == 2
+    pd.testing.assert_frame_equal(rows[NUMBERS], whole[NUMBERS], check_exact=True)
+    for column in ("curve", "test_losses"):
+        assert [list(value) for value in rows[column]] == [list(value) for value in whole[column]]
+
+
+def test_a_finished_job_is_restored_whole(ready):
+    plan, layout = ready("done", lora=LRS)
+    for job in plan.jobs:
+        run_job(plan, job, layout, lambda line: None)
+    before = {job: pq.read_table(layout.job(job)) for job in plan.jobs}
+    runs, size = save_runs(plan, layout)
+    assert runs == sum(map(len, before.values()))
+    assert size / runs < 20_000
+    wipe_results(layout)
+    assert restore_runs(plan, layout).jobs == len(plan.jobs)
+    assert {job: pq.read_table(layout.job(job)) for job in plan.jobs} == before
+    again = restore_runs(plan, layout)
+    assert (again.runs, again.present) == (0, runs)
+
+
+def test_saving_elsewhere_keeps_what_was_saved_before(saved):
+    plan, layout = saved
+    assert save_runs(plan, layout)[0] == 2
+
+
+def test_another_protocol_version_is_refused_before_anything_is_written(saved, monkeypatch):
+    plan, layout = saved
+    monkeypatch.setattr(saved_runs, "PROTOCOL_VERSION", 99)
+    with pytest.raises(UserError, match=r"holds runs of protocol version \d+, but this code computes version 99"):
+        restore_runs(plan, layout)
+    assert not layout.runs.exists()
+
+
+def test_runs_of_other_settings_are_refused(saved):
+    plan, layout = saved
+    protocol = plan.preset.protocol.model_copy(update={"clip_norm": 0.5})
+    other = make_plan(plan.preset.model_copy(update={"protocol": protocol}))
+    with pytest.raises(UserError, match="none of the 2 runs in .* is in the plan of preset mine: its models"):
+        restore_runs(other, layout)
+
+
+def test_a_record_of_another_run_is_refused(saved):
+    plan, layout = saved
+    [path] = layout.saved_runs.glob("*.parquet")
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    record = json.loads(rows[0]["record"])
+    record["spec"]["lr"] *= 2
+    rows[0]["record"] = json.dumps(record)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(UserError, match=f"run {rows[0]['run_id']} in .* has the record of another run"):
+        restore_runs(plan, layout)
+    assert not any(RunFolder(layout.runs, row["run_id"]).done() for row in rows)
