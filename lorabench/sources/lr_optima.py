@@ -25,8 +25,9 @@ from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.analysis.pooled_lr import ALPHA, ALPHA_EXPONENT, Optimum, Place
 from lorabench.analysis.published import published_ratios, published_sweeps
 from lorabench.config.loading import load_preset
-from lorabench.config.models import TinyModel
+from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
+from lorabench.models.dimensions import dimensions
 from lorabench.models.tiny import shipped_folder
 from lorabench.sources.measurements import Z
 from lorabench.sources.studies import Study
@@ -264,17 +265,16 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
     rows: dict[tuple[Any, ...], SweptOptimum] = {}
     for row in _published_rows(folder):
         spec = models.get(row["model"])
-        if not isinstance(spec, TinyModel):
-            raise UserError(f"{folder}: model {row['model']!r} is no shipped base of the preset {folder.name}")
-        config = json.loads((shipped_folder(spec.name) / "config.json").read_text())
+        if spec is None:
+            raise UserError(f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {', '.join(models)}")
         optimum = LrOptimum(
             source=name,
             model=row["model"],
-            family=config["model_type"],
+            family=_family_of(spec),
             dataset=row["dataset"],
             method=row["method"],
             rank=row["rank"],
-            width=float(config["hidden_size"]),
+            width=float(dimensions(spec).hidden),
             batch_size=float(row["batch_size"]),
             steps=float(row["steps"]),
             alpha=ALPHA,
@@ -346,9 +346,14 @@ def optima_table(optima: Sequence[LrOptimum]) -> pd.DataFrame:
 
 def read_optima(path: Path) -> list[LrOptimum]:
     """Read the table of optima that `lorabench evidence` writes."""
-    table = pd.read_csv(path, dtype={"source": str, "model": str, "dataset": str, "family": str, "remark": str})
+    return optima_of_table(pd.read_csv(path))
+
+
+def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
+    """Return the optima of a table, the inverse of `optima_table`."""
+    table = table.copy()
     texts = ["source", "model", "family", "dataset", "method", "remark"]
-    table[texts] = table[texts].fillna("")
+    table[texts] = table[texts].astype(object).fillna("")
     return [
         LrOptimum(**{**row, "rank": None if pd.isna(row["rank"]) else int(row["rank"])})
         for row in table.to_dict("records")
@@ -365,6 +370,13 @@ def _alpha(text: str) -> float:
         return float(text)
     except ValueError:
         return NAN
+
+
+def _family_of(spec: ModelSpec) -> str:
+    """Return the family of a preset's model; that of a model which is not shipped is the beginning of its name."""
+    if isinstance(spec, TinyModel):
+        return str(json.loads((shipped_folder(spec.name) / "config.json").read_text())["model_type"])
+    return _family(spec.id.rsplit("/", 1)[-1]) if isinstance(spec, HubModel) else ""
 
 
 def _family(model: str) -> str:
