@@ -5,9 +5,9 @@ The natural logarithm of the optimal LR of a method, in SFT or in RL, is taken t
     the paper's law + offset + b ln(batch size / 128) + s ln(steps / 780)
         + an effect of the source + a deviation of the condition within its source + the error of the measurement
 
-The law gives the form and its exponents in the width. The offset is free: by how much all sources differ from the law on
-average. The other two coefficients have normal priors, since ten sources cannot tell them apart (`PRIORS` names where
-each is from). The effects of sources and the deviations within a source are normal with mean 0; their standard
+The law gives the form and its exponents in the width. The offset is free: by how much all sources differ from the law
+on average. The other two coefficients have normal priors, since ten sources cannot tell them apart (`PRIORS` names
+where each is from). The effects of sources and the deviations within a source are normal with mean 0; their standard
 deviations have flat priors and are averaged over a grid, so that a prediction carries the doubt about them. All else is
 normal, so a prediction is a mixture of normal distributions, one for each point of the grid.
 

@@ -11,6 +11,7 @@ import pandas as pd
 from lorabench.analysis.pooled_lr import PRIORS, PooledLr
 from lorabench.sources.lr_left_out import METHODS, RULES, by_source, compared
 from lorabench.sources.lr_optima import AUTHORS, optima_of_table
+from lorabench.sources.measurements import Z
 from lorabench.utils import formats
 
 START = "<!-- learning rates: written by `lorabench evidence`, never by hand -->"
@@ -59,7 +60,8 @@ def lr_block(optima: pd.DataFrame, rows: pd.DataFrame) -> str:
 def _sentences(comparison: pd.DataFrame) -> list[str]:
     """Say for each task and method whether pooling is closer than the law."""
     lines = []
-    for (task, method), part in comparison.groupby(["task", "method"], sort=False):
+    for key, part in comparison.groupby(["task", "method"], sort=False):
+        task, method = map(str, key)
         at = part.set_index("rule").to_dict("index")
         pooled, law, law_sqrt = at["pooled"], at["law"], at["law_sqrt"]
         low, high = pooled["against_law_low"], pooled["against_law_high"]
@@ -68,21 +70,22 @@ def _sentences(comparison: pd.DataFrame) -> list[str]:
         elif low > 1:
             said = "The law beats pooling"
         else:
-            said = f"Pooling is {'closer' if pooled['off'] < law['off'] else 'further off'}, and the difference is not decided"
+            nearer = "closer" if pooled["off"] < law["off"] else "further off"
+            said = f"Pooling is {nearer}, and the difference is not decided"
         lines.append(
-            f"- {task.upper()}, {_TITLES[str(method)]}: over {pooled['sources']} sources the pooled LR is off by a factor of "
-            f"{pooled['off']:.2f}, the law's by {law['off']:.2f} (with the square root of the batch size "
-            f"{law_sqrt['off']:.2f}). {said} (ratio {pooled['against_law']:.2f} [{low:.2f}, {high:.2f}]); it is closer in "
-            f"{pooled['closer']} of {pooled['sources']} sources. The 80% interval holds {pooled['inside_80']:.0%} of the "
-            f"measured optima, the 95% interval {pooled['inside_95']:.0%}."
+            f"- {task.upper()}, {_TITLES[method]}: over {pooled['sources']} sources the pooled LR is off by a factor "
+            f"of {pooled['off']:.2f}, the law's by {law['off']:.2f} (with the square root of the batch size "
+            f"{law_sqrt['off']:.2f}). {said} (ratio {pooled['against_law']:.2f} [{low:.2f}, {high:.2f}]); it is closer "
+            f"in {pooled['closer']} of {pooled['sources']} sources. The 80% interval holds {pooled['inside_80']:.0%} "
+            f"of the measured optima, the 95% interval {pooled['inside_95']:.0%}."
         )
     return lines
 
 
 def _comparison(comparison: pd.DataFrame) -> list[str]:
     lines = [
-        "| task, method | rule | sources | off by a factor of | worst source | over the law, 95% interval | loss above the "
-        "best (grids of sources) |",
+        "| task, method | rule | sources | off by a factor of | worst source | over the law, 95% interval | loss above "
+        "the best (sources with grids) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in comparison.to_dict("records"):
@@ -92,19 +95,20 @@ def _comparison(comparison: pd.DataFrame) -> list[str]:
             else f"{row['against_law']:.2f} [{row['against_law_low']:.2f}, {row['against_law_high']:.2f}]"
         )
         lines.append(
-            f"| {row['task'].upper()}, {_TITLES[row['method']]} | {RULES[row['rule']]} | {row['sources']} | {row['off']:.2f} "
-            f"| {row['worst']:.1f} | {against} | {_loss(row)} ({row['grids']}) |"
+            f"| {row['task'].upper()}, {_TITLES[row['method']]} | {RULES[row['rule']]} | {row['sources']} "
+            f"| {row['off']:.2f} | {row['worst']:.1f} | {against} | {_loss(row)} ({row['grids']}) |"
         )
     return lines
 
 
 def _sources(sources: pd.DataFrame) -> list[str]:
     lines = [
-        "| task, method | source | optima | pooled: predicted / measured | law: predicted / measured | inside of 80%, 95% | "
-        "loss above the best: pooled | law |",
+        "| task, method | source | optima | pooled: predicted / measured | law: predicted / measured | inside of 80%, "
+        "95% | loss above the best: pooled | law |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (task, method, source), part in sources.groupby(["task", "method", "source"], sort=False):
+    for key, part in sources.groupby(["task", "method", "source"], sort=False):
+        task, method, source = map(str, key)
         at = part.set_index("rule").to_dict("index")
         pooled, law = at["pooled"], at["law"]
         note = " (the law was fitted to it)" if source == AUTHORS else ""
@@ -112,7 +116,7 @@ def _sources(sources: pd.DataFrame) -> list[str]:
             f"{pooled['inside_80']:.0%}, {pooled['inside_95']:.0%}" if pooled["optima"] else "at the edges of its grids"
         )
         cells = (
-            f"{task.upper()}, {_TITLES[str(method)]}",
+            f"{task.upper()}, {_TITLES[method]}",
             f"{source}{note}",
             pooled["optima"],
             _factor(pooled["signed"]),
@@ -144,8 +148,8 @@ def _fits(optima: pd.DataFrame) -> list[str]:
     lines = [
         f"Priors: {priors}; the offset has none. A factor of 1 is the law.",
         "",
-        "| task, method | optima, sources | all sources over the law | exponent of the batch size | exponent of the steps | "
-        "SD between sources, as a factor | effective coefficients |",
+        "| task, method | optima, sources | all sources over the law | exponent of the batch size | exponent of the "
+        "steps | SD between sources, as a factor | effective coefficients |",
         "|---|---|---|---|---|---|---|",
     ]
     counted = [optimum for optimum in optima_of_table(optima) if optimum.counts]
@@ -154,10 +158,11 @@ def _fits(optima: pd.DataFrame) -> list[str]:
             chosen = [optimum.pooled for optimum in counted if (optimum.rl, optimum.method) == (rl, method)]
             pooled = PooledLr(chosen)
             offset, batch, steps = (pooled.coefficients[name] for name in ("offset", "batch_size", "steps"))
-            of_law = f"{math.exp(offset[0]):.2f} [{math.exp(offset[0] - 2 * offset[1]):.2f}, {math.exp(offset[0] + 2 * offset[1]):.2f}]"
+            low, of_law, high = (math.exp(offset[0] + sds * offset[1]) for sds in (-Z, 0, Z))
             exponents = " | ".join(f"{mean:+.2f} ± {sd:.2f}" for mean, sd in (batch, steps))
             lines.append(
-                f"| {'RL' if rl else 'SFT'}, {_TITLES[method]} | {len(chosen)}, {len(pooled.sources)} | {of_law} | {exponents} "
+                f"| {'RL' if rl else 'SFT'}, {_TITLES[method]} | {len(chosen)}, {len(pooled.sources)} "
+                f"| {of_law:.2f} [{low:.2f}, {high:.2f}] | {exponents} "
                 f"| {math.exp(pooled.between):.1f} | {pooled.effective_parameters:.1f} |"
             )
     return lines

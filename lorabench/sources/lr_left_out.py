@@ -1,9 +1,9 @@
 """How far off the recommended learning rates would have been for each source, had it not been known: leave one out.
 
 Three rules predict each known optimum: `pooled` from all other sources, `law` from the paper's law, and `law_sqrt` from
-the law with the square-root rule for the batch size. Where the optimum has a grid with losses, the loss at the predicted
-LR is interpolated in ln LR (monotone cubic), and compared with the lowest loss of the grid. Beyond the grid it is at
-least that of its edge.
+the law with the square-root rule for the batch size. Where the optimum has a grid with losses, the loss at the
+predicted LR is interpolated in ln LR (monotone cubic), and compared with the lowest loss of the grid. Beyond the grid
+it is at least that of its edge.
 
 The law was fitted to the sweeps of its authors, so their source does not count when the rules are compared.
 """
@@ -114,10 +114,15 @@ def by_source(rows: pd.DataFrame) -> pd.DataFrame:
     logs = rows.assign(log=np.log(rows["factor"]), size=np.log(rows["factor"]).abs())
     keys = ["task", "method", "source", "rule"]
     means = logs.groupby(keys, sort=False).agg(
-        optima=("factor", "count"), off=("size", "mean"), signed=("log", "mean"), inside_80=("inside_80", "mean"),
-        inside_95=("inside_95", "mean"), grids=("loss_above_best", "count"), loss_above_best=("loss_above_best", "mean"),
+        optima=("factor", "count"),
+        off=("size", "mean"),
+        signed=("log", "mean"),
+        inside_80=("inside_80", "mean"),
+        inside_95=("inside_95", "mean"),
+        grids=("loss_above_best", "count"),
+        loss_above_best=("loss_above_best", "mean"),
         at_least=("at_least", "any"),
-    )  # fmt: skip
+    )
     return means.assign(off=np.exp(means["off"]), signed=np.exp(means["signed"])).reset_index()
 
 
@@ -129,9 +134,9 @@ def compared(sources: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row for each task, method and rule. `off` is the geometric mean over sources, `worst` the largest of one
-        source. `against_law` is the ratio of `off` to that of the law with its 95% interval (t over sources), and `closer`
-        the number of sources where the rule is closer than the law. `inside_80` and `inside_95` are the shares of sources'
-        optima inside of the intervals, a mean over sources.
+        source. `against_law` is the ratio of `off` to that of the law with its 95% interval (t over sources), and
+        `closer` the number of sources where the rule is closer than the law. `inside_80` and `inside_95` are the shares
+        of sources' optima inside of the intervals, a mean over sources.
     """
     rows = []
     for (task, method), part in sources[sources["source"] != AUTHORS].groupby(["task", "method"], sort=False):

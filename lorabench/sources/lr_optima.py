@@ -2,8 +2,8 @@
 
 An optimum of a grid is the lowest point of the parabola in ln LR through the best LR and its neighbours, or the best LR
 where a neighbour diverged. Its standard error is that of a uniform distribution over one step of the grid, since most
-sources have one seed. An optimum at the edge of its grid does not count. LoRA is that of the highest rank whose grid has
-three LRs. Optima without a grid, which a source states, get the error of a grid with half-decade steps.
+sources have one seed. An optimum at the edge of its grid does not count. LoRA is that of the highest rank whose grid
+has three LRs. Optima without a grid, which a source states, get the error of a grid with half-decade steps.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ AUTHORS = "the paper's authors"
 
 NAN = math.nan
 _HALF_DECADE = math.log(10) / 2
-# A parabola or a fit is not better than this factor in the LR, whatever its interval says.
-_LEAST_ERROR = math.log(1.15)
+LEAST_ERROR = math.log(1.15)
+"""The least error of a fitted optimum: no fit is better than this factor in the LR, whatever its interval says."""
 # The law and the sweep of its authors are of 100,000 examples at batch size 128; the widths of the law's models.
 _LAW_BATCH, _SWEEP_STEPS = 128.0, 780.0
 _LAW_WIDTHS = {"llama": (2048, 4096, 8192), "qwen": (1024, 2560, 4096)}
@@ -110,9 +110,8 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
 
 def _of_study(study: Study) -> list[SweptOptimum]:
     runs = with_stand_ins(study.tables.runs)
-    runs = runs.reindex(
-        columns=list(dict.fromkeys([*runs, "lr", "steps", "batch_size", "alpha", "data_kind", "final_reward", "family"]))
-    )
+    needed = ("lr", "steps", "batch_size", "data_kind", "final_reward")
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *needed])))
     rl = bool(is_rl(runs).all())
     runs = runs.assign(loss=1 - runs["final_reward"] if rl else runs["final_test_nll"])
     runs = runs[(runs["placement"].fillna("all") == "all") & ~runs["data_kind"].eq("facts")]
@@ -214,11 +213,12 @@ def _stated(names: set[str]) -> list[SweptOptimum]:
     best = published_sweeps()
     best = best[best["source"] == "michaelbzhu"]
     for method, arm in best[best["placement"].fillna("all") == "all"].groupby("method"):
-        row = arm.sort_values("rank").iloc[-1]
+        highest = arm.sort_values("rank").iloc[-1]
         optimum = _stated_optimum(
-            "michaelbzhu", str(row["model"]), str(method), float(row["lr"]), width=float(row["hidden_size"]),
-            batch_size=32.0, steps=200.0, alpha=ALPHA, family=str(row["family"]), dataset=str(row["dataset"]),
-            rank=None if pd.isna(row["rank"]) else int(row["rank"]),
+            "michaelbzhu", str(highest["model"]), str(method), float(highest["lr"]),
+            width=float(highest["hidden_size"]), batch_size=32.0, steps=200.0, alpha=ALPHA,
+            family=str(highest["family"]), dataset=str(highest["dataset"]),
+            rank=None if pd.isna(highest["rank"]) else int(highest["rank"]),
         )  # fmt: skip
         optima.append(SweptOptimum(optimum, (), ()))
     for row in published_ratios().to_dict("records"):
@@ -230,9 +230,9 @@ def _stated(names: set[str]) -> list[SweptOptimum]:
             if not (low > 0 and high > 0):
                 continue
             optimum = _stated_optimum(
-                source.split(" arXiv")[0], str(row["model"]), method, math.sqrt(low * high), family=_family(row["model"]),
-                width=math.sqrt(row["width_low"] * row["width_high"]), steps=_number(row["steps"]),
-                alpha=_number(row["alpha"]), rl=row["task"] == "rl",
+                source.split(" arXiv")[0], str(row["model"]), method, math.sqrt(low * high),
+                family=_family(row["model"]), width=math.sqrt(row["width_low"] * row["width_high"]),
+                steps=_number(row["steps"]), alpha=_number(row["alpha"]), rl=row["task"] == "rl",
             )  # fmt: skip
             error = math.hypot(optimum.error, math.log(high / low) / math.sqrt(12))
             optima.append(SweptOptimum(replace(optimum, error=error), (), ()))
@@ -266,7 +266,9 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
     for row in _published_rows(folder):
         spec = models.get(row["model"])
         if spec is None:
-            raise UserError(f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {', '.join(models)}")
+            raise UserError(
+                f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {', '.join(models)}"
+            )
         optimum = LrOptimum(
             source=name,
             model=row["model"],
@@ -280,7 +282,7 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
             alpha=ALPHA,
             rl=row["rl"],
             lr=_rounded(row["lr"]),
-            error=max(_LEAST_ERROR, row["error"]),
+            error=max(LEAST_ERROR, row["error"]),
             counts=True,
             remark="fitted" if row["resolved"] else "fitted, not resolved",
         )
@@ -355,7 +357,9 @@ def optima_of_table(table: pd.DataFrame) -> list[LrOptimum]:
     texts = ["source", "model", "family", "dataset", "method", "remark"]
     table[texts] = table[texts].astype(object).fillna("")
     return [
-        LrOptimum(**{**row, "rank": None if pd.isna(row["rank"]) else int(row["rank"])})
+        LrOptimum(
+            **{str(name): row[name] for name in row} | {"rank": None if pd.isna(row["rank"]) else int(row["rank"])}
+        )
         for row in table.to_dict("records")
     ]
 
