@@ -3,13 +3,13 @@
 The natural logarithm of the optimal LR of a method, in SFT or in RL, is taken to be
 
     the paper's law + offset + b ln(batch size / 128) + s ln(steps / 780)
-        + an effect of the source + a deviation of the condition within its source + the error of the measurement
+        + an effect of the source + a deviation of the model within its source + the error of the measurement
 
 The law gives the form and its exponents in the width. The offset is free: by how much all sources differ from the law
 on average. The other two coefficients have normal priors, since ten sources cannot tell them apart (`PRIORS` names
-where each is from). The effects of sources and the deviations within a source are normal with mean 0; their standard
-deviations have flat priors and are averaged over a grid, so that a prediction carries the doubt about them. All else is
-normal, so a prediction is a mixture of normal distributions, one for each point of the grid.
+where each is from). The effects of sources and the deviations of models within a source are normal with mean 0; their
+standard deviations have flat priors and are averaged over a grid, so that a prediction carries the doubt about them.
+All else is normal, so a prediction is a mixture of normal distributions, one for each point of the grid.
 
 An attribute that a source does not give is taken to be at its reference, and the optimum's error grows by what the
 attribute may do.
@@ -92,9 +92,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The measured optimal LR of one condition of a source; LRs of LoRA are at ALPHA."""
+    """The measured optimal LR of one condition of a source, stated at ALPHA."""
 
     source: str
+    model: str
+    """The model; all optima of one model in a source share its deviation."""
     place: Place
     log_lr: float
     error: float
@@ -137,10 +139,12 @@ class PooledLr:
         error = values[:, 1] ** 2 + [_of_unknown(optimum.place) for optimum in optima]
         common = (self._design * self._prior) @ self._design.T + np.diag(error)
         same = self._of_source @ self._of_source.T
+        self._models = [(optimum.source, optimum.model) for optimum in optima]
+        alike = np.array([[one == other for other in self._models] for one in self._models], float)
         self._grid = [(between, within) for between in _BETWEEN for within in _WITHIN]
         self._inverses, log_likelihood = [], []
         for between, within in self._grid:
-            covariance = common + between**2 * same + within**2 * np.eye(len(optima))
+            covariance = common + between**2 * same + within**2 * alike
             inverse = np.linalg.inv(covariance)
             self._inverses.append(inverse)
             log_determinant = np.linalg.slogdet(covariance)[1]
@@ -175,25 +179,28 @@ class PooledLr:
         return sum(max(0.0, 1 - (sd / prior.sd) ** 2) for prior, (_, sd) in pairs)
 
     def predict(
-        self, place: Place, probability: float = 0.8, source: str | None = None, error: float = 0.0
+        self,
+        place: Place,
+        probability: float = 0.8,
+        measured: tuple[str, str] | None = None,
+        error: float = 0.0,
     ) -> Prediction:
         """Predict the optimum of a further condition.
 
         Args:
             place: the condition.
             probability: that of the interval.
-            source: the condition's source, if the optima have it; by default a source that they do not have.
+            measured: the condition's source and model, if the optima have them; by default a further source.
             error: the standard error with which the optimum will be measured, which widens the interval.
         """
         terms = _terms(place)
-        at_source = (
-            self._of_source[:, self.sources.index(source)] if source in self.sources else np.zeros(len(self._rest))
-        )
+        at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)
+        at_model = np.array([pair == measured for pair in self._models], float)
         covariance = self._design @ (self._prior * terms)
         own = float(terms**2 @ self._prior) + _of_unknown(place) + error**2
         means, variances, gains = [], [], []
         for (between, within), inverse in zip(self._grid, self._inverses, strict=True):
-            with_optima = covariance + between**2 * at_source
+            with_optima = covariance + between**2 * at_source + within**2 * at_model
             gain = with_optima @ inverse
             means.append(float(place.log_law + terms @ self._means + gain @ self._rest))
             variances.append(own + between**2 + within**2 - float(gain @ with_optima))

@@ -19,7 +19,7 @@ from lorabench.analysis.comparison import Judging
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.pooled_lr import ALPHA
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
-from lorabench.claims.recipe import Choice, MeasuredRecipe, SharedSetting, measured_recipe
+from lorabench.claims.recipe import Choice, RankRecommendation, SharedSetting, measured_recipe
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.custom import advice
@@ -292,17 +292,15 @@ def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[
         if table_path(folder, "runs") is None:
             continue
         try:
-            runs, measured = _recipe_of(folder)
+            measured = _recipes_of(folder)
         except UserError:
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
-        same = set(_of_model(runs, model)["model"])
-        for recommendation in measured.recommendations:
+        for run, recommendation in measured:
             shared = recommendation.setting
-            first = runs[runs["model"] == shared.model].iloc[0]
             for method, choice in (("fullft", recommendation.fullft), ("lora", recommendation.use)):
-                pooled += _own_optimum(method, choice, shared, first)
-            if shared.model not in same:
+                pooled += _own_optimum(method, choice, shared, run)
+            if not _is_of_model(run, model):
                 continue
             where = f"measured, {folder.parent}: {shared.dataset}, batch {shared.batch_size}, {shared.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
@@ -311,17 +309,22 @@ def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[
     return seen, pooled
 
 
-def _recipe_of(folder: Path) -> tuple[pd.DataFrame, MeasuredRecipe]:
-    """Return the supervised runs of a folder, and what they say."""
+def _recipes_of(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
+    """Return what the supervised runs of each model in a folder say, with one of its runs."""
     runs = with_all_columns(read_table(folder, "runs"), "runs")
     runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
     if runs.empty:
-        return runs, MeasuredRecipe((), ())
+        return []
     tables = Tables.read(folder)
-    return runs, measured_recipe(runs, tables.curves, Judging(examples=ExampleLosses.of(tables.test_losses)))
+    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
+    return [
+        (of_model.iloc[0], recommendation)
+        for _, of_model in runs.groupby(["family", "hidden_size", "base_params"])
+        for recommendation in measured_recipe(of_model, tables.curves, judging).recommendations
+    ]
 
 
-def _own_optimum(method: str, choice: Choice, shared: SharedSetting, first: pd.Series[Any]) -> list[LrOptimum]:
+def _own_optimum(method: str, choice: Choice, shared: SharedSetting, run: pd.Series[Any]) -> list[LrOptimum]:
     """Return a measured optimum for pooling; none if its interval is not known."""
     if not (choice.lr_opt > 0 and choice.lr_low > 0 and math.isfinite(choice.lr_high)):
         return []
@@ -329,11 +332,11 @@ def _own_optimum(method: str, choice: Choice, shared: SharedSetting, first: pd.S
         LrOptimum(
             source=OWN,
             model=shared.model,
-            family=str(first["family"]),
+            family=str(run["family"]),
             dataset=shared.dataset,
             method=method,
             rank=choice.rank,
-            width=float(first["hidden_size"]),
+            width=float(run["hidden_size"]),
             batch_size=float(shared.batch_size),
             steps=math.nan if shared.steps is None else float(shared.steps),
             alpha=ALPHA,
@@ -346,11 +349,10 @@ def _own_optimum(method: str, choice: Choice, shared: SharedSetting, first: pd.S
     ]
 
 
-def _of_model(runs: pd.DataFrame, model: UserModel) -> pd.DataFrame:
-    """Return the runs on a model of the same family, width and size."""
-    size = (runs["base_params"].astype(float) / model.parameters - 1).abs() < _SAME_SIZE
-    width = runs["hidden_size"].astype(float) == model.sizes.hidden
-    return runs[size & width & (runs["family"] == model.family).fillna(False).astype(bool)]
+def _is_of_model(run: pd.Series[Any], model: UserModel) -> bool:
+    """Return whether a run is on a model of the same family, width and size."""
+    size = abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
+    return bool(size and run["hidden_size"] == model.sizes.hidden and run["family"] == model.family)
 
 
 def _published(model: str, rank: int) -> list[SeenOptimum]:

@@ -49,7 +49,7 @@ class RecommendedLr:
     """The LR of the law alone; of a family without an exponent, in the middle of its families."""
     sources: tuple[SourceShare, ...]
     measured_by: str | None
-    """The source that measured this very model, whose effect is then part of the recommendation."""
+    """The source that measured this very model, whose deviation is then part of the recommendation."""
 
 
 def recommended_lr(
@@ -58,7 +58,7 @@ def recommended_lr(
     """Recommend the LR of a method for a model.
 
     Args:
-        optima: all that are known, of both methods and tasks.
+        optima: all that are known, of both methods and tasks; the user's own come last.
         family: the transformers model type.
         width: the hidden size.
         method: `lora` or `fullft`.
@@ -70,13 +70,14 @@ def recommended_lr(
     pooled = PooledLr([optimum.pooled for optimum in chosen])
     place = Place.at(family, width, method, batch_size, steps)
     same = [
-        optimum.source
+        (optimum.source, optimum.model)
         for optimum in chosen
         if optimum.width == width and lineage(optimum.family) == lineage(family)
         if optimum.source == OWN or optimum.source.startswith(_PROJECT)
     ]
-    measured_by = OWN if OWN in same else next(iter(same), None)
-    predicted = pooled.predict(place, PROBABILITY, source=measured_by)
+    # Your own presets come last.
+    measured = same[-1] if same else None
+    predicted = pooled.predict(place, PROBABILITY, measured)
     shares = []
     for source, weight in predicted.weights.items():
         of_source = [optimum for optimum in chosen if optimum.source == source]
@@ -87,7 +88,7 @@ def recommended_lr(
     shares.sort(key=lambda share: -abs(share.weight))
     logs = (predicted.mean, predicted.low, predicted.high, place.log_law)
     lr, low, high, law = (_rounded(math.exp(log)) for log in logs)
-    return RecommendedLr(method, lr, low, high, law, tuple(shares), measured_by)
+    return RecommendedLr(method, lr, low, high, law, tuple(shares), measured[0] if measured else None)
 
 
 def outside(optima: Sequence[LrOptimum], family: str, width: int, batch_size: float, steps: float) -> list[str]:

@@ -79,7 +79,7 @@ class LrOptimum:
         """The optimum for pooling, at ALPHA."""
         unknown = self.method == "lora" and math.isnan(self.alpha)
         error = math.hypot(self.error, ALPHA_EXPONENT * math.log(2) if unknown else 0.0)
-        return Optimum(self.source, self.place, math.log(self.lr) + self.shift, error)
+        return Optimum(self.source, self.model, self.place, math.log(self.lr) + self.shift, error)
 
     @property
     def place(self) -> Place:
@@ -200,7 +200,7 @@ def _of_authors() -> list[SweptOptimum]:
             for method in ("fullft", "lora"):
                 lr = predict_lr(LAW, name, width, method)
                 law = _stated_optimum(
-                    AUTHORS, f"{name} {width}", method, lr, width=width, batch_size=_LAW_BATCH, alpha=ALPHA,
+                    AUTHORS, f"{name} {width}", method, lr, width=float(width), batch_size=_LAW_BATCH, alpha=ALPHA,
                     family=name, dataset="law",
                 )  # fmt: skip
                 optima.append(SweptOptimum(law, (), ()))

@@ -15,15 +15,15 @@ HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["ste
 
 
 def made(rng, sources, between, offset=0.0, batch=0.5, steps=0.0, within=0.0, error=0.1, each=2):
-    """Return optima of made-up sources, the same number of each, at random batch sizes and lengths."""
+    """Return optima of made-up sources, the same number of each, of two models, at random batch sizes and lengths."""
     optima = []
     for source in range(sources):
-        effect = rng.normal(0, between)
-        for _ in range(each):
+        effect, deviations = rng.normal(0, between), rng.normal(0, within, 2)
+        for number in range(each):
             place = replace(HERE, batch_size=float(8 * 2 ** rng.integers(0, 6)), steps=float(10 ** rng.uniform(2, 4)))
-            log_lr = place.log_law + offset + effect + rng.normal(0, within) + rng.normal(0, error)
+            log_lr = place.log_law + offset + effect + deviations[number % 2] + rng.normal(0, error)
             log_lr += batch * math.log(place.batch_size / 128) + steps * math.log(place.steps / 780)
-            optima.append(Optimum(f"source {source}", place, log_lr, error))
+            optima.append(Optimum(f"source {source}", f"model {number % 2}", place, log_lr, error))
     return optima
 
 
@@ -50,7 +50,7 @@ def test_known_coefficients_are_recovered_from_many_sources():
 def test_without_further_terms_it_is_the_random_effects_summary():
     rng = np.random.default_rng(1)
     values = rng.normal(-0.5, 0.6, 25).tolist()
-    optima = [Optimum(str(place), HERE, HERE.log_law + value, 0.2) for place, value in enumerate(values)]
+    optima = [Optimum(str(place), "m", HERE, HERE.log_law + value, 0.2) for place, value in enumerate(values)]
     summary, predicted = random_effects(values, [0.2] * 25), PooledLr(optima).predict(HERE, 0.95)
     assert predicted.mean - HERE.log_law == pytest.approx(summary.mean, abs=0.01)
     assert predicted.low - HERE.log_law == pytest.approx(summary.predicted_low, abs=0.2)
@@ -82,9 +82,9 @@ def test_intervals_hold_as_many_further_sources_as_they_say():
 
 def test_a_source_that_measured_the_place_pulls_its_own_prediction():
     optima = made(np.random.default_rng(3), 6, 0.05, error=0.1, each=3)
-    high = [Optimum("mine", HERE, HERE.log_law + 2, 0.1), Optimum("mine", HERE, HERE.log_law + 2, 0.1)]
+    high = [Optimum("mine", "m", HERE, HERE.log_law + 2, 0.1), Optimum("mine", "m", HERE, HERE.log_law + 2, 0.1)]
     pooled = PooledLr([*optima, *high])
-    own, further = pooled.predict(HERE, source="mine"), pooled.predict(HERE)
+    own, further = pooled.predict(HERE, measured=("mine", "m")), pooled.predict(HERE)
     assert own.mean - HERE.log_law == pytest.approx(2, abs=0.3)
     assert abs(further.mean - HERE.log_law) < 1
     assert own.high - own.low < further.high - further.low

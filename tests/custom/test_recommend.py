@@ -109,21 +109,24 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
     ]
     other = [row | {"family": "llama", "hidden_size": 64, "base_params": 300_000} for row in make_sweep(rank=None)]
     write_frame(runs_table([*rows, *other]), "runs", tmp_path / "mine" / "tables")
-    before = recommended("tiny", results=tmp_path / "none")
-    recommendation = recommended("tiny", results=tmp_path)
-    seen = recommendation.seen
+    seen = recommended("tiny", results=tmp_path).seen
     assert [(optimum.method, optimum.rank) for optimum in seen] == [("fullft", None), ("lora", 32)]
     for optimum in seen:
         assert optimum.low
         assert optimum.high
         assert optimum.low <= optimum.lr <= optimum.high
         assert optimum.where.startswith(f"measured, {tmp_path / 'mine'}: ")
-    # They are a source of their own, near which the recommendation then lies.
+    # They are a source of their own, near which the recommendation for its batch size and length then lies.
     by_method = {optimum.method: optimum.lr for optimum in seen}
-    for was, now in zip(before.lrs, recommendation.lrs, strict=True):
+    batch, steps = (int(rows[0][name]) for name in ("batch_size", "steps"))
+    before, after = (
+        recommend(find_model("tiny"), None, None, "H100-80GB", results, batch_size=batch, steps=steps)
+        for results in (tmp_path / "none", tmp_path)
+    )
+    for was, now in zip(before.lrs, after.lrs, strict=True):
         assert (was.measured_by, now.measured_by) == ("lorabench laptop", "your own presets")
         measured = math.log(by_method[now.method])
-        assert abs(math.log(now.lr) - measured) < abs(math.log(was.lr) - measured)
+        assert abs(math.log(now.lr) - measured) < min(0.5, abs(math.log(was.lr) - measured))
     assert recommended("llama-64", results=tmp_path).seen == ()
     # A table that is not valid, or lacks columns, is skipped.
     (tmp_path / "broken" / "tables").mkdir(parents=True)
