@@ -43,9 +43,13 @@ def evidence(
         Path | None, typer.Option(help="The repository's root: write the matrix into its README and docs too.")
     ] = None,
 ) -> None:
-    """Judge all published runs by the paper's claims; write the matrix of claims by scale and the forest plot."""
+    """Judge all published runs by the paper's claims, and test what would have been recommended for each.
+
+    Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
+    recommended ones would have been for each source, had it not been known.
+    """
     with in_one_sentence():
-        from lorabench.report.evidence import gather, published_presets, write
+        from lorabench.report.evidence import gather, published_folders, published_presets, write
         from lorabench.report.evidence import publish as write_published
         from lorabench.sources.own import read_own
 
@@ -54,7 +58,7 @@ def evidence(
             # A finished preset stands for what was published of it.
             name = folder.parent.name if folder.name == "tables" else folder.name
             own[name] = read_own(folder, name)
-        gathered = gather(source or (), list(own.values()))
+        gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
         write(gathered, out)
         if publish is not None:
             write_published(gathered, out, publish)

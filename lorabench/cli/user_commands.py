@@ -153,13 +153,17 @@ def recommend(
     ] = None,
     data: Annotated[str | None, typer.Option(help="The training data, as for init.")] = None,
     data_format: DataFormat = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples per step, in place of the recommended number.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
     gpu: Annotated[str, typer.Option(help="The GPU to estimate costs for.")] = "H100-80GB",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_script: Annotated[
         bool, typer.Option("--script", help="Print a training script for transformers and PEFT with these settings.")
     ] = False,
 ) -> None:
-    """Recommend learning rates, rank and placement for a model, each with its source."""
+    """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     with in_one_sentence():
         from lorabench.custom.model import find_model
         from lorabench.custom.recommend import recommend as recommend_settings
@@ -175,7 +179,7 @@ def recommend(
 
             examined, template = examine(described, data, data_format)
         tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
-        recommendation = recommend_settings(described, tokens, examined, gpu)
+        recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
         if as_json:
             import json
 

@@ -1,4 +1,4 @@
-"""Settings to start from, by the paper and its authors' code: learning rates, rank, batch size, RL steps.
+"""Settings to start from, by the paper and its authors' code: rank, batch size, RL steps.
 
 Nothing here reads a file or imports torch. The authors' code is tinker-cookbook, their library's public repository.
 """
@@ -6,9 +6,8 @@ Nothing here reads a file or imports torch. The authors' code is tinker-cookbook
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-from lorabench.analysis.lr_law import PUBLISHED, lineage, predict_lr
+from lorabench.analysis.lr_law import PUBLISHED, lineage
 
 ALPHA = 32.0
 """The paper's alpha, the same at every rank."""
@@ -22,39 +21,11 @@ SHORT_RATIO = 15.0
 """The optimal LR of LoRA over that of FullFT in short runs, which the paper calls anecdotal."""
 SMALLEST_WIDTH = 1000
 """About the hidden size of the smallest model, Qwen3-0.6B with 1024, that the authors' law was shown for."""
-LAW_BATCH = 128
-"""Examples per step in the sweep that the law was fitted on."""
 GROUP_SIZE = PROBLEMS_PER_STEP = 16
 RL_STEPS = (50, 300)
 """The smallest and the largest number of steps in reinforcement learning."""
 
-# For a family without a law, the range of LRs reaches half a decade beyond the LRs of the law's families (our choice).
-_BEYOND = math.sqrt(10)
 _LARGEST_BATCH, _SMALLEST_BATCH = 32, 4
-
-
-@dataclass(frozen=True)
-class StartingLr:
-    """A learning rate to start from; `value` is None, with only a range, if the law does not cover the family."""
-
-    value: float | None
-    low: float
-    high: float
-
-
-def law_lr(family: str, hidden_size: int, method: str) -> StartingLr:
-    """Return the law's LR for a model, or a range around the LRs of the law's families if it does not cover the family.
-
-    Args:
-        family: the `model_type` of transformers, such as `llama` or `qwen3`.
-        hidden_size: the model's width.
-        method: `lora` or `fullft`.
-    """
-    value = predict_lr(PUBLISHED, family, hidden_size, method)
-    if math.isfinite(value):
-        return StartingLr(value, value, value)
-    covered = [predict_lr(PUBLISHED, name, hidden_size, method) for name in PUBLISHED.exponents]
-    return StartingLr(None, min(covered) / _BEYOND, max(covered) * _BEYOND)
 
 
 def covered(family: str) -> bool:

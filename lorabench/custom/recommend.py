@@ -1,13 +1,14 @@
 """Settings to start from for a model and an amount of data (`lorabench recommend`), each with its source.
 
-The paper's law of learning rates covers Llama and Qwen; for other families the recommendation is a range. The optimal
-learning rates that your own finished presets measured on a model of the same family and size, and the ones that others
-published for it, are shown beside the law.
+The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
+and of your own finished presets (`recommended_lr`). What your presets measured on a model of the same family and size,
+and what others published for it, is shown beside them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,31 @@ import pandas as pd
 
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.pooled_lr import ALPHA
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
-from lorabench.claims.recipe import Choice, MeasuredRecipe, measured_recipe
+from lorabench.claims.recipe import Choice, RankRecommendation, SharedSetting, measured_recipe
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.custom import advice
 from lorabench.custom.data import UserData
 from lorabench.custom.model import UserModel
 from lorabench.custom.preset import checked_gpu
+from lorabench.custom.recommended_lr import OWN, PROBABILITY, RecommendedLr, outside, recommended_lr
 from lorabench.errors import UserError
 from lorabench.planning.bill import Bill, training
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
+from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, read_optima
+from lorabench.sources.measurements import Z
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import read_table, table_path, with_all_columns
 from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB
+from lorabench.utils.packaged import LR_OPTIMA
 
-LAW = "the paper's law with its authors' constants, fitted at batch size 128 (tinker-cookbook)"
 PAPER = "the paper"
+TITLES = {"lora": "LoRA", "fullft": "FullFT"}
 DOCS = "the authors' rule: a LoRA parameter for each scored token, and 32 by default"
 # The amount of data to estimate costs for if the user names none.
 _ASSUMED_TOKENS = 1_000_000
@@ -54,11 +60,11 @@ class Setting:
     name: str
     what: str
     """The setting's name for a reader."""
-    value: float | int | str | None
-    """The recommended value; None if only a range from `low` to `high` is recommended."""
+    value: float | int | str
     source: str
     """Where the value comes from."""
     low: float | None = None
+    """The ends of its interval, of a learning rate."""
     high: float | None = None
 
 
@@ -83,6 +89,8 @@ class Recommendation:
     rank: int
     batch_size: int
     settings: tuple[Setting, ...]
+    lrs: tuple[RecommendedLr, ...]
+    """The learning rates of LoRA and FullFT with the sources that they rest on."""
     seen: tuple[SeenOptimum, ...]
     notes: tuple[str, ...]
 
@@ -104,13 +112,27 @@ class Recommendation:
                 setting.name: {field: value for field, value in asdict(setting).items() if field != "name"}
                 for setting in self.settings
             },
+            "sources_of_lr": {
+                lr.method: {
+                    "law": lr.law,
+                    "measured_by": lr.measured_by,
+                    "sources": [asdict(part) for part in lr.sources],
+                }
+                for lr in self.lrs
+            },
             "seen": [asdict(seen) for seen in self.seen],
             "notes": list(self.notes),
         }
 
 
 def recommend(
-    model: UserModel, completion_tokens: float | None, data: UserData | None, gpu: str, results: Path = Path("results")
+    model: UserModel,
+    completion_tokens: float | None,
+    data: UserData | None,
+    gpu: str,
+    results: Path = Path("results"),
+    batch_size: int | None = None,
+    steps: int | None = None,
 ) -> Recommendation:
     """Recommend settings for a model.
 
@@ -120,66 +142,88 @@ def recommend(
         data: the examined data; None if only their size, or nothing, is known.
         gpu: the GPU to estimate costs for, a name of lorabench/utils/gpus.py.
         results: the folder of finished presets.
+        batch_size: the number of examples per step; None for the recommended one.
+        steps: the number of steps; None for an epoch of the data, or if there are no data, for a length not known.
 
     Raises:
-        UserError: the GPU is not known.
+        UserError: the GPU is not known, or the batch size is larger than the data.
     """
     examples = data.usable if data else math.ceil((completion_tokens or _ASSUMED_TOKENS) / _ASSUMED_EXAMPLE_TOKENS)
-    batch = advice.batch_size(examples)
+    batch = batch_size or advice.batch_size(examples)
+    if data and batch > examples:
+        raise UserError(f"batch size {batch} is more than the {examples} training examples")
+    examples = max(examples, batch)
+    length = float(steps or (max(1, examples // batch) if data or completion_tokens else math.nan))
     hidden = model.sizes.hidden
+    why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
     rank = advice.recommended_rank(hidden, model.lora_parameters(1), completion_tokens)
-    lrs = [_lr(model, "lora"), _lr(model, "fullft")]
+    seen, own = _measured(model, results)
+    optima = [*read_optima(LR_OPTIMA), *own]
+    lrs = tuple(recommended_lr(optima, model.family, hidden, method, batch, length) for method in ("lora", "fullft"))
     settings = [
-        *lrs,
+        *(_lr(lr) for lr in lrs),
         Setting("rank", "LoRA rank", rank, DOCS),
         Setting("lora_parameters", "LoRA parameters", model.lora_parameters(rank), "counted"),
         Setting("placement", "layers with LoRA", "all, and the unembedding", f"{PAPER}: attention alone is worse"),
         Setting("alpha", "alpha, at every rank", advice.ALPHA, PAPER),
         Setting("schedule", "learning rate over time", "constant, no warm-up", PAPER),
-        Setting("batch_size", "batch size", batch, f"{PAPER}: both methods do best at small batches, LoRA above all"),
+        Setting("batch_size", "batch size", batch, why),
     ]
     bills = _bills(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
     amount = "an epoch" if data or completion_tokens else "a million tokens"
-    for method, title in (("lora", "LoRA"), ("fullft", "FullFT")):
+    for method, title in TITLES.items():
         bill = bills[method]
         source = f"estimated for {bill.gpus} x {gpu}"
         settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), source))
         settings.append(
             Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {amount}", float(f"{bill.gpu_hours:.2g}"), source)
         )
-    seen = (*_measured(model, results), *_published(model.name, rank))
-    return Recommendation(
-        model, rank, batch, tuple(settings), seen, tuple(_notes(model, rank, batch, examples, completion_tokens))
+    notes = [
+        *outside(optima, model.family, hidden, batch, length),
+        _rl_note(optima, model),
+        *_notes(model, rank, length, completion_tokens),
+    ]
+    shown = (*seen, *_published(model.name, rank))
+    return Recommendation(model, rank, batch, tuple(settings), lrs, shown, tuple(notes))
+
+
+def _lr(lr: RecommendedLr) -> Setting:
+    what = f"{TITLES[lr.method]} learning rate"
+    source = f"pooled over {len(lr.sources)} sources; {PROBABILITY:.0%} interval"
+    if lr.measured_by is not None:
+        source += f"; {lr.measured_by} measured this model"
+    return Setting(f"{lr.method}_lr", what, lr.lr, source, lr.low, lr.high)
+
+
+def _rl_note(optima: Sequence[LrOptimum], model: UserModel) -> str:
+    """Say what is known of RL, at the batch of the paper and a length within its rule."""
+    responses, steps = advice.GROUP_SIZE * advice.PROBLEMS_PER_STEP, min(advice.RL_STEPS)
+    of_methods = []
+    for method in ("lora", "fullft"):
+        lr = recommended_lr(optima, model.family, model.sizes.hidden, method, responses, steps, rl=True)
+        ends = f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}, {len(lr.sources)} sources"
+        of_methods.append(f"{formats.lr(lr.lr, 2)} for {TITLES[method]} ({ends})")
+    return (
+        f"In reinforcement learning ({responses} responses a step, {steps} steps) the pooled learning rates are "
+        f"{' and '.join(of_methods)}: sources of RL differ much, so sweep them."
     )
-
-
-def _lr(model: UserModel, method: str) -> Setting:
-    lr = advice.law_lr(model.family, model.sizes.hidden, method)
-    what = f"{'LoRA' if method == 'lora' else 'FullFT'} learning rate"
-    if lr.value is None:
-        source = f"the law does not cover {model.family!r}; half a decade around its LRs for Llama and Qwen"
-        return Setting(f"{method}_lr", what, None, source, _four_digits(lr.low), _four_digits(lr.high))
-    return Setting(f"{method}_lr", what, _four_digits(lr.value), LAW)
 
 
 def _four_digits(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def _notes(model: UserModel, rank: int, batch: int, examples: int, completion_tokens: float | None) -> list[str]:
+def _notes(model: UserModel, rank: int, steps: float, completion_tokens: float | None) -> list[str]:
     notes = []
-    scale = math.sqrt(batch / advice.LAW_BATCH)
-    notes.append(
-        f"The law was fitted at batch size {advice.LAW_BATCH}. By the authors' rule of thumb the LR is proportional to "
-        f"the square root of the batch size: at {batch} it is {scale:.2g} times the law's."
-    )
-    if (steps := examples // batch) < advice.SHORT_STEPS:
+    if steps < advice.SHORT_STEPS:
         notes.append(
-            f"An epoch has {steps} steps. Below {advice.SHORT_STEPS} the paper gives an optimal LR of LoRA of "
+            f"The run has {steps:.0f} steps. Below {advice.SHORT_STEPS} the paper gives an optimal LR of LoRA of "
             f"about {advice.SHORT_RATIO:g} times that of FullFT, in place of 10."
         )
     if model.sizes.hidden < advice.SMALLEST_WIDTH and advice.covered(model.family):
-        notes.append(f"Width {model.sizes.hidden} is below the widths that the law was shown for: an extrapolation.")
+        notes.append(
+            f"Width {model.sizes.hidden} is below the widths that the law was shown for: its form is an extrapolation."
+        )
     if completion_tokens is not None:
         parameters = model.lora_parameters(rank)
         if parameters < completion_tokens:
@@ -236,39 +280,79 @@ def _bills(
     return {sweep.condition.method: training(plan, [Job((sweep,))]) for sweep in plan.sweeps}
 
 
-def _measured(model: UserModel, results: Path) -> list[SeenOptimum]:
-    """Return the optimal LRs of supervised runs on the same model in the tables of finished presets."""
-    optima: list[SeenOptimum] = []
+def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[LrOptimum]]:
+    """Return the optimal LRs of supervised runs in the tables of finished presets.
+
+    Returns:
+        Those of the same model, to be shown, and those of all models, to be pooled.
+    """
+    seen: list[SeenOptimum] = []
+    pooled: list[LrOptimum] = []
     for folder in sorted(results.glob("*/tables")):
         if table_path(folder, "runs") is None:
             continue
         try:
-            measured = _recipe_of(folder, model)
+            measured = _recipes_of(folder)
         except UserError:
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
-        for recommendation in measured.recommendations:
+        for run, recommendation in measured:
             shared = recommendation.setting
+            for method, choice in (("fullft", recommendation.fullft), ("lora", recommendation.use)):
+                pooled += _own_optimum(method, choice, shared, run)
+            if not _is_of_model(run, model):
+                continue
             where = f"measured, {folder.parent}: {shared.dataset}, batch {shared.batch_size}, {shared.steps} steps"
             answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
-            optima.append(_seen("fullft", recommendation.fullft, where))
-            optima.append(_seen("lora", recommendation.use, f"{where}; {answer[recommendation.answer]}"))
-    return optima
+            seen.append(_seen("fullft", recommendation.fullft, where))
+            seen.append(_seen("lora", recommendation.use, f"{where}; {answer[recommendation.answer]}"))
+    return seen, pooled
 
 
-def _recipe_of(folder: Path, model: UserModel) -> MeasuredRecipe:
-    runs = _of_model(with_all_columns(read_table(folder, "runs"), "runs"), model)
+def _recipes_of(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
+    """Return what the supervised runs of each model in a folder say, with one of its runs."""
+    runs = with_all_columns(read_table(folder, "runs"), "runs")
+    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
     if runs.empty:
-        return MeasuredRecipe((), ())
+        return []
     tables = Tables.read(folder)
-    return measured_recipe(runs, tables.curves, Judging(examples=ExampleLosses.of(tables.test_losses)))
+    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
+    return [
+        (of_model.iloc[0], recommendation)
+        for _, of_model in runs.groupby(["family", "hidden_size", "base_params"])
+        for recommendation in measured_recipe(of_model, tables.curves, judging).recommendations
+    ]
 
 
-def _of_model(runs: pd.DataFrame, model: UserModel) -> pd.DataFrame:
-    """Return the supervised runs on a model of the same family, width and size."""
-    size = (runs["base_params"].astype(float) / model.parameters - 1).abs() < _SAME_SIZE
-    width = runs["hidden_size"].astype(float) == model.sizes.hidden
-    return runs[size & width & (runs["family"] == model.family).fillna(False).astype(bool) & ~is_rl(runs)]
+def _own_optimum(method: str, choice: Choice, shared: SharedSetting, run: pd.Series[Any]) -> list[LrOptimum]:
+    """Return a measured optimum for pooling; none if its interval is not known."""
+    if not (choice.lr_opt > 0 and choice.lr_low > 0 and math.isfinite(choice.lr_high)):
+        return []
+    return [
+        LrOptimum(
+            source=OWN,
+            model=shared.model,
+            family=str(run["family"]),
+            dataset=shared.dataset,
+            method=method,
+            rank=choice.rank,
+            width=float(run["hidden_size"]),
+            batch_size=float(shared.batch_size),
+            steps=math.nan if shared.steps is None else float(shared.steps),
+            alpha=ALPHA,
+            rl=False,
+            lr=choice.lr_opt,
+            error=max(LEAST_ERROR, math.log(choice.lr_high / choice.lr_low) / (2 * Z)),
+            counts=True,
+            remark="fitted" if choice.resolved else "fitted, not resolved",
+        )
+    ]
+
+
+def _is_of_model(run: pd.Series[Any], model: UserModel) -> bool:
+    """Return whether a run is on a model of the same family, width and size."""
+    size = abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
+    return bool(size and run["hidden_size"] == model.sizes.hidden and run["family"] == model.family)
 
 
 def _published(model: str, rank: int) -> list[SeenOptimum]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from lorabench.config.models import GgufModel
 from lorabench.custom.data import UserData
-from lorabench.custom.recommend import Recommendation, Setting
+from lorabench.custom.recommend import Recommendation
 from lorabench.data.rows import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
@@ -39,8 +38,8 @@ def script(recommendation: Recommendation, data: UserData | None, chat_template:
         "MODEL": model_location(model.spec),
         "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,
         "RANK": recommendation.rank,
-        "LORA_LR": _single_lr(recommendation.setting("lora_lr")),
-        "FULL_LR": _single_lr(recommendation.setting("fullft_lr")),
+        "LORA_LR": recommendation.setting("lora_lr").value,
+        "FULL_LR": recommendation.setting("fullft_lr").value,
         "BATCH_SIZE": recommendation.batch_size,
         "MAX_TOKENS": min(_MAX_TOKENS, model.max_length or _MAX_TOKENS),
     }
@@ -59,12 +58,3 @@ def script(recommendation: Recommendation, data: UserData | None, chat_template:
         comment = "".join(line.partition("  # ")[1:])
         text = text.replace(f"{line}\n", f"{name} = {value!r}{comment}\n")
     return text
-
-
-def _single_lr(lr: Setting) -> float:
-    """Return the recommended LR, or the geometric middle of a recommended range."""
-    if isinstance(lr.value, float):
-        return lr.value
-    assert lr.low
-    assert lr.high
-    return float(f"{math.sqrt(lr.low * lr.high):.1g}")

@@ -13,11 +13,14 @@ import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.figures.forest import draw_forest
+from lorabench.figures.lr_left_out import draw_left_out
 from lorabench.figures.matrix import draw_matrix
 from lorabench.figures.style import write_figure
-from lorabench.report import claim_text
+from lorabench.report import claim_text, lr_evidence
 from lorabench.report.generated_block import text_around, write_around
 from lorabench.report.publish import results_page
+from lorabench.sources.lr_left_out import by_source, compared, left_out
+from lorabench.sources.lr_optima import known_optima, optima_table
 from lorabench.sources.matrix import matrix
 from lorabench.sources.measurements import MEASURES, growth_measurements, measurement_table, measurements, summary_table
 from lorabench.sources.own import Own, own_measurements, read_own
@@ -42,7 +45,8 @@ _PREDICTABLE = 4
 """The least number of sources from which the page predicts a further one; from three the interval is without end."""
 
 _FILES = ("claims.csv", "matrix.csv", "measurements.csv", "summary.csv", "matrix.svg", "matrix.png", "forest.svg",
-          "forest.png")  # fmt: skip
+          "forest.png", "lr_optima.csv", "lr_left_out.csv", "lr_left_out_summary.csv", "lr_left_out.svg",
+          "lr_left_out.png")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,19 @@ class Evidence:
     matrix: pd.DataFrame
     measurements: pd.DataFrame
     summary: pd.DataFrame
+    lr_optima: pd.DataFrame
+    """The known optimal learning rates."""
+    lr_left_out: pd.DataFrame
+    """How far off they would have been, had their source not been known."""
 
 
-def gather(sources: Sequence[Path] = (), own: Sequence[Own] = ()) -> Evidence:
+def gather(sources: Sequence[Path] = (), own: Sequence[Own] = (), presets: Sequence[Path] = ()) -> Evidence:
     """Judge the shipped sources and others, and put own presets beside them.
+
+    Args:
+        sources: folders of sources beside the shipped ones.
+        own: presets of one's own.
+        presets: folders of published presets, whose optimal learning rates are pooled with those of the sources.
 
     Raises:
         UserError: a source is refused; then nothing is judged.
@@ -67,22 +80,36 @@ def gather(sources: Sequence[Path] = (), own: Sequence[Own] = ()) -> Evidence:
     measured = [part for preset in own for part in own_measurements(preset)] + measurements(studies)
     measured += growth_measurements(studies, claims)
     table = measurement_table(measured)
-    return Evidence(studies, claims, matrix(claims, own), table, summary_table(table))
+    optima = known_optima(studies, presets)
+    lrs = optima_table([swept.optimum for swept in optima])
+    return Evidence(studies, claims, matrix(claims, own), table, summary_table(table), lrs, left_out(optima))
+
+
+def published_folders(root: Path) -> list[Path]:
+    """Return the folders of the presets whose verdicts a repository has published."""
+    return sorted(path.parent for path in (root / PUBLISHED.parent).glob("*/provenance.json"))
 
 
 def published_presets(root: Path) -> list[Own]:
     """Return the presets whose verdicts a repository has published, by their folders' names."""
-    folders = sorted(path.parent for path in (root / PUBLISHED.parent).glob("*/provenance.json"))
-    return [read_own(folder, folder.name) for folder in folders]
+    return [read_own(folder, folder.name) for folder in published_folders(root)]
 
 
 def write(evidence: Evidence, out: Path) -> None:
-    """Write the tables and both figures into a folder."""
+    """Write the tables and the figures into a folder."""
     write_csv(evidence.claims.drop(columns="run_ids"), out / "claims.csv")
     write_csv(evidence.matrix, out / "matrix.csv")
     write_csv(evidence.measurements, out / "measurements.csv")
     write_csv(evidence.summary, out / "summary.csv")
-    figures = {"matrix": draw_matrix(evidence.matrix), "forest": draw_forest(evidence.measurements, evidence.summary)}
+    by_lr_source = by_source(evidence.lr_left_out)
+    write_csv(evidence.lr_optima, out / "lr_optima.csv")
+    write_csv(evidence.lr_left_out, out / "lr_left_out.csv")
+    write_csv(compared(by_lr_source), out / "lr_left_out_summary.csv")
+    figures = {
+        "matrix": draw_matrix(evidence.matrix),
+        "forest": draw_forest(evidence.measurements, evidence.summary),
+        "lr_left_out": draw_left_out(by_lr_source),
+    }
     for name, figure in figures.items():
         for kind in ("svg", "png"):
             write_figure(figure, out / f"{name}.{kind}")
@@ -100,6 +127,7 @@ def publish(evidence: Evidence, out: Path, root: Path) -> None:
         UserError: a page has no place for its part; then nothing is changed.
     """
     around = {page: text_around(root / page, START, END) for page in (*MATRIX_PAGES, PAGE)}
+    around_lrs = text_around(root / lr_evidence.PAGE, lr_evidence.START, lr_evidence.END)
     for name in _FILES:
         if not (out / name).is_file():
             raise UserError(f"{out / name} does not exist")
@@ -109,6 +137,8 @@ def publish(evidence: Evidence, out: Path, root: Path) -> None:
     for page in MATRIX_PAGES:
         write_around(root / page, around[page], matrix_block(cells, page))
     write_around(root / PAGE, around[PAGE], evidence_block(evidence))
+    lrs = lr_evidence.lr_block(evidence.lr_optima, evidence.lr_left_out)
+    write_around(root / lr_evidence.PAGE, around_lrs, lrs)
 
 
 def matrix_block(cells: pd.DataFrame, page: Path) -> str:

@@ -1,4 +1,4 @@
-"""Files outside the package that it needs: the workflow with its presets, and published numbers.
+"""Files outside the package that it needs: the workflow with its presets, published numbers, and known optimal LRs.
 
 In a clone, `lorabench/packaged` holds links to the repository's files; in a wheel, it holds copies of them.
 """
@@ -12,3 +12,5 @@ SNAKEFILE = PACKAGED / "Snakefile"
 WORKFLOW = PACKAGED / "workflow"
 REFERENCE = PACKAGED / "reference"
 """Published numbers, each with its source (SOURCES.md)."""
+LR_OPTIMA = PACKAGED / "lr_optima.csv"
+"""The optimal learning rates that are known, a table that `lorabench evidence` writes."""

@@ -1,9 +1,10 @@
-"""`lorabench recommend` gives the numbers computed by hand with their sources, and a range without a law."""
+"""`lorabench recommend` gives learning rates with their interval and sources, and the numbers computed by hand."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from lorabench.custom.recommend import recommend
 from lorabench.custom.script import script
 from lorabench.errors import UserError
 from lorabench.tables.io import write_frame
+from lorabench.utils import formats
 
 from ..handmade import make_sweep, runs_table
 from .conftest import write_rows
@@ -27,8 +29,8 @@ def recommended(model, tokens=None, results=None, tmp_path=None):
 
 def test_llama_8b_by_hand(tmp_path):
     recommendation = recommended(LLAMA, 50e6, tmp_path=tmp_path)
-    assert recommendation.setting("lora_lr").value == 2.856e-4
-    assert recommendation.setting("fullft_lr").value == 2.856e-5
+    # The law stands beside the pooled LRs.
+    assert [(lr.method, lr.law) for lr in recommendation.lrs] == [("lora", 2.856e-4), ("fullft", 2.856e-5)]
     assert recommendation.setting("alpha").value == 32
     # At 2,753,792 parameters per rank, rank 19 is enough for 50 M tokens, so the default of 32 is recommended.
     assert (recommendation.rank, recommendation.setting("lora_parameters").value) == (32, 32 * 2_753_792)
@@ -50,25 +52,53 @@ def test_llama_8b_by_hand(tmp_path):
     assert all(setting.source for setting in recommendation.settings)
 
 
-def test_published_sweeps_of_the_model_stand_beside_the_law(tmp_path):
+def test_learning_rates_rest_on_every_source(tmp_path):
+    recommendation = recommended(LLAMA, 50e6, tmp_path=tmp_path)
+    for lr in recommendation.lrs:
+        setting = recommendation.setting(f"{lr.method}_lr")
+        assert (setting.value, setting.low, setting.high) == (lr.lr, lr.low, lr.high)
+        assert lr.low < lr.lr < lr.high
+        names = {share.source for share in lr.sources}
+        assert {"the paper's authors", "nhckdvrl", "Baseten", "lorabench laptop"} <= names
+        assert all(share.low <= share.high for share in lr.sources)
+        assert lr.measured_by is None
+        # All sources together decide the offset from the law, which has no prior.
+        assert sum(share.weight for share in lr.sources) == pytest.approx(1, abs=0.1)
+    assert not any("No source has measured" in note for note in recommendation.notes)
+
+
+def test_batch_size_and_length_move_the_learning_rates_and_beyond_the_evidence_it_says_so(tmp_path):
+    model = find_model(LLAMA)
+    small, large = (
+        recommend(model, None, None, "H100-80GB", tmp_path, batch_size=batch, steps=1000) for batch in (8, 512)
+    )
+    for one, other in zip(small.lrs, large.lrs, strict=True):
+        # Between no effect and the square root of the batch size.
+        assert 1 < other.lr / one.lr < 8
+    assert (small.batch_size, small.setting("batch_size").source) == (8, "your choice")
+    far = recommend(model, None, None, "H100-80GB", tmp_path, batch_size=4096, steps=100_000)
+    assert any("No source has measured a batch size near 4,096; the nearest is 512" in note for note in far.notes)
+    assert any("No source has measured a length, in steps, near 100,000" in note for note in far.notes)
+    for one, other in zip(large.lrs, far.lrs, strict=True):
+        assert other.high / other.low > one.high / one.low
+
+
+def test_published_sweeps_of_the_model_stand_beside_them(tmp_path):
     [seen] = recommended(LLAMA, tmp_path=tmp_path).seen
     assert (seen.method, seen.where) == ("lora", "published, tinker-cookbook: tulu3")
     assert 2e-4 < seen.lr < 6e-4
     assert recommended("tiny", tmp_path=tmp_path).seen == ()
 
 
-def test_a_family_without_a_law_has_a_range_and_no_number(tmp_path, base):
+def test_a_family_without_a_law_has_a_wider_interval(tmp_path, base):
+    llama = recommended(str(base), tmp_path=tmp_path).setting("lora_lr")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
     recommendation = recommended(str(base), tmp_path=tmp_path)
     lr = recommendation.setting("lora_lr")
-    assert lr.value is None
-    assert lr.low
-    assert lr.high
-    assert lr.low < lr.high
-    assert "the law does not cover 'mistral'" in lr.source
-    # The script needs a single number, the middle of the range.
-    assert "LORA_LR = 0.002\n" in script(recommendation, None, None)
+    assert lr.high / lr.low > llama.high / llama.low
+    assert any("The law has no exponent for the family 'mistral'" in note for note in recommendation.notes)
+    assert f"LORA_LR = {lr.value}\n" in script(recommendation, None, None)
 
 
 def test_finished_runs_are_shown_with_their_interval(tmp_path):
@@ -86,6 +116,17 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
         assert optimum.high
         assert optimum.low <= optimum.lr <= optimum.high
         assert optimum.where.startswith(f"measured, {tmp_path / 'mine'}: ")
+    # They are a source of their own, near which the recommendation for its batch size and length then lies.
+    by_method = {optimum.method: optimum.lr for optimum in seen}
+    batch, steps = (int(rows[0][name]) for name in ("batch_size", "steps"))
+    before, after = (
+        recommend(find_model("tiny"), None, None, "H100-80GB", results, batch_size=batch, steps=steps)
+        for results in (tmp_path / "none", tmp_path)
+    )
+    for was, now in zip(before.lrs, after.lrs, strict=True):
+        assert (was.measured_by, now.measured_by) == ("lorabench laptop", "your own presets")
+        measured = math.log(by_method[now.method])
+        assert abs(math.log(now.lr) - measured) < min(0.5, abs(math.log(was.lr) - measured))
     assert recommended("llama-64", results=tmp_path).seen == ()
     # A table that is not valid, or lacks columns, is skipped.
     (tmp_path / "broken" / "tables").mkdir(parents=True)
@@ -105,7 +146,7 @@ def test_capacity_and_short_runs_are_noted(tmp_path):
     model = find_model("tiny")
     known, _ = examine(model, str(data), None)
     few = recommend(model, 400.0, known, "A10", tmp_path)
-    assert any("An epoch has 10 steps" in note for note in few.notes)
+    assert any("The run has 10 steps" in note for note in few.notes)
 
 
 def lorabench(*arguments, cwd):
@@ -116,8 +157,12 @@ def lorabench(*arguments, cwd):
 def test_json_and_table_say_the_same(tmp_path):
     printed = json.loads(lorabench("--model", LLAMA, "--json", cwd=tmp_path).stdout)
     assert printed["model"] == {"name": LLAMA, "family": "llama", "parameters": 8_030_261_248, "hidden_size": 4096}
-    assert printed["settings"]["lora_lr"]["value"] == 2.856e-4
+    lora = printed["settings"]["lora_lr"]
+    assert lora["low"] < lora["value"] < lora["high"]
+    assert printed["sources_of_lr"]["lora"]["law"] == 2.856e-4
+    assert {"source", "widths", "low", "high", "weight"} == set(printed["sources_of_lr"]["lora"]["sources"][0])
     table = lorabench("--model", LLAMA, cwd=tmp_path).stdout
+    assert formats.lr(lora["value"]) in table
     assert "2.86e-4" in table
     assert "2.86e-5" in table
 
@@ -135,6 +180,13 @@ def test_a_mistake_is_one_sentence(arguments, message, tmp_path):
     result = lorabench("--model", "tiny", *arguments, cwd=tmp_path)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"lorabench: {message}")
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    write_rows(tmp_path / "own.jsonl", 20)
+    result = lorabench("--model", "tiny", "--data", "own.jsonl", "--batch-size", "64", cwd=tmp_path)
+    assert result.exit_code == 2
+    assert "batch size 64 is more than the 20 training examples" in result.stderr
 
 
 def test_a_mixture_of_experts_and_a_gguf_file_have_no_script(tmp_path):

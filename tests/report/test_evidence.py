@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -13,18 +14,23 @@ from lorabench.report.evidence import (
     PUBLISHED,
     START,
     gather,
+    lr_evidence,
     matrix_block,
     publish,
+    published_folders,
     published_presets,
     write,
 )
+from lorabench.sources.lr_left_out import by_source, compared
+from lorabench.sources.lr_optima import optima_of_table, read_optima
+from lorabench.utils.packaged import LR_OPTIMA
 
 from ..conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")
 def evidence():
-    return gather(own=published_presets(REPOSITORY))
+    return gather(own=published_presets(REPOSITORY), presets=published_folders(REPOSITORY))
 
 
 def test_the_committed_pages_show_the_committed_matrix():
@@ -39,6 +45,7 @@ def test_evidence_is_written_and_published(evidence, tmp_path):
     for page in (*MATRIX_PAGES, PAGE):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(f"before\n{START}\nreplaced text\n{END}\nafter\n")
+    (tmp_path / lr_evidence.PAGE).write_text(f"{lr_evidence.START}\nreplaced text\n{lr_evidence.END}\n")
     publish(evidence, tmp_path / "out", tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("before\n")
@@ -51,6 +58,30 @@ def test_evidence_is_written_and_published(evidence, tmp_path):
         assert all(doubt in page for doubt in study.of.source.doubts)
     assert "replaced text" not in page
     assert (tmp_path / PUBLISHED / "forest.svg").is_file()
+    lrs = (tmp_path / lr_evidence.PAGE).read_text()
+    assert "replaced text" not in lrs
+    assert all(name in lrs for name in set(evidence.lr_optima["source"]))
+
+
+def test_the_committed_learning_rates_follow_from_the_sources(evidence):
+    optima = pd.read_csv(REPOSITORY / PUBLISHED / "lr_optima.csv")
+    assert repr(read_optima(LR_OPTIMA)) == repr(optima_of_table(optima))
+    columns = [name for name in optima if name != "rank"]
+    pd.testing.assert_frame_equal(
+        evidence.lr_optima[columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6
+    )
+    committed = pd.read_csv(REPOSITORY / PUBLISHED / "lr_left_out_summary.csv")
+    summary = compared(by_source(evidence.lr_left_out))
+    pd.testing.assert_frame_equal(summary, committed, rtol=1e-3)
+    page = (REPOSITORY / lr_evidence.PAGE).read_text(encoding="utf-8")
+    assert lr_evidence.lr_block(evidence.lr_optima, evidence.lr_left_out) in page
+
+
+def test_the_rule_that_recommends_is_not_further_off_than_the_law(evidence):
+    summary = compared(by_source(evidence.lr_left_out)).set_index(["task", "method", "rule"])
+    for key in [("sft", "fullft"), ("sft", "lora"), ("rl", "fullft"), ("rl", "lora")]:
+        assert summary.loc[(*key, "pooled"), "off"] <= summary.loc[(*key, "law"), "off"]
+        assert summary.loc[(*key, "pooled"), "loss_above_best"] <= summary.loc[(*key, "law"), "loss_above_best"]
 
 
 def test_a_page_without_a_place_is_refused_before_anything_is_written(evidence, tmp_path):

@@ -17,9 +17,12 @@ rule evidence:
         "results/evidence/matrix.csv",
         "results/evidence/measurements.csv",
         "results/evidence/summary.csv",
+        "results/evidence/lr_optima.csv",
+        "results/evidence/lr_left_out.csv",
+        "results/evidence/lr_left_out_summary.csv",
         expand(
             "results/evidence/{figure}.{kind}",
-            figure=["matrix", "forest"],
+            figure=["matrix", "forest", "lr_left_out"],
             kind=["svg", "png"],
         ),
     log:

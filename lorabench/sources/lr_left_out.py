@@ -1,0 +1,178 @@
+"""How far off the recommended learning rates would have been for each source, had it not been known: leave one out.
+
+Three rules predict each known optimum: `pooled` from all other sources, `law` from the paper's law, and `law_sqrt` from
+the law with the square-root rule for the batch size. Where the optimum has a grid with losses, the loss at the
+predicted LR is interpolated in ln LR (monotone cubic), and compared with the lowest loss of the grid. Beyond the grid
+it is at least that of its edge.
+
+The law was fitted to the sweeps of its authors, so their source does not count when the rules are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.interpolate import PchipInterpolator
+from scipy.special import stdtrit
+
+from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, PooledLr
+from lorabench.sources.lr_optima import AUTHORS, SweptOptimum
+
+RULES = {
+    "pooled": "pooled from the other sources",
+    "law": "the law",
+    "law_sqrt": "the law with the square root of the batch size",
+}
+"""The rules, in words."""
+
+PROBABILITIES = (0.8, 0.95)
+"""The probabilities of the prediction intervals."""
+
+METHODS = ("fullft", "lora")
+
+
+def left_out(optima: Sequence[SweptOptimum]) -> pd.DataFrame:
+    """Predict every known optimum from the other sources and by the law, SFT and RL apart.
+
+    Returns:
+        One row for each optimum and rule. `factor` is the predicted over the measured LR; null where the optimum is at
+        the edge of its grid. The intervals include the error of the measured optimum. `loss_above_best` is in nats per
+        token, in RL in accuracy; with `at_least`, the predicted LR is beyond the grid.
+    """
+    rows: list[dict[str, Any]] = []
+    for rl in (False, True):
+        for method in METHODS:
+            of_method = [swept for swept in optima if (swept.optimum.rl, swept.optimum.method) == (rl, method)]
+            for source in dict.fromkeys(swept.optimum.source for swept in of_method):
+                others = [s.optimum.pooled for s in of_method if s.optimum.counts and s.optimum.source != source]
+                if len({other.source for other in others}) < 2:
+                    continue
+                pooled = PooledLr(others)
+                rows += [
+                    row
+                    for swept in of_method
+                    if swept.optimum.source == source and (swept.optimum.counts or swept.losses)
+                    for row in _rows(swept, pooled)
+                ]
+    return pd.DataFrame(rows)
+
+
+def _rows(swept: SweptOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
+    optimum, place = swept.optimum, swept.optimum.place
+    measured = optimum.pooled
+    error = measured.error if optimum.counts else 0.0
+    at = [pooled.predict(place, probability, error=error) for probability in PROBABILITIES]
+    batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])
+    predicted = {
+        "pooled": at[0].mean,
+        "law": place.log_law,
+        "law_sqrt": place.log_law + PRIORS["batch_size"].mean * batch,
+    }
+    rows = []
+    for rule, log_lr in predicted.items():
+        row: dict[str, Any] = {
+            "task": "rl" if optimum.rl else "sft",
+            "method": optimum.method,
+            **{name: getattr(optimum, name) for name in ("source", "model", "dataset", "batch_size", "steps")},
+            "lr": optimum.lr if optimum.counts else math.nan,
+            "rule": rule,
+            "predicted": _rounded(math.exp(log_lr - optimum.shift)),
+            "factor": math.exp(log_lr - measured.log_lr) if optimum.counts else math.nan,
+        }
+        for probability, of_pooled in zip(PROBABILITIES, at, strict=True):
+            name = f"{probability:.0%}".rstrip("%")
+            stated = rule == "pooled"
+            row[f"low_{name}"] = _rounded(math.exp(of_pooled.low - optimum.shift)) if stated else math.nan
+            row[f"high_{name}"] = _rounded(math.exp(of_pooled.high - optimum.shift)) if stated else math.nan
+            inside = of_pooled.low <= measured.log_lr <= of_pooled.high
+            row[f"inside_{name}"] = float(inside) if stated and optimum.counts else math.nan
+        rows.append(row | _loss(swept, log_lr - optimum.shift))
+    return rows
+
+
+def _loss(swept: SweptOptimum, log_lr: float) -> dict[str, Any]:
+    """Return how far the loss at an LR is above the lowest of the grid."""
+    if len(swept.losses) < 2:
+        return {"loss_above_best": math.nan, "at_least": False}
+    logs, losses = np.array(swept.log_lrs), np.array(swept.losses)
+    within = float(np.clip(log_lr, logs[0], logs[-1]))
+    loss = float(PchipInterpolator(logs, losses)(within))
+    return {"loss_above_best": loss - float(losses.min()), "at_least": within != log_lr}
+
+
+def by_source(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean error of each source and rule, one row each, in the order of `left_out`.
+
+    Returns:
+        `off` is the geometric mean of the factors by which the predicted LRs are off, either way; `signed` that of the
+        factors themselves.
+    """
+    logs = rows.assign(log=np.log(rows["factor"]), size=np.log(rows["factor"]).abs())
+    keys = ["task", "method", "source", "rule"]
+    means = logs.groupby(keys, sort=False).agg(
+        optima=("factor", "count"),
+        off=("size", "mean"),
+        signed=("log", "mean"),
+        inside_80=("inside_80", "mean"),
+        inside_95=("inside_95", "mean"),
+        grids=("loss_above_best", "count"),
+        loss_above_best=("loss_above_best", "mean"),
+        at_least=("at_least", "any"),
+    )
+    return means.assign(off=np.exp(means["off"]), signed=np.exp(means["signed"])).reset_index()
+
+
+def compared(sources: pd.DataFrame) -> pd.DataFrame:
+    """Compare the rules over the sources that none of them has seen, each source once.
+
+    Args:
+        sources: as from `by_source`.
+
+    Returns:
+        One row for each task, method and rule. `off` is the geometric mean over sources, `worst` the largest of one
+        source. `against_law` is the ratio of `off` to that of the law with its 95% interval (t over sources), and
+        `closer` the number of sources where the rule is closer than the law. `inside_80` and `inside_95` are the shares
+        of sources' optima inside of the intervals, a mean over sources.
+    """
+    rows = []
+    for (task, method), part in sources[sources["source"] != AUTHORS].groupby(["task", "method"], sort=False):
+        sized = part[part["optima"] > 0].assign(log=lambda table: np.log(table["off"]))
+        logs = sized.pivot(index="source", columns="rule", values="log")
+        losses = part[part["grids"] > 0].pivot(index="source", columns="rule", values="loss_above_best")
+        for rule in RULES:
+            of_rule = sized[sized["rule"] == rule]
+            difference = logs[rule] - logs["law"]
+            mean, half = float(difference.mean()), _half(difference)
+            rows.append(
+                {
+                    "task": task,
+                    "method": method,
+                    "rule": rule,
+                    "sources": len(of_rule),
+                    "off": math.exp(float(logs[rule].mean())),
+                    "worst": math.exp(float(logs[rule].max())),
+                    "against_law": math.exp(mean),
+                    "against_law_low": math.exp(mean - half),
+                    "against_law_high": math.exp(mean + half),
+                    "closer": int((difference < 0).sum()),
+                    "inside_80": float(of_rule["inside_80"].mean()),
+                    "inside_95": float(of_rule["inside_95"].mean()),
+                    "grids": len(losses),
+                    "loss_above_best": float(losses[rule].mean()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _half(values: pd.Series[float]) -> float:
+    """Return half of the 95% interval of a mean."""
+    n = len(values)
+    return float(stdtrit(n - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(n)
+
+
+def _rounded(lr: float) -> float:
+    return float(f"{lr:.4g}")

@@ -1,0 +1,107 @@
+"""The pooled optimal LR, against made-up sources whose truth is known and against the random-effects summary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr
+from lorabench.analysis.random_effects import random_effects
+
+HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
+
+
+def made(rng, sources, between, offset=0.0, batch=0.5, steps=0.0, within=0.0, error=0.1, each=2):
+    """Return optima of made-up sources, the same number of each, of two models, at random batch sizes and lengths."""
+    optima = []
+    for source in range(sources):
+        effect, deviations = rng.normal(0, between), rng.normal(0, within, 2)
+        for number in range(each):
+            place = replace(HERE, batch_size=float(8 * 2 ** rng.integers(0, 6)), steps=float(10 ** rng.uniform(2, 4)))
+            log_lr = place.log_law + offset + effect + deviations[number % 2] + rng.normal(0, error)
+            log_lr += batch * math.log(place.batch_size / 128) + steps * math.log(place.steps / 780)
+            optima.append(Optimum(f"source {source}", f"model {number % 2}", place, log_lr, error))
+    return optima
+
+
+def test_the_law_of_a_place():
+    assert math.exp(HERE.log_law) == pytest.approx(5e-5)
+    assert math.exp(Place.at("qwen3", 2000, "lora", 8, 100).log_law) == pytest.approx(5e-4)
+    llama, qwen, other = (Place.at(name, 1000, "lora", 8, 100) for name in ("llama", "qwen2", "mistral"))
+    assert other.log_law == pytest.approx((llama.log_law + qwen.log_law) / 2)
+    assert (llama.law_error, qwen.law_error) == (0, 0)
+    assert other.law_error == pytest.approx((0.781 - 0.0775) * math.log(2) / 2)
+    assert Place.at("llama", math.nan, "lora", 8, 100).law_error == pytest.approx(0.781 * math.log(2))
+
+
+def test_known_coefficients_are_recovered_from_many_sources():
+    optima = made(np.random.default_rng(0), 40, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4)
+    pooled = PooledLr(optima)
+    for name, truth in (("offset", -0.7), ("batch_size", 0.25), ("steps", -0.15)):
+        mean, sd = pooled.coefficients[name]
+        assert abs(mean - truth) < 2.5 * sd < 0.2
+    assert pooled.between == pytest.approx(0.3, abs=0.1)
+    assert 2.7 < pooled.effective_parameters <= 3
+
+
+def test_without_further_terms_it_is_the_random_effects_summary():
+    rng = np.random.default_rng(1)
+    values = rng.normal(-0.5, 0.6, 25).tolist()
+    optima = [Optimum(str(place), "m", HERE, HERE.log_law + value, 0.2) for place, value in enumerate(values)]
+    summary, predicted = random_effects(values, [0.2] * 25), PooledLr(optima).predict(HERE, 0.95)
+    assert predicted.mean - HERE.log_law == pytest.approx(summary.mean, abs=0.01)
+    assert predicted.low - HERE.log_law == pytest.approx(summary.predicted_low, abs=0.2)
+    assert predicted.high - HERE.log_law == pytest.approx(summary.predicted_high, abs=0.2)
+    assert sum(predicted.weights.values()) == pytest.approx(1, abs=0.01)
+    assert all(weight == pytest.approx(1 / 25, abs=0.005) for weight in predicted.weights.values())
+
+
+def test_intervals_hold_as_many_further_sources_as_they_say():
+    rng = np.random.default_rng(2)
+    inside: dict[float, list[bool]] = {0.8: [], 0.95: []}
+    for _ in range(60):
+        # The truth of each coefficient is drawn from its prior.
+        truth = {
+            "batch": rng.normal(PRIORS["batch_size"].mean, PRIORS["batch_size"].sd),
+            "steps": rng.normal(PRIORS["steps"].mean, PRIORS["steps"].sd),
+            "offset": rng.normal(0, 1),
+        }
+        pooled = PooledLr(made(rng, 8, 0.7, within=0.3, **truth))
+        for further in made(rng, 4, 0.7, within=0.3, each=1, **truth):
+            for probability, held in inside.items():
+                predicted = pooled.predict(further.place, probability, error=further.error)
+                held.append(predicted.low <= further.log_lr <= predicted.high)
+    # 240 draws in 60 worlds: two standard errors are 0.1 at most.
+    # The flat priors of the deviations err on the wide side.
+    assert 0.72 < np.mean(inside[0.8]) < 0.92
+    assert np.mean(inside[0.95]) > 0.9
+
+
+def test_a_source_that_measured_the_place_pulls_its_own_prediction():
+    optima = made(np.random.default_rng(3), 6, 0.05, error=0.1, each=3)
+    high = [Optimum("mine", "m", HERE, HERE.log_law + 2, 0.1), Optimum("mine", "m", HERE, HERE.log_law + 2, 0.1)]
+    pooled = PooledLr([*optima, *high])
+    own, further = pooled.predict(HERE, measured=("mine", "m")), pooled.predict(HERE)
+    assert own.mean - HERE.log_law == pytest.approx(2, abs=0.3)
+    assert abs(further.mean - HERE.log_law) < 1
+    assert own.high - own.low < further.high - further.low
+
+
+def test_what_is_not_known_widens_and_does_not_move():
+    pooled = PooledLr(made(np.random.default_rng(4), 6, 0.3))
+    known, unknown = pooled.predict(HERE), pooled.predict(replace(HERE, batch_size=math.nan, steps=math.nan))
+    assert unknown.mean == pytest.approx(known.mean)
+    assert unknown.high - unknown.low > known.high - known.low
+
+
+def test_mistakes_are_refused():
+    optima = made(np.random.default_rng(5), 2, 0.3)
+    with pytest.raises(ValueError, match="pooling needs two sources; there are 1"):
+        PooledLr(optima[:2])
+    with pytest.raises(ValueError, match="a number and an error above 0"):
+        PooledLr([*optima, replace(optima[0], error=0.0)])
+    with pytest.raises(ValueError, match="a number and an error above 0"):
+        PooledLr([*optima, replace(optima[0], log_lr=math.nan)])

@@ -1,0 +1,90 @@
+"""Known optimal LRs are read from sources, and leaving one out gives the errors that follow by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lorabench.errors import UserError
+from lorabench.sources.lr_left_out import by_source, compared, left_out
+from lorabench.sources.lr_optima import LrOptimum, SweptOptimum, known_optima, optima_of_table, optima_table
+from lorabench.sources.studies import read_studies
+
+from ..conftest import REPOSITORY
+
+
+def test_the_optimum_of_a_grid(source):
+    [study] = read_studies([source(models={"m": {"scale": "1B", "parameters": 10**9, "hidden_size": 2048}})])
+    optima = [s for s in known_optima([study]) if s.optimum.source == "made-up"]
+    fullft, lora = (swept.optimum for swept in optima)
+    # Losses 2.1, 2.0, 2.2 an octave apart: the parabola's lowest point is 1/6 of an octave below the middle.
+    assert fullft.lr == pytest.approx(2e-5 * 2 ** (-1 / 6), rel=1e-3)
+    assert lora.lr == pytest.approx(2e-4 * 2 ** (-1 / 6), rel=1e-3)
+    assert fullft.error == pytest.approx(math.log(2) / math.sqrt(12))
+    assert (fullft.width, fullft.batch_size, fullft.steps, fullft.counts, lora.rank) == (2048, 8, 100, True, 8)
+    assert optima[0].losses == (2.1, 2.0, 2.2)
+
+
+def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
+    falling = [f"full-{lr},full,,{lr},0,{loss}" for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
+    [study] = read_studies([source(falling)])
+    [edge] = [s.optimum for s in known_optima([study]) if s.optimum.source == "made-up"]
+    assert (edge.lr, edge.counts) == (4e-5, False)
+    assert math.isnan(edge.error)
+    # The authors' sweep left out the runs at 3e-3 that diverged, so 1e-3 is inside.
+    by_model = {s.optimum.model: s.optimum for s in known_optima([]) if s.optimum.dataset == "tulu3"}
+    assert (by_model["meta-llama/Llama-3.2-1B"].lr, by_model["meta-llama/Llama-3.2-1B"].counts) == (1e-3, True)
+
+
+def test_alpha_is_converted(source):
+    attributes = {"precision": "fp32 weights", "schedule": "constant", "alpha": "16", "base_kind": "base"}
+    [study] = read_studies([source(attributes=attributes)])
+    fullft, lora = (s.optimum for s in known_optima([study]) if s.optimum.source == "made-up")
+    assert lora.pooled.log_lr == pytest.approx(math.log(lora.lr) - 0.75 * math.log(2))
+    assert fullft.pooled.log_lr == pytest.approx(math.log(fullft.lr))
+
+
+def test_a_table_of_optima_is_read_back(tmp_path):
+    optima = [swept.optimum for swept in known_optima([], [REPOSITORY / "paper_figures/published/laptop"])]
+    assert repr(optima_of_table(optima_table(optima))) == repr(optima)
+    assert {optimum.source for optimum in optima} >= {"lorabench laptop", "the paper's authors", "Baseten"}
+
+
+def test_a_preset_with_a_foreign_model_is_refused(tmp_path):
+    folder = tmp_path / "laptop"
+    folder.mkdir()
+    text = (REPOSITORY / "paper_figures/published/laptop/lr_law.csv").read_text()
+    (folder / "lr_law.csv").write_text(text.replace("llama-64,", "llama-9,"))
+    with pytest.raises(UserError, match="model 'llama-9' is none of the preset laptop: tiny"):
+        known_optima([], [folder])
+
+
+def optimum(source, factor, losses=(), lrs=(), method="fullft"):
+    """Return an optimum at a factor of the law, at the law's reference."""
+    known = LrOptimum(source, "m", "llama", "d", method, None, 2000, 128, 780, 32, False, 5e-5 * factor, 0.05, True, "")
+    return SweptOptimum(known, tuple(map(math.log, lrs)), tuple(losses))
+
+
+def test_leaving_one_out_by_hand():
+    # Three sources at twice the law, each predicted from the others: pooling is right, the law is off by 2.
+    lrs = [1e-5 * 2 ** (n / 4) for n in range(21)]
+    losses = [2 + 0.1 * math.log(lr / 1e-4) ** 2 for lr in lrs]
+    sources = [optimum("a", 2, losses, lrs), optimum("b", 2), optimum("c", 2)]
+    rows = left_out(sources).set_index(["source", "rule"])
+    assert rows.loc[("a", "law"), "factor"] == pytest.approx(0.5)
+    assert rows.loc[("a", "pooled"), "factor"] == pytest.approx(1, abs=0.03)
+    assert rows.loc[("a", "law"), "loss_above_best"] == pytest.approx(0.1 * math.log(2) ** 2, abs=1e-3)
+    assert rows.loc[("a", "pooled"), "loss_above_best"] == pytest.approx(0, abs=2e-3)
+    assert rows["inside_80"].dropna().eq(1).all()
+    table = compared(by_source(rows.reset_index())).set_index("rule")
+    assert table.loc["law", "off"] == pytest.approx(2)
+    assert table.loc["pooled", "against_law"] == pytest.approx(0.5, abs=0.02)
+    assert table.loc["pooled", "closer"] == 3
+
+
+def test_beyond_its_grid_the_loss_is_at_least_that_of_the_edge():
+    rows = left_out([optimum("a", 0.1, (2.1, 2.0, 2.3), (2.5e-6, 5e-6, 1e-5)), optimum("b", 1), optimum("c", 1)])
+    law = rows[(rows["source"] == "a") & (rows["rule"] == "law")].iloc[0]
+    assert law["loss_above_best"] == pytest.approx(0.3)
+    assert law["at_least"]
