@@ -174,6 +174,7 @@ def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
             return False
         rows += sweep_rows([RunFolder(layout.runs, run.run_id) for run in runs], sweep)
     write_job(rows, layout.job(job))
+    layout.restored(job).touch()
     return True
 
 
