@@ -149,6 +149,10 @@ class Layout:
         """Return the file of a job's runs."""
         return self.root / "jobs" / f"{job.job_id}.parquet"
 
+    def restored(self, job: Job) -> Path:
+        """Return the empty file that says that the file of a job was made from restored runs, without its input."""
+        return self.root / "jobs" / f"{job.job_id}.restored"
+
     def lock(self, sweep: Sweep) -> Path:
         """Return the lock file of a sweep's condition; sweeps of other plans with this condition share it."""
         return self.root / "locks" / f"{digest(asdict(sweep.condition))}.lock"

@@ -1,7 +1,7 @@
 """Finished runs of an unfinished preset, saved as small tables that the repository can hold, and restored from them.
 
-There is one file per condition. It holds each run's record, its curves and its test losses as they are in the run's
-folder, without weights and checkpoints, and the protocol version that they were computed with.
+There is one file per condition. It holds each run's record, its curves and its test losses, without weights and
+checkpoints, and the protocol version that they were computed with. Losses are exact.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,15 +24,29 @@ from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.collect import sweep_rows, write_job
 from lorabench.tables.io import write_table
 from lorabench.tables.schemas import CURVES, JOB, TEST_LOSSES
+from lorabench.training.adapter import METRICS
 from lorabench.training.selection import validation_loss
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hashing import digest
+
+_ROUNDED = frozenset({*METRICS, "grad_norm"})
+"""Metrics of each step that are saved in single precision, so that the files stay small; all others are exact."""
 
 _VERSION = b"protocol_version"
 _SCHEMA = pa.schema(
     [("run_id", pa.string()), ("record", pa.string()), JOB.field("curve"), JOB.field("test_losses")],
     metadata={_VERSION: str(PROTOCOL_VERSION)},
 )
+
+# A value's bytes are stored by significance, so that rounded values take half of the space; steps are stored as
+# differences. This halves the files.
+_ENCODING = {
+    "curve.list.element.value": "BYTE_STREAM_SPLIT",
+    "curve.list.element.step": "DELTA_BINARY_PACKED",
+    "curve.list.element.examples": "DELTA_BINARY_PACKED",
+    "curve.list.element.tokens": "DELTA_BINARY_PACKED",
+}
+_DICTIONARIES = ["curve.list.element.split", "curve.list.element.metric", "test_losses.list.element.tokens"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,14 @@ def save_runs(plan: Plan, layout: Layout) -> tuple[int, int]:
         if rows:
             table = pa.Table.from_pylist([rows[run_id] for run_id in sorted(rows)], schema=_SCHEMA)
             with atomic_path(path) as partial:
-                pq.write_table(table, partial, compression="zstd", compression_level=15)
+                pq.write_table(
+                    table,
+                    partial,
+                    compression="zstd",
+                    compression_level=15,
+                    use_dictionary=_DICTIONARIES,
+                    column_encoding=_ENCODING,
+                )
             saved, total = saved + len(rows), total + path.stat().st_size
     return saved, total
 
@@ -115,9 +137,15 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     return {
         "run_id": folder.run_id,
         "record": json.dumps(folder.read_record(), separators=(",", ":")),
-        "curve": folder.read_curves().drop_columns(["run_id"]).to_pylist(),
+        "curve": [_rounded(point) for point in folder.read_curves().drop_columns(["run_id"]).to_pylist()],
         "test_losses": losses and losses.drop_columns(["run_id", "example"]).to_pylist(),
     }
+
+
+def _rounded(point: dict[str, Any]) -> dict[str, Any]:
+    if point["metric"] not in _ROUNDED or point["value"] is None:
+        return point
+    return point | {"value": float(np.float32(point["value"]))}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -174,6 +202,7 @@ def _restore_job(plan: Plan, job: Job, layout: Layout) -> bool:
             return False
         rows += sweep_rows([RunFolder(layout.runs, run.run_id) for run in runs], sweep)
     write_job(rows, layout.job(job))
+    layout.restored(job).touch()
     return True
 
 
