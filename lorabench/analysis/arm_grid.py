@@ -34,7 +34,7 @@ class ArmGrid:
 
 @dataclass(frozen=True)
 class ArmRuns:
-    """The runs of one arm as arrays, which are many times as fast as small tables."""
+    """Runs as arrays, which are many times as fast as small tables."""
 
     run_id: np.ndarray
     lr: np.ndarray
@@ -70,6 +70,10 @@ class ArmRuns:
             np.where(np.isnan(n), 1, n).astype(int),
             numbers("final_test_nll_sd"),
         )
+
+    def at(self, places: Sequence[int]) -> ArmRuns:
+        """Return the runs at some places."""
+        return ArmRuns(*(values[places] for values in vars(self).values()))
 
 
 def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:

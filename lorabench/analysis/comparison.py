@@ -73,14 +73,18 @@ class Comparison:
     @cached_property
     def arms(self) -> list[Arm]:
         """All arms."""
-        return [arm for arm, _ in each_arm(self.runs)]
+        return [arm for arm, _ in self._by_arm]
 
     @cached_property
     def rows(self) -> dict[str, pd.DataFrame]:
         """The runs of each arm, by arm label."""
-        return {arm_label(arm): rows for arm, rows in each_arm(self.runs)}
+        return {arm_label(arm): rows for arm, rows in self._by_arm}
 
-    @property
+    @cached_property
+    def _by_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
+        return each_arm(self.runs)
+
+    @cached_property
     def fullft(self) -> Arm | None:
         """The FullFT arm, if any."""
         return next((arm for arm in self.arms if arm["method"] == "fullft"), None)
@@ -98,12 +102,12 @@ class Comparison:
             if arm["method"] == "lora" and (arm["placement"] or "all") == placement
         }
 
-    @property
+    @cached_property
     def highest(self) -> Arm | None:
         """The LoRA arm on all layers with the highest rank above 1, which stands for the paper's high ranks."""
         return next((arm for rank, arm in reversed(self.lora.items()) if rank > 1), None)
 
-    @property
+    @cached_property
     def is_rl(self) -> bool:
         """Whether all runs are of RL."""
         return bool(is_rl(self.runs).all())
@@ -111,6 +115,10 @@ class Comparison:
     def of(self, arms: Iterable[Arm]) -> pd.DataFrame:
         """Return the runs of several arms."""
         return pd.concat([self.rows[arm_label(arm)] for arm in arms])
+
+    def run_ids(self, arms: Iterable[Arm]) -> list[str]:
+        """Return the ids of the runs of several arms."""
+        return [run_id for arm in arms for run_id in self.rows[arm_label(arm)]["run_id"]]
 
     @cached_property
     def memo(self) -> dict[tuple[str, str], pd.DataFrame]:
@@ -120,7 +128,7 @@ class Comparison:
     @cached_property
     def fit(self) -> LossFit:
         """The fit of the final losses of all arms."""
-        group = self.runs[["model", "dataset", "batch_size", "steps"]].iloc[0].tolist()
+        group = [self.runs[name].iloc[0] for name in COMPARED]
         name = "/".join(map(str, group)) + ("/rl" if self.is_rl else "")
         # The test split is that of the dataset, whatever the model, batch size and length.
         return fit_losses(self.runs, self.judging.examples, self.judging.noise, name, test_split=str(group[1]))
@@ -153,18 +161,19 @@ class Comparison:
         return self.memo[key]
 
     def _at_optimum(self, label: str) -> pd.DataFrame:
-        done = self.rows[label][self.rows[label]["status"] == "done"]
-        grid = self.fit.grids.get(label)
-        if grid is None or done.empty:
-            return done.iloc[:0]
+        rows, grid = self.rows[label], self.fit.grids.get(label)
+        done = rows["status"].to_numpy(object) == "done"
+        if grid is None or not done.any():
+            return rows.iloc[:0]
+        lr, seed = rows["lr"].to_numpy(float), rows["seed"].to_numpy(float)
         fitted = self.fit.optima.get(label)
         target = float(np.log(grid.lrs[grid.centre])) if fitted is None else fitted.value
-        seeds = done.groupby("lr")["seed"].nunique()
-        near = seeds[np.abs(np.log(seeds.index.to_numpy(float)) - target) <= math.log(MAX_STEP)]
-        most = near[near == near.max()].index.to_numpy(float)
+        lrs = np.unique(lr[done])
+        near = lrs[np.abs(np.log(lrs) - target) <= math.log(MAX_STEP)]
+        seeds = np.array([len(set(seed[done & (lr == at)].tolist())) for at in near])
+        most = near[seeds == seeds.max()]
         chosen = most[np.abs(np.log(most) - target).argmin()]
-        at_chosen: pd.DataFrame = done[done["lr"] == chosen]
-        return at_chosen
+        return rows[done & (lr == chosen)]
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
         """Return what speaks against a verdict on the fitted minima of arms.
@@ -237,8 +246,8 @@ class Comparison:
         problems = self.problems([arm, other])
         if margin.problem:
             problems.append(Problem(margin.problem))
-        ids = self.of([arm, other])["run_id"]
-        return decide(rule(margin.value), self.gap(arm, other), self.gap_text(arm, other), ids, problems, margin.rule)
+        text, ids = self.gap_text(arm, other), self.run_ids([arm, other])
+        return decide(rule(margin.value), self.gap(arm, other), text, ids, problems, margin.rule)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""
@@ -269,13 +278,20 @@ def comparisons(
         check_runs(runs)
     runs = with_arm_columns(runs)
     parts = []
-    several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in ("batch_size", "steps")}
+    several = {name: _several(runs, name) for name in ("batch_size", "steps")}
     for (model, dataset, batch_size, steps), of_group in runs.groupby(COMPARED, dropna=False):
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
         parts.append(Comparison(label, of_group, curves, judging or Judging()))
     return parts
+
+
+def _several(runs: pd.DataFrame, column: str) -> bool:
+    """Return whether the runs on some model and dataset have several values of a column."""
+    known = runs[column].notna().to_numpy(bool)
+    values = set(zip(*(runs[name].to_numpy(object)[known] for name in ("model", "dataset", column)), strict=True))
+    return len(values) > len({(model, dataset) for model, dataset, _ in values})
 
 
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

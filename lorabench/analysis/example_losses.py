@@ -26,14 +26,11 @@ class ExampleLosses:
         """Read the table `test_losses`: columns run_id, example, loss, tokens."""
         if table.empty:
             return cls()
-        ordered = table.sort_values(["run_id", "example"], kind="stable")
-        run_ids, starts = np.unique(ordered["run_id"].to_numpy(str), return_index=True)
-        nats = np.split(ordered["loss"].to_numpy(float), starts[1:])
-        tokens = np.split(ordered["tokens"].to_numpy(float), starts[1:])
-        return cls(
-            dict(zip(run_ids.tolist(), nats, strict=True)),
-            dict(zip(run_ids.tolist(), tokens, strict=True)),
-        )
+        codes, run_ids = pd.factorize(table["run_id"].to_numpy(object))
+        order = np.lexsort((table["example"].to_numpy(), codes))
+        ends = np.cumsum(np.bincount(codes))[:-1]
+        nats, tokens = (np.split(table[name].to_numpy(float)[order], ends) for name in ("loss", "tokens"))
+        return cls(dict(zip(run_ids, nats, strict=True)), dict(zip(run_ids, tokens, strict=True)))
 
     def deviations(self, run_ids: Sequence[str], name: str) -> tuple[np.ndarray, int] | None:
         """Resample the test examples (bootstrap) and compute the mean loss of each run on each resampled split.
@@ -74,4 +71,4 @@ class ExampleLosses:
 @lru_cache(maxsize=64)
 def _resampled(name: str, n: int) -> np.ndarray:
     """Return how often each of n examples is drawn, (N_DRAWS, n)."""
-    return generator(f"examples of {name}").multinomial(n, np.full(n, 1 / n), N_DRAWS)
+    return generator(f"examples of {name}").multinomial(n, np.full(n, 1 / n), N_DRAWS).astype(float)

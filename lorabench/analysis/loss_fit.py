@@ -134,7 +134,8 @@ def fit_losses(
             same examples, so that their difference keeps what the examples do to both.
     """
     runs = with_arm_columns(with_losses(runs))
-    arms = [(arm_label(arm), ArmRuns.of(runs.iloc[places])) for arm, places in arm_places(runs)]
+    every_run = ArmRuns.of(runs)
+    arms = [(arm_label(arm), every_run.at(places)) for arm, places in arm_places(runs)]
     grids = {label: grid for label, of_arm in arms if (grid := arm_grid(label, of_arm))}
     return _Fit(counted_rows(arms, grids), grids, examples or ExampleLosses(), noise, name, test_split).fit()
 

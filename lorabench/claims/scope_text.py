@@ -19,7 +19,8 @@ def scope_text(runs: pd.DataFrame, run_ids: Sequence[str]) -> str | None:
             for their numbers of parameters.
         run_ids: the runs behind a verdict.
     """
-    chosen = runs[runs["run_id"].isin(run_ids)] if "run_id" in runs else runs.iloc[:0]
+    names = [name for name in ("base_params", "model", "steps", "dataset", "task") if name in runs]
+    chosen = runs.loc[runs["run_id"].isin(run_ids), names] if "run_id" in runs else runs.iloc[:0]
     if chosen.empty:
         return None
     known = chosen.dropna(axis="columns", how="all")
