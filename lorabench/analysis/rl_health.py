@@ -7,6 +7,10 @@ problem set (see `lorabench.data.controls`). The rules of this module are the on
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
+
+import numpy as np
 import pandas as pd
 
 LEAD = 0.15
@@ -20,6 +24,8 @@ COLLAPSED = 0.02
 
 CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best cheap rule"}
 """The columns of `runs` with the accuracies of the controls, and their names."""
+
+_METHOD, _SETTING = ("model", "dataset", "method"), ("rank", "placement", "lr")
 
 
 def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -61,11 +67,22 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
         constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
     """
-    runs = runs.assign(**{name: runs.reindex(columns=[name])[name].astype(float) for name in CONTROLS})
-    group = ["model", "dataset", "method"]
-    levels = runs.groupby(["model", "dataset"], as_index=False)[list(CONTROLS)].max()
-    healthy = runs[runs["status"].eq("done") & ~is_sick(runs)].astype({"final_reward": float})
-    by_lr = healthy.groupby([*group, "rank", "placement", "lr"], dropna=False, as_index=False)["final_reward"].mean()
-    best = by_lr.groupby(group)["final_reward"].max().rename("accuracy")
-    table = runs[group].drop_duplicates().merge(best, how="left", on=group).merge(levels, on=["model", "dataset"])
-    return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
+    numbers = runs.reindex(columns=[*CONTROLS, "final_reward"]).astype(float)
+    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & numbers["final_reward"].notna().to_numpy()
+    columns = [runs[name].astype(object).where(runs[name].notna(), None) for name in (*_METHOD, *_SETTING)]
+    by_lr: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
+    levels: dict[tuple[object, ...], list[np.ndarray]] = {}
+    controls = numbers[list(CONTROLS)].to_numpy()
+    rewards = numbers["final_reward"].to_numpy()
+    for place, key in enumerate(zip(*columns, strict=True)):
+        of_method = by_lr.setdefault(key[: len(_METHOD)], {})
+        if counted[place]:
+            of_method.setdefault(key[len(_METHOD) :], []).append(rewards[place])
+        levels.setdefault(key[:2], []).append(controls[place])
+    rows = []
+    for method, of_method in by_lr.items():
+        accuracy = max(map(fmean, of_method.values()), default=math.nan)
+        level = np.fmax.reduce(levels[method[:2]])
+        lead = (0.0 if math.isnan(accuracy) else accuracy) - np.fmax.reduce(level)
+        rows.append((*method, accuracy, *level, lead))
+    return pd.DataFrame(rows, columns=[*_METHOD, "accuracy", *CONTROLS, "lead"])

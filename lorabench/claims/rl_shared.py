@@ -15,10 +15,11 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
+from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rewards import TestReward, points_of, with_error_rates
+from lorabench.analysis.rewards import TestReward, with_error_rates
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, beyond_controls
 from lorabench.claims.conditions import beats_controls, response_length, swept
 from lorabench.claims.evidence import Evidence, judge_each
@@ -205,8 +206,9 @@ def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str)
     Returns:
         Columns seed, step and value.
     """
-    points = points_of(comparison.curves, split, metric)
-    return points.merge(comparison.at_optimum(arm)[["run_id", "seed"]], on="run_id")
+    points, chosen = metric_points(comparison.curves, split, metric), comparison.at_optimum(arm)
+    run = pd.Index(chosen["run_id"]).get_indexer(points["run_id"])
+    return points[run >= 0].assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
 
 
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
