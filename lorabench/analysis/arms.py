@@ -137,8 +137,10 @@ def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataF
 
 def _values(column: pd.Series[Any], whole: bool) -> list[Any]:
     """Return a column's values as plain Python, None for null; one with nulls may hold its whole numbers as floats."""
-    values = zip(column.to_numpy(object), column.isna().to_numpy(bool), strict=True)
-    return [None if null else int(value) if whole else value for value, null in values]
+    values = column.to_numpy(object)
+    if whole:
+        return [None if null else int(value) for value, null in zip(values, pd.isna(values), strict=True)]
+    return [None if null else value for value, null in zip(values, pd.isna(values), strict=True)]
 
 
 def _order(arm: dict[str, Any]) -> tuple[Any, ...]:

@@ -277,9 +277,11 @@ def comparisons(
     else:
         check_runs(runs)
     runs = with_arm_columns(runs)
+    keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
+    groups = [(*keys, runs)] if len(keys) == 1 else runs.groupby(COMPARED, dropna=False)
     parts = []
     several = {name: _several(runs, name) for name in ("batch_size", "steps")}
-    for (model, dataset, batch_size, steps), of_group in runs.groupby(COMPARED, dropna=False):
+    for (model, dataset, batch_size, steps), of_group in groups:
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""

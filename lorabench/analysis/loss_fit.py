@@ -230,18 +230,22 @@ class _Fit:
         student = np.sqrt(dof / random.chisquare(dof, N_DRAWS))
         return normal * student[:, None], dof, sigma
 
-    def _from_examples(self, deviations: np.ndarray, solution: Solution) -> np.ndarray:
-        """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients)."""
+    def _from_examples(self, draws: np.ndarray, solution: Solution) -> np.ndarray:
+        """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients).
+
+        Args:
+            draws: the same with what single examples do to single runs.
+            solution: the coefficients.
+        """
         weights = self.of.weights
         influences = weights[:, None] * self.examples.influences(self.of.run_id.tolist())
-        draws = deviations @ solution.hat.T
         return without_run_noise(draws, influences, solution.design, solution.hat / weights, solution.covariance)
 
     def _summary(
         self, solution: Solution, groups: Sequence[Sequence[str]], centres: Mapping[str, float] | None
     ) -> LossFit:
         of_seeds, dof, sigma = self._errors(solution)
-        sampled = self.examples.deviations(self.of.run_id.tolist(), self.test_split)
+        sampled = self.examples.deviations(self.of.run_id.tolist(), self.test_split, solution.hat.T)
         of_examples = None if sampled is None else self._from_examples(sampled[0], solution)
         n_examples = 0 if sampled is None else sampled[1]
         n_arms = len(self.of.labels)
@@ -324,8 +328,8 @@ def _vertex(
     centre, asymmetry = (0.0, np.zeros(len(slope))) if around is None else (around, coefficients.T[3])
 
     def height(position: np.ndarray | float) -> np.ndarray:
-        cubic = asymmetry * (position - centre) ** 3
-        return np.asarray(intercept + slope * position + curvature * position**2 + cubic)
+        u = position - centre
+        return np.asarray(intercept + position * (slope + curvature * position) + asymmetry * (u * u * u))
 
     # With u = position - centre, the slope of the curve is at_centre + 2 curvature u + 3 asymmetry u^2.
     at_centre = slope + 2 * curvature * centre
@@ -333,6 +337,8 @@ def _vertex(
     convex = (curvature > 0) & (discriminant > 0)
     root = np.sqrt(np.where(convex, discriminant, 1.0))
     inner = np.clip(centre - at_centre / np.where(convex, curvature + root, 1.0), *ends)
+    if convex.all():
+        return inner, height(inner)
     lower_end = np.where(height(ends[0]) <= height(ends[1]), *ends)
     # Coefficients that are not known have no lowest point.
     position = np.where(np.isnan(curvature), math.nan, np.where(convex, inner, lower_end))
