@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
@@ -50,11 +51,12 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
 
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
-    standard = pd.Series(True, index=runs.index)
+    standard = np.ones(len(runs), bool)
     for name, value in STANDARD.items():
         if name in runs:
-            standard &= (runs[name].isna() | runs[name].eq(value)).astype(bool)
-    return standard | (runs["method"] == "fullft")
+            numbers = runs[name].to_numpy(float, na_value=np.nan)
+            standard &= np.isnan(numbers) | (numbers == value)
+    return pd.Series(standard, index=runs.index) | (runs["method"] == "fullft")
 
 
 def check_runs(runs: pd.DataFrame) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from lorabench.analysis.arm_grid import MAX_STEP
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_arms, check_runs, each_arm, with_arm_columns
+from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
@@ -120,9 +121,16 @@ class Comparison:
         """Return the ids of the runs of several arms."""
         return [run_id for arm in arms for run_id in self.rows[arm_label(arm)]["run_id"]]
 
+    def points(self, split: str, metric: str) -> pd.DataFrame:
+        """Return the points of one metric of the curves: columns run_id, step and value, which is never null."""
+        key = (f"points of {split}", metric)
+        if key not in self.memo:
+            self.memo[key] = metric_points(self.curves, split, metric)
+        return self.memo[key]
+
     @cached_property
     def memo(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """What other modules have computed of an arm, by their name for it and the arm's label, to compute it once."""
+        """What was computed of an arm or a metric, by a name for it and the label or the metric, to compute it once."""
         return {}
 
     @cached_property
@@ -173,7 +181,8 @@ class Comparison:
         seeds = np.array([len(set(seed[done & (lr == at)].tolist())) for at in near])
         most = near[seeds == seeds.max()]
         chosen = most[np.abs(np.log(most) - target).argmin()]
-        return rows[done & (lr == chosen)]
+        at_chosen: pd.DataFrame = rows[done & (lr == chosen)]
+        return at_chosen
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
         """Return what speaks against a verdict on the fitted minima of arms.
@@ -278,7 +287,7 @@ def comparisons(
         check_runs(runs)
     runs = with_arm_columns(runs)
     keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
-    groups = [(*keys, runs)] if len(keys) == 1 else runs.groupby(COMPARED, dropna=False)
+    groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     parts = []
     several = {name: _several(runs, name) for name in ("batch_size", "steps")}
     for (model, dataset, batch_size, steps), of_group in groups:

@@ -64,9 +64,11 @@ class PairedCurves:
         The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
         by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
         """
+        steps, values = self.by_seed.index.to_numpy(), self.by_seed.to_numpy(float)
+        inside = [values[(steps >= low) & (steps <= high)] for low, high in windows]
         return [
-            mean_over_seeds(self._between(low, high).to_numpy(float).mean(axis=0), f"{self.name} steps {low} to {high}")
-            for low, high in windows
+            mean_over_seeds(part.mean(axis=0) if len(part) else [], f"{self.name} steps {low} to {high}")
+            for part, (low, high) in zip(inside, windows, strict=True)
         ]
 
     def slope(self, first: int) -> Estimate:
@@ -115,7 +117,11 @@ def curves_by_seed(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll"
     Returns:
         A row for each step (index, ascending) that some seed has, and a column for each seed.
     """
-    points = metric_points(curves, split, metric)
+    return points_by_seed(runs, metric_points(curves, split, metric))
+
+
+def points_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Return what `curves_by_seed` does from the points of one metric, columns run_id, step, value."""
     run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
     if not (run >= 0).any():
         return pd.DataFrame(index=pd.Index([], dtype=int))
@@ -162,10 +168,17 @@ def paired(
         name: names the two arms, for draws.
     """
     seeds = [seed for seed in of_runs.columns if seed in of_others.columns]
-    difference = (of_runs[seeds] - of_others[seeds]).dropna() if seeds else pd.DataFrame()
-    difference.index = difference.index.astype(int)
-    ids = [arm_runs.loc[arm_runs["seed"].isin(seeds), "run_id"] for arm_runs in (runs, others)]
-    return PairedCurves(difference.sort_index(), tuple(pd.concat(ids).astype(str)), name)
+    steps, place, other_place = np.intersect1d(of_runs.index, of_others.index, return_indices=True)
+    difference = of_runs[seeds].to_numpy(float)[place] - of_others[seeds].to_numpy(float)[other_place]
+    whole = ~np.isnan(difference).any(axis=1) & bool(seeds)
+    by_seed = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
+    ids = [
+        str(run_id)
+        for arm_runs in (runs, others)
+        for run_id, seed in zip(arm_runs["run_id"], arm_runs["seed"], strict=True)
+        if seed in seeds
+    ]
+    return PairedCurves(by_seed, tuple(ids), name)
 
 
 def scan(

@@ -8,6 +8,7 @@ problem set (see `lorabench.data.controls`). The rules of this module are the on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
@@ -39,11 +40,15 @@ def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
         runs: columns final_truncated, final_entropy, base_reward, final_reward and CONTROLS, as far as they are known.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
-    numbers = runs.reindex(columns=columns).astype(float)
-    level = numbers[list(CONTROLS)].max(axis=1)
-    collapsed = (numbers["final_entropy"] < COLLAPSED) & (numbers["final_reward"] <= level)
-    moved = numbers["final_reward"] != numbers["base_reward"]
-    return moved & ((numbers["final_truncated"] > MAX_TRUNCATED) | collapsed)
+    truncated, entropy, base, final, *controls = _numbers(runs, columns)
+    collapsed = (entropy < COLLAPSED) & (final <= np.fmax.reduce(controls))
+    return pd.Series((final != base) & ((truncated > MAX_TRUNCATED) | collapsed), index=runs.index)
+
+
+def _numbers(runs: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """Return columns as numbers, (columns, runs); null values, and columns that the runs lack, are NaN."""
+    unknown = np.full(len(runs), math.nan)
+    return np.array([runs[name].to_numpy(float, na_value=math.nan) if name in runs else unknown for name in columns])
 
 
 def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -67,18 +72,18 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
         constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
     """
-    numbers = runs.reindex(columns=[*CONTROLS, "final_reward"]).astype(float)
-    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & numbers["final_reward"].notna().to_numpy()
-    columns = [runs[name].astype(object).where(runs[name].notna(), None) for name in (*_METHOD, *_SETTING)]
+    *controls, rewards = _numbers(runs, [*CONTROLS, "final_reward"])
+    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & ~np.isnan(rewards)
+    columns = [runs[name].to_numpy(object).copy() for name in (*_METHOD, *_SETTING)]
+    for values in columns:
+        values[pd.isna(values)] = None
     by_lr: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
     levels: dict[tuple[object, ...], list[np.ndarray]] = {}
-    controls = numbers[list(CONTROLS)].to_numpy()
-    rewards = numbers["final_reward"].to_numpy()
     for place, key in enumerate(zip(*columns, strict=True)):
         of_method = by_lr.setdefault(key[: len(_METHOD)], {})
         if counted[place]:
             of_method.setdefault(key[len(_METHOD) :], []).append(rewards[place])
-        levels.setdefault(key[:2], []).append(controls[place])
+        levels.setdefault(key[:2], []).append(np.array([control[place] for control in controls]))
     rows = []
     for method, of_method in by_lr.items():
         accuracy = max(map(fmean, of_method.values()), default=math.nan)

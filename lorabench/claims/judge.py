@@ -58,6 +58,7 @@ def judge_claims(
     missing = {task: [name for name in needed if name not in runs] for task, needed in NEEDED_BY.items()}
     if "run_id" in runs:
         runs = with_arm_columns(runs)
+    remarked = [name for name in (REMARK, *SOURCE_COLUMNS) if name in runs and runs[name].notna().any()]
     replications = estimates_by_claim()
     examples = ExampleLosses.of(tables.test_losses)
     evidence: dict[tuple[Task, tuple[str, ...]], Evidence] = {}
@@ -83,9 +84,8 @@ def judge_claims(
         judged, missing_text = _judge(claim, evidence[key], absent)
         if margins is None:
             judged = replace(judged, margin_rule=_by_default(judged.margin_rule))
-        if judged.run_ids and "run_id" in runs:
-            remarked = [name for name in ("model", "dataset", REMARK, *SOURCE_COLUMNS) if name in runs]
-            remarks = remarks_on(runs.loc[runs["run_id"].isin(judged.run_ids), remarked])
+        if judged.run_ids and remarked:
+            remarks = remarks_on(runs.loc[runs["run_id"].isin(judged.run_ids), ["model", "dataset", *remarked]])
             judged = replace(judged, reason="; ".join([judged.reason, *remarks]))
         rows.append(
             {

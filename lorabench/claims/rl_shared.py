@@ -15,7 +15,6 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
-from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.remedy import Problem, Remedy
@@ -206,9 +205,10 @@ def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str)
     Returns:
         Columns seed, step and value.
     """
-    points, chosen = metric_points(comparison.curves, split, metric), comparison.at_optimum(arm)
+    points, chosen = comparison.points(split, metric), comparison.at_optimum(arm)
     run = pd.Index(chosen["run_id"]).get_indexer(points["run_id"])
-    return points[run >= 0].assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
+    of_arm: pd.DataFrame = points[run >= 0]
+    return of_arm.assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
 
 
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:

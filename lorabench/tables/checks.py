@@ -107,7 +107,9 @@ def _check_values(runs: pd.DataFrame) -> None:
             refuse_rows(runs, ~right, "run_id", name, allowed)
 
 
-def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool] | np.ndarray, named_by: str, column: str, allowed: str) -> None:
+def refuse_rows(
+    table: pd.DataFrame, wrong: pd.Series[bool] | np.ndarray, named_by: str, column: str, allowed: str
+) -> None:
     """Report the first wrong row of a table, if there is any, with its value and what is allowed.
 
     Args:
