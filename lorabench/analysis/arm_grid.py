@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.least_squares import FitRows
+
 MAX_STEP = 3.5
 """The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
 
@@ -32,7 +34,7 @@ class ArmGrid:
 
 @dataclass(frozen=True)
 class ArmRuns:
-    """The runs of one arm as arrays, which are many times as fast as small tables."""
+    """Runs as arrays, which are many times as fast as small tables."""
 
     run_id: np.ndarray
     lr: np.ndarray
@@ -68,6 +70,10 @@ class ArmRuns:
             np.where(np.isnan(n), 1, n).astype(int),
             numbers("final_test_nll_sd"),
         )
+
+    def at(self, places: Sequence[int]) -> ArmRuns:
+        """Return the runs at some places."""
+        return ArmRuns(*(values[places] for values in vars(self).values()))
 
 
 def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
@@ -105,10 +111,9 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     return ArmGrid(label, lrs, centre, window, edge, coarse)
 
 
-def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> pd.DataFrame:
-    """Return the runs that count: run_id, label, seed, x (ln LR over the arm's centre), loss, and the number of seeds
-    in a row with their standard deviation, which is NaN for a single run."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("run_id", "label", "seed", "x", "loss", "n", "sd")}
+def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> FitRows:
+    """Return the runs that count for a fit: the finished ones at the LRs of their arm's window."""
+    parts: list[tuple[np.ndarray, ...]] = []
     for label, runs in arms:
         grid = grids.get(label)
         if grid is None or len(grid.window) < 2:
@@ -117,6 +122,5 @@ def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGri
         x = np.log(runs.lr[counted] / grid.lrs[grid.centre])
         labels = np.full(int(counted.sum()), label, object)
         columns = (runs.run_id[counted], labels, runs.seed[counted], x, runs.test_loss[counted])
-        for name, column in zip(parts, (*columns, runs.n[counted], runs.sd[counted]), strict=True):
-            parts[name].append(column)
-    return pd.DataFrame({name: np.concatenate(columns) if columns else [] for name, columns in parts.items()})
+        parts.append((*columns, runs.n[counted], runs.sd[counted]))
+    return FitRows(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else FitRows.empty()

@@ -7,9 +7,11 @@ seed only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
@@ -29,7 +31,8 @@ _INTEGERS = ("rank", "batch_size", "steps")
 
 def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the table with every optional column of ARM; a column that it lacked is null."""
-    return runs.reindex(columns=[*runs.columns, *(name for name in OPTIONAL if name not in runs)])
+    lacking = [name for name in OPTIONAL if name not in runs]
+    return runs.reindex(columns=[*runs.columns, *lacking]) if lacking else runs
 
 
 def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
@@ -48,11 +51,12 @@ def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
 
 def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are FullFT, or LoRA in the paper's parametrization; null counts as standard."""
-    standard = pd.Series(True, index=runs.index)
+    standard = np.ones(len(runs), bool)
     for name, value in STANDARD.items():
         if name in runs:
-            standard &= (runs[name].isna() | runs[name].eq(value)).astype(bool)
-    return standard | (runs["method"] == "fullft")
+            numbers = runs[name].to_numpy(float, na_value=np.nan)
+            standard &= np.isnan(numbers) | (numbers == value)
+    return pd.Series(standard, index=runs.index) | (runs["method"] == "fullft")
 
 
 def check_runs(runs: pd.DataFrame) -> None:
@@ -74,9 +78,13 @@ def check_arms(runs: pd.DataFrame) -> None:
     if runs.empty:
         return
     runs = with_arm_columns(runs)
-    same = runs[runs.duplicated([*ARM, "lr", "seed"], keep=False)]
-    if len(same):
-        arm, of_arm = each_arm(same)[0]
+    lr, seed = runs["lr"].to_numpy(object), runs["seed"].to_numpy(object)
+    for arm, places in arm_places(runs):
+        times = Counter(zip(lr[places], seed[places], strict=True))
+        same = [place for place in places if times[lr[place], seed[place]] > 1]
+        if not same:
+            continue
+        of_arm = runs.iloc[same]
         raise UserError(
             f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {listed(of_arm['run_id'])} have the same LR and "
             "seed, so they differ in something that is not part of an arm; analyse them separately"
@@ -97,7 +105,7 @@ def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
     Args:
         table: all columns ARM.
     """
-    columns = [[_value(name, value) for value in table[name].to_numpy(object)] for name in ARM]
+    columns = [_values(table[name], name in _INTEGERS) for name in ARM]
     groups: dict[tuple[Any, ...], list[int]] = {}
     for place, key in enumerate(zip(*columns, strict=True)):
         groups.setdefault(key, []).append(place)
@@ -129,11 +137,12 @@ def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataF
     return frame.astype(dict.fromkeys(_INTEGERS, "Int64"))
 
 
-def _value(column: str, value: Any) -> Any:
-    """Return a column's value as plain Python; a column with nulls may hold its integers as floats."""
-    if pd.isna(value):
-        return None
-    return int(value) if column in _INTEGERS else value
+def _values(column: pd.Series[Any], whole: bool) -> list[Any]:
+    """Return a column's values as plain Python, None for null; one with nulls may hold its whole numbers as floats."""
+    values = column.to_numpy(object)
+    if whole:
+        return [None if null else int(value) for value, null in zip(values, pd.isna(values), strict=True)]
+    return [None if null else value for value, null in zip(values, pd.isna(values), strict=True)]
 
 
 def _order(arm: dict[str, Any]) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from lorabench.analysis.arm_grid import MAX_STEP
 from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_arms, check_runs, each_arm, with_arm_columns
+from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
@@ -73,14 +74,18 @@ class Comparison:
     @cached_property
     def arms(self) -> list[Arm]:
         """All arms."""
-        return [arm for arm, _ in each_arm(self.runs)]
+        return [arm for arm, _ in self._by_arm]
 
     @cached_property
     def rows(self) -> dict[str, pd.DataFrame]:
         """The runs of each arm, by arm label."""
-        return {arm_label(arm): rows for arm, rows in each_arm(self.runs)}
+        return {arm_label(arm): rows for arm, rows in self._by_arm}
 
-    @property
+    @cached_property
+    def _by_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
+        return each_arm(self.runs)
+
+    @cached_property
     def fullft(self) -> Arm | None:
         """The FullFT arm, if any."""
         return next((arm for arm in self.arms if arm["method"] == "fullft"), None)
@@ -98,12 +103,12 @@ class Comparison:
             if arm["method"] == "lora" and (arm["placement"] or "all") == placement
         }
 
-    @property
+    @cached_property
     def highest(self) -> Arm | None:
         """The LoRA arm on all layers with the highest rank above 1, which stands for the paper's high ranks."""
         return next((arm for rank, arm in reversed(self.lora.items()) if rank > 1), None)
 
-    @property
+    @cached_property
     def is_rl(self) -> bool:
         """Whether all runs are of RL."""
         return bool(is_rl(self.runs).all())
@@ -112,15 +117,26 @@ class Comparison:
         """Return the runs of several arms."""
         return pd.concat([self.rows[arm_label(arm)] for arm in arms])
 
+    def run_ids(self, arms: Iterable[Arm]) -> list[str]:
+        """Return the ids of the runs of several arms."""
+        return [run_id for arm in arms for run_id in self.rows[arm_label(arm)]["run_id"]]
+
+    def points(self, split: str, metric: str) -> pd.DataFrame:
+        """Return the points of one metric of the curves: columns run_id, step and value, which is never null."""
+        key = (f"points of {split}", metric)
+        if key not in self.memo:
+            self.memo[key] = metric_points(self.curves, split, metric)
+        return self.memo[key]
+
     @cached_property
     def memo(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """What other modules have computed of an arm, by their name for it and the arm's label, to compute it once."""
+        """What was computed of an arm or a metric, by a name for it and the label or the metric, to compute it once."""
         return {}
 
     @cached_property
     def fit(self) -> LossFit:
         """The fit of the final losses of all arms."""
-        group = self.runs[["model", "dataset", "batch_size", "steps"]].iloc[0].tolist()
+        group = [self.runs[name].iloc[0] for name in COMPARED]
         name = "/".join(map(str, group)) + ("/rl" if self.is_rl else "")
         # The test split is that of the dataset, whatever the model, batch size and length.
         return fit_losses(self.runs, self.judging.examples, self.judging.noise, name, test_split=str(group[1]))
@@ -153,17 +169,19 @@ class Comparison:
         return self.memo[key]
 
     def _at_optimum(self, label: str) -> pd.DataFrame:
-        done = self.rows[label][self.rows[label]["status"] == "done"]
-        grid = self.fit.grids.get(label)
-        if grid is None or done.empty:
-            return done.iloc[:0]
+        rows, grid = self.rows[label], self.fit.grids.get(label)
+        done = rows["status"].to_numpy(object) == "done"
+        if grid is None or not done.any():
+            return rows.iloc[:0]
+        lr, seed = rows["lr"].to_numpy(float), rows["seed"].to_numpy(float)
         fitted = self.fit.optima.get(label)
         target = float(np.log(grid.lrs[grid.centre])) if fitted is None else fitted.value
-        seeds = done.groupby("lr")["seed"].nunique()
-        near = seeds[np.abs(np.log(seeds.index.to_numpy(float)) - target) <= math.log(MAX_STEP)]
-        most = near[near == near.max()].index.to_numpy(float)
+        lrs = np.unique(lr[done])
+        near = lrs[np.abs(np.log(lrs) - target) <= math.log(MAX_STEP)]
+        seeds = np.array([len(set(seed[done & (lr == at)].tolist())) for at in near])
+        most = near[seeds == seeds.max()]
         chosen = most[np.abs(np.log(most) - target).argmin()]
-        at_chosen: pd.DataFrame = done[done["lr"] == chosen]
+        at_chosen: pd.DataFrame = rows[done & (lr == chosen)]
         return at_chosen
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
@@ -237,8 +255,8 @@ class Comparison:
         problems = self.problems([arm, other])
         if margin.problem:
             problems.append(Problem(margin.problem))
-        ids = self.of([arm, other])["run_id"]
-        return decide(rule(margin.value), self.gap(arm, other), self.gap_text(arm, other), ids, problems, margin.rule)
+        text, ids = self.gap_text(arm, other), self.run_ids([arm, other])
+        return decide(rule(margin.value), self.gap(arm, other), text, ids, problems, margin.rule)
 
     def equal_losses(self, arm: Arm, other: Arm, better_too: bool = False) -> Finding:
         """Judge whether the losses of two arms are the same within the margin, or the first's is lower if allowed."""
@@ -268,14 +286,23 @@ def comparisons(
     else:
         check_runs(runs)
     runs = with_arm_columns(runs)
+    keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
+    groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
     parts = []
-    several = {name: runs.groupby(["model", "dataset"])[name].nunique().max() > 1 for name in ("batch_size", "steps")}
-    for (model, dataset, batch_size, steps), of_group in runs.groupby(COMPARED, dropna=False):
+    several = {name: _several(runs, name) for name in ("batch_size", "steps")}
+    for (model, dataset, batch_size, steps), of_group in groups:
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
         parts.append(Comparison(label, of_group, curves, judging or Judging()))
     return parts
+
+
+def _several(runs: pd.DataFrame, column: str) -> bool:
+    """Return whether the runs on some model and dataset have several values of a column."""
+    known = runs[column].notna().to_numpy(bool)
+    values = set(zip(*(runs[name].to_numpy(object)[known] for name in ("model", "dataset", column)), strict=True))
+    return len(values) > len({(model, dataset) for model, dataset, _ in values})
 
 
 def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,7 @@ The paper compares ranks 16 and 256, and theory says that the difference of two 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -94,10 +94,29 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
     Returns:
         The columns of the runs with step and value, ordered by run and step.
     """
-    if curves.empty:
+    points = metric_points(curves, split, metric)
+    if points.empty:
         return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
-    chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
-    return runs.merge(chosen[["run_id", "step", "value"]], on="run_id").sort_values(["run_id", "step"])
+    return runs.merge(points, on="run_id").sort_values(["run_id", "step"])
+
+
+def metric_points(
+    curves: pd.DataFrame, split: str, metric: str, columns: Sequence[str] = ("run_id", "step", "value")
+) -> pd.DataFrame:
+    """Return the points of one metric whose value is not null.
+
+    Args:
+        curves: columns run_id, step, split, metric, value; an empty table may lack them.
+        split: the split, such as `train`.
+        metric: the metric, such as `nll`.
+        columns: the columns to return; one that the curves lack is null.
+    """
+    if curves.empty:
+        return pd.DataFrame(columns=list(columns))
+    chosen = (curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()
+    known = [name for name in columns if name in curves]
+    points: pd.DataFrame = curves.loc[chosen.to_numpy(bool, na_value=False), known]
+    return points if len(known) == len(columns) else points.reindex(columns=list(columns))
 
 
 def early_difference(

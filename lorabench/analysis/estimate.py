@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,8 +45,20 @@ class Estimate:
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Return the ends of the equal-tailed interval of a level; NaN if the error is not known."""
         tail = (1 - level) / 2
-        low, high = np.quantile(self.draws, [tail, 1 - tail]).tolist()
-        return low, high
+        return self._quantile(tail), self._quantile(1 - tail)
+
+    @cached_property
+    def _ordered(self) -> np.ndarray:
+        """The draws in ascending order, NaN last."""
+        return np.sort(self.draws)
+
+    def _quantile(self, share: float) -> float:
+        """Return a quantile of the draws, on the line between the two nearest; NaN if some draw is."""
+        if math.isnan(self._ordered[-1]):
+            return math.nan
+        place = share * (len(self._ordered) - 1)
+        low, high = self._ordered[math.floor(place)].item(), self._ordered[math.ceil(place)].item()
+        return float(low + (high - low) * (place - math.floor(place)))
 
     @property
     def known(self) -> bool:
@@ -56,8 +69,7 @@ class Estimate:
     def detectable(self) -> float:
         """The smallest true difference from 0 whose 95% interval would leave out 0 with probability POWER."""
         low, high = self.interval()
-        middle, upper = np.quantile(self.draws, [0.5, POWER]).tolist()
-        return float((high - low) / 2 + upper - middle)
+        return (high - low) / 2 + self._quantile(POWER) - self._quantile(0.5)
 
     @property
     def seed_error(self) -> float:
@@ -118,8 +130,13 @@ def student(value: float, error: float, dof: float, name: str, n_seeds: int = 0)
     """
     if not (dof >= 1 and math.isfinite(error)):
         return Estimate(value, np.full(N_DRAWS, math.nan), None, n_seeds)
-    order = generator(name).permutation(N_DRAWS)
-    return Estimate(value, error * stdtrit(dof, (order + 0.5) / N_DRAWS), None, n_seeds)
+    return Estimate(value, error * _t_quantiles(dof)[generator(name).permutation(N_DRAWS)], None, n_seeds)
+
+
+@lru_cache(maxsize=256)
+def _t_quantiles(dof: float) -> np.ndarray:
+    """Return quantiles of the t distribution, equally far apart in probability, (N_DRAWS,)."""
+    return np.asarray(stdtrit(dof, (np.arange(N_DRAWS) + 0.5) / N_DRAWS))
 
 
 def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:

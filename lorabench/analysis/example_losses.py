@@ -26,25 +26,25 @@ class ExampleLosses:
         """Read the table `test_losses`: columns run_id, example, loss, tokens."""
         if table.empty:
             return cls()
-        ordered = table.sort_values(["run_id", "example"], kind="stable")
-        run_ids, starts = np.unique(ordered["run_id"].to_numpy(str), return_index=True)
-        nats = np.split(ordered["loss"].to_numpy(float), starts[1:])
-        tokens = np.split(ordered["tokens"].to_numpy(float), starts[1:])
-        return cls(
-            dict(zip(run_ids.tolist(), nats, strict=True)),
-            dict(zip(run_ids.tolist(), tokens, strict=True)),
-        )
+        codes, run_ids = pd.factorize(table["run_id"].to_numpy(object))
+        order = np.lexsort((table["example"].to_numpy(), codes))
+        ends = np.cumsum(np.bincount(codes))[:-1]
+        nats, tokens = (np.split(table[name].to_numpy(float)[order], ends) for name in ("loss", "tokens"))
+        return cls(dict(zip(run_ids, nats, strict=True)), dict(zip(run_ids, tokens, strict=True)))
 
-    def deviations(self, run_ids: Sequence[str], name: str) -> tuple[np.ndarray, int] | None:
+    def deviations(
+        self, run_ids: Sequence[str], name: str, combined: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int] | None:
         """Resample the test examples (bootstrap) and compute the mean loss of each run on each resampled split.
 
         Args:
             run_ids: runs on one test split.
             name: names the test split; the examples of one name are resampled alike.
+            combined: weights of the runs, (runs, numbers), for sums over runs in place of the runs' own losses.
 
         Returns:
-            The difference of each mean loss from that on the split itself, (N_DRAWS, runs), and the number of
-            examples. None if a run lacks its losses or the runs have different splits.
+            The difference of each mean loss from that on the split itself, (N_DRAWS, runs or numbers), and the number
+            of examples. None if a run lacks its losses or the runs have different splits.
         """
         known = [run_id for run_id in run_ids if run_id in self.nats]
         if len(known) < len(run_ids) or not known:
@@ -52,11 +52,13 @@ class ExampleLosses:
         weights = self.tokens[known[0]]
         if any(not np.array_equal(self.tokens[run_id], weights) for run_id in known):
             return None
-        losses = np.array([self.nats[run_id] for run_id in known])
+        losses = np.array([self.nats[run_id] for run_id in known]).T
+        if combined is not None:
+            losses = losses @ combined
         n = len(weights)
         counts = _resampled(name, n)
-        resampled = (counts @ losses.T) / np.maximum(counts @ weights, 1e-12)[:, None]
-        return resampled - losses.sum(1) / weights.sum(), n
+        resampled = (counts @ losses) / np.maximum(counts @ weights, 1e-12)[:, None]
+        return resampled - losses.sum(0) / weights.sum(), n
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray:
         """Return what each test example adds to each run's mean loss, times the number of examples, (runs, examples).
@@ -74,4 +76,4 @@ class ExampleLosses:
 @lru_cache(maxsize=64)
 def _resampled(name: str, n: int) -> np.ndarray:
     """Return how often each of n examples is drawn, (N_DRAWS, n)."""
-    return generator(f"examples of {name}").multinomial(n, np.full(n, 1 / n), N_DRAWS)
+    return generator(f"examples of {name}").multinomial(n, np.full(n, 1 / n), N_DRAWS).astype(float)

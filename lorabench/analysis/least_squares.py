@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 
 _SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 """The shares of the variance of an arm and seed in the sum of both that are tried; all are as likely before the runs.
@@ -40,50 +39,76 @@ class Solution:
 
 @dataclass(frozen=True)
 class FitRows:
-    """The runs of one fit: columns run_id, label, seed, x (ln LR over the arm's centre), loss, n and sd."""
+    """The runs of one fit as arrays, (runs,)."""
 
-    rows: pd.DataFrame
+    run_id: np.ndarray
+    label: np.ndarray
+    """The label of each run's arm."""
+    seed: np.ndarray
+    x: np.ndarray
+    """ln LR over the arm's centre."""
+    loss: np.ndarray
+    n: np.ndarray
+    """The number of seeds in a row."""
+    sd: np.ndarray
+    """Their standard deviation, which is NaN for a single run."""
+
+    @classmethod
+    def empty(cls) -> FitRows:
+        """Return no runs."""
+        return cls(*(np.array([], kind) for kind in (object, object, int, float, float, int, float)))
 
     @cached_property
     def labels(self) -> list[str]:
         """The arms that are fitted."""
-        return list(dict.fromkeys(self.rows["label"]))
+        return list(dict.fromkeys(self.label.tolist()))
+
+    @cached_property
+    def of_arm(self) -> dict[str, np.ndarray]:
+        """Whether each run is of an arm, by label, (runs,)."""
+        return {label: np.asarray(self.label == label, bool) for label in self.labels}
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The seeds, ascending."""
+        return sorted(set(self.seed.tolist()))
 
     @cached_property
     def own_curvature_possible(self) -> list[str]:
         """The arms with three LRs or more."""
-        return [label for label in self.labels if self.rows.loc[self.rows["label"] == label, "x"].nunique() >= 3]
+        return [label for label, chosen in self.of_arm.items() if len(set(self.x[chosen].tolist())) >= 3]
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """The number of the cell of each run, one for each arm and seed, (runs,)."""
+        pairs = list(zip(self.label.tolist(), self.seed.tolist(), strict=True))
+        place = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        return np.array([place[pair] for pair in pairs], int)
 
     @cached_property
     def same_arm_and_seed(self) -> np.ndarray:
         """Whether two runs are of one arm and seed, (runs, runs)."""
-        cell = self.rows.groupby(["label", "seed"], sort=False).ngroup().to_numpy()
-        return np.asarray(cell[:, None] == cell[None, :], float)
+        return np.asarray(self.cells[:, None] == self.cells, float)
 
     @cached_property
     def weights(self) -> np.ndarray:
         """The square root of the number of seeds in each row, (runs,); weighted rows all have the variance of a run."""
-        return np.asarray(np.sqrt(self.rows["n"].to_numpy(float)))
+        return np.asarray(np.sqrt(self.n.astype(float)))
 
     def design(self, curvatures: Sequence[Sequence[str]], optima: Mapping[str, float] | None = None) -> np.ndarray:
         """Return the columns: an intercept and a slope by arm, a curvature by group of arms, contrasts of seeds.
 
         With optima, as positions by arm, the third power of the distance from them is the last column.
         """
-        label, x = self.rows["label"].to_numpy(), self.rows["x"].to_numpy(float)
         columns = []
-        for arm in self.labels:
-            of_arm = (label == arm).astype(float)
-            columns += [of_arm, of_arm * x]
-        columns += [np.isin(label, list(group)) * x**2 for group in curvatures]
-        seeds = sorted(set(self.rows["seed"]))
+        for of_arm in self.of_arm.values():
+            columns += [of_arm.astype(float), of_arm * self.x]
+        columns += [np.any([self.of_arm[arm] for arm in group], axis=0) * self.x**2 for group in curvatures]
         # The effects of seeds sum to 0, so that intercepts are means over seeds.
-        for seed in seeds[:-1]:
-            columns.append(
-                (self.rows["seed"] == seed).to_numpy(float) - (self.rows["seed"] == seeds[-1]).to_numpy(float)
-            )
+        last = (self.seed == self.seeds[-1]).astype(float)
+        columns += [(self.seed == seed).astype(float) - last for seed in self.seeds[:-1]]
         if optima is not None:
-            columns.append((x - np.array([optima[arm] for arm in label])) ** 3)
+            columns.append((self.x - np.array([optima[arm] for arm in self.label.tolist()])) ** 3)
         return np.column_stack(columns)
 
     def solve(self, design: np.ndarray, prior: float = 0.0) -> Solution | None:
@@ -121,7 +146,7 @@ class FitRows:
 
     def _with_prior(self, design: np.ndarray, prior: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the weighted design and losses; what is known before the runs counts as one more run."""
-        design, y = self.weights[:, None] * design, self.weights * self.rows["loss"].to_numpy(float)
+        design, y = self.weights[:, None] * design, self.weights * self.loss
         if not prior > 0:
             return design, y
         return np.vstack([design, prior * np.eye(design.shape[1])[-1]]), np.append(y, 0.0)
@@ -129,7 +154,7 @@ class FitRows:
     def _solution(self, design: np.ndarray, ratio: float, prior: float) -> Solution:
         design, y = self._with_prior(design, prior)
         n, p = design.shape
-        runs = len(self.rows)
+        runs = len(self.loss)
         covariance = np.eye(n)
         covariance[:runs, :runs] += ratio * self.same_arm_and_seed
         inverse = np.linalg.inv(covariance)

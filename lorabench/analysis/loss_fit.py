@@ -134,10 +134,10 @@ def fit_losses(
             same examples, so that their difference keeps what the examples do to both.
     """
     runs = with_arm_columns(with_losses(runs))
-    arms = [(arm_label(arm), ArmRuns.of(runs.iloc[places])) for arm, places in arm_places(runs)]
+    every_run = ArmRuns.of(runs)
+    arms = [(arm_label(arm), every_run.at(places)) for arm, places in arm_places(runs)]
     grids = {label: grid for label, of_arm in arms if (grid := arm_grid(label, of_arm))}
-    rows = FitRows(counted_rows(arms, grids))
-    return _Fit(rows, grids, examples or ExampleLosses(), noise, name, test_split).fit()
+    return _Fit(counted_rows(arms, grids), grids, examples or ExampleLosses(), noise, name, test_split).fit()
 
 
 @dataclass(frozen=True)
@@ -151,18 +151,14 @@ class _Fit:
     name: str
     test_split: str
 
-    @property
-    def rows(self) -> pd.DataFrame:
-        return self.of.rows
-
     @cached_property
     def noise_of_rows(self) -> Noise | None:
         """The pooled seed noise of rows that are means of several seeds; None if there are none with a deviation."""
-        several = self.rows[(self.rows["n"] > 1) & np.isfinite(self.rows["sd"].to_numpy(float))]
-        dof = several["n"] - 1
-        if several.empty:
+        several = (self.of.n > 1) & np.isfinite(self.of.sd)
+        if not several.any():
             return None
-        pooled = math.sqrt(float((dof * several["sd"] ** 2).sum() / dof.sum()))
+        dof = self.of.n[several] - 1
+        pooled = math.sqrt(float((dof * self.of.sd[several] ** 2).sum() / dof.sum()))
         return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
 
     def fit(self) -> LossFit:
@@ -196,7 +192,7 @@ class _Fit:
             return None, 0.0
         optima = {}
         for number, label in enumerate(self.of.labels):
-            x = self.rows.loc[self.rows["label"] == label, "x"]
+            x = self.of.x[self.of.of_arm[label]]
             places = [2 * number, 2 * number + 1, 2 * len(self.of.labels)]
             position, _ = _vertex(solution.coefficients[places][None], (float(x.min()), float(x.max())))
             optima[label] = float(position[0])
@@ -207,13 +203,12 @@ class _Fit:
 
     def _errors(self, solution: Solution) -> tuple[np.ndarray, int, float]:
         """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma."""
-        seeds = self.rows["seed"].nunique()
+        seeds = len(self.of.seeds)
         sigma = math.sqrt(solution.variance * (1 + solution.ratio))
         dof = solution.dof
         if solution.ratio > 0 and seeds > 1:
             # The error lies between the cells of arm and seed, of which there are fewer than runs.
-            cells = self.rows.groupby(["label", "seed"]).ngroups
-            dof = max(1, min(dof, cells - len(self.of.labels) - (seeds - 1)))
+            dof = max(1, min(dof, len(set(self.of.cells.tolist())) - len(self.of.labels) - (seeds - 1)))
         covariance = solution.variance * solution.unscaled
         if seeds < 2:
             noise = self.noise_of_rows or self.noise
@@ -221,7 +216,7 @@ class _Fit:
                 return np.full((N_DRAWS, len(solution.coefficients)), math.nan), 0, math.nan
             # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
             sigma, dof = noise.sigma, noise.dof
-            of_runs = sigma**2 * (np.eye(len(self.rows)) + self.of.same_arm_and_seed) / 2
+            of_runs = sigma**2 * (np.eye(len(self.of.x)) + self.of.same_arm_and_seed) / 2
             of_runs /= np.outer(self.of.weights, self.of.weights)
             covariance = solution.hat @ of_runs @ solution.hat.T
             covariance += solution.variance * solution.of_prior @ solution.of_prior.T
@@ -235,32 +230,35 @@ class _Fit:
         student = np.sqrt(dof / random.chisquare(dof, N_DRAWS))
         return normal * student[:, None], dof, sigma
 
-    def _from_examples(self, deviations: np.ndarray, solution: Solution) -> np.ndarray:
-        """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients)."""
+    def _from_examples(self, draws: np.ndarray, solution: Solution) -> np.ndarray:
+        """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients).
+
+        Args:
+            draws: the same with what single examples do to single runs.
+            solution: the coefficients.
+        """
         weights = self.of.weights
-        influences = weights[:, None] * self.examples.influences(list(self.rows["run_id"]))
-        draws = deviations @ solution.hat.T
+        influences = weights[:, None] * self.examples.influences(self.of.run_id.tolist())
         return without_run_noise(draws, influences, solution.design, solution.hat / weights, solution.covariance)
 
     def _summary(
         self, solution: Solution, groups: Sequence[Sequence[str]], centres: Mapping[str, float] | None
     ) -> LossFit:
         of_seeds, dof, sigma = self._errors(solution)
-        sampled = self.examples.deviations(list(self.rows["run_id"]), self.test_split)
+        sampled = self.examples.deviations(self.of.run_id.tolist(), self.test_split, solution.hat.T)
         of_examples = None if sampled is None else self._from_examples(sampled[0], solution)
         n_examples = 0 if sampled is None else sampled[1]
         n_arms = len(self.of.labels)
         curvature_of = {label: 2 * n_arms + number for number, group in enumerate(groups) for label in group}
         minima, optima, resolved, curvature, n_seeds, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
         for number, label in enumerate(self.of.labels):
-            of_arm = self.rows[self.rows["label"] == label]
+            of_arm = self.of.of_arm[label]
+            rows_of_seeds = zip(self.of.seed[of_arm].tolist(), self.of.n[of_arm].tolist(), strict=True)
             # A row of n seeds stands for n seeds from its own one on.
-            seeds[label] = frozenset(
-                seed + k for seed, n in zip(of_arm["seed"], of_arm["n"], strict=True) for k in range(n)
-            )
-            n_seeds[label], run_ids[label] = len(seeds[label]), tuple(of_arm["run_id"])
+            seeds[label] = frozenset(seed + k for seed, n in rows_of_seeds for k in range(n))
+            n_seeds[label], run_ids[label] = len(seeds[label]), tuple(self.of.run_id[of_arm].tolist())
             places = [2 * number, 2 * number + 1, curvature_of[label]]
-            ends = (float(of_arm["x"].min()), float(of_arm["x"].max()))
+            ends = (float(self.of.x[of_arm].min()), float(self.of.x[of_arm].max()))
             around = None
             if centres is not None:
                 places, around = [*places, len(solution.coefficients) - 1], centres[label]
@@ -313,7 +311,7 @@ class _Fit:
 
     def _noise_source(self) -> str:
         noise = self.noise_of_rows or self.noise
-        return noise.source if noise is not None and self.rows["seed"].nunique() < 2 else ""
+        return noise.source if noise is not None and len(self.of.seeds) < 2 else ""
 
 
 def _vertex(
@@ -330,8 +328,8 @@ def _vertex(
     centre, asymmetry = (0.0, np.zeros(len(slope))) if around is None else (around, coefficients.T[3])
 
     def height(position: np.ndarray | float) -> np.ndarray:
-        cubic = asymmetry * (position - centre) ** 3
-        return np.asarray(intercept + slope * position + curvature * position**2 + cubic)
+        u = position - centre
+        return np.asarray(intercept + position * (slope + curvature * position) + asymmetry * (u * u * u))
 
     # With u = position - centre, the slope of the curve is at_centre + 2 curvature u + 3 asymmetry u^2.
     at_centre = slope + 2 * curvature * centre
@@ -339,6 +337,8 @@ def _vertex(
     convex = (curvature > 0) & (discriminant > 0)
     root = np.sqrt(np.where(convex, discriminant, 1.0))
     inner = np.clip(centre - at_centre / np.where(convex, curvature + root, 1.0), *ends)
+    if convex.all():
+        return inner, height(inner)
     lower_end = np.where(height(ends[0]) <= height(ends[1]), *ends)
     # Coefficients that are not known have no lowest point.
     position = np.where(np.isnan(curvature), math.nan, np.where(convex, inner, lower_end))

@@ -55,6 +55,6 @@ def judge_ratio(comparison: Comparison, arm: Arm, other: Arm, rule: Rule, margin
         The finding, with its numbers as ratios.
     """
     log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
-    text, ids = ratio_text(comparison, arm, other), comparison.of([arm, other])["run_id"]
+    text, ids = ratio_text(comparison, arm, other), comparison.run_ids([arm, other])
     problems = comparison.problems([arm, other], resolved=True)
     return as_ratio(decide(rule, log_ratio, text, ids, problems, margin_rule))

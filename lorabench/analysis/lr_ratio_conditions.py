@@ -84,7 +84,7 @@ class MeasuredRatio:
         text = f"predicted {self.prediction(theory):.2f}, measured {in_words(self.log_ratio)}"
         if self.comparison.fit.noise_source:
             text += f"; seed noise from {self.comparison.fit.noise_source}"
-        ids = self.comparison.of([self.lora, self.fullft])["run_id"]
+        ids = self.comparison.run_ids([self.lora, self.fullft])
         problems = self.comparison.problems([self.lora, self.fullft], resolved=True)
         margin_rule = f"the predicted ratio within a factor of {factor:g}, by the preset's lr_factor"
         rule = Within.margin(math.log(factor))

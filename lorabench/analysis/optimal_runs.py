@@ -14,7 +14,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.finding import MIN_SEEDS
-from lorabench.analysis.paired_curves import PairedCurves, curves_by_seed, paired
+from lorabench.analysis.paired_curves import PairedCurves, paired, points_by_seed
 from lorabench.analysis.remedy import Problem, Remedy
 
 MAX_LOST = 0.1
@@ -39,7 +39,7 @@ def curves_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
     """Return the training NLL of an arm at its fitted optimum: a row for each step and a column for each seed."""
     key = ("curves at the optimum", arm_label(arm))
     if key not in comparison.memo:
-        comparison.memo[key] = curves_by_seed(runs_at_optimum(comparison, arm), comparison.curves)
+        comparison.memo[key] = points_by_seed(runs_at_optimum(comparison, arm), comparison.points("train", "nll"))
     return comparison.memo[key]
 
 
@@ -51,10 +51,16 @@ def _runs_at_optimum(comparison: Comparison, arm: Arm) -> pd.DataFrame:
         around = np.sort(np.argsort(np.abs(distance), kind="stable")[:3])
         weights = dict(zip(grid.lrs[grid.window][around], _weights(distance[around]), strict=True))
         runs = comparison.rows[label]
-        runs = runs[(runs["status"] == "done") & runs["lr"].isin(list(weights))]
-        complete = runs.groupby("seed")["lr"].transform("nunique") == 3
-        if runs.loc[complete, "seed"].nunique() >= MIN_SEEDS:
-            return runs[complete].assign(weight=runs.loc[complete, "lr"].map(weights).astype(float))
+        lr, seed = runs["lr"].to_numpy(float), runs["seed"].to_numpy(int)
+        chosen = (runs["status"].to_numpy(object) == "done") & np.isin(lr, list(weights))
+        lrs_of: dict[int, set[float]] = {}
+        for of_run, at in zip(seed[chosen].tolist(), lr[chosen].tolist(), strict=True):
+            lrs_of.setdefault(of_run, set()).add(at)
+        complete = [of_run for of_run, lrs in lrs_of.items() if len(lrs) == 3]
+        if len(complete) >= MIN_SEEDS:
+            kept = chosen & np.isin(seed, complete)
+            around_optimum: pd.DataFrame = runs[kept]
+            return around_optimum.assign(weight=[weights[at] for at in lr[kept].tolist()])
     return comparison.at_optimum(arm).assign(weight=1.0)
 
 

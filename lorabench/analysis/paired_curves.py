@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.early import train_curves
+from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import Estimate, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, worst
 from lorabench.analysis.remedy import Problem
@@ -64,9 +64,11 @@ class PairedCurves:
         The steps of a run are no substitute for seeds: a seed shifts whole stretches of the difference, in some windows
         by far more than its steps scatter. So no window borrows degrees of freedom from its steps or other windows.
         """
+        steps, values = self.by_seed.index.to_numpy(), self.by_seed.to_numpy(float)
+        inside = [values[(steps >= low) & (steps <= high)] for low, high in windows]
         return [
-            mean_over_seeds(self._between(low, high).mean(), f"{self.name} steps {low} to {high}")
-            for low, high in windows
+            mean_over_seeds(part.mean(axis=0) if len(part) else [], f"{self.name} steps {low} to {high}")
+            for part, (low, high) in zip(inside, windows, strict=True)
         ]
 
     def slope(self, first: int) -> Estimate:
@@ -115,18 +117,25 @@ def curves_by_seed(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll"
     Returns:
         A row for each step (index, ascending) that some seed has, and a column for each seed.
     """
-    weighted = runs.reindex(columns=["run_id", "seed", "weight"]).fillna({"weight": 1.0})
-    points = train_curves(weighted, curves, metric, split)
-    if points.empty:
+    return points_by_seed(runs, metric_points(curves, split, metric))
+
+
+def points_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Return what `curves_by_seed` does from the points of one metric, columns run_id, step, value."""
+    run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
+    if not (run >= 0).any():
         return pd.DataFrame(index=pd.Index([], dtype=int))
-    points = points.assign(value=points["value"].astype(float) * points["weight"].astype(float))
-    cells = points.groupby(["step", "seed"])["value"].agg(["sum", "size"])
+    steps, row = np.unique(points["step"].to_numpy(int)[run >= 0], return_inverse=True)
+    seeds, column_of = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
+    weights = runs["weight"].to_numpy(float, na_value=1.0) if "weight" in runs else np.ones(len(runs))
+    values = points["value"].to_numpy(float)[run >= 0] * weights[run[run >= 0]]
+    cells, shape = row * len(seeds) + column_of[run[run >= 0]], (len(steps), len(seeds))
+    sums, sizes = (np.bincount(cells, with_weights, len(steps) * len(seeds)) for with_weights in (values, None))
     # A sum that lacks one of its runs at a step is no value of the arm.
-    needed = weighted.groupby("seed")["run_id"].size().loc[cells.index.get_level_values("seed")]
-    by_seed: pd.DataFrame = cells.loc[cells["size"].to_numpy() == needed.to_numpy(), "sum"].unstack("seed")
-    by_seed.index = by_seed.index.astype(int)
-    ordered: pd.DataFrame = by_seed.sort_index()
-    return ordered
+    whole = sizes.reshape(shape) == np.bincount(column_of)
+    kept = np.ix_(whole.any(axis=1), whole.any(axis=0))
+    by_seed = np.where(whole, sums.reshape(shape), np.nan)[kept]
+    return pd.DataFrame(by_seed, pd.Index(steps[whole.any(axis=1)]), pd.Index(seeds[whole.any(axis=0)], name="seed"))
 
 
 def paired_curves(
@@ -159,10 +168,17 @@ def paired(
         name: names the two arms, for draws.
     """
     seeds = [seed for seed in of_runs.columns if seed in of_others.columns]
-    difference = (of_runs[seeds] - of_others[seeds]).dropna() if seeds else pd.DataFrame()
-    difference.index = difference.index.astype(int)
-    ids = [arm_runs.loc[arm_runs["seed"].isin(seeds), "run_id"] for arm_runs in (runs, others)]
-    return PairedCurves(difference.sort_index(), tuple(pd.concat(ids).astype(str)), name)
+    steps, place, other_place = np.intersect1d(of_runs.index, of_others.index, return_indices=True)
+    difference = of_runs[seeds].to_numpy(float)[place] - of_others[seeds].to_numpy(float)[other_place]
+    whole = ~np.isnan(difference).any(axis=1) & bool(seeds)
+    by_seed = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
+    ids = [
+        str(run_id)
+        for arm_runs in (runs, others)
+        for run_id, seed in zip(arm_runs["run_id"], arm_runs["seed"], strict=True)
+        if seed in seeds
+    ]
+    return PairedCurves(by_seed, tuple(ids), name)
 
 
 def scan(

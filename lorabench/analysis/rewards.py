@@ -21,6 +21,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
+from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
 from lorabench.analysis.rl_health import is_sick
 from lorabench.tables.checks import is_rl
@@ -77,7 +78,8 @@ def reward_curves(
     Raises:
         UserError: See `check_runs`.
     """
-    points = points_of(curves, split, metric).sort_values(["step", "run_id"])
+    points = metric_points(curves, split, metric, ("run_id", "step", "examples", "value"))
+    points = points.sort_values(["step", "run_id"])
     rows: list[dict[str, Any]] = []
     for comparison in comparisons(with_arm_columns(with_error_rates(runs)), curves):
         for arm in comparison.arms:
@@ -92,15 +94,6 @@ def reward_curves(
             ]
     table = arm_table(rows, ["lr", "step", "episodes", "mean", "sd", "n_seeds", "run_ids"])
     return table.astype({"step": "Int64", "episodes": "Int64"})
-
-
-def points_of(curves: pd.DataFrame, split: str, metric: str) -> pd.DataFrame:
-    """Return the points of one metric: run_id, step, examples (null where missing) and value (never null)."""
-    columns = ["run_id", "step", "examples", "value"]
-    if curves.empty:
-        return pd.DataFrame(columns=columns)
-    chosen = (curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()
-    return curves[chosen.astype(bool)].reindex(columns=columns)
 
 
 def flat_top(comparison: Comparison, arm: Arm) -> list[float]:

@@ -7,6 +7,11 @@ problem set (see `lorabench.data.controls`). The rules of this module are the on
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
 import pandas as pd
 
 LEAD = 0.15
@@ -21,6 +26,8 @@ COLLAPSED = 0.02
 CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best cheap rule"}
 """The columns of `runs` with the accuracies of the controls, and their names."""
 
+_METHOD, _SETTING = ("model", "dataset", "method"), ("rank", "placement", "lr")
+
 
 def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs of RL ended sick, so that their accuracy is no peak.
@@ -33,11 +40,15 @@ def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
         runs: columns final_truncated, final_entropy, base_reward, final_reward and CONTROLS, as far as they are known.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
-    numbers = runs.reindex(columns=columns).astype(float)
-    level = numbers[list(CONTROLS)].max(axis=1)
-    collapsed = (numbers["final_entropy"] < COLLAPSED) & (numbers["final_reward"] <= level)
-    moved = numbers["final_reward"] != numbers["base_reward"]
-    return moved & ((numbers["final_truncated"] > MAX_TRUNCATED) | collapsed)
+    truncated, entropy, base, final, *controls = _numbers(runs, columns)
+    collapsed = (entropy < COLLAPSED) & (final <= np.fmax.reduce(controls))
+    return pd.Series((final != base) & ((truncated > MAX_TRUNCATED) | collapsed), index=runs.index)
+
+
+def _numbers(runs: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """Return columns as numbers, (columns, runs); null values, and columns that the runs lack, are NaN."""
+    unknown = np.full(len(runs), math.nan)
+    return np.array([runs[name].to_numpy(float, na_value=math.nan) if name in runs else unknown for name in columns])
 
 
 def beyond_controls(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -61,11 +72,22 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
         One row per model, dataset and method: accuracy (the best mean over seeds at one LR, of any rank and placement),
         constant_reward, rule_reward, and lead (accuracy minus the higher control; NaN where no control is known).
     """
-    runs = runs.assign(**{name: runs.reindex(columns=[name])[name].astype(float) for name in CONTROLS})
-    group = ["model", "dataset", "method"]
-    levels = runs.groupby(["model", "dataset"], as_index=False)[list(CONTROLS)].max()
-    healthy = runs[runs["status"].eq("done") & ~is_sick(runs)].astype({"final_reward": float})
-    by_lr = healthy.groupby([*group, "rank", "placement", "lr"], dropna=False, as_index=False)["final_reward"].mean()
-    best = by_lr.groupby(group)["final_reward"].max().rename("accuracy")
-    table = runs[group].drop_duplicates().merge(best, how="left", on=group).merge(levels, on=["model", "dataset"])
-    return table.assign(lead=table["accuracy"].fillna(0.0) - table[list(CONTROLS)].max(axis=1))
+    *controls, rewards = _numbers(runs, [*CONTROLS, "final_reward"])
+    counted = (runs["status"].eq("done") & ~is_sick(runs)).to_numpy(bool) & ~np.isnan(rewards)
+    columns = [runs[name].to_numpy(object).copy() for name in (*_METHOD, *_SETTING)]
+    for values in columns:
+        values[pd.isna(values)] = None
+    by_lr: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
+    levels: dict[tuple[object, ...], list[np.ndarray]] = {}
+    for place, key in enumerate(zip(*columns, strict=True)):
+        of_method = by_lr.setdefault(key[: len(_METHOD)], {})
+        if counted[place]:
+            of_method.setdefault(key[len(_METHOD) :], []).append(rewards[place])
+        levels.setdefault(key[:2], []).append(np.array([control[place] for control in controls]))
+    rows = []
+    for method, of_method in by_lr.items():
+        accuracy = max(map(fmean, of_method.values()), default=math.nan)
+        level = np.fmax.reduce(levels[method[:2]])
+        lead = (0.0 if math.isnan(accuracy) else accuracy) - np.fmax.reduce(level)
+        rows.append((*method, accuracy, *level, lead))
+    return pd.DataFrame(rows, columns=[*_METHOD, "accuracy", *CONTROLS, "lead"])

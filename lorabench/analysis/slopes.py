@@ -74,7 +74,8 @@ def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
     Returns:
         The slope of each column per tenfold steps; NaN for one with fewer than two steps.
     """
-    return pd.Series({seed: _slope(curves[seed].dropna()) for seed in curves}, dtype=float)
+    x, values = np.log10(curves.index.to_numpy(float)), curves.to_numpy(float)
+    return pd.Series([_slope(x, of_seed) for of_seed in values.T], curves.columns, dtype=float)
 
 
 def means_by_seed(curves: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
@@ -87,12 +88,12 @@ def means_by_seed(curves: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[flo
     return x.mean(), curves.astype(float).mean()
 
 
-def _slope(curve: pd.Series[float]) -> float:
-    if len(curve) < 2:
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    known = ~np.isnan(y)
+    if known.sum() < 2:
         return math.nan
-    x = np.log10(curve.index.to_numpy(float))
-    x = x - x.mean()
-    return float(x @ curve.to_numpy(float) / (x @ x))
+    x = x[known] - x[known].mean()
+    return float(x @ y[known] / (x @ x))
 
 
 def _log10(values: ArrayLike) -> np.ndarray:

@@ -35,7 +35,7 @@ class SweptModel:
         """The name of the model."""
         return str(self.fullft["model"])
 
-    @property
+    @cached_property
     def base(self) -> tuple[object, ...]:
         """What models share that were post-trained from one base: family, hidden size and number of parameters."""
         sizes = self.comparison.runs.reindex(columns=["base_params"])["base_params"].dropna()
@@ -111,7 +111,7 @@ def mean_of(numbers: Sequence[Estimate]) -> Estimate:
 
 def run_ids(models: Sequence[SweptModel]) -> list[str]:
     """Return the ids of the runs of several models."""
-    return [run_id for model in models for run_id in model.comparison.of([model.fullft, model.lora])["run_id"]]
+    return [run_id for model in models for run_id in model.comparison.run_ids([model.fullft, model.lora])]
 
 
 def fitted_law(models: Sequence[SweptModel]) -> LrLaw | None:

@@ -115,8 +115,7 @@ class BatchSizes:
 
     def run_ids(self, sizes: Iterable[int], *arms: ArmBySize) -> list[str]:
         """Return the ids of all runs of several arms at several batch sizes."""
-        runs = [self.by_size[size].of([arm[size] for arm in arms]) for size in sizes]
-        return list(pd.concat(runs)["run_id"])
+        return [run_id for size in sizes for run_id in self.by_size[size].run_ids([arm[size] for arm in arms])]
 
 
 def at_batch(size: int, problems: Iterable[Problem]) -> list[Problem]:

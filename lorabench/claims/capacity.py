@@ -108,7 +108,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     Between two departures the rank that has left has the higher loss, so the sign of that difference is judged.
     """
     ranks = _ranks(comparison)
-    ids = comparison.of(comparison.lora.values())["run_id"]
+    ids = comparison.run_ids(comparison.lora.values())
     text = ", ".join(map(ranks.text, ranks.departures))
     problems, gone = ranks.every_problem, ranks.gone
     reversed_pairs = [pair for pair in combinations(ranks.departures, 2) if ranks.step(pair[1]) < ranks.step(pair[0])]
@@ -173,7 +173,7 @@ def _keeps_falling(ranks: _Ranks, rank: int) -> Finding:
     problems = [*ranks.problems[rank], *comparison.problems([arm, fullft])]
     if not (full.known and full.interval()[1] < 0):
         problems.append(Problem("FullFT's own loss does not surely fall there", Remedy("more seeds")))
-    ids = comparison.of([arm, fullft])["run_id"]
+    ids = comparison.run_ids([arm, fullft])
     return decide(Within(FLOOR, 1.0), share, text, ids, problems, f"a floor is {FLOOR:.0%} of FullFT's slope")
 
 
@@ -183,7 +183,7 @@ def no_floor(comparison: Comparison) -> Finding:
     if not ranks.gone:
         departures = ", ".join(map(ranks.text, ranks.departures))
         if ranks.every_problem:
-            ids = comparison.of(comparison.lora.values())["run_id"]
+            ids = comparison.run_ids(comparison.lora.values())
             return finding(ids, departures, "inconclusive", ranks.every_problem)
         raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
     return together([_keeps_falling(ranks, rank) for rank in ranks.gone])

@@ -28,6 +28,12 @@ class Condition:
     presets: tuple[str, ...]
     """The shipped presets whose runs meet it."""
 
+    def instead(self, evidence: Evidence) -> str | None:
+        """Return what `found` does, computed once for all claims on the same evidence."""
+        if self not in evidence.unmet:
+            evidence.unmet[self] = self.found(evidence)
+        return evidence.unmet[self]
+
 
 def _numbers(runs: pd.DataFrame, column: str) -> pd.Series[float]:
     """Return the known values of a column; a column that the table lacks has none."""

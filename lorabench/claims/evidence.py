@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Protocol, TypeVar
@@ -37,6 +37,9 @@ class Evidence:
     rewarded: dict[str, list[Comparison]] = field(default_factory=dict, repr=False)
     """The comparisons of RL on error rates that claims have asked for, by the column of test accuracies; they share
     their fits."""
+
+    unmet: dict[Hashable, str | None] = field(default_factory=dict, repr=False)
+    """What these runs have instead of a condition of claims, by condition; None where they meet it."""
 
     @cached_property
     def standard(self) -> pd.DataFrame:

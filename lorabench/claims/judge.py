@@ -22,7 +22,7 @@ from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.tables.checks import check_curves, check_table, is_rl
 from lorabench.tables.schemas import CLAIMS as COLUMNS
-from lorabench.tables.stand_ins import remarks_on, with_stand_ins
+from lorabench.tables.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on, with_stand_ins
 from lorabench.tables.tables import Tables
 
 
@@ -53,11 +53,12 @@ def judge_claims(
     """
     runs = with_stand_ins(tables.runs)
     check_table(runs)
-    check_curves(tables.curves)
     every_curve = _with_categories(tables.curves)
+    check_curves(every_curve)
     missing = {task: [name for name in needed if name not in runs] for task, needed in NEEDED_BY.items()}
     if "run_id" in runs:
         runs = with_arm_columns(runs)
+    remarked = [name for name in (REMARK, *SOURCE_COLUMNS) if name in runs and runs[name].notna().any()]
     replications = estimates_by_claim()
     examples = ExampleLosses.of(tables.test_losses)
     evidence: dict[tuple[Task, tuple[str, ...]], Evidence] = {}
@@ -83,8 +84,8 @@ def judge_claims(
         judged, missing_text = _judge(claim, evidence[key], absent)
         if margins is None:
             judged = replace(judged, margin_rule=_by_default(judged.margin_rule))
-        if judged.run_ids and "run_id" in runs:
-            remarks = remarks_on(runs[runs["run_id"].isin(judged.run_ids)])
+        if judged.run_ids and remarked:
+            remarks = remarks_on(runs.loc[runs["run_id"].isin(judged.run_ids), ["model", "dataset", *remarked]])
             judged = replace(judged, reason="; ".join([judged.reason, *remarks]))
         rows.append(
             {
@@ -164,7 +165,7 @@ def _judge(claim: Claim, evidence: Evidence, absent: list[str]) -> tuple[Finding
     unmet = [
         f"{condition.text} (here {found}{in_presets(condition.presets)})"
         for condition in claim.conditions
-        if (found := condition.found(evidence)) is not None
+        if (found := condition.instead(evidence)) is not None
     ]
     if not unmet:
         return judged, None

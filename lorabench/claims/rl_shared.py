@@ -18,7 +18,7 @@ from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rewards import TestReward, points_of, with_error_rates
+from lorabench.analysis.rewards import TestReward, with_error_rates
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, beyond_controls
 from lorabench.claims.conditions import beats_controls, response_length, swept
 from lorabench.claims.evidence import Evidence, judge_each
@@ -205,8 +205,10 @@ def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str)
     Returns:
         Columns seed, step and value.
     """
-    points = points_of(comparison.curves, split, metric)
-    return points.merge(comparison.at_optimum(arm)[["run_id", "seed"]], on="run_id")
+    points, chosen = comparison.points(split, metric), comparison.at_optimum(arm)
+    run = pd.Index(chosen["run_id"]).get_indexer(points["run_id"])
+    of_arm: pd.DataFrame = points[run >= 0]
+    return of_arm.assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
 
 
 def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
@@ -216,7 +218,15 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
         One row per seed and one column (1 to 10) per tenth of the steps.
     """
     points = points_at_optimum(comparison, arm, "train", metric)
-    points = points[points["step"] > 0]
-    last = arm["steps"] or points["step"].max()
-    tenth = np.ceil(10 * points["step"].astype(float) / last).clip(1, 10).astype(int).rename("tenth")
-    return points.groupby(["seed", tenth])["value"].mean().unstack()
+    step = points["step"].to_numpy(float)
+    last = arm["steps"] or step.max(initial=1)
+    tenth = np.clip(np.ceil(10 * step / last), 1, 10).astype(int)
+    seeds, row = np.unique(points["seed"].to_numpy(int)[step > 0], return_inverse=True)
+    cells, shape = 11 * row + tenth[step > 0], (len(seeds), 11)
+    sums, sizes = (
+        np.bincount(cells, with_weights, 11 * len(seeds)).reshape(shape)
+        for with_weights in (points["value"].to_numpy(float)[step > 0], None)
+    )
+    means = np.divide(sums, sizes, out=np.full(shape, math.nan), where=sizes > 0)
+    with_points = np.flatnonzero(sizes.any(axis=0))
+    return pd.DataFrame(means[:, with_points], pd.Index(seeds, name="seed"), pd.Index(with_points, name="tenth"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorabench.tables.checks import is_rl
@@ -19,26 +20,29 @@ def scope_text(runs: pd.DataFrame, run_ids: Sequence[str]) -> str | None:
             for their numbers of parameters.
         run_ids: the runs behind a verdict.
     """
-    chosen = runs[runs["run_id"].isin(run_ids)] if "run_id" in runs else runs.iloc[:0]
-    if chosen.empty:
+    behind = set(run_ids)
+    places = [run_id in behind for run_id in runs["run_id"].to_numpy(object)] if "run_id" in runs else []
+    if not any(places):
         return None
-    known = chosen.dropna(axis="columns", how="all")
+
+    def known(name: str) -> set[Any]:
+        values = runs[name].to_numpy(object)[places] if name in runs else np.array([], object)
+        return set(values[~pd.isna(values)].tolist())
+
+    parameter_counts, models, steps, datasets = map(known, ("base_params", "model", "steps", "dataset"))
     words = []
-    if "base_params" in known:
-        words.append(f"{_range(known['base_params'], parameters)} parameters")
-    elif "model" in known:
-        words.append(_names(known["model"]))
-    if "steps" in known:
-        words.append(f"{_range(known['steps'], count)} steps")
-    if "dataset" in known:
-        words.append(("RL on " if bool(is_rl(chosen).all()) else "") + _names(known["dataset"]))
+    if parameter_counts:
+        words.append(f"{_range(parameter_counts, parameters)} parameters")
+    elif models:
+        words.append(", ".join(sorted(map(str, models))))
+    if steps:
+        words.append(f"{_range(steps, count)} steps")
+    if datasets:
+        all_rl = bool(is_rl(runs).to_numpy()[places].all())
+        words.append(("RL on " if all_rl else "") + ", ".join(sorted(map(str, datasets))))
     return ", ".join(words) or None
 
 
-def _names(values: pd.Series[Any]) -> str:
-    return ", ".join(sorted(set(values.dropna().astype(str))))
-
-
-def _range(values: pd.Series[Any], text: Callable[[float], str]) -> str:
-    low, high = (text(float(value)) for value in (values.min(), values.max()))
+def _range(values: set[Any], text: Callable[[float], str]) -> str:
+    low, high = (text(float(value)) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"

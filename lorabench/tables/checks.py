@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,8 @@ import pandas as pd
 from lorabench.errors import UserError
 
 _LOSSES = ["final_valid_nll", "final_test_nll"]
+
+_REWARDS = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
 
 # Losses are comparable only for the same text, tokenization and base model: each of these hashes must have one value
 # per combination of the columns that follow it.
@@ -26,7 +27,8 @@ def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs are reinforcement learning; a run without a task counts as supervised fine-tuning."""
     if "task" not in runs:
         return pd.Series(False, index=runs.index)
-    return runs["task"].eq("rl").fillna(False).astype(bool)
+    rl = [isinstance(task, str) and task == "rl" for task in runs["task"].to_numpy(object)]
+    return pd.Series(rl, index=runs.index, dtype=bool)
 
 
 def check_table(runs: pd.DataFrame) -> None:
@@ -58,41 +60,56 @@ def check_table(runs: pd.DataFrame) -> None:
 
 
 def _check_values(runs: pd.DataFrame) -> None:
-    rewards = ["base_reward", "final_valid_reward", "final_reward", "best_reward"]
-    several = ["n_seeds", "final_test_nll_sd"]
-    column = runs.reindex(columns=["task", "method", "status", "rank", "lr", "seed", *several, *_LOSSES, *rewards])
-    lora, fullft = column["method"].eq("lora"), column["method"].eq("fullft")
-    done, diverged, unrewarded = (column["status"].eq(name) for name in ("done", "diverged", "unrewarded"))
-    rl = is_rl(runs)
-    finished_rl = rl & (done | unrewarded)
-    deviation = column["final_test_nll_sd"]
-    ranked = (lora & column["rank"].ge(1)) | (fullft & column["rank"].isna()) | ("method" not in runs)
+    def known(name: str) -> np.ndarray:
+        return runs[name].notna().to_numpy(bool) if name in runs else np.zeros(len(runs), bool)
+
+    def numbers(name: str) -> np.ndarray:
+        missing = np.full(len(runs), np.nan)
+        return runs[name].to_numpy(float, na_value=np.nan) if name in runs else missing
+
+    def words(name: str) -> np.ndarray:
+        return runs[name].to_numpy(object) if name in runs else np.full(len(runs), None)
+
+    def equal(name: str, *values: str) -> np.ndarray:
+        return np.array([isinstance(word, str) and word in values for word in words(name)], bool)
+
+    lora, fullft, done = equal("method", "lora"), equal("method", "fullft"), equal("status", "done")
+    rl = equal("task", "rl")
+    ranked = (lora & (numbers("rank") >= 1)) | (fullft & ~known("rank")) | ("method" not in runs)
+    lr, n_seeds, deviation = numbers("lr"), numbers("n_seeds"), numbers("final_test_nll_sd")
     rules = [
-        ("task", column["task"].isna() | column["task"].isin(["sft", "rl"]), "sft, rl"),
+        ("task", ~known("task") | equal("task", "sft", "rl"), "sft, rl"),
         ("method", lora | fullft, "fullft, lora"),
-        ("status", done | diverged | (rl & unrewarded), "done, diverged, and unrewarded in RL"),
+        (
+            "status",
+            done | equal("status", "diverged") | (rl & equal("status", "unrewarded")),
+            "done, diverged, and unrewarded in RL",
+        ),
         ("rank", ranked, "whole numbers from 1 up for lora, none for fullft"),
-        ("lr", _finite(column["lr"]) & column["lr"].gt(0), "numbers above 0"),
-        ("seed", column["seed"].notna(), "whole numbers"),
-        ("n_seeds", column["n_seeds"].isna() | column["n_seeds"].ge(1), "whole numbers from 1 up"),
-        ("final_test_nll_sd", deviation.isna() | (_finite(deviation) & deviation.ge(0)), "numbers from 0 up"),
+        ("lr", np.isfinite(lr) & (lr > 0), "numbers above 0"),
+        ("seed", known("seed"), "whole numbers"),
+        ("n_seeds", ~known("n_seeds") | (n_seeds >= 1), "whole numbers from 1 up"),
+        (
+            "final_test_nll_sd",
+            ~known("final_test_nll_sd") | (np.isfinite(deviation) & (deviation >= 0)),
+            "numbers from 0 up",
+        ),
     ]
     for name in _LOSSES:
-        rules.append((name, rl | ~done | _finite(column[name]), "a finite number where status is done"))
-    for name in rewards:
-        needed = finished_rl if name.startswith("final") else pd.Series(False, index=runs.index)
-        share = column[name].between(0, 1).fillna(False) | (column[name].isna() & ~needed)
+        rules.append((name, rl | ~done | np.isfinite(numbers(name)), "a finite number where status is done"))
+    finished_rl = rl & equal("status", "done", "unrewarded")
+    for name in _REWARDS:
+        needed = finished_rl if name.startswith("final") else np.zeros(len(runs), bool)
+        share = ((numbers(name) >= 0) & (numbers(name) <= 1)) | (~known(name) & ~needed)
         rules.append((name, share, "a share of 0 to 1" + (" where RL finished" if name.startswith("final") else "")))
     for name, right, allowed in rules:
         if name in runs:
-            refuse_rows(runs, ~right.fillna(False).astype(bool), "run_id", name, allowed)
+            refuse_rows(runs, ~right, "run_id", name, allowed)
 
 
-def _finite(numbers: pd.Series[Any]) -> pd.Series[bool]:
-    return pd.Series(np.isfinite(numbers.to_numpy(float, na_value=np.nan)), index=numbers.index)
-
-
-def refuse_rows(table: pd.DataFrame, wrong: pd.Series[bool], named_by: str, column: str, allowed: str) -> None:
+def refuse_rows(
+    table: pd.DataFrame, wrong: pd.Series[bool] | np.ndarray, named_by: str, column: str, allowed: str
+) -> None:
     """Report the first wrong row of a table, if there is any, with its value and what is allowed.
 
     Args:

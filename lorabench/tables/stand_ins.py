@@ -39,7 +39,8 @@ def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
     filled = runs.reindex(columns=[*runs.columns, *(name for name in (_VALID, _TEST, REMARK) if name not in runs)])
     filled[REMARK] = filled[REMARK].astype(object)
     done = filled["status"].eq("done").fillna(False).astype(bool) & ~is_rl(filled)
-    for _, group in filled[done].groupby(["model", "dataset"]):
+    read = ["model", "dataset", *(name for name in (_VALID, _TEST, _TRAIN) if name in filled)]
+    for _, group in filled.loc[done, read].groupby(["model", "dataset"]):
         remarks = []
         if _TRAIN in filled and _lacks(group, _TEST) and group[_TRAIN].notna().all():
             filled.loc[group.index, _TEST] = group[_TRAIN]
