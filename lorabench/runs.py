@@ -96,7 +96,7 @@ class Run:
         return digest({"condition": self.condition.determining, "lr": self.lr, "seed": self.seed})
 
 
-EXPECTED_FURTHER_LRS = 2
+EXPECTED_FURTHER_LRS = 1
 """LRs beside its three first that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
 AROUND = 3
 """Number of LRs around the best that have several seeds in a sweep with `lrs: auto`."""

@@ -190,7 +190,7 @@ def plan_digests(name):
     return digests
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "smollm2", "core", "paper"])
+@pytest.mark.parametrize("name", ["smoke", "laptop", "lr_ratio", "smollm2", "core", "paper"])
 def test_the_runs_of_a_shipped_preset_are_those_recorded(name):
     """Trained runs keep their ids, however a preset is written.
 
@@ -201,5 +201,5 @@ def test_the_runs_of_a_shipped_preset_are_those_recorded(name):
 
 
 def record():
-    names = ("smoke", "laptop", "smollm2", "core", "paper")
+    names = ("smoke", "laptop", "lr_ratio", "smollm2", "core", "paper")
     DIGESTS.write_text(json.dumps({name: plan_digests(name) for name in names}, indent=2) + "\n")
