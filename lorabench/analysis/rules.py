@@ -4,8 +4,9 @@
   confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the 95%
   interval lies wholly outside.
 - `Above`: the claim says that a number is above 0 by at least a margin. It is confirmed if the 95% interval is above 0
-  and the estimate is at or above the margin. It is contradicted if the 95% interval is below 0, or if the 90% interval
-  lies inside plus or minus the margin, so that there is no effect of the least size that matters.
+  and the estimate is at or above the margin. It is contradicted if the one-sided 95% interval lies below the margin, so
+  that there is no effect of the least size that matters; whether there is one of the other sign makes no difference.
+  With a margin of 0 the two-sided 95% interval must be below 0.
 
 A claim that is judged on k comparisons is confirmed if each of them confirms it, which needs no correction. It is
 contradicted if one of them does at the k-th part of the level (Bonferroni), so that k chances to fail do not add up.
@@ -107,11 +108,8 @@ class Above:
         return estimate.interval(1 - LEVEL)[0] > 0 and estimate.value >= self.margin
 
     def against(self, estimate: Estimate) -> float:
-        draws = estimate.draws
-        below_zero = 2 * _share(draws >= 0)
-        # The 90% interval lies inside the band if each tail beyond the band holds at most 5%.
-        no_effect = max(_share(draws >= self.margin), _share(draws <= -self.margin))
-        return min(1.0, below_zero, no_effect)
+        sides = 1 if self.margin > 0 else 2
+        return min(1.0, sides * _share(estimate.draws >= self.margin))
 
     def strain(self, estimate: Estimate) -> float:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value
@@ -119,8 +117,7 @@ class Above:
     def deciding_error(self, estimate: Estimate) -> float:
         if estimate.value >= self.margin:
             return estimate.value / (_TWO_SIDED + _POWER)
-        inside = (self.margin - estimate.value) / (_ONE_SIDED + _POWER)
-        return inside if estimate.value >= 0 else max(inside, -estimate.value / (_TWO_SIDED + _POWER))
+        return (self.margin - estimate.value) / ((_ONE_SIDED if self.margin > 0 else _TWO_SIDED) + _POWER)
 
 
 def _share(condition: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import pytest
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student, unknown
 from lorabench.analysis.finding import Finding, decide, finding, together, worst
 from lorabench.analysis.remedy import Problem, Remedy, cheapest
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import LEVEL, Above, Within
 
 
 def estimate(value: float, error: float = 0.01, dof: float = 1e6) -> Estimate:
@@ -54,7 +54,9 @@ def test_a_one_sided_margin_takes_a_lower_loss_too():
         (0.0, 0.01, "contradicted"),
         (0.0, 0.03, "inconclusive"),
         (-0.05, 0.01, "contradicted"),
-        (-0.05, 0.03, "inconclusive"),
+        # Whether it is 0 or far below makes no difference to a claim that it is 0.03 or more.
+        (-0.05, 0.03, "contradicted"),
+        (-0.01, 0.03, "inconclusive"),
     ],
 )
 def test_a_difference_needs_an_interval_above_0_and_an_estimate_beyond_the_margin(value, error, expected):
@@ -68,6 +70,15 @@ def test_a_false_claim_is_confirmed_in_at_most_5_percent(rule, truth):
     base = estimate(0.0)
     confirmed = np.mean([rule.confirmed(replace(base, value=value)) for value in values])
     assert confirmed <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 1500)
+
+
+@pytest.mark.parametrize(("rule", "truth"), [(Within.margin(0.03), 0.03), (Above(0.03), 0.03), (Above(0.0), 0.0)])
+def test_a_true_claim_is_contradicted_in_at_most_5_percent(rule, truth):
+    random = np.random.default_rng(2)
+    values = truth + 0.01 * random.standard_normal(1500)
+    base = estimate(0.0)
+    contradicted = np.mean([rule.against(replace(base, value=value)) <= LEVEL for value in values])
+    assert contradicted <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 1500)
 
 
 def test_a_number_without_an_error_is_inconclusive_and_asks_for_seeds():
