@@ -30,6 +30,7 @@ from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
 from lorabench.models.tiny import shipped_folder
 from lorabench.sources.measurements import Z
+from lorabench.sources.own import PROJECT
 from lorabench.sources.studies import Study
 from lorabench.tables.checks import is_rl
 from lorabench.tables.stand_ins import with_stand_ins
@@ -105,7 +106,12 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
     names = {study.of.name for study in studies}
     optima = [swept for study in studies for swept in _of_study(study)]
     optima += [*_of_authors(), *_stated(names)]
-    return optima + [swept for folder in presets for swept in _of_preset(folder)]
+    # A condition that several figures or presets show counts once.
+    own: dict[tuple[Any, ...], SweptOptimum] = {}
+    for swept in (swept for folder in presets for swept in _of_preset(folder)):
+        of = swept.optimum
+        own.setdefault((of.model, of.dataset, of.batch_size, of.steps, of.method), swept)
+    return optima + list(own.values())
 
 
 def _of_study(study: Study) -> list[SweptOptimum]:
@@ -254,15 +260,14 @@ def _stated_optimum(source: str, model: str, method: str, lr: float, **about: An
 def _of_preset(folder: Path) -> list[SweptOptimum]:
     """Return the fitted optima of a preset's published figures: LRs by rank, by model, by condition, and of RL.
 
-    A condition that several figures show counts once. Optima at another alpha than ALPHA are left out, since only this
-    preset has them and `ALPHA_EXPONENT` stands for them.
+    Optima at another alpha than ALPHA are left out, since only this project has them and `ALPHA_EXPONENT` stands for
+    them.
 
     Raises:
         UserError: a figure's table names a model that the preset does not have.
     """
-    name = f"lorabench {folder.name}"
     models = load_preset(folder.name).models
-    rows: dict[tuple[Any, ...], SweptOptimum] = {}
+    optima = []
     for row in _published_rows(folder):
         spec = models.get(row["model"])
         if spec is None:
@@ -270,7 +275,7 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
                 f"{folder}: model {row['model']!r} is none of the preset {folder.name}: {', '.join(models)}"
             )
         optimum = LrOptimum(
-            source=name,
+            source=PROJECT,
             model=row["model"],
             family=_family_of(spec),
             dataset=row["dataset"],
@@ -286,9 +291,8 @@ def _of_preset(folder: Path) -> list[SweptOptimum]:
             counts=True,
             remark="fitted" if row["resolved"] else "fitted, not resolved",
         )
-        key = (optimum.model, optimum.dataset, optimum.batch_size, optimum.steps, optimum.method)
-        rows.setdefault(key, SweptOptimum(optimum, row["log_lrs"], row["losses"]))
-    return list(rows.values())
+        optima.append(SweptOptimum(optimum, row["log_lrs"], row["losses"]))
+    return optima
 
 
 def _published_rows(folder: Path) -> list[dict[str, Any]]:

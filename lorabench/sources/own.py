@@ -17,6 +17,9 @@ from lorabench.tables.judged import read_claims
 _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 
 
+PROJECT = "lorabench"
+"""The source that all presets of this project are: one more preset is not one more laboratory."""
+
 TINY, BELOW = "tiny", 1e7
 """The scale of all models with fewer parameters."""
 
@@ -86,7 +89,7 @@ def own_measurements(own: Own) -> list[Measurement]:
         measured.append(
             Measurement(
                 measure=measure,
-                source=f"lorabench {own.name}",
+                source=PROJECT,
                 study=f"lorabench {own.name}",
                 scale=str(row["scale"].iloc[0]),
                 parameters=int(row["parameters"].iloc[0]),

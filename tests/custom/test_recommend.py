@@ -59,7 +59,7 @@ def test_learning_rates_rest_on_every_source(tmp_path):
         assert (setting.value, setting.low, setting.high) == (lr.lr, lr.low, lr.high)
         assert lr.low < lr.lr < lr.high
         names = {share.source for share in lr.sources}
-        assert {"the paper's authors", "nhckdvrl", "Baseten", "lorabench laptop"} <= names
+        assert {"the paper's authors", "nhckdvrl", "Baseten", "lorabench"} <= names
         assert all(share.low <= share.high for share in lr.sources)
         assert lr.measured_by is None
         # All sources together decide the offset from the law, which has no prior.
@@ -124,7 +124,7 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
         for results in (tmp_path / "none", tmp_path)
     )
     for was, now in zip(before.lrs, after.lrs, strict=True):
-        assert (was.measured_by, now.measured_by) == ("lorabench laptop", "your own presets")
+        assert (was.measured_by, now.measured_by) == ("lorabench", "your own presets")
         measured = math.log(by_method[now.method])
         assert abs(math.log(now.lr) - measured) < min(0.5, abs(math.log(was.lr) - measured))
     assert recommended("llama-64", results=tmp_path).seen == ()
