@@ -10,6 +10,7 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage
 from lorabench.analysis.pooled_lr import Place, PooledLr
 from lorabench.sources.lr_optima import LrOptimum
+from lorabench.sources.own import PROJECT
 
 OWN = "your own presets"
 """The name of the optima that the user's finished presets measured, as one source."""
@@ -17,7 +18,6 @@ OWN = "your own presets"
 PROBABILITY = 0.8
 """The probability that the optimal LR of a further source lies in the recommended interval."""
 
-_PROJECT = "lorabench "
 # An attribute is outside of the evidence if the nearest value with evidence is further away than this factor.
 _NEAR = 2.0
 _NAMES = {"width": "width", "batch_size": "batch size", "steps": "length, in steps,"}
@@ -73,7 +73,7 @@ def recommended_lr(
         (optimum.source, optimum.model)
         for optimum in chosen
         if optimum.width == width and lineage(optimum.family) == lineage(family)
-        if optimum.source == OWN or optimum.source.startswith(_PROJECT)
+        if optimum.source in (OWN, PROJECT)
     ]
     # Your own presets come last.
     measured = same[-1] if same else None

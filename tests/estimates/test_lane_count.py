@@ -206,7 +206,7 @@ def test_lanes_take_the_waves_of_a_sweep_that_finds_its_lrs(raw_preset):
     raw_preset["execution"]["lanes"] = 8
     preset = Preset.model_validate(raw_preset)
     lora = next(sweep for sweep in make_plan(preset).sweeps if sweep.condition.method == "lora")
-    assert [len(wave) for wave in lora.expected_waves()] == [3, 1, 1, 6]
+    assert [len(wave) for wave in lora.expected_waves()] == [3, 1, 6]
     # Six seeds at three LRs are trained together, the walk's LRs one by one.
     assert lane_count(preset, lora, 0) == 6
-    assert turns(preset, lora, 6) == 4
+    assert turns(preset, lora, 6) == 3

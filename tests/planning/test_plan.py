@@ -298,13 +298,13 @@ def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(ra
     [block] = raw_preset["experiments"]["rank"]
     raw_preset["experiments"]["rank"] = [block | {"lrs": "auto", "ranks": {"all": [4]}, "seeds": 3}]
     plan = planned(raw_preset)
-    # Both methods start with the same LRs, and are expected to try two more before the seeds at three LRs.
+    # Both methods start with the same LRs, and are expected to try one more before the seeds at three LRs.
     assert {sweep.lrs for sweep in plan.sweeps} == {(4.64e-4, 1e-3, 2.15e-3)}
-    assert {(sweep.n_runs, sweep.most_runs) for sweep in plan.sweeps} == {(3 + 2 + 3 * 2, 9 * 3)}
-    assert (len(plan.rows()), len(run_ids(plan))) == (22, 6)
+    assert {(sweep.n_runs, sweep.most_runs) for sweep in plan.sweeps} == {(3 + 1 + 3 * 2, 9 * 3)}
+    assert (len(plan.rows()), len(run_ids(plan))) == (20, 6)
     total = bill.total(plan)
-    assert (total.runs, total.most_runs) == (22, 54)
-    assert 2 < total.most_job_hours / total.job_hours < 54 / 22
+    assert (total.runs, total.most_runs) == (20, 54)
+    assert 2 < total.most_job_hours / total.job_hours < 54 / 20
     # A job's time limit covers the largest number of runs.
     shorter = planned(raw_preset | {"experiments": {"rank": [raw_preset["experiments"]["rank"][0] | {"seeds": 2}]}})
     assert {sweep.sweep_id for sweep in plan.sweeps}.isdisjoint(sweep.sweep_id for sweep in shorter.sweeps)
