@@ -109,8 +109,8 @@ class Block(Strict):
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; the grid itself is run with
     the first seed."""
     seeds_around: Positive | None = None
-    """With `auto`, the number of seeds at the three LRs; the others are run at the best of them only, which makes the
-    lowest loss as certain as three times as many runs would, but not the optimal LR. Null for all seeds."""
+    """With `auto`, the number of seeds at the three LRs; the others are run at the best of them only: they
+    tell about the lowest loss and little about the optimal LR. Null for all seeds."""
     repeat: Literal["best", "every"] = "best"
     """The LRs at which further seeds are run: the best LR, or every LR of the grid."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
