@@ -177,7 +177,7 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.Arm
         interval = formats.fixed_interval(first["slope_low"], first["slope_high"], 2)
         facts.append(f"slope {first['slope']:.2f} {interval}")
     else:
-        facts.append(f"{len(thresholds)} ranks leave")
+        facts.append("1 rank leaves" if len(thresholds) == 1 else f"{len(thresholds)} ranks leave")
     if len(held):
         facts.append(f"first epoch {formats.amount(held['bits'].iloc[0], 'bit')}")
     style.note(axes, " · ".join(facts))

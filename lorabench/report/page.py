@@ -23,6 +23,7 @@ from lorabench.report import summary
 from lorabench.report.datasets import dataset_origins
 from lorabench.report.explorer import curves_to_draw, data_uri, table_downloads
 from lorabench.report.facts import COUNTING, headline
+from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS
 from lorabench.storage.layout import Layout
@@ -31,7 +32,6 @@ from lorabench.tables.judged import read_claims
 from lorabench.utils.files import atomic_path
 from lorabench.utils.formats import missing
 
-_DEFAULT_PRESET = "laptop"
 _HERE = Path(__file__).parent
 
 
@@ -136,5 +136,5 @@ def _figure(figure: PaperFigure, layout: Layout, source: str) -> dict[str, Any]:
 def _command(source: str, target: Path) -> str:
     """Return the command line that makes a file of the preset."""
     # Snakemake's --config takes all words that follow it, so it comes last.
-    config = [] if source == _DEFAULT_PRESET else ["--config", f"preset={source}"]
+    config = [] if source == DEFAULT_PRESET else ["--config", f"preset={source}"]
     return shlex.join(["snakemake", "--cores", "all", str(target), *config])
