@@ -98,6 +98,8 @@ class Run:
 
 EXPECTED_FURTHER_LRS = 1
 """LRs beside its three first that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
+GOOD = 0.95
+"""In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3
 """Number of LRs around the best that have several seeds in a sweep with `lrs: auto`."""
 

@@ -24,10 +24,8 @@ from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
 from lorabench.analysis.rl_health import is_sick
+from lorabench.runs import GOOD
 from lorabench.tables.checks import is_rl
-
-GOOD = 0.95
-"""The least share of an arm's own peak accuracy that a good LR reaches."""
 
 MAX_OPEN = 0.025
 """The share of draws in which a range of good LRs may reach an end of its grid and still counts as closed there."""

@@ -42,13 +42,13 @@ from lorabench.utils.formats import fixed_interval
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
-LONG = runs_of(FULL_STEPS, ("laptop", "core", "paper"))
+LONG = runs_of(FULL_STEPS, ("long_runs", "core", "paper"))
 """The condition of the claims on learning curves: the paper's runs take thousands of steps."""
 
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `LONG`, for the criteria."""
 
-NATURAL = natural_text(("core", "paper"))
+NATURAL = natural_text(("overnight", "core", "paper"))
 
 AT_OPTIMUM = (
     f"Curves are training NLL on the same batches, paired by seed. Each arm's is at its fitted optimal LR, between the "

@@ -211,7 +211,7 @@ B9 = Claim(
     unit="ratio",
     experiments=("short_run",),
     judge=over(every_dataset, short_runs_want_more),
-    conditions=(longest_run(FULL_STEPS, ("laptop", "core", "paper")),),
+    conditions=(longest_run(FULL_STEPS, ("long_runs", "core", "paper")),),
     fact=LR_RATIO,
 )
 

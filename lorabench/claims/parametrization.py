@@ -255,7 +255,7 @@ C10 = Claim(
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
     judge=over(most_examples, b_outgrows_a),
-    conditions=(longest_run(FULL_STEPS, ("laptop", "core", "paper")),),
+    conditions=(longest_run(FULL_STEPS, ("long_runs", "core", "paper")),),
 )
 
 

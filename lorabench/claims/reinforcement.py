@@ -13,7 +13,7 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide
 from lorabench.analysis.lr_ratio import PAPER_RATIO, judge_ratio
 from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rewards import GOOD, GoodRange, flat_top, good_ranges
+from lorabench.analysis.rewards import GoodRange, flat_top, good_ranges
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import Claim, untestable
 from lorabench.claims.rl_shared import (
@@ -28,6 +28,7 @@ from lorabench.claims.rl_shared import (
     over_problems,
     overshoot_problems,
 )
+from lorabench.runs import GOOD
 from lorabench.utils.formats import fixed_interval
 
 

@@ -6,7 +6,8 @@ fixed LRs, the second and last one is the other seeds at the LR with the lowest 
 
 1. Until the lowest loss has a higher one on both sides, no more than a step of the lattice away, the lattice's next LR
    is trained on each side that lacks one. A run that diverged counts as higher, and a finer LR is tried before it.
-   Equal lowest losses, as in RL, must be enclosed together.
+   Equal lowest losses must be enclosed together, and in RL all LRs whose reward is good: accuracies on few problems
+   are noisy and their peaks flat, so that a reward that is a little lower on both sides encloses nothing.
 2. The next seeds, `Sweep.seeds_around` with the first, are trained at the three LRs around the lowest loss. If its mean
    over the seeds is lowest at another LR than the middle one, the seeds go on to that LR's neighbours.
 3. All other seeds are trained at the LR with the lowest mean.
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 
-from lorabench.runs import AROUND, Run, Sweep
+from lorabench.runs import AROUND, GOOD, Run, Sweep
 from lorabench.utils import formats
 from lorabench.utils.lattice import Lattice
 
@@ -47,7 +48,7 @@ def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
     room = _room(sweep, sweep.lattice, first)
     started = any(seed and (lr, seed) not in sweep.repeated for lr, seed in losses)
     if not started:
-        wave = [Run(sweep.condition, lr, 0) for lr in _unexplored(sweep.lattice, first)[:room]]
+        wave = [Run(sweep.condition, lr, 0) for lr in _unexplored(sweep, sweep.lattice, first)[:room]]
     if wave or not any(map(math.isfinite, first.values())):
         return wave
     # Other experiments may have trained all seeds at some LRs, so that the means already know better.
@@ -119,23 +120,22 @@ def _room(sweep: Sweep, lattice: Lattice, first: Mapping[float, float]) -> int:
     return max(0, lattice.further - (len(first) - len(sweep.lrs)))
 
 
-def _lowest(scores: Mapping[float, float]) -> list[float]:
-    lowest = min(scores.values())
-    return sorted(lr for lr, score in scores.items() if score == lowest)
-
-
 def _middle_of_lowest(scores: Mapping[float, float]) -> float:
     """Return the middle of the LRs with the lowest score; where all scores are infinite, the lowest LR."""
-    equal = _lowest(scores)
+    lowest = min(scores.values())
+    equal = sorted(lr for lr, score in scores.items() if score == lowest)
     return equal[(len(equal) - 1) // 2 if math.isfinite(scores[equal[0]]) else 0]
 
 
-def _unexplored(lattice: Lattice, first: Mapping[float, float]) -> list[float]:
-    """Return the LRs to train on the sides on which no higher loss bounds the lowest; all lower if all diverged."""
-    equal = _lowest(first)
-    if math.isinf(first[equal[0]]):
-        return [lattice.next_to(equal[0], -1)]
-    ends = ((equal[0], -1), (equal[-1], 1))
+def _unexplored(sweep: Sweep, lattice: Lattice, first: Mapping[float, float]) -> list[float]:
+    """Return the LRs to train on the sides on which no higher loss bounds the best; all lower if all diverged."""
+    lowest = min(first.values())
+    if math.isinf(lowest):
+        return [lattice.next_to(min(first), -1)]
+    # In RL the losses are minus the rewards.
+    highest = GOOD * lowest if sweep.condition.task == "rl" else lowest
+    enclosed = [lr for lr, loss in first.items() if loss <= highest]
+    ends = ((enclosed[0], -1), (enclosed[-1], 1))
     return [lr for end, side in ends if (lr := _unexplored_beside(lattice, first, end, side)) is not None]
 
 

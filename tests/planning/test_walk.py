@@ -76,6 +76,18 @@ def test_equal_lowest_losses_are_enclosed_together():
     assert ending(SWEEP, losses).startswith("bracketed by 6 LRs")
 
 
+def test_in_rl_all_good_lrs_are_enclosed_and_the_best_of_them_is_chosen():
+    def minus_accuracy(lr, seed):
+        return {2.15e-4: -0.7, 4.64e-4: -0.78, 1e-3: -0.81, 2.15e-3: -0.80, 4.64e-3: -0.79}.get(lr, -0.5)
+
+    rl = replace(SWEEP, condition=replace(CONDITION, task="rl"))
+    losses, waves = walk(minus_accuracy, rl)
+    assert waves[:3] == [[4.64e-4, 1e-3, 2.15e-3], [2.15e-4, 4.64e-3], [1e-2]]
+    assert best_lr(rl, losses) == 1e-3
+    _, waves = walk(minus_accuracy)
+    assert waves == [[4.64e-4, 1e-3, 2.15e-3]] * 2
+
+
 def test_where_all_losses_are_equal_it_stops():
     losses, _ = walk(lambda lr, seed: 0.0)
     assert len({lr for lr, _ in losses}) == 9
