@@ -54,7 +54,7 @@ N1 = Claim(
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), about_one_bit),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
-    conditions=(natural_text(("core", "paper")),),
+    conditions=(natural_text(("overnight", "core", "paper")),),
 )
 
 TWO_BITS_BAND = (1.5, 2.5)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -40,6 +42,11 @@ SHOWN = "verdicts"
 DEFAULT_PRESET = "laptop"
 """The preset whose core claims the README shows."""
 
+FURTHER_PRESETS = ("long_runs",)
+"""The presets whose verdicts the README shows where the default preset has not the setting of a core claim."""
+
+_UNSETTLED = ("setting not met", "not tested")
+
 _NOT_PUBLISHED = ("run_ids",)
 """The columns of the table claims that are left out."""
 
@@ -57,16 +64,18 @@ def publish(layout: Layout, readme: Path) -> None:
 
     Args:
         layout: the preset, finished.
-        readme: the README, which is written for the default preset only; the page of results lies in `docs/` beside it.
+        readme: the README, which is written for the default preset and FURTHER_PRESETS only; the page of results lies
+            in `docs/` beside it.
 
     Raises:
         UserError: a page has no place for its block, the figure that the README shows has not been drawn, or the table
             claims is from another version.
     """
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
-    makers = {readme.parent / results_page(layout.name): results_block}
-    if layout.name == DEFAULT_PRESET:
-        makers[readme] = readme_block
+    published, default = layout.published, layout.published.with_name(DEFAULT_PRESET)
+    makers = {readme.parent / results_page(layout.name): lambda: results_block(published)}
+    if published == default or (layout.name in FURTHER_PRESETS and default.is_dir()):
+        makers[readme] = lambda: readme_block(default)
     around = {path: text_around(path, START, END) for path in makers}
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in FIGURE_KINDS)
     if layout.figures / f"{SHOWN}.svg" not in drawn:
@@ -79,7 +88,7 @@ def publish(layout: Layout, readme: Path) -> None:
     write_csv(claims.drop(columns=list(_NOT_PUBLISHED)), layout.published / "claims.csv")
     write_json(_provenance(layout, runs), layout.published / "provenance.json")
     for path, block in makers.items():
-        write_around(path, around[path], block(layout.published))
+        write_around(path, around[path], block())
 
 
 def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
@@ -107,17 +116,27 @@ def _provenance(layout: Layout, runs: pd.DataFrame) -> dict[str, Any]:
 def readme_block(figures: Path) -> str:
     """Return the README's block: the figure of all verdicts, and the core claims.
 
+    Where the runs have not the setting of a claim, the row is that of the first of FURTHER_PRESETS whose runs have it.
+
     Args:
-        figures: a folder that `publish` has written, as a path from the README.
+        figures: the default preset's folder that `publish` has written, as a path from the README. Those of further
+            presets lie beside it.
     """
     claims, counted = _read(figures)
+    core, pages = claims[claims["claim_id"].isin(CORE)].set_index("claim_id", drop=False), {}
+    further = [name for name in FURTHER_PRESETS if (figures.with_name(name) / "claims.csv").is_file()]
+    for name in further:
+        others = read_claims(figures.with_name(name), without=_NOT_PUBLISHED).set_index("claim_id", drop=False)
+        for claim_id in core.index[core["verdict"].isin(_UNSETTLED)].intersection(others.index):
+            if others.loc[claim_id, "verdict"] not in _UNSETTLED:
+                core.loc[claim_id], pages[claim_id] = others.loc[claim_id], name
     lines = [
         START,
         f"![{FIGURES[SHOWN].title}]({figures / SHOWN}.svg)",
         "",
         *counted,
         "",
-        *_table(claims[claims["claim_id"].isin(CORE)], claims),
+        *_table(core, claims, pages),
         END,
     ]
     return "\n".join(lines)
@@ -163,8 +182,14 @@ def _read(figures: Path) -> tuple[pd.DataFrame, list[str]]:
 _HEADER = ("claim", "verdict", "margin", "measured, 95% interval", "power", "scope", "paper")
 
 
-def _table(claims: pd.DataFrame, every: pd.DataFrame) -> list[str]:
-    """Return claims as a Markdown table; the facts that several of `every` claim state are named in their rows."""
+def _table(claims: pd.DataFrame, every: pd.DataFrame, presets: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Return claims as a Markdown table; the facts that several of `every` claim state are named in their rows.
+
+    Args:
+        claims: the claims of the table.
+        every: all claims of the preset.
+        presets: the presets that other rows are from, by claim.
+    """
     stating = {claim_id: fact.claim_ids for fact in facts(every) for claim_id in fact.claim_ids}
     lines = [f"| | {' | '.join(_HEADER)} |", f"|---|{'---|' * len(_HEADER)}"]
     for claim in claims.to_dict("records"):
@@ -172,9 +197,12 @@ def _table(claims: pd.DataFrame, every: pd.DataFrame) -> list[str]:
         statement = claim["statement"] + (f" (one fact with {', '.join(others)})" if others else "")
         remark = claim_text.remark(claim)
         verdict = f"{claim['verdict']}; {remark}" if remark else claim["verdict"]
+        scope = _cell(claim["scope"])
+        if claim["claim_id"] in presets:
+            scope += f" (preset [{presets[claim['claim_id']]}]({results_page(presets[claim['claim_id']])}))"
         cells = (
             *(claim["claim_id"], statement, verdict, claim_text.margin(claim), _measured(claim)),
-            *(claim_text.power(claim), _cell(claim["scope"]), _cell(claim["paper_value"])),
+            *(claim_text.power(claim), scope, _cell(claim["paper_value"])),
         )
         lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
     return lines

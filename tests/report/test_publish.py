@@ -175,6 +175,29 @@ def test_another_preset_has_a_page_of_its_own_and_leaves_the_readme(finished: La
     assert Path("README.md").read_text() == before
 
 
+def test_the_readme_takes_from_a_further_preset_what_the_default_one_has_no_setting_for(finished: Layout):
+    publish(finished, Path("README.md"))
+    scope = {"A1": "setting not met", "A3": "not tested", "B1": "inconclusive", "B3": "setting not met"}
+    claims_table([make_claim(*row) for row in scope.items()]).to_csv(finished.published / "claims.csv", index=False)
+    further = replace(finished, name="long_runs")
+    results_page("long_runs").write_text(f"{START}\n{END}\n")
+    shutil.copytree(finished.tables(), further.tables())
+    shutil.copytree(finished.figures, further.figures)
+    verdicts = {"A1": "contradicted", "A3": "confirmed", "B1": "confirmed", "B3": "not tested"}
+    write_frame(claims_table([make_claim(*row) for row in verdicts.items()]), "claims", further.tables())
+    publish(further, Path("README.md"))
+    rows = rows_of(Path("README.md").read_text())
+    link = "(preset [long_runs](docs/results-long_runs.md))"
+    assert "| contradicted |" in rows["A1"]
+    assert link in rows["A1"]
+    assert "| confirmed |" in rows["A3"]
+    assert link in rows["A3"]
+    assert "| inconclusive" in rows["B1"]
+    assert link not in rows["B1"]
+    assert "| setting not met" in rows["B3"]
+    assert link not in rows["B3"]
+
+
 @pytest.mark.parametrize(
     "preset", sorted(path.parent.name for path in REPOSITORY.glob("paper_figures/published/*/provenance.json"))
 )
