@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -73,16 +74,16 @@ def publish(layout: Layout, readme: Path) -> None:
     """
     runs, claims = read_table(layout.tables(), "runs"), read_claims(layout.tables())
     published, default = layout.published, layout.published.with_name(DEFAULT_PRESET)
-    makers = {readme.parent / results_page(layout.name): lambda: results_block(published)}
+    makers = {readme.parent / results_page(layout.name): partial(results_block, published)}
     if published == default or (layout.name in FURTHER_PRESETS and default.is_dir()):
-        makers[readme] = lambda: readme_block(default)
+        makers[readme] = partial(readme_block, default)
     around = {path: text_around(path, START, END) for path in makers}
     drawn = sorted(path for path in layout.figures.glob("*.*") if path.suffix in FIGURE_KINDS)
     if layout.figures / f"{SHOWN}.svg" not in drawn:
         raise UserError(f"figure {layout.figures / SHOWN}.svg does not exist; run the preset {layout.name} first")
     for path in drawn:
-        with atomic_path(layout.published / path.name) as partial:
-            shutil.copyfile(path, partial)
+        with atomic_path(layout.published / path.name) as unfinished:
+            shutil.copyfile(path, unfinished)
     for path in set(layout.published.glob("*.*")) - {layout.published / path.name for path in drawn}:
         path.unlink()
     write_csv(claims.drop(columns=list(_NOT_PUBLISHED)), layout.published / "claims.csv")
