@@ -1,7 +1,8 @@
 """LoRA's parameter counts on real architectures (the paper's table beside figure 4), from models without weights.
 
 `architectures/NAME.json` holds the public configuration of each architecture; nothing is downloaded, and no weight is
-allocated. The counted parameters are those that `add_lora` makes trainable.
+allocated. The counted parameters are those that `add_lora` makes trainable. All decoder layers of these architectures
+are alike, so models of one and of two layers tell the counts of all layers.
 
 Experts are fused in this implementation: gate and up of an expert are one matrix and share an A, so that an expert has
 r (d_in + 2 d_expert) + r (d_expert + d_in) LoRA parameters. The paper's scheme, with a LoRA each for gate, up and down,
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -41,23 +42,49 @@ _CONDITIONS: tuple[tuple[str, Placement, int, bool, bool], ...] = (
 )
 
 
-def _with_lora(architecture: str, placement: Placement, rank: int, include_unembedding: bool) -> PeftModel:
-    """Return the architecture with LoRA on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def _configuration(architecture: str) -> dict[str, Any]:
     path = ARCHITECTURES / f"{architecture}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in ARCHITECTURES.glob("*.json")))
         raise UserError(f"architecture {architecture!r} is not known; known: {known}")
-    config = AutoConfig.for_model(**json.loads(path.read_text()))
+    configuration: dict[str, Any] = json.loads(path.read_text())
+    return configuration
+
+
+def _with_lora(
+    configuration: dict[str, Any], placement: Placement, rank: int, include_unembedding: bool, layers: int
+) -> PeftModel:
+    """Return an architecture, cut to its first layers, with LoRA on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**configuration | {"num_hidden_layers": layers})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         return add_lora(model, rank, placement, 32.0, include_unembedding, seed=0)
 
 
-def _counts(model: PeftModel) -> dict[str, tuple[int, int]]:
-    """Return the trainable and base parameters of the whole model (`all`), and of the layers with LoRA by part."""
+def _counts(
+    architecture: str, placement: Placement, rank: int, include_unembedding: bool
+) -> dict[str, tuple[int, int]]:
+    """Return the trainable and base parameters of the whole model (`all`), and of the layers with LoRA by part.
+
+    Raises:
+        UserError: the architecture is not known.
+    """
+    configuration = _configuration(architecture)
+    more = configuration["num_hidden_layers"] - 1
+    one, two = (
+        _counts_of(_with_lora(configuration, placement, rank, include_unembedding, layers)) for layers in (1, 2)
+    )
+    return {
+        part: (trainable + more * (two[part][0] - trainable), base + more * (two[part][1] - base))
+        for part, (trainable, base) in one.items()
+    }
+
+
+def _counts_of(model: PeftModel) -> dict[str, tuple[int, int]]:
+    """Return the counts of a model, as `_counts` does."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     parts: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
@@ -82,7 +109,7 @@ def lora_parameters(architecture: str, placement: Placement, rank: int, include_
     Raises:
         UserError: the architecture is not known.
     """
-    return _counts(_with_lora(architecture, placement, rank, include_unembedding))["all"][0]
+    return _counts(architecture, placement, rank, include_unembedding)["all"][0]
 
 
 def counts_table() -> pd.DataFrame:
@@ -97,7 +124,7 @@ def counts_table() -> pd.DataFrame:
     """
     rows = []
     for architecture, placement, rank, include_unembedding, by_part in _CONDITIONS:
-        counts = _counts(_with_lora(architecture, placement, rank, include_unembedding))
+        counts = _counts(architecture, placement, rank, include_unembedding)
         for part, (trainable, base) in counts.items() if by_part else [("all", counts["all"])]:
             rows.append((architecture, placement, rank, include_unembedding, part, trainable, base))
     columns = ["architecture", "placement", "rank", "include_unembedding", "part", "trainable_params", "base_params"]
