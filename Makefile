@@ -32,7 +32,7 @@ format:  ## Format the code and the workflow.
 	ruff format .
 	snakefmt Snakefile workflow
 
-smoke:  ## Run every part at the smallest size, about two minutes.
+smoke:  ## Run every part at the smallest size, about a minute.
 	snakemake --cores all --config preset=smoke
 
 laptop:  ## Run the default preset, about 24 minutes on two cores.
