@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorabench.models.lanes.shelf import Lane, trained_parameters
 from lorabench.runs import PROTOCOL_VERSION
@@ -35,7 +36,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     processes: Processes = SINGLE_PROCESS,
 ) -> None:
-    """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically."""
+    """Write weights, optimizer state and `progress` (JSON data with the keys of a `Position`) atomically."""
     tensors = {}
     for name, place in lane.places.items():
         state = {"parameter": place.parameter.detach(), **optimizer.state[place.parameter]}
@@ -113,21 +114,38 @@ def load_checkpoint(
     return progress
 
 
-def checkpoint_step(path: Path) -> int:
-    """Return the step in a checkpoint's header; 0 if the header cannot be read."""
+class Position(NamedTuple):
+    """How far a checkpoint's run had come: its finished steps, and whether the evaluation after the last is done."""
+
+    step: int
+    evaluated: bool
+
+    @classmethod
+    def of(cls, progress: Mapping[str, Any]) -> Position:
+        """Return the position in a checkpoint's progress."""
+        return cls(int(progress["step"]), bool(progress.get("evaluated", True)))
+
+
+START = Position(0, True)
+"""The position of a run without a usable checkpoint."""
+
+
+def checkpoint_position(path: Path) -> Position:
+    """Return the position in a checkpoint's header; that of the start if the header cannot be read."""
     try:
         about = read_header(path)
     except DamagedTensorsError:
-        return 0
-    return int(json.loads(about.get("progress", '{"step": 0}'))["step"])
+        return START
+    return Position.of(json.loads(about["progress"])) if "progress" in about else START
 
 
-def usable_step(path: Path, run_id: str) -> int:
-    """Return the step of a run's checkpoint after reading and verifying all of it; 0 if it cannot be used."""
+def usable_position(path: Path, run_id: str) -> Position:
+    """Return the position of a run's checkpoint after reading and verifying all of it; that of the start if it cannot
+    be used."""
     try:
-        return int(_read(path, run_id)[1]["step"])
+        return Position.of(_read(path, run_id)[1])
     except DamagedTensorsError:
-        return 0
+        return START
 
 
 def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -34,7 +34,7 @@ from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.collect import sweep_rows, write_curves, write_test_losses
 from lorabench.training.checkpoint import whole_weights
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
-from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
+from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
 from lorabench.training.run import Machine, Outcome, recompute_activations
 from lorabench.training.selection import validation_loss
@@ -146,7 +146,8 @@ class SweepContext:
             if group:
                 paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
                 groups += [
-                    {run_id: group[run_id] for run_id in ids} for ids in groups_at_same_step(paths, machine.processes)
+                    {run_id: group[run_id] for run_id in ids}
+                    for ids in groups_at_same_position(paths, machine.processes)
                 ]
         return groups
 

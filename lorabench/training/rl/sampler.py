@@ -10,7 +10,7 @@ drawn; responses are never tokenized again from text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ def sample(
     stop: Stop,
     max_cache_tokens: int,
     autocast: torch.dtype | None = None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """Draw a response to each request, at temperature 1 from the whole vocabulary.
 
@@ -75,6 +76,7 @@ def sample(
         stack: a causal language model with one lane, or with the lanes that the requests name.
         max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
         autocast: the type of autocast; None for fp32.
+        interrupt: called before each position; it may raise to end the drawing.
 
     Returns:
         The responses, in the order of the requests.
@@ -93,7 +95,8 @@ def sample(
                 # The rows of a lane lie side by side.
                 chunk.sort(key=lambda index: lanes[index])
                 chosen = [requests[index] for index in chunk]
-                drawn = _sample_chunk(stack, tokenizer, chosen, [lanes[index] for index in chunk], stop, device)
+                of_lanes = [lanes[index] for index in chunk]
+                drawn = _sample_chunk(stack, tokenizer, chosen, of_lanes, stop, device, interrupt)
                 responses.update(zip(chunk, drawn, strict=True))
     finally:
         model.train(was_training)
@@ -166,6 +169,7 @@ def _sample_chunk(
     lanes: list[int],
     stop: Stop,
     device: torch.device,
+    interrupt: Callable[[], None],
 ) -> list[Response]:
     n, longest = len(requests), stop.max_new_tokens
     random_numbers = np.full((n, longest), -1.0)
@@ -200,6 +204,7 @@ def _sample_chunk(
 
     live = np.arange(n)
     for step in range(longest):
+        interrupt()
         chosen = _on(live, device)
         distribution = torch.log_softmax(logits.float(), -1)
         drawn = draw(distribution, uniform[chosen, step], contexts)

@@ -13,15 +13,16 @@ from lorabench.training.rl.objective import ResponseGroup, StepMeasures, backwar
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine
 
-Sampler = Callable[[list[Request]], list[Response]]
-"""Draws a response to each request, in their order."""
+Sampler = Callable[[list[Request], bool], list[Response]]
+"""Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A request for responses."""
+    """A request for responses. It is interruptible if nothing but these responses is lost when the job ends."""
 
     requests: list[Request]
+    interruptible: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class RlServer:
         self, requests: Mapping[str, SampleRequest | RlGradientRequest]
     ) -> dict[str, SampleResult | GradientResult]:
         """Answer all requests for responses; if there are none, compute the gradients of all lanes."""
-        samples = {name: request.requests for name, request in requests.items() if isinstance(request, SampleRequest)}
+        samples = {name: request for name, request in requests.items() if isinstance(request, SampleRequest)}
         if samples:
             return dict(serve_samples(samples, self._sampler))
         groups = {name: request.groups for name, request in requests.items() if isinstance(request, RlGradientRequest)}
@@ -80,16 +81,17 @@ class RlServer:
         }
 
 
-def serve_samples(requests: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, SampleResult]:
+def serve_samples(requests: Mapping[str, SampleRequest], sampler: Sampler) -> dict[str, SampleResult]:
     """Draw the responses of all lanes as one batch; the seconds are divided by the tokens of each lane."""
     started = time.perf_counter()
-    responses = sampler([request for of_lane in requests.values() for request in of_lane])
+    interruptible = all(of_lane.interruptible for of_lane in requests.values())
+    responses = sampler([request for of_lane in requests.values() for request in of_lane.requests], interruptible)
     seconds = time.perf_counter() - started
     tokens = sum(len(response.tokens) for response in responses)
     answers, start = {}, 0
     for name, of_lane in requests.items():
-        drawn = responses[start : start + len(of_lane)]
-        start += len(of_lane)
+        drawn = responses[start : start + len(of_lane.requests)]
+        start += len(of_lane.requests)
         share = sum(len(response.tokens) for response in drawn) / tokens
         answers[name] = SampleResult(drawn, seconds * share, tokens / seconds)
     return answers
@@ -97,4 +99,4 @@ def serve_samples(requests: Mapping[str, list[Request]], sampler: Sampler) -> di
 
 def sampling_server(sampler: Sampler) -> Callable[[Mapping[str, SampleRequest]], dict[str, SampleResult]]:
     """Return a function that serves lanes which request only responses."""
-    return lambda lanes: serve_samples({name: request.requests for name, request in lanes.items()}, sampler)
+    return lambda lanes: serve_samples(lanes, sampler)
