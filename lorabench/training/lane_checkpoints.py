@@ -28,6 +28,9 @@ from lorabench.training.checkpoint import (
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.utils import signals
 
+_SHARE = 0.02
+"""The largest share of the time that saving takes; where it takes long, it is done less often."""
+
 
 def groups_at_same_position(paths: Mapping[str, Path], processes: Processes = SINGLE_PROCESS) -> list[list[str]]:
     """Group runs by the position of their checkpoints; the runs of a group can go on together.
@@ -49,7 +52,7 @@ def groups_at_same_position(paths: Mapping[str, Path], processes: Processes = SI
     processes.wait()
     groups: dict[Position, list[str]] = {}
     for run_id, path in paths.items():
-        groups.setdefault(usable_position(path, run_id), []).append(run_id)
+        groups.setdefault(usable_position(path, run_id, processes), []).append(run_id)
     return list(groups.values())
 
 
@@ -64,11 +67,11 @@ class LaneCheckpoints:
         """
         Args:
             paths: the checkpoint of each run by its run_id.
-            seconds: time between two checkpoints.
+            seconds: least time between two checkpoints; with 0 the lanes save after every step, whatever it costs.
             processes: the processes that train the lanes together.
         """
         self._paths, self._seconds, self._saved = dict(paths), seconds, time.perf_counter()
-        self._processes = processes
+        self._processes, self._cost = processes, 0.0
         self._decided, self._due, self.stopping = START, False, False
 
     def due(self, step: int, last: bool) -> bool:
@@ -78,17 +81,22 @@ class LaneCheckpoints:
         """
         if self._decides(Position(step, True)):
             self.stopping = self._processes.any(signals.requested()) and not last
-            waited = self._processes.any(time.perf_counter() - self._saved >= self._seconds)
+            interval = max(self._seconds, self._cost / _SHARE) if self._seconds else 0.0
+            waited = self._processes.any(time.perf_counter() - self._saved >= interval)
             self._due = len(self._paths) > 1 if last else waited or self.stopping
             if self._due:
-                self._saved = time.perf_counter()
+                self._begin()
         return self._due
 
     def before_evaluation(self, step: int) -> None:
         """Prepare for the checkpoint that the lanes save after this step, before they are evaluated."""
         if self._decides(Position(step, False)):
             self.stopping = self._processes.any(signals.requested())
-            self._saved = time.perf_counter()
+            self._begin()
+
+    def _begin(self) -> None:
+        """Note that the lanes save now."""
+        self._saved, self._cost = time.perf_counter(), 0.0
 
     def _decides(self, position: Position) -> bool:
         """Return whether this is the first lane's call at a position."""
@@ -97,11 +105,12 @@ class LaneCheckpoints:
 
     def save(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
         """Save the state of a lane; see `save_checkpoint`."""
-        path = self._paths[run_id]
+        path, started = self._paths[run_id], time.perf_counter()
         if len(self._paths) > 1:
             path = _next(path)
         save_checkpoint(path, run_id, lane, optimizer, progress, self._processes)
         self._commit()
+        self._cost += time.perf_counter() - started
 
     def load(self, run_id: str, lane: Lane, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Restore the state of a lane; see `load_checkpoint`."""
