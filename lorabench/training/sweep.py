@@ -33,6 +33,7 @@ from lorabench.storage.progress import Progress
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.collect import sweep_rows, write_curves, write_test_losses
 from lorabench.training.checkpoint import whole_weights
+from lorabench.training.determinism import fix_workspaces
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
@@ -53,6 +54,8 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
         keep_freed_memory()
+    else:
+        fix_workspaces()
     return Machine(
         device,
         execution.max_batch_tokens,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lorabench.models.lanes.shelf import Stack
+from lorabench.training.determinism import deterministically
 from lorabench.training.rl.objective import ResponseGroup, StepMeasures, backward
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine
@@ -68,9 +70,10 @@ class RlServer:
 
     def _learn(self, batches: Mapping[str, list[ResponseGroup]]) -> dict[str, GradientResult]:
         machine, started = self._machine, time.perf_counter()
-        steps = backward(
-            self._stack, list(batches.values()), machine.max_batch_tokens, self._autocast, machine.processes
+        learn = partial(
+            backward, self._stack, list(batches.values()), machine.max_batch_tokens, self._autocast, machine.processes
         )
+        steps = deterministically(learn, self._stack.zero_grad, machine.device)
         for lane in self._stack.lanes.values():
             machine.processes.sum_gradients(lane.parameters)
         seconds = time.perf_counter() - started
