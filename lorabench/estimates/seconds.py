@@ -38,6 +38,12 @@ _LAYER_SECONDS = 0.8e-3
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
 
+# Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
+_TF32 = 2.0
+# Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
+# sum written; backward the gradient of the sum is written, and read for both factors.
+_ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
+
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
 _LONGEST_ANSWER = 256
@@ -64,10 +70,35 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     work = flops.trained + flops.evaluated + flops.recomputed
     if not gpus:
         return (work + _DECODING * flops.drawn) / flops_per_second(preset.execution), 0.0
-    computing = work / flops_per_second(preset.execution, gpus)
+    computing = _experts_factor(preset, sweep) * work / flops_per_second(preset.execution, gpus)
+    computing += _adding_seconds(preset, sweep, gpus)
     waiting = max(0.0, _launch_seconds(preset, sweep, gpus) - computing)
     drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
     return computing + flops.drawn / flops_per_second(preset.execution, gpus), waiting + drawing
+
+
+def _experts_factor(preset: Preset, sweep: Sweep) -> float:
+    """Return the factor on a GPU's time because experts compute in TF32 where all other layers do in bf16."""
+    sizes = dimensions(preset.models[sweep.condition.model])
+    if preset.protocol.precision != "bf16":
+        return 1.0
+    experts = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in sizes.matrices if matrix.part == "experts")
+    return 1.0 + (_TF32 - 1.0) * experts / sizes.active_linear
+
+
+def _adding_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Return the seconds in which a run's LoRA is added to the weights of experts on GPUs, in each pass."""
+    condition, execution = sweep.condition, preset.execution
+    sizes = dimensions(preset.models[condition.model])
+    if condition.placement in (None, "attn") or not sizes.experts:
+        return 0.0
+    assert execution.gpu
+    experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
+    tokens, most = run_tokens(preset, condition), gpus * execution.max_batch_tokens
+    trained, evaluated = max(condition.steps, tokens.trained / most), tokens.evaluated / most
+    recomputed = trained if execution.activation_checkpointing else 0.0
+    traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
+    return traffic * experts / GPUS[execution.gpu].bandwidth
 
 
 def start_seconds(preset: Preset) -> float:

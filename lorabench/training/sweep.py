@@ -56,6 +56,9 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         keep_freed_memory()
     else:
         fix_workspaces()
+        # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
+        # TF32 has more digits than the bf16 of all other layers.
+        torch.backends.cuda.matmul.allow_tf32 = plan.preset.protocol.precision == "bf16"
     return Machine(
         device,
         execution.max_batch_tokens,
