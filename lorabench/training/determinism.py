@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -54,12 +54,13 @@ def deterministically(compute: Callable[[], T], undo: Callable[[], None], device
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    setting: Any = torch.utils.deterministic
+    fill = setting.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     # It would write into each new tensor, to show errors in programs.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setting.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        setting.fill_uninitialized_memory = fill

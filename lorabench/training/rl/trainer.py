@@ -76,8 +76,7 @@ class _Work:
     def train(self, context: SweepContext, runs: RunGroup) -> None:
         """Train a group of runs as lanes of a newly loaded base model."""
         machine = context.machine
-        if machine.processes.any(signals.requested()):
-            signals.raise_stopped()
+        context.begin()
         model: Any = context.load()
         check_plain_head(model)
         together = [run for _, run in runs.values()]
