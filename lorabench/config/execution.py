@@ -76,9 +76,10 @@ class Execution(Strict):
     time. 0 means a checkpoint after every step."""
     keep_weights: Literal["best", "all"] = "best"
     """The trained weights that are kept: of the runs at each condition's best LR, or of all runs."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["auto"] = False
     """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
-    more work and far less memory."""
+    more work and far less memory. With `auto` the plan decides for each sweep: only where a job then needs fewer
+    GPUs, so never on a CPU."""
     sharding: Sharding = "fsdp"
     """How several GPUs hold a model: `fsdp` gives each a part of it, `ddp` the whole model, which must fit."""
     gpu: str | None = None

@@ -13,7 +13,7 @@ from lorabench.estimates.flops import (
 )
 from lorabench.estimates.lane_count import lane_count, turns
 from lorabench.estimates.lengths import longest_sequence
-from lorabench.estimates.memory import cast_parameters
+from lorabench.estimates.memory import cast_parameters, decided
 from lorabench.models.dimensions import dimensions
 from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
@@ -66,6 +66,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     Returns:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
+    preset = decided(preset, sweep)
     flops = run_flops(preset, sweep.condition)
     work = flops.trained + flops.evaluated + flops.recomputed
     if not gpus:
@@ -96,7 +97,7 @@ def _adding_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
     tokens, most = run_tokens(preset, condition), gpus * execution.max_batch_tokens
     trained, evaluated = max(condition.steps, tokens.trained / most), tokens.evaluated / most
-    recomputed = trained if execution.activation_checkpointing else 0.0
+    recomputed = trained if execution.activation_checkpointing is True else 0.0
     traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
     return traffic * experts / GPUS[execution.gpu].bandwidth
 

@@ -21,6 +21,7 @@ from lorabench.config.datasets import FactsDataset
 from lorabench.config.execution import Execution
 from lorabench.errors import UserError
 from lorabench.estimates.lane_count import deal, lane_count
+from lorabench.estimates.memory import decided
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lanes.full import lane_state
 from lorabench.models.lanes.lora import stack_lora
@@ -114,7 +115,7 @@ class SweepContext:
             model = load_model(spec) if processes.first else skeleton(spec)
         else:
             model = load_model(spec).to(self.machine.device)
-        if self.plan.preset.execution.activation_checkpointing:
+        if self._recomputes:
             recompute_activations(model)
         return model
 
@@ -137,8 +138,11 @@ class SweepContext:
     def stacked(self, model: PeftModel, runs: Sequence[Run]) -> Stack:
         """Return the stack of a model that has the runs' adapters."""
         # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
-        keep_cast = not self.plan.preset.execution.activation_checkpointing
-        return stack_lora(model, [run.run_id for run in runs], keep_cast)
+        return stack_lora(model, [run.run_id for run in runs], keep_cast=not self._recomputes)
+
+    @property
+    def _recomputes(self) -> bool:
+        return decided(self.plan.preset, self.sweep).execution.activation_checkpointing is True
 
     def ticker(self, number: int, run: Run) -> Callable[[int], None]:
         """Return the function that a run calls after each step; only the first process reports progress."""

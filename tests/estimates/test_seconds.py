@@ -7,6 +7,7 @@ import pytest
 from lorabench.config.loading import load_preset
 from lorabench.estimates.flops import run_flops, run_tokens
 from lorabench.estimates.lane_count import lane_count, turns
+from lorabench.estimates.memory import decided
 from lorabench.estimates.seconds import flops_per_second, run_seconds, sweep_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import make_plan
@@ -58,7 +59,7 @@ def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
     for sweep in make_plan(paper).sweeps:
         condition = sweep.condition
         if condition.model == "qwen3-30b-a3b-base" and condition.method == "lora":
-            flops = run_flops(paper, condition)
+            flops = run_flops(decided(paper, sweep), condition)
             computed = (flops.trained + flops.evaluated + flops.recomputed) / flops_per_second(paper.execution, 4)
             seconds[condition.placement] = run_seconds(paper, sweep, 4)[0], computed * (1 + share)
     assert seconds["attn"][0] == pytest.approx(seconds["attn"][1])
