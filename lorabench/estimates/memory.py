@@ -44,8 +44,8 @@ class Memory:
     activations: float
     logits: float
     sampling: float
-    """Keys, values and distributions while responses are drawn, with the gradients that are allocated throughout; never
-    at the same time as gradients, copies, activations and logits."""
+    """Keys, values and distributions while responses are drawn, bf16 copies of weights in passes without gradients, and
+    the gradients that are allocated throughout; never at the same time as gradients, copies, activations and logits."""
 
     @property
     def total(self) -> float:
@@ -85,15 +85,20 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) ->
     # In RL attention has a mask and is not computed in blocks.
     row = 0 if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
-    if not is_rl:
-        return step
     bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
+    # Passes without gradients keep the bf16 copies of all weights that carry LoRA, also where training does not.
+    cast = 0
+    if condition.placement is not None and bf16 and not sharded:
+        carrying = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
+        cast = 2 * (carrying - cast_parameters(preset, sizes, condition.placement, gpus))
+    if not is_rl:
+        return replace(step, sampling=cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
     copy = 4 * sizes.parameters - (2 * _linear(sizes) if bf16 else 0) if sharded else 0
     cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
     # The gradients of LoRA's lanes are allocated throughout.
     kept = step.gradients if condition.rank is not None and not sharded else 0
-    drawing = kept + _sampling(sizes, cached, cached / longest, bf16)
+    drawing = kept + cast + _sampling(sizes, cached, cached / longest, bf16)
     return replace(step, weights=step.weights + copy, sampling=drawing)
 
 
@@ -255,9 +260,9 @@ def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
 def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
     """Return the bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    # Keys leave their rotation in fp32, values have the precision of their product; a layer's buffers grow by copying.
-    cache = tokens * (sizes.layers + 1) * keys * (6 if bf16 else 8)
-    # One layer's keys and values are repeated for all heads, then cast.
-    repeated = tokens * queries * (10 if bf16 else 8)
+    # Keys and values have the precision of their products; a layer's buffers grow by copying.
+    cache = tokens * (sizes.layers + 1) * keys * (4 if bf16 else 8)
+    # One layer's keys and values are repeated for all heads.
+    repeated = tokens * queries * (4 if bf16 else 8)
     # Log-probabilities, and the cumulative sums of their exponentials in double precision.
     return cache + repeated + rows * sizes.vocabulary * 34

@@ -22,7 +22,8 @@ from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.loss import check_plain_head
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
-from lorabench.training.rl.sampler import Request, Response, sample
+from lorabench.training.rl.refill import sample_refilling
+from lorabench.training.rl.sampler import Request, Response, sample, shares_rows
 from lorabench.training.rl.serve import RlServer, Sampler, sampling_server
 from lorabench.training.rl.together import FirstProcessGrader, Replica, sample_in_processes
 from lorabench.training.sweep import RunGroup, SweepContext, now, provenance
@@ -135,8 +136,12 @@ class _Work:
         # Several processes would have to agree at every position.
         interrupt = signals.check if interruptible and machine.processes.count == 1 else lambda: None
 
+        # On a CPU long responses are drawn in batches, so that numbers stay the same to the last bit.
+        refills = machine.device.type == "cuda" and not shares_rows(texts.stop)
+        sampler = sample_refilling if refills else sample
+
         def draw(share: list[Request]) -> list[Response]:
-            return sample(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast, interrupt)
+            return sampler(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast, interrupt)
 
         return sample_in_processes(requests, draw, machine.processes)
 
