@@ -130,7 +130,7 @@ class _Responses:
         self.is_token = torch.cat([self.is_token, mask[:, None]], -1)
         ids = np.where(self.alive, self.pending, 0)
         # The pending token is the last of the response.
-        places = [len(self._requests[index].prompt) + len(self._tokens[index]) - 1 for index in self.rows]
+        places = [len(self._requests[index].prompt) + len(self._tokens[index]) - 1 for index in self.rows.tolist()]
         logits = logits_at_end(
             self._stack,
             on_device(ids, self._device)[:, None],
