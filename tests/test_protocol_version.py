@@ -49,6 +49,7 @@ CODE = (
     "lorabench/training/rl/loop.py",
     "lorabench/training/rl/objective.py",
     "lorabench/training/rl/prompts.py",
+    "lorabench/training/rl/refill.py",
     "lorabench/training/rl/sampler.py",
     "lorabench/training/rl/serve.py",
     "lorabench/training/rl/together.py",

@@ -52,6 +52,8 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
             f"at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
             f"the longest job takes {formats.number(total.longest_hours)} hours; "
             f"{formats.number(total.gpu_hours / 24)} days on one GPU",
+            f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk besides, for "
+            "checkpoints and the weights of all its runs",
         ]
         last["GPU-hours"] = lambda row: _and_most(
             row, formats.number(row.gpu_hours, 2), formats.number(row.most_gpu_hours, 2)

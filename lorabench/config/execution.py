@@ -72,12 +72,14 @@ class Execution(Strict):
     """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many
     as save time and fit into memory. With 1, every run is trained alone."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
-    """Minutes between a run's checkpoints, from which it resumes; 0 means a checkpoint after every step."""
+    """Least minutes between a run's checkpoints, from which it resumes; more where saving would take over 2% of the
+    time. 0 means a checkpoint after every step."""
     keep_weights: Literal["best", "all"] = "best"
     """The trained weights that are kept: of the runs at each condition's best LR, or of all runs."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["auto"] = False
     """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
-    more work and far less memory."""
+    more work and far less memory. With `auto` the plan decides for each sweep: only where a job then needs fewer
+    GPUs, so never on a CPU."""
     sharding: Sharding = "fsdp"
     """How several GPUs hold a model: `fsdp` gives each a part of it, `ddp` the whole model, which must fit."""
     gpu: str | None = None

@@ -81,7 +81,7 @@ class RunFlops:
     evaluated: float
     drawn: float
     recomputed: float
-    """FLOPs of the forward passes that activation checkpointing repeats."""
+    """FLOPs of the forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
 
 
 def run_flops(preset: Preset, condition: Condition) -> RunFlops:
@@ -94,7 +94,7 @@ def run_flops(preset: Preset, condition: Condition) -> RunFlops:
     attention = attention_flops_per_token(sizes, tokens.context)
     forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
     train = linear_flops_per_token(sizes, lora) + 3 * attention
-    recomputed = tokens.trained * forward if preset.execution.activation_checkpointing else 0.0
+    recomputed = tokens.trained * forward if preset.execution.activation_checkpointing is True else 0.0
     return RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, recomputed)
 
 

@@ -11,6 +11,7 @@ follow the code of transformers and PEFT, and were checked by the lifetime of ev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from lorabench.config.placement import Placement
@@ -43,8 +44,8 @@ class Memory:
     activations: float
     logits: float
     sampling: float
-    """Keys, values and distributions while responses are drawn, with the gradients that are allocated throughout; never
-    at the same time as gradients, copies, activations and logits."""
+    """Keys, values and distributions while responses are drawn, bf16 copies of weights in passes without gradients, and
+    the gradients that are allocated throughout; never at the same time as gradients, copies, activations and logits."""
 
     @property
     def total(self) -> float:
@@ -63,16 +64,18 @@ def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, plac
 def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
     """Return the number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
 
-    It is 0 for sharded models, and with `activation_checkpointing`, which is set where memory matters more than speed.
+    It is 0 for sharded models, and with `activation_checkpointing`, by which memory matters more than speed. It must be
+    decided (see `decided`).
     """
     execution, bf16 = preset.execution, preset.protocol.precision == "bf16"
-    if placement is None or not bf16 or execution.activation_checkpointing or _parts(preset, gpus) > 1:
+    if placement is None or not bf16 or execution.activation_checkpointing is True or _parts(preset, gpus) > 1:
         return 0
     return sizes.carrying(placement, preset.protocol.include_unembedding)
 
 
 def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) -> Memory:
     """Estimate the peak memory of a sweep's job on each of its GPUs, with `lanes` runs at once."""
+    preset = decided(preset, sweep)
     condition, execution = sweep.condition, preset.execution
     sizes = dimensions(preset.models[condition.model])
     longest = longest_sequence(preset, condition)
@@ -82,15 +85,20 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) ->
     # In RL attention has a mask and is not computed in blocks.
     row = 0 if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
-    if not is_rl:
-        return step
     bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
+    # Passes without gradients keep the bf16 copies of all weights that carry LoRA, also where training does not.
+    cast = 0
+    if condition.placement is not None and bf16 and not sharded:
+        carrying = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
+        cast = 2 * (carrying - cast_parameters(preset, sizes, condition.placement, gpus))
+    if not is_rl:
+        return replace(step, sampling=cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
     copy = 4 * sizes.parameters - (2 * _linear(sizes) if bf16 else 0) if sharded else 0
     cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
     # The gradients of LoRA's lanes are allocated throughout.
     kept = step.gradients if condition.rank is not None and not sharded else 0
-    drawing = kept + _sampling(sizes, cached, cached / longest, bf16)
+    drawing = kept + cast + _sampling(sizes, cached, cached / longest, bf16)
     return replace(step, weights=step.weights + copy, sampling=drawing)
 
 
@@ -107,6 +115,8 @@ def step_memory(
 ) -> Memory:
     """Estimate the memory of a training step on micro-batches whose tokens are all scored.
 
+    Whether activations are recomputed must be decided (see `decided`).
+
     Args:
         rank: LoRA's rank; None is full fine-tuning.
         tokens: tokens of a micro-batch, of all lanes together.
@@ -116,7 +126,7 @@ def step_memory(
     Returns:
         The bytes on each GPU, without those of sampling.
     """
-    bf16, recomputes = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing
+    bf16, recomputes = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing is True
     parts = _parts(preset, gpus)
     trained = lanes * trained_parameters(preset, sizes, rank, placement)
     layer = _layer_bytes(sizes, rank, bf16)
@@ -164,21 +174,46 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     Raises:
         UserError: the job does not even fit on `execution.max_gpus`.
     """
+    preset = decided(preset, sweep)
     execution = preset.execution
     if execution.gpu is None:
         return 0
-    available = USABLE * GPUS[execution.gpu].memory
-    gpus = 1
-    while (needed := sweep_memory(preset, sweep, gpus).total) > available:
-        if 2 * gpus > execution.max_gpus:
-            also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
-            raise UserError(
-                f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {gpus} x {execution.gpu}, which "
-                f"has {available / GB:.0f} GB to give; of execution, {also}lower max_batch_tokens "
-                f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
-                f"({execution.max_gpus}), or choose another gpu"
-            )
+    gpus = _least_gpus(preset, sweep)
+    if gpus is None:
+        most, available = 2 ** int(math.log2(execution.max_gpus)), USABLE * GPUS[execution.gpu].memory
+        needed = sweep_memory(preset, sweep, most).total
+        also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
+        raise UserError(
+            f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {most} x {execution.gpu}, which "
+            f"has {available / GB:.0f} GB to give; of execution, {also}lower max_batch_tokens "
+            f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
+            f"({execution.max_gpus}), or choose another gpu"
+        )
+    return gpus
+
+
+def decided(preset: Preset, sweep: Sweep) -> Preset:
+    """Return the preset with `activation_checkpointing: auto` decided for a sweep: only where it saves GPUs."""
+    execution = preset.execution
+    if execution.activation_checkpointing != "auto":
+        return preset
+    keeping, recomputing = (
+        preset.model_copy(update={"execution": execution.model_copy(update={"activation_checkpointing": again})})
+        for again in (False, True)
+    )
+    if execution.gpu is None or _least_gpus(keeping, sweep) == _least_gpus(recomputing, sweep) is not None:
+        return keeping
+    return recomputing
+
+
+def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
+    """Return the smallest number of GPUs that holds a sweep's job; None if no allowed number does."""
+    execution, gpus = preset.execution, 1
+    assert execution.gpu
+    while sweep_memory(preset, sweep, gpus).total > USABLE * GPUS[execution.gpu].memory:
         gpus *= 2
+        if gpus > execution.max_gpus:
+            return None
     return gpus
 
 
@@ -225,9 +260,9 @@ def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
 def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
     """Return the bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    # Keys leave their rotation in fp32, values have the precision of their product; a layer's buffers grow by copying.
-    cache = tokens * (sizes.layers + 1) * keys * (6 if bf16 else 8)
-    # One layer's keys and values are repeated for all heads, then cast.
-    repeated = tokens * queries * (10 if bf16 else 8)
+    # Keys and values have the precision of their products; a layer's buffers grow by copying.
+    cache = tokens * (sizes.layers + 1) * keys * (4 if bf16 else 8)
+    # One layer's keys and values are repeated for all heads.
+    repeated = tokens * queries * (4 if bf16 else 8)
     # Log-probabilities, and the cumulative sums of their exponentials in double precision.
     return cache + repeated + rows * sizes.vocabulary * 34

@@ -13,7 +13,7 @@ from lorabench.estimates.flops import (
 )
 from lorabench.estimates.lane_count import lane_count, turns
 from lorabench.estimates.lengths import longest_sequence
-from lorabench.estimates.memory import cast_parameters
+from lorabench.estimates.memory import decided
 from lorabench.models.dimensions import dimensions
 from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS
@@ -38,6 +38,16 @@ _LAYER_SECONDS = 0.8e-3
 # The speed of several GPUs, which wait for each other, as a share of the summed speed of as many single ones.
 _SHARDED = 0.8
 
+# Seconds of a product in TF32 over those in bf16, the ratio of the peaks of every GPU in lorabench/utils/gpus.py.
+_TF32 = 2.0
+# Bytes of memory traffic for each parameter of an expert when LoRA is added to it: forward its weight is read and the
+# sum written; backward the gradient of the sum is written, and read for both factors.
+_ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
+
+# Responses up to this length are drawn in batches; the positions of drawing longer ones, over those of rows that are
+# never idle (see `lorabench.training.rl.refill`).
+_SHORT_RESPONSE, _REFILLED = 64, 1.2
+
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
 _LONGEST_ANSWER = 256
@@ -60,14 +70,40 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     Returns:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
+    preset = decided(preset, sweep)
     flops = run_flops(preset, sweep.condition)
     work = flops.trained + flops.evaluated + flops.recomputed
     if not gpus:
         return (work + _DECODING * flops.drawn) / flops_per_second(preset.execution), 0.0
-    computing = work / flops_per_second(preset.execution, gpus)
+    computing = _experts_factor(preset, sweep) * work / flops_per_second(preset.execution, gpus)
+    computing += _adding_seconds(preset, sweep, gpus)
     waiting = max(0.0, _launch_seconds(preset, sweep, gpus) - computing)
     drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
     return computing + flops.drawn / flops_per_second(preset.execution, gpus), waiting + drawing
+
+
+def _experts_factor(preset: Preset, sweep: Sweep) -> float:
+    """Return the factor on a GPU's time because experts compute in TF32 where all other layers do in bf16."""
+    sizes = dimensions(preset.models[sweep.condition.model])
+    if preset.protocol.precision != "bf16":
+        return 1.0
+    experts = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in sizes.matrices if matrix.part == "experts")
+    return 1.0 + (_TF32 - 1.0) * experts / sizes.active_linear
+
+
+def _adding_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Return the seconds in which a run's LoRA is added to the weights of experts on GPUs, in each pass."""
+    condition, execution = sweep.condition, preset.execution
+    sizes = dimensions(preset.models[condition.model])
+    if condition.placement in (None, "attn") or not sizes.experts:
+        return 0.0
+    assert execution.gpu
+    experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
+    tokens, most = run_tokens(preset, condition), gpus * execution.max_batch_tokens
+    trained, evaluated = max(condition.steps, tokens.trained / most), tokens.evaluated / most
+    recomputed = trained if execution.activation_checkpointing is True else 0.0
+    traffic = (trained + evaluated + recomputed) * _ADDED_FORWARD + trained * _ADDED_BACKWARD
+    return traffic * experts / GPUS[execution.gpu].bandwidth
 
 
 def start_seconds(preset: Preset) -> float:
@@ -118,18 +154,30 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
     lanes = lane_count(preset, sweep, gpus)
     rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
-    # Each batch of rows is drawn until its longest response ends; lanes share batches.
-    batches = condition.steps * max(1.0, lanes * condition.batch_size / rows)
-    batches += rollouts.evaluations * max(1.0, lanes * graded_problems(preset, condition) / rows)
-    # Autocast copies frozen weights for every position and trained weights once; weights that are kept in bf16, and the
-    # copy from which processes of a sharded model sample, are read in bf16.
-    cast = cast_parameters(preset, sizes, condition.placement, gpus)
+
+    longest, mean = rollouts.max_new_tokens, rollouts.mean_response_tokens
+
+    def positions_of(responses: int) -> float:
+        """Return the positions that are drawn until all responses of a run have ended; lanes share them."""
+        turns_of_rows = lanes * responses / rows
+        if longest > _SHORT_RESPONSE:
+            # Waiting responses take the rows of those that have ended, except for a few at a time.
+            return max(longest, _REFILLED * turns_of_rows * mean) / lanes
+        # Each batch of rows is drawn until its longest response ends.
+        return max(1.0, turns_of_rows) * longest / lanes
+
+    # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
+    # and the copy from which processes of a sharded model sample, are read in bf16.
+    cast, sharded = 0, gpus > 1 and execution.sharding == "fsdp"
+    if condition.placement is not None and preset.protocol.precision == "bf16" and not sharded:
+        cast = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
     other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
     weights = (2 * cast + other) / gpu.bandwidth
-    positions = batches / lanes * rollouts.max_new_tokens
-    # Keys and values are repeated for all heads, cast, and read.
+    positions = condition.steps * positions_of(condition.batch_size)
+    positions += rollouts.evaluations * positions_of(graded_problems(preset, condition))
+    # Keys and values are read, repeated for all heads, and read again.
     tokens = run_tokens(preset, condition)
-    cache = tokens.drawn * tokens.context * sizes.layers * 16 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
+    cache = tokens.drawn * tokens.context * sizes.layers * 12 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
     return positions * (sizes.layers * _LAYER_SECONDS + weights) + cache
 
 

@@ -39,6 +39,8 @@ class Bill:
     """Bytes: the largest peak of a job on each GPU, or on a CPU of its process."""
     disk: float = 0.0
     """Bytes that are kept under results/."""
+    working_disk: float = 0.0
+    """The most bytes that a job needs there besides while it runs."""
     lanes: int = 0
     """The largest number of runs that a job trains together; 0 where nothing is trained."""
 
@@ -58,6 +60,7 @@ class Bill:
             max(self.gpus, other.gpus),
             max(self.memory, other.memory),
             self.disk + other.disk,
+            max(self.working_disk, other.working_disk),
             max(self.lanes, other.lanes),
         )
 
@@ -117,6 +120,7 @@ def _job(requested: Resources, runs: int, tokens: float, flops: float, seconds: 
         gpus=requested.gpus,
         memory=memory * MB,
         disk=requested.disk_mb * MB,
+        working_disk=requested.working_disk_mb * MB,
     )
 
 

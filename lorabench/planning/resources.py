@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
+from lorabench.estimates.disk import kept_bytes, working_bytes
 from lorabench.estimates.lane_count import lane_count
 from lorabench.estimates.lengths import tokens_per_example
-from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
+from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory
 from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import Plan
-from lorabench.runs import EvalJob, Job, Sweep
+from lorabench.runs import EvalJob, Job
 from lorabench.utils.gpus import GB, GPUS
 
 MB = 1e6
@@ -46,6 +47,8 @@ class Resources:
     """Wall-clock limit: the estimate with a margin."""
     disk_mb: int
     """Size of the files that the job leaves under results/."""
+    working_disk_mb: int = 0
+    """Most that the job needs there besides while it runs."""
 
 
 def job_resources(plan: Plan, job: Job) -> Resources:
@@ -56,19 +59,13 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     """
     preset = plan.preset
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
-    peak = max(peak_bytes(preset, sweep, gpus, lane_count(preset, sweep, gpus)) for sweep in job.sweeps)
-    disk = sum(_kept_bytes(preset, sweep) for sweep in job.sweeps)
-    return _resources(
-        preset, job.sweeps[0].condition.model, gpus, peak, job_seconds(preset, job, gpus, most=True), disk
-    )
-
-
-def _kept_bytes(preset: Preset, sweep: Sweep) -> int:
-    """Return the bytes of the weights that are kept when a sweep is done."""
-    condition = sweep.condition
-    sizes = dimensions(preset.models[condition.model])
-    kept = sweep.most_runs if preset.execution.keep_weights == "all" else sweep.seeds
-    return 4 * kept * trained_parameters(preset, sizes, condition.rank, condition.placement)
+    lanes = {sweep: lane_count(preset, sweep, gpus) for sweep in job.sweeps}
+    peak = max(peak_bytes(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
+    disk = sum(kept_bytes(preset, sweep) for sweep in job.sweeps)
+    seconds = job_seconds(preset, job, gpus, most=True)
+    working = max(working_bytes(preset, sweep, lanes[sweep]) for sweep in job.sweeps)
+    requested = _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk)
+    return replace(requested, working_disk_mb=math.ceil(working / MB))
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lorabench.config.datasets import HubDataset
 from lorabench.config.files import preset_path
@@ -152,6 +154,10 @@ class Layout:
     def restored(self, job: Job) -> Path:
         """Return the empty file that says that the file of a job was made from restored runs, without its input."""
         return self.root / "jobs" / f"{job.job_id}.restored"
+
+    def base_scores(self, determining: Mapping[str, Any]) -> Path:
+        """Return the file of a base model's scores in RL, given all that they depend on as plain data."""
+        return self.root / "base_scores" / f"{digest(determining)}.json"
 
     def lock(self, sweep: Sweep) -> Path:
         """Return the lock file of a sweep's condition; sweeps of other plans with this condition share it."""

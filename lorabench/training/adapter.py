@@ -7,7 +7,8 @@ eigenvalues of U^T U.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from lorabench.training.distributed import full_tensor
 
 METRICS = ("a_moved", "update_norm", "b_over_a", "descent")
 """Names of the measures of `AdapterProbe`, in the order in which it returns them."""
+
+_GRAM_NUMBERS = 1 << 23
+"""Numbers of all Gram matrices after which they are decomposed; 64 MiB."""
 
 Pair = tuple[Tensor, Tensor, float]
 """The factors of a layer, A (r, d_in) and B (d_out, r), and its scaling: W' = W + scaling * B A."""
@@ -69,7 +73,7 @@ class AdapterProbe:
         """
         if not self._pairs:
             return {}
-        layers = []
+        layers, norms, grams = [], [], []
         for name, (a, b, scaling) in self._pairs.items():
             before, initial_a = self._before.pop(name), full_tensor(self._initial_a[name])
             before = _Before(*(full_tensor(tensor) for tensor in vars(before).values()))
@@ -81,12 +85,16 @@ class AdapterProbe:
             right = torch.cat([a.double(), a_step], dim=0)
             update = scaling**2 * ((left.T @ left) * (right @ right.T)).sum()
             moved = (a - initial_a).double().norm() / initial_a.double().norm()
-            larger = (_spectral_norm(b) > _spectral_norm(a)).double()
-            layers.append(torch.stack([moved, update, larger, descent]))
+            layers.append(torch.stack([moved, update, descent]))
+            grams += [_gram(a), _gram(b)]
+            if sum(gram.numel() for gram in grams) > _GRAM_NUMBERS:
+                norms.append(_spectral_norms(grams))
+                grams = []
         stacked = torch.stack([layer.to(layers[0].device) for layer in layers])
+        of_a, of_b = torch.cat([*norms, *([_spectral_norms(grams)] if grams else [])]).view(-1, 2).T
         # All results are transferred at once. Rounding may leave the squared norm of a step without change below zero.
-        moved, larger = stacked[:, 0].mean(), stacked[:, 2].mean()
-        norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 3].sum()
+        moved, larger = stacked[:, 0].mean(), (of_b > of_a).double().mean()
+        norm, descent = stacked[:, 1].sum().clamp(min=0).sqrt(), stacked[:, 2].sum()
         return dict(zip(METRICS, torch.stack([moved, norm, larger, descent]).tolist(), strict=True))
 
 
@@ -95,9 +103,23 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
 
 
-def _spectral_norm(matrix: Tensor) -> Tensor:
-    """Return the largest singular value, computed from the smaller of the two Gram matrices."""
+def _gram(matrix: Tensor) -> Tensor:
+    """Return the smaller of a matrix's two Gram matrices, whose eigenvalues are the squared singular values."""
     wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
     # The decomposition raises on NaN, which a diverging run may contain; the other measures then show the NaN.
-    largest: Tensor = torch.linalg.eigvalsh(torch.nan_to_num(wide @ wide.T))[-1]
-    return largest.clamp(min=0).sqrt()
+    return torch.nan_to_num(wide @ wide.T)
+
+
+def _spectral_norms(grams: Sequence[Tensor]) -> Tensor:
+    """Return the largest singular value of each matrix, given its Gram matrix.
+
+    Those of one size are decomposed together, since a GPU takes as long for one small matrix as for many.
+    """
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for index, gram in enumerate(grams):
+        by_size[len(gram)].append(index)
+    norms = grams[0].new_empty(len(grams))
+    for indices in by_size.values():
+        together = torch.stack([grams[index].to(norms.device) for index in indices])
+        norms[indices] = torch.linalg.eigvalsh(together)[:, -1].clamp(min=0).sqrt()
+    return norms

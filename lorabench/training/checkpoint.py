@@ -5,7 +5,8 @@ no other state: the data order follows from the seed and the step, and models ha
 
 If a model is sharded over processes, each process writes its part. The file of the first process is the checkpoint: its
 header has the step and the number of parts, and it replaces the old checkpoint when all other parts are written, so
-that parts of two steps are never mixed. Any number of processes can read it.
+that parts of two steps are never mixed. Any number of processes can read it; as many as wrote it read their own parts
+only. Tensors are written and read one by one, so that the host's memory never holds a whole model with Adam's state.
 
 A checkpoint that is damaged or belongs to another run is ignored with a warning: the run starts again from step 1.
 """
@@ -14,13 +15,22 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorabench.models.lanes.shelf import Lane, trained_parameters
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, local_part, sharded_like
-from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
+from lorabench.utils.checked_tensors import (
+    DamagedTensorsError,
+    open_tensors,
+    read_header,
+    verify_tensors,
+    write_tensors,
+)
 from lorabench.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -35,15 +45,13 @@ def save_checkpoint(
     progress: dict[str, Any],
     processes: Processes = SINGLE_PROCESS,
 ) -> None:
-    """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically."""
+    """Write weights, optimizer state and `progress` (JSON data with the keys of a `Position`) atomically."""
     tensors = {}
     for name, place in lane.places.items():
         state = {"parameter": place.parameter.detach(), **optimizer.state[place.parameter]}
         for key, value in state.items():
             # Adam's step count is one number for a whole parameter.
-            part = value if value.ndim == 0 else place.of(local_part(value))
-            # On a shelf many weights are views of one tensor; safetensors refuses tensors that share memory.
-            tensors[f"{key}/{name}"] = local_part(part).contiguous() if place.start is None else part.clone()
+            tensors[f"{key}/{name}"] = value if value.ndim == 0 else place.of(local_part(value))
     count = processes.count if processes.sharded else 1
     parts = _parts(path, progress["step"], count)
     about = _owner(run_id)
@@ -75,85 +83,125 @@ def load_checkpoint(
     """
     import torch
 
-    if not path.exists():
+    if not processes.any(path.exists()):
         return None
-    try:
-        parts, progress = _read(path, run_id)
-        saved_shapes = {name: _shape(parts, name) for name in parts[0] if name.startswith("parameter/")}
-        if saved_shapes != {f"parameter/{name}": tuple(place.shape) for name, place in lane.places.items()}:
-            raise DamagedTensorsError(f"{path} is of a model with other parameters")
-    except DamagedTensorsError as error:
-        if processes.first:
-            logging.warning("run %s starts again from step 1: checkpoint %s", run_id, error)
-        return None
-
-    def read(name: str, like: torch.Tensor) -> torch.Tensor:
-        tensors: list[torch.Tensor] = [part[name] for part in parts]
-        if tensors[0].ndim == 0:
-            # This is Adam's step count, which is on the CPU unless Adam is fused on a GPU.
-            return tensors[0].to(like.device)
-        return sharded_like(torch.cat(tensors), like)
-
-    with torch.no_grad():
-        for name, place in lane.places.items():
-            parameter = place.parameter
-            weight = place.of(parameter.detach())
-            weight.copy_(read(f"parameter/{name}", weight))
-            state = optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}/{name}" not in parts[0]:
-                    continue
-                tensor = read(f"{key}/{name}", weight)
-                if tensor.ndim == 0 or place.start is None:
-                    state[key] = tensor
-                else:
-                    place.of(state.setdefault(key, torch.zeros_like(parameter))).copy_(tensor)
+    verified, reason = _verify(path, run_id, processes)
+    with ExitStack() as opened:
+        files = [opened.enter_context(open_tensors(part, "pt")) for part in verified.parts] if verified else []
+        if verified and _shapes(files) != {name: tuple(place.shape) for name, place in lane.places.items()}:
+            verified, reason = None, f"{path} is of a model with other parameters"
+        if verified is None:
+            if processes.first:
+                logging.warning("run %s starts again from step 1: checkpoint %s", run_id, reason)
+            return None
+        present = set(files[0].keys())
+        with torch.no_grad():
+            for name, place in lane.places.items():
+                parameter = place.parameter
+                weight = place.of(parameter.detach())
+                weight.copy_(_tensor(files, f"parameter/{name}", weight, processes))
+                state = optimizer.state[parameter]
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"{key}/{name}" not in present:
+                        continue
+                    tensor = _tensor(files, f"{key}/{name}", weight, processes)
+                    if tensor.ndim == 0 or place.start is None:
+                        state[key] = tensor
+                    else:
+                        place.of(state.setdefault(key, torch.zeros_like(parameter))).copy_(tensor)
     if processes.first:
-        logging.info("run %s goes on after step %d", run_id, progress["step"])
-    return progress
+        logging.info("run %s goes on after step %d", run_id, verified.progress["step"])
+    return verified.progress
 
 
-def checkpoint_step(path: Path) -> int:
-    """Return the step in a checkpoint's header; 0 if the header cannot be read."""
+class Position(NamedTuple):
+    """How far a checkpoint's run had come: its finished steps, and whether the evaluation after the last is done."""
+
+    step: int
+    evaluated: bool
+
+    @classmethod
+    def of(cls, progress: Mapping[str, Any]) -> Position:
+        """Return the position in a checkpoint's progress."""
+        return cls(int(progress["step"]), bool(progress.get("evaluated", True)))
+
+
+START = Position(0, True)
+"""The position of a run without a usable checkpoint."""
+
+
+def checkpoint_position(path: Path) -> Position:
+    """Return the position in a checkpoint's header; that of the start if the header cannot be read."""
     try:
         about = read_header(path)
     except DamagedTensorsError:
-        return 0
-    return int(json.loads(about.get("progress", '{"step": 0}'))["step"])
+        return START
+    return Position.of(json.loads(about["progress"])) if "progress" in about else START
 
 
-def usable_step(path: Path, run_id: str) -> int:
-    """Return the step of a run's checkpoint after reading and verifying all of it; 0 if it cannot be used."""
-    try:
-        return int(_read(path, run_id)[1]["step"])
-    except DamagedTensorsError:
-        return 0
+def usable_position(path: Path, run_id: str, processes: Processes = SINGLE_PROCESS) -> Position:
+    """Return the position of a run's checkpoint after verifying all of it; that of the start if it cannot be used."""
+    verified, _ = _verify(path, run_id, processes)
+    return START if verified is None else Position.of(verified.progress)
 
 
-def _read(path: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Read the tensors of each part of a checkpoint, and its progress.
+@dataclass(frozen=True)
+class _Verified:
+    """A checkpoint that can be used: its files, and its progress."""
 
-    Raises:
-        DamagedTensorsError: a part is missing, damaged, or belongs to another run.
+    parts: list[Path]
+    progress: dict[str, Any]
+
+
+def _verify(path: Path, run_id: str, processes: Processes) -> tuple[_Verified | None, str]:
+    """Verify the parts of a checkpoint, each by one process. If it cannot be used, the text says why.
+
+    Every process must call this, and all return a checkpoint or none does.
     """
-    tensors, about = _read_part(path, run_id)
-    progress: dict[str, Any] = json.loads(about["progress"])
-    others = _parts(path, progress["step"], int(about["parts"]))[1:]
-    return [tensors, *(_read_part(part, run_id)[0] for part in others)], progress
+    verified, reason = None, f"{path} can't be used by another process"
+    try:
+        about = read_header(path)
+        if not about.items() >= _owner(run_id).items():
+            owner = f"run {about.get('run_id')}, protocol {about.get('protocol_version')}"
+            raise DamagedTensorsError(f"{path} is of {owner}")
+        progress: dict[str, Any] = json.loads(about["progress"])
+        parts = _parts(path, progress["step"], int(about["parts"]))
+        for part in parts[processes.rank :: processes.count]:
+            if not verify_tensors(part).items() >= _owner(run_id).items():
+                raise DamagedTensorsError(f"{part} is of another run")
+        verified = _Verified(parts, progress)
+    except (DamagedTensorsError, KeyError, ValueError) as error:
+        reason = str(error) if isinstance(error, DamagedTensorsError) else f"{path} is damaged (its header)"
+    return (None if processes.any(verified is None) else verified), reason
 
 
-def _read_part(path: Path, run_id: str) -> tuple[dict[str, Any], dict[str, str]]:
-    tensors, about = read_tensors(path, "pt")
-    if not about.items() >= _owner(run_id).items():
-        raise DamagedTensorsError(f"{path} is of run {about.get('run_id')}, protocol {about.get('protocol_version')}")
-    return tensors, about
+def _shapes(files: list[Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, whose rows are spread over the files."""
+    shapes = {}
+    for key in files[0].keys():  # noqa: SIM118
+        kind, _, name = key.partition("/")
+        if kind == "parameter":
+            parts = [file.get_slice(key).get_shape() for file in files]
+            whole = parts[0] if len(parts) == 1 else [sum(part[0] for part in parts), *parts[0][1:]]
+            shapes[name] = tuple(whole)
+    return shapes
 
 
-def _shape(parts: list[dict[str, Any]], name: str) -> tuple[int, ...]:
-    """Return the shape of a parameter whose rows are spread over the parts."""
-    if len(parts) == 1:
-        return tuple(parts[0][name].shape)
-    return (sum(part[name].shape[0] for part in parts), *parts[0][name].shape[1:])
+def _tensor(files: list[Any], key: str, like: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """Return a saved tensor, on the device of `like` and sharded as it is; numbers are not sharded."""
+    import torch
+
+    if not files[0].get_slice(key).get_shape():
+        # This is Adam's step count, which is on the CPU unless Adam is fused on a GPU.
+        number: torch.Tensor = files[0].get_tensor(key)
+        return number.to(like.device)
+    if processes.sharded and len(files) == processes.count:
+        own = files[processes.rank].get_tensor(key)
+        if own.shape == local_part(like).shape:
+            result = torch.empty_like(like)
+            local_part(result).copy_(own)
+            return result
+    return sharded_like(torch.cat([file.get_tensor(key) for file in files]), like)
 
 
 def whole_weights(model: torch.nn.Module, processes: Processes) -> dict[str, torch.Tensor]:

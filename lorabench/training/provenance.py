@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,18 @@ def machine_state(device: torch.device) -> dict[str, Any]:
     }
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak memory so far, so that runs of one process report their own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Where the system does not allow this, the peak stays that of all runs so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far in bytes: that of the GPU, on a CPU that of this process."""
+    """Return the peak memory since `reset_peak_memory`, in bytes: that of the GPU, on a CPU that of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,7 +42,7 @@ from lorabench.models.lora import add_lora, targets
 from lorabench.models.size import base_parameters
 from lorabench.tables.schemas import COMPUTE
 from lorabench.training.batches import Batch
-from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head, nll_sum
+from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head
 from lorabench.training.provenance import machine_state
 from lorabench.utils.malloc import keep_freed_memory
 
@@ -176,6 +177,30 @@ def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
 
 
+def count_flops(model: Any, inputs: torch.Tensor, targets: torch.Tensor, bf16: bool) -> tuple[int, int]:
+    """Count the FLOPs of one forward and backward pass: those of the linear layers, and the total.
+
+    Nothing is computed: the tensors have shapes and types but no content. Only the plain attention kernel has its
+    products counted on every device, and at lengths of thousands of tokens its scores would not fit into a GPU.
+    """
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        model.enable_input_require_grads()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+        loss.backward()
+        model.disable_input_require_grads()
+    model.zero_grad()
+    # Counts by module would be wrong: the counter attributes to a layer the backward pass of layers that share its
+    # input.
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(operation, 0) for operation in _LINEAR), counter.get_total_flops()
+
+
 @dataclass
 class _Arm:
     """A model with its optimizer and one batch; `rank` is the rank of LoRA, None for FullFT.
@@ -190,7 +215,7 @@ class _Arm:
     protocol: Protocol
 
     def __post_init__(self) -> None:
-        self.counts = self._flops()
+        self.counts = count_flops(self.model, self.inputs, self.targets, self.protocol.precision == "bf16")
         self.stack = single_lane(self.model, "") if self.rank is None else stack_lora(self.model, ["default"])
         [self.lane] = self.stack.lanes.values()
         # At LR 0 a step does all its work and does not change the weights, which the arms share.
@@ -223,21 +248,6 @@ class _Arm:
         add_gradient(self.stack.model, batch, self.stack.rows, scored, torch.bfloat16 if autocast else None, max_logits)
         self.optimizer.step()
         self.lane.zero_grad()
-
-    def _flops(self) -> tuple[int, int]:
-        """Count the FLOPs of one forward and backward pass: those of the linear layers, and the total."""
-        # Only the plain attention kernel has its products counted on every device.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.model.enable_input_require_grads()
-            with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
-                loss = nll_sum(self.model, self.inputs, self.targets)
-            loss.backward()
-            self.model.disable_input_require_grads()
-        self.model.zero_grad()
-        # Counts by module would be wrong: the counter attributes to a layer the backward pass of layers that share
-        # its input.
-        counts = counter.get_flop_counts()["Global"]
-        return sum(counts.get(operation, 0) for operation in _LINEAR), counter.get_total_flops()
 
     def peak_memory(self) -> int:
         """Return the bytes held between steps plus the most that a step allocates beyond them."""

@@ -6,6 +6,7 @@ The runs are trained in waves, which `lorabench.planning.walk` determines from t
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config.datasets import FactsDataset
+from lorabench.config.execution import Execution
 from lorabench.errors import UserError
 from lorabench.estimates.lane_count import deal, lane_count
+from lorabench.estimates.memory import decided
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lanes.full import lane_state
 from lorabench.models.lanes.lora import stack_lora
@@ -33,12 +36,15 @@ from lorabench.storage.progress import Progress
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.collect import sweep_rows, write_curves, write_test_losses
 from lorabench.training.checkpoint import whole_weights
+from lorabench.training.determinism import fix_workspaces
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
-from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
-from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes
+from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
+from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes, reset_peak_memory
 from lorabench.training.run import Machine, Outcome, recompute_activations
 from lorabench.training.selection import validation_loss
+from lorabench.utils import signals
 from lorabench.utils.files import write_json
+from lorabench.utils.gpus import difference_from
 from lorabench.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -53,6 +59,12 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
         keep_freed_memory()
+    else:
+        _warn_of_other_gpu(execution, device, processes)
+        fix_workspaces()
+        # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
+        # TF32 has more digits than the bf16 of all other layers.
+        torch.backends.cuda.matmul.allow_tf32 = plan.preset.protocol.precision == "bf16"
     return Machine(
         device,
         execution.max_batch_tokens,
@@ -61,6 +73,14 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         packing=execution.packing,
         processes=processes,
     )
+
+
+def _warn_of_other_gpu(execution: Execution, device: torch.device, processes: Processes) -> None:
+    if execution.gpu is not None and processes.first:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        difference = difference_from(execution.gpu, torch.cuda.get_device_name(device), memory)
+        if difference is not None:
+            logging.warning(difference)
 
 
 RunGroup = dict[str, tuple[int, Run]]
@@ -95,7 +115,7 @@ class SweepContext:
             model = load_model(spec) if processes.first else skeleton(spec)
         else:
             model = load_model(spec).to(self.machine.device)
-        if self.plan.preset.execution.activation_checkpointing:
+        if self._recomputes:
             recompute_activations(model)
         return model
 
@@ -118,12 +138,25 @@ class SweepContext:
     def stacked(self, model: PeftModel, runs: Sequence[Run]) -> Stack:
         """Return the stack of a model that has the runs' adapters."""
         # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
-        keep_cast = not self.plan.preset.execution.activation_checkpointing
-        return stack_lora(model, [run.run_id for run in runs], keep_cast)
+        return stack_lora(model, [run.run_id for run in runs], keep_cast=not self._recomputes)
+
+    @property
+    def _recomputes(self) -> bool:
+        return decided(self.plan.preset, self.sweep).execution.activation_checkpointing is True
 
     def ticker(self, number: int, run: Run) -> Callable[[int], None]:
         """Return the function that a run calls after each step; only the first process reports progress."""
         return partial(self.progress.tick, number, run) if self.machine.processes.first else lambda step: None
+
+    def begin(self) -> None:
+        """Begin to train a group of runs, unless a signal has asked the job to end.
+
+        Raises:
+            Stopped: a signal has.
+        """
+        if self.machine.processes.any(signals.requested()):
+            signals.raise_stopped()
+        reset_peak_memory(self.machine.device)
 
     def announce(self, number: int, run: Run, result: str | None = None) -> None:
         """Report that a run starts, or its result."""
@@ -146,7 +179,8 @@ class SweepContext:
             if group:
                 paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
                 groups += [
-                    {run_id: group[run_id] for run_id in ids} for ids in groups_at_same_step(paths, machine.processes)
+                    {run_id: group[run_id] for run_id in ids}
+                    for ids in groups_at_same_position(paths, machine.processes)
                 ]
         return groups
 

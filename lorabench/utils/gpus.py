@@ -56,6 +56,23 @@ def is_called(gpu: str, device: str) -> bool:
     return set(gpu.split("-")) <= set(re.split(r"[ -]", device))
 
 
+def difference_from(gpu: str, device: str, memory: float) -> str | None:
+    """Return a sentence about a GPU that is not the one of `GPUS` that a preset was planned for; None if it is.
+
+    Args:
+        gpu: the name in `GPUS`.
+        device: torch's name of the GPU.
+        memory: its bytes of memory, of which the driver keeps some for itself.
+    """
+    planned = GPUS[gpu].memory
+    if is_called(gpu, device) and memory > 0.92 * planned:
+        return None
+    return (
+        f"this job runs on an {device} of {memory / GB:.0f} GB, but execution.gpu is {gpu} of {planned / GB:.0f} GB: "
+        "the plan's times do not hold, and its memory may not fit"
+    )
+
+
 def processor() -> str:
     """Return the name of this machine's CPU."""
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from lorabench.config.experiments import Protocol
 from lorabench.config.loading import load_preset
 from lorabench.config.models import TinyModel
-from lorabench.estimates.memory import gpus_needed, step_memory, sweep_memory
+from lorabench.errors import UserError
+from lorabench.estimates.memory import decided, gpus_needed, step_memory, sweep_memory
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import make_plan
 
@@ -98,8 +101,9 @@ def test_lanes_of_rl_have_gradients_and_moments_each():
 
 
 def test_weights_that_lora_goes_with_stay_in_bf16():
-    checkpoints = load_preset("paper")
-    plain = with_execution(checkpoints, activation_checkpointing=False)
+    checkpoints, plain = (
+        with_execution(load_preset("paper"), activation_checkpointing=again) for again in (True, False)
+    )
     sizes = dimensions(plain.models["llama-3-1-8b-base"])
     linear = sum(matrix.parameters for matrix in sizes.matrices)
     attention = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in ("attn", "unembedding"))
@@ -112,3 +116,21 @@ def test_weights_that_lora_goes_with_stay_in_bf16():
         short = step_memory(checkpoints, sizes, 16, placement, 8192, 1024)
         assert (short.weights, short.copies) == (4 * (sizes.parameters + trained), 2 * linear / sizes.layers)
         assert step_memory(plain, sizes, 16, placement, 8192, 1024, gpus=2).copies == 2 * linear
+
+
+def test_activations_are_recomputed_only_where_a_job_then_needs_fewer_gpus():
+    core = load_preset("core")
+    assert core.execution.activation_checkpointing == "auto"
+    always, never = (with_execution(core, activation_checkpointing=again) for again in (True, False))
+    chosen = set()
+    for sweep in make_plan(core).sweeps:
+        again = decided(core, sweep).execution.activation_checkpointing
+        chosen.add(again)
+        assert gpus_needed(core, sweep) == gpus_needed(always, sweep)
+        if again:
+            with suppress(UserError):
+                assert gpus_needed(never, sweep) > gpus_needed(core, sweep)
+        assert sweep_memory(core, sweep) == sweep_memory(always if again else never, sweep)
+    assert chosen == {True, False}
+    cpu = with_execution(load_preset("smoke"), activation_checkpointing="auto")
+    assert decided(cpu, make_plan(cpu).sweeps[0]).execution.activation_checkpointing is False

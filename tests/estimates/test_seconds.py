@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lorabench.config.loading import load_preset
-from lorabench.estimates.flops import run_tokens
+from lorabench.estimates.flops import run_flops, run_tokens
 from lorabench.estimates.lane_count import lane_count, turns
-from lorabench.estimates.seconds import run_seconds, sweep_seconds
+from lorabench.estimates.memory import decided
+from lorabench.estimates.seconds import flops_per_second, run_seconds, sweep_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import make_plan
 
@@ -46,3 +47,21 @@ def test_long_responses_cost_more_than_their_tokens():
         for sweep in (gsm8k, deepmath)
     ]
     assert per_token[1] > 3 * per_token[0]
+
+
+def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
+    paper = load_preset("paper")
+    sizes = dimensions(paper.models["qwen3-30b-a3b-base"])
+    in_experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
+    share = sum(m.active * m.d_in * m.d_out for m in in_experts) / sizes.active_linear
+    assert share == pytest.approx(0.598, abs=0.001)
+    seconds = {}
+    for sweep in make_plan(paper).sweeps:
+        condition = sweep.condition
+        if condition.model == "qwen3-30b-a3b-base" and condition.method == "lora":
+            flops = run_flops(decided(paper, sweep), condition)
+            computed = (flops.trained + flops.evaluated + flops.recomputed) / flops_per_second(paper.execution, 4)
+            seconds[condition.placement] = run_seconds(paper, sweep, 4)[0], computed * (1 + share)
+    assert seconds["attn"][0] == pytest.approx(seconds["attn"][1])
+    # In each pass over 16,384 tokens, 28 billion parameters are read and written a few times.
+    assert 1.1 < seconds["mlp"][0] / seconds["mlp"][1] < 2

@@ -16,7 +16,7 @@ import torch
 from lorabench.data.grading import Grader
 from lorabench.errors import UserError
 from lorabench.storage.progress import status
-from lorabench.training.checkpoint import checkpoint_step
+from lorabench.training.checkpoint import checkpoint_position
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import memory_for
 from lorabench.utils.lock import DEAD_AFTER, locked
@@ -156,7 +156,7 @@ def test_a_signal_to_all_processes_of_a_job_makes_no_answer_wrong():
 @TASKS
 def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken):
     checkpoint = half.checkpoint(task, AT_WORK[task])
-    before = checkpoint_step(checkpoint)
+    before = checkpoint_position(checkpoint).step
     # The model and a step need more.
     output = half.train(task, status=2, memory=50_000_000)
     message = output.splitlines()[-1]
@@ -165,7 +165,7 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
     assert f"lower execution.max_batch_tokens (now 160){others}; what is finished is kept" in message
     assert "Traceback" not in output
     # The job may have made a few steps before.
-    assert checkpoint_step(checkpoint) >= before > 0
+    assert checkpoint_position(checkpoint).step >= before > 0
     assert "goes on after step" in half.train(task)
     assert half.numbers(task) == unbroken.numbers(task)
 

@@ -109,6 +109,6 @@ def test_the_plan_is_printed_with_money_and_json():
 
 
 def test_bills_add_up():
-    one = bill.Bill(1, 2, 3, 3.0, 4.0, 5.0, 6.0, 6.0, 7.0, 7.0, 8, 9.0, 10.0, 3)
-    both = one + replace(one, gpus=4, memory=20.0, longest_hours=1.0, lanes=2)
-    assert both == bill.Bill(2, 4, 6, 6.0, 8.0, 10.0, 12.0, 12.0, 14.0, 7.0, 8, 20.0, 20.0, 3)
+    one = bill.Bill(1, 2, 3, 3.0, 4.0, 5.0, 6.0, 6.0, 7.0, 7.0, 8, 9.0, 10.0, 11.0, 3)
+    both = one + replace(one, gpus=4, memory=20.0, working_disk=22.0, longest_hours=1.0, lanes=2)
+    assert both == bill.Bill(2, 4, 6, 6.0, 8.0, 10.0, 12.0, 12.0, 14.0, 7.0, 8, 20.0, 20.0, 22.0, 3)

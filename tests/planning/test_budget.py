@@ -38,7 +38,7 @@ def test_what_a_budget_leaves_out_is_known():
     # No core claim needs DeepMath, the dearest; then MATH goes before GSM8K, which tests the same.
     assert steps[:3] == ["rl_deepmath", "placement_rl", "rl_math"]
     assert steps.index("placement_small") < steps.index("rl_gsm8k") < steps.index("rank")
-    kept, dropped = reduce_to_budget(core, 1000)
+    kept, dropped = reduce_to_budget(core, 700)
     assert [text.split(": ")[1].split(",")[0] for text in dropped] == ["rl_deepmath", "placement_rl"]
     assert kept.limits == [*core.limits, *dropped]
     assert kept.evaluation.experiments == ["rank", "rl_gsm8k", "rl_math"]

@@ -25,7 +25,7 @@ from lorabench.storage.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.drive import train_alone
 from lorabench.training.job import run_job
-from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_step
+from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine, recompute_activations
 from lorabench.training.sft.loop import train_sft
@@ -100,7 +100,7 @@ def train(
     else:
         stack = single_lane(model, "default", "default", adapter_pairs(model))
     paths = {run.run_id: folder / "checkpoint.safetensors"}
-    assert groups_at_same_step(paths, processes) == [[run.run_id]]
+    assert groups_at_same_position(paths, processes) == [[run.run_id]]
     checkpoints, vocabulary = LaneCheckpoints(paths, checkpoint_seconds, processes), model.config.vocab_size
     [lane] = stack.lanes.values()
     running = train_sft(run, lane, vocabulary, data, protocol, processes, checkpoints, base_nll, tick)

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lorabench.models.lora import adapter_pairs
+from lorabench.training import adapter
 from lorabench.training.adapter import AdapterProbe
 
 RANK, ALPHA, LR = 3, 32.0, 1e-2
@@ -107,6 +108,23 @@ def test_the_first_descent_is_the_fall_of_the_loss_in_the_limit_of_small_steps()
     optimizer.step()
     measured = probe.after_step()
     assert measured["descent"] == pytest.approx((loss - backward(model, 0)).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("limit", [1 << 23, 1])
+def test_spectral_norms_are_those_of_each_matrix(limit, monkeypatch):
+    """Layers of several sizes, whose matrices are decomposed all at once, or layer by layer."""
+    monkeypatch.setattr(adapter, "_GRAM_NUMBERS", limit)
+    pairs = {}
+    for number, (rank, d_in, d_out) in enumerate([(4, 20, 7), (9, 7, 16), (4, 16, 3), (4, 5, 5), (1, 3, 3)]):
+        generator = torch.Generator().manual_seed(number)
+        shapes = (rank, d_in), (d_out, rank)
+        a, b = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in shapes)
+        pairs[str(number)] = (a, b, 1.0)
+    probe = AdapterProbe(pairs)
+    probe.before_step()
+    larger = [torch.linalg.matrix_norm(b, 2) > torch.linalg.matrix_norm(a, 2) for a, b, _ in pairs.values()]
+    assert 0 < sum(larger) < len(larger)
+    assert probe.after_step()["b_over_a"] == pytest.approx(sum(map(float, larger)) / len(larger))
 
 
 def test_b_larger_than_a_is_counted_by_layer():

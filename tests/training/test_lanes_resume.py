@@ -8,8 +8,8 @@ from peft import PeftModel
 
 from lorabench.data.tokens import cache_key, read_tokens
 from lorabench.models.base import load_model, load_tokenizer
-from lorabench.training.checkpoint import checkpoint_step
-from lorabench.training.lane_checkpoints import groups_at_same_step
+from lorabench.training.checkpoint import checkpoint_position
+from lorabench.training.lane_checkpoints import groups_at_same_position
 from lorabench.training.loss import mean_nll
 
 from .conftest import TINY, trained
@@ -59,7 +59,7 @@ def test_lanes_resumed_equal_unbroken_ones(method, count, lane, short_data, tmp_
     runs, whole_weights, weights = runs_of(method)[:count], Kept(), Kept()
     whole = train_together(runs, base_of("qwen-64"), short_data, tmp_path / "whole", ended=whole_weights)
     broken(runs, short_data, tmp_path / "broken", lane)
-    assert groups_at_same_step(paths_of(runs, tmp_path / "broken")) == [[run.run_id for run in runs]]
+    assert groups_at_same_position(paths_of(runs, tmp_path / "broken")) == [[run.run_id for run in runs]]
     steps = []
     resumed = train_together(
         runs,
@@ -86,12 +86,12 @@ def test_runs_whose_checkpoints_are_of_different_steps_go_on_apart(method, short
     folder = tmp_path / "broken"
     broken(runs, short_data, folder, 1)
     paths = paths_of(runs, folder)
-    assert {checkpoint_step(path) for path in paths.values()} == {BREAK - 1}
+    assert {checkpoint_position(path).step for path in paths.values()} == {BREAK - 1}
     first, lost, last = paths
     paths[lost].unlink()
     for path in folder.glob("*.next"):
         path.unlink()
-    groups = groups_at_same_step(paths)
+    groups = groups_at_same_position(paths)
     assert groups == [[first, last], [lost]]
     by_id = {run.run_id: run for run in runs}
     steps: dict[str, list[int]] = {run_id: [] for run_id in by_id}
@@ -120,7 +120,7 @@ def test_a_lane_that_diverged_before_the_break_does_not_hold_up_the_others(short
     assert wild.diverged_at < BREAK
     broken(runs, short_data, tmp_path / "broken", 1)
     rest = runs[:2]
-    assert groups_at_same_step(paths_of(rest, tmp_path / "broken")) == [[run.run_id for run in rest]]
+    assert groups_at_same_position(paths_of(rest, tmp_path / "broken")) == [[run.run_id for run in rest]]
     steps = []
     resumed = train_together(
         rest, base_of("qwen-64"), short_data, tmp_path / "broken", tick=lambda number, step: steps.append(step)

@@ -61,6 +61,15 @@ def test_square_layers_cost_the_papers_formula(tmp_path):
     assert ratios(rows) == pytest.approx({rank: 2 / 3 + 2 * rank / N for rank in RANKS}, rel=1e-12)
 
 
+def test_flops_are_counted_without_computing(tmp_path):
+    """The larger batch would take 4 GB for one layer's attention scores alone."""
+    model = step_cost.load_model(square(tmp_path))
+    few, many = (torch.zeros(rows, 64, dtype=torch.long) for rows in (2, 1 << 17))
+    counted, scaled = (step_cost.count_flops(model, inputs, inputs, bf16=True) for inputs in (few, many))
+    assert scaled == tuple(count << 16 for count in counted)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_tied_heads_count_the_same(tmp_path):
     rows = measured(square(tmp_path, tied=True), ranks=[8])
     assert rows[0]["linear_flops"] == 32 * 15 * 3 * 2 * N * N

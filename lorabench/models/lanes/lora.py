@@ -49,8 +49,8 @@ def stack_lora(model: PeftModel, names: Sequence[str], keep_cast: bool = True) -
         model: a model with an adapter for each lane, all of the same shapes.
         names: the adapters' names, in the order of the lanes' rows.
         keep_cast: whether to keep, with autocast, the cast frozen weights, which take half the memory of the base.
-            Otherwise they are cast in every pass, and kept until the backward pass or, where activations are
-            recomputed, only while a layer is computed.
+            Otherwise they are cast in every pass with gradients, and kept until the backward pass or, where activations
+            are recomputed, only while a layer is computed; passes without gradients keep them until the next with.
 
     Raises:
         ValueError: there are several lanes on a model that they can't share (see `can_stack_lora`).
@@ -104,7 +104,8 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
         cast = factors.cast
         if cast is None or cast[0].dtype != dtype:
             cast = (weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-        factors.cast = cast if factors.keep_cast else None
+        # Passes without gradients are many, and keep nothing else.
+        factors.cast = cast if factors.keep_cast or not torch.is_grad_enabled() else None
         weight, bias = cast
         x = x.to(dtype)
     flat = x.reshape(-1, x.shape[-1])

@@ -200,6 +200,11 @@ class Stack:
     rows: RowCounts
     shelf: Shelf | None = None
 
+    def zero_grad(self) -> None:
+        """Discard the gradients of all lanes."""
+        for lane in self.lanes.values():
+            lane.zero_grad()
+
     def drop(self, name: str) -> None:
         """Remove the lane of a run that has ended, unless it is the last one."""
         if self.shelf is None or len(self.lanes) == 1:

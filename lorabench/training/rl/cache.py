@@ -1,4 +1,7 @@
-"""A KV cache with spare room: concatenating keys and values for every new token would copy all earlier tokens."""
+"""A KV cache with spare room: concatenating keys and values for every new token would copy all earlier tokens.
+
+With autocast it holds the type of the products, to which attention would convert all keys and values for every token.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values of new tokens, (batch, heads, tokens, width); return views of all tokens."""
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if self.buffers is None or new > self.buffers[0].shape[-2]:
             grown = []
@@ -45,6 +52,33 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
             selected.append(buffer)
         self.buffers = (selected[0], selected[1])
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+    def join(self, kept: Tensor, others: _GrowingLayer, chosen: Tensor, order: Tensor, width: int) -> None:
+        """Keep some rows, and add rows of another cache; the last columns of both become the last of `width`.
+
+        Args:
+            kept: indices of the rows that are kept.
+            others: the same layer of the other cache.
+            chosen: indices of its rows that are added.
+            order: the rows kept, then those added, in their new order.
+            width: the number of columns; columns before the first of a row are zero.
+        """
+        joined = []
+        for own, other in ((self.keys, others.keys), (self.values, others.values)):
+            buffer = own.new_zeros((len(order), *own.shape[1:-2], width + _ROOM, own.shape[-1]))
+            place = order.argsort()
+            for source, rows, to in ((own, kept, place[: len(kept)]), (other, chosen, place[len(kept) :])):
+                columns = min(width, source.shape[-2])
+                buffer[to, :, width - columns : width] = source[rows, :, source.shape[-2] - columns :]
+            joined.append(buffer)
+        self.buffers = (joined[0], joined[1])
+        self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
+
+
+def join(cache: Cache, kept: Tensor, others: Cache, chosen: Tensor, order: Tensor, width: int) -> None:
+    """Keep some rows of a cache and add rows of another, layer by layer; see `_GrowingLayer.join`."""
+    for layer, other in zip(cache.layers, others.layers, strict=True):
+        layer.join(kept, other, chosen, order, width)
 
 
 def growing_cache() -> Cache:

@@ -25,6 +25,7 @@ from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Rollouts, Run
 from lorabench.tables.schemas import CurvePoint, ExampleLoss
 from lorabench.training.batches import data_order
+from lorabench.training.checkpoint import Position
 from lorabench.training.distributed import Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.rl.objective import ResponseGroup, StepMeasures
@@ -105,7 +106,8 @@ def evaluate(
         for problem, prompt in enumerate(problems.prompts)
         for sample in range(samples)
     ]
-    sampled = yield SampleRequest(requests)
+    # The lane has saved its state, so a signal may end this at once.
+    sampled = yield SampleRequest(requests, interruptible=True)
     responses = iter(sampled.responses)
     scores: Scores = {}
     right: list[bool] = []
@@ -169,12 +171,43 @@ def train_rl(
             examples = step * condition.batch_size
             outcome.curve.append(CurvePoint(step, examples, response_tokens, split, metric, finite))
 
+    def save(step: int, evaluated: bool) -> None:
+        progress: dict[str, Any] = {
+            "step": step,
+            "evaluated": evaluated,
+            "train_tokens": outcome.train_tokens,
+            "response_tokens": response_tokens,
+            "rewarded": rewarded,
+            "wall_s": outcome.wall_s,
+            "evaluations": evaluations,
+            "right": right,
+            "curve": [vars(point) for point in outcome.curve],
+        }
+        checkpoints.save(run.run_id, lane, optimizer, progress)
+        if checkpoints.stopping:
+            signals.raise_stopped()
+
+    def finish(step: int) -> Generator[SampleRequest, SampleResult, None]:
+        """Evaluate after a step where that is due, and save where that is due."""
+        nonlocal right
+        if step in evaluate_at:
+            scores, right, seconds = yield from evaluate(environment, rollouts, run.seed, step, run.run_id)
+            outcome.wall_s += seconds
+            evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
+            for split, values in scores.items():
+                record(step, split, values)
+        tick(step)
+        if checkpoints.due(step, last=step == condition.steps):
+            save(step, evaluated=True)
+
     saved = checkpoints.load(run.run_id, lane, optimizer)
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
         evaluations, right = [(valid, test) for valid, test in saved["evaluations"]], saved["right"]
         outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
+        if not Position.of(saved).evaluated:
+            yield from finish(first_step)
     else:
         for split, metrics in base.items():
             record(0, split, metrics)
@@ -214,27 +247,11 @@ def train_rl(
             outcome.status = "unrewarded"
             evaluations = [(base["validation"]["accuracy"], base["test"]["accuracy"])]
             break
+        # An evaluation may take longer than many steps, so the step is saved before it.
         if step in evaluate_at:
-            scores, right, seconds = yield from evaluate(environment, rollouts, run.seed, step, run.run_id)
-            outcome.wall_s += seconds
-            evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
-            for split, values in scores.items():
-                record(step, split, values)
-        tick(step)
-        if checkpoints.due(step, last=step == condition.steps):
-            progress: dict[str, Any] = {
-                "step": step,
-                "train_tokens": outcome.train_tokens,
-                "response_tokens": response_tokens,
-                "rewarded": rewarded,
-                "wall_s": outcome.wall_s,
-                "evaluations": evaluations,
-                "right": right,
-                "curve": [vars(point) for point in outcome.curve],
-            }
-            checkpoints.save(run.run_id, lane, optimizer, progress)
-            if checkpoints.stopping:
-                signals.raise_stopped()
+            checkpoints.before_evaluation(step)
+            save(step, evaluated=False)
+        yield from finish(step)
 
     outcome.final_entropy, outcome.final_truncated = (
         _at_the_end(outcome.curve, metric) for metric in ("entropy", "truncated")

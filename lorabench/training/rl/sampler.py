@@ -10,7 +10,8 @@ drawn; responses are never tokenized again from text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def sample(
     stop: Stop,
     max_cache_tokens: int,
     autocast: torch.dtype | None = None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """Draw a response to each request, at temperature 1 from the whole vocabulary.
 
@@ -75,29 +77,43 @@ def sample(
         stack: a causal language model with one lane, or with the lanes that the requests name.
         max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
         autocast: the type of autocast; None for fp32.
+        interrupt: called before each position; it may raise to end the drawing.
 
     Returns:
         The responses, in the order of the requests.
     """
+    responses: dict[int, Response] = {}
+    lanes = lanes_of(stack, requests)
+    with drawing(stack, autocast) as device:
+        for chunk in _chunks(requests, stop, max_cache_tokens):
+            # The rows of a lane lie side by side.
+            chunk.sort(key=lambda index: lanes[index])
+            chosen = [requests[index] for index in chunk]
+            of_lanes = [lanes[index] for index in chunk]
+            drawn = _sample_chunk(stack, tokenizer, chosen, of_lanes, stop, device, interrupt)
+            responses.update(zip(chunk, drawn, strict=True))
+    return [responses[index] for index in range(len(requests))]
+
+
+@contextmanager
+def drawing(stack: Stack, autocast: torch.dtype | None) -> Iterator[torch.device]:
+    """Within the context, the model draws; its device is given."""
     model = stack.model
     was_training = model.training
     # In training mode a model with activation checkpointing keeps no cache.
     model.eval()
-    responses: dict[int, Response] = {}
     device = next(model.parameters()).device
-    lane_index: dict[str | None, int] = {name: index for index, name in enumerate(stack.lanes)}
-    lanes = [lane_index[request.lane] if len(lane_index) > 1 else 0 for request in requests]
     try:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            for chunk in _chunks(requests, stop, max_cache_tokens):
-                # The rows of a lane lie side by side.
-                chunk.sort(key=lambda index: lanes[index])
-                chosen = [requests[index] for index in chunk]
-                drawn = _sample_chunk(stack, tokenizer, chosen, [lanes[index] for index in chunk], stop, device)
-                responses.update(zip(chunk, drawn, strict=True))
+            yield device
     finally:
         model.train(was_training)
-    return [responses[index] for index in range(len(requests))]
+
+
+def lanes_of(stack: Stack, requests: Sequence[Request]) -> list[int]:
+    """Return the index of the lane of each request."""
+    index: dict[str | None, int] = {name: number for number, name in enumerate(stack.lanes)}
+    return [index[request.lane] if len(index) > 1 else 0 for request in requests]
 
 
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
@@ -135,6 +151,11 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
 
 
+def shares_rows(stop: Stop) -> bool:
+    """Return whether responses are so short that several share a row."""
+    return _SHARED_TOKENS // stop.max_new_tokens > 1
+
+
 def window(model: torch.nn.Module) -> int | None:
     """Return the length in tokens of a model's sliding attention window, None if it has none.
 
@@ -166,6 +187,7 @@ def _sample_chunk(
     lanes: list[int],
     stop: Stop,
     device: torch.device,
+    interrupt: Callable[[], None],
 ) -> list[Response]:
     n, longest = len(requests), stop.max_new_tokens
     random_numbers = np.full((n, longest), -1.0)
@@ -177,6 +199,7 @@ def _sample_chunk(
     tokens = torch.zeros((n, longest), dtype=torch.long, device=device)
     logprobs = torch.zeros((n, longest), device=device)
     lengths, stopped = np.full(n, longest), np.zeros(n, np.bool_)
+    text_stops = TextStops(tokenizer, stop.texts)
 
     # A prompt goes through the model once for all its responses.
     lane_prompts = [(lane, request.prompt) for lane, request in zip(lanes, requests, strict=True)]
@@ -185,51 +208,51 @@ def _sample_chunk(
     ids, mask = left_padded([prompt for _, prompt in unique], device)
     cache = growing_cache()
     prompt_lanes = [lane for lane, _ in unique]
-    logits = _logits(stack, ids, mask, positions(mask), cache, prompt_lanes, 1)[:, -1]
+    logits = logits_at_end(stack, ids, mask, positions(mask), cache, prompt_lanes, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
-    contexts = _on(prompts, device)
+    contexts = on_device(prompts, device)
     model_window, longest_total = window(stack.model), ids.shape[1] + longest
     seats = max(1, _SHARED_TOKENS // longest) if model_window is None or longest_total <= model_window else 1
     rows = _Rows(prompts, seats)
     if len(rows.prompts) > len(unique):
-        cache.batch_select_indices(_on(rows.prompts, device))
-    mask = mask[_on(rows.prompts, device)]
+        cache.batch_select_indices(on_device(rows.prompts, device))
+    mask = mask[on_device(rows.prompts, device)]
     # The owner of each column of the cache: padding, the prompt, or a response by its seat in the row.
     owners = torch.where(mask > 0, _PROMPT, _PADDING)
     starts = mask.sum(-1)
 
     live = np.arange(n)
     for step in range(longest):
-        chosen = _on(live, device)
+        interrupt()
+        chosen = on_device(live, device)
         distribution = torch.log_softmax(logits.float(), -1)
         drawn = draw(distribution, uniform[chosen, step], contexts)
         tokens[chosen, step] = drawn
         logprobs[chosen, step] = distribution[contexts, drawn]
-        ended = torch.isin(drawn, stops)
+        done = torch.isin(drawn, stops).cpu().numpy()
         if stop.texts:
-            ended |= _has_text(tokenizer, tokens[chosen, : step + 1], stop.texts)
-        done = ended.cpu().numpy()
+            done |= text_stops.ended(tokens[chosen, max(0, step + 1 - text_stops.longest) : step + 1].tolist())
         stopped[live[done]], lengths[live[done]] = True, step + 1
-        live, drawn = live[~done], drawn[_on((~done).nonzero()[0], device)]
+        live, drawn = live[~done], drawn[on_device((~done).nonzero()[0], device)]
         if not len(live) or step + 1 == longest:
             break
         kept = rows.keep(live)
         if kept is not None:
-            index = _on(kept, device)
+            index = on_device(kept, device)
             cache.batch_select_indices(index)
             owners, starts = owners[index], starts[index]
         places = rows.places(live)
         width = int(places[1].max()) + 1
-        row, column = (_on(where, device) for where in places)
+        row, column = (on_device(where, device) for where in places)
         ids = torch.zeros((len(owners), width), dtype=torch.long, device=device)
         new_owners, position_ids = torch.full_like(ids, _PADDING), torch.zeros_like(ids)
         ids[row, column] = drawn
-        new_owners[row, column] = _on(rows.seats[live], device)
+        new_owners[row, column] = on_device(rows.seats[live], device)
         position_ids[row, column] = starts[row] + step
         owners = torch.cat([owners, new_owners], -1)
         row_lanes = [prompt_lanes[prompt] for prompt in rows.prompts]
         visible = _attention_mask(owners, new_owners, rows.shared)
-        logits = _logits(stack, ids, visible, position_ids, cache, row_lanes, width)[row, column]
+        logits = logits_at_end(stack, ids, visible, position_ids, cache, row_lanes, width)[row, column]
         contexts = torch.arange(len(live), device=device)
 
     results = zip(*(result.cpu().numpy() for result in (tokens, logprobs)), lengths, stopped, strict=True)
@@ -288,11 +311,12 @@ def _attention_mask(owners: Tensor, new_owners: Tensor, shared: bool) -> Tensor:
     return ((owners[:, None] == new_owners[:, :, None]) | of_prompt)[:, None]
 
 
-def _on(numbers: np.ndarray, device: torch.device) -> Tensor:
+def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device."""
     return torch.from_numpy(numbers).to(device)
 
 
-def _logits(
+def logits_at_end(
     stack: Stack, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: Sequence[int], last: int
 ) -> Tensor:
     """Return the logits at the last `last` tokens, (rows, last, vocabulary); the cache grows by `ids`.
@@ -317,9 +341,39 @@ def _logits(
     return logits
 
 
-def _has_text(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, texts: tuple[str, ...]) -> Tensor:
-    """Return whether one of the texts is near the end of each row, (n,)."""
-    # A text of k characters ends in the last token and spans at most k tokens before it.
-    longest = max(map(len, texts)) + 1
-    tails: Any = tokenizer.batch_decode(tokens[:, -longest:].tolist())
-    return torch.tensor([any(text in tail for text in texts) for tail in tails], device=tokens.device)
+class TextStops:
+    """Finds the responses that end with a stop text.
+
+    A response that has a text only now has the text's last character in its last token. So only responses are decoded
+    whose last token may bring such a character: which tokens may is found out once for each token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        self._last = {text[-1] for text in texts}
+        # A text of k characters ends in the last token and spans at most k tokens before it.
+        self._longest = max(map(len, texts), default=0) + 1
+        self._may_end: dict[int, bool] = {}
+
+    def ended(self, tails: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return whether a stop text is near the end of each response, given all its tokens or the last ones, (n,)."""
+        ended = np.zeros(len(tails), np.bool_)
+        near = [row for row, tail in enumerate(tails) if self._texts and self._may(tail[-1])]
+        decoded: Any = self._tokenizer.batch_decode([tails[row][-self._longest :] for row in near]) if near else []
+        for row, tail in zip(near, decoded, strict=True):
+            ended[row] = any(text in tail for text in self._texts)
+        return ended
+
+    @property
+    def longest(self) -> int:
+        """The number of last tokens of a response that have to be given."""
+        return self._longest
+
+    def _may(self, token: int) -> bool:
+        """Return whether a token may bring the last character of a text. White space and parts of characters, which a
+        token alone may not show, always may."""
+        if token not in self._may_end:
+            text: Any = self._tokenizer.decode([token])
+            unsure = "\ufffd" in text or not text.strip() or any(last.isspace() for last in self._last)
+            self._may_end[token] = unsure or any(last in text for last in self._last)
+        return self._may_end[token]

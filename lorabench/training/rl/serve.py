@@ -5,23 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from lorabench.models.lanes.shelf import Stack
+from lorabench.training.determinism import deterministically
 from lorabench.training.rl.objective import ResponseGroup, StepMeasures, backward
 from lorabench.training.rl.sampler import Request, Response
 from lorabench.training.run import Machine
 
-Sampler = Callable[[list[Request]], list[Response]]
-"""Draws a response to each request, in their order."""
+Sampler = Callable[[list[Request], bool], list[Response]]
+"""Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A request for responses."""
+    """A request for responses. It is interruptible if nothing but these responses is lost when the job ends."""
 
     requests: list[Request]
+    interruptible: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class RlServer:
         self, requests: Mapping[str, SampleRequest | RlGradientRequest]
     ) -> dict[str, SampleResult | GradientResult]:
         """Answer all requests for responses; if there are none, compute the gradients of all lanes."""
-        samples = {name: request.requests for name, request in requests.items() if isinstance(request, SampleRequest)}
+        samples = {name: request for name, request in requests.items() if isinstance(request, SampleRequest)}
         if samples:
             return dict(serve_samples(samples, self._sampler))
         groups = {name: request.groups for name, request in requests.items() if isinstance(request, RlGradientRequest)}
@@ -67,9 +70,10 @@ class RlServer:
 
     def _learn(self, batches: Mapping[str, list[ResponseGroup]]) -> dict[str, GradientResult]:
         machine, started = self._machine, time.perf_counter()
-        steps = backward(
-            self._stack, list(batches.values()), machine.max_batch_tokens, self._autocast, machine.processes
+        learn = partial(
+            backward, self._stack, list(batches.values()), machine.max_batch_tokens, self._autocast, machine.processes
         )
+        steps = deterministically(learn, self._stack.zero_grad, machine.device)
         for lane in self._stack.lanes.values():
             machine.processes.sum_gradients(lane.parameters)
         seconds = time.perf_counter() - started
@@ -80,16 +84,17 @@ class RlServer:
         }
 
 
-def serve_samples(requests: Mapping[str, list[Request]], sampler: Sampler) -> dict[str, SampleResult]:
+def serve_samples(requests: Mapping[str, SampleRequest], sampler: Sampler) -> dict[str, SampleResult]:
     """Draw the responses of all lanes as one batch; the seconds are divided by the tokens of each lane."""
     started = time.perf_counter()
-    responses = sampler([request for of_lane in requests.values() for request in of_lane])
+    interruptible = all(of_lane.interruptible for of_lane in requests.values())
+    responses = sampler([request for of_lane in requests.values() for request in of_lane.requests], interruptible)
     seconds = time.perf_counter() - started
     tokens = sum(len(response.tokens) for response in responses)
     answers, start = {}, 0
     for name, of_lane in requests.items():
-        drawn = responses[start : start + len(of_lane)]
-        start += len(of_lane)
+        drawn = responses[start : start + len(of_lane.requests)]
+        start += len(of_lane.requests)
         share = sum(len(response.tokens) for response in drawn) / tokens
         answers[name] = SampleResult(drawn, seconds * share, tokens / seconds)
     return answers
@@ -97,4 +102,4 @@ def serve_samples(requests: Mapping[str, list[Request]], sampler: Sampler) -> di
 
 def sampling_server(sampler: Sampler) -> Callable[[Mapping[str, SampleRequest]], dict[str, SampleResult]]:
     """Return a function that serves lanes which request only responses."""
-    return lambda lanes: serve_samples({name: request.requests for name, request in lanes.items()}, sampler)
+    return lambda lanes: serve_samples(lanes, sampler)

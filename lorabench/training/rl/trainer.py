@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.data.controls import controls
@@ -14,17 +17,18 @@ from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.size import Sizes
-from lorabench.runs import Rollouts, Run
+from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
 from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.loss import check_plain_head
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
-from lorabench.training.rl.sampler import Request, Response, sample
+from lorabench.training.rl.refill import sample_refilling
+from lorabench.training.rl.sampler import Request, Response, sample, shares_rows
 from lorabench.training.rl.serve import RlServer, Sampler, sampling_server
 from lorabench.training.rl.together import FirstProcessGrader, Replica, sample_in_processes
 from lorabench.training.sweep import RunGroup, SweepContext, now, provenance
 from lorabench.utils import signals
-from lorabench.utils.files import file_sha256
+from lorabench.utils.files import file_sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +77,7 @@ class _Work:
     def train(self, context: SweepContext, runs: RunGroup) -> None:
         """Train a group of runs as lanes of a newly loaded base model."""
         machine = context.machine
-        if machine.processes.any(signals.requested()):
-            signals.raise_stopped()
+        context.begin()
         model: Any = context.load()
         check_plain_head(model)
         together = [run for _, run in runs.values()]
@@ -119,24 +122,47 @@ class _Work:
         sharded = machine.processes.shard(model)
         replica = Replica(sharded, blank, machine.device, machine.autocast(context.plan.preset.protocol))
         stack = single_lane(sharded, run.run_id, adapter)
-        return stack, lambda requests: self._sample(context, single_lane(replica.refreshed(), run.run_id), requests)
 
-    def _sample(self, context: SweepContext, stack: Stack, requests: list[Request]) -> list[Response]:
+        def draw(requests: list[Request], interruptible: bool) -> list[Response]:
+            return self._sample(context, single_lane(replica.refreshed(), run.run_id), requests, interruptible)
+
+        return stack, draw
+
+    def _sample(
+        self, context: SweepContext, stack: Stack, requests: list[Request], interruptible: bool
+    ) -> list[Response]:
         machine, texts = context.machine, self.environment.texts
         autocast = machine.autocast(context.plan.preset.protocol)
+        # Several processes would have to agree at every position.
+        interrupt = signals.check if interruptible and machine.processes.count == 1 else lambda: None
+
+        # On a CPU long responses are drawn in batches, so that numbers stay the same to the last bit.
+        refills = machine.device.type == "cuda" and not shares_rows(texts.stop)
+        sampler = sample_refilling if refills else sample
 
         def draw(share: list[Request]) -> list[Response]:
-            return sample(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast)
+            return sampler(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast, interrupt)
 
         return sample_in_processes(requests, draw, machine.processes)
 
     def _base_scores(self, context: SweepContext, draw: Sampler) -> Scores:
-        """Return the base model's scores; the first call evaluates them, when the model is still untrained."""
+        """Return the base model's scores.
+
+        They are read from a file that other jobs share; if there is none, the first call evaluates the model, which is
+        then still untrained, and writes it.
+        """
         if self.base is None:
-            rollouts = context.sweep.condition.rollouts
+            rollouts, processes = context.sweep.condition.rollouts, context.machine.processes
             assert rollouts
-            evaluation = evaluate(self.environment, rollouts, 0, 0, None)
-            self.base, _, _ = train_alone(evaluation, sampling_server(draw))
+            path = context.layout.base_scores(_determining(context, rollouts, self.provenance))
+            self.base = _read_scores(path)
+            # All processes read or all evaluate, even if another job writes the file at this moment.
+            if processes.any(self.base is None):
+                evaluation = evaluate(self.environment, rollouts, 0, 0, None)
+                self.base, _, _ = train_alone(evaluation, sampling_server(draw))
+                if processes.first:
+                    write_json(self.base, path)
+        assert self.base is not None
         return self.base
 
 
@@ -165,6 +191,30 @@ def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
         {name: grader(name) for name in held_out},
         controls(train, test),
     )
+
+
+def _determining(context: SweepContext, rollouts: Rollouts, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the base model's scores depend on, as plain data."""
+    preset, layout = context.plan.preset, context.layout
+    names = (context.sweep.condition.dataset, *rollouts.held_out)
+    drawing = {name: value for name, value in asdict(rollouts).items() if name != "mean_response_tokens"}
+    own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
+    return {
+        "protocol_version": PROTOCOL_VERSION,
+        "precision": preset.protocol.precision,
+        "rollouts": drawing,
+        "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
+        **{name: provenance[name] for name in own},
+    }
+
+
+def _read_scores(path: Path) -> Scores | None:
+    """Return scores from a file, None if there is no file that can be read."""
+    try:
+        scores: Scores = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return scores
 
 
 def _fingerprints(context: SweepContext, texts: ProblemTexts) -> dict[str, str]:

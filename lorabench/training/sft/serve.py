@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lanes.shelf import Stack
 from lorabench.training.batches import PASS_TOKENS, Batch, Row, collate, micro_batches, scored_tokens
+from lorabench.training.determinism import deterministically
 from lorabench.training.loss import MAX_LOGITS, add_gradient, example_nlls
 from lorabench.training.run import Machine
 
@@ -58,7 +60,7 @@ class SftServer:
         ordered = [requests[name] for name in self._stack.lanes]
         examples = [request.examples for request in ordered if isinstance(request, SftGradientRequest)]
         if examples:
-            results = self._learn(examples)
+            results = deterministically(partial(self._learn, examples), self._stack.zero_grad, self._machine.device)
         else:
             [split] = {request.split for request in ordered if isinstance(request, NllRequest)}
             results = self._measure(split)

@@ -21,7 +21,6 @@ from lorabench.training.loss import check_packing, check_plain_head, mean_nll
 from lorabench.training.sft.loop import train_sft
 from lorabench.training.sft.serve import SftServer
 from lorabench.training.sweep import RunGroup, SweepContext, now, provenance
-from lorabench.utils import signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +45,7 @@ class SftTrainer:
         protocol, machine, bases = context.plan.preset.protocol, context.machine, self._bases
         data = self._read(context)
         for group in bases.stackable(context, groups):
-            if machine.processes.any(signals.requested()):
-                signals.raise_stopped()
+            context.begin()
             for number, run in group.values():
                 context.announce(number, run)
             base_nll = bases.base_valid_nll(context, data["validation"])

@@ -109,13 +109,21 @@ def same_tokens(one: list[Response], other: list[Response]) -> bool:
 
 
 def lane_of(
-    run: Run, stack: Stack, environment: Environment, folder: Path, protocol=None, tick=lambda step: None, **changes
+    run: Run,
+    stack: Stack,
+    environment: Environment,
+    folder: Path,
+    protocol=None,
+    tick=lambda step: None,
+    checkpoints: LaneCheckpoints | None = None,
+    **changes,
 ):
     """Return the generator of an RL run on its lane of an untrained stack."""
     protocol, where = protocol or Protocol(), machine(**changes)
     evaluation = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
     scores, _, _ = train_alone(evaluation, sampling_server(sampler_of(stack, environment)))
-    checkpoints = LaneCheckpoints({run.run_id: folder / f"{run.run_id}.safetensors"}, where.checkpoint_seconds)
+    own = {run.run_id: folder / f"{run.run_id}.safetensors"}
+    checkpoints = checkpoints or LaneCheckpoints(own, where.checkpoint_seconds)
     lane = stack.lanes[run.run_id]
     return train_rl(run, lane, environment, protocol, SINGLE_PROCESS, checkpoints, scores, tick)
 
@@ -123,7 +131,7 @@ def lane_of(
 def sampler_of(stack: Stack, environment: Environment):
     texts = environment.texts
 
-    def take(requests: list[Request]) -> list[Response]:
+    def take(requests: list[Request], interruptible: bool = False) -> list[Response]:
         return sample(stack, texts.tokenizer, requests, texts.stop, 100_000)
 
     return take

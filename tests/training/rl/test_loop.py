@@ -10,15 +10,28 @@ import numpy as np
 import pytest
 import torch
 
+from lorabench.models.base import load_model
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.runs import Run
 from lorabench.training.drive import train_lanes
+from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.rl.loop import evaluation_steps
 from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request
 
-from .conftest import ROLLOUTS, condition_of, drawn, environment_of, lane_of, problem_file, same_tokens, serving, train
+from .conftest import (
+    ROLLOUTS,
+    TINY,
+    condition_of,
+    drawn,
+    environment_of,
+    lane_of,
+    problem_file,
+    same_tokens,
+    serving,
+    train,
+)
 
 
 class KilledError(Exception):
@@ -153,6 +166,46 @@ def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
     assert (resumed.final_reward, resumed.best_reward) == (unbroken.final_reward, unbroken.best_reward)
     assert resumed.test_losses == unbroken.test_losses
     assert resumed.train_tokens == unbroken.train_tokens
+
+
+def test_a_kill_during_an_evaluation_loses_nothing_but_the_evaluation(environment, tmp_path):
+    """The time between checkpoints is long, so only the one before the evaluation is there."""
+    runs = [Run(condition_of(2, steps=4), lr, seed) for seed, lr in enumerate((3e-3, 1e-3))]
+    (tmp_path / "broken").mkdir()
+
+    def train_both(folder, asked, killed_at=math.inf):
+        model = add_lora(load_model(TINY), 2, "all", 32.0, True, 0, adapter=runs[0].run_id)
+        add_adapter(model, runs[1].run_id, 1)
+        stack = stack_lora(model, [run.run_id for run in runs])
+        paths = {run.run_id: folder / f"{run.run_id}.safetensors" for run in runs}
+        assert groups_at_same_position(paths) == [list(paths)]
+        checkpoints = LaneCheckpoints(paths, 1e9)
+        lanes = {run.run_id: lane_of(run, stack, environment, folder, checkpoints=checkpoints) for run in runs}
+        server = serving(stack, environment)
+
+        def serve(requests):
+            asked.extend(type(request).__name__ for request in requests.values())
+            evaluates = [getattr(request, "interruptible", False) for request in requests.values()]
+            if all(evaluates):
+                asked.append("evaluation")
+                if asked.count("evaluation") == killed_at:
+                    raise KilledError
+            return server(requests)
+
+        return dict(train_lanes(lanes, serve))
+
+    asked: dict[str, list[str]] = {"unbroken": [], "killed": [], "resumed": []}
+    unbroken = train_both(tmp_path, asked["unbroken"])
+    with pytest.raises(KilledError):
+        train_both(tmp_path / "broken", asked["killed"], killed_at=1)
+    resumed = train_both(tmp_path / "broken", asked["resumed"])
+    # The resumed job starts with the evaluation, and repeats no step.
+    assert asked["resumed"][2] == "evaluation"
+    learned = {job: names.count("RlGradientRequest") for job, names in asked.items()}
+    assert learned["killed"] + learned["resumed"] == learned["unbroken"] == 2 * 4
+    for run in runs:
+        assert untimed(resumed[run.run_id]) == untimed(unbroken[run.run_id])
+        assert resumed[run.run_id].test_losses == unbroken[run.run_id].test_losses
 
 
 def test_packed_runs_are_those_alone(environment, tmp_path, base):

@@ -14,7 +14,8 @@ from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import adapter_pairs, add_adapter, add_lora
 from lorabench.training.rl import sampler
 from lorabench.training.rl.objective import ResponseGroup, backward
-from lorabench.training.rl.sampler import Request, draw, uniforms
+from lorabench.training.rl.refill import sample_refilling
+from lorabench.training.rl.sampler import Request, Stop, draw, sample, uniforms
 
 from ..lanes import base_of
 from .conftest import drawn, same_tokens
@@ -189,6 +190,76 @@ def test_a_lane_starts_as_an_adapter_of_its_own_does(base):
     single_lane = adapter_pairs(add_lora(model.unload(), 4, "all", 32.0, True, seed=7, init_a=2.0))
     assert lane.keys() == single_lane.keys()
     assert all(torch.equal(lane[name], a) for name, (a, _, _) in single_lane.items())
+
+
+def positions_of(model, counts):
+    """Count the passes through a model in a list."""
+    return model.register_forward_pre_hook(lambda *given, **named: counts.append(1), with_kwargs=True)
+
+
+@pytest.mark.parametrize("cache", [30, 700, 2500, 100_000])
+def test_refilled_rows_give_the_same_responses(cache, base, tokenizer, prompts):
+    """Lanes, prompts of several lengths, greedy and drawn, ended by a token, by a text or by the limit."""
+    model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="one")
+    add_adapter(model, "two", seed=1)
+    move(model)
+    stack = stack_lora(model, ["one", "two"])
+    cut = [prompt[number % 4 :] for number, prompt in enumerate(prompts[:8])]
+    requests = [request for lane in ("one", "two") for request in keyed(cut, samples=4, lane=lane)]
+    requests += [Request(prompt, None, "two") for prompt in cut[:3]]
+    # The base ends soon; without its end token it goes on, here until a word or the limit.
+    end = Stop((1,), 66, ("the",))
+    passes: dict[str, list[int]] = {"batches": [], "refilled": []}
+    hook = positions_of(model, passes["batches"])
+    batches = sample(stack, tokenizer, requests, end, cache)
+    hook.remove()
+    hook = positions_of(model, passes["refilled"])
+    refilled = sample_refilling(stack, tokenizer, requests, end, cache)
+    hook.remove()
+    assert same_tokens(refilled, batches)
+    assert [response.truncated for response in refilled] == [response.truncated for response in batches]
+    assert len({len(response.tokens) for response in batches}) > 10
+    for one, other in zip(refilled, batches, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    if cache == 700:
+        # Some rows at a time, which are never idle for long.
+        assert len(passes["refilled"]) < 0.7 * len(passes["batches"])
+
+
+def test_refilled_rows_keep_a_sliding_window(tokenizer):
+    model = base_of("mistral").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger weights make attention less uniform.
+            parameter.mul_(8 if parameter.ndim == 2 else 1)
+    rng = np.random.default_rng(0)
+    requests = keyed([tuple(rng.integers(5, 900, 10 + 7 * number).tolist()) for number in range(5)])
+    end = Stop(tuple(range(40)), 66)
+    batches = sample(single_lane(model, ""), tokenizer, requests, end, 100_000)
+    refilled = sample_refilling(single_lane(model, ""), tokenizer, requests, end, 500)
+    assert same_tokens(refilled, batches)
+
+
+def test_few_responses_are_decoded_to_find_a_text(base, tokenizer, prompts, monkeypatch):
+    requests, decoded = keyed(prompts[:10]), []
+    whole = drawn(base, tokenizer, requests)
+    original = type(tokenizer).batch_decode
+    monkeypatch.setattr(
+        type(tokenizer), "batch_decode", lambda self, ids, **named: decoded.extend(ids) or original(self, ids, **named)
+    )
+    ended = drawn(base, tokenizer, requests, texts=("77", "\\boxed{"))
+    assert same_tokens(ended, whole)
+    assert 0 < len(decoded) < 0.5 * sum(len(response.tokens) for response in whole)
+
+
+@pytest.mark.parametrize("text", ["é", "ab c", " ", "\n\n", "the"])
+def test_texts_are_found_where_they_are_in_the_decoded_text(text, tokenizer):
+    sentence = "cab café at the\n\nlake ab cd the"
+    ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+    stops = sampler.TextStops(tokenizer, (text,))
+    found = [bool(stops.ended([ids[:count]])[0]) for count in range(1, len(ids) + 1)]
+    first = next(count for count in range(1, len(ids) + 1) if text in tokenizer.decode(ids[:count]))
+    assert found.index(True) == first - 1
 
 
 def test_a_text_ends_a_response(base, tokenizer, prompts):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -32,6 +34,10 @@ def job(tmp_path, monkeypatch, raw_rl_preset):
         write_problems(make_problems(spec), layout.dataset(name))
     plan = make_plan(layout.preset)
     return plan, layout, {sweep.condition.method: sweep for sweep in plan.sweeps}
+
+
+def base_reward(record: str) -> float:
+    return json.loads(record)["outcome"]["base_reward"]
 
 
 def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monkeypatch):
@@ -70,6 +76,14 @@ def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monke
         assert trained
 
     first = pq.read_table(layout.job(whole)).to_pandas()
+    layout.job(whole).unlink()
+    lost = layout.runs / lora["run_id"].iloc[0]
+    record = (lost / "record.json").read_text()
+    shutil.rmtree(lost)
+    run_job(plan, whole, layout, lambda line: None)
+    assert len(evaluations) == 1, "another job reads the scores of the base"
+    assert base_reward((lost / "record.json").read_text()) == base_reward(record)
+
     layout.job(whole).unlink()
     monkeypatch.setattr("lorabench.training.rl.trainer.train_lanes", None)
     run_job(plan, whole, layout, lambda line: None)
