@@ -117,12 +117,22 @@ def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbrok
     assert place.numbers(task) == unbroken.numbers(task)
 
 
-def test_the_second_signal_does_not_wait():
-    with signals.stop_immediately(), signals.stop_after_step():
+def test_a_repeated_signal_is_ignored_until_the_grace_period_is_over(monkeypatch):
+    now, requests = 0.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with signals.stop_immediately():
+        with signals.stop_after_step(lambda: requests.append(now)):
+            os.kill(os.getpid(), signal.SIGINT)
+            for now in (1.0, signals.GRACE - 1.0):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested()
+            assert requests == [0.0]
+        # While the command ends, too.
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.requested()
-        with pytest.raises(signals.Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
+        with signals.stop_after_step():
+            # The second Ctrl-C.
+            with pytest.raises(signals.Stopped):
+                os.kill(os.getpid(), signal.SIGINT)
     assert not signals.requested()
 
 

@@ -55,7 +55,7 @@ rule evaluate:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench evaluate {wildcards.evaluation} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 exec lorabench evaluate {wildcards.evaluation} --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 
