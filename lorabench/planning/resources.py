@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.estimates.lane_count import lane_count
 from lorabench.estimates.lengths import tokens_per_example
 from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
-from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds
+from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds, run_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Job, Sweep
@@ -26,6 +26,10 @@ _TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
 _EXTRA_MINUTES = 10
 # Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process beside weights.
 _PROCESS, _GPU_PROCESS = 1.5e9, 6e9
+# An assumption, until it is measured: bytes/s at which a job writes its checkpoints to a shared file system, and the
+# least seconds that it is given for them. A checkpoint holds weights and Adam's two moments in fp32.
+_WRITING, _LEAST_SAVING = 200 * MB, 120
+_CHECKPOINT = 12
 # Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
 # are slower.
 _TOKENIZED_PER_SECOND = 100_000
@@ -46,6 +50,8 @@ class Resources:
     """Wall-clock limit: the estimate with a margin."""
     disk_mb: int
     """Size of the files that the job leaves under results/."""
+    saving_seconds: int = 0
+    """Time in which the job ends its step and writes its checkpoints when it is asked to stop; 0 if it has none."""
 
 
 def job_resources(plan: Plan, job: Job) -> Resources:
@@ -58,9 +64,18 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
     peak = max(peak_bytes(preset, sweep, gpus, lane_count(preset, sweep, gpus)) for sweep in job.sweeps)
     disk = sum(_kept_bytes(preset, sweep) for sweep in job.sweeps)
-    return _resources(
-        preset, job.sweeps[0].condition.model, gpus, peak, job_seconds(preset, job, gpus, most=True), disk
-    )
+    seconds = job_seconds(preset, job, gpus, most=True)
+    saving = max(_saving_seconds(preset, sweep, gpus) for sweep in job.sweeps)
+    resources = _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk)
+    return replace(resources, saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)))
+
+
+def _saving_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Estimate the seconds of an average step of a sweep's lanes and of writing their checkpoints."""
+    condition, lanes = sweep.condition, lane_count(preset, sweep, gpus)
+    sizes = dimensions(preset.models[condition.model])
+    saved = _CHECKPOINT * trained_parameters(preset, sizes, condition.rank, condition.placement)
+    return lanes * (sum(run_seconds(preset, sweep, gpus)) / condition.steps + saved / _WRITING)
 
 
 def _kept_bytes(preset: Preset, sweep: Sweep) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorabench.errors import UserError
+from lorabench.utils.exhaustion import NoMemoryError
 from lorabench.utils.signals import GRACE, Stopped
 
 
@@ -62,7 +63,8 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         _, failure = error.get_first_failure()
         message = failure.error_file_data["message"]
         if isinstance(message, dict):
-            raise UserError(message["message"].partition(": ")[2]) from error
+            name, _, text = message["message"].partition(": ")
+            raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
         sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
     except SignalException as error:
         raise Stopped(error.sigval) from error

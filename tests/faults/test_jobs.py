@@ -18,7 +18,7 @@ from lorabench.errors import UserError
 from lorabench.storage.progress import status
 from lorabench.training.checkpoint import checkpoint_step
 from lorabench.utils import signals
-from lorabench.utils.exhaustion import memory_for
+from lorabench.utils.exhaustion import NoMemoryError, memory_for
 from lorabench.utils.lock import DEAD_AFTER, locked
 
 from .conftest import AT_WORK, numbers
@@ -188,9 +188,9 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
             ),
-            "is out of memory (no 20.00 GiB more): ",
+            "is out of memory on the GPU (no 20.00 GiB more): ",
         ),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "is out of memory: "),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "is out of memory on the GPU: "),
         (OSError(12, "Cannot allocate memory"), "is out of memory: "),
     ],
 )
@@ -198,6 +198,7 @@ def test_every_kind_of_full_memory_is_one_sentence(error, beginning):
     with pytest.raises(UserError) as raised, memory_for("the sweep", "lower x"):
         raise error
     assert str(raised.value) == f"the sweep {beginning}lower x; what is finished is kept"
+    assert isinstance(raised.value, NoMemoryError) == ("GPU" not in beginning)
     with pytest.raises(RuntimeError, match="shapes"), memory_for("the sweep", "lower x"):
         raise RuntimeError("shapes do not fit")
 

@@ -15,7 +15,9 @@ rule compute:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: compute_resources(PLAN)),
+        **requested(
+            lambda wildcards: compute_resources(PLAN), lambda wildcards: "compute"
+        ),
     params:
         preset=PRESET,
     shell:
@@ -37,7 +39,10 @@ rule train:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
+        **requested(
+            lambda wildcards: job_resources(PLAN, JOBS[wildcards.job]),
+            lambda wildcards: wildcards.job,
+        ),
         # Each GPU has a training process.
         processes=lambda wildcards: max(
             1, job_resources(PLAN, JOBS[wildcards.job]).gpus
