@@ -162,7 +162,7 @@ class Layout:
         return self.root / "progress" / f"{sweep.sweep_id}.json"
 
     def attempts(self, name: str) -> Path:
-        """Return the record of the attempts of a job, or of an evaluation or `compute`, which exists until it succeeds."""
+        """Return the record of the attempts of a job, an evaluation or `compute`, which exists until it succeeds."""
         return self.root / "progress" / f"{name}.attempts.json"
 
     def evals(self, job: EvalJob) -> Path:

@@ -22,7 +22,7 @@ GRACE = 3600
 """Seconds that a job has to save its state after the first SIGTERM; SIGTERM is ignored in them, SIGKILL never."""
 
 _IGNORED = {signal.SIGTERM: GRACE, signal.SIGINT: 2}
-"""Seconds after the first signal in which another one is taken for a repetition; a later one ends the process at once."""
+"""Seconds after the first signal in which another one is taken for a repetition; a later one ends the job at once."""
 
 _received: tuple[int, float] | None = None
 """The first signal since the outermost context began, and its time."""

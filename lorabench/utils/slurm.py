@@ -23,7 +23,7 @@ def partition_minutes(partitions: str) -> float | None:
         return None
     command = ["sinfo", "--noheader", "--format=%P|%l"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    limits: dict[str, str] = dict(line.strip().split("|") for line in listed.stdout.splitlines() if line.count("|") == 1)
+    limits = {name: limit for name, _, limit in (line.strip().partition("|") for line in listed.stdout.splitlines())}
     # An asterisk marks the default partition.
     wanted = partitions.split(",") if partitions else [name for name in limits if name.endswith("*")]
     named = {name.removesuffix("*"): minutes_of(limit) for name, limit in limits.items()}

@@ -123,16 +123,17 @@ def test_a_repeated_signal_is_ignored_until_the_grace_period_is_over(monkeypatch
     with signals.stop_immediately():
         with signals.stop_after_step(lambda: requests.append(now)):
             os.kill(os.getpid(), signal.SIGINT)
-            for now in (1.0, signals.GRACE - 1.0):
-                os.kill(os.getpid(), signal.SIGTERM)
+            now = 1.0
+            os.kill(os.getpid(), signal.SIGTERM)
+            now = signals.GRACE - 1.0
+            os.kill(os.getpid(), signal.SIGTERM)
             assert signals.requested()
             assert requests == [0.0]
         # While the command ends, too.
         os.kill(os.getpid(), signal.SIGTERM)
-        with signals.stop_after_step():
-            # The second Ctrl-C.
-            with pytest.raises(signals.Stopped):
-                os.kill(os.getpid(), signal.SIGINT)
+        # The second Ctrl-C.
+        with signals.stop_after_step(), pytest.raises(signals.Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
     assert not signals.requested()
 
 
@@ -190,7 +191,10 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
             ),
             "is out of memory on the GPU (no 20.00 GiB more): ",
         ),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "is out of memory on the GPU: "),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "is out of memory on the GPU: ",
+        ),
         (OSError(12, "Cannot allocate memory"), "is out of memory: "),
     ],
 )

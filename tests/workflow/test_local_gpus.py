@@ -33,7 +33,9 @@ def most_at_once(checkout: Path, *arguments: str) -> int:
     targets = [str(layout.job(job)) for job in jobs]
     conditions = [job.sweeps[0].condition for job in jobs]
     inputs = [layout.tokens(condition.model, condition.dataset) for condition in conditions]
-    inputs += [converted_folder(layout.preset.models[condition.model]) / "model.safetensors" for condition in conditions]
+    inputs += [
+        converted_folder(layout.preset.models[condition.model]) / "model.safetensors" for condition in conditions
+    ]
     for path in inputs:
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
         (checkout / path).touch()

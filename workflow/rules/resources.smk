@@ -74,7 +74,8 @@ def retries(jobs):
     Args:
         jobs: the `lorabench.planning.resources.Resources` of the jobs.
     """
-    if LONGEST is None:
+    # A submitted job that read a number here would start its work again by itself, within its time.
+    if LONGEST is None or not CONTROLS:
         return None
     return 3 + restarts(jobs, LONGEST)
 
@@ -116,7 +117,8 @@ def requested(of, name=None):
     def memory(wildcards, attempt):
         needed = of(wildcards)
         if needed.gpus and not MEM_WITH_GPUS:
-            return None
+            # The executor requests no memory where it is 0.
+            return 0
         more = (
             Attempts(LAYOUT.attempts(name(wildcards))).memory_factor()
             if name
