@@ -37,20 +37,20 @@ def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
 def partition(tmp_path_factory, monkeypatch):
     """A stand-in of sinfo that reports partitions; returns a function that sets the limit of the default one."""
     folder = tmp_path_factory.mktemp("bin")
-    sinfo = folder / "sinfo"
 
     def set_limit(limit: str) -> None:
-        sinfo.write_text(f"#!/bin/sh\necho 'main*|{limit}'\necho 'short|12:00:00'\n")
-        sinfo.chmod(0o755)
+        # The executor wants squeue where there is sinfo.
+        for name, reports in (("sinfo", f"echo 'main*|{limit}'; echo 'short|12:00:00'"), ("squeue", "exit 0")):
+            (folder / name).write_text(f"#!/bin/sh\n{reports}\n")
+            (folder / name).chmod(0o755)
 
     set_limit("infinite")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return set_limit
 
 
-def dry_run(checkout, *arguments: str, preset: str = "paper", fails: bool = False) -> str:
-    command = ("--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}")
-    return snakemake(checkout, *command, fails=fails)
+def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
+    return snakemake(checkout, "--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}")
 
 
 def test_every_job_requests_the_resources_of_the_plan(checkout):
@@ -123,9 +123,13 @@ def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
 
 def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(checkout, partition):
     partition("n/a")
-    output = dry_run(checkout, fails=True)
-    assert "sinfo does not say how long the partition lets a job run: set max_runtime in the profile" in output
+    output = snakemake(checkout, "--profile", "slurm", "--config", "preset=paper", fails=True)
+    sentence = "sinfo does not say how long the partition lets a job run: set max_runtime in the profile"
+    assert sentence in output
     assert "Traceback" not in output
+    assert not (checkout / "results/paper").exists()
+    # A dry run submits nothing, so it only says so.
+    assert sentence in dry_run(checkout)
     # Its longest job takes eight hours.
     assert requested(dry_run(checkout, preset="smollm2"), "train")
 
