@@ -39,13 +39,13 @@ def _fix_hashes() -> None:
 
 
 @contextmanager
-def _job(planned: Plan, attempts: Attempts, processes: int = 1) -> Iterator[None]:
+def _job(planned: Plan, attempts: Attempts, number: int = 1, processes: int = 1) -> Iterator[None]:
     """Within the context, a job's attempt is recorded, and the job has GPUs of its own if its preset is for GPUs.
 
     It begins before torch is imported, which then uses these GPUs.
     """
     with ExitStack() as contexts:
-        contexts.enter_context(attempts.recorded())
+        contexts.enter_context(attempts.recorded(number))
         if planned.preset.execution.gpu is not None:
             reduce_fragmentation()
             contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
@@ -171,6 +171,7 @@ def train(
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, typer.Option(help="Also write the progress lines to this file.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
+    attempt: Annotated[int, typer.Option(min=1, help="The attempt's number since the workflow was started.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.launch import errors_to_launcher, is_worker, launch
@@ -180,7 +181,7 @@ def train(
         job = planned.job(job_id)
         attempts = Attempts(layout.attempts(job_id))
         if not is_worker():
-            contexts.enter_context(_job(planned, attempts, processes))
+            contexts.enter_context(_job(planned, attempts, attempt, processes))
             if processes > 1:
                 launch(processes, sys.argv[1:])
                 return

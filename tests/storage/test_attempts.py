@@ -45,7 +45,23 @@ def test_killed_attempts_raise_memory_to_three_times_at_most(attempts):
 
 def test_an_attempt_that_saves_too_slowly_at_its_time_limit_raises_no_memory(attempts):
     attempts.path.parent.mkdir()
-    attempts.path.write_text('{"killed": 1, "running": true}')
+    attempts.path.write_text('{"killed": 1, "failed": 1, "running": true}')
     # The first process reports the signal; then all are killed.
     attempts.explain()
     assert attempts.memory_factor() == 1.5
+
+
+def test_a_job_that_fails_at_each_attempt_soon_refuses_to_begin(attempts):
+    endings = [RuntimeError("a fault"), SystemExit("killed"), Stopped(15)]
+    # A job that gets as far as its time limit between failures has not failed in a row.
+    for number, error in enumerate(3 * endings, 1):
+        with pytest.raises(type(error)), attempts.recorded(number):
+            raise error
+    for number, error in enumerate(2 * endings[:2], 10):
+        with pytest.raises(type(error)), attempts.recorded(number):
+            raise error
+    with pytest.raises(UserError, match="failed 4 times in a row and is not tried again"):
+        attempts.recorded(14).__enter__()
+    # A new start of the workflow tries again.
+    with attempts.recorded(1):
+        pass

@@ -137,7 +137,10 @@ def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(c
 def test_only_killed_attempts_request_more_memory(checkout):
     plan = make_plan(Layout.of("smollm2").preset)
     killed, stopped = plan.jobs[:2]
-    for job, record in ((killed, '{"killed": 1, "running": true}'), (stopped, '{"killed": 0, "running": false}')):
+    for job, record in (
+        (killed, '{"killed": 1, "failed": 0, "running": true}'),
+        (stopped, '{"killed": 0, "failed": 3, "running": false}'),
+    ):
         path = checkout / Layout.of("smollm2").attempts(job.job_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(record)

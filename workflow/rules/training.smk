@@ -47,8 +47,9 @@ rule train:
         processes=lambda wildcards: max(
             1, job_resources(PLAN, JOBS[wildcards.job]).gpus
         ),
+        number=lambda wildcards, attempt: attempt,
     params:
         preset=PRESET,
     shell:
         "HF_HUB_OFFLINE=1 exec lorabench train {wildcards.job} --preset {params.preset:q} "
-        "--log {log:q} --processes {resources.processes}"
+        "--log {log:q} --processes {resources.processes} --attempt {resources.number}"
