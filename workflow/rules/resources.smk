@@ -56,14 +56,11 @@ if ON_CLUSTER and CONTROLS and LONGEST is None:
 
 # Without a scheduler, no more jobs start than GPUs are visible; each job then takes GPUs that no other job holds
 # (lorabench/utils/devices.py). Where there is none, the jobs run on the CPU as well as they can.
-if (
-    not ON_CLUSTER
-    and CONTROLS
-    and LAYOUT.preset.execution.gpu is not None
-    and "gpu" not in workflow.global_resources
-):
-    if visible := visible_devices():
-        workflow.register_resource("gpu", len(visible))
+HERE = []
+if not ON_CLUSTER and CONTROLS and LAYOUT.preset.execution.gpu is not None:
+    HERE = visible_devices()
+    if HERE and "gpu" not in workflow.global_resources:
+        workflow.register_resource("gpu", len(HERE))
 
 
 def in_time(minutes):
@@ -136,8 +133,17 @@ def requested(of, name=None):
         # The executor requests no number of cores where it is negative.
         return max(threads, needed.cpus) if CPUS_WITH_GPUS or not needed.gpus else -1
 
+    def gpus(wildcards):
+        needed = of(wildcards).gpus
+        if HERE and needed > len(HERE):
+            raise WorkflowError(
+                f"a job needs {needed} GPUs, and this machine shows {len(HERE)}; lower execution.max_gpus, or leave "
+                "its model out of the preset"
+            )
+        return needed or None
+
     return {
-        **gpu_request(lambda wildcards: of(wildcards).gpus or None),
+        **gpu_request(gpus),
         # Without this the GPUs of a job might be on several nodes.
         "nodes": 1,
         "cpus_per_task": cpus,
