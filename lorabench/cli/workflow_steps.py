@@ -5,16 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, entry, plan_and_layout
 from lorabench.errors import UserError
+from lorabench.storage.attempts import Attempts
 from lorabench.utils import signals
+from lorabench.utils.devices import own_devices, reduce_fragmentation
 from lorabench.utils.exhaustion import memory_for
+
+if TYPE_CHECKING:
+    # Imported when a command runs, since the help does not need it.
+    from lorabench.planning.plan import Plan
 
 app = typer.Typer()
 _PANEL = "Steps of the workflow, which its rules call"
@@ -28,6 +36,20 @@ def _fix_hashes() -> None:
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "lorabench.cli", *sys.argv[1:]])
+
+
+@contextmanager
+def _job(planned: Plan, attempts: Attempts, number: int = 1, processes: int = 1) -> Iterator[None]:
+    """Within the context, a job's attempt is recorded, and the job has GPUs of its own if its preset is for GPUs.
+
+    It begins before torch is imported, which then uses these GPUs.
+    """
+    with ExitStack() as contexts:
+        contexts.enter_context(attempts.recorded(number))
+        if planned.preset.execution.gpu is not None:
+            reduce_fragmentation()
+            contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
+        yield
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -149,16 +171,20 @@ def train(
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, typer.Option(help="Also write the progress lines to this file.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
+    attempt: Annotated[int, typer.Option(min=1, help="The attempt's number since the workflow was started.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.launch import errors_to_launcher, is_worker, launch
 
-    with in_one_sentence(), errors_to_launcher():
+    with in_one_sentence(), errors_to_launcher(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
-        if processes > 1 and not is_worker():
-            launch(processes, sys.argv[1:])
-            return
+        attempts = Attempts(layout.attempts(job_id))
+        if not is_worker():
+            contexts.enter_context(_job(planned, attempts, attempt, processes))
+            if processes > 1:
+                launch(processes, sys.argv[1:])
+                return
         handlers: list[logging.Handler] = [logging.StreamHandler()]
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +203,7 @@ def train(
             state = read_status(planned, layout)
             logging.info("[%s/%s runs of %s] %s", state.runs_done, state.runs_planned, layout.name, line)
 
-        with signals.stop_after_step():
+        with signals.stop_after_step(attempts.explain if group.first else lambda: None):
             run_job(planned, job, layout, say, group)
         leave(group)
 
@@ -216,14 +242,15 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     with in_one_sentence():
         planned, layout = plan_and_layout(preset)
         job = planned.evaluation(eval_id)
+        assert planned.preset.evaluation
+        lower = f"lower evaluation.batch_size (now {planned.preset.evaluation.batch_size})"
         # A progress bar per step would drown the log; tqdm reads these when it is first imported. lm-eval's own bars
         # can't be turned off, so they are drawn once a minute.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
-        from lorabench.evaluation.runner import evaluate_job
+        with _job(planned, Attempts(layout.attempts(eval_id))), memory_for(eval_id, lower):
+            from lorabench.evaluation.runner import evaluate_job
 
-        assert planned.preset.evaluation
-        with memory_for(eval_id, f"lower evaluation.batch_size (now {planned.preset.evaluation.batch_size})"):
             evaluate_job(planned, job, layout)
 
 
@@ -259,18 +286,19 @@ def compute(
 ) -> None:
     """Measure the cost of a training step of LoRA and of full fine-tuning: FLOPs, time and memory."""
     with in_one_sentence():
-        import pandas as pd
-
-        from lorabench.tables.io import write_frame
-        from lorabench.training.step_cost import compute_table
-
         planned, layout = plan_and_layout(preset)
         if planned.preset.experiments.compute is None:
             raise UserError(f"preset {layout.name} has no experiment compute")
         names = planned.preset.experiments.compute.models
-        at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
-        measured = [compute_table(at_commits, name) for name in names]
-        write_frame(pd.concat(measured), "compute", out or layout.tables())
+        with _job(planned, Attempts(layout.attempts("compute"))):
+            import pandas as pd
+
+            from lorabench.tables.io import write_frame
+            from lorabench.training.step_cost import compute_table
+
+            at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
+            measured = [compute_table(at_commits, name) for name in names]
+            write_frame(pd.concat(measured), "compute", out or layout.tables())
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -24,7 +24,12 @@ def working_bytes(preset: Preset, sweep: Sweep, lanes: int) -> int:
     two while one replaces the other.
     """
     weights = _WEIGHT * sweep.most_runs * _trained(preset, sweep) - kept_bytes(preset, sweep)
-    return weights + 2 * _STATE * lanes * _trained(preset, sweep)
+    return weights + 2 * lanes * checkpoint_bytes(preset, sweep)
+
+
+def checkpoint_bytes(preset: Preset, sweep: Sweep) -> int:
+    """Return the bytes of a checkpoint of one run."""
+    return _STATE * _trained(preset, sweep)
 
 
 def _trained(preset: Preset, sweep: Sweep) -> int:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.estimates.disk import kept_bytes, working_bytes
+from lorabench.estimates.disk import checkpoint_bytes, kept_bytes, working_bytes
 from lorabench.estimates.lane_count import lane_count
 from lorabench.estimates.lengths import tokens_per_example
 from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory
-from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds
+from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds, run_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import Plan
-from lorabench.runs import EvalJob, Job
+from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
 MB = 1e6
@@ -27,6 +27,9 @@ _TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
 _EXTRA_MINUTES = 10
 # Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process beside weights.
 _PROCESS, _GPU_PROCESS = 1.5e9, 6e9
+# An assumption, until it is measured: bytes/s at which a job writes its checkpoints to a shared file system, and the
+# least seconds that it is given for them.
+_WRITING, _LEAST_SAVING = 200 * MB, 120
 # Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
 # are slower.
 _TOKENIZED_PER_SECOND = 100_000
@@ -49,6 +52,8 @@ class Resources:
     """Size of the files that the job leaves under results/."""
     working_disk_mb: int = 0
     """Most that the job needs there besides while it runs."""
+    saving_seconds: int = 0
+    """Time in which the job ends its step and writes its checkpoints when it is asked to stop; 0 if it has none."""
 
 
 def job_resources(plan: Plan, job: Job) -> Resources:
@@ -64,8 +69,18 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     disk = sum(kept_bytes(preset, sweep) for sweep in job.sweeps)
     seconds = job_seconds(preset, job, gpus, most=True)
     working = max(working_bytes(preset, sweep, lanes[sweep]) for sweep in job.sweeps)
-    requested = _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk)
-    return replace(requested, working_disk_mb=math.ceil(working / MB))
+    saving = max(_saving_seconds(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
+    return replace(
+        _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk),
+        working_disk_mb=math.ceil(working / MB),
+        saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
+    )
+
+
+def _saving_seconds(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
+    """Estimate the seconds of an average step of a sweep's lanes and of writing their checkpoints."""
+    step = sum(run_seconds(preset, sweep, gpus)) / sweep.condition.steps
+    return lanes * (step + checkpoint_bytes(preset, sweep) / _WRITING)
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:

@@ -21,8 +21,8 @@ from lorabench.utils.exhaustion import NoSpaceError
 from lorabench.utils.files import write_json
 from lorabench.utils.lock import heartbeat_age, is_alive
 
-INTERVAL = 2.0
-"""Seconds between two updates of a progress file."""
+INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
+"""Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
 
 
 class Progress:

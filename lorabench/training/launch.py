@@ -14,10 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lorabench.errors import UserError
-from lorabench.utils.signals import Stopped
-
-# Seconds that the processes have to save a checkpoint when a signal asks the job to end.
-_GRACE = 120
+from lorabench.utils.exhaustion import NoMemoryError
+from lorabench.utils.signals import GRACE, Stopped
 
 
 def is_worker() -> bool:
@@ -44,7 +42,10 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Thread pools read this before any setting of ours, and accelerate warns if it is not set.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+    # The launcher's own handlers would give up waiting for the processes at a second SIGTERM. Ours raise Stopped once,
+    # on which the launcher passes SIGTERM on and waits.
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -62,7 +63,8 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         _, failure = error.get_first_failure()
         message = failure.error_file_data["message"]
         if isinstance(message, dict):
-            raise UserError(message["message"].partition(": ")[2]) from error
+            name, _, text = message["message"].partition(": ")
+            raise (NoMemoryError if name == NoMemoryError.__name__ else UserError)(text) from error
         sys.exit(f"lorabench: process {failure.local_rank} of {count} ended with exit code {failure.exitcode}")
     except SignalException as error:
         raise Stopped(error.sigval) from error

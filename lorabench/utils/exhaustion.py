@@ -28,6 +28,11 @@ class NoSpaceError(UserError):
     """A file could not be written for lack of space."""
 
 
+class NoMemoryError(UserError):
+    """The memory of the machine was exhausted; that of a GPU raises a plain UserError, which more memory of the machine
+    does not help."""
+
+
 @contextmanager
 def space_for(path: Path | str) -> Iterator[None]:
     """Turn the error of a full file system or quota into a NoSpaceError that names `path`."""
@@ -44,7 +49,7 @@ def space_for(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Turn the error of a machine or GPU without free memory into a UserError.
+    """Turn the error of a machine without free memory into a NoMemoryError, and that of a GPU into a UserError.
 
     Args:
         what: what was computed, the subject of the message.
@@ -57,7 +62,9 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
             raise
         size = _SIZE.search(str(error))
         more = f" (no {size[1]} more)" if size else ""
-        raise UserError(f"{what} is out of memory{more}: {advice}; what is finished is kept") from error
+        on_gpu = _is_of_gpu(error)
+        kind, where = (UserError, " on the GPU") if on_gpu else (NoMemoryError, "")
+        raise kind(f"{what} is out of memory{where}{more}: {advice}; what is finished is kept") from error
 
 
 def _number(error: Exception) -> int | None:
@@ -66,6 +73,12 @@ def _number(error: Exception) -> int | None:
         return error.errno
     match = _OS_ERROR.search(str(error))
     return int(match[1]) if match else None
+
+
+def _is_of_gpu(error: Exception) -> bool:
+    """Return whether the memory that is exhausted is that of a GPU."""
+    torch = sys.modules.get("torch")
+    return (torch is not None and isinstance(error, torch.OutOfMemoryError)) or "CUDA" in str(error)
 
 
 def _no_memory(error: Exception) -> bool:

@@ -1,22 +1,33 @@
 """Signals that ask a job to end: SIGTERM (Slurm's time limit, preemption, `kill`) and SIGINT (Ctrl-C).
 
 Training ends after the current step: its loop reads `requested` after each step, writes a checkpoint, and calls
-`raise_stopped`.
-A second signal has its usual effect at once. Other work of a command ends at once by an exception, so that no
-half-written file is left. Several processes that train one run must agree before they call it.
+`raise_stopped`. Other work of a command ends at once by an exception, so that no half-written file is left. Several
+processes that train one run must agree before they call it.
+
+One request may arrive several times: Slurm signals every process of a job, the launcher of a job's processes passes the
+signal on to them, and `srun` does so again. So repetitions are ignored for a while, and a checkpoint that is being
+written is finished.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_received: int | None = None
+GRACE = 3600
+"""Seconds that a job has to save its state after the first SIGTERM; SIGTERM is ignored in them, SIGKILL never."""
 
+_IGNORED = {signal.SIGTERM: GRACE, signal.SIGINT: 2}
+"""Seconds after the first signal in which another one is taken for a repetition; a later one ends the job at once."""
+
+_received: tuple[int, float] | None = None
+"""The first signal since the outermost context began, and its time."""
+
+_Handler = Callable[[int, FrameType | None], None]
 _Handlers = dict[signal.Signals, Any]
 
 
@@ -43,47 +54,69 @@ def check() -> None:
 
 def raise_stopped() -> NoReturn:
     """Raise Stopped; it reports SIGTERM if only another process of the job received a signal."""
-    raise Stopped(_received or signal.SIGTERM)
+    raise Stopped(_received[0] if _received else signal.SIGTERM)
 
 
 @contextmanager
 def stop_immediately() -> Iterator[None]:
-    """Within the context, a signal raises Stopped immediately."""
+    """Within the context, a signal raises Stopped immediately; repetitions are ignored."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        if not _is_repetition(number):
+            raise Stopped(number)
 
     with _handled(end):
         yield
 
 
 @contextmanager
-def stop_after_step() -> Iterator[None]:
-    """Within the context, the first signal is kept for `requested` and `check`; the next has its usual effect."""
-    global _received
+def stop_after_step(on_request: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within the context, the first signal is kept for `requested` and `check`, and repetitions are ignored.
+
+    A later signal has its usual effect.
+
+    Args:
+        on_request: is called at the first signal.
+    """
 
     def remember(number: int, frame: FrameType | None) -> None:
-        global _received
-        _received = number
-        _restore(before)
+        first = _received is None
+        if _is_repetition(number):
+            return
+        if first:
+            on_request()
+        else:
+            _restore(before)
+            signal.raise_signal(number)
 
     with _handled(remember) as before:
-        try:
-            yield
-        finally:
-            _received = None
+        yield
+
+
+def _is_repetition(number: int) -> bool:
+    """Return whether a signal repeats an earlier one; the first signal is recorded."""
+    global _received
+    now = time.monotonic()
+    if _received is None:
+        _received = number, now
+        return False
+    return now - _received[1] < _IGNORED[signal.Signals(number)]
 
 
 @contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[_Handlers]:
+def _handled(handler: _Handler) -> Iterator[_Handlers]:
+    global _received
     # A shell starts background jobs with SIGINT ignored, which must stay so.
-    before = {number: old for number in _SIGNALS if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
+    before = {number: old for number in _IGNORED if (old := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
+    outermost = not any(getattr(old, "__module__", None) == __name__ for old in before.values())
     for number in before:
         signal.signal(number, handler)
     try:
         yield before
     finally:
         _restore(before)
+        if outermost:
+            _received = None
 
 
 def _restore(handlers: _Handlers) -> None:

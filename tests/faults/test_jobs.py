@@ -18,7 +18,7 @@ from lorabench.errors import UserError
 from lorabench.storage.progress import status
 from lorabench.training.checkpoint import checkpoint_position
 from lorabench.utils import signals
-from lorabench.utils.exhaustion import memory_for
+from lorabench.utils.exhaustion import NoMemoryError, memory_for
 from lorabench.utils.lock import DEAD_AFTER, locked
 
 from .conftest import AT_WORK, numbers
@@ -117,12 +117,23 @@ def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbrok
     assert place.numbers(task) == unbroken.numbers(task)
 
 
-def test_the_second_signal_does_not_wait():
-    with signals.stop_immediately(), signals.stop_after_step():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.requested()
-        with pytest.raises(signals.Stopped):
+def test_a_repeated_signal_is_ignored_until_the_grace_period_is_over(monkeypatch):
+    now, requests = 0.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with signals.stop_immediately():
+        with signals.stop_after_step(lambda: requests.append(now)):
+            os.kill(os.getpid(), signal.SIGINT)
+            now = 1.0
             os.kill(os.getpid(), signal.SIGTERM)
+            now = signals.GRACE - 1.0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.requested()
+            assert requests == [0.0]
+        # While the command ends, too.
+        os.kill(os.getpid(), signal.SIGTERM)
+        # The second Ctrl-C.
+        with signals.stop_after_step(), pytest.raises(signals.Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
     assert not signals.requested()
 
 
@@ -178,9 +189,12 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
             ),
-            "is out of memory (no 20.00 GiB more): ",
+            "is out of memory on the GPU (no 20.00 GiB more): ",
         ),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "is out of memory: "),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "is out of memory on the GPU: ",
+        ),
         (OSError(12, "Cannot allocate memory"), "is out of memory: "),
     ],
 )
@@ -188,6 +202,7 @@ def test_every_kind_of_full_memory_is_one_sentence(error, beginning):
     with pytest.raises(UserError) as raised, memory_for("the sweep", "lower x"):
         raise error
     assert str(raised.value) == f"the sweep {beginning}lower x; what is finished is kept"
+    assert isinstance(raised.value, NoMemoryError) == ("GPU" not in beginning)
     with pytest.raises(RuntimeError, match="shapes"), memory_for("the sweep", "lower x"):
         raise RuntimeError("shapes do not fit")
 

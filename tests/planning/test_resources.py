@@ -11,6 +11,7 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.estimates.seconds import job_seconds
+from lorabench.models.dimensions import dimensions
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import (
@@ -75,6 +76,18 @@ def test_weights_of_the_best_runs_stay_on_disk():
     assert job_resources(make_plan(everything), Job((full,))).disk_mb == pytest.approx(
         4 * 1235.8144 * full.most_runs, abs=1
     )
+
+
+def test_a_job_is_asked_to_stop_as_early_as_its_checkpoints_take():
+    plan = make_plan(load_preset("paper"))
+    largest = max(plan.jobs, key=lambda job: job_resources(plan, job).gpus)
+    parameters = dimensions(plan.preset.models[largest.sweeps[0].condition.model]).parameters
+    assert parameters > 3e10
+    # Weights and two moments in fp32 at 200 MB/s, twice; a step of SFT takes little beside them.
+    writing = 2 * 12 * parameters / 200e6
+    assert writing < job_resources(plan, largest).saving_seconds < 1.01 * writing
+    small = make_plan(load_preset("smoke"))
+    assert {job_resources(small, job).saving_seconds for job in small.jobs} == {120}
 
 
 def test_the_bill_counts_the_gpus_that_jobs_ask_for():

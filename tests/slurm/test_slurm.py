@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +20,9 @@ from lorabench.planning.resources import job_resources
 from lorabench.runs import Job, Sweep
 from lorabench.storage.layout import Layout
 
-from ..workflow.checkout import adapt_profile, fresh_clone, snakemake
-from .cluster import Cluster, until
+from ..workflow.checkout import snakemake
+from .cluster import until
+from .submitting import adapted_clone, of_job, of_rule, saved_step, workflow
 
 pytestmark = pytest.mark.slurm
 
@@ -40,49 +37,9 @@ MEASURED = ["status", "final_valid_nll", "final_test_nll", "final_valid_reward",
 TIMES = ["sample_tokens_per_s", "learn_tokens_per_s"]
 
 
-def adapted_clone(folder: Path) -> Path:
-    """Make a clone with the profile adapted to a site without accounting."""
-    fresh_clone(folder)
-    shutil.copy(PRESET, folder)
-    adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
-    adapt_profile(folder, "status-checks: 40", "status-checks: 2")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    return adapted_clone(tmp_path_factory.mktemp("checkout"))
-
-
-@contextmanager
-def workflow(
-    cluster: Cluster, checkout: Path, *arguments: str, preset: str = "cluster.yaml"
-) -> Iterator[Callable[[], str]]:
-    """Run the README's command in the background; yield a function that returns its output, empty until its end."""
-    log = checkout / "snakemake.out"
-    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--profile", "slurm", *arguments]
-    command += ["--config", f"preset={preset}"]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=checkout, env=cluster.environment, stdout=out, stderr=out)
-
-    def output() -> str:
-        if process.poll() is None:
-            return ""
-        assert process.returncode == 0, log.read_text()
-        return log.read_text()
-
-    try:
-        yield output
-    finally:
-        process.kill()
-        process.wait()
-
-
-def saved_step(checkpoint: Path) -> int:
-    """Return the step in the header of a checkpoint, which may be replaced at any time."""
-    with checkpoint.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return json.loads(header["__metadata__"]["progress"])["step"]
+    return adapted_clone(tmp_path_factory.mktemp("checkout"), PRESET)
 
 
 @dataclass
@@ -169,16 +126,6 @@ def seen(cluster, checkout):
     return Observations(text, cluster.jobs(), watcher.steps, stopped_at, records)
 
 
-def of_job(jobs: list[dict[str, str]], job: Job) -> list[dict[str, str]]:
-    """Return the tries of a training job, in the order of their submission."""
-    return [submitted for submitted in jobs if submitted["Comment"] == f"rule_train_wildcards_{job.job_id}"]
-
-
-def of_rule(jobs: list[dict[str, str]], rule: str) -> list[dict[str, str]]:
-    """Return the jobs of a rule."""
-    return [job for job in jobs if re.match(rf"rule_{rule}(_wildcards|$)", job["Comment"])]
-
-
 def training(job: Job) -> int:
     """Return the id of the process that trains a job."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -249,16 +196,6 @@ def test_the_numbers_are_those_of_a_run_on_this_machine(seen, checkout):
     check_equal(checkout, "cluster", "local")
 
 
-def test_a_site_may_take_gres_only(seen, cluster, checkout):
-    adapt_profile(checkout, "gpu_option: gpu", "gpu_option: gres")
-    with workflow(cluster, checkout, "results/cluster/tables/compute.parquet", "--forcerun", "compute") as output:
-        until(output, "the end of the workflow", 120)
-    compute = of_rule(cluster.jobs(), "compute")[-1]
-    assert compute["TresPerNode"] == "gres/gpu:1"
-    assert "TresPerJob" not in compute
-    assert compute["JobState"] == "COMPLETED"
-
-
 def test_logs_of_successful_jobs_are_kept(seen, checkout):
     logs = {path.stem for path in (checkout / "slurm_logs").rglob("*.log")}
     assert {job["JobId"] for job in seen.jobs} <= logs
@@ -267,7 +204,7 @@ def test_logs_of_successful_jobs_are_kept(seen, checkout):
 @pytest.mark.slow
 def test_the_smoke_preset_from_an_adapted_clone(cluster, tmp_path):
     """A preset for CPUs, whose jobs the profile gives a GPU each."""
-    checkout = adapted_clone(tmp_path)
+    checkout = adapted_clone(tmp_path, PRESET)
     gpus = ["--set-resources", "train:gpu=1", "evaluate:gpu=1"]
     before = len(cluster.jobs())
     with workflow(cluster, checkout, *gpus, preset="smoke") as output:

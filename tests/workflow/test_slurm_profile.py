@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -32,6 +33,22 @@ def requested(output: str, rule: str) -> dict[str, dict[str, str]]:
     return resources_of_jobs
 
 
+@pytest.fixture(autouse=True)
+def partition(tmp_path_factory, monkeypatch):
+    """A stand-in of sinfo that reports partitions; returns a function that sets the limit of the default one."""
+    folder = tmp_path_factory.mktemp("bin")
+
+    def set_limit(limit: str) -> None:
+        # The executor wants squeue where there is sinfo.
+        for name, reports in (("sinfo", f"echo 'main*|{limit}'; echo 'short|12:00:00'"), ("squeue", "exit 0")):
+            (folder / name).write_text(f"#!/bin/sh\n{reports}\n")
+            (folder / name).chmod(0o755)
+
+    set_limit("infinite")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return set_limit
+
+
 def dry_run(checkout, *arguments: str, preset: str = "paper") -> str:
     return snakemake(checkout, "--profile", "slurm", "--dry-run", *arguments, "--config", f"preset={preset}")
 
@@ -50,6 +67,9 @@ def test_every_job_requests_the_resources_of_the_plan(checkout):
         assert resources["mem_mb"] == str(estimate.mem_mb)
         assert resources["runtime"] == str(estimate.minutes)
         assert resources["nodes"] == "1"
+        # Jobs that save checkpoints are told before their time is over, by half of it at most.
+        early = min(estimate.saving_seconds, 30 * estimate.minutes)
+        assert resources.get("slurm_extra") == (f"--signal=TERM@{early}" if early else None)
         assert "gres" not in resources
         assert "gpu_model" not in resources
     assert all("gpu" not in resources for resources in requested(output, "tokens").values())
@@ -89,12 +109,56 @@ def test_a_wrong_gpu_option_is_one_sentence(checkout):
     assert "Traceback" not in output
 
 
-def test_no_job_requests_more_time_than_a_site_allows(checkout):
-    adapt_profile(checkout, "# max_runtime: 1440", "max_runtime: 1440")
+def test_no_job_requests_more_time_than_a_site_allows(checkout, partition):
     plan = make_plan(Layout.of("paper").preset)
-    minutes = {name: int(resources["runtime"]) for name, resources in requested(dry_run(checkout), "train").items()}
-    assert minutes == {job.job_id: min(1440, job_resources(plan, job).minutes) for job in plan.jobs}
-    assert max(minutes.values()) == 1440
+    partition("1-00:00:00")
+    for setting, limit in (("", 1440), ("  slurm_partition: main,short", 720), ("  max_runtime: 600", 600)):
+        if setting:
+            adapt_profile(checkout, "\ndefault-resources:\n", f"\ndefault-resources:\n{setting}\n")
+        trained = requested(dry_run(checkout), "train")
+        minutes = {name: int(resources["runtime"]) for name, resources in trained.items()}
+        assert minutes == {job.job_id: min(limit, job_resources(plan, job).minutes) for job in plan.jobs}
+        assert max(minutes.values()) == limit
+
+
+def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(checkout, partition):
+    partition("n/a")
+    output = snakemake(checkout, "--profile", "slurm", "--config", "preset=paper", fails=True)
+    sentence = "sinfo does not say how long the partition lets a job run: set max_runtime in the profile"
+    assert sentence in output
+    assert "Traceback" not in output
+    assert not (checkout / "results/paper").exists()
+    # A dry run submits nothing, so it only says so.
+    assert sentence in dry_run(checkout)
+    # Its longest job takes eight hours.
+    assert requested(dry_run(checkout, preset="smollm2"), "train")
+
+
+def test_only_killed_attempts_request_more_memory(checkout):
+    plan = make_plan(Layout.of("smollm2").preset)
+    killed, stopped = plan.jobs[:2]
+    for job, record in (
+        (killed, '{"killed": 1, "failed": 0, "running": true}'),
+        (stopped, '{"killed": 0, "failed": 3, "running": false}'),
+    ):
+        path = checkout / Layout.of("smollm2").attempts(job.job_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record)
+    trained = requested(dry_run(checkout, preset="smollm2"), "train")
+    for job, factor in ((killed, 2), (stopped, 1)):
+        assert int(trained[job.job_id]["mem_mb"]) == factor * job_resources(plan, job).mem_mb
+
+
+def test_a_site_refuses_memory_and_cores_beside_gpus(checkout):
+    adapt_profile(checkout, "mem_with_gpus: true", "mem_with_gpus: false")
+    adapt_profile(checkout, "cpus_with_gpus: true", "cpus_with_gpus: false")
+    output = dry_run(checkout, preset="smollm2")
+    for resources in requested(output, "train").values():
+        # The executor leaves out --mem for 0, and --cpus-per-task for a negative number.
+        assert (resources["mem_mb"], resources["cpus_per_task"]) == ("0", "-1")
+    for resources in requested(output, "tokens").values():
+        assert int(resources["mem_mb"]) > 0
+        assert int(resources["cpus_per_task"]) > 0
 
 
 def test_a_wrong_limit_of_time_is_one_sentence(checkout):

@@ -50,12 +50,13 @@ rule evaluate:
         **requested(
             lambda wildcards: evaluation_resources(
                 PLAN, EVALUATIONS[wildcards.evaluation]
-            )
+            ),
+            lambda wildcards: wildcards.evaluation,
         ),
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench evaluate {wildcards.evaluation} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 exec lorabench evaluate {wildcards.evaluation} --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 

@@ -1,4 +1,6 @@
-# The resources that each job requests of a cluster. On one machine, without a profile, they have no effect.
+# The resources that each job requests of a cluster. On one machine, without a profile, only the number of GPUs counts.
+from snakemake.logging import logger
+
 from lorabench.planning.resources import (
     compute_resources,
     evaluation_resources,
@@ -6,24 +8,59 @@ from lorabench.planning.resources import (
     restarts,
     tokens_resources,
 )
+from lorabench.storage.attempts import Attempts
+from lorabench.utils.devices import visible_devices
+from lorabench.utils.slurm import partition_minutes
 
 # Settings of GPUs and time in a site's profile, beside the resources that the executor knows.
 SITE = {
     name: resource.raw
     for name, resource in (workflow.resource_settings.default_resources or {}).items()
 }
+# The profile of a cluster has this setting. The jobs that it submits read this file again and ask for nothing.
+ON_CLUSTER, CONTROLS = "gpu_option" in SITE, workflow.is_main_process
 GPU_OPTION, GPU_TYPE = SITE.get("gpu_option", "gpu"), SITE.get("gpu_type")
-LONGEST = SITE.get("max_runtime")
+LONGEST, EXTRA = SITE.get("max_runtime"), SITE.get("slurm_extra", "").strip("'\"")
 if GPU_OPTION not in ("gpu", "gres"):
     raise WorkflowError(
         f"gpu_option = {GPU_OPTION!r} in the profile: allowed: gpu, gres"
     )
 
+
+def switch(name):
+    """Whether a setting of the profile is on, as it is by default."""
+    value = str(SITE.get(name, True)).lower()
+    if value not in ("true", "false"):
+        raise WorkflowError(f"{name} = {value!r} in the profile: allowed: true, false")
+    return value == "true"
+
+
+MEM_WITH_GPUS, CPUS_WITH_GPUS = switch("mem_with_gpus"), switch("cpus_with_gpus")
 if LONGEST is not None and not (str(LONGEST).isdigit() and int(LONGEST) > 0):
     raise WorkflowError(
         f"max_runtime = {LONGEST!r} in the profile: minutes are needed, at least 1"
     )
 LONGEST = LONGEST and int(LONGEST)
+if ON_CLUSTER and CONTROLS and LONGEST is None:
+    LONGEST = partition_minutes(SITE.get("slurm_partition", "").strip("'\""))
+    longest_job = max(job_resources(PLAN, job).minutes for job in PLAN.jobs)
+    if LONGEST is None and longest_job > 24 * 60:
+        unknown = (
+            f"a job may take {longest_job / 60:,.0f} hours, and sinfo does not say how long the partition lets a job "
+            "run: set max_runtime in the profile (slurm/config.yaml), in minutes"
+        )
+        if not workflow.dryrun:
+            raise WorkflowError(unknown)
+        logger.warning(unknown)
+    LONGEST = None if LONGEST is None or LONGEST == float("inf") else int(LONGEST)
+
+# Without a scheduler, no more jobs start than GPUs are visible; each job then takes GPUs that no other job holds
+# (lorabench/utils/devices.py). Where there is none, the jobs run on the CPU as well as they can.
+HERE = []
+if not ON_CLUSTER and CONTROLS and LAYOUT.preset.execution.gpu is not None:
+    HERE = visible_devices()
+    if HERE and "gpu" not in workflow.global_resources:
+        workflow.register_resource("gpu", len(HERE))
 
 
 def in_time(minutes):
@@ -39,7 +76,8 @@ def retries(jobs):
     Args:
         jobs: the `lorabench.planning.resources.Resources` of the jobs.
     """
-    if LONGEST is None:
+    # A submitted job that read a number here would start its work again by itself, within its time.
+    if LONGEST is None or not CONTROLS:
         return None
     return 3 + restarts(jobs, LONGEST)
 
@@ -59,18 +97,66 @@ def gpu_request(gpus):
     return {"gpu": gpus} | (model if GPU_TYPE else {})
 
 
-def requested(of):
-    """The resources of a rule; a job that has failed requests more memory and time.
+def warning_option(wildcards, attempt, of):
+    """The options of sbatch for a job, which ask Slurm to send SIGTERM early enough for the last checkpoints."""
+    needed = of(wildcards)
+    if not needed.saving_seconds or "--signal" in EXTRA:
+        return EXTRA or None
+    # At most half of the time is left for it, since Slurm sends the signal at once where the whole time is.
+    seconds = min(needed.saving_seconds, 30 * in_time(needed.minutes * attempt))
+    return f"{EXTRA} --signal=TERM@{seconds}".strip()
+
+
+def requested(of, name=None):
+    """The resources of a rule; a job that has failed requests more time, and more memory if it lacked memory.
 
     Args:
         of: a function from a job's wildcards to its `lorabench.planning.resources.Resources`.
+        name: a function from a job's wildcards to the name by which it records why its attempts ended; without it,
+            each attempt requests more memory.
     """
+
+    def memory(wildcards, attempt):
+        needed = of(wildcards)
+        if needed.gpus and not MEM_WITH_GPUS:
+            # The executor requests no memory where it is 0.
+            return 0
+        more = (
+            Attempts(LAYOUT.attempts(name(wildcards))).memory_factor()
+            if name
+            else (1 + attempt) / 2
+        )
+        return int(needed.mem_mb * more)
+
+    def cpus(wildcards, threads):
+        needed = of(wildcards)
+        # The executor requests no number of cores where it is negative.
+        return max(threads, needed.cpus) if CPUS_WITH_GPUS or not needed.gpus else -1
+
+    def gpus(wildcards):
+        needed = of(wildcards).gpus
+        if HERE and needed > len(HERE):
+            raise WorkflowError(
+                f"a job needs {needed} GPUs, and this machine shows {len(HERE)}; lower execution.max_gpus, or leave "
+                "its model out of the preset"
+            )
+        return needed or None
+
     return {
-        **gpu_request(lambda wildcards: of(wildcards).gpus or None),
+        **gpu_request(gpus),
         # Without this the GPUs of a job might be on several nodes.
         "nodes": 1,
-        "cpus_per_task": lambda wildcards, threads: max(threads, of(wildcards).cpus),
-        "mem_mb": lambda wildcards, attempt: of(wildcards).mem_mb * (1 + attempt) // 2,
+        "cpus_per_task": cpus,
+        "mem_mb": memory,
         "runtime": lambda wildcards, attempt: in_time(of(wildcards).minutes * attempt),
         "disk_mb": lambda wildcards: of(wildcards).disk_mb,
+        **(
+            {
+                "slurm_extra": lambda wildcards, attempt: warning_option(
+                    wildcards, attempt, of
+                )
+            }
+            if ON_CLUSTER
+            else {}
+        ),
     }

@@ -15,11 +15,13 @@ rule compute:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: compute_resources(PLAN)),
+        **requested(
+            lambda wildcards: compute_resources(PLAN), lambda wildcards: "compute"
+        ),
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 exec lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # A job trains a long sweep, or several short ones to start only once. Finished runs and checkpoints are outside the
@@ -37,13 +39,17 @@ rule train:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
+        **requested(
+            lambda wildcards: job_resources(PLAN, JOBS[wildcards.job]),
+            lambda wildcards: wildcards.job,
+        ),
         # Each GPU has a training process.
         processes=lambda wildcards: max(
             1, job_resources(PLAN, JOBS[wildcards.job]).gpus
         ),
+        number=lambda wildcards, attempt: attempt,
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench train {wildcards.job} --preset {params.preset:q} "
-        "--log {log:q} --processes {resources.processes}"
+        "HF_HUB_OFFLINE=1 exec lorabench train {wildcards.job} --preset {params.preset:q} "
+        "--log {log:q} --processes {resources.processes} --attempt {resources.number}"

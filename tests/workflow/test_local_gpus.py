@@ -1,0 +1,71 @@
+"""Without a scheduler, no more jobs run at once than there are GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+
+from lorabench.models.base import converted_folder
+from lorabench.planning.plan import make_plan
+from lorabench.storage.layout import Layout
+
+from .checkout import fresh_clone
+
+pytestmark = pytest.mark.slow
+
+# A command in place of lorabench, which says when a job starts and ends.
+COMMAND = """#!/bin/bash
+echo start >>log
+sleep 0.5
+echo end >>log
+mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$2.parquet
+"""
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake where the stand-ins of `lorabench` and `nvidia-smi` come first."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment["PATH"] = f"{checkout}/bin{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "snakemake", "--cores", "32", *arguments]
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+
+def most_at_once(checkout: Path, *arguments: str) -> int:
+    """Run four training jobs of one GPU each, and return the largest number that ran at once."""
+    layout = Layout.of("smollm2")
+    jobs = [job for job in make_plan(layout.preset).jobs if job.sweeps[0].condition.task == "sft"][:4]
+    targets = [layout.job(job) for job in jobs]
+    for condition in (job.sweeps[0].condition for job in jobs):
+        base = converted_folder(layout.preset.models[condition.model]) / "model.safetensors"
+        for path in (layout.tokens(condition.model, condition.dataset), base):
+            (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / path).touch()
+    log = checkout / "log"
+    for path in (log, *targets):
+        (checkout / path).unlink(missing_ok=True)
+    done = run(
+        checkout, *map(str, targets), "--allowed-rules", "train", *arguments, "--config", f"preset={layout.name}"
+    )
+    assert done.returncode == 0, done.stderr
+    words = log.read_text().split()
+    assert words.count("start") == len(jobs)
+    return max(accumulate(1 if word == "start" else -1 for word in words))
+
+
+def test_jobs_wait_for_a_gpu(tmp_path):
+    checkout = fresh_clone(tmp_path)
+    (checkout / "bin").mkdir()
+    for name, text in (("lorabench", COMMAND), ("nvidia-smi", "#!/bin/sh\nprintf '0\\n1\\n'\n")):
+        (checkout / "bin" / name).write_text(text)
+        (checkout / "bin" / name).chmod(0o755)
+    assert most_at_once(checkout) == 2
+    assert most_at_once(checkout, "--resources", "gpu=3") == 3
+    # One that needs more GPUs than there are would wait forever.
+    refused = run(checkout, "--dry-run", "--config", "preset=paper")
+    assert refused.returncode != 0
+    assert "GPUs, and this machine shows 2; lower execution.max_gpus" in refused.stdout + refused.stderr
