@@ -35,7 +35,7 @@ format:  ## Format the code and the workflow.
 smoke:  ## Run every part at the smallest size, about a minute.
 	snakemake --cores all --config preset=smoke
 
-laptop:  ## Run the default preset, about 24 minutes on two cores.
+laptop:  ## Run the default preset, about 20 minutes on two cores.
 	snakemake --cores all
 
 docs:  ## Build the documentation into site/.
