@@ -49,7 +49,7 @@ if ON_CLUSTER and CONTROLS and LONGEST is None:
             f"a job may take {longest_job / 60:,.0f} hours, and sinfo does not say how long the partition lets a job "
             "run: set max_runtime in the profile (slurm/config.yaml), in minutes"
         )
-        if not workflow.dryrun:
+        if not workflow.output_settings.dryrun:
             raise WorkflowError(unknown)
         logger.warning(unknown)
     LONGEST = None if LONGEST is None or LONGEST == float("inf") else int(LONGEST)
