@@ -13,6 +13,7 @@ include: "workflow/rules/analysis.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/evidence.smk"
+include: "workflow/rules/doctor.smk"
 
 
 report: "workflow/report/workflow.rst"

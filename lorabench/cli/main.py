@@ -10,7 +10,7 @@ import gc
 
 import typer
 
-from lorabench.cli import calibrate, evidence, user_commands, workflow_steps
+from lorabench.cli import calibrate, doctor, evidence, user_commands, workflow_steps
 
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
@@ -22,6 +22,7 @@ app = typer.Typer(
     help='Rerun the comparisons of "LoRA Without Regret" and judge its claims from the results.',
 )
 app.add_typer(user_commands.app)
+app.add_typer(doctor.app)
 app.add_typer(calibrate.app)
 app.add_typer(evidence.app)
 app.add_typer(workflow_steps.app)

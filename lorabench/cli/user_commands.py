@@ -58,6 +58,7 @@ def plan(
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
+        from lorabench.doctor.record import record_for, with_measured_speed
         from lorabench.planning import bill
         from lorabench.planning.budget import with_budget
         from lorabench.planning.calibration import calibrated
@@ -77,10 +78,17 @@ def plan(
         if gpu is not None:
             planned = make_plan(bill.on_gpu(planned.preset, gpu))
         speed = measure(planned, measured or [])
+        examined, chosen = record_for(planned.preset.execution), planned.preset
+        if examined is not None:
+            chosen = with_measured_speed(chosen, examined)
         if speed is not None:
-            planned = make_plan(calibrated(planned.preset, speed))
+            # Finished runs say more about a preset than the few steps of the doctor.
+            chosen = calibrated(chosen, speed)
+        if chosen != planned.preset:
+            planned = make_plan(chosen)
         cores = os.cpu_count() or 1
-        notes = [*([speed.sentence] if speed else []), *layout.dropped]
+        taken = examined.sentence(with_speed=speed is None) if examined else None
+        notes = [*([taken] if taken else []), *([speed.sentence] if speed else []), *layout.dropped]
         if decide:
             from lorabench.claims.decide import undecided
             from lorabench.cli.show_decisions import decisions, decisions_json, decisions_table

@@ -14,9 +14,9 @@ from lorabench.estimates.flops import (
 from lorabench.estimates.lane_count import lane_count, turns
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.estimates.memory import decided
-from lorabench.models.dimensions import dimensions
-from lorabench.runs import EvalJob, Job, Sweep
-from lorabench.utils.gpus import GPUS
+from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.runs import Condition, EvalJob, Job, Sweep
+from lorabench.utils.gpus import GPUS, Gpu
 
 # Seconds in which a job on one core imports its libraries, loads and writes; in an evaluation with lm-eval's libraries.
 _START_SECONDS = 6.0
@@ -166,19 +166,38 @@ def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
         # Each batch of rows is drawn until its longest response ends.
         return max(1.0, turns_of_rows) * longest / lanes
 
+    positions = condition.steps * positions_of(condition.batch_size)
+    positions += rollouts.evaluations * positions_of(graded_problems(preset, condition))
+    position = sizes.layers * layer_seconds(execution) + weights_seconds(preset, condition, sizes, gpus)
+    tokens = run_tokens(preset, condition)
+    return positions * position + cache_seconds(gpu, sizes, tokens.drawn * tokens.context) / gpus
+
+
+def layer_seconds(execution: Execution) -> float:
+    """Return the least seconds of a layer for a position while a GPU draws responses: measured, or else assumed."""
+    return execution.layer_seconds or _LAYER_SECONDS
+
+
+def weights_seconds(preset: Preset, condition: Condition, sizes: Dimensions, gpus: int) -> float:
+    """Return the seconds in which a GPU reads the weights for one position while responses are drawn."""
+    execution = preset.execution
+    assert execution.gpu
     # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
     # and the copy from which processes of a sharded model sample, are read in bf16.
     cast, sharded = 0, gpus > 1 and execution.sharding == "fsdp"
     if condition.placement is not None and preset.protocol.precision == "bf16" and not sharded:
         cast = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
     other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
-    weights = (2 * cast + other) / gpu.bandwidth
-    positions = condition.steps * positions_of(condition.batch_size)
-    positions += rollouts.evaluations * positions_of(graded_problems(preset, condition))
-    # Keys and values are read, repeated for all heads, and read again.
-    tokens = run_tokens(preset, condition)
-    cache = tokens.drawn * tokens.context * sizes.layers * 12 * sizes.heads * sizes.head_dim / gpus / gpu.bandwidth
-    return positions * (sizes.layers * _LAYER_SECONDS + weights) + cache
+    return (2 * cast + other) / GPUS[execution.gpu].bandwidth
+
+
+def cache_seconds(gpu: Gpu, sizes: Dimensions, pairs: float) -> float:
+    """Return the seconds in which a GPU reads keys and values, repeats them for all heads, and reads them again.
+
+    Args:
+        pairs: drawn tokens times the mean number of tokens that each attends to.
+    """
+    return pairs * sizes.layers * 12 * sizes.heads * sizes.head_dim / gpu.bandwidth
 
 
 def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
@@ -202,7 +221,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
                 evaluated_documents(task) / preset.evaluation.batch_size * (task.max_new_tokens or _LONGEST_ANSWER)
             )
             weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
-            seconds += positions * (sizes.layers * _LAYER_SECONDS + weights)
+            seconds += positions * (sizes.layers * layer_seconds(preset.execution) + weights)
     return seconds
 
 

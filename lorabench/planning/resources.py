@@ -33,6 +33,10 @@ _WRITING, _LEAST_SAVING = 200 * MB, 120
 # Tokens per second of one process. The tiny base's tokenizer was measured at 280,000 to 580,000 on one core; large ones
 # are slower.
 _TOKENIZED_PER_SECOND = 100_000
+DOCTOR_MINUTES = 30
+"""Minutes of the job that checks a machine."""
+# MB of the host for that job, which computes a few layers of a large model on the CPU to compare with.
+_DOCTOR_MEMORY = 48_000
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,20 @@ def compute_resources(plan: Plan) -> Resources:
 
     largest = max(experiment.models, key=peak)
     return _on_one(preset, "experiment compute", largest, peak(largest), compute_seconds(preset), MB)
+
+
+def doctor_resources(plan: Plan) -> Resources:
+    """Return the resources of the job that checks a machine: those of the largest job on one GPU, or on a CPU.
+
+    Raises:
+        UserError: a sweep fits on no number of GPUs that the preset allows.
+    """
+    jobs = [job_resources(plan, job) for job in plan.jobs]
+    single = [job for job in jobs if job.gpus <= 1] or jobs
+    gpus, execution = min(job.gpus for job in single), plan.preset.execution
+    memory = max(max(job.mem_mb for job in single), _DOCTOR_MEMORY if gpus else 0)
+    peak = max(job.gpu_mem_mb for job in single)
+    return Resources(min(gpus, 1), execution.threads, math.ceil(memory), peak, DOCTOR_MINUTES, 0)
 
 
 def tokens_resources(preset: Preset, model: str, dataset: str) -> Resources:

@@ -17,6 +17,7 @@ from lorabench.analysis.comparison import Judging
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
 from lorabench.config.files import PRESETS
+from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import CLAIMS_TABLE, EVALS_TABLE, PaperFigure, figures_of_preset
 from lorabench.planning.plan import Plan
 from lorabench.report import summary
@@ -83,6 +84,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
         datasets=dataset_origins(layout),
+        doctor=record_for(plan.preset.execution),
         curves=_json(curves),
         points=curves["points"],
         downloads=table_downloads(

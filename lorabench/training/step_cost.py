@@ -257,10 +257,10 @@ class _Arm:
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in (*self.model.parameters(), *self.model.buffers(), *state)
         }
-        return sum(held.values()) + _growth(self.step, self.inputs.device)
+        return sum(held.values()) + growth(self.step, self.inputs.device)
 
 
-def _growth(step: Callable[[], None], device: torch.device) -> int:
+def growth(step: Callable[[], None], device: torch.device) -> int:
     """Return the most bytes that a step had allocated at any time beyond those allocated before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -13,13 +13,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report.facts import headline
 from lorabench.report.page import build
 from lorabench.storage.layout import Layout
+from lorabench.utils.gpus import processor
 
+from ..doctor.conftest import record
 from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
 from .conftest import Page
 from .hostile import HOSTILE, columns, hostile_report
@@ -374,3 +377,20 @@ def test_a_missing_figure_is_an_error_and_leaves_the_old_page(report, rows, tmp_
     with pytest.raises(FileNotFoundError, match=r"fig1_envelopes\.svg"):
         build(make_plan(layout.preset), layout, "mine.yaml", layout.report)
     assert layout.report.read_text() == before
+
+
+def test_the_checks_of_the_machine_are_shown_as_text(report, rows):
+    assert "machine" not in report(rows).ids
+    texts = {"name": f"name{HOSTILE}", "sentence": f"found{HOSTILE}", "unit": f"unit{HOSTILE}"}
+    check = Check(status="fail", value=0.5, planned=1.0, **texts)
+    written = write_record(record(processor(), host=f"host{HOSTILE}", checks=[check]))
+    layout = Layout.of("mine.yaml")
+    out = layout.report.with_name("doctor.html")
+    build(make_plan(layout.preset), layout, "mine.yaml", out)
+    written.unlink()
+    section = Page(out.read_text()).section("machine")
+    assert "1 of 1 checks failed" in section.text
+    for text in (*texts.values(), f"host{HOSTILE}"):
+        assert " ".join(text.split()) in section.text
+    plain = {"h2", "p", "code", "div", "table", "thead", "tbody", "tr", "th", "td"}
+    assert {tag for tag, _ in section.tags} <= plain

@@ -142,7 +142,7 @@ def test_growth_is_the_most_that_lived_at_once():
         del first, second
         torch.zeros(kilobytes).sum()
 
-    assert step_cost._growth(step, torch.device("cpu")) == 3 * 1024
+    assert step_cost.growth(step, torch.device("cpu")) == 3 * 1024
 
 
 def test_growth_is_that_of_the_allocator(tmp_path):
@@ -160,7 +160,7 @@ def test_growth_is_that_of_the_allocator(tmp_path):
     for _, size in blocks:
         allocated += size
         peak = max(peak, allocated)
-    assert step_cost._growth(arm.step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
+    assert step_cost.growth(arm.step, torch.device("cpu")) == pytest.approx(peak, rel=0.01)
 
 
 def test_memory_of_fullft_has_gradients_and_state_of_all_weights(tmp_path):

@@ -83,6 +83,11 @@ def test_a_preset_for_cpus_requests_no_gpu(checkout):
         assert all("gpu" not in resources and int(resources["runtime"]) > 0 for resources in jobs.values())
 
 
+def test_the_check_of_a_machine_requests_one_gpu_for_half_an_hour(checkout):
+    [resources] = requested(dry_run(checkout, "doctor", preset="core"), "doctor").values()
+    assert (resources["gpu"], resources["runtime"], resources["nodes"]) == ("1", "30", "1")
+
+
 def test_a_site_names_its_gpus(checkout):
     adapt_profile(checkout, "# gpu_type: h100", "gpu_type: h100")
     output = dry_run(checkout)

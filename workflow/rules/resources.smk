@@ -3,6 +3,7 @@ from snakemake.logging import logger
 
 from lorabench.planning.resources import (
     compute_resources,
+    doctor_resources,
     evaluation_resources,
     job_resources,
     restarts,

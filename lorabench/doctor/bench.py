@@ -1,0 +1,172 @@
+"""What the checks of one machine share, and models with random weights and training steps to compute on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorabench.config.preset import Preset
+from lorabench.data.tokens import TokenizedSplit
+from lorabench.doctor.subject import Subject, recomputes
+from lorabench.models.attention import attend_in_blocks
+from lorabench.models.dimensions import Dimensions
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import Stack, single_lane
+from lorabench.models.lora import add_lora
+from lorabench.planning.plan import Plan
+from lorabench.runs import Condition, Run
+from lorabench.training.run import Machine, clip_gradient, make_optimizer, recompute_activations
+from lorabench.training.sft.serve import SftGradientRequest, SftServer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LANE = "default"
+"""The name of the single run of a step, and of its adapter."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The plan of a preset and the machine on which its models are computed."""
+
+    plan: Plan
+    preset: Preset
+    """The plan's preset as this device computes it."""
+    machine: Machine
+    folder: Path
+    """A folder for files of the checks, on the file system of the results."""
+    processes: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self.machine.device
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The autocast type of the preset's precision."""
+        return self.machine.autocast(self.preset.protocol)
+
+
+def random_model(sizes: Dimensions, device: torch.device, plain: bool = False) -> PreTrainedModel:
+    """Return a model of these sizes with random weights, in fp32 and in training mode.
+
+    Args:
+        plain: compute attention and experts by transformers' eager functions, which say what is right, in place of
+            those that runs use.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if plain:
+        options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(sizes), dtype=torch.float32, **options)
+    if not plain:
+        attend_in_blocks(model)
+    return model.train()
+
+
+def _config(sizes: Dimensions) -> Any:
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": 1 << 17,
+        "tie_word_embeddings": sizes.tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if sizes.experts:
+        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
+        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
+    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
+    return family(intermediate_size=sizes.intermediate, **common)
+
+
+def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) -> Any:
+    """Return the model with the condition's LoRA, whose B is not zero so that A has a gradient; FullFT changes nothing.
+
+    Two models of the same sizes get the same LoRA.
+    """
+    if condition.rank is None:
+        return model
+    assert condition.placement
+    assert condition.alpha
+    head = preset.protocol.include_unembedding
+    adapted: Any = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed=0, adapter=LANE)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def stacked(model: Any, condition: Condition, keep_cast: bool = True) -> Stack:
+    """Return the stack of a model's single run, which computes LoRA as runs do."""
+    return single_lane(model, LANE) if condition.rank is None else stack_lora(model, [LANE], keep_cast)
+
+
+def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
+    """Return sequences of `length` tokens and a target after each, random and all scored."""
+    ids = np.random.default_rng(0).integers(vocabulary, size=rows * (length + 1))
+    return TokenizedSplit(ids, np.ones(len(ids), np.bool_), np.arange(rows + 1) * (length + 1))
+
+
+class Step:
+    """A training step of one run on a subject, as a sweep computes it.
+
+    At LR 0 it does all its work and does not change the weights.
+    """
+
+    def __init__(self, bench: Bench, subject: Subject) -> None:
+        condition, preset, again = subject.condition, bench.preset, recomputes(bench.preset)
+        model = random_model(subject.sizes, bench.device)
+        if again:
+            recompute_activations(model)
+        self.stack = stacked(with_method(model, condition, preset), condition, keep_cast=not again)
+        self.lane, self._protocol = self.stack.lanes[LANE], preset.protocol
+        self.optimizer = make_optimizer(self.lane, Run(condition, 0.0, 0), preset.protocol)
+        split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
+        # The whole batch goes through the model at once, as in the plan's estimate.
+        machine = replace(bench.machine, max_batch_tokens=subject.rows * (subject.length + 1))
+        self._server = SftServer(self.stack, {"train": split}, machine, bench.autocast)
+        self._request = {LANE: SftGradientRequest(np.arange(subject.rows))}
+
+    def gradient(self) -> float:
+        """Compute the gradient and return the loss, in nats per token."""
+        return self._server(self._request)[LANE].nll
+
+    def __call__(self) -> None:
+        """Make one optimizer step."""
+        self.gradient()
+        clip_gradient(self.lane, self._protocol.clip_norm)
+        self.optimizer.step()
+        self.lane.zero_grad()
+
+
+def gradients(stack: Stack) -> dict[str, torch.Tensor]:
+    """Return the gradients of a stack's single run, not copies, by the names of its weights."""
+    found = {}
+    for name, place in stack.lanes[LANE].places.items():
+        gradient = place.parameter.grad
+        assert gradient is not None
+        found[name] = place.of(gradient).detach()
+    return found
