@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, plan_and_layout
+from lorabench.utils.devices import own_devices, reduce_fragmentation
 
 if TYPE_CHECKING:
     # Imported when the command runs, since the help needs neither.
@@ -29,8 +31,12 @@ def doctor(
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
     """
-    with in_one_sentence():
+    with in_one_sentence(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)
+        if planned.preset.execution.gpu is not None:
+            # As a job does before torch is imported.
+            reduce_fragmentation()
+            contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
         from lorabench.doctor.record import write_record
         from lorabench.doctor.run import examine
 

@@ -11,7 +11,7 @@ import torch
 
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.doctor.subject import Subject, recomputes
+from lorabench.doctor.subject import Subject
 from lorabench.models.attention import attend_in_blocks
 from lorabench.models.dimensions import Dimensions
 from lorabench.models.lanes.lora import stack_lora
@@ -137,7 +137,7 @@ class Step:
     """
 
     def __init__(self, bench: Bench, subject: Subject) -> None:
-        condition, preset, again = subject.condition, bench.preset, recomputes(bench.preset)
+        condition, preset, again = subject.condition, bench.preset, subject.recomputes
         model = random_model(subject.sizes, bench.device)
         if again:
             recompute_activations(model)

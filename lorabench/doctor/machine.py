@@ -113,8 +113,9 @@ def check_host_memory(plan: Plan) -> Check:
 def check_disk(plan: Plan, folder: Path) -> Check:
     """Compare the free space of a folder's file system with what the plan keeps there."""
     bill = total(plan)
-    sentence = f"the free space where {folder} lies, and what the plan keeps there"
-    return at_least("disk", shutil.disk_usage(folder).free / GB, bill.disk / GB, "GB", sentence)
+    sentence = f"the free space where {folder} lies, and what the plan keeps there and its largest job needs besides"
+    needed = bill.disk + bill.working_disk
+    return at_least("disk", shutil.disk_usage(folder).free / GB, needed / GB, "GB", sentence)
 
 
 def check_models(layout: Layout) -> Check:

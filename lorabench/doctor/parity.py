@@ -28,6 +28,7 @@ from lorabench.doctor.record import Check
 from lorabench.doctor.subject import CPU_EXPERTS, Subject
 from lorabench.doctor.verdict import at_most
 from lorabench.models.dimensions import Dimensions
+from lorabench.training.rl.refill import sample_refilling
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 from lorabench.training.sft.serve import SftGradientRequest, SftServer
 
@@ -67,8 +68,17 @@ def check_parity(bench: Bench, subject: Subject, precision: Precision) -> Check:
     )
 
 
-def check_sampler(bench: Bench, subject: Subject, sampler: Sampler = sample) -> Check:
-    """Compare the log-probabilities that the sampler records with those that the reference gives the same tokens."""
+def check_samplers(bench: Bench, subject: Subject) -> list[Check]:
+    """Check the sampler of short responses, and the one of long ones, which share the rows of those that have ended."""
+    name = f"in fp32: {subject.condition.model}"
+    return [
+        check_sampler(bench, subject, f"sampler {name}", sample),
+        check_sampler(bench, subject, f"refilling sampler {name}", sample_refilling),
+    ]
+
+
+def check_sampler(bench: Bench, subject: Subject, name: str, sampler: Sampler) -> Check:
+    """Compare the log-probabilities that a sampler records with those that the reference gives the same tokens."""
     condition, sizes = subject.condition, _shortened(subject.sizes, "fp32")
     reference = with_method(random_model(sizes, _CPU, plain=True), condition, bench.preset).eval()
     tested = with_method(random_model(sizes, bench.device), condition, bench.preset)
@@ -81,7 +91,7 @@ def check_sampler(bench: Bench, subject: Subject, sampler: Sampler = sample) -> 
     found, expected = (np.concatenate(parts) for parts in zip(*_logprobs(reference, requests, drawn), strict=True))
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     return at_most(
-        f"sampler in fp32: {condition.model}",
+        name,
         error,
         FP32_ERROR,
         "relative error",

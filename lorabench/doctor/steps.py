@@ -14,7 +14,7 @@ import torch
 from lorabench.doctor.bench import LANE, Bench, Step, gradients
 from lorabench.doctor.limits import LARGE_PARAMETERS, MEMORY_ERROR, SHARE_OF_PEAK
 from lorabench.doctor.record import Check
-from lorabench.doctor.subject import Subject, planned_memory, recomputes
+from lorabench.doctor.subject import Subject, planned_memory
 from lorabench.doctor.verdict import at_least, at_most, measured, near, skipped
 from lorabench.estimates.flops import attention_flops_per_token, linear_flops_per_token
 from lorabench.training.checkpoint import save_checkpoint
@@ -111,7 +111,7 @@ def step_flops(bench: Bench, subject: Subject) -> float:
     # A token attends to half of its sequence in the mean.
     attention = attention_flops_per_token(sizes, subject.length / 2)
     forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
-    again = forward if recomputes(bench.preset) else 0.0
+    again = forward if subject.recomputes else 0.0
     return subject.rows * subject.length * (linear_flops_per_token(sizes, lora) + 3 * attention + again)
 
 
@@ -151,7 +151,7 @@ def check_checkpoint(bench: Bench, subject: Subject, requested: float | None) ->
         return skipped(name, "this system does not let a process reset its peak memory (/proc/self/clear_refs)")
     before, started = _host_bytes("VmRSS"), time.perf_counter()
     path = bench.folder / "checkpoint.safetensors"
-    save_checkpoint(path, LANE, step.lane, step.optimizer, {"step": 1})
+    save_checkpoint(path, LANE, step.lane, step.optimizer, {"step": 1, "evaluated": True})
     seconds, peak, size = time.perf_counter() - started, _host_bytes("VmHWM"), path.stat().st_size
     path.unlink()
     sentence = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.estimates.lengths import longest_sequence
-from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory
+from lorabench.estimates.memory import USABLE, decided, gpus_needed, peak_bytes, step_memory
 from lorabench.models.dimensions import Dimensions, dimensions
 from lorabench.planning.plan import Plan
 from lorabench.runs import Condition, Sweep
@@ -34,6 +34,8 @@ class Subject:
     """Sequences that go through the model at once."""
     length: int
     """Tokens of each sequence."""
+    recomputes: bool
+    """Whether its training steps recompute activations."""
     wide: bool
     """Whether the layers have the sizes of the preset's model, so that a speed says something about that."""
 
@@ -58,34 +60,36 @@ def training_subjects(plan: Plan, preset: Preset) -> list[Subject]:
     dense = [sweep for sweep in trained if not _sizes(plan, sweep.condition).experts]
     sparse = [sweep for sweep in trained if _sizes(plan, sweep.condition).experts]
     full = [sweep for sweep in dense if sweep.condition.method == "fullft"]
-    chosen = [_largest(plan, full).condition] if full else []
+    subjects = [subject_of(plan, preset, _largest(plan, full))] if full else []
     for of_kind, ends in ((dense, (min, max)), (sparse, (max,))):
         lora = [sweep for sweep in of_kind if sweep.condition.rank is not None]
         if lora:
             # The largest model may have one rank only, so the ranks are those of all models.
             ranks = [sweep.condition.rank or 0 for sweep in lora]
-            largest = _largest(plan, lora).condition
-            chosen += [replace(largest, rank=rank) for rank in dict.fromkeys(end(ranks) for end in ends)]
-    return [subject_of(plan, preset, condition) for condition in chosen]
+            largest = _largest(plan, lora)
+            subjects += [subject_of(plan, preset, largest, rank) for rank in dict.fromkeys(end(ranks) for end in ends)]
+    return subjects
 
 
 def drawing_subject(plan: Plan, preset: Preset) -> Subject | None:
     """Return the subject of drawing responses: the largest model of RL that fits one GPU; None without RL."""
     drawn = [sweep for sweep in plan.sweeps if sweep.condition.rollouts is not None]
     lora = [sweep for sweep in drawn if sweep.condition.rank is not None]
-    return subject_of(plan, preset, _largest(plan, lora or drawn).condition) if drawn else None
+    return subject_of(plan, preset, _largest(plan, lora or drawn)) if drawn else None
 
 
-def subject_of(plan: Plan, preset: Preset, condition: Condition) -> Subject:
-    """Return the subject of a condition, cut down as this device needs."""
+def subject_of(plan: Plan, preset: Preset, sweep: Sweep, rank: int | None = None) -> Subject:
+    """Return the subject of a sweep's condition, with another rank if one is given, cut down as this device needs."""
+    condition = sweep.condition if rank is None else replace(sweep.condition, rank=rank)
+    again = decided(preset, sweep).execution.activation_checkpointing is True
     sizes = _sizes(plan, condition)
     longest = longest_sequence(plan.preset, condition)
     if preset.execution.gpu is None:
         small, length = narrowed(sizes), min(longest, CPU_LENGTH)
         rows = min(condition.batch_size, CPU_ROWS)
-        return Subject(condition, small, rows, length, wide=replace(small, layers=sizes.layers) == sizes)
+        return Subject(condition, small, rows, length, again, wide=replace(small, layers=sizes.layers) == sizes)
     part = max(longest, min(preset.execution.max_batch_tokens, condition.batch_size * longest))
-    subject = Subject(condition, sizes, max(1, part // longest), longest, wide=True)
+    subject = Subject(condition, sizes, max(1, part // longest), longest, again, wide=True)
     available = USABLE * GPUS[preset.execution.gpu].memory
     while subject.sizes.layers > 1 and planned_memory(preset, subject) > available:
         subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
@@ -96,6 +100,8 @@ def planned_memory(preset: Preset, subject: Subject) -> float:
     """Return the plan's estimate of the memory of a subject's training step, in bytes."""
     condition = subject.condition
     tokens = subject.rows * subject.length
+    execution = preset.execution.model_copy(update={"activation_checkpointing": subject.recomputes})
+    preset = preset.model_copy(update={"execution": execution})
     step = step_memory(preset, subject.sizes, condition.rank, condition.placement, tokens, subject.length)
     return step.total
 
@@ -134,11 +140,6 @@ def on_this_device(preset: Preset, on_gpu: bool) -> Preset:
     # A speed must be given for a CPU; no check uses it.
     update = {"gpu": None, "max_gpus": 1, "gflops": execution.gflops or 1.0}
     return preset.model_copy(update={"execution": execution.model_copy(update=update)})
-
-
-def recomputes(preset: Preset) -> bool:
-    """Return whether training steps of a preset recompute their activations."""
-    return preset.execution.activation_checkpointing
 
 
 def _sizes(plan: Plan, condition: Condition) -> Dimensions:

@@ -12,4 +12,4 @@ rule doctor:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 lorabench doctor --preset {params.preset:q} > >(tee {log:q}) 2>&1"
+        "HF_HUB_OFFLINE=1 exec lorabench doctor --preset {params.preset:q} > >(tee {log:q}) 2>&1"
