@@ -41,7 +41,7 @@ LARGE_FACTOR = 16
 LARGE_STEPS = 19
 """The number of steps at the largest batch size: that of one pass over the paper's 10,000 examples at batch 512."""
 
-_CONDITIONS = (batch_sizes(LARGE_FACTOR, LARGE_STEPS, presets=("laptop", "smollm2", "core", "paper")),)
+_CONDITIONS = (batch_sizes(LARGE_FACTOR, LARGE_STEPS, presets=("laptop", "overnight", "smollm2", "core", "paper")),)
 
 _NEEDS = (
     f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data; {MIN_SEEDS} seeds at the LRs "

@@ -393,7 +393,7 @@ def test_the_errors_of_two_lengths_of_the_same_runs_cancel():
 def test_runs_of_some_hundred_steps_do_not_meet_the_setting():
     row = judged(*lengths({50: 16, 100: 14, 400: 10}, steps=400), "B9")
     assert row["verdict"] == "setting not met"
-    missing = "runs of 1,000 steps or more (here at most 400 steps; the preset laptop, core or paper meets it)"
+    missing = "runs of 1,000 steps or more (here at most 400 steps; the preset long_runs, core or paper meets it)"
     assert row["missing"] == missing
     assert "ratio at step 100" in row["reason"]
 

@@ -250,7 +250,7 @@ def test_a_model_that_is_not_there(model, message, raw_preset, write_preset):
 
 
 def test_unknown_preset_names_the_shipped_ones():
-    allowed = "core, laptop, lr_ratio, overnight, paper, smoke, smollm2, or"
+    allowed = "core, laptop, long_runs, lr_ratio, overnight, paper, smoke, smollm2, or"
     with pytest.raises(PresetError, match=rf"preset 'lpatop': .*allowed: {allowed}"):
         load_preset("lpatop")
 
@@ -333,9 +333,9 @@ def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, wri
 
 
 def test_a_shipped_preset_may_be_extended_by_name(write_preset):
-    changes = {"extends": "laptop", "experiments": {"rank": {"equal": {"seeds": 9}}}}
+    changes = {"extends": "laptop", "experiments": {"rank": {"instruct": {"seeds": 9}}}}
     rank = load_preset(write_preset(changes)).experiments.rank
-    assert [block.seeds for block in rank] == [3, 3, 9]
+    assert [block.seeds for block in rank] == [3, 9]
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):
