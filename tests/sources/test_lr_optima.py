@@ -52,11 +52,11 @@ def test_a_table_of_optima_is_read_back(tmp_path):
 
 
 def test_a_preset_with_a_foreign_model_is_refused(tmp_path):
-    folder = tmp_path / "laptop"
+    folder = tmp_path / "lr_ratio"
     folder.mkdir()
-    text = (REPOSITORY / "paper_figures/published/laptop/lr_law.csv").read_text()
+    text = (REPOSITORY / "paper_figures/published/lr_ratio/lr_law.csv").read_text()
     (folder / "lr_law.csv").write_text(text.replace("llama-64,", "llama-9,"))
-    with pytest.raises(UserError, match="model 'llama-9' is none of the preset laptop: tiny"):
+    with pytest.raises(UserError, match="model 'llama-9' is none of the preset lr_ratio: "):
         known_optima([], [folder])
 
 
