@@ -93,7 +93,10 @@ def test_plan_prints_a_table():
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("plan", "--preset", "laptop")])
-def test_answers_at_once(arguments):
+def test_answers_at_once(arguments, tmp_path, monkeypatch):
+    # A finished preset in the folder would be read, which takes longer.
+    monkeypatch.chdir(tmp_path)
+
     def cpu_seconds():
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         return spent.ru_utime + spent.ru_stime
