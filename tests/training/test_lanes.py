@@ -218,9 +218,9 @@ def _reversed(*arguments):
     return [tuple(rows[::-1] for rows in part) for part in reversed(list(micro_batches(*arguments)))]
 
 
+# The architectures are compared in fp32; bf16 is about the two methods, and about Gemma's scaled embeddings.
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("base", DENSE)
+@pytest.mark.parametrize(("method", "base"), [("lora", "llama-128"), ("fullft", "qwen-64"), ("lora", "gemma")])
 def test_in_bf16_losses_are_within_the_spread_of_other_orders_of_rows(method, base, short_data, tmp_path, monkeypatch):
     """In bf16 lanes may differ from single runs by as much as single runs differ with the order of their rows."""
     runs, protocol = runs_of(method, steps=25, batch_size=8), Protocol(precision="bf16")
