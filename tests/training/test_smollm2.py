@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_a_few_real_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw = yaml.safe_load((PRESETS / "smollm2.yaml").read_text())
-    raw["datasets"] = {"instruct": {"kind": "instruct", "train": 24, "validation": 8, "test": 8, "max_chars": 300}}
+    raw["datasets"] = {"instruct": {"kind": "instruct", "train": 16, "validation": 4, "test": 4, "max_chars": 200}}
     lrs = {"fullft": [1e-4], "lora": [1e-3]}
     block = {"datasets": ["instruct"], "ranks": {"all": [8]}, "batch_sizes": [4], "lrs": lrs, "seeds": 1}
     raw["experiments"] = {"rank": [{"models": ["smollm2-135m"]} | block]}
