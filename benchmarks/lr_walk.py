@@ -64,7 +64,7 @@ def replayed(runs: pd.DataFrame) -> Iterator[Replayed]:
             task, row.model, row.dataset, row.method, None, None, None, int(row.batch_size), int(row.steps), ""
         )
         start = LATTICE.around(starting_lr(int(row.hidden_size), task))
-        sweep = Sweep(condition, start, SEEDS, (), lattice=LATTICE)
+        sweep = Sweep(condition, start, SEEDS, (), lattice=LATTICE, seeds_around=SEEDS)
         yield Replayed(sweep, _interpolated(lrs, losses, float(arm.lr[~done].min())))
 
 
