@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from lorabench.config.fields import SamplerName
 from lorabench.config.placement import Placement
 from lorabench.utils.hashing import digest
 from lorabench.utils.lattice import Lattice
@@ -39,6 +40,13 @@ class Rollouts:
     stop: tuple[str, ...]
     # For the cost estimate only; it does not affect a run's result.
     mean_response_tokens: int = field(compare=False)
+    sampler: SamplerName = "own"
+
+    @property
+    def determining(self) -> dict[str, Any]:
+        """The fields that determine what is drawn; the sampler is among them unless it is the project's own."""
+        free = {"mean_response_tokens"} | ({"sampler"} if self.sampler == "own" else set())
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(frozen=True)
@@ -74,11 +82,9 @@ class Condition:
     @cached_property
     def determining(self) -> dict[str, Any]:
         """The fields that determine a run's result, for `Run.run_id`."""
-        condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset"}}
-        if self.rollouts is None:
-            del condition["rollouts"]
-        else:
-            del condition["rollouts"]["mean_response_tokens"]
+        condition = {k: v for k, v in asdict(self).items() if k not in {"model", "dataset", "rollouts"}}
+        if self.rollouts is not None:
+            condition["rollouts"] = self.rollouts.determining
         return condition
 
 

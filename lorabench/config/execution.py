@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Sharding, Strict
+from lorabench.config.fields import NotNegative, Positive, PositiveFloat, SamplerName, Sharding, Strict
 from lorabench.utils.gpus import GPUS
 
 EVAL_SOURCES = {
@@ -57,7 +57,7 @@ class Evaluation(Strict):
 
 
 class Execution(Strict):
-    """The machine that does the work, and how. No field here changes the identity of a run."""
+    """The machine that does the work, and how. No field here but `sampler` changes the identity of a run."""
 
     threads: Positive = 1
     """CPU threads of one job."""
@@ -68,6 +68,10 @@ class Execution(Strict):
     """Lay several examples end to end where a batch of them would be padded (see lorabench/training/batches.py)."""
     max_cache_tokens: Positive = 65_536
     """Largest number of tokens of prompts and responses whose keys and values are kept at once in sampling."""
+    sampler: SamplerName = "own"
+    """What draws the responses of RL runs, and of evaluations with lm-eval: `own` is this project's code, the
+    reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed with `lorabench[vllm]`. Runs of
+    two samplers are different runs."""
     lanes: Positive = 8
     """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many
     as save time and fit into memory. With 1, every run is trained alone."""

@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 Sharding = Literal["fsdp", "ddp"]
+SamplerName = Literal["own", "vllm"]
 
 FileFormat = Literal[
     "messages",

@@ -17,9 +17,10 @@ from lorabench.models.dimensions import Dimensions
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.lora import add_lora
+from lorabench.models.transformers_names import recompute_activations
 from lorabench.planning.plan import Plan
 from lorabench.runs import Condition, Run
-from lorabench.training.run import Machine, clip_gradient, make_optimizer, recompute_activations
+from lorabench.training.run import Machine, clip_gradient, make_optimizer
 from lorabench.training.sft.serve import SftGradientRequest, SftServer
 
 if TYPE_CHECKING:

@@ -48,6 +48,7 @@ def rl_conditions(preset: Preset, block: RlExperiment) -> Iterator[dict[str, Any
         block.prompt,
         tuple(block.stop),
         block.mean_response_tokens,
+        preset.execution.sampler,
     )
     for model, problems in product(block.models, block.problems):
         sets = [dataset_id(preset.problems[name]) for name in (problems, *block.held_out)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,9 +14,6 @@ from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
 from lorabench.tables.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Elements of a gradient whose squares are summed at once.
 _PIECE = 1 << 16
@@ -52,12 +49,6 @@ class Outcome:
     curve: list[CurvePoint] = field(default_factory=list)
     test_losses: list[ExampleLoss] = field(default_factory=list)
     """The loss of each test example after the last step; empty if the run did not get there."""
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result."""
-    # There is no random state to restore: models have no dropout.
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import Stack
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.size import Sizes
+from lorabench.models.transformers_names import recompute_activations
 from lorabench.planning.plan import Plan
 from lorabench.planning.walk import best_lr, ending, next_runs
 from lorabench.runs import Run, Sweep
@@ -40,7 +41,7 @@ from lorabench.training.determinism import fix_workspaces
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes, reset_peak_memory
-from lorabench.training.run import Machine, Outcome, recompute_activations
+from lorabench.training.run import Machine, Outcome
 from lorabench.training.selection import validation_loss
 from lorabench.utils import signals
 from lorabench.utils.files import write_json

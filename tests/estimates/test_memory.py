@@ -41,6 +41,7 @@ def test_memory_with_checkpoints_is_what_a_step_takes():
     import torch
 
     from lorabench.models.base import load_model
+    from lorabench.models.transformers_names import recompute_activations
     from lorabench.training.step_cost import _Arm
 
     spec, protocol = TinyModel(kind="tiny"), Protocol(precision="bf16")
@@ -50,7 +51,7 @@ def test_memory_with_checkpoints_is_what_a_step_takes():
     peaks = []
     for again in (False, True):
         if again:
-            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            recompute_activations(model)
         peaks.append(_Arm(None, model, tokens[0], tokens[1], protocol).peak_memory())
         chosen = with_execution(preset, activation_checkpointing=again)
         assert 1.0 <= step_memory(chosen, dimensions(spec), None, None, 8 * 128, 128).total / peaks[-1] < 1.25

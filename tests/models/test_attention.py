@@ -17,6 +17,7 @@ from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
 from lorabench.models.attention_blocks import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 from lorabench.models.base import load_model, skeleton
+from lorabench.models.transformers_names import cache_argument
 
 from ..training.lanes import base_of
 
@@ -151,7 +152,7 @@ def test_what_is_not_plain_stays_with_pytorch(calls):
     together = model(ids).logits
     assert calls[3:] == [190] * 3
     # The remaining tokens of the rows follow the cached ones.
-    assert_close(model(ids[:, 150:], cache=cache).logits, together[:, 150:], rtol=1e-4, atol=1e-4)
+    assert_close(model(ids[:, 150:], **{cache_argument(model): cache}).logits, together[:, 150:], rtol=1e-4, atol=1e-4)
     assert len(calls) == 6
     with torch.autocast("cpu", torch.bfloat16):
         model(ids[:, :40])

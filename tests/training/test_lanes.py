@@ -11,9 +11,9 @@ from lorabench.config.experiments import Protocol
 from lorabench.models.lanes import lora
 from lorabench.models.lanes.lora import can_stack_lora, stack_lora
 from lorabench.models.lora import add_adapter, add_lora
+from lorabench.models.transformers_names import recompute_activations
 from lorabench.training.batches import data_order, micro_batches
 from lorabench.training.distributed import Processes
-from lorabench.training.run import recompute_activations
 from lorabench.training.sft import serve
 
 from .lanes import BATCH, DENSE, STEPS, base_of, plain_loop, run_of, series, train_together

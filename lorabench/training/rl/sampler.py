@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lorabench.models.lanes.shelf import Stack
-from lorabench.models.last_layer import computing_only
+from lorabench.models.last_layer import computing_only, without_peft
+from lorabench.models.transformers_names import cache_argument
 from lorabench.training.rl.cache import growing_cache
 
 if TYPE_CHECKING:
@@ -334,9 +335,9 @@ def logits_at_end(
             input_ids=ids,
             attention_mask=mask,
             position_ids=position_ids,
-            cache=cache,
             use_cache=True,
             logits_to_keep=last,
+            **{cache_argument(without_peft(stack.model)): cache},
         ).logits
     return logits
 

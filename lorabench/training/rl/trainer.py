@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,12 +197,11 @@ def _determining(context: SweepContext, rollouts: Rollouts, provenance: Mapping[
     """Return what the base model's scores depend on, as plain data."""
     preset, layout = context.plan.preset, context.layout
     names = (context.sweep.condition.dataset, *rollouts.held_out)
-    drawing = {name: value for name, value in asdict(rollouts).items() if name != "mean_response_tokens"}
     own = ("device", "packages", "model_sha256", "hub_commits", "tokenizer_sha256", "template_sha256")
     return {
         "protocol_version": PROTOCOL_VERSION,
         "precision": preset.protocol.precision,
-        "rollouts": drawing,
+        "rollouts": rollouts.determining,
         "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
         **{name: provenance[name] for name in own},
     }
