@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorabench.data.controls import controls
 from lorabench.data.grading import Grader
@@ -20,6 +20,8 @@ from lorabench.models.size import Sizes
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
 from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.loss import check_plain_head
+from lorabench.training.rl.engine.sampler import Engines, EngineSampler
+from lorabench.training.rl.engine.settings import check_engine, engine_settings
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
 from lorabench.training.rl.refill import sample_refilling
@@ -30,26 +32,24 @@ from lorabench.training.sweep import RunGroup, SweepContext, now, provenance
 from lorabench.utils import signals
 from lorabench.utils.files import file_sha256, write_json
 
-if TYPE_CHECKING:
-    import torch
-
 
 class RlTrainer:
     """Trains the runs of a job's sweeps, which share one model and one problem set.
 
     Sweeps with equal `Rollouts` share problems, graders and the base model's scores. It is a context manager that
-    closes the graders on exit.
+    closes the graders, and ends vLLM, on exit.
     """
 
     def __init__(self) -> None:
         self._work: dict[Rollouts, _Work] = {}
-        self._graders = ExitStack()
+        self._open = ExitStack()
+        self._engines: Engines | None = None
 
     def __enter__(self) -> RlTrainer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._graders.close()
+        self._open.close()
 
     def __call__(self, context: SweepContext, runs: list[tuple[int, Run]]) -> None:
         """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
@@ -58,20 +58,29 @@ class RlTrainer:
             return
         rollouts = context.sweep.condition.rollouts
         assert rollouts
+        if rollouts.sampler == "vllm":
+            check_engine(context)
+            if self._engines is None:
+                self._engines = self._open.enter_context(Engines(context.machine.processes))
         if rollouts not in self._work:
-            environment = _environment(context, self._graders)
+            environment = _environment(context, self._open)
             fingerprints = provenance(context) | _fingerprints(context, environment.texts)
-            self._work[rollouts] = _Work(environment, fingerprints)
+            self._work[rollouts] = _Work(environment, fingerprints, self._engines)
         for group in groups:
             self._work[rollouts].train(context, group)
 
 
 @dataclass
 class _Work:
-    """The environment of runs with equal `Rollouts`, and the base model's scores once they are known."""
+    """The environment of runs with equal `Rollouts`, and the base model's scores once they are known.
+
+    Attributes:
+        engines: the engine vLLM of the job; None where the project's own code draws.
+    """
 
     environment: Environment
     provenance: dict[str, Any]
+    engines: Engines | None
     base: Scores | None = None
 
     def train(self, context: SweepContext, runs: RunGroup) -> None:
@@ -81,16 +90,19 @@ class _Work:
         model: Any = context.load()
         check_plain_head(model)
         together = [run for _, run in runs.values()]
-        lora = together[0].condition.method == "lora"
-        if not machine.processes.sharded:
+        condition = together[0].condition
+        if self.engines is None and not machine.processes.sharded:
             self._base_scores(context, partial(self._sample, context, single_lane(model, "")))
-        if lora:
+        if condition.method == "lora":
             model = context.with_lora(model, together)
         sizes = Sizes.of(model)
-        if machine.processes.sharded:
-            stack, draw = self._sharded(context, model, together[0])
+        stack = self._stack(context, model, together)
+        draw: Sampler
+        if self.engines is not None:
+            draw = partial(self._sample_by_engine, context, self._engine_sampler(context, stack, self.engines))
+        elif machine.processes.sharded:
+            draw = partial(self._sample_from_replica, context, self._replica(context, stack, together[0]))
         else:
-            stack = context.stacked(model, together) if lora else single_lane(model, together[0].run_id)
             draw = partial(self._sample, context, stack)
         base = self._base_scores(context, draw)
         started, checkpoints, protocol = now(), context.checkpoints(together), context.plan.preset.protocol
@@ -112,29 +124,45 @@ class _Work:
             checkpoints.ended(name)
             stack.drop(name)
 
-    def _sharded(self, context: SweepContext, model: torch.nn.Module, run: Run) -> tuple[Stack, Sampler]:
-        """Shard the model of a run; return its stack and the function that samples from it."""
-        blank: Any = skeleton(context.layout.model(context.sweep.condition.model))
-        adapter = run.run_id if run.condition.method == "lora" else None
-        if adapter:
+    def _stack(self, context: SweepContext, model: Any, together: list[Run]) -> Stack:
+        """Return the stack of the runs, whose model may be sharded."""
+        run, processes = together[0], context.machine.processes
+        lora = run.condition.method == "lora"
+        if processes.sharded:
+            return single_lane(processes.shard(model), run.run_id, run.run_id if lora else None)
+        return context.stacked(model, together) if lora else single_lane(model, run.run_id)
+
+    def _replica(self, context: SweepContext, stack: Stack, run: Run) -> Replica:
+        """Return the copy of a sharded model from which each process samples."""
+        blank: Any = skeleton(context.layout.model(run.condition.model))
+        if run.condition.method == "lora":
             blank = context.with_lora(blank, [run])
         machine = context.machine
-        sharded = machine.processes.shard(model)
-        replica = Replica(sharded, blank, machine.device, machine.autocast(context.plan.preset.protocol))
-        stack = single_lane(sharded, run.run_id, adapter)
+        return Replica(stack.model, blank, machine.device, machine.autocast(context.plan.preset.protocol))
 
-        def draw(requests: list[Request], interruptible: bool) -> list[Response]:
-            return self._sample(context, single_lane(replica.refreshed(), run.run_id), requests, interruptible)
+    def _sample_from_replica(
+        self, context: SweepContext, replica: Replica, requests: list[Request], interruptible: bool
+    ) -> list[Response]:
+        return self._sample(context, single_lane(replica.refreshed(), ""), requests, interruptible)
 
-        return stack, draw
+    def _engine_sampler(self, context: SweepContext, stack: Stack, engines: Engines) -> EngineSampler:
+        texts, condition = self.environment.texts, context.sweep.condition
+        problems = (*self.environment.splits.values(), *self.environment.held_out.values())
+        longest = max(len(prompt) for of_split in problems for prompt in of_split.prompts)
+        settings = engine_settings(context, longest + texts.stop.max_new_tokens, bool(texts.stop.texts))
+        return EngineSampler(engines, settings, stack, condition.rank, condition.alpha, texts.stop)
+
+    def _sample_by_engine(
+        self, context: SweepContext, sampler: EngineSampler, requests: list[Request], interruptible: bool
+    ) -> list[Response]:
+        return sampler(requests, _interrupt(context, interruptible))
 
     def _sample(
         self, context: SweepContext, stack: Stack, requests: list[Request], interruptible: bool
     ) -> list[Response]:
         machine, texts = context.machine, self.environment.texts
         autocast = machine.autocast(context.plan.preset.protocol)
-        # Several processes would have to agree at every position.
-        interrupt = signals.check if interruptible and machine.processes.count == 1 else lambda: None
+        interrupt = _interrupt(context, interruptible)
 
         # On a CPU long responses are drawn in batches, so that numbers stay the same to the last bit.
         refills = machine.device.type == "cuda" and not shares_rows(texts.stop)
@@ -164,6 +192,12 @@ class _Work:
                     write_json(self.base, path)
         assert self.base is not None
         return self.base
+
+
+def _interrupt(context: SweepContext, interruptible: bool) -> Callable[[], None]:
+    """Return what is called while responses are drawn."""
+    # Several processes would have to agree at every position.
+    return signals.check if interruptible and context.machine.processes.count == 1 else lambda: None
 
 
 def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:

