@@ -1,6 +1,6 @@
-"""The engine vLLM that draws responses where `execution.sampler` is `vllm`: its memory. Does not import torch.
+"""The engine vLLM, which draws responses where `execution.sampler` is `vllm`: its memory and time; imports no torch.
 
-Each process of an RL job starts one engine beside the trainer: on a GPU job one on each GPU, on a CPU one for the job.
+Each process of an RL job starts one engine beside the trainer: one on each GPU of a job, or one on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from lorabench.config.preset import Preset
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.models.dimensions import Dimensions, dimensions
 from lorabench.runs import Condition, Sweep
-from lorabench.utils.gpus import GB
+from lorabench.utils.gpus import GB, GPUS
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks for which vLLM has room for adapters; others take the next one."""
@@ -19,6 +19,15 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Bytes on a GPU beside weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
 # measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
 _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
+
+
+# Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
+# reaches; the bytes/s at which weights go through shared memory; the seconds in which adapters do, with all lanes.
+_EFFICIENCY, _THROUGH_MEMORY, _ADAPTERS_SECONDS = 0.5, 2 * GB, 0.2
+# The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
+_POSITION_SECONDS = 5e-3
+# Seconds in which an engine starts: on a GPU an assumption, on a CPU measured on the tiny bases (16 to 24).
+_START_ON_GPU, _START_ON_CPU = 90.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -83,3 +92,34 @@ def handover_bytes(preset: Preset, sweep: Sweep, lanes: int = 1) -> int:
     if condition.rank is None or condition.placement is None:
         return number_bytes(preset) * sizes.parameters
     return 4 * lanes * sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[0]
+
+
+def engine_start_seconds(preset: Preset) -> float:
+    """Return the seconds in which an engine starts, with loading its weights."""
+    return _START_ON_CPU if preset.execution.gpu is None else _START_ON_GPU
+
+
+def handover_seconds(preset: Preset, sweep: Sweep) -> float:
+    """Return the seconds of a step in which a GPU job writes weights to shared memory and its engines read them."""
+    if sweep.condition.method == "lora":
+        return _ADAPTERS_SECONDS
+    return 2 * handover_bytes(preset, sweep) / _THROUGH_MEMORY
+
+
+def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
+    """Return the seconds in which the engine of one GPU draws tokens.
+
+    Linear layers read their weights at each position, or compute where that takes longer; then keys and values are
+    read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
+
+    Args:
+        tokens: all tokens that are drawn.
+        positions: how often all running responses go on by one token.
+        context: mean number of tokens that a drawn token attends to.
+    """
+    assert preset.execution.gpu
+    gpu = GPUS[preset.execution.gpu]
+    weights = positions * number_bytes(preset) * sizes.parameters / gpu.bandwidth
+    products = 2.0 * tokens * sizes.active_linear / gpu.peak_flops
+    cache = tokens * context * cache_bytes(preset, sizes) / gpu.bandwidth
+    return max(positions * _POSITION_SECONDS, (max(weights, products) + cache) / _EFFICIENCY)
