@@ -2,10 +2,10 @@
 
 A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
 moments of the trained parameters; the bf16 copies that autocast makes of the other weights; activations of one
-micro-batch; logits of its scored tokens; in RL the cache of keys and values. Lanes of LoRA share the base, lanes of
-full fine-tuning share no weights; a micro-batch of all lanes together has as many tokens as that of one run. Over
-several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers of bytes
-follow the code of transformers and PEFT, and were checked by the lifetime of every tensor's storage
+micro-batch; logits of its scored tokens; in RL the cache of keys and values, or the engine vLLM. Lanes of LoRA share
+the base, lanes of full fine-tuning share no weights; a micro-batch of all lanes together has as many tokens as that of
+one run. Over several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers
+of bytes follow the code of transformers and PEFT, and were checked by the lifetime of every tensor's storage
 (`lorabench.training.step_cost`, tests/estimates/test_memory.py).
 """
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.placement import Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
+from lorabench.estimates.engine import engine_memory, uses_engine
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.models.attention_blocks import kept_shares
 from lorabench.models.dimensions import Dimensions, dimensions, merging_is_cheaper
@@ -45,12 +46,15 @@ class Memory:
     logits: float
     sampling: float
     """Keys, values and distributions while responses are drawn, bf16 copies of weights in passes without gradients, and
-    the gradients that are allocated throughout; never at the same time as gradients, copies, activations and logits."""
+    the gradients that are allocated throughout; never at the same time as gradients, copies, activations and logits.
+    With the engine vLLM it is 0."""
+    engine: float = 0
+    """The engine vLLM, which draws responses beside the trainer and holds its memory throughout."""
 
     @property
     def total(self) -> float:
         """The peak of a training step or of sampling. Gradients count, since they wait for the batch's next part."""
-        held = self.weights + self.moments
+        held = self.weights + self.moments + self.engine
         return held + max(self.sampling, self.gradients + self.copies + self.activations + self.logits)
 
 
@@ -85,6 +89,8 @@ def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) ->
     # In RL attention has a mask and is not computed in blocks.
     row = 0 if is_rl else longest
     step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
+    if uses_engine(preset, condition):
+        return replace(step, engine=engine_memory(preset, sweep, lanes).total)
     bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
     # Passes without gradients keep the bf16 copies of all weights that carry LoRA, also where training does not.
     cast = 0

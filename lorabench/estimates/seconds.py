@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from lorabench.config.execution import Execution
+from lorabench.config.execution import EvalTask, Execution
 from lorabench.config.preset import Preset
+from lorabench.estimates.engine import (
+    engine_seconds,
+    engine_start_seconds,
+    handover_seconds,
+    uses_engine,
+)
 from lorabench.estimates.flops import (
     evaluated_documents,
     graded_problems,
@@ -26,6 +32,8 @@ _EVALUATION_START_SECONDS = 12.0
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
 # 30,000.
 _DECODING = 3.0
+# The same with the engine vLLM, over this project's own sampler: an assumption.
+_ENGINE_OVER_OWN = 1.0
 
 # Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
 # at which weights are read from disk.
@@ -74,10 +82,12 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
     flops = run_flops(preset, sweep.condition)
     work = flops.trained + flops.evaluated + flops.recomputed
     if not gpus:
-        return (work + _DECODING * flops.drawn) / flops_per_second(preset.execution), 0.0
+        return (work + _decoding(preset) * flops.drawn) / flops_per_second(preset.execution), 0.0
     computing = _experts_factor(preset, sweep) * work / flops_per_second(preset.execution, gpus)
     computing += _adding_seconds(preset, sweep, gpus)
     waiting = max(0.0, _launch_seconds(preset, sweep, gpus) - computing)
+    if uses_engine(preset, sweep.condition):
+        return computing, waiting + _engine_seconds(preset, sweep, gpus)
     drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
     return computing + flops.drawn / flops_per_second(preset.execution, gpus), waiting + drawing
 
@@ -106,9 +116,14 @@ def _adding_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     return traffic * experts / GPUS[execution.gpu].bandwidth
 
 
-def start_seconds(preset: Preset) -> float:
-    """Return the wall-clock seconds of a job before its first step, without reading a large model."""
-    return _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+def start_seconds(preset: Preset, condition: Condition | None = None) -> float:
+    """Return the wall-clock seconds of a job before its first step, without reading a large model.
+
+    Args:
+        condition: the condition of a training job's first sweep.
+    """
+    seconds = _START_SECONDS if preset.execution.gpu is None else _GPU_START_SECONDS
+    return seconds + (engine_start_seconds(preset) if condition and uses_engine(preset, condition) else 0.0)
 
 
 def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> float:
@@ -116,7 +131,8 @@ def job_seconds(preset: Preset, job: Job, gpus: int, most: bool = False) -> floa
 
     With `most` they are those of its largest possible number of runs, else of the expected number.
     """
-    return start_seconds(preset) + sum(sweep_seconds(preset, sweep, gpus, most) for sweep in job.sweeps)
+    start = start_seconds(preset, job.sweeps[0].condition)
+    return start + sum(sweep_seconds(preset, sweep, gpus, most) for sweep in job.sweeps)
 
 
 def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, most: bool = False) -> float:
@@ -144,33 +160,61 @@ def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
 
 
+def _decoding(preset: Preset) -> float:
+    """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
+    return _DECODING * (_ENGINE_OVER_OWN if preset.execution.sampler == "vllm" else 1.0)
+
+
 def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     """Return the seconds, beside those of FLOPs, of drawing a run's responses on GPUs: launches, and memory traffic of
     weights and cache."""
     condition, execution = sweep.condition, preset.execution
-    rollouts = condition.rollouts
-    assert rollouts
+    assert condition.rollouts
     assert execution.gpu
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    lanes = lane_count(preset, sweep, gpus)
-    rows = max(1.0, gpus * execution.max_cache_tokens / longest_sequence(preset, condition))
+    refills = condition.rollouts.max_new_tokens > _SHORT_RESPONSE
+    positions = _positions(preset, sweep, gpus, longest_sequence(preset, condition), refills)
+    position = sizes.layers * layer_seconds(execution) + weights_seconds(preset, condition, sizes, gpus)
+    tokens = run_tokens(preset, condition)
+    return positions * position + cache_seconds(gpu, sizes, tokens.drawn * tokens.context) / gpus
 
+
+def _engine_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+    """Return the seconds of a run on GPUs in which engines draw its responses and get its weights; lanes share them."""
+    condition = sweep.condition
+    tokens, lanes = run_tokens(preset, condition), lane_count(preset, sweep, gpus)
+    # The cache of a running response grows with it.
+    positions = _positions(preset, sweep, gpus, tokens.context, refills=True)
+    sizes = dimensions(preset.models[condition.model])
+    # Lanes read the weights together, each for its own tokens.
+    drawing = engine_seconds(preset, sizes, lanes * tokens.drawn / gpus, lanes * positions, tokens.context)
+    return (drawing + condition.steps * handover_seconds(preset, sweep)) / lanes
+
+
+def _positions(preset: Preset, sweep: Sweep, gpus: int, row_tokens: float, refills: bool) -> float:
+    """Return the positions that are drawn until all responses of a run have ended; lanes share them.
+
+    Args:
+        row_tokens: tokens of the cache that a response takes.
+        refills: whether waiting responses take the rows of those that have ended.
+    """
+    condition = sweep.condition
+    rollouts = condition.rollouts
+    assert rollouts
+    lanes = lane_count(preset, sweep, gpus)
+    rows = max(1.0, gpus * preset.execution.max_cache_tokens / row_tokens)
     longest, mean = rollouts.max_new_tokens, rollouts.mean_response_tokens
 
     def positions_of(responses: int) -> float:
-        """Return the positions that are drawn until all responses of a run have ended; lanes share them."""
         turns_of_rows = lanes * responses / rows
-        if longest > _SHORT_RESPONSE:
-            # Waiting responses take the rows of those that have ended, except for a few at a time.
+        if refills:
+            # A few responses wait at a time, before they take the rows of those that have ended.
             return max(longest, _REFILLED * turns_of_rows * mean) / lanes
         # Each batch of rows is drawn until its longest response ends.
         return max(1.0, turns_of_rows) * longest / lanes
 
-    positions = condition.steps * positions_of(condition.batch_size)
-    positions += rollouts.evaluations * positions_of(graded_problems(preset, condition))
-    position = sizes.layers * layer_seconds(execution) + weights_seconds(preset, condition, sizes, gpus)
-    tokens = run_tokens(preset, condition)
-    return positions * position + cache_seconds(gpu, sizes, tokens.drawn * tokens.context) / gpus
+    graded = rollouts.evaluations * positions_of(graded_problems(preset, condition))
+    return condition.steps * positions_of(condition.batch_size) + graded
 
 
 def layer_seconds(execution: Execution) -> float:
@@ -205,24 +249,31 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
     assert preset.evaluation
     sizes, gpu = dimensions(preset.models[job.model]), preset.execution.gpu
     seconds = _EVALUATION_START_SECONDS if gpu is None else _GPU_START_SECONDS + 4 * sizes.parameters / _READING
+    if preset.execution.sampler == "vllm":
+        seconds += engine_start_seconds(preset)
     for task in preset.evaluation.tasks:
-        read = (
-            2.0
-            * sizes.active_linear
-            * evaluated_documents(task)
-            * task.mean_tokens
-            / flops_per_second(preset.execution)
-        )
+        tokens = evaluated_documents(task) * task.mean_tokens
+        read = 2.0 * sizes.active_linear * tokens / flops_per_second(preset.execution)
         # Tasks about what was learned mostly draw answers; tasks about what was forgotten read texts.
         drawn = task.about == "learned"
-        seconds += read * _DECODING if drawn and gpu is None else read
+        seconds += read * _decoding(preset) if drawn and gpu is None else read
         if drawn and gpu is not None:
-            positions = (
-                evaluated_documents(task) / preset.evaluation.batch_size * (task.max_new_tokens or _LONGEST_ANSWER)
-            )
-            weights = 2 * sizes.parameters / GPUS[gpu].bandwidth
-            seconds += positions * (sizes.layers * layer_seconds(preset.execution) + weights)
+            seconds += _answering_seconds(preset, task, sizes)
     return seconds
+
+
+def _answering_seconds(preset: Preset, task: EvalTask, sizes: Dimensions) -> float:
+    """Return the seconds, beside those of FLOPs, in which a GPU draws a task's answers, all as long as the longest."""
+    assert preset.evaluation
+    assert preset.execution.gpu
+    documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER
+    if preset.execution.sampler == "vllm":
+        rows = max(1.0, preset.execution.max_cache_tokens / task.mean_tokens)
+        positions = max(longest, _REFILLED * documents / rows * longest)
+        return engine_seconds(preset, sizes, documents * longest, positions, task.mean_tokens)
+    positions = documents / preset.evaluation.batch_size * longest
+    weights = 2 * sizes.parameters / GPUS[preset.execution.gpu].bandwidth
+    return positions * (sizes.layers * layer_seconds(preset.execution) + weights)
 
 
 def compute_seconds(preset: Preset) -> float:

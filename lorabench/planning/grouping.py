@@ -33,11 +33,13 @@ def group_sweeps(preset: Preset, sweeps: Sequence[Sweep]) -> list[tuple[Sweep, .
         seconds = sweep_seconds(preset, sweep, gpus)
         key = (condition.model, condition.dataset, condition.task, sweep.experiments, gpus)
         groups[key].append((seconds, sweep))
-    start = start_seconds(preset)
     longest = max((seconds for group in groups.values() for seconds, _ in group), default=0.0)
-    # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
-    enough = min(start / START_SHARE, max(start, longest))
-    jobs = [job for group in groups.values() for job in _divided(group, enough, max(longest, 1.5 * start))]
+    jobs = []
+    for group in groups.values():
+        start = start_seconds(preset, group[0][1].condition)
+        # Where even the longest sweep is shorter than a start, a job as long as a start is enough.
+        enough = min(start / START_SHARE, max(start, longest))
+        jobs += _divided(group, enough, max(longest, 1.5 * start))
     return [tuple(sweep for _, sweep in job) for job in sorted(jobs, key=lambda job: -_seconds(job))]
 
 
