@@ -108,6 +108,9 @@ GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3
 """Number of LRs around the best that have several seeds in a sweep with `lrs: auto`."""
+MAX_KL = 0.01
+"""KL(sampler || learner) in nats per token above which a step of RL is warned about. The paper's authors found training
+to be stable below it (documentation of Tinker, page on RL hyperparameters, section Monitoring and Run Health)."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ it does everything else itself.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -22,7 +23,7 @@ from lorabench.config.experiments import Protocol
 from lorabench.data.controls import Controls
 from lorabench.data.reflection import reflects
 from lorabench.models.lanes.shelf import Lane
-from lorabench.runs import Rollouts, Run
+from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.tables.schemas import CurvePoint, ExampleLoss
 from lorabench.training.batches import data_order
 from lorabench.training.checkpoint import Position
@@ -237,6 +238,8 @@ def train_rl(
         lane.zero_grad()
         outcome.train_tokens += measured.tokens + sum(len(group.prompt) for group in groups)
         speed = learned.tokens_per_s
+        if processes.first:
+            _warn_of_kl(run, step, measured.kl, outcome.curve)
         metrics |= _policy_metrics(measured) | {"grad_norm": norm}
         record(step, "train", metrics | {"sample_tokens_per_s": sampled.tokens_per_s, "learn_tokens_per_s": speed})
         outcome.wall_s += learned.seconds + time.perf_counter() - started
@@ -298,10 +301,29 @@ def _response_metrics(responses: list[Response], texts: list[str]) -> dict[str, 
     }
 
 
+def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None:
+    """Log once per run that a step's KL of sampler and learner is above MAX_KL; `curve` has the earlier steps.
+
+    The estimate of KL may be negative, but far below 0 it says as well that the two distributions differ.
+    """
+    earlier = (point.value or 0.0 for point in curve if point.metric == "kl")
+    if abs(kl) > MAX_KL and not any(abs(value) > MAX_KL for value in earlier):
+        logging.warning(
+            "In run %s, step %d, the sampler's distribution differs from the learner's by %.2g nats per token (KL); "
+            "above %g the gradient is noisy, since the ratios of their probabilities are neither clipped nor masked, "
+            "and training may become unstable.",
+            run.run_id,
+            step,
+            kl,
+            MAX_KL,
+        )
+
+
 def _policy_metrics(step: StepMeasures) -> dict[str, float]:
     return {
         "entropy": step.entropy,
         "kl": step.kl,
         "ratio_mean": step.ratio_mean,
         "ratio_max": step.ratio_max,
+        "ratio_above_2": step.ratio_above_2,
     }

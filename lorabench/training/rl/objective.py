@@ -82,7 +82,10 @@ class StepMeasures:
     kl: float
     """KL(sampler || learner), nats per token, estimated as the mean of log p_sampler - log p_learner."""
     ratio_mean: float
+    """Mean ratio of the learner's to the sampler's probability of a token."""
     ratio_max: float
+    ratio_above_2: float
+    """Share of tokens whose ratio is above 2."""
 
 
 def backward(
@@ -112,7 +115,7 @@ def backward(
         [group for group in groups if group.equal] if len(learned) < len(groups) else []
         for groups, learned in zip(batches, teaching, strict=True)
     ]
-    sums, ratio_max = torch.zeros((lanes, 5), dtype=torch.float64), [0.0] * lanes
+    sums, ratio_max = torch.zeros((lanes, 6), dtype=torch.float64), [0.0] * lanes
     nothing: tuple[list[ResponseGroup], ...] = ([],) * lanes
     for by_lane, learn in ((teaching, True), (idle, False)):
         split = (row_parts(groups, max_tokens // lanes, processes) for groups in by_lane)
@@ -144,18 +147,22 @@ def backward(
                     torch.stack(losses).sum().backward()
             with torch.no_grad():
                 split_by_lane = (tensor.split(counts) for tensor in (mask, times, entropy, difference, ratio))
-                for lane, (is_token, weight, *measures) in enumerate(zip(*split_by_lane, strict=True)):
+                for lane, (is_token, weight, entropies, differences, ratios) in enumerate(
+                    zip(*split_by_lane, strict=True)
+                ):
                     if not counts[lane]:
                         continue
-                    entropies, differences, ratios = ((weight * measure).sum() for measure in measures)
-                    lane_sums = [weight.sum(), losses[lane], entropies, -differences, ratios]
+                    measures = (entropies, -differences, ratios, ratios > 2)
+                    lane_sums = [weight.sum(), losses[lane], *((weight * measure).sum() for measure in measures)]
                     sums[lane] += torch.stack(lane_sums).double().cpu()
-                    ratio_max[lane] = max(ratio_max[lane], measures[-1][is_token].max().item())
+                    ratio_max[lane] = max(ratio_max[lane], ratios[is_token].max().item())
     steps = []
     for lane_sum, largest in zip(sums, ratio_max, strict=True):
         tokens, loss_sum, *others = processes.gather(lane_sum.numpy()).sum(0).tolist()
-        entropy_mean, kl, ratio_mean = (value / tokens for value in others)
-        steps.append(StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest)))
+        entropy_mean, kl, ratio_mean, above_2 = (value / tokens for value in others)
+        steps.append(
+            StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest), above_2)
+        )
     return steps
 
 

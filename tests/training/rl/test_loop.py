@@ -12,13 +12,15 @@ import torch
 
 from lorabench.models.base import load_model
 from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.runs import Run
-from lorabench.training.drive import train_lanes
+from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.rl.loop import evaluation_steps
 from lorabench.training.rl.prompts import ProblemTexts
-from lorabench.training.rl.sampler import Request
+from lorabench.training.rl.sampler import Request, Response
+from lorabench.training.rl.serve import RlServer
 
 from .conftest import (
     ROLLOUTS,
@@ -27,8 +29,10 @@ from .conftest import (
     drawn,
     environment_of,
     lane_of,
+    machine,
     problem_file,
     same_tokens,
+    sampler_of,
     serving,
     train,
 )
@@ -64,6 +68,7 @@ def test_a_run_is_on_policy_and_its_policy_moves(environment, tmp_path, prompts,
     assert metric(outcome, "ratio_max") == pytest.approx([1.0] * 6, abs=1e-4)
     assert metric(outcome, "ratio_mean") == pytest.approx([1.0] * 6, abs=1e-4)
     assert np.abs(metric(outcome, "kl")).max() < 1e-4
+    assert metric(outcome, "ratio_above_2") == [0.0] * 6
     requests = [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts[:10]) for s in range(4)]
     assert not same_tokens(drawn(model, tokenizer, requests), drawn(base, tokenizer, requests))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
@@ -105,6 +110,35 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
         for steps, grader in ((2, environment.grader), (3, Until(environment.grader, 2)))
     }
     assert after[2] == after[3] != weights_hash(base)
+
+
+def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environment, tmp_path, caplog):
+    run = Run(condition_of(None, steps=4), 1e-4, 0)
+
+    def train_until(last):
+        """Train with probabilities of the sampler that are too high, by more from the second step on."""
+        stack = single_lane(load_model(TINY), run.run_id)
+        draw = sampler_of(stack, environment)
+
+        def shifted(requests, interruptible):
+            shifts = np.float32([0.005 if request.key is None or request.key[1] == 1 else 0.034 for request in requests])
+            drawn = zip(draw(requests), shifts, strict=True)
+            return [Response(r.tokens, r.logprobs + shift, r.truncated) for r, shift in drawn]
+
+        def die(step):
+            if step == last:
+                raise KilledError
+
+        lane = lane_of(run, stack, environment, tmp_path, tick=die, checkpoint_seconds=0)
+        return train_alone(lane, RlServer(stack, shifted, machine(), None), run.run_id)
+
+    with pytest.raises(KilledError):
+        train_until(3)
+    outcome = train_until(None)
+    assert metric(outcome, "kl") == pytest.approx([0.005, 0.034, 0.034, 0.034], abs=1e-4)
+    [message] = caplog.messages
+    assert f"In run {run.run_id}, step 2, " in message
+    assert "differs from the learner's by 0.034 nats per token (KL); above 0.01 " in message
 
 
 class Every:

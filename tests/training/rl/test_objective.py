@@ -117,9 +117,9 @@ def test_a_long_response_does_not_pad_the_others():
 
 def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn(base):
     drawn = [
-        response([3, 1], [-1.0, -0.5]),
+        response([3, 1], [-1.0, -16.0]),
         response([4], [-2.0]),
-        response([3, 1], [-1.0, -0.5]),
+        response([3, 1], [-1.0, -16.0]),
         response([3], [-1.0]),
     ]
     group = ResponseGroup.of((5, 9), drawn, np.array([1.0, 0.0, 1.0, 0.0]))
@@ -138,9 +138,11 @@ def test_equal_responses_are_computed_once_and_count_as_often_as_they_were_drawn
     singly = [backward(base, [ResponseGroup.of((5, 9), [response], np.zeros(1))], 10_000) for response in drawn]
     tokens = [len(response.tokens) for response in drawn]
     assert (measured.loss, measured.tokens) == (pytest.approx(loss, abs=1e-5), sum(tokens))
-    for measure in ("entropy", "kl", "ratio_mean"):
+    for measure in ("entropy", "kl", "ratio_mean", "ratio_above_2"):
         mean = np.average([getattr(step, measure) for step in singly], weights=tokens)
         assert getattr(measured, measure) == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    # The base gives the second token of the response that was drawn twice about four times that probability.
+    assert measured.ratio_above_2 == pytest.approx(2 / 6)
     assert measured.ratio_max == pytest.approx(max(step.ratio_max for step in singly), rel=1e-4)
     base.zero_grad()
 
@@ -165,10 +167,19 @@ def test_measures_are_those_of_the_two_distributions(base, tokenizer, prompts):
     assert same.ratio_mean == pytest.approx(1, abs=1e-4)
     assert same.ratio_max == pytest.approx(1, abs=1e-4)
     assert same.kl == pytest.approx(0, abs=1e-5)
+    assert same.ratio_above_2 == 0
     halved = [Response(r.tokens, r.logprobs + np.float32(np.log(2)), r.truncated) for r in exact]
     off = backward(base, [ResponseGroup.of(prompts[0], halved, rewards)], 10_000)
     assert off.ratio_mean == pytest.approx(0.5, abs=1e-4)
     assert off.kl == pytest.approx(np.log(2), abs=1e-4)
+    # Ratios are 3 and 1.5 in turn; a group of equal rewards counts as the others do.
+    lower = np.log(np.array([3, 1.5], np.float32))
+    raised = [Response(r.tokens, r.logprobs - np.resize(lower, len(r.tokens)), r.truncated) for r in exact]
+    tripled = [Response(r.tokens, r.logprobs - lower[0], r.truncated) for r in exact]
+    mixed = [ResponseGroup.of(prompts[0], raised, rewards), ResponseGroup.of(prompts[0], tripled, np.zeros(6))]
+    lengths = np.array([len(r.tokens) for r in exact])
+    above = (-(-lengths // 2)).sum() + lengths.sum()
+    assert backward(base, mixed, 10_000).ratio_above_2 == pytest.approx(above / (2 * lengths.sum()))
     ids = torch.tensor([prompts[0]])
     with torch.no_grad():
         first = base(ids).logits[0, -1].log_softmax(-1)

@@ -87,6 +87,8 @@ def same_run(run: dict, expected: dict, rounded: bool) -> None:
             assert abs(ours) < (1e-2 if rounded else 1e-5), step
         elif metric in ("ratio_mean", "ratio_max"):
             assert ours == pytest.approx(1, abs=0.1 if rounded else 1e-4), (step, metric)
+        elif metric == "ratio_above_2":
+            assert ours == 0, step
         elif metric in SAMPLED and not (rounded and step > 1):
             # In bf16 each part of a batch is rounded separately, so that later policies differ slightly.
             assert ours == value, (step, split, metric)
