@@ -24,7 +24,7 @@ from lorabench.models.tiny import shipped_folder
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CONVERTED = Path("results/models")
 """Folder of dequantized GGUF models, which presets share."""
@@ -101,8 +101,8 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def max_length(spec: ModelSpec) -> int:
-    """Return the longest sequence that the model takes, in tokens.
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """Return the model's configuration.
 
     Raises:
         ModelError: the model can't be read.
@@ -111,8 +111,17 @@ def max_length(spec: ModelSpec) -> int:
 
     check_folder(spec)
     with _explained(spec):
-        config = AutoConfig.from_pretrained(model_location(spec), **_options(spec))
-    return int(config.max_position_embeddings)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_location(spec), **_options(spec))
+    return config
+
+
+def max_length(spec: ModelSpec) -> int:
+    """Return the longest sequence that the model takes, in tokens.
+
+    Raises:
+        ModelError: the model can't be read.
+    """
+    return int(load_config(spec).max_position_embeddings)
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:

