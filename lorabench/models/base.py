@@ -52,6 +52,21 @@ def model_location(spec: ModelSpec) -> str:
             return str(shipped_folder(spec.name))
 
 
+def model_folder(spec: ModelSpec) -> Path:
+    """Return the local folder of the model's files, for a model of the hub the one in the hub's cache.
+
+    Raises:
+        ModelError: the model can't be read.
+    """
+    check_folder(spec)
+    if not isinstance(spec, HubModel):
+        return Path(model_location(spec))
+    from huggingface_hub import snapshot_download
+
+    with _explained(spec):
+        return Path(snapshot_download(spec.id, revision=spec.revision, local_files_only=True))
+
+
 def _options(spec: ModelSpec) -> dict[str, Any]:
     options: dict[str, Any] = {"trust_remote_code": getattr(spec, "trust_remote_code", False)}
     # Models of the hub are fetched by a job of their own.

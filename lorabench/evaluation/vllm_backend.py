@@ -1,0 +1,94 @@
+"""lm-eval's backend vLLM, with the prompts, limits and answers of its backend transformers, so that scores agree.
+
+Importing this module imports vLLM, which takes seconds; `set_vllm_environment` comes before.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.models.huggingface import HFLM
+
+from lorabench.config.models import ModelSpec
+from lorabench.models.base import max_length, model_folder
+from lorabench.models.vllm_support import max_lora_rank, vllm_version
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+_version = importlib.metadata.version
+# lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
+importlib.metadata.version = lambda name: vllm_version() if name == "vllm" else _version(name)
+try:
+    from lm_eval.models.vllm_causallms import VLLM
+finally:
+    importlib.metadata.version = _version
+
+# A text of the model's length and one more token, which is scored but not read, goes through vLLM as a whole, and vLLM
+# always draws a token after it.
+_BEYOND = 2
+
+
+class VllmBackend(VLLM):  # type: ignore[misc]
+    """A model in an engine of its own; with an adapter, every request goes through the adapter.
+
+    Args:
+        spec: the model that the engine loads.
+        tokenizer: the tokenizer of prompts and answers.
+        tokenizer_folder: the folder from which the engine loads the same tokenizer.
+        adapter: the folder of a PEFT adapter and its rank, or None.
+        batch_size: the largest number of sequences that go through the model at once.
+        dtype: the type of weights and activations.
+        device: what the engine computes on.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        tokenizer_folder: Path,
+        adapter: tuple[Path, int] | None,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        longest = max_length(spec) + _BEYOND
+        lora = {} if adapter is None else {"lora_local_path": str(adapter[0]), "max_lora_rank": max_lora_rank(adapter[1])}
+        super().__init__(
+            str(model_folder(spec)),
+            dtype=str(dtype).removeprefix("torch."),
+            tokenizer=str(tokenizer_folder),
+            trust_remote_code=getattr(spec, "trust_remote_code", False),
+            seed=0,
+            batch_size="auto",
+            max_num_seqs=batch_size,
+            max_model_len=longest,
+            hf_overrides={"max_position_embeddings": longest},
+            enforce_eager=device.type == "cpu",
+            **lora,
+        )
+        self.tokenizer = tokenizer
+
+    # vLLM's own would pass further arguments to the template.
+    apply_chat_template = HFLM.apply_chat_template
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answer prompts; prompt and answer together are at most as long as the model takes."""
+        self._max_length -= _BEYOND
+        try:
+            answers: list[str] = super().generate_until(requests, disable_tqdm)
+        finally:
+            self._max_length += _BEYOND
+        return answers
+
+    def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
+        outputs = super()._model_generate(requests, generate, sampling_params)
+        if generate:
+            for output in outputs:
+                # Special tokens may stop an answer, but are no part of its text.
+                answer = output.outputs[0]
+                answer.text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        return outputs
