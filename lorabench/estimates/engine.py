@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from lorabench.config.preset import Preset
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.vllm_support import LORA_RANKS
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks for which vLLM has room for adapters; others take the next one."""
 
 # Bytes on a GPU beside weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
 # measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
 _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
-
 
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
 # reaches; the bytes/s at which weights go through shared memory; the seconds in which adapters do, with all lanes.
@@ -60,7 +57,7 @@ def engine_memory(preset: Preset, sweep: Sweep, lanes: int = 1) -> EngineMemory:
     sizes = dimensions(preset.models[condition.model])
     adapters = 0
     if condition.rank is not None and condition.placement is not None:
-        rank = min((rank for rank in RANKS if rank >= condition.rank), default=condition.rank)
+        rank = min((rank for rank in LORA_RANKS if rank >= condition.rank), default=condition.rank)
         adapters = lanes * sizes.lora(condition.placement, rank, preset.protocol.include_unembedding)[0]
     number = number_bytes(preset)
     return EngineMemory(

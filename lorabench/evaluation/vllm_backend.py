@@ -56,7 +56,9 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         device: torch.device,
     ) -> None:
         longest = max_length(spec) + _BEYOND
-        lora = {} if adapter is None else {"lora_local_path": str(adapter[0]), "max_lora_rank": max_lora_rank(adapter[1])}
+        lora = (
+            {} if adapter is None else {"lora_local_path": str(adapter[0]), "max_lora_rank": max_lora_rank(adapter[1])}
+        )
         super().__init__(
             str(model_folder(spec)),
             dtype=str(dtype).removeprefix("torch."),

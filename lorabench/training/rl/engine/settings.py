@@ -6,8 +6,8 @@ import torch
 
 from lorabench.config.models import HubModel
 from lorabench.errors import UserError
+from lorabench.estimates.engine import engine_memory
 from lorabench.estimates.lane_count import lane_count
-from lorabench.estimates.memory import engine_memory
 from lorabench.models.base import model_location
 from lorabench.models.dimensions import dimensions
 from lorabench.models.vllm_support import check_vllm, max_lora_rank

@@ -81,7 +81,8 @@ class _Engine:
             for _, seed, _ in requests
         ]
         inputs: list[Any] = [{"prompt_token_ids": prompts[index]} for index, _, _ in requests]
-        adapters = [self._adapters[number] for _, _, number in requests] if self._adapters else None
+        # In an engine without adapters no request has one, in any other each has.
+        adapters = [self._adapters[number] for _, _, number in requests if number is not None] or None
         drawn = []
         for result in self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapters):
             response = result.outputs[0]
