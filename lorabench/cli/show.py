@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lorabench.config.execution import Execution
 from lorabench.estimates.seconds import flops_per_second
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
@@ -63,6 +64,8 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         last["disk GB"] = lambda row: formats.number(row.disk / GB, 2)
         if price is not None:
             last["money"] = lambda row: formats.count(row.gpu_hours * price)
+    if any(sweep.condition.rollouts for sweep in plan.sweeps):
+        caption.append(_sampler(execution))
     if rows["total"].most_runs > rows["total"].runs:
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
     table = Table(
@@ -92,8 +95,26 @@ def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequenc
     rows = {name: asdict(row) for name, row in bill.per_experiment(plan).items()}
     for row in rows.values():
         row["money"] = None if price is None else row["gpu_hours"] * price
-    machine = {"gpu": plan.preset.execution.gpu, "flops_per_s": flops_per_second(plan.preset.execution), "cores": cores}
+    execution = plan.preset.execution
+    machine = {
+        "gpu": execution.gpu,
+        "flops_per_s": flops_per_second(execution),
+        "cores": cores,
+        "sampler": execution.sampler,
+    }
     return json.dumps({**machine, "notes": list(notes), "experiments": rows}, indent=2)
+
+
+def _sampler(execution: Execution) -> str:
+    """Return the sentence that names the sampler of RL, and says where its speed comes from."""
+    name = {"own": "this project's own sampler", "vllm": "the engine vLLM"}[execution.sampler]
+    if execution.gpu is None:
+        speed = "from the GFLOP/s above" if execution.sampler == "own" else "assumed to be that of the own sampler"
+    elif execution.sampler == "own":
+        speed = "assumed" if execution.layer_seconds is None else "measured (execution.layer_seconds)"
+    else:
+        speed = "computed from the GPU's data sheet until it is measured"
+    return f"responses of RL are drawn by {name} (execution.sampler); its speed is {speed}"
 
 
 def _and_most(row: bill.Bill, expected: str, most: str) -> str:

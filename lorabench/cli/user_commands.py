@@ -87,7 +87,8 @@ def plan(
         if chosen != planned.preset:
             planned = make_plan(chosen)
         cores = os.cpu_count() or 1
-        taken = examined.sentence(with_speed=speed is None) if examined else None
+        own = planned.preset.execution.sampler == "own"
+        taken = examined.sentence(with_speed=speed is None, with_drawing=own) if examined else None
         notes = [*([taken] if taken else []), *([speed.sentence] if speed else []), *layout.dropped]
         if decide:
             from lorabench.claims.decide import undecided

@@ -78,14 +78,15 @@ class Record(Strict):
         """The checks that failed."""
         return [check for check in self.checks if check.status == "fail"]
 
-    def sentence(self, with_speed: bool) -> str | None:
+    def sentence(self, with_speed: bool, with_drawing: bool) -> str | None:
         """Return what a plan takes from the record, in words; None if it takes nothing.
 
         Args:
             with_speed: whether the plan takes the speed of training steps, which finished runs may give too.
+            with_drawing: whether it takes that of this project's own sampler, the only one that was timed.
         """
         taken = [f"{number(self.gflops)} GFLOP/s in training steps"] if with_speed and self.gflops else []
-        if self.layer_seconds is not None:
+        if with_drawing and self.layer_seconds is not None:
             taken.append(f"{number(1e3 * self.layer_seconds)} ms for a layer and token in drawing responses")
         if not taken:
             return None
@@ -138,8 +139,9 @@ def record_for(execution: Execution) -> Record | None:
 
 
 def with_measured_speed(preset: Preset, record: Record) -> Preset:
-    """Return a preset with the speeds that a record knows in place of assumed ones."""
-    speeds = {"gflops": record.gflops, "layer_seconds": record.layer_seconds}
+    """Return a preset with the speeds that a record knows in place of assumed ones; that of vLLM it does not know."""
+    own = preset.execution.sampler == "own"
+    speeds = {"gflops": record.gflops, "layer_seconds": record.layer_seconds if own else None}
     update = {name: value for name, value in speeds.items() if value is not None}
     return preset.model_copy(update={"execution": preset.execution.model_copy(update=update)})
 

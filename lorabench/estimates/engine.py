@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lorabench.config.preset import Preset
 from lorabench.estimates.lengths import longest_sequence
 from lorabench.models.dimensions import Dimensions, dimensions
-from lorabench.models.vllm_support import LORA_RANKS
+from lorabench.models.vllm_support import max_lora_rank
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
@@ -18,9 +18,10 @@ from lorabench.utils.gpus import GB, GPUS
 # measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
 _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
 
+
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
-# reaches; the bytes/s at which weights go through shared memory; the seconds in which adapters do, with all lanes.
-_EFFICIENCY, _THROUGH_MEMORY, _ADAPTERS_SECONDS = 0.5, 2 * GB, 0.2
+# reaches; the bytes/s at which weights are written to shared memory and as fast read; the least seconds of doing so.
+_EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
 # The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
 _POSITION_SECONDS = 5e-3
 # Seconds in which an engine starts: on a GPU an assumption, on a CPU measured on the tiny bases (16 to 24).
@@ -52,20 +53,35 @@ def uses_engine(preset: Preset, condition: Condition) -> bool:
 
 
 def engine_memory(preset: Preset, sweep: Sweep, lanes: int = 1) -> EngineMemory:
-    """Return the bytes of each engine of a sweep's job, which draws the responses of `lanes` runs at once."""
+    """Return the bytes of each engine of a sweep's job, which draws the responses of `lanes` runs at once.
+
+    Raises:
+        UserError: vLLM does not take adapters of the sweep's rank.
+    """
     condition = sweep.condition
-    sizes = dimensions(preset.models[condition.model])
-    adapters = 0
+    sizes, adapters = dimensions(preset.models[condition.model]), 0
     if condition.rank is not None and condition.placement is not None:
-        rank = min((rank for rank in LORA_RANKS if rank >= condition.rank), default=condition.rank)
-        adapters = lanes * sizes.lora(condition.placement, rank, preset.protocol.include_unembedding)[0]
-    number = number_bytes(preset)
-    return EngineMemory(
-        weights=number * sizes.parameters,
-        adapters=number * adapters,
-        cache=max(longest_sequence(preset, condition), preset.execution.max_cache_tokens) * cache_bytes(preset, sizes),
-        overhead=_ON_CPU if preset.execution.gpu is None else _ON_GPU,
-    )
+        room = max_lora_rank(condition.rank)
+        adapters = lanes * sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
+    return _memory(preset, sizes, _handed_over(sizes, condition), adapters, longest_sequence(preset, condition))
+
+
+def evaluating_memory(preset: Preset, model: str) -> EngineMemory:
+    """Return the bytes of the engine that draws the answers of an evaluation with lm-eval."""
+    sizes = dimensions(preset.models[model])
+    return _memory(preset, sizes, sizes.parameters, adapters=0, longest=0)
+
+
+def _memory(preset: Preset, sizes: Dimensions, weights: int, adapters: int, longest: int) -> EngineMemory:
+    number, cached = number_bytes(preset), max(longest, preset.execution.max_cache_tokens)
+    overhead = _ON_CPU if preset.execution.gpu is None else _ON_GPU
+    return EngineMemory(number * weights, number * adapters, cached * cache_bytes(preset, sizes), overhead)
+
+
+def _handed_over(sizes: Dimensions, condition: Condition) -> int:
+    """Return the number of weights that an engine holds: a tied unembedding that is trained is a weight of its own."""
+    untied = sizes.tied and condition.method == "fullft"
+    return sizes.parameters + (sizes.vocabulary * sizes.hidden if untied else 0)
 
 
 def number_bytes(preset: Preset) -> int:
@@ -87,7 +103,7 @@ def handover_bytes(preset: Preset, sweep: Sweep, lanes: int = 1) -> int:
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
     if condition.rank is None or condition.placement is None:
-        return number_bytes(preset) * sizes.parameters
+        return number_bytes(preset) * _handed_over(sizes, condition)
     return 4 * lanes * sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[0]
 
 
@@ -96,11 +112,9 @@ def engine_start_seconds(preset: Preset) -> float:
     return _START_ON_CPU if preset.execution.gpu is None else _START_ON_GPU
 
 
-def handover_seconds(preset: Preset, sweep: Sweep) -> float:
-    """Return the seconds of a step in which a GPU job writes weights to shared memory and its engines read them."""
-    if sweep.condition.method == "lora":
-        return _ADAPTERS_SECONDS
-    return 2 * handover_bytes(preset, sweep) / _THROUGH_MEMORY
+def handover_seconds(preset: Preset, sweep: Sweep, lanes: int = 1) -> float:
+    """Return the seconds in which a GPU job hands the weights of all lanes to its engines, once in a step."""
+    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, sweep, lanes) / _THROUGH_MEMORY
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:

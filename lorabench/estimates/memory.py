@@ -167,9 +167,14 @@ def step_memory(
 
 
 def peak_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
-    """Estimate the peak that runs report, in bytes: tensors on each of `gpus` GPUs, or on a CPU the whole process."""
+    """Estimate the peak of a job in bytes: tensors on each of `gpus` GPUs, or on a CPU whole processes."""
     process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
     return process + sweep_memory(preset, sweep, max(1, gpus), lanes).total
+
+
+def reported_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
+    """Estimate the peak that runs report, in bytes: that of a job without the engine, which is another process."""
+    return peak_bytes(preset, sweep, gpus, lanes) - sweep_memory(preset, sweep, max(1, gpus), lanes).engine
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:

@@ -188,7 +188,9 @@ def _engine_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
     sizes = dimensions(preset.models[condition.model])
     # Lanes read the weights together, each for its own tokens.
     drawing = engine_seconds(preset, sizes, lanes * tokens.drawn / gpus, lanes * positions, tokens.context)
-    return (drawing + condition.steps * handover_seconds(preset, sweep)) / lanes
+    assert condition.rollouts
+    handovers = condition.steps + condition.rollouts.evaluations
+    return (drawing + handovers * handover_seconds(preset, sweep, lanes)) / lanes
 
 
 def _positions(preset: Preset, sweep: Sweep, gpus: int, row_tokens: float, refills: bool) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.estimates.lane_count import lane_count
-from lorabench.estimates.memory import gpus_needed, peak_bytes
+from lorabench.estimates.memory import gpus_needed, reported_bytes
 from lorabench.estimates.seconds import flops_per_second, run_seconds
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
@@ -82,7 +82,7 @@ def calibrate(
     speed = sum(work) / sum(computing)
     times = [(flops / speed + launches) / wall for flops, launches, wall in zip(work, fixed, seconds, strict=True)]
     memory = [
-        peak_bytes(preset, sweep, gpus, lane_count(preset, sweep, gpus)) / peak
+        reported_bytes(preset, sweep, gpus, lane_count(preset, sweep, gpus)) / peak
         for preset, sweep, gpus, _, peak in measured
         if peak > 0
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.estimates.disk import checkpoint_bytes, kept_bytes, working_bytes
+from lorabench.estimates.engine import evaluating_memory, handover_bytes, uses_engine
 from lorabench.estimates.lane_count import lane_count
 from lorabench.estimates.lengths import tokens_per_example
 from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory
@@ -74,11 +75,19 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     seconds = job_seconds(preset, job, gpus, most=True)
     working = max(working_bytes(preset, sweep, lanes[sweep]) for sweep in job.sweeps)
     saving = max(_saving_seconds(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
+    shared = max(_shared_bytes(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
     return replace(
-        _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk),
+        _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk, shared),
         working_disk_mb=math.ceil(working / MB),
         saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
     )
+
+
+def _shared_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
+    """Return the bytes of the host that engines take: weights in shared memory, and on GPUs a process each."""
+    if not uses_engine(preset, sweep.condition):
+        return 0.0
+    return handover_bytes(preset, sweep, lanes) + gpus * _GPU_PROCESS
 
 
 def _saving_seconds(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
@@ -99,6 +108,8 @@ def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     # Weights in fp32, with bf16 copies that may live at the same time; logits of a batch of long texts in both types.
     longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
+    if preset.execution.sampler == "vllm":
+        peak = evaluating_memory(preset, job.model).total
     return _on_one(preset, "the evaluation", job.model, peak, evaluation_seconds(preset, job), 20 * MB)
 
 
@@ -175,9 +186,11 @@ def _on_one(preset: Preset, what: str, model: str, peak: float, seconds: float, 
     return _resources(preset, model, 1, peak, seconds, disk)
 
 
-def _resources(preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float) -> Resources:
+def _resources(
+    preset: Preset, model: str, gpus: int, peak: float, seconds: float, disk: float, shared: float = 0.0
+) -> Resources:
     # Weights are read and written through the host's memory.
-    host = 6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak
+    host = shared + (6 * dimensions(preset.models[model]).parameters + gpus * _GPU_PROCESS if gpus else peak)
     return Resources(
         gpus=gpus,
         cpus=preset.execution.threads * max(1, gpus),

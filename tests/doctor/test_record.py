@@ -13,6 +13,7 @@ from lorabench.estimates.seconds import evaluation_seconds, flops_per_second, ru
 from lorabench.planning.plan import make_plan
 from lorabench.utils.gpus import processor
 
+from ..handmade.presets import with_execution
 from .conftest import record
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -77,7 +78,7 @@ def test_a_plan_takes_the_latest_record_of_its_own_device():
 
 
 def test_the_estimates_are_those_of_the_measured_speeds():
-    core = load_preset("core")
+    core = with_execution(load_preset("core"), sampler="own")
     rl = next(sweep for sweep in make_plan(core).sweeps if sweep.condition.rollouts)
     fast = with_measured_speed(
         core, record(H100, gflops=flops_per_second(core.execution) / 1e9 * 2, layer_seconds=4e-4)
@@ -90,16 +91,20 @@ def test_the_estimates_are_those_of_the_measured_speeds():
     assert evaluation_seconds(fast, job) < evaluation_seconds(core, job)
     unknown = with_measured_speed(core, record(H100, gflops=None, layer_seconds=None))
     assert unknown == core
+    # The doctor times this project's own sampler, which says nothing about the engine.
+    vllm = with_execution(core, sampler="vllm")
+    assert with_measured_speed(vllm, record(H100, gflops=None, layer_seconds=4e-4)) == vllm
 
 
 def test_a_record_says_what_is_taken_from_it():
     found = record(H100, checks=[Check(name="a", status="fail", sentence="b")])
-    assert found.sentence(with_speed=True) == (
+    assert found.sentence(with_speed=True, with_drawing=True) == (
         "measured by lorabench doctor on NVIDIA H100 80GB HBM3 on 2026-11-26: 250,000 GFLOP/s in training steps, "
         "0.200 ms for a layer and token in drawing responses; 1 of its 1 checks failed"
     )
-    assert "GFLOP/s" not in found.sentence(with_speed=False)
-    assert record(H100, layer_seconds=None).sentence(with_speed=False) is None
+    assert "GFLOP/s" not in found.sentence(with_speed=False, with_drawing=True)
+    assert "drawing" not in found.sentence(with_speed=True, with_drawing=False)
+    assert record(H100, layer_seconds=None).sentence(with_speed=False, with_drawing=True) is None
 
 
 def test_the_plan_says_whose_speed_it_takes():
