@@ -227,7 +227,7 @@ class EvalJob:
     model: str
     sweep: Sweep | None
     identity: str = field(compare=False)
-    """Hash of the tasks and of the data that they read."""
+    """Hash of the tasks, of the data that they read, and of the sampler unless it is the project's own."""
 
     @property
     def eval_id(self) -> str:

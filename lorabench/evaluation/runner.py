@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from lorabench.config.execution import Evaluation
+from lorabench.config.fields import SamplerName
 from lorabench.config.models import ModelSpec, PathModel
 from lorabench.data.tokens import template_key
 from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
-from lorabench.models.base import load_model, load_tokenizer, max_length, package_versions, weights_sha256
+from lorabench.models.base import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_length,
+    model_folder,
+    package_versions,
+    weights_sha256,
+)
+from lorabench.models.vllm_support import cache_gib, check_vllm, set_vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.planning.walk import best_lr, finished_losses
 from lorabench.runs import EvalJob, Run
@@ -30,6 +40,7 @@ from lorabench.training.sweep import machine_of
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.model import TemplateLM
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +75,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
 
     Raises:
         UserError: a task is not known or generates more tokens than the model takes, its data or the run's weights are
-            missing, or the run was trained from another base.
+            missing, the run was trained from another base, or vLLM is to be used and cannot compute the model here.
     """
     evaluation = plan.preset.evaluation
     assert evaluation
@@ -76,14 +87,21 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
         spec = layout.model(job.model)
         if record is not None:
             check_run(record, job.model, spec, layout)
+        machine = machine_of(plan)
+        if plan.preset.execution.sampler == "vllm":
+            check_vllm(spec, machine.device, record and record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
         catalog.check_settings(loaded, job.model, max_length(spec))
-        machine = machine_of(plan)
-        model = load_evaluated_model(spec, record, layout).to(machine.device)
-        lm = lm_eval_model(model, tokenizer, evaluation.batch_size, machine.autocast(plan.preset.protocol))
-        scores, samples = run_tasks(lm, index, loaded, evaluation)
+        autocast = machine.autocast(plan.preset.protocol)
+        lm: TemplateLM
+        if plan.preset.execution.sampler == "vllm":
+            lm = vllm_lm_eval_model(spec, record, layout, evaluation.batch_size, autocast, machine.device)
+        else:
+            model = load_evaluated_model(spec, record, layout).to(machine.device)
+            lm = lm_eval_model(model, tokenizer, evaluation.batch_size, autocast)
+        scores, samples = run_tasks(lm, index, loaded, evaluation, plan.preset.execution.sampler)
         rows = [{"model": job.model, **_run_columns(record)} | row for row in scores]
     write_table(pa.Table.from_pylist(samples, schema=SAMPLES), layout.samples(job))
     write_table(pa.Table.from_pylist(rows, schema=EVALS), layout.evals(job))
@@ -140,16 +158,21 @@ def load_evaluated_model(spec: ModelSpec, record: dict[str, Any] | None, layout:
     if record is None:
         model = load_model(spec)
         return model
-    weights, outcome = RunFolder(layout.runs, record["run_id"]).weights, record["outcome"]
     if record["spec"]["method"] == "fullft":
-        size = {"parameters": outcome["base_params"], "hidden_size": outcome["hidden_size"]}
-        model = load_model(PathModel(kind="path", path=str(weights), **size))
+        model = load_model(fine_tuned(record, layout))
         return model
     from peft import PeftModel
 
     # Not merged: where the unembedding is the embedding, its update would change both.
-    model = PeftModel.from_pretrained(load_model(spec), weights)
+    model = PeftModel.from_pretrained(load_model(spec), RunFolder(layout.runs, record["run_id"]).weights)
     return model
+
+
+def fine_tuned(record: dict[str, Any], layout: Layout) -> PathModel:
+    """Return the model that a full fine-tuning saved; its folder has no tokenizer."""
+    outcome = record["outcome"]
+    size = {"parameters": outcome["base_params"], "hidden_size": outcome["hidden_size"]}
+    return PathModel(kind="path", path=str(RunFolder(layout.runs, record["run_id"]).weights), **size)
 
 
 def lm_eval_model(
@@ -172,8 +195,41 @@ def lm_eval_model(
     )
 
 
+def vllm_lm_eval_model(
+    spec: ModelSpec,
+    record: dict[str, Any] | None,
+    layout: Layout,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    device: torch.device,
+) -> TemplateLM:
+    """Start an engine of vLLM, for lm-eval, with what `load_evaluated_model` loads; it computes in the autocast type.
+
+    Raises:
+        UserError: vLLM takes no adapter of the run's rank.
+    """
+    import torch
+
+    adapter = None
+    model = spec
+    if record is not None and record["spec"]["method"] == "fullft":
+        model = fine_tuned(record, layout)
+    elif record is not None:
+        adapter = (RunFolder(layout.runs, record["run_id"]).weights, record["spec"]["rank"])
+    dtype = autocast or torch.float32
+    set_vllm_environment(device, cache_gib(load_config(model), dtype))
+    # The import of this module imports vLLM.
+    from lorabench.evaluation.vllm_backend import VllmBackend
+
+    return VllmBackend(model, load_tokenizer(spec), model_folder(spec), adapter, batch_size, dtype, device)
+
+
 def run_tasks(
-    lm: HFLM, index: TaskManager, loaded: Iterable[LoadedTask], evaluation: Evaluation
+    lm: TemplateLM,
+    index: TaskManager,
+    loaded: Iterable[LoadedTask],
+    evaluation: Evaluation,
+    sampler: SamplerName,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks on a model, with one call of lm-eval for all tasks of the same settings.
 
@@ -201,7 +257,7 @@ def run_tasks(
         settings.setdefault(key, []).append(loaded_task)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
-    versions = json.dumps(_versions(), sort_keys=True)
+    versions = json.dumps(_versions(sampler), sort_keys=True)
     for (chat, num_fewshot, limit, max_new_tokens), together in settings.items():
         results = evaluator.simple_evaluate(
             lm,
@@ -219,7 +275,7 @@ def run_tasks(
             fewshot_random_seed=_SEED,
         )
         assert results
-        common = {"eval_batch_size": evaluation.batch_size, "versions": versions}
+        common = {"sampler": sampler, "eval_batch_size": evaluation.batch_size, "versions": versions}
         # Null where prompts are used without a chat template.
         common["template_sha256"] = template if chat else None
         for loaded_task in together:
@@ -320,5 +376,6 @@ def _run_columns(record: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    return package_versions() | {name: version(name) for name in ("lm_eval", "datasets")}
+def _versions(sampler: SamplerName) -> dict[str, str]:
+    engine = {"vllm": vllm_version()} if sampler == "vllm" else {}
+    return package_versions() | {name: version(name) for name in ("lm_eval", "datasets")} | engine

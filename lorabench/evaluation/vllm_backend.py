@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
+from vllm.lora.layers import LogitsProcessorWithLoRA
 
 from lorabench.config.models import ModelSpec
 from lorabench.models.base import max_length, model_folder
@@ -30,6 +31,21 @@ finally:
 # A text of the model's length and one more token, which is scored but not read, goes through vLLM as a whole, and vLLM
 # always draws a token after it.
 _BEYOND = 2
+
+
+def _adapt_all_logits(model: torch.nn.Module) -> None:
+    """Make the only adapter of an engine apply to the unembedding wherever logits are computed.
+
+    vLLM applies it to the logits of drawn tokens alone: those of prompts lack it on a GPU, and are refused on a CPU
+    (https://github.com/vllm-project/vllm/issues/51594).
+    """
+
+    def add(logits: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        return logits.add_((x @ a[0, 0].T) @ b[0, 0].T, alpha=scale)
+
+    for module in model.modules():
+        if isinstance(module, LogitsProcessorWithLoRA):
+            module.punica_wrapper.add_lora_logits = add
 
 
 class VllmBackend(VLLM):  # type: ignore[misc]
@@ -56,9 +72,10 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         device: torch.device,
     ) -> None:
         longest = max_length(spec) + _BEYOND
-        lora = (
-            {} if adapter is None else {"lora_local_path": str(adapter[0]), "max_lora_rank": max_lora_rank(adapter[1])}
-        )
+        lora: dict[str, Any] = {}
+        if adapter is not None:
+            path, rank = adapter
+            lora = {"lora_local_path": str(path), "max_lora_rank": max_lora_rank(rank), "max_loras": 1}
         super().__init__(
             str(model_folder(spec)),
             dtype=str(dtype).removeprefix("torch."),
@@ -72,7 +89,11 @@ class VllmBackend(VLLM):  # type: ignore[misc]
             enforce_eager=device.type == "cpu",
             **lora,
         )
+        if adapter is not None:
+            self.model.apply_model(_adapt_all_logits)
         self.tokenizer = tokenizer
+        configured = self.model.llm_engine.model_config.try_get_generation_config()
+        self._repetition_penalty = configured.get("repetition_penalty") or 1.0
 
     # vLLM's own would pass further arguments to the template.
     apply_chat_template = HFLM.apply_chat_template
@@ -87,10 +108,14 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         return answers
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
+        if not generate:
+            return super()._model_generate(requests)
+        for parameters in sampling_params:
+            # Of the model's own configuration, transformers applies this setting to greedy answers too.
+            parameters.repetition_penalty = self._repetition_penalty
         outputs = super()._model_generate(requests, generate, sampling_params)
-        if generate:
-            for output in outputs:
-                # Special tokens may stop an answer, but are no part of its text.
-                answer = output.outputs[0]
-                answer.text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        for output in outputs:
+            # Special tokens may end an answer, but are no part of its text.
+            answer = output.outputs[0]
+            answer.text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         return outputs

@@ -12,7 +12,7 @@ from lorabench.analysis.comparison import NEEDED_BY, curves_of
 from lorabench.errors import UserError
 from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
 from lorabench.figures.style import write_figure
-from lorabench.tables.checks import check_curves, check_table
+from lorabench.tables.checks import check_curves, check_evals, check_table
 from lorabench.tables.io import empty_table, table_path, with_all_columns, write_csv
 from lorabench.tables.judged import read_claims
 from lorabench.tables.tables import Tables
@@ -40,7 +40,7 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
 
     Raises:
         UserError: there is no such figure; the folders hold no tables, tables that contradict one another, or nothing
-            for this figure; or see `check_table` and `check_curves`.
+            for this figure; or see `check_table`, `check_curves` and `check_evals`.
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
@@ -74,6 +74,7 @@ def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
     if figure.experiments == COMPUTE_TABLE:
         return replace(tables, compute=with_all_columns(tables.compute, "compute"))
     if figure.experiments == EVALS_TABLE:
+        check_evals(tables.evals)
         return replace(tables, evals=with_all_columns(tables.evals, "evals"))
     if tables.runs.columns.empty:
         raise UserError("there is no table runs")

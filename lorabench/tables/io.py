@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
-from lorabench.tables.schemas import SCHEMAS
+from lorabench.tables.schemas import SCHEMAS, WHERE_ABSENT
 from lorabench.utils.files import atomic_path
 
 # Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
@@ -78,7 +78,8 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} can't be read as a table: {reason}") from error
-    return typed_columns(frame, name, path)
+    older = {column: value for column, value in WHERE_ABSENT.get(name, {}).items() if column not in frame}
+    return typed_columns(frame.assign(**older), name, path)
 
 
 def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lorabench.errors import UserError
-from lorabench.tables.checks import check_curves, check_table
+from lorabench.tables.checks import check_curves, check_evals, check_table
 from lorabench.tables.io import list_of_words, read_table, table_path, write_csv, write_table
 from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS
 from lorabench.tables.stand_ins import with_stand_ins
@@ -23,7 +23,7 @@ KEYS = {
     "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
     "evals": [
         *("run_id", "model", "dataset", "task", "metric", "filter", "num_fewshot", "n_samples"),
-        *("eval_batch_size", "task_version", "template_sha256"),
+        *("sampler", "eval_batch_size", "task_version", "template_sha256"),
     ],
 }
 """The columns that identify a row of each table."""
@@ -49,8 +49,8 @@ def merge(folders: list[Path], out: Path) -> None:
         out: the folder of the merged tables, which may be one of `folders`. Nothing is written if tables contradict.
 
     Raises:
-        UserError: a folder holds no table, a table can't be read or is not valid (see `check_table` and
-            `check_curves`), or tables contradict each other (see `merge_tables`).
+        UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
+            and `check_evals`), or tables contradict each other (see `merge_tables`).
     """
     for folder in folders:
         if not any(table_path(folder, name) for name in KEYS):
@@ -62,6 +62,7 @@ def merge(folders: list[Path], out: Path) -> None:
             merged[name] = merge_tables(name, frames)
     check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
     check_curves(merged.get("curves", pd.DataFrame()))
+    check_evals(merged.get("evals", pd.DataFrame()))
     for name, frame in merged.items():
         schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])
         write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")

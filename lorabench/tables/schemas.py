@@ -175,6 +175,7 @@ EVALS = pa.schema(
         ("higher_is_better", pa.bool_()),
         ("n_samples", pa.int64()),
         ("num_fewshot", pa.int64()),
+        ("sampler", pa.string()),
         ("eval_batch_size", pa.int64()),
         ("task_version", pa.string()),
         ("task_config", pa.string()),
@@ -228,6 +229,9 @@ SCHEMAS = {
     "claims": CLAIMS,
 }
 """The columns of each tidy table, by its name."""
+
+WHERE_ABSENT = {"evals": {"sampler": "own"}}
+"""The value of a column in tables that were written before the column was; there is no other in them."""
 
 PARQUET_ONLY = ("test_losses",)
 """The tables that are not written as CSV as well, since they are large."""

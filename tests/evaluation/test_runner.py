@@ -117,6 +117,7 @@ def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):
     }
     assert base[["about", "value", "higher_is_better", "n_samples", "num_fewshot", "task_version"]].notna().all().all()
     assert (base["eval_batch_size"] == 4).all()
+    assert (base["sampler"] == "own").all()
     assert base["stderr"].notna().equals(base["metric"] == "exact_match")
     assert base["template_sha256"].notna().equals(base["about"] == "learned")
     assert of(base, "lorabench_worked", "strict-match")["n_samples"] == 6
@@ -227,7 +228,7 @@ def test_scores_do_not_depend_on_batch_size_or_on_what_came_before(trained, base
         index = catalog.task_index(tasks)
         loaded = [catalog.load_task(index, task, layout) for task in tasks]
         lm = lm_eval_model(load_model(plan.preset.models["tiny"]), tokenizer, batch_size, None)
-        rows, _ = run_tasks(lm, index, loaded, plan.preset.evaluation)
+        rows, _ = run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
         return pd.DataFrame(rows).set_index(keys)["value"]
 
     # The fixtures evaluated first the base, then an adapter.
@@ -247,7 +248,8 @@ def test_a_model_without_a_chat_template_gets_prompts_as_they_are(trained):
     assert tasks[0].chat
     index = catalog.task_index(tasks)
     lm = lm_eval_model(load_model(plan.preset.models["tiny"]), tokenizer, 4, None)
-    rows, samples = run_tasks(lm, index, [catalog.load_task(index, tasks[0], trained.layout)], plan.preset.evaluation)
+    loaded = [catalog.load_task(index, tasks[0], trained.layout)]
+    rows, samples = run_tasks(lm, index, loaded, plan.preset.evaluation, "own")
     assert [row["template_sha256"] for row in rows] == [None]
     assert len(samples) == 6
 

@@ -280,6 +280,9 @@ def test_what_changes_scores_changes_an_evaluation(raw_preset):
 
     other_data = copy.deepcopy(raw_preset)
     other_data["datasets"]["instruct"]["seed"] = 1
+    own, vllm = (raw_preset | {"execution": raw_preset["execution"] | {"sampler": name}} for name in ("own", "vllm"))
+    assert ids(own) == ids(raw_preset)
+    assert not ids(vllm) & ids(raw_preset)
     assert not ids(raw_preset) & ids(raw_preset, batch_size=8)
     assert not ids(raw_preset) & ids(other_data)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
+from lorabench.figures.save import save_figure
 from lorabench.tables.io import write_csv
 from lorabench.tables.merge import KEYS, merge
 from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS
@@ -226,6 +227,19 @@ def test_scores_merge_where_they_agree_the_base_among_them(tmp_path):
     c = write(tmp_path / "c", evals=evals_table([base | {"value": 0.2}]))
     with pytest.raises(UserError, match="evals: model tiny task lorabench_instruct .* has value = 0.1 in"):
         merge([a, c], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_scores_of_two_samplers_are_never_mixed(tmp_path):
+    older = evals_table([make_eval("base", 0.1)]).drop(columns="sampler")
+    a = write(tmp_path / "a", evals=older)
+    b = write(tmp_path / "b", evals=evals_table([make_eval("base", 0.1), make_eval(8, 0.5)]))
+    assert merged(a, b).evals["sampler"].tolist() == ["own", "own"]
+    c = write(tmp_path / "c", evals=evals_table([make_eval(8, 0.5, sampler="vllm")]))
+    with pytest.raises(UserError, match="scores of tiny have different samplers, own, vllm: not comparable"):
+        merge([a, c], tmp_path / "none")
+    with pytest.raises(UserError, match="scores of tiny have different samplers, own, vllm: not comparable"):
+        save_figure("learned_forgotten", [a, c], tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
