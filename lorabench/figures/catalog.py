@@ -219,9 +219,12 @@ FIGURES = {
                 "trained on: the share of answers that are right. The number of answers of a run stands above the "
                 "panel. Response length is the number of tokens of a response in the training batches; above that "
                 "panel stands the share of responses that were cut off at the largest length allowed, at the end of "
-                "training. Reflection is the share of these responses that hold a word of backtracking or checking. "
-                "Length and reflection are running means over a twentieth of the steps. The number of diverged runs "
-                "stands above the last panel."
+                "training. KL is that of the sampler's distribution to the learner's on these responses, without its "
+                "sign, since rounding may make it negative, and without a band. The dashed line is the limit above "
+                "which the gradient is noisy; above the panel stands the number of runs, at any learning rate, with a "
+                "step beyond it. Reflection is the share of responses that hold a word of backtracking or checking. "
+                "Length, KL and reflection are running means over a twentieth of the steps. The number of diverged "
+                "runs stands above the last panel."
             ),
             experiments=("rl_deepmath", "rl_arithmetic"),
             task="rl",

@@ -78,6 +78,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         recipe=measured_recipe(all_runs, all_curves, judging),
         environment=summary.environment(runs),
         experiments=list(filter(None, (summary.experiment(name, runs, judging) for name in trained))),
+        sampler=summary.sampler(plan, runs, all_curves),
         evaluation=summary.evaluation(read_table(tables, "evals", optional=True)) if evaluated else [],
         evaluated=evaluated,
         work=summary.work(plan, runs),

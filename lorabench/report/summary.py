@@ -14,10 +14,12 @@ from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.rewards import with_error_rates
+from lorabench.analysis.sampler_mismatch import sampler_mismatch
 from lorabench.analysis.studies import over_studies, seed_studies
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
 from lorabench.report.facts import KINDS, VERDICTS, facts, in_order
+from lorabench.runs import MAX_KL
 from lorabench.tables.checks import is_rl
 from lorabench.tables.io import list_of_words, with_all_columns
 
@@ -121,6 +123,31 @@ def _ratios(runs: pd.DataFrame, judging: Judging) -> Records:
                 resolved = [comparison.fit.resolved.get(name, False) for name in (label, "FullFT")]
                 rows.append(row | {"resolved": all(resolved)})
     return rows
+
+
+def sampler(plan: Plan, runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Any]:
+    """Return how far the sampler's distribution is from the learner's in each arm of RL.
+
+    Returns:
+        `arms`, the rows of `sampler_mismatch` with their `label` and the name of their `sampler` (a list, empty
+        for runs that are not in the plan); `names` of all samplers; `n_above`, the number of runs above the KL `limit`.
+    """
+    names = {
+        run_id: sweep.condition.rollouts.sampler
+        for sweep in plan.sweeps
+        if sweep.condition.rollouts
+        for run_id in sweep.run_ids
+    }
+    arms = _records(sampler_mismatch(runs, curves))
+    for row in arms:
+        row["label"] = arm_label(row)
+        row["sampler"] = sorted({names[run_id] for run_id in row["run_ids"] if run_id in names})
+    return {
+        "arms": arms,
+        "names": sorted({name for row in arms for name in row["sampler"]}),
+        "n_above": sum(row["n_above"] for row in arms),
+        "limit": MAX_KL,
+    }
 
 
 def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:

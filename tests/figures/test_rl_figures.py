@@ -23,6 +23,7 @@ from ..handmade.sft import tables
 from .layout import lay_out
 
 OF_RL = [name for name, figure in FIGURES.items() if figure.task == "rl"]
+OF_RESPONSES = ["response length (tokens)", "KL (nats per token)", "share with reflection"]
 BY_LR = ["fig5_placement_rl", "fig6_rl_lr", "fig7_rl_curves"]
 SD = float(np.std(OFFSETS, ddof=1))
 COUNTS = {"attn": 88_000, "mlp": 144_000, "all": 224_000}
@@ -237,9 +238,9 @@ def test_fig8_shows_each_further_set():
     at_end = accuracy[accuracy["step"] == STEPS].set_index(["split", "arm"])["mean"]
     assert {split for (split, _), mean in at_end.items() if mean == pytest.approx(AIME[split])} == set(AIME)
     assert set(accuracy["n_samples"]) == {SAMPLES}
-    labels = ["accuracy on aime24", "accuracy on aime25", "response length (tokens)", "share with reflection"]
+    labels = ["accuracy on aime24", "accuracy on aime25", *OF_RESPONSES]
     assert [axes.get_ylabel() for axes in figure.axes] == labels
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["tiny · problems", "", "", ""]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["tiny · problems", "", "", "", ""]
     assert texts(figure.axes[0]) == "3 seeds · 480 answers"
 
 
@@ -247,7 +248,7 @@ def test_fig8_says_where_there_is_no_further_set():
     figure, plotted = draw("fig8_aime_and_length", arms(sets={}))
     assert of(plotted, "accuracy").empty
     assert "no accuracies on a problem set" in texts(figure.axes[0])
-    assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["response length (tokens)", "share with reflection"]
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == OF_RESPONSES
 
 
 def test_fig8_lengths_are_running_means_of_the_training_batches():
@@ -275,8 +276,21 @@ def test_fig8_counts_diverged_runs_and_the_range_of_cut_responses():
     cut = arm(16, optimum=1e-3, max_new_tokens=500, diverges_from=9e-3, train={"truncated": grown(0, 0.3)})
     figure, plotted = draw("fig8_aime_and_length", [*arms((None,)), cut])
     assert len(of(plotted, "diverged")) == 1
-    assert texts(figure.axes[3]) == "3 seeds · 1 diverged"
+    assert texts(figure.axes[4]) == "3 seeds · 1 diverged"
     assert texts(figure.axes[2]) == "3 seeds · 1% to 30% cut at 500 tokens"
+
+
+def test_fig8_draws_kl_without_its_sign_and_counts_runs_above_the_limit_at_any_lr():
+    rl_tables = read([arm(16, optimum=1e-3, train={"kl": grown(0, -0.004)})])
+    spikes = rl_tables.curves["run_id"].str.contains("-1e-05-") & (rl_tables.curves["metric"] == "kl")
+    curves = rl_tables.curves.assign(value=rl_tables.curves["value"].mask(spikes, -0.02))
+    figure, plotted = FIGURES["fig8_aime_and_length"].draw(Tables(rl_tables.runs, curves))
+    kl, axes = of(plotted, "kl"), figure.axes[3]
+    assert kl["mean"].tolist() == pytest.approx([0.004 * step / STEPS for step in range(1, STEPS + 1)])
+    assert of(plotted, "above_max_kl")["lr"].tolist() == [1e-5]
+    assert texts(axes) == "3 seeds · 1 run above 0.01"
+    assert axes.get_yscale() == "log"
+    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == "--"] == [0.01]
 
 
 # Tables of every kind.
@@ -294,6 +308,7 @@ ODD = {
     "one set of two further": lambda: (
         arms((None, 16), dataset="a", sets={}) + arms((None, 16), dataset="b", sets={"x^$": 0.2})
     ),
+    "sampler and learner equal": lambda: arms((None, 16), train={"kl": grown(0, 0)}),
     "hardly any curves": lambda: [(runs, points[:1]) for runs, points in arms((None, 16))],
 }
 
@@ -324,7 +339,7 @@ def test_without_curves_a_sentence_says_so(name):
     notes = " ".join(map(texts, figure.axes))
     wanted = {
         "fig7_rl_curves": ["no test accuracies"],
-        "fig8_aime_and_length": ["no accuracies", "no response lengths", "no rates of reflection"],
+        "fig8_aime_and_length": ["no accuracies", "no response lengths", "no KL", "no rates of reflection"],
     }
     assert all(words in notes for words in wanted.get(name, []))
 

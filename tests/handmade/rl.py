@@ -85,6 +85,7 @@ def arm(
             ("train", "truncated"): grown(0, 0.01),
             ("train", "reflection"): grown(0, 0.2),
             ("train", "equal_groups"): lambda done: float(done == 0.5),
+            ("train", "kl"): grown(0, 0.004),
             ("train", "grad_norm"): lambda done: 0.3 * (done != 0.5),
         }
         metrics |= {("train", name): series for name, series in (train or {}).items()}

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from lorabench.config.preset import Preset
 from lorabench.doctor.record import Check, write_record
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
@@ -59,6 +60,7 @@ def test_first_screen_has_the_picture_the_answer_and_the_verdicts(report, rows):
     assert "Does LoRA match full fine-tuning here?" in header.text
     assert "a preset for tests" in header.text
     assert re.search(r"21 \(\d+ expected\): 18 done, 3 diverged", header.text)
+    assert "Sampler of responses" not in header.text
 
 
 JUDGED = [
@@ -259,6 +261,29 @@ def test_without_full_fine_tuning_there_is_no_answer(report):
     page = report(make_sweep(16))
     assert "not tested A comparison needs full fine-tuning and LoRA" in page.text
     assert "Not compared." in page.section("recipe").text
+
+
+def test_a_sampler_that_is_far_from_its_learner_is_named_at_the_top_and_by_arm(report, raw_rl_preset):
+    raw_rl_preset["execution"] |= {"sampler": "vllm"}
+    kl = {"fullft": 0.034, "lora": 0.004}
+    cells = {"task": "rl", "dataset": "gcd", "batch_size": 16, "steps": 3}
+    cells |= dict.fromkeys(("base_reward", "final_valid_reward", "final_reward", "best_reward"), 0.5)
+    rows, points = [], []
+    for sweep in make_plan(Preset.model_validate(raw_rl_preset)).sweeps:
+        run, condition = sweep.grid()[0], sweep.condition
+        rows.append(make_run(condition.rank, run.lr, run_id=run.run_id, **cells))
+        point = {"run_id": run.run_id, "step": 1, "examples": 16, "tokens": 32, "split": "train"}
+        points += [point | {"metric": "kl", "value": kl[condition.method]}]
+        points += [point | {"metric": "ratio_max", "value": 2.5}]
+    page = report(rows, curves=lambda _: pd.DataFrame(points), **raw_rl_preset)
+    header = Page(page.source.split("<header>")[1].split("</header>")[0])
+    assert "Sampler of responses vllm ! KL above 0.01 in 1 run " in header.text
+    section = page.section("sampler").source.split("<tbody>")[1]
+    # Metrics that the curves do not have are dashes.
+    assert [Page(row).text for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)] == [
+        "vllm tiny gcd 16 3 FullFT 3.40e-2 3.40e-2 \N{EN DASH} 2.50000 \N{EN DASH} 1 of 1",
+        "vllm tiny gcd 16 3 LoRA r2 4e-3 4e-3 \N{EN DASH} 2.50000 \N{EN DASH} 0 of 1",
+    ]
 
 
 def test_diverged_runs_are_listed(report, rows):
