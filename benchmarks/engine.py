@@ -31,7 +31,7 @@ from lorabench.training.rl.engine.sampler import Engines, EngineSampler
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 RESULTS = Path(__file__).with_suffix(".csv")
-TURNS, NEW_TOKENS, RANK, ALPHA, THREADS = 3, 64, 16, 32.0, 2
+TURNS, NEW_TOKENS, RANK, ALPHA, THREADS = 2, 32, 16, 32.0, 2
 RESPONSES = (8, 64, 256)
 SAMPLES = 8
 

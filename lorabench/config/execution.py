@@ -67,7 +67,8 @@ class Execution(Strict):
     packing: bool = False
     """Lay several examples end to end where a batch of them would be padded (see lorabench/training/batches.py)."""
     max_cache_tokens: Positive = 65_536
-    """Largest number of tokens of prompts and responses whose keys and values are kept at once in sampling."""
+    """Largest number of tokens of prompts and responses whose keys and values are kept at once in sampling; the engine
+    vLLM takes the memory for all of them throughout a job."""
     sampler: SamplerName = "own"
     """What draws the responses of RL runs, and of evaluations with lm-eval: `own` is this project's code, the
     reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed with `lorabench[vllm]`. Runs of
@@ -94,8 +95,8 @@ class Execution(Strict):
     """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
     lorabench/utils/gpus.py assumes."""
     layer_seconds: PositiveFloat | None = None
-    """Least seconds of a layer for each token while a GPU draws responses, for the time estimate; null for what
-    lorabench/estimates/seconds.py assumes."""
+    """Least seconds of a layer for each token while this project's own sampler draws on a GPU, for the time estimate;
+    null for what lorabench/estimates/seconds.py assumes."""
 
     @model_validator(mode="after")
     def _check_hardware(self) -> Self:

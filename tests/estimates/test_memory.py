@@ -91,7 +91,7 @@ def test_lanes_of_lora_share_the_base_and_those_of_full_fine_tuning_nothing():
 
 
 def test_lanes_of_rl_have_gradients_and_moments_each():
-    plan = make_plan(load_preset("core"))
+    plan = make_plan(with_execution(load_preset("core"), sampler="own"))
     sweep = next(s for s in plan.sweeps if s.condition.dataset == "gsm8k" and s.condition.rank == 1)
     trained = dimensions(plan.preset.models["llama-3-2-1b-base"]).lora("all", 1, True)[0]
     one, seven = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 7))

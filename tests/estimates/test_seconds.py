@@ -36,7 +36,7 @@ def test_lanes_share_launches_and_no_flops():
 
 
 def test_long_responses_cost_more_than_their_tokens():
-    paper = load_preset("paper")
+    paper = with_execution(load_preset("paper"), sampler="own")
     plan = make_plan(paper)
     gsm8k, deepmath = (
         next(s for s in plan.sweeps if s.condition.dataset == name and s.condition.method == "lora")

@@ -18,6 +18,7 @@ from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
 
 from ..conftest import REPOSITORY
+from ..handmade.presets import with_execution
 
 DIGESTS = REPOSITORY / "tests/workflow/plan_digests.json"
 
@@ -178,6 +179,18 @@ def test_the_readme_tells_what_they_cost(name, gpu):
     preset = load_preset(name)
     assert preset.execution.gpu.startswith(gpu)
     assert bill.total(make_plan(preset)).gpu_hours == pytest.approx(int(hours[1].replace(",", "")), rel=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["own", "vllm"])
+@pytest.mark.parametrize("name", ["core", "paper"])
+def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
+    lines = (REPOSITORY / "docs/costs.md").read_text().splitlines()
+    row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
+    told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
+    plan = make_plan(with_execution(load_preset(name), sampler=sampler))
+    rl = bill.training(plan, [job for job in plan.jobs if job.sweeps[0].condition.task == "rl"])
+    hours = [part.gpu_hours for part in (rl, bill.evaluation(plan), bill.total(plan))]
+    assert told == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 
 def plan_digests(name):
