@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory) -> str:
-    """The folder of the commands of a fresh environment into which the wheel is installed."""
+    """The folder of the commands of a fresh environment into which the wheel is installed.
+
+    It finds the dependencies in the environment of the tests; tests/test_dependencies.py sees that all are declared.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     clone = fresh_clone(tmp_path_factory.mktemp("clone"))
     shell(f"pip wheel -q --no-deps -w {folder} {clone} && {sys.executable} -m venv {folder}/environment", folder)
-    constraints = REPOSITORY / "constraints.txt"
-    shell(f"environment/bin/pip install -q -c {constraints} lorabench-*.whl", folder)
+    shell("environment/bin/pip install -q --no-deps lorabench-*.whl", folder)
+    own, tests = (sysconfig.get_path("purelib", vars=base) for base in ({"base": f"{folder}/environment"}, {}))
+    # A line of such a file is appended to the path of modules, so that the wheel comes first.
+    Path(own, "dependencies.pth").write_text(f"{tests}\n")
     return str(folder / "environment/bin")
 
 

@@ -5,21 +5,33 @@ from __future__ import annotations
 import os
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from lorabench.config.models import TinyModel
+from lorabench.config.models import PathModel, TinyModel
+from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, load_tokenizer, model_location
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import add_adapter, add_lora
+from lorabench.planning.plan import make_plan
+from lorabench.runs import Job
+from lorabench.storage.layout import Layout
+from lorabench.tables.collect import collect
+from lorabench.tables.io import read_table
 from lorabench.training.distributed import SINGLE_PROCESS
+from lorabench.training.job import run_job
 from lorabench.training.rl.engine.process import Engine, EngineSettings
 from lorabench.training.rl.engine.sampler import Engines, EngineSampler
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
+
+from ...conftest import MARGINS
+from .wide_heads import widen
 
 pytestmark = [
     pytest.mark.slow,
@@ -183,3 +195,89 @@ def test_what_the_engine_refuses_is_told(tmp_path):
         os.kill(engine._process.pid, signal.SIGKILL)
         with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
             engine.ask("weights", folder="nowhere")
+
+
+STEPS = 14
+
+
+def rl_preset(sampler: str, base: Path) -> dict:
+    """Sums with LoRA of rank 8, three seeds."""
+    block = {
+        "models": ["wide"],
+        "problems": ["sums"],
+        "ranks": {"all": [8]},
+        "problems_per_step": 16,
+        "group_size": 8,
+        "steps": STEPS,
+        "max_new_tokens": 28,
+        "mean_response_tokens": 19,
+        "evaluations": 1,
+        "held_out": [],
+        "lrs": {"fullft": [], "lora": [1e-3]},
+        "seeds": 3,
+    }
+    return {
+        "description": "RL by two samplers",
+        "models": {"wide": {"kind": "path", "path": str(base), "parameters": 300_000, "hidden_size": 64}},
+        "problems": {"sums": {"kind": "sums", "train": 600, "validation": 16, "test": 240}},
+        "experiments": {"rl_arithmetic": [block]},
+        "margins": dict(MARGINS),
+        "execution": {
+            "gflops": 40.0,
+            "lanes": 3,
+            "threads": 2,
+            "max_cache_tokens": 8192,
+            "checkpoint_minutes": 0,
+            "sampler": sampler,
+        },
+    }
+
+
+def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, tables = widen("llama-64-sums", tmp_path / "base"), {}
+    ids = torch.randint(5, 1000, (2, 40))
+    narrow = load_model(TinyModel(kind="tiny", name="llama-64-sums"))
+    path = PathModel(kind="path", path=str(base), parameters=300_000, hidden_size=64)
+    torch.testing.assert_close(load_model(path)(ids).logits, narrow(ids).logits, atol=1e-4, rtol=1e-4)
+    for sampler in ("own", "vllm"):
+        Path(f"{sampler}.yaml").write_text(yaml.safe_dump(rl_preset(sampler, base)))
+        layout = Layout.of(f"{sampler}.yaml")
+        write_problems(make_problems(layout.preset.problems["sums"]), layout.dataset("sums"))
+        plan = make_plan(layout.preset)
+        job = Job(tuple(plan.sweeps))
+        if sampler == "vllm":
+            asked, ask = [], Engine.ask
+
+            def dying(engine, name, *given, asked=asked, ask=ask, **arguments):
+                asked.append(name)
+                if asked.count("sample") == 6:
+                    os.kill(engine._process.pid, signal.SIGKILL)
+                return ask(engine, name, *given, **arguments)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Engine, "ask", dying)
+                with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
+                    run_job(plan, job, layout, lambda line: None)
+            assert not list(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}*"))
+            # It goes on from the checkpoint: what was drawn before the engine died is not drawn again.
+            monkeypatch.setattr(
+                Engine,
+                "ask",
+                lambda engine, name, *given, **arguments: asked.append(name) or ask(engine, name, *given, **arguments),
+            )
+            asked.clear()
+        run_job(plan, job, layout, lambda line: None)
+        collect([layout.job(job)], layout.tables())
+        tables[sampler] = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
+    assert asked.count("sample") < STEPS
+    rewards = {sampler: runs["final_reward"] for sampler, (runs, _) in tables.items()}
+    assert (rewards["own"].mean() - tables["own"][0]["base_reward"].mean()) > 0.1
+    # The noise of 240 problems and of three seeds.
+    noise = sum(values.var() / 3 + values.mean() * (1 - values.mean()) / 240 for values in rewards.values()) ** 0.5
+    assert abs(rewards["own"].mean() - rewards["vllm"].mean()) < 3 * noise
+    assert not set(tables["own"][0]["run_id"]) & set(tables["vllm"][0]["run_id"])
+    curve = tables["vllm"][1]
+    kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
+    assert len(kl) == 3 * STEPS
+    assert kl.abs().max() < 1e-4

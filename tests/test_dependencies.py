@@ -1,0 +1,33 @@
+"""What the package imports is installed with it, also without the extras that the tests need."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions, requires
+
+from .conftest import REPOSITORY
+
+# What dependencies bring along (lm-eval's extra `ifeval`, math-verify), and the engine of the extra `vllm`.
+BROUGHT = {"langdetect", "nltk", "sympy", "vllm"}
+
+
+def test_every_imported_package_is_a_dependency():
+    imported = set()
+    for path in (REPOSITORY / "lorabench").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module)
+    top = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"lorabench"}
+    assert {"torch", "peft"} <= top
+    declared = {
+        re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")
+        for line in requires("lorabench") or []
+        if "extra ==" not in line
+    }
+    provides = packages_distributions()
+    missing = {name for name in top if not declared & {one.lower().replace("_", "-") for one in provides.get(name, [])}}
+    assert missing == BROUGHT & top
