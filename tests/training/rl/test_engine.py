@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 
+from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel, TinyModel
 from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.errors import UserError
-from lorabench.models.base import load_model, load_tokenizer, model_location
+from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import add_adapter, add_lora
@@ -260,12 +261,13 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
                 with pytest.raises(UserError, match="was ended by SIGKILL; start the same command again"):
                     run_job(plan, job, layout, lambda line: None)
             assert not list(Path("/dev/shm").glob(f"lorabench-policy-{os.getpid()}*"))
+
             # It goes on from the checkpoint: what was drawn before the engine died is not drawn again.
-            monkeypatch.setattr(
-                Engine,
-                "ask",
-                lambda engine, name, *given, **arguments: asked.append(name) or ask(engine, name, *given, **arguments),
-            )
+            def counted(engine, name, *given, asked=asked, ask=ask, **arguments):
+                asked.append(name)
+                return ask(engine, name, *given, **arguments)
+
+            monkeypatch.setattr(Engine, "ask", counted)
             asked.clear()
         run_job(plan, job, layout, lambda line: None)
         collect([layout.job(job)], layout.tables())
@@ -281,3 +283,29 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
     kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
     assert len(kl) == 3 * STEPS
     assert kl.abs().max() < 1e-4
+
+
+def test_a_real_model_with_tied_embeddings_is_drawn_from_as_by_the_own_sampler(engines):
+    spec = load_preset("smollm2").models["smollm2-135m"]
+    if not (converted_folder(spec) / "model.safetensors").exists():
+        convert_gguf(spec)
+    tokenizer = load_tokenizer(spec)
+    asked = "Name a large city.", "What is 17 + 25?"
+    chats = [[{"role": "user", "content": one}] for one in asked]
+    prompts = [tuple(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in chats]
+    greedy = [Request(prompt, None) for prompt in prompts]
+    end = Stop((tokenizer.eos_token_id,), 12)
+
+    stack = stack_lora(add_lora(load_model(spec), 16, "all", 32.0, True, 0, adapter="one"), ["one"])
+    draw = EngineSampler(engines, settings(spec, max_rank=16), stack, 16, 32.0, end)
+    own = sample(stack, tokenizer, greedy, end, 10_000)
+    assert not differ(draw(greedy), own)
+    move(stack.lanes["one"].parameters, 0.002)
+    assert largest_difference(stack, requested(prompts, "one"), draw(requested(prompts, "one"))) < 1e-3
+
+    stack = single_lane(load_model(spec), "run")
+    draw = EngineSampler(engines, settings(spec), stack, None, None, end)
+    assert not differ(draw(greedy), own)
+    for step in range(2):
+        move(stack.model.parameters(), 0.001, step)
+    assert largest_difference(stack, requested(prompts), draw(requested(prompts))) < 1e-3
