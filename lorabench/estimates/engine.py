@@ -17,8 +17,6 @@ from lorabench.utils.gpus import GB, GPUS
 # Bytes on a GPU beside weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
 # measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
 _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
-
-
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
 # reaches; the bytes/s at which weights are written to shared memory and as fast read; the least seconds of doing so.
 _EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2

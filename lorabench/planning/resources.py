@@ -87,7 +87,8 @@ def _shared_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
     """Return the bytes of the host that engines take: weights in shared memory, and on GPUs a process each."""
     if not uses_engine(preset, sweep.condition):
         return 0.0
-    return handover_bytes(preset, sweep, lanes) + gpus * _GPU_PROCESS
+    # A policy is written beside the one before it.
+    return 2 * handover_bytes(preset, sweep, lanes) + gpus * _GPU_PROCESS
 
 
 def _saving_seconds(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
