@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ..conftest import REPOSITORY
 from ..custom.conftest import write_rows
@@ -66,17 +67,18 @@ def test_the_shipped_slurm_profile_is_found_by_its_name(commands, folder):
     assert "rule train:" in shell("lorabench run smoke --profile slurm --dry-run", folder, commands)
 
 
-def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder):
+def test_run_puts_its_results_into_the_folder_and_nothing_elsewhere(commands, folder, raw_preset):
     package = Path(
         json.loads(
             shell("python -c 'import json, lorabench; print(json.dumps(lorabench.__path__[0]))'", folder, commands)
         )
     )
     before = {path for path in package.rglob("*") if "__pycache__" not in path.parts}
-    shell("lorabench run smoke --cores 2", folder, commands)
-    assert "<title>" in (folder / "results/smoke/report/index.html").read_text()
-    assert (folder / "paper_figures/smoke/fig2_lr_by_rank.svg").is_file()
+    (folder / "few.yaml").write_text(yaml.safe_dump(raw_preset))
+    shell("lorabench run few.yaml --cores 2", folder, commands)
+    assert "<title>" in (folder / "results/few/report/index.html").read_text()
+    assert (folder / "paper_figures/few/fig2_lr_by_rank.svg").is_file()
     assert {path for path in package.rglob("*") if "__pycache__" not in path.parts} == before
-    [record, *_] = (folder / "results/smoke/runs").glob("*/record.json")
+    [record, *_] = (folder / "results/few/runs").glob("*/record.json")
     environment = json.loads(record.read_text())["environment"]
     assert environment["git_sha"] is None

