@@ -22,7 +22,7 @@ _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
 _EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
 # The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
 _POSITION_SECONDS = 5e-3
-# Seconds in which an engine starts: on a GPU an assumption, on a CPU measured on the tiny bases (16 to 24).
+# Seconds in which an engine starts: on a GPU an assumption, on a CPU measured on the tiny bases (14 to 30).
 _START_ON_GPU, _START_ON_CPU = 90.0, 20.0
 
 
