@@ -14,7 +14,7 @@ from vllm.lora.layers import LogitsProcessorWithLoRA
 
 from lorabench.config.models import ModelSpec
 from lorabench.models.base import max_length, model_folder
-from lorabench.models.vllm_support import max_lora_rank, vllm_version
+from lorabench.models.vllm_support import cache_bytes, max_lora_rank, vllm_version
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,12 @@ finally:
 # A text of the model's length and one more token, which is scored but not read, goes through vLLM as a whole, and vLLM
 # always draws a token after it.
 _BEYOND = 2
+
+# The largest number of prompt tokens that are read at once. The logits of so many are in memory, in fp32.
+_READ_AT_ONCE = 2048
+
+# The least bytes of keys and values on a CPU.
+_CACHE = 1 << 30
 
 
 def _adapt_all_logits(model: torch.nn.Module) -> None:
@@ -76,6 +82,8 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         if adapter is not None:
             path, rank = adapter
             lora = {"lora_local_path": str(path), "max_lora_rank": max_lora_rank(rank), "max_loras": 1}
+        # On a GPU vLLM takes what is free.
+        cache = max(_CACHE, cache_bytes(spec, dtype, longest)) if device.type == "cpu" else None
         super().__init__(
             str(model_folder(spec)),
             dtype=str(dtype).removeprefix("torch."),
@@ -84,6 +92,8 @@ class VllmBackend(VLLM):  # type: ignore[misc]
             seed=0,
             batch_size="auto",
             max_num_seqs=batch_size,
+            max_num_batched_tokens=max(_READ_AT_ONCE, batch_size),
+            kv_cache_memory_bytes=cache,
             max_model_len=longest,
             hf_overrides={"max_position_embeddings": longest},
             enforce_eager=device.type == "cpu",
