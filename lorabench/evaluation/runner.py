@@ -88,7 +88,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
             check_run(record, job.model, spec, layout)
         machine = machine_of(plan)
         if plan.preset.execution.sampler == "vllm":
-            check_vllm(spec, machine.device, record and record["spec"]["placement"])
+            check_vllm(spec, machine.device, None if record is None else record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
@@ -274,7 +274,7 @@ def run_tasks(
             fewshot_random_seed=_SEED,
         )
         assert results
-        common = {"sampler": sampler, "eval_batch_size": evaluation.batch_size, "versions": versions}
+        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size, "versions": versions}
         # Null where prompts are used without a chat template.
         common["template_sha256"] = template if chat else None
         for loaded_task in together:

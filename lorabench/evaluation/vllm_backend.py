@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 _version = importlib.metadata.version
 # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
-importlib.metadata.version = lambda name: vllm_version() if name == "vllm" else _version(name)
+importlib.metadata.version = lambda distribution_name: (
+    vllm_version() if distribution_name == "vllm" else _version(distribution_name)
+)
 try:
     from lm_eval.models.vllm_causallms import VLLM
 finally:

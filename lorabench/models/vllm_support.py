@@ -99,7 +99,7 @@ def set_vllm_environment(device: torch.device) -> None:
     # The engine runs in this process, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if device.type == "cpu":
-        # Threads are not bound to cores, which other jobs share.
-        settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
+        settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
