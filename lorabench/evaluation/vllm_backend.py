@@ -6,6 +6,7 @@ Importing this module imports vLLM, which takes seconds; `set_vllm_environment` 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,8 @@ class VllmBackend(VLLM):  # type: ignore[misc]
             tokenizer=str(tokenizer_folder),
             trust_remote_code=getattr(spec, "trust_remote_code", False),
             seed=0,
-            batch_size="auto",
+            # The engine gets all requests at once. With `auto`, vLLM would divide by the time that a bar of tqdm shows.
+            batch_size=sys.maxsize,
             max_num_seqs=batch_size,
             max_num_batched_tokens=max(_READ_AT_ONCE, batch_size),
             kv_cache_memory_bytes=cache,
