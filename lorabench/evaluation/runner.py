@@ -19,7 +19,6 @@ from lorabench.errors import UserError
 from lorabench.evaluation import catalog
 from lorabench.evaluation.catalog import LoadedTask
 from lorabench.models.base import (
-    load_config,
     load_model,
     load_tokenizer,
     max_length,
@@ -27,7 +26,7 @@ from lorabench.models.base import (
     package_versions,
     weights_sha256,
 )
-from lorabench.models.vllm_support import cache_gib, check_vllm, set_vllm_environment, vllm_version
+from lorabench.models.vllm_support import check_vllm, set_vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.planning.walk import best_lr, finished_losses
 from lorabench.runs import EvalJob, Run
@@ -89,7 +88,7 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
             check_run(record, job.model, spec, layout)
         machine = machine_of(plan)
         if plan.preset.execution.sampler == "vllm":
-            check_vllm(spec, machine.device, record and record["spec"]["placement"])
+            check_vllm(spec, machine.device, None if record is None else record["spec"]["placement"])
         tokenizer = load_tokenizer(spec)
         index = catalog.task_index(evaluation.tasks)
         loaded = [catalog.load_task(index, task, layout) for task in evaluation.tasks]
@@ -216,11 +215,11 @@ def vllm_lm_eval_model(
         model = fine_tuned(record, layout)
     elif record is not None:
         adapter = (RunFolder(layout.runs, record["run_id"]).weights, record["spec"]["rank"])
-    dtype = autocast or torch.float32
-    set_vllm_environment(device, cache_gib(load_config(model), dtype))
+    set_vllm_environment(device)
     # The import of this module imports vLLM.
     from lorabench.evaluation.vllm_backend import VllmBackend
 
+    dtype = autocast or torch.float32
     return VllmBackend(model, load_tokenizer(spec), model_folder(spec), adapter, batch_size, dtype, device)
 
 
@@ -275,7 +274,7 @@ def run_tasks(
             fewshot_random_seed=_SEED,
         )
         assert results
-        common = {"sampler": sampler, "eval_batch_size": evaluation.batch_size, "versions": versions}
+        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size, "versions": versions}
         # Null where prompts are used without a chat template.
         common["template_sha256"] = template if chat else None
         for loaded_task in together:

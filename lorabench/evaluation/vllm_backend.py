@@ -6,6 +6,7 @@ Importing this module imports vLLM, which takes seconds; `set_vllm_environment` 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from vllm.lora.layers import LogitsProcessorWithLoRA
 
 from lorabench.config.models import ModelSpec
 from lorabench.models.base import max_length, model_folder
-from lorabench.models.vllm_support import max_lora_rank, vllm_version
+from lorabench.models.vllm_support import cache_bytes, max_lora_rank, vllm_version
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 _version = importlib.metadata.version
 # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
-importlib.metadata.version = lambda name: vllm_version() if name == "vllm" else _version(name)
+importlib.metadata.version = lambda distribution_name: (
+    vllm_version() if distribution_name == "vllm" else _version(distribution_name)
+)
 try:
     from lm_eval.models.vllm_causallms import VLLM
 finally:
@@ -31,6 +34,12 @@ finally:
 # A text of the model's length and one more token, which is scored but not read, goes through vLLM as a whole, and vLLM
 # always draws a token after it.
 _BEYOND = 2
+
+# The largest number of prompt tokens that are read at once. The logits of so many are in memory, in fp32.
+_READ_AT_ONCE = 2048
+
+# The least bytes of keys and values on a CPU.
+_CACHE = 1 << 30
 
 
 def _adapt_all_logits(model: torch.nn.Module) -> None:
@@ -76,14 +85,19 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         if adapter is not None:
             path, rank = adapter
             lora = {"lora_local_path": str(path), "max_lora_rank": max_lora_rank(rank), "max_loras": 1}
+        # On a GPU vLLM takes what is free.
+        cache = max(_CACHE, cache_bytes(spec, dtype, longest)) if device.type == "cpu" else None
         super().__init__(
             str(model_folder(spec)),
             dtype=str(dtype).removeprefix("torch."),
             tokenizer=str(tokenizer_folder),
             trust_remote_code=getattr(spec, "trust_remote_code", False),
             seed=0,
-            batch_size="auto",
+            # The engine gets all requests at once. With `auto`, vLLM would divide by the time that a bar of tqdm shows.
+            batch_size=sys.maxsize,
             max_num_seqs=batch_size,
+            max_num_batched_tokens=max(_READ_AT_ONCE, batch_size),
+            kv_cache_memory_bytes=cache,
             max_model_len=longest,
             hf_overrides={"max_position_embeddings": longest},
             enforce_eager=device.type == "cpu",

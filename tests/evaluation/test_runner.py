@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ from lorabench.evaluation.runner import (
 )
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
+from lorabench.planning.plan import make_plan
 from lorabench.runs import EvalJob
 from lorabench.storage.run_folder import RunFolder
 from lorabench.tables.schemas import EVALS
@@ -267,6 +269,15 @@ def test_a_checkpoint_of_another_base_is_refused(trained):
     record["environment"]["model_sha256"] = {"model.safetensors": "0" * 64}
     with pytest.raises(UserError, match=f"run {record['run_id']} was trained from a base with weights model.saf"):
         check_run(record, "tiny", trained.plan.preset.models["tiny"], trained.layout)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")
+def test_an_evaluation_by_vllm_says_that_vllm_is_missing(prepared):
+    preset = prepared.plan.preset
+    execution = preset.execution.model_copy(update={"sampler": "vllm"})
+    plan = make_plan(preset.model_copy(update={"execution": execution}))
+    with pytest.raises(UserError, match="the package vllm is not installed"):
+        evaluate_job(plan, plan.evaluations()[0], prepared.layout)
 
 
 @pytest.mark.parametrize("method", ["lora", "fullft"])

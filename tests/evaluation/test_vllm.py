@@ -5,16 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
+from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel
 from lorabench.evaluation import catalog
 from lorabench.evaluation.runner import evaluate_job, lm_eval_model, run_tasks, vllm_lm_eval_model
@@ -23,7 +28,7 @@ from lorabench.models.tiny import RECIPES, documents
 from lorabench.models.vllm_support import CPU_HEAD_SIZES, LORA_RANKS
 from lorabench.planning.plan import make_plan
 
-from .conftest import Prepared
+from .conftest import RAW, Prepared
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,13 +71,17 @@ def test_vllm_computes_what_is_said_of_it():
 
 @pytest.mark.parametrize("method", ["lora", "fullft"])
 def test_a_run_has_the_same_scores(trained: Prepared, method: str):
-    preset = trained.plan.preset
-    execution = preset.execution.model_copy(update={"sampler": "vllm"})
-    other = Prepared(make_plan(preset.model_copy(update={"execution": execution})), trained.layout)
+    # A preset's results are in a folder of its file's name.
+    preset = Path("vllm/mine.yaml")
+    preset.parent.mkdir(exist_ok=True)
+    preset.write_text(yaml.safe_dump(RAW | {"execution": RAW["execution"] | {"sampler": "vllm"}}))
+    other = Prepared(make_plan(load_preset(str(preset))), trained.layout)
+    evaluate_job(trained.plan, trained.job(method), trained.layout)
+    command = ["evaluate", other.job(method).eval_id, "--preset", str(preset)]
+    subprocess.run([sys.executable, "-m", "lorabench.cli", *command], check=True)
     tables = {}
     for name, prepared in (("own", trained), ("vllm", other)):
         job = prepared.job(method)
-        evaluate_job(prepared.plan, job, prepared.layout)
         tables[name] = [
             pq.read_table(path(job)).to_pandas() for path in (prepared.layout.evals, prepared.layout.samples)
         ]

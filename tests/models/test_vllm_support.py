@@ -9,7 +9,7 @@ import torch
 
 from lorabench.config.models import TinyModel
 from lorabench.errors import UserError
-from lorabench.models.vllm_support import check_vllm, max_lora_rank
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -36,6 +36,11 @@ def test_lora_on_experts_is_refused():
 def test_the_extra_that_installs_vllm_is_named(name, device, placement):
     with pytest.raises(UserError, match=r"the package vllm is not installed; install lorabench\[vllm\], or"):
         check_vllm(tiny(name), device, placement)
+
+
+def test_a_cache_has_a_key_and_a_value_of_each_head_in_each_layer():
+    # llama-128 has 3 layers of 4 heads of size 32.
+    assert cache_bytes(tiny("llama-128"), torch.bfloat16, tokens=10) == 10 * 2 * 3 * 4 * 32 * 2
 
 
 def test_the_least_setting_that_allows_a_rank_is_taken():
