@@ -182,9 +182,15 @@ def lm_eval_model(
 
     import torch
     from lm_eval.models.huggingface import HFLM
+    from peft import PeftModel
+
+    from lorabench.models.lora import tie_beneath
 
     # lm-eval warns that the model is not given by name, which is intended.
     logging.getLogger("lm_eval.models.huggingface").addFilter(lambda record: "`pretrained`" not in record.msg)
+    # lm-eval ties the weights of a model that it is given.
+    if isinstance(model, PeftModel):
+        tie_beneath(model)
     return HFLM(
         pretrained=model,
         tokenizer=tokenizer,

