@@ -20,7 +20,9 @@ from lorabench.doctor.record import Check
 from lorabench.doctor.subprocesses import started, wait_until
 from lorabench.doctor.verdict import at_least, decided, measured, skipped
 from lorabench.errors import UserError
+from lorabench.estimates.engine import uses_engine
 from lorabench.models.base import max_length, package_versions
+from lorabench.models.vllm_support import check_installed, check_policy, vllm_version
 from lorabench.planning.bill import total
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, evaluation_resources, job_resources
@@ -130,6 +132,20 @@ def check_models(layout: Layout) -> Check:
     for model in fetched:
         max_length(layout.model(model))
     return decided(name, True, f"{len(fetched)} of {len(wanted)} models are fetched, and this machine reads them")
+
+
+def check_engine(plan: Plan, layout: Layout, device: torch.device) -> Check:
+    """Say whether vLLM can draw from the policies of the preset's RL, as far as their models are there."""
+    name = "vLLM"
+    conditions = [sweep.condition for sweep in plan.sweeps if uses_engine(plan.preset, sweep.condition)]
+    if not conditions:
+        return skipped(name, "the project's own sampler draws, or the preset has no RL")
+    check_installed()
+    policies = {(one.model, one.rank, one.placement) for one in conditions}
+    there = [one for one in policies if (file := layout.fetched_model(one[0])) is None or file.is_file()]
+    for model, rank, placement in there:
+        check_policy(layout.model(model), device, rank, placement)
+    return decided(name, True, f"vLLM {vllm_version()} takes {len(there)} of the {len(policies)} policies of RL")
 
 
 def check_files_and_locks(folder: Path, lock: Any = locked) -> list[Check]:

@@ -103,6 +103,7 @@ def _check_machine(checks: _Checks, bench: Bench, layout: Layout, device: str) -
     checks.make("memory of the host", machine.check_host_memory, plan)
     checks.make("disk", machine.check_disk, plan, FOLDER)
     checks.make("models of the hub", machine.check_models, layout)
+    checks.make("vLLM", machine.check_engine, plan, layout, bench.device)
     checks.make("files and locks", machine.check_files_and_locks, bench.folder)
     checks.make("time limit", machine.check_time_limit, plan)
 

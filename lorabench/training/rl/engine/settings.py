@@ -5,35 +5,15 @@ from __future__ import annotations
 import torch
 
 from lorabench.config.models import HubModel
-from lorabench.errors import UserError
 from lorabench.estimates.engine import engine_memory
 from lorabench.estimates.lane_count import lane_count
 from lorabench.models.base import model_location
-from lorabench.models.dimensions import dimensions
-from lorabench.models.vllm_support import check_vllm, max_lora_rank
+from lorabench.models.vllm_support import max_lora_rank
 from lorabench.training.rl.engine.process import EngineSettings
 from lorabench.training.sweep import SweepContext
 
 # On a CPU vLLM does not look at the share.
 _SHARE_OF_A_CPU = 0.5
-
-
-def check_engine(context: SweepContext) -> None:
-    """Refuse a sweep whose policy vLLM cannot sample from, before anything is computed.
-
-    Raises:
-        UserError: vLLM is not installed, or does not compute the model or its adapters.
-    """
-    condition = context.sweep.condition
-    spec = context.layout.model(condition.model)
-    check_vllm(spec, context.machine.device, condition.placement)
-    if condition.rank is not None:
-        max_lora_rank(condition.rank)
-    elif dimensions(spec).experts:
-        raise UserError(
-            f"model {condition.model} is a mixture of experts, whose trained weights are not handed over to vLLM; set "
-            "execution.sampler to own"
-        )
 
 
 def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> EngineSettings:
