@@ -29,6 +29,9 @@ PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 
 ELSEWHERE = {
     "python3 -m venv .venv": "CI begins with it",
+    "pip install -e '.[vllm]'": "it needs a GPU",
+    "pip install -c constraints-vllm.txt": "CI does it",
+    "pip uninstall -y torchaudio torchcodec": "CI does it",
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
     "lorabench doctor": "it takes minutes; tests/doctor/test_doctor.py runs it",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",

@@ -353,7 +353,7 @@ def test_scores_are_shown_by_arm_base_first_with_both_filters(report, rows):
     assert "flexible-extract higher is better n 1,319, 5-shot, version 3.0" in section.text
     assert "Forgotten: pretraining bits_per_byte lower is better n 1,319, 0-shot" in section.text
     assert "perplexity" not in section.text
-    assert "lm-eval 0.4.13, 16 sequences at once" in section.text
+    assert "lm-eval 0.4.13, sampler own, 16 sequences at once" in section.text
     assert "learned_forgotten" in page.ids
 
 
