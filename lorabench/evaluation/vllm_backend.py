@@ -35,8 +35,9 @@ finally:
 # always draws a token after it.
 _BEYOND = 2
 
-# The largest number of prompt tokens that are read at once. The logits of so many are in memory, in fp32.
-_READ_AT_ONCE = 2048
+# The least number of sequences that a GPU answers at once, and the largest number of prompt tokens that are read at once,
+# whose logits are in memory in fp32.
+_SEQUENCES_ON_GPU, _READ_AT_ONCE = 256, 2048
 
 # The least bytes of keys and values on a CPU.
 _CACHE = 1 << 30
@@ -65,7 +66,7 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         tokenizer: the tokenizer of prompts and answers.
         tokenizer_folder: the folder from which the engine loads the same tokenizer.
         adapter: the folder of a PEFT adapter and its rank, or None.
-        batch_size: the largest number of sequences that go through the model at once.
+        batch_size: the largest number of sequences that go through the model at once on a CPU, and at least on a GPU.
         dtype: the type of weights and activations.
         device: what the engine computes on.
     """
@@ -85,7 +86,8 @@ class VllmBackend(VLLM):  # type: ignore[misc]
         if adapter is not None:
             path, rank = adapter
             lora = {"lora_local_path": str(path), "max_lora_rank": max_lora_rank(rank), "max_loras": 1}
-        # On a GPU vLLM takes what is free.
+        # On a GPU vLLM takes what is free, and sequences do not wait for the longest of a batch.
+        sequences = batch_size if device.type == "cpu" else max(batch_size, _SEQUENCES_ON_GPU)
         cache = max(_CACHE, cache_bytes(spec, dtype, longest)) if device.type == "cpu" else None
         super().__init__(
             str(model_folder(spec)),
@@ -95,8 +97,8 @@ class VllmBackend(VLLM):  # type: ignore[misc]
             seed=0,
             # The engine gets all requests at once. With `auto`, vLLM would divide by the time that a bar of tqdm shows.
             batch_size=sys.maxsize,
-            max_num_seqs=batch_size,
-            max_num_batched_tokens=max(_READ_AT_ONCE, batch_size),
+            max_num_seqs=sequences,
+            max_num_batched_tokens=max(_READ_AT_ONCE, sequences),
             kv_cache_memory_bytes=cache,
             max_model_len=longest,
             hf_overrides={"max_position_embeddings": longest},
