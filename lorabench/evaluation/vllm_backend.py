@@ -35,8 +35,8 @@ finally:
 # always draws a token after it.
 _BEYOND = 2
 
-# The least number of sequences that a GPU answers at once, and the largest number of prompt tokens that are read at once,
-# whose logits are in memory in fp32.
+# The least number of sequences that a GPU answers at once, and the largest number of prompt tokens that are read at
+# once, whose logits are in memory in fp32.
 _SEQUENCES_ON_GPU, _READ_AT_ONCE = 256, 2048
 
 # The least bytes of keys and values on a CPU.

@@ -46,11 +46,13 @@ def test_folders_of_killed_jobs_are_removed_and_those_of_others_are_not():
     ended.wait()
     with handover_folder(SINGLE_PROCESS) as folder:
         assert folder.is_dir()
-        left, running = (folder.with_name(f"lorabench-policy-{process}") for process in (ended.pid, os.getppid()))
+        left, running = (folder.with_name(f"lorabench-policy-{process}-1") for process in (ended.pid, os.getppid()))
         for other in (left, running):
             other.mkdir()
-        with handover_folder(SINGLE_PROCESS):
+        with handover_folder(SINGLE_PROCESS) as another:
+            assert another != folder
             assert not left.exists()
             assert running.is_dir()
         running.rmdir()
+        assert folder.is_dir()
     assert not folder.exists()

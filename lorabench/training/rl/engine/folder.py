@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorabench.training.distributed import Processes
@@ -22,13 +23,14 @@ def handover_folder(processes: Processes) -> Iterator[Path]:
     """
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    owner = int(processes.gather([os.getpid()])[0, 0])
-    folder = parent / f"{_PREFIX}{owner}"
+    owner, token = map(int, processes.gather([os.getpid(), secrets.randbelow(1 << 40)])[0])
+    folder = parent / f"{_PREFIX}{owner}-{token}"
     if processes.first:
         for old in parent.glob(f"{_PREFIX}*"):
-            if old.stat().st_uid == os.getuid() and not _alive(old.name.removeprefix(_PREFIX)):
-                shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+            # Another job may remove it at the same moment.
+            with suppress(FileNotFoundError):
+                if old.stat().st_uid == os.getuid() and not _alive(old.name.removeprefix(_PREFIX).split("-")[0]):
+                    shutil.rmtree(old, ignore_errors=True)
         folder.mkdir(mode=0o700)
     processes.wait()
     try:
