@@ -17,7 +17,7 @@ from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
 from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.size import Sizes
-from lorabench.models.vllm_support import check_policy
+from lorabench.models.vllm_support import check_policy, vllm_version
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
 from lorabench.training.drive import train_alone, train_lanes
 from lorabench.training.loss import check_plain_head
@@ -68,6 +68,8 @@ class RlTrainer:
         if rollouts not in self._work:
             environment = _environment(context, self._open)
             fingerprints = provenance(context) | _fingerprints(context, environment.texts)
+            if self._engines is not None:
+                fingerprints["packages"] |= {"vllm": vllm_version()}
             self._work[rollouts] = _Work(environment, fingerprints, self._engines)
         for group in groups:
             self._work[rollouts].train(context, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from importlib.util import find_spec
@@ -283,6 +284,8 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
     noise = sum(values.var() / 3 + values.mean() * (1 - values.mean()) / 240 for values in rewards.values()) ** 0.5
     assert abs(rewards["own"].mean() - rewards["vllm"].mean()) < 3 * noise
     assert not set(tables["own"][0]["run_id"]) & set(tables["vllm"][0]["run_id"])
+    [record, *_] = layout.runs.glob("*/record.json")
+    assert "vllm" in json.loads(record.read_text())["environment"]["packages"]
     curve = tables["vllm"][1]
     kl = curve[(curve["split"] == "train") & (curve["metric"] == "kl")]["value"]
     assert len(kl) == 3 * STEPS
