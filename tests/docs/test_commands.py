@@ -29,7 +29,7 @@ PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 
 ELSEWHERE = {
     "python3 -m venv .venv": "CI begins with it",
-    "pip install -e '.[vllm]'": "it needs a GPU",
+    "pip install vllm": "CI does it, for a CPU",
     "pip install -c constraints-vllm.txt": "CI does it",
     "pip uninstall -y torchaudio torchcodec": "CI does it",
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",

