@@ -32,8 +32,9 @@ _EVALUATION_START_SECONDS = 12.0
 # leaves most of a machine idle. On one core the tiny base draws 11,000 tokens a second; at 50 GFLOP/s it would read
 # 30,000.
 _DECODING = 3.0
-# The same with the engine vLLM, over this project's own sampler: an assumption.
-_ENGINE_OVER_OWN = 1.0
+# The same with the engine vLLM, over this project's own sampler: measured for 64 responses of SmolLM2-135M on two cores
+# (benchmarks/engine.csv).
+_ENGINE_OVER_OWN = 4.2
 
 # Assumptions about GPUs, until runs are measured: seconds in which a job starts and imports its libraries, and bytes/s
 # at which weights are read from disk.

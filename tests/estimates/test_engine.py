@@ -6,8 +6,9 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.estimates.engine import engine_memory, engine_seconds, handover_bytes, handover_seconds
+from lorabench.estimates.flops import run_flops
 from lorabench.estimates.memory import reported_bytes, sweep_memory
-from lorabench.estimates.seconds import evaluation_seconds, job_seconds, run_seconds
+from lorabench.estimates.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import job_resources
@@ -106,4 +107,7 @@ def test_a_plan_on_a_cpu_knows_the_engine():
     assert (engine.weights, engine.overhead) == (4 * sizes.parameters, 1e9)
     assert engine.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
     assert job_resources(of_vllm, after).mem_mb > job_resources(of_own, before).mem_mb + 1000
-    assert job_seconds(vllm, after, 0) - job_seconds(own, before, 0) == pytest.approx(20)
+    # The engine starts, and draws more slowly than the own sampler; nothing else takes longer.
+    flops = sum(sweep.n_runs * run_flops(vllm, sweep.condition).drawn for sweep in after.sweeps)
+    drawn = 3.0 * flops / flops_per_second(vllm.execution)
+    assert job_seconds(vllm, after, 0) - job_seconds(own, before, 0) == pytest.approx(20 + (4.2 - 1) * drawn)
