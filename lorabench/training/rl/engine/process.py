@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.errors import UserError
+from lorabench.models.vllm_support import vllm_environment
 
 # Seconds between two looks at whether the job is asked to end.
 _LOOK = 0.2
@@ -176,21 +177,13 @@ def _environment(settings: EngineSettings) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(distributed) and name not in ("RANK", "WORLD_SIZE")
     }
-    environment |= {
-        # The engine runs in the worker itself, not in a process that would end at the job's first signal.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+    # Models of the hub are fetched by a job of their own.
+    environment |= vllm_environment(settings.device is None) | {
         "TOKENIZERS_PARALLELISM": "false",
-        # Models of the hub are fetched by a job of their own.
         "HF_HUB_OFFLINE": "1",
     }
     if settings.device is None:
-        environment |= {
-            "OMP_NUM_THREADS": str(settings.threads),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TORCHDYNAMO_DISABLE": "1",
-        }
+        environment["OMP_NUM_THREADS"] = str(settings.threads)
     else:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else []
