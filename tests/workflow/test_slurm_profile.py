@@ -171,3 +171,10 @@ def test_a_wrong_limit_of_time_is_one_sentence(checkout):
     output = snakemake(checkout, "--profile", "slurm", "--dry-run", fails=True)
     assert "max_runtime = 0 in the profile: minutes are needed, at least 1" in output
     assert "Traceback" not in output
+
+
+def test_arrays_of_jobs_are_refused_since_they_would_wait_forever(checkout):
+    arguments = ("--slurm-array-jobs=all", "results/smoke/plan.parquet", "--config", "preset=smoke")
+    output = snakemake(checkout, "--profile", "slurm", *arguments, fails=True)
+    assert "slurm-array-jobs = 'all': leave this option out" in output
+    assert "Traceback" not in output

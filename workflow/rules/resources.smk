@@ -55,6 +55,18 @@ if ON_CLUSTER and CONTROLS and LONGEST is None:
         logger.warning(unknown)
     LONGEST = None if LONGEST is None or LONGEST == float("inf") else int(LONGEST)
 
+
+# Settings of the executor are known only now. The plugin submits an array once it has all jobs of a rule, and Snakemake
+# gives it no more than `jobs` at once.
+onstart:
+    arrays = getattr(workflow.executor_settings, "array_jobs", None)
+    if arrays:
+        raise WorkflowError(
+            f"slurm-array-jobs = {arrays!r}: leave this option out; jobs of a rule request different resources, which "
+            "tasks of an array can't, and the plugin waits forever where a rule has more jobs than `jobs`"
+        )
+
+
 # Without a scheduler, no more jobs start than GPUs are visible; each job then takes GPUs that no other job holds
 # (lorabench/utils/devices.py). Where there is none, the jobs run on the CPU as well as they can.
 HERE = []

@@ -1,4 +1,4 @@
-"""Many short jobs, as arrays, under a limit of the jobs in the queue."""
+"""Many short jobs under a limit of the jobs in the queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorabench.storage.layout import Layout
 
 from ..workflow.checkout import adapt_profile
 from .cluster import until
-from .submitting import adapted_clone, of_rule, workflow
+from .submitting import adapted_clone, workflow
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -19,7 +19,7 @@ PRESET = Path(__file__).parent / "many.yaml"
 LIMIT = 3
 
 
-def test_an_array_of_short_jobs_stays_below_the_limit_of_jobs(cluster, tmp_path):
+def test_many_short_jobs_stay_below_the_limit_of_jobs(cluster, tmp_path):
     checkout = adapted_clone(tmp_path, PRESET)
     adapt_profile(checkout, "\njobs: 100\n", f"\njobs: {LIMIT}\n")
     layout = Layout.of(str(checkout / PRESET.name))
@@ -30,21 +30,18 @@ def test_an_array_of_short_jobs_stays_below_the_limit_of_jobs(cluster, tmp_path)
     def watch() -> None:
         nonlocal most
         while not ended.wait(0.2):
-            most = max(most, len(cluster("squeue", "--noheader", "--array").splitlines()))
+            most = max(most, len(cluster("squeue", "--noheader").splitlines()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        arguments = (*map(str, targets), "--slurm-array-jobs=all")
-        with workflow(cluster, checkout, *arguments, preset=PRESET.name) as output:
+        with workflow(cluster, checkout, *map(str, targets), preset=PRESET.name) as output:
             until(output, "the end of the workflow", 600)
     finally:
         ended.set()
         watcher.join()
     jobs = cluster.jobs()[before:]
-    tasks = [job for job in jobs if "ArrayTaskId" in job]
     assert len(jobs) == 2 * len(datasets), "each dataset is made by one job and tokenized by another"
     assert {job["JobState"] for job in jobs} == {"COMPLETED"}
-    assert len(tasks) > len(jobs) / 2
     assert 1 < most <= LIMIT
     assert all((checkout / target).is_file() for target in targets)
