@@ -18,11 +18,10 @@ from .cluster import Cluster
 
 
 def adapted_clone(folder: Path, *presets: Path) -> Path:
-    """Make a clone with some presets, and the profile adapted to a site without an accounting database."""
+    """Make a clone with some presets, whose profile looks at the state of jobs early."""
     fresh_clone(folder)
     for preset in presets:
         shutil.copy(preset, folder)
-    adapt_profile(folder, "# slurm-status-command: squeue", "slurm-status-command: squeue")
     adapt_profile(folder, "status-checks: 40", "status-checks: 2")
     return folder
 
