@@ -80,18 +80,14 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     """Return the LRs of an arm; None if no run finished.
 
     The lowest loss is sought among the LRs of the first seed, by the mean of validation and test loss, which is less
-    noisy than either. It only centres the window.
+    noisy than either, over the seeds that finished at all of these LRs. It only centres the window.
     """
     first = runs.seed == runs.seed.min()
-    # A table with one evaluation set has one of the two losses.
-    both = np.array([runs.validation_loss, runs.test_loss])
-    known = np.isfinite(both)
-    loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    usable = np.flatnonzero(first & runs.done)
-    if not len(usable):
+    usable = first & runs.done
+    if not usable.any():
         return None
-    ordered = usable[np.argsort(runs.lr[usable], kind="stable")]
-    lrs, losses = runs.lr[ordered], loss[ordered]
+    lrs = np.unique(runs.lr[usable])
+    losses = _losses(runs, lrs)
     centre = int(losses.argmin())
     diverged = np.sort(runs.lr[first & runs.diverged])
     reach = MAX_STEP * 1.001
@@ -109,6 +105,20 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
         coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
     return ArmGrid(label, lrs, centre, window, edge, coarse)
+
+
+def _losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:
+    """Return the mean loss at each of some LRs, over the seeds that finished at all of them."""
+    # A table with one evaluation set has one of the two losses.
+    both = np.array([runs.validation_loss, runs.test_loss])
+    known = np.isfinite(both)
+    loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    counted = runs.done & np.isin(runs.lr, lrs)
+    seeds, row = np.unique(runs.seed[counted], return_inverse=True)
+    by_seed = np.full((len(seeds), len(lrs)), math.nan)
+    by_seed[row, np.searchsorted(lrs, runs.lr[counted])] = loss[counted]
+    means: np.ndarray = by_seed[np.isfinite(by_seed).all(1)].mean(0)
+    return means
 
 
 def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> FitRows:

@@ -146,6 +146,20 @@ def test_an_optimum_at_the_edge_is_flagged_with_the_lr_to_add():
     assert not bounded.resolved["FullFT"]
 
 
+@pytest.mark.parametrize("seeds_at_the_lowest_lr", [3, 1])
+def test_the_window_is_centred_by_all_seeds_that_have_every_lr(seeds_at_the_lowest_lr):
+    """The first seed alone likes another LR; it decides only where it alone has every LR."""
+    lrs = LRS["FullFT"][:4]
+    lucky = {(lrs[1], 0): -0.1}
+    rows = [
+        row("FullFT", lr, seed, loss_at("FullFT", lr) + lucky.get((lr, seed), 0.0))
+        for lr in lrs
+        for seed in range(3 if lr > lrs[0] else seeds_at_the_lowest_lr)
+    ]
+    grid = fit_losses(pd.DataFrame(rows)).grids["FullFT"]
+    assert grid.lrs[grid.centre] == (lrs[2] if seeds_at_the_lowest_lr == 3 else lrs[1])
+
+
 def test_equal_losses_have_no_optimum():
     runs = world(np.random.default_rng(7), curvatures={"LoRA r64": 0.0, "FullFT": 0.0})
     fit = fit_losses(runs)
