@@ -147,7 +147,7 @@ def test_the_judge_hands_margins_and_test_losses_to_the_claims():
 def planned():
     """Return the runs that the shipped presets plan, by preset."""
     rows = {}
-    for name in ("laptop", "long_runs", "lr_ratio", "overnight", "smollm2", "core", "paper"):
+    for name in ("laptop", "laptop_more", "long_runs", "lr_ratio", "overnight", "smollm2", "core", "paper"):
         preset = load_preset(name)
         table = pd.DataFrame(make_plan(preset).rows())
         rows[name] = table.assign(data_kind=[preset.sources[dataset].kind for dataset in table["dataset"]])

@@ -250,7 +250,7 @@ def test_a_model_that_is_not_there(model, message, raw_preset, write_preset):
 
 
 def test_unknown_preset_names_the_shipped_ones():
-    allowed = "core, laptop, long_runs, lr_ratio, overnight, paper, smoke, smollm2, or"
+    allowed = "core, laptop, laptop_more, long_runs, lr_ratio, overnight, paper, smoke, smollm2, or"
     with pytest.raises(PresetError, match=rf"preset 'lpatop': .*allowed: {allowed}"):
         load_preset("lpatop")
 
