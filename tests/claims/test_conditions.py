@@ -168,6 +168,8 @@ def test_presets_meet_the_conditions_that_claims_say_they_meet(claim_id, conditi
     meeting = []
     for name, rows in planned.items():
         chosen = rows[in_experiments(rows, of_claim.experiments) & (is_rl(rows) == (of_claim.task == "rl"))]
+        # Adapters that store random facts have no learning curve of full fine-tuning beside them.
+        chosen = chosen[chosen["data_kind"] != "facts"]
         if len(chosen) and condition.found(evidence(chosen, pd.DataFrame())) is None:
             meeting.append(name)
     assert sorted(condition.presets) == sorted(meeting)
