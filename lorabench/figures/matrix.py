@@ -51,7 +51,9 @@ def draw_matrix(cells: pd.DataFrame) -> Figure:
         axes.text(0, row, _of_paper(str(paper[claim_id])), ha="center", va="center", fontsize=6.5, color="0.25")
         for column, scale in enumerate(sizes, start=1):
             cell = at.get((claim_id, scale))
-            if cell is not None:
+            if cell is None or cell["verdict"] == "not tested":
+                axes.text(column, row, "\N{EN DASH}", ha="center", va="center", color="0.7")
+            else:
                 _cell(axes, column, row, cell)
     handles = [
         Line2D(
@@ -79,11 +81,7 @@ def _of_paper(value: str) -> str:
 
 
 def _cell(axes: Axes, column: int, row: int, cell: dict[Any, Any]) -> None:
-    verdict = str(cell["verdict"])
-    if verdict == "not tested":
-        axes.text(column, row, "\N{EN DASH}", ha="center", va="center", color="0.7")
-        return
-    colour, mark, filled = LOOKS[verdict]
+    colour, mark, filled = LOOKS[str(cell["verdict"])]
     known = not pd.isna(cell["estimate"])
     height = row - 0.14 if known else row
     axes.plot(column, height, mark, color=colour, markersize=7, markerfacecolor=colour if filled else "white")
