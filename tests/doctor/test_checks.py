@@ -130,7 +130,7 @@ def test_parity_fails_where_lora_is_computed_wrongly(smoke, monkeypatch):
 
 
 def test_parity_of_experts_fails_where_they_are_computed_wrongly(tmp_path, monkeypatch):
-    bench = bench_of("overnight", tmp_path)
+    bench = bench_of("laptop_more", tmp_path)
     subject = next(s for s in training_subjects(bench.plan, bench.preset) if s.sizes.experts)
     for precision in ("fp32", "bf16"):
         assert parity.check_parity(bench, subject, precision).status == "pass"
