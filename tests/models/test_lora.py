@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -28,6 +30,8 @@ from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
 from lorabench.models.tiny import RECIPES, new_model, packed_blocks
 from lorabench.training.batches import IGNORED
 from lorabench.training.loss import nll_sum
+
+from ..conftest import REPOSITORY
 
 NAMES = tuple(RECIPES)
 FAMILIES = ("llama-128", "qwen-64", "moe-128")
@@ -355,3 +359,14 @@ def test_lora_on_other_layers_is_refused():
         UserError, match="PEFT did not put LoRA on the requested layers of Qwen3MoeForCausalLM: see model.layers.0"
     ):
         add_lora(model, 8, "all", 32.0, True, seed=0)
+
+
+def test_unloading_starts_no_thread():
+    """PEFT has a progress bar with a thread, whose start never returns when memory has run out."""
+    code = (
+        "import threading; from tests.models.test_lora import add_lora, base; "
+        "add_lora(base('llama-64'), 1, 'all', 32.0, True, seed=0).unload(); "
+        "print([thread.name for thread in threading.enumerate() if type(thread).__name__ == 'TMonitor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "[]"
