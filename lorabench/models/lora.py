@@ -126,11 +126,10 @@ def add_lora(
     """
     import torch
     from peft import get_peft_model
-    from peft.tuners import tuners_utils
+    from tqdm import tqdm
 
     # PEFT's progress bars would start a thread, and when memory has run out such a start never returns.
-    bars: Any = tuners_utils
-    bars.tqdm.monitor_interval = 0
+    tqdm.monitor_interval = 0
     config = lora_config(model, rank, placement, alpha, include_unembedding)
     names = {*config.target_modules, *(config.target_parameters or ())}
     torch.manual_seed(seed)
