@@ -30,6 +30,23 @@ class ArmGrid:
     """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None."""
     coarse: float | None
     """If a neighbour of the lowest loss is more than MAX_STEP away or diverged, the LR to add between; else None."""
+    diverged: np.ndarray
+    """LRs at which the run of the first seed diverged, ascending."""
+
+    def beside(self, optimum: float) -> float | None:
+        """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
+
+        It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
+        """
+        for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
+            if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
+                continue
+            tried = np.union1d(self.lrs, self.diverged)
+            beyond = int(np.searchsorted(tried, self.lrs[end])) - inwards
+            if 0 <= beyond < len(tried):
+                return math.sqrt(self.lrs[end] * tried[beyond])
+            return float(self.lrs[end] ** 2 / self.lrs[end + inwards])
+        return None
 
 
 @dataclass(frozen=True)
@@ -104,7 +121,7 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     else:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
         coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
-    return ArmGrid(label, lrs, centre, window, edge, coarse)
+    return ArmGrid(label, lrs, centre, window, edge, coarse, diverged)
 
 
 def _losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:

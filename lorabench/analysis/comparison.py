@@ -225,9 +225,14 @@ class Comparison:
         return [] if self.fit.sigma > 0 else [Problem("all seeds alike: no seed noise to judge by")]
 
     def _unresolved(self, label: str) -> Problem:
+        text = f"{label}: optimum not resolved by its grid"
+        lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
+        if lr is not None:
+            # The fit is best at the end of its LRs, where further seeds would not show how the loss goes on.
+            return Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
         seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
         remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds=seeds, around=True)
-        return Problem(f"{label}: optimum not resolved by its grid", remedy)
+        return Problem(text, remedy)
 
     def gap(self, arm: Arm, other: Arm) -> Estimate:
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.loss_fit import Noise, fit_losses
 
@@ -158,6 +159,44 @@ def test_the_window_is_centred_by_all_seeds_that_have_every_lr(seeds_at_the_lowe
     ]
     grid = fit_losses(pd.DataFrame(rows)).grids["FullFT"]
     assert grid.lrs[grid.centre] == (lrs[2] if seeds_at_the_lowest_lr == 3 else lrs[1])
+
+
+@pytest.mark.parametrize(
+    ("at_highest", "added"),
+    [
+        ("done", math.sqrt(1.5e-3 * 4e-3)),
+        ("diverged", math.sqrt(1.5e-3 * 4e-3)),
+        ("missing", 1.5e-3**2 / 6e-4),
+        ("well within", None),
+    ],
+)
+def test_an_optimum_at_the_end_of_the_window_asks_for_an_lr_and_not_for_seeds(at_highest, added):
+    """Validation losses, which have their optimum at lower LRs, have centred the window there."""
+    random = np.random.default_rng(3)
+    best = {"FullFT": 1.2e-3 if at_highest == "well within" else 4e-3, "LoRA r64": 2.2e-3}
+    rows = [
+        row(
+            label,
+            lr,
+            seed,
+            0.2 + CURVATURE * math.log(lr / best[label]) ** 2 + random.normal(0, 0.02),
+            validation=5 * math.log(lr / OPTIMA[label]) ** 2,
+            status=at_highest if lr == 4e-3 and at_highest == "diverged" else "done",
+        )
+        for label in best
+        for lr in LRS[label]
+        for seed in range(3)
+        if not (lr == 4e-3 and at_highest == "missing")
+    ]
+    runs = pd.DataFrame(rows)
+    runs.loc[runs["status"] == "diverged", ["final_valid_nll", "final_test_nll"]] = math.nan
+    (comparison,) = comparisons(runs, pd.DataFrame())
+    (problem,) = comparison.problems([comparison.fullft], resolved=True)
+    if added is None:
+        assert (problem.remedy.seeds, problem.remedy.lrs) == (6, ())
+    else:
+        ((label, lr),) = problem.remedy.lrs
+        assert (label, lr, problem.remedy.seeds) == ("FullFT", pytest.approx(added), None)
 
 
 def test_equal_losses_have_no_optimum():

@@ -15,6 +15,7 @@ from lorabench.analysis.arms import ARM
 from lorabench.claims.catalog import CLAIMS
 from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
+from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
 from lorabench.storage.layout import Layout
 
@@ -222,6 +223,14 @@ def test_status_and_plan_from_another_terminal(smoke):
     text = subprocess.run(command, cwd=smoke[0], capture_output=True, text=True, check=True).stdout
     assert re.search(r"36/36 runs \(100%\), 4/4 jobs done", text)
     assert "results/smoke/report/index.html" in text
+
+
+@pytest.mark.slow
+def test_presets_share_a_converted_model(checkout):
+    folder = converted_folder(Layout.of("overnight").preset.models["smollm2-135m"])
+    target = str(folder / "model.safetensors")
+    assert planned_jobs(snakemake(checkout, target, "--config", "preset=overnight")) == {"convert_gguf": 1}
+    assert "Nothing to be done" in snakemake(checkout, target, "--dry-run", "--config", "preset=smollm2")
 
 
 @pytest.mark.slow

@@ -36,9 +36,11 @@ rule convert_gguf:
     priority: FIRST
     conda:
         "../envs/lorabench.yaml"
+    # Presets share the file, whose folder is named by its content. Snakemake does not compare functions of the output with
+    # those of the last execution, so another preset does not convert the file again.
     params:
-        preset=PRESET,
-        model=lambda wildcards: GGUF_MODELS[wildcards.folder],
+        preset=lambda wildcards, output: PRESET,
+        model=lambda wildcards, output: GGUF_MODELS[wildcards.folder],
     shell:
         "lorabench convert {params.model:q} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
