@@ -409,10 +409,10 @@ FIGURES = {
                 "answers cost less than under the base. Forgotten is by how many bits per byte held-out pretraining "
                 "text costs more than under the base, or by how much the accuracy is lower; it is the mean over tasks "
                 "where there are several. The cross, where the grey lines meet, is the base before training. The right "
-                "panel shows the accuracy against the test loss (nats per scored token). Bars are one standard error "
-                "of each score over documents. All models read the same documents, so a difference between two models "
-                "is more certain than their bars suggest. The number of runs that lack one of the tasks stands above "
-                "the panel."
+                "panel shows the accuracy against the test loss (nats per scored token), or those bits per byte where "
+                "no task has an accuracy. Bars are one standard error of each score over documents. All models read "
+                "the same documents, so a difference between two models is more certain than their bars suggest. The "
+                "number of runs that lack one of the tasks stands above the panel."
             ),
             experiments=EVALS_TABLE,
         ),

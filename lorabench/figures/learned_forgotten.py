@@ -1,4 +1,4 @@
-"""What each arm learned against what it forgot, and accuracy against NLL, from scores of lm-eval.
+"""What each arm learned against what it forgot, and against its test NLL, from scores of lm-eval.
 
 "LoRA Learns Less and Forgets Less" (Biderman et al., 2024) has such a plot; here each arm is at its best LR. Where a
 task gives the likelihood of the right answers, that measures what was learned, since the accuracy of a small model is
@@ -170,16 +170,15 @@ def _figure(panels: list[tuple[str, pd.DataFrame]], plotted: pd.DataFrame) -> Fi
     for (title, rows), of_row in zip(panels, grid, strict=True):
         of_row[0].set_title(title, pad=18, parse_math=False)
         has_bits = bool(rows["learned_bits"].notna().any())
+        only_bits = has_bits and not rows["learned"].notna().any()
         for measure, axes in zip(measures, of_row[:-1], strict=True):
             _draw_forgotten(axes, rows[rows["measure"] == measure], measure, has_bits, styles)
-        _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles)
-        if has_bits:
-            _label_height(
-                of_row[:-1], "bits per byte of right answers\nbelow the base: ", rows["learned_bits_tasks"].iloc[0]
-            )
-            _label_height(of_row[-1:], "accuracy: ", rows["learned_tasks"].iloc[0])
-        else:
-            _label_height(of_row, "accuracy: ", rows["learned_tasks"].iloc[0])
+        _draw_nll(of_row[-1], rows.drop_duplicates("run_id"), styles, "learned_bits" if only_bits else "learned")
+        # The panels before this one have bits per byte as their height, and those from it on have the accuracy.
+        split = len(of_row) if only_bits else len(of_row) - 1 if has_bits else 0
+        bits = "bits per byte of right answers\nbelow the base: "
+        _label_height(of_row[:split], bits, rows["learned_bits_tasks"].iloc[0])
+        _label_height(of_row[split:], "accuracy: ", rows["learned_tasks"].iloc[0])
     marks: list[Artist] = [style.mark(look.label, look.marker, color=look.colour) for look in styles.values()]
     if (plotted["arm"] == BASE).any():
         marks.append(style.mark("before training", "x", markeredgewidth=1.8))
@@ -212,17 +211,17 @@ def _draw_forgotten(
     axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
 
 
-def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    """Draw the accuracy of runs against their test NLL on the training data's test split."""
+def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], up: str) -> None:
+    """Draw what runs learned against their test NLL on the training data's test split."""
     if not rows["final_test_nll"].notna().any():
         style.say(axes, "There is no test NLL\nafter reinforcement learning.")
         return
-    _draw_points(axes, rows, "final_test_nll", styles)
+    _draw_points(axes, rows, "final_test_nll", styles, up)
     axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
 
 
 def _draw_points(
-    axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str = "learned"
+    axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str
 ) -> None:
     """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
     for row in rows[rows["arm"] == BASE].dropna(subset=[up]).to_dict("records"):

@@ -113,6 +113,17 @@ def test_the_likelihood_of_right_answers_is_what_was_learned_where_a_task_tells_
     assert right.get_ylabel() == "accuracy: lorabench_instruct\n(higher is better)"
 
 
+def test_without_any_accuracy_the_last_panel_shows_the_likelihood_too():
+    bits = [row for row in ROWS if row["metric"] == "bits_per_byte"]
+    figure, plotted = draw(bits + ANSWERED)
+    assert plotted["learned"].isna().all()
+    left, right = figure.axes
+    drawn = {(x, y) for bar in right.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
+    assert drawn == {(row["final_test_nll"], value) for row, value in zip(bits[1:], (1.8, 1.75), strict=True)}
+    assert left.get_ylabel() and not right.get_ylabel()
+    assert left.get_ylim() == right.get_ylim()
+
+
 def test_without_a_bases_likelihood_accuracy_is_what_was_learned():
     figure, plotted = draw(ROWS + ANSWERED[1:])
     assert plotted["learned_bits"].isna().all()
