@@ -31,8 +31,11 @@ def explain(problem: Any) -> str:
         case "float_type" | "int_type" if isinstance(value, str) and _is_number(value):
             number = float(value) if kind == "float_type" else int(float(value))
             return f"{where} = {value!r}: this is text to YAML, not a number; write {yaml_number(number)}"
-        case "union_tag_not_found" | "union_tag_invalid":
-            return f"{where}.kind = {context.get('tag')!r}: allowed: {context.get('expected_tags', 'a kind')}"
+        case "union_tag_not_found":
+            kinds = (kind for model in _KINDS[parts[0]] for kind in _kinds_of(model))
+            return f"{where}: missing key 'kind'; allowed: {', '.join(map(repr, kinds))}"
+        case "union_tag_invalid":
+            return f"{where}.kind = {context['tag']!r}: allowed: {context['expected_tags']}"
         case "too_short":
             return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
         case _:
@@ -56,7 +59,7 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
         if position == 2 and location[0] in _KINDS:
             # pydantic adds the kind after the name of a model or dataset; the YAML has no such level.
             kinds = _KINDS[str(location[0])]
-            current = next(model for model in kinds if part in get_args(model.model_fields["kind"].annotation))
+            current = next(model for model in kinds if part in _kinds_of(model))
             continue
         if part in ("auto", "grid") and parts[-1:] in (["fullft"], ["lora"]):
             # pydantic adds the kind of grid after the method; the YAML has no such level.
@@ -66,6 +69,11 @@ def _walk(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
         inner = _model_in(field.annotation) if field else None
         current = inner or current
     return current, parts
+
+
+def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the values of the field `kind` that stand for a model class."""
+    return get_args(model.model_fields["kind"].annotation)
 
 
 def _example(location: tuple[int | str, ...]) -> str:

@@ -143,6 +143,7 @@ MISTAKES = {
     ),
     "unknown dataset": ((*RANK, "datasets"), ["tulu"], r"datasets: unknown name 'tulu'; allowed: instruct"),
     "unknown kind of model": (("models", "tiny", "kind"), "big", r"models\.tiny\.kind = 'big': allowed: 'tiny', 'hub'"),
+    "no kind of model": (("models", "tiny"), {"name": "tiny"}, r"models\.tiny: missing key 'kind'; allowed: 'tiny'"),
     "unknown kind of dataset": (
         ("datasets", "instruct", "kind"),
         "x",

@@ -120,7 +120,7 @@ def test_without_any_accuracy_the_last_panel_shows_the_likelihood_too():
     left, right = figure.axes
     drawn = {(x, y) for bar in right.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
     assert drawn == {(row["final_test_nll"], value) for row, value in zip(bits[1:], (1.8, 1.75), strict=True)}
-    assert left.get_ylabel() and not right.get_ylabel()
+    assert [bool(axes.get_ylabel()) for axes in (left, right)] == [True, False]
     assert left.get_ylim() == right.get_ylim()
 
 
