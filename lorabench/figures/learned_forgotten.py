@@ -220,9 +220,7 @@ def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle],
     axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
 
 
-def _draw_points(
-    axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str
-) -> None:
+def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str) -> None:
     """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
     for row in rows[rows["arm"] == BASE].dropna(subset=[up]).to_dict("records"):
         axes.axhline(row[up], **_REFERENCE)
