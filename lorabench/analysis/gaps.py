@@ -16,7 +16,7 @@ from lorabench.analysis.student import t_quantile
 
 
 def best_losses(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the final test losses of each arm at its best LR, which has the lowest validation loss of the LR grid.
+    """Compute the final test losses of each arm at its best LR, which has the lowest validation loss (see `LrGrid`).
 
     Args:
         runs: columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).

@@ -1,4 +1,4 @@
-"""The learning-rate grid of an arm: the losses of its first seed by LR, and where the lowest lies."""
+"""The learning-rate grid of an arm: its losses by LR, and where the lowest lies."""
 
 from __future__ import annotations
 
@@ -11,34 +11,45 @@ import pandas as pd
 from lorabench.analysis.arms import first_seed
 from lorabench.analysis.losses import with_losses
 
+_LOSSES = ("validation_loss", "test_loss")
+
 
 class LrGrid(NamedTuple):
-    """One arm's runs of one seed, ascending in LR; each field has shape (n,)."""
+    """One arm's LRs with a run of the first seed, ascending; each field has shape (n,).
+
+    Losses are means over the seeds that have finite losses wherever the first seed has.
+    """
 
     lr: np.ndarray
     validation: np.ndarray
-    """Validation losses; NaN where a run has no finite losses."""
+    """Validation losses; NaN where the first seed has no finite losses."""
     test: np.ndarray
-    """Test losses; NaN where a run has no finite losses."""
+    """Test losses; NaN where the first seed has no finite losses."""
     diverged: np.ndarray
-    """Whether each run diverged."""
+    """Whether each run of the first seed diverged."""
 
 
 def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
-    """Return the LR grid of an arm, from its runs with the first seed.
+    """Return the LR grid of an arm.
 
     Args:
         of_arm: the arm's runs, columns lr, seed, status, and the losses (see `with_losses`).
     """
-    ascending = with_losses(first_seed(of_arm)).sort_values("lr")
-    validation, test = (ascending[loss].to_numpy(float, na_value=math.nan) for loss in ("validation_loss", "test_loss"))
-    usable = (ascending["status"] == "done").to_numpy(bool) & np.isfinite(validation) & np.isfinite(test)
-    return LrGrid(
-        lr=ascending["lr"].to_numpy(float),
-        validation=np.where(usable, validation, math.nan),
-        test=np.where(usable, test, math.nan),
-        diverged=(ascending["status"] == "diverged").to_numpy(bool),
-    )
+    first = first_seed(of_arm).sort_values("lr")
+    lrs = first["lr"].to_numpy(float)
+    of_arm = with_losses(of_arm)
+    finite = np.isfinite(of_arm[list(_LOSSES)].to_numpy(float, na_value=math.nan)).all(axis=1)
+    usable = of_arm[(of_arm["status"] == "done").to_numpy(bool) & finite].astype(dict.fromkeys(_LOSSES, float))
+    validation, test = (_over_seeds(usable, lrs, first["seed"].min(), loss) for loss in _LOSSES)
+    return LrGrid(lrs, validation, test, (first["status"] == "diverged").to_numpy(bool))
+
+
+def _over_seeds(usable: pd.DataFrame, lrs: np.ndarray, first: int, loss: str) -> np.ndarray:
+    """Return the mean loss at each of some LRs over the seeds that are complete; NaN where the first seed has none."""
+    by_seed = usable.pivot(index="seed", columns="lr", values=loss).reindex(columns=lrs)
+    known = by_seed.columns[by_seed.reindex([first]).notna().to_numpy()[0]]
+    means: np.ndarray = by_seed[known].dropna().mean().reindex(lrs).to_numpy(float)
+    return means
 
 
 def best_index(grid: LrGrid) -> int | None:

@@ -1,7 +1,7 @@
 """Which runs a sweep trains next, given the validation losses so far. No torch is imported.
 
 A sweep is trained in waves; the runs of a wave are known when it starts. The first wave is the grid. In a sweep of
-fixed LRs, the second and last one is the other seeds at the LR with the lowest loss of the first seed. A sweep with
+fixed LRs, the second and last one is the other seeds at the best LR, see `best_lr`. A sweep with
 `lrs: auto` walks:
 
 1. Until the lowest loss has a higher one on both sides, no more than a step of the lattice away, the lattice's next LR
@@ -76,14 +76,17 @@ def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple
 def best_lr(sweep: Sweep, losses: Losses) -> float | None:
     """Return the best LR by the validation losses; None if every run diverged.
 
-    In a sweep of fixed LRs it is the LR with the lowest loss of the first seed, the lowest of equally good ones. With
-    a lattice it is the LR with the lowest mean loss over the seeds that all three LRs around it have, the middle of
-    equally good ones.
+    In a sweep of fixed LRs it is the LR with the lowest mean loss over the seeds that have all LRs of the first, the
+    lowest of equally good ones. With a lattice it is the LR with the lowest mean loss over the seeds that all three LRs
+    around it have, the middle of equally good ones.
     """
     if sweep.lattice is None:
         # `repeated` may hold LRs of the first seed that are not in the grid.
-        finished = [(loss, lr) for lr, loss in _first_seed(losses).items() if math.isfinite(loss)]
-        return min(finished)[1] if finished else None
+        first = _first_seed(losses)
+        finished = {lr: loss for lr, loss in first.items() if math.isfinite(loss)}
+        seeds = {seed for _, seed in losses if all(math.isfinite(losses.get((lr, seed), math.inf)) for lr in finished)}
+        means = [(fmean(losses[lr, seed] for seed in seeds), lr) for lr in finished]
+        return min(means)[1] if means else None
     scores = {lr: mean for lr, mean in _means(sweep, losses).items() if math.isfinite(mean)}
     return _middle_of_lowest(scores) if scores else None
 

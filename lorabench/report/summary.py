@@ -90,8 +90,8 @@ def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any
         return None
     runs = pd.concat(tuned)
     noise = seed_noise(runs)
-    losses = best_losses(runs)[[*ARM, "loss_mean", "loss_sd", "n_seeds"]]
-    arms = lr_optima(runs, judging).merge(losses, on=ARM, how="left")
+    losses = best_losses(runs)[[*ARM, "lr_best", "loss_mean", "loss_sd", "n_seeds"]]
+    arms = lr_optima(runs, judging).drop(columns="lr_best").merge(losses, on=ARM, how="left")
     arms = arms.merge(over_studies(seed_studies(runs)), on=ARM, how="left")
     arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
     # A low error is a high accuracy.

@@ -22,6 +22,17 @@ def test_best_losses_are_taken_over_seeds_at_the_lr_that_validation_picks():
     assert not lora["at_edge"]
 
 
+def test_all_seeds_that_have_every_lr_choose_the_best_one():
+    # By the first seed 3e-4 is best, by the mean of the two that have all LRs 1e-3; the third has one LR only.
+    runs, _ = tables([arm(optimum=3e-4, offsets=(0.0, 0.0))])
+    first = runs[runs["seed"] == 0]
+    second = first.assign(seed=1, run_id="second-" + first["run_id"])
+    second.loc[second["lr"] == 1e-3, ["final_valid_nll", "final_test_nll"]] -= 1.0
+    third = first[first["lr"] == 3e-4].assign(seed=2, run_id="third", final_valid_nll=0.1)
+    (row,) = best_losses(pd.concat([first, second, third])).to_dict("records")
+    assert (row["lr_best"], row["seeds"]) == (1e-3, [0, 1])
+
+
 def test_the_interval_of_a_mean_is_that_of_student():
     values = pd.Series([0.11, 0.11, 0.08])
     mean, low, high = mean_interval(values)

@@ -152,6 +152,17 @@ def test_a_fixed_grid_has_seeds_at_its_best_lr():
     assert next_runs(fixed, {(lr, 0): math.inf for lr in fixed.lrs}) == []
 
 
+def test_seeds_at_every_lr_of_a_fixed_grid_choose_the_best_together():
+    # By the first seed 1e-4 is best, by the mean of the two that have both LRs 3e-4; a third has one LR only.
+    losses = {(1e-4, 0): 2.0, (3e-4, 0): 2.1, (1e-4, 1): 2.5, (3e-4, 1): 2.1, (1e-4, 2): 0.0}
+    fixed = Sweep(CONDITION, (1e-4, 3e-4), seeds=1, experiments=("rank",), repeated=((1e-4, 1), (1e-4, 2), (3e-4, 1)))
+    assert best_lr(fixed, losses) == 3e-4
+    # Where a seed diverged, it does not choose.
+    assert best_lr(fixed, losses | {(3e-4, 1): math.inf}) == 1e-4
+    # An LR at which the first seed diverged is not chosen, and the other seeds choose without it.
+    assert best_lr(fixed, losses | {(1e-4, 0): math.inf}) == 3e-4
+
+
 def test_seeds_beyond_those_around_are_at_the_best_lr_by_the_mean():
     # By the first seed 1e-3 is best, by the mean of three 4.64e-4; the other seeds do not move it back.
     def loss(lr, seed):
