@@ -23,6 +23,9 @@ MAX_TRUNCATED = 0.1
 COLLAPSED = 0.02
 """The entropy in nats per token below which a policy hardly samples more than one response."""
 
+MIN_GAIN = 0.05
+"""The least gain in test accuracy over the base model that counts as learning; a loss of as much may be a breakdown."""
+
 CONTROLS = {"constant_reward": "best constant answer", "rule_reward": "best cheap rule"}
 """The columns of `runs` with the accuracies of the controls, and their names."""
 
@@ -32,16 +35,18 @@ _METHOD, _SETTING = ("model", "dataset", "method"), ("rank", "placement", "lr")
 def is_sick(runs: pd.DataFrame) -> pd.Series[bool]:
     """Return which runs of RL ended sick, so that their accuracy is no peak.
 
-    A run is sick if more than MAX_TRUNCATED of its last responses are cut off, or if its entropy is below COLLAPSED and
-    its test accuracy not above both controls. A run whose accuracy is exactly that of the base, as after no reward at
-    all, is no peak and not sick. What is not known makes no run sick.
+    A run is sick if more than MAX_TRUNCATED of its last responses are cut off. So is one whose test accuracy is not
+    above both controls, if its entropy is below COLLAPSED or the base was more accurate by MIN_GAIN. A run whose
+    accuracy is exactly that of the base, as after no reward at all, is no peak and not sick. What is not known makes no
+    run sick.
 
     Args:
         runs: columns final_truncated, final_entropy, base_reward, final_reward and CONTROLS, as far as they are known.
     """
     columns = ["final_truncated", "final_entropy", "base_reward", "final_reward", *CONTROLS]
     truncated, entropy, base, final, *controls = _numbers(runs, columns)
-    collapsed = (entropy < COLLAPSED) & (final <= np.fmax.reduce(controls))
+    broken = (entropy < COLLAPSED) | (base - final >= MIN_GAIN)
+    collapsed = broken & (final <= np.fmax.reduce(controls))
     return pd.Series((final != base) & ((truncated > MAX_TRUNCATED) | collapsed), index=runs.index)
 
 

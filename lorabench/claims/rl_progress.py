@@ -18,7 +18,7 @@ from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.margin import reward_margin
 from lorabench.analysis.paired_curves import paired_curves, scan
 from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rl_health import MAX_TRUNCATED
+from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Rule, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import response_length
@@ -30,7 +30,6 @@ from lorabench.claims.rl_shared import (
     LEARNED,
     LONG_PRESETS,
     LONG_RESPONSE,
-    MIN_GAIN,
     RL_RUNS,
     curve_problems,
     each_rank,

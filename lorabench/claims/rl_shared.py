@@ -19,12 +19,9 @@ from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import TestReward, with_error_rates
-from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, beyond_controls
+from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, beyond_controls
 from lorabench.claims.conditions import beats_controls, response_length, swept
 from lorabench.claims.evidence import Evidence, judge_each
-
-MIN_GAIN = 0.05
-"""The least gain in test accuracy over the base model with which an arm counts as having learned."""
 
 RL_PRESETS = ("laptop", "core", "paper")
 """The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
@@ -43,8 +40,9 @@ RL_RUNS = (
 
 HEALTHY = (
     "Problem sets count on which FullFT and LoRA are both ahead of the best constant answer and the best cheap rule by "
-    f"{LEAD:g} in test accuracy. A run with more than {MAX_TRUNCATED:.0%} of its last responses cut off, or with an "
-    f"entropy below {COLLAPSED:g} nats per token at an accuracy not above these two, counts as diverged"
+    f"{LEAD:g} in test accuracy. A run counts as diverged with more than {MAX_TRUNCATED:.0%} of its last responses cut "
+    f"off, or, at an accuracy not above these two, with an entropy below {COLLAPSED:g} nats per token or an accuracy "
+    f"below that of the base model by {MIN_GAIN:g} or more"
 )
 """The part of a criterion that says which problem sets and runs count."""
 

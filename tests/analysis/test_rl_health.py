@@ -48,6 +48,10 @@ def test_each_method_is_compared_with_the_higher_control():
         # A policy without entropy is sick only where it does no better than the controls.
         ({"final_entropy": 0.01}, "d"),
         ({"final_entropy": None, "final_truncated": None}, ""),
+        # A run that ends below its base is sick where it does no better than the controls, and loses 5 points or more.
+        ({"base_reward": 0.55}, "d"),
+        ({"base_reward": 0.24}, ""),
+        ({"base_reward": 0.55, "rule_reward": 0.1}, ""),
         # The second run and the fourth end as they began, which no optimum does.
         ({"final_truncated": 1.0, "base_reward": [0.1, 0.7, 0.1, 0.2]}, "ac"),
     ],
