@@ -88,13 +88,10 @@ def test_the_committed_learning_rates_follow_from_the_sources(evidence):
 
 def test_the_rule_that_recommends_is_as_far_off_as_the_page_says(evidence):
     summary = compared(by_source(evidence.lr_left_out)).set_index(["task", "method", "rule"])
-    in_loss = {}
     for key in [("sft", "fullft"), ("sft", "lora"), ("rl", "fullft"), ("rl", "lora")]:
         pooled, law = summary.loc[(*key, "pooled")], summary.loc[(*key, "law")]
         assert pooled["off"] <= law["off"]
-        in_loss[key] = pooled["loss_above_best"] - law["loss_above_best"]
-    assert in_loss.pop(("sft", "fullft")) == pytest.approx(0.0045, abs=5e-4)
-    assert max(in_loss.values()) <= 0
+        assert pooled["loss_above_best"] <= law["loss_above_best"]
 
 
 def test_a_page_without_a_place_is_refused_before_anything_is_written(evidence, tmp_path):
