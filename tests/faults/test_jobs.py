@@ -118,22 +118,23 @@ def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbrok
 
 
 def test_a_repeated_signal_is_ignored_until_the_grace_period_is_over(monkeypatch):
+    # A signal by `os.kill` may be delivered after the next line.
     now, requests = 0.0, []
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with signals.stop_immediately():
         with signals.stop_after_step(lambda: requests.append(now)):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             now = 1.0
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             now = signals.GRACE - 1.0
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert signals.requested()
             assert requests == [0.0]
         # While the command ends, too.
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         # The second Ctrl-C.
         with signals.stop_after_step(), pytest.raises(signals.Stopped):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert not signals.requested()
 
 
@@ -320,7 +321,7 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkey
     with locked(path, "x", lines.append):
         assert path.exists()
         with signals.stop_after_step():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             with pytest.raises(signals.Stopped):
                 locked(path, "x", lines.append).__enter__()
     assert lines == [f"waits for process {os.getpid()} on {os.uname().nodename}, which is at work on x"]
