@@ -117,24 +117,32 @@ def test_a_job_that_gets_a_signal_saves_a_checkpoint(task, number, place, unbrok
     assert place.numbers(task) == unbroken.numbers(task)
 
 
+@pytest.fixture
+def interruptible():
+    """Give SIGINT its default handler, since a shell script starts commands in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_repeated_signal_is_ignored_until_the_grace_period_is_over(monkeypatch):
-    # A signal by `os.kill` may be delivered after the next line.
     now, requests = 0.0, []
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with signals.stop_immediately():
         with signals.stop_after_step(lambda: requests.append(now)):
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
             now = 1.0
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
             now = signals.GRACE - 1.0
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
             assert signals.requested()
             assert requests == [0.0]
         # While the command ends, too.
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
         # The second Ctrl-C.
         with signals.stop_after_step(), pytest.raises(signals.Stopped):
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
     assert not signals.requested()
 
 
@@ -321,7 +329,7 @@ def test_without_locks_of_the_file_system_the_heartbeat_decides(tmp_path, monkey
     with locked(path, "x", lines.append):
         assert path.exists()
         with signals.stop_after_step():
-            signal.raise_signal(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(signals.Stopped):
                 locked(path, "x", lines.append).__enter__()
     assert lines == [f"waits for process {os.getpid()} on {os.uname().nodename}, which is at work on x"]
