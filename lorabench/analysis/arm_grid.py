@@ -130,6 +130,20 @@ def _losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:
     both = np.array([runs.validation_loss, runs.test_loss])
     known = np.isfinite(both)
     loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
+    return over_seeds(runs, lrs, loss)
+
+
+def over_seeds(runs: ArmRuns, lrs: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Return the mean of a loss at each of some LRs, over the seeds that finished at all of them.
+
+    Args:
+        runs: the runs of one arm.
+        lrs: LRs at which a seed finished, ascending, shape (n,).
+        loss: the loss of each run; runs with NaN do not count.
+
+    Returns:
+        Means, shape (n,).
+    """
     counted = runs.done & np.isin(runs.lr, lrs)
     seeds, row = np.unique(runs.seed[counted], return_inverse=True)
     by_seed = np.full((len(seeds), len(lrs)), math.nan)

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import first_seed
+from lorabench.analysis.arm_grid import ArmRuns, over_seeds
 from lorabench.analysis.losses import with_losses
-
-_LOSSES = ("validation_loss", "test_loss")
 
 
 class LrGrid(NamedTuple):
@@ -35,21 +33,15 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
     Args:
         of_arm: the arm's runs, columns lr, seed, status, and the losses (see `with_losses`).
     """
-    first = first_seed(of_arm).sort_values("lr")
-    lrs = first["lr"].to_numpy(float)
-    of_arm = with_losses(of_arm)
-    finite = np.isfinite(of_arm[list(_LOSSES)].to_numpy(float, na_value=math.nan)).all(axis=1)
-    usable = of_arm[(of_arm["status"] == "done").to_numpy(bool) & finite].astype(dict.fromkeys(_LOSSES, float))
-    validation, test = (_over_seeds(usable, lrs, first["seed"].min(), loss) for loss in _LOSSES)
-    return LrGrid(lrs, validation, test, (first["status"] == "diverged").to_numpy(bool))
-
-
-def _over_seeds(usable: pd.DataFrame, lrs: np.ndarray, first: int, loss: str) -> np.ndarray:
-    """Return the mean loss at each of some LRs over the seeds that are complete; NaN where the first seed has none."""
-    by_seed = usable.pivot(index="seed", columns="lr", values=loss).reindex(columns=lrs)
-    known = by_seed.columns[by_seed.reindex([first]).notna().to_numpy()[0]]
-    means: np.ndarray = by_seed[known].dropna().mean().reindex(lrs).to_numpy(float)
-    return means
+    runs = ArmRuns.of(with_losses(of_arm))
+    first = runs.seed == runs.seed.min()
+    lrs = np.unique(runs.lr[first])
+    usable = np.isin(lrs, runs.lr[first & runs.done & np.isfinite(runs.validation_loss)])
+    validation, test = np.full(len(lrs), math.nan), np.full(len(lrs), math.nan)
+    if usable.any():
+        validation[usable] = over_seeds(runs, lrs[usable], runs.validation_loss)
+        test[usable] = over_seeds(runs, lrs[usable], runs.test_loss)
+    return LrGrid(lrs, validation, test, np.isin(lrs, runs.lr[first & runs.diverged]))
 
 
 def best_index(grid: LrGrid) -> int | None:

@@ -1,8 +1,7 @@
 """Which runs a sweep trains next, given the validation losses so far. No torch is imported.
 
 A sweep is trained in waves; the runs of a wave are known when it starts. The first wave is the grid. In a sweep of
-fixed LRs, the second and last one is the other seeds at the best LR, see `best_lr`. A sweep with
-`lrs: auto` walks:
+fixed LRs, the second one is the other seeds at the best LR, see `best_lr`. A sweep with `lrs: auto` walks:
 
 1. Until the lowest loss has a higher one on both sides, no more than a step of the lattice away, the lattice's next LR
    is trained on each side that lacks one. A run that diverged counts as higher, and a finer LR is tried before it.
