@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,26 @@ MARGINS = {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6}
 # The same few examples each time: a busy machine breaks no deadline, and a failure comes again.
 settings.register_profile("lorabench", max_examples=30, deadline=None, derandomize=True)
 settings.load_profile("lorabench")
+
+
+FAST_SECONDS = 5.0
+"""The longest time of a fast test in CI. Elsewhere nothing fails for it, since a machine may be slow or busy."""
+
+_NOT_FAST = ("slow", "long", "gpu", "slurm")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Let a fast test that takes long fail in CI."""
+    report = yield
+    fast = not any(item.get_closest_marker(mark) for mark in _NOT_FAST)
+    if "CI" in os.environ and fast and report.when == "call" and report.passed and call.duration > FAST_SECONDS:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} took {call.duration:.1f} s, and a fast test takes at most {FAST_SECONDS:g} s: "
+            "make it faster, or mark it slow"
+        )
+    return report
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ import torch
 from benchmarks.speed.models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
 from benchmarks.speed.table import Row, say
 from lorabench.data.tokens import TokenizedSplit
+from lorabench.doctor.steps import SQUARE, matmul_peak
+from lorabench.models import bf16_products
 from lorabench.models.lanes.full import stack_full
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import Stack, single_lane
@@ -32,8 +34,6 @@ ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}
 """`execution.max_batch_tokens` of presets, by device type."""
 WARM_UP = 1
-SQUARE = {"cpu": 2048, "cuda": 8192}
-"""Number of rows and columns of the matrices that measure a device's peak."""
 
 CPU = torch.device("cpu")
 Method = Literal["peft", "lora", "fullft"]
@@ -172,19 +172,6 @@ def median_seconds(
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def peak(precision: Precision, device: torch.device = CPU, repeats: int = 15) -> float:
-    """Return the FLOP/s of the product of two large square matrices, the best of several."""
-    side = SQUARE[device.type]
-    left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
-    best = math.inf
-    for _ in range(WARM_UP + repeats):
-        started = time.perf_counter()
-        left @ right
-        done(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
-
-
 def measure(
     settings: list[Setting],
     threads: int,
@@ -197,13 +184,13 @@ def measure(
     if device.type == "cpu":
         # Training processes do this too; PEFT's steps share the process and also gain by it.
         keep_freed_memory()
-    peaks: dict[str, float] = {precision: peak(precision, device) for precision in DTYPES}  # type: ignore[arg-type]
+        bf16_products.choose_faster()
+    peaks: dict[str, float] = {precision: matmul_peak(dtype, device) for precision, dtype in DTYPES.items()}
     for precision, speed in peaks.items():
         say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
         side = SQUARE[device.type]
-        yield Row(
-            "peak", f"matmul of {side}, {precision}", "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9
-        )
+        case = f"matmul of up to {side}, {precision}"
+        yield Row("peak", case, "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9)
     for setting in settings:
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,11 @@ from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, plan_and_layout
 from lorabench.config.schema import json_schema
 from lorabench.errors import UserError
+
+if TYPE_CHECKING:
+    # Imported when a command runs, since the help needs neither.
+    from lorabench.planning.plan import Plan
+    from lorabench.storage.layout import Layout
 
 app = typer.Typer()
 _PANEL = "Commands"
@@ -58,12 +64,9 @@ def plan(
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
-        from lorabench.doctor.record import record_for, with_measured_speed
         from lorabench.planning import bill
         from lorabench.planning.budget import with_budget
-        from lorabench.planning.calibration import calibrated
         from lorabench.planning.plan import make_plan
-        from lorabench.tables.measured_speed import measure
 
         planned, layout = plan_and_layout(preset if budget is None else with_budget(preset, budget))
         if out is not None and decide:
@@ -77,19 +80,9 @@ def plan(
 
         if gpu is not None:
             planned = make_plan(bill.on_gpu(planned.preset, gpu))
-        speed = measure(planned, measured or [])
-        examined, chosen = record_for(planned.preset.execution), planned.preset
-        if examined is not None:
-            chosen = with_measured_speed(chosen, examined)
-        if speed is not None:
-            # Finished runs say more about a preset than the few steps of the doctor.
-            chosen = calibrated(chosen, speed)
-        if chosen != planned.preset:
-            planned = make_plan(chosen)
+        planned, notes = _at_measured_speed(planned, layout, measured or [])
         cores = os.cpu_count() or 1
-        own = planned.preset.execution.sampler == "own"
-        taken = examined.sentence(with_speed=speed is None, with_drawing=own) if examined else None
-        notes = [*([taken] if taken else []), *([speed.sentence] if speed else []), *layout.dropped]
+        notes += layout.dropped
         if decide:
             from lorabench.claims.decide import undecided
             from lorabench.cli.show_decisions import decisions, decisions_json, decisions_table
@@ -100,6 +93,40 @@ def plan(
             print(plan_json(planned, cores, price, notes))
         else:
             plan_table(planned, cores, price, notes)
+
+
+def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[Plan, list[str]]:
+    """Return a plan with the speeds that were measured, and sentences that say where they come from.
+
+    Finished runs say most about a preset, then what `lorabench doctor` measured. On a CPU whose speed in bf16 is not
+    known yet, it is measured now, since it differs by a factor of 100 between processors.
+    """
+    from lorabench.doctor.record import read_speed, record_for, with_measured_speed
+    from lorabench.planning.calibration import with_gflops
+    from lorabench.planning.plan import make_plan
+    from lorabench.tables.measured_speed import measure
+
+    preset, notes = planned.preset, []
+    execution, runs = preset.execution, measure(planned, folders)
+    if execution.gpu is not None:
+        examined, own = record_for(execution), execution.sampler == "own"
+        if examined is not None:
+            preset = with_measured_speed(preset, examined)
+            taken = examined.sentence(with_speed=runs is None, with_drawing=own)
+            notes += [taken] if taken else []
+    elif runs is None:
+        steps = read_speed(layout.speed, execution.threads)
+        if steps is None and preset.protocol.precision == "bf16":
+            from lorabench.doctor.slice_speed import measure_speed
+
+            steps = measure_speed(planned, layout)
+        if steps is not None:
+            preset = with_gflops(preset, steps.gflops)
+            notes.append(steps.sentence)
+    if runs is not None:
+        preset = with_gflops(preset, runs.gflops)
+        notes.append(runs.sentence)
+    return planned if preset == planned.preset else make_plan(preset), notes
 
 
 @app.command(rich_help_panel=_PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -94,6 +94,42 @@ class Record(Strict):
         return f"measured by lorabench doctor on {self.device} on {self.date[:10]}: {', '.join(taken)}{failed}"
 
 
+class Speed(Strict):
+    """The speed of a preset's training steps on a machine's CPU, in `results/PRESET/speed.json`."""
+
+    date: str
+    """When it was measured, in UTC."""
+    device: str
+    """The name of the processor."""
+    threads: Annotated[int, Field(ge=1)]
+    bf16_products: Literal["native", "fp32"] | None
+    """How matrices were multiplied in bf16; null in fp32."""
+    gflops: PositiveFloat
+    """Useful GFLOP/s of a training step by the plan's formula."""
+
+    @property
+    def sentence(self) -> str:
+        """The speed in words, for `lorabench plan`."""
+        ways = {"native": "", "fp32": "; bf16 products are computed in fp32 and rounded, since this is faster here"}
+        way = "" if self.bf16_products is None else ways[self.bf16_products]
+        return (
+            f"measured in a few training steps on {self.device} on {self.date[:10]}: {number(self.gflops)} GFLOP/s"
+            f" with {self.threads} thread{'s' if self.threads > 1 else ''}{way}"
+        )
+
+
+def read_speed(path: Path, threads: int) -> Speed | None:
+    """Return the kept speed; None if none is kept, or one of another processor or number of threads, or a damaged one.
+
+    It takes a second to measure again.
+    """
+    try:
+        speed = Speed.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return speed if (speed.device, speed.threads) == (processor(), threads) else None
+
+
 def record_path(device: str) -> Path:
     """Return the file of a device's record."""
     return FOLDER / f"{re.sub(r'[^A-Za-z0-9.]+', '-', device).strip('-')}.json"
@@ -139,7 +175,8 @@ def record_for(execution: Execution) -> Record | None:
 
 
 def with_measured_speed(preset: Preset, record: Record) -> Preset:
-    """Return a preset with the speeds that a record knows in place of assumed ones; that of vLLM it does not know."""
+    """Return a GPU's preset with the speeds that a record knows in place of assumed ones; that of vLLM it does not
+    know."""
     own = preset.execution.sampler == "own"
     speeds = {"gflops": record.gflops, "layer_seconds": record.layer_seconds if own else None}
     update = {name: value for name, value in speeds.items() if value is not None}

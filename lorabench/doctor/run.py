@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from lorabench.doctor import drawing, machine, parity, short_sweep, steps
+from lorabench.doctor import drawing, machine, parity, short_sweep, slice_speed, steps
 from lorabench.doctor.bench import Bench, Step
 from lorabench.doctor.record import FOLDER, Check, Record
 from lorabench.doctor.subject import Subject, drawing_subject, on_this_device, training_subjects
 from lorabench.doctor.verdict import skipped
 from lorabench.errors import UserError
+from lorabench.models import bf16_products
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, job_resources
 from lorabench.runs import Job
@@ -67,6 +68,9 @@ def examine(plan: Plan, layout: Layout, processes: int, say: Say) -> Record:
     began, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     computing = machine_of(plan)
     on_gpu = computing.device.type == "cuda"
+    if not on_gpu:
+        # Parity is checked in bf16 too, whatever the preset's precision.
+        bf16_products.choose_faster()
     state = machine_state(computing.device)
     checks = _Checks(say)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -76,6 +80,8 @@ def examine(plan: Plan, layout: Layout, processes: int, say: Say) -> Record:
         _check_machine(checks, bench, layout, state["device"])
         _check_parity(checks, bench)
         gflops = _check_steps(checks, bench)
+        if plan.preset.execution.gpu is None:
+            checks.make("speed of training", slice_speed.check_speed, plan, layout)
         layer_seconds = _check_drawing(checks, bench)
         _check_sweep(checks, bench)
     return Record(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -24,8 +23,12 @@ from lorabench.utils.gpus import GB, GPUS
 
 _WARM_UP, _REPEATS = 2, 5
 SQUARE = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the matrices whose product measures a device's peak."""
-_TRIES = 10
+"""Most rows and columns of the matrices whose product measures a device's peak."""
+_SMALLEST_SQUARE = 128
+PEAK_SECONDS = 1.0
+"""Seconds for which matrices are multiplied to measure a peak."""
+# Larger matrices are multiplied next only if a product took less than this share of the time.
+_SHARE_OF_SECONDS = 0.06
 
 
 @dataclass(frozen=True)
@@ -119,21 +122,27 @@ def check_matmul(bench: Bench, flops_per_second: float) -> Check:
     """Report the speed of a large matrix product beside that of the GPU's data sheet."""
     gpu, side = bench.preset.execution.gpu, SQUARE[bench.device.type]
     stated = GPUS[gpu].peak_flops / 1e9 if gpu is not None and bench.autocast is not None else None
-    sentence = f"the product of two matrices of {side} rows and columns in {bench.preset.protocol.precision}"
+    precision = bench.preset.protocol.precision
+    way = " computed in fp32 and rounded" if bench.machine.bf16_products == "fp32" else ""
+    sentence = f"the product of two matrices of up to {side} rows and columns in {precision}{way}"
     return measured("matrix product", flops_per_second / 1e9, "GFLOP/s", sentence, stated)
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the FLOP/s of the product of two large square matrices, the best of several."""
-    side = SQUARE[device.type]
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(_TRIES):
+    """Return the highest FLOP/s of the product of two square matrices, in about PEAK_SECONDS whatever the speed."""
+    side, best, end = _SMALLEST_SQUARE, 0.0, time.perf_counter() + PEAK_SECONDS
+    seconds = 0.0
+    while time.perf_counter() < end:
+        if seconds < _SHARE_OF_SECONDS * PEAK_SECONDS and side < SQUARE[device.type] and best:
+            side *= 2
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        _wait(device)
         started = time.perf_counter()
         left @ right
         _wait(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+        seconds = time.perf_counter() - started
+        best = max(best, 2 * side**3 / seconds)
+    return best
 
 
 def check_checkpoint(bench: Bench, subject: Subject, requested: float | None) -> Check:

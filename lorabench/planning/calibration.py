@@ -104,9 +104,9 @@ def planned_runs(plans: Sequence[Plan]) -> dict[str, tuple[Preset, Sweep]]:
     }
 
 
-def calibrated(preset: Preset, measured: Calibration) -> Preset:
-    """Return the preset with the measured speed."""
-    execution = preset.execution.model_copy(update={"gflops": measured.gflops})
+def with_gflops(preset: Preset, gflops: float) -> Preset:
+    """Return the preset with a measured speed, in useful GFLOP/s of a job on a CPU or of one GPU."""
+    execution = preset.execution.model_copy(update={"gflops": gflops})
     return preset.model_copy(update={"execution": execution})
 
 

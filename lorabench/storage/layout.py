@@ -68,6 +68,11 @@ class Layout:
         return Path("paper_figures") / "partial" / self.name
 
     @property
+    def speed(self) -> Path:
+        """The file of the speed of the preset's training steps on this machine's CPU."""
+        return self.root / "speed.json"
+
+    @property
     def runs(self) -> Path:
         """The folder of the runs' folders."""
         return self.root / "runs"

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lorabench.config.experiments import Protocol
+from lorabench.models.bf16_products import Products
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
 from lorabench.tables.schemas import CurvePoint, ExampleLoss
@@ -29,6 +30,8 @@ class Machine:
     max_cache_tokens: int = 65_536
     packing: bool = False
     processes: Processes = SINGLE_PROCESS
+    bf16_products: Products | None = None
+    """How a CPU multiplies matrices in bf16; None on a GPU and in fp32."""
 
     def autocast(self, protocol: Protocol) -> torch.dtype | None:
         """Return the autocast type of the protocol's precision, None for fp32."""

@@ -22,6 +22,7 @@ from lorabench.config.execution import Execution
 from lorabench.errors import UserError
 from lorabench.estimates.lane_count import deal, lane_count
 from lorabench.estimates.memory import decided
+from lorabench.models import bf16_products
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lanes.full import lane_state
 from lorabench.models.lanes.lora import stack_lora
@@ -57,9 +58,12 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
     """Return the machine of this process: a GPU if there is one, else the CPU with the preset's number of threads."""
     execution = plan.preset.execution
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if processes.count == 1 else processes.device
+    products: bf16_products.Products | None = None
     if device.type == "cpu":
         torch.set_num_threads(max(1, execution.threads // processes.count))
         keep_freed_memory()
+        if plan.preset.protocol.precision == "bf16":
+            products = bf16_products.choose_faster()
     else:
         _warn_of_other_gpu(execution, device, processes)
         fix_workspaces()
@@ -73,6 +77,7 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         max_cache_tokens=execution.max_cache_tokens,
         packing=execution.packing,
         processes=processes,
+        bf16_products=products,
     )
 
 
@@ -318,6 +323,7 @@ def provenance(context: SweepContext) -> dict[str, Any]:
         **machine_state(context.machine.device),
         "processes": processes.count,
         "sharding": processes.sharding if processes.count > 1 else None,
+        "bf16_products": context.machine.bf16_products,
         **code_state(context.layout.patches),
         "model_sha256": weights_sha256(context.layout.model(condition.model)),
         "hub_commits": context.layout.commits(condition),

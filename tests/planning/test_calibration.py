@@ -9,7 +9,7 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.estimates.memory import sweep_memory
 from lorabench.estimates.seconds import run_seconds
-from lorabench.planning.calibration import calibrate, calibrated, planned_runs
+from lorabench.planning.calibration import calibrate, planned_runs, with_gflops
 from lorabench.planning.plan import make_plan
 from lorabench.tables.measured_speed import measure
 
@@ -38,7 +38,7 @@ def test_calibration_finds_the_speed_and_no_error_where_there_is_none(smoke):
     assert calibration.gflops == pytest.approx(12.5)
     assert (calibration.time.median, calibration.time.worst) == (pytest.approx(1), pytest.approx(1))
     assert calibration.memory.worst < 2.5
-    assert calibrated(smoke.preset, calibration).execution.gflops == calibration.gflops
+    assert with_gflops(smoke.preset, calibration.gflops).execution.gflops == calibration.gflops
 
 
 def test_calibration_tells_how_far_off_it_is(smoke):

@@ -1,0 +1,182 @@
+"""Products in fp32 that are rounded to bf16 equal those of the processor, and no product of a model is left out."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorabench.models import bf16_products
+from lorabench.models.lanes.full import stack_full
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lora import add_adapter, add_lora
+
+from ..conftest import REPOSITORY
+from ..training.lanes import DENSE, base_of
+
+ROUNDING = 2.0**-8
+"""The largest relative error of a number that is rounded to bf16."""
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def with_buffer(product, *shape):
+    """Return a function that computes into a tensor of its own, which has numbers in it already."""
+
+    def compute():
+        buffer = draw(*shape, seed=9)
+        assert product(buffer) is buffer
+        return buffer
+
+    return compute
+
+
+# More sums than PyTorch adds in one go, and rows that are no multiple of a register.
+X, W, BIAS = draw(37, 600), draw(70, 600, seed=1), draw(70, seed=2)
+XS, WS = X.view(1, 37, 600).repeat(2, 1, 1), torch.stack([W, -W])
+PRODUCTS = {
+    "mm": lambda: X @ W.t(),
+    "mm of a slice": lambda: X[:, ::2] @ W[:, ::2].t(),
+    "mm.out": with_buffer(lambda out: torch.mm(X, W.t(), out=out), 37, 70),
+    "addmm": lambda: torch.addmm(BIAS, X, W.t()),
+    "addmm.out": with_buffer(lambda out: torch.addmm(BIAS, X, W.t(), out=out), 37, 70),
+    "addmm_": with_buffer(lambda to: to.addmm_(X, W.t(), beta=0.5, alpha=2), 37, 70),
+    "bmm": lambda: torch.bmm(XS, WS.mT),
+    "bmm.out": with_buffer(lambda out: torch.bmm(XS, WS.mT, out=out), 2, 37, 70),
+    "baddbmm": lambda: torch.baddbmm(BIAS, XS, WS.mT, alpha=0.3),
+    "baddbmm.out": with_buffer(lambda out: torch.baddbmm(BIAS, XS, WS.mT, out=out), 2, 37, 70),
+    "baddbmm_": with_buffer(lambda to: to.baddbmm_(XS, WS.mT), 2, 37, 70),
+    "linear": lambda: functional.linear(XS, W, BIAS),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_is_the_processors_up_to_one_rounding(product):
+    results = []
+    for way in ("native", "fp32"):
+        with bf16_products.using(way):
+            results.append(product())
+            assert bf16_products.current() == way
+    native, rounded = results
+    assert rounded.dtype == native.dtype == torch.bfloat16
+    assert rounded.stride() == native.stride()
+    # Where the sums lie beside the middle between two numbers, their order decides which one they are rounded to.
+    torch.testing.assert_close(rounded, native, rtol=2 * ROUNDING, atol=1e-4)
+    assert (rounded != native).float().mean() < 0.02
+
+
+def test_a_product_is_the_exact_one_rounded_once():
+    exact = X.double() @ W.double().t()
+    with bf16_products.using("fp32"):
+        torch.testing.assert_close((X @ W.t()).double(), exact, rtol=1.001 * ROUNDING, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [3, 40, 600])
+def test_attention_is_as_exact_as_the_processors(length):
+    def output_and_gradients(dtype):
+        inputs = [draw(2, 4, length, 16, seed=seed).to(dtype).requires_grad_() for seed in range(3)]
+        output = functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        upstream = draw(2, 4, length, 16, seed=5).to(dtype)
+        return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+    exact = output_and_gradients(torch.float64)
+    with bf16_products.using("native"):
+        native = output_and_gradients(torch.bfloat16)
+    with bf16_products.using("fp32"):
+        rounded = output_and_gradients(torch.bfloat16)
+    for own, other, truth in zip(rounded, native, exact, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert (own.double() - truth).norm() <= 1.05 * (other.double() - truth).norm()
+
+
+def test_other_types_are_not_touched():
+    x, w = X.float(), W.float()
+    native = x @ w.t()
+    with bf16_products.using("fp32"):
+        assert torch.equal(x @ w.t(), native)
+
+
+class _Products(TorchDispatchMode):
+    """Notes the operators that multiply matrices in bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        name = func.name().removeprefix("aten::")
+        product = re.search(r"mm|mv|dot|linear|matmul|attention|conv|einsum", name)
+        if product and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            self.seen.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def loss_of(stack, counts, length):
+    ids = torch.randint(1024, (sum(counts), length), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), stack.rows.are(counts):
+        logits = stack.model(input_ids=ids, use_cache=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+
+
+@pytest.mark.parametrize(
+    ("base", "method"), [*((base, method) for base in DENSE for method in ("lora", "fullft")), ("moe-128", "lora")]
+)
+def test_no_product_of_a_model_is_left_out(base, method):
+    model, names = base_of(base), ["first"] if base == "moe-128" else ["first", "second"]
+    if method == "fullft":
+        stack = stack_full(model, names)
+    else:
+        adapted = add_lora(model, 4, "all", 32.0, True, seed=0, adapter=names[0])
+        for name in names[1:]:
+            add_adapter(adapted, name, seed=1)
+        stack = stack_lora(adapted, names)
+    counts = [2, 1][: len(names)]
+    losses = {}
+    for way in ("native", "fp32"):
+        with bf16_products.using(way), _Products() as products:
+            # Attention of long rows is PyTorch's, of short ones this project's.
+            for length in (20, 520):
+                loss = loss_of(stack, counts, length)
+                loss.backward()
+                losses[way, length] = loss.item()
+        assert products.seen <= set(bf16_products.KERNELS)
+        assert products.seen & {"mm", "bmm"}
+    for length in (20, 520):
+        assert losses["fp32", length] == pytest.approx(losses["native", length], rel=2e-3)
+
+
+AS_A_PROCESSOR_WITHOUT_BF16 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Settings of PyTorch and oneDNN that hold them to the instructions of older processors."""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the settings are of x86 processors")
+def test_a_processor_without_instructions_for_bf16_multiplies_in_fp32():
+    script = (
+        "import time, torch; from lorabench.models import bf16_products as products\n"
+        "torch.set_num_threads(1)\n"
+        "print(products.choose_faster(), products.choose_faster(), end=' ')\n"
+        "x = torch.ones(512, 512, dtype=torch.bfloat16)\n"
+        "seconds = []\n"
+        "for way in ('native', 'fp32'):\n"
+        "    products.use(way); x @ x\n"
+        "    started = time.perf_counter(); x @ x; seconds.append(time.perf_counter() - started)\n"
+        "print(seconds[0] / seconds[1])"
+    )
+    environment = os.environ | AS_A_PROCESSOR_WITHOUT_BF16
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    first, second, ratio = done.stdout.split()
+    assert (first, second) == ("fp32", "fp32")
+    assert not done.stderr
+    # The settings really turn off the fast products.
+    assert float(ratio) > 5
