@@ -3,7 +3,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PRESET ?= laptop
 
-.PHONY: help setup test slow lint format smoke laptop docs bench publish
+.PHONY: help setup test plain slow lint format smoke laptop docs bench publish
 
 help:  ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -14,6 +14,9 @@ setup:  ## Make the virtual environment with everything for development.
 
 test:  ## Run the fast tests, at most 5 minutes on 2 cores.
 	pytest
+
+plain:  ## Run the fast tests with PyTorch held to the instructions of a processor without AVX-512, AMX and bf16.
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 pytest
 
 slow:  ## Run the end-to-end, process and signal tests that CI runs too.
 	pytest -m 'slow and not long and not slurm and not gpu'

@@ -34,6 +34,7 @@ CODE = (
     "lorabench/data/tokens.py",
     "lorabench/models/attention.py",
     "lorabench/models/attention_blocks.py",
+    "lorabench/models/bf16_products.py",
     "lorabench/models/lanes/full.py",
     "lorabench/models/lanes/shelf.py",
     "lorabench/models/last_layer.py",

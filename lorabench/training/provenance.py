@@ -51,13 +51,15 @@ def code_state(patches: Path) -> dict[str, str | None]:
 
 
 def machine_state(device: torch.device) -> dict[str, Any]:
-    """Return the device, the visible GPUs, the number of threads, the host and the package versions."""
+    """Return the device, the visible GPUs, the CPU's instructions and threads, the host and the package versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name,
         "device_type": device.type,
         # The GPUs of the node that a scheduler assigned to this process.
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        # The instructions of the processor that PyTorch uses, such as AVX2 or AVX512.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
         "python": platform.python_version(),

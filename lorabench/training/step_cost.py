@@ -35,6 +35,7 @@ from lorabench.config.models import ModelSpec
 from lorabench.config.placement import Placement
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
+from lorabench.models import bf16_products
 from lorabench.models.base import load_model
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import single_lane
@@ -127,6 +128,8 @@ def measure_compute(
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
+        if protocol.precision == "bf16":
+            bf16_products.choose_faster()
     base = load_model(spec).to(device)
     check_plain_head(base)
     longest = base.config.max_position_embeddings

@@ -184,6 +184,7 @@ def test_an_installation_without_a_record_of_sources_is_refused(site):
         dataset_id(SPEC)
 
 
+@pytest.mark.slow
 def test_the_real_packages_hold_enough_for_the_overnight_preset(tmp_path):
     spec = DocstringsDataset(kind="docstrings", train=4000, validation=96, test=256)
     build_dataset(spec, tmp_path / "made.parquet")

@@ -40,10 +40,12 @@ def test_memory_is_what_a_step_takes(name, precision, batch, length):
 def test_memory_with_checkpoints_is_what_a_step_takes():
     import torch
 
+    from lorabench.models import bf16_products
     from lorabench.models.base import load_model
     from lorabench.models.transformers_names import recompute_activations
     from lorabench.training.step_cost import _Arm
 
+    bf16_products.choose_faster()
     spec, protocol = TinyModel(kind="tiny"), Protocol(precision="bf16")
     preset = load_preset("laptop").model_copy(update={"protocol": protocol})
     model = load_model(spec)

@@ -79,6 +79,7 @@ def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, 
         np.testing.assert_allclose(written[column].astype(float), drawn, rtol=1e-12, err_msg=column)
 
 
+@pytest.mark.slow
 def test_somebody_elses_runs_without_curves_and_with_few_columns(tmp_path: Path):
     kept = ["run_id", "model", "dataset", "method", "rank", "placement", "lr", "batch_size", "seed", "status"]
     rows = [row for rank in (None, 1, 16) for row in make_sweep(rank)]

@@ -62,7 +62,7 @@ def test_a_budget_too_small_for_anything_is_an_error():
         reduce_to_budget(load_preset("core"), 0.1)
 
 
-@pytest.mark.parametrize("name", ["core", "laptop"])
+@pytest.mark.parametrize("name", [pytest.param("core", marks=pytest.mark.slow), "laptop"])
 def test_a_larger_budget_keeps_what_a_smaller_one_keeps(name):
     preset = load_preset(name)
     total = hours(preset)

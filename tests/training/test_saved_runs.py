@@ -65,6 +65,7 @@ def saved(ready):
     return plan, layout
 
 
+@pytest.mark.slow
 def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, monkeypatch):
     whole, _ = trained(*ready("whole", {"lanes": 1}, lora=LRS), "lora")
     plan, layout = ready("part", {"lanes": 1}, lora=LRS)

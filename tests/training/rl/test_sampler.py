@@ -197,7 +197,7 @@ def positions_of(model, counts):
     return model.register_forward_pre_hook(lambda *given, **named: counts.append(1), with_kwargs=True)
 
 
-@pytest.mark.parametrize("cache", [30, 700, 2500, 100_000])
+@pytest.mark.parametrize("cache", [*(pytest.param(few, marks=pytest.mark.slow) for few in (30, 700)), 2500, 100_000])
 def test_refilled_rows_give_the_same_responses(cache, base, tokenizer, prompts):
     """Lanes, prompts of several lengths, greedy and drawn, ended by a token, by a text or by the limit."""
     model = add_lora(base, 4, "all", 32.0, True, seed=0, adapter="one")
