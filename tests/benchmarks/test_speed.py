@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 import yaml
 
 from benchmarks.speed import models, rl, steps, sweep, table
-from benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, measure
+from benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, main, measure
 from benchmarks.speed.table import Row
 from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
@@ -146,18 +145,12 @@ def test_a_model_that_is_not_here_is_told(tmp_path, monkeypatch):
         models.preset_entry(models.SMOLLM2)
 
 
-def test_a_gpu_that_is_not_there_is_told():
-    command = [sys.executable, "-m", "benchmarks.speed", "--gpu", "A10"]
-    said = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert said.returncode == 2
-    assert "finds no GPU on this machine" in said.stderr
+def test_a_gpu_that_is_not_there_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed", "--gpu", "A10"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "finds no GPU on this machine" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_here_is_left_out(tmp_path, monkeypatch):
