@@ -45,5 +45,5 @@ def without_run_noise(
     root, whitened = vectors * scales, vectors / scales
     shares, axes = np.linalg.eigh(whitened.T @ unscaled @ whitened * variance)
     shrink = (axes * np.sqrt(np.clip(1 - shares, 0.0, 1.0))) @ axes.T
-    shrunk: np.ndarray = draws @ whitened @ shrink @ root.T
+    shrunk: np.ndarray = draws @ (whitened @ shrink @ root.T)
     return shrunk

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.arm_grid import TIE
 from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.early import metric_points
@@ -115,7 +116,7 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
         both = (errors[lr] - best).dropna()
         variance = 1 / errors[lr].count() + 1 / best.count()
         close = 2 * comparison.fit.sigma * math.sqrt(variance)
-        exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=1e-9)))
+        exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=TIE)))
         within_noise.append(exact[-1] or bool(abs(errors[lr].mean() - best.mean()) <= close))
     for alike, least in ((exact, 2), (within_noise, 3)):
         run = _run_around(alike, grid.centre)
@@ -222,7 +223,7 @@ def _good_range(
 
 def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:
     """Return which accuracies (..., LRs) are good, given the index of the LR of the peak."""
-    return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1])
+    return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1] - TIE)
 
 
 def _seed_noise(comparison: Comparison, by_lr: Any, name: str) -> np.ndarray:
