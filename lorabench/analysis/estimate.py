@@ -34,7 +34,6 @@ POWER = 0.8
 """The probability with which the smallest effect that is told would have been seen."""
 
 
-
 def _ranks(share: float) -> tuple[int, int]:
     """Return the ranks of the two draws between which a quantile lies."""
     place = share * (N_DRAWS - 1)

@@ -95,6 +95,7 @@ def judge_claims(
                 "figure": claim.figure,
                 "criterion": claim.criterion,
                 "verdict": judged.verdict,
+                "borderline": judged.borderline,
                 "margin_low": judged.margin_low,
                 "margin_high": judged.margin_high,
                 "margin_rule": judged.margin_rule or None,
@@ -191,7 +192,11 @@ def _judge(claim: Claim, evidence: Evidence, absent: list[str]) -> tuple[Finding
         return judged, None
     missing = "; ".join(unmet)
     return replace(
-        judged, verdict="setting not met", reason=f"it needs {missing}; measured here: {judged.reason}"
+        judged,
+        verdict="setting not met",
+        reason=f"it needs {missing}; measured here: {judged.reason}",
+        favoured=None,
+        hindered=None,
     ), missing
 
 
