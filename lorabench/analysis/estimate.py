@@ -5,8 +5,8 @@ the examples of the test split, which only more examples make smaller. Each part
 several estimates has an interval too, and estimates from one fit keep their correlation.
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
-evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data,
-and their own error is at most 1% of the interval's width.
+evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data.
+Their own error is about 0.3% of the interval's width, or 1% where the distribution has a heavy tail.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def _even_points(dimensions: int) -> np.ndarray:
     """Return points that fill the unit cube evenly, (N_DRAWS, dimensions); so does each part of their order."""
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
-    points = Sobol(dimensions + 1, rng=0).random(N_DRAWS)
+    # Half of a step keeps the points, which are whole steps, off 0.
+    points = Sobol(dimensions + 1, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
     return np.asarray(points[np.argsort(points[:, 0], kind="stable"), 1:])
 
 
@@ -241,6 +242,7 @@ def shuffled(draws: np.ndarray, name: str) -> np.ndarray:
 
 
 _ORDERS = 64
+"""The number of random orders; turned by any number of places, they are 4 million."""
 
 
 @lru_cache(maxsize=_ORDERS)

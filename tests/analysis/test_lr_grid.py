@@ -20,7 +20,7 @@ def test_a_vertex_lies_between_its_neighbours(left, right, rise_left, rise_right
 
 def test_rounding_does_not_choose_between_equal_losses():
     """The mean accuracy of three seeds depends on the order in which they are summed."""
-    equal = np.array([0.3, 0.1 + 0.2 + 0.7, 0.7 + 0.2 + 0.1, 0.1 + 0.7 + 0.2]) - 0.9
+    equal = np.array([1.0, 0.1 + 0.2 + 0.7, 0.7 + 0.2 + 0.1, 0.1 + 0.7 + 0.2])
     for order in ([0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 2, 1]):
-        assert first_lowest(np.abs(equal[order]) + [1.0, 0.0, 0.0, 0.0]) == 1
+        assert first_lowest(equal[order] + np.array([1.0, 0.0, 0.0, 0.0])) == 1
     assert first_lowest(np.array([np.nan, 0.3, 0.2, np.nan, 0.1])) == 4
