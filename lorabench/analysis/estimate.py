@@ -6,7 +6,7 @@ several estimates has an interval too, and estimates from one fit keep their cor
 
 The same draws are used every time: they are quantiles of the error's distribution, at points that fill the unit cube
 evenly and lie in an order that belongs to the name of the error. So the ends of an interval are continuous in the data.
-Their own error is about 0.3% of the interval's width, or 1% where the distribution has a heavy tail.
+Their own standard error is about 0.3% of the interval's width, and 1% where the distribution has a heavy tail.
 """
 
 from __future__ import annotations
