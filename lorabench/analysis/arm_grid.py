@@ -14,6 +14,9 @@ from lorabench.analysis.least_squares import FitRows
 MAX_STEP = 3.5
 """The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
 
+TIE = 1e-5
+"""The difference, in nats per token or as a share of problems, up to which two losses are equal."""
+
 
 @dataclass(frozen=True)
 class ArmGrid:
@@ -105,7 +108,7 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
         return None
     lrs = np.unique(runs.lr[usable])
     losses = _losses(runs, lrs)
-    centre = int(losses.argmin())
+    centre = first_lowest(losses)
     diverged = np.sort(runs.lr[first & runs.diverged])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
@@ -122,6 +125,15 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
         coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
     return ArmGrid(label, lrs, centre, window, edge, coarse, diverged)
+
+
+def first_lowest(losses: np.ndarray) -> int:
+    """Return the index of the lowest loss, the first of equals; NaN does not count, and one loss must be known.
+
+    Accuracies are counts of problems, so those at two LRs are often equal. Rounding in their mean over seeds must not
+    choose between them.
+    """
+    return int(np.flatnonzero(losses <= np.nanmin(losses) + TIE)[0])
 
 
 def _losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:

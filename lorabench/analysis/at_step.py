@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
+from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
 
 _POINT = ["run_id", "step", "split", "metric", "value"]
 
@@ -78,11 +78,10 @@ def coupled(
     if not (of_short.known and of_full.known):
         return of_short, of_full
     correlation = _correlation(short, full)
-    random = generator(f"coupled {name}")
     order = np.argsort(of_short.seed_part, kind="stable")
     scores = np.empty(N_DRAWS)
     scores[order] = ndtri((np.arange(N_DRAWS) + 0.5) / N_DRAWS)
-    scores = correlation * scores + math.sqrt(1 - correlation**2) * random.standard_normal(N_DRAWS)
+    scores = correlation * scores + math.sqrt(1 - correlation**2) * normal(f"coupled {name}")
     reordered = np.empty(N_DRAWS)
     reordered[np.argsort(scores, kind="stable")] = np.sort(of_full.seed_part)
     return of_short, replace(of_full, seed_part=reordered)

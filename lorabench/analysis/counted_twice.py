@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 _NEGLIGIBLE = 1e-12
-"""The share of the largest variance below which a direction has none."""
+"""The least share of the largest variance that a direction is taken to have, so that it can be divided by."""
 
 
 def without_run_noise(
@@ -39,12 +39,11 @@ def without_run_noise(
     unscaled = hat @ covariance @ hat.T
     total = of_examples @ of_examples.T / (n - 1)
     values, vectors = np.linalg.eigh(total)
-    kept = values > _NEGLIGIBLE * values.max()
-    if not kept.any():
+    if not values.max() > 0:
         return draws
-    root = vectors[:, kept] * np.sqrt(values[kept])
-    whitened = vectors[:, kept] / np.sqrt(values[kept])
+    scales = np.sqrt(np.maximum(values, _NEGLIGIBLE * values.max()))
+    root, whitened = vectors * scales, vectors / scales
     shares, axes = np.linalg.eigh(whitened.T @ unscaled @ whitened * variance)
     shrink = (axes * np.sqrt(np.clip(1 - shares, 0.0, 1.0))) @ axes.T
-    shrunk: np.ndarray = draws @ whitened @ shrink @ root.T
+    shrunk: np.ndarray = draws @ (whitened @ shrink @ root.T)
     return shrunk

@@ -56,9 +56,10 @@ class ExampleLosses:
         if combined is not None:
             losses = losses @ combined
         n = len(weights)
-        counts = _resampled(name, n)
-        resampled = (counts @ losses) / np.maximum(counts @ weights, 1e-12)[:, None]
-        return resampled - losses.sum(0) / weights.sum(), n
+        mean = losses.sum(0) / weights.sum()
+        # The mean is subtracted first, so that single precision suffices for the sums.
+        sums = _sums_over_resampled(name, np.column_stack([losses - np.outer(weights, mean), weights]))
+        return sums[:, :-1] / np.maximum(sums[:, -1:], 1e-12), n
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray:
         """Return what each test example adds to each run's mean loss, times the number of examples, (runs, examples).
@@ -73,7 +74,23 @@ class ExampleLosses:
         return contributions
 
 
-@lru_cache(maxsize=64)
+def _sums_over_resampled(name: str, numbers: np.ndarray) -> np.ndarray:
+    """Return the sums of numbers by example, (examples, numbers), over each resampled split, (N_DRAWS, numbers)."""
+    counts, single = _resampled(name, len(numbers)), numbers.astype(np.float32)
+    blocks = (counts[start : start + _BLOCK].astype(np.float32) @ single for start in range(0, N_DRAWS, _BLOCK))
+    return np.concatenate(list(blocks)).astype(float)
+
+
+_BLOCK = 2**12
+"""The number of draws that are made, and summed, at one time, so that they take little memory."""
+
+
+@lru_cache(maxsize=16)
 def _resampled(name: str, n: int) -> np.ndarray:
-    """Return how often each of n examples is drawn, (N_DRAWS, n)."""
-    return generator(f"examples of {name}").multinomial(n, np.full(n, 1 / n), N_DRAWS).astype(float)
+    """Return how often each of n examples is drawn, in one byte each, (N_DRAWS, n)."""
+    random, offsets = generator(f"examples of {name}"), n * np.arange(_BLOCK)[:, None]
+    counts = np.empty((N_DRAWS, n), np.uint8)
+    for start in range(0, N_DRAWS, _BLOCK):
+        drawn = random.integers(0, n, (_BLOCK, n)) + offsets
+        counts[start : start + _BLOCK] = np.bincount(drawn.ravel(), minlength=_BLOCK * n).reshape(_BLOCK, n)
+    return counts

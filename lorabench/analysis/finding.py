@@ -7,6 +7,10 @@ The verdicts are:
 - `inconclusive`: Neither holds, because of much noise, few seeds, a missing arm, or an optimum at the edge of its grid.
 - `setting not met`: The runs lack a condition of the claim, such as a length of run or a range of batch sizes.
 - `not tested`: The tables hold no runs or counts that the claim is about.
+
+A verdict is borderline if it would be another one with the ends of all intervals moved by a tenth of their margins, all
+to the side of the claim or all away from it. What a margin is to a rule, in logarithms for ratios, is its `size`; where
+that is 0, it is half of the 95% interval. The numbers alone move: what speaks against a verdict stays as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.remedy import Problem, Remedy, cheapest
@@ -23,7 +28,18 @@ from lorabench.utils.formats import fixed_interval
 MIN_SEEDS = 3
 """The number of seeds that a verdict on a difference needs."""
 
+MOVED = 0.1
+"""The share of a margin by which the ends of intervals move to tell whether a verdict is borderline."""
+
 _ORDER: tuple[Verdict, ...] = ("not tested", "setting not met", "confirmed", "inconclusive", "contradicted")
+
+
+class Outcome(NamedTuple):
+    """What an interval decides."""
+
+    verdict: Verdict
+    against: float
+    """See `Finding`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,25 @@ class Finding:
     finding without an interval."""
     remedy: Remedy | None = None
     """What would decide an inconclusive claim."""
+    favoured: Outcome | None = None
+    """What would follow if all ends were moved to the side of the claim; None if they decide nothing."""
+    hindered: Outcome | None = None
+    """The same if they were moved away from it."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict, as the ends are."""
+        return Outcome(self.verdict, self.against)
+
+    @property
+    def outcomes(self) -> tuple[Outcome, Outcome, Outcome]:
+        """What follows as the ends are, if they were moved to the side of the claim, and if away from it."""
+        return self.outcome, self.favoured or self.outcome, self.hindered or self.outcome
+
+    @property
+    def borderline(self) -> bool:
+        """Whether the verdict would be another if the ends were moved."""
+        return any(moved.verdict != self.verdict for moved in self.outcomes)
 
 
 class UnjudgedError(Exception):
@@ -82,19 +117,19 @@ def decide(
     problems = list(problems)
     if not estimate.known and not problems:
         problems.append(Problem("the error of the estimate is not known", Remedy(f"{MIN_SEEDS} seeds", MIN_SEEDS)))
-    against = rule.against(estimate) if estimate.known else 1.0
-    verdict: Verdict = "inconclusive"
+    known = estimate.known
+    low, high = estimate.interval() if known else (math.nan, math.nan)
+    verdict, against = Outcome("inconclusive", rule.against(estimate) if known else 1.0)
+    favoured = hindered = None
     remedy = next((problem.remedy for problem in problems if problem.remedy), None)
     if not problems:
-        if rule.confirmed(estimate):
-            verdict = "confirmed"
-        elif against <= LEVEL:
-            verdict = "contradicted"
+        verdict, against = _outcome(rule, estimate, 0.0)
+        if high > low:
+            slack = MOVED * (rule.size or (high - low) / 2)
+            favoured, hindered = _outcome(rule, estimate, slack), _outcome(rule, estimate, -slack)
         if verdict != "confirmed":
             # A contradiction may turn inconclusive as one of several (see `worst`).
             remedy = cheapest(rule, estimate)
-    known = estimate.known
-    low, high = estimate.interval() if known else (math.nan, math.nan)
     strain = rule.strain(estimate)
     return Finding(
         verdict,
@@ -109,7 +144,16 @@ def decide(
         estimate.detectable if known else math.nan,
         against,
         remedy,
+        favoured,
+        hindered,
     )
+
+
+def _outcome(rule: Rule, estimate: Estimate, slack: float) -> Outcome:
+    against = rule.against(estimate, slack)
+    if rule.confirmed(estimate, slack):
+        return Outcome("confirmed", against)
+    return Outcome("contradicted" if against <= LEVEL else "inconclusive", against)
 
 
 def finding(
@@ -150,16 +194,31 @@ def worst(findings: Sequence[Finding]) -> Finding:
     `setting not met` and `not tested` decide only if no finding has another verdict. With k findings that have a
     verdict, one contradicts at the k-th part of the level only (see `rules`).
     """
-    tested = sum(judged.verdict in ("confirmed", "inconclusive", "contradicted") for judged in findings)
-    corrected = [
-        replace(judged, verdict="inconclusive")
-        if judged.verdict == "contradicted" and judged.against > LEVEL / tested
-        else judged
-        for judged in findings
+    strains = [judged.strain for judged in findings]
+    (decisive, outcome), (_, favoured), (_, hindered) = (
+        _worst(outcomes, strains) for outcomes in zip(*(judged.outcomes for judged in findings), strict=True)
+    )
+    return replace(findings[decisive], **outcome._asdict(), favoured=favoured, hindered=hindered)
+
+
+def _worst(outcomes: Sequence[Outcome], strains: Sequence[float]) -> tuple[int, Outcome]:
+    """Return the number of the outcome that decides over several, and what it is as one of them."""
+    tested = sum(outcome.verdict in ("confirmed", "inconclusive", "contradicted") for outcome in outcomes)
+    verdicts: list[Verdict] = [
+        "inconclusive" if outcome.verdict == "contradicted" and outcome.against > LEVEL / tested else outcome.verdict
+        for outcome in outcomes
     ]
-    decisive = max(corrected, key=lambda judged: (_ORDER.index(judged.verdict), judged.strain))
+    decisive = max(range(len(outcomes)), key=lambda number: (_ORDER.index(verdicts[number]), strains[number]))
     # A finding may be one of several in turn, so that the corrections multiply.
-    return replace(decisive, against=min(1.0, decisive.against * max(1, tested)))
+    return decisive, Outcome(verdicts[decisive], min(1.0, outcomes[decisive].against * max(1, tested)))
+
+
+def without(judged: Finding, *verdicts: Verdict) -> Finding:
+    """Return a finding in which some verdicts, which something speaks against, are inconclusive."""
+    outcome, favoured, hindered = (
+        Outcome("inconclusive" if verdict in verdicts else verdict, against) for verdict, against in judged.outcomes
+    )
+    return replace(judged, verdict=outcome.verdict, favoured=favoured, hindered=hindered)
 
 
 def together(findings: Sequence[Finding]) -> Finding:

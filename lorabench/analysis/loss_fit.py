@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -40,7 +40,7 @@ from scipy.special import fdtrc
 from lorabench.analysis.arm_grid import ArmGrid, ArmRuns, arm_grid, counted_rows
 from lorabench.analysis.arms import arm_label, arm_places, with_arm_columns
 from lorabench.analysis.counted_twice import without_run_noise
-from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
+from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, multivariate_student, unknown
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.least_squares import FitRows, Solution
 from lorabench.analysis.losses import with_losses
@@ -96,23 +96,25 @@ class LossFit:
     noise_source: str = ""
     """Where the seed noise was measured, if not by these runs."""
 
+    _differences: dict[tuple[str, str, str], Estimate] = field(default_factory=dict, repr=False, compare=False)
+    """The gaps and log ratios that were asked for, as several claims ask for the same."""
+
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
-        if label not in self.minima or other not in self.minima:
-            return unknown()
-        difference = combined(np.subtract, self.minima[label], self.minima[other])
-        return self._with_paired_seeds(difference, label, other)
+        return self._difference("gap", self.minima, label, other)
 
     def log_ratio(self, label: str, other: str) -> Estimate:
         """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
-        if label not in self.optima or other not in self.optima:
-            return unknown()
-        difference = combined(np.subtract, self.optima[label], self.optima[other])
-        return self._with_paired_seeds(difference, label, other)
+        return self._difference("log ratio", self.optima, label, other)
 
-    def _with_paired_seeds(self, estimate: Estimate, label: str, other: str) -> Estimate:
-        paired = len(self.seeds[label] & self.seeds[other])
-        return Estimate(estimate.value, estimate.seed_part, estimate.example_part, paired, estimate.n_examples)
+    def _difference(self, name: str, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
+        if label not in numbers or other not in numbers:
+            return unknown()
+        key = (name, label, other)
+        if key not in self._differences:
+            difference = combined(np.subtract, numbers[label], numbers[other])
+            self._differences[key] = replace(difference, n_seeds=len(self.seeds[label] & self.seeds[other]))
+        return self._differences[key]
 
 
 def fit_losses(
@@ -222,13 +224,20 @@ class _Fit:
             covariance += solution.variance * solution.of_prior @ solution.of_prior.T
         if dof < 1 or not sigma > 0:
             return np.full((N_DRAWS, len(solution.coefficients)), math.nan), dof, sigma
-        random = generator(f"seeds of {self.name}")
-        values, vectors = np.linalg.eigh(covariance)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))
-        normal = random.standard_normal((N_DRAWS, len(values))) @ root.T
-        # One chi-squared draw for all coefficients makes them multivariate t.
-        student = np.sqrt(dof / random.chisquare(dof, N_DRAWS))
-        return normal * student[:, None], dof, sigma
+        order = self._by_importance(len(covariance))
+        draws = np.empty((N_DRAWS, len(order)))
+        draws[:, order] = multivariate_student(covariance[np.ix_(order, order)], dof, f"seeds of {self.name}")
+        return draws, dof, sigma
+
+    def _by_importance(self, n: int) -> list[int]:
+        """Return the order of n coefficients that has those first on which the most numbers depend.
+
+        The first draws are the most even. All numbers depend on the curvatures and the asymmetry; an optimum depends on
+        a slope besides, a minimum on an intercept, too, and none on the contrasts of seeds.
+        """
+        arms = len(self.of.labels)
+        intercepts, slopes, rest = range(0, 2 * arms, 2), range(1, 2 * arms, 2), range(2 * arms, n)
+        return [n - 1, *rest[:-1], *slopes, *intercepts]
 
     def _from_examples(self, draws: np.ndarray, solution: Solution) -> np.ndarray:
         """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients).

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arm_grid import ArmRuns, over_seeds
+from lorabench.analysis.arm_grid import ArmRuns, first_lowest, over_seeds
 from lorabench.analysis.losses import with_losses
 
 
@@ -46,7 +46,7 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
 
 def best_index(grid: LrGrid) -> int | None:
     """Return the index of the lowest validation loss, the first of equals; None if no run finished."""
-    return int(np.nanargmin(grid.validation)) if np.isfinite(grid.validation).any() else None
+    return first_lowest(grid.validation) if np.isfinite(grid.validation).any() else None
 
 
 def is_edge(grid: LrGrid, index: int) -> bool:

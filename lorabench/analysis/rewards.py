@@ -19,10 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from lorabench.analysis.arm_grid import TIE
 from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.early import metric_points
-from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
+from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, uniform
 from lorabench.analysis.rl_health import is_sick
 from lorabench.runs import GOOD
 from lorabench.tables.checks import is_rl
@@ -115,7 +116,7 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
         both = (errors[lr] - best).dropna()
         variance = 1 / errors[lr].count() + 1 / best.count()
         close = 2 * comparison.fit.sigma * math.sqrt(variance)
-        exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=1e-9)))
+        exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=TIE)))
         within_noise.append(exact[-1] or bool(abs(errors[lr].mean() - best.mean()) <= close))
     for alike, least in ((exact, 2), (within_noise, 3)):
         run = _run_around(alike, grid.centre)
@@ -196,9 +197,9 @@ def _good_range(
     peak = int(np.flatnonzero(lrs == float(comparison.at_optimum(arm)["lr"].iloc[0]))[0])
     is_good = _is_good(accuracies, peak)
     value = float(_width(is_good, steps, halves))
-    random = generator(f"good LRs of {comparison.label} {label}")
-    good = _is_good(accuracies + _seed_noise(comparison, by_lr, random), peak)
-    seed_part = _width(good, steps, random.uniform(size=(N_DRAWS, len(steps)))) - value
+    name = f"good LRs of {comparison.label} {label}"
+    good = _is_good(accuracies + _seed_noise(comparison, by_lr, name), peak)
+    seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
     example_part = None
     if shifts is not None:
         moved = [
@@ -222,15 +223,14 @@ def _good_range(
 
 def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:
     """Return which accuracies (..., LRs) are good, given the index of the LR of the peak."""
-    return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1])
+    return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1] - TIE)
 
 
-def _seed_noise(comparison: Comparison, by_lr: Any, random: np.random.Generator) -> np.ndarray:
+def _seed_noise(comparison: Comparison, by_lr: Any, name: str) -> np.ndarray:
     """Return draws of the error of each LR's accuracy from seeds, (N_DRAWS, LRs); 0 where all runs diverged."""
     fit = comparison.fit
-    error = fit.sigma / np.sqrt(by_lr.size().to_numpy(float)) * ~by_lr["lost"].all().to_numpy(bool)
-    student = np.sqrt(max(fit.dof, 1) / random.chisquare(max(fit.dof, 1), N_DRAWS))
-    return np.asarray(random.standard_normal((N_DRAWS, len(error))) * student[:, None] * error)
+    variances = fit.sigma**2 / by_lr.size().to_numpy(float) * ~by_lr["lost"].all().to_numpy(bool)
+    return multivariate_student(np.diag(variances), max(fit.dof, 1), name)
 
 
 def _width(good: np.ndarray, steps: np.ndarray, ends: np.ndarray) -> np.ndarray:

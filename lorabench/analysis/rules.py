@@ -8,6 +8,10 @@
   that there is no effect of the least size that matters; whether there is one of the other sign makes no difference.
   With a margin of 0 the two-sided 95% interval must be below 0.
 
+A rule also judges with a slack, by which all of its limits lie further out, or further in if it is negative. That is
+the verdict if the ends of the interval lay that much further inside or outside, and tells whether a verdict is
+borderline (see `finding`).
+
 A claim that is judged on k comparisons is confirmed if each of them confirms it, which needs no correction. It is
 contradicted if one of them does at the k-th part of the level (Bonferroni), so that k chances to fail do not add up.
 """
@@ -39,12 +43,17 @@ class Rule(Protocol):
         """The ends of the band that confirms, or the margin and infinity."""
         ...
 
-    def confirmed(self, estimate: Estimate) -> bool:
+    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
         """Return whether the estimate confirms the claim."""
         ...
 
-    def against(self, estimate: Estimate) -> float:
+    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
         """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
+        ...
+
+    @property
+    def size(self) -> float:
+        """The margin as a length: half of a band with two ends, the distance of a single limit from 0."""
         ...
 
     def strain(self, estimate: Estimate) -> float:
@@ -72,16 +81,24 @@ class Within:
     def margins(self) -> tuple[float, float]:
         return self.low, self.high
 
-    def confirmed(self, estimate: Estimate) -> bool:
+    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
         low, high = estimate.interval(1 - 2 * LEVEL)
-        return self.low <= low and high <= self.high
+        return self.low - slack <= low and high <= self.high + slack
 
-    def against(self, estimate: Estimate) -> float:
+    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
         draws = estimate.draws
-        return min(1.0, 2 * min(_share(draws <= self.high), _share(draws >= self.low)))
+        return min(1.0, 2 * min(_share(draws <= self.high + slack), _share(draws >= self.low - slack)))
+
+    @property
+    def size(self) -> float:
+        return (self.high - self.low) / 2 if len(self._ends) == 2 else sum(map(abs, self._ends))
+
+    @property
+    def _ends(self) -> list[float]:
+        return [end for end in (self.low, self.high) if math.isfinite(end)]
 
     def strain(self, estimate: Estimate) -> float:
-        ends = [end for end in (self.low, self.high) if math.isfinite(end)]
+        ends = self._ends
         if not ends:
             return math.nan
         middle, half = float(np.mean(ends)), (max(ends) - min(ends)) / 2
@@ -104,12 +121,16 @@ class Above:
     def margins(self) -> tuple[float, float]:
         return self.margin, math.inf
 
-    def confirmed(self, estimate: Estimate) -> bool:
-        return estimate.interval(1 - LEVEL)[0] > 0 and estimate.value >= self.margin
+    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
+        return estimate.interval(1 - LEVEL)[0] > -slack and estimate.value >= self.margin - slack
 
-    def against(self, estimate: Estimate) -> float:
+    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
         sides = 1 if self.margin > 0 else 2
-        return min(1.0, sides * _share(estimate.draws >= self.margin))
+        return min(1.0, sides * _share(estimate.draws >= self.margin - slack))
+
+    @property
+    def size(self) -> float:
+        return self.margin
 
     def strain(self, estimate: Estimate) -> float:
         return -estimate.value / self.margin if self.margin > 0 else -estimate.value

@@ -12,7 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
 from lorabench.analysis.margin import Margin
 from lorabench.analysis.optimal_runs import off_optimum, pair_at_optimum
 from lorabench.analysis.paired_curves import PairedCurves
@@ -276,7 +276,8 @@ def _gap_persists(sizes: BatchSizes, lora: ArmBySize) -> Finding:
     if not problems:
         return judged
     reason = "; ".join([judged.reason, *(problem.text for problem in problems)])
-    return replace(judged, verdict="inconclusive", reason=reason, remedy=problems[0].remedy)
+    opened = without(judged, "confirmed", "contradicted")
+    return replace(opened, reason=reason, remedy=problems[0].remedy)
 
 
 def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:

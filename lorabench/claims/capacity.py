@@ -14,7 +14,17 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.departure import WINDOWS, Departure, paired_departure
 from lorabench.analysis.estimate import Estimate, mean_over_seeds, student
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
+from lorabench.analysis.finding import (
+    MIN_SEEDS,
+    Finding,
+    UnjudgedError,
+    decide,
+    finding,
+    nats,
+    together,
+    without,
+    worst,
+)
 from lorabench.analysis.optimal_runs import curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Within
@@ -118,7 +128,7 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
             gap = _between(ranks, lower, higher)
             in_words = f"{text}; r{higher} leaves before r{lower}, r{lower} - r{higher} = {nats(gap)} between"
             judged = decide(Above(0.0), gap, in_words, ids, problems)
-            findings.append(replace(judged, verdict="inconclusive") if judged.verdict == "confirmed" else judged)
+            findings.append(without(judged, "confirmed"))
         return worst(findings)
     if 1 not in ranks.departures:
         problems.append(Problem("no runs of rank 1", Remedy("rank 1")))

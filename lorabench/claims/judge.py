@@ -58,7 +58,7 @@ def judge_claims(
     missing = {task: [name for name in needed if name not in runs] for task, needed in NEEDED_BY.items()}
     if "run_id" in runs:
         runs = with_arm_columns(runs)
-    remarked = [name for name in (REMARK, *SOURCE_COLUMNS) if name in runs and runs[name].notna().any()]
+    remarks = _Remarks(runs)
     replications = estimates_by_claim()
     examples = ExampleLosses.of(tables.test_losses)
     evidence: dict[tuple[Task, tuple[str, ...]], Evidence] = {}
@@ -84,9 +84,8 @@ def judge_claims(
         judged, missing_text = _judge(claim, evidence[key], absent)
         if margins is None:
             judged = replace(judged, margin_rule=_by_default(judged.margin_rule))
-        if judged.run_ids and remarked:
-            remarks = remarks_on(runs.loc[runs["run_id"].isin(judged.run_ids), ["model", "dataset", *remarked]])
-            judged = replace(judged, reason="; ".join([judged.reason, *remarks]))
+        if judged.run_ids:
+            judged = replace(judged, reason="; ".join([judged.reason, *remarks.on(judged.run_ids)]))
         rows.append(
             {
                 "claim_id": claim.id,
@@ -96,6 +95,7 @@ def judge_claims(
                 "figure": claim.figure,
                 "criterion": claim.criterion,
                 "verdict": judged.verdict,
+                "borderline": judged.borderline,
                 "margin_low": judged.margin_low,
                 "margin_high": judged.margin_high,
                 "margin_rule": judged.margin_rule or None,
@@ -115,6 +115,27 @@ def judge_claims(
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS.names)
+
+
+class _Remarks:
+    """What reasons say about runs, looked up once for all claims whose runs are of the same kinds."""
+
+    def __init__(self, runs: pd.DataFrame) -> None:
+        remarked = [name for name in (REMARK, *SOURCE_COLUMNS) if name in runs and runs[name].notna().any()]
+        self._kinds, self._kind_of = pd.DataFrame(), {}
+        if remarked:
+            about = runs[["model", "dataset", *remarked]]
+            self._kinds = about.drop_duplicates().reset_index(drop=True)
+            kind = about.groupby(list(about), dropna=False, sort=False).ngroup()
+            self._kind_of = dict(zip(runs["run_id"], kind, strict=True))
+        self._known: dict[frozenset[int], list[str]] = {}
+
+    def on(self, run_ids: Sequence[str]) -> list[str]:
+        """Return the remarks on some runs (see `remarks_on`)."""
+        kinds = frozenset(self._kind_of[run_id] for run_id in run_ids if run_id in self._kind_of)
+        if kinds not in self._known:
+            self._known[kinds] = remarks_on(self._kinds.loc[sorted(kinds)]) if kinds else []
+        return self._known[kinds]
 
 
 def _with_categories(curves: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +192,11 @@ def _judge(claim: Claim, evidence: Evidence, absent: list[str]) -> tuple[Finding
         return judged, None
     missing = "; ".join(unmet)
     return replace(
-        judged, verdict="setting not met", reason=f"it needs {missing}; measured here: {judged.reason}"
+        judged,
+        verdict="setting not met",
+        reason=f"it needs {missing}; measured here: {judged.reason}",
+        favoured=None,
+        hindered=None,
     ), missing
 
 

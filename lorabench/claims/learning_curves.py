@@ -11,7 +11,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
 from lorabench.analysis.optimal_runs import (
     MAX_LOST,
     curves_at_optimum,
@@ -168,8 +168,10 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
     rule = Within(-MAX_BEND, MAX_BEND)
     judged = decide(rule, bend, text, runs["run_id"], problems, f"{MAX_BEND:.0%} of the fall")
     if rises and not problems:
-        against = Above(0.0).against(combined(np.negative, slope))
-        return replace(judged, verdict="contradicted", reason=f"{text}; it rises", against=against)
+        falls = decide(Above(0.0), combined(np.negative, slope), f"{text}; it rises", runs["run_id"])
+        return replace(
+            judged, reason=falls.reason, **falls.outcome._asdict(), favoured=falls.favoured, hindered=falls.hindered
+        )
     return judged
 
 
@@ -312,18 +314,16 @@ def rank_1_worse(comparison: Comparison) -> Finding:
         f"{judged.reason}; from step {late} on the gap of the training NLLs has a slope of {nats(growth)} per tenfold "
         "steps"
     )
-    if judged.verdict != "confirmed":
-        return replace(judged, reason=text)
     problems = off_optimum(comparison, lora, fullft, judged.estimate)
     if not (growth.known and growth.interval()[0] > 0):
         slow = "the gap does not surely grow late, so it may be slow learning and no lack of capacity"
         problems.append(Problem(slow, Remedy("longer runs")))
-    return replace(
-        judged,
-        verdict="inconclusive" if problems else "confirmed",
-        reason="; ".join([text, *(problem.text for problem in problems)]),
-        remedy=problems[0].remedy if problems else None,
-    )
+    if judged.verdict != "confirmed" or not problems:
+        judged = replace(judged, reason=text)
+    else:
+        reason = "; ".join([text, *(problem.text for problem in problems)])
+        judged = replace(judged, reason=reason, remedy=problems[0].remedy)
+    return without(judged, "confirmed") if problems else judged
 
 
 A8 = Claim(

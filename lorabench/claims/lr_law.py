@@ -10,7 +10,7 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
-from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, together
+from lorabench.analysis.finding import Finding, Outcome, UnjudgedError, decide, finding, together, without
 from lorabench.analysis.lr_law import PIVOT, PUBLISHED, ArmOptimum, fit_lr_law, predict_lr, prediction_errors
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Within
@@ -143,10 +143,14 @@ def _of_method(
     if against.verdict == "contradicted":
         return against
     judged = decide(rule, predicted, text, ids, problems, margin_rule)
-    if judged.verdict != "contradicted":
-        return replace(judged, against=against.against)
-    remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
-    return replace(judged, verdict="inconclusive", against=against.against, remedy=remedy)
+    if judged.verdict == "contradicted":
+        remedy = Remedy("more models: the law of all may hold, but that of the others does not predict")
+        judged = replace(judged, remedy=remedy)
+    outcome, favoured, hindered = (
+        Outcome("contradicted" if of_all.verdict == "contradicted" else of_others.verdict, of_all.against)
+        for of_all, of_others in zip(against.outcomes, without(judged, "contradicted").outcomes, strict=True)
+    )
+    return replace(judged, **outcome._asdict(), favoured=favoured, hindered=hindered)
 
 
 B7 = Claim(

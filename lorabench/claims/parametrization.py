@@ -15,7 +15,7 @@ from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
 from lorabench.analysis.early import train_curves
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, without, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
     PAIR_SETTING,
@@ -92,9 +92,10 @@ def _by_rule(ratios: pd.DataFrame) -> Finding:
     if not controls:
         problems, remedy = ["no control with another rule"], Remedy("ranks whose alpha grows with the rank")
     run_ids = tuple(sorted({run_id for each in by_rule.values() for run_id in each.run_ids}))
-    if judged.verdict == "confirmed" and problems:
-        judged = replace(judged, verdict="inconclusive", remedy=remedy)
-        reasons += problems
+    if problems:
+        if judged.verdict == "confirmed":
+            judged, reasons = replace(judged, remedy=remedy), [*reasons, *problems]
+        judged = without(judged, "confirmed")
     return replace(judged, reason="; ".join(reasons), run_ids=run_ids)
 
 
@@ -158,10 +159,12 @@ def _best_variant(comparison: Comparison, standard: Arm, variants: Sequence[Arm]
         for name in ("alpha", "lr_ratio")
         if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
     ]
-    if judged.verdict != "confirmed" or not missing:
+    if not missing:
         return judged
-    remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
-    return replace(judged, verdict="inconclusive", reason="; ".join([judged.reason, *missing]), remedy=remedy)
+    if judged.verdict == "confirmed":
+        remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
+        judged = replace(judged, reason="; ".join([judged.reason, *missing]), remedy=remedy)
+    return without(judged, "confirmed")
 
 
 def standard_near_optimal(evidence: Evidence) -> Finding:
@@ -289,8 +292,8 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
     if judged.verdict == "contradicted":
         reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
         remedy = Remedy("runs with a tenth of LR_A and the same LR_B")
-        judged = replace(judged, verdict="inconclusive", reason=reason, remedy=remedy)
-    return as_ratio(judged)
+        judged = replace(judged, reason=reason, remedy=remedy)
+    return as_ratio(without(judged, "contradicted"))
 
 
 def _growth_by_itself(lora: pd.DataFrame, curves: pd.DataFrame) -> list[Finding]:

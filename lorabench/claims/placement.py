@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import Evidence, judge_each, over
 from lorabench.claims.rl_shared import (
@@ -218,8 +218,8 @@ def in_parts(
                 decided[name] = unjudged.finding
         judged = judge_each((name, partial(_given, finding)) for name, finding in decided.items())
         # One part of the claim does not confirm it.
-        if {finding.verdict for finding in decided.values()} == {"confirmed", "not tested"}:
-            return replace(judged, verdict="inconclusive")
+        if any(finding.verdict == "not tested" for finding in decided.values()):
+            return without(judged, "confirmed")
         return judged
 
     return judge

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.estimate import N_DRAWS, Estimate, generator, mean_over_seeds
+from lorabench.analysis.estimate import Estimate, mean_over_seeds, normal
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, worst
 from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.margin import reward_margin
@@ -152,7 +152,7 @@ def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: in
     # Two more problems, of which one is right, keep the error of accuracies of 0 and 1 above 0.
     shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in (lora, fullft)]
     error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
-    of_problems = error * generator(f"problems of {name}").standard_normal(N_DRAWS)
+    of_problems = error * normal(f"problems of {name}")
     return replace(of_seeds, example_part=of_problems, n_examples=n_problems)
 
 

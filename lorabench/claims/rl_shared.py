@@ -16,7 +16,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
 from lorabench.analysis.estimate import combined
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, without
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import TestReward, with_error_rates
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, beyond_controls
@@ -147,10 +147,10 @@ def doubted(judged: Finding, problems: Sequence[Problem]) -> Finding:
     if not problems:
         return judged
     reason = "; ".join([judged.reason, *(problem.text for problem in problems)])
+    opened = without(replace(judged, reason=reason), "confirmed", "contradicted")
     if judged.verdict not in ("confirmed", "contradicted"):
-        return replace(judged, reason=reason)
-    remedy = next((problem.remedy for problem in problems if problem.remedy), None)
-    return replace(judged, reason=reason, verdict="inconclusive", remedy=remedy)
+        return opened
+    return replace(opened, remedy=next((problem.remedy for problem in problems if problem.remedy), None))
 
 
 def alike_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:

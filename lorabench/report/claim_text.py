@@ -57,6 +57,16 @@ def power(claim: Claim) -> str:
     return _with_unit(_short(value), claim)
 
 
+def verdict(claim: Claim) -> str:
+    """Return the verdict, and whether it is borderline."""
+    return f"{claim['verdict']}, borderline" if borderline(claim) else str(claim["verdict"])
+
+
+def borderline(claim: Claim) -> bool:
+    """Return whether a verdict is borderline; that of a table without this column is not known to be."""
+    return not formats.missing(claim.get("borderline")) and bool(claim["borderline"])
+
+
 def remark(claim: Claim) -> str:
     """Return what the runs lack for a verdict, or what would decide an inconclusive claim; empty if not known."""
     if claim["verdict"] == "setting not met" and not formats.missing(claim["missing"]):

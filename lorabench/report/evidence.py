@@ -170,7 +170,7 @@ def _cell(row: dict[Any, Any], docs: str) -> str:
         link = f"{docs}evidence.md#{row['origin']}"
     else:
         link = f"{docs}{results_page(row['origin']).name}"
-    return f"[{row['verdict']}]({link}){value}"
+    return f"[{claim_text.verdict(row)}]({link}){value}"
 
 
 def evidence_block(evidence: Evidence) -> str:
@@ -244,7 +244,7 @@ def _verdicts(claims: pd.DataFrame) -> list[str]:
         measured = claim_text.estimate(row)
         if pd.notna(row["ci_low"]) and pd.notna(row["ci_high"]):
             measured += f" {formats.interval(row['ci_low'], row['ci_high'])}"
-        cells = (row["model"].rsplit("/", 1)[-1], row["claim_id"], row["statement"], row["verdict"], measured)
+        cells = (row["model"].rsplit("/", 1)[-1], row["claim_id"], row["statement"], claim_text.verdict(row), measured)
         scope = formats.DASH if pd.isna(row["scope"]) else row["scope"]
         lines.append(f"| {' | '.join(_escaped(str(cell)) for cell in (*cells, row['n_runs'], scope))} |")
     return [*lines, ""]

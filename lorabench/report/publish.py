@@ -197,7 +197,7 @@ def _table(claims: pd.DataFrame, every: pd.DataFrame, presets: Mapping[str, str]
         others = [claim_id for claim_id in stating[claim["claim_id"]] if claim_id != claim["claim_id"]]
         statement = claim["statement"] + (f" (one fact with {', '.join(others)})" if others else "")
         remark = claim_text.remark(claim)
-        verdict = f"{claim['verdict']}; {remark}" if remark else claim["verdict"]
+        verdict = "; ".join(filter(None, [claim_text.verdict(claim), remark]))
         scope = _cell(claim["scope"])
         if claim["claim_id"] in presets:
             scope += f" (preset [{presets[claim['claim_id']]}]({results_page(presets[claim['claim_id']])}))"

@@ -81,7 +81,7 @@ FILTERS = {
         *(formats.number, formats.signed, formats.nll, formats.lr, formats.interval, formats.lr_interval),
         *(formats.count, formats.amount, formats.parameters, formats.duration, formats.when),
         *(text, list_of_words, in_paper, parametrization, lrs, seeds, anchor_run, anchor_claim),
-        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark),
+        *(claim_text.margin, claim_text.estimate, claim_text.power, claim_text.remark, claim_text.borderline),
     )
 }
 """The functions that the templates use as filters, by name."""

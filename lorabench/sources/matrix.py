@@ -12,8 +12,8 @@ from lorabench.sources.own import Own
 _WORST_FIRST = ("contradicted", "inconclusive", "confirmed", "setting not met", "not tested")
 
 COLUMNS = (
-    *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict", "estimate"),
-    *("ci_low", "ci_high", "scope", "n_runs", "reason", "others"),
+    *("claim_id", "statement", "unit", "paper_value", "scale", "parameters", "origin", "source", "verdict"),
+    *("borderline", "estimate", "ci_low", "ci_high", "scope", "n_runs", "reason", "others"),
 )
 """The columns of the matrix as a tidy table. `origin` is the source or preset that decides the cell, and `others` says
 what others of the same scale find."""

@@ -193,6 +193,7 @@ CLAIMS = pa.schema(
         ("figure", pa.string()),
         ("criterion", pa.string()),
         ("verdict", pa.string()),
+        ("borderline", pa.bool_()),
         ("margin_low", pa.float64()),
         ("margin_high", pa.float64()),
         ("margin_rule", pa.string()),
@@ -230,7 +231,7 @@ SCHEMAS = {
 }
 """The columns of each tidy table, by its name."""
 
-WHERE_ABSENT = {"evals": {"sampler": "own"}}
+WHERE_ABSENT: dict[str, dict[str, str | None]] = {"evals": {"sampler": "own"}, "claims": {"borderline": None}}
 """The value of a column in tables that were written before the column was; there is no other in them."""
 
 PARQUET_ONLY = ("test_losses",)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, exact, mean_over_seeds, student, unknown
+from lorabench.analysis.estimate import (
+    N_DRAWS,
+    Estimate,
+    combined,
+    exact,
+    mean_over_seeds,
+    multivariate_student,
+    student,
+    uniform,
+    unknown,
+)
 
 
 @pytest.mark.parametrize("dof", [2, 8, 30])
@@ -57,3 +67,40 @@ def test_both_parts_of_an_error_go_through_a_function():
     assert (ratio.n_seeds, ratio.n_examples) == (3, 120)
     # The error from test examples is known only if it is known for all.
     assert combined(np.subtract, number, exact(1.0)).example_part is None
+
+
+@pytest.mark.parametrize(("numbers", "dof"), [(9, 2), (13, 4), (25, 10)])
+def test_ends_of_sums_of_errors_are_those_of_student_within_1_percent_of_the_width(numbers, dof):
+    random = np.random.default_rng(0)
+    factor = random.standard_normal((numbers, numbers)) * np.exp(random.standard_normal(numbers))[:, None]
+    covariance = factor @ factor.T
+    draws = multivariate_student(covariance, dof, "g")
+    shares = []
+    for weights in random.standard_normal((50, numbers)):
+        expected = np.array(stats.t.interval(0.95, dof, 0.0, math.sqrt(weights @ covariance @ weights)))
+        shares.append(np.abs(np.array(Estimate(0.0, draws @ weights).interval()) - expected) / np.ptp(expected))
+    assert np.sqrt(np.mean(np.square(shares))) < 0.005
+    assert np.max(shares) < 0.015
+
+
+def test_draws_are_continuous_in_the_covariance():
+    """Eigenvectors of a covariance with equal eigenvalues turn by any angle at the smallest change."""
+    random = np.random.default_rng(1)
+    change = random.standard_normal((6, 6))
+    before, after = (multivariate_student(np.eye(6) + size * (change + change.T), 5, "h") for size in (0.0, 1e-6))
+    assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
+def test_errors_that_follow_from_others_or_are_0_may_be_drawn():
+    covariance = np.zeros((3, 3))
+    covariance[:2, :2] = [[1.0, 2.0], [2.0, 4.0]]
+    draws = multivariate_student(covariance, 10, "i")
+    np.testing.assert_allclose(draws[:, 1], 2 * draws[:, 0], atol=1e-3)
+    assert not draws[:, 2].any()
+
+
+def test_uniform_points_fill_the_cube():
+    points = uniform(3, "j")
+    assert points.shape == (N_DRAWS, 3)
+    corner = (points < [0.5, 0.25, 0.5]).all(axis=1).mean()
+    assert corner == pytest.approx(1 / 16, rel=0.01)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lorabench.analysis.estimate import student
-from lorabench.analysis.finding import decide, together, worst
-from lorabench.analysis.rules import Within
+from lorabench.analysis.estimate import exact, student, unknown
+from lorabench.analysis.finding import decide, finding, together, without, worst
+from lorabench.analysis.remedy import Problem
+from lorabench.analysis.rules import Above, Within
 
 RULE = Within.margin(0.01)
 
@@ -33,3 +34,93 @@ def test_a_contradiction_that_the_correction_takes_away_has_a_remedy():
     decided = worst(findings)
     assert decided.verdict == "inconclusive"
     assert decided.remedy.seeds > 6
+
+
+def marked(rule, value, error=0.001, name="a"):
+    """Return the verdict on a number with a normal error, and whether it is borderline."""
+    decided = decide(rule, student(value, error, 1e6, name, 6), "text", ["run"])
+    return decided.verdict, decided.borderline
+
+
+# With an error of 0.001 the ends of the 90% interval lie 0.001645 away, and those of the 95% interval 0.00196.
+@pytest.mark.parametrize(
+    ("inside", "verdict", "borderline"),
+    [
+        (0.05, "confirmed", True),
+        (0.20, "confirmed", False),
+        (-0.05, "inconclusive", True),
+        (-0.20, "inconclusive", False),
+    ],
+)
+def test_an_equality_is_borderline_by_the_end_that_is_nearer_to_the_margin(inside, verdict, borderline):
+    for sign in (-1, 1):
+        assert marked(RULE, sign * (0.01 * (1 - inside) - 0.001645)) == (verdict, borderline)
+
+
+@pytest.mark.parametrize(("beyond", "expected"), [(0.05, True), (0.2, False)])
+def test_a_contradiction_of_an_equality_is_borderline_by_the_end_of_the_95_interval(beyond, expected):
+    assert marked(RULE, 0.01 * (1 + beyond) + 0.00196) == ("contradicted", expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        # The lower end of the 95% interval lies above 0 by 5% and by 20% of the margin, and the estimate beyond it.
+        (0.0012 + 0.05 * 0.0011, ("confirmed", True)),
+        (0.00196 + 0.2 * 0.0011, ("confirmed", False)),
+        # The upper end of the one-sided interval lies below the margin by 5% and by 20% of it.
+        (0.95 * 0.0011 - 0.001645, ("contradicted", True)),
+        (0.8 * 0.0011 - 0.001645, ("contradicted", False)),
+    ],
+)
+def test_a_difference_is_borderline_by_its_margin_and_by_0(value, expected):
+    error = 0.001 if value != 0.0012 + 0.05 * 0.0011 else 0.0012 / 1.96
+    assert marked(Above(0.0011), value, error) == expected
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.05, True), (0.2, False)])
+def test_without_a_margin_half_of_the_interval_stands_for_it(share, expected):
+    assert marked(Above(0.0), 0.00196 * (1 + share)) == ("confirmed", expected)
+    assert marked(Above(0.0), -0.00196 * (1 + share)) == ("contradicted", expected)
+
+
+def test_a_band_with_one_end_has_a_margin_too():
+    rule = Within(-float("inf"), 0.005)
+    assert marked(rule, 0.005 * 0.95 - 0.001645) == ("confirmed", True)
+    assert marked(rule, 0.005 * 0.8 - 0.001645) == ("confirmed", False)
+
+
+def test_nothing_but_an_interval_is_borderline():
+    assert not decide(RULE, exact(0.00999), "a count", []).borderline
+    assert not decide(RULE, unknown(0.0), "no error", []).borderline
+    assert not decide(RULE, student(0.0099, 0.001, 20, "a", 6), "a flag", [], [Problem("at the edge")]).borderline
+    assert not finding([], "a count", "confirmed").borderline
+
+
+def test_one_comparison_makes_the_verdict_on_several_borderline():
+    near, far = judged(0.01 * 0.95 - 0.001725), judged(0.0, name="b")
+    assert (near.verdict, near.borderline, far.borderline) == ("confirmed", True, False)
+    assert together([near, far]).borderline
+    assert together([together([far, far]), together([near, far])]).borderline
+    assert not together([far, far]).borderline
+    # A comparison that is open for certain leaves nothing to turn.
+    open_one = judged(0.01, name="c")
+    assert (open_one.verdict, open_one.borderline) == ("inconclusive", False)
+    assert not together([near, open_one]).borderline
+
+
+def test_a_contradiction_is_borderline_by_its_corrected_level():
+    # Alone, the lower end of its 95% interval lies 15% of the margin outside; as one of eight, that of the interval at
+    # the eighth part of the level does by 5%.
+    strong = judged(0.01 * 1.15 + 0.00209)
+    assert (strong.verdict, strong.borderline) == ("contradicted", False)
+    fine = [judged(0.0, name=name) for name in "bcdefgh"]
+    several = together([strong, *fine])
+    assert (several.verdict, several.borderline) == ("contradicted", True)
+
+
+def test_what_speaks_against_a_verdict_speaks_against_it_with_moved_ends_too():
+    near = judged(0.01 * 1.05 - 0.001725)
+    assert (near.verdict, near.borderline) == ("inconclusive", True)
+    assert not without(near, "confirmed").borderline
+    assert without(judged(0.0), "confirmed").verdict == "inconclusive"

@@ -6,6 +6,7 @@ import pytest
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.tables.tables import Tables
 
 from ..handmade.sft import arm, tables
@@ -13,7 +14,7 @@ from ..handmade.sft import arm, tables
 MARGIN = 0.02 * 2.9  # the base has 5.0 nats, FullFT 2.1
 
 
-def judged(gaps, claim, sigma=0.001):
+def judged(gaps, claim, sigma=0.001, loss_margin=0.02):
     """Judge a world of two datasets on which rank 64 is above FullFT by the given gaps, between LRs of the grid."""
     runs, curves = tables(
         arm(rank, optimum=3.3e-3 if rank else 3.2e-4, floor=2.0 + (gap if rank else 0.0), dataset=dataset, steps=steps)
@@ -23,7 +24,8 @@ def judged(gaps, claim, sigma=0.001):
     own = runs["seed"].map({0: 0.0, 1: 1.0, 2: -1.0}).astype(float) * runs["rank"].notna()
     runs["final_test_nll"] += sigma * own
     [chosen] = [declared for declared in CLAIMS if declared.id == claim]
-    return judge_claims(Tables(runs, curves), [chosen]).iloc[0]
+    margins = DEFAULT_MARGINS.model_copy(update={"loss": loss_margin})
+    return judge_claims(Tables(runs, curves), [chosen], margins).iloc[0]
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,15 @@ def test_equal_within_the_margin(small, large, a7, b2):
 def test_noise_leaves_it_open_and_seeds_would_decide():
     row = judged({"small": 0.0, "large": 0.0}, "B2", sigma=0.05)
     assert (row["verdict"], row["decide_seeds"] > 3) == ("inconclusive", True)
+
+
+@pytest.mark.parametrize(("inside", "borderline"), [(0.05, True), (0.2, False)])
+def test_a_verdict_whose_end_lies_near_the_margin_is_borderline(inside, borderline):
+    """The margin is put at the end of the 90% interval, and further by a share of the margin."""
+    gaps, low, high = {"small": 0.02, "large": 0.0}, 0.0, 0.2
+    for _ in range(20):
+        middle = (low + high) / 2
+        confirmed = judged(gaps, "A7", loss_margin=middle)["verdict"] == "confirmed"
+        low, high = (low, middle) if confirmed else (middle, high)
+    row = judged(gaps, "A7", loss_margin=high / (1 - inside))
+    assert (row["verdict"], row["borderline"]) == ("confirmed", borderline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 
 from lorabench.report import claim_text
@@ -49,3 +50,16 @@ def test_only_verdicts_that_lack_something_have_a_remark():
     assert claim_text.remark(make_claim("B1", "inconclusive")) == "to decide: 6 seeds (now 3)"
     assert claim_text.remark(make_claim("B1", "inconclusive", would_decide=None)) == ""
     assert claim_text.remark(make_claim("B1", "setting not met", missing="natural text")) == "needs natural text"
+
+
+@pytest.mark.parametrize(
+    ("borderline", "text"),
+    [(True, "confirmed, borderline"), (False, "confirmed"), (None, "confirmed"), (pd.NA, "confirmed")],
+)
+def test_a_borderline_verdict_is_said_to_be(borderline, text):
+    claim = make_claim("B1", borderline=borderline)
+    assert claim_text.verdict(claim) == text
+
+
+def test_a_claim_of_an_older_table_is_not_known_to_be_borderline():
+    assert claim_text.verdict(make_claim("B1")) == "confirmed"

@@ -117,6 +117,7 @@ def test_a_row_has_the_margin_the_power_and_what_is_missing(finished: Layout):
     claims = [
         make_claim("B1", fact="one"),
         make_claim("B5", "inconclusive", fact="one"),
+        make_claim("B2", borderline=True),
         make_claim("D1", "setting not met", missing="natural text"),
         make_claim("D5", "not tested"),
     ]
@@ -127,6 +128,7 @@ def test_a_row_has_the_margin_the_power_and_what_is_missing(finished: Layout):
     )
     assert rows["B1"] == f"| B1 | statement of B1 (one fact with B5) | confirmed | {measured} |"
     assert f"| inconclusive; to decide: 6 seeds (now 3) | {measured} |" in rows["B5"]
+    assert f"| confirmed, borderline | {measured} |" in rows["B2"]
     assert f"| setting not met; needs natural text | {measured} |" in rows["D1"]
     assert "D5" not in rows
 
@@ -136,6 +138,13 @@ def test_an_old_table_is_refused_before_anything_is_written(finished: Layout, ju
     with pytest.raises(UserError, match="no column margin_low: judge the claims again"):
         publish(finished, Path("README.md"))
     assert not (finished.published / "claims.csv").exists()
+
+
+def test_claims_published_without_the_column_of_borderline_verdicts_are_read(finished: Layout):
+    publish(finished, Path("README.md"))
+    path = finished.published / "claims.csv"
+    pd.read_csv(path).drop(columns="borderline").to_csv(path, index=False)
+    assert "borderline" not in results_block(finished.published)
 
 
 def test_text_is_no_markup(finished: Layout):

@@ -1,0 +1,71 @@
+"""The ends of intervals are continuous in the data: tiny changes of published runs hardly move them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench.claims.judge import judge_claims
+from lorabench.cli.preset_option import plan_and_layout
+from lorabench.tables.collect import run_row
+from lorabench.tables.tables import Tables
+from lorabench.utils.files import read_parquet
+
+from ..conftest import REPOSITORY
+
+CHANGE = 1e-6
+"""The share by which losses and accuracies are changed."""
+
+LOSSES = ("final_valid_nll", "final_test_nll", "first_epoch_nats")
+SHARES = ("final_valid_reward", "final_reward", "best_reward", "base_reward")
+
+
+def published_tables(preset: str) -> tuple[Tables, dict[str, Any]]:
+    """Return the tables of a preset's saved runs, and what its claims are judged by."""
+    plan, layout = plan_and_layout(preset)
+    experiments = {run_id: sweep.experiments for sweep in plan.sweeps for run_id in sweep.run_ids}
+    runs, curves, losses = [], [], []
+    for path in sorted((REPOSITORY / layout.saved_runs).glob("*.parquet")):
+        for row in read_parquet(path).to_pylist():
+            run_id = row["run_id"]
+            if run_id not in experiments:
+                continue
+            runs.append(run_row(json.loads(row["record"]), experiments[run_id]))
+            curves.append(pd.DataFrame(row["curve"]).assign(run_id=run_id))
+            losses.append(pd.DataFrame(row["test_losses"] or []).assign(run_id=run_id).reset_index(names="example"))
+    tables = Tables(pd.DataFrame(runs), pd.concat(curves, ignore_index=True), test_losses=pd.concat(losses))
+    return tables, {"margins": plan.preset.margins, "predictions": plan.preset.predictions}
+
+
+def changed(tables: Tables, size: float) -> Tables:
+    """Return tables in which each loss and accuracy is a little larger or smaller, by its own sign."""
+    random = np.random.default_rng(0)
+
+    def moved(values: pd.Series) -> pd.Series:
+        return values.astype(float) * (1 + size * random.choice([-1.0, 1.0], len(values)))
+
+    runs = tables.runs.assign(**{name: moved(tables.runs[name]) for name in LOSSES})
+    runs = runs.assign(**{name: moved(tables.runs[name]).clip(upper=1.0) for name in SHARES})
+    moving = tables.curves["metric"].isin(["nll", "accuracy", "reward"])
+    values = tables.curves["value"].astype(float)
+    curves = tables.curves.assign(value=values.where(~moving, moved(values).where(values < 1.0, values)))
+    test_losses = tables.test_losses.assign(loss=moved(tables.test_losses["loss"]))
+    return Tables(runs, curves, test_losses=test_losses)
+
+
+@pytest.mark.parametrize("preset", ["overnight", "laptop_more"])
+def test_a_change_of_losses_by_one_in_a_million_moves_no_end_by_half_a_percent(preset):
+    """The accuracies of `laptop_more` are often equal at several LRs, between which only rounding could choose."""
+    tables, by = published_tables(preset)
+    before, after = (judge_claims(each, **by).set_index("claim_id") for each in (tables, changed(tables, CHANGE)))
+    width = before["ci_high"] - before["ci_low"]
+    width = width[np.isfinite(width) & (width > 0)]
+    assert len(width) > (20 if preset == "overnight" else 5)
+    for end in ("ci_low", "ci_high"):
+        share = ((after[end] - before[end]).abs() / width)[width.index]
+        assert share.max() < 0.005, share.sort_values().tail()
+    assert (before["verdict"] == after["verdict"]).all()
