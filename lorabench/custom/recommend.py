@@ -34,7 +34,7 @@ from lorabench.runs import Job
 from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, read_optima
 from lorabench.sources.measurements import Z
 from lorabench.tables.checks import is_rl
-from lorabench.tables.io import read_table, table_path, with_all_columns
+from lorabench.tables.io import table_path, with_all_columns
 from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB
@@ -311,11 +311,9 @@ def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[
 
 def _recipes_of(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
     """Return what the supervised runs of each model in a folder say, with one of its runs."""
-    runs = with_all_columns(read_table(folder, "runs"), "runs")
-    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
-    if runs.empty:
-        return []
     tables = Tables.read(folder)
+    runs = with_all_columns(tables.runs, "runs")
+    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     return [
         (of_model.iloc[0], recommendation)
