@@ -150,14 +150,15 @@ def check_on_hub(wanted: WantedRepository) -> None:
 
 def _answer(url: str) -> str:
     """Return the hub's answer to one request, which is made once and waits no longer than _LOOK_UP_SECONDS."""
-    from huggingface_hub import get_session, hf_raise_for_status
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import get_session, get_token, hf_raise_for_status
 
     answers: Queue[str | Exception] = Queue()
 
     def request() -> None:
         try:
-            response = get_session().get(url, headers=build_hf_headers(), timeout=_LOOK_UP_SECONDS)
+            token = get_token()
+            headers = {"authorization": f"Bearer {token}"} if token else {}
+            response = get_session().get(url, headers=headers, timeout=_LOOK_UP_SECONDS)
             hf_raise_for_status(response)
             answers.put(response.text)
         except Exception as error:
