@@ -1,7 +1,7 @@
 """The peak memory of a training step of one of several processes that share a model; run by torchrun.
 
 Prints the largest sum of the bytes of all tensors that are alive at an operation: weights, moments, gradients and
-activations. FSDP frees the storage of gathered weights without deleting the tensor, so sizes are read at each operation.
+activations. FSDP frees the storage of gathered weights and keeps the tensor, so sizes are read at each operation.
 """
 
 from __future__ import annotations
