@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """An input is missing or wrong; the message is one sentence that names it, its value and what is allowed."""
+
+
+class NothingToDrawError(UserError):
+    """The tables hold nothing that a figure shows."""

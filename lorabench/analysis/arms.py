@@ -134,7 +134,7 @@ def rows_of(
 def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataFrame:
     """Return a table of rows with the columns ARM and `columns`, which it has even if there are no rows."""
     frame = pd.DataFrame(rows, columns=[*ARM, *columns])
-    return frame.astype(dict.fromkeys(_INTEGERS, "Int64"))
+    return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys([*STANDARD, "eps"], "float64"))
 
 
 def _values(column: pd.Series[Any], whole: bool) -> list[Any]:

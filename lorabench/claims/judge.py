@@ -22,7 +22,7 @@ from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.tables.checks import check_curves, check_table, is_rl
 from lorabench.tables.schemas import CLAIMS as COLUMNS
-from lorabench.tables.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on, with_stand_ins
+from lorabench.tables.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on
 from lorabench.tables.tables import Tables
 
 
@@ -37,7 +37,8 @@ def judge_claims(
     """Judge claims on the tidy tables.
 
     Args:
-        tables: the tidy tables. A claim whose table or columns are missing is not tested, and its reason names them.
+        tables: the tidy tables, with the losses that stand in for others. A claim whose table or columns are missing is
+            not tested, and its reason names them.
         claims: the claims to judge.
         margins: the smallest effects that matter; without them DEFAULT_MARGINS hold, and the rows say so.
         noise: seed noise of supervised runs from elsewhere, for comparisons with one seed.
@@ -51,7 +52,7 @@ def judge_claims(
     Raises:
         UserError: `check_table` or `check_curves` refuses a table, or an arm has two runs with the same LR and seed.
     """
-    runs = with_stand_ins(tables.runs)
+    runs = tables.runs
     check_table(runs)
     every_curve = _with_categories(tables.curves)
     check_curves(every_curve)

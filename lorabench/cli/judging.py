@@ -12,7 +12,7 @@ from lorabench.config.margins import Margins
 from lorabench.config.predictions import LrRatioPredictions, Predictions
 from lorabench.errors import UserError
 from lorabench.storage.layout import Layout
-from lorabench.tables.io import read_table
+from lorabench.tables.tables import Tables
 
 
 def margins_of(preset: str | None, path: Path | None) -> Margins | None:
@@ -44,7 +44,7 @@ def noise_of(folder: Path | None, sd: float | None, dof: int | None, source: str
     if sd is None:
         if dof is not None or source is not None:
             raise UserError("--noise-dof and --noise-source describe --noise-sd, which is missing")
-        return None if folder is None else pooled_noise(read_table(folder, "runs"), str(folder))
+        return None if folder is None else pooled_noise(Tables.read(folder).runs, str(folder))
     if folder is not None:
         raise UserError("--noise and --noise-sd: give one of them")
     if dof is None or source is None or not source.strip():

@@ -12,7 +12,7 @@ import typer
 from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, plan_and_layout
 from lorabench.config.schema import json_schema
-from lorabench.errors import UserError
+from lorabench.errors import NothingToDrawError, UserError
 
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.
@@ -297,8 +297,14 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     with in_one_sentence():
         from lorabench.figures.save import drawable_figures, save_figure
 
-        for figure_name in drawable_figures(tables) if name == "all" else [name]:
-            save_figure(figure_name, tables, out)
+        if name != "all":
+            save_figure(name, tables, out)
+            return
+        for figure_name in drawable_figures(tables):
+            try:
+                save_figure(figure_name, tables, out)
+            except NothingToDrawError as nothing:
+                print(f"figure {figure_name} is not drawn: {nothing}")
 
 
 @app.command(rich_help_panel=_PANEL)

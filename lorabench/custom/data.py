@@ -21,6 +21,7 @@ from lorabench.data.rows import RawRow, Tally
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.chat_template import template_text
+from lorabench.utils.hub import WantedRepository, check_on_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,6 +193,12 @@ def _hub_stream(name: str) -> Any:
     Raises:
         UserError: the dataset can't be read.
     """
+    # The datasets library reads a folder of this name before it asks the hub.
+    if not Path(name).is_dir():
+        try:
+            check_on_hub(WantedRepository("dataset", name, "main"))
+        except UserError as error:
+            raise UserError(f"{error}; the path of a local file works without the hub") from error
     import datasets
 
     try:

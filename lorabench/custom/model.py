@@ -17,6 +17,7 @@ from lorabench.models.dimensions import ARCHITECTURES, Dimensions, dimensions, d
 from lorabench.models.tiny import shipped_folder
 from lorabench.utils import formats
 from lorabench.utils.files import file_sha256
+from lorabench.utils.hub import WantedRepository, look_up
 
 TINY: tuple[str, ...] = get_args(TinyModel.model_fields["name"].annotation)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -85,7 +86,7 @@ def _folder(name: str) -> UserModel:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"model folder {name!r} has no .safetensors file; pickled weights are not loaded")
-    config = _config(folder / "config.json", name)
+    config = _config((folder / "config.json").read_bytes(), name)
     parameters = sum(_elements(file) for file in files)
     spec = PathModel(kind="path", path=name, parameters=parameters, hidden_size=config["hidden_size"])
     return UserModel(name, spec, config["model_type"], parameters, config.get("max_position_embeddings"))
@@ -104,7 +105,7 @@ def _hub(name: str) -> UserModel:
     """Describe a model of the hub by a shipped configuration of its name, or else by the hub's."""
     short = name.rpartition("/")[2].lower()
     shipped_configs = [path for path in sorted(ARCHITECTURES.glob("*.json")) if _is_variant(short, path.stem)]
-    config = _config(shipped_configs[-1] if shipped_configs else _from_hub(name), name)
+    config = _config(shipped_configs[-1].read_bytes() if shipped_configs else _from_hub(name), name)
     try:
         parameters = dimensions_of_config(config).parameters
     except KeyError as error:
@@ -121,17 +122,12 @@ def _is_variant(name: str, architecture: str) -> bool:
     return name == architecture or name.startswith(f"{architecture}-")
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
+def _from_hub(name: str) -> str:
+    """Return the text of a model's configuration on the hub."""
     try:
-        return Path(hf_hub_download(name, "config.json"))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"model {name!r}: its config.json can't be read from the hub ({reason}); download the model and give its "
-            "folder"
-        ) from error
+        return look_up(WantedRepository("model", name, "main"), "config.json")
+    except UserError as error:
+        raise UserError(f"{error}; the path of a local folder with the model works without the hub") from error
 
 
 def _gguf(name: str) -> UserModel:
@@ -153,10 +149,10 @@ def _gguf(name: str) -> UserModel:
     return UserModel(name, spec, family, parameters, length)
 
 
-def _config(path: Path, name: str) -> dict[str, Any]:
-    """Read a configuration and check the two entries that every model needs."""
+def _config(text: str | bytes, name: str) -> dict[str, Any]:
+    """Parse a configuration and check the two entries that every model needs."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(text)
     except ValueError as error:
         raise UserError(f"config.json of model {name!r} is not JSON: {error}") from error
     for key, kind in (("model_type", str), ("hidden_size", int)):

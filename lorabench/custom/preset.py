@@ -266,7 +266,8 @@ def checked_gpu(name: str) -> str:
 def _execution(model: UserModel, gpu: str | None) -> dict[str, object]:
     if gpu is not None:
         # A job takes the smallest number of GPUs with enough memory, up to this maximum.
-        return {"threads": 8, "max_batch_tokens": 8192, "gpu": checked_gpu(gpu), "max_gpus": 8}
+        fitting = {"gpu": checked_gpu(gpu), "max_gpus": 8, "activation_checkpointing": "auto"}
+        return {"threads": 8, "max_batch_tokens": 8192, **fitting}
     # A tiny model does not keep several threads busy.
     threads = 1 if isinstance(model.spec, TinyModel) else os.cpu_count() or 1
     return {"threads": threads, "max_batch_tokens": 4096, "gflops": _GFLOPS_PER_CORE * threads}

@@ -28,13 +28,14 @@ from lorabench.custom.model import UserModel
 from lorabench.custom.preset import checked_gpu
 from lorabench.custom.recommended_lr import OWN, PROBABILITY, RecommendedLr, outside, recommended_lr
 from lorabench.errors import UserError
+from lorabench.estimates.memory import TooLargeError
 from lorabench.planning.bill import Bill, training
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, read_optima
 from lorabench.sources.measurements import Z
 from lorabench.tables.checks import is_rl
-from lorabench.tables.io import read_table, table_path, with_all_columns
+from lorabench.tables.io import table_path, with_all_columns
 from lorabench.tables.tables import Tables
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB
@@ -49,6 +50,7 @@ _ASSUMED_EXAMPLE_TOKENS = 500
 _ASSUMED_MAX_CHARS = 6000
 # Tokens that go through the model at once: few, so that activations do not decide the number of GPUs.
 _MICRO_BATCH_TOKENS = 2048
+_MOST_GPUS = 1024
 # A table's model counts as the same if its number of parameters differs by less than this share.
 _SAME_SIZE = 0.02
 
@@ -173,6 +175,10 @@ def recommend(
     amount = "an epoch" if data or completion_tokens else "a million tokens"
     for method, title in TITLES.items():
         bill = bills[method]
+        if isinstance(bill, TooLargeError):
+            no_gpus = f"estimated for up to {_MOST_GPUS:,} x {gpu}"
+            settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", "does not fit", no_gpus))
+            continue
         source = f"estimated for {bill.gpus} x {gpu}"
         settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), source))
         settings.append(
@@ -181,6 +187,7 @@ def recommend(
     notes = [
         *outside(optima, model.family, hidden, batch, length),
         _rl_note(optima, model),
+        *(_too_large(TITLES[method], gpu, bill) for method, bill in bills.items() if isinstance(bill, TooLargeError)),
         *_notes(model, rank, length, completion_tokens),
     ]
     shown = (*seen, *_published(model.name, rank))
@@ -206,6 +213,21 @@ def _rl_note(optima: Sequence[LrOptimum], model: UserModel) -> str:
     return (
         f"In reinforcement learning ({responses} responses a step, {steps} steps) the pooled learning rates are "
         f"{' and '.join(of_methods)}: sources of RL differ much, so sweep them."
+    )
+
+
+def _too_large(title: str, gpu: str, large: TooLargeError) -> str:
+    """Say that a method does not fit, and why more GPUs don't help, or that they do."""
+    needed, undivided, available = (size / GB for size in (large.needed, large.undivided, large.available))
+    more = "only still more GPUs would do"
+    if undivided > available:
+        more = (
+            f"more GPUs don't help, since {undivided:.0f} GB are not divided among them: activations, logits and whole "
+            "layers"
+        )
+    return (
+        f"{title} does not fit on {gpu}, which has {available:.0f} GB to give: each of {_MOST_GPUS:,} GPUs would need "
+        f"{needed:.0f} GB; {more}. The other settings hold all the same."
     )
 
 
@@ -249,8 +271,12 @@ def _bills(
     batch: int,
     rank: int,
     gpu: str,
-) -> dict[str, Bill]:
-    """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost."""
+) -> dict[str, Bill | TooLargeError]:
+    """Estimate the cost of one run of each method for an epoch, as a preset with these two runs would cost.
+
+    Activations are recomputed where a method then needs fewer GPUs. In place of the bill of a method that fits on no
+    number of GPUs stands the error that says so.
+    """
     mean = data.mean_tokens if data else (completion_tokens or _ASSUMED_TOKENS) / examples
     longest = data.max_chars if data else _ASSUMED_MAX_CHARS
     # The estimate reads no data, so a dataset of the hub can stand for any other.
@@ -273,11 +299,21 @@ def _bills(
             ]
         },
         "margins": DEFAULT_MARGINS.model_dump(),
-        "execution": {"gpu": gpu, "max_gpus": 1024, "max_batch_tokens": _MICRO_BATCH_TOKENS},
+        "execution": {
+            "gpu": gpu,
+            "max_gpus": _MOST_GPUS,
+            "max_batch_tokens": _MICRO_BATCH_TOKENS,
+            "activation_checkpointing": "auto",
+        },
     }
-    preset = parse_preset(raw, Path("recommendation"))
-    plan = make_plan(preset)
-    return {sweep.condition.method: training(plan, [Job((sweep,))]) for sweep in plan.sweeps}
+    plan = make_plan(parse_preset(raw, Path("recommendation")))
+    bills: dict[str, Bill | TooLargeError] = {}
+    for sweep in plan.sweeps:
+        try:
+            bills[sweep.condition.method] = training(plan, [Job((sweep,))])
+        except TooLargeError as large:
+            bills[sweep.condition.method] = large
+    return bills
 
 
 def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[LrOptimum]]:
@@ -311,11 +347,9 @@ def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[
 
 def _recipes_of(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
     """Return what the supervised runs of each model in a folder say, with one of its runs."""
-    runs = with_all_columns(read_table(folder, "runs"), "runs")
-    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
-    if runs.empty:
-        return []
     tables = Tables.read(folder)
+    runs = with_all_columns(tables.runs, "runs")
+    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     return [
         (of_model.iloc[0], recommendation)

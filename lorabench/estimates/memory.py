@@ -1,11 +1,13 @@
 """The memory of a job, estimated from the sizes of its model; it decides the number of GPUs. Does not import torch.
 
 A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
-moments of the trained parameters; the bf16 copies that autocast makes of the other weights; activations of one
-micro-batch; logits of its scored tokens; in RL the cache of keys and values, or the engine vLLM. Lanes of LoRA share
-the base, lanes of full fine-tuning share no weights; a micro-batch of all lanes together has as many tokens as that of
-one run. Over several GPUs (FSDP) weights, gradients and moments are split, activations and logits are not. The numbers
-of bytes follow the code of transformers and PEFT, and were checked by the lifetime of every tensor's storage
+moments of the trained parameters; the bf16 copies that autocast makes of the other weights, but for those of experts,
+which compute in fp32; activations of one micro-batch; logits of its scored tokens, in SFT on one GPU only of a piece of
+them; in RL the cache of keys and values, or the engine vLLM. Lanes of LoRA share the base, lanes of full fine-tuning
+share no weights; a micro-batch of all lanes together has as many tokens as that of one run. Over several GPUs (FSDP)
+weights, gradients and moments are split. Activations and logits are not, nor are the copies, which autograd keeps for
+the backward pass when the gathered weights are given back. The numbers of bytes follow the code of transformers and
+PEFT, and were checked by the lifetime of every tensor's storage, also in two processes that share a model
 (`lorabench.training.step_cost`, tests/estimates/test_memory.py).
 """
 
@@ -30,6 +32,22 @@ USABLE = 0.92
 _SFT_PROCESS, _RL_PROCESS = 0.54 * GB, 0.85 * GB
 # Linear layers that carry LoRA in a decoder layer with experts, where all layers do.
 _LORA_LAYERS = 7
+# A number of GPUs among which what they divide takes nothing.
+_WITHOUT_END = 1 << 40
+# Gradients in a layer's backward pass as a share of what the layer keeps: measured in fp32 and bf16 on the tiny bases.
+_IN_BACKWARD = 0.3
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 26}
+"""The most logits of SFT that a model which is not sharded computes at once: `MAX_LOGITS` of training/loss.py, which
+imports torch."""
+
+
+class TooLargeError(UserError):
+    """A job fits on no number of GPUs that the preset allows."""
+
+    def __init__(self, message: str, needed: float, undivided: float, available: float) -> None:
+        """Take the message, and the bytes that each GPU needs, that GPUs do not divide, and that it has to give."""
+        super().__init__(message)
+        self.needed, self.undivided, self.available = needed, undivided, available
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class Memory:
     """Weights in bf16 that live until the backward pass; with experts also their weights with LoRA added."""
     activations: float
     logits: float
+    """Logits and their gradient; or what the backward pass through a layer takes later, if that is more."""
     sampling: float
     """Keys, values and distributions while responses are drawn, bf16 copies of weights in passes without gradients, and
     the gradients that are allocated throughout; never at the same time as gradients, copies, activations and logits.
@@ -138,22 +157,31 @@ def step_memory(
     layer = _layer_bytes(sizes, rank, bf16)
     if preset.execution.gpu is None:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
-    # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time,
-    # when the logits are already freed.
+    # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time.
     kept = sizes.layers * (4 * sizes.hidden if recomputes else layer)
     # Logits and their gradient in fp32; in RL also the gradient of the entropy.
-    logits = sizes.vocabulary * (16 if is_rl else 12)
-    # Sharded layers are gathered one by one; the next is fetched while one is computed.
-    gathered = 2 * 4 * sizes.layer_parameters if parts > 1 else 0
+    logits = tokens * sizes.vocabulary * (16 if is_rl else 12)
+    at_once = LOGITS_AT_ONCE["cpu" if preset.execution.gpu is None else "gpu"]
+    if not is_rl and parts == 1 and tokens * sizes.vocabulary > at_once:
+        # Pieces of the logits one after the other, and the gradient of the unembedding's input.
+        logits = 12 * max(at_once, sizes.vocabulary) + 4 * tokens * sizes.hidden
+    # When the logits are freed, a layer's backward pass needs its activations, kept or recomputed, and their gradients.
+    backward, gathered = tokens * layer * (_IN_BACKWARD + (1 if recomputes else 0)), 0
+    if parts > 1:
+        # Layers are gathered one by one, the next while one is computed; embedding and unembedding stay gathered.
+        gathered = 4 * (sizes.parameters + (2 - sizes.layers) * sizes.layer_parameters)
+        # The gradient of a whole layer, and a copy of it from which each process gets its part.
+        backward += 0 if rank else 2 * 4 * sizes.layer_parameters
     cast = cast_parameters(preset, sizes, placement, gpus)
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
     # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
     # fully fine-tuned.
     share = 1 / sizes.layers if recomputes and (rank is not None or parts > 1) else 1.0
-    copies = 2.0 * ((1 if rank else lanes) * _linear(sizes) - cast) if bf16 else 0.0
+    experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
+    copies = 2.0 * ((1 if rank else lanes) * (_linear(sizes) - experts) - cast) if bf16 else 0.0
     if rank is not None and placement != "attn":
         # PEFT adds LoRA to the weights of fused experts, in fp32.
-        copies += 4 * sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
+        copies += 4 * experts
     return Memory(
         weights=4 * (sizes.parameters + trained if rank else trained) / parts + 2 * cast + gathered,
         gradients=4 * trained / parts,
@@ -161,7 +189,7 @@ def step_memory(
         copies=copies * share,
         # Beside the layers: the embeddings, the last norm, and the unembedding's input.
         activations=tokens * (kept + 10 * sizes.hidden),
-        logits=tokens * (max(logits, layer) if recomputes else logits),
+        logits=max(logits, backward),
         sampling=0,
     )
 
@@ -183,7 +211,7 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     The number of lanes is chosen afterwards to fit these GPUs (see `lorabench.estimates.lane_count`).
 
     Raises:
-        UserError: the job does not even fit on `execution.max_gpus`.
+        TooLargeError: the job does not even fit on `execution.max_gpus`.
     """
     preset = decided(preset, sweep)
     execution = preset.execution
@@ -192,14 +220,18 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     gpus = _least_gpus(preset, sweep)
     if gpus is None:
         most, available = 2 ** int(math.log2(execution.max_gpus)), USABLE * GPUS[execution.gpu].memory
-        needed = sweep_memory(preset, sweep, most).total
+        needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
         also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
-        raise UserError(
+        more = f"raise max_gpus ({execution.max_gpus}), "
+        if undivided > available:
+            more = ""
+        message = (
             f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {most} x {execution.gpu}, which "
             f"has {available / GB:.0f} GB to give; of execution, {also}lower max_batch_tokens "
-            f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), raise max_gpus "
-            f"({execution.max_gpus}), or choose another gpu"
+            f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), {more}"
+            "or choose another gpu"
         )
+        raise TooLargeError(message, needed, undivided, available)
     return gpus
 
 

@@ -13,6 +13,7 @@ from lorabench.analysis.arms import ARM, arm_label
 from lorabench.analysis.departure import departures
 from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.noise import seed_noise, sigma_of
+from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
 from lorabench.tables.tables import Tables
 
@@ -55,7 +56,10 @@ def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     for part in parts:
         part["arm"] = [arm_label(row) for _, row in part.iterrows()]
     parts += [_noise_band(envelope, noise), _before_training(runs, curves)]
-    return pd.concat([part for part in parts if len(part)]).reindex(columns=_COLUMNS).reset_index(drop=True)
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        raise NothingToDrawError("no validation curves beyond step 0")
+    return pd.concat(parts).reindex(columns=_COLUMNS).reset_index(drop=True)
 
 
 def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:

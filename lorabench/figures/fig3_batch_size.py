@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.envelopes import envelopes
+from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
 from lorabench.figures.fitted import fitted_comparisons, fitted_rows, with_interval
 from lorabench.tables.tables import Tables
@@ -70,7 +71,10 @@ def _plotted(tables: Tables) -> pd.DataFrame:
     for element, part in elements.items():
         labels = [arm_label(row) for _, row in part.iterrows()]
         parts.append(part.assign(arm=labels, element=element).reindex(columns=_COLUMNS))
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        raise NothingToDrawError("no validation curves beyond step 0, and no sweep of learning rates")
+    return pd.concat(parts, ignore_index=True)
 
 
 def _gaps(comparison: Comparison) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.step_flops import loss_by_flops
-from lorabench.errors import UserError
+from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
 from lorabench.tables.tables import Tables
 
@@ -27,14 +27,14 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     validation NLL in nats per scored token.
 
     Raises:
-        UserError: the runs table lacks train_flops or train_tokens, or no run with both has a validation curve.
+        NothingToDrawError: runs lack train_flops or train_tokens, or none with both has a validation curve.
     """
     missing = [name for name in ("train_flops", "train_tokens") if name not in tables.runs]
     if missing:
-        raise UserError(f"the runs table has no column {', '.join(missing)}")
+        raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
     plotted = _plotted(tables.runs, tables.curves)
     if plotted.empty:
-        raise UserError("no validation curves of runs whose training FLOPs are known")
+        raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
     noise = seed_noise(tables.runs)
     figure, panels = style.panels(plotted)
     styles = style.arm_styles(plotted)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorabench.analysis.comparison import NEEDED_BY, curves_of
-from lorabench.errors import UserError
+from lorabench.errors import NothingToDrawError, UserError
 from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
 from lorabench.figures.style import write_figure
 from lorabench.tables.checks import check_curves, check_evals, check_table
@@ -39,8 +39,9 @@ def save_figure(name: str, folders: Sequence[Path], out: Path) -> None:
     From merged tables it draws the runs of its own experiments only. Where the tables are refused, nothing is written.
 
     Raises:
-        UserError: there is no such figure; the folders hold no tables, tables that contradict one another, or nothing
-            for this figure; or see `check_table`, `check_curves` and `check_evals`.
+        NothingToDrawError: the tables hold nothing for this figure.
+        UserError: there is no such figure; the folders hold no tables, or tables that contradict one another; or see
+            `check_table`, `check_curves` and `check_evals`.
     """
     if name not in FIGURES:
         raise UserError(f"figure {name!r}: allowed: {', '.join(FIGURES)}")
@@ -79,10 +80,10 @@ def _of_figure(tables: Tables, figure: PaperFigure) -> Tables:
     if tables.runs.columns.empty:
         raise UserError("there is no table runs")
     if missing := [name for name in NEEDED_BY[figure.task] if name not in tables.runs]:
-        raise UserError(f"the runs table has no column {', '.join(missing)}")
+        raise NothingToDrawError(f"the runs table has no column {', '.join(missing)}")
     check_table(tables.runs)
     check_curves(tables.curves)
     runs = with_all_columns(figure.of_experiments(tables.runs), "runs")
     if runs.empty:
-        raise UserError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
+        raise NothingToDrawError(f"the runs table has no runs of the experiment {' or '.join(figure.experiments)}")
     return replace(tables, runs=runs, curves=with_all_columns(curves_of(tables.curves, runs), "curves"))

@@ -33,7 +33,6 @@ from lorabench.sources.measurements import Z
 from lorabench.sources.own import PROJECT
 from lorabench.sources.studies import Study
 from lorabench.tables.checks import is_rl
-from lorabench.tables.stand_ins import with_stand_ins
 
 AUTHORS = "the paper's authors"
 """The law and the published sweep of its authors are one source, since the law was fitted to such sweeps."""
@@ -115,7 +114,7 @@ def known_optima(studies: Sequence[Study], presets: Sequence[Path] = ()) -> list
 
 
 def _of_study(study: Study) -> list[SweptOptimum]:
-    runs = with_stand_ins(study.tables.runs)
+    runs = study.tables.runs
     needed = ("lr", "steps", "batch_size", "data_kind", "final_reward")
     runs = runs.reindex(columns=list(dict.fromkeys([*runs, *needed])))
     rl = bool(is_rl(runs).all())

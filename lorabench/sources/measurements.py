@@ -29,7 +29,7 @@ from lorabench.analysis.lr_ratio import PAPER_RATIO
 from lorabench.analysis.random_effects import RandomEffects, p_of_groups, random_effects
 from lorabench.sources.studies import Study
 from lorabench.tables.checks import is_rl
-from lorabench.tables.stand_ins import with_stand_ins
+from lorabench.tables.stand_ins import MIXED, UNKNOWN
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",
@@ -136,7 +136,7 @@ def _attributes(study: Study) -> dict[str, str]:
 
 
 def _of_study(study: Study) -> list[Measurement]:
-    runs = with_stand_ins(study.tables.runs)
+    runs = study.tables.runs
     runs = runs.reindex(
         columns=[*runs, *(name for name in ("lr", "steps", "batch_size", "data_kind") if name not in runs)]
     )
@@ -270,7 +270,8 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
 
     The measurements of one source share data and model, so their mean counts once, with the mean of their errors; SFT
     and RL of a source count apart. An attribute explains as far as two groups of it have two sources each;
-    `p_of_groups` is then the probability of group means so far apart by chance, and otherwise null.
+    `p_of_groups` is then the probability of group means so far apart by chance, and otherwise null. Sources whose
+    attribute is unknown or mixed are no group that could explain anything.
 
     Args:
         table: as from `measurement_table`.
@@ -283,7 +284,8 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
         rows.append(_summary_row(measure, "", "", _by_source(counted)))
         for attribute in ATTRIBUTES:
             groups = {str(value): _by_source(part) for value, part in counted.groupby(attribute)}
-            enough = {value: part for value, part in groups.items() if part.k >= _MIN_SOURCES}
+            known = {value: part for value, part in groups.items() if value not in (UNKNOWN, MIXED)}
+            enough = {value: part for value, part in known.items() if part.k >= _MIN_SOURCES}
             chance = p_of_groups(list(enough.values())) if len(enough) >= _MIN_SOURCES else math.nan
             if len(groups) > 1:
                 rows += [_summary_row(measure, attribute, value, part, chance) for value, part in groups.items()]

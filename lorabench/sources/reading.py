@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from lorabench.errors import UserError
 from lorabench.sources.rows import read_rows
 from lorabench.sources.schema import UNITS, Column, CurvesOf, RunsOf, Source, quantity_of, read_source_file
 from lorabench.tables.checks import check_curves, check_table
-from lorabench.tables.io import typed_columns, with_all_columns, write_frame
+from lorabench.tables.io import typed_columns, write_known_columns
 from lorabench.tables.schemas import CURVES
-from lorabench.tables.stand_ins import with_stand_ins
+from lorabench.tables.stand_ins import MIXED, UNKNOWN, with_stand_ins
 from lorabench.tables.tables import Tables
 
 _CELL = ["model", "dataset", "task", "method", "rank", "placement", "alpha", "batch_size", "steps", "lr"]
@@ -29,6 +30,7 @@ class Imported:
     folder: Path
     source: Source
     tables: Tables
+    """Its runs and curves as published: nothing stands in for a loss that they lack."""
 
 
 def import_source(folder: Path) -> Imported:
@@ -55,14 +57,17 @@ def import_source(folder: Path) -> Imported:
 
 
 def write_tables(imported: Imported, out: Path) -> None:
-    """Write the tidy tables of a source into a folder."""
-    write_frame(with_all_columns(imported.tables.runs, "runs"), "runs", out)
-    write_frame(with_all_columns(imported.tables.curves, "curves"), "curves", out)
+    """Write the tidy tables of a source into a folder, with the documented columns that the source has."""
+    write_known_columns(imported.tables.runs, "runs", out)
+    write_known_columns(imported.tables.curves, "curves", out)
 
 
 def _runs(folder: Path, source: Source) -> pd.DataFrame:
     of, path = source.runs, folder / source.runs.file
-    rows = _kept(read_rows(folder, of), of, path)
+    rows = read_rows(folder, of)
+    read = [column.source for column in of.columns.values()] + [rule.column for rule in of.leave_out] + of.one_run
+    _check_columns(rows, read, path)
+    rows = _kept(rows, of, path)
     columns = {name: _column(rows, name, column, path) for name, column in of.columns.items()}
     frame = pd.DataFrame(columns, index=rows.index).assign(**of.constants)
     frame = typed_columns(frame, "runs", path)
@@ -79,12 +84,10 @@ def _runs(folder: Path, source: Source) -> pd.DataFrame:
 def _kept(rows: pd.DataFrame, of: RunsOf, path: Path) -> pd.DataFrame:
     """Return the rows that are read: without those left out, and one of several equal listings of a run."""
     for rule in of.leave_out:
-        rows = rows[~_of_source(rows, rule.column, path).isin(rule.values)]
+        rows = rows[~rows[rule.column].isin(rule.values)]
     if not of.one_run:
         return rows.reset_index(drop=True)
-    for name in of.one_run:
-        _of_source(rows, name, path)
-    used = list(dict.fromkeys(column.source for column in of.columns.values() if column.source in rows))
+    used = list(dict.fromkeys(column.source for column in of.columns.values()))
     for key, listed in rows.groupby(of.one_run, dropna=False):
         differing = [name for name in used if listed[name].nunique(dropna=False) > 1]
         if differing:
@@ -93,20 +96,21 @@ def _kept(rows: pd.DataFrame, of: RunsOf, path: Path) -> pd.DataFrame:
     return rows.drop_duplicates(of.one_run).reset_index(drop=True)
 
 
-def _of_source(rows: pd.DataFrame, name: str, path: Path) -> pd.Series[Any]:
-    if name not in rows:
-        raise UserError(f"{path}: has no column {name!r}; it has {', '.join(map(str, rows.columns))}")
-    return rows[name]
+def _check_columns(rows: pd.DataFrame, names: Iterable[str], path: Path) -> None:
+    """Refuse names of columns that a source's file lacks, all at once."""
+    if absent := [repr(name) for name in dict.fromkeys(names) if name not in rows]:
+        raise UserError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(map(str, rows.columns))}")
 
 
 def _column(rows: pd.DataFrame, name: str, column: Column, path: Path) -> pd.Series[Any]:
     """Return a tidy column: the source's text with its values replaced, or its numbers in the tidy unit."""
-    text = _of_source(rows, column.source, path)
+    text = rows[column.source]
     if column.values is not None:
         unlisted = sorted(set(text.dropna()) - set(column.values))
         if unlisted:
             raise UserError(
-                f"{path}: column {column.source!r} has {unlisted[0]!r}, which runs.columns.{name}.values does not list"
+                f"{path}: column {column.source!r} has {', '.join(map(repr, unlisted))}, which "
+                f"runs.columns.{name}.values does not list"
             )
         return text.map(column.values)
     quantity = quantity_of(name)
@@ -132,16 +136,15 @@ def _check_share(numbers: pd.Series[float], column: Column, path: Path) -> None:
 
 def _with_attributes(runs: pd.DataFrame, source: Source, path: Path) -> pd.DataFrame:
     """Add what the file says of the source and of its models to each run that does not say it itself."""
-    if "model" not in runs:
-        raise UserError(f"{path}: runs.columns and runs.constants say nothing of the column model")
-    unknown = sorted(set(runs["model"].dropna()) - set(source.models))
-    if unknown:
-        raise UserError(f"{path}: model {unknown[0]!r} is not described under `models`")
+    undescribed = sorted(set(runs["model"].dropna()) - set(source.models))
+    if undescribed:
+        raise UserError(f"{path}: model {', '.join(map(repr, undescribed))} is not described under `models`")
     attributes = source.attributes
+    alpha = attributes.alpha if attributes.alpha in (UNKNOWN, MIXED) else f"alpha {attributes.alpha}"
     added: dict[str, Any] = {
         "precision": attributes.precision,
         "schedule": attributes.schedule,
-        "alpha_convention": f"alpha {attributes.alpha}",
+        "alpha_convention": alpha,
         "unembedding": attributes.unembedding,
         "base_kind": attributes.base_kind,
         "max_new_tokens": attributes.max_new_tokens,
@@ -184,11 +187,12 @@ def _curves(folder: Path, of: CurvesOf | None, runs: pd.DataFrame) -> pd.DataFra
         return pd.DataFrame(columns=CURVES.names)
     path = folder / of.file
     rows = read_rows(folder, of)
-    frame = pd.DataFrame({name: _of_source(rows, column.source, path) for name, column in of.columns.items()})
+    read = [column.source for column in of.columns.values()] + [metric.column for metric in of.metrics]
+    _check_columns(rows, read, path)
+    frame = pd.DataFrame({name: rows[column.source] for name, column in of.columns.items()})
     if of.metrics:
         parts = [
-            frame.assign(split=metric.split, metric=metric.metric, value=_of_source(rows, metric.column, path))
-            for metric in of.metrics
+            frame.assign(split=metric.split, metric=metric.metric, value=rows[metric.column]) for metric in of.metrics
         ]
         frame = pd.concat(parts, ignore_index=True)
     frame = typed_columns(frame, "curves", path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
 from lorabench.errors import UserError
@@ -25,6 +26,14 @@ UNITS: dict[str, dict[str, float]] = {
     "memory": {"bytes": 1.0, "GB": 1e9, "GiB": 2.0**30},
 }
 """By quantity: the units that a source may have, with their size in the unit of the tidy tables."""
+
+_ALLOWED = {
+    "attributes.precision": "in words, such as fp32 weights; or mixed, or unknown",
+    "attributes.schedule": "in words, such as constant; or mixed, or unknown",
+    "attributes.alpha": "a number or a rule, as text; or mixed, or unknown",
+    "attributes.base_kind": "base, instruct, mixed or unknown",
+}
+"""What the required attributes may be, in words."""
 
 _QUANTITIES = {
     **dict.fromkeys(("final_valid_nll", "final_test_nll", "final_test_nll_sd", "final_train_nll", "base_nll"), "loss"),
@@ -71,6 +80,37 @@ class LeaveOut(Strict):
     reason: str
 
 
+def _known_in_runs(columns: dict[str, Any]) -> dict[str, Any]:
+    return _known("runs", columns, {*RUNS.names, *EXTRA_COLUMNS, "base_nll"})
+
+
+def _known_in_curves(columns: dict[str, Any]) -> dict[str, Any]:
+    return _known("curves", columns, set(CURVES.names))
+
+
+def _known(table: str, columns: dict[str, Any], allowed: set[str]) -> dict[str, Any]:
+    if strange := [repr(name) for name in columns if name not in allowed]:
+        raise ValueError(f"no columns of the tidy table `{table}`: {', '.join(strange)}")
+    return columns
+
+
+def _with_units(columns: dict[str, Column]) -> dict[str, Column]:
+    if wrong := [problem for name, column in columns.items() if (problem := _wrong_unit(name, column))]:
+        raise ValueError("; ".join(wrong))
+    return columns
+
+
+def _wrong_unit(name: str, column: Column) -> str | None:
+    """Return what is wrong with the unit of a column, in words; None if it is right."""
+    quantity = quantity_of(name)
+    if quantity is None:
+        return None if column.unit is None else f"{name} has unit = {column.unit!r}, but this column has no unit"
+    if column.unit in UNITS[quantity]:
+        return None
+    stated = "no unit" if column.unit is None else f"unit = {column.unit!r}"
+    return f"{name} has {stated}; allowed: {', '.join(UNITS[quantity])}"
+
+
 class FileOf(Strict):
     """A file, or several files of one kind, beside `source.yaml`."""
 
@@ -88,9 +128,9 @@ class FileOf(Strict):
 class RunsOf(FileOf):
     """The runs of a source."""
 
-    columns: dict[str, Column]
+    columns: Annotated[dict[str, Column], AfterValidator(_known_in_runs), AfterValidator(_with_units)]
     """The columns of the tidy table `runs`, and `base_nll` for the loss of the base model."""
-    constants: dict[str, Any] = Field(default_factory=dict)
+    constants: Annotated[dict[str, Any], AfterValidator(_known_in_runs)] = Field(default_factory=dict)
     """Tidy columns with one value for all runs."""
     leave_out: list[LeaveOut] = Field(default_factory=list)
     one_run: list[str] = Field(default_factory=list)
@@ -98,6 +138,12 @@ class RunsOf(FileOf):
     repeats: Literal["refuse", "mean"] = "refuse"
     """What runs with equal settings and one seed are: a mistake, or repeats, whose mean counts as one run, since a
     repeat with the same seed does not show the noise between seeds."""
+
+    @model_validator(mode="after")
+    def _with_models(self) -> RunsOf:
+        if "model" not in self.columns and "model" not in self.constants:
+            raise ValueError("neither columns nor constants say which model a run has")
+        return self
 
 
 class Metric(Strict):
@@ -111,7 +157,7 @@ class Metric(Strict):
 class CurvesOf(FileOf):
     """The learning curves of a source."""
 
-    columns: dict[str, Column]
+    columns: Annotated[dict[str, Column], AfterValidator(_known_in_curves)]
     metrics: list[Metric] = Field(default_factory=list)
     """The metrics, where each has a column of its own."""
     shorter: Shorter | None = None
@@ -160,13 +206,14 @@ class Attributes(Strict):
     """What differs between sources that are otherwise alike."""
 
     precision: str
-    """The precision of the weights that are trained."""
+    """The precision of the weights that are trained. Here and below, `unknown` says that the source does not tell, and
+    `mixed` that its runs differ and it does not tell which run has which."""
     schedule: str
     alpha: str
     """The value of alpha, or its rule."""
     unembedding: bool | None = None
     """Whether LoRA is on the unembedding too."""
-    base_kind: Literal["base", "instruct"]
+    base_kind: Literal["base", "instruct", "mixed", "unknown"]
     max_new_tokens: NotNegative | None = None
     """The cap on the length of responses."""
     response_tokens: Positive | None = None
@@ -190,35 +237,6 @@ class Source(Strict):
     runs: RunsOf
     curves: CurvesOf | None = None
 
-    @model_validator(mode="after")
-    def _known_columns(self) -> Source:
-        allowed = {*RUNS.names, *EXTRA_COLUMNS, "base_nll"}
-        _check_columns("runs", {**self.runs.columns, **self.runs.constants}, allowed)
-        for name, column in self.runs.columns.items():
-            _check_unit(name, column)
-        if self.curves is not None:
-            _check_columns("curves", self.curves.columns, set(CURVES.names))
-        return self
-
-
-def _check_columns(table: str, named: dict[str, Any], allowed: set[str]) -> None:
-    for name in named:
-        if name not in allowed:
-            raise ValueError(f"{table} has a column {name!r}, which is no column of the tidy table `{table}`")
-
-
-def _check_unit(name: str, column: Column) -> None:
-    quantity = quantity_of(name)
-    if quantity is None:
-        if column.unit is not None:
-            raise ValueError(f"runs.columns.{name}: unit = {column.unit!r}, but this column has no unit")
-        return
-    allowed = ", ".join(UNITS[quantity])
-    if column.unit is None:
-        raise ValueError(f"runs.columns.{name}: has no unit; allowed: {allowed}")
-    if column.unit not in UNITS[quantity]:
-        raise ValueError(f"runs.columns.{name}: unit = {column.unit!r}; allowed: {allowed}")
-
 
 CurvesOf.model_rebuild()
 Source.model_rebuild()
@@ -228,7 +246,7 @@ def read_source_file(folder: Path) -> Source:
     """Read the file `source.yaml` of a folder.
 
     Raises:
-        UserError: there is no such file, it is not YAML, or a field is wrong; one line per field.
+        UserError: there is no such file, it is not YAML, or fields are missing or wrong, all of which are named.
     """
     path = folder / SOURCE_FILE
     if not path.is_file():
@@ -240,7 +258,7 @@ def read_source_file(folder: Path) -> Source:
     try:
         return Source.model_validate(_with_short_columns(raw))
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_sentence(problem)}" for problem in error.errors())) from error
+        raise UserError(f"{path}: {'; '.join(_sentences(error.errors()))}") from error
 
 
 def _with_short_columns(raw: Any) -> Any:
@@ -256,12 +274,27 @@ def _with_short_columns(raw: Any) -> Any:
     return long
 
 
-def _sentence(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+def _sentences(problems: Sequence[Any]) -> list[str]:
+    """Return what is wrong with the file: first all missing fields, then a clause for each wrong one."""
+    missing = [_missing(_place(problem)) for problem in problems if problem["type"] == "missing"]
+    wrong = [_wrong(problem) for problem in problems if problem["type"] != "missing"]
+    return [*([f"missing: {', '.join(missing)}"] if missing else []), *wrong]
+
+
+def _missing(place: str) -> str:
+    return f"{place} ({_ALLOWED[place]})" if place in _ALLOWED else place
+
+
+def _wrong(problem: Any) -> str:
+    place = _place(problem)
     if problem["type"] == "value_error":
-        return f"{where + ': ' if where else ''}{problem['ctx']['error']}"
-    if problem["type"] == "missing":
-        return f"{where}: missing"
+        return f"{place}: {problem['ctx']['error']}"
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
-    return f"{where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"{place}: unknown key"
+    if place in _ALLOWED:
+        return f"{place} = {problem['input']!r}; allowed: {_ALLOWED[place]}"
+    return f"{place} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _place(problem: Any) -> str:
+    return ".".join(str(part) for part in problem["loc"])

@@ -31,6 +31,7 @@ class Study:
     of: Imported
     model: str
     tables: Tables
+    """Its runs, with the losses that stand in for others, and their curves."""
     noise: Noise | None
     """Noise of final losses from elsewhere, for supervised runs with one seed."""
     reward_noise: Noise | None
@@ -88,7 +89,7 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
             stated = of_model.noise or imported.source.noise
             rl = bool(is_rl(runs).all())
             noise = None if stated is None else _noise(stated, imported, sources, rl)
-            tables = Tables(runs.reset_index(drop=True), curves_of(imported.tables.curves, runs))
+            tables = Tables(with_stand_ins(runs.reset_index(drop=True)), curves_of(imported.tables.curves, runs))
             studies.append(Study(imported, model, tables, None if rl else noise, noise if rl else None))
     return sorted(studies, key=lambda study: (study.parameters, study.name))
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
-from lorabench.tables.schemas import SCHEMAS, WHERE_ABSENT
+from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
 from lorabench.utils.files import atomic_path
 
 # Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
@@ -37,6 +37,18 @@ def write_frame(frame: pd.DataFrame, name: str, out: Path) -> None:
     frame = frame.reindex(columns=schema.names)
     write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
     write_csv(frame, out / f"{name}.csv")
+
+
+def write_known_columns(frame: pd.DataFrame, name: str, out: Path) -> None:
+    """Write the tidy table `name` into the folder `out`, in those of its documented columns that the frame has.
+
+    It is written as parquet, and as CSV too unless it is one of PARQUET_ONLY.
+    """
+    schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])
+    frame = frame[schema.names]
+    write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
+    if name not in PARQUET_ONLY:
+        write_csv(frame, out / f"{name}.csv")
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

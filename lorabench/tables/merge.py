@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 
 from lorabench.errors import UserError
 from lorabench.tables.checks import check_curves, check_evals, check_table
-from lorabench.tables.io import list_of_words, read_table, table_path, write_csv, write_table
-from lorabench.tables.schemas import PARQUET_ONLY, SCHEMAS
+from lorabench.tables.io import list_of_words, read_table, table_path, write_known_columns
+from lorabench.tables.schemas import SCHEMAS
 from lorabench.tables.stand_ins import with_stand_ins
 
 KEYS = {
@@ -64,10 +63,7 @@ def merge(folders: list[Path], out: Path) -> None:
     check_curves(merged.get("curves", pd.DataFrame()))
     check_evals(merged.get("evals", pd.DataFrame()))
     for name, frame in merged.items():
-        schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])
-        write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
-        if name not in PARQUET_ONLY:
-            write_csv(frame, out / f"{name}.csv")
+        write_known_columns(frame, name, out)
 
 
 def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:

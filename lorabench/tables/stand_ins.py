@@ -2,7 +2,8 @@
 
 Own runs have a validation split, by which the learning rate is picked, and a test split, which is reported. Tables from
 elsewhere may have one evaluation set only, or the training loss alone. They are judged all the same, and the column
-REMARK says what stood in for what.
+REMARK says what stood in for what. `Tables.read` puts the stand-ins in place, so that claims, figures and
+recommendations all see them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ _VALID, _TEST, _TRAIN = "final_valid_nll", "final_test_nll", "final_train_nll"
 
 SOURCE_COLUMNS = ("precision", "schedule", "alpha_convention", "unembedding", "base_kind")
 """Columns of `runs` in which sources differ that are otherwise alike."""
+
+UNKNOWN, MIXED = "unknown", "mixed"
+"""Values of SOURCE_COLUMNS: a source does not say, or its runs differ and it does not say which run has which value."""
 
 
 def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
@@ -72,12 +76,18 @@ def remarks_on(runs: pd.DataFrame) -> list[str]:
             continue
         # Several models may differ; what must be alike are the runs of one.
         for _, of_model in runs.groupby(["model", "dataset"]):
-            values = _distinct(of_model[column])
-            if len(values) > 1:
-                remark = f"its runs differ in {column}: {', '.join(values)}"
-                remarks += [] if remark in remarks else [remark]
+            remarks += _differences(of_model[column])
+    return list(dict.fromkeys(remarks))
+
+
+def _differences(column: pd.Series[Any]) -> list[str]:
+    """Return in what runs of one model differ, or may differ since a source does not say."""
+    values = {str(value) for value in column.dropna()}
+    known = sorted(values - {UNKNOWN, MIXED})
+    remarks = [f"its runs differ in {column.name}: {', '.join(known)}"] if len(known) > 1 else []
+    if MIXED in values:
+        remarks.append(f"its runs differ in {column.name}, and the source does not say which has which")
+    if UNKNOWN in values:
+        of = "some of its runs" if len(values) > 1 else "its runs"
+        remarks.append(f"the {column.name} of {of} is unknown, so they may differ in it")
     return remarks
-
-
-def _distinct(column: pd.Series[Any]) -> list[str]:
-    return sorted({str(value) for value in column.dropna()})

@@ -11,6 +11,7 @@ import pandas as pd
 from lorabench.errors import UserError
 from lorabench.tables.io import empty_table, read_table, table_path
 from lorabench.tables.merge import merge_tables
+from lorabench.tables.stand_ins import with_stand_ins
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Tables:
     def read(cls, *folders: Path) -> Tables:
         """Read the tables of one folder, or of several and merge them as `lorabench merge` does.
 
+        Another loss stands in for one that the runs lack (see `with_stand_ins`).
+
         Raises:
             UserError: a folder holds none of the tables; see also `read_table` and `merge_tables`.
         """
@@ -37,7 +40,8 @@ class Tables:
         for folder in folders:
             if not any(table_path(folder, name) for name in names):
                 raise UserError(f"no table {', '.join(names[:-1])} or {names[-1]} (.parquet or .csv) in {folder}")
-        return cls(*(_read_merged(folders, name) for name in names))
+        runs, *others = (_read_merged(folders, name) for name in names)
+        return cls(with_stand_ins(runs), *others)
 
 
 def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:

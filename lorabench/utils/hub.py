@@ -7,6 +7,9 @@ fetched: commit, files and sizes.
 
 A run's id holds the revision that the preset names, so a plan needs no network. The record of a run holds the commit,
 and runs of different commits are never mixed (`lorabench/training/sweep.py`).
+
+Jobs that fetch large files leave it to the hub's client to try again. A command that a user waits for looks things up
+with one request, which is answered at once or not at all (`look_up`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, Literal
 
 from lorabench.errors import UserError
@@ -32,6 +37,8 @@ _IN_FOLDERS = ("*/*",)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Bytes that must stay free on the disk after a download.
 _SPARE_BYTES = 1 << 30
+# Seconds in which a request that a user waits for must be answered, with the time that the look-up of a name takes.
+_LOOK_UP_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,60 @@ def fetch_repositories(wanted: list[WantedRepository], pins: Path, out: Path) ->
     """
     write_json([asdict(_fetch(repository, pins)) for repository in wanted], out)
     read_fetched.cache_clear()
+
+
+def look_up(wanted: WantedRepository, file: str) -> str:
+    """Return the text of a small file of a repository, from the hub's cache or else by one request to the hub.
+
+    Raises:
+        UserError: the repository or its file is not on the hub, or the hub does not answer within two seconds.
+    """
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind)
+    if isinstance(cached, str):
+        return Path(cached).read_text(encoding="utf-8")
+    with _explained(wanted):
+        return _answer(hf_hub_url(wanted.id, file, revision=wanted.revision, repo_type=wanted.kind))
+
+
+def check_on_hub(wanted: WantedRepository) -> None:
+    """Check by one request that a repository is on the hub.
+
+    Raises:
+        UserError: it is not, or the hub does not answer within two seconds.
+    """
+    from huggingface_hub import constants
+
+    with _explained(wanted):
+        _answer(f"{constants.ENDPOINT}/api/{wanted.kind}s/{wanted.id}")
+
+
+def _answer(url: str) -> str:
+    """Return the hub's answer to one request, which is made once and waits no longer than _LOOK_UP_SECONDS."""
+    from huggingface_hub import get_session, get_token, hf_raise_for_status
+
+    answers: Queue[str | Exception] = Queue()
+
+    def request() -> None:
+        try:
+            token = get_token()
+            headers = {"authorization": f"Bearer {token}"} if token else {}
+            response = get_session().get(url, headers=headers, timeout=_LOOK_UP_SECONDS)
+            hf_raise_for_status(response)
+            answers.put(response.text)
+        except Exception as error:
+            answers.put(error)
+
+    # A name server that does not answer blocks for longer than the request's own time-out.
+    Thread(target=request, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_LOOK_UP_SECONDS)
+    except Empty:
+        raise TimeoutError(f"no answer within {_LOOK_UP_SECONDS:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _fetch(wanted: WantedRepository, pins: Path) -> FetchedRepository:
@@ -228,6 +289,8 @@ def _sentence(wanted: WantedRepository, error: Exception) -> str | None:
             return f"{wanted} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN"
         case errors.RevisionNotFoundError():
             return f"{wanted} has no revision {wanted.revision!r}"
+        case errors.RemoteEntryNotFoundError():
+            return f"{wanted} lacks a file that is needed: {_last_line(error)}"
         case errors.RepositoryNotFoundError():
             return f"{wanted} is not on the hub, or is private and needs a token (`hf auth login` or HF_TOKEN)"
         case errors.OfflineModeIsEnabled():
@@ -239,6 +302,10 @@ def _sentence(wanted: WantedRepository, error: Exception) -> str | None:
         case OSError():
             return f"{failed}: {_first_line(error)}"
     return None
+
+
+def _last_line(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
+from lorabench.tables.stand_ins import with_stand_ins
 from lorabench.tables.tables import Tables
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
@@ -42,7 +43,7 @@ def judged(runs, **options):
     """Judge claims on runs that have only the columns that every claim needs, and no validation loss."""
     needed = [*(name for name in ARM if name not in OPTIONAL), "run_id", "lr", "seed", "status", "final_test_nll"]
     chosen = [claim for claim in CLAIMS if claim.id in ("A7", "A8", "B1", "B2", "B3", "B4", "B5")]
-    return judge_claims(Tables(runs[needed], pd.DataFrame()), chosen, **options).set_index("claim_id")
+    return judge_claims(Tables(with_stand_ins(runs[needed]), pd.DataFrame()), chosen, **options).set_index("claim_id")
 
 
 def test_optimum_by_rank(runs):

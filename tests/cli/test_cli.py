@@ -56,7 +56,7 @@ MISTAKES = {
     ),
     "noise of no tables": (
         ("claims", "--tables", ".", "--out", ".", "--noise", "/nowhere"),
-        "no table runs.parquet or runs.csv in /nowhere",
+        "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",
     ),
     "tiny base": (("tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
     "tables": (

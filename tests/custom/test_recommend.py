@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from lorabench.custom.model import find_model
 from lorabench.custom.recommend import recommend
 from lorabench.custom.script import script
 from lorabench.errors import UserError
+from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.tables.io import write_frame
 from lorabench.utils import formats
 
@@ -132,6 +134,36 @@ def test_finished_runs_are_shown_with_their_interval(tmp_path):
     (tmp_path / "broken" / "tables").mkdir(parents=True)
     (tmp_path / "broken" / "tables" / "runs.csv").write_text("run_id,lr\na,1\na,2\n")
     assert recommended("tiny", results=tmp_path).seen == seen
+
+
+MIXTURE = "Qwen/Qwen3-30B-A3B"
+
+
+def test_a_mixture_of_experts_fits_where_activations_are_recomputed(tmp_path):
+    recommendation = recommended(MIXTURE, tmp_path=tmp_path)
+    assert recommendation.setting("fullft_gigabytes").source == "estimated for 16 x H100-80GB"
+    # An optimizer's state and weights of 30.5 billion parameters, and what 16 GPUs do not divide.
+    assert 16 * 30.53 / 16 < recommendation.setting("fullft_gigabytes").value < 16 * 30.53 / 16 + 16
+    assert recommendation.setting("lora_gigabytes").source == "estimated for 4 x H100-80GB"
+
+
+def test_what_does_not_fit_is_said_and_the_settings_are_given(tmp_path, monkeypatch):
+    config = json.loads((ARCHITECTURES / "llama-3.1-8b.json").read_text())
+    config |= {"hidden_size": 32768, "intermediate_size": 114688, "num_attention_heads": 256, "num_hidden_layers": 4}
+    monkeypatch.setattr("lorabench.custom.model.look_up", lambda wanted, file: json.dumps(config))
+    recommendation = recommended("own/wide", tmp_path=tmp_path)
+    for method, title in (("lora", "LoRA"), ("fullft", "FullFT")):
+        assert recommendation.setting(f"{method}_lr").value > 0
+        size = recommendation.setting(f"{method}_gigabytes")
+        assert (size.value, size.source) == ("does not fit", "estimated for up to 1,024 x H100-80GB")
+        [note] = [note for note in recommendation.notes if note.startswith(f"{title} does not fit on H100-80GB")]
+        assert re.search(r"of 1,024 GPUs would need \d+ GB; more GPUs don't help, since \d+ GB are not divided", note)
+    shown = lorabench("--model", "own/wide", cwd=tmp_path)
+    assert shown.exit_code == 0
+    assert "does not fit" in shown.stdout
+    assert "m-d-" not in shown.stdout
+    printed = json.loads(lorabench("--model", "own/wide", "--json", cwd=tmp_path).stdout)
+    assert printed["settings"]["fullft_gigabytes"]["value"] == "does not fit"
 
 
 def test_capacity_and_short_runs_are_noted(tmp_path):

@@ -53,12 +53,12 @@ REWARD["final_valid_reward"] = REWARD["final_reward"]
     ("changes", "message"),
     [
         ({"rows": [*ROWS, ROWS[0].replace("full-", "again-", 1)]}, "has several runs with model m.* seed 0; name"),
-        ({"runs": columns(final_test_nll="loss")}, r"runs\.columns\.final_test_nll: has no unit; allowed: nats, bits"),
+        ({"runs": columns(final_test_nll="loss")}, "runs.columns: final_test_nll has no unit; allowed: nats, bits"),
         (
             {"runs": columns(final_test_nll={"from": "loss", "unit": "bans"})},
-            r"final_test_nll: unit = 'bans'; allowed: nats, bits",
+            "final_test_nll has unit = 'bans'; allowed: nats, bits",
         ),
-        ({"runs": columns(rank={"from": "r", "unit": "nats"})}, r"rank: unit = 'nats', but this column has no unit"),
+        ({"runs": columns(rank={"from": "r", "unit": "nats"})}, "rank has unit = 'nats', but this column has no unit"),
         ({"runs": columns(**REWARD)}, "column 'loss' has 2.2, but a share is at most 1"),
         (
             {"runs": columns(**REWARD | {"final_reward": {"from": "seed", "unit": "percent"}}),
@@ -68,7 +68,7 @@ REWARD["final_valid_reward"] = REWARD["final_reward"]
         ({"runs": {"sha256": "00"}}, "runs.csv has changed: its SHA-256 is .* says 00"),
         ({"runs": {"file": "other.csv"}}, "other.csv: there is no such file"),
         ({"runs": columns(lr="learning_rate")}, f"has no column 'learning_rate'; it has {COLUMNS.replace(',', ', ')}"),
-        ({"runs": columns(gap="loss")}, "runs has a column 'gap', which is no column of the tidy table `runs`"),
+        ({"runs": columns(gap="loss")}, "runs.columns: no columns of the tidy table `runs`: 'gap'"),
         ({"runs": columns(method={"from": "kind", "values": {"full": "fullft"}})}, "'adapter', which .*does not list"),
         ({"models": {"n": {"scale": "1B", "parameters": 1}}}, "model 'm' is not described under `models`"),
         ({"rows": [*ROWS[:-1], ROWS[-1].replace("2.2", "low")]}, "column 'loss' has 'low', which is not a number"),
@@ -76,6 +76,20 @@ REWARD["final_valid_reward"] = REWARD["final_reward"]
         ({"about": None}, "about = None: input should be a valid string"),
         ({"noise": {"sd": 0.1}}, "noise: state sd, dof and source, or the name of another source as `from`"),
         ({"wall": 3}, "wall: unknown key"),
+        (
+            {"attributes": {"schedule": "constant", "alpha": 32}, "about": 1,
+             "runs": columns(lr={"from": "LR", "unit": "nats"}, final_test_nll="loss")},
+            r"missing: attributes\.precision \(in words, .* or mixed, or unknown\), attributes\.base_kind \(base, "
+            r"instruct, mixed or unknown\); about = 1: .*; attributes\.alpha = 32; allowed: .*; runs\.columns: "
+            "final_test_nll has no unit; .*; lr has unit = 'nats'",
+        ),
+        (
+            {"attributes": {"precision": "bf16", "schedule": "constant", "alpha": "32", "base_kind": "chat"}},
+            r"attributes\.base_kind = 'chat'; allowed: base, instruct, mixed or unknown",
+        ),
+        ({"runs": columns(lr="learning_rate", seed="s")}, "has no column 'learning_rate', 's'; it has "),
+        ({"runs": columns(method={"from": "kind", "values": {}})}, "'adapter', 'full', which .*does not list"),
+        ({"runs": columns() | {"constants": {"task": "sft"}}}, "runs: neither columns nor constants say which model"),
     ],
 )  # fmt: skip
 def test_what_is_not_explained_is_refused_in_a_sentence(source, changes, message):

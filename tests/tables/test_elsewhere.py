@@ -60,7 +60,7 @@ def world(seeds: int = 4, **columns) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def judged(runs: pd.DataFrame, curves: pd.DataFrame, **options) -> pd.Series:
-    return judge_claims(Tables(runs, curves), [CLAIM], **options).iloc[0]
+    return judge_claims(Tables(with_stand_ins(runs), curves), [CLAIM], **options).iloc[0]
 
 
 def test_a_row_says_whose_margins_it_was_judged_by(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from lorabench.cli.main import app
 from lorabench.config.problems import HubProblems
+from lorabench.custom.model import find_model
 from lorabench.data.hub_problems import repositories
 from lorabench.data.problem_sets import make_problems
 from lorabench.data.sft import about, read_dataset
@@ -398,3 +400,79 @@ def test_snakemake_fetches_by_local_jobs_and_trains_without_a_connection(hub, tm
     runs = pq.read_table("results/mine/tables/runs.parquet").to_pandas()
     assert set(runs.status) <= {"done", "unrewarded"}
     assert set(runs.task) == {"sft", "rl"}
+
+
+def commands(*words):
+    """Run a command in a folder with a data file; return its exit status, its output and its error."""
+    Path("own.jsonl").write_text("".join(f'{{"prompt": "{n}", "completion": "{n}"}}\n' for n in range(60)))
+    done = CliRunner().invoke(app, list(words))
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_model_is_described_by_one_request(hub):
+    add_model(hub)
+    status, shown, _ = commands("recommend", "--model", "owner/tiny")
+    assert status == 0
+    assert "owner/tiny: llama" in shown
+    assert hub.requests == Counter({"GET /owner/tiny/resolve/main/config.json": 1})
+
+
+NO_HUB = {
+    "recommend": ("recommend", "--model", "nosuch/model"),
+    "init": ("init", "mine.yaml", "--model", "nosuch/model", "--data", "own.jsonl"),
+    "data": ("recommend", "--model", "tiny", "--data", "nosuch/data"),
+}
+
+
+@pytest.mark.parametrize("words", NO_HUB.values(), ids=NO_HUB.keys())
+@pytest.mark.parametrize("answer", ["none", "refused", "broken", "unknown"])
+def test_what_the_hub_does_not_have_is_one_sentence_at_once(words, answer, hub, monkeypatch, tmp_path, capfd):
+    with socket.socket() as silent:
+        if answer == "refused":
+            at(monkeypatch, unused_endpoint(), tmp_path / "home")
+        if answer == "none":
+            # Connections are taken, and nothing is ever sent.
+            silent.bind(("127.0.0.1", 0))
+            silent.listen()
+            at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "home")
+        hub.broken = answer == "broken"
+        started = time.monotonic()
+        with pytest.raises(UserError):
+            find_model("nosuch/model")
+        assert time.monotonic() - started < 3
+        status, _, said = commands(*words)
+    what, works = ("dataset nosuch/data", "file") if "nosuch/data" in words else ("model nosuch/model", "folder")
+    reason = {
+        "none": "can't be fetched at main: no connection to http://127.0.0.1:",
+        "refused": "can't be fetched at main: no connection to http://127.0.0.1:",
+        "broken": "can't be fetched at main: Server error '503 Service Unavailable'",
+        "unknown": "is not on the hub, or is private and needs a token",
+    }[answer]
+    assert status == 2
+    assert said.startswith(f"lorabench: {what} {reason}")
+    assert f"; the path of a local {works}" in said
+    assert len(said.splitlines()) == 1
+    assert sum(hub.requests.values()) <= 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_repository_without_a_configuration_is_one_sentence(hub):
+    (add_model(hub) / "config.json").unlink()
+    with pytest.raises(UserError, match=r"^model owner/tiny lacks a file that is needed: .*config\.json"):
+        find_model("owner/tiny")
+
+
+def test_a_model_in_the_cache_needs_no_connection(hub, monkeypatch, tmp_path):
+    from huggingface_hub import hf_hub_download
+
+    add_model(hub)
+    hf_hub_download("owner/tiny", "config.json")
+    at(monkeypatch, unused_endpoint(), tmp_path / "home")
+    assert find_model("owner/tiny").family == "llama"
+
+
+def test_a_plan_with_a_model_of_the_hub_asks_nobody(hub):
+    preset(hub)
+    hub.requests.clear()
+    status, _, said = commands("plan", "--preset", "mine.yaml")
+    assert (status, said, hub.requests) == (0, "", Counter())
