@@ -225,8 +225,10 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
         more = f"raise max_gpus ({execution.max_gpus}), "
         if undivided > available:
             more = ""
+        condition = sweep.condition
+        method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
         message = (
-            f"sweep {sweep.condition.label} needs {needed / GB:.0f} GB on each of {most} x {execution.gpu}, which "
+            f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of {most} x {execution.gpu}, which "
             f"has {available / GB:.0f} GB to give; of execution, {also}lower max_batch_tokens "
             f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), {more}"
             "or choose another gpu"

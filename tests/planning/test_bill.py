@@ -26,7 +26,7 @@ def test_what_fits_nowhere_is_one_sentence():
     small = with_execution(load_preset("paper"), gpu="RTX-4090", max_gpus=2)
     plan = make_plan(with_model(small, models=["llama-3-1-8b-base"]))
     with pytest.raises(
-        UserError, match=r"sweep llama-3-1-8b-base-\S+-fullft-\S+ needs \d+ GB on each of 2 x RTX-4090, which"
+        UserError, match=r"full fine-tuning of llama-3-1-8b-base on \S+ needs \d+ GB on each of 2 x RTX-4090, which"
     ):
         bill.total(plan)
 

@@ -110,7 +110,7 @@ def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
 def test_what_fits_on_no_gpu_is_one_sentence(checkout):
     (checkout / "small.yaml").write_text("extends: core\nexecution: {gpu: A10}\n")
     output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)
-    assert re.search(r"sweep \S+ needs \d+ GB on each of 4 x A10", output)
+    assert re.search(r"of \S+ on \S+ needs \d+ GB on each of 4 x A10", output)
     assert "Traceback" not in output
 
 
