@@ -228,10 +228,10 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
         condition = sweep.condition
         method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
         message = (
-            f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of {most} x {execution.gpu}, which "
-            f"has {available / GB:.0f} GB to give; of execution, {also}lower max_batch_tokens "
-            f"({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), {more}"
-            "or choose another gpu"
+            f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of "
+            f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
+            f"max_batch_tokens ({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), "
+            f"{more}or choose another gpu"
         )
         raise TooLargeError(message, needed, undivided, available)
     return gpus
