@@ -22,7 +22,9 @@ from lorabench.utils import formats
 from lorabench.utils.gpus import GB, GPUS
 
 
-def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> None:
+def plan_table(
+    plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = (), measured: bool = False
+) -> None:
     """Print what each experiment of a plan costs.
 
     The columns are jobs, runs, lanes (runs that are trained together), tokens, FLOPs, and either minutes on a CPU or
@@ -32,10 +34,13 @@ def plan_table(plan: Plan, cores: int, price: float | None = None, notes: Sequen
         cores: CPU cores that the jobs share.
         price: the price of one GPU for an hour, in any currency.
         notes: sentences to print below the table.
+        measured: whether the machine's speed was measured, of which a note tells more.
     """
     execution = plan.preset.execution
     rate = flops_per_second(execution) / 1e9
     given = "execution.gflops" if execution.gflops is not None else "an assumption, see lorabench/utils/gpus.py"
+    if measured:
+        given = "measured"
     rows = bill.per_experiment(plan)
     last: dict[str, Callable[[bill.Bill], str]] = {}
     if execution.gpu is None:

@@ -80,6 +80,7 @@ def plan(
 
         if gpu is not None:
             planned = make_plan(bill.on_gpu(planned.preset, gpu))
+        assumed = planned.preset.execution.gflops
         planned, notes = _at_measured_speed(planned, layout, measured or [])
         cores = os.cpu_count() or 1
         notes += layout.dropped
@@ -92,7 +93,7 @@ def plan(
         elif as_json:
             print(plan_json(planned, cores, price, notes))
         else:
-            plan_table(planned, cores, price, notes)
+            plan_table(planned, cores, price, notes, measured=planned.preset.execution.gflops != assumed)
 
 
 def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[Plan, list[str]]:
