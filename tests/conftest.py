@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ MARGINS = {"loss": 0.02, "reward": 0.1, "lr_factor": 1.6}
 # The same few examples each time: a busy machine breaks no deadline, and a failure comes again.
 settings.register_profile("lorabench", max_examples=30, deadline=None, derandomize=True)
 settings.load_profile("lorabench")
+
+
+def slow_but(fast: str, names: Iterable[str]) -> list[Any]:
+    """Return names as parameters of a test, all but one of them marked as slow."""
+    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 FAST_SECONDS = 5.0

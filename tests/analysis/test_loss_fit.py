@@ -72,6 +72,7 @@ def test_without_noise_optima_minima_and_curvature_are_exact():
     assert fit.shared_curvature
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     random, gaps, ratios = np.random.default_rng(3), [], []
     for number in range(200):

@@ -95,6 +95,7 @@ def simulated(random, seeds=3, steps=200, mean=0.0):
     return mean + 0.02 * random.standard_normal((steps, seeds)) + 0.01 * log * random.standard_normal(seeds)
 
 
+@pytest.mark.slow
 def test_intervals_of_windows_cover_the_truth():
     random, missed, worlds = generator("coverage"), Counter(), 400
     for _ in range(worlds):
@@ -119,6 +120,7 @@ def test_a_scan_needs_every_window(lift, verdict):
     assert f"in steps {'1 to 50' if not any(lift) else '151 to 200'} (one of 4 windows" in judged.reason
 
 
+@pytest.mark.slow
 def test_a_scan_of_equal_curves_rarely_contradicts():
     random, verdicts = generator("scan"), Counter()
     for _ in range(300):

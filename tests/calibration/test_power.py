@@ -37,6 +37,7 @@ def test_worlds_have_the_design_and_without_one_they_are_as_before():
     assert ranks(0, NoiseLevels(), np.random.default_rng(0)).runs["seed"].nunique() == 6
 
 
+@pytest.mark.slow
 def test_the_table_and_its_page():
     table = power_of_plan(CORE, 4, ["E1"])
     assert table.loc[0, "n_worlds"] == 4

@@ -12,6 +12,7 @@ from lorabench.errors import UserError
 CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for all three
 
 
+@pytest.mark.slow
 def test_verdicts_are_rarely_wrong():
     table = calibrate(20, CLAIMS, seed=1).set_index(["claim_id", "effect"])
     assert (table["wrong_low"] <= 0.05).all()

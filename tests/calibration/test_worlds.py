@@ -52,6 +52,7 @@ def test_the_fit_finds_made_up_optima_and_minima():
     assert comparison.margin.value == pytest.approx(loss_margin(NOISE), rel=0.03)
 
 
+@pytest.mark.slow
 def test_intervals_of_noisy_worlds_hold_the_truth():
     gaps, ratios = [], []
     for number in range(60):

@@ -107,6 +107,7 @@ def test_answers_at_once(arguments, tmp_path, monkeypatch):
     assert cpu_seconds() - start < 1.0
 
 
+@pytest.mark.slow
 def test_a_dataset_is_the_same_whatever_the_hashes_of_text(tmp_path, raw_preset, write_preset):
     preset = write_preset(raw_preset)
     contents = []

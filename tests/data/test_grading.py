@@ -162,6 +162,7 @@ HARMFUL = {
 }
 
 
+@pytest.mark.slow
 def test_harmful_answers_are_wrong_and_do_nothing(tmp_path):
     file = tmp_path / "file"
     responses = [box(content.replace("{file}", str(file))) for content in HARMFUL.values()]

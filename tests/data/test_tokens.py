@@ -119,6 +119,7 @@ def contents(path, tokenizer, dataset):
     return {(name, part): getattr(split, part).tolist() for name, split in splits.items() for part in vars(split)}
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_cache(tokenizer, dataset, tmp_path, monkeypatch):
     rows, path = dataset
     monkeypatch.setattr(sft, "_GROUP_ROWS", 3)

@@ -18,6 +18,7 @@ from lorabench.figures.style import ArmStyle, arm_styles, write_figure
 from lorabench.tables.io import with_all_columns
 from lorabench.tables.tables import Tables
 
+from ..conftest import slow_but
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table
 from .layout import lay_out
 
@@ -58,7 +59,7 @@ def test_registry_is_cheap_to_import():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("name", OF_RUNS)
+@pytest.mark.parametrize("name", slow_but("fig2_lr_by_rank", OF_RUNS))
 def test_save_writes_what_draw_returns_with_the_same_bytes_each_time(name: str, tables: Path, tmp_path: Path):
     save_figure(name, [tables], tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

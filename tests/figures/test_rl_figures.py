@@ -17,6 +17,7 @@ from lorabench.figures.style import arm_styles, write_figure
 from lorabench.tables.io import with_all_columns
 from lorabench.tables.tables import Tables
 
+from ..conftest import slow_but
 from ..handmade import curves_of, make_sweep, runs_table
 from ..handmade.rl import AIME, BASE, OFFSETS, SAMPLES, STEPS, arm, grown
 from ..handmade.sft import tables
@@ -382,7 +383,7 @@ def test_a_few_columns_are_enough(tmp_path):
     assert {path.stem for path in (tmp_path / "drawn").glob("*.svg")} == set(OF_RL)
 
 
-@pytest.mark.parametrize("name", OF_RL)
+@pytest.mark.parametrize("name", slow_but("fig6_rl_lr", OF_RL))
 def test_csv_is_what_draw_returns_and_bytes_are_stable(name, tmp_path):
     runs, curves = tables(placements())
     folder = write(tmp_path / "tables", runs, curves)

@@ -361,6 +361,7 @@ def test_lora_on_other_layers_is_refused():
         add_lora(model, 8, "all", 32.0, True, seed=0)
 
 
+@pytest.mark.slow
 def test_unloading_starts_no_thread():
     """PEFT has a progress bar with a thread, whose start never returns when memory has run out."""
     code = (

@@ -65,9 +65,8 @@ def test_shape_is_what_the_cost_model_believes(name):
     assert record(name)["parameters"] == model.num_parameters()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "llama-64" else pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_heldout_loss_is_as_recorded(name):
     nll = heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
     assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)

@@ -33,6 +33,7 @@ def imported(folder, out):
     return out / "tables"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["final_test_nll", "final_train_nll"])
 def test_it_is_judged_and_drawn(loss, source, tmp_path):
     columns = {

@@ -81,6 +81,7 @@ def same(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     parts=st.lists(st.sets(st.integers(0, len(RUNS) - 1), min_size=1), min_size=1, max_size=3),

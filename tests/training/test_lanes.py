@@ -16,6 +16,7 @@ from lorabench.training.batches import data_order, micro_batches
 from lorabench.training.distributed import Processes
 from lorabench.training.sft import serve
 
+from ..conftest import slow_but
 from .lanes import BATCH, DENSE, STEPS, base_of, plain_loop, run_of, series, train_together
 
 METHODS = ("lora", "fullft")
@@ -23,11 +24,6 @@ METHODS = ("lora", "fullft")
 LRS = {"lora": (3e-4, 6e-4, 1e-3), "fullft": (5e-5, 1e-4, 2e-4)}
 # Gradients are sums in which much cancels.
 METRICS = {"nll": 1e-5, "grad_norm": 3e-5, "a_moved": 1e-4, "update_norm": 1e-4, "b_over_a": 0.0, "descent": 1e-3}
-
-
-def fast(*names):
-    """All dense bases, of which all but the named ones are marked as slow."""
-    return [base if base in names else pytest.param(base, marks=pytest.mark.slow) for base in DENSE]
 
 
 def runs_of(method, **changes):
@@ -70,8 +66,9 @@ def together(runs, base, data, folder, protocol=None, **changes):
     return train_together(runs, base_of(base), data, folder / "together", protocol, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("base", fast("qwen-64"))
+@pytest.mark.parametrize("base", DENSE)
 def test_losses_are_those_of_each_run_alone_and_of_peft_in_a_plain_loop(method, base, short_data, tmp_path):
     runs = runs_of(method)
     packed, solo = together(runs, base, short_data, tmp_path), apart(runs[1:2], base, short_data, tmp_path)
@@ -94,7 +91,7 @@ def test_lanes_have_as_many_scored_tokens_as_it_happens(short_data):
     assert (per_step.min(0) < per_step.max(0)).mean() > 0.9
 
 
-@pytest.mark.parametrize("base", fast("qwen2"))
+@pytest.mark.parametrize("base", slow_but("qwen2", DENSE))
 def test_weights_merged_at_a_high_rank_give_the_losses_of_peft_in_a_plain_loop(base, short_data, tmp_path, monkeypatch):
     pays, merged = lora._merging_pays, []
     monkeypatch.setattr(lora, "_merging_pays", lambda *shape: merged.append(pays(*shape)) or merged[-1])
@@ -153,6 +150,7 @@ def test_lanes_of_many_micro_batches(method, data, tmp_path):
             assert_same(outcomes[run_id], whole, factor=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_recomputed_activations_give_the_same_numbers(method, short_data, tmp_path):
     runs, protocol = runs_of(method, steps=4), Protocol(precision="bf16")

@@ -135,6 +135,7 @@ def numbers(rows):
     return rows[[*kept, "trainable_params"]].sort_values("run_id", ignore_index=True)
 
 
+@pytest.mark.slow
 def test_weights_of_each_lane_are_a_peft_adapter_with_the_runs_test_loss(ready):
     rows = {}
     for lanes in (1, 3):

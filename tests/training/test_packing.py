@@ -188,6 +188,7 @@ def test_the_mean_over_a_split_is_the_same(data):
     assert packed == pytest.approx(mean_nll(model, data["test"], 512, CPU, None), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_packed_run_learns_what_a_padded_one_does(ready):
     curves = []
     for packing in (False, True):

@@ -89,6 +89,7 @@ def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(re
             assert point == other | {"value": pytest.approx(other["value"], rel=rounding, abs=0.0, nan_ok=True)}
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_restored_whole(ready):
     plan, layout = ready("done", lora=LRS)
     for job in plan.jobs:

@@ -24,10 +24,8 @@ def rows_of(plan, layout, *sweeps):
     return pq.read_table(layout.job(Job(sweeps))).to_pylist()
 
 
-@pytest.mark.parametrize(
-    ("method", "lanes"),
-    [("lora", 1), pytest.param("fullft", 1, marks=pytest.mark.slow), pytest.param("lora", 3, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "lanes"), [("lora", 1), ("fullft", 1), ("lora", 3)])
 def test_a_diverged_run_is_a_result_and_touches_no_other(method, lanes, ready):
     execution = {"lanes": lanes}
     sound, _ = trained(*ready("sound", execution, **{method: [1e-3, 3e-3]}), method)

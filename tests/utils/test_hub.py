@@ -424,6 +424,7 @@ NO_HUB = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", NO_HUB.values(), ids=NO_HUB.keys())
 @pytest.mark.parametrize("answer", ["none", "refused", "broken", "unknown"])
 def test_what_the_hub_does_not_have_is_one_sentence_at_once(words, answer, hub, monkeypatch, tmp_path, capfd):

@@ -40,6 +40,7 @@ def base_reward(record: str) -> float:
     return json.loads(record)["outcome"]["base_reward"]
 
 
+@pytest.mark.slow
 def test_a_job_gives_rows_curves_and_weights_and_goes_on_where_it_was(job, monkeypatch):
     plan, layout, sweeps = job
     whole, lines, evaluations = Job(tuple(sweeps.values())), [], []
