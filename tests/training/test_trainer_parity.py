@@ -13,7 +13,6 @@ from lorabench.training.batches import data_order
 from .lanes import DENSE, base_of, padded, run_of, series, train_together, with_peft
 
 LRS = {"lora": (3e-4, 1e-3), "fullft": (5e-5, 2e-4)}
-FAST = ("gemma",)
 # Beside the protocol's 1e-8, entries of the gradient that are nothing but rounding move weights by a whole LR, so that
 # losses depend on the order in which a processor adds.
 EPS = 1e-5
@@ -68,11 +67,10 @@ def trainer_losses(base, run, data, folder):
     return trainer.losses
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", LRS)
-@pytest.mark.parametrize(
-    "base", [*FAST, *(pytest.param(base, marks=pytest.mark.slow) for base in DENSE if base not in FAST)]
-)
+@pytest.mark.parametrize("base", DENSE)
 def test_losses_of_the_trainer(method, base, short_data, tmp_path):
     runs = [run_of(method, lr, seed, eps=EPS) for seed, lr in enumerate(LRS[method], 3)]
     outcomes = train_together(runs, base_of(base), short_data, tmp_path)
