@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -73,17 +72,6 @@ def use(way: Products) -> None:
         for name in KERNELS:
             original = torch.library.get_kernel(f"aten::{name}", "CPU")
             _library.impl(name, _rounding(original.call_boxed), "CPU", with_keyset=True)
-
-
-@contextmanager
-def using(way: Products) -> Iterator[None]:
-    """Compute products of bf16 matrices on the CPU this way within the context."""
-    before = current()
-    use(way)
-    try:
-        yield
-    finally:
-        use(before)
 
 
 def _rounding(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,6 +23,17 @@ from ..training.lanes import DENSE, base_of
 
 ROUNDING = 2.0**-8
 """The largest relative error of a number that is rounded to bf16."""
+
+
+@contextmanager
+def using(way):
+    """Compute products of bf16 matrices on the CPU this way within the context."""
+    before = bf16_products.current()
+    bf16_products.use(way)
+    try:
+        yield
+    finally:
+        bf16_products.use(before)
 
 
 def draw(*shape, seed=0):
@@ -62,7 +74,7 @@ PRODUCTS = {
 def test_a_product_is_the_processors_up_to_one_rounding(product):
     results = []
     for way in ("native", "fp32"):
-        with bf16_products.using(way):
+        with using(way):
             results.append(product())
             assert bf16_products.current() == way
     native, rounded = results
@@ -75,7 +87,7 @@ def test_a_product_is_the_processors_up_to_one_rounding(product):
 
 def test_a_product_is_the_exact_one_rounded_once():
     exact = X.double() @ W.double().t()
-    with bf16_products.using("fp32"):
+    with using("fp32"):
         torch.testing.assert_close((X @ W.t()).double(), exact, rtol=1.001 * ROUNDING, atol=1e-4)
 
 
@@ -88,9 +100,9 @@ def test_attention_is_as_exact_as_the_processors(length):
         return [output, *torch.autograd.grad(output, inputs, upstream)]
 
     exact = output_and_gradients(torch.float64)
-    with bf16_products.using("native"):
+    with using("native"):
         native = output_and_gradients(torch.bfloat16)
-    with bf16_products.using("fp32"):
+    with using("fp32"):
         rounded = output_and_gradients(torch.bfloat16)
     for own, other, truth in zip(rounded, native, exact, strict=True):
         assert own.dtype == torch.bfloat16
@@ -100,7 +112,7 @@ def test_attention_is_as_exact_as_the_processors(length):
 def test_other_types_are_not_touched():
     x, w = X.float(), W.float()
     native = x @ w.t()
-    with bf16_products.using("fp32"):
+    with using("fp32"):
         assert torch.equal(x @ w.t(), native)
 
 
@@ -142,7 +154,7 @@ def test_no_product_of_a_model_is_left_out(base, method):
     counts = [2, 1][: len(names)]
     losses = {}
     for way in ("native", "fp32"):
-        with bf16_products.using(way), _Products() as products:
+        with using(way), _Products() as products:
             # Attention of long rows is PyTorch's, of short ones this project's.
             for length in (20, 520):
                 loss = loss_of(stack, counts, length)
