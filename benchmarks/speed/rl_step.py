@@ -23,8 +23,8 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import Run, Sweep
-from lorabench.storage.layout import Layout
-from lorabench.storage.progress import Progress
+from lorabench.store.layout import Layout
+from lorabench.store.progress import Progress
 
 StepTimes = tuple[int, list[float], list[float]]
 """The number of runs trained together, and of the first run the time at which each step ended and its mean reward."""

@@ -34,8 +34,8 @@ from lorabench.models.base import load_model, load_tokenizer, model_location
 from lorabench.models.lora import targets
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Run, Sweep
-from lorabench.storage.layout import Layout
-from lorabench.storage.run_folder import RunFolder
+from lorabench.store.layout import Layout
+from lorabench.store.run_folder import RunFolder
 from lorabench.training.batches import IGNORED, data_order
 
 # The datasets written here need no progress bars.

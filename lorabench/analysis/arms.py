@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.tables.checks import check_table, listed
+from lorabench.store.checks import check_table, listed
 
 STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
 """The paper's parametrization of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""

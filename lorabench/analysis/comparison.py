@@ -24,8 +24,8 @@ from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Rule, Verdict, Within
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
-from lorabench.tables.checks import is_rl
-from lorabench.tables.io import list_of_words
+from lorabench.store.checks import is_rl
+from lorabench.store.io import list_of_words
 
 MIN_LRS = 3
 """Least number of LRs in a grid from which an optimum can be fitted."""

@@ -11,7 +11,7 @@ from lorabench.analysis.comparison import NEEDED, Comparison, comparisons
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.errors import UserError
-from lorabench.tables.checks import is_rl
+from lorabench.store.checks import is_rl
 
 
 def pooled_noise(runs: pd.DataFrame, source: str) -> Noise:

@@ -26,7 +26,7 @@ from lorabench.analysis.early import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, uniform
 from lorabench.analysis.rl_health import is_sick
 from lorabench.runs import GOOD
-from lorabench.tables.checks import is_rl
+from lorabench.store.checks import is_rl
 
 MAX_OPEN = 0.025
 """The share of draws in which a range of good LRs may reach an end of its grid and still counts as closed there."""

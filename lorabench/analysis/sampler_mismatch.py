@@ -16,7 +16,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_table, each_arm
 from lorabench.analysis.early import metric_points
 from lorabench.runs import MAX_KL
-from lorabench.tables.checks import is_rl
+from lorabench.store.checks import is_rl
 
 _COLUMNS = ["run_ids", "kl_mean", "kl_max", "ratio_mean", "ratio_max", "ratio_above_2", "n_measured", "n_above"]
 

@@ -10,7 +10,7 @@ import pandas as pd
 from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.paired_curves import PairedCurves, curves_by_seed
 from lorabench.errors import UserError
-from lorabench.tables.checks import refuse_rows
+from lorabench.store.checks import refuse_rows
 
 FLOPS_COLUMNS = ["model", "method", "rank", "effective_width", "linear_flops"]
 """Columns of the table `compute` that the ratio of FLOPs needs."""

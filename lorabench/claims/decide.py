@@ -11,8 +11,8 @@ from lorabench.errors import UserError
 from lorabench.planning.further import More, further
 from lorabench.planning.plan import Plan
 from lorabench.runs import Sweep
-from lorabench.storage.layout import Layout
-from lorabench.tables.io import read_rows, table_path
+from lorabench.store.io import read_rows, table_path
+from lorabench.store.layout import Layout
 
 _COLUMNS = (
     *("claim_id", "statement", "verdict", "would_decide"),

@@ -20,10 +20,10 @@ from lorabench.claims.evidence import Evidence
 from lorabench.claims.scope_text import scope_text
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
-from lorabench.tables.checks import check_curves, check_table, is_rl
-from lorabench.tables.schemas import CLAIMS as COLUMNS
-from lorabench.tables.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import check_curves, check_table, is_rl
+from lorabench.store.schemas import CLAIMS as COLUMNS
+from lorabench.store.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on
+from lorabench.store.tables import Tables
 
 
 def judge_claims(
@@ -46,7 +46,7 @@ def judge_claims(
         predictions: what theories predict; without them DEFAULT_PREDICTIONS hold.
 
     Returns:
-        The table `claims` (columns of `lorabench.tables.schemas.CLAIMS`), one row per claim. Where a claim is judged on
+        The table `claims` (columns of `lorabench.store.schemas.CLAIMS`), one row per claim. Where a claim is judged on
         several models and datasets, the estimate is from the one that decides, and the reason gives all.
 
     Raises:

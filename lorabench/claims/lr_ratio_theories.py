@@ -16,9 +16,9 @@ from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, judge_each
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
-from lorabench.tables.checks import is_rl
-from lorabench.tables.io import write_csv
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import is_rl
+from lorabench.store.io import write_csv
+from lorabench.store.tables import Tables
 
 
 def judge_theory(name: str) -> Callable[[Evidence], Finding]:

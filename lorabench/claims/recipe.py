@@ -23,8 +23,8 @@ from lorabench.analysis.lr_ratio import ratio_interval
 from lorabench.analysis.margin import Margin
 from lorabench.analysis.rules import Verdict
 from lorabench.claims.rl_shared import if_learned, rewarded_errors
-from lorabench.tables.checks import is_rl
-from lorabench.tables.io import with_all_columns
+from lorabench.store.checks import is_rl
+from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
 

@@ -27,7 +27,7 @@ from lorabench.claims.rl_shared import (
     points_at_optimum,
     tenths,
 )
-from lorabench.tables.checks import is_rl
+from lorabench.store.checks import is_rl
 
 MATH_PROBLEMS = 10_000
 """The number of problems in the paper's RL on MATH."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.tables.checks import is_rl
+from lorabench.store.checks import is_rl
 from lorabench.utils.formats import count, parameters
 
 

@@ -11,8 +11,8 @@ from lorabench.config.loading import read_margins
 from lorabench.config.margins import Margins
 from lorabench.config.predictions import LrRatioPredictions, Predictions
 from lorabench.errors import UserError
-from lorabench.storage.layout import Layout
-from lorabench.tables.tables import Tables
+from lorabench.store.layout import Layout
+from lorabench.store.tables import Tables
 
 
 def margins_of(preset: str | None, path: Path | None) -> Margins | None:

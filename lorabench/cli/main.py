@@ -10,7 +10,7 @@ import gc
 
 import typer
 
-from lorabench.cli import calibrate, doctor, evidence, user_commands, workflow_steps
+from lorabench.cli import doctor, evidence, user_commands, workflow_steps
 
 # A command's imports make many objects and little garbage: collecting it less often takes a tenth off each start.
 gc.set_threshold(20_000)
@@ -23,6 +23,5 @@ app = typer.Typer(
 )
 app.add_typer(user_commands.app)
 app.add_typer(doctor.app)
-app.add_typer(calibrate.app)
 app.add_typer(evidence.app)
 app.add_typer(workflow_steps.app)

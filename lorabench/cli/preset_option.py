@@ -12,7 +12,7 @@ from lorabench.errors import UserError
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.
     from lorabench.planning.plan import Plan
-    from lorabench.storage.layout import Layout
+    from lorabench.store.layout import Layout
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
         PresetError: there is no such preset, or it is not valid.
     """
     from lorabench.planning.plan import make_plan
-    from lorabench.storage.layout import Layout
+    from lorabench.store.layout import Layout
 
     layout = Layout.of(preset)
     return make_plan(layout.preset), layout

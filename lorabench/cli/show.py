@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lorabench.config.execution import Execution
-from lorabench.estimates.seconds import flops_per_second
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
-from lorabench.storage.progress import Status
+from lorabench.planning.seconds import flops_per_second
+from lorabench.store.progress import Status
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB, GPUS
 

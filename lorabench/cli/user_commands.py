@@ -17,7 +17,7 @@ from lorabench.errors import NothingToDrawError, UserError
 if TYPE_CHECKING:
     # Imported when a command runs, since the help needs neither.
     from lorabench.planning.plan import Plan
-    from lorabench.storage.layout import Layout
+    from lorabench.store.layout import Layout
 
 app = typer.Typer()
 _PANEL = "Commands"
@@ -72,7 +72,7 @@ def plan(
         if out is not None and decide:
             raise UserError("--out and --decide: give one of them")
         if out is not None:
-            from lorabench.tables.collect import write_plan
+            from lorabench.store.collect import write_plan
 
             write_plan(planned, out)
             return
@@ -105,7 +105,7 @@ def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -
     from lorabench.doctor.record import read_speed, record_for, with_measured_speed
     from lorabench.planning.calibration import with_gflops
     from lorabench.planning.plan import make_plan
-    from lorabench.tables.measured_speed import measure
+    from lorabench.store.measured_speed import measure
 
     preset, notes = planned.preset, []
     execution, runs = preset.execution, measure(planned, folders)
@@ -234,7 +234,7 @@ def status(preset: PresetOption = "laptop") -> None:
     """Show how far the work of a preset is and what is running."""
     with in_one_sentence():
         from lorabench.cli.show import status_table
-        from lorabench.storage.progress import status as read_status
+        from lorabench.store.progress import status as read_status
 
         status_table(read_status(*plan_and_layout(preset)))
 
@@ -249,7 +249,7 @@ def schema() -> None:
 def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     with in_one_sentence():
-        from lorabench.tables.merge import merge as merge_folders
+        from lorabench.store.merge import merge as merge_folders
 
         merge_folders(folders, out)
 
@@ -281,8 +281,8 @@ def claims(
         from lorabench.claims.judge import judge_claims
         from lorabench.claims.lr_ratio_theories import write_predictions
         from lorabench.cli.judging import margins_of, noise_of, predictions_of
-        from lorabench.tables.io import write_frame
-        from lorabench.tables.tables import Tables
+        from lorabench.store.io import write_frame
+        from lorabench.store.tables import Tables
 
         chosen = margins_of(preset, margins)
         elsewhere = noise_of(noise, noise_sd, noise_dof, noise_source)

@@ -15,7 +15,7 @@ import typer
 from lorabench.cli.errors import in_one_sentence
 from lorabench.cli.preset_option import PresetOption, entry, plan_and_layout
 from lorabench.errors import UserError
-from lorabench.storage.attempts import Attempts
+from lorabench.store.attempts import Attempts
 from lorabench.utils import signals
 from lorabench.utils.devices import own_devices, reduce_fragmentation
 from lorabench.utils.exhaustion import memory_for
@@ -193,7 +193,7 @@ def train(
         logging.raiseExceptions = False
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
 
-        from lorabench.storage.progress import status as read_status
+        from lorabench.store.progress import status as read_status
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
@@ -265,7 +265,7 @@ def collect(
 ) -> None:
     """Merge files of jobs into the tidy tables `runs` and `curves`."""
     with in_one_sentence():
-        from lorabench.tables.collect import collect as collect_jobs
+        from lorabench.store.collect import collect as collect_jobs
 
         collect_jobs(jobs, out, None if preset is None else plan_and_layout(preset)[0])
 
@@ -274,7 +274,7 @@ def collect(
 def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Folder of the table.")]) -> None:
     """Merge the scores of evaluations into the tidy table `evals`."""
     with in_one_sentence():
-        from lorabench.tables.collect import collect_evals as collect_scores
+        from lorabench.store.collect import collect_evals as collect_scores
 
         collect_scores(evals, out)
 
@@ -293,7 +293,7 @@ def compute(
         with _job(planned, Attempts(layout.attempts("compute"))):
             import pandas as pd
 
-            from lorabench.tables.io import write_frame
+            from lorabench.store.io import write_frame
             from lorabench.training.step_cost import compute_table
 
             at_commits = planned.preset.model_copy(update={"models": {name: layout.model(name) for name in names}})
@@ -306,7 +306,7 @@ def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> 
     """Count LoRA's parameters on large models from their configurations, without their weights."""
     with in_one_sentence():
         from lorabench.models.counts import counts_table
-        from lorabench.tables.io import write_frame
+        from lorabench.store.io import write_frame
 
         write_frame(counts_table(), "counts", out)
 

@@ -96,7 +96,7 @@ class Execution(Strict):
     lorabench/utils/gpus.py assumes."""
     layer_seconds: PositiveFloat | None = None
     """Least seconds of a layer for each token while this project's own sampler draws on a GPU, for the time estimate;
-    null for what lorabench/estimates/seconds.py assumes."""
+    null for what lorabench/planning/seconds.py assumes."""
 
     @model_validator(mode="after")
     def _check_hardware(self) -> Self:

@@ -28,15 +28,15 @@ from lorabench.custom.model import UserModel
 from lorabench.custom.preset import checked_gpu
 from lorabench.custom.recommended_lr import OWN, PROBABILITY, RecommendedLr, outside, recommended_lr
 from lorabench.errors import UserError
-from lorabench.estimates.memory import TooLargeError
 from lorabench.planning.bill import Bill, training
+from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, read_optima
 from lorabench.sources.measurements import Z
-from lorabench.tables.checks import is_rl
-from lorabench.tables.io import table_path, with_all_columns
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import is_rl
+from lorabench.store.io import table_path, with_all_columns
+from lorabench.store.tables import Tables
 from lorabench.utils import formats
 from lorabench.utils.gpus import GB
 from lorabench.utils.packaged import LR_OPTIMA

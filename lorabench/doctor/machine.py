@@ -20,13 +20,13 @@ from lorabench.doctor.record import Check
 from lorabench.doctor.subprocesses import started, wait_until
 from lorabench.doctor.verdict import at_least, decided, measured, skipped
 from lorabench.errors import UserError
-from lorabench.estimates.engine import uses_engine
 from lorabench.models.base import max_length, package_versions
 from lorabench.models.vllm_support import check_installed, check_policy, vllm_version
 from lorabench.planning.bill import total
+from lorabench.planning.engine import uses_engine
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, evaluation_resources, job_resources
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.utils.gpus import GB, GPUS, is_called
 from lorabench.utils.lock import locked
 from lorabench.utils.slurm import partition_minutes

@@ -25,7 +25,7 @@ from lorabench.models import bf16_products
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, job_resources
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.training.provenance import code_state, machine_state
 from lorabench.training.sweep import machine_of
 

@@ -29,7 +29,7 @@ from lorabench.doctor.verdict import at_most, decided
 from lorabench.models.base import load_tokenizer, max_length
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.utils.checked_tensors import read_header
 
 PRESET = "short.yaml"

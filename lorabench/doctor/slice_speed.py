@@ -12,12 +12,12 @@ from lorabench.doctor.record import Check, Speed
 from lorabench.doctor.steps import step_flops
 from lorabench.doctor.subject import Subject
 from lorabench.doctor.verdict import measured, skipped
-from lorabench.estimates.flops import run_tokens
-from lorabench.estimates.lengths import longest_sequence
-from lorabench.estimates.memory import decided
 from lorabench.models.dimensions import dimensions
+from lorabench.planning.flops import run_tokens
+from lorabench.planning.lengths import longest_sequence
+from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.training.sweep import machine_of
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import processor

@@ -15,7 +15,7 @@ from lorabench.doctor.limits import LARGE_PARAMETERS, MEMORY_ERROR, SHARE_OF_PEA
 from lorabench.doctor.record import Check
 from lorabench.doctor.subject import Subject, planned_memory
 from lorabench.doctor.verdict import at_least, at_most, measured, near, skipped
-from lorabench.estimates.flops import attention_flops_per_token, linear_flops_per_token
+from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token
 from lorabench.training.checkpoint import save_checkpoint
 from lorabench.training.step_cost import growth
 from lorabench.utils.formats import number

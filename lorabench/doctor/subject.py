@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.estimates.lengths import longest_sequence
-from lorabench.estimates.memory import USABLE, decided, gpus_needed, peak_bytes, step_memory
 from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.planning.lengths import longest_sequence
+from lorabench.planning.memory import USABLE, decided, gpus_needed, peak_bytes, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GPUS

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.execution import EVAL_SOURCES, EvalTask
 from lorabench.errors import UserError
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 
 if TYPE_CHECKING:

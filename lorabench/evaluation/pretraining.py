@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lorabench.models.tiny import END, RECIPES, documents
-from lorabench.tables.io import write_table
+from lorabench.store.io import write_table
 
 
 def write_pretraining(count: int, path: Path) -> None:

@@ -20,7 +20,7 @@ from lorabench.analysis.memorisation import BITS_PER_PARAMETER, description_leng
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.thresholds import threshold_slope, thresholds
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
 _COLUMNS = [

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lorabench.analysis.comparison import in_experiments
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.tables.checks import is_rl
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import is_rl
+from lorabench.store.tables import Tables
 
 if TYPE_CHECKING:
     import pandas as pd

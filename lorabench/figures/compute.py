@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from lorabench.analysis.step_flops import COMPUTE_SETTING, each_setting, flops_ratio
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [*COMPUTE_SETTING, "placement", "effective_width", "element", "rank", "ratio"]
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.early import early_difference, train_curves
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

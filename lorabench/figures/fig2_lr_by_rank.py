@@ -11,7 +11,7 @@ from lorabench.analysis.arms import arm_label, with_arm_columns
 from lorabench.analysis.published import sweep_of
 from lorabench.figures import style
 from lorabench.figures.lr_panel import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 
 @style.applied()

@@ -18,7 +18,7 @@ from lorabench.analysis.envelopes import envelopes
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
 from lorabench.figures.fitted import fitted_comparisons, fitted_rows, with_interval
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

@@ -15,7 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 from lorabench.analysis.arms import rows_of
 from lorabench.figures import lr_panel, style
 from lorabench.figures.fitted import fitted_comparisons, fitted_rows, margin_band
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
 COLUMNS = [*lr_panel.LR_COLUMNS, "nll_low", "nll_high", "at_edge", "trainable_params", "parameters"]

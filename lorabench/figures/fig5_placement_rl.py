@@ -9,7 +9,7 @@ from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import style
 from lorabench.figures.fig4_placement import COLUMNS, best_rows, draw_placement
 from lorabench.figures.lr_panel import ACCURACY, accuracy_columns, accuracy_rows, as_accuracies
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = accuracy_columns(COLUMNS)
 

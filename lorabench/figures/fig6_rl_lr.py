@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lorabench.figures import style
 from lorabench.figures.lr_panel import ACCURACY, STRIP, accuracy_rows, draw_lr_panel, lr_marks
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 
 @style.applied()

@@ -17,7 +17,7 @@ from lorabench.figures.lr_panel import (
     lr_marks,
 )
 from lorabench.figures.rl_curves import curve_rows, draw_curves
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [*ACCURACY_COLUMNS, "step", "episodes"]
 

@@ -17,7 +17,7 @@ from lorabench.analysis.sampler_mismatch import runs_above_max_kl
 from lorabench.figures import style
 from lorabench.figures.rl_curves import CURVE_COLUMNS, curve_rows, draw_curves
 from lorabench.runs import MAX_KL
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
 _COLUMNS = [*CURVE_COLUMNS, "n_problems", "n_samples", "truncated", "max_new_tokens", "run_id"]

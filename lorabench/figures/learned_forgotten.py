@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 BITS = "bits_per_byte"
 # The metrics of right answers by preference: the strictest metric, or the customary metric, comes first.

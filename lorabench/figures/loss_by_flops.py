@@ -11,7 +11,7 @@ from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

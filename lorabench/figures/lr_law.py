@@ -21,7 +21,7 @@ from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement", "family", "hidden_size"),

@@ -23,7 +23,7 @@ from lorabench.analysis.published import published_ratios
 from lorabench.config.predictions import DEFAULT_PREDICTIONS
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
 

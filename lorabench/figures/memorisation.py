@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.memorisation import best_stored, is_memorisation, stored_bits
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
 _COLUMNS = [

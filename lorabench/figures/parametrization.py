@@ -27,7 +27,7 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 # Runs that should be equivalent are compared over this number of steps.
 _STEPS = 50

@@ -12,10 +12,10 @@ from lorabench.analysis.comparison import NEEDED_BY, curves_of
 from lorabench.errors import NothingToDrawError, UserError
 from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
 from lorabench.figures.style import write_figure
-from lorabench.tables.checks import check_curves, check_evals, check_table
-from lorabench.tables.io import empty_table, table_path, with_all_columns, write_csv
-from lorabench.tables.judged import read_claims
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import check_curves, check_evals, check_table
+from lorabench.store.io import empty_table, table_path, with_all_columns, write_csv
+from lorabench.store.judged import read_claims
+from lorabench.store.tables import Tables
 
 
 def drawable_figures(folders: Sequence[Path]) -> list[str]:

@@ -19,7 +19,7 @@ from lorabench.analysis.published import paper_numbers
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import style
 from lorabench.figures.lr_panel import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [*LR_COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
 

@@ -15,7 +15,7 @@ from lorabench.analysis.arms import arm_label, each_arm, is_standard
 from lorabench.analysis.invariances import PAIR_SETTING, with_lr_grid
 from lorabench.figures import style
 from lorabench.figures.fitted import fitted_comparisons, fitted_rows, margin_band
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 _COLUMNS = [
     *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),

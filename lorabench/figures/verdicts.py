@@ -15,7 +15,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from lorabench.figures import style
 from lorabench.figures.short_names import FAMILIES, SHORT_NAMES
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 LINEAR, END = 2.0, 30.0
 """The axis is linear up to the first number of margins, logarithmic above it, and ends at the second."""

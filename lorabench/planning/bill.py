@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.estimates.flops import evaluation_flops, run_tokens, sweep_flops
-from lorabench.estimates.lane_count import lane_count
-from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds
+from lorabench.planning.flops import evaluation_flops, run_tokens, sweep_flops
+from lorabench.planning.lane_count import lane_count
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, Resources, compute_resources, evaluation_resources, job_resources
+from lorabench.planning.seconds import compute_seconds, evaluation_seconds, job_seconds
 from lorabench.runs import Job
 from lorabench.utils.gpus import GPUS
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.estimates.lane_count import lane_count
-from lorabench.estimates.memory import gpus_needed, reported_bytes
-from lorabench.estimates.seconds import flops_per_second, run_seconds
+from lorabench.planning.lane_count import lane_count
+from lorabench.planning.memory import gpus_needed, reported_bytes
 from lorabench.planning.plan import Plan
+from lorabench.planning.seconds import flops_per_second, run_seconds
 from lorabench.runs import Sweep
 
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from lorabench.config.preset import Preset
-from lorabench.estimates.memory import gpus_needed
-from lorabench.estimates.seconds import start_seconds, sweep_seconds
+from lorabench.planning.memory import gpus_needed
+from lorabench.planning.seconds import start_seconds, sweep_seconds
 from lorabench.runs import Sweep
 
 START_SHARE = 0.05

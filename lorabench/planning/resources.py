@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.estimates.disk import checkpoint_bytes, kept_bytes, working_bytes
-from lorabench.estimates.engine import evaluating_memory, handover_bytes, uses_engine
-from lorabench.estimates.lane_count import lane_count
-from lorabench.estimates.lengths import tokens_per_example
-from lorabench.estimates.memory import USABLE, gpus_needed, peak_bytes, step_memory
-from lorabench.estimates.seconds import compute_seconds, evaluation_seconds, job_seconds, run_seconds
 from lorabench.models.dimensions import dimensions
+from lorabench.planning.disk import checkpoint_bytes, kept_bytes, working_bytes
+from lorabench.planning.engine import evaluating_memory, handover_bytes, uses_engine
+from lorabench.planning.lane_count import lane_count
+from lorabench.planning.lengths import tokens_per_example
+from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory
 from lorabench.planning.plan import Plan
+from lorabench.planning.seconds import compute_seconds, evaluation_seconds, job_seconds, run_seconds
 from lorabench.runs import EvalJob, Job, Sweep
 from lorabench.utils.gpus import GB, GPUS
 

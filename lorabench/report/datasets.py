@@ -8,7 +8,7 @@ from typing import Any
 
 from lorabench.data.sft import about
 from lorabench.data.tokens import count_left_out
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 
 def dataset_origins(layout: Layout) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from lorabench.sources.matrix import matrix
 from lorabench.sources.measurements import MEASURES, growth_measurements, measurement_table, measurements, summary_table
 from lorabench.sources.own import Own, own_measurements, read_own
 from lorabench.sources.studies import Study, judge, read_studies, source_folders
-from lorabench.tables.io import write_csv
+from lorabench.store.io import write_csv
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 

@@ -20,8 +20,8 @@ from lorabench.planning import bill
 from lorabench.planning.plan import Plan
 from lorabench.report.facts import KINDS, VERDICTS, facts, in_order
 from lorabench.runs import MAX_KL
-from lorabench.tables.checks import is_rl
-from lorabench.tables.io import list_of_words, with_all_columns
+from lorabench.store.checks import is_rl
+from lorabench.store.io import list_of_words, with_all_columns
 
 Records = list[dict[str, Any]]
 

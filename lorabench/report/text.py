@@ -7,7 +7,7 @@ from typing import Any
 
 from lorabench.config.experiments import AutoLrs, Block
 from lorabench.report import claim_text
-from lorabench.tables.io import list_of_words
+from lorabench.store.io import list_of_words
 from lorabench.utils import formats
 
 

@@ -32,7 +32,7 @@ from lorabench.models.tiny import shipped_folder
 from lorabench.sources.measurements import Z
 from lorabench.sources.own import PROJECT
 from lorabench.sources.studies import Study
-from lorabench.tables.checks import is_rl
+from lorabench.store.checks import is_rl
 
 AUTHORS = "the paper's authors"
 """The law and the published sweep of its authors are one source, since the law was fitted to such sweeps."""

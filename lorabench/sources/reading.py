@@ -12,11 +12,11 @@ import pandas as pd
 from lorabench.errors import UserError
 from lorabench.sources.rows import read_rows
 from lorabench.sources.schema import UNITS, Column, CurvesOf, RunsOf, Source, quantity_of, read_source_file
-from lorabench.tables.checks import check_curves, check_table
-from lorabench.tables.io import typed_columns, write_known_columns
-from lorabench.tables.schemas import CURVES
-from lorabench.tables.stand_ins import MIXED, UNKNOWN, with_stand_ins
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import check_curves, check_table
+from lorabench.store.io import typed_columns, write_known_columns
+from lorabench.store.schemas import CURVES
+from lorabench.store.stand_ins import MIXED, UNKNOWN, with_stand_ins
+from lorabench.store.tables import Tables
 
 _CELL = ["model", "dataset", "task", "method", "rank", "placement", "alpha", "batch_size", "steps", "lr"]
 """The columns in which repeats of a run agree, as far as a source has them."""

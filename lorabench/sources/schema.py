@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
 from lorabench.errors import UserError
-from lorabench.tables.schemas import CURVES, RUNS
+from lorabench.store.schemas import CURVES, RUNS
 
 SOURCE_FILE = "source.yaml"
 

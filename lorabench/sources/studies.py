@@ -18,9 +18,9 @@ from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
 from lorabench.sources.reading import Imported, import_source
 from lorabench.sources.schema import SOURCE_FILE, NoiseOf
-from lorabench.tables.checks import is_rl
-from lorabench.tables.stand_ins import with_stand_ins
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import is_rl
+from lorabench.store.stand_ins import with_stand_ins
+from lorabench.store.tables import Tables
 from lorabench.utils.packaged import REFERENCE
 
 

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from lorabench.config.preset import Preset
-from lorabench.estimates.lane_count import lane_count
+from lorabench.planning.lane_count import lane_count
 from lorabench.planning.plan import Plan
 from lorabench.runs import Job, Sweep
-from lorabench.storage.layout import Layout
-from lorabench.tables.collect import write_job
+from lorabench.store.collect import write_job
+from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.sweep import Trainer, run_sweep
 from lorabench.utils.exhaustion import memory_for

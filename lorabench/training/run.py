@@ -13,7 +13,7 @@ from lorabench.config.experiments import Protocol
 from lorabench.models.bf16_products import Products
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
-from lorabench.tables.schemas import CurvePoint, ExampleLoss
+from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 
 # Elements of a gradient whose squares are summed at once.

@@ -19,11 +19,11 @@ from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
 from lorabench.planning.walk import next_runs
 from lorabench.runs import PROTOCOL_VERSION, Condition, Job, Run, Sweep
-from lorabench.storage.layout import Layout
-from lorabench.storage.run_folder import RunFolder
-from lorabench.tables.collect import sweep_rows, write_job
-from lorabench.tables.io import write_table
-from lorabench.tables.schemas import CURVES, JOB, TEST_LOSSES
+from lorabench.store.collect import sweep_rows, write_job
+from lorabench.store.io import write_table
+from lorabench.store.layout import Layout
+from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import CURVES, JOB, TEST_LOSSES
 from lorabench.training.adapter import METRICS
 from lorabench.training.selection import validation_loss
 from lorabench.utils.files import atomic_path, read_parquet

@@ -41,7 +41,7 @@ from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import add_lora, targets
 from lorabench.models.size import base_parameters
-from lorabench.tables.schemas import COMPUTE
+from lorabench.store.schemas import COMPUTE
 from lorabench.training.batches import Batch
 from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head
 from lorabench.training.provenance import machine_state

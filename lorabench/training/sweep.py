@@ -20,8 +20,6 @@ import torch
 from lorabench.config.datasets import FactsDataset
 from lorabench.config.execution import Execution
 from lorabench.errors import UserError
-from lorabench.estimates.lane_count import deal, lane_count
-from lorabench.estimates.memory import decided
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model, skeleton, weights_sha256
 from lorabench.models.lanes.full import lane_state
@@ -30,13 +28,15 @@ from lorabench.models.lanes.shelf import Stack
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.size import Sizes
 from lorabench.models.transformers_names import recompute_activations
+from lorabench.planning.lane_count import deal, lane_count
+from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.planning.walk import best_lr, ending, next_runs
 from lorabench.runs import Run, Sweep
-from lorabench.storage.layout import Layout
-from lorabench.storage.progress import Progress
-from lorabench.storage.run_folder import RunFolder
-from lorabench.tables.collect import sweep_rows, write_curves, write_test_losses
+from lorabench.store.collect import sweep_rows, write_curves, write_test_losses
+from lorabench.store.layout import Layout
+from lorabench.store.progress import Progress
+from lorabench.store.run_folder import RunFolder
 from lorabench.training.checkpoint import whole_weights
 from lorabench.training.determinism import fix_workspaces
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
@@ -255,7 +255,7 @@ def run_sweep(
         processes: the processes that train the sweep together; each calls this function.
 
     Returns:
-        The rows of the sweep's runs (see `lorabench.tables.collect.sweep_rows`) in the first process, else nothing.
+        The rows of the sweep's runs (see `lorabench.store.collect.sweep_rows`) in the first process, else nothing.
 
     Raises:
         UserError: a finished run was made with another commit of a Hugging Face repository than is fetched now.

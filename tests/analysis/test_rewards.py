@@ -12,7 +12,7 @@ from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 from lorabench.errors import UserError
-from lorabench.tables.checks import check_table
+from lorabench.store.checks import check_table
 
 from ..handmade.rl import BASE, OFFSETS, STEPS, arm
 from ..handmade.sft import arm as sft_arm

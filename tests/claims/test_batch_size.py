@@ -11,7 +11,7 @@ import pytest
 
 from lorabench.claims import batch_size
 from lorabench.claims.judge import judge_claims
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, tables
 from ..handmade.training import FALL, STEPS, shared, trained

@@ -9,8 +9,8 @@ import pytest
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
-from lorabench.tables.schemas import CLAIMS as COLUMNS
-from lorabench.tables.tables import Tables
+from lorabench.store.schemas import CLAIMS as COLUMNS
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
 

@@ -13,7 +13,7 @@ from lorabench.analysis.step_flops import each_setting, equal_flops_curves, flop
 from lorabench.claims.compute import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import LRS, arm, tables
 

@@ -16,8 +16,8 @@ from lorabench.claims.judge import judge_claims
 from lorabench.config.loading import load_preset
 from lorabench.config.margins import Margins
 from lorabench.planning.plan import make_plan
-from lorabench.tables.checks import is_rl
-from lorabench.tables.tables import Tables
+from lorabench.store.checks import is_rl
+from lorabench.store.tables import Tables
 
 RUNS = pd.DataFrame(
     {

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from lorabench.cli.main import app
 from lorabench.config.preset import Preset
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
-from lorabench.tables.io import write_frame
+from lorabench.store.io import write_frame
+from lorabench.store.layout import Layout
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import arm, tables
 

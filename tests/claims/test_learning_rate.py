@@ -12,7 +12,7 @@ from lorabench.analysis.lr_law import LrLaw, predict_lr
 from lorabench.claims import learning_rate, lr_across_models, lr_law
 from lorabench.claims.judge import judge_claims
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import CURVATURE, arm, tables
 

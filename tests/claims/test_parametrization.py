@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.claims import invariance, parametrization
 from lorabench.claims.judge import judge_claims
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.lora import descent, lora_run, lora_tables, luck, nll, update_norm
 from ..handmade.sft import arm, tables

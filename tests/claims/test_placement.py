@@ -11,7 +11,7 @@ import pytest
 from lorabench.claims import parameter_counts, placement
 from lorabench.claims.judge import judge_claims
 from lorabench.claims.parameter_counts import PAPER_COUNTS
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade import rl
 from ..handmade.sft import LRS, arm, tables

@@ -11,7 +11,7 @@ from scipy.special import ndtri
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.claims.rl_progress import plateau_step, progress_windows
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.rl import BASE, LRS, STEPS, arm, grown
 from ..handmade.sft import arm as sft_arm

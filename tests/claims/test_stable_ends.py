@@ -11,8 +11,8 @@ import pytest
 
 from lorabench.claims.judge import judge_claims
 from lorabench.cli.preset_option import plan_and_layout
-from lorabench.tables.collect import run_row
-from lorabench.tables.tables import Tables
+from lorabench.store.collect import run_row
+from lorabench.store.tables import Tables
 from lorabench.utils.files import read_parquet
 
 from ..conftest import REPOSITORY

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorabench.tables.schemas import RUNS
+from lorabench.store.schemas import RUNS
 from lorabench.utils.gpus import processor
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "scipy", "numpy", "lm_eval"}

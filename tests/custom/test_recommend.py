@@ -16,7 +16,7 @@ from lorabench.custom.recommend import recommend
 from lorabench.custom.script import script
 from lorabench.errors import UserError
 from lorabench.models.dimensions import ARCHITECTURES
-from lorabench.tables.io import write_frame
+from lorabench.store.io import write_frame
 from lorabench.utils import formats
 
 from ..handmade import make_sweep, runs_table

@@ -11,9 +11,9 @@ from lorabench.config.problems import ReasoningProblems
 from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
-from lorabench.tables.collect import collect
-from lorabench.tables.io import read_table
+from lorabench.store.collect import collect
+from lorabench.store.io import read_table
+from lorabench.store.layout import Layout
 from lorabench.training.job import run_job
 
 

@@ -17,8 +17,8 @@ import yaml
 
 from lorabench.claims.judge import judge_claims
 from lorabench.models.tiny import shipped_folder
-from lorabench.tables.io import write_frame
-from lorabench.tables.tables import Tables
+from lorabench.store.io import write_frame
+from lorabench.store.tables import Tables
 
 from ..conftest import MARGINS, REPOSITORY
 from ..custom.conftest import write_rows

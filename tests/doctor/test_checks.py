@@ -25,9 +25,9 @@ from lorabench.doctor.subject import (
     training_subjects,
 )
 from lorabench.errors import UserError
-from lorabench.estimates.memory import USABLE
 from lorabench.models.dimensions import dimensions
 from lorabench.models.lanes import lora
+from lorabench.planning.memory import USABLE
 from lorabench.planning.plan import make_plan
 from lorabench.training.rl.sampler import sample
 from lorabench.utils.gpus import GB, GPUS

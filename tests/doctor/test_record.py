@@ -9,8 +9,8 @@ import pytest
 from lorabench.config.loading import load_preset
 from lorabench.doctor.record import Check, read_record, record_for, record_path, with_measured_speed, write_record
 from lorabench.errors import UserError
-from lorabench.estimates.seconds import evaluation_seconds, flops_per_second, run_seconds
 from lorabench.planning.plan import make_plan
+from lorabench.planning.seconds import evaluation_seconds, flops_per_second, run_seconds
 from lorabench.utils.gpus import processor
 
 from ..handmade.presets import with_execution

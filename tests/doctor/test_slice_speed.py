@@ -16,7 +16,7 @@ from lorabench.doctor.record import read_speed
 from lorabench.doctor.steps import PEAK_SECONDS, matmul_peak
 from lorabench.models.dimensions import dimensions
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from lorabench.data.sft import build_dataset
 from lorabench.evaluation.pretraining import write_pretraining
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import EvalJob, Job
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..conftest import MARGINS
 

@@ -16,7 +16,7 @@ import yaml
 
 from lorabench.config.loading import load_preset
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..hub.evaluation import SUBJECTS, write_repositories
 from ..hub.server import Hub, serving

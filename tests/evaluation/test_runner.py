@@ -36,8 +36,8 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.planning.plan import make_plan
 from lorabench.runs import EvalJob
-from lorabench.storage.run_folder import RunFolder
-from lorabench.tables.schemas import EVALS
+from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import EVALS
 from lorabench.training.loss import mean_nll
 from lorabench.utils.files import write_json
 

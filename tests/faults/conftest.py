@@ -25,9 +25,9 @@ import pytest
 import yaml
 
 from lorabench import runs
-from lorabench.estimates.lane_count import lane_count
+from lorabench.planning.lane_count import lane_count
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..conftest import MARGINS
 

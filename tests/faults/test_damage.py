@@ -13,8 +13,8 @@ from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.lanes.shelf import Lane, single_lane
 from lorabench.models.tiny import shipped_folder
-from lorabench.storage.run_folder import RunFolder
-from lorabench.tables.collect import collect
+from lorabench.store.collect import collect
+from lorabench.store.run_folder import RunFolder
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 

@@ -15,7 +15,7 @@ import torch
 
 from lorabench.data.grading import Grader
 from lorabench.errors import UserError
-from lorabench.storage.progress import status
+from lorabench.store.progress import status
 from lorabench.training.checkpoint import checkpoint_position
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import NoMemoryError, memory_for

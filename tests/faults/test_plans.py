@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.tables.io import read_table
+from lorabench.store.io import read_table
 
 from ..conftest import REPOSITORY
 from .conftest import Place

@@ -14,7 +14,7 @@ from lorabench.analysis.memorisation import best_stored, stored_bits
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.slopes import log_log
 from lorabench.figures.catalog import FIGURES
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade import STEPS, make_run, make_sweep, runs_table
 from .layout import lay_out

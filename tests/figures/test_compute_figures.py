@@ -14,8 +14,8 @@ from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.save import save_figure
 from lorabench.figures.style import arm_styles
-from lorabench.tables.io import with_all_columns
-from lorabench.tables.tables import Tables
+from lorabench.store.io import with_all_columns
+from lorabench.store.tables import Tables
 
 from ..claims.test_compute import compute_table
 from ..handmade import curves_of, make_run, make_sweep, runs_table

@@ -9,7 +9,7 @@ import pytest
 from lorabench.analysis.comparison import comparisons
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import arm_styles
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, make_sweep, runs_table
 from .layout import lay_out

@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.analysis.comparison import comparisons
 from lorabench.figures.catalog import FIGURES
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade import make_sweep, runs_table
 from .layout import lay_out

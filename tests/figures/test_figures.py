@@ -15,8 +15,8 @@ from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, OWN_TABLES
 from lorabench.figures.save import drawable_figures, save_figure
 from lorabench.figures.style import ArmStyle, arm_styles, write_figure
-from lorabench.tables.io import with_all_columns
-from lorabench.tables.tables import Tables
+from lorabench.store.io import with_all_columns
+from lorabench.store.tables import Tables
 
 from ..conftest import slow_but
 from ..handmade import LRS, curves_of, make_run, make_sweep, runs_table

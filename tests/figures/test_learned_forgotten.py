@@ -14,8 +14,8 @@ from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
 from lorabench.figures.catalog import EVALS_TABLE, FIGURES, figures_of_preset
 from lorabench.figures.save import drawable_figures, save_figure
-from lorabench.tables.io import write_frame
-from lorabench.tables.tables import Tables
+from lorabench.store.io import write_frame
+from lorabench.store.tables import Tables
 
 from ..handmade import evals_table, make_eval
 

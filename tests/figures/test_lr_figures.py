@@ -14,7 +14,7 @@ from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict_lr
 from lorabench.analysis.optimum import lr_optima
 from lorabench.analysis.swept_models import fitted_law, swept_models
 from lorabench.figures.catalog import FIGURES
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
 from .layout import lay_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lorabench.figures.catalog import FIGURES
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..claims.test_lr_ratio_theories import CONDITIONS, following, world
 from .layout import lay_out

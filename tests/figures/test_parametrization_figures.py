@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import arm_styles
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from ..handmade.lora import a_moved, difficulty, lora_run, lora_tables, nll, update_norm
 from ..handmade.sft import arm, tables

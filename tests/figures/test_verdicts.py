@@ -14,8 +14,8 @@ from lorabench.figures.catalog import FIGURES
 from lorabench.figures.save import save_figure
 from lorabench.figures.short_names import FAMILIES, SHORT_NAMES
 from lorabench.figures.verdicts import END, LOOKS, in_margins
-from lorabench.tables.io import empty_table, write_frame
-from lorabench.tables.tables import Tables
+from lorabench.store.io import empty_table, write_frame
+from lorabench.store.tables import Tables
 
 from ..handmade import claims_table, make_claim
 from .layout import lay_out

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from lorabench.tables.schemas import CLAIMS, CURVES, EVALS, RUNS
+from lorabench.store.schemas import CLAIMS, CURVES, EVALS, RUNS
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 STEPS = [0, 1, 2, 3, 5, 8, 13, 22, 35, 57, 92, 150]

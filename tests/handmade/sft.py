@@ -86,7 +86,7 @@ def arm(
 
 
 def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the tables `runs` and `curves`, typed as `lorabench.tables.io.read_table` gives them."""
+    """Return the tables `runs` and `curves`, typed as `lorabench.store.io.read_table` gives them."""
     arms = list(arms)
     runs = pd.DataFrame([row for rows, _ in arms for row in rows])
     curves = pd.DataFrame([row for _, rows in arms for row in rows])
@@ -94,7 +94,7 @@ def tables(arms: Iterable[ArmTables]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def typed(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Give the present columns the types that `lorabench.tables.io.read_table` gives them."""
+    """Give the present columns the types that `lorabench.store.io.read_table` gives them."""
     runs = runs.astype(
         {name: "Int64" for name in INTEGERS if name in runs} | {name: float for name in FLOATS if name in runs}
     )

@@ -12,9 +12,9 @@ from lorabench.cli.main import app
 from lorabench.cli.show import plan_json
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.estimates.seconds import flops_per_second
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
+from lorabench.planning.seconds import flops_per_second
 from lorabench.utils.gpus import GPUS
 
 from ..handmade.presets import with_execution, with_model

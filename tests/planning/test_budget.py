@@ -18,7 +18,7 @@ from lorabench.planning.budget import (
     with_budget,
 )
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 
 def hours(preset):

@@ -7,11 +7,11 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.estimates.memory import sweep_memory
-from lorabench.estimates.seconds import run_seconds
 from lorabench.planning.calibration import calibrate, planned_runs, with_gflops
+from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
-from lorabench.tables.measured_speed import measure
+from lorabench.planning.seconds import run_seconds
+from lorabench.store.measured_speed import measure
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from lorabench.config.loading import load_preset
-from lorabench.estimates.seconds import job_seconds
 from lorabench.models.dimensions import dimensions
 from lorabench.planning import bill
 from lorabench.planning.plan import make_plan
@@ -21,6 +20,7 @@ from lorabench.planning.resources import (
     restarts,
     tokens_resources,
 )
+from lorabench.planning.seconds import job_seconds
 from lorabench.runs import Job
 
 PRESETS = ("smoke", "laptop", "smollm2", "core", "paper")

@@ -15,9 +15,9 @@ from lorabench.claims.judge import judge_claims
 from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report.page import build
-from lorabench.storage.layout import Layout
-from lorabench.tables.io import write_frame
-from lorabench.tables.tables import Tables
+from lorabench.store.io import write_frame
+from lorabench.store.layout import Layout
+from lorabench.store.tables import Tables
 
 from ..handmade import curves_of, evals_table, make_sweep, runs_table
 

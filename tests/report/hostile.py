@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from lorabench.tables.schemas import CLAIMS, CURVES, EVALS, RUNS
+from lorabench.store.schemas import CLAIMS, CURVES, EVALS, RUNS
 
 from ..handmade import make_eval, make_sweep
 

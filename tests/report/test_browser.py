@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..handmade import make_eval, make_run, make_sweep
 from .hostile import hostile_report

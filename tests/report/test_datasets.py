@@ -17,7 +17,7 @@ from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
 from lorabench.models.base import load_tokenizer
 from lorabench.report.datasets import dataset_origins
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 
 from ..hub.repositories import tulu3_row, write_tulu3

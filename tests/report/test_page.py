@@ -20,7 +20,7 @@ from lorabench.figures.catalog import FIGURES
 from lorabench.planning.plan import make_plan
 from lorabench.report.facts import headline
 from lorabench.report.page import build
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
 
 from ..doctor.conftest import record

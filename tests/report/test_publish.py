@@ -15,9 +15,9 @@ from lorabench.claims.catalog import CLAIMS, CORE
 from lorabench.errors import UserError
 from lorabench.report.facts import VERDICTS, headline
 from lorabench.report.publish import END, SHOWN, START, publish, readme_block, results_block, results_page
-from lorabench.storage.layout import Layout
-from lorabench.tables.io import write_frame
-from lorabench.tables.tables import Tables
+from lorabench.store.io import write_frame
+from lorabench.store.layout import Layout
+from lorabench.store.tables import Tables
 
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from .cluster import Cluster, missing, started, until
 from .submitting import adapted_clone, workflow

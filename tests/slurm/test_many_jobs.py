@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..workflow.checkout import adapt_profile
 from .cluster import until

@@ -18,7 +18,7 @@ import pytest
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import job_resources
 from lorabench.runs import Job, Sweep
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..workflow.checkout import snakemake
 from .cluster import until

@@ -8,8 +8,8 @@ import pytest
 
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import job_resources
-from lorabench.storage.attempts import Attempts
-from lorabench.storage.layout import Layout
+from lorabench.store.attempts import Attempts
+from lorabench.store.layout import Layout
 
 from ..workflow.checkout import adapt_profile, snakemake
 from .cluster import until

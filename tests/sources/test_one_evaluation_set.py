@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lorabench.cli.main import app
-from lorabench.tables.io import read_table
+from lorabench.store.io import read_table
 
 ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
 ROWS = [

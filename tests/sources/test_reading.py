@@ -13,7 +13,7 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.sources.reading import import_source, write_tables
-from lorabench.tables.tables import Tables
+from lorabench.store.tables import Tables
 
 from .conftest import COLUMNS, ROWS
 

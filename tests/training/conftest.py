@@ -22,7 +22,7 @@ from lorabench.models.lora import adapter_pairs, add_lora
 from lorabench.models.transformers_names import recompute_activations
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Condition, Job, Run
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.drive import train_alone
 from lorabench.training.job import run_job

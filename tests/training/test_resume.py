@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorabench.runs import Job, Run
-from lorabench.storage.progress import status
+from lorabench.store.progress import status
 from lorabench.training.batches import scored_tokens
 
 from .conftest import condition_of, train, trained

@@ -13,9 +13,9 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.storage.progress import status
-from lorabench.storage.run_folder import RunFolder
-from lorabench.tables.schemas import JOB
+from lorabench.store.progress import status
+from lorabench.store.run_folder import RunFolder
+from lorabench.store.schemas import JOB
 from lorabench.training import saved_runs
 from lorabench.training.job import run_job
 from lorabench.training.saved_runs import restore_runs, save_runs

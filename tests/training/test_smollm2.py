@@ -13,7 +13,7 @@ from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
 from lorabench.models.base import convert_gguf, load_model, load_tokenizer, max_length
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..conftest import MARGINS
 from .conftest import trained

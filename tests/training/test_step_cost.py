@@ -13,7 +13,7 @@ from lorabench.config.experiments import Protocol
 from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.tables.schemas import COMPUTE
+from lorabench.store.schemas import COMPUTE
 from lorabench.training import step_cost
 from lorabench.training.step_cost import compute_table, effective_width, measure_compute
 

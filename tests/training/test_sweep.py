@@ -12,7 +12,7 @@ from pandas.testing import assert_frame_equal
 
 from lorabench.errors import UserError
 from lorabench.runs import Job
-from lorabench.storage.progress import status
+from lorabench.store.progress import status
 from lorabench.training.job import run_job
 
 from .conftest import trained

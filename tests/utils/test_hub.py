@@ -28,7 +28,7 @@ from lorabench.errors import UserError
 from lorabench.models.tiny import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.training.job import run_job
 from lorabench.utils.hub import WantedRepository, fetch_repositories, read_fetched
 

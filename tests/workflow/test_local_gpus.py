@@ -12,7 +12,7 @@ import pytest
 
 from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from .checkout import fresh_clone
 

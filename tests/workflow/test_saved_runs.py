@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..conftest import MARGINS
 from .checkout import fresh_clone, git, shell, snakemake

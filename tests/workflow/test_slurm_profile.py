@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import evaluation_resources, job_resources
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from .checkout import adapt_profile, fresh_clone, snakemake
 

@@ -17,7 +17,7 @@ from lorabench.config.execution import EVAL_SOURCES
 from lorabench.figures.catalog import figures_of_preset
 from lorabench.models.base import converted_folder
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 
 from ..conftest import MARGINS, REPOSITORY
 from .checkout import fresh_clone, git, snakemake

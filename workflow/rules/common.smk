@@ -14,7 +14,7 @@ from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.planning.bill import total
 from lorabench.planning.budget import with_budget
 from lorabench.planning.plan import make_plan
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.utils.packaged import REFERENCE
 
 PRESET = config.get("preset", "laptop")

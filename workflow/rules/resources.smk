@@ -9,7 +9,7 @@ from lorabench.planning.resources import (
     restarts,
     tokens_resources,
 )
-from lorabench.storage.attempts import Attempts
+from lorabench.store.attempts import Attempts
 from lorabench.utils.devices import visible_devices
 from lorabench.utils.slurm import partition_minutes
 

@@ -24,7 +24,7 @@ from lorabench.data.controls import Controls
 from lorabench.data.reflection import reflects
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import MAX_KL, Rollouts, Run
-from lorabench.tables.schemas import CurvePoint, ExampleLoss
+from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.batches import data_order
 from lorabench.training.checkpoint import Position
 from lorabench.training.distributed import Processes

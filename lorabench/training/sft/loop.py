@@ -22,7 +22,7 @@ from lorabench.data.chat import Split
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
-from lorabench.tables.schemas import CurvePoint, ExampleLoss
+from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.adapter import AdapterProbe
 from lorabench.training.batches import data_order, scored_by_example, scored_tokens
 from lorabench.training.distributed import Processes

@@ -13,7 +13,7 @@ import torch
 
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.training.distributed import join, leave
 from lorabench.training.job import run_job
 

@@ -23,9 +23,9 @@ from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import add_adapter, add_lora
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
-from lorabench.tables.collect import collect
-from lorabench.tables.io import read_table
+from lorabench.store.collect import collect
+from lorabench.store.io import read_table
+from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
 from lorabench.training.rl.engine.process import Engine, EngineSettings

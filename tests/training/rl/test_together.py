@@ -16,7 +16,7 @@ from lorabench.data.problem_sets import make_problems, write_problems
 from lorabench.models.base import load_model
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.storage.layout import Layout
+from lorabench.store.layout import Layout
 from lorabench.training.job import run_job
 
 from ...conftest import REPOSITORY

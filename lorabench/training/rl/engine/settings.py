@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from lorabench.config.models import HubModel
-from lorabench.estimates.engine import engine_memory
-from lorabench.estimates.lane_count import lane_count
 from lorabench.models.base import model_location
 from lorabench.models.vllm_support import max_lora_rank
+from lorabench.planning.engine import engine_memory
+from lorabench.planning.lane_count import lane_count
 from lorabench.training.rl.engine.process import EngineSettings
 from lorabench.training.sweep import SweepContext
 

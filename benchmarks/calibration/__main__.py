@@ -1,0 +1,95 @@
+"""`python -m benchmarks.calibration`: calibrate the verdicts on made-up worlds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorabench.cli.errors import in_one_sentence
+
+app = typer.Typer()
+
+
+@app.command()
+def calibrate(
+    worlds: Annotated[int, typer.Option(min=1, help="Worlds for each claim and size of the effect.")] = 500,
+    claims: Annotated[
+        list[str] | None, typer.Option(help="Ids of claims, by default all that are covered.", metavar="ID...")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file for the table; the command goes on where it was interrupted.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown page to write the table into, between its two marker lines.")
+    ] = None,
+    measure: Annotated[
+        Path | None, typer.Option(help="Only measure the noise of the runs in this folder of tidy tables.")
+    ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Dataset to measure, by default all.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Count only the power of this preset's sweeps, with their own LRs and seeds.")
+    ] = None,
+    noise: Annotated[
+        Path | None, typer.Option(help="With --preset: tidy tables to measure the noise from, by default laptop's.")
+    ] = None,
+) -> None:
+    """Show how often verdicts are wrong: judge made-up sweeps whose truth is known, and count the verdicts."""
+    # The matrices of a fit are small, and the processes share the cores. Thread pools read this once, on import.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with in_one_sentence():
+        from dataclasses import asdict
+
+        if measure is not None:
+            from benchmarks.calibration.measure import measure_noise
+            from lorabench.store.tables import Tables
+
+            for name, value in asdict(measure_noise(Tables.read(measure), dataset or ())).items():
+                print(f"{name}: {value:.4g}")
+            return
+        from datetime import date
+
+        if preset is not None:
+            from benchmarks.calibration import power
+            from benchmarks.calibration.measure import measure_noise
+            from lorabench.cli.preset_option import plan_and_layout
+            from lorabench.report.generated_block import text_around, write_around
+            from lorabench.store.io import write_csv
+            from lorabench.store.tables import Tables
+
+            around = None if page is None else text_around(page, power.START, power.END)
+            levels = None if noise is None else measure_noise(Tables.read(noise), dataset or ())
+            ids = [*(claims or ()), *(more or ())]
+            table = power.power_of_plan(plan_and_layout(preset)[0], worlds, ids, processes, levels, seed)
+            if out is None:
+                print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
+            else:
+                write_csv(table, out)
+            if page is not None and around is not None:
+                write_around(page, around, power.block(table, preset, date.today().isoformat()))
+            return
+        from benchmarks.calibration.page import END, START, block
+        from benchmarks.calibration.run import calibrate as run
+        from lorabench.report.generated_block import text_around, write_around
+        from lorabench.store.io import write_csv
+
+        around = None if page is None else text_around(page, START, END)
+        kept = None if out is None else out.with_name(f"{out.name}.partial")
+        table = run(worlds, [*(claims or ()), *(more or ())], processes, seed=seed, kept=kept)
+        if out is None:
+            print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
+        else:
+            write_csv(table, out)
+        if page is not None and around is not None:
+            write_around(page, around, block(table, date.today().isoformat()))
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,191 @@
+"""The power of a preset's verdicts before it is run: made-up sweeps with the preset's own LRs, seeds and examples.
+
+A scene keeps what its claim is about: arms, lengths of runs and effects. Where the preset has no arm that plays a part
+in a scene, the arm has as few seeds and learning rates (LRs) as any.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import pandas as pd
+
+from benchmarks.calibration.design import ArmDesign, Design, Role, designed, highest_rank, role
+from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.run import CHUNK, Task, worlds_of
+from benchmarks.calibration.truths import COVERED, Covered
+from lorabench.claims.catalog import CLAIMS
+from lorabench.errors import UserError
+from lorabench.planning.plan import Plan
+from lorabench.runs import Sweep
+
+AT = (0, 2)
+"""The sizes of effects, in margins, at which power is counted: where an equality is true, and where a difference is."""
+
+COLUMNS = ["claim_id", "kind", "what", "lrs", "seeds", "test_examples", "n_worlds", "power_at_0", "power_at_2"]
+"""The columns of the table; power is the share of worlds with the right verdict."""
+
+# LRs that a sweep which finds its grid is taken to have: its three first and two further ones.
+_AUTO_LRS = 5
+_LATTICE_STEP = 10 ** (1 / 3)
+
+
+def design_of(plan: Plan, claim_id: str) -> Design | None:
+    """Return how the sweeps that a claim is judged on are designed; None where the preset has none of them."""
+    [claim] = [claim for claim in CLAIMS if claim.id == claim_id]
+    sweeps = [
+        sweep
+        for sweep in plan.sweeps
+        if sweep.condition.task == claim.task and set(sweep.experiments) & set(claim.experiments)
+    ]
+    sources = plan.preset.sources
+    sweeps = [sweep for sweep in sweeps if sources[sweep.condition.dataset].kind != "facts"]
+    if not sweeps:
+        return None
+    by_role: dict[Role, list[Sweep]] = {}
+    comparisons: dict[tuple[object, ...], list[Sweep]] = {}
+    for sweep in sweeps:
+        at = sweep.condition
+        comparisons.setdefault((at.model, at.dataset, at.batch_size, at.steps), []).append(sweep)
+    for members in comparisons.values():
+        conditions = [vars(sweep.condition) for sweep in members]
+        for sweep, condition in zip(members, conditions, strict=True):
+            by_role.setdefault(role(condition, highest_rank(conditions)), []).append(sweep)
+    # One or two LRs are no sweep.
+    swept = [sweep for sweep in sweeps if _of_sweep(sweep).n_lrs > 2]
+    tests, validations = (
+        [getattr(sources[sweep.condition.dataset], split) for sweep in swept or sweeps]
+        for split in ("test", "validation")
+    )
+    # The smallest set decides, as the worst of several comparisons does in a verdict.
+    chosen = set(map(id, swept or sweeps))
+    arms = {
+        name: min(
+            (_of_sweep(sweep) for sweep in of_role if id(sweep) in chosen), key=lambda arm: (arm.seeds, arm.n_lrs)
+        )
+        for name, of_role in by_role.items()
+        if any(id(sweep) in chosen for sweep in of_role)
+    }
+    return Design(arms, min(tests), min(validations))
+
+
+def _of_sweep(sweep: Sweep) -> ArmDesign:
+    every = 1 + max((seed for _, seed in sweep.repeated), default=0)
+    if sweep.lattice is not None:
+        return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, sweep.seeds, "around", sweep.seeds_around)
+    steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
+    repeats: Literal["best", "every"] = "every" if every > sweep.seeds else "best"
+    return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(sweep.seeds, every), repeats)
+
+
+def _counted(task: Task, claim_id: str, design: Design, noise: NoiseLevels, seed: int) -> Counter[tuple[str, str]]:
+    with designed(design):
+        return worlds_of(task, [claim_id], noise, seed)
+
+
+def power_of_plan(
+    plan: Plan,
+    worlds: int,
+    claim_ids: Sequence[str] = (),
+    processes: int = 1,
+    noise: NoiseLevels | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Judge made-up worlds with the design of a plan's sweeps, and count the right verdicts.
+
+    Args:
+        plan: the plan of a preset.
+        worlds: the number of worlds for each claim and size of the effect.
+        claim_ids: the claims; by default all that calibration covers and the preset has runs for.
+        processes: the number of processes.
+        noise: the noise of the worlds, by default that of `laptop`.
+        seed: the seed of all random numbers.
+
+    Returns:
+        A row for each claim, with the columns COLUMNS.
+
+    Raises:
+        UserError: calibration does not cover a claim, or the preset has no runs for it.
+    """
+    noise = noise or NoiseLevels()
+    chosen: list[tuple[Covered, Design]] = []
+    for covered in COVERED:
+        design = design_of(plan, covered.claim_id)
+        if design is not None and (not claim_ids or covered.claim_id in claim_ids):
+            chosen.append((covered, design))
+    if absent := sorted(set(claim_ids) - {covered.claim_id for covered, _ in chosen}):
+        allowed = ", ".join(covered.claim_id for covered, _ in chosen)
+        raise UserError(f"calibration does not cover {', '.join(absent)} in this preset; allowed: {allowed or 'none'}")
+    tasks = [
+        (Task(covered.scene, effect, first, min(CHUNK, worlds - first)), covered.claim_id, design)
+        for covered, design in chosen
+        for effect in AT
+        for first in range(0, worlds, CHUNK)
+    ]
+    counted = partial(_counted, noise=noise, seed=seed)
+    counts: dict[tuple[str, int], Counter[str]] = {}
+    with ProcessPoolExecutor(processes) as pool:
+        for (task, claim_id, _), of_task in zip(tasks, pool.map(counted, *zip(*tasks, strict=True)), strict=True):
+            for (_, verdict), number in of_task.items():
+                counts.setdefault((claim_id, task.effect), Counter())[verdict] += number
+    return pd.DataFrame([_row(covered, design, counts) for covered, design in chosen], columns=COLUMNS)
+
+
+def _row(covered: Covered, design: Design, counts: dict[tuple[str, int], Counter[str]]) -> dict[str, object]:
+    power = []
+    for effect in AT:
+        of_effect, right = counts[covered.claim_id, effect], covered.right(effect)
+        power.append(of_effect[str(right)] / of_effect.total())
+    arms = list(design.arms.values())
+    return {
+        "claim_id": covered.claim_id,
+        "kind": covered.kind,
+        "what": covered.effect,
+        "lrs": _span([arm.n_lrs for arm in arms]),
+        "seeds": _span([arm.seeds for arm in arms]),
+        "test_examples": design.test_examples,
+        "n_worlds": counts[covered.claim_id, AT[0]].total(),
+        "power_at_0": power[0],
+        "power_at_2": power[1],
+    }
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+START = "<!-- power: start -->"
+END = "<!-- power: end -->"
+"""The lines between which the page has the table."""
+
+
+def block(table: pd.DataFrame, preset: str, day: str) -> str:
+    """Return the table of a preset's power as Markdown, with its markers.
+
+    Args:
+        table: as from `power_of_plan`.
+        preset: the name of the preset.
+        day: the day on which it was made.
+    """
+    head = [
+        START,
+        "",
+        f"For the preset `{preset}`, made on {day} with {int(table['n_worlds'].min())} worlds for each claim and size "
+        "of the effect.",
+        "",
+        "| claim | says | what has the effect | LRs | seeds | power at 0 | power at 2 margins |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [
+        f"| {row['claim_id']} | {row['kind']} | {row['what']} | {row['lrs']} | {row['seeds']} | "
+        f"{row['power_at_0']:.0%} | {row['power_at_2']:.0%} |"
+        for row in table.to_dict("records")
+    ]
+    return "\n".join([*head, *rows, "", END])

@@ -1,0 +1,198 @@
+"""Scenes: the made-up sweeps that claims are judged on, with an effect of a size that is given in margins.
+
+An effect of size k stands k margins away from 0, where a claim of equality is true and a claim of a difference is
+false. Each function takes k, the noise and a random generator. Where a claim is judged on several comparisons, one of
+them has the effect and the others hold for certain, which makes a wrong confirmation most likely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.calibration.made import Curve, MadeArm, MadeSweep, Metric
+from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.worlds import grid, make_tables
+from lorabench.claims.learning_rate import LEAST_SHIFT, SAME_FACTOR
+from lorabench.claims.parametrization import HALF, MAJORITY
+from lorabench.config.margins import DEFAULT_MARGINS
+from lorabench.store.tables import Tables
+
+Scene = Callable[[float, NoiseLevels, np.random.Generator], Tables]
+"""Draws tables with an effect of so many margins."""
+
+FULLFT: dict[str, Any] = {"method": "fullft"}
+
+LR_MARGIN = math.log(DEFAULT_MARGINS.lr_factor)
+"""The margin of ratios of optimal LRs, as a natural logarithm."""
+
+TEN = math.log(10.0)
+
+RUN = {"model": "made-up", "dataset": "worked", "batch_size": 8, "steps": 1000, "family": "llama", "hidden_size": 128}
+
+
+def lora(rank: int, placement: str = "all", **columns: Any) -> dict[str, Any]:
+    """Return the columns of a LoRA arm in the standard parametrization."""
+    return {
+        "method": "lora",
+        "rank": rank,
+        "placement": placement,
+        "alpha": 32.0,
+        "init_a": 1.0,
+        "lr_ratio": 1.0,
+        "trainable_params": 1000 * rank,
+        **columns,
+    }
+
+
+def sign(random: np.random.Generator) -> int:
+    """Return 1 or -1, for an effect that may have either sign."""
+    return int(random.choice([-1, 1]))
+
+
+def loss_margin(noise: NoiseLevels) -> float:
+    """Return the margin of losses that the default preset gives."""
+    return DEFAULT_MARGINS.loss * noise.gain
+
+
+def an_optimum(random: np.random.Generator) -> float:
+    """Return the optimum of full fine-tuning, as ln LR."""
+    return math.log(6e-4) + random.uniform(-0.5, 0.5)
+
+
+def made_arm(
+    columns: Mapping[str, Any],
+    optimum: float,
+    minimum: float,
+    random: np.random.Generator,
+    seeds: int = 3,
+    n_lrs: int = 5,
+    curve: Curve | None = None,
+) -> MadeArm:
+    """Return an arm with a grid of LRs around its optimum."""
+    return MadeArm(columns, optimum, minimum, grid(optimum, random, n_lrs), seeds, curve=curve)
+
+
+def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Return a sweep of FullFT and LoRA ranks.
+
+    The highest rank's loss and its LR ratio to FullFT are k margins off; rank 4's optimal LR is off that of higher
+    ranks by a factor of 2 to the k; the optimal LR of rank 1 is k margins below that of higher ranks, and its share of
+    layers in which B has the larger norm is 0.1 k above a half.
+    """
+    optimum, margin = an_optimum(random), loss_margin(noise)
+
+    def b_over_a(margins: float) -> Mapping[str, Metric]:
+        return {"b_over_a": lambda steps: HALF + MAJORITY * margins + 0.05 * random.standard_normal(len(steps))}
+
+    high = optimum + TEN + sign(random) * k * LR_MARGIN
+    rank_4 = high + sign(random) * k * math.log(SAME_FACTOR)
+    arms = [
+        made_arm(FULLFT, optimum, noise.loss, random, seeds=6),
+        made_arm(lora(64), high, noise.loss + sign(random) * k * margin, random, seeds=6),
+        made_arm(lora(16), high, noise.loss, random),
+        made_arm(lora(4), rank_4, noise.loss, random),
+        made_arm(lora(1), high - k * math.log(LEAST_SHIFT), noise.loss + k * margin, random, n_lrs=6),
+    ]
+    with_norms = [arms[0], *(replace(arm, metrics=b_over_a(2)) for arm in arms[1:-1])]
+    with_norms.append(replace(arms[-1], metrics=b_over_a(k)))
+    return make_tables([MadeSweep(with_norms, RUN, curve_steps=(1000,))], noise, random)
+
+
+def two_datasets(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Return a sweep on two datasets: the highest rank is 2 margins better on one, and k margins worse on another."""
+    sweeps = []
+    for dataset, gap in (("instruct", -2.0), ("worked", k)):
+        optimum = an_optimum(random)
+        arms = [
+            made_arm(FULLFT, optimum, noise.loss, random, seeds=6),
+            made_arm(lora(64), optimum + TEN, noise.loss + gap * loss_margin(noise), random, seeds=6),
+        ]
+        sweeps.append(MadeSweep(arms, {**RUN, "dataset": dataset}))
+    return make_tables(sweeps, noise, random)
+
+
+def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Return sweeps at batch sizes 8, 32 and 128 on one pass over the same data, with seeds at three LRs each.
+
+    From the smallest to the largest batch size, the gap of each rank grows by k margins, and so does FullFT's loss. At
+    the middle one the ranks are k margins apart. Along the runs, the gap at the largest is 4 margins; at the smallest
+    it ends at 0, from k margins halfway for one rank, and from 3 for the other.
+    """
+    optimum, margin = an_optimum(random), loss_margin(noise)
+    apart = sign(random) * k * margin
+    sweeps = []
+    for number, (batch_size, steps) in enumerate(((8, 960), (32, 240), (128, 60))):
+        at = optimum + 0.5 * number
+        lowest = noise.loss + (k * margin if number == 2 else 0.0)
+        gap = k * margin if number == 2 else 0.0
+        along = [(4.0, 4.0), (4.0, 4.0)] if number == 2 else [(3.0, 0.0), (k, 0.0)]
+        curves = [_two_levels(early * margin, late * margin, steps) for early, late in along]
+        arms = [
+            made_arm(FULLFT, at, lowest, random, seeds=5, curve=_two_levels(0.0, 0.0, steps)),
+            made_arm(lora(16), at + TEN, lowest + gap, random, seeds=5, curve=curves[0]),
+            made_arm(
+                lora(64), at + TEN, lowest + gap + (apart if number == 1 else 0.0), random, seeds=5, curve=curves[1]
+            ),
+        ]
+        columns = {**RUN, "batch_size": batch_size, "steps": steps}
+        around = [replace(arm, repeats="around") for arm in arms]
+        sweeps.append(MadeSweep(around, columns, curve_steps=range(steps // 60, steps + 1, steps // 60)))
+    return make_tables(sweeps, noise, random)
+
+
+def _two_levels(early: float, late: float, steps: int) -> Curve:
+    """Return a gap of one size in the first 60% of a run and another from there on."""
+    return lambda at: np.where(at <= 0.6 * steps, early, late)
+
+
+def placements(
+    k: float, noise: NoiseLevels, random: np.random.Generator, family: str = "llama", mlp: float = 0.0
+) -> Tables:
+    """Return a sweep of LoRA on all layers, on attention and on the MLP.
+
+    Attention alone is k margins worse than the MLP at an equal number of parameters.
+
+    Args:
+        k: the size of the effect, in margins.
+        noise: the noise.
+        random: the random generator.
+        family: the family of the model.
+        mlp: the loss of the MLP minus that of all layers, in margins.
+    """
+    optimum, margin = an_optimum(random), loss_margin(noise)
+    at, of_mlp = optimum + TEN, noise.loss + mlp * margin
+    arms = [
+        made_arm(FULLFT, optimum, noise.loss, random),
+        made_arm(lora(64, trainable_params=100_000), at, noise.loss, random, seeds=5),
+        made_arm(lora(64, "attn", trainable_params=40_000), at, of_mlp + k * margin, random, seeds=5),
+        made_arm(lora(52, "mlp", trainable_params=40_000), at, of_mlp, random, seeds=5),
+        made_arm(lora(64, "mlp", trainable_params=50_000), at, of_mlp, random, seeds=5),
+    ]
+    return make_tables([MadeSweep(arms, {**RUN, "steps": 100, "family": family})], noise, random)
+
+
+def experts(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Return the placements of a mixture of experts."""
+    return placements(k, noise, random, family="qwen3_moe")
+
+
+def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Return placements whose MLP alone is k margins worse than all layers."""
+    return placements(2, noise, random, mlp=k)
+
+
+def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Return a sweep of LoRA in the standard parametrization and in variants, one of which is better by k margins."""
+    optimum, margin = an_optimum(random) + TEN, loss_margin(noise)
+    others = [(8.0, 1.0, 0.0), (128.0, 1.0, 0.0), (32.0, 4.0, 0.0), (32.0, 16.0, -k)]
+    arms = [made_arm(FULLFT, optimum - TEN, noise.loss, random), made_arm(lora(16), optimum, noise.loss, random)]
+    for alpha, ratio, gap in others:
+        shift = math.log(32.0 / alpha / ratio)
+        columns = lora(16, alpha=alpha, lr_ratio=ratio)
+        arms.append(made_arm(columns, optimum + shift, noise.loss + gap * margin, random))
+    return make_tables([MadeSweep(arms, RUN)], noise, random)

@@ -1,0 +1,122 @@
+"""What calibration covers: for each claim a scene, and whether the claim is true in it at each size of the effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.calibration import curve_scenes, lr_scenes, rl_scenes, scenes
+from lorabench.analysis.rules import Verdict
+
+Truth = Literal["true", "false", "at the margin"]
+"""Whether a claim is true in a world. At the margin of a claim of equality neither verdict is right."""
+
+EFFECTS = (0, 1, 2)
+"""The sizes of effects that are tried, in margins."""
+
+
+@dataclass(frozen=True)
+class Covered:
+    """A claim that calibration covers."""
+
+    claim_id: str
+    scene: str
+    """The name of the scene in SCENES that it is judged on."""
+    kind: Literal["equality", "difference"]
+    """Whether the claim says that there is no effect, or that there is one."""
+    effect: str
+    """What has the effect, in words."""
+
+    def truth(self, effect: int) -> Truth:
+        """Return whether the claim is true with an effect of so many margins."""
+        if self.kind == "equality":
+            return ("true", "at the margin", "false")[effect]
+        return "true" if effect else "false"
+
+    def wrong(self, effect: int) -> tuple[Verdict, ...]:
+        """Return the verdicts that are wrong with an effect of so many margins; each may fall in 5% of the worlds."""
+        by_truth: dict[Truth, tuple[Verdict, ...]] = {
+            "true": ("contradicted",),
+            "false": ("confirmed",),
+            "at the margin": ("confirmed", "contradicted"),
+        }
+        return by_truth[self.truth(effect)]
+
+    def right(self, effect: int) -> Verdict | None:
+        """Return the verdict that is right, or None if there is none but `inconclusive`."""
+        by_truth: dict[Truth, Verdict | None] = {"true": "confirmed", "false": "contradicted", "at the margin": None}
+        return by_truth[self.truth(effect)]
+
+
+SCENES: dict[str, scenes.Scene] = {
+    "ranks": scenes.ranks,
+    "two datasets": scenes.two_datasets,
+    "gaps": curve_scenes.gaps,
+    "bends": curve_scenes.bends,
+    "capacity": curve_scenes.capacity,
+    "thresholds": curve_scenes.thresholds,
+    "early": curve_scenes.early,
+    "early growth": curve_scenes.early_growth,
+    "equal FLOPs": curve_scenes.equal_flops,
+    "lengths": lr_scenes.lengths,
+    "models": lr_scenes.models,
+    "law": lr_scenes.law,
+    "variants": scenes.variants,
+    "batch sizes": scenes.batch_sizes,
+    "placements": scenes.placements,
+    "MLP alone": scenes.mlp_alone,
+    "experts": scenes.experts,
+    "RL": rl_scenes.rl,
+    "RL ranges": rl_scenes.rl_ranges,
+    "RL placements": rl_scenes.rl_placements,
+}
+"""The scenes by name."""
+
+_GAP = "the loss of the highest rank against that of FullFT"
+_ATTENTION = "the loss of attention above that of the MLP"
+
+COVERED = (
+    Covered("A1", "gaps", "equality", "the curve of the highest rank against that of FullFT, late in training"),
+    Covered("A2", "bends", "equality", "the bend of the curve of FullFT"),
+    Covered("A3", "capacity", "difference", "the step at which rank 4 departs beyond that of rank 1"),
+    Covered("A4", "capacity", "equality", "the slope of rank 1 past its departure below the middle of the band"),
+    Covered("A5", "thresholds", "equality", "the exponent of the departures by rank against 1"),
+    Covered("A6", "two datasets", "difference", "the loss of the highest rank above that of FullFT on one dataset"),
+    Covered("A7", "ranks", "equality", _GAP),
+    Covered("A8", "capacity", "difference", "the loss of rank 1 above that of FullFT"),
+    Covered("B1", "ranks", "equality", "the ratio of optimal LRs against 10"),
+    Covered("B2", "ranks", "equality", _GAP),
+    Covered("B3", "ranks", "equality", "the optimal LR of the highest rank against that of rank 4"),
+    Covered("B4", "ranks", "difference", "the optimal LR of rank 1 below that of higher ranks"),
+    Covered("B5", "models", "equality", "the LR ratio of one model against the mean of all"),
+    Covered("B7", "law", "equality", "the regret of the law that is fitted to all models"),
+    Covered("B8", "law", "equality", "the exponent of one family against the published one"),
+    Covered("B9", "lengths", "difference", "the LR ratio after 50 and 100 steps above that at the end"),
+    Covered("B10", "RL", "equality", "the ratio of optimal LRs against 10"),
+    Covered("C1", "early", "equality", "the curve of a low rank against that of a high one, in the last window"),
+    Covered("C2", "early growth", "difference", "the growth of the difference of two ranks"),
+    Covered("C3", "early", "equality", "the loss of the low rank above that of the high one, in the first steps"),
+    Covered("C9", "variants", "equality", "the loss of one variant below that of the standard parametrization"),
+    Covered("C10", "ranks", "difference", "the share of layers of rank 1 in which B has the larger norm"),
+    Covered("D1", "batch sizes", "difference", "the growth of every gap from the smallest batch size to the largest"),
+    Covered(
+        "D2", "batch sizes", "difference", "the fall of the gap of one rank along the run at the smallest batch size"
+    ),
+    Covered("D3", "batch sizes", "equality", "the gap of one rank against that of another at one batch size"),
+    Covered(
+        "D4", "batch sizes", "difference", "the loss of FullFT at the largest batch size above that at the smallest"
+    ),
+    Covered("E1", "placements", "difference", _ATTENTION),
+    Covered("E2", "MLP alone", "equality", "the loss of the MLP above that of all layers"),
+    Covered("E3", "experts", "difference", _ATTENTION),
+    Covered("E4", "placements", "difference", _ATTENTION),
+    Covered("E5", "RL placements", "difference", "the error rate of attention above that of the MLP"),
+    Covered("E7", "placements", "difference", _ATTENTION),
+    Covered("F1", "RL", "equality", "the error rate of rank 1 above that of FullFT"),
+    Covered("F2", "RL ranges", "difference", "the width of the range of good LRs of LoRA beyond that of FullFT"),
+    Covered("F3", "RL", "equality", "the training reward of one rank against that of FullFT"),
+    Covered("F4", "RL", "equality", "the accuracy of rank 1 on a held-out set below that of FullFT"),
+    Covered("F5", "RL", "equality", "the length of the responses of rank 1 over that of FullFT"),
+    Covered("G2", "equal FLOPs", "difference", "the lead of LoRA at equal FLOPs, late in training"),
+)
+"""The claims that calibration covers, in the order of their ids."""

@@ -1,0 +1,223 @@
+"""Made-up sweeps: the tidy tables of runs whose optima, minima and noise are known.
+
+The loss of a run of an arm at a learning rate and with a seed is
+
+    minimum + curvature x^2 + asymmetry x^3 + (seed) + (arm and seed) + (run),
+
+with x = ln LR - ln optimal LR. On top of it each test example has a difficulty for all arms, one for the arm, and one
+for the run; the loss of the test split is the mean over them. As in the shipped presets, the first seed is trained at
+every LR of the grid, and further seeds at the LR with the lowest validation loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.calibration.design import as_designed, current
+from benchmarks.calibration.made import MadeArm, MadeSweep
+from benchmarks.calibration.noise import NoiseLevels
+from lorabench.store.tables import Tables
+
+GRID_STEP = 2.4
+"""The ratio of neighbouring LRs of a grid."""
+
+TOKENS_PER_STEP = 1000
+"""The number of tokens that a step trains on."""
+
+_INTEGERS = ("rank", "batch_size", "steps", "seed", "train_tokens", "trainable_params", "hidden_size", "group_size")
+
+
+def grid(optimum: float, random: np.random.Generator, n: int = 5) -> np.ndarray:
+    """Return the LRs of a grid whose middle LR is the nearest to an optimum, which lies anywhere around it."""
+    offset = random.uniform(-0.5, 0.5)
+    return np.asarray(np.exp(optimum + math.log(GRID_STEP) * (np.arange(n) - (n - 1) // 2 + offset)))
+
+
+class Rows:
+    """The rows of the tables, collected by column."""
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.curves: list[pd.DataFrame] = []
+        self.losses: list[np.ndarray] = []
+        self.tokens: list[np.ndarray] = []
+
+    def tables(self) -> Tables:
+        runs = pd.DataFrame(self.runs)
+        runs = runs.astype({name: "Int64" for name in _INTEGERS if name in runs})
+        lengths = [len(loss) for loss in self.losses]
+        test_losses = pd.DataFrame(
+            {
+                "run_id": np.repeat(runs["run_id"].to_numpy(object), lengths),
+                "example": np.concatenate([np.arange(length) for length in lengths]),
+                "loss": np.concatenate(self.losses),
+                "tokens": np.concatenate(self.tokens),
+            }
+        )
+        return Tables(runs, pd.concat(self.curves, ignore_index=True), test_losses=test_losses)
+
+
+def make_tables(sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.random.Generator) -> Tables:
+    """Draw the tables `runs`, `curves` and `test_losses` of supervised sweeps.
+
+    Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently.
+    """
+    if (design := current()) is not None:
+        sweeps = [
+            replace(
+                sweep,
+                arms=as_designed(design, sweep.arms, random),
+                test_examples=design.test_examples,
+                validation_examples=design.validation_examples,
+            )
+            for sweep in sweeps
+        ]
+    rows = Rows()
+    datasets: dict[Any, tuple[np.ndarray, np.ndarray, float]] = {}
+    for number, sweep in enumerate(sweeps):
+        name = sweep.columns.get("dataset")
+        if name not in datasets:
+            n = sweep.test_examples
+            datasets[name] = (
+                random.integers(10, 31, n).astype(float),
+                noise.example_common * random.standard_normal(n),
+                noise.example_common * random.standard_normal() / math.sqrt(sweep.validation_examples),
+            )
+        _add_sweep(rows, number, sweep, noise, datasets[name], random)
+    return rows.tables()
+
+
+def _add_sweep(
+    rows: Rows,
+    number: int,
+    sweep: MadeSweep,
+    noise: NoiseLevels,
+    dataset: tuple[np.ndarray, np.ndarray, float],
+    random: np.random.Generator,
+) -> None:
+    tokens, common, valid_common = dataset
+    weights = tokens / tokens.sum()
+    seeds = max(arm.seeds for arm in sweep.arms)
+    shared = noise.shared_seed * random.standard_normal(seeds)
+    lowest = sweep.arms[0].minimum
+    last = int(sweep.columns.get("steps") or max([1, *sweep.curve_steps, *sweep.validation_steps]))
+    steps = np.asarray(sweep.curve_steps, int)
+    averaged = 1 / np.sqrt(np.diff(steps, prepend=0))
+    batches = noise.batch * averaged * random.standard_normal((seeds, len(steps)))
+    for arm_number, arm in enumerate(sweep.arms):
+        lr, seed = cells(arm)
+        of_arm = noise.arm_seed * random.standard_normal(seeds)
+        x = np.log(lr) - arm.optimum
+        excess = excess_loss(x, arm.curvature, noise)
+        luck = shared[seed] + of_arm[seed] + noise.run * random.standard_normal(len(lr))
+        level = arm.minimum + excess + luck
+        valid_n = math.sqrt(sweep.validation_examples)
+        valid = (
+            level
+            + valid_common
+            + noise.example_arm / valid_n * random.standard_normal()
+            + noise.example_run / valid_n * random.standard_normal(len(lr))
+        )
+        kept = kept_cells(arm, lr, seed, valid)
+        lr, seed, level, valid, luck = (part[kept] for part in (lr, seed, level, valid, luck))
+        of_examples = (
+            common
+            + noise.example_arm * random.standard_normal(len(common))
+            + noise.example_run * random.standard_normal((len(lr), len(common)))
+        )
+        losses = level[:, None] + of_examples
+        run_ids = [f"{number}-{arm_number}-{i}" for i in range(len(lr))]
+        fixed = {"status": "done", **sweep.columns, **arm.columns}
+        test = losses @ weights
+        rows.runs += [
+            {"run_id": run_ids[i], **fixed, "lr": lr[i], "seed": seed[i], "final_valid_nll": valid[i]}
+            | {"final_test_nll": test[i]}
+            for i in range(len(lr))
+        ]
+        rows.losses += list(losses * tokens)
+        rows.tokens += [tokens] * len(lr)
+        curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
+        at = np.array([0, *sweep.validation_steps], int)
+        of_split = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
+        # The validation examples are as hard for the base as for all arms.
+        validation = curve(at) + np.where(at > 0, of_split, valid_common)
+        rows.curves.append(points(run_ids, at, "validation", "nll", validation))
+        if len(steps):
+            train = (
+                curve(steps - 1) + batches[seed] + noise.step * averaged * random.standard_normal((len(lr), len(steps)))
+            )
+            rows.curves.append(points(run_ids, steps, "train", "nll", train))
+        for metric, function in arm.metrics.items():
+            values = np.array([function(steps) for _ in run_ids])
+            rows.curves.append(points(run_ids, steps, "train", metric, values))
+
+
+def _curve(
+    arm: MadeArm, x: np.ndarray, luck: np.ndarray, ends: tuple[float, int], noise: NoiseLevels, steps: np.ndarray
+) -> np.ndarray:
+    """Return the loss of an arm's runs after some steps without the noise of these steps, (runs, steps).
+
+    Args:
+        arm: the arm.
+        x: the distance in ln LR of each run from the arm's optimum.
+        luck: what seeds and chance do to each run at its end.
+        ends: the loss of the sweep's first arm at the end, and the last step.
+        noise: the noise.
+        steps: the steps.
+    """
+    lowest, last = ends
+    done = progress(steps, last)
+    beyond = arm.curve(steps) if arm.curve else (arm.minimum - lowest) * done
+    moved = arm.moved(steps) if arm.moved else 0.0
+    own = luck[:, None] + excess_loss(x[:, None] - moved, arm.curvature, noise)
+    return np.asarray(lowest + noise.gain * (1 - done) + beyond + own * done)
+
+
+def excess_loss(x: np.ndarray, curvature: float, noise: NoiseLevels) -> np.ndarray:
+    """Return the rise of the loss at distances in ln LR from the optimum, in nats per token."""
+    return np.maximum(curvature * (noise.curvature * x**2 + noise.asymmetry * x**3), 0.0)
+
+
+def cells(arm: MadeArm) -> tuple[np.ndarray, np.ndarray]:
+    """Return LR and seed of every run that an arm could have."""
+    seed, lr = np.meshgrid(np.arange(arm.seeds), arm.lrs, indexing="ij")
+    return lr.ravel(), seed.ravel()
+
+
+def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Return which of them are trained: the first seed at each LR, further seeds as the arm says."""
+    if arm.repeats == "every":
+        return np.ones(len(lr), bool)
+    grid_of_first = lr[seed == 0]
+    best = int(valid[seed == 0].argmin())
+    kept = (seed == 0) | (lr == grid_of_first[best])
+    if arm.repeats == "around":
+        more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)
+        kept |= more & np.isin(lr, grid_of_first[max(0, best - 1) : best + 2])
+    return np.asarray(kept)
+
+
+def progress(steps: np.ndarray, last: int) -> np.ndarray:
+    """Return the share of a run's fall of the loss after some steps: the loss falls with the log of the step."""
+    return np.asarray(np.log1p(np.asarray(steps, float)) / math.log1p(last))
+
+
+def points(run_ids: Sequence[str], steps: np.ndarray, split: str, metric: str, values: np.ndarray) -> pd.DataFrame:
+    """Return rows of `curves` from values, (runs, steps)."""
+    return pd.DataFrame(
+        {
+            "run_id": np.repeat(np.asarray(run_ids, object), len(steps)),
+            "step": np.tile(steps, len(run_ids)),
+            "tokens": np.tile(steps * TOKENS_PER_STEP, len(run_ids)),
+            "split": split,
+            "metric": metric,
+            "value": values.ravel(),
+        }
+    )

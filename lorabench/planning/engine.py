@@ -1,0 +1,134 @@
+"""The engine vLLM, which draws responses where `execution.sampler` is `vllm`: its memory and time; imports no torch.
+
+Each process of an RL job starts one engine beside the trainer: one on each GPU of a job, or one on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorabench.config.preset import Preset
+from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.models.vllm_support import max_lora_rank
+from lorabench.planning.lengths import longest_sequence
+from lorabench.runs import Condition, Sweep
+from lorabench.utils.gpus import GB, GPUS
+
+# Bytes on a GPU beside weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
+# measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
+_ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
+# Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
+# reaches; the bytes/s at which weights are written to shared memory and as fast read; the least seconds of doing so.
+_EFFICIENCY, _THROUGH_MEMORY, _HANDOVER_SECONDS = 0.5, 2 * GB, 0.2
+# The least seconds of a position, in which the host schedules it and takes its tokens: assumed too.
+_POSITION_SECONDS = 5e-3
+# Seconds in which an engine starts: on a GPU an assumption, on a CPU measured on the tiny bases (14 to 30).
+_START_ON_GPU, _START_ON_CPU = 90.0, 20.0
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """The bytes that an engine holds throughout a job: on its GPU, or on a CPU in its process."""
+
+    weights: float
+    """The whole model in the type in which products are computed."""
+    adapters: float
+    """LoRA of all lanes in the same type; 0 in full fine-tuning."""
+    cache: float
+    """Keys and values of `execution.max_cache_tokens` tokens, or of the longest response if that is more."""
+    overhead: float
+    """Everything else, such as the libraries and activations."""
+
+    @property
+    def total(self) -> float:
+        """All bytes of the engine."""
+        return self.weights + self.adapters + self.cache + self.overhead
+
+
+def uses_engine(preset: Preset, condition: Condition) -> bool:
+    """Return whether the responses of a condition's runs are drawn by the engine."""
+    return condition.rollouts is not None and preset.execution.sampler == "vllm"
+
+
+def engine_memory(preset: Preset, sweep: Sweep, lanes: int = 1) -> EngineMemory:
+    """Return the bytes of each engine of a sweep's job, which draws the responses of `lanes` runs at once.
+
+    Raises:
+        UserError: vLLM does not take adapters of the sweep's rank.
+    """
+    condition = sweep.condition
+    sizes, adapters = dimensions(preset.models[condition.model]), 0
+    if condition.rank is not None and condition.placement is not None:
+        room = max_lora_rank(condition.rank)
+        adapters = lanes * sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
+    return _memory(preset, sizes, _handed_over(sizes, condition), adapters, longest_sequence(preset, condition))
+
+
+def evaluating_memory(preset: Preset, model: str) -> EngineMemory:
+    """Return the bytes of the engine that draws the answers of an evaluation with lm-eval."""
+    sizes = dimensions(preset.models[model])
+    return _memory(preset, sizes, sizes.parameters, adapters=0, longest=0)
+
+
+def _memory(preset: Preset, sizes: Dimensions, weights: int, adapters: int, longest: int) -> EngineMemory:
+    number, cached = number_bytes(preset), max(longest, preset.execution.max_cache_tokens)
+    overhead = _ON_CPU if preset.execution.gpu is None else _ON_GPU
+    return EngineMemory(number * weights, number * adapters, cached * cache_bytes(preset, sizes), overhead)
+
+
+def _handed_over(sizes: Dimensions, condition: Condition) -> int:
+    """Return the number of weights that an engine holds: a tied unembedding that is trained is a weight of its own."""
+    untied = sizes.tied and condition.method == "fullft"
+    return sizes.parameters + (sizes.vocabulary * sizes.hidden if untied else 0)
+
+
+def number_bytes(preset: Preset) -> int:
+    """Return the bytes of a weight, key or value of the engine."""
+    return 2 if preset.protocol.precision == "bf16" else 4
+
+
+def cache_bytes(preset: Preset, sizes: Dimensions) -> int:
+    """Return the bytes of a token's keys and values in all layers."""
+    return number_bytes(preset) * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim
+
+
+def handover_bytes(preset: Preset, sweep: Sweep, lanes: int = 1) -> int:
+    """Return the bytes of shared memory in which a job hands its weights to all of its engines in each step.
+
+    They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapters of all lanes in
+    fp32.
+    """
+    condition = sweep.condition
+    sizes = dimensions(preset.models[condition.model])
+    if condition.rank is None or condition.placement is None:
+        return number_bytes(preset) * _handed_over(sizes, condition)
+    return 4 * lanes * sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[0]
+
+
+def engine_start_seconds(preset: Preset) -> float:
+    """Return the seconds in which an engine starts, with loading its weights."""
+    return _START_ON_CPU if preset.execution.gpu is None else _START_ON_GPU
+
+
+def handover_seconds(preset: Preset, sweep: Sweep, lanes: int = 1) -> float:
+    """Return the seconds in which a GPU job hands the weights of all lanes to its engines, once in a step."""
+    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, sweep, lanes) / _THROUGH_MEMORY
+
+
+def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:
+    """Return the seconds in which the engine of one GPU draws tokens.
+
+    Linear layers read their weights at each position, or compute where that takes longer; then keys and values are
+    read. Both reach a share of the GPU's peak, and the host takes its own time at each position.
+
+    Args:
+        tokens: all tokens that are drawn.
+        positions: how often all running responses go on by one token.
+        context: mean number of tokens that a drawn token attends to.
+    """
+    assert preset.execution.gpu
+    gpu = GPUS[preset.execution.gpu]
+    weights = positions * number_bytes(preset) * sizes.parameters / gpu.bandwidth
+    products = 2.0 * tokens * sizes.active_linear / gpu.peak_flops
+    cache = tokens * context * cache_bytes(preset, sizes) / gpu.bandwidth
+    return max(positions * _POSITION_SECONDS, (max(weights, products) + cache) / _EFFICIENCY)

@@ -1,0 +1,117 @@
+"""Estimate the FLOPs and tokens of runs, sweeps and evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorabench.config.execution import EvalTask
+from lorabench.config.preset import Preset
+from lorabench.models.dimensions import Dimensions, dimensions
+from lorabench.planning.lengths import prompt_tokens, tokens_per_example
+from lorabench.runs import Condition, EvalJob, Sweep
+
+
+def linear_flops_per_token(sizes: Dimensions, lora: int | None) -> float:
+    """Return the FLOPs of a forward and backward pass for one token, in linear layers only, as the paper counts them.
+
+    Args:
+        lora: number of LoRA's parameters that a token passes through; None for full fine-tuning.
+    """
+    return 6.0 * sizes.active_linear if lora is None else 4.0 * sizes.active_linear + 6.0 * lora
+
+
+def attention_flops_per_token(sizes: Dimensions, context: float) -> float:
+    """Return the FLOPs of attention's forward pass for a token that attends to `context` tokens; backward takes twice
+    as many."""
+    return 4.0 * context * sizes.heads * sizes.head_dim * sizes.layers
+
+
+@dataclass(frozen=True)
+class RunTokens:
+    """Tokens of one run: trained on, evaluated without a gradient, and drawn.
+
+    `context` is the mean number of tokens that a token attends to.
+    """
+
+    trained: float
+    evaluated: float
+    drawn: float
+    context: float
+
+
+def run_tokens(preset: Preset, condition: Condition) -> RunTokens:
+    """Estimate the tokens of each run of a condition."""
+    rollouts = condition.rollouts
+    if rollouts is None:
+        dataset = preset.datasets[condition.dataset]
+        per_example = tokens_per_example(preset.models[condition.model], dataset)
+        examples = _validations(preset, condition.steps) * dataset.validation + dataset.test
+        trained = condition.steps * condition.batch_size * per_example
+        # A causal token attends to half of its example, but most tokens are in examples twice as long as the mean.
+        return RunTokens(trained, examples * per_example, 0.0, per_example)
+    prompt, response = prompt_tokens(preset, condition), rollouts.mean_response_tokens
+    episodes = condition.steps * condition.batch_size
+    graded = rollouts.evaluations * graded_problems(preset, condition)
+    # A prompt passes through the model once for its group, both in sampling and in learning.
+    prompts = episodes / rollouts.group_size * prompt
+    drawn = (episodes + graded) * response
+    return RunTokens(episodes * response + prompts, prompts + graded * prompt, drawn, prompt + response)
+
+
+def _validations(preset: Preset, steps: int) -> int:
+    """Return the number of validations of a run, at the steps that `lorabench.training.sft.loop.curve_steps` gives."""
+    protocol = preset.protocol
+    spaced = {round(steps ** (point / (protocol.curve_points - 1))) for point in range(protocol.curve_points)}
+    return len(spaced | {step for step in protocol.validate_at if step <= steps})
+
+
+def graded_problems(preset: Preset, condition: Condition) -> int:
+    """Return the number of responses that are graded in one evaluation of an RL run."""
+    assert condition.rollouts
+    problems = preset.problems[condition.dataset]
+    held_out = sum(preset.problems[name].test for name in condition.rollouts.held_out)
+    return problems.validation + problems.test + held_out * condition.rollouts.held_out_samples
+
+
+@dataclass(frozen=True)
+class RunFlops:
+    """FLOPs of one run: of training, of evaluating without a gradient, and of drawing responses."""
+
+    trained: float
+    evaluated: float
+    drawn: float
+    recomputed: float
+    """FLOPs of the forward passes that activation checkpointing repeats; 0 where `auto` is not yet decided."""
+
+
+def run_flops(preset: Preset, condition: Condition) -> RunFlops:
+    """Estimate the FLOPs of each run of a condition."""
+    sizes = dimensions(preset.models[condition.model])
+    tokens = run_tokens(preset, condition)
+    lora = None
+    if condition.rank is not None and condition.placement is not None:
+        lora = sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[1]
+    attention = attention_flops_per_token(sizes, tokens.context)
+    forward = 2.0 * (sizes.active_linear + (lora or 0)) + attention
+    train = linear_flops_per_token(sizes, lora) + 3 * attention
+    recomputed = tokens.trained * forward if preset.execution.activation_checkpointing is True else 0.0
+    return RunFlops(tokens.trained * train, tokens.evaluated * forward, tokens.drawn * forward, recomputed)
+
+
+def sweep_flops(preset: Preset, sweep: Sweep) -> float:
+    """Estimate the FLOPs of all runs of a sweep, with their evaluation and sampling."""
+    flops = run_flops(preset, sweep.condition)
+    return sweep.n_runs * (flops.trained + flops.evaluated + flops.drawn)
+
+
+def evaluation_flops(preset: Preset, job: EvalJob) -> tuple[float, float]:
+    """Estimate the tokens that an evaluation with lm-eval reads or draws, and their FLOPs."""
+    assert preset.evaluation
+    parameters = dimensions(preset.models[job.model]).active_linear
+    tokens = sum(evaluated_documents(task) * task.mean_tokens for task in preset.evaluation.tasks)
+    return tokens, 2.0 * parameters * tokens
+
+
+def evaluated_documents(task: EvalTask) -> int:
+    """Return the number of documents of a task that are evaluated."""
+    return min(task.documents, task.limit or task.documents)

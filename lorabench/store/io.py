@@ -1,0 +1,187 @@
+"""Write and read tidy tables as parquet and CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorabench.errors import UserError
+from lorabench.store.schemas import PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
+from lorabench.utils.files import atomic_path
+
+# Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a parquet file, whole or not at all.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def write_frame(frame: pd.DataFrame, name: str, out: Path) -> None:
+    """Write the tidy table `name` (parquet and CSV) into the folder `out`, in its documented columns."""
+    schema = SCHEMAS[name]
+    frame = frame.reindex(columns=schema.names)
+    write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
+    write_csv(frame, out / f"{name}.csv")
+
+
+def write_known_columns(frame: pd.DataFrame, name: str, out: Path) -> None:
+    """Write the tidy table `name` into the folder `out`, in those of its documented columns that the frame has.
+
+    It is written as parquet, and as CSV too unless it is one of PARQUET_ONLY.
+    """
+    schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])
+    frame = frame[schema.names]
+    write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
+    if name not in PARQUET_ONLY:
+        write_csv(frame, out / f"{name}.csv")
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write CSV, whole or not at all; the words of a list are joined by spaces."""
+    flat = frame.copy()
+    for column in flat.columns:
+        if flat[column].map(lambda value: hasattr(value, "__len__") and not isinstance(value, str)).any():
+            flat[column] = flat[column].map(lambda value: " ".join(map(str, value)))
+    with atomic_path(path) as partial:
+        flat.to_csv(partial, index=False)
+
+
+def table_path(folder: Path, name: str) -> Path | None:
+    """Return the parquet file of a tidy table, or else its CSV file; None if the folder has neither."""
+    return next((path for kind in ("parquet", "csv") if (path := folder / f"{name}.{kind}").is_file()), None)
+
+
+def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
+    """Read a tidy table from a folder, parquet or else CSV, in the documented types.
+
+    Documented columns may be missing, and other columns are kept. Integers are `Int64`, since they may be null; lists
+    are lists of words.
+
+    Args:
+        folder: the folder of the table's file.
+        name: the name of the table.
+        optional: whether to return an empty table without columns if there is no file.
+
+    Raises:
+        UserError: there is no such file, it can't be read, or a column holds a value of another type.
+    """
+    path = table_path(folder, name)
+    if path is None:
+        if optional:
+            return empty_table()
+        raise UserError(f"no table {name}.parquet or {name}.csv in {folder}")
+    try:
+        frame = _read(path, SCHEMAS[name])
+    except (pa.ArrowException, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} can't be read as a table: {reason}") from error
+    older = {column: value for column, value in WHERE_ABSENT.get(name, {}).items() if column not in frame}
+    return typed_columns(frame.assign(**older), name, path)
+
+
+def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
+    """Return the table `name` with its documented columns in their types; other columns are kept.
+
+    Raises:
+        UserError: a column holds a value of another type; the message names the file `path`.
+    """
+    columns = {column.name: column.type for column in SCHEMAS[name] if column.name in frame}
+    return frame.assign(**{column: _typed(frame[column], kind, path) for column, kind in columns.items()})
+
+
+def read_rows(folder: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Read some columns of a tidy table as one dict per row, with None for a missing value.
+
+    A parquet file with the documented types is read without pandas, whose import takes longer than the reading.
+
+    Raises:
+        UserError: see `read_table`.
+    """
+    path, fields = table_path(folder, name), [SCHEMAS[name].field(column) for column in columns]
+    if path is not None and path.suffix == ".parquet":
+        # `read_table` below says what is wrong with a file that can't be read.
+        with suppress(pa.ArrowException, OSError), pq.ParquetFile(path) as file:
+            if all(field in file.schema_arrow for field in fields):
+                rows: list[dict[str, Any]] = file.read(list(columns)).to_pylist()
+                return rows
+    frame = read_table(folder, name).reindex(columns=list(columns)).astype(object)
+    return [dict(zip(columns, row, strict=True)) for row in frame.where(frame.notna(), None).itertuples(index=False)]
+
+
+def _read(path: Path, schema: pa.Schema) -> pd.DataFrame:
+    import pandas as pd
+
+    if path.suffix == ".parquet":
+        # The metadata of pandas would turn a column into the index.
+        frame: pd.DataFrame = pq.read_table(path).to_pandas(ignore_metadata=True)
+        return frame
+    # Text columns are not parsed: a run_id may consist of digits.
+    text = {column.name: str for column in schema if pa.types.is_string(column.type)}
+    return pd.read_csv(path, dtype=text)
+
+
+def with_all_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return the table `name` with the documented columns that it lacks added, as nulls of their type."""
+    import pandas as pd
+
+    absent = [column for column in SCHEMAS[name] if column.name not in frame]
+    nulls = pd.Series(None, index=frame.index, dtype=object)
+    return frame.assign(**{column.name: _typed(nulls, column.type, Path(name)) for column in absent})
+
+
+def _typed(column: pd.Series[Any], kind: pa.DataType, path: Path) -> pd.Series[Any]:
+    """Convert a column to its documented type.
+
+    Raises:
+        UserError: a value is not of that type.
+    """
+    import pandas as pd
+
+    present = column.notna()
+    typed: pd.Series[Any]
+    if pa.types.is_string(kind):
+        return column.map(str, na_action="ignore").astype(object).where(present, None)
+    if pa.types.is_list(kind):
+        what, valid = "list of words", column.map(lambda value: isinstance(value, str | Sequence | np.ndarray))
+        typed = column.where(valid).map(list_of_words)
+    elif pa.types.is_boolean(kind):
+        truth = column.map(lambda value: {"true": True, "false": False}.get(str(value).lower()))
+        what, valid, typed = "truth value", truth.notna(), truth.astype("boolean")
+    else:
+        numbers = pd.to_numeric(column.where(column.map(pd.api.types.is_scalar)), errors="coerce")
+        what, valid, typed = "number", numbers.notna(), numbers.astype("float64")
+        if pa.types.is_int64(kind):
+            what, valid = "whole number", numbers.mod(1).eq(0) & numbers.abs().lt(2**63)
+            typed = numbers.where(valid).astype("Int64")
+    if len(wrong := column[present & ~valid]):
+        raise UserError(f"{path}: column {column.name} has {wrong.tolist()[0]!r}, which is not a {what}")
+    return typed
+
+
+def empty_table() -> pd.DataFrame:
+    """Return a table without rows and columns, in place of one that a folder lacks."""
+    import pandas as pd
+
+    return pd.DataFrame()
+
+
+def list_of_words(value: Any) -> list[str]:
+    """Return a list column's value as a list of words; CSV files hold it as text, separated by spaces or commas."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [] if value is None or (isinstance(value, float) and math.isnan(value)) else [str(part) for part in value]

@@ -1,0 +1,106 @@
+"""Made-up sweeps hold the truth that they are made from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.calibration.made import MadeArm, MadeSweep
+from benchmarks.calibration.measure import measure_noise
+from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.rl_scenes import rl
+from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora, loss_margin, ranks
+from benchmarks.calibration.truths import COVERED, SCENES
+from benchmarks.calibration.worlds import grid, make_tables
+from lorabench.analysis.arms import with_arm_columns
+from lorabench.analysis.comparison import Judging, comparisons
+from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.rewards import with_error_rates
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.learning_rate import LEAST_SHIFT
+
+NOISE = NoiseLevels()
+QUIET = replace(
+    NOISE,
+    asymmetry=0.0,
+    **dict.fromkeys(("shared_seed", "arm_seed", "run", "example_common", "example_arm", "example_run"), 1e-9),
+)
+
+
+def compared(tables, runs=None):
+    runs = with_arm_columns(tables.runs if runs is None else runs)
+    [comparison] = comparisons(runs, tables.curves, Judging(examples=ExampleLosses.of(tables.test_losses)))
+    return comparison
+
+
+def test_the_fit_finds_made_up_optima_and_minima():
+    random = np.random.default_rng(1)
+    arms = [
+        MadeArm(FULLFT, math.log(7e-4), 0.2, grid(math.log(7e-4), random)),
+        MadeArm(lora(64), math.log(6e-3), 0.23, grid(math.log(6e-3), random)),
+    ]
+    comparison = compared(make_tables([MadeSweep(arms, RUN)], QUIET, random))
+    fit = comparison.fit
+    assert fit.minima["FullFT"].value == pytest.approx(0.2, abs=1e-6)
+    assert fit.gap("LoRA r64", "FullFT").value == pytest.approx(0.03, abs=1e-6)
+    assert fit.log_ratio("LoRA r64", "FullFT").value == pytest.approx(math.log(6e-3 / 7e-4), abs=1e-4)
+    assert fit.curvature["FullFT"] == pytest.approx(NOISE.curvature, rel=1e-3)
+    # The margin follows from the base's loss before training, less what half a step of the grid costs.
+    assert comparison.margin.value == pytest.approx(loss_margin(NOISE), rel=0.03)
+
+
+@pytest.mark.slow
+def test_intervals_of_noisy_worlds_hold_the_truth():
+    gaps, ratios = [], []
+    for number in range(60):
+        fit = compared(ranks(1, NOISE, np.random.default_rng(number))).fit
+        gap, ratio = fit.gap("LoRA r64", "FullFT"), fit.log_ratio("LoRA r16", "LoRA r1")
+        margin = math.copysign(loss_margin(NOISE), gap.value)
+        gaps.append(gap.interval()[0] <= margin <= gap.interval()[1])
+        ratios.append(ratio.interval()[0] <= math.log(LEAST_SHIFT) <= ratio.interval()[1])
+    # Of 60 intervals at 95%, 51 or more hold the truth with a probability of 99.9%.
+    assert sum(gaps) >= 51
+    assert sum(ratios) >= 51
+
+
+def test_further_seeds_are_trained_at_the_lr_of_the_lowest_validation_loss():
+    runs = ranks(0, NOISE, np.random.default_rng(2)).runs
+    of_arm = runs[runs["rank"] == 16]
+    first = of_arm[of_arm["seed"] == 0]
+    assert first["lr"].nunique() == len(first) == 5
+    [repeated] = of_arm.loc[of_arm["seed"] > 0, "lr"].unique()
+    assert repeated == first.loc[first["final_valid_nll"].idxmin(), "lr"]
+    assert sorted(of_arm["seed"].unique()) == [0, 1, 2]
+
+
+def test_error_rates_of_rl_are_shares_of_failed_problems():
+    tables = rl(0, NOISE, np.random.default_rng(3))
+    failed = tables.test_losses.groupby("run_id")["loss"].mean()
+    final = tables.runs.set_index("run_id")["final_reward"]
+    assert (1 - failed[final.index]).tolist() == pytest.approx(final.tolist())
+    comparison = compared(tables, with_error_rates(with_arm_columns(tables.runs)))
+    assert comparison.fit.minima["FullFT"].value == pytest.approx(1 - NOISE.rl_tuned, abs=0.06)
+
+
+def test_measured_noise_is_that_of_the_world():
+    measured = measure_noise(batch_sizes(0, NOISE, np.random.default_rng(4)))
+    assert measured.example_common == pytest.approx(NOISE.example_common, rel=0.2)
+    assert measured.example_run == pytest.approx(NOISE.example_run, rel=0.2)
+    assert measured.curvature == pytest.approx(NOISE.curvature, rel=0.4)
+    assert measured.gain == pytest.approx(NOISE.gain, rel=0.1)
+    assert 0.3 * NOISE.shared_seed < measured.shared_seed < 2 * NOISE.shared_seed
+    assert measured.rl_base == NOISE.rl_base  # nothing to measure it by
+
+
+def test_every_covered_claim_has_a_scene_and_its_truths():
+    known = [claim.id for claim in CLAIMS]
+    assert {covered.scene for covered in COVERED} == set(SCENES)
+    ids = [covered.claim_id for covered in COVERED]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) <= set(known)
+    for covered in COVERED:
+        assert covered.truth(2) == ("false" if covered.kind == "equality" else "true")
+        assert covered.right(0) not in covered.wrong(0)

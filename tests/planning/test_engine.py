@@ -1,0 +1,113 @@
+"""What the engine vLLM takes of memory and time."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorabench.config.loading import load_preset
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.engine import engine_memory, engine_seconds, handover_bytes, handover_seconds
+from lorabench.planning.flops import run_flops
+from lorabench.planning.memory import reported_bytes, sweep_memory
+from lorabench.planning.plan import make_plan
+from lorabench.planning.resources import job_resources
+from lorabench.planning.seconds import evaluation_seconds, flops_per_second, job_seconds, run_seconds
+
+from ..handmade.presets import with_execution
+
+LLAMA_8B = 8_030_261_248
+
+
+def with_sampler(name, sampler, **changes):
+    """Return a shipped preset with a sampler, and its plan."""
+    preset = with_execution(load_preset(name), sampler=sampler, **changes)
+    return preset, make_plan(preset)
+
+
+def sweep_of(plan, problems, rank):
+    """Return the sweep of a problem set with LoRA of the given rank on all layers, or None for full fine-tuning."""
+    placement = None if rank is None else "all"
+    wanted = (problems, rank, placement)
+    return next(s for s in plan.sweeps if (s.condition.dataset, s.condition.rank, s.condition.placement) == wanted)
+
+
+def test_the_engine_of_llama_8b_holds_weights_adapters_and_cache():
+    paper, plan = with_sampler("paper", "vllm")
+    full, rank_4 = (sweep_of(plan, "gsm8k", rank) for rank in (None, 4))
+    engine = engine_memory(paper, full)
+    assert (engine.weights, engine.adapters, engine.overhead) == (2 * LLAMA_8B, 0, 2.5e9)
+    # Keys and values of 32 layers, 8 heads of 128 numbers of 2 bytes.
+    assert engine.cache == 196_608 * 32 * 2 * 8 * 128 * 2
+    # An adapter of rank 4 takes the room of rank 8, and is handed over in fp32.
+    adapter = dimensions(paper.models["llama-3-1-8b-base"]).lora("all", 8, True)[0]
+    assert engine_memory(paper, rank_4, lanes=3).adapters == 3 * 2 * adapter
+    assert handover_bytes(paper, rank_4, lanes=3) == 3 * 4 * adapter / 2
+    # All weights are written and read at 2 GB/s each.
+    assert handover_bytes(paper, full) == 2 * LLAMA_8B
+    assert handover_seconds(paper, full) == pytest.approx(0.2 + 16.06, abs=0.01)
+
+
+def test_a_tied_unembedding_that_is_trained_is_a_weight_of_its_own():
+    core, plan = with_sampler("core", "vllm")
+    full, lora = (sweep_of(plan, "gsm8k", rank) for rank in (None, 1))
+    assert engine_memory(core, full).weights - engine_memory(core, lora).weights == 2 * 128_256 * 2048
+
+
+def test_the_engine_is_held_while_the_trainer_computes_and_replaces_its_sampling():
+    (own, of_own), (vllm, of_vllm) = (with_sampler("paper", sampler) for sampler in ("own", "vllm"))
+    for rank, gpus in ((None, 4), (16, 1)):
+        before, sweep = sweep_of(of_own, "math", rank), sweep_of(of_vllm, "math", rank)
+        alone, beside = sweep_memory(own, before, gpus), sweep_memory(vllm, sweep, gpus)
+        assert (alone.engine, beside.sampling) == (0, 0)
+        assert beside.engine == engine_memory(vllm, sweep).total
+        assert beside.total >= beside.weights + beside.moments + beside.engine + beside.gradients + beside.activations
+        # Runs report their own memory, and the engine is another process.
+        assert reported_bytes(vllm, sweep, gpus, 1) == beside.total - beside.engine
+        if gpus > 1:
+            # A sharded model is no longer copied whole into each process.
+            assert alone.weights - beside.weights > 2 * LLAMA_8B
+
+
+def test_drawing_takes_twice_the_time_that_memory_and_products_need():
+    paper, _ = with_sampler("paper", "vllm")
+    llama, qwen = (dimensions(paper.models[name]) for name in ("llama-3-1-8b-base", "qwen3-8b-base"))
+    # An H200 reads 4,800 GB/s: 16.06 GB of weights at each of 1,000 positions, then 131,072 bytes of keys and values
+    # for each of 500 tokens.
+    assert engine_seconds(paper, llama, 10_000, 1000, 500) == pytest.approx(2 * (3.346 + 0.1365), rel=1e-3)
+    # Products of 7.5 billion parameters at 989.5 TFLOP/s take longer than reading the weights 100 times.
+    assert engine_seconds(paper, llama, 100_000, 100, 0) == pytest.approx(2 * 2 * 7.505e9 * 1e5 / 989.5e12, rel=1e-3)
+    # No position takes less than the host needs for it.
+    assert engine_seconds(paper, llama, 1, 1, 1) >= 5e-3
+    # Tokens a second in the order of what such engines reach: 1,024 responses of 400 tokens, and 256 of 3,000.
+    positions = 1.2 * 1024 * 400 / (196_608 / 500)
+    assert 15_000 < 1024 * 400 / engine_seconds(paper, llama, 1024 * 400, positions, 500) < 20_000
+    assert 6_000 < 256 * 3000 / engine_seconds(paper, qwen, 256 * 3000, 3000, 133 + 1500) < 9_000
+
+
+def test_jobs_take_less_time_and_ask_for_the_memory_of_the_host():
+    (own, of_own), (vllm, of_vllm) = (with_sampler("core", sampler) for sampler in ("own", "vllm"))
+    before, after = (sweep_of(plan, "deepmath", 16) for plan in (of_own, of_vllm))
+    assert sum(run_seconds(vllm, after, 1)) < sum(run_seconds(own, before, 1)) / 3
+    assert evaluation_seconds(vllm, of_vllm.evaluations()[0]) < evaluation_seconds(own, of_own.evaluations()[0])
+    job = next(job for job in of_vllm.jobs if job.sweeps == (after,))
+    other = next(job for job in of_own.jobs if job.sweeps == (before,))
+    # The engine's process, and twice three adapters; the start of the engine is counted once for a job.
+    extra = job_resources(of_vllm, job).mem_mb - job_resources(of_own, other).mem_mb
+    assert extra == pytest.approx(1.25 * (6000 + 2 * handover_bytes(vllm, after, 3) / 1e6), abs=1)
+    runs = after.n_runs * sum(run_seconds(vllm, after, 1))
+    loading = 4 * dimensions(vllm.models["qwen3-1-7b-base"]).parameters / 1e9
+    assert job_seconds(vllm, job, 1) == pytest.approx(60 + 90 + runs + loading)
+
+
+def test_a_plan_on_a_cpu_knows_the_engine():
+    (own, of_own), (vllm, of_vllm) = (with_sampler("smoke", sampler) for sampler in ("own", "vllm"))
+    before, after = (next(job for job in plan.jobs if job.sweeps[0].condition.rollouts) for plan in (of_own, of_vllm))
+    engine = engine_memory(vllm, after.sweeps[0])
+    sizes = dimensions(vllm.models[after.sweeps[0].condition.model])
+    assert (engine.weights, engine.overhead) == (4 * sizes.parameters, 1e9)
+    assert engine.cache == vllm.execution.max_cache_tokens * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim * 4
+    assert job_resources(of_vllm, after).mem_mb > job_resources(of_own, before).mem_mb + 1000
+    # The engine starts, and draws more slowly than the own sampler; nothing else takes longer.
+    flops = sum(sweep.n_runs * run_flops(vllm, sweep.condition).drawn for sweep in after.sweeps)
+    drawn = 3.0 * flops / flops_per_second(vllm.execution)
+    assert job_seconds(vllm, after, 0) - job_seconds(own, before, 0) == pytest.approx(20 + (4.2 - 1) * drawn)

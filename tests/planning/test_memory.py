@@ -1,0 +1,228 @@
+"""The memory of a step against measurements, and what several GPUs and lanes divide and share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from lorabench.config.experiments import Protocol
+from lorabench.config.loading import load_preset
+from lorabench.config.models import TinyModel
+from lorabench.errors import UserError
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.memory import LOGITS_AT_ONCE, decided, gpus_needed, step_memory, sweep_memory
+from lorabench.planning.plan import make_plan
+
+from ..conftest import REPOSITORY
+from ..handmade.presets import with_execution, with_model
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "batch", "length"),
+    [
+        ("llama-128", "fp32", 3, 400),
+        ("llama-128", "bf16", 8, 128),
+        ("qwen-64", "fp32", 8, 128),
+        ("qwen-64", "bf16", 8, 128),
+    ],
+)
+def test_memory_is_what_a_step_takes(name, precision, batch, length):
+    from lorabench.training.step_cost import measure_compute
+
+    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
+    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
+    for row in measure_compute("tiny", spec, [8, 64], "all", batch, length, 1, 1, protocol):
+        estimate = step_memory(preset, dimensions(spec), row["rank"], row["placement"], batch * length, length).total
+        # An upper bound: the last gradients come when the first activations are gone.
+        assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
+
+
+def test_memory_with_checkpoints_is_what_a_step_takes():
+    import torch
+
+    from lorabench.models import bf16_products
+    from lorabench.models.base import load_model
+    from lorabench.models.transformers_names import recompute_activations
+    from lorabench.training.step_cost import _Arm
+
+    bf16_products.choose_faster()
+    spec, protocol = TinyModel(kind="tiny"), Protocol(precision="bf16")
+    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
+    model = load_model(spec)
+    tokens = torch.randint(1024, (2, 8, 128))
+    peaks = []
+    for again in (False, True):
+        if again:
+            recompute_activations(model)
+        peaks.append(_Arm(None, model, tokens[0], tokens[1], protocol).peak_memory())
+        chosen = with_execution(preset, activation_checkpointing=again)
+        assert 1.0 <= step_memory(chosen, dimensions(spec), None, None, 8 * 128, 128).total / peaks[-1] < 1.25
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "rank"), [("llama-128", None), ("llama-128", 8), ("qwen-64", 8), ("moe-128", None)])
+def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank, precision, again, monkeypatch):
+    import torch
+
+    from lorabench.models.base import load_model
+    from lorabench.models.lora import add_lora
+    from lorabench.models.transformers_names import recompute_activations
+    from lorabench.training import step_cost
+
+    pieces = 1 << 18
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", pieces)
+    monkeypatch.setitem(step_cost.MAX_LOGITS, "cpu", pieces)
+    spec, protocol = TinyModel(kind="tiny", name=name), Protocol(precision=precision)
+    model = load_model(spec)
+    if rank:
+        model = add_lora(model, rank, "all", protocol.alpha, True, seed=0)
+    if again:
+        recompute_activations(model)
+    tokens = torch.randint(1024, (2, 16, 128))
+    monkeypatch.setattr(step_cost, "count_flops", lambda *arguments: (0, 0))
+    peak = step_cost._Arm(rank, model, tokens[0], tokens[1], protocol).peak_memory()
+    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
+    preset = with_execution(preset, activation_checkpointing=again)
+    estimate = step_memory(preset, dimensions(spec), rank, rank and "all", 16 * 128, 128)
+    # Recomputed layers are bounded more coarsely.
+    assert 1.0 <= estimate.total / peak < (1.2 if again else 1.1)
+    # All logits at once would take more than the estimate leaves room for.
+    assert estimate.total + 12 * (16 * 128 * 1024 - pieces) > 1.1 * peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rank", "again", "precision", "batch", "length"),
+    [
+        ("llama-128", None, False, "bf16", 8, 128),
+        ("moe-128", None, False, "bf16", 8, 128),
+        ("moe-128", None, True, "bf16", 2, 64),
+        ("moe-128", 8, True, "bf16", 2, 64),
+    ],
+)
+def test_memory_is_what_a_step_of_two_processes_takes(name, rank, again, precision, batch, length):
+    settings = [name, rank or 0, int(again), int(precision == "bf16"), batch, length]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["tests.planning.sharded_step", *map(str, settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split("peak ")[1].split()[0])
+    preset = load_preset("laptop").model_copy(update={"protocol": Protocol(precision=precision)})
+    preset = with_execution(preset, activation_checkpointing=again)
+    sizes = dimensions(TinyModel(kind="tiny", name=name))
+    estimate = step_memory(preset, sizes, rank, rank and "all", batch * length, length, gpus=2).total
+    assert 1.0 <= estimate / peak < 1.2
+
+
+def test_the_limit_of_logits_is_that_of_the_loss():
+    from lorabench.training.loss import MAX_LOGITS
+
+    assert {"cpu": MAX_LOGITS["cpu"], "gpu": MAX_LOGITS["cuda"]} == LOGITS_AT_ONCE
+    core = load_preset("core")
+    sizes = dimensions(core.models["llama-3-2-1b-base"])
+    few, many = (step_memory(core, sizes, 8, "all", tokens, 512).logits for tokens in (512, 8192))
+    assert few == 12 * sizes.vocabulary * 512
+    # The gradient of the unembedding's input beside a piece, or later the gradients in a layer.
+    assert many < 3 * few < 12 * sizes.vocabulary * 8192
+    # RL and sharded models compute all at once.
+    for settings in ({"is_rl": True}, {"gpus": 2}):
+        assert step_memory(core, sizes, 8, "all", 8192, 512, **settings).logits >= 12 * sizes.vocabulary * 8192
+
+
+def test_a_mixture_of_experts_of_30b_is_fully_fine_tuned_on_16_gpus():
+    core = with_execution(load_preset("core"), activation_checkpointing=True)
+    sizes = dimensions(load_preset("paper").models["qwen3-30b-a3b-base"])
+    others = sum(m.parameters for m in sizes.matrices if m.part != "experts")
+    kept, again = (
+        step_memory(with_execution(core, activation_checkpointing=value), sizes, None, None, 2048, 2000, 1 << 40)
+        for value in (False, True)
+    )
+    # Experts compute in fp32: autocast copies 1.2 of the 30.2 billion weights of linear layers, not all.
+    assert kept.copies == 2 * others == pytest.approx(2.46e9, rel=0.01)
+    # Two layers, the embedding and the unembedding are gathered in fp32.
+    gathered = 2 * sizes.layer_parameters + 2 * sizes.vocabulary * sizes.hidden
+    assert kept.weights == pytest.approx(4 * gathered, rel=0.001)
+    assert 45e9 < kept.total < 50e9
+    assert 12e9 < again.total < 16e9
+
+
+def test_lora_of_8b_fits_one_80_gb_gpu_and_full_fine_tuning_takes_several():
+    paper = with_execution(load_preset("paper"), gpu="H100-80GB")
+    plan = make_plan(with_model(paper, models=["llama-3-1-8b-base"], ranks={"all": [1, 64, 256]}))
+    gpus = {sweep.condition.rank: gpus_needed(plan.preset, sweep) for sweep in plan.sweeps}
+    assert gpus[1] == gpus[64] == gpus[256] == 1
+    # Traces of 20,480 tokens take more than four.
+    assert gpus[None] == 8
+    full = next(sweep for sweep in plan.sweeps if sweep.condition.rank is None)
+    one, four = (sweep_memory(plan.preset, full, gpus) for gpus in (1, 4))
+    assert (four.gradients, four.moments) == (one.gradients / 4, one.moments / 4)
+    assert four.activations == one.activations
+    whole = with_execution(plan.preset, sharding="ddp")
+    assert sweep_memory(whole, full, 4).moments == one.moments
+
+
+def test_lanes_of_lora_share_the_base_and_those_of_full_fine_tuning_nothing():
+    plan = make_plan(with_model(load_preset("smollm2"), ranks={"all": [16]}, datasets=["worked"]))
+    sizes, limit = dimensions(plan.preset.models["smollm2-135m"]), plan.preset.execution.max_batch_tokens
+    for sweep in plan.sweeps:
+        one, two, four = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 2, 4))
+        lora = sweep.condition.method == "lora"
+        trained = sizes.lora("all", 16, True)[0] if lora else sizes.parameters
+        assert (one.gradients, one.moments) == (4 * trained, 8 * trained)
+        assert (four.gradients, four.moments) == (16 * trained, 32 * trained)
+        assert four.weights - one.weights == 3 * 4 * trained
+        assert four.copies == (0 if lora else 4 * one.copies)
+        # A batch of 32 examples of 233 tokens; of two lanes and more all that goes through the model at once.
+        assert (two.activations, four.activations / limit) == (2 * one.activations, one.activations / (32 * 233))
+
+
+def test_lanes_of_rl_have_gradients_and_moments_each():
+    plan = make_plan(with_execution(load_preset("core"), sampler="own"))
+    sweep = next(s for s in plan.sweeps if s.condition.dataset == "gsm8k" and s.condition.rank == 1)
+    trained = dimensions(plan.preset.models["llama-3-2-1b-base"]).lora("all", 1, True)[0]
+    one, seven = (sweep_memory(plan.preset, sweep, lanes=lanes) for lanes in (1, 7))
+    assert (seven.weights - one.weights, seven.moments) == (6 * 4 * trained, 7 * 8 * trained)
+    # Gradients keep their place while responses are drawn; the cache was full before.
+    assert seven.sampling - one.sampling == 6 * 4 * trained
+    assert seven.logits == 8192 // 7 * 7 * 16 * 128256
+
+
+def test_weights_that_lora_goes_with_stay_in_bf16():
+    checkpoints, plain = (
+        with_execution(load_preset("paper"), activation_checkpointing=again) for again in (True, False)
+    )
+    sizes = dimensions(plain.models["llama-3-1-8b-base"])
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    attention = sum(matrix.parameters for matrix in sizes.matrices if matrix.part in ("attn", "unembedding"))
+    assert sizes.carrying("all", True) == linear
+    for placement, cast in (("all", linear), ("attn", attention)):
+        trained = sizes.lora(placement, 16, True)[0]
+        step = step_memory(plain, sizes, 16, placement, 8192, 1024)
+        assert (step.weights, step.copies) == (4 * (sizes.parameters + trained) + 2 * cast, 2 * (linear - cast))
+        # Where memory counts for more, and where a part of each weight is elsewhere, they are cast in every pass.
+        short = step_memory(checkpoints, sizes, 16, placement, 8192, 1024)
+        assert (short.weights, short.copies) == (4 * (sizes.parameters + trained), 2 * linear / sizes.layers)
+        assert step_memory(plain, sizes, 16, placement, 8192, 1024, gpus=2).copies == 2 * linear
+
+
+def test_activations_are_recomputed_only_where_a_job_then_needs_fewer_gpus():
+    core = load_preset("core")
+    assert core.execution.activation_checkpointing == "auto"
+    always, never = (with_execution(core, activation_checkpointing=again) for again in (True, False))
+    chosen = set()
+    for sweep in make_plan(core).sweeps:
+        again = decided(core, sweep).execution.activation_checkpointing
+        chosen.add(again)
+        assert gpus_needed(core, sweep) == gpus_needed(always, sweep)
+        if again:
+            with suppress(UserError):
+                assert gpus_needed(never, sweep) > gpus_needed(core, sweep)
+        assert sweep_memory(core, sweep) == sweep_memory(always if again else never, sweep)
+    assert chosen == {True, False}
+    cpu = with_execution(load_preset("smoke"), activation_checkpointing="auto")
+    assert decided(cpu, make_plan(cpu).sweeps[0]).execution.activation_checkpointing is False

@@ -1,0 +1,67 @@
+"""Seconds of a run: what lanes share, and what long responses cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorabench.config.loading import load_preset
+from lorabench.models.dimensions import dimensions
+from lorabench.planning.flops import run_flops, run_tokens
+from lorabench.planning.lane_count import lane_count, turns
+from lorabench.planning.memory import decided
+from lorabench.planning.plan import make_plan
+from lorabench.planning.seconds import flops_per_second, run_seconds, sweep_seconds
+
+from ..handmade.presets import with_execution
+
+
+def test_lanes_share_launches_and_no_flops():
+    together = load_preset("smollm2")
+    plan, alone = make_plan(together), with_execution(together, lanes=1)
+    layers = dimensions(together.models["smollm2-135m"]).layers
+    sweep = next(s for s in plan.sweeps if (s.condition.dataset, s.condition.rank) == ("worked", 16))
+    # Three LRs, one more that the walk is expected to try, then four seeds at three LRs.
+    assert [len(wave) for wave in sweep.expected_waves()] == [3, 1, 12]
+    assert (lane_count(together, sweep, 1), turns(together, sweep, 6)) == (6, 4)
+    (computing, of_one), (same, of_six) = (run_seconds(preset, sweep, 1) for preset in (alone, together))
+    assert computing == same
+    # A batch, forward and backward, launched 4 times for 16 runs rather than 16 times.
+    full = 3 * sweep.condition.steps * layers * 0.8e-3
+    tokens = run_tokens(together, sweep.condition)
+    fewer = max(full * 4 / 16, 3 * tokens.trained / together.execution.max_batch_tokens * layers * 0.8e-3)
+    launching = full + tokens.evaluated / together.execution.max_batch_tokens * layers * 0.8e-3
+    assert computing + of_one == pytest.approx(launching)
+    assert of_six == pytest.approx(max(0, of_one - (full - fewer)))
+    assert sweep_seconds(together, sweep, 1) < sweep_seconds(alone, sweep, 1) / 2
+
+
+def test_long_responses_cost_more_than_their_tokens():
+    paper = with_execution(load_preset("paper"), sampler="own")
+    plan = make_plan(paper)
+    gsm8k, deepmath = (
+        next(s for s in plan.sweeps if s.condition.dataset == name and s.condition.method == "lora")
+        for name in ("gsm8k", "deepmath")
+    )
+    per_token = [
+        sweep_seconds(paper, sweep, 1) / sweep.n_runs / run_tokens(paper, sweep.condition).drawn
+        for sweep in (gsm8k, deepmath)
+    ]
+    assert per_token[1] > 3 * per_token[0]
+
+
+def test_experts_take_twice_the_time_and_lora_is_added_to_each_of_them():
+    paper = load_preset("paper")
+    sizes = dimensions(paper.models["qwen3-30b-a3b-base"])
+    in_experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
+    share = sum(m.active * m.d_in * m.d_out for m in in_experts) / sizes.active_linear
+    assert share == pytest.approx(0.598, abs=0.001)
+    seconds = {}
+    for sweep in make_plan(paper).sweeps:
+        condition = sweep.condition
+        if condition.model == "qwen3-30b-a3b-base" and condition.method == "lora":
+            flops = run_flops(decided(paper, sweep), condition)
+            computed = (flops.trained + flops.evaluated + flops.recomputed) / flops_per_second(paper.execution, 4)
+            seconds[condition.placement] = run_seconds(paper, sweep, 4)[0], computed * (1 + share)
+    assert seconds["attn"][0] == pytest.approx(seconds["attn"][1])
+    # In each pass over 16,384 tokens, 28 billion parameters are read and written a few times.
+    assert 1.1 < seconds["mlp"][0] / seconds["mlp"][1] < 2

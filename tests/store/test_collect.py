@@ -1,0 +1,56 @@
+"""Collected runs say what their preset and protocol say: the kinds of data and base, and how they were trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorabench.config.loading import load_preset
+from lorabench.config.models import GgufModel, HubModel, TinyModel
+from lorabench.planning.plan import make_plan
+from lorabench.store.collect import base_kind, collect, write_job
+from lorabench.store.io import read_table
+from lorabench.store.schemas import RUNS
+
+from ..handmade import make_run
+
+
+def test_runs_have_the_columns_in_which_sources_differ(tmp_path):
+    plan = make_plan(load_preset("smoke"))
+    job = next(job for job in plan.jobs if job.sweeps[0].condition.dataset == "instruct")
+    protocol = json.dumps(plan.preset.protocol.model_dump())
+    rows = [dict.fromkeys(RUNS.names) | make_run(rank, 1e-3, protocol=protocol) for rank in (None, 8)]
+    path = tmp_path / f"{job.job_id}.parquet"
+    write_job([row | {"curve": [], "test_losses": [{"loss": 2.5, "tokens": 4}]} for row in rows], path)
+    collect([path], tmp_path / "tables", plan)
+    runs = read_table(tmp_path / "tables", "runs").set_index("method")
+    names = ["data_kind", "base_kind", "precision", "schedule", "alpha_convention", "unembedding"]
+    assert runs.loc["lora", names].tolist() == ["instruct", "base", "fp32", "constant", "alpha/r", True]
+    assert runs.loc["fullft", names[:5]].tolist() == ["instruct", "base", "fp32", "constant", None]
+    assert read_table(tmp_path / "tables", "test_losses")["loss"].tolist() == [2.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (TinyModel(kind="tiny"), "base"),
+        (HubModel(kind="hub", id="meta-llama/Llama-3.2-1B-Instruct", parameters=1, hidden_size=1), "instruct"),
+        (HubModel(kind="hub", id="Qwen/Qwen3-8B-Base", parameters=1, hidden_size=1), "base"),
+        (HubModel(kind="hub", id="a/Llama-3.1-8B", parameters=1, hidden_size=1, chat_template="plain"), "base"),
+        (HubModel(kind="hub", id="Qwen/Qwen3-8B", parameters=1, hidden_size=1), None),
+        (
+            GgufModel(
+                kind="gguf",
+                path="SmolLM2-135M-Instruct.gguf",
+                wheel="w==1",
+                sha256="0" * 64,
+                parameters=1,
+                hidden_size=1,
+            ),
+            "instruct",
+        ),
+    ],
+)
+def test_a_models_name_says_whether_it_is_a_base(spec, kind):
+    assert base_kind(spec) == kind

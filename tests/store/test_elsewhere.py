@@ -1,0 +1,234 @@
+"""Tables from elsewhere are judged with what they have: margins, seed noise and losses may come from another place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lorabench.analysis.finding import Finding
+from lorabench.analysis.loss_fit import Noise
+from lorabench.analysis.pooled_noise import pooled_noise
+from lorabench.claims.claim import Claim
+from lorabench.claims.evidence import over
+from lorabench.claims.judge import judge_claims
+from lorabench.claims.scope_text import scope_text
+from lorabench.config.fields import PresetError
+from lorabench.config.files import PRESETS
+from lorabench.config.loading import read_margins
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.errors import UserError
+from lorabench.store.checks import check_table
+from lorabench.store.stand_ins import with_stand_ins
+from lorabench.store.tables import Tables
+
+from ..handmade import sft
+
+# The base's loss is 5 nats in the curves, so that 2% of the gain to FullFT is about 0.06 nats.
+LRS = (1e-3, 2e-3, 4e-3)
+LORA_OFFSETS, FULLFT_OFFSETS = (0.0, 0.004, -0.002, 0.001), (0.001, 0.003, -0.004, 0.0)
+
+
+def equal_losses(comparison) -> Finding:
+    return comparison.equal_losses(comparison.highest, comparison.fullft)
+
+
+CLAIM = Claim(
+    id="T1",
+    kind="empirical",
+    statement="LoRA's loss is that of FullFT",
+    figure="text",
+    criterion="the gap lies within the margin",
+    needs="LoRA and FullFT",
+    paper_value="equal",
+    unit="nats",
+    experiments=("rank",),
+    judge=over(lambda comparisons: [(comparison, "") for comparison in comparisons], equal_losses),
+)
+
+
+def world(seeds: int = 4, **columns) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return runs and curves of FullFT and of LoRA of rank 16, which is worse by 0.01 nats."""
+    return sft.tables(
+        [
+            sft.arm(optimum=2e-3, floor=2.0, lrs=LRS, offsets=FULLFT_OFFSETS[:seeds], **columns),
+            sft.arm(16, optimum=2e-3, floor=2.01, lrs=LRS, offsets=LORA_OFFSETS[:seeds], **columns),
+        ]
+    )
+
+
+def judged(runs: pd.DataFrame, curves: pd.DataFrame, **options) -> pd.Series:
+    return judge_claims(Tables(with_stand_ins(runs), curves), [CLAIM], **options).iloc[0]
+
+
+def test_a_row_says_whose_margins_it_was_judged_by(tmp_path):
+    by_default = judged(*world())
+    assert by_default["verdict"] == "confirmed"
+    assert by_default["margin_rule"].startswith("default margins: 2% of the gain from the base to FullFT")
+    (tmp_path / "mine.yaml").write_text("margins:\n  loss: 0.001\n  reward: 0.1\n  lr_factor: 1.6\n")
+    own = judged(*world(), margins=read_margins(tmp_path / "mine.yaml"))
+    assert own["verdict"] == "contradicted"
+    assert own["margin_rule"].startswith("0.1% of the gain from the base to FullFT")
+    assert own["margin_high"] == pytest.approx(by_default["margin_high"] / 20)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shown"),
+    [
+        ("a factor of 1.6, the preset's lr_factor", "default margins: a factor of 1.6, the lr_factor"),
+        ("a ratio of 1 within 5%", "a ratio of 1 within 5%"),
+    ],
+)
+def test_a_margin_that_is_no_choice_of_a_preset_stays_as_it_is(rule, shown):
+    constant = replace(CLAIM, judge=lambda evidence: Finding("confirmed", "so it is", margin_rule=rule))
+    assert judge_claims(Tables(*world()), [constant]).iloc[0]["margin_rule"] == shown
+
+
+def test_without_the_base_a_share_of_the_loss_is_the_margin():
+    runs, _ = world()
+    row = judged(runs, pd.DataFrame(columns=["run_id", "step", "split", "metric", "value"]))
+    assert row["margin_rule"].startswith("default margins: 1% of the loss (2.00")
+    assert row["margin_high"] == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss: 0.02\nreward: 0.1\n", r"m\.yaml: margins\.lr_factor: missing; for example `lr_factor: 1\.6`"),
+        ("loss: 2.0\nreward: 0.1\nlr_factor: 1.6\n", r"margins\.loss = 2\.0: input should be less than 1"),
+        ("loss: 0.02\nreward: 0.1\nlr_factor: 1.6\nlr: 2\n", r"margins: unknown key 'lr'; allowed: loss, lr_factor"),
+        ("- 0.02\n", r"margins are a mapping of loss, reward, lr_factor, not \[0\.02\]"),
+        ("loss: [", "not valid YAML"),
+    ],
+)
+def test_wrong_margins_are_refused(text, message, tmp_path):
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(PresetError, match=message):
+        read_margins(tmp_path / "m.yaml")
+
+
+def test_one_seed_takes_its_noise_from_a_named_source():
+    alone = judged(*world(seeds=1))
+    assert alone["verdict"] == "inconclusive"
+    noise = Noise(0.004, 4, "repeats of a published run")
+    row = judged(*world(seeds=1), noise=noise)
+    assert row["verdict"] == "confirmed"
+    assert "seed noise from repeats of a published run" in row["reason"]
+    assert row["ci_high"] > row["estimate"] > row["ci_low"]
+    # With seeds of their own, runs are judged by them.
+    assert "seed noise from" not in judged(*world(), noise=noise)["reason"]
+
+
+def test_noise_of_other_tables_is_pooled_over_their_comparisons():
+    one, other = world(), world(dataset="worked")
+    runs = pd.concat([one[0], other[0]])
+    noise = pooled_noise(runs, "there")
+    # In each comparison, what is left after the seeds' shared effect: half of the difference of the two arms.
+    differences = [lora - fullft for lora, fullft in zip(LORA_OFFSETS, FULLFT_OFFSETS, strict=True)]
+    assert noise.sigma == pytest.approx(pd.Series(differences).std() / math.sqrt(2), rel=0.5)
+    assert noise.source == f"there (SD {noise.sigma:.4f} nats, {noise.dof} degrees of freedom, 2 comparisons)"
+    assert noise.dof == 2 * pooled_noise(one[0], "there").dof
+    # The loss of memorized facts has a noise of its own.
+    facts = world(dataset="facts")[0].assign(entropy_bits=9.0)
+    assert pooled_noise(pd.concat([runs.assign(entropy_bits=None), facts]), "there") == noise
+    with pytest.raises(UserError, match="there: no comparison has repeated seeds"):
+        pooled_noise(world(seeds=1)[0], "there")
+    with pytest.raises(UserError, match="there: the runs table has no column final_test_nll"):
+        pooled_noise(runs.drop(columns="final_test_nll"), "there")
+
+
+def test_means_of_seeds_are_judged_with_their_own_deviation():
+    runs, curves = world(seeds=1)
+    row = judged(runs.assign(n_seeds=5, final_test_nll_sd=0.004), curves)
+    assert row["verdict"] == "confirmed"
+    assert "5 seeds" in row["reason"]
+    assert "seed noise from the standard deviations in the table" in row["reason"]
+    without = judged(runs.assign(n_seeds=5), curves)
+    assert without["verdict"] == "inconclusive"
+    assert "means of several seeds need final_test_nll_sd" in without["reason"]
+    with pytest.raises(UserError, match="final_test_nll_sd = -1.0; allowed: numbers from 0 up"):
+        judged(runs.assign(n_seeds=5, final_test_nll_sd=-1.0), curves)
+    with pytest.raises(UserError, match="n_seeds = 0; allowed: whole numbers from 1 up"):
+        judged(runs.assign(n_seeds=0), curves)
+
+
+ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
+
+
+@pytest.mark.parametrize(
+    ("change", "remarks"),
+    [
+        (lambda runs: runs.drop(columns="final_valid_nll"), ONE_SET),
+        (lambda runs: runs.assign(final_valid_nll=runs["final_test_nll"]), ONE_SET),
+        (
+            lambda runs: runs.rename(columns={"final_test_nll": "final_train_nll"}).drop(columns="final_valid_nll"),
+            f"the training loss stands in for the test loss, which the table lacks; {ONE_SET}",
+        ),
+    ],
+)
+def test_another_loss_stands_in_for_one_that_a_table_lacks(change, remarks):
+    runs, curves = world()
+    row, whole = judged(change(runs), curves), judged(runs, curves)
+    assert row["reason"].endswith(f"; {remarks}")
+    assert row["verdict"] == "confirmed"
+    assert row["estimate"] == pytest.approx(whole["estimate"])
+    assert ONE_SET not in whole["reason"]
+
+
+def test_where_only_some_runs_lack_a_loss_nothing_stands_in():
+    runs, _ = world()
+    runs["final_train_nll"] = runs["final_test_nll"]
+    runs.loc[0, "final_test_nll"] = None
+    with pytest.raises(UserError, match="final_test_nll = missing; allowed: a finite number where status is done"):
+        check_table(with_stand_ins(runs))
+
+
+def test_sources_that_differ_are_named():
+    runs, curves = world()
+    fullft = runs["method"] == "fullft"
+    mixed = runs.assign(precision=["bf16" if is_fullft else "fp32" for is_fullft in fullft], schedule="constant")
+    assert judged(mixed, curves)["reason"].endswith("; its runs differ in precision: bf16, fp32")
+    assert "differ" not in judged(mixed.assign(precision="bf16"), curves)["reason"]
+
+
+def test_a_claim_names_the_columns_that_a_table_lacks():
+    runs, curves = world()
+    row = judged(runs.drop(columns=["final_test_nll", "final_valid_nll", "seed"]), curves)
+    assert (row["verdict"], row["reason"]) == (
+        "not tested",
+        "the runs table has no column seed, final_valid_nll, final_test_nll",
+    )
+
+
+def test_the_default_margins_are_those_of_the_shipped_presets():
+    assert (
+        read_margins(PRESETS / "suites/margins.yaml")
+        == DEFAULT_MARGINS
+        == Margins(loss=0.02, reward=0.1, lr_factor=1.6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "absent", "scope"),
+    [
+        ({"base_params": 828_288}, [], "0.83M parameters, 128 steps, instruct"),
+        (
+            {"base_params": [828_288, 1_700_000] * 3, "steps": [50, 1000] * 3},
+            [],
+            "0.83M to 1.70M parameters, 50 to 1,000 steps",
+        ),
+        ({}, ["steps"], "tiny, instruct"),
+        ({"task": "rl", "dataset": "gcd"}, ["steps", "model"], "RL on gcd"),
+    ],
+)
+def test_the_scope_of_a_verdict_is_what_was_measured(columns, absent, scope):
+    runs = world(seeds=1)[0].assign(**columns).drop(columns=absent)
+    assert scope_text(runs, list(runs["run_id"])).startswith(scope)
+
+
+def test_runs_of_another_table_have_no_scope():
+    runs, _ = world(seeds=1)
+    assert scope_text(runs, ["a step that was measured"]) is None
+    assert scope_text(runs.drop(columns="run_id"), ["a"]) is None
