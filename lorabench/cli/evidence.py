@@ -15,13 +15,13 @@ _PANEL = "Commands"
 
 @app.command("import", rich_help_panel=_PANEL)
 def import_source(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a file source.yaml and tidy tables.")],
     out: Annotated[Path, typer.Option(help="Folder for the tidy tables.")],
 ) -> None:
-    """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
+    """Check runs that others have published, and write them as tables with what their source.yaml says of them."""
     with in_one_sentence():
-        from lorabench.sources.reading import import_source as read
-        from lorabench.sources.reading import write_tables
+        from lorabench.sources.studies import import_source as read
+        from lorabench.sources.studies import write_tables
 
         imported = read(source)
         write_tables(imported, out)
@@ -51,7 +51,7 @@ def evidence(
     with in_one_sentence():
         from lorabench.report.evidence import gather, published_folders, published_presets, write
         from lorabench.report.evidence import publish as write_published
-        from lorabench.sources.own import read_own
+        from lorabench.sources.matrix import read_own
 
         own = {preset.name: preset for preset in published_presets(publish or Path())}
         for folder in tables or []:
