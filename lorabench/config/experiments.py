@@ -127,8 +127,8 @@ class Block(Strict):
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
     lrs: Annotated[LearningRates, BeforeValidator(_of_both, json_schema_input_type=LearningRates | Literal["auto"])]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
-    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Positive)] = SeedNumbers(
-        best=3
+    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Positive)] = (
+        SeedNumbers(best=3)
     )
     """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
     `around` and `every`. The grid itself is run with the first seed."""

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.planning.expand import merge_sweeps
 from lorabench.planning.starting_lr import starting_lr
-from lorabench.runs import best_lr, ending, finished_losses, next_runs
-from lorabench.runs import Condition, Sweep
-from lorabench.runs import Lattice
+from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_index, best_lr, ending, finished_losses, next_runs
 
 LATTICE = Lattice(per_decade=3, further=6)
 CONDITION = Condition("sft", "tiny", "worked", "lora", 4, "all", 32.0, 8, 50, "identity")
