@@ -10,7 +10,7 @@ they are. A *job* trains one sweep, or several short ones in one process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -111,6 +111,22 @@ AROUND = 3
 MAX_KL = 0.01
 """KL(sampler || learner) in nats per token above which a step of RL is warned about. The paper's authors found training
 to be stable below it (documentation of Tinker, page on RL hyperparameters, section Monitoring and Run Health)."""
+TIE = 1e-5
+"""The difference, in nats per token or as a share of problems, up to which two measured losses are equal. Accuracies
+are counts of problems, so those at two LRs are often equal, and rounding in their means must not choose between them.
+"""
+
+
+def lowest(losses: Mapping[float, float], tie: float = 0.0) -> float | None:
+    """Return the LR with the lowest loss, the lowest LR of equally good ones; None if no loss is finite.
+
+    Args:
+        losses: the loss at each LR; NaN, and infinity for a run that diverged, do not count.
+        tie: the difference up to which two losses are equal.
+    """
+    finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
+    least = min(finite.values(), default=math.nan)
+    return min((lr for lr, loss in finite.items() if loss <= least + tie), default=None)
 
 
 @dataclass(frozen=True)

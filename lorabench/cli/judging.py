@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.pooled_noise import pooled_noise
+from lorabench.analysis.optima import pooled_noise
 from lorabench.config.loading import read_margins
 from lorabench.config.margins import Margins
 from lorabench.config.predictions import LrRatioPredictions, Predictions
