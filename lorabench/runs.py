@@ -23,7 +23,7 @@ resumed sweep walks the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -125,6 +125,10 @@ AROUND = 3
 MAX_KL = 0.01
 """KL(sampler || learner) in nats per token above which a step of RL is warned about. The paper's authors found training
 to be stable below it (documentation of Tinker, page on RL hyperparameters, section Monitoring and Run Health)."""
+TIE = 1e-5
+"""The difference, in nats per token or as a share of problems, up to which two measured losses are equal. Accuracies
+are counts of problems, so those at two LRs are often equal, and rounding in their means must not choose between them.
+"""
 # An LR closer to a lattice point than this share of a step counts as that point.
 _SAME = 0.3
 # Neighbours are at most this many steps apart; an LR that is not on the lattice may be a little further away.
@@ -325,15 +329,16 @@ def validation_loss(record: Mapping[str, Any]) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def best_index(losses: Sequence[float], tie: float = 0.0) -> int | None:
-    """Return the index of the lowest loss of a grid; None if no loss is finite.
+def lowest(losses: Mapping[float, float], tie: float = 0.0) -> float | None:
+    """Return the LR with the lowest loss, the lowest LR of equally good ones; None if no loss is finite.
 
     Args:
-        losses: a loss for each LR of the grid, ascending by LR; infinite or NaN where no run finished.
-        tie: the difference up to which two losses count as equal; the first of equally low ones is the best.
+        losses: the loss at each LR; NaN, and infinity for a run that diverged, do not count.
+        tie: the difference up to which two losses are equal.
     """
-    lowest = min(filter(math.isfinite, losses), default=math.nan)
-    return next((index for index, loss in enumerate(losses) if loss <= lowest + tie), None)
+    finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
+    least = min(finite.values(), default=math.nan)
+    return min((lr for lr, loss in finite.items() if loss <= least + tie), default=None)
 
 
 def best_lr(sweep: Sweep, losses: Losses) -> float | None:
@@ -348,8 +353,7 @@ def best_lr(sweep: Sweep, losses: Losses) -> float | None:
         return _middle_of_lowest(scores) if scores else None
     lrs = [lr for lr, loss in _first_seed(losses).items() if math.isfinite(loss)]
     seeds = {seed for _, seed in losses if all(math.isfinite(losses.get((lr, seed), math.inf)) for lr in lrs)}
-    best = best_index([fmean(losses[lr, seed] for seed in seeds) for lr in lrs])
-    return None if best is None else lrs[best]
+    return lowest({lr: fmean(losses[lr, seed] for seed in seeds) for lr in lrs})
 
 
 def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:

@@ -312,7 +312,7 @@ def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str |
         UserError: both are given, a part of the number is missing or wrong, or the tables have no repeated seeds.
     """
     from lorabench.analysis.loss_fit import Noise
-    from lorabench.analysis.pooled_noise import pooled_noise
+    from lorabench.analysis.optima import pooled_noise
     from lorabench.store.tables import Tables
 
     if sd is None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lorabench.analysis.comparison import curves_of
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.pooled_noise import pooled_noise
+from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError

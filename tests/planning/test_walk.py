@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.planning.expand import merge_sweeps
 from lorabench.planning.starting_lr import starting_lr
-from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_index, best_lr, ending, finished_losses, next_runs
+from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, finished_losses, next_runs
 
 LATTICE = Lattice(per_decade=3, further=6)
 CONDITION = Condition("sft", "tiny", "worked", "lora", 4, "all", 32.0, 8, 50, "identity")
@@ -198,17 +198,6 @@ def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, log_optimum, n
     assert len(complete) >= 3
     enclosed = min(complete) < best < max(complete)
     assert enclosed or len({lr for lr, _ in losses}) == 9 or best < diverges < best * 2.2
-
-
-@pytest.mark.parametrize(
-    ("losses", "best"), [([2.0, 1.0, 1.0], 1), ([math.inf, math.nan, 3.0], 2), ([math.nan, math.inf], None), ([], None)]
-)
-def test_the_best_lr_of_a_grid_has_the_lowest_known_loss_the_first_of_equals(losses, best):
-    assert best_index(losses) == best
-
-
-def test_losses_that_differ_by_rounding_are_equal():
-    assert (best_index([0.3000001, 0.3]), best_index([0.3000001, 0.3], tie=1e-5)) == (1, 0)
 
 
 def test_all_sweeps_share_the_lattice():
