@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from lorabench.analysis.comparison import curves_of
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.pooled_noise import pooled_noise
+from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
