@@ -24,10 +24,11 @@ from lorabench.analysis.memorisation import (
     is_memorisation,
     stored_bits,
 )
-from lorabench.analysis.optimal_runs import pair_at_optimum, runs_at_optimum
+from lorabench.analysis.optimal_curves import log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
-from lorabench.figures.fits import compared, departure_rows, rank_departures, seed_noise
+from lorabench.figures.fits import compared, departure_rows, judged_departures
 from lorabench.figures.grid import (
     ARM_COLUMNS,
     PANEL,
@@ -89,7 +90,7 @@ def _plotted(runs: pd.DataFrame, tables: Tables) -> pd.DataFrame:
     envelope["excess"] = envelope["nll"] - envelope.groupby([*PANEL, "step"], dropna=False)["nll"].transform("min")
     ends = envelope.groupby(PANEL, dropna=False)["step"].agg(["min", "max"]).reset_index()
     ends = ends.melt(PANEL, value_name="step").drop(columns="variable")
-    ends = ends.merge(seed_noise(comparisons), how="left", on=PANEL)
+    ends = ends.merge(fitted_noise(comparisons), how="left", on=PANEL)
     thresholds = pd.DataFrame([row for comparison in comparisons for row in _thresholds(comparison)], columns=_REACHED)
     left, stays = (thresholds[thresholds["left"] == known] for known in (True, False))
     described = description_lengths(runs).merge(thresholds[PANEL].drop_duplicates(), on=PANEL)
@@ -118,30 +119,21 @@ def _thresholds(comparison: Comparison) -> list[Arm]:
     joined the highest rank's curve, lag without leaving, or do not leave along a line in log(step).
     """
     rows = []
-    curves = comparison.curves
-    for arm, departure in rank_departures(comparison):
+    for rank, departure in judged_departures(comparison).items():
+        arm = comparison.lora[rank]
         runs = runs_at_optimum(comparison, arm)
-        own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "train")]
-        tokens = own.groupby("step")["tokens"].max().astype(float) if "tokens" in own else pd.Series(dtype=float)
-        params = runs["trainable_params"].iloc[0] if len(runs) else None
-        if tokens.dropna().empty or pd.isna(params):
-            continue
+        params, trained = runs["trainable_params"].iloc[0], tokens_at(comparison, arm, math.inf)
         row = arm | {"trainable_params": params}
-        if departure.growth is None:
-            rows.append(row | {"left": False, "tokens": tokens.max()})
-        if departure.before is None or departure.past is None:
+        threshold = log_threshold(comparison, rank, departure)
+        if pd.isna(params) or math.isnan(trained):
             continue
-        pair = pair_at_optimum(comparison, arm, comparison.highest or arm)
-        crossing = pair.crossing(departure.past, comparison.margin.value)
-        if crossing.known and crossing.interval()[1] >= math.log10(departure.before):
-            steps = 10 ** np.array([crossing.value, *crossing.interval()])
-            at = dict(zip(("tokens", "tokens_low", "tokens_high"), _tokens_at(tokens, steps), strict=True))
-            rows.append(row | at | {"left": True, "error": crossing.seed_error})
+        if departure.growth is None:
+            rows.append(row | {"left": False, "tokens": trained})
+        if threshold.known:
+            steps = zip(("tokens", "tokens_low", "tokens_high"), (threshold.value, *threshold.interval()), strict=True)
+            at = {name: tokens_at(comparison, arm, 10**step) for name, step in steps}
+            rows.append(row | at | {"left": True, "error": threshold.seed_error})
     return rows
-
-
-def _tokens_at(tokens: pd.Series[float], steps: np.ndarray) -> list[float]:
-    return [float(at) for at in np.interp(steps, [0, *tokens.index], [0.0, *tokens])]
 
 
 def _slopes(left: pd.DataFrame) -> pd.DataFrame:

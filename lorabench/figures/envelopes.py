@@ -10,10 +10,11 @@ from matplotlib.patches import Patch
 
 from lorabench.analysis.arms import rows_of
 from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
-from lorabench.figures.fits import compared, departure_rows, seed_noise
+from lorabench.figures.fits import compared, departure_rows
 from lorabench.figures.grid import (
     ARM_COLUMNS,
     PANEL,
@@ -48,7 +49,7 @@ def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     # A log axis has no step 0, so the base model's loss is written above the panel instead.
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
     lowest = envelope.groupby([*PANEL, "step"], as_index=False, dropna=False)["nll"].min()
-    lowest = lowest.merge(seed_noise(comparisons), how="left", on=PANEL)
+    lowest = lowest.merge(fitted_noise(comparisons), how="left", on=PANEL)
     around = lowest.assign(nll_low=lowest["nll"] - 2 * lowest["sigma"], nll_high=lowest["nll"] + 2 * lowest["sigma"])
     parts = {
         "envelope": envelope,
@@ -99,7 +100,7 @@ def draw_by_flops(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     plotted = tidy({"envelope": envelope, "diverged": diverged_runs(tables.runs)}, _BY_FLOPS)
     if plotted.empty:
         raise NothingToDrawError("no validation curves of runs whose training FLOPs are known")
-    noise = seed_noise(compared(tables))
+    noise = fitted_noise(compared(tables))
     figure, drawn = panels(plotted)
     styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:

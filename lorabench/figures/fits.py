@@ -11,11 +11,10 @@ import pandas as pd
 
 from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
-from lorabench.analysis.departure import Departure, paired_departure
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.losses import with_losses
-from lorabench.analysis.optimal_runs import pair_at_optimum
+from lorabench.analysis.optimal_curves import Departure, rank_departures
 from lorabench.figures.grid import PANEL
 from lorabench.store.tables import Tables
 
@@ -93,29 +92,16 @@ def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[PANEL].iloc[[0]].assign(**ends)
 
 
-def seed_noise(of: Sequence[Comparison]) -> pd.DataFrame:
-    """Return one row per comparison: PANEL and sigma, the standard deviation of a loss over seeds.
-
-    It is that of the fit by which claims are judged: without what a seed does to all arms alike.
-    """
-    return arm_table([comparison.arms[0] | {"sigma": comparison.fit.sigma} for comparison in of], ["sigma"])[
-        [*PANEL, "sigma"]
-    ]
-
-
-def rank_departures(comparison: Comparison) -> list[tuple[Arm, Departure]]:
-    """Return where each LoRA rank leaves the curve of the highest rank, as claim A3 judges it.
+def judged_departures(comparison: Comparison) -> dict[int, Departure]:
+    """Return where each LoRA rank leaves the curve of the highest rank, as claim A3 judges it, by rank.
 
     Ranks are left out where something speaks against a verdict on them, such as too few seeds.
     """
     highest = comparison.highest
     if highest is None or comparison.margin.problem:
-        return []
-    return [
-        (arm, paired_departure(pair_at_optimum(comparison, arm, highest), comparison.margin.value))
-        for arm in comparison.lora.values()
-        if arm is not highest and not comparison.problems([arm, highest])
-    ]
+        return {}
+    departures = rank_departures(comparison).items()
+    return {rank: where for rank, where in departures if not comparison.problems([comparison.lora[rank], highest])}
 
 
 def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -128,7 +114,8 @@ def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Se
     """
     rows = []
     for comparison in of:
-        for arm, departure in rank_departures(comparison):
+        for rank, departure in judged_departures(comparison).items():
+            arm = comparison.lora[rank]
             curve = rows_of(envelope, arm).sort_values("step")
             if departure.first is not None and len(curve):
                 x, steps = math.log(departure.first), np.log(curve["step"].to_numpy(float))
