@@ -49,7 +49,7 @@ def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     # A log axis has no step 0, so the base model's loss is written above the panel instead.
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
     lowest = envelope.groupby([*PANEL, "step"], as_index=False, dropna=False)["nll"].min()
-    lowest = lowest.merge(fitted_noise(comparisons), how="left", on=PANEL)
+    lowest = lowest.merge(fitted_noise(comparisons)[[*PANEL, "sigma"]], how="left", on=PANEL)
     around = lowest.assign(nll_low=lowest["nll"] - 2 * lowest["sigma"], nll_high=lowest["nll"] + 2 * lowest["sigma"])
     parts = {
         "envelope": envelope,

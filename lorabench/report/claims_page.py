@@ -15,7 +15,7 @@ from pathlib import Path
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import Condition
-from lorabench.figures.short_names import FAMILIES
+from lorabench.figures.verdicts import FAMILIES
 from lorabench.report.generated_block import text_around, write_around
 
 START = "<!-- claims: written by `python -m lorabench.report.claims_page docs/claims.md`, never by hand -->"

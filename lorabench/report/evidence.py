@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.figures.forest import draw_forest
-from lorabench.figures.lr_left_out import draw_left_out
-from lorabench.figures.matrix import draw_matrix
+from lorabench.figures.evidence import draw_forest
+from lorabench.figures.evidence import draw_left_out
+from lorabench.figures.verdicts import draw_matrix
 from lorabench.figures.style import write_figure
 from lorabench.report import claim_text, lr_evidence
 from lorabench.report.generated_block import text_around, write_around

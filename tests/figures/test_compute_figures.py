@@ -12,7 +12,7 @@ import pytest
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
-from lorabench.figures.save import save_figure
+from lorabench.figures.catalog import save_figure
 from lorabench.figures.style import arm_styles
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables

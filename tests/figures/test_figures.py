@@ -13,7 +13,7 @@ import pytest
 
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, OWN_TABLES
-from lorabench.figures.save import drawable_figures, save_figure
+from lorabench.figures.catalog import drawable_figures, save_figure
 from lorabench.figures.style import ArmStyle, arm_styles, write_figure
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables

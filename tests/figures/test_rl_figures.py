@@ -12,7 +12,7 @@ from lorabench.analysis.optima import lr_optima
 from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, OWN_TABLES
-from lorabench.figures.save import drawable_figures, save_figure
+from lorabench.figures.catalog import drawable_figures, save_figure
 from lorabench.figures.style import arm_styles, write_figure
 from lorabench.store.io import with_all_columns
 from lorabench.store.tables import Tables

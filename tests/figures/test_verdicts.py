@@ -11,8 +11,8 @@ import pytest
 from lorabench.claims.catalog import CLAIMS
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES
-from lorabench.figures.save import save_figure
-from lorabench.figures.short_names import FAMILIES, SHORT_NAMES
+from lorabench.figures.catalog import save_figure
+from lorabench.figures.verdicts import FAMILIES, SHORT_NAMES
 from lorabench.figures.verdicts import END, LOOKS, in_margins
 from lorabench.store.io import empty_table, write_frame
 from lorabench.store.tables import Tables

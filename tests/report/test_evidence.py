@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lorabench.errors import UserError
-from lorabench.figures.matrix import draw_matrix
+from lorabench.figures.verdicts import draw_matrix
 from lorabench.report.evidence import (
     END,
     MATRIX_PAGES,
