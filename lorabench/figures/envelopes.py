@@ -22,6 +22,7 @@ from lorabench.figures.grid import (
     diverged_facts,
     diverged_runs,
     lines,
+    occurring,
     only,
     panels,
     points,
@@ -75,7 +76,9 @@ def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
         style.note(axes, " · ".join([*facts, sigma_text(sigma), *diverged_facts(rows, curves, "no curve")]))
     departure = style.mark("a rank leaves the highest rank's curve", "o", markerfacecolor="white", markeredgewidth=1.4)
     shade = Patch(label=f"lowest envelope ± 2{style.SIGMA} of seeds", facecolor="0.85")
-    style.legends(figure, styles, [departure, shade])
+    elements = set(plotted["element"])
+    marks = occurring([("departure" in elements, departure), ("noise_band" in elements, shade)])
+    style.legends(figure, styles, marks)
     return figure, plotted
 
 

@@ -31,7 +31,7 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
     """Return the fitted optimum of an arm; None if none of its runs finished.
 
     Returns:
-        lr, lr_low and lr_high (the optimal LR with its 95% interval; at the edge of the grid, or without a fit, the
+        lr_best (the LR of the grid with the lowest loss), lr, lr_low and lr_high (the optimal LR with its 95% interval; at the edge of the grid, or without a fit, the
         best LR of the grid without an interval), resolved (whether the grid resolves it), nll, nll_low and nll_high
         (the fitted minimum of the test loss with its 95% interval, NaN where its error is not known; without a fit, the
         mean loss at the best LR), n_seeds, at_edge (whether the best LR is at the edge of its grid), and fitted
@@ -42,7 +42,14 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
         return None
     grid = fit.grids[label]
     best = float(grid.lrs[grid.centre])
-    row = {"lr": best, "lr_low": math.nan, "lr_high": math.nan, "resolved": False, "at_edge": grid.edge is not None}
+    row = {
+        "lr_best": best,
+        "lr": best,
+        "lr_low": math.nan,
+        "lr_high": math.nan,
+        "resolved": False,
+        "at_edge": grid.edge is not None,
+    }
     if label not in fit.minima:
         at_best = with_losses(comparison.rows[label]).query("lr == @best and status == 'done'")
         mean = {"nll": float(at_best["test_loss"].astype(float).mean()), "nll_low": math.nan, "nll_high": math.nan}

@@ -12,10 +12,9 @@ from typing import Any
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.figures.evidence import draw_forest
-from lorabench.figures.evidence import draw_left_out
-from lorabench.figures.verdicts import draw_matrix
+from lorabench.figures.evidence import draw_forest, draw_left_out
 from lorabench.figures.style import write_figure
+from lorabench.figures.verdicts import draw_matrix
 from lorabench.report import claim_text, lr_evidence
 from lorabench.report.generated_block import text_around, write_around
 from lorabench.report.publish import results_page
