@@ -225,9 +225,9 @@ _PER_PARAMETER = {1.0: ":", 2.0: "--"}
 def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw how many bits of random facts an adapter stores; return the figure, and what it plots as one tidy table.
 
-    The column `element` says what a row is: `seed` (one run at its arm's best LR), `stored` (the mean over these runs,
-    with its 95% t interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of 1 and 2 bits per
-    parameter) or `diverged` (one run). `bits` are the bits of the facts' answers that are stored.
+    The column `element` says what a row is: `seed` (one run at the LR nearest to its arm's optimum), `stored` (by the
+    fitted lowest loss, with its 95% interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of
+    1 and 2 bits per parameter) or `diverged` (one run). `bits` are the bits of the facts' answers that are stored.
     """
     facts = tables.runs[is_standard(tables.runs) & is_memorisation(tables.runs)]
     if facts.empty:
@@ -254,7 +254,9 @@ def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     for bits, linestyle in _PER_PARAMETER.items():
         label = f"{bits:g} {'bit' if bits == 1 else 'bits'} / parameter"
         entries.append(("per_parameter" in elements, _line(label, linestyle)))
-    entries.append(("stored" in elements, style.mark("mean, 95% interval", "o", linestyle="-", linewidth=1.2)))
+    entries.append(
+        ("stored" in elements, style.mark("fitted lowest loss, 95% interval", "o", linestyle="-", linewidth=1.2))
+    )
     entries.append(("seed" in elements, style.mark("one seed", "_", markersize=9)))
     style.legends(figure, styles, occurring(entries))
     return figure, plotted

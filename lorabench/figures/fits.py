@@ -31,11 +31,11 @@ def optimum(comparison: Comparison, arm: Arm) -> dict[str, Any] | None:
     """Return the fitted optimum of an arm; None if none of its runs finished.
 
     Returns:
-        lr_best (the LR of the grid with the lowest loss), lr, lr_low and lr_high (the optimal LR with its 95% interval; at the edge of the grid, or without a fit, the
-        best LR of the grid without an interval), resolved (whether the grid resolves it), nll, nll_low and nll_high
-        (the fitted minimum of the test loss with its 95% interval, NaN where its error is not known; without a fit, the
-        mean loss at the best LR), n_seeds, at_edge (whether the best LR is at the edge of its grid), and fitted
-        (whether there is a fit).
+        lr_best (the LR of the grid with the lowest loss), lr, lr_low and lr_high (the optimal LR with its 95% interval;
+        at the edge of the grid, or without a fit, lr_best without an interval), resolved (whether the grid resolves
+        it), nll, nll_low and nll_high (the fitted minimum of the test loss with its 95% interval, NaN where its error
+        is not known; without a fit, the mean loss at lr_best), n_seeds, at_edge (whether lr_best is at the edge of its
+        grid), and fitted (whether there is a fit).
     """
     fit, label = comparison.fit, arm_label(arm)
     if label not in fit.grids:
