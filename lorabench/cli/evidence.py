@@ -49,8 +49,8 @@ def evidence(
     recommended ones would have been for each source, had it not been known.
     """
     with in_one_sentence():
-        from lorabench.report.evidence import gather, published_folders, published_presets, write
-        from lorabench.report.evidence import publish as write_published
+        from lorabench.report.blocks import published_folders
+        from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
         from lorabench.sources.own import read_own
 
         own = {preset.name: preset for preset in published_presets(publish or Path())}
@@ -59,7 +59,7 @@ def evidence(
             name = folder.parent.name if folder.name == "tables" else folder.name
             own[name] = read_own(folder, name)
         gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
-        write(gathered, out)
+        write_evidence(gathered, out)
         if publish is not None:
-            write_published(gathered, out, publish)
+            publish_evidence(gathered, publish)
         print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")

@@ -309,15 +309,12 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
 
 
 @app.command(rich_help_panel=_PANEL)
-def publish(
-    preset: PresetOption = "laptop",
-    readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
-) -> None:
-    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+def publish(preset: PresetOption = "laptop") -> None:
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     with in_one_sentence():
         from lorabench.report.publish import publish as write_published
 
-        write_published(plan_and_layout(preset)[1], readme)
+        write_published(plan_and_layout(preset)[1], Path())
 
 
 @app.command("save-runs", rich_help_panel=_PANEL)
