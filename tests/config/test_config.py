@@ -38,7 +38,7 @@ def test_the_catalogue_of_models_is_valid():
 
 
 def test_schema_is_current():
-    assert SCHEMA.read_text() == json_schema(), "run: lorabench schema > workflow/presets/schema.json"
+    assert SCHEMA.read_text() == json_schema(), "run: lorabench step schema > workflow/presets/schema.json"
 
 
 def change(raw, path, value):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.store.io import read_table
 
 ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
