@@ -20,9 +20,14 @@ from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, check_places, publ
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.sources.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima, optima_table
-from lorabench.sources.matrix import matrix
-from lorabench.sources.measurements import growth_measurements, measurement_table, measurements, summary_table
-from lorabench.sources.own import Own, own_measurements, read_own
+from lorabench.sources.matrix import Own, matrix, read_own
+from lorabench.sources.measurements import (
+    growth_measurements,
+    measurement_table,
+    measurements,
+    own_measurements,
+    summary_table,
+)
 from lorabench.sources.studies import Study, judge, read_studies, source_folders
 from lorabench.store.io import read_table, write_csv
 from lorabench.store.judged import read_claims
