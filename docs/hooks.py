@@ -20,9 +20,10 @@ from lorabench.claims.claim import Claim
 from lorabench.figures.catalog import FIGURES
 from lorabench.figures.short_names import FAMILIES
 from lorabench.report import claim_text
-from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, SOURCES, measured, published_folders, table
+from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, SOURCES, matrix, measured, published_folders, table
 from lorabench.report.facts import COUNTING, headline, in_order
 from lorabench.store.judged import read_claims
+from lorabench.utils import formats
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -35,9 +36,7 @@ PAGES = {
     f"{PUBLISHED}/calibration.csv": "all-calibration.md",
     f"{PUBLISHED}/evidence/claims.csv": "all-evidence.md",
     f"{PUBLISHED}/evidence/lr_optima.csv": "all-learning-rates.md",
-    **{
-        str((folder / "claims.csv").relative_to(ROOT)): f"all-{folder.name}.md" for folder in published_folders(ROOT)
-    },
+    **{str((folder / "claims.csv").relative_to(ROOT)): f"all-{folder.name}.md" for folder in published_folders(ROOT)},
 }
 """The pages that are made for the site, by the file of the repository that they show."""
 
@@ -152,6 +151,8 @@ def evidence_page() -> str:
         "",
         "[Other people's runs](other-runs.md) says how to read this page.",
         "",
+        on_page_markdown(matrix(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
+        "",
         "![What several sources measured](published/evidence/forest.svg)",
         "",
         "The rows of the picture group the sources by what differs between them. A diamond is the mean of a group.",
@@ -166,6 +167,7 @@ def evidence_page() -> str:
              measured(claim), claim["n_runs"], _text(claim["scope"])]
             for claim in judged[judged["source"] == name].to_dict("records")
         ]  # fmt: skip
+        header = ["model", "", "claim", "verdict", "measured, 95% interval", "runs", "scope"]
         lines += [
             "",
             f"## {name}",
@@ -175,7 +177,7 @@ def evidence_page() -> str:
             "",
             *(f"- {doubt}" for doubt in source["doubts"]),
             "",
-            *(table(["model", "", "claim", "verdict", "measured, 95% interval", "runs", "scope"], rows) if rows else []),
+            *(table(header, rows) if rows else []),
         ]
     return "\n".join(lines)
 
@@ -206,6 +208,7 @@ def learning_rates_page() -> str:
 def calibration_page() -> str:
     """Return the page of the shares of right and wrong verdicts on simulated sweeps, by claim and effect."""
     shares = pd.read_csv(ROOT / PUBLISHED / "calibration.csv")
+    core = pd.read_csv(ROOT / PUBLISHED / "calibration_core.csv")
     return "\n".join(
         [
             "# Right and wrong verdicts on simulated sweeps",
@@ -214,6 +217,12 @@ def calibration_page() -> str:
             "`effect` is in margins; `wrong` has a 95% interval.",
             "",
             *table(*_frame(shares)),
+            "",
+            "## The power of core",
+            "",
+            "100 simulated sweeps for each claim and effect, with the learning rates, seeds and examples of `core`.",
+            "",
+            *table(*_frame(core)),
         ]
     )
 
@@ -228,4 +237,4 @@ def _frame(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def _text(value: Any) -> str:
-    return "–" if pd.isna(value) else str(value)
+    return formats.DASH if pd.isna(value) else str(value)

@@ -1,4 +1,4 @@
-"""Every link of the README and of the pages leads somewhere: in the repository, where people read them, and on the site.
+"""Every link of the README and of the pages leads somewhere in the repository, where people read them too.
 
 Links may not lead through a symbolic link, which code hosts do not follow.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from ..conftest import REPOSITORY
 
-PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *REPOSITORY.glob("docs/*.md")]
+PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
 
 
 def anchors(page: Path) -> set[str]:
@@ -38,7 +38,7 @@ def test_links_lead_to_files_and_headings_of_the_repository(page: Path):
 
 
 def test_pages_that_code_names_exist():
-    """Messages and docstrings name pages as docs/NAME.md."""
+    """Messages and docstrings name pages by their path from the root."""
     named = {
         match
         for folder in ("lorabench", "workflow", "benchmarks", "tests", "paper_figures", ".ci", "slurm")
