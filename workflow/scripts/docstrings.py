@@ -1,4 +1,4 @@
-"""Collects the text of datasets of kind `docstrings`: functions of installed packages with what people wrote about them.
+"""Collects the text of datasets of kind `docstrings`: functions of installed packages with their descriptions.
 
     python workflow/scripts/docstrings.py lorabench/data/docstrings.parquet
 
@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import Distribution, distribution
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +64,7 @@ def sources(package: Distribution) -> Iterator[str]:
         path = PurePosixPath(str(file))
         skipped = SKIPPED.intersection(path.parts[:-1]) or path.name.startswith(("test_", "conftest", "__config__"))
         if path.suffix == ".py" and ".." not in path.parts and not skipped:
-            yield file.locate().read_bytes().decode(errors="replace")
+            yield Path(str(file.locate())).read_bytes().decode(errors="replace")
 
 
 def functions(package: Distribution, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
