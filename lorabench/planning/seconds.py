@@ -83,7 +83,7 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         experts = sum(
             matrix.active * matrix.d_in * matrix.d_out for matrix in sizes.matrices if matrix.part == "experts"
         )
-        work *= 1.0 + (_TF32 - 1.0) * experts / sizes.active_linear
+        work *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
     computing = work / flops_per_second(execution, gpus) + _adding_seconds(preset, condition, gpus)
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
     # them backward.
