@@ -80,9 +80,8 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         return (work + _decoding(preset) * flops.drawn) / flops_per_second(execution), 0.0
     if preset.protocol.precision == "bf16":
         # Experts compute in TF32 where all other layers do in bf16.
-        experts = sum(
-            matrix.active * matrix.d_in * matrix.d_out for matrix in sizes.matrices if matrix.part == "experts"
-        )
+        experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
+        active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
         work *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
     computing = work / flops_per_second(execution, gpus) + _adding_seconds(preset, condition, gpus)
     # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
