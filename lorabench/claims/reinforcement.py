@@ -12,9 +12,8 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import GoodRange, flat_top, good_ranges
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, untestable
 from lorabench.claims.rl_shared import (
     CONDITIONS,

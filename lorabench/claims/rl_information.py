@@ -14,8 +14,7 @@ from lorabench.analysis.estimate import Estimate, combined, exact, mean_over_see
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above, Verdict, Within
+from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import response_length
 from lorabench.claims.evidence import Evidence
