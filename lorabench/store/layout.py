@@ -164,10 +164,6 @@ class Layout:
         """Return the progress file of a sweep, which exists while the sweep is trained."""
         return self.root / "progress" / f"{sweep.sweep_id}.json"
 
-    def attempts(self, name: str) -> Path:
-        """Return the record of the attempts of a job, an evaluation or `compute`, which exists until it succeeds."""
-        return self.root / "progress" / f"{name}.attempts.json"
-
     def evals(self, job: EvalJob) -> Path:
         """Return the file of one evaluation's scores."""
         return self.root / "evals" / f"{job.eval_id}.parquet"
