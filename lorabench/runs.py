@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lorabench.config.fields import SamplerName
 from lorabench.config.placement import Placement
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 from lorabench.utils.lattice import Lattice
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails

@@ -10,7 +10,7 @@ from lorabench.config.problems import FileProblems, ProblemSpec
 from lorabench.data.docstrings import docstrings_digest
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.utils.files import file_sha256
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:

@@ -16,7 +16,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
 from lorabench.errors import UserError
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 _SKIPPED_FOLDERS = {"tests", "testing", "test", "_vendor", "vendored", "externals", "array_api_compat", "models"}
 """Folders of tests, of copies of other packages, and (`models`) of the near-copies of one model's code for the next."""

@@ -12,7 +12,7 @@ import pandas as pd
 from lorabench.errors import UserError
 from lorabench.sources.measurements import Measurement, Z
 from lorabench.store.io import table_path
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims
 
 _SIZES = {"k": 1e3, "M": 1e6, "B": 1e9}
 

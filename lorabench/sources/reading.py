@@ -15,7 +15,7 @@ from lorabench.sources.schema import UNITS, Column, CurvesOf, RunsOf, Source, qu
 from lorabench.store.checks import check_curves, check_table
 from lorabench.store.io import typed_columns, write_known_columns
 from lorabench.store.schemas import CURVES
-from lorabench.store.stand_ins import MIXED, UNKNOWN, with_stand_ins
+from lorabench.store.tables import MIXED, UNKNOWN, with_stand_ins
 from lorabench.store.tables import Tables
 
 _CELL = ["model", "dataset", "task", "method", "rank", "placement", "alpha", "batch_size", "steps", "lr"]

@@ -19,9 +19,9 @@ from lorabench.errors import UserError
 from lorabench.sources.reading import Imported, import_source
 from lorabench.sources.schema import SOURCE_FILE, NoiseOf
 from lorabench.store.checks import is_rl
-from lorabench.store.stand_ins import with_stand_ins
+from lorabench.store.tables import with_stand_ins
 from lorabench.store.tables import Tables
-from lorabench.utils.packaged import REFERENCE
+from lorabench.utils.files import REFERENCE
 
 
 @dataclass(frozen=True)

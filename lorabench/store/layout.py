@@ -16,7 +16,7 @@ from lorabench.config.problems import HubProblems
 from lorabench.data.identity import dataset_id
 from lorabench.models.identity import model_id
 from lorabench.runs import Condition, EvalJob, Job, Sweep
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 from lorabench.utils.hub import read_fetched
 
 

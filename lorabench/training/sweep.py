@@ -47,7 +47,7 @@ from lorabench.training.selection import validation_loss
 from lorabench.utils import signals
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import difference_from
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,7 @@ from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optimum import lr_optima
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
-from lorabench.store.stand_ins import with_stand_ins
+from lorabench.store.tables import with_stand_ins
 from lorabench.store.tables import Tables
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"

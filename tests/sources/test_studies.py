@@ -14,7 +14,7 @@ from lorabench.sources.measurements import measurement_table, measurements, summ
 from lorabench.sources.own import read_own
 from lorabench.sources.reading import import_source
 from lorabench.sources.studies import judge, read_studies, source_folders
-from lorabench.utils.packaged import REFERENCE
+from lorabench.utils.files import REFERENCE
 
 from ..conftest import REPOSITORY
 from .conftest import ROWS

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lorabench.errors import UserError
 from lorabench.figures.save import save_figure
 from lorabench.store.io import write_csv
-from lorabench.store.merge import KEYS, merge
+from lorabench.store.tables import KEYS, merge
 from lorabench.store.schemas import PARQUET_ONLY, SCHEMAS
 from lorabench.store.tables import Tables
 
