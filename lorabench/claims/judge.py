@@ -22,8 +22,7 @@ from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
-from lorabench.store.tables import REMARK, SOURCE_COLUMNS, remarks_on
-from lorabench.store.tables import Tables
+from lorabench.store.tables import REMARK, SOURCE_COLUMNS, Tables, remarks_on
 
 
 def judge_claims(

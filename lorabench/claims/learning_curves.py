@@ -12,7 +12,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
-from lorabench.analysis.optimal_runs import (
+from lorabench.analysis.optimal_curves import (
     MAX_LOST,
     curves_at_optimum,
     off_optimum,

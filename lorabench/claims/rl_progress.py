@@ -14,8 +14,8 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.estimate import Estimate, mean_over_seeds, normal
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, worst
-from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.margin import reward_margin
+from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.paired_curves import paired_curves, scan
 from lorabench.analysis.remedy import Problem
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN

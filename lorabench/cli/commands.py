@@ -312,7 +312,7 @@ def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str |
         UserError: both are given, a part of the number is missing or wrong, or the tables have no repeated seeds.
     """
     from lorabench.analysis.loss_fit import Noise
-    from lorabench.analysis.pooled_noise import pooled_noise
+    from lorabench.analysis.optima import pooled_noise
     from lorabench.store.tables import Tables
 
     if sd is None:
@@ -362,8 +362,8 @@ def import_source(
 ) -> None:
     """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
     with in_one_sentence():
-        from lorabench.sources.reading import import_source as read
-        from lorabench.sources.reading import write_tables
+        from lorabench.sources.studies import import_source as read
+        from lorabench.sources.studies import write_tables
 
         imported = read(source)
         write_tables(imported, out)
@@ -393,7 +393,7 @@ def evidence(
     with in_one_sentence():
         from lorabench.report.evidence import gather, published_folders, published_presets, write
         from lorabench.report.evidence import publish as write_published
-        from lorabench.sources.own import read_own
+        from lorabench.sources.matrix import read_own
 
         own = {preset.name: preset for preset in published_presets(publish or Path())}
         for folder in tables or []:

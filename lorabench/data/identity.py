@@ -9,8 +9,7 @@ from lorabench.config.datasets import DatasetSpec, DocstringsDataset, FileDatase
 from lorabench.config.problems import FileProblems, ProblemSpec
 from lorabench.data.docstrings import docstrings_digest
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.utils.files import file_sha256
-from lorabench.utils.files import digest
+from lorabench.utils.files import digest, file_sha256
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:

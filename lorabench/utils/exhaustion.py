@@ -1,4 +1,4 @@
-"""Exhausted memory or disk space, reported in one sentence instead of a library's traceback; and memory that is kept."""
+"""Exhausted memory or disk space, reported in one sentence instead of a traceback; and freed memory that is kept."""
 
 from __future__ import annotations
 

@@ -12,11 +12,10 @@ from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
-from lorabench.store.tables import with_stand_ins
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, with_stand_ins
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
 NOISE = Noise(0.0004, 10, "the repeats at LR 1e-3")

@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.pooled_noise import pooled_noise
+from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import over
 from lorabench.claims.judge import judge_claims
@@ -21,8 +21,7 @@ from lorabench.config.loading import read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
-from lorabench.store.tables import with_stand_ins
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, with_stand_ins
 
 from ..handmade import sft
 

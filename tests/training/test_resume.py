@@ -130,7 +130,7 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     assert numbers(resumed) == numbers(unbroken)
     assert unbroken.lr.nunique() == 5
     # Weights are kept at the best LR only.
-    assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds
+    assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds.best
     others = sum(s.n_runs for s in plan.sweeps if s != sweep)
     done = status(plan, layout)
     assert (done.runs_done, done.runs_planned) == (len(unbroken), sweep.n_runs + others)
