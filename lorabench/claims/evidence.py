@@ -12,7 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import is_standard
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.finding import Finding, UnjudgedError, together
-from lorabench.analysis.lr_ratio_conditions import MeasuredRatio, measured_ratios
+from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
 
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
 """The runs that most claims need."""

@@ -10,8 +10,7 @@ from lorabench.analysis.arms import in_experiments, with_arm_columns
 from lorabench.analysis.comparison import NEEDED, Judging, curves_of
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError
-from lorabench.analysis.lr_ratio_conditions import measured_ratios, prediction_table
-from lorabench.analysis.lr_ratio_theories import fitted, predicted
+from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, prediction_table
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, judge_each
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
