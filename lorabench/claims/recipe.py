@@ -22,11 +22,13 @@ from lorabench.analysis.finding import Finding
 from lorabench.analysis.lr_ratio import ratio_interval
 from lorabench.analysis.margin import Margin
 from lorabench.analysis.rules import Verdict
-from lorabench.claims.rl_shared import if_learned, rewarded_errors
+from lorabench.claims.claim import rewarded_errors
+from lorabench.claims.reinforcement import if_learned
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
+
 
 _ANSWERS: Mapping[Verdict, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
 

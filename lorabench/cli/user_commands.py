@@ -279,7 +279,7 @@ def claims(
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
-        from lorabench.claims.lr_ratio_theories import write_predictions
+        from lorabench.claims.learning_rate import write_predictions
         from lorabench.cli.judging import margins_of, noise_of, predictions_of
         from lorabench.store.io import write_frame
         from lorabench.store.tables import Tables
