@@ -193,7 +193,7 @@ def measure(
         yield Row("peak", case, "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9)
     for setting in settings:
         if not is_there(setting.model):
-            say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
+            say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
         made = {name: training_step(setting, arm, device) for name, arm in setting.arms().items()}
         seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)

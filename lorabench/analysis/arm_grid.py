@@ -10,12 +10,10 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.least_squares import FitRows
+from lorabench.runs import TIE, lowest
 
 MAX_STEP = 3.5
 """The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
-
-TIE = 1e-5
-"""The difference, in nats per token or as a share of problems, up to which two losses are equal."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,8 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     if not usable.any():
         return None
     lrs = np.unique(runs.lr[usable])
-    losses = _losses(runs, lrs)
-    centre = first_lowest(losses)
+    best = lowest(dict(zip(lrs.tolist(), _losses(runs, lrs).tolist(), strict=True)), TIE)
+    centre = lrs.tolist().index(best)
     diverged = np.sort(runs.lr[first & runs.diverged])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
@@ -125,15 +123,6 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
         wide = [other for other in (lrs[centre - 1], lrs[centre + 1]) if not 1 / reach <= other / lrs[centre] <= reach]
         coarse = math.sqrt(wide[0] * lrs[centre]) if wide else None
     return ArmGrid(label, lrs, centre, window, edge, coarse, diverged)
-
-
-def first_lowest(losses: np.ndarray) -> int:
-    """Return the index of the lowest loss, the first of equals; NaN does not count, and one loss must be known.
-
-    Accuracies are counts of problems, so those at two LRs are often equal. Rounding in their mean over seeds must not
-    choose between them.
-    """
-    return int(np.flatnonzero(losses <= np.nanmin(losses) + TIE)[0])
 
 
 def _losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arm_grid import ArmRuns, first_lowest, over_seeds
+from lorabench.analysis.arm_grid import ArmRuns, over_seeds
 from lorabench.analysis.losses import with_losses
+from lorabench.runs import TIE, lowest
 
 
 class LrGrid(NamedTuple):
@@ -46,7 +47,8 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
 
 def best_index(grid: LrGrid) -> int | None:
     """Return the index of the lowest validation loss, the first of equals; None if no run finished."""
-    return first_lowest(grid.validation) if np.isfinite(grid.validation).any() else None
+    best = lowest(dict(zip(grid.lr.tolist(), grid.validation.tolist(), strict=True)), TIE)
+    return None if best is None else int(np.searchsorted(grid.lr, best))
 
 
 def is_edge(grid: LrGrid, index: int) -> bool:

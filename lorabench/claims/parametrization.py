@@ -27,7 +27,7 @@ from lorabench.analysis.invariances import (
     with_lr_grid,
     with_scales,
 )
-from lorabench.analysis.lr_ratio import as_ratio, in_words
+from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Within
 from lorabench.analysis.units import in_unit

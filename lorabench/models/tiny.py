@@ -4,7 +4,7 @@ With them every comparison runs without a hub or a GPU on models that were reall
 in widths of 64 to 256, dense and as a mixture of experts. `RECIPES` determines them, `build` follows a recipe, and
 `lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat template, and the recipe with
 the weights' hash and held-out loss). All share a tokenizer and are trained on the same tasks. Rebuild one with
-`lorabench tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
+`lorabench step tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def test_the_model_of_a_billion_is_of_the_size_of_llama_3_2():
 
 def test_a_model_that_is_not_here_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="smollm2-135m is not here; `lorabench convert smollm2-135m` gets it"):
+    with pytest.raises(SystemExit, match="smollm2-135m is not here; `lorabench step convert smollm2-135m` gets it"):
         models.preset_entry(models.SMOLLM2)
 
 

@@ -76,7 +76,7 @@ def test_a_run_has_the_same_scores(trained: Prepared, method: str):
     preset.write_text(yaml.safe_dump(RAW | {"execution": RAW["execution"] | {"sampler": "vllm"}}))
     other = Prepared(make_plan(load_preset(str(preset))), trained.layout)
     evaluate_job(trained.plan, trained.job(method), trained.layout)
-    command = ["evaluate", other.job(method).eval_id, "--preset", str(preset)]
+    command = ["step", "evaluate", other.job(method).eval_id, "--preset", str(preset)]
     subprocess.run([sys.executable, "-m", "lorabench.cli", *command], check=True)
     tables = {}
     for name, prepared in (("own", trained), ("vllm", other)):

@@ -24,7 +24,7 @@ rule fetch_model:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=0 lorabench fetch-model {wildcards.model} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=0 lorabench step fetch-model {wildcards.model} --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -42,7 +42,7 @@ rule convert_gguf:
         preset=lambda wildcards, output: PRESET,
         model=lambda wildcards, output: GGUF_MODELS[wildcards.folder],
     shell:
-        "lorabench convert {params.model:q} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "lorabench step convert {params.model:q} --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # The tiny bases are shipped. This rule builds them again by their recipes, and runs only on request.
@@ -64,4 +64,4 @@ rule tiny_base:
         "../envs/lorabench.yaml"
     threads: 1
     shell:
-        "lorabench tiny {wildcards.name:q} results/tiny_bases/{wildcards.name:q} 2>&1 | tee {log:q}"
+        "lorabench step tiny {wildcards.name:q} results/tiny_bases/{wildcards.name:q} 2>&1 | tee {log:q}"

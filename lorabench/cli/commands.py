@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorabench.cli.errors import in_one_sentence
-from lorabench.cli.preset_option import PresetOption, plan_and_layout
-from lorabench.config.schema import json_schema
+from lorabench.cli.common import PresetOption, in_one_sentence, plan_and_layout
 from lorabench.errors import NothingToDrawError, UserError
+from lorabench.utils.devices import own_devices, reduce_fragmentation
 
 if TYPE_CHECKING:
-    # Imported when a command runs, since the help needs neither.
+    # Imported when a command runs, since the help needs none of them.
+    from lorabench.analysis.loss_fit import Noise
     from lorabench.planning.plan import Plan
     from lorabench.store.layout import Layout
 
-app = typer.Typer()
-_PANEL = "Commands"
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help='Rerun the comparisons of "LoRA Without Regret" and judge its claims from the results.',
+    epilog="The steps of the workflow, which its rules call: lorabench step --help.",
+)
 
 ModelName = Annotated[
     str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
@@ -34,7 +42,45 @@ TablesFolders = Annotated[list[Path], typer.Option("--tables", help="Folder with
 FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data_format: DataFormat = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    held_out: Annotated[
+        float,
+        typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test."),
+    ] = 0.1,
+    gpu: Annotated[str | None, typer.Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
+    grader: Annotated[
+        str | None,
+        typer.Option(
+            help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
+            "response, `boxed` the content of its \\boxed{}."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
+) -> None:
+    """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
+    with in_one_sentence():
+        from lorabench.cli.show import plan_table
+        from lorabench.custom.preset import Choices, init_preset
+        from lorabench.planning.plan import make_plan
+
+        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
+        written = init_preset(out, model, data, data_format, choices, force, say=print)
+        plan_table(make_plan(written), os.cpu_count() or 1)
+        print(f"wrote {out}; next: lorabench run {out}")
+
+
+@app.command()
 def plan(
     preset: PresetOption = "laptop",
     out: Annotated[
@@ -44,20 +90,10 @@ def plan(
         str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour.")] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=0, help="Hours (of GPUs, or of a CPU job) to stay within.")
-    ] = None,
     measured: Annotated[
         list[Path] | None,
         typer.Option(
             help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
-        ),
-    ] = None,
-    decide: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An inconclusive claim of the finished preset, or `all`: show the further runs that would decide it, "
-            "and their cost; may be repeated."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
@@ -65,12 +101,9 @@ def plan(
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
         from lorabench.planning import bill
-        from lorabench.planning.budget import with_budget
         from lorabench.planning.plan import make_plan
 
-        planned, layout = plan_and_layout(preset if budget is None else with_budget(preset, budget))
-        if out is not None and decide:
-            raise UserError("--out and --decide: give one of them")
+        planned, layout = plan_and_layout(preset)
         if out is not None:
             from lorabench.store.collect import write_plan
 
@@ -83,14 +116,7 @@ def plan(
         assumed = planned.preset.execution.gflops
         planned, notes = _at_measured_speed(planned, layout, measured or [])
         cores = os.cpu_count() or 1
-        notes += layout.dropped
-        if decide:
-            from lorabench.claims.decide import undecided
-            from lorabench.cli.show_decisions import decisions, decisions_json, decisions_table
-
-            priced = decisions(planned, undecided(layout, decide), named=decide != ["all"])
-            (decisions_json if as_json else decisions_table)(planned, priced, cores, price, notes)
-        elif as_json:
+        if as_json:
             print(plan_json(planned, cores, price, notes))
         else:
             plan_table(planned, cores, price, notes, measured=planned.preset.execution.gflops != assumed)
@@ -130,7 +156,7 @@ def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -
     return planned if preset == planned.preset else make_plan(preset), notes
 
 
-@app.command(rich_help_panel=_PANEL, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(
     context: typer.Context,
     preset: Annotated[str, typer.Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
@@ -144,45 +170,51 @@ def run(
         start_snakemake(preset, context.args)
 
 
-@app.command(rich_help_panel=_PANEL)
-def init(
-    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
-    model: ModelName,
-    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
-    data_format: DataFormat = None,
-    ranks: Annotated[
-        list[int] | None,
-        typer.Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated."),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
-    held_out: Annotated[
-        float,
-        typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test."),
-    ] = 0.1,
-    gpu: Annotated[str | None, typer.Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
-    grader: Annotated[
-        str | None,
-        typer.Option(
-            help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
-            "response, `boxed` the content of its \\boxed{}."
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
-) -> None:
-    """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
+@app.command()
+def status(preset: PresetOption = "laptop") -> None:
+    """Show how far the work of a preset is and what is running."""
     with in_one_sentence():
-        from lorabench.cli.show import plan_table
-        from lorabench.custom.preset import Choices, init_preset
-        from lorabench.planning.plan import make_plan
+        from lorabench.cli.show import status_table
+        from lorabench.store.progress import status as read_status
 
-        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
-        written = init_preset(out, model, data, data_format, choices, force, say=print)
-        plan_table(make_plan(written), os.cpu_count() or 1)
-        print(f"wrote {out}; next: lorabench run {out}")
+        status_table(read_status(*plan_and_layout(preset)))
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command()
+def doctor(
+    preset: PresetOption = "laptop",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Also check training by this number of processes, one per GPU.")
+    ] = 1,
+) -> None:
+    """Check this machine for a preset in at most half an hour: numbers, speed, memory, and how work continues.
+
+    Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
+    failed.
+    """
+    with in_one_sentence(), ExitStack() as contexts:
+        planned, layout = plan_and_layout(preset)
+        if planned.preset.execution.gpu is not None:
+            # As a job does before torch is imported.
+            reduce_fragmentation()
+            contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
+        from lorabench.cli.show import checks_table
+        from lorabench.doctor.record import Check, write_record
+        from lorabench.doctor.run import examine
+
+        def say(check: Check) -> None:
+            print(f"{check.status}: {check.name}", file=sys.stderr, flush=True)
+
+        record = examine(planned, layout, processes, say)
+        path = write_record(record)
+        checks_table(record.checks)
+        print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
+    if record.failed:
+        print(f"lorabench: {len(record.failed)} of {len(record.checks)} checks failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def recommend(
     model: ModelName,
     dataset_tokens: Annotated[
@@ -229,32 +261,7 @@ def recommend(
             recommendation_table(recommendation, examined)
 
 
-@app.command(rich_help_panel=_PANEL)
-def status(preset: PresetOption = "laptop") -> None:
-    """Show how far the work of a preset is and what is running."""
-    with in_one_sentence():
-        from lorabench.cli.show import status_table
-        from lorabench.store.progress import status as read_status
-
-        status_table(read_status(*plan_and_layout(preset)))
-
-
-@app.command(rich_help_panel=_PANEL)
-def schema() -> None:
-    """Print the JSON schema of presets."""
-    print(json_schema(), end="")
-
-
-@app.command(rich_help_panel=_PANEL)
-def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
-    """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
-    with in_one_sentence():
-        from lorabench.store.merge import merge as merge_folders
-
-        merge_folders(folders, out)
-
-
-@app.command(rich_help_panel=_PANEL)
+@app.command()
 def claims(
     tables: TablesFolder,
     out: Annotated[Path, typer.Option(help="Folder for the claims table.")],
@@ -280,19 +287,50 @@ def claims(
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
         from lorabench.claims.learning_rate import write_predictions
-        from lorabench.cli.judging import margins_of, noise_of, predictions_of
+        from lorabench.config.loading import read_margins
+        from lorabench.config.predictions import LrRatioPredictions, Predictions
         from lorabench.store.io import write_frame
+        from lorabench.store.layout import Layout
         from lorabench.store.tables import Tables
 
-        chosen = margins_of(preset, margins)
-        elsewhere = noise_of(noise, noise_sd, noise_dof, noise_source)
-        read, predictions = Tables.read(tables), predictions_of(preset)
-        judged = judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions)
-        write_frame(judged, "claims", out)
+        if preset is not None and margins is not None:
+            raise UserError("--preset and --margins: give one of them, since the preset states margins too")
+        predictions, chosen = None, None if margins is None else read_margins(margins)
+        if preset is not None:
+            stated = Layout.of(preset).preset
+            chosen, predictions = stated.margins, stated.predictions or Predictions(lr_ratio=LrRatioPredictions())
+        elsewhere = _noise(noise, noise_sd, noise_dof, noise_source)
+        read = Tables.read(tables)
+        write_frame(judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions), "claims", out)
         write_predictions(read, chosen, predictions, out)
 
 
-@app.command(rich_help_panel=_PANEL)
+def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str | None) -> Noise | None:
+    """Return seed noise from the tables in a folder, or from a number with its source; None if none is given.
+
+    Raises:
+        UserError: both are given, a part of the number is missing or wrong, or the tables have no repeated seeds.
+    """
+    from lorabench.analysis.loss_fit import Noise
+    from lorabench.analysis.optima import pooled_noise
+    from lorabench.store.tables import Tables
+
+    if sd is None:
+        if dof is not None or source is not None:
+            raise UserError("--noise-dof and --noise-source describe --noise-sd, which is missing")
+        return None if folder is None else pooled_noise(Tables.read(folder).runs, str(folder))
+    if folder is not None:
+        raise UserError("--noise and --noise-sd: give one of them")
+    if dof is None or source is None or not source.strip():
+        raise UserError("--noise-sd needs --noise-dof and --noise-source, which say how well it is known and by whom")
+    if not (math.isfinite(sd) and sd > 0):
+        raise UserError(f"--noise-sd {sd}: allowed: numbers above 0, in nats")
+    if dof < 1:
+        raise UserError(f"--noise-dof {dof}: allowed: whole numbers from 1 up")
+    return Noise(sd, dof, source)
+
+
+@app.command()
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     with in_one_sentence():
@@ -308,7 +346,68 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
                 print(f"figure {figure_name} is not drawn: {nothing}")
 
 
-@app.command(rich_help_panel=_PANEL)
+@app.command()
+def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
+    """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
+    with in_one_sentence():
+        from lorabench.store.merge import merge as merge_folders
+
+        merge_folders(folders, out)
+
+
+@app.command("import")
+def import_source(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tidy tables.")],
+) -> None:
+    """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
+    with in_one_sentence():
+        from lorabench.sources.studies import import_source as read
+        from lorabench.sources.studies import write_tables
+
+        imported = read(source)
+        write_tables(imported, out)
+        print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
+
+
+@app.command()
+def evidence(
+    out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(help="A source of your own, or a folder of sources, besides the shipped ones; may be repeated."),
+    ] = None,
+    tables: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
+    ] = None,
+    publish: Annotated[
+        Path | None, typer.Option(help="The repository's root: write the matrix into its README and docs too.")
+    ] = None,
+) -> None:
+    """Judge all published runs by the paper's claims, and test what would have been recommended for each.
+
+    Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
+    recommended ones would have been for each source, had it not been known.
+    """
+    with in_one_sentence():
+        from lorabench.report.evidence import gather, published_folders, published_presets, write
+        from lorabench.report.evidence import publish as write_published
+        from lorabench.sources.matrix import read_own
+
+        own = {preset.name: preset for preset in published_presets(publish or Path())}
+        for folder in tables or []:
+            # A finished preset stands for what was published of it.
+            name = folder.parent.name if folder.name == "tables" else folder.name
+            own[name] = read_own(folder, name)
+        gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
+        write(gathered, out)
+        if publish is not None:
+            write_published(gathered, out, publish)
+        print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
+
+
+@app.command()
 def publish(
     preset: PresetOption = "laptop",
     readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
@@ -320,7 +419,7 @@ def publish(
         write_published(plan_and_layout(preset)[1], readme)
 
 
-@app.command("save-runs", rich_help_panel=_PANEL)
+@app.command("save-runs")
 def save_runs(preset: PresetOption = "laptop") -> None:
     """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
     with in_one_sentence():
@@ -331,7 +430,7 @@ def save_runs(preset: PresetOption = "laptop") -> None:
         print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
 
 
-@app.command("restore-runs", rich_help_panel=_PANEL)
+@app.command("restore-runs")
 def restore_runs(preset: PresetOption = "laptop") -> None:
     """Restore the runs that `save-runs` saved, so that the preset goes on from them."""
     with in_one_sentence():

