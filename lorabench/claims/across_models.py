@@ -12,7 +12,7 @@ from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
 from lorabench.analysis.finding import Finding, Outcome, UnjudgedError, decide, finding, together, without, worst
 from lorabench.analysis.lr_law import PIVOT, PUBLISHED, ArmOptimum, fit_lr_law, predict_lr, prediction_errors
-from lorabench.analysis.lr_ratio import as_ratio, in_words
+from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Within
 from lorabench.analysis.swept_models import (

@@ -14,7 +14,7 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.margin import Margin
-from lorabench.analysis.optimal_runs import off_optimum, pair_at_optimum
+from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum
 from lorabench.analysis.remedy import Problem
 from lorabench.analysis.rules import Above
 from lorabench.claims.claim import SWEEP, Claim, Evidence

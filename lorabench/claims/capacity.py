@@ -12,7 +12,6 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.departure import WINDOWS, Departure, paired_departure
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student
 from lorabench.analysis.finding import (
     MIN_SEEDS,
@@ -26,7 +25,15 @@ from lorabench.analysis.finding import (
     worst,
 )
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.optimal_runs import curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
+from lorabench.analysis.optimal_curves import (
+    WINDOWS,
+    Departure,
+    curves_at_optimum,
+    off_optimum,
+    pair_at_optimum,
+    paired_departure,
+    runs_at_optimum,
+)
 from lorabench.analysis.paired_curves import PairedCurves
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rules import Above, Within

@@ -12,7 +12,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.estimate import Estimate, exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
-from lorabench.analysis.optimal_runs import off_optimum, runs_at_optimum
+from lorabench.analysis.optimal_curves import off_optimum, runs_at_optimum
 from lorabench.analysis.paired_curves import scan
 from lorabench.analysis.remedy import Problem
 from lorabench.analysis.rules import Above, Verdict

@@ -16,7 +16,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
-from lorabench.analysis.lr_ratio import PAPER_RATIO, judge_ratio
+from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import flat_top, good_ranges
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN

@@ -14,9 +14,9 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
-from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.margin import reward_margin
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
+from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.paired_curves import paired_curves, scan
 from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN

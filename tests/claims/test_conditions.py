@@ -10,8 +10,7 @@ from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.remedy import Remedy
 from lorabench.claims import conditions
 from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import Evidence
+from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.judge import judge_claims
 from lorabench.config.loading import load_preset
 from lorabench.config.margins import Margins

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from lorabench.claims.lr_ratio_theories import CLAIMS
 
 from lorabench.analysis.lr_ratio_conditions import COLUMNS
 from lorabench.analysis.lr_ratio_theories import Setting, predicted
 from lorabench.claims.judge import judge_claims
-from lorabench.claims.lr_ratio_theories import CLAIMS, write_predictions
+from lorabench.claims.learning_rate import write_predictions
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
 from lorabench.store.tables import Tables
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import parameter_counts, placement
+from lorabench.claims import placement
+from lorabench.claims.compute import PAPER_COUNTS, parameter_counts
 from lorabench.claims.judge import judge_claims
-from lorabench.claims.parameter_counts import PAPER_COUNTS
 from lorabench.store.tables import Tables
 
 from ..handmade import rl

@@ -12,9 +12,8 @@ from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import over
-from lorabench.claims.judge import judge_claims
-from lorabench.claims.scope_text import scope_text
+from lorabench.claims.judge import judge_claims, scope_text
+from lorabench.claims.judging import over
 from lorabench.config.fields import PresetError
 from lorabench.config.files import PRESETS
 from lorabench.config.loading import read_margins
