@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import placement
-from lorabench.claims.compute import PAPER_COUNTS, parameter_counts
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.compute import PAPER_COUNTS
 from lorabench.claims.judge import judge_claims
 from lorabench.store.tables import Tables
 
@@ -51,8 +51,8 @@ def judged(runs, counts=None, ids=(*IDS, "E6", "M1"), curves=None):
         pd.DataFrame() if curves is None else curves,
         counts=pd.DataFrame() if counts is None else counts,
     )
-    every = (*placement.CLAIMS, *parameter_counts.CLAIMS)
-    return judge_claims(tables_read, [claim for claim in every if claim.id in ids]).set_index("claim_id")
+
+    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
 
 
 def moe(**settings):
