@@ -14,7 +14,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
-from lorabench.analysis.margin import reward_margin
+from lorabench.analysis.margin import gain_margin
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.paired_curves import paired_curves, scan
@@ -216,7 +216,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     if not steps or not paired or 0 not in full:
         raise UnjudgedError("inconclusive", "no accuracies of both before and after training")
     before, after = float(full[0].mean()), float(full[steps[-1]].mean())
-    margin = reward_margin(comparison.judging.margins, before, after, "FullFT")
+    margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
     problems = curve_problems(comparison, [lora, fullft], len(paired))
     if not after - before >= MIN_GAIN:
         problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lorabench.analysis.comparison import in_experiments
+from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
-from lorabench.analysis.remedy import Remedy
+from lorabench.analysis.rules import Remedy
 from lorabench.claims import conditions
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim, Evidence
@@ -99,7 +99,7 @@ def judged(judge, *needed, **options):
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
     measured = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
     row = judged(
-        lambda evidence: found, conditions.runs_of_steps(1000, ("core", "paper")), conditions.widths(128, 2, ())
+        lambda evidence: measured, conditions.runs_of_steps(1000, ("core", "paper")), conditions.widths(128, 2, ())
     )
     assert row["verdict"] == "setting not met"
     assert row["missing"] == "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
@@ -110,7 +110,7 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
 
 def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
     found = Finding("confirmed", "all well", 0.1)
-    assert judged(lambda evidence: found, conditions.runs_of_steps(50, ()))["verdict"] == "confirmed"
+    assert judged(lambda evidence: measured, conditions.runs_of_steps(50, ()))["verdict"] == "confirmed"
 
     def nothing(evidence):
         raise UnjudgedError("not tested", "no runs of LoRA")
