@@ -10,11 +10,20 @@ import numpy as np
 
 from lorabench.analysis.arms import STANDARD, arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, generator, unknown
-from lorabench.analysis.finding import Finding, Outcome, UnjudgedError, decide, finding, together, without, worst
+from lorabench.analysis.finding import (
+    Finding,
+    Outcome,
+    UnjudgedError,
+    decide,
+    finding,
+    in_unit,
+    together,
+    without,
+    worst,
+)
 from lorabench.analysis.lr_law import PIVOT, PUBLISHED, ArmOptimum, fit_lr_law, predict_lr, prediction_errors
 from lorabench.analysis.optima import as_ratio, in_words
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.swept_models import (
     METHODS,
     SweptModel,
@@ -24,7 +33,6 @@ from lorabench.analysis.swept_models import (
     slope_over_models,
     swept_models,
 )
-from lorabench.analysis.units import in_unit
 from lorabench.claims.claim import Claim, Condition, Evidence
 from lorabench.claims.conditions import widths
 from lorabench.claims.judging import judge_each, named_problems

@@ -13,10 +13,8 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
-from lorabench.analysis.margin import Margin
 from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above
+from lorabench.analysis.rules import Above, Margin, Problem
 from lorabench.claims.claim import SWEEP, Claim, Evidence
 from lorabench.claims.conditions import batch_sizes
 from lorabench.claims.judging import doubted, judge_each, margin_problems, named_problems

@@ -12,7 +12,8 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student
+from lorabench.analysis.curves import PairedCurves
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import (
     MIN_SEEDS,
     Finding,
@@ -34,11 +35,8 @@ from lorabench.analysis.optimal_curves import (
     paired_departure,
     runs_at_optimum,
 )
-from lorabench.analysis.paired_curves import PairedCurves
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.analysis.student import t_quantile
 from lorabench.claims.claim import SWEEP, Claim, Evidence
 from lorabench.claims.conditions import natural_text
 from lorabench.claims.judging import margin_problems, over

@@ -12,8 +12,7 @@ import pandas as pd
 from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
 from lorabench.analysis.invariances import with_scales
-from lorabench.analysis.margin import Margin
-from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Margin, Problem, Remedy
 from lorabench.claims.claim import Evidence
 
 Judged = TypeVar("Judged")

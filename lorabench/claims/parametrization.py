@@ -12,9 +12,9 @@ import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
-from lorabench.analysis.early import train_curves
+from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, without, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, in_unit, together, without, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
     PAIR_SETTING,
@@ -28,9 +28,7 @@ from lorabench.analysis.invariances import (
     with_scales,
 )
 from lorabench.analysis.optima import as_ratio, in_words
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
-from lorabench.analysis.units import in_unit
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.conditions import runs_of_steps
 from lorabench.claims.judging import few_seeds, judge_each, on_lora, over, unconfirmed

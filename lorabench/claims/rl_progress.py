@@ -12,15 +12,13 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
+from lorabench.analysis.curves import paired_curves, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
-from lorabench.analysis.margin import gain_margin
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
-from lorabench.analysis.paired_curves import paired_curves, scan
-from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
-from lorabench.analysis.rules import Above, Rule, Verdict, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.conditions import response_length
 from lorabench.claims.judging import judge_each, margin_problems

@@ -109,7 +109,7 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
 
 
 def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
-    found = Finding("confirmed", "all well", 0.1)
+    measured = Finding("confirmed", "all well", 0.1)
     assert judged(lambda evidence: measured, conditions.runs_of_steps(50, ()))["verdict"] == "confirmed"
 
     def nothing(evidence):
