@@ -16,8 +16,8 @@ from lorabench.analysis.lr_law import (
     lineage,
     predict_lr,
     prediction_errors,
+    slope_over_models,
 )
-from lorabench.analysis.lr_law import slope_over_models
 
 # Family, hidden size, and the LRs of FullFT and LoRA by `get_lr` of the authors' tinker-cookbook, to four digits.
 TABLE = [
