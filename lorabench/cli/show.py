@@ -25,8 +25,7 @@ def plan_table(
 ) -> None:
     """Print what each experiment of a plan costs.
 
-    The columns are jobs, runs, lanes (runs that are trained together), tokens, FLOPs, and either minutes on a CPU or
-    GPU-hours, memory, disk and money.
+    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, memory, disk and money.
 
     Args:
         cores: CPU cores that the jobs share.
@@ -73,11 +72,11 @@ def plan_table(
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
 
     def cells(name: str, row: bill.Bill) -> list[str]:
-        runs = [_and_most(row, str(row.runs), str(row.most_runs)), _up_to(row.lanes)] if row.runs else ["", ""]
+        runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
         amounts = [formats.amount(row.tokens), formats.number(row.flops / 1e15)]
-        return [name, str(row.jobs), *runs, *amounts, *(text(row) for text in costs.values())]
+        return [name, str(row.jobs), runs, *amounts, *(text(row) for text in costs.values())]
 
-    columns = ("jobs", "runs", "lanes", "tokens", "PFLOPs", *costs)
+    columns = ("jobs", "runs", "tokens", "PFLOPs", *costs)
     texts = [cells(name, row) for name, row in rows.items()]
     title = plan.preset.description
     print_table(("experiment", *columns), texts, columns, title, (*caption, *notes), total=True)

@@ -59,7 +59,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
         from lorabench.config.datasets import FileDataset
         from lorabench.config.problems import FileProblems
         from lorabench.data.files import tally_of
-        from lorabench.data.problem_sets import make_problems, write_problems
+        from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import build_dataset
         from lorabench.utils.files import write_json
         from lorabench.utils.hub import read_fetched
@@ -121,7 +121,7 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
         from lorabench.config.datasets import HubDataset
         from lorabench.config.problems import HubProblems
         from lorabench.data.hub import repository
-        from lorabench.data.hub_problems import repositories
+        from lorabench.data.problems import repositories
         from lorabench.utils.hub import fetch_repositories
 
         planned, layout = plan_and_layout(preset)
