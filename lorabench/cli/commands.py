@@ -286,7 +286,7 @@ def claims(
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
-        from lorabench.claims.lr_ratio_theories import write_predictions
+        from lorabench.claims.learning_rate import write_predictions
         from lorabench.config.loading import read_margins
         from lorabench.config.predictions import LrRatioPredictions, Predictions
         from lorabench.store.io import write_frame
@@ -350,7 +350,7 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
 def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     with in_one_sentence():
-        from lorabench.store.merge import merge as merge_folders
+        from lorabench.store.tables import merge as merge_folders
 
         merge_folders(folders, out)
 

@@ -13,8 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.claim import Claim
-from lorabench.claims.conditions import Condition
+from lorabench.claims.claim import Claim, Condition
 from lorabench.figures.short_names import FAMILIES
 from lorabench.report.generated_block import text_around, write_around
 

@@ -24,12 +24,10 @@ from lorabench.report import claim_text, summary
 from lorabench.report.facts import COUNTING, facts, headline, in_order
 from lorabench.report.generated_block import text_around, write_around
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.store.io import read_table, write_csv
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
 from lorabench.utils import formats
-from lorabench.utils.files import atomic_path, write_json
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import atomic_path, digest, write_json
 
 START = "<!-- results: written by `lorabench publish`, never by hand -->"
 END = "<!-- end of results -->"

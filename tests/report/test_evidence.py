@@ -24,7 +24,7 @@ from lorabench.report.evidence import (
 )
 from lorabench.sources.lr_left_out import by_source, compared
 from lorabench.sources.lr_optima import optima_of_table
-from lorabench.utils.packaged import LR_OPTIMA
+from lorabench.utils.files import LR_OPTIMA
 
 from ..conftest import REPOSITORY
 
