@@ -22,7 +22,7 @@ from lorabench.figures.short_names import FAMILIES
 from lorabench.report import claim_text
 from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, SOURCES, matrix, measured, published_folders, table
 from lorabench.report.facts import COUNTING, headline, in_order
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims
 from lorabench.utils import formats
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from typing import Any, Literal
 from lorabench.config.fields import SamplerName
 from lorabench.config.placement import Placement
 from lorabench.utils import formats
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
 # when that may be the case.

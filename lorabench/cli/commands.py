@@ -100,8 +100,8 @@ def plan(
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
-        from lorabench.planning import bill
         from lorabench.planning.plan import make_plan
+        from lorabench.planning.speed import on_gpu
 
         planned, layout = plan_and_layout(preset)
         if out is not None:
@@ -112,7 +112,7 @@ def plan(
         from lorabench.cli.show import plan_json, plan_table
 
         if gpu is not None:
-            planned = make_plan(bill.on_gpu(planned.preset, gpu))
+            planned = make_plan(on_gpu(planned.preset, gpu))
         assumed = planned.preset.execution.gflops
         planned, notes = _at_measured_speed(planned, layout, measured or [])
         cores = os.cpu_count() or 1
@@ -129,8 +129,8 @@ def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -
     known yet, it is measured now, since it differs by a factor of 100 between processors.
     """
     from lorabench.doctor.record import read_speed, record_for, with_measured_speed
-    from lorabench.planning.calibration import with_gflops
     from lorabench.planning.plan import make_plan
+    from lorabench.planning.speed import with_gflops
     from lorabench.store.measured_speed import measure
 
     preset, notes = planned.preset, []
@@ -286,7 +286,7 @@ def claims(
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
-        from lorabench.claims.lr_ratio_theories import write_predictions
+        from lorabench.claims.learning_rate import write_predictions
         from lorabench.config.loading import read_margins
         from lorabench.config.predictions import LrRatioPredictions, Predictions
         from lorabench.store.io import write_frame
@@ -350,7 +350,7 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
 def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     with in_one_sentence():
-        from lorabench.store.merge import merge as merge_folders
+        from lorabench.store.tables import merge as merge_folders
 
         merge_folders(folders, out)
 

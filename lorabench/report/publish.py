@@ -29,11 +29,9 @@ from lorabench.sources.measurements import (
     summary_table,
 )
 from lorabench.sources.studies import Study, judge, read_studies, source_folders
-from lorabench.store.io import read_table, write_csv
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims, read_table, write_csv
 from lorabench.store.layout import Layout
-from lorabench.utils.files import atomic_path, write_json
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import atomic_path, digest, write_json
 
 DEFAULT_PRESET = "laptop"
 """The preset that Snakemake runs where none is named."""

@@ -189,7 +189,8 @@ def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
     told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
     plan = make_plan(with_execution(load_preset(name), sampler=sampler))
     rl = bill.training(plan, [job for job in plan.jobs if job.sweeps[0].condition.task == "rl"])
-    hours = [part.gpu_hours for part in (rl, bill.evaluation(plan), bill.total(plan))]
+    rows = bill.per_experiment(plan)
+    hours = [part.gpu_hours for part in (rl, rows["evaluation"], rows["total"])]
     assert told == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel, TinyModel
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
 from lorabench.models.lanes.lora import stack_lora

@@ -1,4 +1,4 @@
-"""Paired curves: a metric of one arm minus that of another, by step, between runs of one seed.
+"""Curves: a metric by step, of single runs, of an arm by seed, and of one arm minus another.
 
 A seed fixes the order of the data, so two runs of one seed see the same batches, and the difficulty of a batch cancels
 in the difference of their training losses. That makes the difference far less noisy than either loss.
@@ -6,19 +6,132 @@ in the difference of their training losses. That makes the difference far less n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.early import metric_points
+from lorabench.analysis.arms import arm_table, check_runs, each_arm, first_seed
 from lorabench.analysis.estimate import Estimate, mean_over_seeds, unknown
 from lorabench.analysis.finding import Finding, decide, worst
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Rule
-from lorabench.analysis.slopes import means_by_seed, slopes_by_seed
+from lorabench.analysis.rules import Problem, Rule
+from lorabench.analysis.slopes import slopes_by_seed
+
+
+def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the curves of some runs; a table without the column run_id is returned unchanged."""
+    return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
+
+
+def metric_points(
+    curves: pd.DataFrame, split: str, metric: str, columns: Sequence[str] = ("run_id", "step", "value")
+) -> pd.DataFrame:
+    """Return the points of one metric whose value is not null.
+
+    Args:
+        curves: columns run_id, step, split, metric, value; an empty table may lack them.
+        split: the split, such as `train`.
+        metric: the metric, such as `nll`.
+        columns: the columns to return; one that the curves lack is null.
+    """
+    if curves.empty:
+        return pd.DataFrame(columns=list(columns))
+    chosen = (curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()
+    known = [name for name in columns if name in curves]
+    points: pd.DataFrame = curves.loc[chosen.to_numpy(bool, na_value=False), known]
+    return points if len(known) == len(columns) else points.reindex(columns=list(columns))
+
+
+def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
+    """Return a metric of the given runs by step.
+
+    Args:
+        runs: column run_id, and any others.
+        curves: columns run_id, step, split, metric, value; null values are left out.
+        metric: `nll` (nats per token), or another metric of the split.
+        split: `train` (measured on a step's batch before its update) or another split (measured after the update).
+
+    Returns:
+        The columns of the runs with step and value, ordered by run and step.
+    """
+    points = metric_points(curves, split, metric)
+    if points.empty:
+        return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
+    return runs.merge(points, on="run_id").sort_values(["run_id", "step"])
+
+
+def curves_by_seed(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
+    """Return the curve of one arm for each seed.
+
+    Args:
+        runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
+            their weights (see `runs_at_optimum`).
+        curves: columns run_id, step, split, metric, value.
+        metric: the metric, such as `nll` (nats per token) or `reward`.
+        split: the split; `train` is measured on a step's batch before its update.
+
+    Returns:
+        A row for each step (index, ascending) that some seed has, and a column for each seed.
+    """
+    return points_by_seed(runs, metric_points(curves, split, metric))
+
+
+def points_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Return what `curves_by_seed` does from the points of one metric, columns run_id, step, value."""
+    run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
+    if not (run >= 0).any():
+        return pd.DataFrame(index=pd.Index([], dtype=int))
+    steps, row = np.unique(points["step"].to_numpy(int)[run >= 0], return_inverse=True)
+    seeds, column_of = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
+    weights = runs["weight"].to_numpy(float, na_value=1.0) if "weight" in runs else np.ones(len(runs))
+    values = points["value"].to_numpy(float)[run >= 0] * weights[run[run >= 0]]
+    cells, shape = row * len(seeds) + column_of[run[run >= 0]], (len(steps), len(seeds))
+    sums, sizes = (np.bincount(cells, with_weights, len(steps) * len(seeds)) for with_weights in (values, None))
+    # A sum that lacks one of its runs at a step is no value of the arm.
+    whole = sizes.reshape(shape) == np.bincount(column_of)
+    kept = np.ix_(whole.any(axis=1), whole.any(axis=0))
+    by_seed = np.where(whole, sums.reshape(shape), np.nan)[kept]
+    return pd.DataFrame(by_seed, pd.Index(steps[whole.any(axis=1)]), pd.Index(seeds[whole.any(axis=0)], name="seed"))
+
+
+def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation", metric: str = "nll") -> pd.DataFrame:
+    """Compute each arm's pointwise minimum of a metric over its LR grid (the runs with its first seed).
+
+    A diverged run counts up to its last finite value.
+
+    Args:
+        runs: columns run_id, ARM, lr, seed.
+        curves: columns run_id, step, split, metric, value, and optionally examples and tokens; null values are left
+            out.
+        split: the split of the curves, such as `validation`.
+        metric: the metric of the curves, such as `nll`.
+
+    Returns:
+        One row per arm and step, ascending: step, examples and tokens (seen by that step), value (in the metric's
+        unit; NLL is in nats per token), lr and run_id (of the run with the lowest value there), n_runs (number of runs
+        with a value there).
+
+    Raises:
+        UserError: See `check_runs`.
+    """
+    check_runs(runs)
+    columns = ["step", "examples", "tokens", "value", "lr", "run_id", "n_runs"]
+    if curves.empty:
+        return arm_table([], columns)
+    chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
+    chosen = chosen.reindex(columns=["run_id", "step", "examples", "tokens", "value"])
+    rows: list[dict[Hashable, Any]] = []
+    for arm, of_arm in each_arm(runs):
+        # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
+        points = chosen.merge(first_seed(of_arm)[["run_id", "lr"]], on="run_id").sort_values(["step", "value", "lr"])
+        points["n_runs"] = points.groupby("step")["run_id"].transform("size")
+        rows += [
+            dict[Hashable, Any](arm) | point for point in points.drop_duplicates("step")[columns].to_dict("records")
+        ]
+    return arm_table(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -92,8 +205,11 @@ class PairedCurves:
             log10(step); it is unknown if the difference does not grow.
         """
         curves = self._between(first, self.last)
-        slopes, (x, y) = slopes_by_seed(curves), means_by_seed(curves)
+        slopes = slopes_by_seed(curves)
         slope = float(slopes.mean())
+        # Each seed's line passes through its means.
+        values = curves.astype(float)
+        x, y = (np.log10(curves.index.to_numpy(float))[:, None] + 0 * values).mean(), values.mean()
         if not slope > 0:
             return unknown()
         value = float((slopes * x - y).mean() + level) / slope
@@ -102,40 +218,6 @@ class PairedCurves:
 
     def _between(self, low: int, high: int) -> pd.DataFrame:
         return self.by_seed[(self.by_seed.index >= low) & (self.by_seed.index <= high)]
-
-
-def curves_by_seed(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return the curve of one arm for each seed.
-
-    Args:
-        runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
-            their weights (see `runs_at_optimum`).
-        curves: columns run_id, step, split, metric, value.
-        metric: the metric, such as `nll` (nats per token) or `reward`.
-        split: the split; `train` is measured on a step's batch before its update.
-
-    Returns:
-        A row for each step (index, ascending) that some seed has, and a column for each seed.
-    """
-    return points_by_seed(runs, metric_points(curves, split, metric))
-
-
-def points_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return what `curves_by_seed` does from the points of one metric, columns run_id, step, value."""
-    run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
-    if not (run >= 0).any():
-        return pd.DataFrame(index=pd.Index([], dtype=int))
-    steps, row = np.unique(points["step"].to_numpy(int)[run >= 0], return_inverse=True)
-    seeds, column_of = np.unique(runs["seed"].to_numpy(int), return_inverse=True)
-    weights = runs["weight"].to_numpy(float, na_value=1.0) if "weight" in runs else np.ones(len(runs))
-    values = points["value"].to_numpy(float)[run >= 0] * weights[run[run >= 0]]
-    cells, shape = row * len(seeds) + column_of[run[run >= 0]], (len(steps), len(seeds))
-    sums, sizes = (np.bincount(cells, with_weights, len(steps) * len(seeds)) for with_weights in (values, None))
-    # A sum that lacks one of its runs at a step is no value of the arm.
-    whole = sizes.reshape(shape) == np.bincount(column_of)
-    kept = np.ix_(whole.any(axis=1), whole.any(axis=0))
-    by_seed = np.where(whole, sums.reshape(shape), np.nan)[kept]
-    return pd.DataFrame(by_seed, pd.Index(steps[whole.any(axis=1)]), pd.Index(seeds[whole.any(axis=0)], name="seed"))
 
 
 def paired_curves(
