@@ -22,7 +22,7 @@ from lorabench.errors import UserError
 from lorabench.report import claim_text
 from lorabench.report.facts import headline, in_order
 from lorabench.sources.measurements import MEASURES
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 

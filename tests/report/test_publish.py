@@ -22,7 +22,7 @@ from lorabench.sources.lr_left_out import by_source, compared
 from lorabench.sources.lr_optima import optima_of_table
 from lorabench.store.io import write_frame
 from lorabench.store.layout import Layout
-from lorabench.utils.packaged import LR_OPTIMA
+from lorabench.utils.files import LR_OPTIMA
 
 from ..conftest import REPOSITORY
 from ..handmade import claims_table, curves_of, laptop_like, make_claim
