@@ -8,15 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table, first_seed, is_standard, with_arm_columns
+from lorabench.analysis.arms import arm_label, arm_table, first_seed, is_standard, with_arm_columns, with_losses
 from lorabench.analysis.comparison import COMPARED, NEEDED, Arm, Comparison, Judging, comparisons
 from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.finding import Finding, decide
+from lorabench.analysis.finding import Finding, decide, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.losses import with_losses
 from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.rules import Rule
-from lorabench.analysis.units import exponential, in_unit
 from lorabench.errors import UserError
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import fixed_interval

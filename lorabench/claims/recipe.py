@@ -19,14 +19,15 @@ from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.comparison import MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
-from lorabench.analysis.margin import Margin
 from lorabench.analysis.optima import ratio_interval
-from lorabench.analysis.rules import Verdict
-from lorabench.claims.rl_shared import if_learned, rewarded_errors
+from lorabench.analysis.rules import Margin, Verdict
+from lorabench.claims.claim import rewarded_errors
+from lorabench.claims.reinforcement import if_learned
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
+
 
 _ANSWERS: Mapping[Verdict, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
 

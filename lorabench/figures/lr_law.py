@@ -16,7 +16,6 @@ from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict_lr
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_sweeps
-from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
 from lorabench.figures import style
 from lorabench.figures.fits import compared, optima, optimum
 from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, occurring, only, points, tidy

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lorabench.analysis.curves import PairedCurves, envelopes
 from lorabench.analysis.departure import departures
-from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.estimate import generator
 from lorabench.analysis.optimal_curves import paired_departure
-from lorabench.analysis.paired_curves import PairedCurves
 
 from ..handmade.sft import noise_table
 

@@ -29,7 +29,7 @@ def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> E
     lanes = (
         1 if machine.processes.sharded else lane_count(preset, context.sweep, machine.processes.count if on_gpu else 0)
     )
-    memory = engine_memory(preset, context.sweep, lanes)
+    memory = engine_memory(preset, context.sweep)
     share = _SHARE_OF_A_CPU
     if on_gpu:
         share = min(0.95, memory.total / torch.cuda.get_device_properties(machine.device).total_memory)
