@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.analysis.arms import ARM, is_standard
 from lorabench.analysis.comparison import Arm, Comparison
-from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.memorisation import (
     BITS_PER_PARAMETER,
     best_stored,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import yaml
 
-from lorabench.analysis.comparison import NEEDED_BY, curves_of, in_experiments
+from lorabench.analysis.arms import in_experiments
+from lorabench.analysis.comparison import NEEDED_BY, curves_of
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.errors import NothingToDrawError, UserError
 from lorabench.store.checks import check_curves, check_evals, check_table, is_rl
-from lorabench.store.io import empty_table, table_path, with_all_columns, write_csv
-from lorabench.store.judged import read_claims
+from lorabench.store.io import empty_table, read_claims, table_path, with_all_columns, write_csv
 from lorabench.store.tables import Tables
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lorabench.analysis.arms import rows_of
-from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.step_flops import loss_by_flops
 from lorabench.errors import NothingToDrawError

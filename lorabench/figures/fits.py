@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns
+from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm_columns, with_losses
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.losses import with_losses
 from lorabench.analysis.optimal_curves import Departure, rank_departures
 from lorabench.figures.grid import PANEL
 from lorabench.store.tables import Tables

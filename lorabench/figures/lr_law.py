@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict_lr
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.figures import style

@@ -18,8 +18,16 @@ from lorabench.analysis.at_step import at_end, at_step
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
-from lorabench.analysis.lr_ratio_conditions import COLUMNS, measured_ratios, prediction_table
-from lorabench.analysis.lr_ratio_theories import ALPHA, BATCH_SIZE, STEPS, Setting, predicted
+from lorabench.analysis.lr_ratio import (
+    ALPHA,
+    BATCH_SIZE,
+    COLUMNS,
+    STEPS,
+    Setting,
+    measured_ratios,
+    predicted,
+    prediction_table,
+)
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_ratios
 from lorabench.claims.learning_rate import SHORT_STEPS

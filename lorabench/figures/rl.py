@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lorabench.analysis.arms import ARM, rows_of
 from lorabench.analysis.rewards import reward_curves
-from lorabench.analysis.sampler_mismatch import runs_above_max_kl
+from lorabench.analysis.rl_health import runs_above_max_kl
 from lorabench.figures import style
 from lorabench.figures.by_lr import (
     ACCURACY,

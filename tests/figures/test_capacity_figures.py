@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.memorisation import best_stored, stored_bits
 from lorabench.analysis.slopes import log_log
 from lorabench.store.tables import Tables

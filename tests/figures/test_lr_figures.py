@@ -10,8 +10,7 @@ import pytest
 
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict_lr
-from lorabench.analysis.swept_models import fitted_law, swept_models
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
 from lorabench.figures.fits import optima
 from lorabench.store.tables import Tables
 
