@@ -24,7 +24,7 @@ from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.lr_ratio_theories import ALPHA, LogRatio, Setting, fitted, predicted
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
-from lorabench.config.predictions import LrRatioPredictions
+from lorabench.config.margins import LrRatioPredictions
 
 LENGTHS = (25, 50, 100, 200, 400, 800, 1600)
 """The steps at which prefixes of longer runs are judged, where the runs were validated there."""

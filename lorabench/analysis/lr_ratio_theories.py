@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorabench.config.predictions import (
+from lorabench.config.margins import (
     ConstantTheory,
     FixedLoraTheory,
     LrRatioPredictions,

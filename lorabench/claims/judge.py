@@ -18,8 +18,7 @@ from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import Evidence
 from lorabench.claims.scope_text import scope_text
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on

@@ -14,8 +14,7 @@ from lorabench.analysis.lr_ratio_conditions import measured_ratios, prediction_t
 from lorabench.analysis.lr_ratio_theories import fitted, predicted
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, judge_each
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
 from lorabench.store.tables import Tables

@@ -21,9 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
-from lorabench.config.datasets import FileDataset
+from lorabench.config.datasets import FileDataset, FileProblems
 from lorabench.config.fields import FILE_SUFFIXES, FileFormat
-from lorabench.config.problems import FileProblems
 from lorabench.data.answers import gsm8k_answer, last_box, number
 from lorabench.data.chat import Chat, Messages, is_example, prompt_digest
 from lorabench.data.hub import ROLES

@@ -20,7 +20,7 @@ from queue import LifoQueue
 from types import TracebackType
 from typing import Self
 
-from lorabench.config.problems import HUB_PROBLEMS
+from lorabench.config.datasets import HUB_PROBLEMS
 from lorabench.data.answers import MAX_CHARS, last_box, last_number, number
 
 _WORKER = Path(__file__).with_name("grading_worker.py")

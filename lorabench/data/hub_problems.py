@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from random import Random
 from typing import Any, NamedTuple
 
-from lorabench.config.problems import HubProblems
+from lorabench.config.datasets import HubProblems
 from lorabench.data.answers import gsm8k_answer, last_box
 from lorabench.data.hub import part_files, part_rows
 from lorabench.data.reasoning import Problem

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorabench.config.problems import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
+from lorabench.config.datasets import FileProblems, HubProblems, ProblemSpec, ReasoningProblems, SumProblems
 from lorabench.data.answers import number
 from lorabench.data.chat import SPLITS, Split
 from lorabench.data.files import file_problems

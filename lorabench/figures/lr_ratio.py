@@ -20,7 +20,7 @@ from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio_conditions import COLUMNS, measured_ratios, prediction_table
 from lorabench.analysis.lr_ratio_theories import ALPHA, BATCH_SIZE, STEPS, Setting, predicted
 from lorabench.analysis.published import published_ratios
-from lorabench.config.predictions import DEFAULT_PREDICTIONS
+from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
 from lorabench.store.tables import Tables

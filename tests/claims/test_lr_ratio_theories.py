@@ -12,7 +12,7 @@ from lorabench.analysis.lr_ratio_conditions import COLUMNS
 from lorabench.analysis.lr_ratio_theories import Setting, predicted
 from lorabench.claims.judge import judge_claims
 from lorabench.claims.lr_ratio_theories import CLAIMS, write_predictions
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
+from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import arm, tables

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from pydantic import ValidationError
 
-from lorabench.config.problems import SumProblems
+from lorabench.config.datasets import SumProblems
 from lorabench.data.answers import last_number
 from lorabench.data.grading import Grader
 from lorabench.data.problem_sets import make_problems
