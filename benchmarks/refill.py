@@ -17,7 +17,7 @@ from typing import Any
 
 from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.models import TinyModel
-from lorabench.data.problem_sets import make_problems
+from lorabench.data.problems import make_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.runs import Rollouts

@@ -19,7 +19,7 @@ import torch
 
 from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.models import TinyModel
-from lorabench.data.problem_sets import make_problems
+from lorabench.data.problems import make_problems
 from lorabench.models.base import load_model, load_tokenizer, package_versions
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.runs import Rollouts

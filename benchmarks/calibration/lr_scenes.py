@@ -12,8 +12,8 @@ from benchmarks.calibration.made import MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.scenes import FULLFT, LR_MARGIN, RUN, TEN, an_optimum, lora, made_arm, sign
 from benchmarks.calibration.worlds import make_tables
+from lorabench.claims.across_models import MAX_EXPONENT_DISTANCE, MAX_REGRET
 from lorabench.claims.learning_rate import GROWTH, SHORT_RATIO
-from lorabench.claims.lr_law import MAX_EXPONENT_DISTANCE, MAX_REGRET
 from lorabench.store.tables import Tables
 
 

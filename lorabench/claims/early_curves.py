@@ -13,22 +13,25 @@ from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import over
-from lorabench.claims.learning_curves import margin_problems
+from lorabench.claims.judging import few_seeds, margin_problems, over
 from lorabench.claims.scopes import every_dataset
 from lorabench.utils.formats import fixed_interval
 
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
+
 WINDOWS = 6
 """The number of windows of steps, equally long on a logarithmic axis, in which the difference is judged."""
+
 
 MIN_GROWTH = 0.2
 """The least growth per tenfold steps that counts as one, as a share of the mean difference."""
 
+
 FIRST_STEPS = 10
 """The number of first steps in which the paper sees a negative difference."""
+
 
 SIGN_SEEDS = 5
 """The number of seeds that a verdict on the sign of this difference needs."""
@@ -56,14 +59,9 @@ def _paired(comparison: Comparison, early: EarlyDifference) -> PairedCurves:
     return PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, name)
 
 
-def _seed_problems(early: EarlyDifference, needed: int) -> list[Problem]:
-    problems = []
-    if early.n_seeds < needed:
-        text = f"{early.n_seeds} paired seeds, {needed} needed"
-        problems.append(Problem(text, Remedy(f"{needed} seeds (now {early.n_seeds})", needed)))
-    if early.n_diverged:
-        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
-    return problems
+def _problems(early: EarlyDifference, needed: int) -> list[Problem]:
+    diverged = f"{early.n_diverged} runs at that LR diverged"
+    return few_seeds(early.n_seeds, needed=needed) + ([Problem(diverged)] if early.n_diverged else [])
 
 
 def _by_inverse_rank(early: EarlyDifference) -> str:
@@ -94,7 +92,7 @@ def same_early_curves(comparison: Comparison) -> Finding:
         curves,
         windows,
         lambda gap: f"{_compared(early)} = {nats(gap)}, {early.n_seeds} seeds",
-        [*_seed_problems(early, MIN_SEEDS), *margin_problems(comparison)],
+        [*_problems(early, MIN_SEEDS), *margin_problems(margin)],
         margin.rule,
     )
     return replace(judged, reason=judged.reason + _by_inverse_rank(early))
@@ -134,7 +132,7 @@ def difference_grows(comparison: Comparison) -> Finding:
         f"{_compared(early)}, {nats(mean)} on average, grows by {growth.value:.0%} "
         f"{fixed_interval(*growth.interval(), 2)} of that per tenfold steps, {growth.n_seeds} seeds"
     )
-    problems = _seed_problems(early, MIN_SEEDS)
+    problems = _problems(early, MIN_SEEDS)
     if mean.known and mean.interval()[0] <= 0 <= mean.interval()[1]:
         problems.append(Problem("no difference that surely is one, which could grow", Remedy("more seeds")))
     if apart.empty or apart.index.max() <= FIRST_STEPS:
@@ -166,7 +164,7 @@ def difference_negative_at_first(comparison: Comparison) -> Finding:
     early = _early(comparison, FIRST_STEPS)
     [mean] = _paired(comparison, early).means([(2, FIRST_STEPS)])
     text = f"{_compared(early)} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
-    problems = _seed_problems(early, SIGN_SEEDS)
+    problems = _problems(early, SIGN_SEEDS)
     if early.by_seed.index.max() < FIRST_STEPS:
         problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
     return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
@@ -187,5 +185,6 @@ C3 = Claim(
     experiments=("early",),
     judge=over(every_dataset, difference_negative_at_first),
 )
+
 
 CLAIMS = (C1, C2, C3)

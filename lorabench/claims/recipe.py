@@ -21,11 +21,13 @@ from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.rules import Margin, Verdict
-from lorabench.claims.rl_shared import if_learned, rewarded_errors
+from lorabench.claims.claim import rewarded_errors
+from lorabench.claims.reinforcement import if_learned
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
+
 
 _ANSWERS: Mapping[Verdict, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pandas as pd
 
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.finding import Finding, UnjudgedError
-from lorabench.analysis.invariances import with_scales
+from lorabench.analysis.finding import UnjudgedError
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.claims.evidence import Evidence, judge_each
 
 Scoped = tuple[Comparison, str]
 """A comparison that a claim is judged on, and a note for the finding's reason that says why it was chosen."""
 
+
 Scope = Callable[[list[Comparison]], list[Scoped]]
 """A function that chooses, from all comparisons in the tables, the comparisons that a claim is judged on."""
+
 
 FULL_STEPS = 1000
 """The number of steps of a run from which claims on whole runs are judged: the paper's runs take thousands."""
@@ -101,18 +100,3 @@ def learning(scope: Scope) -> Scope:
 def without_facts(comparisons: list[Comparison]) -> list[Comparison]:
     """Return the comparisons whose dataset does not hold random facts."""
     return [comparison for comparison in comparisons if not is_memorisation(comparison.runs).any()]
-
-
-def on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
-    """Return a function that judges the LoRA runs of each model and dataset; the worst finding decides.
-
-    The runs may have any parametrization.
-
-    Args:
-        judge: given the LoRA runs (with the columns of `with_scales`) and the table `curves`.
-    """
-
-    return lambda evidence: judge_each(
-        (f"{model}/{dataset}", partial(judge, runs, evidence.curves))
-        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"])
-    )

@@ -48,16 +48,15 @@ class ChatDataset(Splits):
 
 
 class DocstringsDataset(Splits):
-    """Functions of installed Python packages with the first paragraph of their docstrings.
+    """Functions of Python packages with the first paragraph of their docstrings (see lorabench/data/docstrings.py).
 
-    The splits come from different packages (see lorabench/data/docstrings.py). Another version of a package gives
-    another dataset.
+    The splits come from different packages.
     """
 
     kind: Literal["docstrings"]
     max_chars: MaxChars = 800
     """Longer examples (code and description together) are left out."""
-    min_words: Positive = 14
+    min_words: Annotated[int, Field(ge=14)] = 14
     """Shorter descriptions are left out."""
 
 

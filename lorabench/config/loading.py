@@ -20,7 +20,7 @@ from lorabench.config.fields import PresetError
 from lorabench.config.margins import Margins
 from lorabench.config.models import model_catalogue
 from lorabench.config.preset import Preset
-from lorabench.utils.packaged import WORKFLOW
+from lorabench.utils.files import WORKFLOW
 
 PRESETS = WORKFLOW / "presets"
 SCHEMA = PRESETS / "schema.json"

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from lorabench.config.fields import ChatTemplate, Positive, Strict
-from lorabench.utils.packaged import WORKFLOW
+from lorabench.utils.files import WORKFLOW
 
 MODELS = WORKFLOW / "models.yaml"
 """The catalogue of models that every preset may name."""

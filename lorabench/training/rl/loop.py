@@ -21,7 +21,7 @@ import numpy as np
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.controls import Controls
-from lorabench.data.reflection import reflects
+from lorabench.data.grading import reflects
 from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss

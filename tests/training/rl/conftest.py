@@ -12,7 +12,7 @@ from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.experiments import Protocol
 from lorabench.config.models import TinyModel
 from lorabench.data.grading import Grader
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import Stack, single_lane
