@@ -54,7 +54,7 @@ class DocstringsDataset(Splits):
     """
 
     kind: Literal["docstrings"]
-    max_chars: MaxChars = 800
+    max_chars: Annotated[int, Field(ge=32, le=800)] = 800
     """Longer examples (code and description together) are left out."""
     min_words: Annotated[int, Field(ge=14)] = 14
     """Shorter descriptions are left out."""
