@@ -20,18 +20,14 @@ from lorabench.utils.formats import fixed_interval
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-
 WINDOWS = 6
 """The number of windows of steps, equally long on a logarithmic axis, in which the difference is judged."""
-
 
 MIN_GROWTH = 0.2
 """The least growth per tenfold steps that counts as one, as a share of the mean difference."""
 
-
 FIRST_STEPS = 10
 """The number of first steps in which the paper sees a negative difference."""
-
 
 SIGN_SEEDS = 5
 """The number of seeds that a verdict on the sign of this difference needs."""
@@ -185,6 +181,5 @@ C3 = Claim(
     experiments=("early",),
     judge=over(every_dataset, difference_negative_at_first),
 )
-
 
 CLAIMS = (C1, C2, C3)

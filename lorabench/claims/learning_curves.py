@@ -41,17 +41,13 @@ from lorabench.utils.formats import fixed_interval
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
-
 LONG = runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper"))
 """The condition of the claims on learning curves: the paper's runs take thousands of steps."""
-
 
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `LONG`, for the criteria."""
 
-
 NATURAL = natural_text(("overnight", "core", "paper"))
-
 
 AT_OPTIMUM = (
     f"Curves are training NLL on the same batches, paired by seed. Each arm's is at its fitted optimal LR, between the "
@@ -60,14 +56,11 @@ AT_OPTIMUM = (
 )
 """How curves of arms are compared, for the criteria."""
 
-
 MIN_SHARE = 0.01
 """The share of the steps at the start of a run that A1 leaves out."""
 
-
 WINDOWS = 6
 """The number of windows of steps, equally long on a logarithmic axis, in which A1 and A2 average a curve."""
-
 
 MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
@@ -267,7 +260,6 @@ A7 = Claim(
     fact=SAME_LOSS,
 )
 
-
 B2 = Claim(
     id="B2",
     kind="empirical",
@@ -318,6 +310,5 @@ A8 = Claim(
     experiments=("rank", "capacity"),
     judge=over(learning(longest_run), rank_1_worse),
 )
-
 
 CLAIMS = (A1, A2, A6, A7, A8, B2)

@@ -28,7 +28,6 @@ from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
 
-
 _ANSWERS: Mapping[Verdict, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
 
 

@@ -13,10 +13,8 @@ from lorabench.analysis.memorisation import is_memorisation
 Scoped = tuple[Comparison, str]
 """A comparison that a claim is judged on, and a note for the finding's reason that says why it was chosen."""
 
-
 Scope = Callable[[list[Comparison]], list[Scoped]]
 """A function that chooses, from all comparisons in the tables, the comparisons that a claim is judged on."""
-
 
 FULL_STEPS = 1000
 """The number of steps of a run from which claims on whole runs are judged: the paper's runs take thousands."""
