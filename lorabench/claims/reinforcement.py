@@ -22,7 +22,7 @@ from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAI
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.conditions import beats_controls, response_length, swept
-from lorabench.claims.judging import doubted, judge_each
+from lorabench.claims.judging import doubted, highest_and_full, judge_each
 from lorabench.runs import GOOD
 from lorabench.utils.formats import fixed_interval
 
@@ -186,7 +186,7 @@ def _breakdown_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     """B10: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = highest_and_full(comparison)
     factor = comparison.judging.margins.lr_factor
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
