@@ -46,7 +46,7 @@ def calibrate(
         from dataclasses import asdict
 
         if measure is not None:
-            from benchmarks.calibration.measure import measure_noise
+            from benchmarks.calibration.noise import measure_noise
             from lorabench.store.tables import Tables
 
             for name, value in asdict(measure_noise(Tables.read(measure), dataset or ())).items():
@@ -56,7 +56,7 @@ def calibrate(
 
         if preset is not None:
             from benchmarks.calibration import power
-            from benchmarks.calibration.measure import measure_noise
+            from benchmarks.calibration.noise import measure_noise
             from lorabench.report.generated_block import text_around, write_around
             from lorabench.store.io import write_csv
             from lorabench.store.tables import Tables
@@ -72,20 +72,19 @@ def calibrate(
             if page is not None and around is not None:
                 write_around(page, around, power.block(table, preset, date.today().isoformat()))
             return
-        from benchmarks.calibration.page import END, START, block
-        from benchmarks.calibration.run import calibrate as run
+        from benchmarks.calibration import run
         from lorabench.report.generated_block import text_around, write_around
         from lorabench.store.io import write_csv
 
-        around = None if page is None else text_around(page, START, END)
+        around = None if page is None else text_around(page, run.START, run.END)
         kept = None if out is None else out.with_name(f"{out.name}.partial")
-        table = run(worlds, [*(claims or ()), *(more or ())], processes, seed=seed, kept=kept)
+        table = run.calibrate(worlds, [*(claims or ()), *(more or ())], processes, seed=seed, kept=kept)
         if out is None:
             print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
         else:
             write_csv(table, out)
         if page is not None and around is not None:
-            write_around(page, around, block(table, date.today().isoformat()))
+            write_around(page, around, run.block(table, date.today().isoformat()))
         if kept is not None:
             kept.unlink(missing_ok=True)
 

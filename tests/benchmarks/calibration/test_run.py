@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.calibration import run
-from benchmarks.calibration.run import binomial_interval, calibrate
+from benchmarks.calibration.run import END, START, block, calibrate
 from lorabench.errors import UserError
 
 CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for all three
@@ -42,7 +42,13 @@ def test_a_claim_that_is_not_covered_is_refused():
         calibrate(1, ["E6"])
 
 
-def test_binomial_intervals():
-    assert binomial_interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
-    assert binomial_interval(5, 100) == pytest.approx((0.0164, 0.1128), abs=1e-4)
-    assert binomial_interval(10, 10) == pytest.approx((0.6915, 1.0), abs=1e-4)
+def test_a_row_per_claim_and_bold_where_verdicts_are_surely_wrong():
+    table = calibrate(1, ["E2"])
+    table.loc[table["effect"] == 2, ["wrong", "wrong_low"]] = 0.3, 0.2
+    lines = block(table, "2026-01-02").splitlines()
+    assert (lines[0], lines[-1]) == (START, END)
+    assert "Made on 2026-01-02, with 1 worlds" in lines[2]
+    assert "1 surely has more than 5%" in lines[2]
+    [row] = [line for line in lines if line.startswith("| E2")]
+    assert row.count("**30.0%**") == 1
+    assert row.count("|") == 9
