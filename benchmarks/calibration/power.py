@@ -153,33 +153,3 @@ def _row(covered: Covered, design: Design, counts: dict[tuple[str, int], Counter
 def _span(numbers: Sequence[int]) -> str:
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
-
-
-START = "<!-- power: start -->"
-END = "<!-- power: end -->"
-"""The lines between which the page has the table."""
-
-
-def block(table: pd.DataFrame, preset: str, day: str) -> str:
-    """Return the table of a preset's power as Markdown, with its markers.
-
-    Args:
-        table: as from `power_of_plan`.
-        preset: the name of the preset.
-        day: the day on which it was made.
-    """
-    head = [
-        START,
-        "",
-        f"For the preset `{preset}`, made on {day} with {int(table['n_worlds'].min())} worlds for each claim and size "
-        "of the effect.",
-        "",
-        "| claim | says | what has the effect | LRs | seeds | power at 0 | power at 2 margins |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = [
-        f"| {row['claim_id']} | {row['kind']} | {row['what']} | {row['lrs']} | {row['seeds']} | "
-        f"{row['power_at_0']:.0%} | {row['power_at_2']:.0%} |"
-        for row in table.to_dict("records")
-    ]
-    return "\n".join([*head, *rows, "", END])

@@ -21,18 +21,23 @@ from lorabench.analysis.finding import (
     without,
     worst,
 )
-from lorabench.analysis.lr_law import PIVOT, PUBLISHED, ArmOptimum, fit_lr_law, predict_lr, prediction_errors
-from lorabench.analysis.optima import as_ratio, in_words
-from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.analysis.swept_models import (
+from lorabench.analysis.lr_law import (
     METHODS,
+    PIVOT,
+    PUBLISHED,
+    ArmOptimum,
     SweptModel,
     by_base,
+    fit_lr_law,
     mean_of,
+    predict_lr,
+    prediction_errors,
     run_ids,
     slope_over_models,
     swept_models,
 )
+from lorabench.analysis.optima import as_ratio, in_words
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Condition, Evidence
 from lorabench.claims.conditions import widths
 from lorabench.claims.judging import judge_each, named_problems

@@ -12,7 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import is_standard
 from lorabench.analysis.comparison import Comparison, Judging, Task, comparisons
 from lorabench.analysis.finding import Finding
-from lorabench.analysis.lr_ratio_conditions import MeasuredRatio, measured_ratios
+from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
 from lorabench.analysis.rewards import TestReward, with_error_rates
 from lorabench.analysis.rl_health import beyond_controls
 

@@ -17,8 +17,7 @@ from lorabench.analysis.comparison import NEEDED, Comparison, Judging, compariso
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
-from lorabench.analysis.lr_ratio_conditions import measured_ratios, prediction_table
-from lorabench.analysis.lr_ratio_theories import fitted, predicted
+from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, prediction_table
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import SWEEP, Claim, Evidence

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.lr_ratio_conditions import COLUMNS
-from lorabench.analysis.lr_ratio_theories import Setting, predicted
+from lorabench.analysis.lr_ratio import COLUMNS, Setting, predicted
 from lorabench.claims.judge import judge_claims
 from lorabench.claims.learning_rate import CLAIMS, write_predictions
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions

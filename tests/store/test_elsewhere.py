@@ -20,8 +20,7 @@ from lorabench.config.loading import read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
-from lorabench.store.stand_ins import with_stand_ins
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, with_stand_ins
 
 from ..handmade import sft
 

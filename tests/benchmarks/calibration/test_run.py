@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.calibration import run
-from benchmarks.calibration.run import END, START, block, calibrate
+from benchmarks.calibration.run import calibrate
 from lorabench.errors import UserError
 
 CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for all three
@@ -40,15 +40,3 @@ def test_one_seed_gives_one_table_and_an_interrupted_calibration_goes_on(tmp_pat
 def test_a_claim_that_is_not_covered_is_refused():
     with pytest.raises(UserError, match="does not cover E6; allowed: A1, "):
         calibrate(1, ["E6"])
-
-
-def test_a_row_per_claim_and_bold_where_verdicts_are_surely_wrong():
-    table = calibrate(1, ["E2"])
-    table.loc[table["effect"] == 2, ["wrong", "wrong_low"]] = 0.3, 0.2
-    lines = block(table, "2026-01-02").splitlines()
-    assert (lines[0], lines[-1]) == (START, END)
-    assert "Made on 2026-01-02, with 1 worlds" in lines[2]
-    assert "1 surely has more than 5%" in lines[2]
-    [row] = [line for line in lines if line.startswith("| E2")]
-    assert row.count("**30.0%**") == 1
-    assert row.count("|") == 9
