@@ -391,8 +391,8 @@ def evidence(
     recommended ones would have been for each source, had it not been known.
     """
     with in_one_sentence():
-        from lorabench.report.evidence import gather, published_folders, published_presets, write
-        from lorabench.report.evidence import publish as write_published
+        from lorabench.report.blocks import published_folders
+        from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
         from lorabench.sources.matrix import read_own
 
         own = {preset.name: preset for preset in published_presets(publish or Path())}
@@ -401,22 +401,19 @@ def evidence(
             name = folder.parent.name if folder.name == "tables" else folder.name
             own[name] = read_own(folder, name)
         gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
-        write(gathered, out)
+        write_evidence(gathered, out)
         if publish is not None:
-            write_published(gathered, out, publish)
+            publish_evidence(gathered, publish)
         print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
 
 
 @app.command()
-def publish(
-    preset: PresetOption = "laptop",
-    readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
-) -> None:
-    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+def publish(preset: PresetOption = "laptop") -> None:
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     with in_one_sentence():
         from lorabench.report.publish import publish as write_published
 
-        write_published(plan_and_layout(preset)[1], readme)
+        write_published(plan_and_layout(preset)[1], Path())
 
 
 @app.command("save-runs")

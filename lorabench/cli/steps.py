@@ -210,7 +210,7 @@ def pretraining(preset: PresetOption = "laptop") -> None:
     """Make the held-out pretraining text that a preset's evaluation reads."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.evaluation.pretraining import write_pretraining
+        from lorabench.evaluation.catalog import write_pretraining
 
         planned, layout = plan_and_layout(preset)
         if planned.preset.evaluation is None:
