@@ -155,7 +155,7 @@ COLUMNS = [
     *("fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high", "resolved"),
     *("theory", "predicted", "off_by", "off_by_low", "off_by_high", "verdict"),
 ]
-"""The columns of `prediction_table`; docs/lr-ratio.md describes them."""
+"""The columns of `prediction_table`; docs/tables.md describes them."""
 
 
 @dataclass(frozen=True)
