@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.models import TinyModel
-from lorabench.config.problems import ReasoningProblems
 from lorabench.data.problems import make_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lanes.shelf import single_lane

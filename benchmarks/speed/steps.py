@@ -28,7 +28,7 @@ from lorabench.models.lora import add_adapter, add_lora
 from lorabench.models.size import train_flops_per_token
 from lorabench.training.run import Machine
 from lorabench.training.sft.serve import SftGradientRequest, SftServer
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}

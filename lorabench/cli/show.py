@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorabench.config.execution import Execution
 from lorabench.planning import bill
@@ -117,27 +117,22 @@ def _up_to(most: int) -> str:
     return f"1-{most}" if most > 1 else "1"
 
 
-def _silence(word: str, job: dict[str, Any]) -> str:
-    if word == "running" or job["silent_s"] is None:
-        return ""
-    if job["silent_s"] < 0:
-        return f"; last sign of life {-job['silent_s'] / 60:.0f} minutes ahead of this file system's clock"
-    return f"; last sign of life {job['silent_s'] / 60:.0f} minutes ago"
-
-
 def status_table(status: Status) -> None:
-    """Print how many runs and jobs are done, which jobs are running, and which are silent: killed or hanging."""
+    """Print how many runs and jobs are done, where the jobs at work are, and from a minute on their silence.
+
+    A job that was killed counts as at work until it is started again; its silence tells.
+    """
     share = status.runs_done / max(1, status.runs_planned)
     print(
         f"{status.runs_done}/{status.runs_planned} runs ({share:.0%}), "
         f"{status.jobs_done}/{status.jobs_planned} jobs done"
     )
-    for word, jobs in (("running", status.running), ("silent ", status.silent)):
-        for job in jobs:
-            print(
-                f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
-                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{_silence(word, job)}"
-            )
+    for job in status.at_work:
+        silence = f"; last sign of life {job['age_s'] / 60:.0f} minutes ago" if job["age_s"] >= 60 else ""
+        print(
+            f"  {job['label']}: run {job['run']}/{job['runs']}, "
+            f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{silence}"
+        )
     if status.report is not None:
         print(f"  report: {status.report}")
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from lorabench.config.datasets import DatasetSpec, DocstringsDataset, FileDataset
-from lorabench.config.problems import FileProblems, ProblemSpec
+from lorabench.config.datasets import DatasetSpec, DocstringsDataset, FileDataset, FileProblems, ProblemSpec
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.utils.files import file_sha256
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest, file_sha256
 
 DOCSTRINGS = "b890d934b8f2"
 """The hash of the packages' sources that the shipped docstrings (`lorabench.data.docstrings`) were collected from."""

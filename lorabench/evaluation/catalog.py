@@ -8,11 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from lorabench.config.execution import EVAL_SOURCES, EvalTask
 from lorabench.errors import UserError
+from lorabench.models.tiny import END, RECIPES, documents
+from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 
@@ -154,7 +160,7 @@ def fetch_tasks(layout: Layout, path: Path) -> None:
         versions[task.name] = {
             name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
         }
-    write_json({"lm_eval": lm_eval_version(), "tasks": versions}, path)
+    write_json({"lm_eval": version("lm_eval"), "tasks": versions}, path)
 
 
 def data_revision(task: Task) -> str | None:
@@ -166,8 +172,16 @@ def data_revision(task: Task) -> str | None:
     return Path(files[0]["filename"]).parent.name if files else None
 
 
-def lm_eval_version() -> str:
-    """Return the version of lm-eval."""
-    from importlib.metadata import version
+def write_pretraining(count: int, path: Path) -> None:
+    """Write held-out pretraining text of the tiny bases, which shows what fine-tuning has forgotten.
 
-    return version("lm_eval")
+    It is the text that the shipped held-out losses were measured on: the first documents of the seed that follows the
+    seed of the training text. All tiny bases share the pretraining tasks and the seed, so one file serves them all.
+
+    Args:
+        count: the number of documents.
+        path: the parquet file to write, with a column `text`, without the end token, which is not scored.
+    """
+    recipe = RECIPES["llama-128"]
+    texts = [text.removesuffix(END) for text in islice(documents(recipe, recipe.seed + 1), count)]
+    write_table(pa.table({"text": texts}), path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.models.chat_template import template_text
 from lorabench.models.tiny import shipped_folder
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 
 @cache

@@ -31,7 +31,7 @@ from lorabench.data.reasoning import (
     worked_solutions,
 )
 from lorabench.data.sums import Writers, written_sums
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
-from lorabench.config.files import PRESETS
+from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import CLAIMS_TABLE, EVALS_TABLE, PaperFigure, figures_of_preset
 from lorabench.planning.plan import Plan
@@ -27,8 +27,7 @@ from lorabench.report.facts import COUNTING, headline
 from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS
-from lorabench.store.io import read_table
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims, read_table
 from lorabench.store.layout import Layout
 from lorabench.utils.files import atomic_path
 from lorabench.utils.formats import missing

@@ -43,9 +43,9 @@ from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes, reset_peak_memory
 from lorabench.training.run import Machine, Outcome
 from lorabench.utils import signals
+from lorabench.utils.exhaustion import keep_freed_memory
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import difference_from
-from lorabench.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel

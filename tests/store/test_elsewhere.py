@@ -15,13 +15,11 @@ from lorabench.claims.claim import Claim
 from lorabench.claims.judge import judge_claims, scope_text
 from lorabench.claims.judging import over
 from lorabench.config.fields import PresetError
-from lorabench.config.files import PRESETS
-from lorabench.config.loading import read_margins
+from lorabench.config.loading import PRESETS, read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
-from lorabench.store.stand_ins import with_stand_ins
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, with_stand_ins
 
 from ..handmade import sft
 
