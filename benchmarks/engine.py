@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from lorabench.models.lanes.lora import stack_lora
 
 from lorabench.config.loading import load_preset
 from lorabench.config.models import GgufModel
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, package_versions
-from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lora import add_lora
 from lorabench.models.vllm_support import vllm_version
 from lorabench.training.distributed import SINGLE_PROCESS

@@ -23,9 +23,8 @@ import torch
 
 from benchmarks.speed.models import SMOLLM2, is_there
 from benchmarks.speed.steps import Arm, Method, Setting, median_seconds, training_step
-from lorabench.models import attention
+from lorabench.models import attention, lora
 from lorabench.models.base import package_versions
-from lorabench.models.lanes import lora
 from lorabench.training import loss
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.provenance import machine_state

@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from lorabench.models.lanes.shelf import single_lane
 
 from lorabench.config.models import TinyModel
 from lorabench.config.problems import ReasoningProblems
 from lorabench.data.problem_sets import make_problems
 from lorabench.models.base import load_model, load_tokenizer, package_versions
-from lorabench.models.lanes.shelf import single_lane
 from lorabench.runs import Rollouts
 from lorabench.training.provenance import machine_state
 from lorabench.training.rl.prompts import ProblemTexts

@@ -15,19 +15,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from lorabench.models.lanes.full import stack_full
+from lorabench.models.lanes.lora import stack_lora
+from lorabench.models.lanes.shelf import Stack, single_lane
+from lorabench.training.sft.serve import SftGradientRequest, SftServer
 
 from benchmarks.speed.models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
 from benchmarks.speed.table import Row, say
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.steps import SQUARE, matmul_peak
 from lorabench.models import bf16_products
-from lorabench.models.lanes.full import stack_full
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import Stack, single_lane
+from lorabench.models.counts import train_flops_per_token
 from lorabench.models.lora import add_adapter, add_lora
-from lorabench.models.size import train_flops_per_token
 from lorabench.training.run import Machine
-from lorabench.training.sft.serve import SftGradientRequest, SftServer
 from lorabench.utils.malloc import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True

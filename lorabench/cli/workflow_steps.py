@@ -197,7 +197,7 @@ def train(
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
-        group = join(planned.preset.execution.sharding) if is_worker() else SINGLE_PROCESS
+        group = join() if is_worker() else SINGLE_PROCESS
 
         def say(line: str) -> None:
             state = read_status(planned, layout)

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.chat_template import template_text
-from lorabench.models.identity import weights_id
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.identity import shipped_folder, template_text, weights_id
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:

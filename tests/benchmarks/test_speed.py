@@ -18,7 +18,7 @@ from benchmarks.speed.table import Row
 from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
-from lorabench.models.size import base_parameters
+from lorabench.models.counts import base_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.training.batches import IGNORED
 

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from lorabench.models.lanes.shelf import RowCounts
-from lorabench.models.last_layer import computing_only
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import computing_only
+from lorabench.models.passes import recompute_activations
 from lorabench.training.batches import IGNORED, Batch
 from lorabench.training.loss import add_gradient
 

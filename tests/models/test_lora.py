@@ -29,7 +29,7 @@ from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
 from lorabench.models.tiny import RECIPES, new_model, packed_blocks
 from lorabench.training.batches import IGNORED
-from lorabench.training.loss import nll_sum
+from lorabench.custom.finetune import nll_sum
 
 from ..conftest import REPOSITORY
 

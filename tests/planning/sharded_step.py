@@ -18,7 +18,7 @@ from lorabench.config.models import TinyModel
 from lorabench.models.base import load_model
 from lorabench.models.lanes.shelf import RowCounts
 from lorabench.models.lora import add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import recompute_activations
 from lorabench.training.batches import Batch
 from lorabench.training.distributed import join, leave
 from lorabench.training.loss import add_gradient

@@ -19,7 +19,7 @@ from lorabench.models.base import load_model, load_tokenizer, skeleton
 from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lanes.shelf import single_lane
 from lorabench.models.lora import adapter_pairs, add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import recompute_activations
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Condition, Job, Run
 from lorabench.store.layout import Layout
@@ -29,7 +29,7 @@ from lorabench.training.job import run_job
 from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine
-from lorabench.training.sft.loop import train_sft
+from lorabench.training.sft import train_sft
 from lorabench.training.sft.serve import SftServer
 
 TINY = TinyModel(kind="tiny")

@@ -29,7 +29,7 @@ from lorabench.training.drive import train_lanes
 from lorabench.training.lane_checkpoints import LaneCheckpoints
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine
-from lorabench.training.sft.loop import SftOutcome, train_sft
+from lorabench.training.sft import SftOutcome, train_sft
 from lorabench.training.sft.serve import SftServer
 
 from .conftest import condition_of

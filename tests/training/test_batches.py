@@ -18,8 +18,9 @@ from lorabench.models.base import load_model
 from lorabench.models.lanes.shelf import RowCounts
 from lorabench.models.lora import add_lora
 from lorabench.training.batches import IGNORED, collate, micro_batches
-from lorabench.training.loss import check_plain_head, example_nlls, mean_nll, nll_sum
-from lorabench.training.sft.loop import curve_steps
+from lorabench.training.loss import check_plain_head, example_nlls, mean_nll
+from lorabench.custom.finetune import nll_sum
+from lorabench.training.sft import curve_steps
 
 from .conftest import TINY
 

@@ -16,7 +16,7 @@ import torch
 from lorabench.config.experiments import Protocol
 from lorabench.runs import Run
 from lorabench.training import determinism
-from lorabench.training.determinism import deterministically
+from lorabench.training.run import deterministically
 
 from .conftest import condition_of
 from .lanes import base_of, series, train_together

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lorabench.config.experiments import Protocol
-from lorabench.models.lanes import lora
+from lorabench.models import lora
 from lorabench.models.lanes.lora import can_stack_lora, stack_lora
 from lorabench.models.lora import add_adapter, add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import recompute_activations
 from lorabench.training.batches import data_order, micro_batches
 from lorabench.training.distributed import Processes
 from lorabench.training.sft import serve

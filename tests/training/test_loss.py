@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorabench.training import loss
 from lorabench.training.batches import IGNORED, Batch
-from lorabench.training.loss import MAX_LOGITS, add_gradient, nll_sum, nll_sums
+from lorabench.training.loss import MAX_LOGITS, add_gradient, nll_sums
+from lorabench.custom.finetune import nll_sum
 from lorabench.training.step_cost import _NewStorages
 
 from .lanes import run_of, stack_of

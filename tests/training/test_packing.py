@@ -14,9 +14,10 @@ from lorabench.data.tokens import TokenizedSplit
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
 from lorabench.models.lora import add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import recompute_activations
 from lorabench.training.batches import IGNORED, collate, micro_batches, packed_rows
-from lorabench.training.loss import check_packing, mean_nll, nll_sum
+from lorabench.training.loss import check_packing, mean_nll
+from lorabench.custom.finetune import nll_sum
 
 from .conftest import TINY, trained
 

@@ -19,7 +19,7 @@ from lorabench.store.schemas import JOB
 from lorabench.training import saved_runs
 from lorabench.training.job import run_job
 from lorabench.training.saved_runs import restore_runs, save_runs
-from lorabench.training.sft import trainer
+from lorabench.training.rl import trainer
 from lorabench.training.sweep import SweepContext
 
 from .conftest import trained

@@ -24,8 +24,8 @@ from transformers import (
 from lorabench.config.models import TinyModel
 from lorabench.models.base import load_model
 from lorabench.models.lanes.full import can_stack_full, lane_state, stack_full
-from lorabench.models.transformers_names import recompute_activations
-from lorabench.training.loss import nll_sum
+from lorabench.models.passes import recompute_activations
+from lorabench.custom.finetune import nll_sum
 
 SIZES = {
     "vocab_size": 96,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorabench.models.lanes.lora import _Added, _Merged, _merging_pays
+from lorabench.models.lora_products import _Added, _Merged, _merging_pays
 
 SCALING = 0.7
 COUNTS = [[9], [5, 5, 5], [3, 0, 6]]

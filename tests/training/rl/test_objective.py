@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.models.lanes.shelf import single_lane, trained_parameters
+from lorabench.models.lanes.shelf import single_lane
+from lorabench.models.passes import trained_parameters
 from lorabench.training.rl import objective
 from lorabench.training.rl.objective import ResponseGroup, row_parts
 from lorabench.training.rl.sampler import Request, Response
