@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from lorabench.models.lanes.full import stack_full
+from lorabench.models.lanes.lora import stack_lora
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorabench.models import bf16_products
-from lorabench.models.lanes.full import stack_full
-from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lora import add_adapter, add_lora
 
 from ..conftest import REPOSITORY

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lorabench.models.lanes.shelf import RowCounts
 from torch.testing import assert_close
 
-from lorabench.models.lanes.shelf import RowCounts
-from lorabench.models.passes import computing_only
-from lorabench.models.passes import recompute_activations
+from lorabench.models.passes import computing_only, recompute_activations
 from lorabench.training.batches import IGNORED, Batch
 from lorabench.training.loss import add_gradient
 

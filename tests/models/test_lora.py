@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from lorabench.config.models import TinyModel
+from lorabench.custom.finetune import nll_sum
 from lorabench.errors import UserError
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import adapter_pairs, add_lora, lora_layers, targets
 from lorabench.models.tiny import RECIPES, new_model, packed_blocks
 from lorabench.training.batches import IGNORED
-from lorabench.custom.finetune import nll_sum
 
 from ..conftest import REPOSITORY
 

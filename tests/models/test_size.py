@@ -7,8 +7,8 @@ import pytest
 from lorabench.config.experiments import Protocol
 from lorabench.config.models import TinyModel
 from lorabench.models.base import load_model
-from lorabench.models.lora import add_lora
 from lorabench.models.counts import base_parameters, train_flops_per_token
+from lorabench.models.lora import add_lora
 from lorabench.training.step_cost import measure_compute
 
 BATCH, LENGTH = 2, 16

@@ -26,8 +26,8 @@ def test_lora_takes_two_thirds_and_its_own_part(width, rank, ratio):
 @pytest.mark.parametrize(("placement", "rank"), [(None, None), ("all", 8), ("attn", 3), ("mlp", 5)])
 def test_flops_are_those_of_the_model_itself(name, placement, rank):
     from lorabench.models.base import load_model
-    from lorabench.models.lora import add_lora
     from lorabench.models.counts import train_flops_per_token
+    from lorabench.models.lora import add_lora
 
     spec = TinyModel(kind="tiny", name=name)
     model, lora = load_model(spec), None
