@@ -23,9 +23,7 @@ import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
 from lorabench.planning.starting_lr import starting_lr
-from lorabench.planning.walk import best_lr, ending, next_runs
-from lorabench.runs import Condition, Sweep
-from lorabench.utils.lattice import Lattice
+from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, next_runs
 
 _ARM = ["task", "model", "dataset", "method", "rank", "placement", "alpha", "batch_size", "steps", "init_a", "lr_ratio"]
 _ARM += ["eps"]
@@ -64,7 +62,7 @@ def replayed(runs: pd.DataFrame) -> Iterator[Replayed]:
             task, row.model, row.dataset, row.method, None, None, None, int(row.batch_size), int(row.steps), ""
         )
         start = LATTICE.around(starting_lr(int(row.hidden_size), task))
-        sweep = Sweep(condition, start, SEEDS, (), lattice=LATTICE, seeds_around=SEEDS)
+        sweep = Sweep(condition, start, Seeds(SEEDS, SEEDS), (), lattice=LATTICE)
         yield Replayed(sweep, _interpolated(lrs, losses, float(arm.lr[~done].min())))
 
 

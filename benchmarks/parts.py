@@ -93,7 +93,7 @@ def main() -> None:
             writer.writerow(["date", "device", "threads", "torch", "part", "case", "seconds", "without", "ratio"])
         for part, setting, method in CASES:
             if not is_there(setting.model):
-                print(f"{setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
+                print(f"{setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
                 continue
             step, _ = training_step(setting, method)
             steps = {"with": step, "without": _within(WITHOUT[part], step)}

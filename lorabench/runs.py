@@ -1,24 +1,38 @@
-"""What is computed, as types only: conditions, runs, sweeps, jobs and evaluations.
+"""What is computed: conditions, runs, sweeps with their learning rates (LRs) and seeds, jobs and evaluations.
 
-A *run* is a condition with one learning rate (LR) and one seed; its `run_id` is a hash of everything that determines
-its result. A *sweep* is all runs of one condition: the LR grid with the first seed, further seeds at LRs that an
-experiment names, then seeds at the LR that was best on the validation split, or with `lrs: auto` further LRs and seeds
-at the three around the best. The last have no run_id before those LRs are known; `lorabench.planning.walk` says which
-they are. A *job* trains one sweep, or several short ones in one process.
+A *run* is a condition with one LR and one seed; its `run_id` is a hash of everything that determines its result. A
+*sweep* is all runs of one condition. A *job* trains one sweep, or several short ones in one process. No torch is
+imported.
+
+A sweep is trained in waves; `next_runs` says which runs a wave has, given the validation losses so far. The first wave
+is the grid. In a sweep of fixed LRs, the second one is the other seeds at the best LR, see `best_lr`. A sweep with
+`lrs: auto` walks on a lattice of LRs:
+
+1. Until the lowest loss has a higher one on both sides, no more than a step of the lattice away, the lattice's next LR
+   is trained on each side that lacks one. A run that diverged counts as higher, and a finer LR is tried before it.
+   Equal lowest losses must be enclosed together, and in RL all LRs whose reward is good: accuracies on few problems
+   are noisy and their peaks flat, so that a reward that is a little lower on both sides encloses nothing.
+2. The next seeds, `Seeds.around` with the first, are trained at the three LRs around the lowest loss. If its mean over
+   the seeds is lowest at another LR than the middle one, the seeds go on to that LR's neighbours.
+3. All other seeds are trained at the LR with the lowest mean.
+
+A sweep stops when it has tried the lattice's largest number of LRs. Everything follows from the losses alone, so that a
+resumed sweep walks the same way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from statistics import fmean
 from typing import Any, Literal
 
 from lorabench.config.fields import SamplerName
 from lorabench.config.placement import Placement
+from lorabench.utils import formats
 from lorabench.utils.hashing import digest
-from lorabench.utils.lattice import Lattice
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
 # when that may be the case.
@@ -103,7 +117,7 @@ class Run:
 
 
 EXPECTED_FURTHER_LRS = 1
-"""LRs beside its three first that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
+"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3
@@ -111,6 +125,86 @@ AROUND = 3
 MAX_KL = 0.01
 """KL(sampler || learner) in nats per token above which a step of RL is warned about. The paper's authors found training
 to be stable below it (documentation of Tinker, page on RL hyperparameters, section Monitoring and Run Health)."""
+TIE = 1e-5
+"""The difference, in nats per token or as a share of problems, up to which two measured losses are equal. Accuracies
+are counts of problems, so those at two LRs are often equal, and rounding in their means must not choose between them.
+"""
+# An LR closer to a lattice point than this share of a step counts as that point.
+_SAME = 0.3
+# Neighbours are at most this many steps apart; an LR that is not on the lattice may be a little further away.
+_REACH = 1.0 + _SAME + 0.03
+# Half a step between a finished and a diverged run is narrow enough.
+_NARROW = 0.7
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Learning rates at `per_decade` points per decade, on which sweeps with `lrs: auto` walk.
+
+    They are the same in all sweeps, so that the grids of several arms overlap. Between two neighbours lies one finer
+    LR, which is used where a neighbour diverged.
+    """
+
+    per_decade: int
+    further: int
+    """The largest number of LRs that a sweep may try besides those with which it starts."""
+    scale: float = 1.0
+    """A factor on all LRs, of an arm whose LR of A is scaled."""
+
+    def lr(self, position: float) -> float:
+        """Return the LR at a position: whole numbers are points of the lattice, halves lie between them."""
+        return float(f"{10 ** (position / self.per_decade):.2e}") * self.scale
+
+    def _position(self, lr: float) -> float:
+        return self.per_decade * math.log10(lr / self.scale)
+
+    def around(self, lr: float) -> tuple[float, float, float]:
+        """Return the lattice point nearest to an LR, between its two neighbours."""
+        nearest = round(self._position(lr * self.scale))
+        low, middle, high = (self.lr(nearest + offset) for offset in (-1, 0, 1))
+        return low, middle, high
+
+    def next_to(self, lr: float, side: int) -> float:
+        """Return the next point of the lattice above an LR (`side` 1) or below it (-1)."""
+        return self.lr(side * math.ceil(side * self._position(lr) + _SAME))
+
+    def neighbour(self, lr: float, lrs: Iterable[float], side: int) -> float | None:
+        """Return the nearest of some LRs above an LR (`side` 1) or below it (-1); None if none is within a step."""
+        within_reach = [other for other in lrs if 0 < side * (self._position(other) - self._position(lr)) <= _REACH]
+        return min(within_reach, key=lambda other: side * other, default=None)
+
+    def between(self, lr: float, other: float) -> float | None:
+        """Return the finer LR between two neighbours; None if they are less than a step apart."""
+        low, high = self._position(lr), self._position(other)
+        if abs(high - low) < _NARROW:
+            return None
+        middle = self.lr(round(low + high) / 2)
+        return middle if min(lr, other) < middle < max(lr, other) else None
+
+    def reachable(self, lowest: float, highest: float) -> list[float]:
+        """Return every LR that a walk from LRs between two may come to."""
+        first = math.floor(self._position(lowest)) - self.further
+        last = math.ceil(self._position(highest)) + self.further
+        return [self.lr(position / 2) for position in range(2 * first, 2 * last + 1)]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The numbers of seeds of a sweep; each counts the first seed, which every LR has."""
+
+    best: int
+    """Seeds at the best LR."""
+    around: int = 1
+    """Seeds at each of the three LRs around the best, at most `best`; 1 in a sweep of fixed LRs."""
+    given: tuple[tuple[float, int], ...] = ()
+    """LRs with the number of seeds that each has whichever LR proves the best, ascending."""
+
+    def merged(self, other: Seeds) -> Seeds:
+        """Return the seeds that satisfy two experiments which need the same condition."""
+        given = dict(self.given)
+        for lr, number in other.given:
+            given[lr] = max(number, given.get(lr, 1))
+        return Seeds(max(self.best, other.best), max(self.around, other.around), tuple(sorted(given.items())))
 
 
 @dataclass(frozen=True)
@@ -119,27 +213,22 @@ class Sweep:
 
     condition: Condition
     lrs: tuple[float, ...]
-    """The LRs that are trained first."""
-    seeds: int
-    """Number of seeds at the best LR."""
+    """The LRs that are trained first, ascending."""
+    seeds: Seeds
     experiments: tuple[str, ...] = field(compare=False)
-    repeated: tuple[tuple[float, int], ...] = ()
-    """LR and seed of each further run that is trained whatever the best LR is."""
     lattice: Lattice | None = None
     """The lattice on which the sweep walks from `lrs` to the best LR; None for a fixed grid."""
-    seeds_around: int = 1
-    """With a lattice, the number of seeds at the three LRs around the best one, at most `seeds`."""
 
     @cached_property
     def sweep_id(self) -> str:
         """The sweep's name for files: its condition's label, and a hash of its runs."""
-        walk = [] if self.lattice is None else [asdict(self.lattice), self.seeds_around]
-        return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds, *walk], 8)}"
+        walk = [] if self.lattice is None else [asdict(self.lattice), self.seeds.around]
+        return f"{self.condition.label}-{digest([[run.run_id for run in self.grid()], self.seeds.best, *walk], 8)}"
 
     @property
     def n_runs(self) -> int:
-        """The expected number of runs; for a fixed grid it is less if a seed at the best LR is also in `repeated`."""
-        return sum(map(len, self.expected_waves()))
+        """The expected number of runs; for a fixed grid it is less if the best LR has several seeds anyway."""
+        return len(self.grid()) + len(self.expected_seeds())
 
     @property
     def most_runs(self) -> int:
@@ -147,41 +236,28 @@ class Sweep:
         if self.lattice is None:
             return self.n_runs
         # Seeds go on to other LRs until the means of those around have settled; the last ones are at one LR.
-        around = (len(self.lrs) + self.lattice.further) * self.seeds_around
-        return around + self.seeds - self.seeds_around + len(self.repeated)
+        around = (len(self.lrs) + self.lattice.further) * self.seeds.around
+        return around + self.seeds.best - self.seeds.around + len(self.grid()) - len(self.lrs)
 
     def grid(self) -> list[Run]:
-        """The runs that are known before training: the first LRs with the first seed, then `repeated`."""
-        cells = [*((lr, 0) for lr in self.lrs), *self.repeated]
-        return [Run(self.condition, lr, seed) for lr, seed in cells]
+        """The runs that are known before training: each of the first LRs with the first seed, then other seeds."""
+        further = [(lr, seed) for lr, number in self.seeds.given for seed in range(1, number)]
+        return [Run(self.condition, lr, seed) for lr, seed in [*((lr, 0) for lr in self.lrs), *further]]
 
-    def repeats(self, best_lr: float) -> list[Run]:
-        """The runs of the other seeds at an LR, without any that `repeated` already has."""
-        seeds = (seed for seed in range(1, self.seeds) if (best_lr, seed) not in self.repeated)
-        return [Run(self.condition, best_lr, seed) for seed in seeds]
-
-    def expected_waves(self) -> list[list[Run]]:
-        """The runs by the waves in which they are expected to be trained; unknown LRs are NaN.
-
-        The runs of a wave are known when it starts.
-        """
+    def expected_seeds(self) -> list[int]:
+        """Return the seed of each run that is expected after the grid, whose LRs are not known before training."""
         if self.lattice is None:
-            return [self.grid(), self.repeats(math.nan)]
-        steps = min(EXPECTED_FURTHER_LRS, self.lattice.further)
-        walk = [[Run(self.condition, math.nan, 0)] for _ in range(steps)]
-        around = [Run(self.condition, math.nan, seed) for seed in range(1, self.seeds_around) for _ in range(AROUND)]
-        others = [Run(self.condition, math.nan, seed) for seed in range(self.seeds_around, self.seeds)]
-        return [self.grid(), *walk, around, *([others] if others else [])]
+            return list(range(1, self.seeds.best))
+        walk = [0] * min(EXPECTED_FURTHER_LRS, self.lattice.further)
+        around = [seed for seed in range(1, self.seeds.around) for _ in range(AROUND)]
+        return [*walk, *around, *range(self.seeds.around, self.seeds.best)]
 
     def possible_runs(self) -> Iterator[Run]:
         """Yield every run that the sweep may have, whichever LR proves the best; some may come twice."""
         yield from self.grid()
-        lrs = list(self.lrs)
-        if self.lattice is not None:
-            lrs += self.lattice.reachable(min(lrs), max(lrs))
-        for lr in lrs:
-            yield Run(self.condition, lr, 0)
-            yield from self.repeats(lr)
+        reachable = self.lattice.reachable(min(self.lrs), max(self.lrs)) if self.lattice else []
+        for lr in (*self.lrs, *reachable):
+            yield from (Run(self.condition, lr, seed) for seed in range(self.seeds.best))
 
     @cached_property
     def run_ids(self) -> frozenset[str]:
@@ -233,3 +309,170 @@ class EvalJob:
     def eval_id(self) -> str:
         """The evaluation's name for files."""
         return f"{self.sweep.sweep_id if self.sweep else self.model + '-base'}-{self.identity}"
+
+
+Losses = Mapping[tuple[float, int], float]
+"""The final validation losses of finished runs by LR and seed, see `validation_loss`."""
+
+
+def validation_loss(record: Mapping[str, Any]) -> float:
+    """Return the loss by which a sweep selects its LRs, from a run's record.
+
+    It is the final validation NLL in nats per token, in RL minus the final validation reward; infinite if the run
+    diverged.
+    """
+    outcome = record["outcome"]
+    nll, reward = outcome.get("final_valid_nll"), outcome.get("final_valid_reward")
+    if nll is None and reward is None:
+        return math.inf
+    loss = float(-reward if nll is None else nll)
+    return math.inf if math.isnan(loss) else loss
+
+
+def lowest(losses: Mapping[float, float], tie: float = 0.0) -> float | None:
+    """Return the LR with the lowest loss, the lowest LR of equally good ones; None if no loss is finite.
+
+    Args:
+        losses: the loss at each LR; NaN, and infinity for a run that diverged, do not count.
+        tie: the difference up to which two losses are equal.
+    """
+    finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
+    least = min(finite.values(), default=math.nan)
+    return min((lr for lr, loss in finite.items() if loss <= least + tie), default=None)
+
+
+def best_lr(sweep: Sweep, losses: Losses) -> float | None:
+    """Return the best LR of a sweep by the validation losses; None if every run diverged.
+
+    In a sweep of fixed LRs it is the LR with the lowest mean loss over the seeds that have all LRs of the first, the
+    lowest of equally good ones. With a lattice it is the LR with the lowest mean loss over the seeds that all three LRs
+    around it have, the middle of equally good ones.
+    """
+    if sweep.lattice is not None:
+        scores = {lr: mean for lr, mean in _means(sweep, losses).items() if math.isfinite(mean)}
+        return _middle_of_lowest(scores) if scores else None
+    lrs = [lr for lr, loss in _first_seed(losses).items() if math.isfinite(loss)]
+    seeds = {seed for _, seed in losses if all(math.isfinite(losses.get((lr, seed), math.inf)) for lr in lrs)}
+    return lowest({lr: fmean(losses[lr, seed] for seed in seeds) for lr in lrs})
+
+
+def next_runs(sweep: Sweep, losses: Losses) -> list[Run]:
+    """Return the next wave of a sweep's runs; empty when the sweep is finished.
+
+    Args:
+        sweep: the sweep.
+        losses: the losses of the runs of all earlier waves.
+    """
+    grid = [(run.lr, run.seed) for run in sweep.grid()]
+    if not losses.keys() >= set(grid):
+        return _missing(sweep, grid, losses)
+    if sweep.lattice is None:
+        best = best_lr(sweep, losses)
+        return [] if best is None else _missing(sweep, _cells([best], sweep.seeds.best), losses)
+    first = _first_seed(losses)
+    room = max(0, sweep.lattice.further - (len(first) - len(sweep.lrs)))
+    started = any(seed for lr, seed in losses.keys() - set(grid))
+    if not started and (unexplored := _unexplored(sweep, sweep.lattice, first)[:room]):
+        return _missing(sweep, _cells(unexplored, 1), losses)
+    if not any(map(math.isfinite, first.values())):
+        return []
+    # Other experiments may have trained all seeds at some LRs, so that the means already know better.
+    means = _means(sweep, losses) or first
+    for scores in [means] if started else [first, means]:
+        around = _around(sweep.lattice, first, _middle_of_lowest(scores), room)
+        if wave := _missing(sweep, _cells(around, sweep.seeds.around), losses):
+            return wave
+    return _missing(sweep, _cells([_middle_of_lowest(means)], sweep.seeds.best), losses)
+
+
+def finished_losses(sweep: Sweep, loss_of: Callable[[Run], float]) -> dict[tuple[float, int], float]:
+    """Return the losses of all runs of a finished sweep, in the order of its waves.
+
+    Args:
+        sweep: the sweep.
+        loss_of: returns a run's final validation loss, see `validation_loss`.
+    """
+    losses: dict[tuple[float, int], float] = {}
+    while wave := next_runs(sweep, losses):
+        losses |= {(run.lr, run.seed): loss_of(run) for run in wave}
+    return losses
+
+
+def ending(sweep: Sweep, losses: Losses) -> str:
+    """Say how the walk of a finished sweep with a lattice ended."""
+    first, best = _first_seed(losses), best_lr(sweep, losses)
+    if best is None:
+        return f"all {len(first)} LRs diverged"
+    scores = first | _means(sweep, losses)
+    higher = [lr for lr, score in scores.items() if score > scores[best]]
+    is_open = ["lower"] * (not any(lr < best for lr in higher)) + ["higher"] * (not any(lr > best for lr in higher))
+    at = f"{len(first)} LRs, the lowest loss at lr {formats.lr(best, 3)}"
+    return f"stopped at {at}, with no higher loss at a {' or '.join(is_open)} LR" if is_open else f"bracketed by {at}"
+
+
+def _first_seed(losses: Losses) -> dict[float, float]:
+    """Return the losses of the first seed by LR, ascending."""
+    return {lr: loss for (lr, seed), loss in sorted(losses.items()) if seed == 0}
+
+
+def _means(sweep: Sweep, losses: Losses) -> dict[float, float]:
+    """Return the mean losses at the LRs that have the seeds of those around the best, ascending."""
+    seeds = range(sweep.seeds.around)
+    complete = [lr for lr in _first_seed(losses) if all((lr, seed) in losses for seed in seeds)]
+    return {lr: fmean(losses[lr, seed] for seed in seeds) for lr in complete}
+
+
+def _middle_of_lowest(scores: Mapping[float, float]) -> float:
+    """Return the middle of the LRs with the lowest score; where all scores are infinite, the lowest LR."""
+    lowest = min(scores.values())
+    equal = sorted(lr for lr, score in scores.items() if score == lowest)
+    return equal[(len(equal) - 1) // 2 if math.isfinite(lowest) else 0]
+
+
+def _unexplored(sweep: Sweep, lattice: Lattice, first: Mapping[float, float]) -> list[float]:
+    """Return the LRs to train on the sides on which no higher loss bounds the best; all lower if all diverged."""
+    lowest = min(first.values())
+    if math.isinf(lowest):
+        return [lattice.next_to(min(first), -1)]
+    # In RL the losses are minus the rewards.
+    highest = GOOD * lowest if sweep.condition.task == "rl" else lowest
+    enclosed = [lr for lr, loss in first.items() if loss <= highest]
+    unexplored: list[float | None] = []
+    for end, side in ((enclosed[0], -1), (enclosed[-1], 1)):
+        neighbour = lattice.neighbour(end, first, side)
+        if neighbour is None:
+            unexplored.append(lattice.next_to(end, side))
+        elif math.isinf(first[neighbour]):
+            unexplored.append(lattice.between(end, neighbour))
+    return [lr for lr in unexplored if lr is not None]
+
+
+def _around(lattice: Lattice, first: Mapping[float, float], centre: float, room: int) -> list[float]:
+    """Return the three LRs around a centre, ascending, the centre among them.
+
+    Where the runs on one side diverged, the third is a finer LR on the other side. Without room for another LR it is
+    the next but one there.
+    """
+    chosen = [centre]
+    for side in (-1, 1):
+        neighbour = lattice.neighbour(centre, first, side)
+        if neighbour is None and len([lr for lr in chosen if lr not in first]) < room:
+            chosen.append(lattice.next_to(centre, side))
+        elif neighbour is not None and math.isfinite(first[neighbour]):
+            chosen.append(neighbour)
+    if len(chosen) == AROUND - 1 and all(lr in first for lr in chosen) and room:
+        finer = lattice.between(*chosen)
+        chosen += [] if finer is None else [finer]
+    others = [lr for lr, loss in first.items() if math.isfinite(loss) and lr not in chosen]
+    nearest = sorted(others, key=lambda lr: abs(math.log(lr / centre)))
+    return sorted(chosen + nearest[: AROUND - len(chosen)])
+
+
+def _cells(lrs: Iterable[float], seeds: int) -> list[tuple[float, int]]:
+    """Return LR and seed of so many seeds at each of some LRs, seed by seed."""
+    return [(lr, seed) for seed in range(seeds) for lr in lrs]
+
+
+def _missing(sweep: Sweep, cells: Iterable[tuple[float, int]], losses: Losses) -> list[Run]:
+    """Return the runs with some LRs and seeds that are not finished."""
+    return [Run(sweep.condition, lr, seed) for lr, seed in cells if (lr, seed) not in losses]

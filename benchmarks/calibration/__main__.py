@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorabench.cli.errors import in_one_sentence
+from lorabench.cli.common import in_one_sentence, plan_and_layout
 
 app = typer.Typer()
 
@@ -57,7 +57,6 @@ def calibrate(
         if preset is not None:
             from benchmarks.calibration import power
             from benchmarks.calibration.measure import measure_noise
-            from lorabench.cli.preset_option import plan_and_layout
             from lorabench.report.generated_block import text_around, write_around
             from lorabench.store.io import write_csv
             from lorabench.store.tables import Tables

@@ -76,12 +76,12 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
 
 
 def _of_sweep(sweep: Sweep) -> ArmDesign:
-    every = 1 + max((seed for _, seed in sweep.repeated), default=0)
+    best, every = sweep.seeds.best, max((number for _, number in sweep.seeds.given), default=1)
     if sweep.lattice is not None:
-        return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, sweep.seeds, "around", sweep.seeds_around)
+        return ArmDesign(max(_AUTO_LRS, len(sweep.lrs)), _LATTICE_STEP, best, "around", sweep.seeds.around)
     steps = [high / low for low, high in pairwise(sorted(sweep.lrs))]
-    repeats: Literal["best", "every"] = "every" if every > sweep.seeds else "best"
-    return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(sweep.seeds, every), repeats)
+    repeats: Literal["best", "every"] = "every" if every > best else "best"
+    return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(best, every), repeats)
 
 
 def _counted(task: Task, claim_id: str, design: Design, noise: NoiseLevels, seed: int) -> Counter[tuple[str, str]]:

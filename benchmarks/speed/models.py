@@ -62,7 +62,7 @@ def preset_entry(model: str) -> dict[str, Any]:
     if not isinstance(spec, GgufModel):
         return spec.model_dump()
     if not is_there(model):
-        raise SystemExit(f"{model} is not here; `lorabench convert {model}` gets it")
+        raise SystemExit(f"{model} is not here; `lorabench step convert {model}` gets it")
     folder = str(Path(converted_folder(spec)).resolve())
     return {"kind": "path", "path": folder, "parameters": spec.parameters, "hidden_size": spec.hidden_size}
 

@@ -92,7 +92,7 @@ def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -
             folder = Path(scratch)
             path, settings, result = (folder / file for file in ("speed.yaml", "settings.json", "result.json"))
             path.write_text(yaml.safe_dump(preset(shape)))
-            finish(start(lorabench("dataset", "gcd", path), folder, shape.threads))
+            finish(start(lorabench("step", "dataset", "gcd", path), folder, shape.threads))
             trainer = "trl" if name == "rl-trl" else "lorabench"
             settings.write_text(json.dumps({"trainer": trainer, "preset": str(path), "result": str(result)}))
             command = [sys.executable, "-m", "benchmarks.speed.rl_step", str(settings)]

@@ -1,7 +1,7 @@
 """A training step within one process, without start-up; and the speed of the machine's matrix products.
 
-The steps of this project are computed as in a run (`batch_gradient`). Every token is scored unless a setting says otherwise,
-and there is no padding. At LR 0 a step does all its work and does not change the weights.
+The steps of this project are computed as in a run (`batch_gradient`). Every token is scored unless a setting says
+otherwise, and there is no padding. At LR 0 a step does all its work and does not change the weights.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def measure(
         yield Row("peak", case, "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9)
     for setting in settings:
         if not is_there(setting.model):
-            say(f"step: {setting.model} is not here and is left out; `lorabench convert {setting.model}` gets it")
+            say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
         made = {name: training_step(setting, arm, device) for name, arm in ARMS.items()}
         seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)

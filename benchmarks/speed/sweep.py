@@ -128,7 +128,7 @@ def execution(threads: int, gpu: str | None) -> dict[str, Any]:
 def sweep_command(sweeps: Iterable[Sweep], path: Path) -> list[str]:
     """Return the command that trains the sweep of a preset."""
     [sweep] = sweeps
-    return lorabench("train", sweep.sweep_id, path)
+    return lorabench("step", "train", sweep.sweep_id, path)
 
 
 def lorabench(*arguments: Any) -> list[str]:
@@ -198,8 +198,8 @@ class _Job:
         self.folder, self.path, self.results = folder, folder / f"{NAME}.yaml", folder / "results" / NAME
         self.path.write_text(yaml.safe_dump(preset(shape)))
         self.plan = make_plan(load_preset(str(self.path)))
-        finish(start(lorabench("dataset", DATASET, self.path), folder, shape.threads))
-        finish(start(lorabench("tokens", shape.model, DATASET, self.path), folder, shape.threads))
+        finish(start(lorabench("step", "dataset", DATASET, self.path), folder, shape.threads))
+        finish(start(lorabench("step", "tokens", shape.model, DATASET, self.path), folder, shape.threads))
 
     def losses(self, run: Run) -> Losses:
         """Return the final losses of a run; the test loss is NaN if it diverged."""

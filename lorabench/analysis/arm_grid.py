@@ -10,46 +10,10 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.least_squares import FitRows
+from lorabench.runs import TIE, lowest
 
 MAX_STEP = 3.5
 """The widest ratio of neighbouring LRs around a resolved optimum: about half a decade, as from 3e-4 to 1e-3."""
-
-TIE = 1e-5
-"""The difference, in nats per token or as a share of problems, up to which two losses are equal."""
-
-
-@dataclass(frozen=True)
-class ArmGrid:
-    """The LRs of one arm around its lowest loss."""
-
-    label: str
-    lrs: np.ndarray
-    """All LRs with a finished run, ascending."""
-    centre: int
-    """Index of the LR with the lowest loss."""
-    window: np.ndarray
-    """Indices of the LRs that count for the fit."""
-    edge: float | None
-    """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None."""
-    coarse: float | None
-    """If a neighbour of the lowest loss is more than MAX_STEP away or diverged, the LR to add between; else None."""
-    diverged: np.ndarray
-    """LRs at which the run of the first seed diverged, ascending."""
-
-    def beside(self, optimum: float) -> float | None:
-        """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
-
-        It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
-        """
-        for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
-            if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
-                continue
-            tried = np.union1d(self.lrs, self.diverged)
-            beyond = int(np.searchsorted(tried, self.lrs[end])) - inwards
-            if 0 <= beyond < len(tried):
-                return math.sqrt(self.lrs[end] * tried[beyond])
-            return float(self.lrs[end] ** 2 / self.lrs[end + inwards])
-        return None
 
 
 @dataclass(frozen=True)
@@ -96,6 +60,40 @@ class ArmRuns:
         return ArmRuns(*(values[places] for values in vars(self).values()))
 
 
+@dataclass(frozen=True)
+class ArmGrid:
+    """The LRs of one arm around its lowest loss."""
+
+    label: str
+    lrs: np.ndarray
+    """All LRs with a finished run, ascending."""
+    centre: int
+    """Index of the LR with the lowest loss."""
+    window: np.ndarray
+    """Indices of the LRs that count for the fit."""
+    edge: float | None
+    """If no finished or diverged run bounds the lowest loss on one side, the LR to add there; else None."""
+    coarse: float | None
+    """If a neighbour of the lowest loss is more than MAX_STEP away or diverged, the LR to add between; else None."""
+    diverged: np.ndarray
+    """LRs at which the run of the first seed diverged, ascending."""
+
+    def beside(self, optimum: float) -> float | None:
+        """Return the LR to add if a fitted optimal LR lies at an end of the window; None if it lies within.
+
+        It is halfway to the next LR on a logarithmic axis, or a step of the grid further where there is no next LR.
+        """
+        for end, inwards in ((self.window[0], 1), (self.window[-1], -1)):
+            if not math.isclose(optimum, self.lrs[end], rel_tol=1e-6):
+                continue
+            tried = np.union1d(self.lrs, self.diverged)
+            beyond = int(np.searchsorted(tried, self.lrs[end])) - inwards
+            if 0 <= beyond < len(tried):
+                return math.sqrt(self.lrs[end] * tried[beyond])
+            return float(self.lrs[end] ** 2 / self.lrs[end + inwards])
+        return None
+
+
 def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     """Return the LRs of an arm; None if no run finished.
 
@@ -107,8 +105,8 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     if not usable.any():
         return None
     lrs = np.unique(runs.lr[usable])
-    losses = _losses(runs, lrs)
-    centre = first_lowest(losses)
+    best = lowest(dict(zip(lrs.tolist(), _mean_losses(runs, lrs).tolist(), strict=True)), TIE)
+    centre = lrs.tolist().index(best)
     diverged = np.sort(runs.lr[first & runs.diverged])
     reach = MAX_STEP * 1.001
     window = np.flatnonzero((lrs >= lrs[centre] / reach) & (lrs <= lrs[centre] * reach))
@@ -127,35 +125,12 @@ def arm_grid(label: str, runs: ArmRuns) -> ArmGrid | None:
     return ArmGrid(label, lrs, centre, window, edge, coarse, diverged)
 
 
-def first_lowest(losses: np.ndarray) -> int:
-    """Return the index of the lowest loss, the first of equals; NaN does not count, and one loss must be known.
-
-    Accuracies are counts of problems, so those at two LRs are often equal. Rounding in their mean over seeds must not
-    choose between them.
-    """
-    return int(np.flatnonzero(losses <= np.nanmin(losses) + TIE)[0])
-
-
-def _losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:
-    """Return the mean loss at each of some LRs, over the seeds that finished at all of them."""
+def _mean_losses(runs: ArmRuns, lrs: np.ndarray) -> np.ndarray:
+    """Return the mean of validation and test loss at each of some LRs, over the seeds that finished at all of them."""
     # A table with one evaluation set has one of the two losses.
     both = np.array([runs.validation_loss, runs.test_loss])
     known = np.isfinite(both)
     loss = np.where(known, both, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    return over_seeds(runs, lrs, loss)
-
-
-def over_seeds(runs: ArmRuns, lrs: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Return the mean of a loss at each of some LRs, over the seeds that finished at all of them.
-
-    Args:
-        runs: the runs of one arm.
-        lrs: LRs at which a seed finished, ascending, shape (n,).
-        loss: the loss of each run; runs with NaN do not count.
-
-    Returns:
-        Means, shape (n,).
-    """
     counted = runs.done & np.isin(runs.lr, lrs)
     seeds, row = np.unique(runs.seed[counted], return_inverse=True)
     by_seed = np.full((len(seeds), len(lrs)), math.nan)
@@ -164,8 +139,8 @@ def over_seeds(runs: ArmRuns, lrs: np.ndarray, loss: np.ndarray) -> np.ndarray:
     return means
 
 
-def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> FitRows:
-    """Return the runs that count for a fit: the finished ones at the LRs of their arm's window."""
+def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGrid]) -> FitRows | None:
+    """Return the runs that count for a fit, which are the finished ones at the LRs of their arm's window, if any."""
     parts: list[tuple[np.ndarray, ...]] = []
     for label, runs in arms:
         grid = grids.get(label)
@@ -176,4 +151,4 @@ def counted_rows(arms: Sequence[tuple[str, ArmRuns]], grids: Mapping[str, ArmGri
         labels = np.full(int(counted.sum()), label, object)
         columns = (runs.run_id[counted], labels, runs.seed[counted], x, runs.test_loss[counted])
         parts.append((*columns, runs.n[counted], runs.sd[counted]))
-    return FitRows(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else FitRows.empty()
+    return FitRows(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None

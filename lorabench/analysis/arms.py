@@ -1,8 +1,12 @@
-"""Arms, the units that are compared: grouping, selecting, naming and checking the runs of a table.
+"""Arms, the units that are compared: grouping, selecting, naming and checking the runs of a table, and their losses.
 
 An arm is everything that an LR sweep leaves fixed: a method (FullFT, or LoRA of one rank, placement and
 parametrization) on one model and dataset, at one batch size and number of steps. Its runs differ in learning rate and
 seed only.
+
+Estimators pick a learning rate by the column `validation_loss` and report the column `test_loss`; lower is better. In
+supervised fine-tuning both are the NLL in nats per scored token (`with_losses`), and in reinforcement learning the
+error rate from 0 to 1, which is 1 - accuracy (`rewards.with_error_rates`). Tables on disk do not have these columns.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import pandas as pd
 
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table, listed
+from lorabench.store.io import list_of_words
 
 STANDARD = {"alpha": 32.0, "init_a": 1.0, "lr_ratio": 1.0}
 """The paper's parametrization of LoRA: alpha, A's initial scale in units of 1/sqrt(d_in), LR of B over LR of A."""
@@ -33,6 +38,12 @@ def with_arm_columns(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the table with every optional column of ARM; a column that it lacked is null."""
     lacking = [name for name in OPTIONAL if name not in runs]
     return runs.reindex(columns=[*runs.columns, *lacking]) if lacking else runs
+
+
+def with_losses(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with `validation_loss` and `test_loss`; a column that they lack is taken from the final NLLs."""
+    columns = {"validation_loss": "final_valid_nll", "test_loss": "final_test_nll"}
+    return runs.assign(**{loss: runs[nll] for loss, nll in columns.items() if loss not in runs and nll in runs})
 
 
 def arm_label(arm: Mapping[str, Any] | pd.Series) -> str:
@@ -59,36 +70,35 @@ def is_standard(runs: pd.DataFrame) -> pd.Series[bool]:
     return pd.Series(standard, index=runs.index) | (runs["method"] == "fullft")
 
 
-def check_runs(runs: pd.DataFrame) -> None:
+def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
+    """Return which runs belong to one of the experiments; a run that names no experiment belongs to all."""
+    if "experiments" not in runs:
+        return pd.Series(True, index=runs.index)
+    words = runs["experiments"].map(list_of_words)
+    return words.map(lambda experiments: not experiments or any(name in experiments for name in names)).astype(bool)
+
+
+def check_runs(runs: pd.DataFrame, checked: bool = False) -> None:
     """Check that the runs table is valid and that no arm has two runs with the same LR and seed.
+
+    Args:
+        runs: the table.
+        checked: whether `check_table` has passed these runs already.
 
     Raises:
         UserError: An arm has two runs with the same LR and seed, or `check_table` raises.
     """
-    check_table(runs)
-    check_arms(runs)
-
-
-def check_arms(runs: pd.DataFrame) -> None:
-    """Check that no arm has two runs with the same LR and seed.
-
-    Raises:
-        UserError: An arm has two such runs.
-    """
-    if runs.empty:
-        return
-    runs = with_arm_columns(runs)
-    lr, seed = runs["lr"].to_numpy(object), runs["seed"].to_numpy(object)
-    for arm, places in arm_places(runs):
-        times = Counter(zip(lr[places], seed[places], strict=True))
-        same = [place for place in places if times[lr[place], seed[place]] > 1]
-        if not same:
-            continue
-        of_arm = runs.iloc[same]
-        raise UserError(
-            f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {listed(of_arm['run_id'])} have the same LR and "
-            "seed, so they differ in something that is not part of an arm; analyse them separately"
-        )
+    if not checked:
+        check_table(runs)
+    for arm, rows in each_arm(runs) if len(runs) else []:
+        cells = list(zip(rows["lr"].to_numpy(object), rows["seed"].to_numpy(object), strict=True))
+        times = Counter(cells)
+        if len(times) < len(cells):
+            same = rows[[times[cell] > 1 for cell in cells]]
+            raise UserError(
+                f"{arm['model']}/{arm['dataset']} {arm_label(arm)}: runs {listed(same['run_id'])} have the same LR and "
+                "seed, so they differ in something that is not part of an arm; analyse them separately"
+            )
 
 
 def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
@@ -100,22 +110,34 @@ def each_arm(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
 def arm_places(table: pd.DataFrame) -> list[tuple[dict[str, Any], list[int]]]:
     """Return each arm with the positions of its rows, in the order of `each_arm`.
 
-    This is several times as fast as a groupby over so many columns, of which several are text.
+    This is several times as fast as a groupby over so many columns, some of which are text.
 
     Args:
         table: all columns ARM.
     """
-    columns = [_values(table[name], name in _INTEGERS) for name in ARM]
     groups: dict[tuple[Any, ...], list[int]] = {}
+    columns = []
+    for name in ARM:
+        values = table[name].to_numpy(object)
+        known = ~pd.isna(values)
+        # A column with nulls may hold its whole numbers as floats.
+        convert = int if name in _INTEGERS else lambda value: value
+        columns.append([convert(value) if here else None for value, here in zip(values, known, strict=True)])
     for place, key in enumerate(zip(*columns, strict=True)):
         groups.setdefault(key, []).append(place)
-    arms = [(dict(zip(ARM, key, strict=True)), places) for key, places in groups.items()]
-    return sorted(arms, key=lambda pair: _order(pair[0]))
+
+    def order(pair: tuple[dict[str, Any], list[int]]) -> tuple[Any, ...]:
+        arm = pair[0]
+        data = (str(arm["model"]), str(arm["dataset"]), arm["batch_size"] or 0, arm["steps"] or 0)
+        method = (arm["method"] != "fullft", arm["rank"] or 0, str(arm["placement"]))
+        return *data, *method, *(arm[name] or 0 for name in (*STANDARD, "eps"))
+
+    return sorted(((dict(zip(ARM, key, strict=True)), places) for key, places in groups.items()), key=order)
 
 
-def first_seed(of_arm: pd.DataFrame) -> pd.DataFrame:
+def first_seed(arm_runs: pd.DataFrame) -> pd.DataFrame:
     """Return an arm's runs with its lowest seed, which make its LR grid; other seeds repeat the best LR."""
-    grid: pd.DataFrame = of_arm[of_arm["seed"] == of_arm["seed"].min()]
+    grid: pd.DataFrame = arm_runs[arm_runs["seed"] == arm_runs["seed"].min()]
     return grid
 
 
@@ -135,25 +157,3 @@ def arm_table(rows: Sequence[Mapping[Any, Any]], columns: list[str]) -> pd.DataF
     """Return a table of rows with the columns ARM and `columns`, which it has even if there are no rows."""
     frame = pd.DataFrame(rows, columns=[*ARM, *columns])
     return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys([*STANDARD, "eps"], "float64"))
-
-
-def _values(column: pd.Series[Any], whole: bool) -> list[Any]:
-    """Return a column's values as plain Python, None for null; one with nulls may hold its whole numbers as floats."""
-    values = column.to_numpy(object)
-    if whole:
-        return [None if null else int(value) for value, null in zip(values, pd.isna(values), strict=True)]
-    return [None if null else value for value, null in zip(values, pd.isna(values), strict=True)]
-
-
-def _order(arm: dict[str, Any]) -> tuple[Any, ...]:
-    numbers = (arm[name] or 0 for name in (*STANDARD, "eps"))
-    return (
-        str(arm["model"]),
-        str(arm["dataset"]),
-        arm["batch_size"] or 0,
-        arm["steps"] or 0,
-        arm["method"] != "fullft",
-        arm["rank"] or 0,
-        str(arm["placement"]),
-        *numbers,
-    )

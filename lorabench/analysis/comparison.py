@@ -5,27 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arm_grid import MAX_STEP
-from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_arms, check_runs, each_arm, with_arm_columns
-from lorabench.analysis.early import metric_points
+from lorabench.analysis.arms import ARM, OPTIONAL, arm_label, check_runs, each_arm, with_arm_columns, with_losses
+from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
-from lorabench.analysis.losses import with_losses
-from lorabench.analysis.margin import Margin, base_loss, loss_margin, reward_margin
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Rule, Verdict, Within
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.analysis.rules import Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
+from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.store.checks import is_rl
-from lorabench.store.io import list_of_words
 
 MIN_LRS = 3
 """Least number of LRs in a grid from which an optimum can be fitted."""
@@ -50,7 +46,7 @@ NEEDED_BY: dict[Task, list[str]] = {"sft": NEEDED, "rl": [*_ARM_AND_STATUS, "fin
 
 @dataclass(frozen=True)
 class Judging:
-    """What is known beside the runs, for all comparisons alike."""
+    """What is known besides the runs, for all comparisons alike."""
 
     margins: Margins = DEFAULT_MARGINS
     examples: ExampleLosses = field(default_factory=ExampleLosses, repr=False)
@@ -59,6 +55,19 @@ class Judging:
     """Seed noise from elsewhere, for comparisons with one seed."""
     predictions: Predictions = DEFAULT_PREDICTIONS
     """What theories predict."""
+
+
+def kept_by_arm(function: Callable[[Comparison, Arm], pd.DataFrame]) -> Callable[[Comparison, Arm], pd.DataFrame]:
+    """Keep in a comparison the tables that a function makes of its arms, so that each is made once."""
+
+    @wraps(function)
+    def kept(comparison: Comparison, arm: Arm) -> pd.DataFrame:
+        key = (function.__name__, arm_label(arm))
+        if key not in comparison.kept:
+            comparison.kept[key] = function(comparison, arm)
+        return comparison.kept[key]
+
+    return kept
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,15 @@ class Comparison:
     judging: Judging = field(default_factory=Judging, repr=False)
 
     @cached_property
+    def kept(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """Tables that are made once, by the name of a function and the label of an arm or a metric."""
+        return {}
+
+    @cached_property
+    def _by_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
+        return each_arm(self.runs)
+
+    @cached_property
     def arms(self) -> list[Arm]:
         """All arms."""
         return [arm for arm, _ in self._by_arm]
@@ -80,10 +98,6 @@ class Comparison:
     def rows(self) -> dict[str, pd.DataFrame]:
         """The runs of each arm, by arm label."""
         return {arm_label(arm): rows for arm, rows in self._by_arm}
-
-    @cached_property
-    def _by_arm(self) -> list[tuple[Arm, pd.DataFrame]]:
-        return each_arm(self.runs)
 
     @cached_property
     def fullft(self) -> Arm | None:
@@ -97,11 +111,8 @@ class Comparison:
 
     def placed(self, placement: str) -> dict[int, Arm]:
         """Return the LoRA arms of a placement by rank, ascending; a missing placement counts as `all`."""
-        return {
-            arm["rank"]: arm
-            for arm in self.arms
-            if arm["method"] == "lora" and (arm["placement"] or "all") == placement
-        }
+        lora = [arm for arm in self.arms if arm["method"] == "lora"]
+        return {arm["rank"]: arm for arm in lora if (arm["placement"] or "all") == placement}
 
     @cached_property
     def highest(self) -> Arm | None:
@@ -124,14 +135,9 @@ class Comparison:
     def points(self, split: str, metric: str) -> pd.DataFrame:
         """Return the points of one metric of the curves: columns run_id, step and value, which is never null."""
         key = (f"points of {split}", metric)
-        if key not in self.memo:
-            self.memo[key] = metric_points(self.curves, split, metric)
-        return self.memo[key]
-
-    @cached_property
-    def memo(self) -> dict[tuple[str, str], pd.DataFrame]:
-        """What was computed of an arm or a metric, by a name for it and the label or the metric, to compute it once."""
-        return {}
+        if key not in self.kept:
+            self.kept[key] = metric_points(self.curves, split, metric)
+        return self.kept[key]
 
     @cached_property
     def fit(self) -> LossFit:
@@ -145,30 +151,32 @@ class Comparison:
     def margin(self) -> Margin:
         """The smallest difference of test losses that matters; in RL of error rates."""
         arm = self.fullft or min(self.arms, key=self._lowest)
-        label = arm_label(arm)
+        label, margins = arm_label(arm), self.judging.margins
         if self.is_rl:
             base = float(self.runs["base_reward"].astype(float).mean()) if "base_reward" in self.runs else math.nan
-            return reward_margin(self.judging.margins, base, 1 - self._lowest(arm), label)
+            return gain_margin(margins.reward, 1 - self._lowest(arm) - base, label, rewarded=True)
+        points = self.points("validation", "nll")
+        at_start = points[(points["step"] == 0) & points["run_id"].isin(self.runs["run_id"])]
         tuned = float(with_losses(self.at_optimum(arm))["validation_loss"].astype(float).mean())
-        base = base_loss(self.runs, self.curves)
-        return loss_margin(self.judging.margins, base, tuned, label, self._lowest(arm))
+        gain = float(at_start["value"].astype(float).mean()) - tuned
+        if math.isnan(gain):
+            loss = self._lowest(arm)
+            rule = f"{SHARE_OF_LOSS:.0%} of the loss ({loss:.3f} nats), since the base's loss is not known"
+            return Margin(SHARE_OF_LOSS * loss, rule)
+        return gain_margin(margins.loss, gain, label)
 
     def _lowest(self, arm: Arm) -> float:
         minimum = self.fit.minima.get(arm_label(arm))
         return math.inf if minimum is None else minimum.value
 
+    @kept_by_arm
     def at_optimum(self, arm: Arm) -> pd.DataFrame:
         """Return the finished runs of an arm at the LR of its grid that is nearest to its fitted optimum.
 
         Of the LRs within a factor of MAX_STEP of the optimum, those with the most seeds come first, since further
         seeds are trained at one LR only. Without a fit, it is the LR with the lowest loss.
         """
-        key = ("at_optimum", arm_label(arm))
-        if key not in self.memo:
-            self.memo[key] = self._at_optimum(key[1])
-        return self.memo[key]
-
-    def _at_optimum(self, label: str) -> pd.DataFrame:
+        label = arm_label(arm)
         rows, grid = self.rows[label], self.fit.grids.get(label)
         done = rows["status"].to_numpy(object) == "done"
         if grid is None or not done.any():
@@ -185,18 +193,18 @@ class Comparison:
         return at_chosen
 
     def problems(self, arms: Sequence[Arm], resolved: bool = False) -> list[Problem]:
-        """Return what speaks against a verdict on the fitted minima of arms.
+        """Return the reasons against a verdict on the fitted minima of arms.
 
         Args:
             arms: the arms that are compared.
             resolved: whether the optimal LRs themselves are judged, so that they must be resolved by their grids.
         """
         labels = [arm_label(arm) for arm in arms]
-        found = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
-        found = found or self._noise_problems(labels)
-        if found or not resolved:
-            return found
-        return [self._unresolved(label) for label in labels if not self.fit.resolved[label]]
+        problems = [problem for label in labels if (problem := self._grid_problem(label, resolved))]
+        problems = problems or self._noise_problems(labels)
+        if not problems and resolved:
+            problems = [self._unresolved(label) for label in labels if not self.fit.resolved[label]]
+        return problems
 
     def _grid_problem(self, label: str, resolved: bool) -> Problem | None:
         """Return what the LRs of an arm lack for a minimum, or for an optimum."""
@@ -207,11 +215,10 @@ class Comparison:
             text = f"{label}: {len(grid.lrs)} LRs finished, {MIN_LRS} needed"
             return Problem(text, Remedy(f"{MIN_LRS} LRs of {label}"))
         if grid.edge is not None:
-            remedy = Remedy(f"LR {grid.edge:.2g} of {label}", lrs=((label, grid.edge),))
-            return Problem(f"{label}: best LR at the edge of its grid", remedy)
+            return Problem(f"{label}: best LR at the edge of its grid", _further_lr(label, grid.edge))
         if grid.coarse is not None and resolved:
-            remedy = Remedy(f"LR {grid.coarse:.2g} of {label}", lrs=((label, grid.coarse),))
-            return Problem(f"{label}: no finished LR within a factor of {MAX_STEP} of the best", remedy)
+            text = f"{label}: no finished LR within a factor of {MAX_STEP} of the best"
+            return Problem(text, _further_lr(label, grid.coarse))
         return None if label in self.fit.minima else Problem(f"{label}: its runs do not determine a minimum")
 
     def _noise_problems(self, labels: Sequence[str]) -> list[Problem]:
@@ -229,20 +236,19 @@ class Comparison:
         lr = self.fit.grids[label].beside(math.exp(self.fit.optima[label].value))
         if lr is not None:
             # The fit is best at the end of its LRs, where further seeds would not show how the loss goes on.
-            return Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
+            return Problem(text, _further_lr(label, lr))
         seeds = max(MIN_SEEDS, 2 * self.fit.n_seeds[label])
-        remedy = Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds=seeds, around=True)
-        return Problem(text, remedy)
+        return Problem(text, Remedy(f"{seeds} seeds at the LRs around the optimum of {label}", seeds, around=True))
 
     def gap(self, arm: Arm, other: Arm) -> Estimate:
         """Return the fitted minimum of the test loss (in RL the error rate) of an arm minus that of another."""
         return self.fit.gap(arm_label(arm), arm_label(other))
 
     def gap_text(self, arm: Arm, other: Arm) -> str:
-        """Return the gap in words, with what its error holds."""
+        """Return the gap as text, with the parts of its error."""
         gap = self.gap(arm, other)
-        in_words = (error_rate if self.is_rl else nats)(gap)
-        text = f"{arm_label(arm)} - {arm_label(other)} = {in_words} at the fitted minima, {gap.n_seeds} seeds"
+        number = (error_rate if self.is_rl else nats)(gap)
+        text = f"{arm_label(arm)} - {arm_label(other)} = {number} at the fitted minima, {gap.n_seeds} seeds"
         if gap.example_part is None and gap.known:
             text += "; the error from test examples is not known"
         return text + (f"; seed noise from {self.fit.noise_source}" if self.fit.noise_source else "")
@@ -272,6 +278,10 @@ class Comparison:
         return self.judge_gap(Above, arm, other)
 
 
+def _further_lr(label: str, lr: float) -> Remedy:
+    return Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))
+
+
 def comparisons(
     runs: pd.DataFrame, curves: pd.DataFrame, judging: Judging | None = None, checked: bool = False
 ) -> list[Comparison]:
@@ -280,26 +290,23 @@ def comparisons(
     Args:
         runs: the runs.
         curves: their learning curves; the table may hold those of other runs, too.
-        judging: margins and what else is known beside the runs.
+        judging: margins and what else is known besides the runs.
         checked: whether `check_table` has passed these runs already, as it has for all claims.
 
     Raises:
         UserError: see `check_runs`.
     """
-    if checked:
-        check_arms(runs)
-    else:
-        check_runs(runs)
+    check_runs(runs, checked)
     runs = with_arm_columns(runs)
     keys = set(zip(*(runs[name].to_numpy(object) for name in COMPARED), strict=True))
     groups: list[Any] = [(*keys, runs)] if len(keys) == 1 else list(runs.groupby(COMPARED, dropna=False))
-    parts = []
     several = {name: _several(runs, name) for name in ("batch_size", "steps")}
-    for (model, dataset, batch_size, steps), of_group in groups:
+    parts = []
+    for (model, dataset, batch_size, steps), rows in groups:
         label = f"{model}/{dataset}" + (f" batch {batch_size}" if several["batch_size"] else "")
         # Runs at several batch sizes pass once over the same data, so their steps follow from the batch size.
         label += f" {steps} steps" if several["steps"] and not several["batch_size"] else ""
-        parts.append(Comparison(label, of_group, curves, judging or Judging()))
+        parts.append(Comparison(label, rows, curves, judging or Judging()))
     return parts
 
 
@@ -315,19 +322,11 @@ def curves_of(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return curves[curves["run_id"].isin(runs["run_id"])] if "run_id" in curves else curves
 
 
-def in_experiments(runs: pd.DataFrame, names: Sequence[str]) -> pd.Series[bool]:
-    """Return which runs belong to one of the experiments; a run that names no experiment belongs to all."""
-    if "experiments" not in runs:
-        return pd.Series(True, index=runs.index)
-    listed = runs["experiments"].map(list_of_words)
-    return listed.map(lambda of_run: not of_run or any(name in of_run for name in names)).astype(bool)
-
-
 def require(*arms: tuple[str, Arm | None]) -> list[Arm]:
     """Return the arms that a claim compares.
 
     Args:
-        arms: each arm after its name in words; None where the tables lack it.
+        arms: each arm after its name; None where the tables lack it.
 
     Raises:
         UnjudgedError: an arm is missing; the verdict is `not tested` if all are, and inconclusive otherwise.

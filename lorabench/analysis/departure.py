@@ -1,77 +1,14 @@
-"""Departures: the step at which an arm's learning curve leaves the curve that the best arms share.
-
-`paired_departure` is what claims judge. It needs several seeds. `departures` is its counterpart for the envelopes of a
-figure, which are made from one seed, with the noise of the final losses as the measure.
-"""
+"""Departures of envelopes by the noise of final losses."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_table, each_arm, with_arm_columns
-from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.noise import sigma_of
-from lorabench.analysis.paired_curves import PairedCurves
-from lorabench.analysis.rules import LEVEL
-
-WINDOWS = 8
-"""The number of windows of steps, equally long on a logarithmic axis, in which a departure is sought."""
-
-
-@dataclass(frozen=True)
-class Departure:
-    """Whether and where a curve leaves another for good."""
-
-    first: int | None
-    """The first step of the window from which it has left; None if it has not left."""
-    before: int | None
-    """The first step of the window before; None without one, or if it has not left."""
-    past: int | None
-    """The first step of the window after, from which on it has surely left: the curve leaves somewhere within a window,
-    and the steps of that window, which chose it, are no evidence of what comes after. None if it has not left."""
-    growth: Estimate | None
-    """The slope of the gap against log10(step) from there on, per tenfold steps. If the curve stays above to the end
-    but the gap does not grow, it is the slope from where it stays above; None if it does not stay above."""
-
-    @property
-    def left(self) -> bool:
-        """Whether it has left."""
-        return self.first is not None
-
-
-def paired_departure(curves: PairedCurves, margin: float) -> Departure:
-    """Find where one arm's loss leaves another's because the arm runs out of capacity.
-
-    The gap must lie above the margin in each window to the end, with an interval above 0 that holds for all WINDOWS
-    windows at once. LoRA starts slowly, since B is zero, and a gap that shrinks again is no lack of capacity; so the
-    departure is the window with the smallest gap of these, from which on the gap must grow. The last window alone shows
-    no growth, so no departure is sought there.
-
-    Args:
-        curves: the loss of the arm minus that of the other.
-        margin: the least gap that matters, in nats per token.
-    """
-    windows = curves.windows(WINDOWS)
-    level = 1 - LEVEL / max(1, len(windows))
-    means = curves.means(windows)
-    above = [gap.known and gap.value >= margin and gap.interval(level)[0] > 0 for gap in means]
-    start = _last_stretch(np.array(above, bool), 1)
-    if start is None:
-        return Departure(None, None, None, None)
-    stretch = len(windows) - 1 - start
-    if stretch < 1:
-        return Departure(None, None, None, curves.slope(windows[start][0]))
-    place = min(range(start, len(windows) - 1), key=lambda index: means[index].value)
-    first = windows[place][0]
-    growth = curves.slope(first)
-    # The lowest of several windows gives a slope that noise alone makes larger, so the level is divided by them.
-    if growth.known and growth.interval(1 - LEVEL / stretch)[0] > 0:
-        return Departure(first, windows[place - 1][0] if place else None, windows[place + 1][0], growth)
-    return Departure(None, None, None, curves.slope(windows[start][0]))
 
 
 def departures(

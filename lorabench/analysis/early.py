@@ -1,4 +1,4 @@
-"""Training curves, and the early difference between two ranks on the same batches (the paper's early curves).
+"""The early difference between two ranks on the same batches (the paper's early curves).
 
 The paper compares ranks 16 and 256, and theory says that the difference of two ranks goes as 1/r1 - 1/r2.
 """
@@ -6,14 +6,15 @@ The paper compares ranks 16 and 256, and theory says that the difference of two 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.gaps import mean_interval
+from lorabench.analysis.curves import train_curves
+from lorabench.analysis.estimate import mean_interval
 
 PAPER_RANK = 16
 """The lower of the two ranks that the paper compares; differences of lower ranks are far larger."""
@@ -82,43 +83,6 @@ def inverse_rank_fit(by_inverse_rank: pd.DataFrame) -> tuple[float, float]:
     return factor, 1 - float(((y - factor * x) ** 2).sum() / (y @ y)) if y.any() else math.nan
 
 
-def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
-    """Return a metric of the given runs by step.
-
-    Args:
-        runs: column run_id, and any others.
-        curves: columns run_id, step, split, metric, value; null values are left out.
-        metric: `nll` (nats per token), or another metric of the split.
-        split: `train` (measured on a step's batch before its update) or another split (measured after the update).
-
-    Returns:
-        The columns of the runs with step and value, ordered by run and step.
-    """
-    points = metric_points(curves, split, metric)
-    if points.empty:
-        return runs.iloc[:0].assign(step=pd.Series(dtype="Int64"), value=pd.Series(dtype=float))
-    return runs.merge(points, on="run_id").sort_values(["run_id", "step"])
-
-
-def metric_points(
-    curves: pd.DataFrame, split: str, metric: str, columns: Sequence[str] = ("run_id", "step", "value")
-) -> pd.DataFrame:
-    """Return the points of one metric whose value is not null.
-
-    Args:
-        curves: columns run_id, step, split, metric, value; an empty table may lack them.
-        split: the split, such as `train`.
-        metric: the metric, such as `nll`.
-        columns: the columns to return; one that the curves lack is null.
-    """
-    if curves.empty:
-        return pd.DataFrame(columns=list(columns))
-    chosen = (curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()
-    known = [name for name in columns if name in curves]
-    points: pd.DataFrame = curves.loc[chosen.to_numpy(bool, na_value=False), known]
-    return points if len(known) == len(columns) else points.reindex(columns=list(columns))
-
-
 def early_difference(
     runs: pd.DataFrame, curves: pd.DataFrame, first_steps: int | None = None
 ) -> EarlyDifference | None:
@@ -151,33 +115,33 @@ def early_difference(
     if not paired:
         return None
     lr = max(paired, key=lambda candidate: len(paired[candidate]))
-    of_rank = {
+    losses_of = {
         rank: pd.DataFrame({seed: wide[(lr, seed, rank)] for seed in paired[lr]})
         for rank in sorted(set(losses["rank"]))
         if all((lr, seed, rank) in wide for seed in paired[lr])
     }
-    kept = (of_rank[low] - of_rank[high]).dropna().index
+    kept = (losses_of[low] - losses_of[high]).dropna().index
     if kept.empty:
         return None
-    variance = [of_rank[rank].loc[kept].var(axis=1) for rank in pair]
+    variance = [losses_of[rank].loc[kept].var(axis=1) for rank in pair]
     both = runs[runs["rank"].isin(pair) & (runs["lr"] == lr)]
     return EarlyDifference(
         low=low,
         high=high,
         lr=float(lr),
-        by_seed=(of_rank[low] - of_rank[high]).loc[kept],
+        by_seed=(losses_of[low] - losses_of[high]).loc[kept],
         sigma_batch=math.sqrt(float(pd.concat(variance).mean())) if len(paired[lr]) > 1 else math.nan,
-        by_inverse_rank=_by_inverse_rank(of_rank),
+        by_inverse_rank=_by_inverse_rank(losses_of),
         n_diverged=int((both["status"] == "diverged").sum()),
         run_ids=tuple(both.loc[both["seed"].isin(paired[lr]), "run_id"]),
     )
 
 
-def _by_inverse_rank(of_rank: dict[int, pd.DataFrame]) -> pd.DataFrame:
+def _by_inverse_rank(losses_of: dict[int, pd.DataFrame]) -> pd.DataFrame:
     # Before the first update all ranks have the loss of the base model.
     rows = [
-        (low, high, 1 / low - 1 / high, float(np.nanmean((of_rank[low] - of_rank[high]).loc[2:].to_numpy(float))))
-        for low, high in combinations(of_rank, 2)
-        if (of_rank[low] - of_rank[high]).loc[2:].notna().to_numpy().any()
+        (low, high, 1 / low - 1 / high, float(np.nanmean((losses_of[low] - losses_of[high]).loc[2:].to_numpy(float))))
+        for low, high in combinations(losses_of, 2)
+        if (losses_of[low] - losses_of[high]).loc[2:].notna().to_numpy().any()
     ]
     return pd.DataFrame(rows, columns=["low", "high", "inverse", "difference"])

@@ -31,7 +31,7 @@ _NEGLIGIBLE = 1e-9
 """The share that is added to variances, so that the errors may be any, even if one follows from the others."""
 
 POWER = 0.8
-"""The probability with which the smallest effect that is told would have been seen."""
+"""The probability with which an effect of the smallest detectable size would have been seen."""
 
 
 def _ranks(share: float) -> tuple[int, int]:
@@ -172,6 +172,19 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
     return student(float(numbers.mean()) if n else math.nan, error, n - 1, name, n)
 
 
+def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
+    """Return the mean and the ends of its 95% t interval, which are NaN with fewer than two values; without draws."""
+    numbers = np.asarray(values, float)
+    n, mean = len(numbers), float(numbers.mean()) if len(numbers) else math.nan
+    half = t_quantile(n - 1) * float(numbers.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+def t_quantile(dof: float) -> float:
+    """Return the half width of a 95% t interval in standard errors."""
+    return float(stdtrit(dof, 0.975))
+
+
 def normal(name: str) -> np.ndarray:
     """Return draws of the standard normal distribution, (N_DRAWS,); those of different names are independent."""
     return shuffled(ndtri(_SHARES), name)
@@ -190,13 +203,14 @@ def multivariate_student(covariance: np.ndarray, dof: int, name: str) -> np.ndar
     # Cholesky's factor is continuous in the covariance. Eigenvectors are not: a small change of the covariance turns
     # them, or exchanges their signs.
     root = np.linalg.cholesky(covariance / np.outer(scales, scales) + _NEGLIGIBLE * np.eye(len(scales)))
+    blocks = math.ceil(len(root) / _BLOCK)
     # One chi-squared draw for all numbers makes normal ones multivariate t.
-    return shuffled(_chi_factors(dof)[:, None] * (_even_normals(len(root)) @ root.T * errors), name)
+    return shuffled(_chi_factors(dof)[:, None] * (_even_normals(blocks)[:, : len(root)] @ root.T * errors), name)
 
 
 def uniform(dimensions: int, name: str) -> np.ndarray:
     """Return points that fill the unit cube evenly, (N_DRAWS, dimensions); those of different names are independent."""
-    return shuffled(_even_points(_rounded_up(dimensions))[:, :dimensions], name)
+    return shuffled(_even_points(math.ceil(dimensions / _BLOCK))[:, :dimensions], name)
 
 
 @lru_cache(maxsize=64)
@@ -205,32 +219,27 @@ def _chi_factors(dof: int) -> np.ndarray:
     return np.asarray(np.sqrt(dof / chdtri(dof, 1 - _SHARES)))
 
 
-def _even_normals(dimensions: int) -> np.ndarray:
-    """Return points that fill the normal distribution evenly, (N_DRAWS, dimensions); so does each part of their order.
+_BLOCK = 32
+"""Fits whose numbers fill as many blocks of this size share their points."""
+
+
+@lru_cache(maxsize=2)
+def _even_normals(blocks: int) -> np.ndarray:
+    """Return points that fill the normal distribution evenly, (N_DRAWS, _BLOCK * blocks), as any part of them does.
 
     The draws of a chi-squared number can therefore stand beside them in ascending order.
     """
-    return _many_even_normals(_rounded_up(dimensions))[:, :dimensions]
+    return np.asarray(ndtri(_even_points(blocks)))
 
 
 @lru_cache(maxsize=2)
-def _many_even_normals(dimensions: int) -> np.ndarray:
-    return np.asarray(ndtri(_even_points(dimensions)))
-
-
-@lru_cache(maxsize=2)
-def _even_points(dimensions: int) -> np.ndarray:
-    """Return points that fill the unit cube evenly, (N_DRAWS, dimensions); so does each part of their order."""
+def _even_points(blocks: int) -> np.ndarray:
+    """Return points that fill the unit cube evenly, (N_DRAWS, _BLOCK * blocks), as any part of them does."""
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     # Half of a step keeps the points, which are whole steps, off 0.
-    points = Sobol(dimensions + 1, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
+    points = Sobol(_BLOCK * blocks + 1, seed=np.random.default_rng(0)).random(N_DRAWS) + 2.0**-31
     return np.asarray(points[np.argsort(points[:, 0], kind="stable"), 1:])
-
-
-def _rounded_up(dimensions: int) -> int:
-    """Return a number of dimensions that is a multiple of 32, so that fits of different sizes share their points."""
-    return 32 * math.ceil(dimensions / 32)
 
 
 def shuffled(draws: np.ndarray, name: str) -> np.ndarray:

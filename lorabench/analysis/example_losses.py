@@ -1,4 +1,4 @@
-"""Losses by test example: what the choice of the test split adds to the error of a loss."""
+"""Losses by test example: the error of a loss that comes from the choice of the test split."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ExampleLosses:
         return sums[:, :-1] / np.maximum(sums[:, -1:], 1e-12), n
 
     def influences(self, run_ids: Sequence[str]) -> np.ndarray:
-        """Return what each test example adds to each run's mean loss, times the number of examples, (runs, examples).
+        """Return the amounts that test examples add to the runs' mean losses, times their number, (runs, examples).
 
         Args:
             run_ids: runs for which `deviations` is known.
@@ -94,3 +94,48 @@ def _resampled(name: str, n: int) -> np.ndarray:
         drawn = random.integers(0, n, (_BLOCK, n)) + offsets
         counts[start : start + _BLOCK] = np.bincount(drawn.ravel(), minlength=_BLOCK * n).reshape(_BLOCK, n)
     return counts
+
+
+_NEGLIGIBLE = 1e-12
+"""The least share of the largest variance that a direction is taken to have, so that it can be divided by."""
+
+
+def without_run_noise(
+    draws: np.ndarray, influences: np.ndarray, design: np.ndarray, hat: np.ndarray, covariance: np.ndarray
+) -> np.ndarray:
+    """Remove from the error from test examples the part that the error from seeds has in it already.
+
+    Two runs of one arm differ on single test examples by chance alone. The spread between runs, which makes the error
+    from seeds, contains these differences, and resampled examples contain them, too. Only a difference that an example
+    makes to all runs of an arm, or to the shape of its loss against the LR, is an error of its own. The losses of each
+    example are fitted like the mean losses, and the variance of their residuals is taken from that of the coefficients.
+
+    Args:
+        draws: draws of the coefficients' error from resampled examples, (draws, coefficients).
+        influences: what each example adds to each run's mean loss, times the number of examples, (runs, examples).
+        design: the design matrix of the fit, (runs, coefficients).
+        hat: makes coefficients from losses, (coefficients, runs).
+        covariance: the covariance of runs over the variance of their noise, (runs, runs).
+
+    Returns:
+        The draws with the smaller covariance, otherwise changed as little as possible.
+    """
+    runs, n = influences.shape
+    # A coefficient that is held near a value known before the runs takes less than a degree of freedom.
+    dof = runs - float(np.trace(hat @ design))
+    if dof < 1 or n < 2:
+        return draws
+    effects = hat @ influences
+    residual = influences - design @ effects
+    variance = float((residual * np.linalg.solve(covariance, residual)).sum()) / (n - 1) / dof
+    unscaled = hat @ covariance @ hat.T
+    total = effects @ effects.T / (n - 1)
+    values, vectors = np.linalg.eigh(total)
+    if not values.max() > 0:
+        return draws
+    scales = np.sqrt(np.maximum(values, _NEGLIGIBLE * values.max()))
+    root, whitened = vectors * scales, vectors / scales
+    shares, axes = np.linalg.eigh(whitened.T @ unscaled @ whitened * variance)
+    shrink = (axes * np.sqrt(np.clip(1 - shares, 0.0, 1.0))) @ axes.T
+    shrunk: np.ndarray = draws @ (whitened @ shrink @ root.T)
+    return shrunk

@@ -9,10 +9,8 @@ import math
 
 import pandas as pd
 
-from lorabench.analysis.arms import arm_table, check_runs, each_arm
-from lorabench.analysis.losses import with_losses
+from lorabench.analysis.arms import arm_table, check_runs, each_arm, with_losses
 from lorabench.analysis.lr_grid import best_index, is_edge, lr_grid
-from lorabench.analysis.student import t_quantile
 
 
 def best_losses(runs: pd.DataFrame) -> pd.DataFrame:
@@ -54,11 +52,3 @@ def best_losses(runs: pd.DataFrame) -> pd.DataFrame:
         )
     columns = ["lr_best", "loss_mean", "loss_sd", "n_seeds", "n_diverged", "at_edge", "seeds", "losses", "run_ids"]
     return arm_table(rows, columns)
-
-
-def mean_interval(values: pd.Series[float]) -> tuple[float, float, float]:
-    """Return the mean and the ends of its 95% t interval, which are NaN with fewer than two values."""
-    n = len(values)
-    half = t_quantile(n - 1) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
-    mean = float(values.mean())
-    return mean, mean - half, mean + half

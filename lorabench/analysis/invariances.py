@@ -21,7 +21,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.early import train_curves
+from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import Estimate, student
 
 PAIR_SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]

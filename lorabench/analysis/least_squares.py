@@ -16,13 +16,13 @@ _SHARES = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 @dataclass(frozen=True)
 class Solution:
-    """Generalized least squares: coefficients, what makes them from the losses, and their covariance."""
+    """The result of generalized least squares: coefficients, which are linear in the losses, and their covariance."""
 
     coefficients: np.ndarray
     hat: np.ndarray
-    """(coefficients, runs); the coefficients are linear in the losses."""
-    of_prior: np.ndarray
-    """(coefficients, 0 or 1); what they have from the number that is known before the runs."""
+    """The matrix that makes the coefficients from the losses, (coefficients, runs)."""
+    prior_weights: np.ndarray
+    """The weight of the number that is known before the runs in each coefficient, (coefficients, 0 or 1)."""
     design: np.ndarray
     """(runs, coefficients), each row times the square root of its number of seeds."""
     covariance: np.ndarray
@@ -53,18 +53,13 @@ class FitRows:
     sd: np.ndarray
     """Their standard deviation, which is NaN for a single run."""
 
-    @classmethod
-    def empty(cls) -> FitRows:
-        """Return no runs."""
-        return cls(*(np.array([], kind) for kind in (object, object, int, float, float, int, float)))
-
     @cached_property
     def labels(self) -> list[str]:
         """The arms that are fitted."""
         return list(dict.fromkeys(self.label.tolist()))
 
     @cached_property
-    def of_arm(self) -> dict[str, np.ndarray]:
+    def in_arm(self) -> dict[str, np.ndarray]:
         """Whether each run is of an arm, by label, (runs,)."""
         return {label: np.asarray(self.label == label, bool) for label in self.labels}
 
@@ -72,11 +67,6 @@ class FitRows:
     def seeds(self) -> list[int]:
         """The seeds, ascending."""
         return sorted(set(self.seed.tolist()))
-
-    @cached_property
-    def own_curvature_possible(self) -> list[str]:
-        """The arms with three LRs or more."""
-        return [label for label, chosen in self.of_arm.items() if len(set(self.x[chosen].tolist())) >= 3]
 
     @cached_property
     def cells(self) -> np.ndarray:
@@ -87,7 +77,7 @@ class FitRows:
 
     @cached_property
     def same_arm_and_seed(self) -> np.ndarray:
-        """Whether two runs are of one arm and seed, (runs, runs)."""
+        """1 where two runs are of one arm and seed, 0 elsewhere, (runs, runs)."""
         return np.asarray(self.cells[:, None] == self.cells, float)
 
     @cached_property
@@ -101,9 +91,9 @@ class FitRows:
         With optima, as positions by arm, the third power of the distance from them is the last column.
         """
         columns = []
-        for of_arm in self.of_arm.values():
-            columns += [of_arm.astype(float), of_arm * self.x]
-        columns += [np.any([self.of_arm[arm] for arm in group], axis=0) * self.x**2 for group in curvatures]
+        for in_arm in self.in_arm.values():
+            columns += [in_arm.astype(float), in_arm * self.x]
+        columns += [np.any([self.in_arm[arm] for arm in group], axis=0) * self.x**2 for group in curvatures]
         # The effects of seeds sum to 0, so that intercepts are means over seeds.
         last = (self.seed == self.seeds[-1]).astype(float)
         columns += [(self.seed == seed).astype(float) - last for seed in self.seeds[:-1]]
@@ -111,14 +101,27 @@ class FitRows:
             columns.append((self.x - np.array([optima[arm] for arm in self.label.tolist()])) ** 3)
         return np.column_stack(columns)
 
-    def solve(self, design: np.ndarray, prior: float = 0.0) -> Solution | None:
-        """Solve for the mean ratio of variances by their restricted likelihood; None if the runs do not suffice.
+    def solve(self, design: np.ndarray, prior: float = 0.0, ratio: float | None = None) -> Solution | None:
+        """Solve for a ratio of variances, by default its mean by their restricted likelihood.
 
         Where further seeds have one LR only, the runs say little about the ratio, and the one with the largest
         likelihood is often 0, which takes all LRs of a seed for independent runs and the errors for too small.
+
+        Args:
+            design: as from `design`.
+            prior: if above 0, how well it is known before the runs that the last coefficient is about 0: the standard
+                deviation of e over that of the coefficient.
+            ratio: the variance of v over that of e.
+
+        Returns:
+            The solution; None if the runs, with what is known before them, do not determine all coefficients.
         """
-        if not self._determined(design, prior):
+        weighted, _ = self._with_prior(design, prior)
+        n, p = weighted.shape
+        if n < p or np.linalg.matrix_rank(weighted) < p:
             return None
+        if ratio is not None:
+            return self._solution(design, ratio, prior)
         solutions = [self._solution(design, share / (1 - share), prior) for share in _SHARES.tolist()]
         likelihoods = np.array([solution.likelihood for solution in solutions])
         if not np.isfinite(likelihoods).all():
@@ -126,23 +129,6 @@ class FitRows:
         likelihood = np.exp(likelihoods - likelihoods.max())
         share = float(likelihood @ _SHARES / likelihood.sum())
         return self._solution(design, share / (1 - share), prior)
-
-    def solve_at(self, design: np.ndarray, ratio: float, prior: float = 0.0) -> Solution | None:
-        """Solve for a ratio of variances; None if the runs do not suffice.
-
-        Args:
-            design: as from `design`.
-            ratio: the variance of v over that of e.
-            prior: if above 0, how well it is known before the runs that the last coefficient is about 0: the standard
-                deviation of e over that of the coefficient.
-        """
-        return self._solution(design, ratio, prior) if self._determined(design, prior) else None
-
-    def _determined(self, design: np.ndarray, prior: float) -> bool:
-        """Return whether the runs, with what is known before them, determine all coefficients."""
-        weighted, _ = self._with_prior(design, prior)
-        n, p = weighted.shape
-        return n >= p and bool(np.linalg.matrix_rank(weighted) == p)
 
     def _with_prior(self, design: np.ndarray, prior: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the weighted design and losses; what is known before the runs counts as one more run."""
@@ -167,9 +153,8 @@ class FitRows:
         variance = squares / (n - p) if n > p else 0.0
         likelihood = -math.inf
         if squares > 0 and n > p:
-            _, of_covariance = np.linalg.slogdet(covariance)
-            _, of_information = np.linalg.slogdet(information)
-            likelihood = -0.5 * ((n - p) * math.log(variance) + of_covariance + of_information)
+            determinants = np.linalg.slogdet(covariance)[1] + np.linalg.slogdet(information)[1]
+            likelihood = -0.5 * ((n - p) * math.log(variance) + determinants)
         return Solution(
             coefficients,
             hat[:, :runs] * self.weights,

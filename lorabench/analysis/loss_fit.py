@@ -11,7 +11,7 @@ be about 0, with a standard deviation of ASYMMETRY times c. Its third power is t
 a fit without it.
 
 The effect u_s of a seed, which all arms share because a seed fixes the order of the data, is a fixed effect, so that
-arms are compared within seeds. What a seed does to one arm alone, v_as, and the rest e are random. The curvature is
+arms are compared within seeds. The effect v_as of a seed on one arm alone and the rest e are random. The curvature is
 shared by all arms unless the data refute this (F test at the level CURVATURE_LEVEL); each arm then has its own.
 
 The fit is generalized least squares. The ratio of the two variances is the mean over a grid by restricted likelihood
@@ -38,12 +38,10 @@ import pandas as pd
 from scipy.special import fdtrc
 
 from lorabench.analysis.arm_grid import ArmGrid, ArmRuns, arm_grid, counted_rows
-from lorabench.analysis.arms import arm_label, arm_places, with_arm_columns
-from lorabench.analysis.counted_twice import without_run_noise
+from lorabench.analysis.arms import arm_label, arm_places, with_arm_columns, with_losses
 from lorabench.analysis.estimate import N_DRAWS, Estimate, combined, multivariate_student, unknown
-from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.example_losses import ExampleLosses, without_run_noise
 from lorabench.analysis.least_squares import FitRows, Solution
-from lorabench.analysis.losses import with_losses
 
 CURVATURE_LEVEL = 0.01
 """The level at which one curvature for all arms is refuted."""
@@ -85,7 +83,6 @@ class LossFit:
     """Standard deviation of a run's loss without the effect of its seed that all arms share."""
     dof: int
     """Degrees of freedom of sigma."""
-    shared_curvature: bool
     curvature: Mapping[str, float]
     """The curvature of each arm, in the unit of the loss per squared unit of ln LR."""
     n_seeds: Mapping[str, int]
@@ -93,11 +90,8 @@ class LossFit:
     seeds: Mapping[str, frozenset[int]] = field(repr=False)
     run_ids: Mapping[str, tuple[str, ...]] = field(repr=False)
     """The runs of each arm that count."""
-    noise_source: str = ""
+    noise_source: str
     """Where the seed noise was measured, if not by these runs."""
-
-    _differences: dict[tuple[str, str, str], Estimate] = field(default_factory=dict, repr=False, compare=False)
-    """The gaps and log ratios that were asked for, as several claims ask for the same."""
 
     def gap(self, label: str, other: str) -> Estimate:
         """Return the minimum of one arm minus that of another; the seeds are those that both have."""
@@ -106,6 +100,11 @@ class LossFit:
     def log_ratio(self, label: str, other: str) -> Estimate:
         """Return the natural logarithm of the ratio of the optimal LRs of two arms."""
         return self._difference("log ratio", self.optima, label, other)
+
+    @cached_property
+    def _differences(self) -> dict[tuple[str, str, str], Estimate]:
+        """The gaps and log ratios that were asked for, as several claims ask for the same."""
+        return {}
 
     def _difference(self, name: str, numbers: Mapping[str, Estimate], label: str, other: str) -> Estimate:
         if label not in numbers or other not in numbers:
@@ -133,194 +132,171 @@ def fit_losses(
         noise: seed noise from elsewhere, for a comparison with one seed.
         name: names the comparison, for the draws of the error from seeds.
         test_split: names the test split, for the draws of the error from examples. Fits with one test split draw the
-            same examples, so that their difference keeps what the examples do to both.
+            same examples, so that their difference keeps what they have in common.
     """
     runs = with_arm_columns(with_losses(runs))
     every_run = ArmRuns.of(runs)
     arms = [(arm_label(arm), every_run.at(places)) for arm, places in arm_places(runs)]
-    grids = {label: grid for label, of_arm in arms if (grid := arm_grid(label, of_arm))}
-    return _Fit(counted_rows(arms, grids), grids, examples or ExampleLosses(), noise, name, test_split).fit()
+    grids = {label: grid for label, rows in arms if (grid := arm_grid(label, rows))}
+    counted = counted_rows(arms, grids)
+    fitted = None if counted is None else _fitted(counted)
+    if counted is None or fitted is None:
+        return LossFit(grids, {}, {}, {}, math.nan, 0, {}, {}, {}, {}, "")
+    noise = (_noise_of_rows(counted) or noise) if len(counted.seeds) < 2 else None
+    seed_draws, dof, sigma = _seed_errors(counted, fitted.solution, noise, name)
+    example_draws, n_examples = _example_errors(counted, fitted.solution, examples or ExampleLosses(), test_split)
+    minima, optima, resolved, n_seeds, seeds, run_ids = {}, {}, {}, {}, {}, {}
+    for label, chosen in counted.in_arm.items():
+        seed_and_n = zip(counted.seed[chosen].tolist(), counted.n[chosen].tolist(), strict=True)
+        # A row of n seeds stands for its own seed and the next n - 1.
+        seeds[label] = frozenset(seed + k for seed, n in seed_and_n for k in range(n))
+        n_seeds[label], run_ids[label] = len(seeds[label]), tuple(counted.run_id[chosen].tolist())
+        places, around = fitted.places(label)
+        ends = (float(counted.x[chosen].min()), float(counted.x[chosen].max()))
+        coefficients = fitted.solution.coefficients[places]
+        value = [float(part[0]) for part in _vertex(coefficients[None], ends, around)]
+        by_seed = _vertex(coefficients + seed_draws[:, places], ends, around)
+        by_example: Sequence[np.ndarray | None] = (None, None)
+        if example_draws is not None:
+            by_example = _vertex(coefficients + example_draws[:, places], ends, around)
+        grid = grids[label]
+        centre = math.log(grid.lrs[grid.centre])
+        optima[label], minima[label] = (
+            Estimate(
+                shift + number, seeds_part - number, None if examples_part is None else examples_part - number,
+                n_seeds[label], n_examples,
+            )
+            for shift, number, seeds_part, examples_part in zip((centre, 0.0), value, by_seed, by_example, strict=True)
+        )  # fmt: skip
+        draws = optima[label].draws - centre
+        outside = (draws <= ends[0] + 1e-9) | (draws >= ends[1] - 1e-9)
+        resolved[label] = (
+            grid.edge is None
+            and grid.coarse is None
+            and fitted.curvature[label] > 0
+            and bool(np.isfinite(draws).all())
+            and float(outside.mean()) <= _TAIL
+        )
+    source = "" if noise is None else noise.source
+    return LossFit(
+        grids, minima, optima, resolved, sigma, dof, fitted.curvature, n_seeds, seeds, run_ids, source
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """The runs of one fit, and what is known beside them."""
+class _Fitted:
+    """The coefficients of a fit, and which are of which arm."""
 
-    of: FitRows
-    grids: Mapping[str, ArmGrid]
-    examples: ExampleLosses
-    noise: Noise | None
-    name: str
-    test_split: str
+    solution: Solution
+    labels: list[str]
+    curvature_places: Mapping[str, int]
+    """The place of each arm's curvature among the coefficients."""
+    centres: Mapping[str, float] | None
+    """The position from which each arm's third power is measured; None without an asymmetry."""
 
     @cached_property
-    def noise_of_rows(self) -> Noise | None:
-        """The pooled seed noise of rows that are means of several seeds; None if there are none with a deviation."""
-        several = (self.of.n > 1) & np.isfinite(self.of.sd)
-        if not several.any():
-            return None
-        dof = self.of.n[several] - 1
-        pooled = math.sqrt(float((dof * self.of.sd[several] ** 2).sum() / dof.sum()))
-        return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
+    def curvature(self) -> dict[str, float]:
+        """The curvature of each arm."""
+        return {label: float(self.solution.coefficients[place]) for label, place in self.curvature_places.items()}
 
-    def fit(self) -> LossFit:
-        """Fit with one curvature, and with one for each arm if the data refute that."""
-        shared = [self.of.labels]
-        first = self.of.solve_at(self.of.design(shared), 1.0) if self.of.labels else None
-        if first is None:
-            return self._nothing()
-        groups: list[list[str]] = shared
-        optima, prior = self._asymmetry(first)
-        solution = self.of.solve(self.of.design(shared, optima), prior) or first
-        if 1 < len(self.of.labels) == len(self.of.own_curvature_possible):
-            own = [[label] for label in self.of.labels]
-            alone = self.of.solve_at(self.of.design(own, optima), solution.ratio, prior)
-            one = self.of.solve_at(self.of.design(shared, optima), solution.ratio, prior)
-            if alone and one and alone.dof >= 1 and alone.variance > 0:
-                more = one.dof - alone.dof
-                f = (one.variance * one.dof - alone.variance * alone.dof) / more / alone.variance
-                if fdtrc(more, alone.dof, f) < CURVATURE_LEVEL:
-                    solution, groups = alone, own
-        return self._summary(solution, groups, optima)
+    def places(self, label: str) -> tuple[list[int], float | None]:
+        """Return the places of an arm's intercept, slope, curvature and asymmetry, and the centre of the asymmetry."""
+        number = self.labels.index(label)
+        parabola = [2 * number, 2 * number + 1, self.curvature_places[label]]
+        if self.centres is None:
+            return parabola, None
+        return [*parabola, len(self.solution.coefficients) - 1], self.centres[label]
 
-    def _asymmetry(self, solution: Solution) -> tuple[dict[str, float] | None, float]:
-        """Return the positions of the optima of a fit of parabolas, and how well the asymmetry around them is known.
 
-        The latter is the standard deviation of e over that of the asymmetry before the runs. Without noise, or where
-        the losses have no minimum, it is 0 and there are no positions.
-        """
-        curvature = float(solution.coefficients[2 * len(self.of.labels)])
-        if not (curvature > 0 and solution.dof >= 1 and solution.variance > 0):
-            return None, 0.0
-        optima = {}
-        for number, label in enumerate(self.of.labels):
-            x = self.of.x[self.of.of_arm[label]]
-            places = [2 * number, 2 * number + 1, 2 * len(self.of.labels)]
-            position, _ = _vertex(solution.coefficients[places][None], (float(x.min()), float(x.max())))
-            optima[label] = float(position[0])
-        return optima, max(math.sqrt(solution.variance) / (ASYMMETRY * curvature), _LEAST_PRIOR)
+def _fitted(rows: FitRows) -> _Fitted | None:
+    """Fit with one curvature, and with one for each arm if the data refute that; None if the runs determine no fit."""
+    labels, shared = rows.labels, [rows.labels]
+    first = rows.solve(rows.design(shared), ratio=1.0)
+    if first is None:
+        return None
+    curvature = float(first.coefficients[2 * len(labels)])
+    centres, prior = None, 0.0
+    # Without noise, or where the losses have no minimum, no asymmetry is fitted.
+    if curvature > 0 and first.dof >= 1 and first.variance > 0:
+        centres = {}
+        for number, (label, chosen) in enumerate(rows.in_arm.items()):
+            places = [2 * number, 2 * number + 1, 2 * len(labels)]
+            ends = (float(rows.x[chosen].min()), float(rows.x[chosen].max()))
+            centres[label] = float(_vertex(first.coefficients[places][None], ends)[0][0])
+        # The standard deviation of e over that of the asymmetry before the runs.
+        prior = max(math.sqrt(first.variance) / (ASYMMETRY * curvature), _LEAST_PRIOR)
+    solution = rows.solve(rows.design(shared, centres), prior) or first
+    place = dict.fromkeys(labels, 2 * len(labels))
+    if len(labels) > 1 and all(len(set(rows.x[chosen].tolist())) >= 3 for chosen in rows.in_arm.values()):
+        own = [[label] for label in labels]
+        alone = rows.solve(rows.design(own, centres), prior, solution.ratio)
+        together = rows.solve(rows.design(shared, centres), prior, solution.ratio)
+        if alone and together and alone.dof >= 1 and alone.variance > 0:
+            more = together.dof - alone.dof
+            f = (together.variance * together.dof - alone.variance * alone.dof) / more / alone.variance
+            if fdtrc(more, alone.dof, f) < CURVATURE_LEVEL:
+                solution = alone
+                place = {label: 2 * len(labels) + number for number, label in enumerate(labels)}
+    return _Fitted(solution, labels, place, centres)
 
-    def _nothing(self) -> LossFit:
-        return LossFit(self.grids, {}, {}, {}, math.nan, 0, True, {}, {}, {}, {})
 
-    def _errors(self, solution: Solution) -> tuple[np.ndarray, int, float]:
-        """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma."""
-        seeds = len(self.of.seeds)
-        sigma = math.sqrt(solution.variance * (1 + solution.ratio))
-        dof = solution.dof
-        if solution.ratio > 0 and seeds > 1:
-            # The error lies between the cells of arm and seed, of which there are fewer than runs.
-            dof = max(1, min(dof, len(set(self.of.cells.tolist())) - len(self.of.labels) - (seeds - 1)))
-        covariance = solution.variance * solution.unscaled
-        if seeds < 2:
-            noise = self.noise_of_rows or self.noise
-            if noise is None:
-                return np.full((N_DRAWS, len(solution.coefficients)), math.nan), 0, math.nan
-            # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
-            sigma, dof = noise.sigma, noise.dof
-            of_runs = sigma**2 * (np.eye(len(self.of.x)) + self.of.same_arm_and_seed) / 2
-            of_runs /= np.outer(self.of.weights, self.of.weights)
-            covariance = solution.hat @ of_runs @ solution.hat.T
-            covariance += solution.variance * solution.of_prior @ solution.of_prior.T
-        if dof < 1 or not sigma > 0:
-            return np.full((N_DRAWS, len(solution.coefficients)), math.nan), dof, sigma
-        order = self._by_importance(len(covariance))
-        draws = np.empty((N_DRAWS, len(order)))
-        draws[:, order] = multivariate_student(covariance[np.ix_(order, order)], dof, f"seeds of {self.name}")
-        return draws, dof, sigma
+def _noise_of_rows(rows: FitRows) -> Noise | None:
+    """Return the pooled seed noise of rows that are means of several seeds; None if there are none with a deviation."""
+    several = (rows.n > 1) & np.isfinite(rows.sd)
+    if not several.any():
+        return None
+    dof = rows.n[several] - 1
+    pooled = math.sqrt(float((dof * rows.sd[several] ** 2).sum() / dof.sum()))
+    return Noise(pooled, int(dof.sum()), "the standard deviations in the table")
 
-    def _by_importance(self, n: int) -> list[int]:
-        """Return the order of n coefficients that has those first on which the most numbers depend.
 
-        The first draws are the most even. All numbers depend on the curvatures and the asymmetry; an optimum depends on
-        a slope besides, a minimum on an intercept, too, and none on the contrasts of seeds.
-        """
-        arms = len(self.of.labels)
-        intercepts, slopes, rest = range(0, 2 * arms, 2), range(1, 2 * arms, 2), range(2 * arms, n)
-        return [n - 1, *rest[:-1], *slopes, *intercepts]
+def _seed_errors(rows: FitRows, solution: Solution, noise: Noise | None, name: str) -> tuple[np.ndarray, int, float]:
+    """Return draws of the coefficients' error from seeds, (N_DRAWS, coefficients), degrees of freedom and sigma.
 
-    def _from_examples(self, draws: np.ndarray, solution: Solution) -> np.ndarray:
-        """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients).
+    Args:
+        rows: the runs of the fit.
+        solution: the coefficients.
+        noise: for runs of one seed, the seed noise from elsewhere.
+        name: names the comparison, for draws.
+    """
+    seeds, arms, n = len(rows.seeds), len(rows.labels), len(solution.coefficients)
+    sigma, dof = math.sqrt(solution.variance * (1 + solution.ratio)), solution.dof
+    covariance = solution.variance * solution.unscaled
+    if seeds < 2 and noise is None:
+        return np.full((N_DRAWS, n), math.nan), 0, math.nan
+    if noise is not None:
+        # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
+        sigma, dof = noise.sigma, noise.dof
+        of_runs = sigma**2 * (np.eye(len(rows.x)) + rows.same_arm_and_seed) / 2
+        of_runs /= np.outer(rows.weights, rows.weights)
+        covariance = solution.hat @ of_runs @ solution.hat.T
+        covariance += solution.variance * solution.prior_weights @ solution.prior_weights.T
+    elif solution.ratio > 0:
+        # The error lies between the cells of arm and seed, of which there are fewer than runs.
+        dof = max(1, min(dof, len(set(rows.cells.tolist())) - arms - (seeds - 1)))
+    if dof < 1 or not sigma > 0:
+        return np.full((N_DRAWS, n), math.nan), dof, sigma
+    # The first draws are the most even, so the coefficients come first on which the most numbers depend: all depend on
+    # the curvatures and the asymmetry, an optimum on a slope besides, a minimum on an intercept, too, and none on the
+    # contrasts of seeds.
+    intercepts, slopes, rest = range(0, 2 * arms, 2), range(1, 2 * arms, 2), range(2 * arms, n)
+    order = [n - 1, *rest[:-1], *slopes, *intercepts]
+    draws = np.empty((N_DRAWS, n))
+    draws[:, order] = multivariate_student(covariance[np.ix_(order, order)], dof, f"seeds of {name}")
+    return draws, dof, sigma
 
-        Args:
-            draws: the same with what single examples do to single runs.
-            solution: the coefficients.
-        """
-        weights = self.of.weights
-        influences = weights[:, None] * self.examples.influences(self.of.run_id.tolist())
-        return without_run_noise(draws, influences, solution.design, solution.hat / weights, solution.covariance)
 
-    def _summary(
-        self, solution: Solution, groups: Sequence[Sequence[str]], centres: Mapping[str, float] | None
-    ) -> LossFit:
-        of_seeds, dof, sigma = self._errors(solution)
-        sampled = self.examples.deviations(self.of.run_id.tolist(), self.test_split, solution.hat.T)
-        of_examples = None if sampled is None else self._from_examples(sampled[0], solution)
-        n_examples = 0 if sampled is None else sampled[1]
-        n_arms = len(self.of.labels)
-        curvature_of = {label: 2 * n_arms + number for number, group in enumerate(groups) for label in group}
-        minima, optima, resolved, curvature, n_seeds, seeds, run_ids = {}, {}, {}, {}, {}, {}, {}
-        for number, label in enumerate(self.of.labels):
-            of_arm = self.of.of_arm[label]
-            rows_of_seeds = zip(self.of.seed[of_arm].tolist(), self.of.n[of_arm].tolist(), strict=True)
-            # A row of n seeds stands for n seeds from its own one on.
-            seeds[label] = frozenset(seed + k for seed, n in rows_of_seeds for k in range(n))
-            n_seeds[label], run_ids[label] = len(seeds[label]), tuple(self.of.run_id[of_arm].tolist())
-            places = [2 * number, 2 * number + 1, curvature_of[label]]
-            ends = (float(self.of.x[of_arm].min()), float(self.of.x[of_arm].max()))
-            around = None
-            if centres is not None:
-                places, around = [*places, len(solution.coefficients) - 1], centres[label]
-            value = _vertex(solution.coefficients[places][None], ends, around)
-            by_seed = _vertex(solution.coefficients[places] + of_seeds[:, places], ends, around)
-            by_example = None
-            if of_examples is not None:
-                by_example = _vertex(solution.coefficients[places] + of_examples[:, places], ends, around)
-            position, lowest = (float(part[0]) for part in value)
-            centre = math.log(self.grids[label].lrs[self.grids[label].centre])
-            optima[label] = Estimate(
-                centre + position,
-                by_seed[0] - position,
-                None if by_example is None else by_example[0] - position,
-                n_seeds[label],
-                n_examples,
-            )
-            minima[label] = Estimate(
-                lowest,
-                by_seed[1] - lowest,
-                None if by_example is None else by_example[1] - lowest,
-                n_seeds[label],
-                n_examples,
-            )
-            curvature[label] = float(solution.coefficients[curvature_of[label]])
-            draws = optima[label].draws - centre
-            outside = (draws <= ends[0] + 1e-9) | (draws >= ends[1] - 1e-9)
-            grid = self.grids[label]
-            resolved[label] = (
-                grid.edge is None
-                and grid.coarse is None
-                and curvature[label] > 0
-                and bool(np.isfinite(draws).all())
-                and float(outside.mean()) <= _TAIL
-            )
-        return LossFit(
-            self.grids,
-            minima,
-            optima,
-            resolved,
-            sigma,
-            dof,
-            len(groups) == 1,
-            curvature,
-            n_seeds,
-            seeds,
-            run_ids,
-            self._noise_source(),
-        )
-
-    def _noise_source(self) -> str:
-        noise = self.noise_of_rows or self.noise
-        return noise.source if noise is not None and len(self.of.seeds) < 2 else ""
+def _example_errors(
+    rows: FitRows, solution: Solution, examples: ExampleLosses, test_split: str
+) -> tuple[np.ndarray | None, int]:
+    """Return draws of the coefficients' error from test examples, (N_DRAWS, coefficients), and their number."""
+    run_ids = rows.run_id.tolist()
+    sampled = examples.deviations(run_ids, test_split, solution.hat.T)
+    if sampled is None:
+        return None, 0
+    influences = rows.weights[:, None] * examples.influences(run_ids)
+    hat = solution.hat / rows.weights
+    return without_run_noise(sampled[0], influences, solution.design, hat, solution.covariance), sampled[1]
 
 
 def _vertex(

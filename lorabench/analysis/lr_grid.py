@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arm_grid import ArmRuns, first_lowest, over_seeds
-from lorabench.analysis.losses import with_losses
+from lorabench.analysis.arm_grid import ArmRuns
+from lorabench.analysis.arms import with_losses
+from lorabench.runs import TIE, lowest
 
 
 class LrGrid(NamedTuple):
@@ -44,9 +45,29 @@ def lr_grid(of_arm: pd.DataFrame) -> LrGrid:
     return LrGrid(lrs, validation, test, np.isin(lrs, runs.lr[first & runs.diverged]))
 
 
+def over_seeds(runs: ArmRuns, lrs: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Return the mean of a loss at each of some LRs, over the seeds that finished at all of them.
+
+    Args:
+        runs: the runs of one arm.
+        lrs: LRs at which a seed finished, ascending, shape (n,).
+        loss: the loss of each run; runs with NaN do not count.
+
+    Returns:
+        Means, shape (n,).
+    """
+    counted = runs.done & np.isin(runs.lr, lrs)
+    seeds, row = np.unique(runs.seed[counted], return_inverse=True)
+    by_seed = np.full((len(seeds), len(lrs)), math.nan)
+    by_seed[row, np.searchsorted(lrs, runs.lr[counted])] = loss[counted]
+    means: np.ndarray = by_seed[np.isfinite(by_seed).all(1)].mean(0)
+    return means
+
+
 def best_index(grid: LrGrid) -> int | None:
     """Return the index of the lowest validation loss, the first of equals; None if no run finished."""
-    return first_lowest(grid.validation) if np.isfinite(grid.validation).any() else None
+    best = lowest(dict(zip(grid.lr.tolist(), grid.validation.tolist(), strict=True)), TIE)
+    return None if best is None else int(np.searchsorted(grid.lr, best))
 
 
 def is_edge(grid: LrGrid, index: int) -> bool:

@@ -21,8 +21,8 @@ from lorabench.analysis.at_step import at_step
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.estimate import Estimate, combined, unknown
 from lorabench.analysis.finding import Finding, decide
-from lorabench.analysis.lr_ratio import as_ratio, in_words, ratio_interval
 from lorabench.analysis.lr_ratio_theories import ALPHA, LogRatio, Setting, fitted, predicted
+from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
 from lorabench.config.predictions import LrRatioPredictions
 

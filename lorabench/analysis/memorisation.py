@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_table, with_arm_columns
+from lorabench.analysis.arms import ARM, arm_label, arm_table, with_arm_columns
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
-from lorabench.analysis.gaps import best_losses, mean_interval
-from lorabench.analysis.noise import NOISE_GROUP
 
 BITS_PER_PARAMETER = 2.0
 """Bits that a parameter stores after long training on synthetic data (Allen-Zhu and Li, 2024, cited by the paper)."""
 
+_FIRST_EPOCH = ["first_epoch_nats", "first_epoch_scored_tokens"]
 _STORED = ["entropy_bits", "trainable_params", "bits_stored", "bits_per_parameter", "share"]
 
 
@@ -65,30 +65,41 @@ def stored_bits(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
-    """Compute the bits that each arm stores of random facts at its best LR, over seeds.
+    """Compute the bits that each arm stores of random facts at its lowest NLL, which is fitted.
 
     Args:
-        runs: columns as for `stored_bits`, and final_valid_nll, by which the best LR is picked.
+        runs: columns as for `stored_bits`, and final_valid_nll.
 
     Returns:
-        One row per arm with a finished run: lr_best, at_edge, n_seeds, n_diverged, entropy_bits, trainable_params;
-        bits_stored, bits_per_parameter and share, each the mean over seeds with its 95% t interval (`_low`, `_high`;
-        NaN with one seed); run_ids.
+        One row per arm with a finished run: lr_best (nearest to the fitted optimum), at_edge, n_seeds, n_diverged,
+        entropy_bits, trainable_params; bits_stored, bits_per_parameter and share, each with its 95% interval (`_low`,
+        `_high`; NaN with one seed); run_ids (at lr_best). Where the runs determine no minimum, the NLL is the mean at
+        lr_best.
 
     Raises:
         UserError: See `check_runs`.
     """
-    facts, stored = runs[is_memorisation(runs)], stored_bits(runs).set_index("run_id")
     rows = []
-    for best in best_losses(facts).to_dict("records"):
-        if not best["n_seeds"]:
-            continue
-        seeds = stored.loc[best["run_ids"]]
-        first = seeds.iloc[0]
-        row = best | {"entropy_bits": first["entropy_bits"], "trainable_params": first["trainable_params"]}
-        for name in ("bits_stored", "bits_per_parameter", "share"):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(seeds[name]), strict=True))
-        rows.append(row)
+    for comparison in comparisons(runs[is_memorisation(runs)], pd.DataFrame()):
+        for arm in comparison.arms:
+            label, chosen = arm_label(arm), comparison.at_optimum(arm)
+            if chosen.empty:
+                continue
+            lr, grid = float(chosen["lr"].iloc[0]), comparison.fit.grids[label]
+            entropy, tokens, params = (
+                float(chosen[name].iloc[0]) for name in ("entropy_bits", "test_scored_tokens", "trainable_params")
+            )
+            at_lr = mean_over_seeds(chosen["final_test_nll"].to_numpy(float), f"loss of {comparison.label} {label}")
+            bits = stored(comparison.fit.minima.get(label, at_lr), entropy, tokens)
+            row = arm | {"lr_best": lr, "at_edge": grid.edge is not None, "n_seeds": len(chosen)}
+            rows_at_lr = comparison.rows[label][comparison.rows[label]["lr"] == lr]
+            row["n_diverged"] = int(rows_at_lr["status"].eq("diverged").sum())
+            row |= {"entropy_bits": entropy, "trainable_params": params, "run_ids": list(chosen["run_id"])}
+            numbers = (bits.value, *bits.interval())
+            for name, unit in (("bits_stored", 1.0), ("bits_per_parameter", params), ("share", entropy)):
+                columns = (name, f"{name}_low", f"{name}_high")
+                row |= {column: number / unit for column, number in zip(columns, numbers, strict=True)}
+            rows.append(row)
     measured = [f"{name}{end}" for name in _STORED[2:] for end in ("", "_low", "_high")]
     counts = ["lr_best", "at_edge", "n_seeds", "n_diverged", "entropy_bits", "trainable_params"]
     return arm_table(rows, [*counts, *measured, "run_ids"])
@@ -97,7 +108,7 @@ def best_stored(runs: pd.DataFrame) -> pd.DataFrame:
 def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
     """Compute a dataset's description length in bits: the summed loss of the first epoch, where every token is new.
 
-    The loss is that of FullFT at its best LR, or of the highest LoRA rank where FullFT has no finished run.
+    The loss is that of FullFT at the best LR of its grid, or of the highest LoRA rank where FullFT has no finished run.
 
     Args:
         runs: columns run_id, ARM, lr, seed, status, final_valid_nll, final_test_nll, first_epoch_nats,
@@ -105,33 +116,27 @@ def description_lengths(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per model, dataset, batch size and number of steps whose runs completed an epoch: ARM (the arm whose
-        loss it is), bits (mean over seeds), nats_per_token (per scored token) with its 95% t interval (nats_low,
-        nats_high), n_seeds, run_ids.
+        loss it is), bits (mean over seeds), nats_per_token (per scored token), n_seeds, run_ids.
 
     Raises:
         UserError: See `check_runs`.
     """
     rows: list[dict[str, Any]] = []
-    for _, group in with_arm_columns(runs).groupby(NOISE_GROUP, dropna=False):
-        best = best_losses(group)
-        best = best[best["n_seeds"] > 0]
-        if best.empty:
-            continue
-        # `best_losses` orders arms with FullFT first and the highest rank last.
-        describes = best.iloc[0 if best["method"].iloc[0] == "fullft" else -1]
-        seeds = group[group["run_id"].isin(describes["run_ids"])].dropna(
-            subset=["first_epoch_nats", "first_epoch_scored_tokens"]
-        )
-        if seeds.empty:
-            continue
-        nats, tokens = (seeds[name].to_numpy(float) for name in ("first_epoch_nats", "first_epoch_scored_tokens"))
-        mean, low, high = mean_interval(pd.Series(nats / tokens))
-        rows.append(
-            {name: describes[name] for name in ARM}
-            | {"bits": float(nats.mean()) / math.log(2), "nats_per_token": mean, "nats_low": low, "nats_high": high}
-            | {"n_seeds": len(seeds), "run_ids": list(seeds["run_id"])}
-        )
-    return arm_table(rows, ["bits", "nats_per_token", "nats_low", "nats_high", "n_seeds", "run_ids"])
+    for comparison in comparisons(runs, pd.DataFrame()):
+        grids = comparison.fit.grids
+        finished = [arm for arm in comparison.arms if arm_label(arm) in grids]
+        # FullFT is the first arm, and the highest rank the last.
+        for arm in [comparison.fullft] if comparison.fullft in finished else finished[-1:]:
+            label = arm_label(arm)
+            chosen = comparison.rows[label]
+            chosen = chosen[chosen["status"].eq("done") & chosen["lr"].eq(grids[label].lrs[grids[label].centre])]
+            seeds = chosen.sort_values("seed").dropna(subset=_FIRST_EPOCH)
+            if seeds.empty:
+                continue
+            nats, tokens = (seeds[name].to_numpy(float) for name in _FIRST_EPOCH)
+            row = {"bits": float(nats.mean()) / math.log(2), "nats_per_token": float((nats / tokens).mean())}
+            rows.append(arm | row | {"n_seeds": len(seeds), "run_ids": list(seeds["run_id"])})
+    return arm_table(rows, ["bits", "nats_per_token", "n_seeds", "run_ids"])
 
 
 def stored(minimum: Estimate, entropy_bits: float, scored_tokens: float) -> Estimate:

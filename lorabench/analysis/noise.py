@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, check_runs, rows_of, with_arm_columns
-from lorabench.analysis.losses import with_losses
+from lorabench.analysis.arms import ARM, check_runs, rows_of, with_arm_columns, with_losses
 
 _CELL = [*ARM, "lr"]
 

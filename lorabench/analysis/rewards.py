@@ -19,13 +19,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.arm_grid import TIE
 from lorabench.analysis.arms import arm_label, arm_table, with_arm_columns
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
-from lorabench.analysis.early import metric_points
+from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, multivariate_student, uniform
 from lorabench.analysis.rl_health import is_sick
-from lorabench.runs import GOOD
+from lorabench.runs import GOOD, TIE
 from lorabench.store.checks import is_rl
 
 MAX_OPEN = 0.025

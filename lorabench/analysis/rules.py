@@ -1,4 +1,4 @@
-"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict.
+"""Decision rules: from an estimate and a margin that was written down before the runs to a verdict, or to a remedy.
 
 - `Within`: the claim says that a number lies in a band, such as that two losses are equal within a margin. It is
   confirmed by two one-sided tests, that is if the 90% interval lies inside the band, and contradicted if the 95%
@@ -143,3 +143,84 @@ class Above:
 
 def _share(condition: np.ndarray) -> float:
     return float(np.mean(condition))
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The smallest difference that matters, and the rule that gives it."""
+
+    value: float
+    rule: str
+    problem: str | None = None
+    """Why the rule can't be applied; the value is then NaN."""
+
+
+def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = False) -> Margin:
+    """Return a margin that is a share of the gain from the base to a tuned arm.
+
+    Args:
+        share: the share, which the preset gives.
+        gain: the gain in nats per token, or in RL in accuracy; NaN if it is not known.
+        tuned_arm: the label of the arm that the gain is measured to.
+        rewarded: whether the runs are of RL.
+    """
+    of_what, unit = (" in accuracy", "") if rewarded else ("", " nats")
+    rule = f"{100 * share:.3g}% of the gain{of_what} from the base to {tuned_arm} ({gain:.3f}{unit})"
+    if not gain > 0:
+        return Margin(math.nan, rule, f"{tuned_arm} is no better than the base, so there is no gain to compare with")
+    return Margin(share * gain, rule)
+
+
+MANY_SEEDS = 200
+"""A number of seeds above which a remedy says that seeds won't decide a claim."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """The cheapest thing that would decide an inconclusive claim, as far as it can be planned."""
+
+    text: str
+    seeds: int | None = None
+    """The number of seeds, including those that there are."""
+    around: bool = False
+    """Whether the seeds are needed at the three LRs around an optimum, and not only at the best LR."""
+    test_examples: int | None = None
+    """The number of test examples."""
+    lrs: tuple[tuple[str, float], ...] = ()
+    """LRs to add, each after the label of its arm."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A reason against a verdict, and what would remove it."""
+
+    text: str
+    remedy: Remedy | None = None
+
+
+def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
+    """Return the least number of seeds, or else of test examples, that would decide, if the estimate is the truth.
+
+    More seeds are enough as long as the error from test examples alone leaves room for a decision.
+    """
+    if not estimate.known or estimate.n_seeds < 1:
+        return None
+    target = rule.deciding_error(estimate)
+    of_seeds, of_examples = estimate.seed_error, estimate.example_error
+    if target <= 0:
+        return Remedy("no number of seeds decides it: the estimate lies at the margin")
+    if of_examples < target:
+        seeds = math.ceil(estimate.n_seeds * of_seeds**2 / (target**2 - of_examples**2))
+        if seeds <= MANY_SEEDS:
+            seeds = max(seeds, estimate.n_seeds + 1)
+            return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
+        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+    # Both errors get half of the variance.
+    examples = math.ceil(estimate.n_examples * of_examples**2 / (target**2 / 2))
+    seeds = math.ceil(estimate.n_seeds * of_seeds**2 / (target**2 / 2))
+    if seeds > MANY_SEEDS:
+        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+    text = f"{examples} test examples (now {estimate.n_examples})"
+    if seeds > estimate.n_seeds:
+        return Remedy(f"{text} and {seeds} seeds (now {estimate.n_seeds})", seeds=seeds, test_examples=examples)
+    return Remedy(text, test_examples=examples)

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.analysis.arms import arm_table, each_arm
-from lorabench.analysis.early import metric_points
+from lorabench.analysis.curves import metric_points
 from lorabench.runs import MAX_KL
 from lorabench.store.checks import is_rl
 

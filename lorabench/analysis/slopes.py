@@ -1,4 +1,4 @@
-"""Slopes: least-squares lines on linear and logarithmic axes, and their intervals."""
+"""Slopes: least-squares lines on linear and logarithmic axes, and a line through points that are partly bounds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import log_ndtr
 
-from lorabench.analysis.student import t_quantile
+from lorabench.analysis.estimate import Estimate, student, t_quantile, unknown
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ def fit_line(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike |
     within = points[["x", "y"]] - points.groupby("group")[["x", "y"]].transform("mean")
     within = within.where(within.abs() > 1e-12 * points[["x", "y"]].abs().max(), 0.0)
     n_groups = points["group"].nunique()
-    slope, half = _slope_and_half_width(within["x"].to_numpy(float), within["y"].to_numpy(float), n_groups, sigma)
-    return Line(
-        slope=slope,
-        low=slope - half,
-        high=slope + half,
-        intercept=float(points["y"].mean() - slope * points["x"].mean()),
-        n=len(points),
-    )
+    centred, y_centred = within["x"].to_numpy(float), within["y"].to_numpy(float)
+    squares, dof = float(centred @ centred), len(points) - n_groups - 1
+    slope = half = math.nan
+    if squares > 0:
+        slope = float(centred @ y_centred) / squares
+    if squares > 0 and dof >= 1:
+        scatter = math.sqrt(float(((y_centred - slope * centred) ** 2).sum()) / dof)
+        half = t_quantile(dof) * float(np.fmax(scatter, sigma)) / math.sqrt(squares)
+    intercept = float(points["y"].mean() - slope * points["x"].mean())
+    return Line(slope, slope - half, slope + half, intercept, len(points))
 
 
 def log_log(x: ArrayLike, y: ArrayLike, sigma: float = 0.0, groups: ArrayLike | None = None) -> Line:
@@ -75,25 +78,14 @@ def slopes_by_seed(curves: pd.DataFrame) -> pd.Series[float]:
         The slope of each column per tenfold steps; NaN for one with fewer than two steps.
     """
     x, values = np.log10(curves.index.to_numpy(float)), curves.to_numpy(float)
-    return pd.Series([_slope(x, of_seed) for of_seed in values.T], curves.columns, dtype=float)
-
-
-def means_by_seed(curves: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
-    """Return the mean of log10 of the index and that of the values, by column: the middle of each least-squares line.
-
-    Args:
-        curves: as for `slopes_by_seed`.
-    """
-    x = np.log10(curves.index.to_numpy(float))[:, None] + 0 * curves.astype(float)
-    return x.mean(), curves.astype(float).mean()
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> float:
-    known = ~np.isnan(y)
-    if known.sum() < 2:
-        return math.nan
-    x = x[known] - x[known].mean()
-    return float(x @ y[known] / (x @ x))
+    slopes = []
+    for y in values.T:
+        known = ~np.isnan(y)
+        slopes.append(math.nan)
+        if known.sum() > 1:
+            centred = x[known] - x[known].mean()
+            slopes[-1] = float(centred @ y[known] / (centred @ centred))
+    return pd.Series(slopes, curves.columns, dtype=float)
 
 
 def _log10(values: ArrayLike) -> np.ndarray:
@@ -101,17 +93,67 @@ def _log10(values: ArrayLike) -> np.ndarray:
     return np.asarray(np.log10(positive, out=np.full(positive.shape, math.nan), where=positive > 0))
 
 
-def _slope_and_half_width(x: np.ndarray, y: np.ndarray, n_means: int, sigma: float) -> tuple[float, float]:
-    """Return the slope of centred points and the half width of its 95% t interval.
+_STEPS, _CONVERGED = 5000, 1e-10
 
-    Both are NaN where the points do not determine the slope; the half width is NaN where no degree of freedom is left.
+
+def censored_slope(
+    x: np.ndarray, y: np.ndarray, bound: np.ndarray, groups: np.ndarray, floor: float, name: str
+) -> Estimate:
+    """Estimate the slope of a line where some values are only known to lie above or below a bound (Tobit regression).
+
+    Each group has its own intercept. The maximum likelihood is found by expectation maximization: a bounded value is
+    replaced by its mean given the bound and the line. The degrees of freedom are those of the values that are known,
+    and the error counts a bounded value by the information that it has.
+
+    Args:
+        x: positions, shape (n,).
+        y: values, or bounds of them, shape (n,).
+        bound: 0 for a value that is known, 1 if the true value is at least y, -1 if it is at most y, shape (n,).
+        groups: labels as whole numbers, shape (n,).
+        floor: the least standard deviation of a value around the line, so that few points can not seem exact.
+        name: names the slope, for draws.
+
+    Returns:
+        The slope; it is unknown if the known values of no group have two positions, and its error is unknown without a
+        degree of freedom.
     """
-    squares = float(x @ x)
-    if not squares > 0:
-        return math.nan, math.nan
-    slope = float(x @ y) / squares
-    dof = len(y) - n_means - 1
-    if dof < 1:
-        return slope, math.nan
-    scatter = float(np.fmax(math.sqrt(float(((y - slope * x) ** 2).sum()) / dof), sigma))
-    return slope, t_quantile(dof) * scatter / math.sqrt(squares)
+    # A group without a known value has its own intercept, so it says nothing about the slope.
+    informed = np.isin(groups, groups[bound == 0])
+    x, y, bound, groups = x[informed], y[informed], bound[informed], groups[informed]
+    design = np.column_stack([*(groups == group for group in np.unique(groups)), x]).astype(float)
+    known = bound == 0
+    if not len(x) or np.linalg.matrix_rank(design[known]) < design.shape[1]:
+        return unknown()
+    dof = int(known.sum()) - design.shape[1]
+    coefficients = np.linalg.lstsq(design[known], y[known], rcond=None)[0]
+    sigma = floor
+    solver = np.linalg.pinv(design)
+    for _ in range(_STEPS):
+        fitted = design @ coefficients
+        completed, left = _completed(y, bound, fitted, sigma)
+        renewed = solver @ completed
+        squares = float(((completed - design @ renewed) ** 2).sum() + sigma**2 * left.sum())
+        sigma = max(floor, math.sqrt(squares / len(y)))
+        moved = float(np.abs(renewed - coefficients).max())
+        coefficients = renewed
+        if moved < _CONVERGED:
+            break
+    weight = 1 - _completed(y, bound, design @ coefficients, sigma)[1]
+    information = design.T @ (weight[:, None] * design)
+    spread = math.sqrt(max(0.0, float(np.linalg.inv(information)[-1, -1])))
+    # The likelihood takes sigma over all values; with few it is too low.
+    wider = math.sqrt(known.sum() / dof) if dof > 0 else math.nan
+    return student(float(coefficients[-1]), sigma * spread * wider, dof, name)
+
+
+def _completed(y: np.ndarray, bound: np.ndarray, fitted: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values with bounded ones replaced by their means, and the share of the variance that is left in each.
+
+    A known value has nothing left, and a value whose bound says nothing has all of it.
+    """
+    # The distance of the bound from the line, in standard deviations, in the direction in which the value lies.
+    distance = bound * (y - fitted) / sigma
+    hazard = np.exp(-(distance**2) / 2 - log_ndtr(-distance)) / math.sqrt(2 * math.pi)
+    completed = np.where(bound == 0, y, fitted + bound * sigma * hazard)
+    left = np.where(bound == 0, 0.0, 1 - hazard * (hazard - distance))
+    return completed, left

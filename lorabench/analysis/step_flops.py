@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.envelopes import envelopes
-from lorabench.analysis.paired_curves import PairedCurves, curves_by_seed
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes
 from lorabench.errors import UserError
 from lorabench.store.checks import refuse_rows
 

@@ -13,7 +13,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, student, unknown
 from lorabench.analysis.lr_law import ArmOptimum, LrLaw, fit_lr_law, is_determined, lineage
-from lorabench.analysis.remedy import Problem
+from lorabench.analysis.rules import Problem
 
 METHODS = ("fullft", "lora")
 """The methods that are swept on each model."""

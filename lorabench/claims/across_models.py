@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from lorabench.analysis.finding import Finding, UnjudgedError
-from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.rules import Problem, Remedy
 from lorabench.analysis.swept_models import SweptModel, swept_models
 from lorabench.claims.evidence import Evidence, judge_each
 

@@ -11,13 +11,11 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
-from lorabench.analysis.margin import Margin
-from lorabench.analysis.optimal_runs import off_optimum, pair_at_optimum
-from lorabench.analysis.paired_curves import PairedCurves
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above
+from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum
+from lorabench.analysis.rules import Above, Margin, Problem
 from lorabench.claims.claim import Claim, untestable
 from lorabench.claims.conditions import batch_sizes
 from lorabench.claims.evidence import SWEEP, Evidence, judge_each, over

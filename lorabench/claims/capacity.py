@@ -12,8 +12,7 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.departure import WINDOWS, Departure, paired_departure
-from lorabench.analysis.estimate import Estimate, mean_over_seeds, student
+from lorabench.analysis.estimate import Estimate, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import (
     MIN_SEEDS,
     Finding,
@@ -25,11 +24,17 @@ from lorabench.analysis.finding import (
     without,
     worst,
 )
-from lorabench.analysis.optimal_runs import curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.optimal_curves import (
+    WINDOWS,
+    Departure,
+    curves_at_optimum,
+    off_optimum,
+    pair_at_optimum,
+    paired_departure,
+    runs_at_optimum,
+)
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.analysis.student import t_quantile
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, over
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY, margin_problems

@@ -9,12 +9,11 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
+from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, finding, nats, together
-from lorabench.analysis.optimal_runs import off_optimum, runs_at_optimum
-from lorabench.analysis.paired_curves import scan
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above, Verdict
+from lorabench.analysis.optimal_curves import off_optimum, runs_at_optimum
+from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import SWEEP, Evidence, over

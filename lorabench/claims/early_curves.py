@@ -6,12 +6,11 @@ import math
 from dataclasses import replace
 
 from lorabench.analysis.comparison import Comparison
+from lorabench.analysis.curves import PairedCurves, scan
 from lorabench.analysis.early import PAPER_RANK, EarlyDifference, early_difference, inverse_rank_fit
 from lorabench.analysis.estimate import mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
-from lorabench.analysis.paired_curves import PairedCurves, scan
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import over

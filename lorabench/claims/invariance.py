@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.censored import censored_slope
-from lorabench.analysis.early import train_curves
+from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.invariances import (
@@ -22,8 +21,8 @@ from lorabench.analysis.invariances import (
     ratio_of_means,
     tenfold_pairs,
 )
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Within
+from lorabench.analysis.rules import Problem, Remedy, Within
+from lorabench.analysis.slopes import censored_slope
 from lorabench.claims.claim import Claim
 from lorabench.claims.scopes import on_lora
 from lorabench.utils.formats import fixed_interval

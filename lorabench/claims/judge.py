@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pandas as pd
 
-from lorabench.analysis.arms import with_arm_columns
-from lorabench.analysis.comparison import NEEDED_BY, Judging, Task, curves_of, in_experiments
+from lorabench.analysis.arms import in_experiments, with_arm_columns
+from lorabench.analysis.comparison import NEEDED_BY, Judging, Task, curves_of
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.loss_fit import Noise

@@ -10,18 +10,17 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.curves import PairedCurves, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
-from lorabench.analysis.optimal_runs import (
+from lorabench.analysis.optimal_curves import (
     MAX_LOST,
     curves_at_optimum,
     off_optimum,
     pair_at_optimum,
     runs_at_optimum,
 )
-from lorabench.analysis.paired_curves import PairedCurves, scan
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import longest_run as runs_of

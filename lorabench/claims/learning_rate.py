@@ -12,9 +12,8 @@ from lorabench.analysis.at_step import at_end, at_step, coupled
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
-from lorabench.analysis.lr_ratio import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
+from lorabench.analysis.rules import Above, Problem, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import longest_run
 from lorabench.claims.evidence import SWEEP, over

@@ -10,12 +10,10 @@ import numpy as np
 
 from lorabench.analysis.arms import STANDARD
 from lorabench.analysis.estimate import Estimate, combined, unknown
-from lorabench.analysis.finding import Finding, decide, finding, worst
-from lorabench.analysis.lr_ratio import as_ratio, in_words
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.finding import Finding, decide, finding, in_unit, worst
+from lorabench.analysis.optima import as_ratio, in_words
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.swept_models import SweptModel, by_base, mean_of, run_ids, slope_over_models, swept_models
-from lorabench.analysis.units import in_unit
 from lorabench.claims.across_models import (
     COLUMNS,
     EXPERIMENTS,

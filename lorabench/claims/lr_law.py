@@ -10,12 +10,10 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.estimate import N_DRAWS, Estimate, generator
-from lorabench.analysis.finding import Finding, Outcome, UnjudgedError, decide, finding, together, without
+from lorabench.analysis.finding import Finding, Outcome, UnjudgedError, decide, finding, in_unit, together, without
 from lorabench.analysis.lr_law import PIVOT, PUBLISHED, ArmOptimum, fit_lr_law, predict_lr, prediction_errors
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Within
+from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.swept_models import METHODS, SweptModel, by_base, mean_of, run_ids, slope_over_models
-from lorabench.analysis.units import in_unit
 from lorabench.claims.across_models import (
     COLUMNS,
     EXPERIMENTS,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lorabench.analysis.arms import with_arm_columns
-from lorabench.analysis.comparison import NEEDED, Judging, curves_of, in_experiments
+from lorabench.analysis.arms import in_experiments, with_arm_columns
+from lorabench.analysis.comparison import NEEDED, Judging, curves_of
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.lr_ratio_conditions import measured_ratios, prediction_table

@@ -13,9 +13,9 @@ import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label, each_arm
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
-from lorabench.analysis.early import train_curves
+from lorabench.analysis.curves import train_curves
 from lorabench.analysis.estimate import combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, without, worst
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, in_unit, together, without, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
     PAIR_SETTING,
@@ -28,10 +28,8 @@ from lorabench.analysis.invariances import (
     with_lr_grid,
     with_scales,
 )
-from lorabench.analysis.lr_ratio import as_ratio, in_words
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Above, Within
-from lorabench.analysis.units import in_unit
+from lorabench.analysis.optima import as_ratio, in_words
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import longest_run
 from lorabench.claims.evidence import Evidence, judge_each, over

@@ -19,9 +19,8 @@ from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.comparison import MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
-from lorabench.analysis.lr_ratio import ratio_interval
-from lorabench.analysis.margin import Margin
-from lorabench.analysis.rules import Verdict
+from lorabench.analysis.optima import ratio_interval
+from lorabench.analysis.rules import Margin, Verdict
 from lorabench.claims.rl_shared import if_learned, rewarded_errors
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns

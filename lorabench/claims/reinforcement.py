@@ -11,10 +11,9 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import Finding, UnjudgedError, decide
-from lorabench.analysis.lr_ratio import PAPER_RATIO, judge_ratio
-from lorabench.analysis.remedy import Problem, Remedy
+from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import GoodRange, flat_top, good_ranges
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, untestable
 from lorabench.claims.rl_shared import (
     CONDITIONS,

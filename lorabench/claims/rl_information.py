@@ -12,10 +12,9 @@ import pandas as pd
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined, exact, mean_over_seeds
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, finding, together, worst
-from lorabench.analysis.lr_ratio import as_ratio
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above, Verdict, Within
+from lorabench.analysis.optima import as_ratio
+from lorabench.analysis.rules import Above, Problem, Verdict, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import response_length
 from lorabench.claims.evidence import Evidence

@@ -12,14 +12,12 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison
+from lorabench.analysis.curves import paired_curves, scan
 from lorabench.analysis.estimate import Estimate, mean_over_seeds, normal
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, worst
-from lorabench.analysis.lr_ratio import as_ratio
-from lorabench.analysis.margin import reward_margin
-from lorabench.analysis.paired_curves import paired_curves, scan
-from lorabench.analysis.remedy import Problem
+from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
-from lorabench.analysis.rules import Above, Rule, Within
+from lorabench.analysis.rules import Above, Problem, Rule, Within, gain_margin
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import response_length
 from lorabench.claims.evidence import judge_each
@@ -164,7 +162,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     if not steps or not paired or 0 not in of_fullft:
         raise UnjudgedError("inconclusive", "no accuracies of both before and after training")
     before, after = float(of_fullft[0].mean()), float(of_fullft[steps[-1]].mean())
-    margin = reward_margin(comparison.judging.margins, before, after, "FullFT")
+    margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
     problems = curve_problems(comparison, [lora, fullft], len(paired))
     if not after - before >= MIN_GAIN:
         problems.append(Problem(f"FullFT gains less than {MIN_GAIN:g} on it"))

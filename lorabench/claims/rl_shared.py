@@ -17,9 +17,9 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, comparisons, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, without
-from lorabench.analysis.remedy import Problem, Remedy
 from lorabench.analysis.rewards import TestReward, with_error_rates
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN, beyond_controls
+from lorabench.analysis.rules import Problem, Remedy
 from lorabench.claims.conditions import beats_controls, response_length, swept
 from lorabench.claims.evidence import Evidence, judge_each
 

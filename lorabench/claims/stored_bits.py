@@ -11,8 +11,7 @@ from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, worst
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.remedy import Problem, Remedy
-from lorabench.analysis.rules import Within
+from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.claims.claim import Claim
 from lorabench.claims.conditions import natural_text
 from lorabench.claims.evidence import over

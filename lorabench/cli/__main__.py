@@ -1,6 +1,6 @@
 """Run the command line by `python -m lorabench.cli`."""
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 
 if __name__ == "__main__":
     app()

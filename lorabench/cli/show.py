@@ -1,17 +1,11 @@
-"""The output of `lorabench plan` and `lorabench status`."""
+"""What `lorabench plan`, `status` and `doctor` print."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from lorabench.config.execution import Execution
 from lorabench.planning import bill
@@ -19,7 +13,11 @@ from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import flops_per_second
 from lorabench.store.progress import Status
 from lorabench.utils import formats
+from lorabench.utils.console import print_table
 from lorabench.utils.gpus import GB, GPUS
+
+if TYPE_CHECKING:
+    from lorabench.doctor.record import Check
 
 
 def plan_table(
@@ -34,7 +32,7 @@ def plan_table(
         cores: CPU cores that the jobs share.
         price: the price of one GPU for an hour, in any currency.
         notes: sentences to print below the table.
-        measured: whether the machine's speed was measured, of which a note tells more.
+        measured: whether the machine's speed was measured, about which a note says more.
     """
     execution = plan.preset.execution
     rate = flops_per_second(execution) / 1e9
@@ -42,17 +40,17 @@ def plan_table(
     if measured:
         given = "measured"
     rows = bill.per_experiment(plan)
-    last: dict[str, Callable[[bill.Bill], str]] = {}
+    total = rows["total"]
+    costs: dict[str, Callable[[bill.Bill], str]] = {}
     if execution.gpu is None:
         at_once = bill.jobs_at_once(plan.preset, cores)
         caption = [f"minutes at {formats.number(rate, 4)} GFLOP/s per job ({given}), {at_once} at a time"]
-        last["minutes"] = lambda row: _and_most(
+        costs["minutes"] = lambda row: _and_most(
             row,
             formats.number(bill.minutes(plan, row, cores), 2),
             formats.number(bill.minutes(plan, row, cores, most=True), 2),
         )
     else:
-        total = rows["total"]
         caption = [
             f"{execution.gpu} of {GPUS[execution.gpu].memory / GB:.0f} GB, "
             f"at {formats.number(rate / 1e3, 4)} TFLOP/s ({given})",
@@ -61,38 +59,28 @@ def plan_table(
             f"while it runs, a job needs up to {formats.number(total.working_disk / GB, 2)} GB of disk besides, for "
             "checkpoints and the weights of all its runs",
         ]
-        last["GPU-hours"] = lambda row: _and_most(
+        costs["GPU-hours"] = lambda row: _and_most(
             row, formats.number(row.gpu_hours, 2), formats.number(row.most_gpu_hours, 2)
         )
-        last["GPUs"] = lambda row: _up_to(row.gpus)
-        last["GB/GPU"] = lambda row: f"{row.memory / GB:.0f}"
-        last["disk GB"] = lambda row: formats.number(row.disk / GB, 2)
+        costs["GPUs"] = lambda row: _up_to(row.gpus)
+        costs["GB/GPU"] = lambda row: f"{row.memory / GB:.0f}"
+        costs["disk GB"] = lambda row: formats.number(row.disk / GB, 2)
         if price is not None:
-            last["money"] = lambda row: formats.count(row.gpu_hours * price)
+            costs["money"] = lambda row: formats.count(row.gpu_hours * price)
     if any(sweep.condition.rollouts for sweep in plan.sweeps):
         caption.append(_sampler(execution))
-    if rows["total"].most_runs > rows["total"].runs:
+    if total.most_runs > total.runs:
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
-    table = Table(
-        title=Text(plan.preset.description),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("experiment")
-    for column in ("jobs", "runs", "lanes", "tokens", "PFLOPs", *last):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        if name == "total":
-            table.add_section()
+
+    def cells(name: str, row: bill.Bill) -> list[str]:
         runs = [_and_most(row, str(row.runs), str(row.most_runs)), _up_to(row.lanes)] if row.runs else ["", ""]
-        counts = [*runs, formats.amount(row.tokens), formats.number(row.flops / 1e15)]
-        table.add_row(name, str(row.jobs), *counts, *(text_of(row) for text_of in last.values()))
-    # Without a terminal, rich would assume a width of 80 characters and cut the columns.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    for sentence in (*caption, *notes):
-        console.print(sentence, highlight=False, soft_wrap=True)
+        amounts = [formats.amount(row.tokens), formats.number(row.flops / 1e15)]
+        return [name, str(row.jobs), *runs, *amounts, *(text(row) for text in costs.values())]
+
+    columns = ("jobs", "runs", "lanes", "tokens", "PFLOPs", *costs)
+    texts = [cells(name, row) for name, row in rows.items()]
+    title = plan.preset.description
+    print_table(("experiment", *columns), texts, columns, title, (*caption, *notes), total=True)
 
 
 def plan_json(plan: Plan, cores: int, price: float | None = None, notes: Sequence[str] = ()) -> str:
@@ -140,17 +128,31 @@ def _silence(word: str, job: dict[str, Any]) -> str:
 
 def status_table(status: Status) -> None:
     """Print how many runs and jobs are done, which jobs are running, and which are silent: killed or hanging."""
-    console = Console()
     share = status.runs_done / max(1, status.runs_planned)
-    console.print(
+    print(
         f"{status.runs_done}/{status.runs_planned} runs ({share:.0%}), "
         f"{status.jobs_done}/{status.jobs_planned} jobs done"
     )
     for word, jobs in (("running", status.running), ("silent ", status.silent)):
         for job in jobs:
-            console.print(
+            print(
                 f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
                 f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{_silence(word, job)}"
             )
     if status.report is not None:
-        console.print(f"  report: {status.report}")
+        print(f"  report: {status.report}")
+
+
+def checks_table(checks: Iterable[Check]) -> None:
+    """Print the checks of a machine, each with what was measured, what was planned, and a sentence."""
+    rows = [
+        (
+            check.name,
+            check.status,
+            *("" if value is None else formats.number(value) for value in (check.value, check.planned)),
+            check.unit,
+            check.sentence,
+        )
+        for check in checks
+    ]
+    print_table(("check", "result", "measured", "planned", "unit", ""), rows, ("measured", "planned"))

@@ -96,6 +96,28 @@ class LearningRates(Strict):
         return self
 
 
+class SeedNumbers(Strict):
+    """The numbers of seeds at some LRs of each condition; each counts the first seed, which every LR has."""
+
+    best: Positive = 1
+    """Seeds at the best LR."""
+    around: Positive | None = None
+    """With `auto`, seeds at the three LRs around the best; the other seeds are run at the best of them only: they tell
+    about the lowest loss and little about the optimal LR. Null for as many as at the best."""
+    every: Positive = 1
+    """Seeds at every LR of a fixed grid."""
+
+    @model_validator(mode="after")
+    def _best_has_most(self) -> Self:
+        if self.around is not None and self.around > self.best:
+            raise ValueError(f"around = {self.around}: at most best, which is {self.best}")
+        return self
+
+
+def _at_best(value: Any) -> Any:
+    return value if isinstance(value, (dict, SeedNumbers)) else {"best": value}
+
+
 class Block(Strict):
     """A block of an experiment: models and the arms (LoRA and FullFT) that are trained on them, with LRs and seeds."""
 
@@ -105,14 +127,11 @@ class Block(Strict):
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
     lrs: Annotated[LearningRates, BeforeValidator(_of_both, json_schema_input_type=LearningRates | Literal["auto"])]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
-    seeds: Positive = 3
-    """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; the grid itself is run with
-    the first seed."""
-    seeds_around: Positive | None = None
-    """With `auto`, the number of seeds at the three LRs; the others are run at the best of them only: they
-    tell about the lowest loss and little about the optimal LR. Null for all seeds."""
-    repeat: Literal["best", "every"] = "best"
-    """The LRs at which further seeds are run: the best LR, or every LR of the grid."""
+    seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Positive)] = (
+        SeedNumbers(best=3)
+    )
+    """Number of seeds at each condition's best LR, with `auto` at the three LRs around it; or a mapping of `best`,
+    `around` and `every`. The grid itself is run with the first seed."""
     alphas: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
     """LoRA's alpha, in place of the protocol's."""
     alpha_power: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -140,10 +159,8 @@ class Block(Strict):
         if bool(self.ranks) != bool(self.lrs.lora):
             lora = self.lrs.lora if isinstance(self.lrs.lora, list) else AUTO
             raise ValueError(f"ranks {self.ranks} and lrs.lora {lora}: give both for LoRA, or neither")
-        if self.repeat == "every" and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
-            raise ValueError("repeat = 'every': allowed with fixed LRs, not with lrs: auto")
-        if self.seeds_around is not None and self.seeds_around > self.seeds:
-            raise ValueError(f"seeds_around = {self.seeds_around}: at most seeds, which is {self.seeds}")
+        if self.seeds.every > 1 and any(isinstance(grid, AutoLrs) for grid in (self.lrs.fullft, self.lrs.lora)):
+            raise ValueError(f"seeds.every = {self.seeds.every}: allowed with fixed LRs, not with lrs: auto")
         return self
 
 

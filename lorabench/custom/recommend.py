@@ -32,7 +32,7 @@ from lorabench.planning.bill import Bill, training
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, read_optima
+from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, optima_of_table
 from lorabench.sources.measurements import Z
 from lorabench.store.checks import is_rl
 from lorabench.store.io import table_path, with_all_columns
@@ -160,7 +160,7 @@ def recommend(
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
     rank = advice.recommended_rank(hidden, model.lora_parameters(1), completion_tokens)
     seen, own = _measured(model, results)
-    optima = [*read_optima(LR_OPTIMA), *own]
+    optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
     lrs = tuple(recommended_lr(optima, model.family, hidden, method, batch, length) for method in ("lora", "fullft"))
     settings = [
         *(_lr(lr) for lr in lrs),

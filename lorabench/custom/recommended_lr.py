@@ -10,7 +10,7 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage
 from lorabench.analysis.pooled_lr import Place, PooledLr
 from lorabench.sources.lr_optima import LrOptimum
-from lorabench.sources.own import PROJECT
+from lorabench.sources.matrix import PROJECT
 
 OWN = "your own presets"
 """The name of the optima that the user's finished presets measured, as one source."""

@@ -33,7 +33,9 @@ def script(recommendation: Recommendation, data: UserData | None, chat_template:
     if model.sizes.experts:
         raise UserError(f"{model.name} is a mixture of experts, which the script does not cover; use `lorabench init`")
     if isinstance(model.spec, GgufModel):
-        raise UserError(f"{model.name} is a GGUF file; the script needs safetensors, which `lorabench convert` makes")
+        raise UserError(
+            f"{model.name} is a GGUF file; the script needs safetensors: `lorabench step convert` makes them"
+        )
     settings: dict[str, object] = {
         "MODEL": model_location(model.spec),
         "CHAT_TEMPLATE": template_text(chat_template) if chat_template else None,

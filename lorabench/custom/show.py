@@ -4,45 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from lorabench.custom.data import UserData
 from lorabench.custom.recommend import Recommendation, SeenOptimum, Setting
 from lorabench.custom.recommended_lr import RecommendedLr, SourceShare
 from lorabench.utils import formats
+from lorabench.utils.console import print_table
 
 
 def recommendation_table(recommendation: Recommendation, data: UserData | None) -> None:
     """Print the settings with their sources, the optimal LRs of published and of your own runs, and the notes."""
-    console = Console()
-    console.print(Text(str(recommendation.model)))
+    print(recommendation.model)
     if data is not None:
-        console.print(Text(str(data)))
+        print(data)
     settings = ((setting.what, _value(setting), setting.source) for setting in recommendation.settings)
-    _print(console, ("setting", "value", "source"), settings)
-    _print(
-        console,
-        ("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"),
-        _sources(recommendation.lrs),
-    )
+    print_table(("setting", "value", "source"), settings)
+    print_table(("LRs rest on", "widths", "LoRA", "weight", "FullFT", "weight"), _sources(recommendation.lrs))
     if recommendation.seen:
         optima = (
             (_arm(seen), formats.lr(seen.lr), _interval(seen.low, seen.high), seen.where)
             for seen in recommendation.seen
         )
-        _print(console, ("optimal LR of", "LR", "95% interval", "source"), optima)
+        print_table(("optimal LR of", "LR", "95% interval", "source"), optima)
     for note in recommendation.notes:
-        console.print(Text(f"- {note}"))
-
-
-def _print(console: Console, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*columns)
-    for row in rows:
-        # A Text is not parsed as markup, which names of files and models might look like.
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+        print(f"- {note}")
 
 
 def _value(setting: Setting) -> str:

@@ -13,6 +13,7 @@ from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.subject import Subject
 from lorabench.models.attention import attend_in_blocks
+from lorabench.models.base import config_of
 from lorabench.models.dimensions import Dimensions
 from lorabench.models.lora import add_lora
 from lorabench.models.lora_products import use_fast_products
@@ -68,33 +69,12 @@ def random_model(sizes: Dimensions, device: torch.device, plain: bool = False) -
         options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(sizes), dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config_of(sizes, 1 << 17), dtype=torch.float32, **options
+        )
     if not plain:
         attend_in_blocks(model)
     return model.train()
-
-
-def _config(sizes: Dimensions) -> Any:
-    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
-
-    common: dict[str, Any] = {
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": 1 << 17,
-        "tie_word_embeddings": sizes.tied,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if sizes.experts:
-        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
-        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
-    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
-    return family(intermediate_size=sizes.intermediate, **common)
 
 
 def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) -> Any:

@@ -73,7 +73,7 @@ class Place:
 
     def command(self, processes: int) -> list[str]:
         """Return the arguments of the command that trains the job."""
-        return ["train", self.job.job_id, "--preset", PRESET, "--processes", str(processes)]
+        return ["step", "train", self.job.job_id, "--preset", PRESET, "--processes", str(processes)]
 
 
 class SweepError(Exception):

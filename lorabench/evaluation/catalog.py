@@ -89,7 +89,7 @@ def load_task(index: TaskManager, task: EvalTask, layout: Layout) -> LoadedTask:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
-            f"evaluation task {task.name!r} can't be loaded; run `lorabench fetch` with a connection: {reason}"
+            f"evaluation task {task.name!r} can't be loaded; run `lorabench step fetch` with a connection: {reason}"
         ) from error
     return LoadedTask(task, built["tasks"], built["groups"].get(task.name))
 

@@ -28,13 +28,11 @@ from lorabench.models.base import (
 )
 from lorabench.models.vllm_support import check_vllm, set_vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
-from lorabench.planning.walk import best_lr, finished_losses
-from lorabench.runs import EvalJob, Run
+from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import EVALS
-from lorabench.training.selection import validation_loss
 from lorabench.training.sweep import machine_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lorabench.analysis.arms import ARM, arm_label, is_standard
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.departure import departures
-from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, description_lengths, is_memorisation
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.analysis.thresholds import threshold_slope, thresholds

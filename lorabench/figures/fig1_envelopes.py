@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lorabench.analysis.arms import ARM, arm_label
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.departure import departures
-from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.noise import seed_noise, sigma_of
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import style

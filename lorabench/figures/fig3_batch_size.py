@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.curves import envelopes
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
 from lorabench.figures.fitted import fitted_comparisons, fitted_rows, with_interval

@@ -15,8 +15,7 @@ from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import Arm, Judging, comparisons
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict_lr
-from lorabench.analysis.lr_ratio import ratio_interval
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima, ratio_interval
 from lorabench.analysis.published import paper_numbers, published_sweeps
 from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
 from lorabench.figures import style

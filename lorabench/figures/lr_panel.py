@@ -17,9 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-from lorabench.analysis.arms import ARM, arm_label
-from lorabench.analysis.losses import with_losses
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.arms import ARM, arm_label, with_losses
+from lorabench.analysis.optima import lr_optima
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.figures import style
 

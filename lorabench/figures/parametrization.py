@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorabench.analysis.early import train_curves
-from lorabench.analysis.gaps import mean_interval
+from lorabench.analysis.curves import train_curves
+from lorabench.analysis.estimate import mean_interval
 from lorabench.analysis.invariances import (
     CONFIGURATION,
     PAIR_SETTING,

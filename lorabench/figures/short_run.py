@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.at_step import at_end, at_step
 from lorabench.analysis.comparison import Arm, Comparison, comparisons
-from lorabench.analysis.lr_ratio import ratio_interval
+from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers
 from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.figures import style

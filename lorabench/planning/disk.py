@@ -13,7 +13,7 @@ _WEIGHT, _STATE = 4, 12
 
 def kept_bytes(preset: Preset, sweep: Sweep) -> int:
     """Return the bytes of the weights that are kept when a sweep is done."""
-    kept = sweep.most_runs if preset.execution.keep_weights == "all" else sweep.seeds
+    kept = sweep.most_runs if preset.execution.keep_weights == "all" else sweep.seeds.best
     return _WEIGHT * kept * _trained(preset, sweep)
 
 

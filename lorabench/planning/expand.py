@@ -14,9 +14,8 @@ from lorabench.data.identity import dataset_id
 from lorabench.models.dimensions import dimensions
 from lorabench.models.identity import model_id
 from lorabench.planning.starting_lr import starting_lr
-from lorabench.runs import PROTOCOL_VERSION, Condition, Rollouts, Sweep
+from lorabench.runs import PROTOCOL_VERSION, Condition, Lattice, Rollouts, Seeds, Sweep
 from lorabench.utils.hashing import digest
-from lorabench.utils.lattice import Lattice
 
 # Number of LRs that a sweep with `lrs: auto` starts with.
 _FIRST_LRS = 3
@@ -81,16 +80,10 @@ def block_sweeps(
             lrs: tuple[float, ...] = lattice.around(start)
         else:
             lrs = tuple(lr * scale for lr in grid)
-        every = range(1, block.seeds) if block.repeat == "every" else ()
-        yield Sweep(
-            Condition(**common, **arm, eps=eps),
-            lrs,
-            seeds=block.seeds if block.repeat == "best" else 1,
-            experiments=(name,),
-            repeated=tuple((lr, seed) for lr in lrs for seed in every),
-            lattice=lattice,
-            seeds_around=1 if lattice is None else block.seeds_around or block.seeds,
-        )
+        best, around, every = block.seeds.best, block.seeds.around or block.seeds.best, block.seeds.every
+        given = tuple((lr, every) for lr in lrs) if every > 1 else ()
+        seeds = Seeds(best, around if lattice else 1, given)
+        yield Sweep(Condition(**common, **arm, eps=eps), lrs, seeds, experiments=(name,), lattice=lattice)
 
 
 def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], list[float] | AutoLrs, float]]:
@@ -133,11 +126,9 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
             sweep = Sweep(
                 sweep.condition,
                 lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
-                seeds=max(other.seeds, sweep.seeds),
+                seeds=other.seeds.merged(sweep.seeds),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
-                repeated=tuple(sorted({*other.repeated, *sweep.repeated})),
                 lattice=_finest(other.lattice, sweep.lattice),
-                seeds_around=max(other.seeds_around, sweep.seeds_around),
             )
         merged[sweep.condition] = sweep
     return list(merged.values())

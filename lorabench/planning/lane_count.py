@@ -7,6 +7,7 @@ the same lanes.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
@@ -16,7 +17,7 @@ from lorabench.config.preset import Preset
 from lorabench.models.dimensions import dimensions, merging_is_cheaper
 from lorabench.planning.lengths import longest_sequence, tokens_per_example
 from lorabench.planning.memory import USABLE, peak_bytes
-from lorabench.runs import Condition, Run, Sweep
+from lorabench.runs import AROUND, EXPECTED_FURTHER_LRS, Condition, Run, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
 Work = Literal["lora", "fullft", "drawing"]
@@ -121,7 +122,13 @@ def _work(preset: Preset, condition: Condition) -> Work:
 
 def _groups(preset: Preset, sweep: Sweep, lanes: int) -> list[list[Run]]:
     """Return the groups of each of the waves that are expected."""
-    return [group for wave in sweep.expected_waves() for group in deal(preset, wave, lanes)]
+    runs = [Run(sweep.condition, math.nan, seed) for seed in sweep.expected_seeds()]
+    waves = [sweep.grid(), runs]
+    if sweep.lattice is not None:
+        steps, around = min(EXPECTED_FURTHER_LRS, sweep.lattice.further), AROUND * (sweep.seeds.around - 1)
+        walk, after = [[run] for run in runs[:steps]], runs[steps:]
+        waves = [sweep.grid(), *walk, after[:around], after[around:]]
+    return [group for wave in waves for group in deal(preset, wave, lanes)]
 
 
 def _fit(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> bool:

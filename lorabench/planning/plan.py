@@ -90,9 +90,8 @@ class Plan:
         """Return one row per expected run; `lr` and `run_id` are None for runs whose LR is not known yet."""
         rows: list[dict[str, Any]] = []
         for sweep in self.sweeps:
-            grid, *later = sweep.expected_waves()
-            known = [(run.run_id, run.lr, run.seed) for run in grid]
-            unknown = [(None, None, run.seed) for wave in later for run in wave]
+            known = [(run.run_id, run.lr, run.seed) for run in sweep.grid()]
+            unknown = [(None, None, seed) for seed in sweep.expected_seeds()]
             condition = {k: v for k, v in asdict(sweep.condition).items() if k not in {"identity", "rollouts"}}
             for run_id, lr, seed in [*known, *unknown]:
                 row = {"run_id": run_id, "sweep_id": sweep.sweep_id, "experiments": list(sweep.experiments)}

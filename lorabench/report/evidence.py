@@ -21,9 +21,15 @@ from lorabench.report.generated_block import text_around, write_around
 from lorabench.report.publish import results_page
 from lorabench.sources.lr_left_out import by_source, compared, left_out
 from lorabench.sources.lr_optima import known_optima, optima_table
-from lorabench.sources.matrix import matrix
-from lorabench.sources.measurements import MEASURES, growth_measurements, measurement_table, measurements, summary_table
-from lorabench.sources.own import Own, own_measurements, read_own
+from lorabench.sources.matrix import Own, matrix, read_own
+from lorabench.sources.measurements import (
+    MEASURES,
+    growth_measurements,
+    measurement_table,
+    measurements,
+    own_measurements,
+    summary_table,
+)
 from lorabench.sources.studies import Study, judge, read_studies, source_folders
 from lorabench.store.io import write_csv
 from lorabench.utils import formats

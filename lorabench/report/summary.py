@@ -12,7 +12,7 @@ from lorabench.analysis.arms import ARM, arm_label, each_arm
 from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
 from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.analysis.sampler_mismatch import sampler_mismatch
 from lorabench.analysis.studies import over_studies, seed_studies

@@ -51,10 +51,10 @@ def lrs(grid: list[float] | AutoLrs) -> str:
 
 def seeds(block: Block) -> str:
     """Say at which LRs of a block all seeds are trained."""
-    if block.repeat == "every":
-        return f"{block.seeds} at every LR"
+    if block.seeds.every > 1:
+        return f"{block.seeds.every} at every LR"
     found = any(isinstance(grid, AutoLrs) for grid in (block.lrs.fullft, block.lrs.lora))
-    return f"{block.seeds} at the {'three LRs around the best' if found else 'best LR'}"
+    return f"{block.seeds.best} at the {'three LRs around the best' if found else 'best LR'}"
 
 
 def _listed(values: list[float]) -> str:

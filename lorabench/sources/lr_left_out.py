@@ -27,7 +27,7 @@ RULES = {
     "law": "the law",
     "law_sqrt": "the law with the square root of the batch size",
 }
-"""The rules, in words."""
+"""The rules with their descriptions."""
 
 PROBABILITIES = (0.8, 0.95)
 """The probabilities of the prediction intervals."""
@@ -46,29 +46,25 @@ def left_out(optima: Sequence[SweptOptimum]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for rl in (False, True):
         for method in METHODS:
-            of_method = [swept for swept in optima if (swept.optimum.rl, swept.optimum.method) == (rl, method)]
-            for source in dict.fromkeys(swept.optimum.source for swept in of_method):
-                others = [s.optimum.pooled for s in of_method if s.optimum.counts and s.optimum.source != source]
-                if len({other.source for other in others}) < 2:
-                    continue
-                pooled = PooledLr(others)
-                rows += [
-                    row
-                    for swept in of_method
-                    if swept.optimum.source == source and (swept.optimum.counts or swept.losses)
-                    for row in _rows(swept, pooled)
-                ]
+            swept = [known for known in optima if (known.optimum.rl, known.optimum.method) == (rl, method)]
+            for source in dict.fromkeys(known.optimum.source for known in swept):
+                others = [s.optimum.pooled for s in swept if s.optimum.counts and s.optimum.source != source]
+                if len({other.source for other in others}) >= 2:
+                    pooled = PooledLr(others)
+                    left = [known for known in swept if known.optimum.source == source]
+                    rows += [row for known in left if known.optimum.counts or known.losses
+                             for row in _rows(known, pooled)]  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def _rows(swept: SweptOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
-    optimum, place = swept.optimum, swept.optimum.place
-    measured = optimum.pooled
+    """Return the row of each rule for an optimum, given the optima of the other sources."""
+    optimum, place, measured = swept.optimum, swept.optimum.place, swept.optimum.pooled
     error = measured.error if optimum.counts else 0.0
-    at = [pooled.predict(place, probability, error=error) for probability in PROBABILITIES]
+    intervals = {p: pooled.predict(place, p, error=error) for p in PROBABILITIES}
     batch = 0.0 if math.isnan(place.batch_size) else math.log(place.batch_size / REFERENCE["batch_size"])
     predicted = {
-        "pooled": at[0].mean,
+        "pooled": intervals[PROBABILITIES[0]].mean,
         "law": place.log_law,
         "law_sqrt": place.log_law + PRIORS["batch_size"].mean * batch,
     }
@@ -83,13 +79,12 @@ def _rows(swept: SweptOptimum, pooled: PooledLr) -> list[dict[str, Any]]:
             "predicted": _rounded(math.exp(log_lr - optimum.shift)),
             "factor": math.exp(log_lr - measured.log_lr) if optimum.counts else math.nan,
         }
-        for probability, of_pooled in zip(PROBABILITIES, at, strict=True):
-            name = f"{probability:.0%}".rstrip("%")
-            stated = rule == "pooled"
-            row[f"low_{name}"] = _rounded(math.exp(of_pooled.low - optimum.shift)) if stated else math.nan
-            row[f"high_{name}"] = _rounded(math.exp(of_pooled.high - optimum.shift)) if stated else math.nan
-            inside = of_pooled.low <= measured.log_lr <= of_pooled.high
-            row[f"inside_{name}"] = float(inside) if stated and optimum.counts else math.nan
+        for probability, interval in intervals.items():
+            name, stated = f"{100 * probability:.0f}", rule == "pooled"
+            row[f"low_{name}"] = _rounded(math.exp(interval.low - optimum.shift)) if stated else math.nan
+            row[f"high_{name}"] = _rounded(math.exp(interval.high - optimum.shift)) if stated else math.nan
+            inside = float(interval.low <= measured.log_lr <= interval.high)
+            row[f"inside_{name}"] = inside if stated and optimum.counts else math.nan
         rows.append(row | _loss(swept, log_lr - optimum.shift))
     return rows
 
@@ -144,34 +139,29 @@ def compared(sources: pd.DataFrame) -> pd.DataFrame:
         logs = sized.pivot(index="source", columns="rule", values="log")
         losses = part[part["grids"] > 0].pivot(index="source", columns="rule", values="loss_above_best")
         for rule in RULES:
-            of_rule = sized[sized["rule"] == rule]
+            sources_of_rule = sized[sized["rule"] == rule]
             difference = logs[rule] - logs["law"]
-            mean, half = float(difference.mean()), _half(difference)
+            n, mean = len(difference), float(difference.mean())
+            half = float(stdtrit(n - 1, 0.975)) * float(difference.std(ddof=1)) / math.sqrt(n)
             rows.append(
                 {
                     "task": task,
                     "method": method,
                     "rule": rule,
-                    "sources": len(of_rule),
+                    "sources": len(sources_of_rule),
                     "off": math.exp(float(logs[rule].mean())),
                     "worst": math.exp(float(logs[rule].max())),
                     "against_law": math.exp(mean),
                     "against_law_low": math.exp(mean - half),
                     "against_law_high": math.exp(mean + half),
                     "closer": int((difference < 0).sum()),
-                    "inside_80": float(of_rule["inside_80"].mean()),
-                    "inside_95": float(of_rule["inside_95"].mean()),
+                    "inside_80": float(sources_of_rule["inside_80"].mean()),
+                    "inside_95": float(sources_of_rule["inside_95"].mean()),
                     "grids": len(losses),
                     "loss_above_best": float(losses[rule].mean()),
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _half(values: pd.Series[float]) -> float:
-    """Return half of the 95% interval of a mean."""
-    n = len(values)
-    return float(stdtrit(n - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(n)
 
 
 def _rounded(lr: float) -> float:

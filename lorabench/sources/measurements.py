@@ -17,7 +17,7 @@ error, or with an optimum at the edge of its grid, is shown and does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
-from lorabench.analysis.lr_ratio import PAPER_RATIO
+from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.random_effects import RandomEffects, p_of_groups, random_effects
-from lorabench.sources.studies import Study
-from lorabench.store.checks import is_rl
+from lorabench.sources.matrix import PROJECT, Own, datasets_of_scope
+from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.stand_ins import MIXED, UNKNOWN
 
 MEASURES = {
@@ -37,7 +37,7 @@ MEASURES = {
     "gap_growth": "growth of that gap from the smallest to the largest batch size (nats per token)",
     "rank_1_gap": "RL: highest accuracy of rank 1 minus that of full fine-tuning",
 }
-"""The measurements, in words."""
+"""The measurements with their descriptions."""
 
 PAPER_VALUES = {"lr_ratio": math.log(PAPER_RATIO), "loss_gap": 0.0, "gap_growth": 0.0, "rank_1_gap": 0.0}
 """What the paper says of each measurement; of the growth it says only that it is above 0."""
@@ -50,6 +50,9 @@ Z = 1.959964
 
 _TWO_SIGMA = 2.0
 _MIN_SOURCES = 2
+_OF_CLAIMS = {"B1": ("lr_ratio", "sft"), "B10": ("lr_ratio", "rl"), "B2": ("loss_gap", "sft"),
+              "D1": ("gap_growth", "sft"), "F1": ("rank_1_gap", "rl")}  # fmt: skip
+"""The measurement and the task of each claim whose estimate is a measurement of a preset of this project."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class _Best:
 
 def measurements(studies: Sequence[Study]) -> list[Measurement]:
     """Measure all studies, in their order."""
-    return [measurement for study in studies for measurement in _of_study(study)]
+    return [measured for study in studies for runs in study.conditions() for measured in _of_condition(study, runs)]
 
 
 def growth_measurements(studies: Sequence[Study], claims: pd.DataFrame) -> list[Measurement]:
@@ -106,118 +109,134 @@ def growth_measurements(studies: Sequence[Study], claims: pd.DataFrame) -> list[
     measured = []
     for study in studies:
         of_study = (claims["source"] == study.of.name) & (claims["model"] == study.model)
-        row = claims[of_study & (claims["claim_id"] == "D1")]
-        if row.empty or row[["estimate", "ci_low", "ci_high"]].isna().to_numpy().any():
+        rows = claims.loc[of_study & (claims["claim_id"] == "D1"), ["estimate", "ci_low", "ci_high"]].dropna()
+        if rows.empty:
             continue
-        value, low, high = (float(row[name].iloc[0]) for name in ("estimate", "ci_low", "ci_high"))
+        value, low, high = rows.iloc[0].astype(float)
         runs = study.tables.runs
+        about = _about(study) | {
+            "task": "sft",
+            "dataset": f"{runs['dataset'].iloc[0]}, batch {runs['batch_size'].min()} to {runs['batch_size'].max()}",
+            "batch_size": None,
+        }
+        error = (high - low) / (2 * Z)
+        measured.append(Measurement("gap_growth", value=value, error=error, counts=high > low,
+                                    remark="fitted, claim D1", **about))  # fmt: skip
+    return measured
+
+
+def own_measurements(own: Own) -> list[Measurement]:
+    """Return the fitted numbers of a preset that sources measure too, from its table `claims`.
+
+    They are those of the comparison that decides each claim (see `_OF_CLAIMS`).
+    """
+    measured = []
+    for claim_id, (measure, task) in _OF_CLAIMS.items():
+        row = dict(next(iter(own.claims[own.claims["claim_id"] == claim_id].to_dict("records")), {}))
+        if not row:
+            continue
+        numbers = [float(row[name]) for name in ("estimate", "ci_low", "ci_high")]
+        if not all(map(math.isfinite, numbers)) or pd.isna(row["scale"]):
+            continue
+        value, low, high = map(math.log, numbers) if measure == "lr_ratio" else numbers
         measured.append(
             Measurement(
-                measure="gap_growth",
-                source=study.of.name,
-                study=study.name,
-                scale=study.scale,
-                parameters=study.parameters,
-                task="sft",
-                dataset=f"{runs['dataset'].iloc[0]}, batch {runs['batch_size'].min()} to {runs['batch_size'].max()}",
+                measure=measure,
+                source=PROJECT,
+                study=f"lorabench {own.name}",
+                scale=str(row["scale"]),
+                parameters=int(row["parameters"]),
+                task=task,
+                dataset=datasets_of_scope(row["scope"]),
                 batch_size=None,
-                value=value,
+                value=-value if measure == "rank_1_gap" else value,
                 error=(high - low) / (2 * Z),
                 counts=high > low,
-                remark="fitted, claim D1",
-                **_attributes(study),
+                remark=f"fitted, claim {claim_id}",
+                precision="fp32 weights",
+                schedule="constant",
+                alpha="32",
+                base_kind="base",
             )
         )
     return measured
 
 
-def _attributes(study: Study) -> dict[str, str]:
-    return {name: str(getattr(study.of.source.attributes, name)) for name in ATTRIBUTES if name != "task"}
-
-
-def _of_study(study: Study) -> list[Measurement]:
-    runs = study.tables.runs
-    runs = runs.reindex(
-        columns=[*runs, *(name for name in ("lr", "steps", "batch_size", "data_kind") if name not in runs)]
-    )
-    rl = bool(is_rl(runs).all())
-    runs = runs.assign(loss=1 - runs["final_reward"] if rl else runs["final_test_nll"])
-    runs = runs[(runs["placement"].fillna("all") == "all") & ~runs["data_kind"].eq("facts")]
-    measured: list[Measurement] = []
-    for _, of_group in runs.groupby(["dataset", "batch_size", "steps"], dropna=False):
-        measured += _of_group(study, of_group, rl)
-    return measured
-
-
-def _of_group(study: Study, runs: pd.DataFrame, rl: bool) -> list[Measurement]:
-    noise = study.reward_noise if rl else study.noise
-    batch = runs["batch_size"].iloc[0]
-    sigma = _own_noise(runs, rl) or (noise.sigma if noise else math.nan)
-    fullft = _best(runs[runs["method"] == "fullft"], sigma)
-    lora = {int(str(rank)): arm for rank, arm in runs[runs["method"] == "lora"].groupby("rank")}
-    high = [rank for rank, arm in lora.items() if rank > 1 and arm["lr"].nunique() >= MIN_LRS] or [
-        rank for rank in lora if rank > 1
-    ]
-    if fullft is None or not lora:
-        return []
-    highest = _best(lora[max(high)], sigma) if high else None
-    rank_1 = _best(lora[1], sigma) if 1 in lora else None
-    source_noise = "" if _own_noise(runs, rl) or noise is None else f"noise from {noise.source}"
-    about: dict[str, Any] = {
+def _about(study: Study) -> dict[str, Any]:
+    attributes = study.of.source.attributes
+    return {
         "source": study.of.name,
         "study": study.name,
-        "scale": study.scale,
-        "parameters": study.parameters,
-        "task": "rl" if rl else "sft",
+        "scale": study.described.scale,
+        "parameters": study.described.parameters,
+        "task": "rl" if study.is_rl else "sft",
+        **{name: str(getattr(attributes, name)) for name in ATTRIBUTES if name != "task"},
+    }
+
+
+def _of_condition(study: Study, runs: pd.DataFrame) -> list[Measurement]:
+    """Measure the runs of one dataset, batch size and number of steps."""
+    rl, noise = study.is_rl, study.reward_noise if study.is_rl else study.noise
+    own_sigma = _own_noise(runs, rl)
+    sigma = own_sigma or (noise.sigma if noise else math.nan)
+    noise_remark = [] if own_sigma or noise is None else [f"noise from {noise.source}"]
+    fullft_runs = runs[runs["method"] == "fullft"]
+    fullft = _best(fullft_runs, sigma)
+    lora = {int(str(rank)): arm for rank, arm in runs[runs["method"] == "lora"].groupby("rank")}
+    if fullft is None or not lora:
+        return []
+    ranks = [rank for rank in lora if rank > 1]
+    swept = [rank for rank in ranks if lora[rank]["lr"].nunique() >= MIN_LRS]
+    high = max(swept or ranks, default=None)
+    highest = None if high is None else _best(lora[high], sigma)
+    rank_1 = _best(lora[1], sigma) if 1 in lora else None
+    batch = runs["batch_size"].iloc[0]
+    about = _about(study) | {
         "dataset": str(runs["dataset"].iloc[0]),
         "batch_size": None if pd.isna(batch) else int(batch),
-        **_attributes(study),
     }
-    measured = []
-    if highest is not None and _swept(runs, lora[max(high)]):
-        edges = [name for name, arm in (("LoRA", highest), ("FullFT", fullft)) if arm.edge]
-        error = math.hypot(highest.log_error, fullft.log_error)
-        remark = (
-            f"best LR of {' and '.join(edges)} at the edge of its grid" if edges else "by the best LRs of the grids"
+
+    def edge_remarks(arm: _Best) -> list[str]:
+        edges = [name for name, best in (("LoRA", arm), ("FullFT", fullft)) if best.edge]
+        return [f"best LR of {' and '.join(edges)} at the edge of its grid"] if edges else []
+
+    def gap(measure: str, arm: _Best, sign: int) -> Measurement:
+        error = sigma * math.sqrt(1 / arm.n + 1 / fullft.n)
+        edges = edge_remarks(arm)
+        remarks = edges + noise_remark + (["noise between seeds not known"] if math.isnan(error) else [])
+        return Measurement(
+            measure=measure,
+            value=sign * (arm.loss - fullft.loss),
+            error=error,
+            counts=math.isfinite(error) and not edges,
+            remark="; ".join(remarks),
+            **about,
         )
+
+    measured: list[Measurement] = []
+    if highest is not None and high in swept and fullft_runs["lr"].nunique() >= MIN_LRS:
+        edges = edge_remarks(highest)
         measured.append(
             Measurement(
                 measure="lr_ratio",
                 value=math.log(highest.lr / fullft.lr),
-                error=error,
+                error=math.hypot(highest.log_error, fullft.log_error),
                 counts=not edges,
-                remark=remark,
+                remark=edges[0] if edges else "by the best LRs of the grids",
                 **about,
             )
         )
-    if not rl and highest is not None and _swept(runs, lora[max(high)]):
-        measured.append(_gap("loss_gap", highest, fullft, sigma, source_noise, about))
+        if not rl:
+            measured.append(gap("loss_gap", highest, 1))
     if rl and rank_1 is not None:
-        measured.append(_gap("rank_1_gap", rank_1, fullft, sigma, source_noise, about))
+        # The losses are error rates, and the gap is one of accuracies.
+        measured.append(gap("rank_1_gap", rank_1, -1))
     return measured
-
-
-def _swept(runs: pd.DataFrame, lora: pd.DataFrame) -> bool:
-    """Return whether both methods have a grid of LRs."""
-    return lora["lr"].nunique() >= MIN_LRS and runs.loc[runs["method"] == "fullft", "lr"].nunique() >= MIN_LRS
-
-
-def _gap(measure: str, lora: _Best, fullft: _Best, sigma: float, noise: str, about: Mapping[str, Any]) -> Measurement:
-    """Return the gap of two arms; in RL it is one of accuracies, so that above 0 is better for LoRA."""
-    gap = lora.loss - fullft.loss
-    error = sigma * math.sqrt(1 / lora.n + 1 / fullft.n)
-    edges = [name for name, arm in (("LoRA", lora), ("FullFT", fullft)) if arm.edge]
-    remarks = [f"best LR of {' and '.join(edges)} at the edge of its grid"] if edges else []
-    remarks += [noise] if noise else []
-    remarks += ["noise between seeds not known"] if math.isnan(error) else []
-    counts = math.isfinite(error) and not edges
-    value = -gap if measure == "rank_1_gap" else gap
-    return Measurement(measure=measure, value=value, error=error, counts=counts, remark="; ".join(remarks), **about)
 
 
 def _own_noise(runs: pd.DataFrame, rl: bool) -> float | None:
     """Return the deviation between seeds of a group's own runs, pooled over arms and LRs; None with one seed."""
-    column = "final_reward_sd" if rl else "final_test_nll_sd"
+    column = REWARD_SD if rl else "final_test_nll_sd"
     if column in runs and runs[column].notna().any():
         return math.sqrt(float((runs[column].astype(float) ** 2).mean()))
     cells = runs.groupby(["method", "rank", "lr"], dropna=False)["loss"]
@@ -228,6 +247,7 @@ def _own_noise(runs: pd.DataFrame, rl: bool) -> float | None:
 
 
 def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
+    """Return the best LR of an arm, given the deviation of a loss between seeds; None without a finished run."""
     done = arm[arm["status"].eq("done") & arm["loss"].notna()].astype({"loss": float})
     if done.empty:
         return None
@@ -235,13 +255,10 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
     if done["lr"].isna().any():
         return _Best(math.nan, math.nan, False, float(done["loss"].mean()), int(number.sum()))
     cells = done.assign(n=number).groupby(done["lr"].astype(float)).agg(loss=("loss", "mean"), n=("n", "sum"))
-    lrs, losses = np.log(cells.index.to_numpy(float)), cells["loss"].to_numpy(float)
+    lrs = np.log(cells.index.to_numpy(float))
+    losses, n = cells["loss"].to_numpy(float), cells["n"].to_numpy(float)
     best = int(losses.argmin())
-    alike = (
-        0.0
-        if math.isnan(sigma)
-        else _TWO_SIGMA * sigma * np.sqrt(1 / cells["n"].to_numpy() + 1 / cells["n"].iloc[best])
-    )
+    alike = 0.0 if math.isnan(sigma) else _TWO_SIGMA * sigma * np.sqrt(1 / n + 1 / n[best])
     close = losses - losses[best] <= alike
     low = high = best
     while low > 0 and close[low - 1]:
@@ -250,13 +267,12 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
         high += 1
     lost = np.log(arm.loc[~arm["status"].eq("done"), "lr"].astype(float).dropna())
     above = lost[lost > lrs[high]].min() if len(lost) else math.nan
-    loss, n = float(losses[best]), int(cells["n"].iloc[best])
-    one_lr = len(lrs) == 1
     if low == 0 or (high == len(lrs) - 1 and math.isnan(above)):
-        return _Best(float(np.exp(lrs[best])), math.nan, not one_lr, loss, n)
+        return _Best(float(np.exp(lrs[best])), math.nan, len(lrs) > 1, float(losses[best]), int(n[best]))
     upper = lrs[high + 1] if high + 1 < len(lrs) else above
     ends = ((lrs[low - 1] + lrs[low]) / 2, (lrs[high] + upper) / 2)
-    return _Best(float(np.exp(sum(ends) / 2)), float(ends[1] - ends[0]) / math.sqrt(12), False, loss, n)
+    log_error = float(ends[1] - ends[0]) / math.sqrt(12)
+    return _Best(float(np.exp(sum(ends) / 2)), log_error, False, float(losses[best]), int(n[best]))
 
 
 def measurement_table(measured: Sequence[Measurement]) -> pd.DataFrame:
@@ -276,29 +292,25 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: as from `measurement_table`.
     """
-    rows = []
+
+    def row(measure: str, attribute: str, group: str, summary: RandomEffects, chance: float) -> dict[str, Any]:
+        return {"measure": measure, "attribute": attribute, "group": group, **asdict(summary), "p_of_groups": chance}
+
+    def by_source(rows: pd.DataFrame) -> RandomEffects:
+        means = rows.groupby(["source", "task"])[["value", "error"]].mean()
+        return random_effects(means["value"].tolist(), means["error"].tolist())
+
+    summaries = []
     for measure in MEASURES:
         counted = table[(table["measure"] == measure) & table["counts"]]
         if counted.empty:
             continue
-        rows.append(_summary_row(measure, "", "", _by_source(counted)))
+        summaries.append(row(measure, "", "", by_source(counted), math.nan))
         for attribute in ATTRIBUTES:
-            groups = {str(value): _by_source(part) for value, part in counted.groupby(attribute)}
-            known = {value: part for value, part in groups.items() if value not in (UNKNOWN, MIXED)}
-            enough = {value: part for value, part in known.items() if part.k >= _MIN_SOURCES}
-            chance = p_of_groups(list(enough.values())) if len(enough) >= _MIN_SOURCES else math.nan
+            groups = {str(value): by_source(part) for value, part in counted.groupby(attribute)}
+            known = [part for value, part in groups.items() if value not in (UNKNOWN, MIXED)]
+            enough = [part for part in known if part.k >= _MIN_SOURCES]
+            chance = p_of_groups(enough) if len(enough) >= _MIN_SOURCES else math.nan
             if len(groups) > 1:
-                rows += [_summary_row(measure, attribute, value, part, chance) for value, part in groups.items()]
-    return pd.DataFrame(rows)
-
-
-def _by_source(table: pd.DataFrame) -> RandomEffects:
-    """Summarize measurements over their sources, where SFT and RL of a source count apart."""
-    means = table.groupby(["source", "task"])[["value", "error"]].mean()
-    return random_effects(means["value"].tolist(), means["error"].tolist())
-
-
-def _summary_row(
-    measure: str, attribute: str, group: str, summary: RandomEffects, chance: float = math.nan
-) -> dict[str, Any]:
-    return {"measure": measure, "attribute": attribute, "group": group, **asdict(summary), "p_of_groups": chance}
+                summaries += [row(measure, attribute, value, part, chance) for value, part in groups.items()]
+    return pd.DataFrame(summaries)

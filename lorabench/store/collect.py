@@ -153,7 +153,7 @@ def collect_evals(files: list[Path], out: Path) -> None:
     Rows are ordered by model, the base model before its fine-tuned runs.
 
     Raises:
-        UserError: a file is damaged, or was not written by `lorabench evaluate`.
+        UserError: a file is damaged, or was not written by `lorabench step evaluate`.
     """
     order = ["model", "dataset", "batch_size", "steps", "method", "rank", "placement", "lr", "seed", "run_id"]
     tables = []

@@ -15,7 +15,6 @@ from lorabench.config.preset import Preset
 from lorabench.config.problems import HubProblems
 from lorabench.data.identity import dataset_id
 from lorabench.models.identity import model_id
-from lorabench.planning.budget import reduce_to_budget, split_budget
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.hashing import digest
 from lorabench.utils.hub import read_fetched
@@ -27,25 +26,18 @@ class Layout:
 
     name: str
     preset: Preset
-    dropped: tuple[str, ...] = ()
-    """Sentences that say what was left out of the preset to stay within a budget."""
 
     @classmethod
     def of(cls, preset: str) -> Layout:
         """Return the layout of a preset.
 
         Args:
-            preset: a shipped preset's name or the path of a YAML file; `NAME@HOURS` reduces it to a budget.
+            preset: a shipped preset's name or the path of a YAML file.
 
         Raises:
-            PresetError: there is no such preset, it is not valid, or no part of it fits the budget.
+            PresetError: there is no such preset, or it is not valid.
         """
-        preset, hours = split_budget(preset)
-        name, loaded = preset_path(preset).stem, load_preset(preset)
-        if hours is None:
-            return cls(name, loaded)
-        kept, dropped = reduce_to_budget(loaded, hours)
-        return cls(name, kept, tuple(dropped))
+        return cls(preset_path(preset).stem, load_preset(preset))
 
     @property
     def root(self) -> Path:

@@ -17,15 +17,13 @@ import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan
-from lorabench.planning.walk import next_runs
-from lorabench.runs import PROTOCOL_VERSION, Condition, Job, Run, Sweep
+from lorabench.runs import PROTOCOL_VERSION, Condition, Job, Run, Sweep, next_runs, validation_loss
 from lorabench.store.collect import sweep_rows, write_job
 from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, JOB, TEST_LOSSES
 from lorabench.training.adapter import METRICS
-from lorabench.training.selection import validation_loss
 from lorabench.utils.files import atomic_path, read_parquet
 from lorabench.utils.hashing import digest
 

@@ -27,8 +27,7 @@ from lorabench.models.lora_products import use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
-from lorabench.planning.walk import best_lr, ending, next_runs
-from lorabench.runs import Run, Sweep
+from lorabench.runs import Run, Sweep, best_lr, ending, next_runs, validation_loss
 from lorabench.store.collect import sweep_rows, write_curves, write_test_losses
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
@@ -38,7 +37,6 @@ from lorabench.training.distributed import SINGLE_PROCESS, Processes
 from lorabench.training.loss import check_plain_head
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes, reset_peak_memory
 from lorabench.training.run import Machine, Outcome, fix_workspaces
-from lorabench.training.selection import validation_loss
 from lorabench.utils import signals
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import difference_from

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lorabench.analysis.censored import censored_slope
+from lorabench.analysis.slopes import censored_slope
 
 
 def fit(x, y, bound, groups=None, floor=0.01):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorabench.analysis.counted_twice import without_run_noise
+from lorabench.analysis.example_losses import without_run_noise
 
 N = 400
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.early import compared_ranks, early_difference, inverse_rank_fit, train_curves
+from lorabench.analysis.curves import train_curves
+from lorabench.analysis.early import compared_ranks, early_difference, inverse_rank_fit
 
 from ..handmade.lora import difficulty, lora_run, lora_tables, nll
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lorabench.analysis.departure import departures, paired_departure
-from lorabench.analysis.envelopes import envelopes
+from lorabench.analysis.curves import PairedCurves, envelopes
+from lorabench.analysis.departure import departures
 from lorabench.analysis.estimate import generator
-from lorabench.analysis.paired_curves import PairedCurves
+from lorabench.analysis.optimal_curves import paired_departure
 
 from ..handmade.sft import noise_table
 

@@ -6,8 +6,7 @@ import pytest
 
 from lorabench.analysis.estimate import exact, student, unknown
 from lorabench.analysis.finding import decide, finding, together, without, worst
-from lorabench.analysis.remedy import Problem
-from lorabench.analysis.rules import Above, Within
+from lorabench.analysis.rules import Above, Problem, Within
 
 RULE = Within.margin(0.01)
 

@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.gaps import best_losses, mean_interval
+from lorabench.analysis.estimate import mean_interval
+from lorabench.analysis.gaps import best_losses
 
 from ..handmade.sft import arm, tables
 

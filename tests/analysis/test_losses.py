@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorabench.analysis.losses import with_losses
+from lorabench.analysis.arms import with_losses
 
 from ..handmade.sft import arm, tables
 

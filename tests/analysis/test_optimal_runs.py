@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.optimal_runs import off_optimum, pair_at_optimum, runs_at_optimum
+from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum, runs_at_optimum
 
 from ..handmade.sft import CURVATURE, tables
 from ..handmade.training import trained

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima
 from lorabench.errors import UserError
 
 from ..handmade.sft import arm, tables

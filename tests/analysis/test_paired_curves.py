@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, paired_curves, scan
 from lorabench.analysis.estimate import generator
 from lorabench.analysis.finding import nats
-from lorabench.analysis.paired_curves import PairedCurves, curves_by_seed, paired_curves, scan
 from lorabench.analysis.rules import Above, Within
 
 from ..handmade.lora import lora_run, lora_tables, nll

@@ -12,7 +12,7 @@ from lorabench.analysis.arms import ARM, OPTIONAL
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.store.stand_ins import with_stand_ins

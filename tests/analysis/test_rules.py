@@ -10,8 +10,7 @@ import pytest
 
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student, unknown
 from lorabench.analysis.finding import Finding, decide, finding, together, worst
-from lorabench.analysis.remedy import Problem, Remedy, cheapest
-from lorabench.analysis.rules import LEVEL, Above, Within
+from lorabench.analysis.rules import LEVEL, Above, Problem, Remedy, Within, cheapest
 
 
 def estimate(value: float, error: float = 0.01, dof: float = 1e6) -> Estimate:

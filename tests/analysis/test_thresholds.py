@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.departure import departures
-from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.thresholds import threshold_slope, thresholds
 
 from ..handmade.sft import arm, noise_table, tables

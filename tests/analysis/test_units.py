@@ -5,9 +5,8 @@ import math
 import pytest
 
 from lorabench.analysis.estimate import student
-from lorabench.analysis.finding import Finding, decide
+from lorabench.analysis.finding import Finding, decide, exponential, in_unit
 from lorabench.analysis.rules import Above, Within
-from lorabench.analysis.units import exponential, in_unit
 
 
 def test_a_ratio_has_its_ends_and_its_margin_as_ratios():

@@ -126,7 +126,7 @@ def test_a_command_that_fails_is_told(tmp_path):
 def test_each_arm_of_a_training_step_can_be_repeated():
     setting = steps.QUICK[0]
     made = {name: steps.training_step(setting, method) for name, method in steps.ARMS.items()}
-    assert made["LoRA"][1] == made["PEFT"][1] < made["FullFT"][1]
+    assert made["LoRA"][1] == made["PEFT"][1]
     seconds = steps.median_seconds({name: step for name, (step, _) in made.items()}, repeats=1)
     assert all(value > 0 for value in seconds.values())
 
@@ -138,7 +138,7 @@ def test_the_model_of_a_billion_is_of_the_size_of_llama_3_2():
 
 def test_a_model_that_is_not_here_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="smollm2-135m is not here; `lorabench convert smollm2-135m` gets it"):
+    with pytest.raises(SystemExit, match="smollm2-135m is not here; `lorabench step convert smollm2-135m` gets it"):
         models.preset_entry(models.SMOLLM2)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lorabench.analysis.comparison import in_experiments
+from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
-from lorabench.analysis.remedy import Remedy
+from lorabench.analysis.rules import Remedy
 from lorabench.claims import conditions
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim

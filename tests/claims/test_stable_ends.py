@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lorabench.claims.judge import judge_claims
-from lorabench.cli.preset_option import plan_and_layout
+from lorabench.cli.common import plan_and_layout
 from lorabench.store.collect import run_row
 from lorabench.store.tables import Tables
 from lorabench.utils.files import read_parquet

@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 
 
 def lorabench(*arguments):
@@ -21,10 +21,16 @@ def lorabench(*arguments):
 
 MISTAKES = {
     "preset": (("plan", "--preset", "nope"), "preset 'nope': no file"),
-    "dataset": (("dataset", "nope", "--preset", "smoke"), "dataset 'nope' is not in the preset; allowed: instruct"),
-    "model": (("tokens", "nope", "instruct", "--preset", "smoke"), "model 'nope' is not in the preset; allowed: tiny"),
-    "not gguf": (("convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
-    "job": (("train", "nope", "--preset", "smoke"), "job 'nope' is not in the plan"),
+    "dataset": (
+        ("step", "dataset", "nope", "--preset", "smoke"),
+        "dataset 'nope' is not in the preset; allowed: instruct",
+    ),
+    "model": (
+        ("step", "tokens", "nope", "instruct", "--preset", "smoke"),
+        "model 'nope' is not in the preset; allowed: tiny",
+    ),
+    "not gguf": (("step", "convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
+    "job": (("step", "train", "nope", "--preset", "smoke"), "job 'nope' is not in the plan"),
     "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: verdicts, fig1_envelopes"),
     "figure of folders": (
         ("figure", "all", "--tables", "/nowhere", "--tables", "/elsewhere", "--out", "."),
@@ -58,7 +64,7 @@ MISTAKES = {
         ("claims", "--tables", ".", "--out", ".", "--noise", "/nowhere"),
         "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",
     ),
-    "tiny base": (("tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
+    "tiny base": (("step", "tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),
         "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",
@@ -114,7 +120,7 @@ def test_a_dataset_is_the_same_whatever_the_hashes_of_text(tmp_path, raw_preset,
     for seed in ("1", "2"):
         folder = tmp_path / seed
         folder.mkdir()
-        command = [sys.executable, "-m", "lorabench.cli", "dataset", "instruct", "--preset", preset]
+        command = [sys.executable, "-m", "lorabench.cli", "step", "dataset", "instruct", "--preset", preset]
         subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
         [path] = (folder / "results/mine/data").iterdir()
         contents.append(path.read_bytes())

@@ -38,7 +38,7 @@ def test_the_catalogue_of_models_is_valid():
 
 
 def test_schema_is_current():
-    assert SCHEMA.read_text() == json_schema(), "run: lorabench schema > workflow/presets/schema.json"
+    assert SCHEMA.read_text() == json_schema(), "run: lorabench step schema > workflow/presets/schema.json"
 
 
 def change(raw, path, value):
@@ -287,7 +287,7 @@ def test_named_blocks_share_what_is_common_to_them(raw_preset, write_preset):
 def test_mistakes_in_named_blocks_call_them_by_name(raw_preset, write_preset):
     [block] = raw_preset["experiments"]["rank"]
     raw_preset["experiments"]["rank"] = {"common": block, "first": {}, "second": {"seeds": 0}}
-    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.seeds = 0: input"):
+    with pytest.raises(PresetError, match=r"experiments\.rank\.second\.seeds\.best = 0: input"):
         load_preset(write_preset(raw_preset))
     raw_preset["experiments"]["rank"]["second"] = {"models": ["tinny"]}
     with pytest.raises(PresetError, match=r"experiments\.rank\.second\.models: unknown name 'tinny'; allowed: tiny, "):
@@ -318,8 +318,8 @@ def test_a_preset_changes_what_it_extends(raw_preset, write_preset):
     assert preset.description == raw_preset["description"]
     assert (preset.datasets["instruct"].train, preset.datasets["instruct"].test) == (32, 8)
     [grid] = preset.experiments.rank
-    assert (grid.lrs.fullft, grid.lrs.lora, grid.seeds) == ([1e-3, 3e-3], [0.5], 3)
-    assert preset.experiments.early[0].seeds == 2
+    assert (grid.lrs.fullft, grid.lrs.lora, grid.seeds.best) == ([1e-3, 3e-3], [0.5], 3)
+    assert preset.experiments.early[0].seeds.best == 2
     assert [(task.name, task.limit) for task in preset.evaluation.tasks] == [("lorabench_instruct", 4)]
     less = {"extends": ["child.yaml"], "evaluation": None, "experiments": {"early": None}}
     experiments = preset.experiments.model_copy(update={"early": None})
@@ -336,7 +336,7 @@ def test_a_model_or_dataset_of_another_kind_replaces_the_parents(raw_preset, wri
 def test_a_shipped_preset_may_be_extended_by_name(write_preset):
     changes = {"extends": "laptop", "experiments": {"rank": {"instruct": {"seeds": 9}}}}
     rank = load_preset(write_preset(changes)).experiments.rank
-    assert [block.seeds for block in rank] == [3, 9]
+    assert [block.seeds.best for block in rank] == [3, 9]
 
 
 def test_what_can_not_be_extended_is_one_sentence(write_preset):
@@ -394,8 +394,12 @@ def test_lrs_that_a_sweep_finds(raw_preset, write_preset):
             "experiments.rank.0.lrs.lora.most = 2: input should be greater than or equal to 3",
         ),
         (
-            {"lrs": "auto", "repeat": "every"},
-            "experiments.rank.0: repeat = 'every': allowed with fixed LRs, not with lrs: auto",
+            {"lrs": "auto", "seeds": {"every": 2}},
+            "experiments.rank.0: seeds.every = 2: allowed with fixed LRs, not with lrs: auto",
+        ),
+        (
+            {"seeds": {"best": 2, "around": 3}},
+            "experiments.rank.0.seeds: around = 3: at most best, which is 2",
         ),
     ],
 )

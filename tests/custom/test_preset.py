@@ -43,7 +43,7 @@ def test_the_preset_describes_the_data(tmp_path):
     assert block.lrs.fullft == block.lrs.lora == AutoLrs()
     # The geometric mean of the law's 5e-5 (2000/128)^0.781 = 4.28e-4 for FullFT and ten times that for LoRA.
     assert "it starts at 1.4e-3" in (tmp_path / "mine.yaml").read_text()
-    assert (block.batch_sizes, block.seeds, block.epochs) == ([8], 3, 1.0)
+    assert (block.batch_sizes, block.seeds.best, block.epochs) == ([8], 3, 1.0)
     assert len(list(make_dataset(dataset))) == 1000
 
 
@@ -52,7 +52,7 @@ def test_what_a_user_chooses_counts(tmp_path):
     choices = Choices(ranks=(2, 5), seeds=2, epochs=3.0, held_out=0.2, gpu="A10")
     preset, said = init(tmp_path / "mine.yaml", "qwen-64", data, choices)
     [block] = preset.experiments.rank or []
-    assert (block.ranks, block.seeds, block.epochs) == ({"all": [2, 5]}, 2, 3.0)
+    assert (block.ranks, block.seeds.best, block.epochs) == ({"all": [2, 5]}, 2, 3.0)
     assert (preset.datasets["own"].train, preset.datasets["own"].test) == (36, 12)
     assert (preset.protocol.precision, preset.execution.gpu) == ("bf16", "A10")
     assert "runs have 27 steps; below 100" in said
@@ -150,7 +150,7 @@ def test_problems_with_answers_make_a_preset_of_reinforcement_learning(tmp_path)
     assert not preset.datasets
     [block] = preset.experiments.rl or []
     assert block.ranks == {"all": [1, 32]}
-    assert (block.problems_per_step, block.group_size, block.steps, block.seeds) == (16, 16, 50, 3)
+    assert (block.problems_per_step, block.group_size, block.steps, block.seeds.best) == (16, 16, 50, 3)
     # Half of the 512 tokens that the model takes.
     assert block.max_new_tokens == 256
     assert block.lrs.fullft == block.lrs.lora == AutoLrs()

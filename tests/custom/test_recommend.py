@@ -10,7 +10,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.custom.model import find_model
 from lorabench.custom.recommend import recommend
 from lorabench.custom.script import script

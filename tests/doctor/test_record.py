@@ -110,7 +110,7 @@ def test_a_record_says_what_is_taken_from_it():
 def test_the_plan_says_whose_speed_it_takes():
     from typer.testing import CliRunner
 
-    from lorabench.cli.main import app
+    from lorabench.cli import app
 
     a100 = "NVIDIA A100-SXM4-80GB"
     write_record(record(a100))

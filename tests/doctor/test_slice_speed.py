@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.config.loading import load_preset
 from lorabench.doctor import slice_speed
 from lorabench.doctor.record import read_speed

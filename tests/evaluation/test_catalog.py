@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.config.execution import EVAL_SOURCES, EvalTask
 from lorabench.config.fields import PresetError
 from lorabench.config.loading import load_preset
@@ -135,7 +135,7 @@ def test_a_missing_file_is_named(prepared):
 
 
 def test_tasks_are_looked_up_by_a_command(prepared):
-    result = CliRunner().invoke(app, ["fetch", "--preset", "mine.yaml", "--out", "found.json"])
+    result = CliRunner().invoke(app, ["step", "fetch", "--preset", "mine.yaml", "--out", "found.json"])
     assert result.exit_code == 0, result.output
     with open("found.json") as file:
         assert json.load(file)["tasks"].keys() == {task["name"] for task in RAW["evaluation"]["tasks"]}

@@ -45,7 +45,7 @@ class Place:
 
     def evaluate(self) -> subprocess.CompletedProcess[str]:
         """Evaluate the base without a hub."""
-        return self.run("evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT=NOWHERE)
+        return self.run("step", "evaluate", self.job.eval_id, HF_HUB_OFFLINE="1", HF_ENDPOINT=NOWHERE)
 
     @property
     def job(self):
@@ -76,7 +76,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Place:
     write_splitter(here.folder)
     write_repositories(here.folder / "hub/datasets")
     with serving(here.folder / "hub") as hub:
-        fetched = here.run("fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
+        fetched = here.run("step", "fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
     assert fetched.returncode == 0, fetched.stderr
     result = here.evaluate()
     assert result.returncode == 0, result.stderr
@@ -141,16 +141,17 @@ def test_data_that_were_not_fetched_are_named(tmp_path):
     empty = place(tmp_path, [{"name": "arc_challenge", "about": "forgotten"}])
     result = empty.evaluate()
     assert result.returncode == 2
-    assert "'arc_challenge' can't be loaded; run `lorabench fetch` with a connection: " in result.stderr
+    assert "'arc_challenge' can't be loaded; run `lorabench step fetch` with a connection: " in result.stderr
 
 
 def test_ifeval_without_its_splitter_of_sentences_is_refused(tmp_path):
     here = place(tmp_path, [{"name": "ifeval", "about": "learned"}])
     write_repositories(tmp_path / "hub/datasets")
     with serving(tmp_path / "hub") as hub:
-        result = here.run("fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
+        result = here.run("step", "fetch", "--out", "found.json", HF_ENDPOINT=hub.endpoint)
     assert result.returncode == 2
-    assert "'ifeval' can't be loaded; run `lorabench fetch` with a connection: nltk has no tokenizers/punkt_tab in" in (
-        result.stderr
+    assert (
+        "'ifeval' can't be loaded; run `lorabench step fetch` with a connection: nltk has no tokenizers/punkt_tab in"
+        in (result.stderr)
     )
     assert not (tmp_path / "found.json").exists()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.config.models import PathModel, TinyModel
 from lorabench.data.sft import read_dataset
 from lorabench.data.tokens import TokenizedSplit, encode_chat
@@ -93,7 +93,7 @@ def base(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
 def adapted(trained: Prepared, commands: list[Any]) -> pd.DataFrame:
     """The scores of the LoRA sweep's best run, evaluated by the command that the workflow calls."""
     job = trained.job("lora")
-    result = CliRunner().invoke(app, ["evaluate", job.eval_id, "--preset", "mine.yaml"])
+    result = CliRunner().invoke(app, ["step", "evaluate", job.eval_id, "--preset", "mine.yaml"])
     assert result.exit_code == 0, result.output
     return scores(trained, job)
 
@@ -105,7 +105,7 @@ def test_nobody_is_asked_for_versions(base, adapted, commands):
 
 
 def test_an_unknown_evaluation_is_refused(prepared):
-    assert CliRunner().invoke(app, ["evaluate", "nothing", "--preset", "mine.yaml"]).exit_code == 2
+    assert CliRunner().invoke(app, ["step", "evaluate", "nothing", "--preset", "mine.yaml"]).exit_code == 2
 
 
 def test_scores_of_a_base_have_all_settings_they_were_made_with(trained, base):

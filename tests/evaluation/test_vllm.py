@@ -22,9 +22,9 @@ import yaml
 from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel
 from lorabench.evaluation import catalog
+from lorabench.evaluation.pretraining import heldout_documents
 from lorabench.evaluation.runner import evaluate_job, lm_eval_model, run_tasks, vllm_lm_eval_model
 from lorabench.models.base import load_model, load_tokenizer, model_folder
-from lorabench.models.tiny import RECIPES, documents
 from lorabench.models.vllm_support import CPU_HEAD_SIZES, LORA_RANKS
 from lorabench.planning.plan import make_plan
 
@@ -76,7 +76,7 @@ def test_a_run_has_the_same_scores(trained: Prepared, method: str):
     preset.write_text(yaml.safe_dump(RAW | {"execution": RAW["execution"] | {"sampler": "vllm"}}))
     other = Prepared(make_plan(load_preset(str(preset))), trained.layout)
     evaluate_job(trained.plan, trained.job(method), trained.layout)
-    command = ["evaluate", other.job(method).eval_id, "--preset", str(preset)]
+    command = ["step", "evaluate", other.job(method).eval_id, "--preset", str(preset)]
     subprocess.run([sys.executable, "-m", "lorabench.cli", *command], check=True)
     tables = {}
     for name, prepared in (("own", trained), ("vllm", other)):
@@ -99,7 +99,7 @@ def test_a_base_reads_the_same_prompts_and_ends_its_answers_alike(trained: Prepa
     tiny, evaluation, layout = trained.plan.preset.models["tiny"], trained.plan.preset.evaluation, trained.layout
     folder = shutil.copytree(model_folder(tiny), tmp_path / "base")
     tokenizer = load_tokenizer(tiny)
-    texts = list(islice(documents(RECIPES["llama-128"], 5), 40))
+    texts = list(islice(heldout_documents(), 40))
     [*_, end] = tokenizer.encode(" the")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, end], "repetition_penalty": 1.2}))
     spec = PathModel(kind="path", path=str(folder), parameters=1, hidden_size=1)

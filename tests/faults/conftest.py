@@ -143,7 +143,7 @@ class Place:
         return job.text
 
     def train(self, task: str, status: int = 0, **limits: int) -> str:
-        return self.run("train", self.job(task).job_id, status=status, **limits)
+        return self.run("step", "train", self.job(task).job_id, status=status, **limits)
 
     def numbers(self, task: str) -> list[dict[str, Any]]:
         """Return the results that must not depend on what happened to a job."""
@@ -213,7 +213,7 @@ def _command(arguments: list[str], folder: Path, output: Path, memory: int | Non
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    from lorabench.cli.main import app
+    from lorabench.cli import app
 
     app(arguments)
 
@@ -236,9 +236,9 @@ def fresh(tmp_path_factory) -> Place:
     place = write_preset(tmp_path_factory.mktemp("fresh"))
     for name in ("instruct", "gcd"):
         # This command restarts itself with fixed hashes, so it cannot be forked.
-        command = [sys.executable, "-m", "lorabench.cli", "dataset", name, "--preset", "mine.yaml"]
+        command = [sys.executable, "-m", "lorabench.cli", "step", "dataset", name, "--preset", "mine.yaml"]
         subprocess.run(command, cwd=place.folder, check=True)
-    place.run("tokens", "tiny", "instruct")
+    place.run("step", "tokens", "tiny", "instruct")
     return place
 
 

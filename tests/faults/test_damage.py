@@ -11,8 +11,8 @@ import torch
 from lorabench.config.models import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
+from lorabench.models.identity import shipped_folder
 from lorabench.models.passes import trained_parameters
-from lorabench.models.tiny import shipped_folder
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
@@ -56,7 +56,7 @@ def test_a_damaged_token_cache_is_reported_before_training(damage, place):
 def test_a_damaged_dataset_is_reported_by_its_readers(task, dataset, place):
     path = place.layout.dataset(dataset)
     cut(place.path(path))
-    command = ["tokens", "tiny", "instruct"] if task == "sft" else ["train", place.job("rl").job_id]
+    command = ["step", "tokens", "tiny", "instruct"] if task == "sft" else ["step", "train", place.job("rl").job_id]
     message = place.run(*command, status=2).splitlines()[-1]
     assert message.startswith(f"lorabench: {path} is damaged; delete it to have it made again")
     if task == "sft":

@@ -68,7 +68,7 @@ def test_a_job_of_two_sweeps_goes_on_in_the_second(place, unbroken):
     assert len(ended) == first.n_runs
     assert not file.exists()
 
-    assert "goes on after step" in place.run("train", job.job_id)
+    assert "goes on after step" in place.run("step", "train", job.job_id)
     assert {path: path.stat().st_mtime_ns for path in ended} == ended
     rows = numbers(pq.read_table(file).to_pylist())
     assert len(rows) == job.n_runs
@@ -153,7 +153,7 @@ def test_a_signal_leaves_no_half_written_file(place):
     job.signal(signal.SIGTERM)
     assert job.wait() == 128 + signal.SIGTERM, job.text
     assert list(tokens.parent.iterdir()) == []
-    place.run("tokens", "tiny", "instruct")
+    place.run("step", "tokens", "tiny", "instruct")
     assert tokens.exists()
 
 
@@ -253,14 +253,14 @@ def test_a_full_disk_leaves_no_part_of_a_table_or_a_cache(unbroken, small_disk):
     tokens.unlink()
     jobs = [str(place.layout.job(job)) for job in place.plan.jobs]
     filler = fill(place.folder, but_for=8_000)
-    for command in (["tokens", "tiny", "instruct"], ["collect", *jobs, "--out", "tables"]):
+    for command in (["step", "tokens", "tiny", "instruct"], ["step", "collect", *jobs, "--out", "tables"]):
         output = place.run(*command, status=2)
         assert "no space left to write" in output
         assert "Traceback" not in output
     assert [path for path in place.folder.rglob("*") if path.parent.name in {"tables", "tokens"}] == []
     filler.unlink()
-    place.run("collect", *jobs, "--out", "tables")
-    place.run("tokens", "tiny", "instruct")
+    place.run("step", "collect", *jobs, "--out", "tables")
+    place.run("step", "tokens", "tiny", "instruct")
 
 
 @pytest.mark.slow

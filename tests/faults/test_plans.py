@@ -34,7 +34,7 @@ def records(place: Place) -> dict[str, int]:
 
 def collected(place: Place):
     """Return the table `runs` of the present plan, collected again."""
-    place.run("collect", *(str(place.layout.job(job)) for job in place.plan.jobs), "--out", "tables")
+    place.run("step", "collect", *(str(place.layout.job(job)) for job in place.plan.jobs), "--out", "tables")
     return read_table(place.folder / "tables", "runs")
 
 
@@ -53,7 +53,7 @@ def test_a_longer_grid_trains_only_new_runs(done, unbroken):
     runs = collected(done)
     assert wanted == set(runs.run_id[(runs.task == "sft") & (runs.seed == 0)])
     # A file of the old plan is refused where a preset is given.
-    assert "is not in the plan" in done.run("collect", str(old), "--out", "tables", status=2)
+    assert "is not in the plan" in done.run("step", "collect", str(old), "--out", "tables", status=2)
     kept = {row["run_id"]: row for row in unbroken.numbers("sft")}
     assert all(row == kept[row["run_id"]] for row in done.numbers("sft") if row["run_id"] in kept)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.curves import envelopes
 from lorabench.analysis.departure import departures
-from lorabench.analysis.envelopes import envelopes
 from lorabench.analysis.memorisation import best_stored, stored_bits
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.slopes import log_log

@@ -11,7 +11,7 @@ import pytest
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict_lr
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima
 from lorabench.analysis.swept_models import fitted_law, swept_models
 from lorabench.figures.catalog import FIGURES
 from lorabench.store.tables import Tables

@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.optimum import lr_optima
+from lorabench.analysis.optima import lr_optima
 from lorabench.analysis.rewards import reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.figures.catalog import FIGURES, OWN_TABLES

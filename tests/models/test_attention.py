@@ -19,7 +19,7 @@ from lorabench.models.base import load_model, skeleton
 from lorabench.models.dimensions import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 from lorabench.models.passes import cache_argument
 
-from ..training.lanes import base_of
+from ..training.conftest import base_of
 
 TINY = TinyModel(kind="tiny")
 

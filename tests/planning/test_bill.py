@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.cli.show import plan_json
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError

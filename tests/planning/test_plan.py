@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.identity import shipped_folder
 from lorabench.planning import bill
 from lorabench.planning.expand import merge_sweeps
 from lorabench.planning.plan import make_plan
-from lorabench.runs import Condition, Run, Sweep
+from lorabench.runs import Condition, Run, Seeds, Sweep, next_runs
 
 
 def planned(raw):
@@ -105,7 +105,6 @@ def test_sweep_and_its_grid(raw_preset):
     plan = planned(raw_preset)
     sweep = plan.job(plan.sweeps[0].sweep_id).sweeps[0]
     assert [run.seed for run in sweep.grid()] == [0] * len(sweep.lrs)
-    assert [(run.lr, run.seed) for run in sweep.repeats(0.5)] == [(0.5, 1)]
     with pytest.raises(UserError, match="job 'nope' is not in the plan"):
         plan.job("nope")
 
@@ -118,7 +117,7 @@ def test_run_ids_differ_exactly_when_runs_do(lr, other, seed):
 
 def test_runs_shared_between_experiments_appear_once(raw_preset):
     sweep = planned(raw_preset).sweeps[0]
-    other = Sweep(sweep.condition, lrs=(sweep.lrs[0], 0.5), seeds=1, experiments=("placement",))
+    other = Sweep(sweep.condition, (sweep.lrs[0], 0.5), Seeds(1), ("placement",))
     (merged,) = merge_sweeps([sweep, other])
     assert merged.lrs == tuple(sorted({*sweep.lrs, 0.5}))
     assert (merged.seeds, merged.experiments) == (sweep.seeds, ("rank", "placement"))
@@ -160,20 +159,21 @@ def changed_block(raw, **changes):
 
 
 def test_seeds_at_every_lr(raw_preset):
-    plan = changed_block(raw_preset, repeat="every", seeds=3)
+    plan = changed_block(raw_preset, seeds={"every": 3})
     sweep = next(sweep for sweep in plan.sweeps if sweep.condition.method == "lora")
     cells = {(run.lr, run.seed) for run in sweep.grid()}
     assert cells == {(lr, seed) for lr in (1e-3, 3e-3, 1e-2) for seed in (0, 1, 2)}
     assert sweep.n_runs == 9
-    assert sweep.repeats(1e-3) == []
+    assert next_runs(sweep, dict.fromkeys(cells, 0.0)) == []
 
 
 def test_a_seed_that_is_repeated_anyway_is_not_run_twice(raw_preset):
     sweep = planned(raw_preset).sweeps[0]
     lr = sweep.lrs[0]
-    (merged,) = merge_sweeps([sweep, Sweep(sweep.condition, (lr,), 1, ("early",), repeated=((lr, 1), (lr, 2)))])
-    assert [run.seed for run in merged.repeats(lr)] == []
-    assert [run.seed for run in merged.repeats(sweep.lrs[1])] == [1]
+    (merged,) = merge_sweeps([sweep, Sweep(sweep.condition, (lr,), Seeds(1, given=((lr, 3),)), ("early",))])
+    losses = {(run.lr, run.seed): 1.0 + run.lr for run in merged.grid()}
+    assert next_runs(merged, losses) == []
+    assert [run.seed for run in next_runs(merged, losses | {(sweep.lrs[1], 0): 0.0})] == [1]
 
 
 def test_steps_are_those_of_the_epochs_or_fewer(raw_preset):
@@ -315,5 +315,5 @@ def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(ra
     fixed = block | {"ranks": {"all": [4]}, "lrs": {"fullft": [], "lora": [1e-3, 5e-3]}, "seeds": 4}
     raw_preset["experiments"]["early"] = [fixed]
     both = next(sweep for sweep in planned(raw_preset).sweeps if sweep.condition.method == "lora")
-    assert (both.lrs, both.seeds, both.experiments) == ((4.64e-4, 1e-3, 2.15e-3, 5e-3), 4, ("rank", "early"))
+    assert (both.lrs, both.seeds, both.experiments) == ((4.64e-4, 1e-3, 2.15e-3, 5e-3), Seeds(4, 3), ("rank", "early"))
     assert both.lattice is not None

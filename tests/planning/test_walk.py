@@ -7,18 +7,18 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.planning.expand import merge_sweeps
 from lorabench.planning.starting_lr import starting_lr
-from lorabench.planning.walk import best_lr, ending, finished_losses, next_runs
-from lorabench.runs import Condition, Sweep
-from lorabench.utils.lattice import Lattice
+from lorabench.runs import Condition, Lattice, Seeds, Sweep, best_lr, ending, finished_losses, next_runs
 
 LATTICE = Lattice(per_decade=3, further=6)
 CONDITION = Condition("sft", "tiny", "worked", "lora", 4, "all", 32.0, 8, 50, "identity")
 # It starts with 4.64e-4, 1e-3 and 2.15e-3.
-SWEEP = Sweep(CONDITION, LATTICE.around(1.2e-3), seeds=3, experiments=("rank",), lattice=LATTICE, seeds_around=3)
+SWEEP = Sweep(CONDITION, LATTICE.around(1.2e-3), Seeds(3, around=3), ("rank",), LATTICE)
 
 
 def walk(loss, sweep=SWEEP):
@@ -130,10 +130,10 @@ def test_seeds_follow_the_mean_to_the_edge_with_the_first_seed():
 
 
 def test_a_fixed_grid_of_the_same_condition_is_part_of_the_walk():
-    fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3, 3e-3), seeds=2, experiments=("early",), repeated=((1e-4, 1),))
+    fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3, 3e-3), Seeds(2, given=((1e-4, 2),)), ("early",))
     [merged] = merge_sweeps([fixed, SWEEP])
     assert merged.lrs == (1e-4, 3e-4, 4.64e-4, 1e-3, 2.15e-3, 3e-3)
-    assert (merged.seeds, merged.lattice) == (3, LATTICE)
+    assert (merged.seeds, merged.lattice) == (Seeds(3, 3, ((1e-4, 2),)), LATTICE)
     assert {run.run_id for sweep in (fixed, SWEEP) for run in sweep.grid()} == {run.run_id for run in merged.grid()}
     losses, waves = walk(parabola(3e-3), merged)
     assert waves == [list(merged.lrs), [4.64e-3], [2.15e-3, 3e-3, 4.64e-3]]
@@ -144,7 +144,7 @@ def test_a_fixed_grid_of_the_same_condition_is_part_of_the_walk():
 
 
 def test_a_fixed_grid_has_seeds_at_its_best_lr():
-    fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3), seeds=3, experiments=("rank",))
+    fixed = Sweep(CONDITION, (1e-4, 3e-4, 1e-3), Seeds(3), ("rank",))
     losses, waves = walk(lambda lr, seed: 1.0 if lr > 2e-4 else math.inf, fixed)
     # Of equally good LRs the lowest is the best.
     assert waves == [[1e-4, 3e-4, 1e-3], [3e-4]]
@@ -155,7 +155,7 @@ def test_a_fixed_grid_has_seeds_at_its_best_lr():
 def test_seeds_at_every_lr_of_a_fixed_grid_choose_the_best_together():
     # By the first seed 1e-4 is best, by the mean of the two that have both LRs 3e-4; a third has one LR only.
     losses = {(1e-4, 0): 2.0, (3e-4, 0): 2.1, (1e-4, 1): 2.5, (3e-4, 1): 2.1, (1e-4, 2): 0.0}
-    fixed = Sweep(CONDITION, (1e-4, 3e-4), seeds=1, experiments=("rank",), repeated=((1e-4, 1), (1e-4, 2), (3e-4, 1)))
+    fixed = Sweep(CONDITION, (1e-4, 3e-4), Seeds(1, given=((1e-4, 3), (3e-4, 2))), ("rank",))
     assert best_lr(fixed, losses) == 3e-4
     # Where a seed diverged, it does not choose.
     assert best_lr(fixed, losses | {(3e-4, 1): math.inf}) == 1e-4
@@ -168,24 +168,28 @@ def test_seeds_beyond_those_around_are_at_the_best_lr_by_the_mean():
     def loss(lr, seed):
         return abs(math.log(lr / (3e-4 if seed in (1, 2) else 1e-3)))
 
-    losses, waves = walk(loss, replace(SWEEP, seeds=6))
+    six = replace(SWEEP, seeds=Seeds(6, around=3))
+    losses, waves = walk(loss, six)
     assert waves[-1] == [4.64e-4]
     assert {lr for lr, seed in losses if seed >= 3} == {4.64e-4}
-    assert best_lr(replace(SWEEP, seeds=6), losses) == 4.64e-4
+    assert best_lr(six, losses) == 4.64e-4
     assert len(losses) == 4 + 6 + 2 + 3
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 4])
-@pytest.mark.parametrize("number", range(40))
-def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, number):
-    rng = random.Random(number)
-    optimum, noise, diverges = 10 ** rng.uniform(-4, -2), rng.choice([0, 0.3, 3]), 10 ** rng.uniform(-3, 0)
-    sweep = replace(SWEEP, seeds=seeds, seeds_around=seeds)
-    drawn = {}
+@given(
+    seeds=st.integers(1, 4),
+    log_optimum=st.floats(-4, -2),
+    noise=st.sampled_from([0, 0.3, 3]),
+    log_diverges=st.floats(-3, 0),
+    draw=st.integers(0, 10**6),
+)
+def test_every_walk_ends_with_all_seeds_around_the_best_lr(seeds, log_optimum, noise, log_diverges, draw):
+    optimum, diverges = 10**log_optimum, 10**log_diverges
+    sweep = replace(SWEEP, seeds=Seeds(seeds, around=seeds))
 
     def loss(lr, seed):
-        value = math.inf if lr > diverges else math.log(lr / optimum) ** 2 + rng.gauss(0, noise)
-        return drawn.setdefault((lr, seed), round(value, 1) if math.isfinite(value) else value)
+        rng = random.Random(f"{draw}, {lr}, {seed}")
+        return math.inf if lr > diverges else round(math.log(lr / optimum) ** 2 + rng.gauss(0, noise), 1)
 
     losses, _ = walk(loss, sweep)
     best = best_lr(sweep, losses)

@@ -23,7 +23,7 @@ from lorabench.report.evidence import (
     write,
 )
 from lorabench.sources.lr_left_out import by_source, compared
-from lorabench.sources.lr_optima import optima_of_table, read_optima
+from lorabench.sources.lr_optima import optima_of_table
 from lorabench.utils.packaged import LR_OPTIMA
 
 from ..conftest import REPOSITORY
@@ -74,7 +74,7 @@ def test_evidence_is_written_and_published(evidence, tmp_path):
 
 def test_the_committed_learning_rates_follow_from_the_sources(evidence):
     optima = pd.read_csv(REPOSITORY / PUBLISHED / "lr_optima.csv")
-    assert repr(read_optima(LR_OPTIMA)) == repr(optima_of_table(optima))
+    assert repr(optima_of_table(pd.read_csv(LR_OPTIMA))) == repr(optima_of_table(optima))
     columns = [name for name in optima if name != "rank"]
     pd.testing.assert_frame_equal(
         evidence.lr_optima[columns].replace("", np.nan), optima[columns], check_dtype=False, rtol=1e-6

@@ -1,4 +1,4 @@
-"""Small sources to read: a folder with a table and its source.yaml."""
+"""Small sources to read: a folder with a tidy table and its source.yaml."""
 
 from __future__ import annotations
 
@@ -10,36 +10,31 @@ from typing import Any
 import pytest
 import yaml
 
-COLUMNS = "name,kind,r,LR,seed,loss"
-ROWS = [f"{kind}-{lr}-{seed},{kind},{'8' if kind == 'adapter' else ''},{lr},{seed},{loss}"
-        for kind, lrs in (("full", (1e-5, 2e-5, 4e-5)), ("adapter", (1e-4, 2e-4, 4e-4)))
-        for seed in (0,) for lr, loss in zip(lrs, (2.1, 2.0, 2.2), strict=True)]  # fmt: skip
+COLUMNS = "run_id,model,dataset,task,method,rank,placement,batch_size,steps,status,lr,seed,final_test_nll"
+
+
+def row(method: str, lr: float, loss: float, seed: int = 0) -> str:
+    """Return a finished run as a row of COLUMNS."""
+    rank = 8 if method == "lora" else ""
+    return f"{method}-{lr}-{seed},m,d,sft,{method},{rank},all,8,100,done,{lr},{seed},{loss}"
+
+
+ROWS = [row(method, lr, loss) for method, lrs in (("fullft", (1e-5, 2e-5, 4e-5)), ("lora", (1e-4, 2e-4, 4e-4)))
+        for lr, loss in zip(lrs, (2.1, 2.0, 2.2), strict=True)]  # fmt: skip
 
 
 @pytest.fixture
 def source(tmp_path) -> Callable[..., Path]:
-    """Return a function that writes a source; its arguments change the file `source.yaml` or the rows."""
+    """Return a function that writes a source; its arguments change the file `source.yaml` or the tables."""
 
-    def write(rows: list[str] = ROWS, header: str = COLUMNS, name: str = "made-up", **changed: Any) -> Path:
+    def write(
+        rows: list[str] = ROWS, header: str = COLUMNS, name: str = "made-up", curves: str | None = None, **changed: Any
+    ) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "runs.csv").write_text("\n".join([header, *rows]) + "\n")
-        runs = {
-            "file": "runs.csv",
-            "format": "csv",
-            "sha256": hashlib.sha256((folder / "runs.csv").read_bytes()).hexdigest(),
-            "columns": {
-                "run_id": "name",
-                "method": {"from": "kind", "values": {"full": "fullft", "adapter": "lora"}},
-                "rank": "r",
-                "lr": "LR",
-                "seed": "seed",
-                "final_test_nll": {"from": "loss", "unit": "nats"},
-            },
-            "constants": {"task": "sft", "model": "m", "dataset": "d", "placement": "all", "status": "done",
-                          "batch_size": 8, "steps": 100},
-        }  # fmt: skip
-        runs |= changed.pop("runs", {})
+        if curves is not None:
+            (folder / "curves.csv").write_text(curves)
         file = {
             "about": "made-up runs",
             "origin": {"repository": "a/b", "path": "c", "commit": "d", "date": "2026", "licence": "none"},
@@ -47,9 +42,10 @@ def source(tmp_path) -> Callable[..., Path]:
             "attributes": {"precision": "fp32 weights", "schedule": "constant", "alpha": "32", "base_kind": "base"},
             "doubts": ["one seed"],
             "models": {"m": {"scale": "1B", "parameters": 1_000_000_000}},
-            "runs": runs,
+            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.csv")},
         }
-        (folder / "source.yaml").write_text(yaml.safe_dump(file | changed))
+        kept = {key: value for key, value in (file | changed).items() if value is not ...}
+        (folder / "source.yaml").write_text(yaml.safe_dump(kept))
         return folder
 
     return write

@@ -12,6 +12,7 @@ from lorabench.sources.lr_optima import LrOptimum, SweptOptimum, known_optima, o
 from lorabench.sources.studies import read_studies
 
 from ..conftest import REPOSITORY
+from .conftest import row
 
 
 def test_the_optimum_of_a_grid(source):
@@ -27,7 +28,7 @@ def test_the_optimum_of_a_grid(source):
 
 
 def test_an_edge_does_not_count_and_a_diverged_neighbour_bounds(source):
-    falling = [f"full-{lr},full,,{lr},0,{loss}" for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
+    falling = [row("fullft", lr, loss) for lr, loss in ((1e-5, 2.2), (2e-5, 2.1), (4e-5, 2.0))]
     [study] = read_studies([source(falling)])
     [edge] = [s.optimum for s in known_optima([study]) if s.optimum.source == "made-up"]
     assert (edge.lr, edge.counts) == (4e-5, False)

@@ -9,11 +9,9 @@ import pytest
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.errors import UserError
-from lorabench.sources.matrix import matrix
+from lorabench.sources.matrix import matrix, read_own
 from lorabench.sources.measurements import measurement_table, measurements, summary_table
-from lorabench.sources.own import read_own
-from lorabench.sources.reading import import_source
-from lorabench.sources.studies import judge, read_studies, source_folders
+from lorabench.sources.studies import import_source, judge, read_studies, source_folders
 from lorabench.utils.packaged import REFERENCE
 
 from ..conftest import REPOSITORY
@@ -32,7 +30,7 @@ def claims(studies):
 
 def test_every_shipped_source_is_read_and_judged(studies, claims):
     assert {study.of.name for study in studies} == {path.parent.name for path in REFERENCE.glob("*/source.yaml")}
-    assert {study.scale for study in studies} == {"0.6B", "1.7B", "3B", "8B", "70B"}
+    assert {study.described.scale for study in studies} == {"0.6B", "1.7B", "3B", "8B", "70B"}
     assert len(claims) == len(studies) * len(CLAIMS)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
-from lorabench.analysis.pooled_noise import pooled_noise
+from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.claim import Claim
 from lorabench.claims.evidence import over
 from lorabench.claims.judge import judge_claims

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.errors import UserError
 from lorabench.figures.save import save_figure
 from lorabench.store.checks import check_curves, check_table
@@ -280,7 +280,7 @@ def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_pa
         rows = [make_eval(rank, 0.5), make_eval(rank, 0.4, task="aime24", stderr=None)]
         files.append(tmp_path / f"{rank}.parquet")
         pq.write_table(pa.Table.from_pandas(evals_table(rows), schema=EVALS), files[-1])
-    arguments = ["collect-evals", *map(str, files), "--out", str(tmp_path / "tables")]
+    arguments = ["step", "collect-evals", *map(str, files), "--out", str(tmp_path / "tables")]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     for kind in ("csv", "parquet"):
         (tmp_path / kind).mkdir()
@@ -294,7 +294,9 @@ def test_evaluations_are_collected_base_first_in_the_order_of_their_tasks(tmp_pa
 
 def test_a_file_that_is_no_evaluation_is_refused(tmp_path: Path):
     pq.write_table(pa.table({"run_id": ["a"]}), tmp_path / "a.parquet")
-    result = CliRunner().invoke(app, ["collect-evals", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "tables")])
+    result = CliRunner().invoke(
+        app, ["step", "collect-evals", str(tmp_path / "a.parquet"), "--out", str(tmp_path / "tables")]
+    )
     assert result.exit_code == 2
     assert result.stderr.startswith(f"lorabench: {tmp_path}/a.parquet is no evaluation: it has no column model, ")
     assert not (tmp_path / "tables").exists()

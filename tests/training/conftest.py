@@ -43,8 +43,10 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def random_base(name: str) -> Any:
-    """Return a tiny model of a family in `FAMILIES` with random weights."""
+def base_of(name: str) -> Any:
+    """Return a new tiny base: a shipped one, or one of a family in `FAMILIES` with random weights."""
+    if name not in FAMILIES:
+        return load_model(TinyModel(kind="tiny", name=name))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     # Without a padding token, since Gemma would keep its embedding at zero.

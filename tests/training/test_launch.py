@@ -1,4 +1,4 @@
-"""`lorabench train --processes 2`, as the workflow calls it."""
+"""`lorabench step train --processes 2`, as the workflow calls it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,17 @@ LOSSES = ["final_valid_nll", "final_test_nll"]
 
 
 def command(sweep, processes: int = 2) -> list[str]:
-    words = ["-m", "lorabench.cli", "train", sweep.sweep_id, "--preset", "mine.yaml", "--processes", str(processes)]
+    words = [
+        "-m",
+        "lorabench.cli",
+        "step",
+        "train",
+        sweep.sweep_id,
+        "--preset",
+        "mine.yaml",
+        "--processes",
+        str(processes),
+    ]
     return [sys.executable, *words]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.lora import add_lora
+from lorabench.models.lora import add_lora, lora_layers
 from lorabench.models.lora_products import use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.training import loss
@@ -138,10 +138,10 @@ def test_loss_and_gradient_of_lora_are_those_of_transformers_and_peft(family, ti
     model = tiny("lora", tied, family=family)
     batch = batch_of(3, 12, 0.5)
     nll, actual = gradients(model, batch, None)
-    fast = [module for module in model.modules() if "forward" in vars(module)]
+    fast = [layer for _, layer in lora_layers(model) if "forward" in vars(layer)]
     assert len(fast) == 8
-    for module in fast:
-        del module.forward
+    for layer in fast:
+        del layer.forward
     logits = model(batch.inputs).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch.targets.flatten())
     expected.backward()

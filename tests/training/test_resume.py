@@ -76,7 +76,7 @@ def test_a_sweep_killed_in_the_middle_of_a_run_ends_as_an_unbroken_one(method, r
     first, second = (layout.runs / run.run_id for run in sweep.grid())
     checkpoint = second.with_name(f"{second.name}.partial") / "checkpoint.safetensors"
 
-    command = [sys.executable, "-m", "lorabench.cli", "train", sweep.sweep_id, "--preset", "mine.yaml"]
+    command = [sys.executable, "-m", "lorabench.cli", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
@@ -113,7 +113,7 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     fourth = Run(sweep.condition, 4.64e-4, 0)
     checkpoint = layout.runs / f"{fourth.run_id}.partial" / "checkpoint.safetensors"
 
-    command = [sys.executable, "-m", "lorabench.cli", "train", sweep.sweep_id, "--preset", "mine.yaml"]
+    command = [sys.executable, "-m", "lorabench.cli", "step", "train", sweep.sweep_id, "--preset", "mine.yaml"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
@@ -131,7 +131,7 @@ def test_a_walk_killed_in_the_middle_ends_as_an_unbroken_one(ready):
     assert numbers(resumed) == numbers(unbroken)
     assert unbroken.lr.nunique() == 5
     # Weights are kept at the best LR only.
-    assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds
+    assert len(list(layout.runs.glob("*/weights"))) == sweep.seeds.best
     others = sum(s.n_runs for s in plan.sweeps if s != sweep)
     done = status(plan, layout)
     assert (done.runs_done, done.runs_planned) == (len(unbroken), sweep.n_runs + others)

@@ -65,7 +65,7 @@ def modes() -> tuple[bool, bool, bool]:
     )
 
 
-# The CPU has operations with and without deterministic kernels too, so the function is tested by what it does for a GPU.
+# The CPU has operations with and without deterministic kernels too, so what is done for a GPU is tested on it.
 @pytest.mark.usefixtures("forgetful")
 def test_kernels_are_deterministic_within_a_step_on_a_gpu_only():
     # Fused attention's backward pass is deterministic only if the mode is strict.

@@ -18,14 +18,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lorabench.cli.main import app
+from lorabench.cli import app
 from lorabench.config.problems import HubProblems
 from lorabench.custom.model import find_model
 from lorabench.data.hub_problems import repositories
 from lorabench.data.problem_sets import make_problems
 from lorabench.data.sft import about, read_dataset
 from lorabench.errors import UserError
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.identity import shipped_folder
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.layout import Layout
@@ -183,7 +183,7 @@ def preset(hub, **data):
 
 def lorabench(*arguments):
     """Run a command in this process; return its error message, empty on success."""
-    result = CliRunner().invoke(app, [*arguments, "--preset", "mine.yaml"])
+    result = CliRunner().invoke(app, ["step", *arguments, "--preset", "mine.yaml"])
     if result.exit_code == 0:
         return ""
     assert result.exit_code == 2, result.exception
@@ -192,7 +192,7 @@ def lorabench(*arguments):
 
 @pytest.fixture
 def fixed_hashes(monkeypatch):
-    """Fix the hashes of text, or `lorabench dataset` would replace this process by a new one."""
+    """Fix the hashes of text, or `lorabench step dataset` would replace this process by a new one."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
 
 

@@ -57,7 +57,7 @@ def test_every_sweep_has_seeds_around_an_optimum_that_it_finds(preset):
         # One or two LRs are no sweep.
         if len(sweep.lrs) > 2:
             assert sweep.lattice is not None, sweep.condition.label
-            assert sweep.seeds >= MIN_SEEDS, sweep.condition.label
+            assert sweep.seeds.best >= MIN_SEEDS, sweep.condition.label
 
 
 def test_the_grids_of_the_methods_overlap(preset):
@@ -77,9 +77,9 @@ def test_rl_sweeps_the_range_that_others_found_best(preset):
 
 def test_seeds_are_as_many_as_claims_need(preset):
     for block in preset.experiments.early:
-        assert (block.repeat, block.seeds >= SIGN_SEEDS) == ("every", True)
+        assert block.seeds.every >= SIGN_SEEDS
     for name in ("rank", "placement"):
-        assert max(block.seeds for block in preset.experiments.trained()[name]) >= 5, name
+        assert max(block.seeds.best for block in preset.experiments.trained()[name]) >= 5, name
 
 
 def test_ranks_go_from_1_to_512(preset):

@@ -92,21 +92,6 @@ def test_a_wrong_preset_is_one_sentence_before_anything_is_computed(checkout):
 
 
 @pytest.mark.slow
-def test_a_budget_is_what_the_plan_says(checkout):
-    jobs = planned_jobs(snakemake(checkout, "--dry-run", "--quiet", "rules", "--config", "preset=core", "budget=60"))
-    within, whole = (make_plan(Layout.of(preset).preset) for preset in ("core@60", "core"))
-    assert jobs["train"] == len(within.jobs) < len(whole.jobs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("budget", "message"), [("much", "budget = 'much': a number"), ("0.01", "is less than the")])
-def test_a_wrong_budget_is_one_sentence(checkout, budget, message):
-    output = snakemake(checkout, "--dry-run", "--config", "preset=core", f"budget={budget}", fails=True)
-    assert message in output
-    assert "Traceback" not in output
-
-
-@pytest.mark.slow
 def test_what_fits_on_no_gpu_is_one_sentence(checkout):
     (checkout / "small.yaml").write_text("extends: core\nexecution: {gpu: A10}\n")
     output = snakemake(checkout, "--dry-run", "--config", "preset=small.yaml", fails=True)

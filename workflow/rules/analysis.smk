@@ -40,7 +40,7 @@ rule experiment_tables:
         out=lambda wildcards: LAYOUT.tables(wildcards.experiment),
         jobs=lambda wildcards: job_experiments(wildcards.experiment),
     shell:
-        "lorabench collect {input:q} --preset {params.preset:q} --out {params.out:q} "
+        "lorabench step collect {input:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -62,7 +62,7 @@ rule tables:
         out=LAYOUT.tables(),
         jobs=job_experiments(),
     shell:
-        "lorabench collect {input:q} --preset {params.preset:q} --out {params.out:q} "
+        "lorabench step collect {input:q} --preset {params.preset:q} --out {params.out:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -78,7 +78,7 @@ rule counts:
     params:
         out=LAYOUT.tables(),
     shell:
-        "lorabench counts --out {params.out:q} 2> >(tee {log:q} >&2)"
+        "lorabench step counts --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule claims:

@@ -12,16 +12,12 @@ from lorabench.figures.catalog import (
 )
 from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.planning.bill import total
-from lorabench.planning.budget import with_budget
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
 from lorabench.utils.packaged import REFERENCE
 
 PRESET = config.get("preset", "laptop")
 try:
-    # The budget becomes part of the preset's name, which every command is given.
-    if "budget" in config:
-        PRESET = with_budget(PRESET, config["budget"])
     LAYOUT = Layout.of(PRESET)
     PLAN = make_plan(LAYOUT.preset)
     # This raises an error if a job fits on no GPU, before anything is computed.

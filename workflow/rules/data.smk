@@ -14,7 +14,7 @@ rule fetch_data:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=0 lorabench fetch-data {wildcards.dataset} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=0 lorabench step fetch-data {wildcards.dataset} --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -32,7 +32,7 @@ rule dataset:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 exec lorabench dataset {wildcards.dataset} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 exec lorabench step dataset {wildcards.dataset} --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -57,5 +57,5 @@ rule tokens:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 exec lorabench tokens {wildcards.model} {wildcards.dataset} "
+        "HF_HUB_OFFLINE=1 exec lorabench step tokens {wildcards.model} {wildcards.dataset} "
         "--preset {params.preset:q} --processes {threads} 2> >(tee {log:q} >&2)"

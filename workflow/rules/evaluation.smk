@@ -17,7 +17,7 @@ rule eval_tasks:
     params:
         preset=PRESET,
     shell:
-        "lorabench fetch --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "lorabench step fetch --preset {params.preset:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule pretraining:
@@ -31,7 +31,7 @@ rule pretraining:
     params:
         preset=PRESET,
     shell:
-        "lorabench pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "lorabench step pretraining --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # There is one job per base model, and one per condition at its best LR. The job that trained a run kept its weights.
@@ -56,7 +56,7 @@ rule evaluate:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 exec lorabench evaluate {wildcards.evaluation} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 exec lorabench step evaluate {wildcards.evaluation} --preset {params.preset:q} "
         "2> >(tee {log:q} >&2)"
 
 
@@ -73,4 +73,4 @@ rule evals_table:
     params:
         out=LAYOUT.tables(),
     shell:
-        "lorabench collect-evals {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        "lorabench step collect-evals {input:q} --out {params.out:q} 2> >(tee {log:q} >&2)"

@@ -21,7 +21,7 @@ rule compute:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 exec lorabench compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
+        "HF_HUB_OFFLINE=1 exec lorabench step compute --preset {params.preset:q} 2> >(tee {log:q} >&2)"
 
 
 # A job trains a long sweep, or several short ones to start only once. Finished runs and checkpoints are outside the
@@ -51,5 +51,5 @@ rule train:
     params:
         preset=PRESET,
     shell:
-        "HF_HUB_OFFLINE=1 exec lorabench train {wildcards.job} --preset {params.preset:q} "
+        "HF_HUB_OFFLINE=1 exec lorabench step train {wildcards.job} --preset {params.preset:q} "
         "--log {log:q} --processes {resources.processes} --attempt {resources.number}"

@@ -206,8 +206,7 @@ def rl_preset(sampler: str, base: Path) -> dict:
         "evaluations": 1,
         "held_out": [],
         "lrs": {"fullft": [], "lora": [1e-3]},
-        "seeds": 3,
-        "repeat": "every",
+        "seeds": {"every": 3},
     }
     return {
         "description": "RL by two samplers",

@@ -17,7 +17,7 @@ from lorabench.training.rl import sampler
 from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.sampler import Request, draw, uniforms
 
-from ..conftest import random_base
+from ..conftest import base_of
 from .conftest import drawn, same_tokens
 
 
@@ -82,7 +82,7 @@ def test_log_probabilities_are_those_of_the_model(base, tokenizer, prompts, rank
 @pytest.mark.parametrize(("short", "shared"), [(12, True), (30, False)])
 def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
     """Responses share a row only if the window covers prompt and response."""
-    model = random_base("mistral").eval()
+    model = base_of("mistral").eval()
     assert sampler.window(model) == 24
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,7 +98,7 @@ def test_a_sliding_window_is_kept(tokenizer, monkeypatch, short, shared):
 
 
 def test_learning_beyond_a_sliding_window_is_refused(tokenizer):
-    model = random_base("mistral")
+    model = base_of("mistral")
     requests = keyed([tuple(range(5, 35))], samples=2)
     group = ResponseGroup.of(requests[0].prompt, drawn(model, tokenizer, requests, 8), np.array([0.0, 1.0]))
     with pytest.raises(UserError, match=r"sliding attention over 24 tokens, .* has 3[1-8]; in RL both must be within"):

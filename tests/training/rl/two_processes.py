@@ -1,4 +1,4 @@
-"""The program that tests of RL in several processes run in each: `torchrun ... -m tests.training.rl.two_processes FOLDER`.
+"""The program of tests of RL in two processes: `torchrun ... -m tests.training.rl.two_processes FOLDER`.
 
 It trains the sweeps of the preset in the folder.
 """

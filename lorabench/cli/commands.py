@@ -1,0 +1,446 @@
+"""The commands for people: plan and run a preset, write one for an own model, merge tables, judge, draw and publish."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorabench.cli.common import PresetOption, in_one_sentence, plan_and_layout
+from lorabench.errors import NothingToDrawError, UserError
+from lorabench.utils.devices import own_devices, reduce_fragmentation
+
+if TYPE_CHECKING:
+    # Imported when a command runs, since the help needs none of them.
+    from lorabench.analysis.loss_fit import Noise
+    from lorabench.planning.plan import Plan
+    from lorabench.store.layout import Layout
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help='Rerun the comparisons of "LoRA Without Regret" and judge its claims from the results.',
+    epilog="The steps of the workflow, which its rules call: lorabench step --help.",
+)
+
+ModelName = Annotated[
+    str, typer.Option(help="A folder, a .gguf file, a model's id on the hub, or the name of a shipped base: tiny.")
+]
+DataFormat = Annotated[
+    str | None,
+    typer.Option("--format", help="The columns that hold an example, if the file's columns allow more than one form."),
+]
+TablesFolder = Annotated[Path, typer.Option("--tables", help="Folder with the tidy tables.")]
+TablesFolders = Annotated[list[Path], typer.Option("--tables", help="Folder with tidy tables; several are merged.")]
+FigureFolder = Annotated[Path, typer.Option("--out", help="Folder for SVG, PNG and CSV.")]
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(metavar="MY.YAML", help="The preset to write.")],
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="A .jsonl, .json, .csv or .parquet file, or a dataset's id on the hub.")],
+    data_format: DataFormat = None,
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option("--rank", help="A LoRA rank in place of the suggested ones; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds at the best learning rate.")] = 3,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 1.0,
+    held_out: Annotated[
+        float,
+        typer.Option(min=0.01, max=0.4, help="Share of the data for validation, and the same share for the test."),
+    ] = 0.1,
+    gpu: Annotated[str | None, typer.Option(help="The GPU to train on, such as H100-80GB; without it, a CPU.")] = None,
+    grader: Annotated[
+        str | None,
+        typer.Option(
+            help="For reinforcement learning on a file of questions and answers: `number` grades the last number of a "
+            "response, `boxed` the content of its \\boxed{}."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the preset if it exists.")] = False,
+) -> None:
+    """Write a small preset that asks whether LoRA matches full fine-tuning on your own model and data."""
+    with in_one_sentence():
+        from lorabench.cli.show import plan_table
+        from lorabench.custom.preset import Choices, init_preset
+        from lorabench.planning.plan import make_plan
+
+        choices = Choices(tuple(sorted(set(ranks or ()))), seeds, epochs, held_out, gpu, grader)
+        written = init_preset(out, model, data, data_format, choices, force, say=print)
+        plan_table(make_plan(written), os.cpu_count() or 1)
+        print(f"wrote {out}; next: lorabench run {out}")
+
+
+@app.command()
+def plan(
+    preset: PresetOption = "laptop",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the planned runs to this parquet file and print nothing.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Estimate for another GPU, by its name in lorabench/utils/gpus.py.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour.")] = None,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder with a table `runs` to take the machine's speed from; by default all tables under results/."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
+    with in_one_sentence():
+        from lorabench.planning import bill
+        from lorabench.planning.plan import make_plan
+
+        planned, layout = plan_and_layout(preset)
+        if out is not None:
+            from lorabench.store.collect import write_plan
+
+            write_plan(planned, out)
+            return
+        from lorabench.cli.show import plan_json, plan_table
+
+        if gpu is not None:
+            planned = make_plan(bill.on_gpu(planned.preset, gpu))
+        assumed = planned.preset.execution.gflops
+        planned, notes = _at_measured_speed(planned, layout, measured or [])
+        cores = os.cpu_count() or 1
+        if as_json:
+            print(plan_json(planned, cores, price, notes))
+        else:
+            plan_table(planned, cores, price, notes, measured=planned.preset.execution.gflops != assumed)
+
+
+def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[Plan, list[str]]:
+    """Return a plan with the speeds that were measured, and sentences that say where they come from.
+
+    Finished runs say most about a preset, then what `lorabench doctor` measured. On a CPU whose speed in bf16 is not
+    known yet, it is measured now, since it differs by a factor of 100 between processors.
+    """
+    from lorabench.doctor.record import read_speed, record_for, with_measured_speed
+    from lorabench.planning.calibration import with_gflops
+    from lorabench.planning.plan import make_plan
+    from lorabench.store.measured_speed import measure
+
+    preset, notes = planned.preset, []
+    execution, runs = preset.execution, measure(planned, folders)
+    if execution.gpu is not None:
+        examined, own = record_for(execution), execution.sampler == "own"
+        if examined is not None:
+            preset = with_measured_speed(preset, examined)
+            taken = examined.sentence(with_speed=runs is None, with_drawing=own)
+            notes += [taken] if taken else []
+    elif runs is None:
+        steps = read_speed(layout.speed, execution.threads)
+        if steps is None and preset.protocol.precision == "bf16":
+            from lorabench.doctor.slice_speed import measure_speed
+
+            steps = measure_speed(planned, layout)
+        if steps is not None:
+            preset = with_gflops(preset, steps.gflops)
+            notes.append(steps.sentence)
+    if runs is not None:
+        preset = with_gflops(preset, runs.gflops)
+        notes.append(runs.sentence)
+    return planned if preset == planned.preset else make_plan(preset), notes
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    preset: Annotated[str, typer.Argument(help="A shipped preset's name or the path of a YAML file.")] = "laptop",
+) -> None:
+    """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
+    with in_one_sentence():
+        from lorabench.cli.snakemake import start_snakemake
+        from lorabench.config.files import preset_path
+
+        preset_path(preset)
+        start_snakemake(preset, context.args)
+
+
+@app.command()
+def status(preset: PresetOption = "laptop") -> None:
+    """Show how far the work of a preset is and what is running."""
+    with in_one_sentence():
+        from lorabench.cli.show import status_table
+        from lorabench.store.progress import status as read_status
+
+        status_table(read_status(*plan_and_layout(preset)))
+
+
+@app.command()
+def doctor(
+    preset: PresetOption = "laptop",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Also check training by this number of processes, one per GPU.")
+    ] = 1,
+) -> None:
+    """Check this machine for a preset in at most half an hour: numbers, speed, memory, and how work continues.
+
+    Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
+    failed.
+    """
+    with in_one_sentence(), ExitStack() as contexts:
+        planned, layout = plan_and_layout(preset)
+        if planned.preset.execution.gpu is not None:
+            # As a job does before torch is imported.
+            reduce_fragmentation()
+            contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
+        from lorabench.cli.show import checks_table
+        from lorabench.doctor.record import Check, write_record
+        from lorabench.doctor.run import examine
+
+        def say(check: Check) -> None:
+            print(f"{check.status}: {check.name}", file=sys.stderr, flush=True)
+
+        record = examine(planned, layout, processes, say)
+        path = write_record(record)
+        checks_table(record.checks)
+        print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
+    if record.failed:
+        print(f"lorabench: {len(record.failed)} of {len(record.checks)} checks failed", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def recommend(
+    model: ModelName,
+    dataset_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Scored tokens of the training data, which are the assistant's.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The training data, as for init.")] = None,
+    data_format: DataFormat = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples per step, in place of the recommended number.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of those of an epoch.")] = None,
+    gpu: Annotated[str, typer.Option(help="The GPU to estimate costs for.")] = "H100-80GB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_script: Annotated[
+        bool, typer.Option("--script", help="Print a training script for transformers and PEFT with these settings.")
+    ] = False,
+) -> None:
+    """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
+    with in_one_sentence():
+        from lorabench.custom.model import find_model
+        from lorabench.custom.recommend import recommend as recommend_settings
+        from lorabench.custom.show import recommendation_table
+
+        if dataset_tokens is not None and data is not None:
+            raise UserError("--dataset-tokens and --data: give one of them")
+        if as_json and as_script:
+            raise UserError("--json and --script: give one of them")
+        described, examined, template = find_model(model), None, None
+        if data is not None:
+            from lorabench.custom.data import examine
+
+            examined, template = examine(described, data, data_format)
+        tokens = examined.usable * examined.mean_completion_tokens if examined else dataset_tokens
+        recommendation = recommend_settings(described, tokens, examined, gpu, batch_size=batch_size, steps=steps)
+        if as_json:
+            import json
+
+            print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
+        elif as_script:
+            from lorabench.custom.script import script
+
+            print(script(recommendation, examined, template), end="")
+        else:
+            recommendation_table(recommendation, examined)
+
+
+@app.command()
+def claims(
+    tables: TablesFolder,
+    out: Annotated[Path, typer.Option(help="Folder for the claims table.")],
+    preset: Annotated[
+        str | None, typer.Option(help="The preset of the runs, which states the margins of the verdicts.")
+    ] = None,
+    margins: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file with the margins, for runs without a preset: loss, reward, lr_factor."),
+    ] = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(help="Folder with tables of repeated runs, whose seed noise holds where there is one seed."),
+    ] = None,
+    noise_sd: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation over seeds of the final test loss in nats, instead of --noise."),
+    ] = None,
+    noise_dof: Annotated[int | None, typer.Option(help="Degrees of freedom of --noise-sd, such as seeds - 1.")] = None,
+    noise_source: Annotated[str | None, typer.Option(help="The source of --noise-sd, for the reasons.")] = None,
+) -> None:
+    """Judge the paper's claims from tidy tables."""
+    with in_one_sentence():
+        from lorabench.claims.judge import judge_claims
+        from lorabench.claims.lr_ratio_theories import write_predictions
+        from lorabench.config.loading import read_margins
+        from lorabench.config.predictions import LrRatioPredictions, Predictions
+        from lorabench.store.io import write_frame
+        from lorabench.store.layout import Layout
+        from lorabench.store.tables import Tables
+
+        if preset is not None and margins is not None:
+            raise UserError("--preset and --margins: give one of them, since the preset states margins too")
+        predictions, chosen = None, None if margins is None else read_margins(margins)
+        if preset is not None:
+            stated = Layout.of(preset).preset
+            chosen, predictions = stated.margins, stated.predictions or Predictions(lr_ratio=LrRatioPredictions())
+        elsewhere = _noise(noise, noise_sd, noise_dof, noise_source)
+        read = Tables.read(tables)
+        write_frame(judge_claims(read, margins=chosen, noise=elsewhere, predictions=predictions), "claims", out)
+        write_predictions(read, chosen, predictions, out)
+
+
+def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str | None) -> Noise | None:
+    """Return seed noise from the tables in a folder, or from a number with its source; None if none is given.
+
+    Raises:
+        UserError: both are given, a part of the number is missing or wrong, or the tables have no repeated seeds.
+    """
+    from lorabench.analysis.loss_fit import Noise
+    from lorabench.analysis.optima import pooled_noise
+    from lorabench.store.tables import Tables
+
+    if sd is None:
+        if dof is not None or source is not None:
+            raise UserError("--noise-dof and --noise-source describe --noise-sd, which is missing")
+        return None if folder is None else pooled_noise(Tables.read(folder).runs, str(folder))
+    if folder is not None:
+        raise UserError("--noise and --noise-sd: give one of them")
+    if dof is None or source is None or not source.strip():
+        raise UserError("--noise-sd needs --noise-dof and --noise-source, which say how well it is known and by whom")
+    if not (math.isfinite(sd) and sd > 0):
+        raise UserError(f"--noise-sd {sd}: allowed: numbers above 0, in nats")
+    if dof < 1:
+        raise UserError(f"--noise-dof {dof}: allowed: whole numbers from 1 up")
+    return Noise(sd, dof, source)
+
+
+@app.command()
+def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
+    """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
+    with in_one_sentence():
+        from lorabench.figures.save import drawable_figures, save_figure
+
+        if name != "all":
+            save_figure(name, tables, out)
+            return
+        for figure_name in drawable_figures(tables):
+            try:
+                save_figure(figure_name, tables, out)
+            except NothingToDrawError as nothing:
+                print(f"figure {figure_name} is not drawn: {nothing}")
+
+
+@app.command()
+def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
+    """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
+    with in_one_sentence():
+        from lorabench.store.merge import merge as merge_folders
+
+        merge_folders(folders, out)
+
+
+@app.command("import")
+def import_source(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a file source.yaml and its tables.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tidy tables.")],
+) -> None:
+    """Read runs that others have published into the tidy tables, by the mapping in their source.yaml."""
+    with in_one_sentence():
+        from lorabench.sources.studies import import_source as read
+        from lorabench.sources.studies import write_tables
+
+        imported = read(source)
+        write_tables(imported, out)
+        print(f"{source}: {len(imported.tables.runs)} runs and {len(imported.tables.curves)} points of curves")
+
+
+@app.command()
+def evidence(
+    out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path("results/evidence"),
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(help="A source of your own, or a folder of sources, besides the shipped ones; may be repeated."),
+    ] = None,
+    tables: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with the table claims of a preset of your own, as a column; may be repeated."),
+    ] = None,
+    publish: Annotated[
+        Path | None, typer.Option(help="The repository's root: write the matrix into its README and docs too.")
+    ] = None,
+) -> None:
+    """Judge all published runs by the paper's claims, and test what would have been recommended for each.
+
+    Writes the matrix of claims by scale, the forest plot, the known optimal learning rates, and how far off the
+    recommended ones would have been for each source, had it not been known.
+    """
+    with in_one_sentence():
+        from lorabench.report.evidence import gather, published_folders, published_presets, write
+        from lorabench.report.evidence import publish as write_published
+        from lorabench.sources.matrix import read_own
+
+        own = {preset.name: preset for preset in published_presets(publish or Path())}
+        for folder in tables or []:
+            # A finished preset stands for what was published of it.
+            name = folder.parent.name if folder.name == "tables" else folder.name
+            own[name] = read_own(folder, name)
+        gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
+        write(gathered, out)
+        if publish is not None:
+            write_published(gathered, out, publish)
+        print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
+
+
+@app.command()
+def publish(
+    preset: PresetOption = "laptop",
+    readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
+) -> None:
+    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+    with in_one_sentence():
+        from lorabench.report.publish import publish as write_published
+
+        write_published(plan_and_layout(preset)[1], readme)
+
+
+@app.command("save-runs")
+def save_runs(preset: PresetOption = "laptop") -> None:
+    """Save the finished runs of an unfinished preset, without weights, in small files that the repository can hold."""
+    with in_one_sentence():
+        from lorabench.training.saved_runs import save_runs as save
+
+        planned, layout = plan_and_layout(preset)
+        runs, size = save(planned, layout)
+        print(f"saved {runs} runs in {layout.saved_runs} ({size / 1e6:.2f} MB)")
+
+
+@app.command("restore-runs")
+def restore_runs(preset: PresetOption = "laptop") -> None:
+    """Restore the runs that `save-runs` saved, so that the preset goes on from them."""
+    with in_one_sentence():
+        from lorabench.training.saved_runs import restore_runs as restore
+
+        planned, layout = plan_and_layout(preset)
+        restored = restore(planned, layout)
+        print(
+            f"restored {restored.runs} runs and {restored.jobs} whole jobs from {layout.saved_runs}; "
+            f"{restored.present} runs were there already"
+        )
+        if restored.unknown:
+            print(f"{restored.unknown} saved runs are not in the plan of preset {layout.name} and were left out")

@@ -1,0 +1,71 @@
+"""What commands share: the option --preset, and the end of a command that fails."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from lorabench.errors import UserError
+from lorabench.utils import signals
+from lorabench.utils.exhaustion import memory_for, space_for
+
+if TYPE_CHECKING:
+    # Imported when a command runs, since the help needs neither.
+    from lorabench.planning.plan import Plan
+    from lorabench.store.layout import Layout
+
+T = TypeVar("T")
+
+PresetOption = Annotated[str, typer.Option("--preset", help="A shipped preset's name or the path of a YAML file.")]
+
+
+def plan_and_layout(preset: str) -> tuple[Plan, Layout]:
+    """Return the plan of a preset, and the layout of its files.
+
+    Raises:
+        PresetError: there is no such preset, or it is not valid.
+    """
+    from lorabench.planning.plan import make_plan
+    from lorabench.store.layout import Layout
+
+    layout = Layout.of(preset)
+    return make_plan(layout.preset), layout
+
+
+def entry(section: Mapping[str, T], name: str, what: str) -> T:
+    """Return the entry of a preset's section by its name.
+
+    Args:
+        what: what the section holds, such as `dataset`, for the message.
+
+    Raises:
+        UserError: the preset has no such entry.
+    """
+    if name not in section:
+        raise UserError(f"{what} {name!r} is not in the preset; allowed: {', '.join(section)}")
+    return section[name]
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """Print an error that the user can correct as one sentence, without a traceback, and exit with status 2.
+
+    A command that a signal stops exits with 128 plus the signal's number, as shells report it.
+    """
+    try:
+        with (
+            signals.stop_immediately(),
+            space_for("this command's files"),
+            memory_for("this command", "give it more, or a larger machine"),
+        ):
+            yield
+    except UserError as error:
+        print(f"lorabench: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except signals.Stopped as stopped:
+        print(f"lorabench: {stopped}", file=sys.stderr)
+        raise typer.Exit(stopped.exit_status) from stopped
