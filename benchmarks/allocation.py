@@ -1,4 +1,4 @@
-"""A training step with freed memory kept (`lorabench.utils.malloc`), against the C library's default.
+"""A training step with freed memory kept (`lorabench.utils.exhaustion`), against the C library's default.
 
     python -m benchmarks.allocation
 
@@ -25,7 +25,7 @@ import torch
 from lorabench.config.models import TinyModel
 from lorabench.models.base import load_model, package_versions
 from lorabench.training.provenance import machine_state
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")
 TURNS, STEPS = 5, 30

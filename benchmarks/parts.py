@@ -28,7 +28,7 @@ from lorabench.models.base import package_versions
 from lorabench.training import loss
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.provenance import machine_state
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 RESULTS = Path(__file__).with_suffix(".csv")
 REPEATS = 7

@@ -19,7 +19,7 @@ import torch
 
 from lorabench.config.models import TinyModel
 from lorabench.config.problems import ReasoningProblems
-from lorabench.data.problem_sets import make_problems
+from lorabench.data.problems import make_problems
 from lorabench.models.base import load_model, load_tokenizer, package_versions
 from lorabench.runs import Rollouts
 from lorabench.training.provenance import machine_state

@@ -32,7 +32,7 @@ from typing import Any, Literal
 from lorabench.config.fields import SamplerName
 from lorabench.config.placement import Placement
 from lorabench.utils import formats
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 # Part of every run's identity. Raise it when a change alters what a run computes; tests/test_protocol_version.py fails
 # when that may be the case.
@@ -117,7 +117,7 @@ class Run:
 
 
 EXPECTED_FURTHER_LRS = 1
-"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
+"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/presets.md)."""
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3

@@ -17,17 +17,13 @@ from lorabench.runs import PROTOCOL_VERSION
 from .conftest import REPOSITORY
 
 CODE = (
-    "lorabench/data/answers.py",
     "lorabench/data/chat.py",
     "lorabench/data/docstrings.py",
-    "lorabench/data/facts.py",
     "lorabench/data/files.py",
     "lorabench/data/grading.py",
     "lorabench/data/grading_worker.py",
     "lorabench/data/hub.py",
-    "lorabench/data/hub_problems.py",
-    "lorabench/data/installed.py",
-    "lorabench/data/problem_sets.py",
+    "lorabench/data/problems.py",
     "lorabench/data/reasoning.py",
     "lorabench/data/rows.py",
     "lorabench/data/sft.py",

@@ -18,7 +18,7 @@ import torch
 
 from lorabench.config.loading import load_preset
 from lorabench.data.grading import Grader
-from lorabench.data.problem_sets import read_problems
+from lorabench.data.problems import read_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.planning.plan import Plan, make_plan

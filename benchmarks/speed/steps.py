@@ -27,7 +27,7 @@ from lorabench.models.lora_products import use_fast_products
 from lorabench.models.passes import trained_parameters
 from lorabench.training.run import Machine
 from lorabench.training.sft import batch_gradient
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16_384}

@@ -10,9 +10,8 @@ import pandas as pd
 from scipy.special import ndtri
 
 from lorabench.analysis.comparison import Comparison
+from lorabench.analysis.curves import metric_points
 from lorabench.analysis.estimate import N_DRAWS, Estimate, normal
-
-_POINT = ["run_id", "step", "split", "metric", "value"]
 
 _MOST = 0.999
 """The largest correlation of residuals that is believed."""
@@ -35,12 +34,9 @@ def at_step(runs: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.DataFrame
         done, and a run that had diverged by then stays diverged. A run that ended earlier, or that has no validation
         loss at that step, is left out.
     """
-    if all(name in curves for name in _POINT):
-        chosen = (curves["step"] == step) & (curves["split"] == "validation") & (curves["metric"] == "nll")
-        points = curves[chosen.astype(bool)].drop_duplicates("run_id").set_index("run_id")["value"].astype(float)
-    else:
-        points = pd.Series(dtype=float)
-    loss = runs["run_id"].map(points).astype(float)
+    points = metric_points(curves, "validation", "nll")
+    at_that_step = points[points["step"] == step].drop_duplicates("run_id").set_index("run_id")["value"]
+    loss = runs["run_id"].map(at_that_step.astype(float)).astype(float)
     loss = loss.where(loss.abs() < math.inf)
     diverged = (runs["status"] == "diverged") & loss.isna()
     if "diverged_at" in runs:
@@ -77,7 +73,14 @@ def coupled(
     """
     if not (of_short.known and of_full.known):
         return of_short, of_full
-    correlation = _correlation(short, full)
+    residuals = pd.concat({"short": _residuals(short), "full": _residuals(full)}, axis=1)
+    common = residuals.dropna()
+    products = float((common["short"] * common["full"]).sum())
+    squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
+    dof, correlation = min(short.fit.dof, full.fit.dof), 0.0
+    if dof >= 2 and squares > 0:
+        lower = math.tanh(math.atanh(min(products / math.sqrt(squares), _MOST)) - 1 / math.sqrt(dof - 1))
+        correlation = max(0.0, lower) * len(common) / len(residuals)
     order = np.argsort(of_short.seed_part, kind="stable")
     scores = np.empty(N_DRAWS)
     scores[order] = ndtri((np.arange(N_DRAWS) + 0.5) / N_DRAWS)
@@ -85,19 +88,6 @@ def coupled(
     reordered = np.empty(N_DRAWS)
     reordered[np.argsort(scores, kind="stable")] = np.sort(of_full.seed_part)
     return of_short, replace(of_full, seed_part=reordered)
-
-
-def _correlation(short: Comparison, full: Comparison) -> float:
-    """Return the correlation of errors that two fits of the same runs have; see `coupled`."""
-    both = pd.concat({"short": _residuals(short), "full": _residuals(full)}, axis=1)
-    common = both.dropna()
-    products = float((common["short"] * common["full"]).sum())
-    squares = float((common["short"] ** 2).sum() * (common["full"] ** 2).sum())
-    dof = min(short.fit.dof, full.fit.dof)
-    if dof < 2 or not squares > 0:
-        return 0.0
-    lower = math.tanh(math.atanh(min(products / math.sqrt(squares), _MOST)) - 1 / math.sqrt(dof - 1))
-    return max(0.0, lower) * len(common) / len(both)
 
 
 def _residuals(comparison: Comparison) -> pd.Series[float]:

@@ -1,6 +1,6 @@
 """Published numbers to compare with, from `paper_figures/reference` (its SOURCES.md names the sources).
 
-A wheel carries a copy of the folder (`lorabench.utils.packaged`). Without it, all functions return empty results.
+A wheel carries a copy of the folder (`lorabench.utils.files`). Without it, all functions return empty results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.lr_grid import vertex
-from lorabench.utils.packaged import REFERENCE
+from lorabench.utils.files import REFERENCE
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
 """The columns of `published_sweeps`; nll is the final test NLL in nats per token."""

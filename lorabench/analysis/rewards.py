@@ -113,25 +113,19 @@ def flat_top(comparison: Comparison, arm: Arm) -> list[float]:
     within_noise, exact = [], []
     for lr in grid.lrs.tolist():
         both = (errors[lr] - best).dropna()
-        variance = 1 / errors[lr].count() + 1 / best.count()
-        close = 2 * comparison.fit.sigma * math.sqrt(variance)
+        close = 2 * comparison.fit.sigma * math.sqrt(1 / errors[lr].count() + 1 / best.count())
         exact.append(len(both) > 0 and bool(np.allclose(both, 0, atol=TIE)))
         within_noise.append(exact[-1] or bool(abs(errors[lr].mean() - best.mean()) <= close))
     for alike, least in ((exact, 2), (within_noise, 3)):
-        run = _run_around(alike, grid.centre)
-        if len(run) >= least:
-            return [float(lr) for lr in grid.lrs[run]]
+        # The unbroken stretch of equally good LRs around the best one.
+        low = high = grid.centre
+        while low > 0 and alike[low - 1]:
+            low -= 1
+        while high + 1 < len(alike) and alike[high + 1]:
+            high += 1
+        if high + 1 - low >= least:
+            return [float(lr) for lr in grid.lrs[low : high + 1]]
     return []
-
-
-def _run_around(alike: Sequence[bool], centre: int) -> list[int]:
-    """Return the indices of the unbroken run of true values around an index."""
-    low = high = centre
-    while low > 0 and alike[low - 1]:
-        low -= 1
-    while high + 1 < len(alike) and alike[high + 1]:
-        high += 1
-    return list(range(low, high + 1))
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,12 @@ def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
         comparison: runs with error rates as losses.
         arms: arms with a finished run.
     """
-    points = [_points(comparison, arm) for arm in arms]
+    points = []
+    for arm in arms:
+        rows = comparison.rows[arm_label(arm)]
+        lost = rows["status"] == "diverged"
+        accuracy = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
+        points.append(rows[["run_id", "lr"]].assign(accuracy=accuracy, lost=lost).dropna(subset=["accuracy"]))
     ids = [run_id for rows in points for run_id in rows.loc[~rows["lost"], "run_id"]]
     sampled = comparison.judging.examples.deviations(ids, str(comparison.runs["dataset"].iloc[0]))
     shifts = None if sampled is None else dict(zip(ids, sampled[0].T, strict=True))
@@ -177,18 +176,18 @@ def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
     return [_good_range(comparison, arm, rows, shifts, n_examples) for arm, rows in zip(arms, points, strict=True)]
 
 
-def _points(comparison: Comparison, arm: Arm) -> pd.DataFrame:
-    """Return run_id, lr, accuracy and `lost` of an arm's runs; a lost run diverged and has the accuracy 0."""
-    rows = comparison.rows[arm_label(arm)]
-    lost = rows["status"] == "diverged"
-    accuracy = (1 - rows["test_loss"].astype(float)).where(~lost, 0.0)
-    return rows[["run_id", "lr"]].assign(accuracy=accuracy, lost=lost).dropna(subset=["accuracy"])
-
-
 def _good_range(
     comparison: Comparison, arm: Arm, rows: pd.DataFrame, shifts: dict[str, np.ndarray] | None, n_examples: int
 ) -> GoodRange:
-    """Measure the range of one arm; `shifts` are draws of each run's error from test problems, (N_DRAWS,)."""
+    """Measure the range of one arm.
+
+    Args:
+        comparison: holds the arm.
+        arm: the arm.
+        rows: its runs: columns run_id, lr, accuracy, and `lost` for a run that diverged, whose accuracy is 0.
+        shifts: draws of each run's error from test problems, (N_DRAWS,).
+        n_examples: the number of test problems.
+    """
     label, by_lr = arm_label(arm), rows.groupby("lr")
     accuracy = by_lr["accuracy"].mean()
     lrs, accuracies = accuracy.index.to_numpy(float), accuracy.to_numpy(float)
@@ -197,7 +196,10 @@ def _good_range(
     is_good = _is_good(accuracies, peak)
     value = float(_width(is_good, steps, halves))
     name = f"good LRs of {comparison.label} {label}"
-    good = _is_good(accuracies + _seed_noise(comparison, by_lr, name), peak)
+    # A mean over runs that all diverged has no noise.
+    variances = comparison.fit.sigma**2 / by_lr.size().to_numpy(float) * ~by_lr["lost"].all().to_numpy(bool)
+    noise = multivariate_student(np.diag(variances), max(comparison.fit.dof, 1), name)
+    good = _is_good(accuracies + noise, peak)
     seed_part = _width(good, steps, uniform(len(steps), f"ends of {name}")) - value
     example_part = None
     if shifts is not None:
@@ -223,13 +225,6 @@ def _good_range(
 def _is_good(accuracies: np.ndarray, peak: int) -> np.ndarray:
     """Return which accuracies (..., LRs) are good, given the index of the LR of the peak."""
     return np.asarray(accuracies >= GOOD * accuracies[..., peak : peak + 1] - TIE)
-
-
-def _seed_noise(comparison: Comparison, by_lr: Any, name: str) -> np.ndarray:
-    """Return draws of the error of each LR's accuracy from seeds, (N_DRAWS, LRs); 0 where all runs diverged."""
-    fit = comparison.fit
-    variances = fit.sigma**2 / by_lr.size().to_numpy(float) * ~by_lr["lost"].all().to_numpy(bool)
-    return multivariate_student(np.diag(variances), max(fit.dof, 1), name)
 
 
 def _width(good: np.ndarray, steps: np.ndarray, ends: np.ndarray) -> np.ndarray:

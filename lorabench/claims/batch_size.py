@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
-from lorabench.analysis.curves import PairedCurves
 from lorabench.analysis.estimate import Estimate, combined
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum
 from lorabench.analysis.rules import Above, Margin, Problem
-from lorabench.claims.claim import Claim, untestable
+from lorabench.claims.claim import SWEEP, Claim, Evidence
 from lorabench.claims.conditions import batch_sizes
-from lorabench.claims.evidence import SWEEP, Evidence, judge_each, over
+from lorabench.claims.judging import doubted, judge_each, margin_problems, named_problems
 from lorabench.claims.learning_curves import AT_OPTIMUM
 
 MIN_BATCH_SIZES = 3
@@ -52,12 +51,6 @@ ArmBySize = dict[int, Arm]
 """An arm by batch size: the same method and rank at each."""
 
 
-def _present(size: int, name: str, arm: Arm | None) -> Arm:
-    if arm is None:
-        raise UnjudgedError("inconclusive", f"no runs of {name} at batch {size}")
-    return arm
-
-
 @dataclass(frozen=True)
 class BatchSizes:
     """The comparisons on one model and dataset by batch size, ascending.
@@ -66,7 +59,6 @@ class BatchSizes:
     batches at each; the test examples are the same.
     """
 
-    label: str
     by_size: dict[int, Comparison]
 
     @property
@@ -82,96 +74,85 @@ class BatchSizes:
     @cached_property
     def fullft(self) -> ArmBySize:
         """FullFT at each batch size."""
-        return {size: _present(size, "FullFT", comparison.fullft) for size, comparison in self.by_size.items()}
+        return self._present("FullFT", lambda comparison: comparison.fullft)
 
     def lora(self, rank: int) -> ArmBySize:
         """Return LoRA of a rank at each batch size."""
-        arms = {size: comparison.lora.get(rank) for size, comparison in self.by_size.items()}
-        return {size: _present(size, f"LoRA r{rank}", arm) for size, arm in arms.items()}
+        return self._present(f"LoRA r{rank}", lambda comparison: comparison.lora.get(rank))
 
-    def gaps(self, lora: ArmBySize) -> dict[int, Estimate]:
-        """Return the fitted minimum of LoRA's test NLL minus that of FullFT's by batch size."""
-        return {size: comparison.gap(lora[size], self.fullft[size]) for size, comparison in self.by_size.items()}
-
-    def minima(self, arm: ArmBySize) -> dict[int, Estimate]:
-        """Return the fitted minimum of an arm's test NLL by batch size; call `problems` first."""
-        return {size: comparison.fit.minima[arm_label(arm[size])] for size, comparison in self.by_size.items()}
+    def _present(self, name: str, arm_in: Callable[[Comparison], Arm | None]) -> ArmBySize:
+        arms = {}
+        for size, comparison in self.by_size.items():
+            arm = arm_in(comparison)
+            if arm is None:
+                raise UnjudgedError("inconclusive", f"no runs of {name} at batch {size}")
+            arms[size] = arm
+        return arms
 
     def margin(self, sizes: Iterable[int]) -> Margin:
         """Return the largest margin of several batch sizes; of those without a margin, the first."""
         margins = {size: self.by_size[size].margin for size in sizes}
-        without = [size for size in margins if margins[size].problem]
-        size = without[0] if without else max(margins, key=lambda size: margins[size].value)
+        without_margin = [size for size in margins if margins[size].problem]
+        size = without_margin[0] if without_margin else max(margins, key=lambda size: margins[size].value)
         margin = margins[size]
         problem = f"batch {size}: {margin.problem}" if margin.problem else None
         return Margin(margin.value, f"{margin.rule} at batch {size}", problem)
 
     def problems(self, sizes: Iterable[int], *arms: ArmBySize) -> list[Problem]:
         """Return what speaks against a verdict on the fitted minima of arms at several batch sizes."""
-        of_sizes = {size: self.by_size[size].problems([arm[size] for arm in arms]) for size in sizes}
-        return [problem for size, problems in of_sizes.items() for problem in at_batch(size, problems)]
+        by_size = {size: self.by_size[size].problems([arm[size] for arm in arms]) for size in sizes}
+        return [problem for size, problems in by_size.items() for problem in _at_batch(size, problems)]
 
-    def run_ids(self, sizes: Iterable[int], *arms: ArmBySize) -> list[str]:
-        """Return the ids of all runs of several arms at several batch sizes."""
-        return [run_id for size in sizes for run_id in self.by_size[size].run_ids([arm[size] for arm in arms])]
-
-
-def at_batch(size: int, problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems with the batch size that they and their remedies are about."""
-    return [
-        Problem(
-            f"batch {size}: {problem.text}",
-            problem.remedy and replace(problem.remedy, text=f"{problem.remedy.text} at batch {size}"),
-        )
-        for problem in problems
-    ]
+    def run_ids(self, *arms: ArmBySize) -> list[str]:
+        """Return the ids of all runs of several arms."""
+        return [
+            run_id
+            for size, comparison in self.by_size.items()
+            for run_id in comparison.run_ids([arm[size] for arm in arms])
+        ]
 
 
-def _with_margin(margin: Margin, problems: list[Problem]) -> list[Problem]:
-    return [*problems, *([Problem(margin.problem)] if margin.problem else [])]
-
-
-def _examples(comparison: Comparison) -> int:
-    run = comparison.runs.iloc[0]
-    if pd.isna(run["steps"]):
-        raise UnjudgedError("not tested", "the runs table has no steps, which say how much data each batch size saw")
-    return int(run["steps"] * run["batch_size"])
-
-
-def _by_batch_size(comparisons: list[Comparison]) -> list[tuple[BatchSizes, str]]:
-    """Return the comparisons of each model and dataset; of several lengths at one batch size, the longest."""
-    datasets: dict[str, dict[int, Comparison]] = {}
-    for comparison in comparisons:  # ascending in batch size and length
-        run = comparison.runs.iloc[0]
-        if pd.isna(run["batch_size"]):
-            continue
-        datasets.setdefault(f"{run['model']}/{run['dataset']}", {})[int(run["batch_size"])] = comparison
-    return [(BatchSizes(label, by_size), "") for label, by_size in datasets.items()]
+def _at_batch(size: int, problems: Iterable[Problem]) -> list[Problem]:
+    return named_problems(problems, f"batch {size}:", f" at batch {size}")
 
 
 def across_batch_sizes(judge: Callable[[BatchSizes], Finding]) -> Callable[[Evidence], Finding]:
-    """Return a judge of each model and dataset that has enough batch sizes with the same amount of data seen."""
+    """Return a judge of each model and dataset that has enough batch sizes with the same amount of data seen.
 
-    def judge_checked(sizes: BatchSizes) -> Finding:
-        by_size = sizes.by_size
+    Of several lengths at one batch size, the longest counts.
+    """
+
+    def judge_checked(by_size: dict[int, Comparison]) -> Finding:
         if len(by_size) < MIN_BATCH_SIZES:
             listed = " and ".join(map(str, by_size))
             raise UnjudgedError("not tested", f"only batch {listed}, {MIN_BATCH_SIZES} batch sizes needed")
         highest = next((comparison.highest for comparison in by_size.values() if comparison.highest), None)
         fullft = next((comparison.fullft for comparison in by_size.values() if comparison.fullft), None)
         require(("LoRA above rank 1", highest), ("FullFT", fullft))
-        examples = {size: _examples(comparison) for size, comparison in by_size.items()}
+        steps = {size: comparison.runs["steps"].iloc[0] for size, comparison in by_size.items()}
+        if any(map(pd.isna, steps.values())):
+            text = "the runs table has no steps, which say how much data each batch size saw"
+            raise UnjudgedError("not tested", text)
+        examples = {size: int(steps[size] * size) for size in by_size}
         if not max(examples.values()) <= MAX_DATA_RATIO * min(examples.values()):
-            seen_text = ", ".join(f"batch {size} {seen:,.0f}" for size, seen in examples.items())
-            raise UnjudgedError("inconclusive", f"examples seen differ ({seen_text}), so more than batch size does")
-        return judge(sizes)
+            seen = ", ".join(f"batch {size} {number:,.0f}" for size, number in examples.items())
+            raise UnjudgedError("inconclusive", f"examples seen differ ({seen}), so more than batch size does")
+        return judge(BatchSizes(by_size))
 
-    return over(_by_batch_size, judge_checked)
+    def judge_all(evidence: Evidence) -> Finding:
+        datasets: dict[str, dict[int, Comparison]] = {}
+        for comparison in evidence.comparisons:  # ascending in batch size and length
+            run = comparison.runs.iloc[0]
+            if not pd.isna(run["batch_size"]):
+                datasets.setdefault(f"{run['model']}/{run['dataset']}", {})[int(run["batch_size"])] = comparison
+        return judge_each(datasets.items(), judge_checked)
+
+    return judge_all
 
 
 def _gap_grows(sizes: BatchSizes, lora: ArmBySize) -> Finding:
     small, large = sizes.ends
-    gaps = sizes.gaps(lora)
+    gaps = {size: comparison.gap(lora[size], sizes.fullft[size]) for size, comparison in sizes.by_size.items()}
     growth = combined(np.subtract, gaps[large], gaps[small])
     by_size = ", ".join(f"{gap.value:.4f} at batch {size}" for size, gap in gaps.items())
     text = (
@@ -179,9 +160,8 @@ def _gap_grows(sizes: BatchSizes, lora: ArmBySize) -> Finding:
         f"by {nats(growth)}, {growth.n_seeds} seeds"
     )
     margin = sizes.margin(sizes.ends)
-    problems = _with_margin(margin, sizes.problems(sizes.ends, lora, sizes.fullft))
-    run_ids = sizes.run_ids(sizes.by_size, lora, sizes.fullft)
-    return decide(Above(margin.value), growth, text, run_ids, problems, margin.rule)
+    problems = [*sizes.problems(sizes.ends, lora, sizes.fullft), *margin_problems(margin)]
+    return decide(Above(margin.value), growth, text, sizes.run_ids(lora, sizes.fullft), problems, margin.rule)
 
 
 def gap_grows(sizes: BatchSizes) -> Finding:
@@ -209,73 +189,61 @@ D1 = Claim(
 )
 
 
-@dataclass(frozen=True)
-class _GapInTime:
-    """The gap of training NLL at one batch size, halfway and at the end of the runs."""
-
-    early: Estimate
-    late: Estimate
-    run_ids: tuple[str, ...]
-
-
-def _gap_in_time(sizes: BatchSizes, size: int, lora: ArmBySize) -> _GapInTime:
+def _halfway_and_end(sizes: BatchSizes, size: int, lora: ArmBySize) -> tuple[Estimate, Estimate, tuple[str, ...]]:
+    """Return the gap of training NLL at one batch size halfway and at the end of the runs, and the ids of the runs."""
     curves = pair_at_optimum(sizes.by_size[size], lora[size], sizes.fullft[size])
-    windows = [_window(curves, part) for part in (EARLY, LATE)]
-    if None in windows:
-        raise UnjudgedError("not tested", f"no training losses of paired seeds along the runs at batch {size}")
-    early, late = curves.means([window for window in windows if window])
-    return _GapInTime(early, late, curves.run_ids)
-
-
-def _window(curves: PairedCurves, part: tuple[float, float]) -> tuple[int, int] | None:
-    """Return the first and last step in a part of the run; None without steps there."""
-    start, end = (share * curves.last for share in part)
-    inside = [step for step in curves.by_seed.index if start < step <= end]
-    return (inside[0], inside[-1]) if inside else None
+    windows = []
+    for start, end in (EARLY, LATE):
+        steps = [step for step in curves.by_seed.index if start * curves.last < step <= end * curves.last]
+        if not steps:
+            raise UnjudgedError("not tested", f"no training losses of paired seeds along the runs at batch {size}")
+        windows.append((steps[0], steps[-1]))
+    halfway, at_end = curves.means(windows)
+    return halfway, at_end, curves.run_ids
 
 
 def _gap_persists(sizes: BatchSizes, lora: ArmBySize) -> Finding:
     small, large = sizes.ends
-    gaps = {size: _gap_in_time(sizes, size, lora) for size in sizes.ends}
+    (small_halfway, small_end, small_ids), (large_halfway, large_end, large_ids) = (
+        _halfway_and_end(sizes, size, lora) for size in sizes.ends
+    )
     margin = sizes.margin(sizes.ends)
-    problems = _with_margin(margin, sizes.problems(sizes.ends, lora, sizes.fullft))
-    n_seeds = min(gap.late.n_seeds for gap in gaps.values())
+    problems = [*sizes.problems(sizes.ends, lora, sizes.fullft), *margin_problems(margin)]
+    n_seeds = min(small_end.n_seeds, large_end.n_seeds)
     if not problems and n_seeds < MIN_SEEDS:
         problems.append(Problem(f"training losses of {n_seeds} paired seeds, {MIN_SEEDS} needed"))
     for size in [] if problems else sizes.ends:
         arms = (lora[size], sizes.fullft[size])
-        problems += at_batch(size, off_optimum(sizes.by_size[size], *arms, margin.value))
-    run_ids = [run_id for gap in gaps.values() for run_id in gap.run_ids]
-    at_large, at_small = gaps[large], gaps[small]
-    above = (Above(margin.value), margin.rule)
-    parts = {
-        f"gap at the end at batch {large}": (at_large.late, *above),
-        f"gap at the end at batch {large} less half of that halfway": (
-            combined(lambda late, early: late - early / 2, at_large.late, at_large.early),
-            Above(0.0),
-            "half of the gap halfway",
-        ),
-        f"gap at the end at batch {large} less that at batch {small}": (
-            combined(np.subtract, at_large.late, at_small.late),
+        problems += _at_batch(size, off_optimum(sizes.by_size[size], *arms, margin.value))
+    over_half = combined(lambda late, early: late - early / 2, large_end, large_halfway)
+    above, half = (Above(margin.value), margin.rule), (Above(0.0), "half of the gap halfway")
+    parts = [
+        (f"gap at the end at batch {large}", large_end, *above),
+        (f"gap at the end at batch {large} less half of that halfway", over_half, *half),
+        (
+            f"gap at the end at batch {large} less that at batch {small}",
+            combined(np.subtract, large_end, small_end),
             *above,
         ),
-        f"fall of the gap from halfway to the end at batch {small}": (
-            combined(np.subtract, at_small.early, at_small.late),
+        (
+            f"fall of the gap from halfway to the end at batch {small}",
+            combined(np.subtract, small_halfway, small_end),
             *above,
         ),
-    }
-    label = f"{arm_label(lora[small])} - FullFT"
+    ]
     judged = together(
         [
-            decide(rule, estimate, f"{what}, {label}: {nats(estimate)}", run_ids, (), margin_rule)
-            for what, (estimate, rule, margin_rule) in parts.items()
+            decide(
+                rule,
+                estimate,
+                f"{name}, {arm_label(lora[small])} - FullFT: {nats(estimate)}",
+                (*small_ids, *large_ids),
+                margin_rule=margin_rule,
+            )
+            for name, estimate, rule, margin_rule in parts
         ]
     )
-    if not problems:
-        return judged
-    reason = "; ".join([judged.reason, *(problem.text for problem in problems)])
-    opened = without(judged, "confirmed", "contradicted")
-    return replace(opened, reason=reason, remedy=problems[0].remedy)
+    return replace(doubted(judged, problems), remedy=problems[0].remedy) if problems else judged
 
 
 def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:
@@ -308,12 +276,9 @@ def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
     """D3: judge the gap of the highest rank minus that of the lowest above 1 at every batch size; FullFT cancels."""
     if len(sizes.ranks) < 2:
         raise UnjudgedError("not tested", "fewer than two LoRA ranks above 1")
-    lowest, *_, highest = sizes.ranks
-    low_rank, high_rank = sizes.lora(lowest), sizes.lora(highest)
-    return judge_each(
-        (f"batch {size}", partial(comparison.equal_losses, high_rank[size], low_rank[size]))
-        for size, comparison in sizes.by_size.items()
-    )
+    low, high = sizes.lora(sizes.ranks[0]), sizes.lora(sizes.ranks[-1])
+    named = ((f"batch {size}", size) for size in sizes.by_size)
+    return judge_each(named, lambda size: sizes.by_size[size].equal_losses(high[size], low[size]))
 
 
 D3 = Claim(
@@ -338,25 +303,22 @@ D3 = Claim(
 def _best_at_small_batch(sizes: BatchSizes, arm: ArmBySize) -> Finding:
     first, second, *larger = sizes.by_size
     problems = sizes.problems(sizes.by_size, arm)
-    known = all(arm_label(arm[size]) in comparison.fit.minima for size, comparison in sizes.by_size.items())
-    if not known:
+    minima = {size: comparison.fit.minima.get(arm_label(arm[size])) for size, comparison in sizes.by_size.items()}
+    known = {size: minimum for size, minimum in minima.items() if minimum}
+    if len(known) < len(minima):
         raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
-    minima = sizes.minima(arm)
-    by_size = ", ".join(f"{loss.value:.4f} at batch {size}" for size, loss in minima.items())
+    by_size = ", ".join(f"{loss.value:.4f} at batch {size}" for size, loss in known.items())
     findings = []
     for size in larger:
         margin = sizes.margin((first, second, size))
-        excess = combined(_over_smaller, minima[size], minima[first], minima[second])
-        text = f"{arm_label(arm[first])}, batch {size} - the better of batch {first} and {second} = {nats(excess)}"
-        text = f"{text} ({by_size} at the fitted minima)"
-        all_problems = _with_margin(margin, problems)
-        ids = sizes.run_ids(sizes.by_size, arm)
-        findings.append(decide(Above(margin.value), excess, text, ids, all_problems, margin.rule))
+        excess = combined(lambda loss, *smaller: loss - np.minimum(*smaller), known[size], known[first], known[second])
+        text = (
+            f"{arm_label(arm[first])}, batch {size} - the better of batch {first} and {second} = {nats(excess)} "
+            f"({by_size} at the fitted minima)"
+        )
+        against = [*problems, *margin_problems(margin)]
+        findings.append(decide(Above(margin.value), excess, text, sizes.run_ids(arm), against, margin.rule))
     return together(findings)
-
-
-def _over_smaller(loss: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.asarray(loss - np.minimum(first, second))
 
 
 def best_at_small_batch(sizes: BatchSizes) -> Finding:
@@ -381,7 +343,6 @@ D4 = Claim(
     conditions=_CONDITIONS,
 )
 
-
 D5 = Claim(
     id="D5",
     kind="opinion",
@@ -392,7 +353,9 @@ D5 = Claim(
     paper_value="an interpretation; no number",
     unit="nats per token",
     experiments=("batch_size",),
-    judge=untestable("needs a control that trains the update of the weights without a product; no such runs exist"),
+    judge=lambda _: Finding(
+        "not tested", "needs a control that trains the update of the weights without a product; no such runs exist"
+    ),
 )
 
 CLAIMS = (D1, D2, D3, D4, D5)

@@ -1,18 +1,19 @@
-"""Claims A3 to A5: where an adapter runs out of capacity, and what it learns from there on."""
+"""Claims A3 to A5, N1 and N2: where an adapter runs out of capacity, and how many bits its parameters store."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Comparison, require
-from lorabench.analysis.estimate import Estimate, mean_over_seeds, student, t_quantile
+from lorabench.analysis.comparison import Arm, Comparison, require
+from lorabench.analysis.curves import PairedCurves
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, student, t_quantile
 from lorabench.analysis.finding import (
     MIN_SEEDS,
     Finding,
@@ -24,6 +25,7 @@ from lorabench.analysis.finding import (
     without,
     worst,
 )
+from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
 from lorabench.analysis.optimal_curves import (
     WINDOWS,
     Departure,
@@ -35,10 +37,11 @@ from lorabench.analysis.optimal_curves import (
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import SWEEP, Evidence, over
-from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY, margin_problems
-from lorabench.claims.scopes import every_longest, full_runs, learning, longest_run, longest_runs, without_facts
+from lorabench.claims.claim import SWEEP, Claim, Evidence
+from lorabench.claims.conditions import natural_text
+from lorabench.claims.judging import margin_problems, over
+from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY
+from lorabench.claims.scopes import Scoped, every_longest, full_runs, learning, longest_run, longest_runs, without_facts
 from lorabench.utils.formats import fixed_interval
 
 FLOOR = 0.05
@@ -58,62 +61,59 @@ LEAVES = (
 
 
 @dataclass(frozen=True)
-class _Ranks:
-    """The ranks of one comparison below the highest, and where they leave its curve."""
+class _Rank:
+    """A rank below the highest, and where it leaves the curve of the highest."""
 
-    comparison: Comparison
-    departures: Mapping[int, Departure]
-    """By rank, ascending."""
-    problems: Mapping[int, list[Problem]]
-    """What speaks against the departure of each rank."""
-
-    @property
-    def gone(self) -> list[int]:
-        """The ranks that leave."""
-        return [rank for rank, departure in self.departures.items() if departure.left]
-
-    def step(self, rank: int) -> float:
-        """Return the step of a departure; infinity where the rank stays."""
-        first = self.departures[rank].first
-        return math.inf if first is None else first
-
-    def text(self, rank: int) -> str:
-        """Return the departure of a rank in words."""
-        departure = self.departures[rank]
-        if departure.growth is None:
-            return f"r{rank} stays"
-        verb = f"leaves at step {departure.first}" if departure.left else "lags without leaving"
-        return f"r{rank} {verb} (its gap's slope is {nats(departure.growth)} per tenfold steps)"
+    rank: int
+    arm: Arm
+    curves: PairedCurves
+    """Its training NLL minus that of the highest rank."""
+    departure: Departure
+    problems: list[Problem]
+    """What speaks against the departure."""
 
     @property
-    def every_problem(self) -> list[Problem]:
-        """The problems of all ranks, each once."""
-        return list({problem.text: problem for problems in self.problems.values() for problem in problems}.values())
+    def step(self) -> float:
+        """The step of the departure; infinity where the rank stays."""
+        return math.inf if self.departure.first is None else self.departure.first
+
+    @property
+    def text(self) -> str:
+        """A description of the departure."""
+        if self.departure.growth is None:
+            return f"r{self.rank} stays"
+        verb = f"leaves at step {self.departure.first}" if self.departure.left else "lags without leaving"
+        return f"r{self.rank} {verb} (its gap's slope is {nats(self.departure.growth)} per tenfold steps)"
 
 
-def _ranks(comparison: Comparison) -> _Ranks:
+def _ranks(comparison: Comparison) -> list[_Rank]:
+    """Return the ranks below the highest, ascending."""
     [highest] = require(("LoRA above rank 1", comparison.highest))
-    margin = comparison.margin.value
-    departures, problems = {}, {}
+    margin = comparison.margin
+    ranks = []
     for rank, arm in comparison.lora.items():
         if rank == highest["rank"]:
             continue
-        curves = pair_at_optimum(comparison, arm, highest)
-        if not len(curves.by_seed) and not comparison.problems([arm, highest]):
+        curves, problems = pair_at_optimum(comparison, arm, highest), comparison.problems([arm, highest])
+        if not len(curves.by_seed) and not problems:
             raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
-        departures[rank] = paired_departure(curves, margin)
-        problems[rank] = [*comparison.problems([arm, highest]), *margin_problems(comparison)]
-        problems[rank] = problems[rank] or off_optimum(comparison, arm, highest, margin)
-    if not departures:
+        departure = paired_departure(curves, margin.value)
+        problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, arm, highest, margin.value)
+        ranks.append(_Rank(rank, arm, curves, departure, problems))
+    if not ranks:
         raise UnjudgedError("inconclusive", "only one rank")
-    return _Ranks(comparison, departures, problems)
+    return ranks
 
 
-def _between(ranks: _Ranks, lower: int, higher: int) -> Estimate:
+def _all_problems(ranks: Sequence[_Rank]) -> list[Problem]:
+    """Return the problems of ranks, each once."""
+    return list({problem.text: problem for rank in ranks for problem in rank.problems}.values())
+
+
+def _between(comparison: Comparison, lower: _Rank, higher: _Rank) -> Estimate:
     """Return the loss of a rank minus that of a higher rank over the steps between their departures."""
-    comparison = ranks.comparison
-    curves = pair_at_optimum(comparison, comparison.lora[lower], comparison.lora[higher])
-    first, end = sorted((ranks.step(lower), ranks.step(higher)))
+    curves = pair_at_optimum(comparison, lower.arm, higher.arm)
+    first, end = sorted((lower.step, higher.step))
     return curves.means([(int(first), int(min(end - 1, curves.last)))])[0]
 
 
@@ -124,27 +124,26 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
     """
     ranks = _ranks(comparison)
     ids = comparison.run_ids(comparison.lora.values())
-    text = ", ".join(map(ranks.text, ranks.departures))
-    problems, gone = ranks.every_problem, ranks.gone
-    reversed_pairs = [pair for pair in combinations(ranks.departures, 2) if ranks.step(pair[1]) < ranks.step(pair[0])]
-    if reversed_pairs:
-        findings = []
-        for lower, higher in reversed_pairs:
-            gap = _between(ranks, lower, higher)
-            in_words = f"{text}; r{higher} leaves before r{lower}, r{lower} - r{higher} = {nats(gap)} between"
-            judged = decide(Above(0.0), gap, in_words, ids, problems)
-            findings.append(without(judged, "confirmed"))
+    text = ", ".join(rank.text for rank in ranks)
+    problems, gone = _all_problems(ranks), [rank for rank in ranks if rank.departure.left]
+    findings = []
+    for lower, higher in combinations(ranks, 2):
+        if higher.step < lower.step:
+            gap, names = _between(comparison, lower, higher), (f"r{lower.rank}", f"r{higher.rank}")
+            both = f"{text}; {names[1]} leaves before {names[0]}, {names[0]} - {names[1]} = {nats(gap)} between"
+            findings.append(without(decide(Above(0.0), gap, both, ids, problems), "confirmed"))
+    if findings:
         return worst(findings)
-    if 1 not in ranks.departures:
+    if ranks[0].rank != 1:
         problems.append(Problem("no runs of rank 1", Remedy("rank 1")))
     elif not gone:
         problems.append(Problem("no rank surely leaves", Remedy("longer runs")))
-    elif len({ranks.step(rank) for rank in gone}) < 2:
+    elif len({rank.step for rank in gone}) < 2:
         problems.append(Problem("fewer than two steps of departure", Remedy("longer runs")))
     if problems:
         return finding(ids, text, "inconclusive", problems)
-    gap = _between(ranks, gone[0], gone[-1])
-    text += f"; r{gone[0]} - r{gone[-1]} = {nats(gap)} between their departures"
+    gap = _between(comparison, gone[0], gone[-1])
+    text += f"; r{gone[0].rank} - r{gone[-1].rank} = {nats(gap)} between their departures"
     return decide(Above(0.0), gap, text, ids, margin_rule=f"departures: {comparison.margin.rule}")
 
 
@@ -169,15 +168,12 @@ A3 = Claim(
 )
 
 
-def _keeps_falling(ranks: _Ranks, rank: int) -> Finding:
+def _keeps_falling(comparison: Comparison, rank: _Rank) -> Finding:
     """Judge the slope of one rank's loss after its departure, as a share of FullFT's over the same batches."""
-    comparison = ranks.comparison
-    arm, fullft = require((f"LoRA r{rank}", comparison.lora[rank]), ("FullFT", comparison.fullft))
-    past = ranks.departures[rank].past
-    slopes = []
-    for of_arm in (arm, fullft):
-        curve = curves_at_optimum(comparison, of_arm)
-        slopes.append(slopes_by_seed(curve[curve.index >= past]))
+    arm, fullft = require((f"LoRA r{rank.rank}", rank.arm), ("FullFT", comparison.fullft))
+    past = rank.departure.past
+    curves = (curves_at_optimum(comparison, compared) for compared in (arm, fullft))
+    slopes = [slopes_by_seed(curve[curve.index >= past]) for curve in curves]
     name = f"{comparison.label} {arm_label(arm)} from {past}"
     own, full = (mean_over_seeds(slope, f"{name} {number}") for number, slope in enumerate(slopes))
     share = mean_over_seeds((slopes[0] / slopes[1]).dropna(), name)
@@ -185,7 +181,7 @@ def _keeps_falling(ranks: _Ranks, rank: int) -> Finding:
         f"{arm_label(arm)} from step {past} on: {nats(own)} per tenfold steps, FullFT {nats(full)}, ratio "
         f"{share.value:.2f} {fixed_interval(*share.interval(), 2)}, {share.n_seeds} seeds"
     )
-    problems = [*ranks.problems[rank], *comparison.problems([arm, fullft])]
+    problems = [*rank.problems, *comparison.problems([arm, fullft])]
     if not (full.known and full.interval()[1] < 0):
         problems.append(Problem("FullFT's own loss does not surely fall there", Remedy("more seeds")))
     ids = comparison.run_ids([arm, fullft])
@@ -193,15 +189,15 @@ def _keeps_falling(ranks: _Ranks, rank: int) -> Finding:
 
 
 def no_floor(comparison: Comparison) -> Finding:
-    """A4: judge the slope against log(step) of each rank that has left the shared curve, beside FullFT's."""
+    """A4: judge the slope against log(step) of each rank that has left the shared curve, and that of FullFT."""
     ranks = _ranks(comparison)
-    if not ranks.gone:
-        departures = ", ".join(map(ranks.text, ranks.departures))
-        if ranks.every_problem:
-            ids = comparison.run_ids(comparison.lora.values())
-            return finding(ids, departures, "inconclusive", ranks.every_problem)
-        raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
-    return together([_keeps_falling(ranks, rank) for rank in ranks.gone])
+    gone = [rank for rank in ranks if rank.departure.left]
+    if gone:
+        return together([_keeps_falling(comparison, rank) for rank in gone])
+    departures, problems = ", ".join(rank.text for rank in ranks), _all_problems(ranks)
+    if problems:
+        return finding(comparison.run_ids(comparison.lora.values()), departures, "inconclusive", problems)
+    raise UnjudgedError("not tested", f"no rank leaves the shared curve: {departures}")
 
 
 A4 = Claim(
@@ -224,35 +220,32 @@ A4 = Claim(
 )
 
 
-def _thresholds(ranks: _Ranks) -> tuple[pd.DataFrame, list[str]]:
-    """Return the ranks with a threshold and the error of its log10 from seeds, and what is left out, in words."""
-    comparison = ranks.comparison
-    [highest] = require(("LoRA above rank 1", comparison.highest))
+def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
+    """Return the ranks with a threshold and the error of its log10 from seeds, and remarks on the other ranks."""
     rows, left_out = [], []
-    for rank, departure in ranks.departures.items():
-        runs = runs_at_optimum(comparison, comparison.lora[rank])
-        points = comparison.curves
-        points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
-        if ranks.problems[rank]:
-            left_out.append(f"{comparison.label} r{rank}: {ranks.problems[rank][0].text}")
+    for rank in _ranks(comparison):
+        name, departure = f"{comparison.label} r{rank.rank}", rank.departure
+        if rank.problems:
+            left_out.append(f"{name}: {rank.problems[0].text}")
         elif departure.first is None:
-            left_out.append(f"{comparison.label} {ranks.text(rank)}")
+            left_out.append(f"{comparison.label} {rank.text}")
         elif departure.before is None or departure.past is None:
-            left_out.append(f"{comparison.label} r{rank} never joined")
+            left_out.append(f"{name} never joined")
         else:
-            curves = pair_at_optimum(comparison, comparison.lora[rank], highest)
-            crossing = curves.crossing(departure.past, comparison.margin.value)
+            crossing = rank.curves.crossing(departure.past, comparison.margin.value)
             if not crossing.known:
-                left_out.append(f"{comparison.label} r{rank} does not go on leaving after its departure")
+                left_out.append(f"{name} does not go on leaving after its departure")
                 continue
             if crossing.interval()[1] < math.log10(departure.before):
-                left_out.append(f"{comparison.label} r{rank} does not leave along a line in log(step)")
+                left_out.append(f"{name} does not leave along a line in log(step)")
                 continue
+            runs, points = runs_at_optimum(comparison, rank.arm), comparison.curves
+            points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
             tokens = points.groupby("step")["tokens"].max().astype(float)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
-                    "name": f"{comparison.label} r{rank}",
+                    "name": name,
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
                     "tokens": np.interp(10**crossing.value, [0, *tokens.index], [0.0, *tokens]),
                     "error": crossing.seed_error,
@@ -269,26 +262,26 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
     parts, left_out = [], []
     for comparison in longest_runs(without_facts(evidence.comparisons)):
         try:
-            part, without = _thresholds(_ranks(comparison))
+            part, remarks = _thresholds(comparison)
         except UnjudgedError as unjudged:
             left_out.append(f"{comparison.label}: {unjudged.finding.reason}")
             continue
         parts.append(part)
-        left_out += without
+        left_out += remarks
     if not parts and not left_out:
         raise UnjudgedError("not tested", "no such runs")
     gone = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    tokens = [f"{row['name']} {row['tokens']:.3g} tokens" for row in gone.to_dict("records")]
+    tokens = ", ".join(f"{row['name']} {row['tokens']:.3g} tokens" for row in gone.to_dict("records"))
     others = f"; left out: {', '.join(left_out)}" if left_out else ""
     dof = len(gone) - gone["dataset"].nunique() - 1 if len(gone) else 0
     if dof < 1:
-        reason = f"{', '.join(tokens) or 'no departures'}: too few for a slope{others}"
+        reason = f"{tokens or 'no departures'}: too few for a slope{others}"
         raise UnjudgedError("inconclusive", reason, MORE_RANKS)
     floor = math.sqrt(float((gone["error"] ** 2).mean()))
     line = log_log(gone["trainable_params"], gone["tokens"], floor, gone["dataset"])
     slope = student(line.slope, (line.high - line.slope) / t_quantile(dof), dof, "thresholds")
     interval = fixed_interval(*slope.interval(), 2)
-    text = f"slope {slope.value:.2f} {interval} over {line.n} departures ({', '.join(tokens)}){others}"
+    text = f"slope {slope.value:.2f} {interval} over {line.n} departures ({tokens}){others}"
     run_ids = [run_id for listed in gone["run_ids"] for run_id in listed]
     judged = decide(Within(*THRESHOLD_BAND), slope, text, run_ids, margin_rule="a constant around 1, proportionality")
     return replace(judged, remedy=MORE_RANKS) if judged.verdict == "inconclusive" else judged
@@ -320,4 +313,149 @@ A5 = Claim(
     conditions=(LONG,),
 )
 
-CLAIMS = (A3, A4, A5)
+BIT_BAND = (0.3, 1.2)
+"""The losses, in nats per token, that count as about 1 bit."""
+
+
+def about_one_bit(comparison: Comparison) -> Finding:
+    """N1: judge the first epoch's loss per scored token, of FullFT or else the highest rank."""
+    arm = comparison.fullft or comparison.highest
+    runs = comparison.at_optimum(arm) if arm else comparison.runs.iloc[:0]
+    runs = runs.dropna(subset=["first_epoch_nats", "first_epoch_scored_tokens"])
+    if arm is None or runs.empty:
+        raise UnjudgedError("not tested", "no run that went through an epoch")
+    nats, tokens = runs["first_epoch_nats"].astype(float), runs["first_epoch_scored_tokens"].astype(float)
+    mean = mean_over_seeds(nats / tokens, f"{comparison.label} first epoch")
+    text = (
+        f"first epoch of {arm_label(arm)} {mean.value:.3f} nats {fixed_interval(*mean.interval(), 3)} per scored token "
+        f"= {mean.value / math.log(2):.2f} bits, {nats.mean() / math.log(2):.3g} bits in all, {mean.n_seeds} seeds"
+    )
+    return decide(Within(*BIT_BAND), mean, text, runs["run_id"], margin_rule="a constant around 1 bit")
+
+
+N1 = Claim(
+    id="N1",
+    kind="opinion",
+    statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
+    figure="text",
+    criterion=(
+        "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
+        f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
+    ),
+    needs="runs of FullFT that go through an epoch; two seeds",
+    paper_value="1 bit = 0.69 nats",
+    unit="nats per token",
+    experiments=("rank", "capacity"),
+    judge=over(learning(every_longest), about_one_bit),
+    columns=("first_epoch_nats", "first_epoch_scored_tokens"),
+    conditions=(natural_text(("overnight", "core", "paper")),),
+)
+
+TWO_BITS_BAND = (1.5, 2.5)
+"""The bits per parameter that round to 2."""
+
+SATURATED = 0.9
+"""The share of the facts above which an adapter may have room for more."""
+
+MAX_GROWTH = 0.1
+"""The share stored in the second half of the steps from which an adapter is still storing."""
+
+
+def memorising(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose the comparisons on random facts."""
+    return [(comparison, "") for comparison in comparisons if is_memorisation(comparison.runs).any()]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What one rank stores of the facts."""
+
+    arm: Arm
+    bits: Estimate
+    share: Estimate
+    """The stored share of all bits of the facts."""
+    per_parameter: Estimate
+    """The bits stored for each trainable parameter."""
+
+    @property
+    def number(self) -> str:
+        """The bits per parameter with their interval."""
+        return f"{self.per_parameter.value:.2f} {fixed_interval(*self.per_parameter.interval(), 2)} bits per parameter"
+
+
+def _adapters(comparison: Comparison) -> list[_Adapter]:
+    """Return what each rank with a fitted minimum stores, by rank."""
+    adapters = []
+    for arm in comparison.lora.values():
+        minimum, first = comparison.fit.minima.get(arm_label(arm)), comparison.rows[arm_label(arm)].iloc[0]
+        if minimum is not None:
+            entropy, parameters = float(first["entropy_bits"]), float(first["trainable_params"])
+            bits = stored(minimum, entropy, float(first["test_scored_tokens"]))
+            share = combined(lambda bits, entropy=entropy: bits / entropy, bits)
+            per_parameter = combined(lambda bits, parameters=parameters: bits / parameters, bits)
+            adapters.append(_Adapter(arm, bits, share, per_parameter))
+    return adapters
+
+
+def _is_saturated(comparison: Comparison, adapter: _Adapter, higher: _Adapter) -> bool:
+    """Return whether a rank stores less than all facts, and the next rank stores more."""
+    more = stored(comparison.gap(higher.arm, adapter.arm), 0.0, 1.0)
+    return adapter.bits.known and more.known and adapter.share.interval()[1] < SATURATED and more.interval()[0] > 0
+
+
+def _two_bits(comparison: Comparison, adapter: _Adapter) -> Finding:
+    """Judge the bits per parameter of one saturated rank."""
+    estimate, problems = adapter.per_parameter, comparison.problems([adapter.arm])
+    growth = late_growth(comparison.at_optimum(adapter.arm), comparison.curves)
+    # More steps can only store more, so a value above the band contradicts all the same.
+    if estimate.interval()[0] <= TWO_BITS_BAND[1] and not growth.value < MAX_GROWTH:
+        late = "unknown" if math.isnan(growth.value) else f"{growth.value:.0%}"
+        text = f"still storing at the end ({late} of it in the second half of the steps)"
+        problems.append(Problem(text, Remedy("more epochs")))
+    text = f"r{adapter.arm['rank']} is saturated at {adapter.number}"
+    ids = comparison.run_ids([adapter.arm])
+    return decide(Within(*TWO_BITS_BAND), estimate, text, ids, problems, "the numbers that round to 2")
+
+
+def two_bits_per_parameter(comparison: Comparison) -> Finding:
+    """N2: judge the bits of random facts stored per trainable parameter by each saturated rank."""
+    adapters, arms = _adapters(comparison), comparison.lora.values()
+    if not arms:
+        raise UnjudgedError("inconclusive", "no runs of LoRA on the facts")
+    run_ids = tuple(sorted(comparison.run_ids(arms)))
+    problems = [problem for arm in arms for problem in comparison.problems([arm])]
+    if not adapters:
+        return finding(run_ids, "no fitted minimum of a rank", "inconclusive", problems)
+    by_rank = "; ".join(
+        f"r{adapter.arm['rank']} {adapter.number}, {adapter.share.value:.0%} of the facts" for adapter in adapters
+    )
+    saturated = [adapter for adapter, higher in pairwise(adapters) if _is_saturated(comparison, adapter, higher)]
+    if not saturated:
+        problems = [problem for adapter in adapters for problem in comparison.problems([adapter.arm])]
+        return finding(run_ids, by_rank, "inconclusive", problems or [Problem("no rank is saturated")])
+    decisive = worst([_two_bits(comparison, adapter) for adapter in saturated])
+    return replace(decisive, reason=f"{decisive.reason} ({by_rank})", run_ids=run_ids)
+
+
+N2 = Claim(
+    id="N2",
+    kind="prediction",
+    statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
+    figure="text",
+    criterion=(
+        "On random facts, for each saturated rank: the bits stored per adapter parameter, at the fitted minimum of the "
+        f"NLL over LRs, lie within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "
+        f"{BITS_PER_PARAMETER:g}. A rank is saturated if it stores less than {SATURATED:.0%} of the facts and the next "
+        f"rank stores more, both with their 95% intervals. A rank that stored {MAX_GROWTH:.0%} or more of its bits in "
+        "the second half of its steps is still storing, so it counts only above the band. The paper cites the number "
+        "for whole networks, after long training"
+    ),
+    needs=f"LoRA on all layers at two or more ranks on a dataset of facts; {MIN_SEEDS} seeds",
+    paper_value="2 (cited)",
+    unit="bits per parameter",
+    experiments=("capacity",),
+    judge=over(memorising, two_bits_per_parameter),
+    columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
+)
+
+CLAIMS = (A3, A4, A5, N1, N2)

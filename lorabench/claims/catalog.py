@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorabench.claims import (
+    across_models,
     batch_size,
     capacity,
     compute,
@@ -10,37 +11,16 @@ from lorabench.claims import (
     invariance,
     learning_curves,
     learning_rate,
-    lr_across_models,
-    lr_law,
-    lr_ratio_theories,
-    parameter_counts,
     parametrization,
     placement,
     reinforcement,
-    rl_information,
     rl_progress,
-    stored_bits,
 )
 from lorabench.claims.claim import Claim
 
 _MODULES = (
-    learning_curves,
-    capacity,
-    stored_bits,
-    learning_rate,
-    lr_across_models,
-    lr_law,
-    lr_ratio_theories,
-    early_curves,
-    parametrization,
-    invariance,
-    batch_size,
-    placement,
-    parameter_counts,
-    reinforcement,
-    rl_progress,
-    rl_information,
-    compute,
+    *(learning_curves, early_curves, capacity, learning_rate, across_models, parametrization, invariance),
+    *(batch_size, placement, reinforcement, rl_progress, compute),
 )
 
 _FAMILIES = "ANBCDEMFGP"

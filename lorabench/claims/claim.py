@@ -1,15 +1,20 @@
-"""The type of a claim: a statement of the paper, a criterion, and the function that judges it."""
+"""The type of a claim: a statement of the paper, a criterion, and the function that judges it on evidence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from lorabench.analysis.comparison import Task
+import pandas as pd
+
+from lorabench.analysis.arms import is_standard
+from lorabench.analysis.comparison import Comparison, Judging, Task, comparisons
 from lorabench.analysis.finding import Finding
-from lorabench.claims.conditions import Condition
-from lorabench.claims.evidence import Evidence
+from lorabench.analysis.lr_ratio import MeasuredRatio, measured_ratios
+from lorabench.analysis.rewards import TestReward, with_error_rates
+from lorabench.analysis.rl_health import beyond_controls
 
 Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own prediction"]
 """How the paper supports a statement.
@@ -21,6 +26,77 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own
 - `prediction`: not at all, since the paper left the statement untested
 - `own prediction`: not at all, since the statement is this project's and not the paper's
 """
+
+SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
+"""The runs that most claims need."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The tidy tables that a claim is judged on; a table that does not exist is empty."""
+
+    runs: pd.DataFrame
+    """The rows of the table `runs` that belong to the claim's task and experiments."""
+    curves: pd.DataFrame
+    """The learning curves of these runs."""
+    compute: pd.DataFrame
+    """The table `compute`: FLOPs, time and memory of training steps."""
+    counts: pd.DataFrame
+    """The table `counts`: parameter counts of LoRA on large models."""
+    every_run: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """The whole table `runs`, for a claim that compares RL with supervised training."""
+    judging: Judging = field(default_factory=Judging)
+    """Margins, losses by test example, and seed noise from elsewhere."""
+
+    @cached_property
+    def standard(self) -> pd.DataFrame:
+        """The runs of FullFT, and the runs of LoRA in the paper's parametrization on any layers."""
+        return self.runs[is_standard(self.runs)]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """The comparisons of the standard runs, one per model, dataset, batch size and length."""
+        return comparisons(self.standard, self.curves, self.judging, checked=True)
+
+    @cached_property
+    def at_last_evaluation(self) -> list[Comparison]:
+        """The comparisons of RL on test error rates after the last step, of problem sets that give a reward."""
+        return comparisons(rewarded_errors(self.standard), self.curves, self.judging, checked=True)
+
+    @cached_property
+    def at_best_evaluation(self) -> list[Comparison]:
+        """The same at the evaluation that is best on validation."""
+        return comparisons(rewarded_errors(self.standard, "best_reward"), self.curves, self.judging, checked=True)
+
+    @cached_property
+    def lr_ratios(self) -> list[MeasuredRatio]:
+        """The conditions in which the ratio of LoRA's to FullFT's optimal LR is measured, with any alpha."""
+        return measured_ratios(self.runs, self.curves, self.judging)
+
+
+def rewarded_errors(runs: pd.DataFrame, test_reward: TestReward = "final_reward") -> pd.DataFrame:
+    """Return the RL runs as error rates, of models and problem sets on which some run got a reward.
+
+    Where there are problem sets on which every method is ahead of the controls, these are all.
+    """
+    rewarded = runs["status"].ne("unrewarded").groupby([runs["model"], runs["dataset"]]).transform("any")
+    runs = runs[rewarded.astype(bool)]
+    beyond = beyond_controls(runs)
+    if beyond.any():
+        runs = runs[[bool(beyond[key]) for key in zip(runs["model"], runs["dataset"], strict=True)]]
+    return with_error_rates(runs, test_reward)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the runs must be like for a claim to be about them, such as their length."""
+
+    text: str
+    """The end of a sentence that starts with "needs"."""
+    instead: Callable[[Evidence], str | None]
+    """Returns None if the evidence meets the condition, and otherwise a text on what it has instead."""
+    presets: tuple[str, ...]
+    """The shipped presets whose runs meet it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +129,3 @@ class Claim:
     """The fact that the claim states, in words; claims with the same fact are one in the headline."""
     core: bool = False
     """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""
-
-
-def untestable(reason: str) -> Callable[[Evidence], Finding]:
-    """Return a judge for a claim that no preset tests; it gives the reason why."""
-    return lambda evidence: Finding("not tested", reason)

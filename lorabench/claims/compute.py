@@ -1,22 +1,23 @@
-"""Claims G1 to G3: the FLOPs and memory of LoRA beside full fine-tuning (FullFT), and losses at equal FLOPs."""
+"""Claims G1 to G3 on FLOPs and memory, and E6, M1 and F6 on parameter counts: LoRA and full fine-tuning (FullFT)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
-from lorabench.analysis.estimate import Estimate
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, finding, nats, together
+from lorabench.analysis.estimate import Estimate, exact
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
 from lorabench.analysis.optimal_curves import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import SWEEP, Evidence, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence
+from lorabench.claims.judging import margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM
 from lorabench.claims.scopes import every_dataset
 
@@ -98,25 +99,21 @@ def ahead_at_equal_flops(comparison: Comparison) -> Finding:
     what = f"LoRA up to rank {hidden[0] // FAR_BELOW} (hidden size {hidden[0]})"
     lora, fullft = require((what, low_ranks[-1] if low_ranks else None), ("FullFT", comparison.fullft))
     label = f"FullFT - {arm_label(lora)}"
-    of_lora, of_fullft = (runs_at_optimum(comparison, arm) for arm in (lora, fullft))
-    curves = equal_flops_curves(of_lora, of_fullft, comparison.curves, f"{comparison.label} {label} at equal FLOPs")
+    runs = [runs_at_optimum(comparison, arm) for arm in (lora, fullft)]
+    curves = equal_flops_curves(runs[0], runs[1], comparison.curves, f"{comparison.label} {label} at equal FLOPs")
     windows = curves.windows(WINDOWS)
     if not windows:
-        raise UnjudgedError(
-            "not tested", "no training and validation curves of paired seeds with training FLOPs in common"
-        )
-    problems = comparison.problems([lora, fullft])
+        text = "no training and validation curves of paired seeds with training FLOPs in common"
+        raise UnjudgedError("not tested", text)
+    problems, margin = comparison.problems([lora, fullft]), comparison.margin
     if not problems and curves.n_seeds < MIN_SEEDS:
         problems.append(Problem(f"training losses of {curves.n_seeds} paired seeds, {MIN_SEEDS} needed"))
-    margin = comparison.margin
-    if margin.problem:
-        problems.append(Problem(margin.problem))
-    problems = problems or off_optimum(comparison, lora, fullft, margin.value)
+    problems = [*problems, *margin_problems(margin)] or off_optimum(comparison, lora, fullft, margin.value)
 
-    def text(difference: Estimate) -> str:
+    def text_of(difference: Estimate) -> str:
         return f"{label} at the FLOPs of LoRA = {nats(difference)}, {curves.n_seeds} seeds,"
 
-    return scan(lambda window: Above(margin.value), curves, windows, text, problems, margin.rule)
+    return scan(lambda window: Above(margin.value), curves, windows, text_of, problems, margin.rule)
 
 
 G2 = Claim(
@@ -174,4 +171,167 @@ G3 = Claim(
     judge=memory_of_fullft,
 )
 
-CLAIMS = (G1, G2, G3)
+PAPER_COUNTS = {
+    ("mlp", 256): 486_866_944,
+    ("attn", 256): 251_985_920,
+    ("all", 256): 704_970_752,
+    ("mlp", 128): 243_433_472,
+}
+"""The trainable parameters on Llama-3.1-8B by placement and rank, which the paper rounds to 10 million."""
+
+_EXACT = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
+
+
+def _counts(evidence: Evidence, architecture: str) -> pd.DataFrame:
+    counts = evidence.counts
+    if counts.empty:
+        raise UnjudgedError("not tested", "there is no table of parameter counts")
+    return counts[counts["architecture"] == architecture]
+
+
+def parameter_counts(evidence: Evidence) -> Finding:
+    """E6: judge the trainable parameters of the paper's four configurations against the exact numbers."""
+    counts = _counts(evidence, "llama-3.1-8b")
+    chosen = counts[counts["part"].eq("all") & counts["include_unembedding"].eq(True)]
+    by_arm = {(row["placement"], int(row["rank"])): int(row["trainable_params"]) for row in chosen.to_dict("records")}
+    names = {arm: f"{arm[0]} r{arm[1]}" for arm in PAPER_COUNTS}
+    missing = [name for arm, name in names.items() if arm not in by_arm]
+    if len(missing) == len(PAPER_COUNTS):
+        raise UnjudgedError("not tested", "the counts table has none of the paper's configurations on llama-3.1-8b")
+    off = {arm: by_arm[arm] - expected for arm, expected in PAPER_COUNTS.items() if arm in by_arm}
+    wrong = [f"{names[arm]} is off by {difference:+,}" for arm, difference in off.items() if difference]
+    counted = ", ".join(f"{names[arm]} {by_arm[arm]:,}" for arm in off)
+    verdict: Verdict = "contradicted" if wrong else "inconclusive" if missing else "confirmed"
+    notes = wrong + [f"{name} is not counted" for name in missing]
+    text = "; ".join([f"llama-3.1-8b with the unembedding: {counted}", *notes])
+    return Finding(verdict, text, estimate=float(max(off.values(), key=abs)))
+
+
+E6 = Claim(
+    id="E6",
+    kind="count",
+    statement="LoRA has 0.49B (mlp r256), 0.25B (attn r256), 0.70B (all r256) and 0.24B (mlp r128) parameters",
+    figure="4 (table)",
+    criterion=(
+        f"The counts on Llama-3.1-8B, with the unembedding in every placement, are exactly {_EXACT}. The estimate is "
+        "the largest difference from these"
+    ),
+    needs="the table of parameter counts; no runs",
+    paper_value="0.49B, 0.25B, 0.70B, 0.24B",
+    unit="parameters",
+    experiments=(),
+    judge=parameter_counts,
+)
+
+ACTIVE_EXPERTS = 8
+"""The number of experts that Qwen3-30B-A3B activates for a token, by which the paper divides the total rank."""
+
+_MOE_PARTS = ("experts", "attention", "unembedding")
+
+
+def _expert_ratio(rank: int, share: pd.Series[float]) -> Finding:
+    """Judge M1 at one total rank, from LoRA's share of parameters by part of the model."""
+    missing = [part for part in _MOE_PARTS if part not in share]
+    if missing:
+        return Finding("inconclusive", f"total rank {rank}: {' and '.join(missing)} not counted")
+    divided = {part: float(share[part] / share["experts"]) for part in _MOE_PARTS if part != "experts"}
+    # An expert's LoRA parameters are proportional to its rank.
+    undivided = {part: factor / ACTIVE_EXPERTS for part, factor in divided.items()}
+    furthest, other = (
+        max(factors.values(), key=lambda factor: abs(math.log(factor))) for factors in (divided, undivided)
+    )
+    strain = abs(math.log(furthest)) - abs(math.log(other))
+    shares = ", ".join(f"{part} {share[part]:.3%}" for part in _MOE_PARTS)
+    by_rule = [
+        ", ".join(f"{part} / experts {factor:.2f}" for part, factor in factors.items())
+        for factors in (divided, undivided)
+    ]
+    text = (
+        f"qwen3-30b-a3b at total rank {rank}, LoRA over base parameters: {shares}; {by_rule[0]}, and without the "
+        f"division {by_rule[1]}, which is {'further from' if strain <= 0 else 'nearer to'} 1"
+    )
+    return Finding("confirmed" if strain <= 0 else "contradicted", text, estimate=furthest, strain=strain)
+
+
+def expert_ratio(evidence: Evidence) -> Finding:
+    """M1: judge LoRA's share of parameters in the experts against that in attention and the unembedding, by rank."""
+    counts = _counts(evidence, "qwen3-30b-a3b")
+    counts = counts[counts["part"].isin(_MOE_PARTS)]
+    shares = counts.assign(share=counts["trainable_params"].astype(float) / counts["base_params"].astype(float))
+    findings = [
+        _expert_ratio(int(rank), rows.drop_duplicates("part").set_index("part")["share"])
+        for rank, rows in shares.groupby(shares["rank"].astype(int))
+    ]
+    if not findings:
+        raise UnjudgedError("not tested", "the counts table has no parts of qwen3-30b-a3b")
+    return together(findings)
+
+
+M1 = Claim(
+    id="M1",
+    kind="count",
+    statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
+    figure="text",
+    criterion=(
+        "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
+        "attention, and of the unembedding, over that of the experts. With an expert rank of the total rank / "
+        f"{ACTIVE_EXPERTS}, the factor furthest from 1, which is the estimate, is nearer to 1 on a logarithmic scale "
+        "than with the total rank for every expert. Contradicted if it is further"
+    ),
+    needs="the table of parameter counts; no runs",
+    paper_value="the same, by dividing by the 8 active experts",
+    unit="ratio",
+    experiments=(),
+    judge=expert_ratio,
+)
+
+MATH_PROBLEMS = 10_000
+"""The number of problems in the paper's RL on MATH."""
+
+MATH_SAMPLES = 32
+"""The number of samples of each problem there."""
+
+MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
+"""The bits that RL on MATH gives at most, at 1 bit per episode."""
+
+FAR_MORE = 5.0
+"""The ratio from which on there are far more parameters than bits; the paper has almost 10."""
+
+
+def rank_1_holds_math(evidence: Evidence) -> Finding:
+    """F6: judge the rank-1 parameters on Llama-3.1-8B over the bits of RL on MATH."""
+    counts = _counts(evidence, "llama-3.1-8b")
+    rank_1 = counts["placement"].eq("all") & counts["rank"].eq(1) & counts["part"].eq("all")
+    rows = counts[rank_1].dropna(subset=["include_unembedding", "trainable_params"])
+    by_unembedding = {bool(row["include_unembedding"]): int(row["trainable_params"]) for row in rows.to_dict("records")}
+    if True not in by_unembedding:
+        raise UnjudgedError(
+            "not tested", "the counts table has no rank 1 on all layers and unembedding of llama-3.1-8b"
+        )
+    findings = []
+    for include, parameters in sorted(by_unembedding.items()):
+        ratio = parameters / MATH_BITS
+        text = f"{parameters:,} {'with' if include else 'without'} the unembedding ({ratio:.1f} times)"
+        findings.append(decide(Above(FAR_MORE), exact(ratio), text, (), (), f"a factor of {FAR_MORE:g}"))
+    counted = ", ".join(judged.reason for judged in findings)
+    return replace(worst(findings), reason=f"rank-1 parameters over {MATH_BITS:,} bits: {counted}")
+
+
+F6 = Claim(
+    id="F6",
+    kind="count",
+    statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
+    figure="text",
+    criterion=(
+        f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
+        f"unembedding, as RL on MATH gives bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} "
+        "samples each at 1 bit per episode. The estimate is the smaller ratio. It is a count, which no run can change"
+    ),
+    needs="the table of parameter counts; no runs",
+    paper_value="3M parameters for 320,000 bits, almost 10 times",
+    unit="ratio",
+    experiments=(),
+    judge=rank_1_holds_math,
+)
+
+CLAIMS = (G1, G2, G3, E6, M1, F6)

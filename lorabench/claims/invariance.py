@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from lorabench.analysis.invariances import (
 from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
 from lorabench.claims.claim import Claim
-from lorabench.claims.scopes import on_lora
+from lorabench.claims.judging import few_seeds, on_lora
 from lorabench.utils.formats import fixed_interval
 
 REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
@@ -71,7 +72,7 @@ def _named(pair: pd.Series[Any], speed: str) -> str:
 
 
 def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool = False) -> Finding:
-    """C5, C8: judge the largest difference of training NLL of equivalent runs, beside that of other runs.
+    """C5, C8: judge the largest difference of training NLL of equivalent runs, compared with that of other runs.
 
     Args:
         lora: the LoRA runs of one model and dataset.
@@ -102,21 +103,16 @@ def equivalent_trajectories(lora: pd.DataFrame, curves: pd.DataFrame, plus: bool
         if equal["step"].min() < TRAJECTORY_STEPS:
             remedy = Remedy(f"runs of {TRAJECTORY_STEPS} steps")
             problems.append(Problem(f"fewer than {TRAJECTORY_STEPS} steps in common", remedy))
-        problems += _control_problems(control, largest)
+        if control.empty:
+            remedy = Remedy("a run that should differ, such as at another LR")
+            problems.append(Problem("no pair that should differ", remedy))
+        elif not float(control["difference"].min()) > IDENTICAL:
+            problems.append(Problem("runs that should differ do not, so the measure can't tell them apart"))
     if len(control):
         text += f"; {len(control)} other pairs by at least {float(control['difference'].min()):.2g}"
     run_ids = last[["run_id_fast", "run_id_slow"]].to_numpy().ravel()
     margin_rule = "the numerical precision of a training loss"
     return decide(Within.margin(IDENTICAL), exact(largest), text, run_ids, problems, margin_rule)
-
-
-def _control_problems(control: pd.DataFrame, largest: float) -> list[Problem]:
-    """Return what keeps the control from showing that runs which should differ do."""
-    if control.empty:
-        return [Problem("no pair that should differ", Remedy("a run that should differ, such as at another LR"))]
-    if float(control["difference"].min()) > max(largest, IDENTICAL):
-        return []
-    return [Problem("runs that should differ do not, so the measure can't tell them apart")]
 
 
 C5 = Claim(
@@ -139,12 +135,6 @@ C5 = Claim(
     core=True,
 )
 
-
-def plus_trajectories(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
-    """C8: judge as C5 the pairs in which one run has unequal LRs of A and B and the other has equal ones."""
-    return equivalent_trajectories(lora, curves, plus=True)
-
-
 C8 = Claim(
     id="C8",
     kind="derivation",
@@ -158,7 +148,7 @@ C8 = Claim(
     paper_value="exact; derived",
     unit="nats per token",
     experiments=("parametrization",),
-    judge=on_lora(plus_trajectories),
+    judge=on_lora(partial(equivalent_trajectories, plus=True)),
     fact=REDUNDANT,
 )
 
@@ -175,31 +165,22 @@ def _falls(lora: pd.DataFrame, curves: pd.DataFrame) -> pd.Series[float]:
     return (points["before"] - points["after"]).astype(float)
 
 
-def _moved_by(lora: pd.DataFrame, curves: pd.DataFrame, step: int) -> pd.Series[float]:
-    """Return the movement of A by run, at the first recorded step from `step` on."""
-    moved = train_curves(lora[["run_id"]], curves, "a_moved")
-    return moved[moved["step"] >= step].groupby("run_id")["value"].first().astype(float)
-
-
-def _slope_of(of_pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
+def _slope_ratio(pair: pd.DataFrame, moved: pd.Series[float]) -> Finding:
     """Judge one pair of configurations, over seeds."""
-    first = of_pair.iloc[0]
-    name = f"r{first['rank']} {_named(first, 'fast')} / {_named(first, 'slow')}"
-    ratio = ratio_of_means(of_pair["fast"].to_numpy(float), of_pair["slow"].to_numpy(float), name)
-    a_moved = of_pair["run_id_fast"].map(moved).max()
-    text = (
-        f"r{first['rank']} {_named(first, 'fast')}: {ratio.value:.3f} {fixed_interval(*ratio.interval(), 3)} of the "
-        f"fall of {_named(first, 'slow')} over {len(of_pair)} seeds"
+    first = pair.iloc[0]
+    fast, slow = _named(first, "fast"), _named(first, "slow")
+    ratio = ratio_of_means(
+        pair["fast"].to_numpy(float), pair["slow"].to_numpy(float), f"r{first['rank']} {fast} / {slow}"
     )
-    problems = []
-    if len(of_pair) < MIN_SEEDS:
-        remedy = Remedy(f"{MIN_SEEDS} seeds (now {len(of_pair)})", seeds=MIN_SEEDS)
-        problems.append(Problem(f"{len(of_pair)} paired seeds, {MIN_SEEDS} needed", remedy))
-    if math.isnan(ratio.value):
-        problems.append(Problem("the loss does not fall"))
+    text = (
+        f"r{first['rank']} {fast}: {ratio.value:.3f} {fixed_interval(*ratio.interval(), 3)} of the fall of {slow} over "
+        f"{len(pair)} seeds"
+    )
+    a_moved = pair["run_id_fast"].map(moved).max()
     if not math.isnan(a_moved):
         text += f", A moved by {a_moved:.2g}"
-    run_ids = [*of_pair["run_id_fast"], *of_pair["run_id_slow"]]
+    problems = few_seeds(len(pair)) + ([Problem("the loss does not fall")] if math.isnan(ratio.value) else [])
+    run_ids = [*pair["run_id_fast"], *pair["run_id_slow"]]
     return decide(Within(*SLOPE_BAND), ratio, text, run_ids, problems, "a ratio of 1 within 2%")
 
 
@@ -214,16 +195,17 @@ def same_initial_slope(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     if both.empty:
         raise UnjudgedError("not tested", f"no validation losses at step 0 and up to step {SLOPE_STEPS}")
     names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    all_pairs = [of_pair for _, of_pair in both.groupby([*PAIR_SETTING, *names], dropna=False)]
+    all_pairs = [pair for _, pair in both.groupby([*PAIR_SETTING, *names], dropna=False)]
     # The claim is about the time before A moves. A pair whose movement was not recorded is judged.
-    moved = _moved_by(lora, curves, SLOPE_STEPS)
-    still = [of_pair for of_pair in all_pairs if not of_pair["run_id_fast"].map(moved).max() > STILL]
+    recorded = train_curves(lora[["run_id"]], curves, "a_moved")
+    moved = recorded[recorded["step"] >= SLOPE_STEPS].groupby("run_id")["value"].first().astype(float)
+    still = [pair for pair in all_pairs if not pair["run_id_fast"].map(moved).max() > STILL]
     left_out = (
         f"{len(all_pairs) - len(still)} pairs left out, whose A moved by more than {STILL:.0%} in {SLOPE_STEPS} steps"
     )
     if not still:
         raise UnjudgedError("inconclusive", left_out, Remedy("the same pairs at a smaller LR_A"))
-    findings = [_slope_of(of_pair, moved) for of_pair in still]
+    findings = [_slope_ratio(pair, moved) for pair in still]
     # There may be dozens of pairs, so the reason counts their verdicts.
     counts = pd.Series([judged.verdict for judged in findings]).value_counts()
     verdicts = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -15,15 +16,13 @@ from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
 from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import Evidence
-from lorabench.claims.scope_text import scope_text
+from lorabench.claims.claim import Claim, Evidence
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
-from lorabench.store.stand_ins import REMARK, SOURCE_COLUMNS, remarks_on
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, remarks_on
+from lorabench.utils.formats import count, parameters
 
 
 def judge_claims(
@@ -54,39 +53,33 @@ def judge_claims(
     """
     runs = tables.runs
     check_table(runs)
-    every_curve = _with_categories(tables.curves)
-    check_curves(every_curve)
-    missing = {task: [name for name in needed if name not in runs] for task, needed in NEEDED_BY.items()}
+    check_curves(tables.curves)
+    # Every claim picks points by these columns.
+    by_category = [name for name in ("split", "metric") if name in tables.curves]
+    every_curve = tables.curves.astype(dict.fromkeys(by_category, "category"))
     if "run_id" in runs:
         runs = with_arm_columns(runs)
-    remarks = _Remarks(runs)
-    replications = estimates_by_claim()
+    replications, rl = estimates_by_claim(), is_rl(runs)
     examples = ExampleLosses.of(tables.test_losses)
-    evidence: dict[tuple[Task, tuple[str, ...]], Evidence] = {}
+    judging = {
+        task: Judging(margins or DEFAULT_MARGINS, examples, task_noise, predictions or DEFAULT_PREDICTIONS)
+        for task, task_noise in (("sft", noise), ("rl", reward_noise))
+    }
     by_runs: dict[tuple[Task, tuple[Hashable, ...]], Evidence] = {}
     rows = []
     for claim in claims:
-        key = (claim.task, claim.experiments)
-        if key not in evidence:
-            chosen = runs[in_experiments(runs, claim.experiments) & (is_rl(runs) == (claim.task == "rl"))]
-            same = (claim.task, tuple(chosen.index))
-            if same not in by_runs:
-                curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
-                judging = Judging(
-                    margins or DEFAULT_MARGINS,
-                    examples,
-                    noise if claim.task == "sft" else reward_noise,
-                    predictions or DEFAULT_PREDICTIONS,
-                )
-                by_runs[same] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging)
-            # Experiments with the same runs share their comparisons, whose fits take most of the time.
-            evidence[key] = by_runs[same]
-        absent = [*missing[claim.task], *(name for name in claim.columns if name not in runs)]
-        judged, missing_text = _judge(claim, evidence[key], absent)
-        if margins is None:
-            judged = replace(judged, margin_rule=_by_default(judged.margin_rule))
-        if judged.run_ids:
-            judged = replace(judged, reason="; ".join([judged.reason, *remarks.on(judged.run_ids)]))
+        chosen = runs[in_experiments(runs, claim.experiments) & (rl == (claim.task == "rl"))]
+        # Experiments with the same runs share their comparisons, whose fits take most of the time.
+        key = (claim.task, tuple(chosen.index))
+        if key not in by_runs:
+            curves = curves_of(every_curve, chosen) if "run_id" in runs else every_curve
+            by_runs[key] = Evidence(chosen, curves, tables.compute, tables.counts, runs, judging[claim.task])
+        judged, missing = _judge(claim, by_runs[key])
+        if margins is None and re.search(r"of the gain|of the loss \(|lr_factor", judged.margin_rule):
+            rule = judged.margin_rule.replace("the preset's", "the")
+            judged = replace(judged, margin_rule=f"default margins: {rule}")
+        behind = runs[runs["run_id"].isin(judged.run_ids)] if judged.run_ids else runs.iloc[:0]
+        remedy = judged.remedy if judged.verdict == "inconclusive" else None
         rows.append(
             {
                 "claim_id": claim.id,
@@ -105,11 +98,15 @@ def judge_claims(
                 "ci_high": judged.ci_high,
                 "unit": claim.unit,
                 "detectable": judged.detectable,
-                "scope": scope_text(runs, judged.run_ids),
-                "missing": missing_text,
-                **_remedy(judged),
+                "scope": scope_text(behind),
+                "missing": missing,
+                "would_decide": remedy and remedy.text,
+                "decide_seeds": remedy and remedy.seeds,
+                "decide_around": remedy and remedy.around,
+                "decide_test_examples": remedy and remedy.test_examples,
+                "decide_lrs": [f"{arm.replace(' ', '_')}={lr:.3g}" for arm, lr in remedy.lrs] if remedy else [],
                 "n_runs": len(judged.run_ids),
-                "reason": judged.reason,
+                "reason": "; ".join([judged.reason, *(remarks_on(behind) if len(behind) else [])]),
                 "paper_value": claim.paper_value,
                 "published": replications.get(claim.id),
                 "run_ids": list(judged.run_ids),
@@ -118,66 +115,21 @@ def judge_claims(
     return pd.DataFrame(rows, columns=COLUMNS.names)
 
 
-class _Remarks:
-    """What reasons say about runs, looked up once for all claims whose runs are of the same kinds."""
-
-    def __init__(self, runs: pd.DataFrame) -> None:
-        remarked = [name for name in (REMARK, *SOURCE_COLUMNS) if name in runs and runs[name].notna().any()]
-        self._kinds, self._kind_of = pd.DataFrame(), {}
-        if remarked:
-            about = runs[["model", "dataset", *remarked]]
-            self._kinds = about.drop_duplicates().reset_index(drop=True)
-            kind = about.groupby(list(about), dropna=False, sort=False).ngroup()
-            self._kind_of = dict(zip(runs["run_id"], kind, strict=True))
-        self._known: dict[frozenset[int], list[str]] = {}
-
-    def on(self, run_ids: Sequence[str]) -> list[str]:
-        """Return the remarks on some runs (see `remarks_on`)."""
-        kinds = frozenset(self._kind_of[run_id] for run_id in run_ids if run_id in self._kind_of)
-        if kinds not in self._known:
-            self._known[kinds] = remarks_on(self._kinds.loc[sorted(kinds)]) if kinds else []
-        return self._known[kinds]
-
-
-def _with_categories(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the curves with split and metric as categories, since every claim picks points by these columns."""
-    named = [name for name in ("split", "metric") if name in curves]
-    return curves.astype(dict.fromkeys(named, "category"))
-
-
-def _by_default(margin_rule: str) -> str:
-    """Return the rule of a margin that no preset states; a rule that reads no section `margins` stays as it is."""
-    if not re.search(r"of the gain|of the loss \(|lr_factor", margin_rule):
-        return margin_rule
-    without_preset = margin_rule.replace("the preset's", "the")
-    return f"default margins: {without_preset}"
-
-
-def _remedy(judged: Finding) -> dict[str, object]:
-    """Return the columns on what would decide an inconclusive claim."""
-    remedy = judged.remedy if judged.verdict == "inconclusive" else None
-    return {
-        "would_decide": remedy.text if remedy else None,
-        "decide_seeds": remedy.seeds if remedy else None,
-        "decide_around": remedy.around if remedy else None,
-        "decide_test_examples": remedy.test_examples if remedy else None,
-        "decide_lrs": [f"{label.replace(' ', '_')}={lr:.3g}" for label, lr in remedy.lrs] if remedy else [],
-    }
-
-
-def _judge(claim: Claim, evidence: Evidence, absent: list[str]) -> tuple[Finding, str | None]:
+def _judge(claim: Claim, evidence: Evidence) -> tuple[Finding, str | None]:
     """Judge one claim; a claim without experiments is judged on other tables than `runs`.
 
     Returns:
-        The finding, and the conditions of the claim that the runs do not meet, in words.
+        The finding, and the conditions of the claim that the runs do not meet.
     """
-    if claim.experiments and evidence.runs.columns.empty:
-        return Finding("not tested", "the runs table is empty"), None
-    if claim.experiments and evidence.runs.empty:
-        without = f"no runs of the experiment {' or '.join(claim.experiments)}"
-        return Finding("not tested", f"{without}; it needs {claim.needs}"), None
-    if claim.experiments and absent:
-        return Finding("not tested", f"the runs table has no column {', '.join(absent)}"), None
+    if claim.experiments:
+        columns = evidence.every_run.columns
+        if columns.empty:
+            return Finding("not tested", "the runs table is empty"), None
+        if evidence.runs.empty:
+            without = f"no runs of the experiment {' or '.join(claim.experiments)}"
+            return Finding("not tested", f"{without}; it needs {claim.needs}"), None
+        if absent := [name for name in (*NEEDED_BY[claim.task], *claim.columns) if name not in columns]:
+            return Finding("not tested", f"the runs table has no column {', '.join(absent)}"), None
     try:
         judged = claim.judge(evidence)
     except UnjudgedError as unjudged:
@@ -185,20 +137,15 @@ def _judge(claim: Claim, evidence: Evidence, absent: list[str]) -> tuple[Finding
     if judged.verdict == "not tested":
         return judged, None
     unmet = [
-        f"{condition.text} (here {found}{in_presets(condition.presets)})"
+        f"{condition.text} (here {instead}{in_presets(condition.presets)})"
         for condition in claim.conditions
-        if (found := condition.instead(evidence)) is not None
+        if (instead := condition.instead(evidence)) is not None
     ]
     if not unmet:
         return judged, None
     missing = "; ".join(unmet)
-    return replace(
-        judged,
-        verdict="setting not met",
-        reason=f"it needs {missing}; measured here: {judged.reason}",
-        favoured=None,
-        hindered=None,
-    ), missing
+    reason = f"it needs {missing}; measured here: {judged.reason}"
+    return replace(judged, verdict="setting not met", reason=reason, favoured=None, hindered=None), missing
 
 
 def in_presets(presets: Sequence[str]) -> str:
@@ -207,3 +154,31 @@ def in_presets(presets: Sequence[str]) -> str:
         return "; no shipped preset meets it"
     *others, last = presets
     return f"; the preset {' or '.join([', '.join(others), last] if others else [last])} meets it"
+
+
+def scope_text(runs: pd.DataFrame) -> str | None:
+    """Return the scope of runs, such as `0.83M parameters, 50 steps, worked`; None without runs.
+
+    Args:
+        runs: optionally the columns base_params, model, steps, dataset, task. The names of the models stand in for
+            their numbers of parameters.
+    """
+
+    def known(name: str) -> set[Any]:
+        return set(runs[name].dropna()) if name in runs else set()
+
+    words = []
+    if sizes := known("base_params"):
+        words.append(f"{_range(sizes, parameters)} parameters")
+    elif models := known("model"):
+        words.append(", ".join(sorted(map(str, models))))
+    if steps := known("steps"):
+        words.append(f"{_range(steps, count)} steps")
+    if datasets := known("dataset"):
+        words.append(("RL on " if is_rl(runs).all() else "") + ", ".join(sorted(map(str, datasets))))
+    return ", ".join(words) or None
+
+
+def _range(values: set[Any], text: Callable[[float], str]) -> str:
+    low, high = (text(float(value)) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

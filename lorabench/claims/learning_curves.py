@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
-from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together, without
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
 from lorabench.analysis.optimal_curves import (
     MAX_LOST,
     curves_at_optimum,
@@ -22,10 +23,9 @@ from lorabench.analysis.optimal_curves import (
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
-from lorabench.claims.claim import Claim
-from lorabench.claims.conditions import longest_run as runs_of
-from lorabench.claims.conditions import natural_text
-from lorabench.claims.evidence import SWEEP, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence
+from lorabench.claims.conditions import natural_text, runs_of_steps
+from lorabench.claims.judging import highest_and_full, judge_each, margin_problems, named_problems, over, unconfirmed
 from lorabench.claims.scopes import (
     FULL_STEPS,
     every_dataset,
@@ -41,7 +41,7 @@ from lorabench.utils.formats import fixed_interval
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
-LONG = runs_of(FULL_STEPS, ("long_runs", "core", "paper"))
+LONG = runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper"))
 """The condition of the claims on learning curves: the paper's runs take thousands of steps."""
 
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
@@ -66,26 +66,15 @@ MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
 
 
-def _high_and_full(comparison: Comparison) -> list[Arm]:
-    return require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-
-
-def margin_problems(comparison: Comparison) -> list[Problem]:
-    """Return a problem if the margin of a comparison is not known."""
-    if comparison.margin.problem:
-        return [Problem(comparison.margin.problem)]
-    return [] if math.isfinite(comparison.margin.value) else [Problem("the margin is not known")]
-
-
 def same_curve(comparison: Comparison) -> Finding:
     """A1: judge the training NLL of the highest rank minus FullFT's in windows of steps."""
-    lora, fullft = _high_and_full(comparison)
+    lora, fullft = highest_and_full(comparison)
     curves = pair_at_optimum(comparison, lora, fullft)
     windows = curves.windows(WINDOWS, max(2, math.floor(MIN_SHARE * curves.last) + 1))
     if not windows:
         raise UnjudgedError("not tested", "no training curves with seeds and steps in common")
     margin = comparison.margin
-    problems = [*comparison.problems([lora, fullft]), *margin_problems(comparison)]
+    problems = [*comparison.problems([lora, fullft]), *margin_problems(margin)]
     return scan(
         lambda _: Within.margin(margin.value),
         curves,
@@ -116,14 +105,6 @@ A1 = Claim(
 )
 
 
-def _windowed(curve: pd.DataFrame) -> pd.DataFrame:
-    """Average the second half of log(step) of curves in windows; the index is the geometric middle of each window."""
-    last = int(curve.index.max()) if len(curve) else 0
-    windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(last))))
-    means = {math.sqrt(low * high): curve[(curve.index >= low) & (curve.index <= high)].mean() for low, high in windows}
-    return pd.DataFrame(means).T
-
-
 def bends(curves: pd.DataFrame) -> pd.Series[float]:
     """Return how far the middle of each curve lies below its chord, as a share of the fall.
 
@@ -150,9 +131,11 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
     curve = curves_at_optimum(comparison, arm).dropna()
     if curve.empty:
         raise UnjudgedError("not tested", f"no training curves of {label}")
-    means = _windowed(curve)
-    if len(means) < 4:
+    windows = PairedCurves(curve, ()).windows(WINDOWS, max(2, math.ceil(math.sqrt(curve.index.max()))))
+    if len(windows) < 4:
         raise UnjudgedError("inconclusive", f"{label} has too few steps")
+    # Each window counts at its geometric middle.
+    means = pd.DataFrame({math.sqrt(low * high): curve.loc[low:high].mean() for low, high in windows}).T
     slope = mean_over_seeds(slopes_by_seed(means), f"{comparison.label} {label} slope")
     bend = mean_over_seeds(bends(means), f"{comparison.label} {label} bend")
     text = (
@@ -164,8 +147,7 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
     rises = slope.known and slope.interval()[0] > 0
     if slope.known and not rises and not slope.interval()[1] < 0:
         problems.append(Problem("it does not surely fall", Remedy(f"{bend.n_seeds + 1} seeds", bend.n_seeds + 1)))
-    rule = Within(-MAX_BEND, MAX_BEND)
-    judged = decide(rule, bend, text, runs["run_id"], problems, f"{MAX_BEND:.0%} of the fall")
+    judged = decide(Within(-MAX_BEND, MAX_BEND), bend, text, runs["run_id"], problems, f"{MAX_BEND:.0%} of the fall")
     if rises and not problems:
         falls = decide(Above(0.0), combined(np.negative, slope), f"{text}; it rises", runs["run_id"])
         return replace(
@@ -176,7 +158,7 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
 
 def linear_in_log_steps(comparison: Comparison) -> Finding:
     """A2: judge how far the learning curves of FullFT and of the highest rank bend against log(step)."""
-    return together([_straight(comparison, arm) for arm in reversed(_high_and_full(comparison))])
+    return together([_straight(comparison, arm) for arm in reversed(highest_and_full(comparison))])
 
 
 A2 = Claim(
@@ -198,46 +180,38 @@ A2 = Claim(
 )
 
 
-@dataclass(frozen=True)
-class SameModel:
-    """The comparisons on one model, one per dataset."""
-
-    label: str
-    comparisons: list[Comparison]
-
-
-def by_model(comparisons: list[Comparison]) -> list[tuple[SameModel, str]]:
-    """Choose, for each model, all datasets but random facts, each at its greatest length."""
-    models: dict[str, list[Comparison]] = {}
-    for comparison in longest_runs(without_facts(comparisons)):
-        models.setdefault(comparison.runs["model"].iloc[0], []).append(comparison)
-    return [(SameModel(model, of_model), "") for model, of_model in models.items()]
-
-
-def better_and_worse(of_model: SameModel) -> Finding:
-    """A6: judge the gap of the highest rank and FullFT on each dataset, in units of its margin.
+def _gaps_in_margins(datasets: Sequence[Comparison]) -> Finding:
+    """Judge the gaps of the highest rank and FullFT on the datasets of one model, in units of their margins.
 
     The largest gap is seen as a distance above 0, the smallest as one below 0; the smaller distance decides.
     """
-    if len(of_model.comparisons) < 2:
+    if len(datasets) < 2:
         raise UnjudgedError("not tested", "only one dataset")
     gaps: list[Estimate] = []
     texts, problems, run_ids = [], [], []
-    for comparison in of_model.comparisons:
-        arms = _high_and_full(comparison)
+    for comparison in datasets:
+        arms = highest_and_full(comparison)
         margin = comparison.margin.value
         gaps.append(combined(lambda nats_per_token, margin=margin: nats_per_token / margin, comparison.gap(*arms)))
         texts.append(f"{comparison.label}: {comparison.gap_text(*arms)}, {gaps[-1].value:+.1f} margins")
-        of_gap = [*comparison.problems(arms), *margin_problems(comparison)]
-        problems += [replace(problem, text=f"{comparison.label}: {problem.text}") for problem in of_gap]
-        run_ids += list(comparison.of(arms)["run_id"])
+        own_problems = [*comparison.problems(arms), *margin_problems(comparison.margin)]
+        problems += named_problems(own_problems, f"{comparison.label}:")
+        run_ids += comparison.run_ids(arms)
 
-    def weaker_side(*of_gaps: np.ndarray) -> np.ndarray:
-        stacked = np.array(of_gaps)
+    def weaker_side(*gaps: np.ndarray) -> np.ndarray:
+        stacked = np.array(gaps)
         return np.asarray(np.minimum(stacked.max(0), -stacked.min(0)))
 
-    rule = "1 margin: " + " and ".join(comparison.margin.rule for comparison in of_model.comparisons)
+    rule = "1 margin: " + " and ".join(comparison.margin.rule for comparison in datasets)
     return decide(Above(1.0), combined(weaker_side, *gaps), "; ".join(texts), run_ids, problems, rule)
+
+
+def better_and_worse(evidence: Evidence) -> Finding:
+    """A6: judge all datasets of each model except random facts, each at its greatest length."""
+    by_model: dict[str, list[Comparison]] = {}
+    for comparison in longest_runs(without_facts(evidence.comparisons)):
+        by_model.setdefault(comparison.runs["model"].iloc[0], []).append(comparison)
+    return judge_each(by_model.items(), _gaps_in_margins)
 
 
 A6 = Claim(
@@ -254,14 +228,14 @@ A6 = Claim(
     paper_value="no number; possibly random variation",
     unit="margins",
     experiments=("rank",),
-    judge=over(by_model, better_and_worse),
+    judge=better_and_worse,
     conditions=(NATURAL,),
 )
 
 
 def same_final_loss(comparison: Comparison) -> Finding:
     """A7, B2: judge the test NLL of the highest rank minus FullFT's, both at the fitted minima."""
-    lora, fullft = _high_and_full(comparison)
+    lora, fullft = highest_and_full(comparison)
     return comparison.equal_losses(lora, fullft)
 
 
@@ -281,7 +255,6 @@ A7 = Claim(
     judge=over(learning(smallest_dataset), same_final_loss),
     fact=SAME_LOSS,
 )
-
 
 B2 = Claim(
     id="B2",
@@ -309,20 +282,12 @@ def rank_1_worse(comparison: Comparison) -> Finding:
     curves = pair_at_optimum(comparison, lora, fullft)
     late = max(2, math.ceil(math.sqrt(curves.last)))
     growth = curves.slope(late)
-    text = (
-        f"{judged.reason}; from step {late} on the gap of the training NLLs has a slope of {nats(growth)} per tenfold "
-        "steps"
-    )
+    text = f"from step {late} on the gap of the training NLLs has a slope of {nats(growth)} per tenfold steps"
     problems = off_optimum(comparison, lora, fullft, judged.estimate)
     if not (growth.known and growth.interval()[0] > 0):
         slow = "the gap does not surely grow late, so it may be slow learning and no lack of capacity"
         problems.append(Problem(slow, Remedy("longer runs")))
-    if judged.verdict != "confirmed" or not problems:
-        judged = replace(judged, reason=text)
-    else:
-        reason = "; ".join([text, *(problem.text for problem in problems)])
-        judged = replace(judged, reason=reason, remedy=problems[0].remedy)
-    return without(judged, "confirmed") if problems else judged
+    return unconfirmed(replace(judged, reason=f"{judged.reason}; {text}"), problems)
 
 
 A8 = Claim(

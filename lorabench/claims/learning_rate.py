@@ -1,23 +1,34 @@
-"""Claims B1, B3, B4 and B9: the optimal learning rate, by method, rank and length of the run."""
+"""Claims B1, B3, B4 and B9 on the optimal learning rate, and P1 to P5: theories of its ratio.
+
+The theories are predictions of this project and not claims of the paper.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from lorabench.analysis.arms import arm_label
+from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
 from lorabench.analysis.at_step import at_end, at_step, coupled
-from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons, require
+from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, curves_of, require
 from lorabench.analysis.estimate import combined
+from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
+from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, prediction_table
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
-from lorabench.analysis.rules import Above, Problem, Within
-from lorabench.claims.claim import Claim
-from lorabench.claims.conditions import longest_run
-from lorabench.claims.evidence import SWEEP, over
+from lorabench.analysis.rules import Above, Within
+from lorabench.claims.claim import SWEEP, Claim, Evidence
+from lorabench.claims.conditions import runs_of_steps
+from lorabench.claims.judging import highest_and_full, judge_each, named_problems, over
 from lorabench.claims.scopes import FULL_STEPS, every_dataset
+from lorabench.config.margins import DEFAULT_MARGINS, Margins
+from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.store.checks import is_rl
+from lorabench.store.io import write_csv
+from lorabench.store.tables import Tables
 
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
@@ -58,7 +69,7 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
 
 def lr_ratio_ten(comparison: Comparison) -> Finding:
     """B1: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = highest_and_full(comparison)
     return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
 
 
@@ -118,7 +129,7 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
         f"a factor of {LEAST_SHIFT:g}, about the least of published sweeps",
     )
     judged = [judge_ratio(comparison, arm, rank_1, rule, margin_rule) for arm in others]
-    return replace(worst(judged), run_ids=tuple(sorted(comparison.of([rank_1, *others])["run_id"])))
+    return replace(worst(judged), run_ids=tuple(sorted(comparison.run_ids([rank_1, *others]))))
 
 
 B4 = Claim(
@@ -141,7 +152,7 @@ B4 = Claim(
 
 def short_runs_want_more(comparison: Comparison) -> Finding:
     """B9: judge the LR ratio of the highest rank to FullFT at short lengths, and over the ratio at full length."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = highest_and_full(comparison)
     steps = fullft["steps"]
     lengths = [step for step in SHORT_STEPS if steps is not None and step < steps]
     if not lengths:
@@ -152,37 +163,32 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
     [full] = comparisons(at_end(runs), comparison.curves, judging)
     findings: list[Finding] = []
     for step in lengths:
-        held = comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)
-        if not held or held[0].highest is None or held[0].fullft is None:
+        short = comparisons(at_step(runs, comparison.curves, step), comparison.curves, judging)
+        if not short or short[0].highest is None or short[0].fullft is None:
             findings.append(Finding("not tested", f"no validation losses of both methods at step {step}"))
         else:
-            findings += _of_length(held[0], full, step)
+            findings += _at_length(short[0], full, step)
     decisive = together(findings)
-    length = f"at {steps} steps, by validation losses: {ratio_text(full, *_arms(full))}"
+    length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
     return replace(decisive, reason=f"{decisive.reason}; {length}")
 
 
-def _arms(comparison: Comparison) -> list[Arm]:
-    return require(("LoRA", comparison.highest), ("FullFT", comparison.fullft))
-
-
-def _of_length(short: Comparison, full: Comparison, step: int) -> list[Finding]:
+def _at_length(short: Comparison, full: Comparison, step: int) -> list[Finding]:
     """Judge the ratio at a step, and the ratio there over that at the end of the same runs."""
-    lora, fullft = _arms(short)
+    lora, fullft = highest_and_full(short)
     labels = arm_label(lora), arm_label(fullft)
-    factor = short.judging.margins.lr_factor
-    at_length = judge_ratio(short, lora, fullft, *ratio_rule(SHORT_RATIO, factor))
+    at_length = judge_ratio(short, lora, fullft, *ratio_rule(SHORT_RATIO, short.judging.margins.lr_factor))
     growth = combined(
         np.subtract, *coupled(short, full, short.fit.log_ratio(*labels), full.fit.log_ratio(*labels), short.label)
     )
     problems = [
-        Problem(f"{when} {problem.text}", problem.remedy)
+        problem
         for when, comparison in ((f"at step {step}", short), ("at the end", full))
-        for problem in comparison.problems(_arms(comparison), resolved=True)
+        for problem in named_problems(comparison.problems(highest_and_full(comparison), resolved=True), when)
     ]
     rule, margin_rule = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
     text = f"ratio at step {step} over that at the end {in_words(growth)}"
-    grown = as_ratio(decide(rule, growth, text, short.of([lora, fullft])["run_id"], problems, margin_rule))
+    grown = as_ratio(decide(rule, growth, text, short.run_ids([lora, fullft]), problems, margin_rule))
     return [replace(at_length, reason=f"at step {step} {at_length.reason}"), grown]
 
 
@@ -210,8 +216,118 @@ B9 = Claim(
     unit="ratio",
     experiments=("short_run",),
     judge=over(every_dataset, short_runs_want_more),
-    conditions=(longest_run(FULL_STEPS, ("long_runs", "core", "paper")),),
+    conditions=(runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper")),),
     fact=LR_RATIO,
 )
 
-CLAIMS = (B1, B3, B4, B9)
+
+def _claim(claim_id: str, theory: str, statement: str, value: str, where: str, fits: bool) -> Claim:
+    def judge(evidence: Evidence) -> Finding:
+        predictions = evidence.judging.predictions.lr_ratio
+        if getattr(predictions, theory) is None:
+            raise UnjudgedError("not tested", f"the preset states no prediction of the theory {theory}")
+        predictable = [
+            (ratio.label, (ratio, theories[theory]))
+            for ratio in evidence.lr_ratios
+            if ratio.kind == "own"
+            and theory in (theories := predicted(predictions, ratio.setting))
+            and not fitted(theory, ratio.setting)
+        ]
+        return judge_each(predictable, lambda pair: pair[0].judge(pair[1]))
+
+    left_out = (
+        " The conditions where its parameters were fitted (width 128, 50 steps, batch size 8) are left out."
+        if fits
+        else ""
+    )
+    return Claim(
+        id=claim_id,
+        kind="own prediction",
+        statement=statement,
+        figure="own",
+        criterion=(
+            f"The theory `{theory}` of the preset's section `predictions`, {where}. In every condition of which it "
+            "speaks (model, length, batch size and alpha), the fitted optimal LR of LoRA over that of FullFT is the "
+            "predicted ratio within a factor that is the margin, the preset's lr_factor (1.6 unless it says otherwise)"
+            f". The estimate is the measured over the predicted ratio.{left_out} The beginnings of longer runs are the "
+            "same steps as runs of that length, so they are not judged again"
+        ),
+        needs=f"{SWEEP}, at several widths, lengths, batch sizes and values of alpha; seeds around the optima",
+        paper_value=value,
+        unit="measured / predicted",
+        experiments=("lr_ratio",),
+        judge=judge,
+        columns=("hidden_size", "steps"),
+    )
+
+
+P1 = _claim(
+    "P1",
+    "movement",
+    "The LR ratio R follows R (1 + R LR_F / u*) = c d / alpha, given FullFT's optimal LR",
+    "none: a theory of this project",
+    "with u* = u0 (128/d) sqrt(50/T), width d and T steps",
+    True,
+)
+
+P2 = _claim(
+    "P2",
+    "scale",
+    "The LR ratio depends on the width over alpha alone: R (1 + kappa R) = c d / alpha",
+    "none: a theory of this project",
+    "for which length and batch size do not matter",
+    True,
+)
+
+P3 = _claim(
+    "P3",
+    "fixed_lora",
+    "LoRA's optimal LR does not depend on the width, and the LR ratio grows as FullFT's falls",
+    "none: from published sweeps of others",
+    "which speaks of alpha 32, 50 steps and batch size 8",
+    True,
+)
+
+P4 = _claim(
+    "P4",
+    "constant",
+    "The LR ratio is 10 at every width, length and batch size",
+    "10 (fit over 14 models: 9.8)",
+    "the paper's number in conditions that the paper does not have, at alpha 32",
+    False,
+)
+
+P5 = _claim(
+    "P5",
+    "naive",
+    "The LR ratio is half of the width over alpha",
+    "hidden size / (2 alpha), which the paper finds contradicted",
+    "from the paper's naive derivation",
+    False,
+)
+
+
+def write_predictions(tables: Tables, margins: Margins | None, predictions: Predictions | None, out: Path) -> None:
+    """Write `predictions.csv` into a folder: one row per condition and theory (see `prediction_table`).
+
+    Without runs of the experiment `lr_ratio`, or with a table `runs` that lacks a column for it, nothing is written.
+
+    Args:
+        tables: the tidy tables.
+        margins: as for `judge_claims`.
+        predictions: as for `judge_claims`.
+        out: the folder.
+    """
+    needed = {*NEEDED, *P1.columns}
+    if not needed <= set(tables.runs.columns):
+        return
+    runs = tables.runs[in_experiments(tables.runs, P1.experiments) & ~is_rl(tables.runs)]
+    if runs.empty or "experiments" not in runs:
+        return
+    known = predictions or DEFAULT_PREDICTIONS
+    judging = Judging(margins or DEFAULT_MARGINS, ExampleLosses.of(tables.test_losses), predictions=known)
+    ratios = measured_ratios(with_arm_columns(runs), curves_of(tables.curves, runs), judging)
+    write_csv(prediction_table(ratios, known.lr_ratio), out / "predictions.csv")
+
+
+CLAIMS = (B1, B3, B4, B9, P1, P2, P3, P4, P5)

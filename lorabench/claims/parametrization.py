@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,10 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim
-from lorabench.claims.conditions import longest_run
-from lorabench.claims.evidence import Evidence, judge_each, over
-from lorabench.claims.scopes import FULL_STEPS, Scoped, on_lora
+from lorabench.claims.claim import Claim, Evidence
+from lorabench.claims.conditions import runs_of_steps
+from lorabench.claims.judging import few_seeds, judge_each, on_lora, over, unconfirmed
+from lorabench.claims.scopes import FULL_STEPS, Scoped
 from lorabench.utils.formats import fixed_interval
 
 FLAT_BAND = (0.95, 1.05)
@@ -54,47 +53,36 @@ _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
 _STANDARD_RULE, *_CONTROL_RULES = RULES.values()
 
 
-def _flat(of_rule: pd.DataFrame) -> Finding:
-    """Judge whether the first descent of every rank is that of the highest rank, within FLAT_BAND."""
-    top = of_rule["rank"].max()
+def _flat(rows: pd.DataFrame) -> Finding:
+    """Judge whether the first descent of every rank by one rule is that of the highest rank, within FLAT_BAND."""
+    top = rows["rank"].max()
     findings, words = [], []
-    for row in of_rule[of_rule["rank"] < top].to_dict("records"):
+    for row in rows[rows["rank"] < top].to_dict("records"):
         words.append(f"r{row['rank']} {row['ratio']:.3f} {fixed_interval(row['low'], row['high'], 3)}")
-        findings.append(
-            decide(
-                Within(*FLAT_BAND), row["estimate"], "", row["run_ids"], _few(row["n_seeds"]), "a ratio of 1 within 5%"
-            )
-        )
-    seeds = int(of_rule["n_seeds"].min())
-    run_ids = tuple(sorted({run_id for ids in of_rule["run_ids"] for run_id in ids}))
+        problems = few_seeds(row["n_seeds"])
+        rule = Within(*FLAT_BAND)
+        findings.append(decide(rule, row["estimate"], "", row["run_ids"], problems, "a ratio of 1 within 5%"))
+    seeds = int(rows["n_seeds"].min())
+    run_ids = tuple(sorted({run_id for ids in rows["run_ids"] for run_id in ids}))
     decisive = worst(findings)
     text = f"first descent over that of r{top}: {', '.join(words)}, {seeds} seeds{decisive.reason}"
     return replace(decisive, reason=text, run_ids=run_ids)
 
 
-def _few(seeds: int, what: str = "paired seeds") -> list[Problem]:
-    """Return the problem that there are fewer than MIN_SEEDS seeds, if so."""
-    if seeds >= MIN_SEEDS:
-        return []
-    return [Problem(f"{seeds} {what}, {MIN_SEEDS} needed", Remedy(f"{MIN_SEEDS} seeds (now {seeds})", seeds=MIN_SEEDS))]
-
-
 def _by_rule(ratios: pd.DataFrame) -> Finding:
     """Judge the standard rule, which the controls must keep from being true of any rule."""
-    by_rule = {rule: _flat(of_rule) for rule, of_rule in ratios.groupby("rule") if len(of_rule) > 1}
+    by_rule = {rule: _flat(rows) for rule, rows in ratios.groupby("rule") if len(rows) > 1}
     judged, controls = by_rule[_STANDARD_RULE], {rule: by_rule[rule] for rule in _CONTROL_RULES if rule in by_rule}
     reasons = [judged.reason, *(f"control {rule}: {control.reason}" for rule, control in controls.items())]
-    undetected = [rule for rule, control in controls.items() if control.verdict != "contradicted"]
-    problems = [f"the control {rule} does not fail, so the measure can't tell rules apart" for rule in undetected]
-    remedy = None
+    problems = [
+        Problem(f"the control {rule} does not fail, so the measure can't tell rules apart")
+        for rule, control in controls.items()
+        if control.verdict != "contradicted"
+    ]
     if not controls:
-        problems, remedy = ["no control with another rule"], Remedy("ranks whose alpha grows with the rank")
+        problems = [Problem("no control with another rule", Remedy("ranks whose alpha grows with the rank"))]
     run_ids = tuple(sorted({run_id for each in by_rule.values() for run_id in each.run_ids}))
-    if problems:
-        if judged.verdict == "confirmed":
-            judged, reasons = replace(judged, remedy=remedy), [*reasons, *problems]
-        judged = without(judged, "confirmed")
-    return replace(judged, reason="; ".join(reasons), run_ids=run_ids)
+    return unconfirmed(replace(judged, reason="; ".join(reasons), run_ids=run_ids), problems)
 
 
 def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
@@ -102,7 +90,7 @@ def first_update_rank_independent(lora: pd.DataFrame, curves: pd.DataFrame) -> F
     ratios = descent_ratios(first_descents(lora, curves))
     if ratios.empty:
         raise UnjudgedError("not tested", "no descent at step 1")
-    groups = [of_batches for _, of_batches in ratios.groupby(_WITHOUT_RULE, dropna=False)]
+    groups = [group for _, group in ratios.groupby(_WITHOUT_RULE, dropna=False)]
     comparable = [group for group in groups if (group["rule"] == _STANDARD_RULE).sum() > 1]
     if not comparable:
         text = f"fewer than two ranks with alpha {STANDARD['alpha']:g}"
@@ -131,53 +119,42 @@ C4 = Claim(
 )
 
 
-def _is_standard(arm: Arm) -> bool:
-    return all(arm[name] is None or arm[name] == value for name, value in STANDARD.items())
-
-
-def _variants(comparison: Comparison) -> list[tuple[Arm, list[Arm]]]:
-    """Return the standard arm and its variants, for each rank, placement and epsilon that has both."""
-    settings: dict[tuple[object, ...], list[Arm]] = {}
-    for arm in comparison.arms:
-        settings.setdefault(tuple(arm[name] for name in PAIR_SETTING), []).append(arm)
-    split = [
-        (next((arm for arm in arms if _is_standard(arm)), None), [arm for arm in arms if not _is_standard(arm)])
-        for arms in settings.values()
-    ]
-    return [(standard, variants) for standard, variants in split if standard and variants]
-
-
 def _best_variant(comparison: Comparison, standard: Arm, variants: Sequence[Arm]) -> Finding:
     """Judge every variant of one setting by itself; the worst finding decides."""
     judged = together(
         [comparison.judge_gap(lambda margin: Within(-margin, math.inf), variant, standard) for variant in variants]
     )
+    remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
     missing = [
-        f"no variant of {name}"
+        Problem(f"no variant of {name}", remedy)
         for name in ("alpha", "lr_ratio")
         if all(arm[name] is None or arm[name] == STANDARD[name] for arm in variants)
     ]
-    if not missing:
-        return judged
-    if judged.verdict == "confirmed":
-        remedy = Remedy("variants of alpha and of LR_B/LR_A, each with an LR grid")
-        judged = replace(judged, reason="; ".join([judged.reason, *missing]), remedy=remedy)
-    return without(judged, "confirmed")
+    return unconfirmed(judged, missing)
 
 
 def standard_near_optimal(evidence: Evidence) -> Finding:
-    """C9: judge the fitted minimum of each LR-tuned variant minus that of the standard parametrization."""
+    """C9: judge the fitted minimum of each LR-tuned variant minus that of the standard parametrization.
+
+    Variants are compared at one rank, placement and epsilon.
+    """
+    named = []
     tuned = with_lr_grid(with_scales(evidence.runs))
-    judges = [
-        (comparison.label, partial(_best_variant, comparison, standard, variants))
-        for comparison in comparisons(tuned, evidence.curves, evidence.judging, checked=True)
-        for standard, variants in _variants(comparison)
-    ]
-    if not judges:
+    for comparison in comparisons(tuned, evidence.curves, evidence.judging, checked=True):
+        settings: dict[tuple[object, ...], list[Arm]] = {}
+        for arm in comparison.arms:
+            settings.setdefault(tuple(arm[name] for name in PAIR_SETTING), []).append(arm)
+        for arms in settings.values():
+            is_variant = [any(arm[name] not in (None, value) for name, value in STANDARD.items()) for arm in arms]
+            standard = [arm for arm, differs in zip(arms, is_variant, strict=True) if not differs]
+            variants = [arm for arm, differs in zip(arms, is_variant, strict=True) if differs]
+            if standard and variants:
+                named.append((comparison.label, (comparison, standard[0], variants)))
+    if not named:
         raise UnjudgedError(
             "not tested", "no LR-tuned variants of alpha or LR ratio beside the standard parametrization"
         )
-    return judge_each(judges)
+    return judge_each(named, lambda setting: _best_variant(*setting))
 
 
 C9 = Claim(
@@ -231,9 +208,8 @@ def b_outgrows_a(comparison: Comparison) -> Finding:
         share = mean_over_seeds(shares.loc[run_ids].to_numpy(), name)
         text = f"{arm_label(arm)} {share.value:.2f} {fixed_interval(*share.interval(), 2)} over {len(run_ids)} seeds"
         excess = combined(lambda value: value - HALF, share)
-        problems = [*comparison.problems([arm]), *_few(len(run_ids), "seeds")]
-        margin_rule = f"a share of {HALF + MAJORITY:g}"
-        judged = decide(Above(MAJORITY), excess, text, run_ids, problems, margin_rule)
+        problems = [*comparison.problems([arm]), *few_seeds(len(run_ids), "seeds")]
+        judged = decide(Above(MAJORITY), excess, text, run_ids, problems, f"a share of {HALF + MAJORITY:g}")
         findings.append(in_unit(judged, lambda value: value + HALF))
     if not findings:
         raise UnjudgedError("not tested", "no b_over_a at the last step of a run at its optimal LR")
@@ -256,27 +232,24 @@ C10 = Claim(
     unit="share of layers",
     experiments=("rank", "short_run", "capacity"),
     judge=over(most_examples, b_outgrows_a),
-    conditions=(longest_run(FULL_STEPS, ("long_runs", "core", "paper")),),
+    conditions=(runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper")),),
 )
 
 
-_GROWTH_RULE = f"a factor of {GROWTH:g}"
-
-
-def _growth_by_a(of_pair: pd.DataFrame) -> Finding:
+def _growth_by_control(pairs: pd.DataFrame) -> Finding:
     """Judge one LR and rank against its control, over seeds."""
-    first = of_pair.iloc[0]
+    first = pairs.iloc[0]
     name = f"growth r{first['rank']} LR {first['lr_fast']:g} over LR {first['lr_slow']:g}"
-    growth = mean_over_seeds(np.log(of_pair["growth"]), name)
+    growth = mean_over_seeds(np.log(pairs["growth"]), name)
     text = (
         f"r{first['rank']} LR {first['lr_fast']:g}: change of W at step {first['step']} over the first is "
-        f"{in_words(growth)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(of_pair)} seeds"
+        f"{in_words(growth)} times that with LR_A {first['lr_slow']:g} and the same LR_B, {len(pairs)} seeds"
     )
-    run_ids = [*of_pair["run_id_fast"], *of_pair["run_id_slow"]]
-    return as_ratio(decide(Above(math.log(GROWTH)), growth, text, run_ids, _few(len(of_pair)), _GROWTH_RULE))
+    run_ids, rule = [*pairs["run_id_fast"], *pairs["run_id_slow"]], Above(math.log(GROWTH))
+    return as_ratio(decide(rule, growth, text, run_ids, few_seeds(len(pairs)), f"a factor of {GROWTH:g}"))
 
 
-def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
+def _growth_by_itself(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
     """Judge one rank at its optimum without a control, from the size of each step by run; it is never contradicted."""
     last = max(sizes[next(iter(sizes))].index)
     # On a log axis these are the later half of the steps.
@@ -286,33 +259,27 @@ def _growth(label: str, sizes: dict[Any, pd.Series[Any]]) -> Finding:
         f"{label}: change of W per step over the LR is {in_words(growth)} times that of the first step from step "
         f"{math.ceil(math.sqrt(last))} to {last}, {len(sizes)} seeds"
     )
-    judged = decide(Above(math.log(GROWTH)), growth, text, sizes, _few(len(sizes), "seeds"), _GROWTH_RULE)
+    problems, rule = few_seeds(len(sizes), "seeds"), Above(math.log(GROWTH))
+    judged = decide(rule, growth, text, sizes, problems, f"a factor of {GROWTH:g}")
     if judged.verdict == "contradicted":
         reason = f"{judged.reason}; Adam's first update is its largest, so a fall says nothing without a control"
-        remedy = Remedy("runs with a tenth of LR_A and the same LR_B")
-        judged = replace(judged, reason=reason, remedy=remedy)
+        judged = replace(judged, reason=reason, remedy=Remedy("runs with a tenth of LR_A and the same LR_B"))
     return as_ratio(without(judged, "contradicted"))
-
-
-def _growth_by_itself(lora: pd.DataFrame, curves: pd.DataFrame) -> list[Finding]:
-    """Judge each rank at its optimum without a control, over the first half of its run."""
-    sizes = step_sizes(lora, curves)
-    early = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
-    findings = []
-    for arm, of_arm in each_arm(early):
-        by_run = {run_id: rows.set_index("step")["size"] for run_id, rows in of_arm.groupby("run_id")}
-        by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
-        if by_run:
-            findings.append(_growth(arm_label(arm), by_run))
-    return findings
 
 
 def effective_lr_grows(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
     """C11: judge the change of W by one step against runs in which A is still, or else against the first step."""
-    by_itself = _growth_by_itself(lora, curves)
+    sizes = step_sizes(lora, curves)
+    first_half = sizes[(sizes["step"] <= sizes["steps"].fillna(sizes["step"].max()) / 2)]
+    by_itself = []
+    for arm, rows in each_arm(first_half):
+        by_run = {run_id: steps.set_index("step")["size"] for run_id, steps in rows.groupby("run_id")}
+        by_run = {run_id: size for run_id, size in by_run.items() if 1 in size.index and len(size) > 1}
+        if by_run:
+            by_itself.append(_growth_by_itself(arm_label(arm), by_run))
     growth = update_growth(fixed_a_controls(lora), curves)
     names = [f"{name}_{speed}" for name in CONFIGURATION for speed in ("fast", "slow")]
-    controlled = [_growth_by_a(of_pair) for _, of_pair in growth.groupby([*PAIR_SETTING, *names], dropna=False)]
+    controlled = [_growth_by_control(pairs) for _, pairs in growth.groupby([*PAIR_SETTING, *names], dropna=False)]
     if not controlled and not by_itself:
         raise UnjudgedError("not tested", "no update_norm of the standard parametrization at step 1 and later")
     decided = together(controlled or by_itself)

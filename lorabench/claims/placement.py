@@ -12,18 +12,17 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import Evidence, judge_each, over
-from lorabench.claims.rl_shared import (
+from lorabench.claims.claim import Claim, Evidence
+from lorabench.claims.judging import doubted, over
+from lorabench.claims.reinforcement import (
     CONDITIONS,
     LEARNED,
     alike_problems,
-    doubted,
     if_learned,
     over_problems,
     overshoot_problems,
 )
-from lorabench.claims.scopes import Scope, Scoped, every_dataset
+from lorabench.claims.scopes import Scoped, every_dataset
 
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
@@ -56,34 +55,34 @@ _SAME = (
 _FACT = "LoRA on attention alone is worse than on the MLP"
 
 
-def _is_moe(comparison: Comparison) -> bool:
-    return "family" in comparison.runs and bool(comparison.runs["family"].astype(str).str.endswith("moe").any())
+def with_experts(comparisons: list[Comparison]) -> list[Scoped]:
+    """Choose the mixtures of experts, by the column `family`."""
+    return _by_experts(comparisons, True, "no mixture of experts among these runs")
 
 
 def dense(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose the models without experts."""
-    chosen = [(comparison, "") for comparison in comparisons if not _is_moe(comparison)]
+    return _by_experts(comparisons, False, "no dense model among these runs")
+
+
+def _by_experts(comparisons: list[Comparison], experts: bool, otherwise: str) -> list[Scoped]:
+    chosen: list[Scoped] = []
+    for comparison in comparisons:
+        families = comparison.runs.get("family", pd.Series(dtype=str)).astype(str)
+        if bool(families.str.endswith("moe").any()) == experts:
+            chosen.append((comparison, ""))
     if not chosen:
-        raise UnjudgedError("not tested", "no dense model among these runs")
+        raise UnjudgedError("not tested", otherwise)
     return chosen
-
-
-def mixture_of_experts(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose the models with experts, by the column `family`."""
-    chosen = [(comparison, "") for comparison in comparisons if _is_moe(comparison)]
-    if not chosen:
-        raise UnjudgedError("not tested", "no mixture of experts among these runs")
-    return chosen
-
-
-def _at_most(examples: pd.Series[int]) -> bool:
-    return bool(examples.notna().all() and (examples <= SMALL_DATA).all())
 
 
 def tiny_dataset(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose the comparisons whose runs see at most `SMALL_DATA` examples."""
-    seen = [(comparison, comparison.runs["steps"] * comparison.runs["batch_size"]) for comparison in comparisons]
-    chosen = [(comparison, f" ({examples.max()} examples)") for comparison, examples in seen if _at_most(examples)]
+    chosen: list[Scoped] = []
+    for comparison in comparisons:
+        examples = comparison.runs["steps"] * comparison.runs["batch_size"]
+        if examples.notna().all() and (examples <= SMALL_DATA).all():
+            chosen.append((comparison, f" ({examples.max()} examples)"))
     if not chosen:
         raise UnjudgedError("not tested", f"no runs on at most {SMALL_DATA} examples")
     return chosen
@@ -97,7 +96,7 @@ def _count(comparison: Comparison, arm: Arm) -> int:
 
 
 def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
-    """Return the arms on attention and on the MLP nearest in parameter count, and their counts in words.
+    """Return the arms on attention and on the MLP nearest in parameter count, and a text with their counts.
 
     A pair in which attention has at least as many parameters is preferred: a lack of them can't explain its loss.
     """
@@ -106,8 +105,8 @@ def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
     counts = {arm_label(arm): _count(comparison, arm) for arm in (*attn.values(), *mlp.values())}
 
     def excess(pair: tuple[Arm, Arm]) -> float:
-        of_attn, of_mlp = (counts[arm_label(arm)] for arm in pair)
-        return (of_attn - of_mlp) / min(of_attn, of_mlp)
+        on_attn, on_mlp = (counts[arm_label(arm)] for arm in pair)
+        return (on_attn - on_mlp) / min(on_attn, on_mlp)
 
     pairs = list(product(attn.values(), mlp.values()))
     nearest = min(pairs, key=lambda pair: abs(excess(pair)))
@@ -119,8 +118,7 @@ def _equal_pair(comparison: Comparison) -> tuple[Arm, Arm, str]:
         )
     stricter = [pair for pair in pairs if 0 <= excess(pair) <= MAX_COUNT_DIFFERENCE]
     chosen = min(stricter, key=excess, default=nearest)
-    counts_text = " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen) + " parameters"
-    return *chosen, counts_text
+    return *chosen, " and ".join(f"{counts[arm_label(arm)]:,}" for arm in chosen) + " parameters"
 
 
 def attention_worse(comparison: Comparison) -> Finding:
@@ -145,7 +143,6 @@ E1 = Claim(
     fact=_FACT,
     core=True,
 )
-
 
 E7 = Claim(
     id="E7",
@@ -193,44 +190,36 @@ E2 = Claim(
     core=True,
 )
 
-PARTS: dict[str, Callable[[Comparison], Finding]] = {
+Part = Callable[[Comparison], Finding]
+"""One part of a claim, as the function that judges it on one comparison."""
+
+PARTS: dict[str, Part] = {
     "attention against the MLP": attention_worse,
     "the MLP against all layers": attention_adds_nothing,
 }
 """The two parts of E3, E4 and E5 by name: attention alone is worse, and it adds nothing to the MLP."""
 
 
-def in_parts(
-    judge_part: Callable[[Evidence, Callable[[Comparison], Finding]], Finding],
-) -> Callable[[Evidence], Finding]:
+def in_parts(over_all: Callable[[Part], Callable[[Evidence], Finding]]) -> Callable[[Evidence], Finding]:
     """Return a judge of both parts of a claim, whose reason starts with the part that decides.
 
     Args:
-        judge_part: judges one part, given by its function, on the evidence.
+        over_all: makes from one part the function that judges it on evidence.
     """
 
     def judge(evidence: Evidence) -> Finding:
-        decided = {}
+        findings = []
         for name, part in PARTS.items():
             try:
-                decided[name] = judge_part(evidence, part)
+                judged = over_all(part)(evidence)
             except UnjudgedError as unjudged:
-                decided[name] = unjudged.finding
-        judged = judge_each((name, partial(_given, finding)) for name, finding in decided.items())
+                judged = unjudged.finding
+            findings.append(replace(judged, reason=f"{name}: {judged.reason}"))
+        both = together(findings)
         # One part of the claim does not confirm it.
-        if any(finding.verdict == "not tested" for finding in decided.values()):
-            return without(judged, "confirmed")
-        return judged
+        return without(both, "confirmed") if any(part.verdict == "not tested" for part in findings) else both
 
     return judge
-
-
-def _given(judged: Finding) -> Finding:
-    return judged
-
-
-def _over(scope: Scope) -> Callable[[Evidence], Finding]:
-    return in_parts(lambda evidence, part: over(scope, part)(evidence))
 
 
 E3 = Claim(
@@ -246,10 +235,9 @@ E3 = Claim(
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
     unit="nats per token",
     experiments=("placement",),
-    judge=_over(mixture_of_experts),
+    judge=in_parts(partial(over, with_experts)),
     columns=("trainable_params", "family"),
 )
-
 
 E4 = Claim(
     id="E4",
@@ -261,20 +249,19 @@ E4 = Claim(
     paper_value="same as on the large dataset (rank 256); no number",
     unit="nats per token",
     experiments=("placement_small",),
-    judge=_over(every_dataset),
+    judge=in_parts(partial(over, every_dataset)),
     columns=("trainable_params",),
     fact=_FACT,
 )
 
 
-def _in_rl(part: Callable[[Comparison], Finding], comparison: Comparison) -> Finding:
-    arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
-    judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-    return doubted(judged, [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)])
+def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
+    def judge(comparison: Comparison) -> Finding:
+        arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
+        judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
+        return doubted(judged, [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)])
 
-
-def _part_in_rl(evidence: Evidence, part: Callable[[Comparison], Finding]) -> Finding:
-    return over_problems(partial(_in_rl, part), "best_reward")(evidence)
+    return over_problems(judge, at_best=True)
 
 
 E5 = Claim(
@@ -296,7 +283,7 @@ E5 = Claim(
     paper_value="no number",
     unit="error rate",
     experiments=("placement_rl",),
-    judge=in_parts(_part_in_rl),
+    judge=in_parts(_in_rl),
     columns=("base_reward", "best_reward", "trainable_params"),
     task="rl",
     conditions=CONDITIONS,

@@ -1,34 +1,153 @@
-"""Claims B10, F1, F2 and F8: learning rates and peaks of reinforcement learning (RL)."""
+"""Claims B10, F1, F2 and F8: learning rates and peaks of reinforcement learning (RL); and what claims on RL share.
+
+Final accuracies are compared as error rates, 1 - accuracy (see `lorabench.analysis.rewards`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import combined
-from lorabench.analysis.finding import Finding, UnjudgedError, decide
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide
 from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
-from lorabench.analysis.rewards import GoodRange, flat_top, good_ranges
+from lorabench.analysis.rewards import flat_top, good_ranges
+from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, untestable
-from lorabench.claims.rl_shared import (
-    CONDITIONS,
-    LEARNED,
-    RL_EXPERIMENTS,
-    RL_RUNS,
-    alike_problems,
-    doubted,
-    each_rank,
-    if_learned,
-    over_problems,
-    overshoot_problems,
-)
+from lorabench.claims.claim import Claim, Evidence
+from lorabench.claims.conditions import beats_controls, response_length, swept
+from lorabench.claims.judging import doubted, highest_and_full, judge_each
 from lorabench.runs import GOOD
 from lorabench.utils.formats import fixed_interval
+
+RL_PRESETS = ("laptop", "core", "paper")
+"""The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
+
+LONG_PRESETS = ("core", "paper")
+"""Those of them whose responses are long enough to hold a chain of thought."""
+
+LONG_RESPONSE = 30
+"""Tokens per response from which a response may hold a chain of thought."""
+
+RL_RUNS = (
+    "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
+    f"{MIN_SEEDS} seeds at the LRs around the optimum"
+)
+"""The runs that most claims on RL need; the placeholder stands for the LoRA arms."""
+
+HEALTHY = (
+    "Problem sets count on which FullFT and LoRA are both ahead of the best constant answer and the best cheap rule by "
+    f"{LEAD:g} in test accuracy. A run counts as diverged with more than {MAX_TRUNCATED:.0%} of its last responses cut "
+    f"off, or, at an accuracy not above these two, with an entropy below {COLLAPSED:g} nats per token or an accuracy "
+    f"below that of the base model by {MIN_GAIN:g} or more"
+)
+"""The part of a criterion that says which problem sets and runs count."""
+
+LEARNED = (
+    f"{HEALTHY}. Inconclusive unless the accuracy of {{}} at the fitted optimum is above that of the base model by "
+    f"{MIN_GAIN:g} or more, with a 95% interval above 0"
+)
+"""The part of a criterion that requires learning; the placeholder stands for the arms that must have learned."""
+
+RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
+"""All experiments that compare LoRA of several ranks with FullFT in RL."""
+
+CONDITIONS = (swept(6, MIN_SEEDS, RL_PRESETS), response_length(8, RL_PRESETS), beats_controls(RL_PRESETS))
+"""The conditions of the claims that compare arms in RL."""
+
+
+def over_problems(judge: Callable[[Comparison], Finding], at_best: bool = False) -> Callable[[Evidence], Finding]:
+    """Return a function that judges each model and problem set by itself on error rates; the worst finding decides.
+
+    A problem set on which no run ever got a reward is left out: it is evidence for claim F7 only. So is a set on which
+    some method is not ahead of the controls, where there are others (see `lorabench.analysis.rl_health`).
+
+    Args:
+        judge: judges one comparison, whose losses are error rates.
+        at_best: whether they are those at the evaluation that is best on validation, and not those after the last step.
+    """
+
+    def judge_all(evidence: Evidence) -> Finding:
+        compared = evidence.at_best_evaluation if at_best else evidence.at_last_evaluation
+        if not compared:
+            raise UnjudgedError("not tested", "no run ever got a reward")
+        return judge_each(((comparison.label, comparison) for comparison in compared), judge)
+
+    return judge_all
+
+
+def each_rank(
+    comparison: Comparison, judge: Callable[[Arm, Arm], Finding], learners: Callable[[Arm, Arm], list[Arm]]
+) -> Finding:
+    """Judge every LoRA rank on all layers against FullFT; the worst finding decides.
+
+    Args:
+        comparison: holds the arms.
+        judge: given the LoRA arm and the FullFT arm.
+        learners: given the same, returns the arms that must have learned for a verdict.
+    """
+    fullft, _ = require(("FullFT", comparison.fullft), ("LoRA", next(iter(comparison.lora.values()), None)))
+    named = ((arm_label(lora), lora) for lora in comparison.lora.values())
+    return judge_each(named, lambda lora: if_learned(comparison, judge(lora, fullft), learners(lora, fullft)))
+
+
+def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Finding:
+    """Return the finding with the accuracies of arms added; it is inconclusive where one of them has not learned.
+
+    Arms that have not learned are alike whatever the claim says.
+    """
+    if not arms:
+        return judged
+    base = float(comparison.runs["base_reward"].astype(float).mean())
+    accuracies, problems = [], [] if math.isfinite(base) else [Problem("accuracy of the base not known")]
+    for arm in arms:
+        label = arm_label(arm)
+        minimum = comparison.fit.minima.get(label)
+        if minimum is None:
+            continue
+        accuracies.append(f"{label} {1 - minimum.value:.3f}")
+        gain = combined(lambda error: 1 - error - base, minimum)
+        if math.isfinite(base) and not (gain.value >= MIN_GAIN and (not gain.known or gain.interval()[0] > 0)):
+            problems.append(Problem(f"{label} has not learned"))
+    accuracies += [f"base {base:.3f}"] if math.isfinite(base) else []
+    with_accuracies = f"{judged.reason}; peak test accuracy {', '.join(accuracies)}" if accuracies else judged.reason
+    return doubted(replace(judged, reason=with_accuracies), problems)
+
+
+def alike_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose seeds all have one accuracy, as policies have that end at one rule."""
+    problems = []
+    for arm in arms:
+        errors = comparison.at_optimum(arm)["test_loss"].astype(float)
+        if len(errors) > 1 and float(np.ptp(errors)) < 1e-9:
+            text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
+            problems.append(Problem(text, Remedy("problems on which the seeds differ")))
+    return problems
+
+
+def overshoot_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
+    """Return a problem for each arm whose fitted peak is above its best measured accuracy by half of the margin.
+
+    Where accuracy is flat and then breaks down, a parabola has a peak between the LRs that no run reaches.
+    """
+    problems = []
+    for arm in arms:
+        label = arm_label(arm)
+        rows = comparison.rows[label]
+        errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
+        minimum = comparison.fit.minima.get(label)
+        if minimum is None or not errors.min() - minimum.value > comparison.margin.value / 2:
+            continue
+        lr = math.exp(comparison.fit.optima[label].value)
+        text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
+        problems.append(Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))))
+    return problems
 
 
 def _flat_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem]:
@@ -67,7 +186,7 @@ def _breakdown_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     """B10: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = highest_and_full(comparison)
     factor = comparison.judging.margins.lr_factor
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
@@ -138,23 +257,6 @@ WIDER = 0.2
 """The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
 
 
-def _in_words(good: GoodRange) -> str:
-    """Format a range of good LRs."""
-    at_least = "at least " if good.open else ""
-    return f"{at_least}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
-
-
-def _open_problems(lora: GoodRange, fullft: GoodRange, arms: list[Arm]) -> list[Problem]:
-    """Return a problem for each range that ends with its grid, unless it is the wider one and so decides nothing."""
-    difference = lora.width.value - fullft.width.value
-    counts = ((lora, difference < WIDER), (fullft, difference > -WIDER))
-    return [
-        Problem(f"{arm_label(arm)}: its range of good LRs may go on beyond its grid", Remedy("LRs beyond that grid"))
-        for arm, (good, matters) in zip(arms, counts, strict=True)
-        if good.open and matters
-    ]
-
-
 def _wider(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
     """Judge F2 for one rank."""
     arms = [lora, fullft]
@@ -164,17 +266,23 @@ def _wider(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
         raise UnjudgedError("inconclusive", "; ".join(problem.text for problem in problems))
     ranges = good_ranges(comparison, arms)
     difference = combined(np.subtract, *(good.width for good in ranges))
+    texts = [
+        f"{'at least ' if good.open else ''}{good.width.value:.2f} ({good.lr_low:.2g} to {good.lr_high:.2g})"
+        for good in ranges
+    ]
     text = (
-        f"{_in_words(ranges[0])} - FullFT's {_in_words(ranges[1])} = {difference.value:.2f} "
-        f"{fixed_interval(*difference.interval(), 2)} decades of good LRs"
+        f"{texts[0]} - FullFT's {texts[1]} = {difference.value:.2f} {fixed_interval(*difference.interval(), 2)} "
+        "decades of good LRs"
     )
+    # A range that is clearly the wider one may be wider still.
+    for label, good, matters in zip(labels, ranges, (difference.value < WIDER, difference.value > -WIDER), strict=True):
+        if good.open and matters:
+            text_of_open = f"{label}: its range of good LRs may go on beyond its grid"
+            problems.append(Problem(text_of_open, Remedy("LRs beyond that grid")))
     run_ids = [run_id for good in ranges for run_id in good.run_ids]
-    problems += _open_problems(ranges[0], ranges[1], arms)
     judged = decide(Above(WIDER), difference, text, run_ids, problems, f"{WIDER:g} decades")
-    if judged.verdict != "inconclusive" or problems:
-        return judged
     between = tuple((label, lr) for label, good in zip(labels, ranges, strict=True) for lr in good.between)
-    if not between:
+    if judged.verdict != "inconclusive" or problems or not between:
         return judged
     listed = ", ".join(f"{lr:.2g} of {label}" for label, lr in between)
     return replace(judged, remedy=Remedy(f"LRs where the ranges end: {listed}", lrs=between))
@@ -182,9 +290,7 @@ def _wider(comparison: Comparison, lora: Arm, fullft: Arm) -> Finding:
 
 def wider_range_of_lrs(comparison: Comparison) -> Finding:
     """F2: judge the width of the range of good LRs of each LoRA rank minus that of FullFT."""
-    return each_rank(
-        comparison, lambda lora, fullft: _wider(comparison, lora, fullft), lambda lora, fullft: [lora, fullft]
-    )
+    return each_rank(comparison, partial(_wider, comparison), lambda lora, fullft: [lora, fullft])
 
 
 F2 = Claim(
@@ -211,7 +317,6 @@ F2 = Claim(
     core=True,
 )
 
-
 F8 = Claim(
     id="F8",
     kind="prediction",
@@ -222,7 +327,9 @@ F8 = Claim(
     paper_value="5.3M episodes; not run",
     unit="accuracy",
     experiments=(),
-    judge=untestable("a prediction that the paper did not test; 5.3 million episodes are out of reach here"),
+    judge=lambda _: Finding(
+        "not tested", "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
+    ),
 )
 
 CLAIMS = (B10, F1, F2, F8)

@@ -1,4 +1,4 @@
-"""Claims F3 to F5: train rewards, further problem sets and response lengths during reinforcement learning (RL)."""
+"""Claims F3 to F5, F7 and F9: what happens during reinforcement learning (RL), and how much information it gives."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
-from lorabench.analysis.comparison import Arm, Comparison
+from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
 from lorabench.analysis.curves import paired_curves, scan
-from lorabench.analysis.estimate import Estimate, mean_over_seeds, normal
-from lorabench.analysis.finding import Finding, UnjudgedError, decide, worst
+from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
+from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
+from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
-from lorabench.analysis.rules import Above, Problem, Rule, Within, gain_margin
-from lorabench.claims.claim import Claim
+from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
+from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.conditions import response_length
-from lorabench.claims.evidence import judge_each
-from lorabench.claims.rl_shared import (
+from lorabench.claims.judging import judge_each, margin_problems
+from lorabench.claims.reinforcement import (
     CONDITIONS,
-    DEEPMATH_EXPERIMENTS,
     HEALTHY,
     LEARNED,
     LONG_PRESETS,
     LONG_RESPONSE,
+    RL_EXPERIMENTS,
     RL_RUNS,
-    curve_problems,
     each_rank,
     over_problems,
-    points_at_optimum,
-    tenths,
 )
+from lorabench.store.checks import is_rl
 from lorabench.utils.formats import fixed_interval
+
+DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
+"""The experiment on DeepMath, and the experiment that stands for it on small models."""
 
 PLATEAU = 0.9
 """The share of FullFT's rise of the train reward from which on it counts as being on its plateau."""
@@ -50,6 +52,53 @@ LEAST_GROWTH = 1.1
 """The factor from which on response lengths count as growing."""
 
 _OWN_SPLITS = ("train", "validation", "test")
+
+
+def curve_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) -> list[Problem]:
+    """Return what speaks against a verdict on the curves of arms at their LR, with a number of paired seeds."""
+    problems = comparison.problems(arms)
+    if not problems and n_seeds < MIN_SEEDS:
+        remedy = Remedy(f"{MIN_SEEDS} seeds with curves (now {n_seeds})", seeds=MIN_SEEDS)
+        problems.append(Problem(f"curves of {n_seeds} paired seeds, {MIN_SEEDS} needed", remedy))
+    for arm in arms:
+        rows, chosen = comparison.rows[arm_label(arm)], comparison.at_optimum(arm)
+        lost = int((rows["lr"].isin(chosen["lr"]) & rows["status"].eq("diverged")).sum())
+        if lost:
+            problems.append(Problem(f"{arm_label(arm)}: {lost} seeds diverged at its best LR"))
+    return problems
+
+
+def points_at_optimum(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
+    """Return the points of a metric over training at the LR of an arm's grid that is nearest to its fitted optimum.
+
+    Returns:
+        Columns seed, step and value.
+    """
+    points, chosen = comparison.points(split, metric), comparison.at_optimum(arm)
+    run = pd.Index(chosen["run_id"]).get_indexer(points["run_id"])
+    of_arm: pd.DataFrame = points[run >= 0]
+    return of_arm.assign(seed=chosen["seed"].to_numpy()[run[run >= 0]])
+
+
+def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
+    """Return means of a train metric over tenths of the steps, at the LR nearest to an arm's fitted optimum.
+
+    Returns:
+        One row per seed and one column (1 to 10) per tenth of the steps.
+    """
+    points = points_at_optimum(comparison, arm, "train", metric)
+    step = points["step"].to_numpy(float)
+    last = arm["steps"] or step.max(initial=1)
+    tenth = np.clip(np.ceil(10 * step / last), 1, 10).astype(int)
+    seeds, row = np.unique(points["seed"].to_numpy(int)[step > 0], return_inverse=True)
+    cells, shape = 11 * row + tenth[step > 0], (len(seeds), 11)
+    sums, sizes = (
+        np.bincount(cells, with_weights, 11 * len(seeds)).reshape(shape)
+        for with_weights in (points["value"].to_numpy(float)[step > 0], None)
+    )
+    means = np.divide(sums, sizes, out=np.full(shape, math.nan), where=sizes > 0)
+    with_points = np.flatnonzero(sizes.any(axis=0))
+    return pd.DataFrame(means[:, with_points], pd.Index(seeds, name="seed"), pd.Index(with_points, name="tenth"))
 
 
 def plateau_step(rewards: pd.Series[float]) -> int:
@@ -97,14 +146,12 @@ def same_progress(comparison: Comparison) -> Finding:
         rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
         plateau = plateau_step(rewards.astype(float))
         margin = comparison.margin
-        problems = curve_problems(comparison, [lora, fullft], curves.n_seeds)
-        problems += [Problem(margin.problem)] if margin.problem else []
         return scan(
             lambda window: Within.margin(margin.value),
             curves,
             progress_windows(curves.by_seed.index.tolist(), plateau),
             lambda gap: f"train reward - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)}",
-            problems,
+            [*curve_problems(comparison, [lora, fullft], curves.n_seeds), *margin_problems(margin)],
             margin.rule,
         )
 
@@ -134,12 +181,6 @@ F3 = Claim(
 )
 
 
-def _by_step(comparison: Comparison, arm: Arm, split: str, metric: str) -> pd.DataFrame:
-    """Return a metric at the LR nearest to an arm's optimum, a row for each seed and a column for each step."""
-    points = points_at_optimum(comparison, arm, split, metric)
-    return points.pivot(index="seed", columns="step", values="value").astype(float)
-
-
 def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: int, name: str) -> Estimate:
     """Estimate an accuracy minus another, each by seed, on one set of problems.
 
@@ -156,12 +197,18 @@ def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: in
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
     """Judge F4 for one further set and one rank."""
-    of_lora, of_fullft = (_by_step(comparison, arm, name, "accuracy") for arm in (lora, fullft))
-    steps = [step for step in of_fullft.columns.intersection(of_lora.columns).astype(int).tolist() if step > 0]
-    paired = [seed for seed in of_lora.index if seed in of_fullft.index]
-    if not steps or not paired or 0 not in of_fullft:
+    by_step = [
+        points_at_optimum(comparison, arm, name, "accuracy")
+        .pivot(index="seed", columns="step", values="value")
+        .astype(float)
+        for arm in (lora, fullft)
+    ]
+    own, full = by_step
+    steps = [step for step in full.columns.intersection(own.columns).astype(int).tolist() if step > 0]
+    paired = [seed for seed in own.index if seed in full.index]
+    if not steps or not paired or 0 not in full:
         raise UnjudgedError("inconclusive", "no accuracies of both before and after training")
-    before, after = float(of_fullft[0].mean()), float(of_fullft[steps[-1]].mean())
+    before, after = float(full[0].mean()), float(full[steps[-1]].mean())
     margin = gain_margin(comparison.judging.margins.reward, after - before, "FullFT", rewarded=True)
     problems = curve_problems(comparison, [lora, fullft], len(paired))
     if not after - before >= MIN_GAIN:
@@ -174,7 +221,7 @@ def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Findi
     findings = []
     for step in steps:
         about = f"{comparison.label} {name} {arm_label(lora)} step {step}"
-        gap = _paired_gap(of_lora.loc[paired][step], of_fullft.loc[paired][step], n_problems, about)
+        gap = _paired_gap(own.loc[paired][step], full.loc[paired][step], n_problems, about)
         text = f"accuracy - FullFT's = {gap.value:+.4f} {fixed_interval(*gap.interval(), 4)} after step {step}"
         rule = f"{margin.rule} on {name}"
         findings.append(decide(Within.margin(margin.value), gap, text, ids, problems, rule))
@@ -193,8 +240,8 @@ def further_sets_follow(comparison: Comparison) -> Finding:
     if not names:
         raise UnjudgedError("not tested", "no accuracies on further problem sets")
     judged = judge_each(
-        (name, partial(each_rank, comparison, partial(_follows, comparison, name), lambda lora, fullft: []))
-        for name in aime or names
+        ((name, name) for name in aime or names),
+        lambda name: each_rank(comparison, partial(_follows, comparison, name), lambda lora, fullft: []),
     )
     return judged if aime else replace(judged, reason=f"{judged.reason}; no AIME problems, these stand for them")
 
@@ -234,15 +281,6 @@ def _factor(log_ratio: Estimate) -> str:
     return f"{math.exp(log_ratio.value):.2f} {fixed_interval(math.exp(low), math.exp(high), 2)}"
 
 
-def _length_problems(comparison: Comparison, arms: Sequence[Arm], n_seeds: int) -> list[Problem]:
-    problems = curve_problems(comparison, arms, n_seeds)
-    for arm in arms:
-        truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
-        if truncated > MAX_TRUNCATED:
-            problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
-    return problems
-
-
 def same_growth_of_responses(comparison: Comparison) -> Finding:
     """F5: judge the mean length of the last train responses over FullFT's, and over that of the first ones."""
 
@@ -261,12 +299,13 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
         text = f"final length / FullFT's = {_factor(ratio)}, grown by {_factor(growths[0])}, FullFT by "
         text += _factor(growths[1]) + "".join(_reflection(comparison, arm) for arm in arms)
         ids = pd.concat([comparison.at_optimum(arm) for arm in arms])["run_id"]
-        problems = _length_problems(comparison, arms, ratio.n_seeds)
-        same = Within(*map(math.log, LENGTH_BAND))
-        rules: list[tuple[Rule, Estimate]] = [
-            (same, ratio),
-            *((Above(math.log(LEAST_GROWTH)), growth) for growth in growths),
-        ]
+        problems = curve_problems(comparison, arms, ratio.n_seeds)
+        for arm in arms:
+            truncated = float(tenths(comparison, arm, "truncated").reindex(columns=[10])[10].mean())
+            if truncated > MAX_TRUNCATED:
+                problems.append(Problem(f"{arm_label(arm)}: {truncated:.0%} of its last responses cut off"))
+        same, grows = Within(*map(math.log, LENGTH_BAND)), Above(math.log(LEAST_GROWTH))
+        rules: list[tuple[Rule, Estimate]] = [(same, ratio), *((grows, growth) for growth in growths)]
         band = f"{LENGTH_BAND[0]:g} to {LENGTH_BAND[1]:g}; growth by a factor of {LEAST_GROWTH:g} or more"
         return as_ratio(worst([decide(rule, number, text, ids, problems, band) for rule, number in rules]))
 
@@ -296,4 +335,154 @@ F5 = Claim(
     conditions=(CONDITIONS[0], response_length(LONG_RESPONSE, LONG_PRESETS), CONDITIONS[2]),
 )
 
-CLAIMS = (F3, F4, F5)
+
+def _train_steps(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of groups with equal rewards and the gradient norm of every train step, by run and step."""
+    names = ["equal_groups", "grad_norm"]
+    if not curves.empty:
+        curves = curves[curves["split"].eq("train") & curves["metric"].isin(names) & curves["value"].notna()]
+    if curves.empty:
+        return pd.DataFrame(columns=names, index=pd.MultiIndex.from_arrays([[], []], names=["run_id", "step"]))
+    return curves.pivot(index=["run_id", "step"], columns="metric", values="value").reindex(columns=names).dropna()
+
+
+def _before_and_after(curves: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies before and after training on the test and validation splits, where both are known."""
+    bases = pd.Series(dtype=float)
+    if not curves.empty:
+        start = curves["split"].eq("validation") & curves["metric"].eq("accuracy") & curves["step"].eq(0)
+        bases = curves[start].set_index("run_id")["value"]
+    pairs = [
+        runs[["run_id"]].assign(before=runs["base_reward"], after=runs["final_reward"]),
+        runs[["run_id"]].assign(before=runs["run_id"].map(bases), after=runs["final_valid_reward"]),
+    ]
+    return pd.concat(pairs).astype({"before": float, "after": float}).dropna()
+
+
+def equal_rewards_teach_nothing(evidence: Evidence) -> Finding:
+    """F7: judge the gradients of steps whose groups all have equal rewards, and runs that have no other steps."""
+    runs, steps = evidence.runs, _train_steps(evidence.curves)
+    equal = steps["equal_groups"] == 1
+    least = runs["run_id"].map(steps["equal_groups"].groupby("run_id").min())
+    never = runs[runs["status"].eq("unrewarded") | (runs["status"].ne("diverged") & least.eq(1).fillna(False))]
+    if not equal.any() and never.empty:
+        raise UnjudgedError("not tested", "no step whose groups all have equal rewards")
+    before_and_after = _before_and_after(evidence.curves, never)
+    changed = before_and_after["before"] != before_and_after["after"]
+    largest = float(steps.loc[equal, "grad_norm"].max())
+    learning = steps.loc[~equal, "grad_norm"] > 0
+    texts = [f"{learning.sum()} of {len(learning)} other steps have a gradient above 0"]
+    problems: list[Problem] = []
+    if equal.any():
+        texts.insert(0, f"largest gradient of {equal.sum()} steps whose groups all have equal rewards: {largest:.3g}")
+    else:
+        problems.append(Problem("no step whose groups all have equal rewards has a gradient norm"))
+    if len(before_and_after):
+        n_runs = before_and_after["run_id"].nunique()
+        texts.append(
+            f"of {n_runs} runs without other steps {changed.sum()} of {len(before_and_after)} accuracies changed"
+        )
+    if not learning.any():
+        problems.append(Problem("no step learns, so the gradients of 0 check nothing"))
+    verdict: Verdict = "confirmed"
+    if largest > 0 or changed.any():
+        # These steps learned, whatever other steps did.
+        verdict, problems = "contradicted", []
+        texts.append("the trainer does not do what the derivation says")
+    else:
+        texts.append("true by construction, so it only checks the trainer")
+    run_ids = {*steps.index[equal].get_level_values("run_id"), *before_and_after["run_id"]}
+    return finding(run_ids, "; ".join(texts), verdict, problems, largest)
+
+
+F7 = Claim(
+    id="F7",
+    kind="derivation",
+    statement="Where all samples of a group get the same reward, RL learns nothing",
+    figure="text",
+    criterion=(
+        "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
+        "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
+        "all have equal rewards the gradient is exactly 0, while at other steps it is not; and a run without other "
+        "steps ends with exactly the accuracies of its base model on validation and test. The estimate is the largest "
+        "gradient norm of a step with equal rewards"
+    ),
+    needs="RL runs with steps at which all samples of every group get the same reward",
+    paper_value="the entropy of the advantage is 0",
+    unit="gradient norm",
+    experiments=("rl_arithmetic",),
+    judge=equal_rewards_teach_nothing,
+    columns=("base_reward",),
+    task="rl",
+)
+
+BITS_RATIO = 1000.0
+"""The bits per token of SFT over those of RL that the paper gives."""
+
+BITS_BAND = (100.0, 10_000.0)
+"""The ratios that count as BITS_RATIO."""
+
+_FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
+
+
+def _bits(sft: pd.DataFrame, lengths: pd.DataFrame, comparison: Comparison) -> Finding:
+    """Judge F9 for one model and problem set, against every dataset that the model was fine-tuned on."""
+    from scipy.special import entr
+
+    highest = next(reversed(comparison.lora.values()), None)
+    [arm] = require(("FullFT or LoRA on all layers", comparison.fullft or highest))
+    tokens = tenths(comparison, arm, "response_length").mean(axis=1)
+    if tokens.empty:
+        raise UnjudgedError("not tested", "no response lengths")
+    per_episode = mean_over_seeds(tokens, f"tokens of {comparison.label}")
+    episodes = f"{per_episode.value:.3g} tokens per episode, at most 1 bit each"
+    rewards = points_at_optimum(comparison, arm, "train", "reward")["value"].to_numpy(float)
+    if len(rewards):
+        bits = float(np.mean(entr(rewards) + entr(1 - rewards))) / math.log(2)
+        episodes += f" ({bits:.2f} by the mean rewards)"
+    findings = []
+    for row in lengths[lengths["model"] == arm["model"]].to_dict("records"):
+        nats, scored = (sft.loc[sft["run_id"].isin(row["run_ids"]), name].astype(float) for name in _FIRST_EPOCH)
+        per_token = mean_over_seeds(nats / scored / math.log(2), f"first epoch of {' '.join(row['run_ids'])}")
+        ratio = combined(lambda bits, length: np.log(np.maximum(bits * length, 1e-9)), per_token, per_episode)
+        text = f"SFT on {row['dataset']} {per_token.value:.3g} bits per token, ratio {math.exp(ratio.value):.3g}"
+        run_ids = [*comparison.at_optimum(arm)["run_id"], *row["run_ids"]]
+        rule = Within(*map(math.log, BITS_BAND))
+        findings.append(as_ratio(decide(rule, ratio, text, run_ids, (), f"a factor of 10 around {BITS_RATIO:,.0f}")))
+    if not findings:
+        raise UnjudgedError("inconclusive", f"{episodes}; no SFT runs of {arm['model']} with first-epoch losses")
+    decisive = together(findings)
+    return replace(decisive, reason=f"{episodes}; {decisive.reason}")
+
+
+def fewer_bits_per_token(evidence: Evidence) -> Finding:
+    """F9: judge the bits per token of SFT over those of RL, which gives at most 1 bit per episode."""
+    sft = evidence.every_run[~is_rl(evidence.every_run)]
+    if missing := [name for name in (*NEEDED_BY["sft"], *_FIRST_EPOCH) if name not in sft]:
+        raise UnjudgedError("not tested", f"the runs table has no column {', '.join(missing)}")
+    lengths = description_lengths(sft[~is_memorisation(sft)])
+    return over_problems(partial(_bits, sft, lengths))(evidence)
+
+
+F9 = Claim(
+    id="F9",
+    kind="derivation",
+    statement="RL takes in about 1,000 times fewer bits per token than SFT",
+    figure="text",
+    criterion=(
+        "That an episode gives at most 1 bit is derived; what is measured is the length of responses and the loss of "
+        "SFT. On every problem set and against every dataset of the same model, SFT's first-epoch bits per scored "
+        "token times the mean tokens of an RL response is within "
+        f"{BITS_BAND[0]:,.0f} to {BITS_BAND[1]:,.0f}. Both are of FullFT, or else of the highest LoRA rank, near its "
+        "optimal LR"
+    ),
+    needs=f"RL runs with responses of {LONG_RESPONSE} tokens or more, and SFT runs of the same model; 2 seeds of both",
+    paper_value="about 1,000",
+    unit="ratio",
+    experiments=RL_EXPERIMENTS,
+    judge=fewer_bits_per_token,
+    task="rl",
+    conditions=(response_length(LONG_RESPONSE, LONG_PRESETS),),
+)
+
+CLAIMS = (F3, F4, F5, F7, F9)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pandas as pd
 
 from lorabench.analysis.comparison import Comparison
-from lorabench.analysis.finding import Finding, UnjudgedError
-from lorabench.analysis.invariances import with_scales
+from lorabench.analysis.finding import UnjudgedError
 from lorabench.analysis.memorisation import is_memorisation
-from lorabench.claims.evidence import Evidence, judge_each
 
 Scoped = tuple[Comparison, str]
 """A comparison that a claim is judged on, and a note for the finding's reason that says why it was chosen."""
@@ -30,18 +27,11 @@ def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:
 
 def smallest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose, for each model, the dataset with the fewest train tokens."""
-    return _by_size(comparisons, "train_tokens", lambda runs: float(runs["train_tokens"].max()), -1, "fewest tokens")
-
-
-def longest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose, for each model, the dataset with the most examples seen (steps times batch size)."""
-    return _by_size(
-        comparisons, "steps", lambda runs: float((runs["steps"] * runs["batch_size"]).max()), 1, "most examples"
-    )
+    return _by_size(comparisons, "train_tokens", lambda runs: -float(runs["train_tokens"].max()), "fewest tokens")
 
 
 def _by_size(
-    comparisons: list[Comparison], column: str, size: Callable[[pd.DataFrame], float], sign: int, why: str
+    comparisons: list[Comparison], column: str, size: Callable[[pd.DataFrame], float], why: str
 ) -> list[Scoped]:
     by_model: dict[str, dict[str, list[Comparison]]] = {}
     for comparison in comparisons:
@@ -55,8 +45,7 @@ def _by_size(
         elif any(column not in c.runs or c.runs[column].isna().all() for group in datasets.values() for c in group):
             raise UnjudgedError("not tested", f"the runs table has no {column}, by which {model}'s dataset is chosen")
         else:
-            sizes = {dataset: sign * max(size(c.runs) for c in group) for dataset, group in datasets.items()}
-            picked = datasets[max(sizes, key=lambda dataset: sizes[dataset])]
+            picked = max(datasets.values(), key=lambda group: size(pd.concat([each.runs for each in group])))
             note = f" ({why} of {len(datasets)} datasets)"
         chosen += [(comparison, note) for comparison in picked]
     return chosen
@@ -69,7 +58,11 @@ def every_longest(comparisons: list[Comparison]) -> list[Scoped]:
 
 def longest_run(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose, for each model, the dataset with the most examples seen, and its comparison with the most steps."""
-    return longest_dataset(longest_runs(comparisons))
+
+    def examples(runs: pd.DataFrame) -> float:
+        return float((runs["steps"] * runs["batch_size"]).max())
+
+    return _by_size(longest_runs(comparisons), "steps", examples, "most examples")
 
 
 def longest_runs(comparisons: list[Comparison]) -> list[Comparison]:
@@ -101,18 +94,3 @@ def learning(scope: Scope) -> Scope:
 def without_facts(comparisons: list[Comparison]) -> list[Comparison]:
     """Return the comparisons whose dataset does not hold random facts."""
     return [comparison for comparison in comparisons if not is_memorisation(comparison.runs).any()]
-
-
-def on_lora(judge: Callable[[pd.DataFrame, pd.DataFrame], Finding]) -> Callable[[Evidence], Finding]:
-    """Return a function that judges the LoRA runs of each model and dataset; the worst finding decides.
-
-    The runs may have any parametrization.
-
-    Args:
-        judge: given the LoRA runs (with the columns of `with_scales`) and the table `curves`.
-    """
-
-    return lambda evidence: judge_each(
-        (f"{model}/{dataset}", partial(judge, runs, evidence.curves))
-        for (model, dataset), runs in with_scales(evidence.runs).groupby(["model", "dataset"])
-    )

@@ -100,8 +100,8 @@ def plan(
 ) -> None:
     """Show what a preset will run and what it costs: runs, tokens, FLOPs, time, memory and money per experiment."""
     with in_one_sentence():
-        from lorabench.planning import bill
         from lorabench.planning.plan import make_plan
+        from lorabench.planning.speed import on_gpu
 
         planned, layout = plan_and_layout(preset)
         if out is not None:
@@ -112,7 +112,7 @@ def plan(
         from lorabench.cli.show import plan_json, plan_table
 
         if gpu is not None:
-            planned = make_plan(bill.on_gpu(planned.preset, gpu))
+            planned = make_plan(on_gpu(planned.preset, gpu))
         assumed = planned.preset.execution.gflops
         planned, notes = _at_measured_speed(planned, layout, measured or [])
         cores = os.cpu_count() or 1
@@ -129,8 +129,8 @@ def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -
     known yet, it is measured now, since it differs by a factor of 100 between processors.
     """
     from lorabench.doctor.record import read_speed, record_for, with_measured_speed
-    from lorabench.planning.calibration import with_gflops
     from lorabench.planning.plan import make_plan
+    from lorabench.planning.speed import with_gflops
     from lorabench.store.measured_speed import measure
 
     preset, notes = planned.preset, []
@@ -286,7 +286,7 @@ def claims(
     """Judge the paper's claims from tidy tables."""
     with in_one_sentence():
         from lorabench.claims.judge import judge_claims
-        from lorabench.claims.lr_ratio_theories import write_predictions
+        from lorabench.claims.learning_rate import write_predictions
         from lorabench.config.loading import read_margins
         from lorabench.config.predictions import LrRatioPredictions, Predictions
         from lorabench.store.io import write_frame
@@ -350,7 +350,7 @@ def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
 def merge(folders: list[Path], out: Annotated[Path, typer.Option(help="Folder of the merged tables.")]) -> None:
     """Merge the tidy tables of several machines; if they contradict each other, name the row and write nothing."""
     with in_one_sentence():
-        from lorabench.store.merge import merge as merge_folders
+        from lorabench.store.tables import merge as merge_folders
 
         merge_folders(folders, out)
 
@@ -391,8 +391,8 @@ def evidence(
     recommended ones would have been for each source, had it not been known.
     """
     with in_one_sentence():
-        from lorabench.report.evidence import gather, published_folders, published_presets, write
-        from lorabench.report.evidence import publish as write_published
+        from lorabench.report.blocks import published_folders
+        from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
         from lorabench.sources.matrix import read_own
 
         own = {preset.name: preset for preset in published_presets(publish or Path())}
@@ -401,22 +401,19 @@ def evidence(
             name = folder.parent.name if folder.name == "tables" else folder.name
             own[name] = read_own(folder, name)
         gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
-        write(gathered, out)
+        write_evidence(gathered, out)
         if publish is not None:
-            write_published(gathered, out, publish)
+            publish_evidence(gathered, publish)
         print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
 
 
 @app.command()
-def publish(
-    preset: PresetOption = "laptop",
-    readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
-) -> None:
-    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+def publish(preset: PresetOption = "laptop") -> None:
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     with in_one_sentence():
         from lorabench.report.publish import publish as write_published
 
-        write_published(plan_and_layout(preset)[1], readme)
+        write_published(plan_and_layout(preset)[1], Path())
 
 
 @app.command("save-runs")

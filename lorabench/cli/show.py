@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorabench.config.execution import Execution
 from lorabench.planning import bill
@@ -25,8 +25,7 @@ def plan_table(
 ) -> None:
     """Print what each experiment of a plan costs.
 
-    The columns are jobs, runs, lanes (runs that are trained together), tokens, FLOPs, and either minutes on a CPU or
-    GPU-hours, memory, disk and money.
+    The columns are jobs, runs, tokens, FLOPs, and either minutes on a CPU or GPU-hours, memory, disk and money.
 
     Args:
         cores: CPU cores that the jobs share.
@@ -73,11 +72,11 @@ def plan_table(
         caption.append("where sweeps find their LRs (`lrs: auto`): what is expected, and the most that is possible")
 
     def cells(name: str, row: bill.Bill) -> list[str]:
-        runs = [_and_most(row, str(row.runs), str(row.most_runs)), _up_to(row.lanes)] if row.runs else ["", ""]
+        runs = _and_most(row, str(row.runs), str(row.most_runs)) if row.runs else ""
         amounts = [formats.amount(row.tokens), formats.number(row.flops / 1e15)]
-        return [name, str(row.jobs), *runs, *amounts, *(text(row) for text in costs.values())]
+        return [name, str(row.jobs), runs, *amounts, *(text(row) for text in costs.values())]
 
-    columns = ("jobs", "runs", "lanes", "tokens", "PFLOPs", *costs)
+    columns = ("jobs", "runs", "tokens", "PFLOPs", *costs)
     texts = [cells(name, row) for name, row in rows.items()]
     title = plan.preset.description
     print_table(("experiment", *columns), texts, columns, title, (*caption, *notes), total=True)
@@ -118,27 +117,22 @@ def _up_to(most: int) -> str:
     return f"1-{most}" if most > 1 else "1"
 
 
-def _silence(word: str, job: dict[str, Any]) -> str:
-    if word == "running" or job["silent_s"] is None:
-        return ""
-    if job["silent_s"] < 0:
-        return f"; last sign of life {-job['silent_s'] / 60:.0f} minutes ahead of this file system's clock"
-    return f"; last sign of life {job['silent_s'] / 60:.0f} minutes ago"
-
-
 def status_table(status: Status) -> None:
-    """Print how many runs and jobs are done, which jobs are running, and which are silent: killed or hanging."""
+    """Print how many runs and jobs are done, where the jobs at work are, and from a minute on their silence.
+
+    A job that was killed counts as at work until it is started again; its silence tells.
+    """
     share = status.runs_done / max(1, status.runs_planned)
     print(
         f"{status.runs_done}/{status.runs_planned} runs ({share:.0%}), "
         f"{status.jobs_done}/{status.jobs_planned} jobs done"
     )
-    for word, jobs in (("running", status.running), ("silent ", status.silent)):
-        for job in jobs:
-            print(
-                f"  {word} {job['label']}: run {job['run']}/{job['runs']}, "
-                f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{_silence(word, job)}"
-            )
+    for job in status.at_work:
+        silence = f"; last sign of life {job['age_s'] / 60:.0f} minutes ago" if job["age_s"] >= 60 else ""
+        print(
+            f"  {job['label']}: run {job['run']}/{job['runs']}, "
+            f"lr {job['lr']:g}, seed {job['seed']}, step {job['step']}/{job['steps']}{silence}"
+        )
     if status.report is not None:
         print(f"  report: {status.report}")
 

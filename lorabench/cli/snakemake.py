@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorabench.utils.packaged import SNAKEFILE, WORKFLOW
+from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 _CORES = ("--cores", "-c", "--jobs", "-j")
 

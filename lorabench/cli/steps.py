@@ -14,7 +14,6 @@ import typer
 
 from lorabench.cli.common import PresetOption, entry, in_one_sentence, plan_and_layout
 from lorabench.errors import UserError
-from lorabench.store.attempts import Attempts
 from lorabench.utils import signals
 from lorabench.utils.devices import own_devices, reduce_fragmentation
 from lorabench.utils.exhaustion import memory_for
@@ -39,16 +38,16 @@ def _fix_hashes() -> None:
 
 
 @contextmanager
-def _job(planned: Plan, attempts: Attempts, number: int = 1, processes: int = 1) -> Iterator[None]:
-    """Within the context, a job's attempt is recorded, and the job has GPUs of its own if its preset is for GPUs.
+def _own_gpus(planned: Plan, processes: int = 1) -> Iterator[None]:
+    """Within the context, a job has GPUs of its own if its preset is for GPUs.
 
     It begins before torch is imported, which then uses these GPUs.
     """
-    with ExitStack() as contexts:
-        contexts.enter_context(attempts.recorded(number))
-        if planned.preset.execution.gpu is not None:
-            reduce_fragmentation()
-            contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
+    if planned.preset.execution.gpu is None:
+        yield
+        return
+    reduce_fragmentation()
+    with own_devices(processes, lambda line: print(line, file=sys.stderr)):
         yield
 
 
@@ -60,7 +59,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
         from lorabench.config.datasets import FileDataset
         from lorabench.config.problems import FileProblems
         from lorabench.data.files import tally_of
-        from lorabench.data.problem_sets import make_problems, write_problems
+        from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import build_dataset
         from lorabench.utils.files import write_json
         from lorabench.utils.hub import read_fetched
@@ -122,7 +121,7 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
         from lorabench.config.datasets import HubDataset
         from lorabench.config.problems import HubProblems
         from lorabench.data.hub import repository
-        from lorabench.data.hub_problems import repositories
+        from lorabench.data.problems import repositories
         from lorabench.utils.hub import fetch_repositories
 
         planned, layout = plan_and_layout(preset)
@@ -159,7 +158,6 @@ def train(
     preset: PresetOption = "laptop",
     log: Annotated[Path | None, typer.Option(help="Also write the progress lines to this file.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train each run in, one per GPU.")] = 1,
-    attempt: Annotated[int, typer.Option(min=1, help="The attempt's number since the workflow was started.")] = 1,
 ) -> None:
     """Train all runs of one job; skip finished runs, and resume an interrupted run from its checkpoint."""
     from lorabench.training.launch import errors_to_launcher, is_worker, launch
@@ -167,9 +165,8 @@ def train(
     with in_one_sentence(), errors_to_launcher(), ExitStack() as contexts:
         planned, layout = plan_and_layout(preset)
         job = planned.job(job_id)
-        attempts = Attempts(layout.attempts(job_id))
         if not is_worker():
-            contexts.enter_context(_job(planned, attempts, attempt, processes))
+            contexts.enter_context(_own_gpus(planned, processes))
             if processes > 1:
                 launch(processes, sys.argv[1:])
                 return
@@ -191,7 +188,7 @@ def train(
             state = read_status(planned, layout)
             logging.info("[%s/%s runs of %s] %s", state.runs_done, state.runs_planned, layout.name, line)
 
-        with signals.stop_after_step(attempts.explain if group.first else lambda: None):
+        with signals.stop_after_step():
             run_job(planned, job, layout, say, group)
         leave(group)
 
@@ -236,7 +233,7 @@ def evaluate(eval_id: str, preset: PresetOption = "laptop") -> None:
         # can't be turned off, so they are drawn once a minute.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TQDM_MININTERVAL", "60")
-        with _job(planned, Attempts(layout.attempts(eval_id))), memory_for(eval_id, lower):
+        with _own_gpus(planned), memory_for(eval_id, lower):
             from lorabench.evaluation.runner import evaluate_job
 
             evaluate_job(planned, job, layout)
@@ -278,7 +275,7 @@ def compute(
         if planned.preset.experiments.compute is None:
             raise UserError(f"preset {layout.name} has no experiment compute")
         names = planned.preset.experiments.compute.models
-        with _job(planned, Attempts(layout.attempts("compute"))):
+        with _own_gpus(planned):
             import pandas as pd
 
             from lorabench.store.io import write_frame

@@ -28,10 +28,9 @@ class ChatDataset(Strict):
 
 
 class DocstringsDataset(Strict):
-    """Functions of installed Python packages with the first paragraph of their docstrings.
+    """Functions of Python packages with the first paragraph of their docstrings (see lorabench/data/docstrings.py).
 
-    The splits come from different packages (see lorabench/data/docstrings.py). Another version of a package gives
-    another dataset.
+    The splits come from different packages.
     """
 
     kind: Literal["docstrings"]
@@ -41,9 +40,9 @@ class DocstringsDataset(Strict):
     """Examples on which the LR is picked."""
     test: Positive
     """Examples on which losses are reported."""
-    max_chars: Annotated[int, Field(ge=32)] = 800
+    max_chars: Annotated[int, Field(ge=32, le=800)] = 800
     """Longer examples (code and description together) are left out."""
-    min_words: Positive = 14
+    min_words: Annotated[int, Field(ge=14)] = 14
     """Shorter descriptions are left out."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choice of examples."""

@@ -71,7 +71,7 @@ class Execution(Strict):
     vLLM takes the memory for all of them throughout a job."""
     sampler: SamplerName = "own"
     """What draws the responses of RL runs, and of evaluations with lm-eval: `own` is this project's code, the
-    reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed as docs/vllm.md says. Runs of
+    reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed as docs/cluster.md says. Runs of
     two samplers are different runs."""
     lanes: Positive = 8
     """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lorabench.config.fields import PresetError
-from lorabench.utils.packaged import WORKFLOW
+from lorabench.utils.files import WORKFLOW
 
 PRESETS = WORKFLOW / "presets"
 SCHEMA = PRESETS / "schema.json"

@@ -38,8 +38,8 @@ from lorabench.store.checks import is_rl
 from lorabench.store.io import table_path, with_all_columns
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
+from lorabench.utils.files import LR_OPTIMA
 from lorabench.utils.gpus import GB
-from lorabench.utils.packaged import LR_OPTIMA
 
 PAPER = "the paper"
 TITLES = {"lora": "LoRA", "fullft": "FullFT"}

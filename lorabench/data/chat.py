@@ -1,16 +1,28 @@
-"""Chats: the examples of every SFT dataset, whatever its source."""
+"""Chats: the examples of every SFT dataset, whatever its source; and how examples are drawn from endless sources."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import islice
+from typing import Literal, TypeVar, get_args
+
+from lorabench.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 Messages = list[dict[str, str]]
 """Turns in their order, each with `role` and `content`."""
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+"""The roles of turns in the datasets of others, with the roles that they stand for."""
+
+Example = TypeVar("Example")
+
+# This many consecutive examples that are not wanted mean that there are no more.
+_MAX_MISSES = 500
 
 
 @dataclass(frozen=True)
@@ -52,3 +64,40 @@ def prompt(messages: Messages) -> str:
 def prompt_digest(messages: Messages) -> int:
     """Return a 64-bit hash of the prompt; the chance that two of a million prompts collide is 3e-8."""
     return int.from_bytes(hashlib.blake2b(prompt(messages).encode(), digest_size=8).digest(), "big")
+
+
+def wanted(examples: Iterator[Example], keep: Callable[[Example], bool]) -> Iterator[Example]:
+    """Yield the examples to keep; end after many others in a row."""
+    misses = 0
+    for example in examples:
+        if keep(example):
+            misses = 0
+            yield example
+        elif (misses := misses + 1) > _MAX_MISSES:
+            return
+
+
+def is_first(key: Callable[[Example], Hashable]) -> Callable[[Example], bool]:
+    """Return a function that says whether an example is the first that it is asked about with its key."""
+    seen: set[Hashable] = set()
+
+    def first(example: Example) -> bool:
+        new = key(example) not in seen
+        seen.add(key(example))
+        return new
+
+    return first
+
+
+def take(examples: Iterator[Example], count: int, what: str) -> Iterator[Example]:
+    """Yield the next `count` examples.
+
+    Raises:
+        UserError: there are fewer; the message calls them `what`.
+    """
+    taken = 0
+    for example in islice(examples, count):
+        taken += 1
+        yield example
+    if taken < count:
+        raise UserError(f"found {taken} distinct {what}; {count} are needed")

@@ -11,8 +11,6 @@ silently dropped; what is wrong with the file as a whole is an error of one sent
 
 from __future__ import annotations
 
-import codecs
-import csv
 import json
 import tempfile
 from array import array
@@ -22,25 +20,12 @@ from random import Random
 from typing import Any, get_args
 
 from lorabench.config.datasets import FileDataset
-from lorabench.config.fields import FILE_SUFFIXES, FileFormat
+from lorabench.config.fields import FileFormat
 from lorabench.config.problems import FileProblems
-from lorabench.data.answers import gsm8k_answer, last_box, number
-from lorabench.data.chat import Chat, Messages, is_example, prompt_digest
-from lorabench.data.hub import ROLES
-from lorabench.data.hub_problems import BOX
+from lorabench.data.chat import ROLES, Chat, Messages, is_example, prompt_digest
+from lorabench.data.grading import BOX, gsm8k_answer, last_box, number
 from lorabench.data.reasoning import Problem
-from lorabench.data.rows import (
-    MAX_LINE_BYTES,
-    TOO_LONG,
-    RawRow,
-    Tally,
-    Unreadable,
-    UnusableRowError,
-    json_lines,
-    parquet_rows,
-    text_lines,
-    usable,
-)
+from lorabench.data.rows import TOO_LONG, RawRow, Tally, UnusableRowError, file_rows, usable
 from lorabench.errors import UserError
 
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
@@ -82,7 +67,7 @@ def file_problems(spec: FileProblems) -> tuple[list[Problem], Tally]:
     def parse(content: dict[str, Any]) -> Problem:
         return _problem(content, spec, path.name)
 
-    problems = [problem for _, problem in usable(_rows(path, tally), parse, tally, lambda problem: problem.key)]
+    problems = [problem for _, problem in usable(file_rows(path, tally), parse, tally, lambda problem: problem.key)]
     missing = [name for name in (spec.question, spec.answer) if name not in tally.columns]
     if tally.columns and missing and not problems:
         raise UserError(f"{path} has the columns {_names(tally.columns)}; {_names(missing)} is needed")
@@ -117,7 +102,7 @@ def usable_chats(path: Path, tally: Tally, max_chars: int | None = None) -> Iter
     Raises:
         UserError: the file can't be read.
     """
-    return usable_rows(_rows(path, tally), path.name, tally, max_chars)
+    return usable_rows(file_rows(path, tally), path.name, tally, max_chars)
 
 
 def usable_rows(rows: Iterable[RawRow], source: str, tally: Tally, max_chars: int | None) -> Iterator[Chat]:
@@ -142,7 +127,7 @@ def chosen_format(path: Path, wanted: FileFormat | None = None) -> FileFormat:
     if wanted is not None:
         return wanted
     tally = Tally("unknown")
-    for _, formats in usable(_rows(path, tally), formats_in, tally):
+    for _, formats in usable(file_rows(path, tally), formats_in, tally):
         if len(formats) > 1:
             raise UserError(f"{path} may be read as {' or '.join(formats)}; set `format`")
         if formats:
@@ -244,73 +229,3 @@ def _check_enough(path: Path, tally: Tally, spec: FileDataset | FileProblems) ->
 def _names(columns: Iterable[str]) -> str:
     # The names are quoted, since a file may hold anything.
     return ", ".join(repr(name)[:80] for name in list(columns)[:20]) or "none"
-
-
-def _rows(path: Path, tally: Tally) -> Iterator[RawRow]:
-    """Yield all rows of a file, and set the tally's unit.
-
-    Raises:
-        UserError: the file can't be read, is empty, or is of another kind.
-    """
-    readers = {".jsonl": json_lines, ".json": _json_rows, ".csv": _csv_rows, ".parquet": parquet_rows}
-    if path.suffix not in readers:
-        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
-    tally.unit = "line" if path.suffix in (".jsonl", ".csv") else "row"
-    empty = True
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if not start:
-            raise UserError(f"{path} is empty")
-        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise UserError(f"{path} is UTF-16; save it as UTF-8")
-        for row in readers[path.suffix](path):
-            empty = False
-            yield row
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    if empty:
-        raise UserError(f"{path} has no rows")
-
-
-def _json_rows(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of an array of objects, held in memory, or of one object per line, as in many .json files."""
-    first = next((line.lstrip()[:1] for _, line in text_lines(path) if not isinstance(line, Unreadable)), "")
-    if first == "{":
-        yield from json_lines(path)
-        return
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is not JSON: {reason}") from error
-    if not isinstance(values, list):
-        raise UserError(f"{path} must be an array of objects, or hold one object per line")
-    for place, value in enumerate(values, 1):
-        yield RawRow(place, value if isinstance(value, dict) else Unreadable("not a JSON object"))
-
-
-def _csv_rows(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a CSV file with a header; the place of a row whose fields hold line ends is its last line."""
-    # Python's limit is 128 KiB by default, and holds for the whole process.
-    csv.field_size_limit(MAX_LINE_BYTES)
-    # Bytes that are not UTF-8 become lone surrogates, so that their row is unusable and not the whole file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            fields = len(reader.fieldnames or ())
-        except csv.Error as error:
-            raise UserError(f"{path} is not CSV: {error}") from error
-        while True:
-            try:
-                content = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield RawRow(reader.line_num, Unreadable(f"not CSV: {error}"))
-                continue
-            # DictReader puts fields beyond the header under the key None, and None in place of missing fields.
-            complete = None not in content and None not in content.values()
-            yield RawRow(
-                reader.line_num, dict(content) if complete else Unreadable(f"not the {fields} fields of the header")
-            )

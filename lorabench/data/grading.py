@@ -1,8 +1,9 @@
-"""Graders decide whether the final answer of a response is right: the reward of RL, and the accuracy in evaluation.
+"""What is read from a response: its final answer, whether the answer is right, and whether the response reflects.
 
-A response is never trusted. Numbers are parsed here, exactly. Boxed answers whose equality is not obvious are compared
-by math-verify in worker processes (see grading_worker.py) with hard limits on time and memory; an answer that exceeds a
-limit is wrong, and the worker is replaced.
+Graders give the reward of RL, and the accuracy in evaluation. A response is never trusted. Numbers are parsed here,
+exactly. Boxed answers whose equality is not obvious are compared by math-verify in worker processes (see
+grading_worker.py) with hard limits on time and memory; an answer that exceeds a limit is wrong, and the worker is
+replaced.
 """
 
 from __future__ import annotations
@@ -15,13 +16,110 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from queue import LifoQueue
 from types import TracebackType
 from typing import Self
 
 from lorabench.config.problems import HUB_PROBLEMS
-from lorabench.data.answers import MAX_CHARS, last_box, last_number, number
+
+BOX = r" Write your answer in \boxed{} format."
+NUMBER_BOX = r" Provide a numerical answer without units, written inside \boxed{}."
+
+MAX_CHARS = 1_000
+"""Characters of the longest text that counts as an answer; longer ones are not even parsed."""
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_UNBRACED_END = re.compile(r"[$\n]")
+_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_WHOLE_NUMBER = re.compile(rf"[-+]?(?:{_NUMBER})")
+# The minus in `10-3` is an operator, not a sign.
+_ANY_NUMBER = re.compile(rf"(?:(?<![\w)\]}}])-)?(?:{_NUMBER})")
+
+
+def last_box(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`, stripped; None without a closed box.
+
+    A box without braces (`$\boxed 2$`) ends at the dollar sign or the end of the line. The time is linear in the length
+    of the text.
+    """
+    start = None
+    for match in _BOX.finditer(text):
+        start = match.end()
+    if start is None:
+        return None
+    if not text.startswith("{", start):
+        return _UNBRACED_END.split(text[start:], maxsplit=1)[0].strip()
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            return text[start + 1 : brace.start()].strip()
+    return None
+
+
+def number(text: str) -> Fraction | None:
+    """Return the exact value of a text that is a number and nothing else (`-12`, `1,234.50`); None if it is not."""
+    if len(text) > MAX_CHARS or not _WHOLE_NUMBER.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+def last_number(text: str) -> Fraction | None:
+    """Return the exact value of the last number in a text; None if the text has no number."""
+    last = None
+    for match in _ANY_NUMBER.finditer(text):
+        last = match.group()
+    return None if last is None else number(last)
+
+
+def gsm8k_answer(solution: str) -> str | None:
+    """Return the text after the last `####` of a GSM8K solution, without thousands separators; None without one."""
+    _, mark, answer = solution.rpartition("####")
+    return answer.strip().replace(",", "") or None if mark else None
+
+
+# Words that show backtracking, self-verification or exploration.
+BACKTRACKING = (
+    # An interjection, not the verb as in `wait five minutes`.
+    r"wait(?=\s*[^\w\s]|\s+(?:no|but|actually)\b)",
+    "hold on",
+    "hmm+",
+    "oops",
+    "on second thought",
+    "i made (?:a|an) (?:mistake|error)",
+    "(?:that|this)(?: is|'s)(?: not|n't) (?:right|correct)",
+    "(?:go|going) back",
+    "start(?:ing)? over",
+    "reconsider(?:ing)?",
+)
+VERIFICATION = (
+    "let(?: me|'s| us) (?:check|verify|double[- ]check|test)",
+    "double[- ]check(?:ing)?",
+    "re-?check(?:ing)?",
+    "verify(?:ing)?",
+)
+EXPLORATION = (
+    "alternatively",
+    "another (?:way|approach|method|idea)",
+    "(?:try|trying) (?:again|another|a different|something)",
+    "what if",
+)
+
+_WORDS = re.compile(rf"\b(?:{'|'.join(BACKTRACKING + VERIFICATION + EXPLORATION)})\b", re.IGNORECASE)
+
+
+def reflects(response: str) -> bool:
+    """Return whether a response has a word of backtracking, self-verification or exploration.
+
+    The paper reports that these behaviours develop during RL (section on reinforcement learning); the share of
+    responses with such words is this project's measure of them. A plain solution may contain the words too, so compare
+    rates, not single responses.
+    """
+    return _WORDS.search(response.replace("\u2019", "'")) is not None
+
 
 _WORKER = Path(__file__).with_name("grading_worker.py")
 _START_SECONDS = 60

@@ -21,12 +21,11 @@ from typing import Any
 import numpy as np
 
 from lorabench.config.datasets import HubDataset
-from lorabench.data.chat import SPLITS, Chat, Messages, Split, prompt_digest
+from lorabench.data.chat import ROLES, SPLITS, Chat, Messages, Split, prompt_digest
 from lorabench.data.rows import Choose, RawRow, Tally, Unreadable, UnusableRowError, json_lines, parquet_rows, usable
 from lorabench.errors import UserError
 from lorabench.utils.hub import FetchedRepository, WantedRepository
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _FORMS = ("messages", "conversations")
 _NO_ANSWER, _REPEATED = "without a last answer", "with the prompt of another"
 

@@ -7,25 +7,22 @@ from pathlib import Path
 
 from lorabench.config.datasets import DatasetSpec, DocstringsDataset, FileDataset
 from lorabench.config.problems import FileProblems, ProblemSpec
-from lorabench.data.docstrings import docstrings_digest
 from lorabench.runs import PROTOCOL_VERSION
-from lorabench.utils.files import file_sha256
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest, file_sha256
+
+DOCSTRINGS = "b890d934b8f2"
+"""The hash of the packages' sources that the shipped docstrings (`lorabench.data.docstrings`) were collected from."""
 
 
 def dataset_id(spec: DatasetSpec | ProblemSpec) -> str:
-    """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set.
-
-    Raises:
-        UserError: a package that the examples come from is missing.
-    """
+    """Return the hash of everything that determines the examples of a dataset, or the problems of a problem set."""
     if isinstance(spec, FileDataset | FileProblems):
         # The file's content counts, not its path.
         rules = spec.model_dump(exclude={"path", "mean_tokens"})
         path = Path(spec.path)
         return digest([PROTOCOL_VERSION, rules, _content(path, path.stat().st_size, path.stat().st_mtime_ns)], 8)
     if isinstance(spec, DocstringsDataset):
-        return digest([PROTOCOL_VERSION, spec.model_dump(), docstrings_digest()], 8)
+        return digest([PROTOCOL_VERSION, spec.model_dump(), DOCSTRINGS], 8)
     return digest([PROTOCOL_VERSION, spec.model_dump()], 8)
 
 

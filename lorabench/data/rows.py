@@ -1,13 +1,14 @@
 """Rows of data files: read one at a time, turned into usable examples, and counted where they can't be used.
 
 Whatever comes from outside goes through `usable`: a user's own file (`lorabench.data.files`) as well as datasets and
-problem sets of the Hugging Face hub (`lorabench.data.hub`, `lorabench.data.hub_problems`). These sources read the rows
-and say how a row becomes an example; the filtering and the `Tally` of what was left out are here.
+problem sets of the Hugging Face hub (`lorabench.data.hub`, `lorabench.data.problems`). These sources say how a row
+becomes an example; the reading, the filtering and the `Tally` of what was left out are here.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorabench.config.fields import FILE_SUFFIXES
 from lorabench.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
@@ -185,3 +187,73 @@ def parquet_rows(path: Path, choose: Choose | None = None) -> Iterator[RawRow]:
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} can't be read as parquet: {reason}") from error
+
+
+def file_rows(path: Path, tally: Tally) -> Iterator[RawRow]:
+    """Yield all rows of a file, and set the tally's unit.
+
+    Raises:
+        UserError: the file can't be read, is empty, or is of another kind.
+    """
+    readers = {".jsonl": json_lines, ".json": _json_rows, ".csv": _csv_rows, ".parquet": parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(FILE_SUFFIXES)}")
+    tally.unit = "line" if path.suffix in (".jsonl", ".csv") else "row"
+    empty = True
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if not start:
+            raise UserError(f"{path} is empty")
+        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is UTF-16; save it as UTF-8")
+        for row in readers[path.suffix](path):
+            empty = False
+            yield row
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    if empty:
+        raise UserError(f"{path} has no rows")
+
+
+def _json_rows(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of an array of objects, held in memory, or of one object per line, as in many .json files."""
+    first = next((line.lstrip()[:1] for _, line in text_lines(path) if not isinstance(line, Unreadable)), "")
+    if first == "{":
+        yield from json_lines(path)
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is not JSON: {reason}") from error
+    if not isinstance(values, list):
+        raise UserError(f"{path} must be an array of objects, or hold one object per line")
+    for place, value in enumerate(values, 1):
+        yield RawRow(place, value if isinstance(value, dict) else Unreadable("not a JSON object"))
+
+
+def _csv_rows(path: Path) -> Iterator[RawRow]:
+    """Yield the rows of a CSV file with a header; the place of a row whose fields hold line ends is its last line."""
+    # Python's limit is 128 KiB by default, and holds for the whole process.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # Bytes that are not UTF-8 become lone surrogates, so that their row is unusable and not the whole file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            fields = len(reader.fieldnames or ())
+        except csv.Error as error:
+            raise UserError(f"{path} is not CSV: {error}") from error
+        while True:
+            try:
+                content = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield RawRow(reader.line_num, Unreadable(f"not CSV: {error}"))
+                continue
+            # DictReader puts fields beyond the header under the key None, and None in place of missing fields.
+            complete = None not in content and None not in content.values()
+            yield RawRow(
+                reader.line_num, dict(content) if complete else Unreadable(f"not the {fields} fields of the header")
+            )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
+from random import Random
+from string import ascii_lowercase
 from types import MappingProxyType
 from typing import Any
 
@@ -13,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.config.datasets import ChatDataset, DatasetSpec, DocstringsDataset, FactsDataset, FileDataset, HubDataset
-from lorabench.data.chat import SPLITS, Chat, Split, prompt, prompt_digest
+from lorabench.data.chat import SPLITS, Chat, Split, is_first, prompt, prompt_digest, take, wanted
 from lorabench.data.docstrings import choose_docstrings
-from lorabench.data.facts import SOURCE, random_facts
 from lorabench.data.files import file_chats
 from lorabench.data.hub import choose_chats
 from lorabench.data.reasoning import INSTRUCT_TASKS, is_worked_template, mixture, worked_solutions
@@ -37,8 +37,8 @@ _GROUP_CHARS = 16_000_000
 # Rows of a batch that is read.
 _BATCH_ROWS = 256
 
-# This many consecutive chats that are too long or repeated mean that there are no more.
-_MAX_MISSES = 500
+# Random facts: their source, and the number of letters of a name.
+_FACTS, _NAME_LENGTH = "facts", 6
 
 
 def build_dataset(
@@ -54,9 +54,12 @@ def build_dataset(
     Raises:
         UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
     """
-    if isinstance(spec, HubDataset | DocstringsDataset):
-        chats = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_docstrings(spec)
+    if isinstance(spec, HubDataset):
+        chats = choose_chats(spec, fetched)
         write_dataset((_row(split, chat) for split, chat in chats), path, chats.about)
+    elif isinstance(spec, DocstringsDataset):
+        chosen, note = choose_docstrings(spec)
+        write_dataset((_row(split, chat) for split, chat in chosen), path, note)
     else:
         write_dataset(make_dataset(spec), path)
 
@@ -69,57 +72,39 @@ def make_dataset(spec: ChatDataset | FactsDataset | FileDataset) -> Iterator[Exa
     Raises:
         UserError: there are fewer usable and distinct chats than the splits need.
     """
+    is_new = is_first(_digest)
     if isinstance(spec, FactsDataset):
+        facts = list(take(wanted(random_facts(spec), is_new), spec.facts, "facts"))
         for split in SPLITS:
-            for fact in _take(_distinct(random_facts(spec), None), spec.facts, "facts"):
-                yield _row(split, fact)
+            yield from (_row(split, fact) for fact in facts)
         return
-    source = file_chats(spec) if isinstance(spec, FileDataset) else _distinct(_chats(spec), spec.max_chars)
+    if isinstance(spec, FileDataset):
+        chats = file_chats(spec)
+    else:
+        instruct = spec.kind == "instruct"
+        problems = mixture(INSTRUCT_TASKS, spec.seed) if instruct else worked_solutions(is_worked_template, spec.seed)
+        made = (Chat.of(problem.source, problem.question, problem.response) for problem in problems)
+        chats = wanted(made, lambda chat: chat.chars() <= spec.max_chars and is_new(chat))
     what = f"of at most {spec.max_chars} characters in a dataset of kind {spec.kind!r}"
     for split in SPLITS:
-        for chat in _take(source, getattr(spec, split), f"{split} examples {what}"):
+        for chat in take(chats, getattr(spec, split), f"{split} examples {what}"):
             yield _row(split, chat)
 
 
-def _chats(spec: ChatDataset) -> Iterator[Chat]:
-    """Yield chats of the dataset's kind without end."""
-    problems = (
-        mixture(INSTRUCT_TASKS, spec.seed)
-        if spec.kind == "instruct"
-        else worked_solutions(is_worked_template, spec.seed)
-    )
-    for problem in problems:
-        yield Chat.of(problem.source, problem.question, problem.response)
+def _digest(chat: Chat) -> int:
+    return prompt_digest(chat.messages)
 
 
-def _distinct(chats: Iterator[Chat], max_chars: int | None) -> Iterator[Chat]:
-    """Yield the chats that are short enough, each prompt once; end after many others in a row."""
-    seen: set[int] = set()
-    misses = 0
-    for chat in chats:
-        key = prompt_digest(chat.messages)
-        if key in seen or (max_chars is not None and chat.chars() > max_chars):
-            misses += 1
-            if misses > _MAX_MISSES:
-                return
-            continue
-        misses = 0
-        seen.add(key)
-        yield chat
+def random_facts(spec: FactsDataset) -> Iterator[Chat]:
+    """Yield facts without end: a random name and a number of `spec.digits` digits, all uniform and independent.
 
-
-def _take(source: Iterator[Chat], count: int, what: str) -> Iterator[Chat]:
-    """Yield the next `count` chats.
-
-    Raises:
-        UserError: there are fewer.
+    They do not generalize, so a model predicts only what it has stored.
     """
-    taken = 0
-    for chat in islice(source, count):
-        taken += 1
-        yield chat
-    if taken < count:
-        raise UserError(f"found {taken} distinct {what}; {count} are needed")
+    rng = Random(spec.seed)
+    while True:
+        name = "".join(rng.choices(ascii_lowercase, k=_NAME_LENGTH))
+        number = "".join(rng.choices("0123456789", k=spec.digits))
+        yield Chat.of(_FACTS, f"number of {name}?", number)
 
 
 def _row(split: Split, chat: Chat) -> ExampleRow:
@@ -130,7 +115,7 @@ def checked_disjoint(rows: Iterable[ExampleRow]) -> Iterator[ExampleRow]:
     """Yield the same rows; raise UserError, naming the prompt, if two splits share it. Random facts may be shared."""
     split_of: dict[int, Split] = {}
     for row in rows:
-        if row["source"] != SOURCE:
+        if row["source"] != _FACTS:
             first = split_of.setdefault(prompt_digest(row["messages"]), row["split"])
             if first != row["split"]:
                 text = prompt(row["messages"])[:80]
@@ -148,21 +133,16 @@ def write_dataset(rows: Iterable[ExampleRow], path: Path, about: dict[str, Any] 
     """
     schema = _SCHEMA if about is None else _SCHEMA.with_metadata({_ABOUT: json.dumps(about)})
     with atomic_path(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for group in _groups(rows):
+        group: list[ExampleRow] = []
+        chars = 0
+        for row in rows:
+            group.append(row)
+            chars += sum(len(message["content"]) for message in row["messages"])
+            if len(group) == _GROUP_ROWS or chars >= _GROUP_CHARS:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                group, chars = [], 0
+        if group:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
-
-
-def _groups(rows: Iterable[ExampleRow]) -> Iterator[list[ExampleRow]]:
-    group: list[ExampleRow] = []
-    chars = 0
-    for row in rows:
-        group.append(row)
-        chars += sum(len(message["content"]) for message in row["messages"])
-        if len(group) == _GROUP_ROWS or chars >= _GROUP_CHARS:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group
 
 
 def read_dataset(path: Path) -> Iterator[ExampleRow]:

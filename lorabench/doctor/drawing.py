@@ -13,7 +13,7 @@ from lorabench.doctor.bench import Bench, prepared, random_model, with_method
 from lorabench.doctor.record import Check
 from lorabench.doctor.subject import Subject
 from lorabench.doctor.verdict import measured
-from lorabench.planning.lengths import prompt_tokens
+from lorabench.planning.flops import prompt_tokens
 from lorabench.planning.seconds import cache_seconds, layer_seconds, weights_seconds
 from lorabench.training.rl.sampler import Request, Stop, sample
 from lorabench.utils.formats import number

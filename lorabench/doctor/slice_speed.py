@@ -13,8 +13,7 @@ from lorabench.doctor.steps import step_flops
 from lorabench.doctor.subject import Subject
 from lorabench.doctor.verdict import measured, skipped
 from lorabench.models.dimensions import dimensions
-from lorabench.planning.flops import run_tokens
-from lorabench.planning.lengths import longest_sequence
+from lorabench.planning.flops import longest_sequence, run_tokens
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.store.layout import Layout

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.dimensions import Dimensions, dimensions
-from lorabench.planning.lengths import longest_sequence
+from lorabench.planning.flops import longest_sequence
 from lorabench.planning.memory import USABLE, decided, gpus_needed, peak_bytes, step_memory
 from lorabench.planning.plan import Plan
 from lorabench.runs import Condition, Sweep
@@ -149,9 +149,7 @@ def _sizes(plan: Plan, condition: Condition) -> Dimensions:
 def _largest(plan: Plan, sweeps: Sequence[Sweep]) -> Sweep:
     """Return the sweep of the largest model that fits one GPU, of these the one with the highest peak."""
     fitting = [sweep for sweep in sweeps if _fits_one(plan, sweep)] or sweeps
-    return max(
-        fitting, key=lambda sweep: (_sizes(plan, sweep.condition).parameters, peak_bytes(plan.preset, sweep, 1, 1))
-    )
+    return max(fitting, key=lambda sweep: (_sizes(plan, sweep.condition).parameters, peak_bytes(plan.preset, sweep, 1)))
 
 
 def _fits_one(plan: Plan, sweep: Sweep) -> bool:

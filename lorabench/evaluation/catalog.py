@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,7 @@ def fetch_tasks(layout: Layout, path: Path) -> None:
         versions[task.name] = {
             name: {"version": str(leaf.VERSION), "data": data_revision(leaf)} for name, leaf in sorted(leaves.items())
         }
-    write_json({"lm_eval": lm_eval_version(), "tasks": versions}, path)
+    write_json({"lm_eval": version("lm_eval"), "tasks": versions}, path)
 
 
 def data_revision(task: Task) -> str | None:
@@ -164,10 +165,3 @@ def data_revision(task: Task) -> str | None:
     """
     files = next(iter(task.dataset.values())).cache_files
     return Path(files[0]["filename"]).parent.name if files else None
-
-
-def lm_eval_version() -> str:
-    """Return the version of lm-eval."""
-    from importlib.metadata import version
-
-    return version("lm_eval")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from lorabench.models.base import (
     package_versions,
     weights_sha256,
 )
-from lorabench.models.vllm_support import check_vllm, set_vllm_environment, vllm_version
+from lorabench.models.vllm_support import cache_bytes, check_vllm, max_lora_rank, set_vllm_environment, vllm_version
 from lorabench.planning.plan import Plan
 from lorabench.runs import EvalJob, Run, best_lr, finished_losses, validation_loss
 from lorabench.store.io import write_table
@@ -58,6 +59,8 @@ SAMPLES = pa.schema(
 # The number of bootstrap samples for standard errors that have no formula.
 _BOOTSTRAP = 1_000
 _SEED = 0
+# The least number of sequences that vLLM answers at once on a GPU, and the least bytes of keys and values on a CPU.
+_SEQUENCES_ON_GPU, _CACHE_ON_CPU = 256, 1 << 30
 
 _ARM = (
     *("dataset", "method", "rank", "placement", "alpha", "init_a", "lr_ratio"),
@@ -99,7 +102,11 @@ def evaluate_job(plan: Plan, job: EvalJob, layout: Layout) -> None:
             model = load_evaluated_model(spec, record, layout).to(machine.device)
             lm = lm_eval_model(model, tokenizer, evaluation.batch_size, autocast)
         scores, samples = run_tasks(lm, index, loaded, evaluation, plan.preset.execution.sampler)
-        rows = [{"model": job.model, **_run_columns(record)} | row for row in scores]
+        about: dict[str, Any] = {"model": job.model}
+        if record is not None:
+            about |= {"run_id": record["run_id"], **{name: record["spec"].get(name) for name in _ARM}}
+            about |= {name: record["outcome"].get(name) for name in ("final_test_nll", "final_reward")}
+        rows = [about | row for row in scores]
     write_table(pa.Table.from_pylist(samples, schema=SAMPLES), layout.samples(job))
     write_table(pa.Table.from_pylist(rows, schema=EVALS), layout.evals(job))
 
@@ -134,10 +141,10 @@ def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layou
     run_id = record["run_id"]
     trained_from, base = record["environment"]["model_sha256"], weights_sha256(spec)
     if trained_from != base:
-        raise UserError(
-            f"run {run_id} was trained from a base with weights {_hashes(trained_from)}; "
-            f"model {model!r} has {_hashes(base)}"
+        first, second = (
+            ", ".join(f"{name} {value[:12]}" for name, value in weights.items()) for weights in (trained_from, base)
         )
+        raise UserError(f"run {run_id} was trained from a base with weights {first}; model {model!r} has {second}")
     # If this file is missing, PEFT would look for a pickled file.
     file = "config.json" if record["spec"]["method"] == "fullft" else "adapter_model.safetensors"
     path = RunFolder(layout.runs, run_id).weights / file
@@ -145,23 +152,15 @@ def check_run(record: dict[str, Any], model: str, spec: ModelSpec, layout: Layou
         raise UserError(f"weights of run {run_id} are missing: {path} does not exist")
 
 
-def _hashes(weights: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value[:12]}" for name, value in weights.items())
-
-
 def load_evaluated_model(spec: ModelSpec, record: dict[str, Any] | None, layout: Layout) -> torch.nn.Module:
     """Load the base (no record), the base with a run's adapter, or the model of a full fine-tuning."""
-    model: torch.nn.Module
-    if record is None:
-        model = load_model(spec)
-        return model
-    if record["spec"]["method"] == "fullft":
-        model = load_model(fine_tuned(record, layout))
-        return model
-    from peft import PeftModel
+    full = record is not None and record["spec"]["method"] == "fullft"
+    model: torch.nn.Module = load_model(fine_tuned(record, layout) if record is not None and full else spec)
+    if record is not None and not full:
+        from peft import PeftModel
 
-    # Not merged: where the unembedding is the embedding, its update would change both.
-    model = PeftModel.from_pretrained(load_model(spec), RunFolder(layout.runs, record["run_id"]).weights)
+        # Not merged: where the unembedding is the embedding, its update would change both.
+        model = PeftModel.from_pretrained(model, RunFolder(layout.runs, record["run_id"]).weights)
     return model
 
 
@@ -206,25 +205,69 @@ def vllm_lm_eval_model(
     autocast: torch.dtype | None,
     device: torch.device,
 ) -> TemplateLM:
-    """Start an engine of vLLM, for lm-eval, with what `load_evaluated_model` loads; it computes in the autocast type.
+    """Start lm-eval's own model `vllm` with what `load_evaluated_model` loads; it computes in the autocast type.
 
     Raises:
         UserError: vLLM takes no adapter of the run's rank.
     """
+    import importlib.metadata
+
     import torch
 
-    adapter = None
-    model = spec
+    model, lora = spec, {}
     if record is not None and record["spec"]["method"] == "fullft":
         model = fine_tuned(record, layout)
     elif record is not None:
-        adapter = (RunFolder(layout.runs, record["run_id"]).weights, record["spec"]["rank"])
+        folder = str(RunFolder(layout.runs, record["run_id"]).weights)
+        lora = {"lora_local_path": folder, "max_lora_rank": max_lora_rank(record["spec"]["rank"]), "max_loras": 1}
+    on_cpu, longest, dtype = device.type == "cpu", max_length(model), autocast or torch.float32
     set_vllm_environment(device)
-    # The import of this module imports vLLM.
-    from lorabench.evaluation.vllm_backend import VllmBackend
+    # lm-eval asks for the version of the distribution `vllm`; the one for CPUs has another name.
+    importlib.metadata.version = lambda distribution_name: (
+        vllm_version() if distribution_name == "vllm" else version(distribution_name)
+    )
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    finally:
+        importlib.metadata.version = version
 
-    dtype = autocast or torch.float32
-    return VllmBackend(model, load_tokenizer(spec), model_folder(spec), adapter, batch_size, dtype, device)
+    lm = VLLM(
+        str(model_folder(model)),
+        dtype=str(dtype).removeprefix("torch."),
+        tokenizer=str(model_folder(spec)),
+        trust_remote_code=getattr(spec, "trust_remote_code", False),
+        seed=0,
+        # The engine gets all requests at once. With `auto`, vLLM would divide by the time that a bar of tqdm shows.
+        batch_size=sys.maxsize,
+        max_model_len=longest,
+        # On a GPU sequences do not wait for the longest of a batch, and vLLM takes the memory that is free.
+        max_num_seqs=batch_size if on_cpu else max(batch_size, _SEQUENCES_ON_GPU),
+        kv_cache_memory_bytes=max(_CACHE_ON_CPU, cache_bytes(model, dtype, longest)) if on_cpu else None,
+        enforce_eager=on_cpu,
+        **lora,
+    )
+    if lora:
+        lm.model.apply_model(_adapt_all_logits)
+    # The preset may give a model the template that its folder lacks.
+    lm.tokenizer = load_tokenizer(spec)
+    lm.hf_chat_template = lm.tokenizer.chat_template
+    return lm
+
+
+def _adapt_all_logits(model: torch.nn.Module) -> None:
+    """Make the only adapter of an engine apply to the unembedding wherever logits are computed.
+
+    vLLM applies it to the logits of drawn tokens alone: those of prompts lack it on a GPU, and are refused on a CPU
+    (https://github.com/vllm-project/vllm/issues/51594).
+    """
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+
+    def add(logits: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        return logits.add_((x @ a[0, 0].T) @ b[0, 0].T, alpha=scale)
+
+    for module in model.modules():
+        if isinstance(module, LogitsProcessorWithLoRA):
+            module.punica_wrapper.add_lora_logits = add
 
 
 def run_tasks(
@@ -248,7 +291,7 @@ def run_tasks(
     DetectorFactory.seed = _SEED
     # lm-eval warns of each task whose number of few-shot examples the preset sets, which is intended.
     logging.getLogger("lm_eval.evaluator").addFilter(lambda record: "num_fewshot" not in record.msg)
-    # Every call would ask pip, compilers and drivers for their versions, for seconds; `_versions` records enough.
+    # Every call would ask pip, compilers and drivers for versions, for seconds; the column `versions` records enough.
     evaluator.add_env_info = lambda results: None
     # Standard errors are computed without a pool of processes, which would take every core.
     os.environ["DISABLE_MULTIPROC"] = "1"
@@ -260,7 +303,8 @@ def run_tasks(
         settings.setdefault(key, []).append(loaded_task)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
-    versions = json.dumps(_versions(sampler), sort_keys=True)
+    versions = package_versions() | {name: version(name) for name in ("lm_eval", "datasets")}
+    versions |= {"vllm": vllm_version()} if sampler == "vllm" else {}
     for (chat, num_fewshot, limit, max_new_tokens), together in settings.items():
         results = evaluator.simple_evaluate(
             lm,
@@ -278,7 +322,8 @@ def run_tasks(
             fewshot_random_seed=_SEED,
         )
         assert results
-        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size, "versions": versions}
+        common: dict[str, Any] = {"sampler": sampler, "eval_batch_size": evaluation.batch_size}
+        common["versions"] = json.dumps(versions, sort_keys=True)
         # Null where prompts are used without a chat template.
         common["template_sha256"] = template if chat else None
         for loaded_task in together:
@@ -365,20 +410,3 @@ def _number(value: Any) -> float | None:
     if isinstance(value, str) or value is None:
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _run_columns(record: dict[str, Any] | None) -> dict[str, Any]:
-    if record is None:
-        return {}
-    outcome = record["outcome"]
-    return {
-        "run_id": record["run_id"],
-        **{name: record["spec"].get(name) for name in _ARM},
-        "final_test_nll": outcome.get("final_test_nll"),
-        "final_reward": outcome.get("final_reward"),
-    }
-
-
-def _versions(sampler: SamplerName) -> dict[str, str]:
-    engine = {"vllm": vllm_version()} if sampler == "vllm" else {}
-    return package_versions() | {name: version(name) for name in ("lm_eval", "datasets")} | engine

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorabench.analysis.arms import arm_label, rows_of
-from lorabench.analysis.sampler_mismatch import runs_above_max_kl
+from lorabench.analysis.rl_health import runs_above_max_kl
 from lorabench.figures import style
 from lorabench.figures.rl_curves import CURVE_COLUMNS, curve_rows, draw_curves
 from lorabench.runs import MAX_KL

@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
 from lorabench.analysis.comparison import Arm, Judging, comparisons
 from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, lineage, predict_lr
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, SweptModel, fitted_law, lineage, predict_lr, swept_models
 from lorabench.analysis.optima import lr_optima, ratio_interval
 from lorabench.analysis.published import paper_numbers, published_sweeps
-from lorabench.analysis.swept_models import SweptModel, fitted_law, swept_models
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
 from lorabench.store.tables import Tables

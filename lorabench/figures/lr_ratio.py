@@ -17,8 +17,16 @@ from lorabench.analysis.arms import with_arm_columns
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
-from lorabench.analysis.lr_ratio_conditions import COLUMNS, measured_ratios, prediction_table
-from lorabench.analysis.lr_ratio_theories import ALPHA, BATCH_SIZE, STEPS, Setting, predicted
+from lorabench.analysis.lr_ratio import (
+    ALPHA,
+    BATCH_SIZE,
+    COLUMNS,
+    STEPS,
+    Setting,
+    measured_ratios,
+    predicted,
+    prediction_table,
+)
 from lorabench.analysis.published import published_ratios
 from lorabench.config.predictions import DEFAULT_PREDICTIONS
 from lorabench.figures import style

@@ -13,8 +13,7 @@ from lorabench.errors import NothingToDrawError, UserError
 from lorabench.figures.catalog import CLAIMS_TABLE, COMPUTE_TABLE, EVALS_TABLE, FIGURES, PaperFigure
 from lorabench.figures.style import write_figure
 from lorabench.store.checks import check_curves, check_evals, check_table
-from lorabench.store.io import empty_table, table_path, with_all_columns, write_csv
-from lorabench.store.judged import read_claims
+from lorabench.store.io import empty_table, read_claims, table_path, with_all_columns, write_csv
 from lorabench.store.tables import Tables
 
 

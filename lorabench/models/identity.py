@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 SHIPPED = Path(__file__).parent / "shipped"
 """Folder of the tiny bases, which `workflow/scripts/tiny_bases.py` has pretrained."""

@@ -3,65 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lorabench.config.preset import Preset
-from lorabench.errors import UserError
 from lorabench.planning.flops import evaluation_flops, run_tokens, sweep_flops
-from lorabench.planning.lane_count import lane_count
 from lorabench.planning.plan import Plan
 from lorabench.planning.resources import MB, Resources, compute_resources, evaluation_resources, job_resources
 from lorabench.planning.seconds import compute_seconds, evaluation_seconds, job_seconds
-from lorabench.runs import Job
-from lorabench.utils.gpus import GPUS
+from lorabench.runs import EvalJob, Job
+
+
+@dataclass(frozen=True)
+class JobCost:
+    """The expected cost of a job. `tokens` pass forward and backward, those of an evaluation only forward."""
+
+    requested: Resources
+    hours: float
+    """Wall-clock hours."""
+    most_hours: float
+    """Wall-clock hours of the largest possible number of runs."""
+    runs: int = 0
+    most_runs: int = 0
+    tokens: float = 0.0
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class Bill:
-    """The expected cost of planned work. `tokens` pass forward and backward, those of an evaluation only forward."""
+    """The expected cost of planned work."""
 
-    jobs: int = 0
-    runs: int = 0
-    most_runs: int = 0
+    jobs: int
+    runs: int
+    most_runs: int
     """The largest possible number of runs, which differs from `runs` where sweeps find their LRs."""
-    tokens: float = 0.0
-    flops: float = 0.0
-    job_hours: float = 0.0
+    tokens: float
+    flops: float
+    job_hours: float
     """Wall-clock hours of all jobs, one after the other."""
-    most_job_hours: float = 0.0
-    gpu_hours: float = 0.0
-    most_gpu_hours: float = 0.0
-    longest_hours: float = 0.0
+    most_job_hours: float
+    gpu_hours: float
+    most_gpu_hours: float
+    longest_hours: float
     """Wall-clock hours of the longest job."""
-    gpus: int = 0
+    gpus: int
     """GPUs of the largest job; 0 on a CPU."""
-    memory: float = 0.0
+    memory: float
     """Bytes: the largest peak of a job on each GPU, or on a CPU of its process."""
-    disk: float = 0.0
+    disk: float
     """Bytes that are kept under results/."""
-    working_disk: float = 0.0
-    """The most bytes that a job needs there besides while it runs."""
-    lanes: int = 0
-    """The largest number of runs that a job trains together; 0 where nothing is trained."""
+    working_disk: float
+    """The most bytes that a job also needs there while it runs."""
 
-    def __add__(self, other: Bill) -> Bill:
-        """Add two bills: amounts of work are added, and of two sizes of a job the larger is taken."""
-        return Bill(
-            self.jobs + other.jobs,
-            self.runs + other.runs,
-            self.most_runs + other.most_runs,
-            self.tokens + other.tokens,
-            self.flops + other.flops,
-            self.job_hours + other.job_hours,
-            self.most_job_hours + other.most_job_hours,
-            self.gpu_hours + other.gpu_hours,
-            self.most_gpu_hours + other.most_gpu_hours,
-            max(self.longest_hours, other.longest_hours),
-            max(self.gpus, other.gpus),
-            max(self.memory, other.memory),
-            self.disk + other.disk,
-            max(self.working_disk, other.working_disk),
-            max(self.lanes, other.lanes),
+    @classmethod
+    def of(cls, costs: Iterable[JobCost]) -> Bill:
+        """Return the bill of some jobs: amounts of work are added, and of sizes of a job the largest is taken."""
+        costs = list(costs)
+        requests = [cost.requested for cost in costs]
+        return cls(
+            jobs=len(costs),
+            runs=sum(cost.runs for cost in costs),
+            most_runs=sum(cost.most_runs for cost in costs),
+            tokens=sum(cost.tokens for cost in costs),
+            flops=sum(cost.flops for cost in costs),
+            job_hours=sum(cost.hours for cost in costs),
+            most_job_hours=sum(cost.most_hours for cost in costs),
+            gpu_hours=sum(cost.requested.gpus * cost.hours for cost in costs),
+            most_gpu_hours=sum(cost.requested.gpus * cost.most_hours for cost in costs),
+            longest_hours=max((cost.hours for cost in costs), default=0.0),
+            gpus=max((job.gpus for job in requests), default=0),
+            memory=MB * max((job.gpu_mem_mb if job.gpus else job.mem_mb for job in requests), default=0),
+            disk=MB * sum(job.disk_mb for job in requests),
+            working_disk=MB * max((job.working_disk_mb for job in requests), default=0),
         )
 
 
@@ -71,71 +83,47 @@ def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
-    preset, total = plan.preset, Bill()
-    for job in jobs:
-        requested = job_resources(plan, job)
-        tokens = sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
-        flops = sum(sweep_flops(preset, sweep) for sweep in job.sweeps)
-        bill = _job(requested, job.n_runs, tokens, flops, job_seconds(preset, job, requested.gpus))
-        most_hours = job_seconds(preset, job, requested.gpus, most=True) / 3600
-        total += replace(
-            bill,
-            most_runs=job.most_runs,
-            most_job_hours=most_hours,
-            most_gpu_hours=requested.gpus * most_hours,
-            lanes=max(lane_count(preset, sweep, requested.gpus) for sweep in job.sweeps),
-        )
-    return total
-
-
-def evaluation(plan: Plan) -> Bill:
-    """Return the bill of all evaluations with lm-eval."""
-    total = Bill()
-    for job in plan.evaluations():
-        tokens, flops = evaluation_flops(plan.preset, job)
-        total += _job(evaluation_resources(plan, job), 0, tokens, flops, evaluation_seconds(plan.preset, job))
-    return total
-
-
-def compute(plan: Plan) -> Bill:
-    """Return the bill of the job that measures training steps, without tokens; it is empty if there is no such job."""
-    if plan.preset.experiments.compute is None:
-        return Bill()
-    return _job(compute_resources(plan), 0, 0.0, 0.0, compute_seconds(plan.preset))
-
-
-def _job(requested: Resources, runs: int, tokens: float, flops: float, seconds: float) -> Bill:
-    hours = seconds / 3600
-    memory = requested.gpu_mem_mb if requested.gpus else requested.mem_mb
-    return Bill(
-        jobs=1,
-        runs=runs,
-        tokens=tokens,
-        flops=flops,
-        job_hours=hours,
-        most_job_hours=hours,
-        gpu_hours=requested.gpus * hours,
-        most_gpu_hours=requested.gpus * hours,
-        longest_hours=hours,
-        gpus=requested.gpus,
-        memory=memory * MB,
-        disk=requested.disk_mb * MB,
-        working_disk=requested.working_disk_mb * MB,
-    )
-
-
-def per_experiment(plan: Plan) -> dict[str, Bill]:
-    """Return the bills of each experiment alone, of the evaluation, and of the `total`, in which shared runs count
-    once."""
-    rows = {name: training(plan, plan.jobs_of(name)) for name in plan.preset.experiments.trained()}
-    others = {"compute": compute(plan), "evaluation": evaluation(plan)}
-    rows |= {name: bill for name, bill in others.items() if bill.jobs}
-    return rows | {"total": total(plan)}
+    return Bill.of(_job_cost(plan, job) for job in jobs)
 
 
 def total(plan: Plan) -> Bill:
-    """Return the bill of the whole plan; runs that experiments share count once."""
-    return training(plan, plan.jobs) + compute(plan) + evaluation(plan)
+    """Return the bill of the whole plan; runs that experiments share count once.
+
+    Raises:
+        UserError: a job fits on no number of GPUs that the preset allows.
+    """
+    return per_experiment(plan)["total"]
+
+
+def per_experiment(plan: Plan) -> dict[str, Bill]:
+    """Return the bills of each experiment alone, of the evaluation with lm-eval, and of the `total`, in which shared
+    runs count once.
+
+    Raises:
+        UserError: a job fits on no number of GPUs that the preset allows.
+    """
+    jobs = {job: _job_cost(plan, job) for job in plan.jobs}
+    rows = {name: [jobs[job] for job in plan.jobs_of(name)] for name in plan.preset.experiments.trained()}
+    if plan.preset.experiments.compute is not None:
+        hours = compute_seconds(plan.preset) / 3600
+        rows["compute"] = [JobCost(compute_resources(plan), hours, hours)]
+    if evaluations := [_evaluation_cost(plan, job) for job in plan.evaluations()]:
+        rows["evaluation"] = evaluations
+    rows["total"] = [*jobs.values(), *rows.get("compute", []), *evaluations]
+    return {name: Bill.of(costs) for name, costs in rows.items()}
+
+
+def _job_cost(plan: Plan, job: Job) -> JobCost:
+    preset, requested = plan.preset, job_resources(plan, job)
+    hours, most_hours = (job_seconds(preset, job, requested.gpus, most) / 3600 for most in (False, True))
+    tokens = sum(sweep.n_runs * run_tokens(preset, sweep.condition).trained for sweep in job.sweeps)
+    flops = sum(sweep_flops(preset, sweep) for sweep in job.sweeps)
+    return JobCost(requested, hours, most_hours, job.n_runs, job.most_runs, tokens, flops)
+
+
+def _evaluation_cost(plan: Plan, job: EvalJob) -> JobCost:
+    hours, (tokens, flops) = evaluation_seconds(plan.preset, job) / 3600, evaluation_flops(plan.preset, job)
+    return JobCost(evaluation_resources(plan, job), hours, hours, tokens=tokens, flops=flops)
 
 
 def minutes(plan: Plan, bill: Bill, cores: int, most: bool = False) -> float:
@@ -150,15 +138,3 @@ def minutes(plan: Plan, bill: Bill, cores: int, most: bool = False) -> float:
 def jobs_at_once(preset: Preset, cores: int) -> int:
     """Return the number of jobs that run at once on `cores` cores, at least 1."""
     return max(1, cores // preset.execution.threads)
-
-
-def on_gpu(preset: Preset, gpu: str) -> Preset:
-    """Return the preset with another GPU, and without its `gflops`, which hold for its own GPU.
-
-    Raises:
-        UserError: the GPU is unknown.
-    """
-    if gpu not in GPUS:
-        raise UserError(f"gpu {gpu!r} is not known; allowed: {', '.join(GPUS)}")
-    execution = preset.execution.model_copy(update={"gpu": gpu, "gflops": None})
-    return preset.model_copy(update={"execution": execution})

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from lorabench.config.preset import Preset
 from lorabench.models.dimensions import Dimensions, dimensions
 from lorabench.models.vllm_support import max_lora_rank
-from lorabench.planning.lengths import longest_sequence
+from lorabench.planning.flops import longest_sequence
 from lorabench.runs import Condition, Sweep
 from lorabench.utils.gpus import GB, GPUS
 
-# Bytes on a GPU beside weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
+# Bytes on a GPU besides weights, adapters and cache (CUDA context, activations, graphs): an assumption until it is
 # measured. Bytes of a process on a CPU, measured on the tiny bases: 0.92 GB.
 _ON_GPU, _ON_CPU = 2.5 * GB, 1.0 * GB
 # Assumed for GPUs until it is measured: the share of a GPU's peaks (of products, and of reading memory) that the engine
@@ -33,7 +33,7 @@ class EngineMemory:
     weights: float
     """The whole model in the type in which products are computed."""
     adapters: float
-    """LoRA of all lanes in the same type; 0 in full fine-tuning."""
+    """LoRA in the same type; 0 in full fine-tuning."""
     cache: float
     """Keys and values of `execution.max_cache_tokens` tokens, or of the longest response if that is more."""
     overhead: float
@@ -50,8 +50,8 @@ def uses_engine(preset: Preset, condition: Condition) -> bool:
     return condition.rollouts is not None and preset.execution.sampler == "vllm"
 
 
-def engine_memory(preset: Preset, sweep: Sweep, lanes: int = 1) -> EngineMemory:
-    """Return the bytes of each engine of a sweep's job, which draws the responses of `lanes` runs at once.
+def engine_memory(preset: Preset, sweep: Sweep) -> EngineMemory:
+    """Return the bytes of each engine of a sweep's job.
 
     Raises:
         UserError: vLLM does not take adapters of the sweep's rank.
@@ -60,7 +60,7 @@ def engine_memory(preset: Preset, sweep: Sweep, lanes: int = 1) -> EngineMemory:
     sizes, adapters = dimensions(preset.models[condition.model]), 0
     if condition.rank is not None and condition.placement is not None:
         room = max_lora_rank(condition.rank)
-        adapters = lanes * sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
+        adapters = sizes.lora(condition.placement, room, preset.protocol.include_unembedding)[0]
     return _memory(preset, sizes, _handed_over(sizes, condition), adapters, longest_sequence(preset, condition))
 
 
@@ -92,17 +92,16 @@ def cache_bytes(preset: Preset, sizes: Dimensions) -> int:
     return number_bytes(preset) * sizes.layers * 2 * sizes.kv_heads * sizes.head_dim
 
 
-def handover_bytes(preset: Preset, sweep: Sweep, lanes: int = 1) -> int:
+def handover_bytes(preset: Preset, sweep: Sweep) -> int:
     """Return the bytes of shared memory in which a job hands its weights to all of its engines in each step.
 
-    They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapters of all lanes in
-    fp32.
+    They are the whole model in the type of its products in full fine-tuning, and in LoRA the adapter in fp32.
     """
     condition = sweep.condition
     sizes = dimensions(preset.models[condition.model])
     if condition.rank is None or condition.placement is None:
         return number_bytes(preset) * _handed_over(sizes, condition)
-    return 4 * lanes * sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[0]
+    return 4 * sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[0]
 
 
 def engine_start_seconds(preset: Preset) -> float:
@@ -110,9 +109,9 @@ def engine_start_seconds(preset: Preset) -> float:
     return _START_ON_CPU if preset.execution.gpu is None else _START_ON_GPU
 
 
-def handover_seconds(preset: Preset, sweep: Sweep, lanes: int = 1) -> float:
-    """Return the seconds in which a GPU job hands the weights of all lanes to its engines, once in a step."""
-    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, sweep, lanes) / _THROUGH_MEMORY
+def handover_seconds(preset: Preset, sweep: Sweep) -> float:
+    """Return the seconds in which a GPU job hands its weights to its engines, once in a step."""
+    return _HANDOVER_SECONDS + 2 * handover_bytes(preset, sweep) / _THROUGH_MEMORY
 
 
 def engine_seconds(preset: Preset, sizes: Dimensions, tokens: float, positions: float, context: float) -> float:

@@ -15,7 +15,7 @@ from lorabench.models.dimensions import dimensions
 from lorabench.models.identity import model_id
 from lorabench.planning.starting_lr import starting_lr
 from lorabench.runs import PROTOCOL_VERSION, Condition, Lattice, Rollouts, Seeds, Sweep
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 # Number of LRs that a sweep with `lrs: auto` starts with.
 _FIRST_LRS = 3

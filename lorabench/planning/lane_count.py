@@ -15,10 +15,9 @@ from typing import Literal
 from lorabench.config.execution import Execution
 from lorabench.config.preset import Preset
 from lorabench.models.dimensions import dimensions, merging_is_cheaper
-from lorabench.planning.lengths import longest_sequence, tokens_per_example
-from lorabench.planning.memory import USABLE, peak_bytes
+from lorabench.planning.flops import longest_sequence, tokens_per_example
 from lorabench.runs import AROUND, EXPECTED_FURTHER_LRS, Condition, Run, Sweep
-from lorabench.utils.gpus import GB, GPUS
+from lorabench.utils.gpus import GPUS
 
 Work = Literal["lora", "fullft", "drawing"]
 """The purpose of a pass through a model: SFT by LoRA or by full fine-tuning, or drawing the responses of RL."""
@@ -28,8 +27,6 @@ Work = Literal["lora", "fullft", "drawing"]
 # table): LoRA still gained at 262,144 for each thread; full fine-tuning, and LoRA by merged weights, up to about
 # 80,000, and no more at 170,000. Drawing responses gained up to 32,768 and no more above.
 _BUSY_THREAD: dict[Work, int] = {"lora": 1_048_576, "fullft": 327_680, "drawing": 65_536}
-# A CPU job takes fewer lanes rather than more bytes than this for each thread, which clusters commonly have.
-_CPU_MEMORY = 4 * GB
 
 
 def lane_count(preset: Preset, sweep: Sweep, gpus: int) -> int:
@@ -44,8 +41,6 @@ def lane_count(preset: Preset, sweep: Sweep, gpus: int) -> int:
         return 1
     largest_group = max(map(len, _groups(preset, sweep, execution.lanes)))
     most = min(execution.lanes, largest_group, _most_that_save_time(preset, condition))
-    while most > 1 and not _fit(preset, sweep, gpus, most):
-        most -= 1
     # The fewest lanes that take the fewest turns: five runs are dealt as three and two rather than as four and one.
     work = _work(preset, condition)
     turns_by_lanes = {
@@ -129,10 +124,3 @@ def _groups(preset: Preset, sweep: Sweep, lanes: int) -> list[list[Run]]:
         walk, after = [[run] for run in runs[:steps]], runs[steps:]
         waves = [sweep.grid(), *walk, after[:around], after[around:]]
     return [group for wave in waves for group in deal(preset, wave, lanes)]
-
-
-def _fit(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> bool:
-    """Return whether the memory of the GPUs, or of a CPU's threads, holds the lanes."""
-    execution = preset.execution
-    available = _CPU_MEMORY * execution.threads if execution.gpu is None else USABLE * GPUS[execution.gpu].memory
-    return peak_bytes(preset, sweep, gpus, lanes) <= available

@@ -3,12 +3,11 @@
 A process holds fp32 master weights, and a bf16 copy of the frozen weights that carry LoRA; gradients and Adam's two
 moments of the trained parameters; the bf16 copies that autocast makes of the other weights, but for those of experts,
 which compute in fp32; activations of one micro-batch; logits of its scored tokens, in SFT on one GPU only of a piece of
-them; in RL the cache of keys and values, or the engine vLLM. Lanes of LoRA share the base, lanes of full fine-tuning
-share no weights; a micro-batch of all lanes together has as many tokens as that of one run. Over several GPUs (FSDP)
-weights, gradients and moments are split. Activations and logits are not, nor are the copies, which autograd keeps for
-the backward pass when the gathered weights are given back. The numbers of bytes follow the code of transformers and
-PEFT, and were checked by the lifetime of every tensor's storage, also in two processes that share a model
-(`lorabench.training.step_cost`, tests/planning/test_memory.py).
+them; in RL the cache of keys and values, or the engine vLLM. Over several GPUs (FSDP) weights, gradients and moments
+are split. Activations and logits are not, nor are the copies, which autograd keeps for the backward pass when the
+gathered weights are given back. The numbers of bytes follow the code of transformers and PEFT, and were checked by the
+lifetime of every tensor's storage, also in two processes that share a model (`lorabench.training.step_cost`,
+tests/planning/test_memory.py).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.dimensions import Dimensions, dimensions, kept_shares, merging_is_cheaper
 from lorabench.planning.engine import engine_memory, uses_engine
-from lorabench.planning.lengths import longest_sequence
+from lorabench.planning.flops import longest_sequence
 from lorabench.runs import Sweep
 from lorabench.utils.gpus import GB, GPUS
 
@@ -63,9 +62,8 @@ class Memory:
     logits: float
     """Logits and their gradient; or what the backward pass through a layer takes later, if that is more."""
     sampling: float
-    """Keys, values and distributions while responses are drawn, bf16 copies of weights in passes without gradients, and
-    the gradients that are allocated throughout; never at the same time as gradients, copies, activations and logits.
-    With the engine vLLM it is 0."""
+    """Keys, values and distributions while responses are drawn, and bf16 copies of weights in passes without gradients;
+    never at the same time as gradients, copies, activations and logits. With the engine vLLM it is 0."""
     engine: float = 0
     """The engine vLLM, which draws responses beside the trainer and holds its memory throughout."""
 
@@ -83,47 +81,48 @@ def trained_parameters(preset: Preset, sizes: Dimensions, rank: int | None, plac
     return sizes.lora(placement, rank, preset.protocol.include_unembedding)[0]
 
 
-def cast_parameters(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
+def _kept_casts(preset: Preset, sizes: Dimensions, placement: Placement | None, gpus: int) -> int:
     """Return the number of frozen parameters of which a bf16 copy is kept for speed: the weights that carry LoRA.
 
-    It is 0 for sharded models, and with `activation_checkpointing`, by which memory matters more than speed. It must be
-    decided (see `decided`).
+    It is 0 for sharded models, and with `activation_checkpointing`, by which memory matters more than speed.
     """
     execution, bf16 = preset.execution, preset.protocol.precision == "bf16"
-    if placement is None or not bf16 or execution.activation_checkpointing is True or _parts(preset, gpus) > 1:
+    if placement is None or not bf16 or execution.activation_checkpointing is True or gpus > 1:
         return 0
     return sizes.carrying(placement, preset.protocol.include_unembedding)
 
 
-def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1, lanes: int = 1) -> Memory:
-    """Estimate the peak memory of a sweep's job on each of its GPUs, with `lanes` runs at once."""
+def sweep_memory(preset: Preset, sweep: Sweep, gpus: int = 1) -> Memory:
+    """Estimate the peak memory of a sweep's job on each of its GPUs."""
     preset = decided(preset, sweep)
-    condition, execution = sweep.condition, preset.execution
+    condition, execution, bf16 = sweep.condition, preset.execution, preset.protocol.precision == "bf16"
     sizes = dimensions(preset.models[condition.model])
-    longest = longest_sequence(preset, condition)
+    longest, is_rl = longest_sequence(preset, condition), condition.rollouts is not None
     # The upper limit: a batch may go through the model at once, and all of its tokens may be scored.
-    part = max(longest, min(execution.max_batch_tokens // lanes, condition.batch_size * longest))
-    is_rl = condition.rollouts is not None
+    tokens = max(longest, min(execution.max_batch_tokens, condition.batch_size * longest))
     # In RL attention has a mask and is not computed in blocks.
     row = 0 if is_rl else longest
-    step = step_memory(preset, sizes, condition.rank, condition.placement, lanes * part, row, gpus, is_rl, lanes)
+    step = step_memory(preset, sizes, condition.rank, condition.placement, tokens, row, gpus, is_rl)
     if uses_engine(preset, condition):
-        return replace(step, engine=engine_memory(preset, sweep, lanes).total)
-    bf16, sharded = preset.protocol.precision == "bf16", _parts(preset, gpus) > 1
+        return replace(step, engine=engine_memory(preset, sweep).total)
     # Passes without gradients keep the bf16 copies of all weights that carry LoRA, also where training does not.
     cast = 0
-    if condition.placement is not None and bf16 and not sharded:
+    if condition.placement is not None and bf16 and gpus == 1:
         carrying = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
-        cast = 2 * (carrying - cast_parameters(preset, sizes, condition.placement, gpus))
+        cast = 2 * (carrying - _kept_casts(preset, sizes, condition.placement, gpus))
     if not is_rl:
         return replace(step, sampling=cast)
     # Each process of a sharded model samples from a whole copy, with linear layers in the precision of their products.
-    copy = 4 * sizes.parameters - (2 * _linear(sizes) if bf16 else 0) if sharded else 0
-    cached = max(longest, min(execution.max_cache_tokens, lanes * condition.batch_size * longest / gpus))
-    # The gradients of LoRA's lanes are allocated throughout.
-    kept = step.gradients if condition.rank is not None and not sharded else 0
-    drawing = kept + cast + _sampling(sizes, cached, cached / longest, bf16)
-    return replace(step, weights=step.weights + copy, sampling=drawing)
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    copy = 4 * sizes.parameters - (2 * linear if bf16 else 0) if gpus > 1 else 0
+    cached = max(longest, min(execution.max_cache_tokens, condition.batch_size * longest / gpus))
+    queries, keys, number = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, 4 if bf16 else 8
+    # Keys and values have the precision of their products; a layer's buffers grow by copying. One layer's keys and
+    # values are repeated for all heads.
+    cache = cached * number * ((sizes.layers + 1) * keys + queries)
+    # Log-probabilities of each row, and the cumulative sums of their exponentials in double precision.
+    distributions = cached / longest * sizes.vocabulary * 34
+    return replace(step, weights=step.weights + copy, sampling=cast + cache + distributions)
 
 
 def step_memory(
@@ -135,7 +134,6 @@ def step_memory(
     row: int,
     gpus: int = 1,
     is_rl: bool = False,
-    lanes: int = 1,
 ) -> Memory:
     """Estimate the memory of a training step on micro-batches whose tokens are all scored.
 
@@ -143,71 +141,66 @@ def step_memory(
 
     Args:
         rank: LoRA's rank; None is full fine-tuning.
-        tokens: tokens of a micro-batch, of all lanes together.
+        tokens: tokens of a micro-batch.
         row: tokens of a row over which attention is computed without a mask.
+        gpus: number of GPUs among which the model is split.
         is_rl: whether the loss is that of RL, which also measures the entropy.
 
     Returns:
         The bytes on each GPU, without those of sampling.
     """
     bf16, recomputes = preset.protocol.precision == "bf16", preset.execution.activation_checkpointing is True
-    parts = _parts(preset, gpus)
-    trained = lanes * trained_parameters(preset, sizes, rank, placement)
+    on_cpu = preset.execution.gpu is None
+    trained = trained_parameters(preset, sizes, rank, placement)
     layer = _layer_bytes(sizes, rank, bf16)
-    if preset.execution.gpu is None:
+    if on_cpu:
         layer += sizes.heads * kept_shares(row, bf16) * (2 if bf16 else 4)
     # With activation checkpointing a layer keeps only its input; its other activations exist for one layer at a time.
     kept = sizes.layers * (4 * sizes.hidden if recomputes else layer)
     # Logits and their gradient in fp32; in RL also the gradient of the entropy.
     logits = tokens * sizes.vocabulary * (16 if is_rl else 12)
-    at_once = LOGITS_AT_ONCE["cpu" if preset.execution.gpu is None else "gpu"]
-    if not is_rl and parts == 1 and tokens * sizes.vocabulary > at_once:
+    at_once = LOGITS_AT_ONCE["cpu" if on_cpu else "gpu"]
+    if not is_rl and gpus == 1 and tokens * sizes.vocabulary > at_once:
         # Pieces of the logits one after the other, and the gradient of the unembedding's input.
         logits = 12 * max(at_once, sizes.vocabulary) + 4 * tokens * sizes.hidden
     # When the logits are freed, a layer's backward pass needs its activations, kept or recomputed, and their gradients.
     backward, gathered = tokens * layer * (_IN_BACKWARD + (1 if recomputes else 0)), 0
-    if parts > 1:
+    if gpus > 1:
         # Layers are gathered one by one, the next while one is computed; embedding and unembedding stay gathered.
         gathered = 4 * (sizes.parameters + (2 - sizes.layers) * sizes.layer_parameters)
         # The gradient of a whole layer, and a copy of it from which each process gets its part.
         backward += 0 if rank else 2 * 4 * sizes.layer_parameters
-    cast = cast_parameters(preset, sizes, placement, gpus)
+    cast = _kept_casts(preset, sizes, placement, gpus)
     # Autocast keeps a copy of each trained weight until the end of the pass, and every other layer a copy for its
     # backward pass. With activation checkpointing there is one layer's copy at a time, unless an unsharded model is
     # fully fine-tuned.
-    share = 1 / sizes.layers if recomputes and (rank is not None or parts > 1) else 1.0
+    share = 1 / sizes.layers if recomputes and (rank is not None or gpus > 1) else 1.0
     experts = sum(matrix.parameters for matrix in sizes.matrices if matrix.part == "experts")
-    copies = 2.0 * ((1 if rank else lanes) * (_linear(sizes) - experts) - cast) if bf16 else 0.0
+    linear = sum(matrix.parameters for matrix in sizes.matrices)
+    copies = 2.0 * (linear - experts - cast) if bf16 else 0.0
     if rank is not None and placement != "attn":
         # PEFT adds LoRA to the weights of fused experts, in fp32.
         copies += 4 * experts
     return Memory(
-        weights=4 * (sizes.parameters + trained if rank else trained) / parts + 2 * cast + gathered,
-        gradients=4 * trained / parts,
-        moments=8 * trained / parts,
+        weights=4 * (sizes.parameters + trained if rank else trained) / gpus + 2 * cast + gathered,
+        gradients=4 * trained / gpus,
+        moments=8 * trained / gpus,
         copies=copies * share,
-        # Beside the layers: the embeddings, the last norm, and the unembedding's input.
+        # Besides the layers: the embeddings, the last norm, and the unembedding's input.
         activations=tokens * (kept + 10 * sizes.hidden),
         logits=max(logits, backward),
         sampling=0,
     )
 
 
-def peak_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
+def peak_bytes(preset: Preset, sweep: Sweep, gpus: int) -> float:
     """Estimate the peak of a job in bytes: tensors on each of `gpus` GPUs, or on a CPU whole processes."""
     process = 0.0 if gpus else _SFT_PROCESS if sweep.condition.rollouts is None else _RL_PROCESS
-    return process + sweep_memory(preset, sweep, max(1, gpus), lanes).total
-
-
-def reported_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
-    """Estimate the peak that runs report, in bytes: that of a job without the engine, which is another process."""
-    return peak_bytes(preset, sweep, gpus, lanes) - sweep_memory(preset, sweep, max(1, gpus), lanes).engine
+    return process + sweep_memory(preset, sweep, max(1, gpus)).total
 
 
 def gpus_needed(preset: Preset, sweep: Sweep) -> int:
-    """Return the smallest number of GPUs, a power of two, that holds a sweep's job with one run at a time; 0 on a CPU.
-
-    The number of lanes is chosen afterwards to fit these GPUs (see `lorabench.planning.lane_count`).
+    """Return the smallest number of GPUs, a power of two, that holds a sweep's job; 0 on a CPU.
 
     Raises:
         TooLargeError: the job does not even fit on `execution.max_gpus`.
@@ -217,23 +210,21 @@ def gpus_needed(preset: Preset, sweep: Sweep) -> int:
     if execution.gpu is None:
         return 0
     gpus = _least_gpus(preset, sweep)
-    if gpus is None:
-        most, available = 2 ** int(math.log2(execution.max_gpus)), USABLE * GPUS[execution.gpu].memory
-        needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
-        also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
-        more = f"raise max_gpus ({execution.max_gpus}), "
-        if undivided > available:
-            more = ""
-        condition = sweep.condition
-        method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
-        message = (
-            f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of "
-            f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
-            f"max_batch_tokens ({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), "
-            f"{more}or choose another gpu"
-        )
-        raise TooLargeError(message, needed, undivided, available)
-    return gpus
+    if gpus is not None:
+        return gpus
+    most, available = 2 ** int(math.log2(execution.max_gpus)), USABLE * GPUS[execution.gpu].memory
+    needed, undivided = (sweep_memory(preset, sweep, gpus).total for gpus in (most, _WITHOUT_END))
+    also = "" if execution.activation_checkpointing else "set activation_checkpointing, "
+    more = "" if undivided > available else f"raise max_gpus ({execution.max_gpus}), "
+    condition = sweep.condition
+    method = "full fine-tuning" if condition.rank is None else f"LoRA r{condition.rank} {condition.placement}"
+    message = (
+        f"{method} of {condition.model} on {condition.dataset} needs {needed / GB:.0f} GB on each of "
+        f"{most} x {execution.gpu}, which has {available / GB:.0f} GB to give; of execution, {also}lower "
+        f"max_batch_tokens ({execution.max_batch_tokens}) or max_cache_tokens ({execution.max_cache_tokens}), "
+        f"{more}or choose another gpu"
+    )
+    raise TooLargeError(message, needed, undivided, available)
 
 
 def decided(preset: Preset, sweep: Sweep) -> Preset:
@@ -261,16 +252,6 @@ def _least_gpus(preset: Preset, sweep: Sweep) -> int | None:
     return gpus
 
 
-def _linear(sizes: Dimensions) -> int:
-    """Return the number of parameters of all linear layers."""
-    return sum(matrix.parameters for matrix in sizes.matrices)
-
-
-def _parts(preset: Preset, gpus: int) -> int:
-    """Return the number of parts into which weights, gradients and moments are split."""
-    return gpus if preset.execution.sharding == "fsdp" else 1
-
-
 def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
     """Return the bytes that a layer keeps of each token for the backward pass."""
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
@@ -286,27 +267,14 @@ def _layer_bytes(sizes: Dimensions, rank: int | None, bf16: bool) -> float:
         kept += sizes.active_experts * (8 * sizes.hidden + 16 * sizes.intermediate)
     else:
         kept += (8 if bf16 else 16) * sizes.intermediate
-    return kept + _lora_numbers(sizes, rank or 0, bf16) * (2 if bf16 else 4)
-
-
-def _lora_numbers(sizes: Dimensions, rank: int, bf16: bool) -> int:
-    """Return the size of A's outputs for a token in a layer, which are kept unless A and B are merged into W."""
-    if sizes.experts:
-        return _LORA_LAYERS * rank
-    layers = sum(
-        matrix.count
-        for matrix in sizes.matrices
-        if matrix.part != "unembedding" and (bf16 or not merging_is_cheaper(rank, matrix.d_in, matrix.d_out))
-    )
-    return rank * layers // sizes.layers
-
-
-def _sampling(sizes: Dimensions, tokens: float, rows: float, bf16: bool) -> float:
-    """Return the bytes of drawing responses with `tokens` tokens in the cache, in `rows` rows."""
-    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    # Keys and values have the precision of their products; a layer's buffers grow by copying.
-    cache = tokens * (sizes.layers + 1) * keys * (4 if bf16 else 8)
-    # One layer's keys and values are repeated for all heads.
-    repeated = tokens * queries * (4 if bf16 else 8)
-    # Log-probabilities, and the cumulative sums of their exponentials in double precision.
-    return cache + repeated + rows * sizes.vocabulary * 34
+    if rank is None:
+        return kept
+    # A's outputs are kept unless A and B are merged into the weights; with experts all linear layers have them.
+    carrying = _LORA_LAYERS * sizes.layers
+    if not sizes.experts:
+        carrying = sum(
+            matrix.count
+            for matrix in sizes.matrices
+            if matrix.part != "unembedding" and (bf16 or not merging_is_cheaper(rank, matrix.d_in, matrix.d_out))
+        )
+    return kept + rank * carrying // sizes.layers * (2 if bf16 else 4)

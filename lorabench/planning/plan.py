@@ -15,7 +15,7 @@ from lorabench.planning.expand import block_sweeps, merge_sweeps, rl_conditions,
 from lorabench.planning.flops import sweep_flops
 from lorabench.planning.grouping import group_sweeps
 from lorabench.runs import PROTOCOL_VERSION, EvalJob, Job, Sweep
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 
 
 @dataclass(frozen=True)

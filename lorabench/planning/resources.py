@@ -12,21 +12,21 @@ from dataclasses import dataclass, replace
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
-from lorabench.planning.disk import checkpoint_bytes, kept_bytes, working_bytes
 from lorabench.planning.engine import evaluating_memory, handover_bytes, uses_engine
-from lorabench.planning.lane_count import lane_count
-from lorabench.planning.lengths import tokens_per_example
-from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory
+from lorabench.planning.flops import tokens_per_example
+from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
 from lorabench.planning.plan import Plan
 from lorabench.planning.seconds import compute_seconds, evaluation_seconds, job_seconds, run_seconds
-from lorabench.runs import EvalJob, Job, Sweep
+from lorabench.runs import EvalJob, Job
 from lorabench.utils.gpus import GB, GPUS
 
 MB = 1e6
+# Bytes of a trained parameter in kept weights, and in a checkpoint, which also has Adam's two moments.
+_WEIGHT, _STATE = 4, 12
 # Factors on the estimates, because a job that is cut off costs more than one that waits a little longer to start.
 _TIME_MARGIN, _MEMORY_MARGIN = 2.0, 1.25
 _EXTRA_MINUTES = 10
-# Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process beside weights.
+# Guesses in bytes: a CPU process with its libraries and data, and the host memory of a GPU process besides weights.
 _PROCESS, _GPU_PROCESS = 1.5e9, 6e9
 # An assumption, until it is measured: bytes/s at which a job writes its checkpoints to a shared file system, and the
 # least seconds that it is given for them.
@@ -56,7 +56,7 @@ class Resources:
     disk_mb: int
     """Size of the files that the job leaves under results/."""
     working_disk_mb: int = 0
-    """Most that the job needs there besides while it runs."""
+    """The most that the job also needs there while it runs: checkpoints, and weights until the best LR is known."""
     saving_seconds: int = 0
     """Time in which the job ends its step and writes its checkpoints when it is asked to stop; 0 if it has none."""
 
@@ -67,34 +67,30 @@ def job_resources(plan: Plan, job: Job) -> Resources:
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
-    preset = plan.preset
+    preset, keeps_all = plan.preset, plan.preset.execution.keep_weights == "all"
     gpus = max(gpus_needed(preset, sweep) for sweep in job.sweeps)
-    lanes = {sweep: lane_count(preset, sweep, gpus) for sweep in job.sweeps}
-    peak = max(peak_bytes(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
-    disk = sum(kept_bytes(preset, sweep) for sweep in job.sweeps)
+    peak = disk = working = saving = shared = 0.0
+    for sweep in job.sweeps:
+        condition = sweep.condition
+        sizes = dimensions(preset.models[condition.model])
+        trained = trained_parameters(preset, sizes, condition.rank, condition.placement)
+        peak = max(peak, peak_bytes(preset, sweep, gpus))
+        kept = sweep.most_runs if keeps_all else sweep.seeds.best
+        disk += _WEIGHT * kept * trained
+        # Besides the weights of all runs there are two checkpoints while one replaces the other.
+        working = max(working, (_WEIGHT * (sweep.most_runs - kept) + 2 * _STATE) * trained)
+        # The job is asked to stop when it has time for a step and for its checkpoint.
+        step = sum(run_seconds(preset, sweep, gpus)) / condition.steps
+        saving = max(saving, step + _STATE * trained / _WRITING)
+        if uses_engine(preset, condition):
+            # Engines take shared memory, where new weights are written beside the old, and on GPUs a process each.
+            shared = max(shared, 2 * handover_bytes(preset, sweep) + gpus * _GPU_PROCESS)
     seconds = job_seconds(preset, job, gpus, most=True)
-    working = max(working_bytes(preset, sweep, lanes[sweep]) for sweep in job.sweeps)
-    saving = max(_saving_seconds(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
-    shared = max(_shared_bytes(preset, sweep, gpus, lanes[sweep]) for sweep in job.sweeps)
     return replace(
         _resources(preset, job.sweeps[0].condition.model, gpus, peak, seconds, disk, shared),
         working_disk_mb=math.ceil(working / MB),
         saving_seconds=max(_LEAST_SAVING, math.ceil(_TIME_MARGIN * saving)),
     )
-
-
-def _shared_bytes(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
-    """Return the bytes of the host that engines take: weights in shared memory, and on GPUs a process each."""
-    if not uses_engine(preset, sweep.condition):
-        return 0.0
-    # A policy is written beside the one before it.
-    return 2 * handover_bytes(preset, sweep, lanes) + gpus * _GPU_PROCESS
-
-
-def _saving_seconds(preset: Preset, sweep: Sweep, gpus: int, lanes: int) -> float:
-    """Estimate the seconds of an average step of a sweep's lanes and of writing their checkpoints."""
-    step = sum(run_seconds(preset, sweep, gpus)) / sweep.condition.steps
-    return lanes * (step + checkpoint_bytes(preset, sweep) / _WRITING)
 
 
 def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:

@@ -5,21 +5,15 @@ from __future__ import annotations
 from lorabench.config.execution import EvalTask, Execution
 from lorabench.config.preset import Preset
 from lorabench.models.dimensions import Dimensions, dimensions
-from lorabench.planning.engine import (
-    engine_seconds,
-    engine_start_seconds,
-    handover_seconds,
-    uses_engine,
-)
+from lorabench.planning.engine import engine_seconds, engine_start_seconds, handover_seconds, uses_engine
 from lorabench.planning.flops import (
     evaluated_documents,
     graded_problems,
     linear_flops_per_token,
+    longest_sequence,
     run_flops,
     run_tokens,
 )
-from lorabench.planning.lane_count import lane_count, turns
-from lorabench.planning.lengths import longest_sequence
 from lorabench.planning.memory import decided
 from lorabench.runs import Condition, EvalJob, Job, Sweep
 from lorabench.utils.gpus import GPUS, Gpu
@@ -53,9 +47,8 @@ _TF32 = 2.0
 # sum written; backward the gradient of the sum is written, and read for both factors.
 _ADDED_FORWARD, _ADDED_BACKWARD = 8, 12
 
-# Responses up to this length are drawn in batches; the positions of drawing longer ones, over those of rows that are
-# never idle (see `lorabench.training.rl.refill`).
-_SHORT_RESPONSE, _REFILLED = 64, 1.2
+# Positions of drawing responses whose rows waiting responses take, over those of rows that are never idle.
+_REFILLED = 1.2
 
 # Tokens of the longest answer where neither lm-eval's task nor the preset gives a limit; a batch takes as long as its
 # longest answer.
@@ -80,32 +73,32 @@ def run_seconds(preset: Preset, sweep: Sweep, gpus: int) -> tuple[float, float]:
         The seconds that are inversely proportional to the speed of `execution`, and those that do not depend on it.
     """
     preset = decided(preset, sweep)
-    flops = run_flops(preset, sweep.condition)
+    condition, execution, sizes = sweep.condition, preset.execution, dimensions(preset.models[sweep.condition.model])
+    flops, tokens = run_flops(preset, condition), run_tokens(preset, condition)
     work = flops.trained + flops.evaluated + flops.recomputed
     if not gpus:
-        return (work + _decoding(preset) * flops.drawn) / flops_per_second(preset.execution), 0.0
-    computing = _experts_factor(preset, sweep) * work / flops_per_second(preset.execution, gpus)
-    computing += _adding_seconds(preset, sweep, gpus)
-    waiting = max(0.0, _launch_seconds(preset, sweep, gpus) - computing)
-    if uses_engine(preset, sweep.condition):
+        return (work + _decoding(preset) * flops.drawn) / flops_per_second(execution), 0.0
+    if preset.protocol.precision == "bf16":
+        # Experts compute in TF32 where all other layers do in bf16.
+        experts = [matrix for matrix in sizes.matrices if matrix.part == "experts"]
+        active = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in experts)
+        work *= 1.0 + (_TF32 - 1.0) * active / sizes.active_linear
+    computing = work / flops_per_second(execution, gpus) + _adding_seconds(preset, condition, gpus)
+    # However small the model, its passes are launched layer by layer. A training step counts as three passes, two of
+    # them backward.
+    at_once = gpus * execution.max_batch_tokens
+    passes = 3 * max(condition.steps, tokens.trained / at_once) + tokens.evaluated / at_once
+    waiting = max(0.0, passes * sizes.layers * _LAYER_SECONDS - computing)
+    if condition.rollouts is None:
+        return computing, waiting
+    if uses_engine(preset, condition):
         return computing, waiting + _engine_seconds(preset, sweep, gpus)
-    drawing = _drawing_seconds(preset, sweep, gpus) if sweep.condition.rollouts else 0.0
-    return computing + flops.drawn / flops_per_second(preset.execution, gpus), waiting + drawing
+    return computing + flops.drawn / flops_per_second(execution, gpus), waiting + _drawing_seconds(preset, sweep, gpus)
 
 
-def _experts_factor(preset: Preset, sweep: Sweep) -> float:
-    """Return the factor on a GPU's time because experts compute in TF32 where all other layers do in bf16."""
-    sizes = dimensions(preset.models[sweep.condition.model])
-    if preset.protocol.precision != "bf16":
-        return 1.0
-    experts = sum(matrix.active * matrix.d_in * matrix.d_out for matrix in sizes.matrices if matrix.part == "experts")
-    return 1.0 + (_TF32 - 1.0) * experts / sizes.active_linear
-
-
-def _adding_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
+def _adding_seconds(preset: Preset, condition: Condition, gpus: int) -> float:
     """Return the seconds in which a run's LoRA is added to the weights of experts on GPUs, in each pass."""
-    condition, execution = sweep.condition, preset.execution
-    sizes = dimensions(preset.models[condition.model])
+    execution, sizes = preset.execution, dimensions(preset.models[condition.model])
     if condition.placement in (None, "attn") or not sizes.experts:
         return 0.0
     assert execution.gpu
@@ -148,73 +141,52 @@ def sweep_seconds(preset: Preset, sweep: Sweep, gpus: int, most: bool = False) -
     return seconds + loads * weights / _READING
 
 
-def _launch_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Return the least seconds of a run on GPUs, however small the model: those of launching its passes layer by layer.
-
-    The passes that runs share as lanes are divided among them.
-    """
-    condition = sweep.condition
-    tokens, most = run_tokens(preset, condition), gpus * preset.execution.max_batch_tokens
-    share = turns(preset, sweep, lane_count(preset, sweep, gpus)) / sweep.n_runs
-    # A training step counts as three passes, two of them backward.
-    passes = 3 * condition.steps * max(share, tokens.trained / condition.steps / most) + tokens.evaluated / most
-    return passes * dimensions(preset.models[condition.model]).layers * _LAYER_SECONDS
-
-
 def _decoding(preset: Preset) -> float:
     """Return the seconds of drawing a token on a CPU over those of a forward pass for one token of a text."""
     return _DECODING * (_ENGINE_OVER_OWN if preset.execution.sampler == "vllm" else 1.0)
 
 
 def _drawing_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Return the seconds, beside those of FLOPs, of drawing a run's responses on GPUs: launches, and memory traffic of
+    """Return the seconds, besides those of FLOPs, of drawing a run's responses on GPUs: launches, and memory traffic of
     weights and cache."""
     condition, execution = sweep.condition, preset.execution
     assert condition.rollouts
     assert execution.gpu
     sizes, gpu = dimensions(preset.models[condition.model]), GPUS[execution.gpu]
-    refills = condition.rollouts.max_new_tokens > _SHORT_RESPONSE
-    positions = _positions(preset, sweep, gpus, longest_sequence(preset, condition), refills)
+    positions = _positions(preset, sweep, gpus, longest_sequence(preset, condition), refills=False)
     position = sizes.layers * layer_seconds(execution) + weights_seconds(preset, condition, sizes, gpus)
     tokens = run_tokens(preset, condition)
     return positions * position + cache_seconds(gpu, sizes, tokens.drawn * tokens.context) / gpus
 
 
 def _engine_seconds(preset: Preset, sweep: Sweep, gpus: int) -> float:
-    """Return the seconds of a run on GPUs in which engines draw its responses and get its weights; lanes share them."""
+    """Return the seconds of a run on GPUs in which engines draw its responses and get its weights."""
     condition = sweep.condition
-    tokens, lanes = run_tokens(preset, condition), lane_count(preset, sweep, gpus)
+    assert condition.rollouts
+    sizes, tokens = dimensions(preset.models[condition.model]), run_tokens(preset, condition)
     # The cache of a running response grows with it.
     positions = _positions(preset, sweep, gpus, tokens.context, refills=True)
-    sizes = dimensions(preset.models[condition.model])
-    # Lanes read the weights together, each for its own tokens.
-    drawing = engine_seconds(preset, sizes, lanes * tokens.drawn / gpus, lanes * positions, tokens.context)
-    assert condition.rollouts
-    handovers = condition.steps + condition.rollouts.evaluations
-    return (drawing + handovers * handover_seconds(preset, sweep, lanes)) / lanes
+    drawing = engine_seconds(preset, sizes, tokens.drawn / gpus, positions, tokens.context)
+    return drawing + (condition.steps + condition.rollouts.evaluations) * handover_seconds(preset, sweep)
 
 
 def _positions(preset: Preset, sweep: Sweep, gpus: int, row_tokens: float, refills: bool) -> float:
-    """Return the positions that are drawn until all responses of a run have ended; lanes share them.
+    """Return the positions that are drawn until all responses of a run have ended.
 
     Args:
         row_tokens: tokens of the cache that a response takes.
-        refills: whether waiting responses take the rows of those that have ended.
+        refills: whether waiting responses take the rows of those that have ended, rather than wait for the longest.
     """
     condition = sweep.condition
     rollouts = condition.rollouts
     assert rollouts
-    lanes = lane_count(preset, sweep, gpus)
     rows = max(1.0, gpus * preset.execution.max_cache_tokens / row_tokens)
     longest, mean = rollouts.max_new_tokens, rollouts.mean_response_tokens
 
     def positions_of(responses: int) -> float:
-        turns_of_rows = lanes * responses / rows
         if refills:
-            # A few responses wait at a time, before they take the rows of those that have ended.
-            return max(longest, _REFILLED * turns_of_rows * mean) / lanes
-        # Each batch of rows is drawn until its longest response ends.
-        return max(1.0, turns_of_rows) * longest / lanes
+            return max(longest, _REFILLED * responses / rows * mean)
+        return max(1.0, responses / rows) * longest
 
     graded = rollouts.evaluations * positions_of(graded_problems(preset, condition))
     return condition.steps * positions_of(condition.batch_size) + graded
@@ -231,8 +203,8 @@ def weights_seconds(preset: Preset, condition: Condition, sizes: Dimensions, gpu
     assert execution.gpu
     # Autocast copies frozen weights without LoRA for every position and trained weights once; weights that carry LoRA,
     # and the copy from which processes of a sharded model sample, are read in bf16.
-    cast, sharded = 0, gpus > 1 and execution.sharding == "fsdp"
-    if condition.placement is not None and preset.protocol.precision == "bf16" and not sharded:
+    cast = 0
+    if condition.placement is not None and preset.protocol.precision == "bf16" and gpus == 1:
         cast = sizes.carrying(condition.placement, preset.protocol.include_unembedding)
     other = (8 if condition.method == "lora" and gpus == 1 else 2) * (sizes.parameters - cast)
     return (2 * cast + other) / GPUS[execution.gpu].bandwidth
@@ -266,7 +238,7 @@ def evaluation_seconds(preset: Preset, job: EvalJob) -> float:
 
 
 def _answering_seconds(preset: Preset, task: EvalTask, sizes: Dimensions) -> float:
-    """Return the seconds, beside those of FLOPs, in which a GPU draws a task's answers, all as long as the longest."""
+    """Return the seconds, besides those of FLOPs, in which a GPU draws a task's answers, all as long as the longest."""
     assert preset.evaluation
     assert preset.execution.gpu
     documents, longest = evaluated_documents(task), task.max_new_tokens or _LONGEST_ANSWER

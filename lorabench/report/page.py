@@ -27,8 +27,7 @@ from lorabench.report.facts import COUNTING, headline
 from lorabench.report.publish import DEFAULT_PRESET
 from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS
-from lorabench.store.io import read_table
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims, read_table
 from lorabench.store.layout import Layout
 from lorabench.utils.files import atomic_path
 from lorabench.utils.formats import missing

@@ -14,7 +14,7 @@ from lorabench.analysis.gaps import best_losses
 from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optima import lr_optima
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.analysis.sampler_mismatch import sampler_mismatch
+from lorabench.analysis.rl_health import sampler_mismatch
 from lorabench.analysis.studies import over_studies, seed_studies
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan

@@ -12,8 +12,7 @@ import pandas as pd
 
 from lorabench.claims.catalog import CORE
 from lorabench.errors import UserError
-from lorabench.store.io import table_path
-from lorabench.store.judged import read_claims
+from lorabench.store.io import read_claims, table_path
 
 PROJECT = "lorabench"
 """The source that all presets of this project are: one more preset is not one more laboratory."""

@@ -29,7 +29,7 @@ from lorabench.analysis.optima import PAPER_RATIO
 from lorabench.analysis.random_effects import RandomEffects, p_of_groups, random_effects
 from lorabench.sources.matrix import PROJECT, Own, datasets_of_scope
 from lorabench.sources.studies import REWARD_SD, Study
-from lorabench.store.stand_ins import MIXED, UNKNOWN
+from lorabench.store.tables import MIXED, UNKNOWN
 
 MEASURES = {
     "lr_ratio": "optimal LR of LoRA over that of full fine-tuning",

@@ -25,12 +25,10 @@ from lorabench.claims.judge import judge_claims
 from lorabench.config.fields import NotNegative, Positive, PositiveFloat, Strict
 from lorabench.errors import UserError
 from lorabench.store.checks import check_curves, check_table, is_rl
-from lorabench.store.io import read_table, typed_columns, write_known_columns
+from lorabench.store.io import read_table, typed_columns, write_frame
 from lorabench.store.schemas import CURVES, RUNS
-from lorabench.store.stand_ins import MIXED, UNKNOWN, with_stand_ins
-from lorabench.store.tables import Tables
-from lorabench.utils.files import file_sha256
-from lorabench.utils.packaged import REFERENCE
+from lorabench.store.tables import MIXED, UNKNOWN, Tables, with_stand_ins
+from lorabench.utils.files import REFERENCE, file_sha256
 
 SOURCE_FILE = "source.yaml"
 
@@ -232,8 +230,8 @@ def _runs(folder: Path, source: Source) -> pd.DataFrame:
 
 def write_tables(imported: Imported, out: Path) -> None:
     """Write the tables of a source into a folder, with the documented columns that the source has."""
-    write_known_columns(imported.tables.runs, "runs", out)
-    write_known_columns(imported.tables.curves, "curves", out)
+    write_frame(imported.tables.runs, "runs", out, all_columns=False)
+    write_frame(imported.tables.curves, "curves", out, all_columns=False)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorabench.errors import UserError
-from lorabench.store.schemas import PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
+from lorabench.store.schemas import CLAIMS, PARQUET_ONLY, SCHEMAS, WHERE_ABSENT
 from lorabench.utils.files import atomic_path
 
 # Pandas is imported by the functions that use it: `lorabench plan`, which reads a measured speed, must start at once.
@@ -31,21 +31,16 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, partial)
 
 
-def write_frame(frame: pd.DataFrame, name: str, out: Path) -> None:
-    """Write the tidy table `name` (parquet and CSV) into the folder `out`, in its documented columns."""
-    schema = SCHEMAS[name]
-    frame = frame.reindex(columns=schema.names)
-    write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
-    write_csv(frame, out / f"{name}.csv")
+def write_frame(frame: pd.DataFrame, name: str, out: Path, all_columns: bool = True) -> None:
+    """Write the tidy table `name` into the folder `out`, as parquet and, unless it is one of PARQUET_ONLY, as CSV.
 
-
-def write_known_columns(frame: pd.DataFrame, name: str, out: Path) -> None:
-    """Write the tidy table `name` into the folder `out`, in those of its documented columns that the frame has.
-
-    It is written as parquet, and as CSV too unless it is one of PARQUET_ONLY.
+    Args:
+        all_columns: whether to write all documented columns, or those of them that the frame has.
     """
-    schema = pa.schema([field for field in SCHEMAS[name] if field.name in frame])
-    frame = frame[schema.names]
+    schema = SCHEMAS[name]
+    if not all_columns:
+        schema = pa.schema([field for field in schema if field.name in frame])
+    frame = frame.reindex(columns=schema.names)
     write_table(pa.Table.from_pandas(frame, schema=schema, preserve_index=False), out / f"{name}.parquet")
     if name not in PARQUET_ONLY:
         write_csv(frame, out / f"{name}.csv")
@@ -92,6 +87,26 @@ def read_table(folder: Path, name: str, optional: bool = False) -> pd.DataFrame:
         raise UserError(f"{path} can't be read as a table: {reason}") from error
     older = {column: value for column, value in WHERE_ABSENT.get(name, {}).items() if column not in frame}
     return typed_columns(frame.assign(**older), name, path)
+
+
+def read_claims(folder: Path, without: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read the table `claims` of a folder.
+
+    Args:
+        folder: the folder of the table.
+        without: columns that the table need not have.
+
+    Raises:
+        UserError: the table lacks a column, as one from an older version does; see also `read_table`.
+    """
+    claims = read_table(folder, "claims")
+    absent = [name for name in CLAIMS.names if name not in claims and name not in without]
+    if absent:
+        raise UserError(
+            f"the table claims in {folder} is from another version of lorabench, since it has no column "
+            f"{', '.join(absent)}: judge the claims again with `lorabench claims`"
+        )
+    return claims
 
 
 def typed_columns(frame: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from lorabench.config.problems import HubProblems
 from lorabench.data.identity import dataset_id
 from lorabench.models.identity import model_id
 from lorabench.runs import Condition, EvalJob, Job, Sweep
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import digest
 from lorabench.utils.hub import read_fetched
 
 
@@ -163,10 +163,6 @@ class Layout:
     def progress(self, sweep: Sweep) -> Path:
         """Return the progress file of a sweep, which exists while the sweep is trained."""
         return self.root / "progress" / f"{sweep.sweep_id}.json"
-
-    def attempts(self, name: str) -> Path:
-        """Return the record of the attempts of a job, an evaluation or `compute`, which exists until it succeeds."""
-        return self.root / "progress" / f"{name}.attempts.json"
 
     def evals(self, job: EvalJob) -> Path:
         """Return the file of one evaluation's scores."""

@@ -9,9 +9,8 @@ from pathlib import Path
 from lorabench.config.files import PRESETS
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.planning.bill import on_gpu
-from lorabench.planning.calibration import Calibration, calibrate, planned_runs
 from lorabench.planning.plan import Plan, make_plan
+from lorabench.planning.speed import Calibration, calibrate, on_gpu, planned_runs
 from lorabench.utils.gpus import is_called, processor
 
 RESULTS = Path("results")

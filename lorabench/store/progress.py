@@ -1,12 +1,13 @@
 """The progress of a preset's work: a progress file for each sweep in training, and a summary of all files on disk.
 
-The heartbeat of a sweep's lock (`lorabench.utils.lock`) shows whether its job is alive.
+The time of a progress file shows when its job last gave a sign of life.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.utils.exhaustion import NoSpaceError
 from lorabench.utils.files import write_json
-from lorabench.utils.lock import heartbeat_age, is_alive
 
 INTERVAL = float(os.environ.get("LORABENCH_PROGRESS_SECONDS", "2"))
 """Seconds between two updates of a progress file; the profile of a cluster asks for fewer."""
@@ -60,48 +60,47 @@ class Progress:
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a preset's work.
-
-    `running` and `silent` hold the contents of the progress files: of sweeps whose lock has a heartbeat, and of other
-    sweeps. Each has `silent_s`, the seconds since its last heartbeat; null if nobody holds the lock.
-    """
+    """The state of a preset's work."""
 
     runs_done: int
     runs_planned: int
     jobs_done: int
     jobs_planned: int
-    running: list[dict[str, Any]]
-    silent: list[dict[str, Any]]
+    at_work: list[dict[str, Any]]
+    """The contents of the progress files, each with `age_s`: the seconds since the job last wrote it. A job that was
+    killed leaves its file."""
     report: Path | None
 
 
 def status(plan: Plan, layout: Layout) -> Status:
     """Read the state of a preset's work from the files on disk."""
-    running: list[dict[str, Any]] = []
-    silent: list[dict[str, Any]] = []
     finished = [job for job in plan.jobs if layout.job(job).exists()]
     # A sweep that finds its LRs has another number of runs than expected.
     trained = {job: _trained(job, layout) for job in finished}
-    done = sum(trained.values())
+    done, at_work = sum(trained.values()), []
     # The folder is listed once: a job calls this after every run, and most of its runs have no folder yet.
     run_folders = set(os.listdir(layout.runs)) if layout.runs.exists() else set()
     for sweep in (sweep for job in plan.jobs if job not in finished for sweep in job.sweeps):
         done += sum(RunFolder(layout.runs, run_id).done() for run_id in run_folders & sweep.run_ids)
-        try:
-            state = json.loads(layout.progress(sweep).read_text())
-        except FileNotFoundError:
-            continue
-        age = heartbeat_age(layout.lock(sweep))
-        (running if is_alive(age) else silent).append(state | {"silent_s": age})
+        path = layout.progress(sweep)
+        if path.exists():
+            at_work.append({**json.loads(path.read_text()), "age_s": _age(path)})
     return Status(
         runs_done=done,
         runs_planned=sum(trained.get(job, job.n_runs) for job in plan.jobs),
         jobs_done=len(finished),
         jobs_planned=len(plan.jobs),
-        running=running,
-        silent=silent,
+        at_work=at_work,
         report=layout.report if layout.report.exists() else None,
     )
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was written, by the file system's clock: those of nodes may differ by hours."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
+        return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime
+    # This process may not write to the folder, so its own clock has to do.
+    return time.time() - path.stat().st_mtime
 
 
 def _trained(job: Job, layout: Layout) -> int:

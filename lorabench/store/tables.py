@@ -1,17 +1,61 @@
-"""All tidy tables of one folder, or of several that are merged."""
+"""All tidy tables of one folder, or of several that are merged and must not contradict each other.
+
+Own runs have a validation split, by which the learning rate is picked, and a test split, which is reported. Tables from
+elsewhere may have one evaluation set only, or the training loss alone. They are judged all the same: `Tables.read` puts
+another loss in the place of one that is lacking, and the column REMARK says what stands in for what.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from lorabench.errors import UserError
-from lorabench.store.io import empty_table, read_table, table_path
-from lorabench.store.merge import merge_tables
-from lorabench.store.stand_ins import with_stand_ins
+from lorabench.store.checks import check_curves, check_evals, check_table, is_rl
+from lorabench.store.io import empty_table, list_of_words, read_table, table_path, write_frame
+from lorabench.store.schemas import SCHEMAS
+
+KEYS = {
+    "runs": ["run_id"],
+    "curves": ["run_id", "step", "split", "metric"],
+    "test_losses": ["run_id", "example"],
+    "compute": ["model", "method", "rank", "placement", "batch_size", "sequence_length", "device", "threads"],
+    "counts": ["architecture", "placement", "part", "rank", "include_unembedding"],
+    "evals": [
+        *("run_id", "model", "dataset", "task", "metric", "filter", "num_fewshot", "n_samples"),
+        *("sampler", "eval_batch_size", "task_version", "template_sha256"),
+    ],
+}
+"""The columns that identify a row of each table."""
+
+MAY_DIFFER = {
+    "runs": [
+        *("wall_s", "peak_mem_bytes", "device", "threads", "host"),
+        *("started", "git_sha", "git_dirty_patch", "versions"),
+    ],
+    "compute": ["step_s", "peak_mem_bytes"],
+    "evals": ["versions"],
+}
+"""Columns that describe the machine, in which rows may differ; the first folder's values are kept."""
+
+REMARK = "remark_on_losses"
+"""The column of `runs` with what a reader of a verdict should know about a run's losses; null for nothing."""
+
+ONE_SET = "one evaluation set: the LR was picked on the loss that is reported"
+TRAINING_LOSS = "the training loss stands in for the test loss, which the table lacks"
+
+_VALID, _TEST, _TRAIN = "final_valid_nll", "final_test_nll", "final_train_nll"
+
+SOURCE_COLUMNS = ("precision", "schedule", "alpha_convention", "unembedding", "base_kind")
+"""Columns of `runs` in which sources differ that are otherwise alike."""
+
+UNKNOWN, MIXED = "unknown", "mixed"
+"""Values of SOURCE_COLUMNS: a source does not say, or its runs differ and it does not say which run has which value."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +93,145 @@ def _read_merged(folders: Sequence[Path], name: str) -> pd.DataFrame:
     if len(frames) < 2:
         return next(iter(frames.values()), empty_table())
     return merge_tables(name, frames)
+
+
+def merge(folders: list[Path], out: Path) -> None:
+    """Merge the tables in KEYS of several folders into the folder `out`, as parquet and CSV.
+
+    The merged tables have the documented columns that at least one folder has, null in the rows of the other folders.
+
+    Args:
+        folders: folders that each hold one or more of the tables, as parquet or CSV.
+        out: the folder of the merged tables, which may be one of `folders`. Nothing is written if tables contradict.
+
+    Raises:
+        UserError: a folder holds no table, a table can't be read or is not valid (see `check_table`, `check_curves`
+            and `check_evals`), or tables contradict each other (see `merge_tables`).
+    """
+    for folder in folders:
+        if not any(table_path(folder, name) for name in KEYS):
+            raise UserError(f"no table {', '.join(KEYS)} (.parquet or .csv) in {folder}")
+    merged = {}
+    for name in KEYS:
+        frames = {folder: read_table(folder, name) for folder in folders if table_path(folder, name)}
+        if frames:
+            merged[name] = merge_tables(name, frames)
+    check_table(with_stand_ins(merged.get("runs", pd.DataFrame())))
+    check_curves(merged.get("curves", pd.DataFrame()))
+    check_evals(merged.get("evals", pd.DataFrame()))
+    for name, frame in merged.items():
+        write_frame(frame, name, out, all_columns=False)
+
+
+def merge_tables(name: str, frames: dict[Path, pd.DataFrame]) -> pd.DataFrame:
+    """Merge tables of one kind: rows with the same KEYS become one row, with the experiments of all of them.
+
+    Args:
+        name: the name of the table.
+        frames: the tables by the folder that they are from, typed as by `read_table`.
+
+    Returns:
+        The table in its documented columns, rows in the order in which they first appear.
+
+    Raises:
+        UserError: some tables lack a column of KEYS that others have, or rows with the same KEYS differ in a column
+            that is not in MAY_DIFFER.
+    """
+    columns = [field.name for field in SCHEMAS[name] if any(field.name in frame for frame in frames.values())]
+    keys = [key for key in KEYS[name] if key in columns or name in ("runs", "curves", "test_losses")]
+    for folder, frame in frames.items():
+        if missing := [key for key in keys if key not in frame]:
+            raise UserError(f"the table {name} in {folder} has no column {', '.join(missing)}")
+    all_keys = pd.concat({str(folder): frame for folder, frame in frames.items()}, names=["folder", None])[keys]
+    row_of = all_keys.groupby(keys, dropna=False, sort=False).ngroup()
+    merged = {}
+    for column in columns:
+        # A table that lacks the column does not contradict the others.
+        values = pd.concat({str(folder): frame[column] for folder, frame in frames.items() if column in frame})
+        row = row_of[values.index]
+        first = values[~row.duplicated()].set_axis(row[~row.duplicated()])
+        if column == "experiments":
+            first = values.groupby(row.to_numpy()).agg(lambda lists: list(dict.fromkeys(chain(*lists))))
+        elif column not in MAY_DIFFER.get(name, ()):
+            expected = row.map(first)
+            other = values[~((values == expected).fillna(False) | (values.isna() & expected.isna())).astype(bool)]
+            if len(other):
+                raise UserError(f"{name}: {_contradiction(all_keys.loc[other.index[0]], column, values, row)}")
+        merged[column] = first
+    table = pd.DataFrame(merged, columns=columns)
+    if "experiments" in table:
+        table["experiments"] = table["experiments"].map(list_of_words)
+    return table
+
+
+def _contradiction(key: pd.Series[Any], column: str, values: pd.Series[Any], row: pd.Series[int]) -> str:
+    """Describe the values of one row that contradict each other, with the folders that they are from."""
+    row_name = " ".join(f"{name} {value}" for name, value in key.items() if not pd.isna(value))
+    of_row = values[row.eq(row.to_dict()[key.name])]
+    folders = of_row.index.get_level_values(0)
+    values_in = [f"{value!r} in {folder}" for folder, value in zip(folders, of_row.tolist(), strict=True)]
+    return f"{row_name} has {column} = {' and '.join(values_in)}"
+
+
+def with_stand_ins(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with a loss in place of each one that a model and dataset lack throughout, and with REMARK.
+
+    The training loss stands in for the test loss, and the test loss for the validation loss. Where only some finished
+    runs lack a loss, nothing stands in for it, since the table is then not whole.
+
+    Args:
+        runs: the table `runs`; runs of RL are left as they are.
+    """
+    if runs.empty or not {"model", "dataset", "status"} <= set(runs.columns) or not {_TEST, _TRAIN} & set(runs.columns):
+        return runs
+    filled = runs.reindex(columns=[*runs.columns, *(name for name in (_VALID, _TEST, REMARK) if name not in runs)])
+    filled[REMARK] = filled[REMARK].astype(object)
+    done = filled["status"].eq("done").fillna(False).astype(bool) & ~is_rl(filled)
+    read = ["model", "dataset", *(name for name in (_VALID, _TEST, _TRAIN) if name in filled)]
+    for _, group in filled.loc[done, read].groupby(["model", "dataset"]):
+        remarks = []
+        if _TRAIN in filled and _lacks(group, _TEST) and group[_TRAIN].notna().all():
+            filled.loc[group.index, _TEST] = group[_TRAIN]
+            remarks.append(TRAINING_LOSS)
+        test = filled.loc[group.index, _TEST]
+        if _lacks(group, _VALID):
+            filled.loc[group.index, _VALID] = test
+        if len(group) > 1 and filled.loc[group.index, _VALID].equals(test) and test.notna().all():
+            remarks.append(ONE_SET)
+        if remarks:
+            filled.loc[group.index, REMARK] = "; ".join(remarks)
+    absent = [name for name in (_VALID, _TEST) if name not in runs and filled[name].isna().all()]
+    return filled.drop(columns=absent)
+
+
+def _lacks(group: pd.DataFrame, column: str) -> bool:
+    return bool(group[column].isna().all())
+
+
+def remarks_on(runs: pd.DataFrame) -> list[str]:
+    """Return what the reason of a verdict says about its runs: their remarks, and in what their sources differ.
+
+    Args:
+        runs: the runs behind the verdict; optionally REMARK and SOURCE_COLUMNS.
+    """
+    remarks = sorted(set(runs[REMARK].dropna())) if REMARK in runs else []
+    for column in SOURCE_COLUMNS:
+        if column not in runs:
+            continue
+        # Several models may differ; what must be alike are the runs of one.
+        for _, of_model in runs.groupby(["model", "dataset"]):
+            remarks += _differences(of_model[column])
+    return list(dict.fromkeys(remarks))
+
+
+def _differences(column: pd.Series[Any]) -> list[str]:
+    """Return in what runs of one model differ, or may differ since a source does not say."""
+    values = {str(value) for value in column.dropna()}
+    known = sorted(values - {UNKNOWN, MIXED})
+    remarks = [f"its runs differ in {column.name}: {', '.join(known)}"] if len(known) > 1 else []
+    if MIXED in values:
+        remarks.append(f"its runs differ in {column.name}, and the source does not say which has which")
+    if UNKNOWN in values:
+        of = "some of its runs" if len(values) > 1 else "its runs"
+        remarks.append(f"the {column.name} of {of} is unknown, so they may differ in it")
+    return remarks

@@ -27,7 +27,7 @@ def run_job(
         processes: the processes that train the job together; each calls this function.
 
     Raises:
-        UserError: memory or disk space ran out, or a sweep is locked by a process that shows no sign of life.
+        UserError: memory or disk space ran out, or the file system grants no locks.
         Stopped: a signal asked the job to end; finished runs and checkpoints are kept.
     """
     rows: list[dict[str, Any]] = []

@@ -24,8 +24,7 @@ from lorabench.store.layout import Layout
 from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import CURVES, JOB, TEST_LOSSES
 from lorabench.training.adapter import METRICS
-from lorabench.utils.files import atomic_path, read_parquet
-from lorabench.utils.hashing import digest
+from lorabench.utils.files import atomic_path, digest, read_parquet
 
 _ROUNDED = frozenset({*METRICS, "grad_norm"})
 """Metrics of each step that are saved in single precision, so that the files stay small; all others are exact."""

@@ -45,7 +45,7 @@ from lorabench.store.schemas import COMPUTE
 from lorabench.training.batches import Batch
 from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head
 from lorabench.training.provenance import machine_state
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

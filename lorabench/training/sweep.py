@@ -38,9 +38,9 @@ from lorabench.training.loss import check_plain_head
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes, reset_peak_memory
 from lorabench.training.run import Machine, Outcome, fix_workspaces
 from lorabench.utils import signals
+from lorabench.utils.exhaustion import keep_freed_memory
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import difference_from
-from lorabench.utils.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ def print_table(
         notes: sentences below the table.
         total: whether a line sets the last row apart.
     """
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left")
     cells = list(rows)
@@ -40,6 +40,8 @@ def print_table(
         table.add_row(*map(Text, row))
     # Without a terminal, rich would assume a width of 80 characters and cut the columns.
     console = Console(width=None if sys.stdout.isatty() else 150)
+    if title:
+        console.print(Text(title), soft_wrap=True)
     console.print(table)
     for note in notes:
         console.print(Text(note), soft_wrap=True)

@@ -1,7 +1,8 @@
-"""Exhausted memory or disk space, reported in one sentence instead of a library's traceback."""
+"""Exhausted memory or disk space, reported in one sentence instead of a traceback; and freed memory that is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import re
 import sys
@@ -22,6 +23,14 @@ _NO_MEMORY = (
     *("start new thread", "[enforce fail a"),
 )
 _SIZE = re.compile(r"allocate ([\d.]+ \w+)")
+
+# Parameters of `mallopt`, as numbered in glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+# A larger block still returns to the system as soon as it is freed. Older versions accept 32 MiB at most.
+_LARGEST_KEPT = (1 << 30, 32 << 20)
+# Bytes of free memory at the heap's end that are kept at most; `mallopt` takes no larger number.
+_KEPT = (1 << 31) - 1
 
 
 class NoSpaceError(UserError):
@@ -87,3 +96,21 @@ def _no_memory(error: Exception) -> bool:
         return True
     reported = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
     return reported or _number(error) == errno.ENOMEM
+
+
+def keep_freed_memory() -> bool:
+    """Make this process reuse freed memory: blocks up to 1 GiB, and up to 2 GiB at the end of its heap.
+
+    By default glibc returns two kinds of memory to the system: free memory at the end of its heap, beyond twice the
+    largest block that was freed, and each block above 32 MiB. The system then maps and clears the same pages again in
+    every training step. `python -m benchmarks.allocation` measures the cost.
+
+    Returns:
+        Whether the process does so from now on; False with another C library than glibc.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    # Other C libraries have no `mallopt`, or number its parameters differently.
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    kept = any(libc.mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT)
+    return bool(kept and libc.mallopt(_TRIM_THRESHOLD, _KEPT))

@@ -1,4 +1,8 @@
-"""Files that are written whole or not at all, and one sentence about a damaged file where it is read."""
+"""Files that are written whole or not at all, one sentence about a damaged file, hashes, and the packaged files.
+
+The package needs files outside of it: the workflow with its presets, published numbers, and known optimal LRs. In a
+clone, `lorabench/packaged` holds links to the repository's files; in a wheel, it holds copies of them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,14 @@ from lorabench.utils.exhaustion import space_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_PACKAGED = Path(__file__).parents[1] / "packaged"
+SNAKEFILE = _PACKAGED / "Snakefile"
+WORKFLOW = _PACKAGED / "workflow"
+REFERENCE = _PACKAGED / "reference"
+"""Published numbers, each with its source (SOURCES.md)."""
+LR_OPTIMA = _PACKAGED / "lr_optima.csv"
+"""The optimal learning rates that are known, a table that `lorabench evidence` writes."""
 
 
 @contextmanager
@@ -83,3 +95,9 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Return the first `length` hexadecimal digits of the SHA-256 of plain data, as JSON with sorted keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -70,22 +70,15 @@ def stop_immediately() -> Iterator[None]:
 
 
 @contextmanager
-def stop_after_step(on_request: Callable[[], object] = lambda: None) -> Iterator[None]:
+def stop_after_step() -> Iterator[None]:
     """Within the context, the first signal is kept for `requested` and `check`, and repetitions are ignored.
 
     A later signal has its usual effect.
-
-    Args:
-        on_request: is called at the first signal.
     """
 
     def remember(number: int, frame: FrameType | None) -> None:
         first = _received is None
-        if _is_repetition(number):
-            return
-        if first:
-            on_request()
-        else:
+        if not _is_repetition(number) and not first:
             _restore(before)
             signal.raise_signal(number)
 

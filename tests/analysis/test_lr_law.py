@@ -13,12 +13,11 @@ from lorabench.analysis.lr_law import (
     ArmOptimum,
     LrLaw,
     fit_lr_law,
-    is_determined,
     lineage,
     predict_lr,
     prediction_errors,
+    slope_over_models,
 )
-from lorabench.analysis.swept_models import slope_over_models
 
 # Family, hidden size, and the LRs of FullFT and LoRA by `get_lr` of the authors' tinker-cookbook, to four digits.
 TABLE = [
@@ -108,16 +107,13 @@ def test_errors_of_predictions_from_the_other_models():
 
 def test_what_does_not_determine_a_law():
     every = optima(LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.08}))
-    assert is_determined(every)
-    assert not is_determined([])
-    assert not is_determined([o for o in every if o.method == "lora"])
-    assert not is_determined([o for o in every if o.hidden_size == 64 and o.lineage == "llama"])
-    # With one hidden size per family, two exponents and a base are too many unknowns.
-    assert not is_determined([o for o in every if o.hidden_size == 64])
     # A second hidden size of one family determines the base, and so the other family's exponent.
-    assert is_determined([o for o in every if o.hidden_size == 64 or o.lineage == "llama"])
-    with pytest.raises(ValueError, match="several hidden sizes"):
-        fit_lr_law([o for o in every if o.hidden_size == 64])
+    assert fit_lr_law([o for o in every if o.hidden_size == 64 or o.lineage == "llama"])
+    # With one hidden size per family, two exponents and a base are too many unknowns.
+    one_size = [o for o in every if o.hidden_size == 64]
+    for few in ([], one_size, [o for o in every if o.method == "lora"], [o for o in one_size if o.lineage == "llama"]):
+        with pytest.raises(ValueError, match="several hidden sizes"):
+            fit_lr_law(few)
 
 
 def numbers(values, error=0.1):

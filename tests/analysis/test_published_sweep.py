@@ -15,8 +15,7 @@ from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.optima import lr_optima
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
-from lorabench.store.stand_ins import with_stand_ins
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, with_stand_ins
 
 SWEEP = Path(__file__).parents[2] / "paper_figures" / "reference" / "tinker_sft_sweep.csv"
 NOISE = Noise(0.0004, 10, "the repeats at LR 1e-3")

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from lorabench.analysis.sampler_mismatch import sampler_mismatch
+from lorabench.analysis.rl_health import sampler_mismatch
 
 KL = {"a": [0.002, -0.02], "b": [0.004, 0.01], "c": [0.0, 0.0]}
 RATIOS = {"a": [1.5, 3.0], "b": [1.2, 1.1]}

@@ -1,4 +1,4 @@
-"""The speed benchmark: its tables, the settings of its arms, and the agreement of docs/performance.md and the CSV."""
+"""The speed benchmark: its tables and the settings of its arms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, main, measure
 from benchmarks.speed.table import Row
 from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.errors import UserError
 from lorabench.models.counts import base_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.training.batches import IGNORED
@@ -52,32 +51,6 @@ def test_table_for_a_terminal_has_a_line_for_each_row():
     assert len(lines) == len(ROWS)
     assert all(len(line) <= len(header) for line in lines)
     assert lines[4].split() == ["tiny", "LoRA,", "8", "lanes", "8", "0.5", "0.0625", "0.25", "70.5", "50%"]
-
-
-def test_block_of_the_page_has_the_numbers_of_the_csv(tmp_path):
-    path, page = tmp_path / "speed.csv", tmp_path / "page.md"
-    table.write(table.with_ratios(ROWS), SHARED, path)
-    page.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
-    table.write_block(path, page)
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "| A sweep, start-up included: 7 LRs | ours | 7 | 14 | 2 | 1.00 | 1.5000, 1.7500 |  |" in text
-    assert "|  | theirs | 7 | 70 | 10 | 5.00 | 1.5000, 1.7500 |  |" in text
-    assert "|  | LoRA, 8 lanes | 8 | 0.5 | 0.0625 | 0.25 |  | 50% |" in text
-    assert "small" not in text
-    assert "matmul: 141" in text
-    path.unlink()
-    table.write_block(path, page)
-    assert page.read_text() == f"before\n{table.START}\nNo numbers are kept yet.\n{table.END}\nafter\n"
-    page.write_text("no place")
-    with pytest.raises(UserError, match="no place for its generated part"):
-        table.write_block(path, page)
-
-
-def test_page_is_held_to_the_csv():
-    assert table.block(table.RESULTS) in table.PAGE.read_text()
 
 
 def found(train: float = 1.0, test: float = 2.0) -> sweep.Found:

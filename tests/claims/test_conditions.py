@@ -10,8 +10,7 @@ from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.rules import Remedy
 from lorabench.claims import conditions
 from lorabench.claims.catalog import CLAIMS
-from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import Evidence
+from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.judge import judge_claims
 from lorabench.config.loading import load_preset
 from lorabench.config.margins import Margins
@@ -57,7 +56,7 @@ def evidence(runs=RUNS, curves=CURVES):
 @pytest.mark.parametrize(
     ("met", "unmet", "instead"),
     [
-        (conditions.longest_run(50, ()), conditions.longest_run(1000, ()), "at most 50 steps"),
+        (conditions.runs_of_steps(50, ()), conditions.runs_of_steps(1000, ()), "at most 50 steps"),
         (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(16, 12, ()), "8 to 32, with 12 steps at 32"),
         (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(4, 30, ()), "8 to 32, with 12 steps at 32"),
         (conditions.widths(128, 2, ()), conditions.widths(2048, 2, ()), "hidden sizes 128, 2048"),
@@ -65,15 +64,15 @@ def evidence(runs=RUNS, curves=CURVES):
     ],
 )
 def test_conditions_say_what_there_is_instead(met, unmet, instead):
-    assert met.found(evidence()) is None
-    assert unmet.found(evidence()) == instead
+    assert met.instead(evidence()) is None
+    assert unmet.instead(evidence()) == instead
 
 
 def test_text_is_natural_unless_all_of_it_is_known_to_be_generated():
     condition = conditions.natural_text(())
-    assert condition.found(evidence()) == "text that a program generated"
-    assert condition.found(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
-    assert condition.found(evidence(RUNS.drop(columns="data_kind"))) is None
+    assert condition.instead(evidence()) == "text that a program generated"
+    assert condition.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
+    assert condition.instead(evidence(RUNS.drop(columns="data_kind"))) is None
 
 
 def claim(judge, *needed):
@@ -98,8 +97,10 @@ def judged(judge, *needed, **options):
 
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
-    found = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
-    row = judged(lambda evidence: found, conditions.longest_run(1000, ("core", "paper")), conditions.widths(128, 2, ()))
+    measured = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
+    row = judged(
+        lambda evidence: measured, conditions.runs_of_steps(1000, ("core", "paper")), conditions.widths(128, 2, ())
+    )
     assert row["verdict"] == "setting not met"
     assert row["missing"] == "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
     assert "the gap is 0.1 nats" in row["reason"]
@@ -108,13 +109,13 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
 
 
 def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
-    found = Finding("confirmed", "all well", 0.1)
-    assert judged(lambda evidence: found, conditions.longest_run(50, ()))["verdict"] == "confirmed"
+    measured = Finding("confirmed", "all well", 0.1)
+    assert judged(lambda evidence: measured, conditions.runs_of_steps(50, ()))["verdict"] == "confirmed"
 
     def nothing(evidence):
         raise UnjudgedError("not tested", "no runs of LoRA")
 
-    row = judged(nothing, conditions.longest_run(1000, ()))
+    row = judged(nothing, conditions.runs_of_steps(1000, ()))
     assert (row["verdict"], row["missing"]) == ("not tested", None)
 
 
@@ -170,6 +171,6 @@ def test_presets_meet_the_conditions_that_claims_say_they_meet(claim_id, conditi
         chosen = rows[in_experiments(rows, of_claim.experiments) & (is_rl(rows) == (of_claim.task == "rl"))]
         # Adapters that store random facts have no learning curve of full fine-tuning beside them.
         chosen = chosen[chosen["data_kind"] != "facts"]
-        if len(chosen) and condition.found(evidence(chosen, pd.DataFrame())) is None:
+        if len(chosen) and condition.instead(evidence(chosen, pd.DataFrame())) is None:
             meeting.append(name)
     assert sorted(condition.presets) == sorted(meeting)

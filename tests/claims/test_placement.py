@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.claims import parameter_counts, placement
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.compute import PAPER_COUNTS
 from lorabench.claims.judge import judge_claims
-from lorabench.claims.parameter_counts import PAPER_COUNTS
 from lorabench.store.tables import Tables
 
 from ..handmade import rl
@@ -51,8 +51,8 @@ def judged(runs, counts=None, ids=(*IDS, "E6", "M1"), curves=None):
         pd.DataFrame() if curves is None else curves,
         counts=pd.DataFrame() if counts is None else counts,
     )
-    every = (*placement.CLAIMS, *parameter_counts.CLAIMS)
-    return judge_claims(tables_read, [claim for claim in every if claim.id in ids]).set_index("claim_id")
+
+    return judge_claims(tables_read, [claim for claim in CLAIMS if claim.id in ids]).set_index("claim_id")
 
 
 def moe(**settings):

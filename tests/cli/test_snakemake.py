@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from lorabench.cli import app
 from lorabench.cli.snakemake import snakemake_command
-from lorabench.utils.packaged import SNAKEFILE, WORKFLOW
+from lorabench.utils.files import SNAKEFILE, WORKFLOW
 
 START = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
 

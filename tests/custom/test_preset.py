@@ -13,7 +13,7 @@ from lorabench.config.models import PathModel
 from lorabench.custom.data import UserData
 from lorabench.custom.model import find_model
 from lorabench.custom.preset import Choices, Splits, init_preset, splits
-from lorabench.data.problem_sets import make_problems
+from lorabench.data.problems import make_problems
 from lorabench.data.sft import make_dataset
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lorabench.config.problems import ReasoningProblems
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.collect import collect

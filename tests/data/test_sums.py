@@ -9,9 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from lorabench.config.problems import SumProblems
-from lorabench.data.answers import last_number
-from lorabench.data.grading import Grader
-from lorabench.data.problem_sets import make_problems
+from lorabench.data.grading import Grader, last_number
+from lorabench.data.problems import make_problems
 from lorabench.data.sums import CAREFUL, Writers, n_carries, sum_problems, written_sum, written_sums
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.data.sft import build_dataset
 from lorabench.evaluation.pretraining import write_pretraining
 from lorabench.planning.plan import Plan, make_plan

@@ -37,42 +37,32 @@ def graded(prepared: Prepared, name: str, source: str, response: str, target: st
     return {key: built.process_results(doc, [value])["exact_match"] for key, value in instance.filtered_resps.items()}
 
 
-@pytest.mark.parametrize(
-    ("response", "strict", "flexible"),
-    [
-        ("3 + 4 = 7\n#### 7", 1, 1),
-        ("3 + 4 = 7\n#### 7\n", 1, 1),
-        ("3 + 4 = 7", 0, 1),
-        ("#### 7 apples", 0, 1),
-        ("#### 8\nno: #### 8\n#### 7", 1, 1),
-        ("#### 7\nthat is 9", 1, 0),
-        ("it is 7 or 8\n#### 8", 0, 0),
-        ("no number", 0, 0),
-        ("", 0, 0),
-    ],
-)
-def test_strict_and_flexible_filters(prepared, response, strict, flexible):
-    scores = graded(prepared, "lorabench_worked", "worked", response, "7")
-    assert scores == {"strict-match": strict, "flexible-extract": flexible}
+def test_strict_and_flexible_filters_of_worked_answers(prepared):
+    for response, target, strict, flexible in [
+        ("3 + 4 = 7\n#### 7", "7", 1, 1),
+        ("3 + 4 = 7", "7", 0, 1),
+        ("#### 7 apples", "7", 0, 1),
+        ("#### 8\nno: #### 8\n#### 7", "7", 1, 1),
+        ("#### 7\nthat is 9", "7", 1, 0),
+        ("it is 7 or 8\n#### 8", "7", 0, 0),
+        ("no number", "7", 0, 0),
+        ("", "7", 0, 0),
+        ("#### 1,612.5", "1612.5", 1, 1),
+        ("#### -7", "7", 0, 0),
+    ]:
+        scores = graded(prepared, "lorabench_worked", "worked", response, target)
+        assert scores == {"strict-match": strict, "flexible-extract": flexible}, response
 
 
-def test_commas_and_decimals_of_worked_answers(prepared):
-    assert set(graded(prepared, "lorabench_worked", "worked", "#### 1,612.5", "1612.5").values()) == {1}
-    assert set(graded(prepared, "lorabench_worked", "worked", "#### -7", "7").values()) == {0}
-
-
-@pytest.mark.parametrize(
-    ("name", "source", "response", "right"),
-    [
+def test_whole_answers(prepared):
+    for name, source, response, right in [
         ("lorabench_arithmetic", "gcd", " 12 ", 1),
         ("lorabench_arithmetic", "gcd", "12.", 0),
         ("lorabench_arithmetic", "gcd", "it is 12", 0),
         ("lorabench_instruct", "instruct", "\n12\n", 1),
         ("lorabench_instruct", "instruct", "12 3", 0),
-    ],
-)
-def test_whole_answers(prepared, name, source, response, right):
-    assert graded(prepared, name, source, response, "12") == {"none": right}
+    ]:
+        assert graded(prepared, name, source, response, "12") == {"none": right}, (name, response)
 
 
 @pytest.mark.slow

@@ -261,7 +261,7 @@ def killed(fresh, tmp_path_factory) -> Place:
     """Both sweeps, each killed in the middle of its second run."""
     place = fresh.copy(tmp_path_factory.mktemp("killed"))
     for task, number in AT_WORK.items():
-        job = place.start("train", place.job(task).job_id)
+        job = place.start("step", "train", place.job(task).job_id)
         job.until(place.checkpoint(task, number).exists)
         job.signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL

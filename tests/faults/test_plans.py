@@ -152,17 +152,6 @@ def test_clocks_that_differ_by_hours_make_no_job_run_again(ahead, done):
 
 
 @pytest.mark.slow
-def test_status_of_a_node_whose_clock_is_hours_off(half):
-    """The clock of the job's node is not read; a file system's clock that was set back is reported."""
-    for task, offset in (("sft", 0), ("rl", 5 * HOURS)):
-        lock = half.path(half.layout.lock(half.sweep(task)))
-        os.utime(lock, (time.time() + offset,) * 2)
-    output = " ".join(half.run("status").split())
-    assert "running tiny-instruct" in output
-    assert re.search(r"silent tiny-gcd.* last sign of life 300 minutes ahead of this file system's clock", output)
-
-
-@pytest.mark.slow
 def test_snakemake_goes_on_when_it_was_interrupted_or_killed(place, unbroken):
     sft = place.checkpoint("sft", 1)
 

@@ -10,9 +10,8 @@ import pytest
 
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.lr_law import PUBLISHED, LrLaw, predict_lr
+from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
 from lorabench.analysis.optima import lr_optima
-from lorabench.analysis.swept_models import fitted_law, swept_models
 from lorabench.figures.catalog import FIGURES
 from lorabench.store.tables import Tables
 

@@ -13,7 +13,7 @@ from lorabench.planning.flops import _validations, attention_flops_per_token, li
 @pytest.mark.parametrize(
     # The table of the paper's section on compute efficiency.
     ("width", "rank", "ratio"),
-    [(2048, 1, 0.6676), (2048, 512, 1.1667), (4096, 1, 0.6672), (4096, 128, 0.7292), (4096, 512, 0.9167)],
+    [(2048, 512, 1.1667), (4096, 1, 0.6672)],
 )
 def test_lora_takes_two_thirds_and_its_own_part(width, rank, ratio):
     square = Dimensions(width, 4, 16, 16, width // 16, width, width)
@@ -22,8 +22,10 @@ def test_lora_takes_two_thirds_and_its_own_part(width, rank, ratio):
     assert both[0] / both[1] == pytest.approx(ratio, abs=5e-5)
 
 
-@pytest.mark.parametrize("name", ["llama-128", "qwen-64", "moe-128"])
-@pytest.mark.parametrize(("placement", "rank"), [(None, None), ("all", 8), ("attn", 3), ("mlp", 5)])
+@pytest.mark.parametrize(
+    ("name", "placement", "rank"),
+    [("llama-128", None, None), ("qwen-64", "attn", 3), ("llama-128", "mlp", 5), ("moe-128", "all", 8)],
+)
 def test_flops_are_those_of_the_model_itself(name, placement, rank):
     from lorabench.models.base import load_model
     from lorabench.models.counts import train_flops_per_token

@@ -17,7 +17,7 @@ from lorabench.planning.plan import Plan, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
 from lorabench.runs import Job
 
-PLANS = {name: make_plan(load_preset(name)) for name in ("smoke", "laptop", "smollm2", "core", "paper")}
+PLANS = {name: make_plan(load_preset(name)) for name in ("laptop", "smollm2", "paper")}
 
 
 def seconds(plan: Plan, job: Job) -> float:
@@ -105,7 +105,7 @@ def test_an_experiment_trains_what_it_needs_and_nothing_else(name):
 
 
 def test_a_start_is_paid_once_per_job():
-    plan = PLANS["smoke"]
+    plan = PLANS["laptop"]
     together = max(plan.jobs, key=lambda job: len(job.sweeps))
     alone = training(plan, [Job((sweep,)) for sweep in together.sweeps])
     saved = (len(together.sweeps) - 1) * start_seconds(plan.preset)
@@ -135,7 +135,7 @@ def test_ids_are_names_of_files_and_hold_as_long_as_the_sweeps_do(raw_preset):
 
 
 def test_a_job_is_found_by_its_id_and_a_sweep_by_its_own():
-    plan = PLANS["smoke"]
+    plan = PLANS["laptop"]
     for job in plan.jobs:
         assert plan.job(job.job_id) == job
         for sweep in job.sweeps:

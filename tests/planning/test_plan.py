@@ -289,12 +289,12 @@ def test_what_changes_scores_changes_an_evaluation(raw_preset):
 
 def test_the_estimate_has_the_evaluation(raw_preset):
     plan = evaluated(raw_preset)
-    work = bill.evaluation(plan)
+    work = bill.per_experiment(plan)["evaluation"]
     assert (work.runs, work.jobs) == (0, 4)
     # Four jobs of 1000 documents of 200 tokens.
     assert work.tokens == 4 * 1000 * 200
     assert bill.minutes(plan, work, 1) == pytest.approx(2 * bill.minutes(plan, work, 2))
-    assert bill.evaluation(planned(raw_preset)).tokens == 0
+    assert "evaluation" not in bill.per_experiment(planned(raw_preset))
 
 
 def test_a_plan_with_lrs_to_find_has_an_expected_and_a_largest_number_of_runs(raw_preset):

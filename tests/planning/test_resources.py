@@ -69,7 +69,7 @@ def test_weights_of_the_best_runs_stay_on_disk():
     plan = make_plan(core)
     full = next(s for s in plan.sweeps if s.condition.method == "fullft" and s.condition.model == "llama-3-2-1b-base")
     assert job_resources(plan, Job((full,))).disk_mb == pytest.approx(4 * 1235.8144 * full.seeds.best, abs=1)
-    # Beside them: the weights of the other runs until the best is known, and two checkpoints.
+    # Besides: the weights of the other runs until the best is known, and two checkpoints.
     working = job_resources(plan, Job((full,))).working_disk_mb
     assert working == pytest.approx((4 * (full.most_runs - full.seeds.best) + 2 * 12) * 1235.8144, abs=2)
     everything = core.model_copy(update={"execution": core.execution.model_copy(update={"keep_weights": "all"})})
@@ -99,7 +99,7 @@ def test_the_bill_counts_the_gpus_that_jobs_ask_for():
 def test_a_thousand_jobs_take_no_time_and_no_torch():
     script = (
         "import sys; from lorabench.config.loading import load_preset; from lorabench.planning.plan import make_plan;"
-        "from lorabench.planning import bill, resources, calibration; from lorabench.cli import show;"
+        "from lorabench.planning import bill, resources, speed; from lorabench.cli import show;"
         "plan = make_plan(load_preset('paper')); bill.per_experiment(plan);"
         "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules), 'heavy imports'"
     )

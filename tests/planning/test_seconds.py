@@ -15,7 +15,7 @@ from ..handmade.presets import with_execution
 
 
 def test_launching_layers_bounds_the_time_of_a_small_model():
-    preset = with_execution(load_preset("smollm2"), lanes=1)
+    preset = load_preset("smollm2")
     layers = dimensions(preset.models["smollm2-135m"]).layers
     plan = make_plan(preset)
     sweep = next(s for s in plan.sweeps if (s.condition.dataset, s.condition.rank) == ("worked", 16))

@@ -8,7 +8,6 @@ import pytest
 
 from lorabench.planning.plan import make_plan
 from lorabench.planning.resources import job_resources
-from lorabench.store.attempts import Attempts
 from lorabench.store.layout import Layout
 
 from ..workflow.checkout import adapt_profile, snakemake
@@ -51,7 +50,6 @@ def test_a_job_goes_on_after_its_time_limit_and_after_a_signal(cluster, tmp_path
         parts, first = checkpoint()
         assert parts == 2
         assert first > 0
-        assert Attempts(checkout / layout.attempts(job.job_id)).memory_factor() == 1
         # The second try waits for Snakemake to ask for the state of the first one.
         until(lambda: log.exists() and f"goes on after step {first}" in log.read_text(), "a second try", 120)
         second = tries()[before + 1]

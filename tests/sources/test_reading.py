@@ -10,7 +10,7 @@ import pytest
 from lorabench.errors import UserError
 from lorabench.sources.studies import import_source, write_tables
 from lorabench.store.tables import Tables
-from lorabench.utils.packaged import REFERENCE
+from lorabench.utils.files import REFERENCE
 
 from .conftest import COLUMNS, ROWS, row
 

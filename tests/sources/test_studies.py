@@ -12,7 +12,7 @@ from lorabench.errors import UserError
 from lorabench.sources.matrix import matrix, read_own
 from lorabench.sources.measurements import measurement_table, measurements, summary_table
 from lorabench.sources.studies import import_source, judge, read_studies, source_folders
-from lorabench.utils.packaged import REFERENCE
+from lorabench.utils.files import REFERENCE
 
 from ..conftest import REPOSITORY
 from .conftest import ROWS

@@ -12,17 +12,15 @@ from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
 from lorabench.claims.claim import Claim
-from lorabench.claims.evidence import over
-from lorabench.claims.judge import judge_claims
-from lorabench.claims.scope_text import scope_text
+from lorabench.claims.judge import judge_claims, scope_text
+from lorabench.claims.judging import over
 from lorabench.config.fields import PresetError
 from lorabench.config.files import PRESETS
 from lorabench.config.loading import read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
-from lorabench.store.stand_ins import with_stand_ins
-from lorabench.store.tables import Tables
+from lorabench.store.tables import Tables, with_stand_ins
 
 from ..handmade import sft
 
@@ -225,10 +223,9 @@ def test_the_default_margins_are_those_of_the_shipped_presets():
 )
 def test_the_scope_of_a_verdict_is_what_was_measured(columns, absent, scope):
     runs = world(seeds=1)[0].assign(**columns).drop(columns=absent)
-    assert scope_text(runs, list(runs["run_id"])).startswith(scope)
+    assert scope_text(runs).startswith(scope)
 
 
 def test_runs_of_another_table_have_no_scope():
     runs, _ = world(seeds=1)
-    assert scope_text(runs, ["a step that was measured"]) is None
-    assert scope_text(runs.drop(columns="run_id"), ["a"]) is None
+    assert scope_text(runs.iloc[:0]) is None

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from lorabench.errors import UserError
 from lorabench.figures.save import save_figure
 from lorabench.store.io import write_csv
-from lorabench.store.merge import KEYS, merge
 from lorabench.store.schemas import PARQUET_ONLY, SCHEMAS
-from lorabench.store.tables import Tables
+from lorabench.store.tables import KEYS, Tables, merge
 
 from ..handmade import curves_of, evals_table, make_eval, make_run, make_sweep, runs_table
 

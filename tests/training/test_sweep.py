@@ -113,8 +113,8 @@ def test_status_counts_what_lies_on_disk(ready):
     trained(plan, layout, "lora")
     after = status(plan, layout)
     assert (after.runs_done, after.jobs_done) == (2, 1)
-    heartbeat = layout.progress(next(s for s in plan.sweeps if s.condition.method == "fullft"))
-    heartbeat.parent.mkdir(exist_ok=True)
+    progress = layout.progress(next(s for s in plan.sweeps if s.condition.method == "fullft"))
+    progress.parent.mkdir(exist_ok=True)
     state = {"time": 0.0, "label": "x", "run": 1, "runs": 2, "lr": 1e-3, "seed": 0, "step": 1, "steps": 2}
-    heartbeat.write_text(json.dumps(state))
-    assert [job["label"] for job in status(plan, layout).silent] == ["x"]
+    progress.write_text(json.dumps(state))
+    assert [job["label"] for job in status(plan, layout).at_work] == ["x"]

@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from lorabench.cli import app
 from lorabench.config.problems import HubProblems
 from lorabench.custom.model import find_model
-from lorabench.data.hub_problems import repositories
-from lorabench.data.problem_sets import make_problems
+from lorabench.data.problems import make_problems, repositories
 from lorabench.data.sft import about, read_dataset
 from lorabench.errors import UserError
 from lorabench.models.identity import shipped_folder

@@ -12,7 +12,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import numpy as np
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 if "keep" in sys.argv:
     assert keep_freed_memory()
 def step():
@@ -27,7 +27,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 # Frees a block of 1.5 GiB, larger than the blocks that are kept.
 LARGE = """
 import ctypes
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -65,17 +65,17 @@ def test_a_block_above_the_limit_goes_back_to_the_system():
 
 @pytest.mark.parametrize(("platform", "names"), [("darwin", ("mallopt",)), ("linux", ()), ("linux", ("mallopt",))])
 def test_nothing_happens_without_glibc(monkeypatch, platform, names):
-    from lorabench.utils import malloc
+    from lorabench.utils import exhaustion
 
     library = type("Library", (), {name: lambda *_: pytest.fail("mallopt was called") for name in names})()
-    monkeypatch.setattr(malloc.sys, "platform", platform)
-    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: library)
-    assert malloc.keep_freed_memory() is False
+    monkeypatch.setattr(exhaustion.sys, "platform", platform)
+    monkeypatch.setattr(exhaustion.ctypes, "CDLL", lambda name: library)
+    assert exhaustion.keep_freed_memory() is False
 
 
 @pytest.mark.parametrize(("largest", "kept"), [(1 << 31, True), (32 << 20, True), (0, False)])
 def test_an_older_glibc_takes_less(monkeypatch, largest, kept):
-    from lorabench.utils import malloc
+    from lorabench.utils import exhaustion
 
     calls = []
 
@@ -86,7 +86,7 @@ def test_an_older_glibc_takes_less(monkeypatch, largest, kept):
             calls.append((what, value))
             return int(what != -3 or value <= largest)
 
-    monkeypatch.setattr(malloc.sys, "platform", "linux")
-    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: Library())
-    assert malloc.keep_freed_memory() is kept
+    monkeypatch.setattr(exhaustion.sys, "platform", "linux")
+    monkeypatch.setattr(exhaustion.ctypes, "CDLL", lambda name: Library())
+    assert exhaustion.keep_freed_memory() is kept
     assert [value for what, value in calls if what == -3 and value <= largest] == [min(largest, 1 << 30)] * kept

@@ -184,12 +184,13 @@ def test_the_readme_tells_what_they_cost(name, gpu):
 @pytest.mark.parametrize("sampler", ["own", "vllm"])
 @pytest.mark.parametrize("name", ["core", "paper"])
 def test_the_costs_by_sampler_are_those_of_the_plan(name, sampler):
-    lines = (REPOSITORY / "docs/costs.md").read_text().splitlines()
+    lines = (REPOSITORY / "docs/presets.md").read_text().splitlines()
     row = next(line for line in lines if re.match(rf"\| `{name}` .*\| `{sampler}` \|", line))
     told = [float(cell.replace(",", "")) for cell in row.split("|")[3:-1]]
     plan = make_plan(with_execution(load_preset(name), sampler=sampler))
     rl = bill.training(plan, [job for job in plan.jobs if job.sweeps[0].condition.task == "rl"])
-    hours = [part.gpu_hours for part in (rl, bill.evaluation(plan), bill.total(plan))]
+    rows = bill.per_experiment(plan)
+    hours = [part.gpu_hours for part in (rl, rows["evaluation"], rows["total"])]
     assert told == [pytest.approx(hour, rel=0.02, abs=0.5) for hour in hours]
 
 

@@ -139,21 +139,6 @@ def test_a_limit_that_nobody_knows_is_asked_for_before_a_long_job_is_submitted(c
     assert requested(dry_run(checkout, preset="smollm2"), "train")
 
 
-def test_only_killed_attempts_request_more_memory(checkout):
-    plan = make_plan(Layout.of("smollm2").preset)
-    killed, stopped = plan.jobs[:2]
-    for job, record in (
-        (killed, '{"killed": 1, "failed": 0, "running": true}'),
-        (stopped, '{"killed": 0, "failed": 3, "running": false}'),
-    ):
-        path = checkout / Layout.of("smollm2").attempts(job.job_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(record)
-    trained = requested(dry_run(checkout, preset="smollm2"), "train")
-    for job, factor in ((killed, 2), (stopped, 1)):
-        assert int(trained[job.job_id]["mem_mb"]) == factor * job_resources(plan, job).mem_mb
-
-
 def test_a_site_refuses_memory_and_cores_beside_gpus(checkout):
     adapt_profile(checkout, "mem_with_gpus: true", "mem_with_gpus: false")
     adapt_profile(checkout, "cpus_with_gpus: true", "cpus_with_gpus: false")

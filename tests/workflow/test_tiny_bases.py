@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorabench.config.models import TinyModel
-from lorabench.data.answers import last_number
+from lorabench.data.grading import last_number
 from lorabench.data.sums import sum_problems
 from lorabench.models.base import load_model, load_tokenizer, weights_sha256
 from lorabench.models.dimensions import dimensions

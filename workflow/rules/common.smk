@@ -14,7 +14,7 @@ from lorabench.models.base import CONVERTED, converted_folder
 from lorabench.planning.bill import total
 from lorabench.planning.plan import make_plan
 from lorabench.store.layout import Layout
-from lorabench.utils.packaged import REFERENCE
+from lorabench.utils.files import REFERENCE
 
 PRESET = config.get("preset", "laptop")
 try:

@@ -50,8 +50,7 @@ rule evaluate:
         **requested(
             lambda wildcards: evaluation_resources(
                 PLAN, EVALUATIONS[wildcards.evaluation]
-            ),
-            lambda wildcards: wildcards.evaluation,
+            )
         ),
     params:
         preset=PRESET,

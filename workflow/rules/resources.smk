@@ -9,7 +9,6 @@ from lorabench.planning.resources import (
     restarts,
     tokens_resources,
 )
-from lorabench.store.attempts import Attempts
 from lorabench.utils.devices import visible_devices
 from lorabench.utils.slurm import partition_minutes
 
@@ -120,13 +119,11 @@ def warning_option(wildcards, attempt, of):
     return f"{EXTRA} --signal=TERM@{seconds}".strip()
 
 
-def requested(of, name=None):
-    """The resources of a rule; a job that has failed requests more time, and more memory if it lacked memory.
+def requested(of):
+    """The resources of a rule; a job that has failed requests more time and memory.
 
     Args:
         of: a function from a job's wildcards to its `lorabench.planning.resources.Resources`.
-        name: a function from a job's wildcards to the name by which it records why its attempts ended; without it,
-            each attempt requests more memory.
     """
 
     def memory(wildcards, attempt):
@@ -134,11 +131,9 @@ def requested(of, name=None):
         if needed.gpus and not MEM_WITH_GPUS:
             # The executor requests no memory where it is 0.
             return 0
-        more = (
-            Attempts(LAYOUT.attempts(name(wildcards))).memory_factor()
-            if name
-            else (1 + attempt) / 2
-        )
+        # The attempts that end at the limit of time, and not for lack of memory, ask for no more.
+        expected = restarts([needed], LONGEST) if LONGEST else 0
+        more = min(3, 1 + max(0, attempt - 1 - expected) / 2)
         return int(needed.mem_mb * more)
 
     def cpus(wildcards, threads):

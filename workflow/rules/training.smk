@@ -15,9 +15,7 @@ rule compute:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(
-            lambda wildcards: compute_resources(PLAN), lambda wildcards: "compute"
-        ),
+        **requested(lambda wildcards: compute_resources(PLAN)),
     params:
         preset=PRESET,
     shell:
@@ -39,17 +37,13 @@ rule train:
         "../envs/lorabench.yaml"
     threads: LAYOUT.preset.execution.threads
     resources:
-        **requested(
-            lambda wildcards: job_resources(PLAN, JOBS[wildcards.job]),
-            lambda wildcards: wildcards.job,
-        ),
+        **requested(lambda wildcards: job_resources(PLAN, JOBS[wildcards.job])),
         # Each GPU has a training process.
         processes=lambda wildcards: max(
             1, job_resources(PLAN, JOBS[wildcards.job]).gpus
         ),
-        number=lambda wildcards, attempt: attempt,
     params:
         preset=PRESET,
     shell:
         "HF_HUB_OFFLINE=1 exec lorabench step train {wildcards.job} --preset {params.preset:q} "
-        "--log {log:q} --processes {resources.processes} --attempt {resources.number}"
+        "--log {log:q} --processes {resources.processes}"

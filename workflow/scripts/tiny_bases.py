@@ -34,7 +34,7 @@ from lorabench.evaluation.pretraining import ASSISTANT, END, SYSTEM, USER, docum
 from lorabench.models.base import config_of
 from lorabench.models.dimensions import Dimensions
 from lorabench.models.identity import shipped_folder
-from lorabench.utils.malloc import keep_freed_memory
+from lorabench.utils.exhaustion import keep_freed_memory
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

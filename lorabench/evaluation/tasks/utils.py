@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from lorabench.data.answers import gsm8k_answer
-from lorabench.data.problem_sets import read_problems
+from lorabench.data.grading import gsm8k_answer
+from lorabench.data.problems import read_problems
 from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
 

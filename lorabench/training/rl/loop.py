@@ -19,7 +19,7 @@ import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.controls import Controls
-from lorabench.data.reflection import reflects
+from lorabench.data.grading import reflects
 from lorabench.models.passes import trained_parameters
 from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss

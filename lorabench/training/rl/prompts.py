@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lorabench.data.problem_sets import read_problems
+from lorabench.data.problems import read_problems
 from lorabench.errors import UserError
 from lorabench.runs import Rollouts
 from lorabench.training.rl.sampler import Response, Stop

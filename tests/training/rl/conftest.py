@@ -12,7 +12,7 @@ from lorabench.config.experiments import Protocol
 from lorabench.config.models import TinyModel
 from lorabench.config.problems import ReasoningProblems
 from lorabench.data.grading import Grader
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.models.lora_products import use_fast_products

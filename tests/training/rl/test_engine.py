@@ -15,7 +15,7 @@ import yaml
 
 from lorabench.config.loading import load_preset
 from lorabench.config.models import PathModel, TinyModel
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
 from lorabench.models.lora import add_lora
@@ -38,7 +38,7 @@ from .wide_heads import widen
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/vllm.md says how"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; docs/cluster.md says how"),
 ]
 
 # The size of its heads, 32, is one that vLLM computes on a CPU.

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from lorabench.data.problem_sets import make_problems, write_problems
+from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
