@@ -56,8 +56,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.config.datasets import FileDataset
-        from lorabench.config.problems import FileProblems
+        from lorabench.config.datasets import FileDataset, FileProblems
         from lorabench.data.files import tally_of
         from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import build_dataset
@@ -118,8 +117,7 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
     with in_one_sentence():
-        from lorabench.config.datasets import HubDataset
-        from lorabench.config.problems import HubProblems
+        from lorabench.config.datasets import HubDataset, HubProblems
         from lorabench.data.hub import repository
         from lorabench.data.problems import repositories
         from lorabench.utils.hub import fetch_repositories
@@ -312,6 +310,6 @@ def report(
 @steps.command()
 def schema() -> None:
     """Print the JSON schema of presets."""
-    from lorabench.config.schema import json_schema
+    from lorabench.config.preset import json_schema
 
     print(json_schema(), end="")

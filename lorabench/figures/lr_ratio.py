@@ -28,7 +28,7 @@ from lorabench.analysis.lr_ratio import (
     prediction_table,
 )
 from lorabench.analysis.published import published_ratios
-from lorabench.config.predictions import DEFAULT_PREDICTIONS
+from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import style
 from lorabench.figures.short_run import ratio_axis
 from lorabench.store.tables import Tables

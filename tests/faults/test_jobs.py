@@ -169,7 +169,7 @@ def test_out_of_memory_is_one_sentence_and_nothing_is_lost(task, half, unbroken)
     checkpoint = half.checkpoint(task, AT_WORK[task])
     before = checkpoint_step(checkpoint)
     # The model and a step need more.
-    output = half.train(task, status=2, memory=8_000_000)
+    output = half.train(task, status=2, memory={"sft": 8_000_000, "rl": 50_000_000}[task])
     message = output.splitlines()[-1]
     assert "is out of memory" in message
     others = " or max_cache_tokens (65536)" if task == "rl" else ""
