@@ -43,7 +43,7 @@ def calibrate(
         from dataclasses import asdict
 
         if measure is not None:
-            from benchmarks.calibration.measure import measure_noise
+            from benchmarks.calibration.noise import measure_noise
             from lorabench.store.tables import Tables
 
             for name, value in asdict(measure_noise(Tables.read(measure), dataset or ())).items():
@@ -51,7 +51,7 @@ def calibrate(
             return
         if preset is not None:
             from benchmarks.calibration import power
-            from benchmarks.calibration.measure import measure_noise
+            from benchmarks.calibration.noise import measure_noise
             from lorabench.store.io import write_csv
             from lorabench.store.tables import Tables
 

@@ -12,8 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from lorabench.config.experiments import AUTO
-from lorabench.config.files import PRESETS
-from lorabench.config.loading import parse_preset
+from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.models import HubModel, TinyModel
 from lorabench.config.preset import Preset

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from lorabench.analysis.comparison import Judging
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.claims.recipe import measured_recipe
-from lorabench.config.files import PRESETS
+from lorabench.config.loading import PRESETS
 from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import CLAIMS_TABLE, EVALS_TABLE, PaperFigure, figures_of_preset
 from lorabench.planning.plan import Plan

@@ -1,4 +1,4 @@
-"""Made-up sweeps of reinforcement learning (RL), whose losses are error rates on problems.
+"""Made-up sweeps of reinforcement learning (RL), whose losses are error rates on problems, and their scenes.
 
 A problem is solved or not, so a run's error rate sets how many of the test problems it fails, and the problems' own
 difficulties say which: problems are ordered by a difficulty for all arms, one for the arm and one for the run.
@@ -6,39 +6,26 @@ difficulties say which: problems are ordered by a difficulty for all arms, one f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import math
+from dataclasses import replace
 
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from benchmarks.calibration.design import as_designed, current
-from benchmarks.calibration.made import MadeArm
+from benchmarks.calibration.made import Curve, Design, MadeRl, as_designed
 from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.scenes import FULLFT, LR_MARGIN, TEN, lora, made_arm, sign
 from benchmarks.calibration.worlds import Rows, cells, kept_cells, points, progress
+from lorabench.claims.reinforcement import WIDER
+from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.store.tables import Tables
 
 
-@dataclass(frozen=True)
-class MadeRl:
-    """The arms of one comparison of RL, with their lowest error rates as minima."""
-
-    arms: Sequence[MadeArm]
-    columns: Mapping[str, Any]
-    """Values of `runs` that all arms share."""
-    steps: int = 50
-    test_problems: int = 160
-    validation_problems: int = 64
-    held_out: Mapping[str, int] = field(default_factory=dict)
-    """The number of problems of further sets; their error rates are those of the test split."""
-    lengths: Mapping[int, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
-    """The mean length of responses by step, by the arm's position in `arms`."""
-
-
-def make_rl_tables(sweep: MadeRl, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def make_rl_tables(
+    sweep: MadeRl, noise: NoiseLevels, random: np.random.Generator, design: Design | None = None
+) -> Tables:
     """Draw the tables `runs`, `curves` and `test_losses` of a sweep of RL."""
-    if (design := current()) is not None:
+    if design is not None:
         sweep = replace(
             sweep,
             arms=as_designed(design, sweep.arms, random),
@@ -104,3 +91,65 @@ def _failed(error: np.ndarray, common: np.ndarray, noise: NoiseLevels, random: n
         + np.sqrt(shares[2]) * random.standard_normal((len(error), len(common)))
     )
     return np.asarray(ndtr(difficulty) > ndtr(ndtri(1 - error))[:, None])
+
+
+_RL = {"model": "made-up", "dataset": "problems", "batch_size": 640, "family": "llama", "hidden_size": 128}
+
+
+def rl_margin(noise: NoiseLevels) -> float:
+    """Return the margin of error rates that the default preset gives."""
+    return DEFAULT_MARGINS.reward * (noise.rl_tuned - noise.rl_base)
+
+
+LENGTH = 360.0
+"""The mean length of responses at the end, twice that at first; in tokens. On average it meets the setting of F5."""
+
+
+def _length(final: float = LENGTH) -> Curve:
+    """Return a mean length of responses that grows from LENGTH / 2."""
+    return lambda steps: np.exp(np.interp(steps, [5, 45], [math.log(LENGTH / 2), math.log(final)]))
+
+
+def rl(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
+    """Return a sweep of RL with FullFT and ranks 1 and 64.
+
+    Rank 1 has an error rate k margins above FullFT's, so on a held-out set as well, and responses longer or shorter by
+    a factor of 1.25 to the k. The training reward of rank 64 is k margins off FullFT's. Its ratio of optimal LRs is k
+    margins off 10.
+    """
+    optimum, error, margin = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned, rl_margin(noise)
+    apart, ratio = sign(random) * k * margin, sign(random) * k * LR_MARGIN
+    arms = [
+        made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6, curve=np.zeros_like),
+        made_arm(lora(1), optimum + TEN, error + k * margin, random, seeds=5, n_lrs=6, curve=np.zeros_like),
+        made_arm(lora(64), optimum + TEN + ratio, error, random, seeds=5, n_lrs=6, curve=lambda at: 0.0 * at + apart),
+    ]
+    longer = LENGTH * 1.25 ** (sign(random) * k)
+    return MadeRl(arms, _RL, held_out={"aime24": 480}, lengths={0: _length(), 1: _length(longer), 2: _length()})
+
+
+def rl_ranges(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
+    """Return a sweep of RL in which the good LRs of LoRA span k times 0.2 decades more than those of FullFT."""
+    optimum, error = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned
+    # An LR is good up to 95% of the peak accuracy; the widths are in decades.
+    width = 2 * math.sqrt(0.05 * noise.rl_tuned / noise.rl_curvature) / TEN
+    flatter = (width / (width + WIDER * k)) ** 2
+    arms = [
+        made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),
+        replace(made_arm(lora(64), optimum + TEN, error, random, seeds=5, n_lrs=7), curvature=flatter),
+    ]
+    return MadeRl(arms, _RL, lengths=dict.fromkeys(range(2), _length()))
+
+
+def rl_placements(k: float, noise: NoiseLevels, random: np.random.Generator) -> MadeRl:
+    """Return a sweep of RL in which LoRA on attention alone has an error rate k margins above that on the MLP."""
+    optimum, error, margin = math.log(2e-4) + random.uniform(-0.5, 0.5), 1 - noise.rl_tuned, rl_margin(noise)
+    at = optimum + TEN
+    arms = [
+        made_arm(FULLFT, optimum, error, random, seeds=5, n_lrs=6),
+        made_arm(lora(64, trainable_params=100_000), at, error, random, seeds=5, n_lrs=6),
+        made_arm(lora(64, "attn", trainable_params=40_000), at, error + k * margin, random, seeds=5, n_lrs=6),
+        made_arm(lora(52, "mlp", trainable_params=40_000), at, error, random, seeds=5, n_lrs=6),
+        made_arm(lora(64, "mlp", trainable_params=50_000), at, error, random, seeds=5, n_lrs=6),
+    ]
+    return MadeRl(arms, _RL, lengths=dict.fromkeys(range(5), _length()))
