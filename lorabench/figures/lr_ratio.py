@@ -31,7 +31,7 @@ from lorabench.analysis.lr_ratio import (
 from lorabench.analysis.optima import ratio_interval
 from lorabench.analysis.published import paper_numbers, published_ratios
 from lorabench.claims.learning_rate import SHORT_STEPS
-from lorabench.config.predictions import DEFAULT_PREDICTIONS
+from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import style
 from lorabench.figures.by_lr import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
 from lorabench.figures.grid import Styles, lines, only, points, tidy, titled
