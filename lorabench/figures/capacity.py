@@ -74,7 +74,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     if plotted.empty:
         return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
     figure, drawn = panels(plotted, each=2)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (left, right) in drawn:
         _draw_excess(left, rows, styles)
         _draw_thresholds(right, rows, styles)
@@ -246,7 +246,7 @@ def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     }
     plotted = tidy(parts, _STORED)
     figure, drawn = panels(plotted)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:
         _draw_stored(axes, rows, styles)
     elements = set(plotted["element"])

@@ -63,7 +63,7 @@ def draw_by_step(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     if plotted.empty:
         raise NothingToDrawError("no validation curves beyond step 0")
     figure, drawn = panels(plotted)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
+    styles = style.arm_styles(plotted)
     for rows, (axes,) in drawn:
         noise, base, curves = only(rows, "noise_band"), only(rows, "before_training"), only(rows, "envelope")
         band(axes, noise, "step", "nll_low", "nll_high")
