@@ -83,10 +83,9 @@ def draw(name, arms):
 # Accuracy against learning rate.
 
 
-@pytest.mark.parametrize("name", ["fig5_placement_rl", "fig6_rl_lr"])
-def test_accuracies_are_means_over_seeds_with_their_deviation(name):
+def test_accuracies_are_means_over_seeds_with_their_deviation():
     rl_tables = read(arms())
-    _, plotted = drawn(name, rl_tables)
+    _, plotted = drawn("fig6_rl_lr", rl_tables)
     rows = only(plotted, "accuracy").set_index(["arm", "lr"])
     expected = rl_tables.runs.groupby(["method", "rank", "lr"], dropna=False)["final_reward"].agg(
         ["mean", "std", "size"]
@@ -112,28 +111,25 @@ def test_optima_are_those_of_the_fits():
     assert shown["resolved"].tolist() == expected["resolved"].tolist() == [True] * 3
 
 
-@pytest.mark.parametrize("name", ["fig6_rl_lr", "fig7_rl_curves"])
-def test_what_has_not_learned_is_marked_and_counted(name):
+def test_what_has_not_learned_is_marked_and_counted():
     rl_tables = read(arms((1, 16), diverges_from=9e-3))
-    figure, plotted = drawn(name, rl_tables)
+    figure, plotted = drawn("fig6_rl_lr", rl_tables)
     for status in ("diverged", "unrewarded"):
         assert set(only(plotted, status)["run_id"]) == set(
             rl_tables.runs.loc[rl_tables.runs["status"] == status, "run_id"]
         )
-    panel = 1 if name == "fig7_rl_curves" else 0
-    assert "2 diverged · 2 unrewarded" in texts(figure, panel)
-    marks = [line.get_marker() for line in figure.axes[panel].get_lines()]
+    assert "2 diverged · 2 unrewarded" in texts(figure)
+    marks = [line.get_marker() for line in figure.axes[0].get_lines()]
     assert marks.count("x") == marks.count("$0$") == 2
     assert {"diverged", "never rewarded"} <= set(legend(figure))
 
 
-@pytest.mark.parametrize("name", ["fig6_rl_lr", "fig7_rl_curves"])
-def test_the_base_and_controls_are_lines_with_an_entry(name):
-    figure, plotted = draw(name, arms(constant_reward=0.03, rule_reward=0.2))
+def test_the_base_and_controls_are_lines_with_an_entry():
+    figure, plotted = draw("fig7_rl_curves", arms(constant_reward=0.03, rule_reward=0.2))
     heights = {"base": BASE, "constant": 0.03, "rule": 0.2}
     for element, height in heights.items():
         assert only(plotted, element)["accuracy"].tolist() == [height]
-    for axes in figure.axes[: 2 if name == "fig7_rl_curves" else 1]:
+    for axes in figure.axes[:2]:
         for look, height in zip(("-", ":", "--"), heights.values(), strict=True):
             assert height in [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == look]
         low, high = axes.get_ylim()
@@ -297,16 +293,14 @@ def test_names_with_markup_or_formula_signs_are_plain_text(tmp_path):
     assert "<b>" not in (tmp_path / "figure.svg").read_text()
 
 
-@pytest.mark.parametrize("name", ["fig7_rl_curves", "fig8_aime_and_length"])
-def test_without_curves_a_sentence_says_so(name):
-    rl_tables = read(arms())
-    figure, _ = drawn(name, Tables(rl_tables.runs, pd.DataFrame()))
-    notes = texts(figure)
+def test_without_curves_a_sentence_says_so():
     wanted = {
         "fig7_rl_curves": ["no test accuracies"],
         "fig8_aime_and_length": ["no accuracies", "no response lengths", "no KL", "no rates of reflection"],
     }
-    assert all(words in notes for words in wanted.get(name, []))
+    for name, sentences in wanted.items():
+        figure, _ = drawn(name, Tables(read(arms()).runs, pd.DataFrame()))
+        assert all(words in texts(figure) for words in sentences)
 
 
 @pytest.fixture(scope="module")

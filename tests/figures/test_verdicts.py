@@ -71,10 +71,10 @@ def test_every_claim_is_drawn_or_named_once_below_its_family():
         assert all(abs(float(x)) <= END for x in line.get_xdata())
 
 
-@pytest.mark.parametrize("claims", [[], [make_claim("D5", "not tested")]], ids=["none", "no numbers"])
-def test_without_numbers_there_is_a_figure_that_says_so(claims):
-    figure, _ = draw("verdicts", Tables(empty_table(), empty_table(), claims=claims_table(claims)))
-    assert "no claim has both" in texts(figure)
+def test_without_numbers_there_is_a_figure_that_says_so():
+    for claims in ([], [make_claim("D5", "not tested")]):
+        figure, _ = draw("verdicts", Tables(empty_table(), empty_table(), claims=claims_table(claims)))
+        assert "no claim has both" in texts(figure)
 
 
 def test_each_claim_and_family_has_a_short_name():
