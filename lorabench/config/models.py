@@ -17,7 +17,7 @@ MODELS = WORKFLOW / "models.yaml"
 
 
 class TinyModel(Strict):
-    """A tiny base model that is shipped with the package (see lorabench/models/tiny.py)."""
+    """A tiny base model that is shipped with the package (see workflow/scripts/tiny_bases.py)."""
 
     kind: Literal["tiny"]
     name: Literal[

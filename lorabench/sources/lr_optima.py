@@ -28,7 +28,7 @@ from lorabench.config.loading import load_preset
 from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.identity import shipped_folder
 from lorabench.sources.matrix import PROJECT
 from lorabench.sources.measurements import Z
 from lorabench.sources.studies import Study

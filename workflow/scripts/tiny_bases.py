@@ -1,10 +1,12 @@
 """The tiny bases: models of 0.3M to 2.8M parameters, pretrained by this project and shipped with the package.
 
+    python workflow/scripts/tiny_bases.py NAME OUT        # 10 to 20 minutes on 2 cores
+    snakemake --cores all tiny_bases                      # all of them
+
 With them every comparison runs without a hub or a GPU on models that were really pretrained, of two families,
 in widths of 64 to 256, dense and as a mixture of experts. `RECIPES` determines them, `build` follows a recipe, and
 `lorabench/models/shipped/NAME/` holds the result (safetensors in bf16, tokenizer, chat template, and the recipe with
-the weights' hash and held-out loss). All share a tokenizer and are trained on the same tasks. Rebuild one with
-`lorabench step tiny NAME OUT`, all with `snakemake --cores all tiny_bases`.
+the weights' hash and held-out loss). All share a tokenizer and are trained on the same tasks.
 """
 
 from __future__ import annotations
@@ -12,36 +14,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lorabench.data.reasoning import (
-    INSTRUCT_TASKS,
-    PRETRAIN_TASKS,
-    Problem,
-    is_pretraining_template,
-    is_worked_template,
-    mixture,
-    worked_solutions,
-)
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
 from lorabench.data.sums import Writers, written_sums
+from lorabench.evaluation.pretraining import ASSISTANT, END, SYSTEM, USER, documents, pretraining_problems
+from lorabench.models.base import config_of
+from lorabench.models.dimensions import Dimensions
+from lorabench.models.identity import shipped_folder
 from lorabench.utils.exhaustion import keep_freed_memory
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-FOLDER = Path(__file__).parent / "shipped"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-# The end token ends pretraining documents as well as assistants' turns, so that the base has learned it.
-END, PAD, USER, ASSISTANT, SYSTEM = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"
+PAD = "<|pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -125,45 +122,17 @@ RECIPES: dict[str, PretrainingRecipe] = {
 }
 
 
-def shipped_folder(name: str) -> Path:
-    """Return the folder of a shipped tiny base."""
-    return FOLDER / name
-
-
-def pretraining_problems(recipe: PretrainingRecipe, seed: int) -> Iterator[Problem]:
-    """Yield short problems without end: from the pretraining pool, and rarely from the fine-tuning pools."""
-    if isinstance(recipe, SumsRecipe):
-        yield from written_sums(recipe.writers, seed)
-    common = worked_solutions(is_pretraining_template, seed), mixture(PRETRAIN_TASKS, seed)
-    rare = worked_solutions(is_worked_template, seed), mixture(INSTRUCT_TASKS, seed)
-    rng = Random(seed)
-    while True:
-        solutions, tasks = rare if rng.random() < recipe.rare_share else common
-        problem = next(solutions if rng.random() < recipe.worked_share else tasks)
-        if len(problem.question) + len(problem.response) <= recipe.max_document_chars:
-            yield problem
-
-
-def document(problem: Problem, rng: Random, chat_share: float) -> str:
-    """Return a pretraining document: plain text, or with probability `chat_share` a chat, as in modern mid-training."""
-    if rng.random() < chat_share:
-        return f"{USER}{problem.question}{ASSISTANT}{problem.response}{END}"
-    question, answer = rng.choice((("", "\n"), ("Question: ", "\nAnswer: "), ("Problem: ", "\n\nSolution: ")))
-    return f"{question}{problem.question}{answer}{problem.response}{END}"
-
-
-def documents(recipe: PretrainingRecipe, seed: int) -> Iterator[str]:
+def texts(recipe: PretrainingRecipe, seed: int) -> Iterator[str]:
     """Yield pretraining documents without end."""
-    rng = Random(seed)
-    for problem in pretraining_problems(recipe, seed):
-        yield document(problem, rng, recipe.chat_share)
+    if isinstance(recipe, SumsRecipe):
+        problems = written_sums(recipe.writers, seed)
+    else:
+        problems = pretraining_problems(asdict(recipe), seed)
+    return documents(problems, recipe.chat_share, seed)
 
 
 def train_tokenizer(recipe: PretrainingRecipe) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer that keeps digits apart, trained on the pretraining text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     # This is GPT-2's split with single digits: words with their leading space, digits, runs of other signs.
     split = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -180,7 +149,7 @@ def train_tokenizer(recipe: PretrainingRecipe) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(islice(documents(recipe, recipe.seed), recipe.tokenizer_documents), trainer)
+    tokenizer.train_from_iterator(islice(texts(recipe, recipe.seed), recipe.tokenizer_documents), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -191,62 +160,32 @@ def train_tokenizer(recipe: PretrainingRecipe) -> PreTrainedTokenizerFast:
     )
 
 
-def _shared_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(shipped_folder(name))
-    return tokenizer
-
-
-def _config(recipe: PretrainingRecipe) -> PreTrainedConfig:
-    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
-
-    common: dict[str, Any] = {
-        "vocab_size": recipe.vocab_size,
-        "hidden_size": recipe.hidden_size,
-        "num_hidden_layers": recipe.layers,
-        "num_attention_heads": recipe.heads,
-        "num_key_value_heads": recipe.heads,
-        "head_dim": recipe.hidden_size // recipe.heads,
-        "max_position_embeddings": recipe.context,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-    }
-    match recipe.family:
-        case "llama":
-            return LlamaConfig(intermediate_size=recipe.intermediate_size, **common)
-        case "qwen3":
-            return Qwen3Config(intermediate_size=recipe.intermediate_size, **common)
-        case "qwen3_moe":
-            return Qwen3MoeConfig(
-                moe_intermediate_size=recipe.intermediate_size,
-                num_experts=recipe.experts,
-                num_experts_per_tok=recipe.active_experts,
-                # The published models of this family set it.
-                norm_topk_prob=True,
-                **common,
-            )
-
-
 def new_model(recipe: PretrainingRecipe) -> PreTrainedModel:
     """Return the model that a recipe's training starts from, in fp32 and with an unembedding of its own."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     if isinstance(recipe, SumsRecipe):
         start: PreTrainedModel = AutoModelForCausalLM.from_pretrained(shipped_folder(recipe.start), dtype=torch.float32)
         return start
+    sizes = Dimensions(
+        hidden=recipe.hidden_size,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        kv_heads=recipe.heads,
+        head_dim=recipe.hidden_size // recipe.heads,
+        intermediate=recipe.intermediate_size,
+        vocabulary=recipe.vocab_size,
+        query_key_norms=recipe.family != "llama",
+        experts=recipe.experts,
+        active_experts=recipe.active_experts,
+    )
     torch.manual_seed(recipe.seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(recipe))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(sizes, recipe.context, end=0, padding=1))
     return model
 
 
 def packed_blocks(recipe: PretrainingRecipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
     """Yield blocks of `recipe.block` + 1 tokens from concatenated documents, without end."""
     pending: list[int] = []
-    source = documents(recipe, seed)
+    source = texts(recipe, seed)
     while True:
         for encoding in tokenizer.backend_tokenizer.encode_batch(list(islice(source, 256))):
             pending.extend(encoding.ids)
@@ -257,8 +196,6 @@ def packed_blocks(recipe: PretrainingRecipe, tokenizer: PreTrainedTokenizerFast,
 
 def _nll(logits: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """Return the mean next-token NLL of blocks (n, block + 1), in nats per token."""
-    import torch
-
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
 
 
@@ -269,14 +206,12 @@ def _training_loss(
     experts: dict[str, Any] = {"output_router_logits": True} if recipe.balance else {}
     output = model(input_ids=blocks[:, :-1], use_cache=False, **experts)
     nll = _nll(output.logits, blocks)
-    loss = nll + recipe.balance * _imbalance(output.router_logits, recipe) if recipe.balance else nll
+    loss = nll + recipe.balance * imbalance(output.router_logits, recipe) if recipe.balance else nll
     return loss, nll.item()
 
 
-def _imbalance(router_logits: tuple[torch.Tensor, ...], recipe: PretrainingRecipe) -> torch.Tensor:
+def imbalance(router_logits: tuple[torch.Tensor, ...], recipe: PretrainingRecipe) -> torch.Tensor:
     """Return the mean load-balancing loss of the layers; evenly used experts give the number of active experts."""
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
     losses = [load_balancing_loss_func((layer,), recipe.experts, recipe.active_experts) for layer in router_logits]
     mean: torch.Tensor = sum(losses) / len(losses)
     return mean
@@ -292,8 +227,6 @@ def _lr(recipe: PretrainingRecipe, step: int, steps: int) -> float:
 
 def heldout_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: PretrainingRecipe) -> float:
     """Return the NLL on text of the same tasks with another seed, in nats per token."""
-    import torch
-
     blocks = packed_blocks(recipe, tokenizer, recipe.seed + 1)
     batches = recipe.heldout_tokens // (recipe.batch * recipe.block)
     total = 0.0
@@ -309,11 +242,13 @@ def build(out: Path, recipe: PretrainingRecipe) -> dict[str, Any]:
 
     The held-out loss is that of the shipped weights, which are in bf16.
     """
-    import torch
-
     keep_freed_memory()
     started = time.perf_counter()
-    tokenizer = train_tokenizer(recipe) if recipe.tokenizer is None else _shared_tokenizer(recipe.tokenizer)
+    tokenizer: PreTrainedTokenizerFast
+    if recipe.tokenizer is None:
+        tokenizer = train_tokenizer(recipe)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(shipped_folder(recipe.tokenizer))
     model = new_model(recipe)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
@@ -351,3 +286,17 @@ def build(out: Path, recipe: PretrainingRecipe) -> dict[str, Any]:
     }
     (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def main(name: str, out: str) -> None:
+    """Pretrain a tiny base and write it."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # A task of reasoning-gym iterates over a set of letters, so its problems would differ between processes.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONHASHSEED": "0"})
+    if name not in RECIPES:
+        sys.exit(f"tiny base {name!r}: allowed: {', '.join(RECIPES)}")
+    build(Path(out), RECIPES[name])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorabench.models.lanes.shelf import RowCounts
-from lorabench.models.last_layer import computing_only
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import computing_only, recompute_activations
 from lorabench.training.batches import IGNORED, Batch
 from lorabench.training.loss import add_gradient
 
-from ..training.lanes import base_of
+from ..training.conftest import base_of
 
-FAMILIES = ["llama-128", "qwen-64", "moe-128", "qwen2", "gemma"]
+FAMILIES = ["qwen-64", "moe-128", "gemma"]
 
 
 def batch_of(scored: int) -> Batch:
@@ -23,7 +21,7 @@ def batch_of(scored: int) -> Batch:
     targets = torch.full((2, 40), IGNORED)
     targets[0, 10 : 10 + scored] = ids[0, 11 : 11 + scored]
     targets[1, 40 - (scored - 1) :] = ids[1, 41 - (scored - 1) :]
-    return Batch(ids[:, :-1], targets, None)
+    return Batch(ids[:, :-1], targets)
 
 
 def gradients(model):
@@ -48,8 +46,8 @@ def test_loss_and_gradients_are_those_of_all_tokens(name, again):
     model.zero_grad()
     if again:
         recompute_activations(model)
-    loss = add_gradient(model, batch, RowCounts(1), [1], None, None)
-    assert_close(loss[0], expected, rtol=1e-6, atol=0)
+    loss = add_gradient(model, batch, 1, None, None)
+    assert_close(loss, expected, rtol=1e-6, atol=0)
     own = gradients(model)
     assert own.keys() == theirs.keys()
     largest = max(gradient.norm() for gradient in theirs.values())
@@ -73,7 +71,7 @@ def products_of_mlps(model, run):
 def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
     model, batch = base_of("llama-128"), batch_of(7)
     layers = model.config.num_hidden_layers
-    rows = products_of_mlps(model, lambda: add_gradient(model, batch, RowCounts(1), [1], None, None))
+    rows = products_of_mlps(model, lambda: add_gradient(model, batch, 1, None, None))
     assert rows == [80] * (layers - 1) + [7 + 6]
     # Outside the context the model's own forward pass is back.
     assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
@@ -83,7 +81,7 @@ def test_it_is_the_models_own_again_after_an_error():
     model = base_of("llama-128")
     mlp = model.get_decoder().layers[-1].mlp
     own = mlp.forward
-    with pytest.raises(KeyError), computing_only(model, torch.tensor([3]), RowCounts(1), [1]):
+    with pytest.raises(KeyError), computing_only(model, torch.tensor([3])):
         raise KeyError(mlp.forward == own)
     assert mlp.forward == own
 
@@ -92,12 +90,12 @@ def test_without_a_scored_token_or_an_mlp_all_is_computed():
     model, batch = base_of("llama-128"), batch_of(7)
     layers = model.config.num_hidden_layers
     nothing = torch.zeros(0, dtype=torch.long)
-    with computing_only(model, nothing, RowCounts(1), [0]):
+    with computing_only(model, nothing):
         assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
     last = model.get_decoder().layers[-1]
     last.feed_forward = last.mlp
     del last.mlp
-    with computing_only(model, torch.tensor([3]), RowCounts(1), [1]):
+    with computing_only(model, torch.tensor([3])):
         assert last.feed_forward.forward == type(last.feed_forward).forward.__get__(last.feed_forward)
 
 
@@ -118,7 +116,7 @@ def test_an_mlp_of_another_kind_computes_all(way):
         way
     ]
     expected = call(*given)
-    with computing_only(model, torch.tensor([3, 50]), RowCounts(1), [2]):
+    with computing_only(model, torch.tensor([3, 50])):
         output = mlp(*given)
     assert_close(output, expected)
 
@@ -128,8 +126,8 @@ def test_in_bf16_results_have_the_type_of_the_products():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, theirs = by_transformers(model, batch)
     model.zero_grad()
-    loss = add_gradient(model, batch, RowCounts(1), [1], torch.bfloat16, None)
-    assert_close(loss[0], expected, rtol=2e-3, atol=0)
+    loss = add_gradient(model, batch, 1, torch.bfloat16, None)
+    assert_close(loss, expected, rtol=2e-3, atol=0)
     own = gradients(model)
     for key, gradient in theirs.items():
         assert torch.nn.functional.cosine_similarity(own[key].flatten(), gradient.flatten(), 0) > 0.99, key

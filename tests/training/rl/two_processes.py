@@ -1,4 +1,4 @@
-"""The program that tests of RL in several processes run in each: `torchrun ... -m tests.training.rl.several FOLDER`.
+"""The program of tests of RL in two processes: `torchrun ... -m tests.training.rl.two_processes FOLDER`.
 
 It trains the sweeps of the preset in the folder.
 """
@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     layout = Layout.of("mine.yaml")
     plan = make_plan(layout.preset)
-    processes = join(layout.preset.execution.sharding)
+    processes = join()
     for sweep in plan.sweeps:
         run_job(plan, Job((sweep,)), layout, lambda line: None, processes)
     leave(processes)
