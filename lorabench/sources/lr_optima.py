@@ -19,11 +19,10 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
-from lorabench.analysis.lr_grid import vertex
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.analysis.pooled_lr import ALPHA, ALPHA_EXPONENT, Optimum, Place
-from lorabench.analysis.published import published_ratios, published_sweeps
+from lorabench.analysis.published import published_ratios, published_sweeps, vertex
 from lorabench.config.loading import load_preset
 from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
