@@ -117,7 +117,7 @@ class Run:
 
 
 EXPECTED_FURTHER_LRS = 1
-"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/performance.md)."""
+"""LRs besides its first three that a sweep with `lrs: auto` is expected to train (see docs/presets.md)."""
 GOOD = 0.95
 """In RL an LR is good if its accuracy is at least this share of the highest one."""
 AROUND = 3

@@ -25,9 +25,6 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="CSV file for the table; the command goes on where it was interrupted.")
     ] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Markdown page to write the table into, between its two marker lines.")
-    ] = None,
     measure: Annotated[
         Path | None, typer.Option(help="Only measure the noise of the runs in this folder of tidy tables.")
     ] = None,
@@ -46,22 +43,18 @@ def calibrate(
         from dataclasses import asdict
 
         if measure is not None:
-            from benchmarks.calibration.measure import measure_noise
+            from benchmarks.calibration.noise import measure_noise
             from lorabench.store.tables import Tables
 
             for name, value in asdict(measure_noise(Tables.read(measure), dataset or ())).items():
                 print(f"{name}: {value:.4g}")
             return
-        from datetime import date
-
         if preset is not None:
             from benchmarks.calibration import power
-            from benchmarks.calibration.measure import measure_noise
-            from lorabench.report.generated_block import text_around, write_around
+            from benchmarks.calibration.noise import measure_noise
             from lorabench.store.io import write_csv
             from lorabench.store.tables import Tables
 
-            around = None if page is None else text_around(page, power.START, power.END)
             levels = None if noise is None else measure_noise(Tables.read(noise), dataset or ())
             ids = [*(claims or ()), *(more or ())]
             table = power.power_of_plan(plan_and_layout(preset)[0], worlds, ids, processes, levels, seed)
@@ -69,23 +62,16 @@ def calibrate(
                 print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
             else:
                 write_csv(table, out)
-            if page is not None and around is not None:
-                write_around(page, around, power.block(table, preset, date.today().isoformat()))
             return
-        from benchmarks.calibration.page import END, START, block
         from benchmarks.calibration.run import calibrate as run
-        from lorabench.report.generated_block import text_around, write_around
         from lorabench.store.io import write_csv
 
-        around = None if page is None else text_around(page, START, END)
         kept = None if out is None else out.with_name(f"{out.name}.partial")
         table = run(worlds, [*(claims or ()), *(more or ())], processes, seed=seed, kept=kept)
         if out is None:
             print(table.drop(columns="what").to_string(index=False, float_format="{:.3f}".format))
         else:
             write_csv(table, out)
-        if page is not None and around is not None:
-            write_around(page, around, block(table, date.today().isoformat()))
         if kept is not None:
             kept.unlink(missing_ok=True)
 

@@ -13,8 +13,7 @@ import numpy as np
 from benchmarks.calibration.made import Curve, MadeArm, MadeSweep
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.scenes import FULLFT, RUN, TEN, an_optimum, lora, loss_margin, made_arm, sign
-from benchmarks.calibration.worlds import make_tables, progress
-from lorabench.store.tables import Tables
+from benchmarks.calibration.worlds import progress
 
 STEPS = 1000
 """The steps of a run, from which on curves count as long."""
@@ -39,7 +38,7 @@ def _from(start: float, gap: float) -> Curve:
     return lambda steps: np.where(steps >= start, gap, 0.0)
 
 
-def gaps(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def gaps(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return FullFT and the highest rank, whose curve is k margins off in the last third of log(step)."""
     optimum = an_optimum(random)
     apart = _from(STEPS ** (2 / 3), sign(random) * k * loss_margin(noise))
@@ -47,10 +46,10 @@ def gaps(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
         made_arm(FULLFT, optimum, noise.loss, random, curve=_flat),
         made_arm(lora(64), optimum + TEN, noise.loss, random, curve=apart),
     ]
-    return make_tables([MadeSweep(_around(arms), RUN, curve_steps=POINTS)], noise, random)
+    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
 
 
-def bends(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def bends(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return FullFT and the highest rank; in the second half of log(step), FullFT's curve bends by k times 10%."""
     optimum = an_optimum(random)
     depth = -sign(random) * k * 0.1 * noise.gain / 2
@@ -63,10 +62,10 @@ def bends(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
         made_arm(FULLFT, optimum, noise.loss, random, curve=bend),
         made_arm(lora(64), optimum + TEN, noise.loss, random, curve=_flat),
     ]
-    return make_tables([MadeSweep(_around(arms), RUN, curve_steps=POINTS)], noise, random)
+    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
 
 
-def equal_flops(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def equal_flops(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return FullFT, and a rank whose steps take 2/3 of its FLOPs.
 
     At equal FLOPs, the rank is 2 margins ahead of FullFT, and k margins in the last quarter of log(step).
@@ -82,7 +81,7 @@ def equal_flops(k: float, noise: NoiseLevels, random: np.random.Generator) -> Ta
         made_arm(lora(16, train_tokens=1_000_000, train_flops=2e12), optimum + TEN, noise.loss, random, curve=behind),
     ]
     sweep = MadeSweep(_around(arms), RUN, curve_steps=POINTS, validation_steps=POINTS.tolist())
-    return make_tables([sweep], noise, random)
+    return [sweep]
 
 
 def _departing(noise: NoiseLevels, step: float, share: float) -> Curve:
@@ -95,7 +94,7 @@ def _departing(noise: NoiseLevels, step: float, share: float) -> Curve:
     return lambda steps: (1 - share) * noise.gain * np.maximum(progress(steps, STEPS) - left, 0)
 
 
-def capacity(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def capacity(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return FullFT and ranks, of which 1 and 4 leave the shared curve.
 
     Rank 4 leaves at a step that is 2 to the power 1.5 k times that of rank 1. The slope of rank 1 after that is a share
@@ -114,10 +113,10 @@ def capacity(k: float, noise: NoiseLevels, random: np.random.Generator) -> Table
         made_arm(lora(4), optimum + TEN, noise.loss, random, curve=_departing(noise, 25 * 2 ** (1.5 * k), share)),
         made_arm(lora(64), optimum + TEN, noise.loss, random, curve=_flat),
     ]
-    return make_tables([MadeSweep(_around(arms), RUN, curve_steps=POINTS)], noise, random)
+    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
 
 
-def thresholds(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def thresholds(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return ranks 1 to 32, which leave the shared curve at steps that go as rank to the 1 + k/2 or 1 - k/2."""
     optimum, power = an_optimum(random), 1 + sign(random) * k / 2
     ranks = (1, 2, 4, 8, 16, 32)
@@ -126,10 +125,10 @@ def thresholds(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tab
         step = 50 * (rank / 32**0.5) ** power
         arms.append(made_arm(lora(rank), optimum + TEN, noise.loss, random, curve=_departing(noise, step, 0.525)))
     arms.append(made_arm(lora(64), optimum + TEN, noise.loss, random, curve=_flat))
-    return make_tables([MadeSweep(_around(arms), RUN, curve_steps=POINTS)], noise, random)
+    return [MadeSweep(_around(arms), RUN, curve_steps=POINTS)]
 
 
-def _early(curve: Curve, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def _early(curve: Curve, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return FullFT with a grid of LRs, and two ranks at one LR with six seeds; one has a curve beyond the other's."""
     optimum = an_optimum(random)
     at = optimum + TEN + random.uniform(-0.5, 0.5)
@@ -139,10 +138,10 @@ def _early(curve: Curve, noise: NoiseLevels, random: np.random.Generator) -> Tab
         MadeArm(lora(16), optimum + TEN, noise.loss, lrs, 6, curve=curve),
         MadeArm(lora(64), optimum + TEN, noise.loss, lrs, 6, curve=_flat),
     ]
-    return make_tables([MadeSweep(arms, {**RUN, "steps": 100}, curve_steps=EARLY_POINTS)], noise, random)
+    return [MadeSweep(arms, {**RUN, "steps": 100}, curve_steps=EARLY_POINTS)]
 
 
-def early(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def early(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return two ranks at one LR.
 
     From step 46 on, the last of six windows, they are k margins apart. Up to step 10 the lower rank is (k - 1) quarters
@@ -154,7 +153,7 @@ def early(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
     )
 
 
-def early_growth(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def early_growth(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return two ranks at one LR whose difference grows by k times 20% of its mean, a margin, per tenfold steps."""
     mean, middle = loss_margin(noise), float(np.log10(EARLY_POINTS[1:]).mean())
     return _early(lambda steps: mean * (1 + 0.2 * k * (np.log10(np.maximum(steps + 1, 1)) - middle)), noise, random)

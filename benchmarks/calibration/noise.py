@@ -1,15 +1,28 @@
-"""The noise of made-up sweeps: how large each source of it is."""
+"""The noise of made-up sweeps: how large each source of it is, and how it is measured from a finished sweep."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lorabench.analysis.arms import arm_label, each_arm
+from lorabench.analysis.comparison import Comparison, comparisons
+from lorabench.analysis.example_losses import ExampleLosses
+from lorabench.analysis.memorisation import is_memorisation
+from lorabench.claims.claim import rewarded_errors
+from lorabench.store.checks import is_rl
+from lorabench.store.tables import Tables
 
 
 @dataclass(frozen=True)
 class NoiseLevels:
     """The noise of a sweep. Losses are in nats per token; SD is a standard deviation.
 
-    The defaults are those of the preset `laptop` on its worked solutions (see MEASURED), as the option --measure of
+    The defaults are those of the preset `laptop` on its worked solutions, as the option --measure of
     `python -m benchmarks.calibration` measures them. What it does not measure, of RL, is chosen.
     """
 
@@ -59,5 +72,168 @@ class NoiseLevels:
     """The accuracy of full fine-tuning."""
 
 
-MEASURED = "2026-11-26"
-"""The day on which the defaults of `NoiseLevels` were measured."""
+N_PROBLEMS = 160
+"""The number of test problems of RL, as in `laptop`."""
+
+_MEDIANS = ("curvature", "asymmetry", "gain", "loss")
+
+
+def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
+    """Measure the noise of the runs of FullFT and of LoRA, without those on random facts.
+
+    Standard deviations are pooled over comparisons of arms (over pairs of arms for the steps); the shape of the
+    loss and its level are medians. A number that the tables can't give keeps its default.
+
+    Args:
+        tables: the tables `runs`, `curves` and `test_losses`.
+        datasets: the datasets of supervised runs; by default all.
+    """
+    runs = tables.runs[~is_rl(tables.runs) & tables.runs["status"].eq("done").fillna(False)]
+    runs = runs[~is_memorisation(runs).astype(bool)]
+    runs = runs[runs["dataset"].isin(datasets)] if datasets else runs
+    examples = ExampleLosses.of(tables.test_losses)
+    parts: dict[str, list[float]] = {}
+    for comparison in comparisons(runs, tables.curves):
+        if comparison.fullft is None or not comparison.lora:
+            continue
+        measured = _shape(comparison) | _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
+        if "paired" in measured and "n_examples" in measured:
+            # Runs differ in what single test examples do to them, too.
+            of_examples = measured["example_run"] ** 2 / measured.pop("n_examples")
+            measured["paired"] = math.sqrt(max(measured["paired"] ** 2 - of_examples, 0.0))
+        for name, value in measured.items():
+            parts.setdefault(name, []).append(value)
+        for name, values in _steps(comparison).items():
+            parts.setdefault(name, []).extend(values)
+    measured_noise = {
+        name: float(np.nanmedian(values)) if name in _MEDIANS else math.sqrt(float(np.nanmean(np.square(values))))
+        for name, values in parts.items()
+        if np.isfinite(values).any()
+    }
+    paired = measured_noise.pop("paired", None)
+    if paired is not None:
+        # Seeds repeat one LR, so the two are not told apart; the fit, too, takes them to be alike where it must.
+        measured_noise["arm_seed"] = measured_noise["run"] = paired / math.sqrt(2)
+    return NoiseLevels(**measured_noise, **_rl(tables))
+
+
+def _shape(comparison: Comparison) -> dict[str, float]:
+    """Measure curvature and asymmetry by cubics through the four LRs of the first seed around each optimum."""
+    curvatures, asymmetries = [], []
+    for arm in comparison.arms:
+        optimum = comparison.fit.optima.get(arm_label(arm))
+        of_arm = comparison.rows[arm_label(arm)]
+        first = of_arm[of_arm["seed"] == of_arm["seed"].min()]
+        if optimum is None or len(first) < 4 or not comparison.fit.resolved[arm_label(arm)]:
+            continue
+        x = np.log(first["lr"].to_numpy(float)) - optimum.value
+        nearest = np.argsort(np.abs(x))[:4]
+        cubic = np.polynomial.polynomial.polyfit(x[nearest], first["final_test_nll"].to_numpy(float)[nearest], 3)
+        curvatures.append(float(cubic[2]))
+        asymmetries.append(float(cubic[3]))
+    if not curvatures:
+        return {}
+    return {"curvature": float(np.median(curvatures)), "asymmetry": float(np.median(asymmetries))}
+
+
+def _seeds(comparison: Comparison) -> dict[str, float]:
+    """Measure what seeds do to all arms and to one arm, from arms with several seeds at one LR."""
+    parts = []
+    for arm in comparison.arms:
+        of_arm = comparison.rows[arm_label(arm)]
+        several = of_arm.groupby("lr")["seed"].transform("nunique")
+        if several.max() >= 3:
+            at = of_arm[several == several.max()]
+            at = at[at["lr"] == at["lr"].min()]
+            parts.append(at.set_index("seed")["final_test_nll"].astype(float).rename(arm_label(arm)))
+    if len(parts) < 2:
+        return {}
+    table = pd.concat(parts, axis=1).dropna().to_numpy(float)
+    seeds, arms = table.shape
+    if seeds < 3:
+        return {}
+    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    own = float((residual**2).sum()) / ((seeds - 1) * (arms - 1))
+    shared = float(table.mean(1).var(ddof=1)) - own / arms
+    return {"shared_seed": math.sqrt(max(shared, 0.0)), "paired": math.sqrt(own)}
+
+
+def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, float]:
+    """Measure the parts of the spread over test examples, from the covariances of runs that differ in their seed."""
+    repeated: dict[str, str] = {}
+    for arm in comparison.arms:
+        of_arm = comparison.rows[arm_label(arm)]
+        several = of_arm[of_arm.groupby("lr")["seed"].transform("nunique") >= 3]
+        repeated |= {run_id: arm_label(arm) for run_id in several["run_id"] if run_id in examples.nats}
+    near, of = list(repeated), np.array(list(repeated.values()))
+    if len(near) < 4:
+        return {}
+    losses = np.array([examples.nats[run_id] / np.maximum(examples.tokens[run_id], 1) for run_id in near])
+    covariance = np.cov(losses)
+    same = of[:, None] == of[None, :]
+    itself = np.eye(len(near), dtype=bool)
+    if not (same & ~itself).any() or same.all():
+        return {}
+    common, arm_too, total = (float(covariance[which].mean()) for which in (~same, same & ~itself, itself))
+    return {
+        "example_common": math.sqrt(max(common, 0.0)),
+        "example_arm": math.sqrt(max(arm_too - common, 0.0)),
+        "example_run": math.sqrt(max(total - arm_too, 0.0)),
+        "n_examples": losses.shape[1],
+    }
+
+
+def _level(comparison: Comparison) -> dict[str, float]:
+    """Measure the loss of FullFT and the gain from the base."""
+    margin, fullft = comparison.margin, comparison.fullft
+    assert fullft is not None
+    loss = comparison.fit.minima.get(arm_label(fullft))
+    share = comparison.judging.margins.loss
+    return {"gain": margin.value / share, "loss": math.nan if loss is None else loss.value}
+
+
+def _steps(comparison: Comparison) -> dict[str, Sequence[float]]:
+    """Measure the noise of training losses by step, from runs of one seed and of several."""
+    chosen = (comparison.curves["split"] == "train") & (comparison.curves["metric"] == "nll")
+    wide = comparison.curves[chosen].pivot(index="step", columns="run_id", values="value").astype(float)
+    single, batches = [], []
+    by_seed: dict[int, list[np.ndarray]] = {}
+    for arm, _ in each_arm(comparison.runs):
+        for row in comparison.at_optimum(arm).itertuples():
+            if row.run_id in wide:
+                by_seed.setdefault(int(str(row.seed)), []).append(wide[row.run_id].dropna().to_numpy(float))
+    for curves in by_seed.values():
+        batches += [float(np.diff(curve[len(curve) // 2 :]).std(ddof=1)) / math.sqrt(2) for curve in curves[:1]]
+        for other in curves[1:]:
+            difference = other - curves[0] if len(other) == len(curves[0]) else np.array([])
+            half = difference[len(difference) // 2 :]
+            if len(half) > 4:
+                # Neighbouring steps share the trend; a difference of two runs has the variance of both.
+                single.append(float(np.diff(half).std(ddof=1)) / 2)
+    return {"batch": batches, "step": single}
+
+
+def _rl(tables: Tables) -> dict[str, float]:
+    """Measure the shape and the noise of error rates in RL; the shares of a problem's difficulty are not measured."""
+    runs = tables.runs[is_rl(tables.runs)]
+    if runs.empty:
+        return {}
+    parts: list[dict[str, float]] = []
+    for comparison in comparisons(rewarded_errors(runs), tables.curves):
+        minimum = comparison.fit.minima.get("FullFT")
+        if minimum is None or not comparison.fit.sigma > 0:
+            continue
+        levels = NoiseLevels()
+        of_run = 1 - levels.rl_problem_common - levels.rl_problem_arm
+        of_problems = of_run * minimum.value * (1 - minimum.value) / N_PROBLEMS
+        luck = math.sqrt(max(comparison.fit.sigma**2 - of_problems, 0.0) / 2)
+        parts.append(
+            {
+                "rl_curvature": float(np.median(list(comparison.fit.curvature.values()))),
+                "rl_arm_seed": luck,
+                "rl_run": luck,
+                "rl_base": float(comparison.runs["base_reward"].astype(float).mean()),
+                "rl_tuned": 1 - minimum.value,
+            }
+        )
+    return {str(name): float(value) for name, value in pd.DataFrame(parts).median().items()}

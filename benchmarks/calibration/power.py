@@ -10,13 +10,12 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 import pandas as pd
 
-from benchmarks.calibration.design import ArmDesign, Design, Role, designed, highest_rank, role
+from benchmarks.calibration.made import ArmDesign, Design, Role, highest_rank, role
 from benchmarks.calibration.noise import NoiseLevels
 from benchmarks.calibration.run import CHUNK, Task, worlds_of
 from benchmarks.calibration.truths import COVERED, Covered
@@ -84,11 +83,6 @@ def _of_sweep(sweep: Sweep) -> ArmDesign:
     return ArmDesign(len(sweep.lrs), statistics.median(steps or [_LATTICE_STEP]), max(best, every), repeats)
 
 
-def _counted(task: Task, claim_id: str, design: Design, noise: NoiseLevels, seed: int) -> Counter[tuple[str, str]]:
-    with designed(design):
-        return worlds_of(task, [claim_id], noise, seed)
-
-
 def power_of_plan(
     plan: Plan,
     worlds: int,
@@ -123,16 +117,16 @@ def power_of_plan(
         allowed = ", ".join(covered.claim_id for covered, _ in chosen)
         raise UserError(f"calibration does not cover {', '.join(absent)} in this preset; allowed: {allowed or 'none'}")
     tasks = [
-        (Task(covered.scene, effect, first, min(CHUNK, worlds - first)), covered.claim_id, design)
+        (Task(covered.scene, effect, first, min(CHUNK, worlds - first)), [covered.claim_id], noise, seed, design)
         for covered, design in chosen
         for effect in AT
         for first in range(0, worlds, CHUNK)
     ]
-    counted = partial(_counted, noise=noise, seed=seed)
     counts: dict[tuple[str, int], Counter[str]] = {}
     with ProcessPoolExecutor(processes) as pool:
-        for (task, claim_id, _), of_task in zip(tasks, pool.map(counted, *zip(*tasks, strict=True)), strict=True):
-            for (_, verdict), number in of_task.items():
+        results = pool.map(worlds_of, *zip(*tasks, strict=True))
+        for (task, *_), task_counts in zip(tasks, results, strict=True):
+            for (claim_id, verdict), number in task_counts.items():
                 counts.setdefault((claim_id, task.effect), Counter())[verdict] += number
     return pd.DataFrame([_row(covered, design, counts) for covered, design in chosen], columns=COLUMNS)
 
@@ -159,33 +153,3 @@ def _row(covered: Covered, design: Design, counts: dict[tuple[str, int], Counter
 def _span(numbers: Sequence[int]) -> str:
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low} to {high}"
-
-
-START = "<!-- power: start -->"
-END = "<!-- power: end -->"
-"""The lines between which the page has the table."""
-
-
-def block(table: pd.DataFrame, preset: str, day: str) -> str:
-    """Return the table of a preset's power as Markdown, with its markers.
-
-    Args:
-        table: as from `power_of_plan`.
-        preset: the name of the preset.
-        day: the day on which it was made.
-    """
-    head = [
-        START,
-        "",
-        f"For the preset `{preset}`, made on {day} with {int(table['n_worlds'].min())} worlds for each claim and size "
-        "of the effect.",
-        "",
-        "| claim | says | what has the effect | LRs | seeds | power at 0 | power at 2 margins |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = [
-        f"| {row['claim_id']} | {row['kind']} | {row['what']} | {row['lrs']} | {row['seeds']} | "
-        f"{row['power_at_0']:.0%} | {row['power_at_2']:.0%} |"
-        for row in table.to_dict("records")
-    ]
-    return "\n".join([*head, *rows, "", END])

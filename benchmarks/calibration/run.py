@@ -8,15 +8,20 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import betaincinv
+from scipy.stats import binomtest
 
+from benchmarks.calibration.made import Design, MadeRl
 from benchmarks.calibration.noise import NoiseLevels
+from benchmarks.calibration.rl import make_rl_tables
 from benchmarks.calibration.truths import COVERED, EFFECTS, SCENES, Covered
+from benchmarks.calibration.worlds import make_tables
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.errors import UserError
@@ -54,8 +59,18 @@ class Task:
     n: int
 
 
-def worlds_of(task: Task, claim_ids: Sequence[str], noise: NoiseLevels, seed: int) -> Counter[tuple[str, str]]:
-    """Draw and judge the worlds of a task; return how often each claim got each verdict."""
+def worlds_of(
+    task: Task, claim_ids: Sequence[str], noise: NoiseLevels, seed: int, design: Design | None = None
+) -> Counter[tuple[str, str]]:
+    """Draw and judge the worlds of a task; return how often each claim got each verdict.
+
+    Args:
+        task: the worlds.
+        claim_ids: the claims to judge.
+        noise: the noise of the worlds.
+        seed: the seed of all random numbers.
+        design: the LRs, seeds and examples of the sweeps; without it those of the scene.
+    """
     claims = [claim for claim in CLAIMS if claim.id in claim_ids]
     counts: Counter[tuple[str, str]] = Counter()
     # Small tables of text are faster as Python's own strings.
@@ -63,7 +78,12 @@ def worlds_of(task: Task, claim_ids: Sequence[str], noise: NoiseLevels, seed: in
         for number in range(task.first, task.first + task.n):
             # Every world has a generator of its own, so the results depend neither on the processes nor on the claims.
             random = np.random.default_rng([seed, zlib.crc32(task.scene.encode()), task.effect, number])
-            judged = judge_claims(SCENES[task.scene](task.effect, noise, random), claims)
+            made = SCENES[task.scene](task.effect, noise, random)
+            if isinstance(made, MadeRl):
+                tables = make_rl_tables(made, noise, random, design)
+            else:
+                tables = make_tables(made, noise, random, design)
+            judged = judge_claims(tables, claims)
             counts.update(zip(judged["claim_id"], judged["verdict"], strict=True))
     return counts
 
@@ -122,64 +142,42 @@ def _counted(
     processes: int,
     kept: Path | None,
 ) -> Iterator[tuple[Task, Counter[tuple[str, str]]]]:
-    """Yield the counts of each task, from the file of finished parts where it has them."""
+    """Yield the counts of each task, from the file of finished parts where it has them, and report progress."""
     names = {task: f"{seed};{noise};{task};{' '.join(by_scene[task.scene])}" for task in tasks}
     finished = _read(kept)
-    for task in tasks:
-        if names[task] in finished:
-            yield task, finished[names[task]]
     left = [task for task in tasks if names[task] not in finished]
-    claims = [by_scene[task.scene] for task in left]
-    every_noise, seeds = [noise] * len(left), [seed] * len(left)
-    if processes > 1:
-        with ProcessPoolExecutor(processes) as pool:
-            yield from _reported(left, pool.map(worlds_of, left, claims, every_noise, seeds), names, kept)
-    else:
-        yield from _reported(left, map(worlds_of, left, claims, every_noise, seeds), names, kept)
-
-
-def _reported(
-    tasks: Sequence[Task],
-    results: Iterator[Counter[tuple[str, str]]],
-    names: dict[Task, str],
-    kept: Path | None,
-) -> Iterator[tuple[Task, Counter[tuple[str, str]]]]:
-    """Yield the counts of each task, keep them, and report progress."""
-    total, done = sum(task.n for task in tasks), 0
-    for task, counts in zip(tasks, results, strict=True):
-        done += task.n
-        print(f"calibrate: {done} of {total} worlds ({task.scene}, {task.effect} margins)", file=sys.stderr)
-        if kept is not None:
-            with kept.open("a", encoding="utf-8") as file:
+    yield from ((task, finished[names[task]]) for task in tasks if names[task] in finished)
+    total, done = sum(task.n for task in left), 0
+    with ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool:
+        apply = pool.map if pool else map
+        claims = [by_scene[task.scene] for task in left]
+        for task, counts in zip(left, apply(worlds_of, left, claims, repeat(noise), repeat(seed)), strict=True):
+            done += task.n
+            print(f"calibrate: {done} of {total} worlds ({task.scene}, {task.effect} margins)", file=sys.stderr)
+            if kept is not None:
                 lines = [f"{names[task]}\t{claim}\t{verdict}\t{n}\n" for (claim, verdict), n in counts.items()]
-                file.write("".join([*lines, f"{names[task]}\t\t\t0\n"]))
-        yield task, counts
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write("".join([*lines, f"{names[task]}\t\t\t0\n"]))
+            yield task, counts
 
 
 def _read(kept: Path | None) -> dict[str, Counter[tuple[str, str]]]:
     """Return the counts that are kept by the name of their task; a part without its last line was interrupted."""
-    found: dict[str, Counter[tuple[str, str]]] = {}
+    by_task: dict[str, Counter[tuple[str, str]]] = {}
     whole = set()
     for line in kept.read_text(encoding="utf-8").splitlines() if kept is not None and kept.is_file() else []:
         name, claim, verdict, number = line.split("\t")
         if claim:
-            found.setdefault(name, Counter())[claim, verdict] = int(number)
+            by_task.setdefault(name, Counter())[claim, verdict] = int(number)
         else:
             whole.add(name)
-    return {name: counts for name, counts in found.items() if name in whole}
-
-
-def binomial_interval(count: int, n: int) -> tuple[float, float]:
-    """Return the 95% interval of Clopper and Pearson of a share."""
-    low = float(betaincinv(count, n - count + 1, 0.025)) if count else 0.0
-    high = float(betaincinv(count + 1, n - count, 0.975)) if count < n else 1.0
-    return low, high
+    return {name: counts for name, counts in by_task.items() if name in whole}
 
 
 def _row(covered: Covered, effect: int, counts: Counter[str]) -> dict[str, object]:
     n = counts.total()
     wrong = max(counts[verdict] for verdict in covered.wrong(effect))
-    low, high = binomial_interval(wrong, n)
+    interval = binomtest(wrong, n).proportion_ci(0.95, "exact")
     right = covered.right(effect)
     shares = {verdict.replace(" ", "_"): counts[verdict] / n for verdict in VERDICTS}
     return {
@@ -191,7 +189,7 @@ def _row(covered: Covered, effect: int, counts: Counter[str]) -> dict[str, objec
         "n_worlds": n,
         **shares,
         "wrong": wrong / n,
-        "wrong_low": low,
-        "wrong_high": high,
+        "wrong_low": interval.low,
+        "wrong_high": interval.high,
         "power": math.nan if right is None else counts[right] / n,
     }

@@ -8,22 +8,22 @@ them has the effect and the others hold for certain, which makes a wrong confirm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.calibration.made import Curve, MadeArm, MadeSweep, Metric
+from benchmarks.calibration.made import Curve, MadeArm, MadeRl, MadeSweep, Metric
 from benchmarks.calibration.noise import NoiseLevels
-from benchmarks.calibration.worlds import grid, make_tables
-from lorabench.claims.learning_rate import LEAST_SHIFT, SAME_FACTOR
+from benchmarks.calibration.worlds import grid
+from lorabench.claims.across_models import MAX_EXPONENT_DISTANCE, MAX_REGRET
+from lorabench.claims.learning_rate import GROWTH, LEAST_SHIFT, SAME_FACTOR, SHORT_RATIO
 from lorabench.claims.parametrization import HALF, MAJORITY
 from lorabench.config.margins import DEFAULT_MARGINS
-from lorabench.store.tables import Tables
 
-Scene = Callable[[float, NoiseLevels, np.random.Generator], Tables]
-"""Draws tables with an effect of so many margins."""
+Scene = Callable[[float, NoiseLevels, np.random.Generator], list[MadeSweep] | MadeRl]
+"""Makes sweeps with an effect of so many margins."""
 
 FULLFT: dict[str, Any] = {"method": "fullft"}
 
@@ -77,7 +77,7 @@ def made_arm(
     return MadeArm(columns, optimum, minimum, grid(optimum, random, n_lrs), seeds, curve=curve)
 
 
-def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return a sweep of FullFT and LoRA ranks.
 
     The highest rank's loss and its LR ratio to FullFT are k margins off; rank 4's optimal LR is off that of higher
@@ -100,10 +100,10 @@ def ranks(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
     ]
     with_norms = [arms[0], *(replace(arm, metrics=b_over_a(2)) for arm in arms[1:-1])]
     with_norms.append(replace(arms[-1], metrics=b_over_a(k)))
-    return make_tables([MadeSweep(with_norms, RUN, curve_steps=(1000,))], noise, random)
+    return [MadeSweep(with_norms, RUN, curve_steps=(1000,))]
 
 
-def two_datasets(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def two_datasets(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return a sweep on two datasets: the highest rank is 2 margins better on one, and k margins worse on another."""
     sweeps = []
     for dataset, gap in (("instruct", -2.0), ("worked", k)):
@@ -113,10 +113,10 @@ def two_datasets(k: float, noise: NoiseLevels, random: np.random.Generator) -> T
             made_arm(lora(64), optimum + TEN, noise.loss + gap * loss_margin(noise), random, seeds=6),
         ]
         sweeps.append(MadeSweep(arms, {**RUN, "dataset": dataset}))
-    return make_tables(sweeps, noise, random)
+    return sweeps
 
 
-def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return sweeps at batch sizes 8, 32 and 128 on one pass over the same data, with seeds at three LRs each.
 
     From the smallest to the largest batch size, the gap of each rank grows by k margins, and so does FullFT's loss. At
@@ -142,7 +142,7 @@ def batch_sizes(k: float, noise: NoiseLevels, random: np.random.Generator) -> Ta
         columns = {**RUN, "batch_size": batch_size, "steps": steps}
         around = [replace(arm, repeats="around") for arm in arms]
         sweeps.append(MadeSweep(around, columns, curve_steps=range(steps // 60, steps + 1, steps // 60)))
-    return make_tables(sweeps, noise, random)
+    return sweeps
 
 
 def _two_levels(early: float, late: float, steps: int) -> Curve:
@@ -152,7 +152,7 @@ def _two_levels(early: float, late: float, steps: int) -> Curve:
 
 def placements(
     k: float, noise: NoiseLevels, random: np.random.Generator, family: str = "llama", mlp: float = 0.0
-) -> Tables:
+) -> list[MadeSweep]:
     """Return a sweep of LoRA on all layers, on attention and on the MLP.
 
     Attention alone is k margins worse than the MLP at an equal number of parameters.
@@ -173,20 +173,20 @@ def placements(
         made_arm(lora(52, "mlp", trainable_params=40_000), at, of_mlp, random, seeds=5),
         made_arm(lora(64, "mlp", trainable_params=50_000), at, of_mlp, random, seeds=5),
     ]
-    return make_tables([MadeSweep(arms, {**RUN, "steps": 100, "family": family})], noise, random)
+    return [MadeSweep(arms, {**RUN, "steps": 100, "family": family})]
 
 
-def experts(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def experts(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return the placements of a mixture of experts."""
     return placements(k, noise, random, family="qwen3_moe")
 
 
-def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def mlp_alone(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return placements whose MLP alone is k margins worse than all layers."""
     return placements(2, noise, random, mlp=k)
 
 
-def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
     """Return a sweep of LoRA in the standard parametrization and in variants, one of which is better by k margins."""
     optimum, margin = an_optimum(random) + TEN, loss_margin(noise)
     others = [(8.0, 1.0, 0.0), (128.0, 1.0, 0.0), (32.0, 4.0, 0.0), (32.0, 16.0, -k)]
@@ -195,4 +195,75 @@ def variants(k: float, noise: NoiseLevels, random: np.random.Generator) -> Table
         shift = math.log(32.0 / alpha / ratio)
         columns = lora(16, alpha=alpha, lr_ratio=ratio)
         arms.append(made_arm(columns, optimum + shift, noise.loss + gap * margin, random))
-    return make_tables([MadeSweep(arms, RUN)], noise, random)
+    return [MadeSweep(arms, RUN)]
+
+
+def lengths(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return runs of 1,000 steps in which the ratio of optimal LRs is 15 up to step 100 and k margins lower at the end.
+
+    The margin is a factor of the square root of 1.5.
+    """
+    optimum, fall = an_optimum(random), k * math.log(GROWTH)
+    at = optimum + math.log(SHORT_RATIO) - fall
+
+    def moved(steps: np.ndarray) -> np.ndarray:
+        return np.where(steps <= 100, fall, 0.0)
+
+    arms = [
+        made_arm(FULLFT, optimum, noise.loss, random, seeds=6),
+        replace(made_arm(lora(64), at, noise.loss, random, seeds=6), moved=moved),
+    ]
+    sweep = MadeSweep(arms, {**RUN, "steps": 1000}, validation_steps=(50, 100, 1000))
+    return [sweep]
+
+
+_WIDTHS = (("llama", 1024), ("llama", 2048), ("llama", 4096), ("qwen3", 1024), ("qwen3", 4096))
+"""Family and hidden size of the models of a law of LRs."""
+
+
+def _models(
+    models: Sequence[tuple[str, int]],
+    log_lrs: Sequence[tuple[float, float]],
+    noise: NoiseLevels,
+    random: np.random.Generator,
+) -> list[MadeSweep]:
+    """Return sweeps of models with given optima of FullFT and of LoRA, in ln LR."""
+    sweeps = []
+    for (family, width), (of_fullft, of_lora) in zip(models, log_lrs, strict=True):
+        arms = [
+            made_arm(FULLFT, of_fullft, noise.loss, random, seeds=5),
+            made_arm(lora(16), of_lora, noise.loss, random, seeds=5),
+        ]
+        columns = {**RUN, "model": f"{family}-{width}", "family": family, "hidden_size": width}
+        sweeps.append(MadeSweep(arms, columns))
+    return sweeps
+
+
+def models(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return sweeps of four models, one of which has a ratio of optimal LRs that is k margins off the mean of all."""
+    # A model that is off by 4/3 moves the mean by 1/3.
+    apart = sign(random) * k * LR_MARGIN * 4 / 3
+    optimum = an_optimum(random)
+    log_lrs = [(optimum, optimum + TEN + (apart if number == 0 else 0.0)) for number in range(4)]
+    return _models([*_WIDTHS[:2], *_WIDTHS[3:]], log_lrs, noise, random)
+
+
+def law(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeSweep]:
+    """Return sweeps of five models whose optimal LRs follow the published law, but for two effects.
+
+    The middle model of one family is off the law, so that the law fitted to all has k times the regret of 0.5% of the
+    loss. The exponent of the other family is off by k times 0.3.
+    """
+    exponents = {"llama": 0.781, "qwen3": 0.075 + sign(random) * k * MAX_EXPONENT_DISTANCE}
+    # What a law with one base leaves of a model that is off by 1, as a sum of squares over the models.
+    z = np.array([math.log(2000 / width) for _, width in _WIDTHS])
+    is_llama = np.array([family == "llama" for family, _ in _WIDTHS])
+    design, off = np.column_stack([np.ones_like(z), z * is_llama, z * ~is_llama]), np.eye(len(z))[1]
+    left = off - design @ np.linalg.lstsq(design, off, rcond=None)[0]
+    steepness = noise.curvature / noise.loss
+    apart = sign(random) * math.sqrt(MAX_REGRET * k * len(z) / steepness / float(left @ left))
+    log_lrs = []
+    for number, (family, width) in enumerate(_WIDTHS):
+        of_fullft = math.log(5e-5) + exponents[family] * math.log(2000 / width) + (apart if number == 1 else 0.0)
+        log_lrs.append((of_fullft, of_fullft + TEN))
+    return _models(_WIDTHS, log_lrs, noise, random)

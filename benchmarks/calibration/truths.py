@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.calibration import curve_scenes, lr_scenes, rl_scenes, scenes
+from benchmarks.calibration import curve_scenes, rl, scenes
 from lorabench.analysis.rules import Verdict
 
 Truth = Literal["true", "false", "at the margin"]
@@ -58,17 +58,17 @@ SCENES: dict[str, scenes.Scene] = {
     "early": curve_scenes.early,
     "early growth": curve_scenes.early_growth,
     "equal FLOPs": curve_scenes.equal_flops,
-    "lengths": lr_scenes.lengths,
-    "models": lr_scenes.models,
-    "law": lr_scenes.law,
+    "lengths": scenes.lengths,
+    "models": scenes.models,
+    "law": scenes.law,
     "variants": scenes.variants,
     "batch sizes": scenes.batch_sizes,
     "placements": scenes.placements,
     "MLP alone": scenes.mlp_alone,
     "experts": scenes.experts,
-    "RL": rl_scenes.rl,
-    "RL ranges": rl_scenes.rl_ranges,
-    "RL placements": rl_scenes.rl_placements,
+    "RL": rl.rl,
+    "RL ranges": rl.rl_ranges,
+    "RL placements": rl.rl_placements,
 }
 """The scenes by name."""
 

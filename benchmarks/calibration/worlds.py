@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.calibration.design import as_designed, current
-from benchmarks.calibration.made import MadeArm, MadeSweep
+from benchmarks.calibration.made import Design, MadeArm, MadeSweep, as_designed
 from benchmarks.calibration.noise import NoiseLevels
 from lorabench.store.tables import Tables
 
@@ -64,12 +63,15 @@ class Rows:
         return Tables(runs, pd.concat(self.curves, ignore_index=True), test_losses=test_losses)
 
 
-def make_tables(sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.random.Generator) -> Tables:
+def make_tables(
+    sweeps: Sequence[MadeSweep], noise: NoiseLevels, random: np.random.Generator, design: Design | None = None
+) -> Tables:
     """Draw the tables `runs`, `curves` and `test_losses` of supervised sweeps.
 
-    Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently.
+    Sweeps on one dataset share its test examples; a seed shuffles the data of each sweep differently. With a design,
+    its LRs, seeds and numbers of examples take the place of those of the sweeps.
     """
-    if (design := current()) is not None:
+    if design is not None:
         sweeps = [
             replace(
                 sweep,

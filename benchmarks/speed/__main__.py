@@ -1,14 +1,14 @@
 """The speed of this project, compared with the trainers that users would run otherwise.
 
     python -m benchmarks.speed              # a quarter of an hour of CPU time
-    python -m benchmarks.speed --keep       # also writes the numbers to speed.csv and docs/performance.md
+    python -m benchmarks.speed --keep       # also writes the numbers to speed.csv
     python -m benchmarks.speed --quick      # the smallest form, to check that everything works
-    python -m benchmarks.speed --arm lanes --arm trl
+    python -m benchmarks.speed --arm lorabench --arm trl
     python -m benchmarks.speed --gpu H100-80GB --out speed_h100.csv    # SmolLM2-135M in bf16; a 1B model's steps
 
 - sweep: the wall-clock time of a whole sweep of LoRA's learning rates, start-up included, the median of turns in which
   the arms alternate. The losses of all arms must agree.
-- step: a training step within one process, by lanes, rank, model, length and precision, as a share of what the machine
+- step: a training step within one process, by rank, model, length and precision, as a share of what the machine
   reaches in matmul.
 - rl: a step of RL, against TRL's GRPOTrainer.
 """
@@ -47,7 +47,7 @@ QUICK = Form(
     sweep.Shape(lrs=(5e-4, 2e-3), steps=3, batch_size=4, rank=2, test=8, turns=1),
     steps.QUICK,
     1,
-    rl.Shape(problems=2, group_size=4, lrs=(1e-4, 1e-3), steps=rl.WARM_UP + 4),
+    rl.Shape(problems=2, group_size=4, steps=rl.WARM_UP + 4),
 )
 ON_A_GPU = Form(
     sweep.Shape(
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="measure the smallest form")
     parser.add_argument("--arm", action="append", choices=every, help="measure only this arm; can be repeated")
-    parser.add_argument("--keep", action="store_true", help="write the numbers to speed.csv and docs/performance.md")
+    parser.add_argument("--keep", action="store_true", help="write the numbers to speed.csv")
     parser.add_argument("--out", type=Path, help="write the numbers to this CSV")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of every arm (2)")
     parser.add_argument("--turns", type=int, help="how often each arm trains the sweep (3)")
@@ -102,8 +102,6 @@ def main() -> None:
     if out:
         device = torch.cuda.get_device_name() if options.gpu else processor()
         table.write(rows, table.facts(load, form.sweep.turns, device), out)
-    if options.keep:
-        table.write_block(table.RESULTS, table.PAGE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmark's numbers as a CSV file, as a table for a terminal, and as the block of docs/performance.md."""
+"""The benchmark's numbers as a CSV file and as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -14,18 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.report.generated_block import text_around, write_around
-
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = Path(__file__).parents[1] / "speed.csv"
-PAGE = REPOSITORY / "docs/performance.md"
-"""The page of the documentation that has the block."""
-
-START = "<!-- speed: written by `python -m benchmarks.speed --keep`, never by hand -->"
-END = "<!-- end of speed -->"
-
 _PACKAGES = ("torch", "transformers", "peft", "trl")
-_TITLES = {"sweep": "A sweep, start-up included", "step": "A training step", "rl": "A step of RL"}
 
 
 def say(line: str) -> None:
@@ -123,46 +114,3 @@ def shown(rows: Iterable[Row]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None or pd.isna(value) else format(value, form)
-
-
-def block(results: Path) -> str:
-    """Return the page's block from the CSV: the sweep, RL, and the first case of a training step."""
-    if not results.is_file():
-        return f"{START}\nNo numbers are kept yet.\n{END}"
-    table = pd.read_csv(results)
-    first = table.iloc[0]
-    packages = ", ".join(f"{package} {first[package]}" for package in _PACKAGES)
-    peaks = "; ".join(f"{row.case}: {row.gflops:.0f}" for row in table[table["part"] == "peak"].itertuples())
-    lines = [
-        START,
-        f"Measured on {first['device']}, threads: {first['threads']}, on {first['date']} at commit {first['commit']} "
-        f"(load before: {first['load']}); {packages}. Turns of a sweep: {first['turns']}. GFLOP/s there, {peaks}.",
-        "",
-        "| | | runs | seconds | per run | ratio | loss: training, test | share of peak |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for part, title in _TITLES.items():
-        of_part = table[table["part"] == part]
-        for place, row in enumerate(of_part[of_part["case"] == of_part["case"].iloc[0]].itertuples()):
-            losses = [_number(value, ".4f") for value in (row.train_nll, row.test_nll)]
-            cells = [
-                f"{title}: {row.case}" if place == 0 else "",
-                row.arm,
-                row.runs,
-                f"{row.seconds:.3g}",
-                f"{row.seconds / row.runs:.3g}",
-                f"{row.ratio:.2f}",
-                ", ".join(filter(None, losses)),
-                _number(row.share_of_peak, ".0%"),
-            ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, END])
-
-
-def write_block(results: Path, page: Path) -> None:
-    """Replace the block in a page.
-
-    Raises:
-        UserError: the page does not have the two lines that enclose the block.
-    """
-    write_around(page, text_around(page, START, END), block(results))

@@ -23,38 +23,29 @@ from lorabench.claims.learning_curves import AT_OPTIMUM
 MIN_BATCH_SIZES = 3
 """The number of batch sizes that a claim about their effect needs."""
 
-
 MAX_DATA_RATIO = 1.1
 """The largest ratio of examples seen between batch sizes: one pass over the same data, in whole steps."""
-
 
 EARLY = (0.25, 0.5)
 """The part of the steps in which D2 takes the gap halfway: the second quarter of a run."""
 
-
 LATE = (0.75, 1.0)
 """The part of the steps in which D2 takes the gap at the end: the last quarter of a run."""
-
 
 LARGE_FACTOR = 16
 """The ratio of the largest to the smallest batch size from which the claims are about large batches."""
 
-
 LARGE_STEPS = 19
 """The number of steps at the largest batch size: that of one pass over the paper's 10,000 examples at batch 512."""
 
-
 _CONDITIONS = (batch_sizes(LARGE_FACTOR, LARGE_STEPS, presets=("laptop", "overnight", "smollm2", "core", "paper")),)
-
 
 _NEEDS = (
     f"{SWEEP}, at {MIN_BATCH_SIZES} or more batch sizes on one pass over the same data; {MIN_SEEDS} seeds at the LRs "
     "around each optimum"
 )
 
-
 _MARGIN = "The margin is the larger one of the batch sizes compared"
-
 
 ArmBySize = dict[int, Arm]
 """An arm by batch size: the same method and rank at each."""
@@ -352,7 +343,6 @@ D4 = Claim(
     conditions=_CONDITIONS,
 )
 
-
 D5 = Claim(
     id="D5",
     kind="opinion",
@@ -367,6 +357,5 @@ D5 = Claim(
         "not tested", "needs a control that trains the update of the weights without a product; no such runs exist"
     ),
 )
-
 
 CLAIMS = (D1, D2, D3, D4, D5)

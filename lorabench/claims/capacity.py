@@ -47,13 +47,10 @@ from lorabench.utils.formats import fixed_interval
 FLOOR = 0.05
 """A slope shallower than this share of FullFT's is a floor."""
 
-
 THRESHOLD_BAND = (0.5, 1.5)
 """The log-log slopes of tokens at departure against parameters that count as proportional."""
 
-
 MORE_RANKS = Remedy("more ranks that leave the shared curve, which longer runs give")
-
 
 LEAVES = (
     "A rank leaves the shared curve where its training NLL minus the highest rank's exceeds the margin in each of "
@@ -316,7 +313,6 @@ A5 = Claim(
     conditions=(LONG,),
 )
 
-
 BIT_BAND = (0.3, 1.2)
 """The losses, in nats per token, that count as about 1 bit."""
 
@@ -355,14 +351,11 @@ N1 = Claim(
     conditions=(natural_text(("overnight", "core", "paper")),),
 )
 
-
 TWO_BITS_BAND = (1.5, 2.5)
 """The bits per parameter that round to 2."""
 
-
 SATURATED = 0.9
 """The share of the facts above which an adapter may have room for more."""
-
 
 MAX_GROWTH = 0.1
 """The share stored in the second half of the steps from which an adapter is still storing."""
@@ -464,6 +457,5 @@ N2 = Claim(
     judge=over(memorising, two_bits_per_parameter),
     columns=("entropy_bits", "test_scored_tokens", "trainable_params"),
 )
-
 
 CLAIMS = (A3, A4, A5, N1, N2)

@@ -36,6 +36,5 @@ def _position(claim: Claim) -> tuple[int, str, int]:
 CLAIMS: tuple[Claim, ...] = tuple(sorted((claim for module in _MODULES for claim in module.CLAIMS), key=_position))
 """All claims, in the order of the table `claims`."""
 
-
 CORE = tuple(claim.id for claim in CLAIMS if claim.core)
 """The ids of the core claims, in the order of CLAIMS."""

@@ -27,7 +27,6 @@ Kind = Literal["empirical", "derivation", "count", "opinion", "prediction", "own
 - `own prediction`: not at all, since the statement is this project's and not the paper's
 """
 
-
 SWEEP = "FullFT and LoRA on all layers, each with an LR grid whose best LR is not at its edge"
 """The runs that most claims need."""
 

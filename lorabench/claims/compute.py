@@ -24,10 +24,8 @@ from lorabench.claims.scopes import every_dataset
 TOLERANCE = 0.01
 """The relative difference up to which a count of FLOPs agrees with the formula."""
 
-
 FAR_BELOW = 8
 """The divisor of the hidden size up to which a rank is far below the width (r << N in the paper)."""
-
 
 WINDOWS = 2
 """The number of windows, equally long on a logarithmic axis, into which G2 splits the later half of the runs."""
@@ -173,7 +171,6 @@ G3 = Claim(
     judge=memory_of_fullft,
 )
 
-
 PAPER_COUNTS = {
     ("mlp", 256): 486_866_944,
     ("attn", 256): 251_985_920,
@@ -181,7 +178,6 @@ PAPER_COUNTS = {
     ("mlp", 128): 243_433_472,
 }
 """The trainable parameters on Llama-3.1-8B by placement and rank, which the paper rounds to 10 million."""
-
 
 _EXACT = ", ".join(f"{count:,}" for count in PAPER_COUNTS.values())
 
@@ -227,10 +223,8 @@ E6 = Claim(
     judge=parameter_counts,
 )
 
-
 ACTIVE_EXPERTS = 8
 """The number of experts that Qwen3-30B-A3B activates for a token, by which the paper divides the total rank."""
-
 
 _MOE_PARTS = ("experts", "attention", "unembedding")
 
@@ -291,18 +285,14 @@ M1 = Claim(
     judge=expert_ratio,
 )
 
-
 MATH_PROBLEMS = 10_000
 """The number of problems in the paper's RL on MATH."""
-
 
 MATH_SAMPLES = 32
 """The number of samples of each problem there."""
 
-
 MATH_BITS = MATH_PROBLEMS * MATH_SAMPLES
 """The bits that RL on MATH gives at most, at 1 bit per episode."""
-
 
 FAR_MORE = 5.0
 """The ratio from which on there are far more parameters than bits; the paper has almost 10."""
@@ -343,6 +333,5 @@ F6 = Claim(
     experiments=(),
     judge=rank_1_holds_math,
 )
-
 
 CLAIMS = (G1, G2, G3, E6, M1, F6)

@@ -20,25 +20,32 @@ from lorabench.utils.formats import fixed_interval
 EARLY_STEPS = 100
 """The number of steps that count as early; the paper gives no number."""
 
-
 WINDOWS = 6
 """The number of windows of steps, equally long on a logarithmic axis, in which the difference is judged."""
-
 
 MIN_GROWTH = 0.2
 """The least growth per tenfold steps that counts as one, as a share of the mean difference."""
 
-
 FIRST_STEPS = 10
 """The number of first steps in which the paper sees a negative difference."""
-
 
 SIGN_SEEDS = 5
 """The number of seeds that a verdict on the sign of this difference needs."""
 
 
-def _early(comparison: Comparison, first_steps: int | None = None) -> EarlyDifference:
-    """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run."""
+def _early(
+    comparison: Comparison, seeds: int, first_steps: int | None = None
+) -> tuple[EarlyDifference, PairedCurves, str, list[Problem]]:
+    """Return the difference of the two ranks that stand for the paper's, over the first steps or the whole run.
+
+    Args:
+        comparison: holds the ranks.
+        seeds: the number of seeds that a verdict needs.
+        first_steps: the number of steps; without it all count.
+
+    Returns:
+        The difference, its curves, what it is a difference of, and what speaks against a verdict.
+    """
     if not comparison.lora:
         raise UnjudgedError("not tested", "no LoRA on all layers")
     early = early_difference(comparison.of(comparison.lora.values()), comparison.curves, first_steps)
@@ -47,25 +54,16 @@ def _early(comparison: Comparison, first_steps: int | None = None) -> EarlyDiffe
     if early.low < PAPER_RANK:
         ranks = ", ".join(f"r{rank}" for rank in comparison.lora)
         raise UnjudgedError("setting not met", f"it needs two ranks of {PAPER_RANK} or more (here {ranks})")
-    return early
-
-
-def _compared(early: EarlyDifference) -> str:
-    return f"training NLL of r{early.low} - r{early.high} at LR {early.lr:g}"
-
-
-def _paired(comparison: Comparison, early: EarlyDifference) -> PairedCurves:
-    name = f"{comparison.label} r{early.low} - r{early.high}"
-    return PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, name)
-
-
-def _problems(early: EarlyDifference, needed: int) -> list[Problem]:
-    diverged = f"{early.n_diverged} runs at that LR diverged"
-    return few_seeds(early.n_seeds, needed=needed) + ([Problem(diverged)] if early.n_diverged else [])
+    ranks = f"r{early.low} - r{early.high}"
+    curves = PairedCurves(early.by_seed.rename_axis("step"), early.run_ids, f"{comparison.label} {ranks}")
+    problems = few_seeds(early.n_seeds, needed=seeds)
+    if early.n_diverged:
+        problems.append(Problem(f"{early.n_diverged} runs at that LR diverged"))
+    return early, curves, f"training NLL of {ranks} at LR {early.lr:g}", problems
 
 
 def _by_inverse_rank(early: EarlyDifference) -> str:
-    """Return in words how well the differences of all pairs of ranks go as 1/r1 - 1/r2."""
+    """Return a text on how well the differences of all pairs of ranks go as 1/r1 - 1/r2."""
     factor, explained = inverse_rank_fit(early.by_inverse_rank)
     if math.isnan(factor):
         return ""
@@ -81,8 +79,7 @@ def _by_inverse_rank(early: EarlyDifference) -> str:
 
 def same_early_curves(comparison: Comparison) -> Finding:
     """C1: judge the difference of two ranks on the same batches in windows of steps."""
-    early = _early(comparison, EARLY_STEPS)
-    curves = _paired(comparison, early)
+    early, curves, name, problems = _early(comparison, MIN_SEEDS, EARLY_STEPS)
     windows = curves.windows(WINDOWS)
     if not windows:
         raise UnjudgedError("not tested", "no training losses after the first update")
@@ -91,8 +88,8 @@ def same_early_curves(comparison: Comparison) -> Finding:
         lambda _: Within.margin(margin.value),
         curves,
         windows,
-        lambda gap: f"{_compared(early)} = {nats(gap)}, {early.n_seeds} seeds",
-        [*_problems(early, MIN_SEEDS), *margin_problems(margin)],
+        lambda gap: f"{name} = {nats(gap)}, {early.n_seeds} seeds",
+        [*problems, *margin_problems(margin)],
         margin.rule,
     )
     return replace(judged, reason=judged.reason + _by_inverse_rank(early))
@@ -123,16 +120,14 @@ def difference_grows(comparison: Comparison) -> Finding:
 
     The difference keeps its sign: the absolute value of a difference that is small beside its noise does not grow.
     """
-    early = _early(comparison)
+    early, curves, name, problems = _early(comparison, MIN_SEEDS)
     apart = early.by_seed[early.by_seed.index > 1]
-    name = f"{comparison.label} r{early.low} - r{early.high} growth"
-    mean = mean_over_seeds(apart.mean(), f"{name} mean")
-    growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), name)
+    mean = mean_over_seeds(apart.mean(), f"{curves.name} growth mean")
+    growth = mean_over_seeds(slopes_by_seed(apart) / (mean.value or math.nan), f"{curves.name} growth")
     text = (
-        f"{_compared(early)}, {nats(mean)} on average, grows by {growth.value:.0%} "
+        f"{name}, {nats(mean)} on average, grows by {growth.value:.0%} "
         f"{fixed_interval(*growth.interval(), 2)} of that per tenfold steps, {growth.n_seeds} seeds"
     )
-    problems = _problems(early, MIN_SEEDS)
     if mean.known and mean.interval()[0] <= 0 <= mean.interval()[1]:
         problems.append(Problem("no difference that surely is one, which could grow", Remedy("more seeds")))
     if apart.empty or apart.index.max() <= FIRST_STEPS:
@@ -161,10 +156,9 @@ C2 = Claim(
 
 def difference_negative_at_first(comparison: Comparison) -> Finding:
     """C3: judge the mean difference of two ranks over the first steps, over seeds."""
-    early = _early(comparison, FIRST_STEPS)
-    [mean] = _paired(comparison, early).means([(2, FIRST_STEPS)])
-    text = f"{_compared(early)} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
-    problems = _problems(early, SIGN_SEEDS)
+    early, curves, name, problems = _early(comparison, SIGN_SEEDS, FIRST_STEPS)
+    [mean] = curves.means([(2, FIRST_STEPS)])
+    text = f"{name} = {nats(mean)} over steps 2 to {FIRST_STEPS} of {early.n_seeds} seeds"
     if early.by_seed.index.max() < FIRST_STEPS:
         problems.append(Problem(f"fewer than {FIRST_STEPS} steps"))
     return decide(Within(-math.inf, 0.0), mean, text, early.run_ids, problems, "0, since the paper calls it tiny")
@@ -185,6 +179,5 @@ C3 = Claim(
     experiments=("early",),
     judge=over(every_dataset, difference_negative_at_first),
 )
-
 
 CLAIMS = (C1, C2, C3)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.curves import train_curves
-from lorabench.analysis.estimate import exact
+from lorabench.analysis.estimate import exact, ratio_of_means
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
@@ -19,7 +19,6 @@ from lorabench.analysis.invariances import (
     differences,
     invariance_pairs,
     move_times,
-    ratio_of_means,
     tenfold_pairs,
 )
 from lorabench.analysis.rules import Problem, Remedy, Within
@@ -31,46 +30,35 @@ from lorabench.utils.formats import fixed_interval
 REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
 """The fact that several claims state."""
 
-
 _PAIRS = "LoRA runs of one rank, length and seed, Adam's epsilon near 0"
-
 
 TRAJECTORY_STEPS = 50
 """The number of steps over which equivalent runs are compared."""
 
-
 IDENTICAL = 1e-5
 """The difference of two training losses, in nats per token, below which they are numerically the same."""
-
 
 ZERO_EPS = 1e-12
 """The epsilon of Adam up to which it counts as 0, which the invariances assume."""
 
-
 SLOPE_STEPS = 5
 """The number of steps over which the initial slope is taken."""
-
 
 SLOPE_BAND = (0.98, 1.02)
 """The ratios of two initial slopes that count as equal: the losses of equal first updates differ by rounding and by
 what little A has moved."""
 
-
 STILL = 0.1
 """The movement of A, as a share of its initial norm, up to which A counts as still."""
-
 
 TIME_BAND = (0.8, 1.2)
 """The exponents of the time until A has moved, against init_A / LR_A, that count as 1."""
 
-
 MIN_TIMES = 3
 """The number of values of init_A / LR_A, at one update scale, that this exponent needs."""
 
-
 MIN_TIMES_RANGE = 4
 """The factor between the largest and the smallest of these values that the exponent needs."""
-
 
 TIME_ERROR = 0.05
 """The least standard deviation of the natural logarithm of a time until A has moved, since it is interpolated between
@@ -145,7 +133,6 @@ C5 = Claim(
     fact=REDUNDANT,
     core=True,
 )
-
 
 C8 = Claim(
     id="C8",
@@ -340,6 +327,5 @@ C7 = Claim(
     experiments=("parametrization",),
     judge=on_lora(time_scale_of_a),
 )
-
 
 CLAIMS = (C5, C6, C7, C8)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pandas as pd
 
-from lorabench.analysis.comparison import Comparison
+from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
 from lorabench.analysis.invariances import with_scales
 from lorabench.analysis.rules import Margin, Problem, Remedy
@@ -68,6 +68,15 @@ def judge_each(named: Iterable[tuple[str, Judged]], judge: Callable[[Judged], Fi
     if not findings:
         raise UnjudgedError("not tested", "no such runs")
     return together(findings)
+
+
+def highest_and_full(comparison: Comparison) -> list[Arm]:
+    """Return LoRA at the highest rank above 1, and FullFT.
+
+    Raises:
+        UnjudgedError: an arm is missing.
+    """
+    return require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
 
 
 def doubted(judged: Finding, problems: Sequence[Problem]) -> Finding:

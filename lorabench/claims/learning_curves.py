@@ -25,7 +25,7 @@ from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
 from lorabench.claims.claim import SWEEP, Claim, Evidence
 from lorabench.claims.conditions import natural_text, runs_of_steps
-from lorabench.claims.judging import judge_each, margin_problems, named_problems, over, unconfirmed
+from lorabench.claims.judging import highest_and_full, judge_each, margin_problems, named_problems, over, unconfirmed
 from lorabench.claims.scopes import (
     FULL_STEPS,
     every_dataset,
@@ -41,17 +41,13 @@ from lorabench.utils.formats import fixed_interval
 SAME_LOSS = "High-rank LoRA at its best LR equals full fine-tuning"
 """The fact that A7 states for a small dataset and B2 for all datasets."""
 
-
 LONG = runs_of_steps(FULL_STEPS, ("long_runs", "core", "paper"))
 """The condition of the claims on learning curves: the paper's runs take thousands of steps."""
-
 
 LONG_ONLY = f"Where some runs have {FULL_STEPS:,} steps or more, the claim is judged on these"
 """Which runs count for claims with the condition `LONG`, for the criteria."""
 
-
 NATURAL = natural_text(("overnight", "core", "paper"))
-
 
 AT_OPTIMUM = (
     f"Curves are training NLL on the same batches, paired by seed. Each arm's is at its fitted optimal LR, between the "
@@ -60,26 +56,19 @@ AT_OPTIMUM = (
 )
 """How curves of arms are compared, for the criteria."""
 
-
 MIN_SHARE = 0.01
 """The share of the steps at the start of a run that A1 leaves out."""
 
-
 WINDOWS = 6
 """The number of windows of steps, equally long on a logarithmic axis, in which A1 and A2 average a curve."""
-
 
 MAX_BEND = 0.1
 """The bend, as a share of the fall, up to which a curve is straight: its slope then at most about doubles."""
 
 
-def _high_and_full(comparison: Comparison) -> list[Arm]:
-    return require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-
-
 def same_curve(comparison: Comparison) -> Finding:
     """A1: judge the training NLL of the highest rank minus FullFT's in windows of steps."""
-    lora, fullft = _high_and_full(comparison)
+    lora, fullft = highest_and_full(comparison)
     curves = pair_at_optimum(comparison, lora, fullft)
     windows = curves.windows(WINDOWS, max(2, math.floor(MIN_SHARE * curves.last) + 1))
     if not windows:
@@ -169,7 +158,7 @@ def _straight(comparison: Comparison, arm: Arm) -> Finding:
 
 def linear_in_log_steps(comparison: Comparison) -> Finding:
     """A2: judge how far the learning curves of FullFT and of the highest rank bend against log(step)."""
-    return together([_straight(comparison, arm) for arm in reversed(_high_and_full(comparison))])
+    return together([_straight(comparison, arm) for arm in reversed(highest_and_full(comparison))])
 
 
 A2 = Claim(
@@ -201,7 +190,7 @@ def _gaps_in_margins(datasets: Sequence[Comparison]) -> Finding:
     gaps: list[Estimate] = []
     texts, problems, run_ids = [], [], []
     for comparison in datasets:
-        arms = _high_and_full(comparison)
+        arms = highest_and_full(comparison)
         margin = comparison.margin.value
         gaps.append(combined(lambda nats_per_token, margin=margin: nats_per_token / margin, comparison.gap(*arms)))
         texts.append(f"{comparison.label}: {comparison.gap_text(*arms)}, {gaps[-1].value:+.1f} margins")
@@ -246,7 +235,7 @@ A6 = Claim(
 
 def same_final_loss(comparison: Comparison) -> Finding:
     """A7, B2: judge the test NLL of the highest rank minus FullFT's, both at the fitted minima."""
-    lora, fullft = _high_and_full(comparison)
+    lora, fullft = highest_and_full(comparison)
     return comparison.equal_losses(lora, fullft)
 
 
@@ -266,7 +255,6 @@ A7 = Claim(
     judge=over(learning(smallest_dataset), same_final_loss),
     fact=SAME_LOSS,
 )
-
 
 B2 = Claim(
     id="B2",
@@ -318,6 +306,5 @@ A8 = Claim(
     experiments=("rank", "capacity"),
     judge=over(learning(longest_run), rank_1_worse),
 )
-
 
 CLAIMS = (A1, A2, A6, A7, A8, B2)

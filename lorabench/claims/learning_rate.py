@@ -13,7 +13,7 @@ import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
 from lorabench.analysis.at_step import at_end, at_step, coupled
-from lorabench.analysis.comparison import NEEDED, Arm, Comparison, Judging, comparisons, curves_of, require
+from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, curves_of, require
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
@@ -22,10 +22,9 @@ from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_rat
 from lorabench.analysis.rules import Above, Within
 from lorabench.claims.claim import SWEEP, Claim, Evidence
 from lorabench.claims.conditions import runs_of_steps
-from lorabench.claims.judging import judge_each, named_problems, over
+from lorabench.claims.judging import highest_and_full, judge_each, named_problems, over
 from lorabench.claims.scopes import FULL_STEPS, every_dataset
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
 from lorabench.store.tables import Tables
@@ -33,37 +32,28 @@ from lorabench.store.tables import Tables
 LR_RATIO = f"LoRA's optimal LR is about {PAPER_RATIO:g} times that of full fine-tuning"
 """The fact that several claims state."""
 
-
 LOW_RANK = 4
 """The rank from which the optimal LR is nearly the same at all ranks."""
-
 
 SAME_FACTOR = 2.0
 """The factor between two optimal LRs up to which the paper calls them nearly the same."""
 
-
 LEAST_SHIFT = 1.25
 """The least factor by which rank 1's optimal LR is lower: in published sweeps of Qwen3-30B-A3B it is 1.2 to 2.4."""
-
 
 HIGH_RANK = 16
 """The rank from which a rank counts as high beside rank 1."""
 
-
 SHORT_STEPS = (50, 100)
 """The lengths, in steps, that count as short."""
-
 
 SHORT_RATIO = 15.0
 """The ratio of optimal LRs that the paper gives for short runs."""
 
-
 GROWTH = math.sqrt(SHORT_RATIO / PAPER_RATIO)
 """The least growth of the ratio, from long runs to short ones, that matters: half of the paper's on a log axis."""
 
-
 _SEEDS = "further seeds at the LRs around the optimum"
-
 
 _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
 
@@ -78,7 +68,7 @@ def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
 
 def lr_ratio_ten(comparison: Comparison) -> Finding:
     """B1: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = highest_and_full(comparison)
     return judge_ratio(comparison, lora, fullft, *ratio_rule(PAPER_RATIO, comparison.judging.margins.lr_factor))
 
 
@@ -159,13 +149,9 @@ B4 = Claim(
 )
 
 
-def _highest_and_full(comparison: Comparison) -> list[Arm]:
-    return require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
-
-
 def short_runs_want_more(comparison: Comparison) -> Finding:
     """B9: judge the LR ratio of the highest rank to FullFT at short lengths, and over the ratio at full length."""
-    lora, fullft = _highest_and_full(comparison)
+    lora, fullft = highest_and_full(comparison)
     steps = fullft["steps"]
     lengths = [step for step in SHORT_STEPS if steps is not None and step < steps]
     if not lengths:
@@ -182,13 +168,13 @@ def short_runs_want_more(comparison: Comparison) -> Finding:
         else:
             findings += _at_length(short[0], full, step)
     decisive = together(findings)
-    length = f"at {steps} steps, by validation losses: {ratio_text(full, *_highest_and_full(full))}"
+    length = f"at {steps} steps, by validation losses: {ratio_text(full, *highest_and_full(full))}"
     return replace(decisive, reason=f"{decisive.reason}; {length}")
 
 
 def _at_length(short: Comparison, full: Comparison, step: int) -> list[Finding]:
     """Judge the ratio at a step, and the ratio there over that at the end of the same runs."""
-    lora, fullft = _highest_and_full(short)
+    lora, fullft = highest_and_full(short)
     labels = arm_label(lora), arm_label(fullft)
     at_length = judge_ratio(short, lora, fullft, *ratio_rule(SHORT_RATIO, short.judging.margins.lr_factor))
     growth = combined(
@@ -197,7 +183,7 @@ def _at_length(short: Comparison, full: Comparison, step: int) -> list[Finding]:
     problems = [
         problem
         for when, comparison in ((f"at step {step}", short), ("at the end", full))
-        for problem in named_problems(comparison.problems(_highest_and_full(comparison), resolved=True), when)
+        for problem in named_problems(comparison.problems(highest_and_full(comparison), resolved=True), when)
     ]
     rule, margin_rule = Above(math.log(GROWTH)), f"half of the paper's growth, a factor of {GROWTH:.2f}"
     text = f"ratio at step {step} over that at the end {in_words(growth)}"
@@ -283,7 +269,6 @@ P1 = _claim(
     True,
 )
 
-
 P2 = _claim(
     "P2",
     "scale",
@@ -292,7 +277,6 @@ P2 = _claim(
     "for which length and batch size do not matter",
     True,
 )
-
 
 P3 = _claim(
     "P3",
@@ -303,7 +287,6 @@ P3 = _claim(
     True,
 )
 
-
 P4 = _claim(
     "P4",
     "constant",
@@ -312,7 +295,6 @@ P4 = _claim(
     "the paper's number in conditions that the paper does not have, at alpha 32",
     False,
 )
-
 
 P5 = _claim(
     "P5",

@@ -38,22 +38,17 @@ from lorabench.utils.formats import fixed_interval
 FLAT_BAND = (0.95, 1.05)
 """The ratios of two first descents that count as equal."""
 
-
 HALF = 0.5
 """The share of layers above which B has the larger norm in most layers."""
-
 
 MAJORITY = 0.1
 """The least excess of the share of layers over a half that matters."""
 
-
 GROWTH = 1.1
 """The least growth of the effective LR that matters."""
 
-
 # First descents are compared between runs that agree in these columns.
 _WITHOUT_RULE = ["model", "dataset", "placement", "batch_size", "eps"]
-
 
 _STANDARD_RULE, *_CONTROL_RULES = RULES.values()
 
@@ -314,6 +309,5 @@ C11 = Claim(
     experiments=("parametrization",),
     judge=on_lora(effective_lr_grows),
 )
-
 
 CLAIMS = (C4, C9, C10, C11)

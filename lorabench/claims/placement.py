@@ -30,34 +30,27 @@ MAX_COUNT_DIFFERENCE = 0.1
 The paper's pair differs by 3.5%.
 """
 
-
 SMALL_DATA = 1000
 """The number of training examples seen up to which a dataset is tiny."""
-
 
 _NEEDS = (
     "LoRA on attention and on the MLP at about equal parameter counts{}, each with an LR grid whose best LR is not at "
     f"its edge; {MIN_SEEDS} seeds at the LRs around each optimum"
 )
 
-
 _WITH_ALL = ", and on the MLP and all layers at one rank"
-
 
 _PAIR = (
     f"of the arms nearest in parameter count (within {MAX_COUNT_DIFFERENCE:.0%}, and where possible with at least as "
     "many parameters on attention)"
 )
 
-
 _WORSE = f"{_PAIR}, the fitted minimum of attention's test NLL is above that of the MLP's by the margin"
-
 
 _SAME = (
     "at every rank that both have, the fitted minimum of the MLP's test NLL is the same as that of all layers within "
     "the margin, or lower"
 )
-
 
 _FACT = "LoRA on attention alone is worse than on the MLP"
 
@@ -151,7 +144,6 @@ E1 = Claim(
     core=True,
 )
 
-
 E7 = Claim(
     id="E7",
     kind="empirical",
@@ -197,7 +189,6 @@ E2 = Claim(
     judge=over(dense, attention_adds_nothing),
     core=True,
 )
-
 
 Part = Callable[[Comparison], Finding]
 """One part of a claim, as the function that judges it on one comparison."""
@@ -248,7 +239,6 @@ E3 = Claim(
     columns=("trainable_params", "family"),
 )
 
-
 E4 = Claim(
     id="E4",
     kind="empirical",
@@ -298,6 +288,5 @@ E5 = Claim(
     task="rl",
     conditions=CONDITIONS,
 )
-
 
 CLAIMS = (E1, E2, E3, E4, E5, E7)

@@ -8,28 +8,24 @@ that of full fine-tuning lies below the margin; a better LoRA matches too. In RL
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
 
-from lorabench.analysis.arm_grid import ArmGrid
 from lorabench.analysis.arms import arm_label, is_standard
 from lorabench.analysis.comparison import MIN_LRS, NEEDED_BY, Arm, Comparison, Judging, Task, comparisons
 from lorabench.analysis.estimate import unknown
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.optima import ratio_interval
-from lorabench.analysis.rules import Margin, Verdict
+from lorabench.analysis.rules import Margin
 from lorabench.claims.claim import rewarded_errors
 from lorabench.claims.reinforcement import if_learned
 from lorabench.store.checks import is_rl
 from lorabench.store.io import with_all_columns
 
 MatchAnswer = Literal["yes", "no", "undecided"]
-
-
-_ANSWERS: Mapping[Verdict, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
 
 
 @dataclass(frozen=True)
@@ -41,21 +37,6 @@ class SharedSetting:
     dataset: str
     batch_size: int
     steps: int | None
-
-
-@dataclass(frozen=True)
-class GapToBaseline:
-    """The loss of an arm minus that of another at their fitted minima, paired by seed. NaN where not known."""
-
-    answer: MatchAnswer
-    """Whether the arm is as good as the other, or better."""
-    estimate: float
-    """In nats per token; in RL, in error rate. Above 0 the arm is worse."""
-    low: float
-    """Lower end of the 95% interval."""
-    high: float
-    reason: str
-    run_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,10 +69,19 @@ class Choice:
     loss: float
     """The fitted minimum of the test loss."""
     n_seeds: int
-    gap: GapToBaseline | None = None
-    """Against full fine-tuning; for LoRA on some layers, against LoRA on all layers."""
+    gap: Finding | None = None
+    """Whether its loss is that of full fine-tuning or lower; for LoRA on some layers, that of LoRA on all layers.
+
+    The estimate is in nats per token, in RL in error rate. Above 0 the arm is worse.
+    """
     ratio: LrRatioEstimate | None = None
     """Over full fine-tuning; None for LoRA on some layers."""
+
+    @property
+    def answer(self) -> MatchAnswer:
+        """Whether the arm is as good as what it is compared with, or better."""
+        answers: dict[str, MatchAnswer] = {"confirmed": "yes", "contradicted": "no"}
+        return answers.get(self.gap.verdict, "undecided") if self.gap else "undecided"
 
 
 @dataclass(frozen=True)
@@ -176,8 +166,8 @@ def measured_recipe(
     recommendations: list[RankRecommendation] = []
     placements: list[PlacementChoice] = []
     for standard in _standard(runs):
-        of_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
-        for comparison in _tuned(of_all_layers, curves, judging):
+        on_all_layers = standard[standard["placement"].isna() | standard["placement"].eq("all")]
+        for comparison in _tuned(on_all_layers, curves, judging):
             if comparison.fullft and comparison.lora:
                 recommendations.append(_recommendation(comparison, comparison.fullft, list(comparison.lora.values())))
         for comparison in _tuned(standard, curves, judging):
@@ -190,8 +180,8 @@ def measured_recipe(
 def _standard(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Yield the runs of each task in the paper's parametrization; runs of RL have error rates as losses."""
     rl = is_rl(runs)
-    of_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
-    for task, chosen in of_task.items():
+    by_task: dict[Task, pd.DataFrame] = {"sft": runs[~rl], "rl": runs[rl]}
+    for task, chosen in by_task.items():
         if len(chosen) and set(NEEDED_BY[task]) <= set(chosen.columns):
             standard = with_all_columns(chosen[is_standard(chosen)], "runs")
             yield rewarded_errors(standard) if task == "rl" else standard
@@ -208,22 +198,27 @@ def _tuned(runs: pd.DataFrame, curves: pd.DataFrame | None, judging: Judging | N
 def _recommendation(comparison: Comparison, fullft: Arm, by_rank: Sequence[Arm]) -> RankRecommendation:
     lora = [_against(comparison, arm, fullft, tuned_ratio=True) for arm in by_rank]
     answers: tuple[MatchAnswer, ...] = ("yes", "undecided", "no")
-    answer = next(given for given in answers if any(_answer(choice) == given for choice in lora))
-    giving = [(arm, choice) for arm, choice in zip(by_rank, lora, strict=True) if _answer(choice) == answer]
-    _, best = min(giving, key=lambda pair: _loss(comparison, pair[0]))
+    answer = min((choice.answer for choice in lora), key=answers.index)
+    giving = [choice for choice in lora if choice.answer == answer]
     return RankRecommendation(
         _setting(comparison),
         answer=answer,
         fullft=_choice(comparison, fullft),
         lora=tuple(lora),
-        best=best,
-        smallest=giving[0][1] if answer == "yes" else None,
+        best=min(giving, key=lambda choice: math.inf if math.isnan(choice.loss) else choice.loss),
+        smallest=giving[0] if answer == "yes" else None,
         margin=comparison.margin,
     )
 
 
 def _placements(comparison: Comparison, by_rank: Sequence[Arm], parts: Sequence[Sequence[Arm]]) -> PlacementChoice:
-    all_layers, *others = (min(arms, key=lambda arm: _loss(comparison, arm)) for arms in (by_rank, *parts))
+    minima = comparison.fit.minima
+
+    def loss(arm: Arm) -> float:
+        label = arm_label(arm)
+        return minima[label].value if label in minima else math.inf
+
+    all_layers, *others = (min(arms, key=loss) for arms in (by_rank, *parts))
     against = tuple(_against(comparison, arm, all_layers, tuned_ratio=False) for arm in others)
     return PlacementChoice(_setting(comparison), _choice(comparison, all_layers), against)
 
@@ -234,61 +229,37 @@ def _setting(comparison: Comparison) -> SharedSetting:
     return SharedSetting(task, arm["model"], arm["dataset"], arm["batch_size"], arm["steps"])
 
 
-def _answer(choice: Choice) -> MatchAnswer:
-    assert choice.gap
-    return choice.gap.answer
-
-
-def _loss(comparison: Comparison, arm: Arm) -> float:
-    """Return the fitted minimum of an arm; infinite where there is none."""
-    minimum = comparison.fit.minima.get(arm_label(arm))
-    return math.inf if minimum is None else minimum.value
-
-
 def _against(comparison: Comparison, arm: Arm, other: Arm, tuned_ratio: bool) -> Choice:
     """Compare an arm with another: its gap and, with `tuned_ratio`, the ratio of their optimal LRs."""
-    judged = comparison.equal_losses(arm, other, better_too=True)
+    gap, ratio = comparison.equal_losses(arm, other, better_too=True), None
     if comparison.is_rl:
-        judged = if_learned(comparison, judged, [other])
-    ratio = None
+        gap = if_learned(comparison, gap, [other])
     if tuned_ratio:
         log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(other))
         problems = tuple(problem.text for problem in comparison.problems([arm, other], resolved=True))
         ratio = LrRatioEstimate(math.exp(log_ratio.value), *ratio_interval(log_ratio), problems)
-    return _choice(comparison, arm, _gap(judged), ratio)
+    return replace(_choice(comparison, arm), gap=gap, ratio=ratio)
 
 
-def _gap(judged: Finding) -> GapToBaseline:
-    answer = _ANSWERS.get(judged.verdict, "undecided")
-    return GapToBaseline(answer, judged.estimate, judged.ci_low, judged.ci_high, judged.reason, judged.run_ids)
-
-
-def _choice(
-    comparison: Comparison, arm: Arm, gap: GapToBaseline | None = None, ratio: LrRatioEstimate | None = None
-) -> Choice:
+def _choice(comparison: Comparison, arm: Arm) -> Choice:
     label, fit = arm_label(arm), comparison.fit
     params = comparison.rows[label]["trainable_params"].dropna()
     optimum, minimum = fit.optima.get(label, unknown()), fit.minima.get(label, unknown())
     low, high = optimum.interval()
-    lr_opt = math.exp(optimum.value)
+    lr_opt, grid = math.exp(optimum.value), fit.grids.get(label)
+    lr = math.nan
+    if grid is not None and not math.isnan(lr_opt):
+        lr = min(max(float(f"{lr_opt:.1e}"), float(grid.lrs[0])), float(grid.lrs[-1]))
     return Choice(
         label=label,
         rank=arm["rank"],
         placement=arm["placement"],
         trainable_params=int(params.iloc[0]) if len(params) else None,
-        lr=_lr_to_use(lr_opt, fit.grids.get(label)),
+        lr=lr,
         lr_opt=lr_opt,
         lr_low=math.exp(low),
         lr_high=math.exp(high),
         resolved=fit.resolved.get(label, False),
         loss=minimum.value,
         n_seeds=fit.n_seeds.get(label, 0),
-        gap=gap,
-        ratio=ratio,
     )
-
-
-def _lr_to_use(optimum: float, grid: ArmGrid | None) -> float:
-    if grid is None or math.isnan(optimum):
-        return math.nan
-    return min(max(float(f"{optimum:.1e}"), float(grid.lrs[0])), float(grid.lrs[-1]))

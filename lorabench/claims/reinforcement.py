@@ -22,28 +22,24 @@ from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAI
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.conditions import beats_controls, response_length, swept
-from lorabench.claims.judging import doubted, judge_each
+from lorabench.claims.judging import doubted, highest_and_full, judge_each
 from lorabench.runs import GOOD
 from lorabench.utils.formats import fixed_interval
 
 RL_PRESETS = ("laptop", "core", "paper")
 """The shipped presets whose RL has sweeps, responses and problems that a claim can be judged on."""
 
-
 LONG_PRESETS = ("core", "paper")
 """Those of them whose responses are long enough to hold a chain of thought."""
 
-
 LONG_RESPONSE = 30
 """Tokens per response from which a response may hold a chain of thought."""
-
 
 RL_RUNS = (
     "RL runs of {} and FullFT, each with an LR grid whose best LR is not at its edge and a peak above the base; "
     f"{MIN_SEEDS} seeds at the LRs around the optimum"
 )
 """The runs that most claims on RL need; the placeholder stands for the LoRA arms."""
-
 
 HEALTHY = (
     "Problem sets count on which FullFT and LoRA are both ahead of the best constant answer and the best cheap rule by "
@@ -53,17 +49,14 @@ HEALTHY = (
 )
 """The part of a criterion that says which problem sets and runs count."""
 
-
 LEARNED = (
     f"{HEALTHY}. Inconclusive unless the accuracy of {{}} at the fitted optimum is above that of the base model by "
     f"{MIN_GAIN:g} or more, with a 95% interval above 0"
 )
 """The part of a criterion that requires learning; the placeholder stands for the arms that must have learned."""
 
-
 RL_EXPERIMENTS = ("rl_math", "rl_gsm8k", "rl_deepmath", "rl_arithmetic", "rl")
 """All experiments that compare LoRA of several ranks with FullFT in RL."""
-
 
 CONDITIONS = (swept(6, MIN_SEEDS, RL_PRESETS), response_length(8, RL_PRESETS), beats_controls(RL_PRESETS))
 """The conditions of the claims that compare arms in RL."""
@@ -193,7 +186,7 @@ def _breakdown_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     """B10: judge the optimal LR of the highest rank over that of FullFT."""
-    lora, fullft = require(("LoRA above rank 1", comparison.highest), ("FullFT", comparison.fullft))
+    lora, fullft = highest_and_full(comparison)
     factor = comparison.judging.margins.lr_factor
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
@@ -260,7 +253,6 @@ F1 = Claim(
     core=True,
 )
 
-
 WIDER = 0.2
 """The smallest difference of two ranges of good LRs that matters, in decades: a factor of 1.6."""
 
@@ -325,7 +317,6 @@ F2 = Claim(
     core=True,
 )
 
-
 F8 = Claim(
     id="F8",
     kind="prediction",
@@ -340,6 +331,5 @@ F8 = Claim(
         "not tested", "a prediction that the paper did not test; 5.3 million episodes are out of reach here"
     ),
 )
-
 
 CLAIMS = (B10, F1, F2, F8)

@@ -39,22 +39,17 @@ from lorabench.utils.formats import fixed_interval
 DEEPMATH_EXPERIMENTS = ("rl_deepmath", "rl_arithmetic")
 """The experiment on DeepMath, and the experiment that stands for it on small models."""
 
-
 PLATEAU = 0.9
 """The share of FullFT's rise of the train reward from which on it counts as being on its plateau."""
-
 
 BEFORE, AFTER = 3, 2
 """The numbers of equally long windows of steps before the plateau and on it."""
 
-
 LENGTH_BAND = (0.8, 1.25)
 """The ratios of two response lengths that count as the same."""
 
-
 LEAST_GROWTH = 1.1
 """The factor from which on response lengths count as growing."""
-
 
 _OWN_SPLITS = ("train", "validation", "test")
 
@@ -421,14 +416,11 @@ F7 = Claim(
     task="rl",
 )
 
-
 BITS_RATIO = 1000.0
 """The bits per token of SFT over those of RL that the paper gives."""
 
-
 BITS_BAND = (100.0, 10_000.0)
 """The ratios that count as BITS_RATIO."""
-
 
 _FIRST_EPOCH = ("first_epoch_nats", "first_epoch_scored_tokens")
 
@@ -492,6 +484,5 @@ F9 = Claim(
     task="rl",
     conditions=(response_length(LONG_RESPONSE, LONG_PRESETS),),
 )
-
 
 CLAIMS = (F3, F4, F5, F7, F9)

@@ -13,10 +13,8 @@ from lorabench.analysis.memorisation import is_memorisation
 Scoped = tuple[Comparison, str]
 """A comparison that a claim is judged on, and a note for the finding's reason that says why it was chosen."""
 
-
 Scope = Callable[[list[Comparison]], list[Scoped]]
 """A function that chooses, from all comparisons in the tables, the comparisons that a claim is judged on."""
-
 
 FULL_STEPS = 1000
 """The number of steps of a run from which claims on whole runs are judged: the paper's runs take thousands."""
@@ -29,18 +27,11 @@ def every_dataset(comparisons: list[Comparison]) -> list[Scoped]:
 
 def smallest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose, for each model, the dataset with the fewest train tokens."""
-    return _by_size(comparisons, "train_tokens", lambda runs: float(runs["train_tokens"].max()), -1, "fewest tokens")
-
-
-def longest_dataset(comparisons: list[Comparison]) -> list[Scoped]:
-    """Choose, for each model, the dataset with the most examples seen (steps times batch size)."""
-    return _by_size(
-        comparisons, "steps", lambda runs: float((runs["steps"] * runs["batch_size"]).max()), 1, "most examples"
-    )
+    return _by_size(comparisons, "train_tokens", lambda runs: -float(runs["train_tokens"].max()), "fewest tokens")
 
 
 def _by_size(
-    comparisons: list[Comparison], column: str, size: Callable[[pd.DataFrame], float], sign: int, why: str
+    comparisons: list[Comparison], column: str, size: Callable[[pd.DataFrame], float], why: str
 ) -> list[Scoped]:
     by_model: dict[str, dict[str, list[Comparison]]] = {}
     for comparison in comparisons:
@@ -54,8 +45,7 @@ def _by_size(
         elif any(column not in c.runs or c.runs[column].isna().all() for group in datasets.values() for c in group):
             raise UnjudgedError("not tested", f"the runs table has no {column}, by which {model}'s dataset is chosen")
         else:
-            sizes = {dataset: sign * max(size(c.runs) for c in group) for dataset, group in datasets.items()}
-            picked = datasets[max(sizes, key=lambda dataset: sizes[dataset])]
+            picked = max(datasets.values(), key=lambda group: size(pd.concat([each.runs for each in group])))
             note = f" ({why} of {len(datasets)} datasets)"
         chosen += [(comparison, note) for comparison in picked]
     return chosen
@@ -68,7 +58,11 @@ def every_longest(comparisons: list[Comparison]) -> list[Scoped]:
 
 def longest_run(comparisons: list[Comparison]) -> list[Scoped]:
     """Choose, for each model, the dataset with the most examples seen, and its comparison with the most steps."""
-    return longest_dataset(longest_runs(comparisons))
+
+    def examples(runs: pd.DataFrame) -> float:
+        return float((runs["steps"] * runs["batch_size"]).max())
+
+    return _by_size(longest_runs(comparisons), "steps", examples, "most examples")
 
 
 def longest_runs(comparisons: list[Comparison]) -> list[Comparison]:

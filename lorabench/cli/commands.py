@@ -164,7 +164,7 @@ def run(
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     with in_one_sentence():
         from lorabench.cli.snakemake import start_snakemake
-        from lorabench.config.files import preset_path
+        from lorabench.config.loading import preset_path
 
         preset_path(preset)
         start_snakemake(preset, context.args)
@@ -288,7 +288,7 @@ def claims(
         from lorabench.claims.judge import judge_claims
         from lorabench.claims.learning_rate import write_predictions
         from lorabench.config.loading import read_margins
-        from lorabench.config.predictions import LrRatioPredictions, Predictions
+        from lorabench.config.margins import LrRatioPredictions, Predictions
         from lorabench.store.io import write_frame
         from lorabench.store.layout import Layout
         from lorabench.store.tables import Tables
@@ -334,7 +334,7 @@ def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str |
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     with in_one_sentence():
-        from lorabench.figures.save import drawable_figures, save_figure
+        from lorabench.figures.catalog import drawable_figures, save_figure
 
         if name != "all":
             save_figure(name, tables, out)
@@ -391,8 +391,8 @@ def evidence(
     recommended ones would have been for each source, had it not been known.
     """
     with in_one_sentence():
-        from lorabench.report.evidence import gather, published_folders, published_presets, write
-        from lorabench.report.evidence import publish as write_published
+        from lorabench.report.blocks import published_folders
+        from lorabench.report.publish import gather, publish_evidence, published_presets, write_evidence
         from lorabench.sources.matrix import read_own
 
         own = {preset.name: preset for preset in published_presets(publish or Path())}
@@ -401,22 +401,19 @@ def evidence(
             name = folder.parent.name if folder.name == "tables" else folder.name
             own[name] = read_own(folder, name)
         gathered = gather(source or (), list(own.values()), published_folders(publish or Path()))
-        write(gathered, out)
+        write_evidence(gathered, out)
         if publish is not None:
-            write_published(gathered, out, publish)
+            publish_evidence(gathered, publish)
         print(f"{len(gathered.studies)} models of public sources judged; the matrix is in {out / 'matrix.svg'}")
 
 
 @app.command()
-def publish(
-    preset: PresetOption = "laptop",
-    readme: Annotated[Path, typer.Option(help="The file that holds the table of verdicts.")] = Path("README.md"),
-) -> None:
-    """Write a finished preset's claims and provenance beside its figures, and the README's table of verdicts."""
+def publish(preset: PresetOption = "laptop") -> None:
+    """Copy a finished preset's figures and claims to paper_figures/published, and write them into README and docs."""
     with in_one_sentence():
         from lorabench.report.publish import publish as write_published
 
-        write_published(plan_and_layout(preset)[1], readme)
+        write_published(plan_and_layout(preset)[1], Path())
 
 
 @app.command("save-runs")

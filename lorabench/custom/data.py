@@ -12,16 +12,16 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.datasets import FileProblems
 from lorabench.config.fields import FileFormat
 from lorabench.config.models import GgufModel, HubModel
-from lorabench.config.problems import FileProblems
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import Chat, is_text
 from lorabench.data.files import FORMATS, chosen_format, formats_in, tally_of, usable_chats, usable_rows
 from lorabench.data.rows import RawRow, Tally
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
-from lorabench.models.chat_template import template_text
+from lorabench.models.identity import template_text
 from lorabench.utils.hub import WantedRepository, check_on_hub
 
 if TYPE_CHECKING:

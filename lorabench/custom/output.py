@@ -18,7 +18,7 @@ from lorabench.custom.recommend import Recommendation
 from lorabench.data.rows import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
-from lorabench.models.chat_template import template_text
+from lorabench.models.identity import template_text
 from lorabench.utils import formats
 
 _TEMPLATE = Path(__file__).with_name("finetune.py")

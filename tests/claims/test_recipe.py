@@ -51,12 +51,12 @@ def only(rows: list[dict[str, Any]]):
 
 def test_lora_matches_from_some_rank_up():
     recommendation = only(sft(None, 1, 4, 64, 256))
-    assert [choice.gap.answer for choice in recommendation.lora] == ["no", "no", "yes", "yes"]
+    assert [choice.answer for choice in recommendation.lora] == ["no", "no", "yes", "yes"]
     assert recommendation.answer == "yes"
     assert recommendation.smallest.rank == recommendation.use.rank == 64
     gap = recommendation.use.gap
     assert gap.estimate == pytest.approx(0.3 / 64, abs=0.012)
-    assert gap.low < gap.estimate < gap.high
+    assert gap.ci_low < gap.estimate < gap.ci_high
     # The tables here do not know the loss of the base.
     assert recommendation.margin.value == pytest.approx(0.01 * recommendation.fullft.loss)
     assert recommendation.best.rank in (64, 256)
@@ -93,7 +93,7 @@ def test_lora_does_not_match():
     assert recommendation.smallest is None
     # The lowest loss, not the lowest rank.
     assert recommendation.use.rank == recommendation.best.rank == 4
-    assert recommendation.use.gap.low > recommendation.margin.value
+    assert recommendation.use.gap.ci_low > recommendation.margin.value
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -143,13 +143,13 @@ def test_placements_against_all_layers():
     rows = [row | {"run_id": f"{row['run_id']}-{row['placement']}"} for row in rows]
     [choice] = measured_recipe(runs_table(rows)).placements
     assert (choice.all_layers.rank, choice.all_layers.placement) == (64, "all")
-    assert {part.placement: part.gap.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
+    assert {part.placement: part.answer for part in choice.parts} == {"mlp": "yes", "attn": "no"}
 
 
 def test_rl_is_judged_by_error_rate():
     recommendation = only(rl(None, 0.8) + rl(1, 0.8, best=3e-3) + rl(8, 0.5, best=3e-3))
     assert recommendation.setting.task == "rl"
-    assert [choice.gap.answer for choice in recommendation.lora] == ["yes", "no"]
+    assert [choice.answer for choice in recommendation.lora] == ["yes", "no"]
     assert recommendation.lora[1].gap.estimate == pytest.approx(0.3)
     assert recommendation.use.loss == pytest.approx(0.2, abs=0.01)
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.calibration import run
-from benchmarks.calibration.run import binomial_interval, calibrate
+from benchmarks.calibration.run import calibrate
 from lorabench.errors import UserError
 
 CLAIMS = ["B1", "B2", "B3"]  # of one scene, so that each world is judged for all three
@@ -40,9 +40,3 @@ def test_one_seed_gives_one_table_and_an_interrupted_calibration_goes_on(tmp_pat
 def test_a_claim_that_is_not_covered_is_refused():
     with pytest.raises(UserError, match="does not cover E6; allowed: A1, "):
         calibrate(1, ["E6"])
-
-
-def test_binomial_intervals():
-    assert binomial_interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
-    assert binomial_interval(5, 100) == pytest.approx((0.0164, 0.1128), abs=1e-4)
-    assert binomial_interval(10, 10) == pytest.approx((0.6915, 1.0), abs=1e-4)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.calibration.made import MadeArm, MadeSweep
-from benchmarks.calibration.measure import measure_noise
-from benchmarks.calibration.noise import NoiseLevels
-from benchmarks.calibration.rl_scenes import rl
+from benchmarks.calibration.noise import NoiseLevels, measure_noise
+from benchmarks.calibration.rl import make_rl_tables, rl
 from benchmarks.calibration.scenes import FULLFT, RUN, batch_sizes, lora, loss_margin, ranks
 from benchmarks.calibration.truths import COVERED, SCENES
 from benchmarks.calibration.worlds import grid, make_tables
@@ -28,6 +27,11 @@ QUIET = replace(
     asymmetry=0.0,
     **dict.fromkeys(("shared_seed", "arm_seed", "run", "example_common", "example_arm", "example_run"), 1e-9),
 )
+
+
+def drawn(scene, effect, seed):
+    random = np.random.default_rng(seed)
+    return make_tables(scene(effect, NOISE, random), NOISE, random)
 
 
 def compared(tables, runs=None):
@@ -56,7 +60,7 @@ def test_the_fit_finds_made_up_optima_and_minima():
 def test_intervals_of_noisy_worlds_hold_the_truth():
     gaps, ratios = [], []
     for number in range(60):
-        fit = compared(ranks(1, NOISE, np.random.default_rng(number))).fit
+        fit = compared(drawn(ranks, 1, number)).fit
         gap, ratio = fit.gap("LoRA r64", "FullFT"), fit.log_ratio("LoRA r16", "LoRA r1")
         margin = math.copysign(loss_margin(NOISE), gap.value)
         gaps.append(gap.interval()[0] <= margin <= gap.interval()[1])
@@ -67,7 +71,7 @@ def test_intervals_of_noisy_worlds_hold_the_truth():
 
 
 def test_further_seeds_are_trained_at_the_lr_of_the_lowest_validation_loss():
-    runs = ranks(0, NOISE, np.random.default_rng(2)).runs
+    runs = drawn(ranks, 0, 2).runs
     of_arm = runs[runs["rank"] == 16]
     first = of_arm[of_arm["seed"] == 0]
     assert first["lr"].nunique() == len(first) == 5
@@ -77,7 +81,8 @@ def test_further_seeds_are_trained_at_the_lr_of_the_lowest_validation_loss():
 
 
 def test_error_rates_of_rl_are_shares_of_failed_problems():
-    tables = rl(0, NOISE, np.random.default_rng(3))
+    random = np.random.default_rng(3)
+    tables = make_rl_tables(rl(0, NOISE, random), NOISE, random)
     failed = tables.test_losses.groupby("run_id")["loss"].mean()
     final = tables.runs.set_index("run_id")["final_reward"]
     assert (1 - failed[final.index]).tolist() == pytest.approx(final.tolist())
@@ -86,7 +91,7 @@ def test_error_rates_of_rl_are_shares_of_failed_problems():
 
 
 def test_measured_noise_is_that_of_the_world():
-    measured = measure_noise(batch_sizes(0, NOISE, np.random.default_rng(4)))
+    measured = measure_noise(drawn(batch_sizes, 0, 4))
     assert measured.example_common == pytest.approx(NOISE.example_common, rel=0.2)
     assert measured.example_run == pytest.approx(NOISE.example_run, rel=0.2)
     assert measured.curvature == pytest.approx(NOISE.curvature, rel=0.4)

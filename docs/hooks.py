@@ -1,0 +1,240 @@
+"""What mkdocs adds to the pages in this folder: long tables, made from committed files, and links that fit the site.
+
+The pages link to files of the repository, so that they can be read there as well. On the site, a link to a file that
+has a page of its own leads to that page, and a link to another file becomes plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import yaml
+
+from lorabench.claims.catalog import CLAIMS
+from lorabench.claims.claim import Claim
+from lorabench.figures.catalog import FIGURES
+from lorabench.figures.verdicts import FAMILIES
+from lorabench.report import claim_text
+from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, SOURCES, matrix, measured, published_folders, table
+from lorabench.report.facts import COUNTING, headline, in_order
+from lorabench.store.io import read_claims
+from lorabench.utils import formats
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+ROOT = Path(__file__).parents[1]
+
+PAGES = {
+    "lorabench/claims/catalog.py": "claims.md",
+    f"{PUBLISHED}/calibration.csv": "all-calibration.md",
+    f"{PUBLISHED}/evidence/claims.csv": "all-evidence.md",
+    f"{PUBLISHED}/evidence/lr_optima.csv": "all-learning-rates.md",
+    **{str((folder / "claims.csv").relative_to(ROOT)): f"all-{folder.name}.md" for folder in published_folders(ROOT)},
+}
+"""The pages that are made for the site, by the file of the repository that they show."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made from committed files."""
+    from mkdocs.structure.files import File
+
+    texts = {
+        "claims.md": claims_page(),
+        "all-calibration.md": calibration_page(),
+        "all-evidence.md": evidence_page(),
+        "all-learning-rates.md": learning_rates_page(),
+        **{f"all-{folder.name}.md": results_page(folder) for folder in published_folders(ROOT)},
+    }
+    for name, text in texts.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Turn links to files of the repository into links of the site."""
+    for file, page in PAGES.items():
+        markdown = markdown.replace(f"](../{file})", f"]({page})")
+    markdown = markdown.replace(f"](../{PUBLISHED}/", "](published/")
+    return re.sub(r"\[([^]\[]*)]\(\.\./[^)]*\)", r"\1", markdown)
+
+
+def claims_page() -> str:
+    """Return the page of all claims: a section for each family, and in it one for each claim."""
+    ordered = sorted(CLAIMS, key=lambda claim: (claim.id[0], int(claim.id[1:])))
+    lines = [
+        "# Claims and their criteria",
+        "",
+        "The criteria use the [two decision rules](verdicts.md#the-two-decision-rules). *The margin* without a number "
+        "is that of the preset: for losses 2% of the gain from the base to full fine-tuning, for accuracies 10% of "
+        "the gain, for learning rates a factor of 1.6. Where the conditions are not met, the verdict is `setting not "
+        "met`.",
+        "",
+    ]
+    for family, members in groupby(ordered, key=lambda claim: claim.id[0]):
+        lines += [f"## {family}. {FAMILIES[family]}", ""]
+        for claim in members:
+            lines += [*_section(claim), ""]
+    return "\n".join(lines)
+
+
+def _section(claim: Claim) -> list[str]:
+    where = {"text": "in the text", "own": "not in the paper"}.get(claim.figure, f"figure {claim.figure}")
+    conditions = [f"{condition.text} (presets: {_listed(condition.presets)})" for condition in claim.conditions]
+    entries = {
+        "Kind": claim.kind + (", a core claim" if claim.core else ""),
+        "In the paper": f"{claim.paper_value} ({where})",
+        "Unit of the estimate": claim.unit,
+        "Criterion": claim.criterion,
+        "Needs": claim.needs,
+        "Fact": claim.fact,
+        "Conditions": "; ".join(conditions),
+        "Experiments": _listed(claim.experiments),
+    }
+    lines = [f"- **{name}**: {_escaped(text)}" for name, text in entries.items() if text]
+    return [f"### {claim.id} {_escaped(claim.statement)} {{ #{claim.id.lower()} }}", "", *lines]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _escaped(text: str) -> str:
+    """Return plain text as Markdown that shows the same characters."""
+    return re.sub(r"([*_<`])", r"\\\1", text)
+
+
+def results_page(folder: Path) -> str:
+    """Return the page of a published preset: all claims, what they were computed from, and all figures."""
+    provenance = json.loads((folder / "provenance.json").read_text())
+    judged = in_order(read_claims(folder, without=NOT_PUBLISHED))
+    tested = judged[judged["verdict"] != "not tested"]
+    rows = [
+        [claim["claim_id"], claim["statement"], claim_text.verdict(claim), claim_text.remark(claim),
+         claim_text.margin(claim), measured(claim), claim_text.power(claim), _text(claim["scope"]),
+         _text(claim["paper_value"])]
+        for claim in tested.to_dict("records")
+    ]  # fmt: skip
+    untested = judged.loc[judged["verdict"] == "not tested", "claim_id"]
+    header = ["", "claim", "verdict", "needs, or what would decide", "margin", "measured, 95% interval", "power",
+              "scope", "paper"]  # fmt: skip
+    lines = [
+        f"# All claims and figures of {folder.name}",
+        "",
+        f"{headline(judged)}. {COUNTING} They were computed from {provenance['runs']} runs on "
+        f"{' and '.join(provenance['devices'])} at commit {', '.join(commit[:7] for commit in provenance['commits'])}.",
+        "",
+        *table(header, rows),
+        "",
+        f"Not tested, since the preset has no such runs: {', '.join(untested)}.",
+    ]
+    for name, figure in FIGURES.items():
+        if (folder / f"{name}.svg").is_file():
+            picture = f"![{figure.title}](published/{folder.name}/{name}.svg)"
+            lines += ["", f"## {figure.title}", "", picture, "", f"*{figure.caption}*"]
+    return "\n".join(lines)
+
+
+def evidence_page() -> str:
+    """Return the page of all sources: what each is, its doubts, and every verdict that has runs behind it."""
+    folder = ROOT / PUBLISHED / "evidence"
+    judged = pd.read_csv(folder / "claims.csv")
+    judged = judged[judged["n_runs"].gt(0) & judged["verdict"].ne("not tested")]
+    lines = [
+        "# All verdicts on published runs",
+        "",
+        "[Other people's runs](other-runs.md) says how to read this page.",
+        "",
+        on_page_markdown(matrix(ROOT).replace("](docs/", "](").replace(f"]({PUBLISHED}", f"](../{PUBLISHED}")),
+        "",
+        "![What several sources measured](published/evidence/forest.svg)",
+        "",
+        "The rows of the picture group the sources by what differs between them. A diamond is the mean of a group.",
+        "",
+        *table(*_frame(pd.read_csv(folder / "summary.csv"))),
+    ]
+    for path in sorted((ROOT / SOURCES).glob("*/source.yaml")):
+        source, name = yaml.safe_load(path.read_text()), path.parent.name
+        attributes = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in source["attributes"].items())
+        rows = [
+            [claim["model"].rsplit("/", 1)[-1], claim["claim_id"], claim["statement"], claim_text.verdict(claim),
+             measured(claim), claim["n_runs"], _text(claim["scope"])]
+            for claim in judged[judged["source"] == name].to_dict("records")
+        ]  # fmt: skip
+        header = ["model", "", "claim", "verdict", "measured, 95% interval", "runs", "scope"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{source['about']}. From {source['origin']['repository']}, {source['origin']['path']} at commit "
+            f"{source['origin']['commit']}; licence: {source['origin']['licence']}. {attributes}.",
+            "",
+            *(f"- {doubt}" for doubt in source["doubts"]),
+            "",
+            *(table(header, rows) if rows else []),
+        ]
+    return "\n".join(lines)
+
+
+def learning_rates_page() -> str:
+    """Return the page of all known optimal learning rates, and of how far off each rule would have been."""
+    folder = ROOT / PUBLISHED / "evidence"
+    return "\n".join(
+        [
+            "# Known optimal learning rates",
+            "",
+            "[Recommended learning rates](other-runs.md#recommended-learning-rates) says how they are pooled. `error` "
+            "is a standard deviation of the logarithm of the learning rate, and `off` a factor.",
+            "",
+            "![How far off each rule would have been](published/evidence/lr_left_out.svg)",
+            "",
+            "## Rules, with each source left out in turn",
+            "",
+            *table(*_frame(pd.read_csv(folder / "lr_left_out_summary.csv"))),
+            "",
+            "## Optima",
+            "",
+            *table(*_frame(pd.read_csv(folder / "lr_optima.csv"))),
+        ]
+    )
+
+
+def calibration_page() -> str:
+    """Return the page of the shares of right and wrong verdicts on simulated sweeps, by claim and effect."""
+    shares = pd.read_csv(ROOT / PUBLISHED / "calibration.csv")
+    core = pd.read_csv(ROOT / PUBLISHED / "calibration_core.csv")
+    return "\n".join(
+        [
+            "# Right and wrong verdicts on simulated sweeps",
+            "",
+            "[How often verdicts are wrong](verdicts.md#how-often-verdicts-are-wrong) explains the simulation. "
+            "`effect` is in margins; `wrong` has a 95% interval.",
+            "",
+            *table(*_frame(shares)),
+            "",
+            "## The power of core",
+            "",
+            "100 simulated sweeps for each claim and effect, with the learning rates, seeds and examples of `core`.",
+            "",
+            *table(*_frame(core)),
+        ]
+    )
+
+
+def _frame(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a table of numbers, which are written to three digits."""
+    rows = [
+        [f"{value:.3g}" if isinstance(value, float) and pd.notna(value) else _text(value) for value in row]
+        for row in frame.itertuples(index=False)
+    ]
+    return [name.replace("_", " ") for name in frame.columns], rows
+
+
+def _text(value: Any) -> str:
+    return formats.DASH if pd.isna(value) else str(value)

@@ -1,0 +1,49 @@
+"""Every link of the README and of the pages leads somewhere in the repository, where people read them too.
+
+Links may not lead through a symbolic link, which code hosts do not follow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from ..conftest import REPOSITORY
+
+PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as code hosts and mkdocs alike make them from plain words."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_of_the_repository(page: Path):
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        if re.match(r"\w+:", file):
+            continue
+        target = Path(os.path.normpath(page.parent / file)) if file else page
+        if not target.exists() or target.resolve() != target or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+def test_pages_that_code_names_exist():
+    """Messages and docstrings name pages by their path from the root."""
+    named = {
+        match
+        for folder in ("lorabench", "workflow", "benchmarks", "tests", "paper_figures", ".ci", "slurm")
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in (".py", ".smk", ".yaml", ".json", ".md", ".j2", "") and path.is_file()
+        for match in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(errors="ignore"))
+    }
+    assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
