@@ -48,12 +48,7 @@ from lorabench.analysis.estimate import Estimate, combined, unknown
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
-from lorabench.config.predictions import (
-    FixedLoraTheory,
-    LrRatioPredictions,
-    MovementTheory,
-    ScaleTheory,
-)
+from lorabench.config.margins import FixedLoraTheory, LrRatioPredictions, MovementTheory, ScaleTheory
 
 WIDTH, STEPS, BATCH_SIZE, ALPHA = 128, 50, 8, 32.0
 """The condition at which parameters of theories are given."""
@@ -160,7 +155,7 @@ COLUMNS = [
     *("fullft_lr", "lora_lr", "ratio", "ratio_low", "ratio_high", "resolved"),
     *("theory", "predicted", "off_by", "off_by_low", "off_by_high", "verdict"),
 ]
-"""The columns of `prediction_table`; docs/lr-ratio.md describes them."""
+"""The columns of `prediction_table`; docs/tables.md describes them."""
 
 
 @dataclass(frozen=True)

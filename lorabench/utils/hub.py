@@ -100,7 +100,7 @@ def read_fetched(path: Path) -> dict[str, FetchedRepository]:
     """
     if not path.is_file():
         raise UserError(
-            f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench fetch-data`"
+            f"not fetched from the hub yet: no {path}; run `lorabench step fetch-model` or `lorabench step fetch-data`"
         )
     return {entry["id"]: FetchedRepository(**entry) for entry in json.loads(path.read_text())}
 

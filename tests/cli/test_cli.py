@@ -25,17 +25,9 @@ MISTAKES = {
         ("step", "dataset", "nope", "--preset", "smoke"),
         "dataset 'nope' is not in the preset; allowed: instruct",
     ),
-    "model": (
-        ("step", "tokens", "nope", "instruct", "--preset", "smoke"),
-        "model 'nope' is not in the preset; allowed: tiny",
-    ),
     "not gguf": (("step", "convert", "tiny", "--preset", "smoke"), "model 'tiny' is of kind 'tiny'; only gguf models"),
     "job": (("step", "train", "nope", "--preset", "smoke"), "job 'nope' is not in the plan"),
     "figure": (("figure", "nope", "--tables", ".", "--out", "."), "figure 'nope': allowed: verdicts, fig1_envelopes"),
-    "figure of folders": (
-        ("figure", "all", "--tables", "/nowhere", "--tables", "/elsewhere", "--out", "."),
-        "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",
-    ),
     "two margins": (
         ("claims", "--tables", ".", "--out", ".", "--preset", "smoke", "--margins", "m.yaml"),
         "--preset and --margins: give one of them",
@@ -44,25 +36,9 @@ MISTAKES = {
         ("claims", "--tables", ".", "--out", ".", "--margins", "/nowhere.yaml"),
         "margins '/nowhere.yaml': there is no such file",
     ),
-    "two noises": (
-        ("claims", "--tables", ".", "--out", ".", "--noise", ".", "--noise-sd", "1"),
-        "--noise and --noise-sd: give one of them",
-    ),
     "noise without a source": (
         ("claims", "--tables", ".", "--out", ".", "--noise-sd", "0.004", "--noise-dof", "4"),
         "--noise-sd needs --noise-dof and --noise-source",
-    ),
-    "a source without noise": (
-        ("claims", "--tables", ".", "--out", ".", "--noise-source", "a paper"),
-        "--noise-dof and --noise-source describe --noise-sd, which is missing",
-    ),
-    "negative noise": (
-        ("claims", "--tables", ".", "--out", ".", "--noise-sd=-1", "--noise-dof", "4", "--noise-source", "a paper"),
-        "--noise-sd -1.0: allowed: numbers above 0",
-    ),
-    "noise of no tables": (
-        ("claims", "--tables", ".", "--out", ".", "--noise", "/nowhere"),
-        "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",
     ),
     "tiny base": (("step", "tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
     "tables": (

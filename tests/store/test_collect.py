@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from lorabench.config.loading import load_preset
 from lorabench.config.models import GgufModel, HubModel, TinyModel
 from lorabench.planning.plan import make_plan
@@ -31,26 +29,12 @@ def test_runs_have_the_columns_in_which_sources_differ(tmp_path):
     assert read_table(tmp_path / "tables", "test_losses")["loss"].tolist() == [2.5, 2.5]
 
 
-@pytest.mark.parametrize(
-    ("spec", "kind"),
-    [
-        (TinyModel(kind="tiny"), "base"),
-        (HubModel(kind="hub", id="meta-llama/Llama-3.2-1B-Instruct", parameters=1, hidden_size=1), "instruct"),
-        (HubModel(kind="hub", id="Qwen/Qwen3-8B-Base", parameters=1, hidden_size=1), "base"),
-        (HubModel(kind="hub", id="a/Llama-3.1-8B", parameters=1, hidden_size=1, chat_template="plain"), "base"),
-        (HubModel(kind="hub", id="Qwen/Qwen3-8B", parameters=1, hidden_size=1), None),
-        (
-            GgufModel(
-                kind="gguf",
-                path="SmolLM2-135M-Instruct.gguf",
-                wheel="w==1",
-                sha256="0" * 64,
-                parameters=1,
-                hidden_size=1,
-            ),
-            "instruct",
-        ),
-    ],
-)
-def test_a_models_name_says_whether_it_is_a_base(spec, kind):
-    assert base_kind(spec) == kind
+def test_a_models_name_says_whether_it_is_a_base():
+    sizes = {"parameters": 1, "hidden_size": 1}
+    kinds = {"meta-llama/Llama-3.2-1B-Instruct": "instruct", "Qwen/Qwen3-8B-Base": "base", "Qwen/Qwen3-8B": None}
+    for name, kind in kinds.items():
+        assert base_kind(HubModel(kind="hub", id=name, **sizes)) == kind
+    assert base_kind(HubModel(kind="hub", id="a/Llama-3.1-8B", chat_template="plain", **sizes)) == "base"
+    assert base_kind(TinyModel(kind="tiny")) == "base"
+    file = {"path": "SmolLM2-135M-Instruct.gguf", "wheel": "w==1", "sha256": "0" * 64}
+    assert base_kind(GgufModel(kind="gguf", **file, **sizes)) == "instruct"

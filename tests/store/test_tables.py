@@ -18,7 +18,7 @@ from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.cli import app
 from lorabench.errors import UserError
-from lorabench.figures.save import save_figure
+from lorabench.figures.catalog import save_figure
 from lorabench.store.checks import check_curves, check_table
 from lorabench.store.io import read_table, write_csv
 from lorabench.store.schemas import EVALS, SCHEMAS
@@ -72,52 +72,28 @@ BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
         f"run_id {THIRD}: final_valid_nll = inf; allowed: a {NUMBER}",
     ),
     "status": ("csv", with_value("status", "ok"), f"run_id {THIRD}: status = 'ok'; allowed: done, diverged"),
-    "no status": ("csv", with_value("status", None), f"run_id {THIRD}: status = missing; allowed: done, diverged"),
     "method": ("csv", with_value("method", "dora"), f"run_id {THIRD}: method = 'dora'; allowed: fullft, lora"),
     "lora without rank": (
         "csv",
         with_value("method", "lora", row=0),
         f"run_id {FIRST}: rank = missing; allowed: whole numbers from 1 up for lora, none for fullft",
     ),
-    "rank of fullft": (
-        "csv",
-        with_value("rank", 8),
-        f"run_id {THIRD}: rank = 8; allowed: whole numbers from 1 up for lora, none for fullft",
-    ),
     "negative lr": ("csv", with_value("lr", -0.001), f"run_id {THIRD}: lr = -0.001; allowed: numbers above 0"),
-    "no lr": ("csv", with_value("lr", None), f"run_id {THIRD}: lr = missing; allowed: numbers above 0"),
-    "no seed": ("csv", with_value("seed", None), f"run_id {THIRD}: seed = missing; allowed: whole numbers"),
     "tokenizers": (
         "csv",
         RUNS.assign(tokenizer_sha256=np.where(RUNS["method"] == "lora", "aaa", "bbb")),
         "runs of tiny/instruct have different tokenizers, aaa, bbb: not comparable",
-    ),
-    "templates": (
-        "csv",
-        RUNS.assign(template_sha256=np.where(RUNS["method"] == "lora", "aaa", "bbb")),
-        "runs of tiny/instruct have different chat templates, aaa, bbb: not comparable",
     ),
     "datasets": (
         "csv",
         RUNS.assign(dataset_sha256=np.where(RUNS["method"] == "lora", "aaa", "bbb")),
         "runs of instruct have different datasets under one name, aaa, bbb: not comparable",
     ),
-    "models": (
-        "csv",
-        RUNS.assign(model_sha256=np.where(RUNS["method"] == "lora", "aaa", "bbb")),
-        "runs of tiny have different models under one name, aaa, bbb: not comparable",
-    ),
     "text as a number": (
         "csv",
         with_value("lr", "fast"),
         "{path}: column lr has 'fast', which is not a number",
     ),
-    "text in parquet": (
-        "parquet",
-        RUNS.assign(lr="fast"),
-        "{path}: column lr has 'fast', which is not a number",
-    ),
-    "half a rank": ("csv", with_value("rank", 1.5), "{path}: column rank has 1.5, which is not a whole number"),
     "a seed beyond all": (
         "csv",
         with_value("seed", 1e300),
@@ -134,16 +110,14 @@ BAD: dict[str, tuple[str, pd.DataFrame | bytes, str]] = {
         "{path}: column experiments has 5, which is not a list of words",
     ),
     "empty file": ("csv", b"", "{path} can't be read as a table: No columns to parse from file"),
-    "empty parquet": ("parquet", b"", "{path} can't be read as a table: "),
     "no parquet": ("parquet", b"run_id,lr\na,0.1\n", "{path} can't be read as a table: "),
-    "no text": ("csv", b"\xff\xfe\x00\x01" * 9, "{path} can't be read as a table: "),
 }
 
 
 # Both commands check tables by the same code, so `figure` is tested with a few kinds of mistakes only.
 @pytest.mark.parametrize(
     ("command", "kind"),
-    [*(("claims", kind) for kind in BAD), *(("figure", kind) for kind in ("infinite loss", "datasets", "empty file"))],
+    [*(("claims", kind) for kind in BAD), ("figure", "datasets"), ("figure", "empty file")],
 )
 def test_a_bad_table_is_refused_and_what_was_there_stays(kind: str, command: str, tmp_path: Path):
     suffix, content, message = BAD[kind]
@@ -189,25 +163,19 @@ def test_the_page_of_tables_describes_every_column():
         assert [column for column in schema.names if f"`{column}`" not in sections[name]] == [], name
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_tables_come_back_as_they_were_written(kind: str, tmp_path: Path):
+def test_tables_come_back_as_they_were_written(tmp_path: Path):
     # Ids that look like numbers, and numbers without a short decimal form.
     ids = [f"{number:012d}" for number in range(len(RUNS) - 1)] + ["1234567890e1"]
     runs = RUNS.assign(run_id=ids, lr=RUNS["lr"] / 3)
-    read = read_table(write(tmp_path / "tables", runs, kind), "runs")
-    assert read["run_id"].tolist() == ids
-    assert read["lr"].tolist() == runs["lr"].tolist()
-    assert read["final_test_nll"].equals(runs["final_test_nll"])
-    assert str(read["rank"].dtype) == "Int64"
-    assert read["placement"].iloc[0] is None
-    assert [list(names) for names in read["experiments"]] == [["rank"]] * len(runs)
-
-
-def test_columns_that_pandas_kept_as_its_index_are_columns(tmp_path: Path):
-    folder = write(tmp_path / "tables", RUNS.set_index(["run_id", "lr"]), "parquet")
-    read = read_table(folder, "runs")
-    assert read["run_id"].tolist() == RUNS["run_id"].tolist()
-    assert read["lr"].tolist() == RUNS["lr"].tolist()
+    # Columns that pandas kept as its index are columns.
+    for kind, frame in (("csv", runs), ("parquet", runs), ("parquet", runs.set_index(["run_id", "lr"]))):
+        read = read_table(write(tmp_path / kind, frame, kind), "runs")
+        assert read["run_id"].tolist() == ids
+        assert read["lr"].tolist() == runs["lr"].tolist()
+        assert read["final_test_nll"].equals(runs["final_test_nll"])
+        assert str(read["rank"].dtype) == "Int64"
+        assert read["placement"].iloc[0] is None
+        assert [list(names) for names in read["experiments"]] == [["rank"]] * len(runs)
 
 
 def test_a_truth_value_is_one(tmp_path: Path):
@@ -244,21 +212,12 @@ def test_bad_curves_are_refused(kind: str, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_curves_of_other_runs_change_nothing(tmp_path: Path):
+def test_curves_of_other_runs_and_columns_that_curves_lack_change_nothing():
     claims = [claim for claim in CLAIMS if claim.id == "A1"]
     stray = CURVES.assign(run_id="stray-" + CURVES["run_id"], value=0.0)
-    with_stray = Tables(RUNS, pd.concat([CURVES, stray]))
-    pd.testing.assert_frame_equal(judge_claims(with_stray, claims), judge_claims(Tables(RUNS, CURVES), claims))
-    for name, tables in (("without", CURVES), ("with", with_stray.curves)):
-        save_figure("fig1_envelopes", [write(tmp_path / f"{name}-tables", RUNS, curves=tables)], tmp_path / name)
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("with", "without")]
-    assert files[0] == files[1]
-
-
-def test_curves_need_not_say_examples_and_tokens():
-    claims = [claim for claim in CLAIMS if claim.id == "A1"]
-    bare = judge_claims(Tables(RUNS, CURVES.drop(columns=["examples", "tokens"])), claims)
-    pd.testing.assert_frame_equal(bare, judge_claims(Tables(RUNS, CURVES), claims))
+    expected = judge_claims(Tables(RUNS, CURVES), claims)
+    for curves in (pd.concat([CURVES, stray]), CURVES.drop(columns=["examples", "tokens"])):
+        pd.testing.assert_frame_equal(judge_claims(Tables(RUNS, curves), claims), expected)
 
 
 def test_a_figure_draws_its_own_experiment_and_says_if_there_is_none(tmp_path: Path):

@@ -23,7 +23,7 @@ COMMAND = """#!/bin/bash
 echo start >>log
 sleep 0.5
 echo end >>log
-mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$2.parquet
+mkdir -p results/smollm2/jobs && touch results/smollm2/jobs/$3.parquet
 """
 
 
