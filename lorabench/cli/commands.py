@@ -334,7 +334,7 @@ def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str |
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     with in_one_sentence():
-        from lorabench.figures.save import drawable_figures, save_figure
+        from lorabench.figures.catalog import drawable_figures, save_figure
 
         if name != "all":
             save_figure(name, tables, out)

@@ -22,7 +22,7 @@ from lorabench.custom.model import UserModel, find_model
 from lorabench.custom.user_problems import UserProblems, examine_problems
 from lorabench.custom.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.errors import UserError
-from lorabench.planning.starting_lr import starting_lr
+from lorabench.planning.expand import starting_lr
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS

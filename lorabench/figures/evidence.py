@@ -1,4 +1,4 @@
-"""The forest plot: what several sources measured, each with its interval, and their random-effects summary."""
+"""What several sources measured: a forest plot with a random-effects summary, and how far off rules of the LR are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.lines import Line2D
 
 from lorabench.figures import style
+from lorabench.sources.lr_left_out import METHODS, RULES
 from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z
 
 _WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
@@ -98,9 +99,7 @@ def _panel(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) 
     if measure == "lr_ratio":
         axes.set_xscale("log")
         axes.set_xlim(max(min(ends) / 1.3, 0.3), min(max(ends) * 1.3, 3000))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        style.number_log_ticks(axes.xaxis)
     else:
         spread = max(ends) - min(ends)
         axes.set_xlim(min(ends) - 0.05 * spread, max(ends) + 0.05 * spread)
@@ -148,3 +147,48 @@ def _interval(measure: str, value: float, low: float, high: float) -> str:
         return f"{math.exp(value):.1f} [{math.exp(low):.1f}, {math.exp(high):.1f}]"
     digits = 3 if measure == "rank_1_gap" else 4
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+_LOOKS: dict[str, dict[str, Any]] = {
+    "pooled": {"color": "#274b8f", "marker": "o", "markersize": 6},
+    "law": {"color": "#9a4a00", "marker": "s", "markersize": 5, "markerfacecolor": "white"},
+    "law_sqrt": {"color": "#9a4a00", "marker": "x", "markersize": 5},
+}
+_METHODS = {"fullft": "FullFT", "lora": "LoRA"}
+_SOURCE_ROW, _MARGINS = 0.24, 0.9  # inches
+
+
+@style.applied()
+def draw_left_out(sources: pd.DataFrame) -> Figure:
+    """Draw a panel for each task and method, with a row for each source.
+
+    Args:
+        sources: as from `lorabench.sources.lr_left_out.by_source`.
+    """
+    measured = sources[sources["optima"] > 0]
+    tasks = [task for task in ("sft", "rl") if (measured["task"] == task).any()]
+    slots = [measured.loc[measured["task"] == task, "source"].nunique() for task in tasks]
+    figure = Figure(figsize=(style.WIDTH, _SOURCE_ROW * sum(slots) + _MARGINS * len(tasks) + 0.4), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, sharex=True, squeeze=False, height_ratios=slots)
+    for (left, right), task in zip(panels, tasks, strict=True):
+        names = list(dict.fromkeys(measured.loc[measured["task"] == task, "source"]))
+        for axes, method in zip((left, right), METHODS, strict=True):
+            part = measured[(measured["task"] == task) & (measured["method"] == method)]
+            _left_out_panel(axes, part, names, f"{task.upper()}, {_METHODS[method]}")
+        right.set_yticklabels([])
+    for axes in panels[-1]:
+        axes.set_xlabel("predicted over measured optimal LR")
+    handles = [Line2D([], [], linestyle="", label=label, **_LOOKS[rule]) for rule, label in RULES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _left_out_panel(axes: Axes, rows: pd.DataFrame, names: list[str], title: str) -> None:
+    axes.axvline(1, color="0.5", linestyle="--", linewidth=1, zorder=1)
+    for row in rows.to_dict("records"):
+        axes.plot(row["signed"], names.index(row["source"]), linestyle="", **_LOOKS[str(row["rule"])])
+    axes.set_xscale("log")
+    style.number_log_ticks(axes.xaxis)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_title(title)

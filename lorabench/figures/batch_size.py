@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -17,12 +16,12 @@ from lorabench.analysis.comparison import Comparison
 from lorabench.analysis.curves import envelopes
 from lorabench.errors import NothingToDrawError
 from lorabench.figures import style
-from lorabench.figures.fitted import fitted_comparisons, fitted_rows, with_interval
+from lorabench.figures.fits import compared, fitted_minima, with_interval
+from lorabench.figures.grid import ARM_COLUMNS, PANEL, Styles, bars, diverged_runs, lines, only, tidy
 from lorabench.store.tables import Tables
 
 _COLUMNS = [
-    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
-    *("element", "step", "examples", "lr", "nll", "gap", "low", "high"),
+    *(*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"),
     *("n_seeds", "at_edge", "run_id", "seed"),
 ]
 
@@ -31,7 +30,6 @@ _CURVES_IN_A_ROW, _CURVES_HEIGHT = 4, 2.3
 _BY_SIZE_HEIGHT = 2.6
 
 
-@style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
@@ -40,13 +38,23 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     `diverged` (one run). `low` and `high` are the 95% interval of a final loss or gap. Losses are in nats per scored
     token.
     """
-    plotted = _plotted(tables)
+    envelope = envelopes(tables.runs, tables.curves).rename(columns={"value": "nll"})
+    comparisons = compared(tables)
+    parts = {
+        "envelope": envelope[envelope["step"] > 0],
+        "final": fitted_minima(comparisons).rename(columns={"nll_low": "low", "nll_high": "high"}),
+        "gap": pd.DataFrame([row for comparison in comparisons for row in _gaps(comparison)]),
+        "diverged": diverged_runs(tables.runs),
+    }
+    plotted = tidy(parts, _COLUMNS)
+    if plotted.empty:
+        raise NothingToDrawError("no validation curves beyond step 0, and no sweep of learning rates")
     styles = {
         label: replace(look, linestyle="--") if label != "FullFT" else look
         for label, look in style.arm_styles(plotted).items()
     }
     blocks = list(plotted.groupby(["model", "dataset"], sort=True))
-    rows = [math.ceil(block.groupby(style.PANEL, dropna=False).ngroups / _CURVES_IN_A_ROW) for _, block in blocks]
+    rows = [math.ceil(block.groupby(PANEL, dropna=False).ngroups / _CURVES_IN_A_ROW) for _, block in blocks]
     heights = [_CURVES_HEIGHT * count + _BY_SIZE_HEIGHT for count in rows]
     figure = style.new_figure(sum(heights))
     places = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -56,25 +64,6 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     edge = style.mark("best LR at the edge of its grid", "o", markerfacecolor="white", markeredgewidth=1.4)
     style.legends(figure, styles, [edge] if plotted["at_edge"].eq(True).any() else [])
     return figure, plotted
-
-
-def _plotted(tables: Tables) -> pd.DataFrame:
-    envelope = envelopes(tables.runs, tables.curves).rename(columns={"value": "nll"})
-    compared = fitted_comparisons(tables)
-    elements = {
-        "envelope": envelope[envelope["step"] > 0],
-        "final": fitted_rows(compared).rename(columns={"nll_low": "low", "nll_high": "high"}),
-        "gap": pd.DataFrame([row for comparison in compared for row in _gaps(comparison)]),
-        "diverged": tables.runs[tables.runs["status"] == "diverged"],
-    }
-    parts = []
-    for element, part in elements.items():
-        labels = [arm_label(row) for _, row in part.iterrows()]
-        parts.append(part.assign(arm=labels, element=element).reindex(columns=_COLUMNS))
-    parts = [part for part in parts if len(part)]
-    if not parts:
-        raise NothingToDrawError("no validation curves beyond step 0, and no sweep of learning rates")
-    return pd.concat(parts, ignore_index=True)
 
 
 def _gaps(comparison: Comparison) -> list[dict[str, Any]]:
@@ -89,60 +78,50 @@ def _gaps(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def _draw_block(place: SubFigure, block: pd.DataFrame, styles: dict[str, style.ArmStyle], rows: int) -> None:
+def _draw_block(place: SubFigure, block: pd.DataFrame, styles: Styles, rows: int) -> None:
+    """Draw the panels of one model and dataset: curves by batch size, then losses and gaps over batch sizes."""
     heights = [_CURVES_HEIGHT * rows, _BY_SIZE_HEIGHT]
     above, below = place.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    sizes = [of_size for _, of_size in block.groupby(["batch_size", "steps"], dropna=False)]
+    sizes = [at_size for _, at_size in block.groupby(["batch_size", "steps"], dropna=False)]
     columns = min(_CURVES_IN_A_ROW, len(sizes))
     axes = above.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for number, panel in enumerate(axes.flat):
         if number >= len(sizes):
             panel.remove()
             continue
-        of_size = sizes[number]
-        _draw_curves(panel, of_size, styles)
-        panel.set_title(f"batch {of_size['batch_size'].iloc[0]}", pad=18)
+        at_size = sizes[number]
+        lines(panel, only(at_size, "envelope"), "examples", "nll", styles)
+        lengths = [f"{length:,} steps" for length in at_size["steps"].dropna().unique()]
+        style.note(panel, " · ".join([*lengths, f"{len(only(at_size, 'diverged'))} diverged"]))
+        panel.set_title(f"batch {at_size['batch_size'].iloc[0]}", pad=18)
         panel.set(xlabel="examples seen", ylabel="validation NLL\n(nats / token)" if number % columns == 0 else "")
-    _limit_curves(axes[0, 0], block[block["element"] == "envelope"])
+    envelope = only(block, "envelope")
+    # The fall of the losses in the first tenth of the data would flatten the rest.
+    late = envelope.loc[envelope["examples"] >= 0.1 * envelope["examples"].max(), "nll"]
+    if len(late):
+        pad = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max())
+        axes[0, 0].set_ylim(late.min() - pad, late.max() + pad)
     final, difference = below.subplots(1, 2)
     # Of runs of several lengths at one batch size, only the longest are compared.
     steps = block["steps"].astype("Int64")
     longest = block[steps.isna() | steps.eq(steps.groupby(block["batch_size"]).transform("max")).fillna(False)]
-    _draw_by_size(final, longest[longest["element"] == "final"], "nll", styles)
+    _draw_by_size(final, only(longest, "final"), "nll", styles)
     final.set_ylabel("final test NLL (nats / token)")
-    _draw_by_size(difference, longest[longest["element"] == "gap"], "gap", styles)
+    _draw_by_size(difference, only(longest, "gap"), "gap", styles)
     difference.axhline(0.0, color=style.FULLFT_COLOUR, linewidth=1.0, zorder=1)
     difference.set_ylabel("LoRA - FullFT (nats / token)")
 
 
-def _draw_curves(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    for arm, points in rows[rows["element"] == "envelope"].groupby("arm"):
-        axes.plot(points["examples"].astype(float), points["nll"], **styles[str(arm)].line)
-    steps = rows["steps"].dropna().unique()
-    facts = [f"{length:,} steps" for length in steps] + [f"{(rows['element'] == 'diverged').sum()} diverged"]
-    style.note(axes, " · ".join(facts))
-
-
-def _limit_curves(axes: Axes, envelope: pd.DataFrame) -> None:
-    """Limit the y-axis to the losses after the first tenth of the data, since the fall before it would flatten them."""
-    late = envelope.loc[envelope["examples"] >= 0.1 * envelope["examples"].max(), "nll"]
-    if len(late):
-        pad = 0.05 * (late.max() - late.min()) or 0.05 * abs(late.max())
-        axes.set_ylim(late.min() - pad, late.max() + pad)
-
-
-def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: dict[str, style.ArmStyle]) -> None:
+def _draw_by_size(axes: Axes, rows: pd.DataFrame, value: str, styles: Styles) -> None:
     """Draw one line per arm, with the marks of one batch size side by side."""
     arms = [label for label in styles if label in set(rows["arm"])]
     for place, arm in enumerate(arms):
-        points, look = rows[rows["arm"] == arm].sort_values("batch_size"), styles[arm]
-        x = points["batch_size"].astype(float) * 2 ** (0.12 * (place - (len(arms) - 1) / 2))
-        axes.plot(x, points[value], **look.line)
-        half = np.maximum(np.array([points[value] - points["low"], points["high"] - points[value]], float), 0.0)
-        axes.errorbar(x, points[value], half, fmt="none", ecolor=look.colour, capsize=2.5, zorder=4)
-        for edge, marks in points.assign(x=x).groupby(points["at_edge"].astype(bool)):
-            face: dict[str, Any] = {"mfc": "white" if edge else look.colour, "mec": look.colour, "mew": 1.2}
-            axes.plot(marks["x"], marks[value], look.marker, ms=4.5, zorder=5, **face)
+        shift = 2 ** (0.12 * (place - (len(arms) - 1) / 2))
+        points = rows[rows["arm"] == arm].sort_values("batch_size")
+        points = points.assign(x=points["batch_size"].astype(float) * shift)
+        axes.plot(points["x"], points[value], **styles[arm].line)
+        ends = {"low": f"{value}_low", "high": f"{value}_high"}
+        bars(axes, points.rename(columns=ends), "x", value, styles[arm])
     axes.set(xscale="log", xlabel="batch size")
     sizes = sorted({int(size) for size in rows["batch_size"]})
     axes.xaxis.set_major_locator(FixedLocator(sizes))
