@@ -11,10 +11,9 @@ import pytest
 from lorabench.analysis.arms import rows_of, with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.noise import seed_noise
+from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
-from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 
 from ..handmade.rl import BASE, OFFSETS, STEPS, arm
 from ..handmade.sft import arm as sft_arm
@@ -78,7 +77,6 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     assert table[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
     pd.testing.assert_frame_equal(with_error_rates(table), table)
     assert with_error_rates(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
-    assert seed_noise(table)["sigma"].item() == pytest.approx(OFFSETS[1])
 
 
 def test_steps_of_the_grid_in_which_a_range_ends_count_half():

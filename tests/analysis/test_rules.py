@@ -1,4 +1,4 @@
-"""The decision rules give the verdicts that their definitions say, at the stated rates; margins are shares of a gain."""
+"""The decision rules give the verdicts of their definitions, at the stated rates; margins are shares of a gain."""
 
 from __future__ import annotations
 
