@@ -21,13 +21,13 @@ import torch
 from lorabench.config.loading import load_preset
 from lorabench.config.models import GgufModel
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, package_versions
-from lorabench.models.lanes.lora import stack_lora
 from lorabench.models.lora import add_lora
+from lorabench.models.lora_products import use_fast_products
 from lorabench.models.vllm_support import vllm_version
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.provenance import machine_state
 from lorabench.training.rl.engine.process import EngineSettings
-from lorabench.training.rl.engine.sampler import Engines, EngineSampler
+from lorabench.training.rl.engine.sampler import PolicyEngine
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -45,14 +45,17 @@ def main() -> None:
         convert_gguf(spec)
     torch.set_num_threads(THREADS)
     tokenizer = load_tokenizer(spec)
-    stack = stack_lora(add_lora(load_model(spec), RANK, "all", ALPHA, True, 0, adapter="run"), ["run"])
+    model = add_lora(load_model(spec), RANK, "all", ALPHA, True, 0)
+    use_fast_products(model)
     stop = Stop((), NEW_TOKENS)
-    settings = EngineSettings(str(folder), None, False, "bfloat16", 256, 1 << 30, 0.5, RANK, 1, None, None, THREADS)
-    with Engines(SINGLE_PROCESS) as engines:
-        by_engine = EngineSampler(engines, settings, stack, RANK, ALPHA, stop)
+    settings = EngineSettings(str(folder), None, False, "bfloat16", 256, 1 << 30, 0.5, RANK, None, None, THREADS)
+    with PolicyEngine(SINGLE_PROCESS) as engine:
+
+        def by_engine(requests: list[Request]) -> list[Response]:
+            return engine.draw(model, settings, requests, stop)
 
         def own(requests: list[Request]) -> list[Response]:
-            return sample(stack, tokenizer, requests, stop, 1_000_000, torch.bfloat16)
+            return sample(model, tokenizer, requests, stop, 1_000_000, torch.bfloat16)
 
         rows = []
         for responses in RESPONSES:
@@ -63,7 +66,7 @@ def main() -> None:
             speeds: dict[str, list[float]] = {"own": [], "vllm": []}
             for turn in range(TURNS + 1):
                 requests = [
-                    Request(prompt, (turn, problem, number), "run")
+                    Request(prompt, (turn, problem, number))
                     for problem, prompt in enumerate(prompts)
                     for number in range(SAMPLES)
                 ]

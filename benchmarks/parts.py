@@ -4,8 +4,8 @@
 
 The optimizations are: attention in blocks of queries (`lorabench.models.attention`) instead of PyTorch's kernel;
 `MAX_LOGITS` logits at once (`lorabench.training.loss`) instead of a quarter of them; LoRA's thin products transposed to
-the order that a CPU computes fast (`lorabench.models.lanes.lora`); the last MLP only at scored tokens
-(`lorabench.models.last_layer`). Steps with and without take turns in one process. The program prints the seconds of
+the order that a CPU computes fast (`lorabench.models.lora_products`); the last MLP only at scored tokens
+(`lorabench.models.passes`). Steps with and without take turns in one process. The program prints the seconds of
 both and their ratio, and appends a row for each case to `benchmarks/parts.csv`.
 """
 
@@ -22,10 +22,9 @@ from unittest import mock
 import torch
 
 from benchmarks.speed.models import SMOLLM2, is_there
-from benchmarks.speed.steps import Arm, Method, Setting, median_seconds, training_step
-from lorabench.models import attention
+from benchmarks.speed.steps import Method, Setting, median_seconds, training_step
+from lorabench.models import attention, lora_products
 from lorabench.models.base import package_versions
-from lorabench.models.lanes import lora
 from lorabench.training import loss
 from lorabench.training.loss import MAX_LOGITS
 from lorabench.training.provenance import machine_state
@@ -47,12 +46,12 @@ def a_quarter() -> AbstractContextManager[object]:
 
 def as_written() -> AbstractContextManager[object]:
     """Within, thin products are computed in the order of their formulas."""
-    return mock.patch.multiple(lora, _narrow=torch.bmm, _outer=lambda gradient, inner: torch.bmm(gradient.mT, inner))
+    return mock.patch.object(lora_products, "_narrow", torch.mm)
 
 
 def everywhere() -> AbstractContextManager[object]:
     """Within, the last MLP is computed at all tokens."""
-    return mock.patch.object(loss, "read_at", return_value=nullcontext())
+    return mock.patch.object(loss, "computing_only", return_value=nullcontext())
 
 
 WITHOUT = {
@@ -96,7 +95,7 @@ def main() -> None:
             if not is_there(setting.model):
                 print(f"{setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
                 continue
-            step, _ = training_step(setting, Arm(method))
+            step, _ = training_step(setting, method)
             steps = {"with": step, "without": _within(WITHOUT[part], step)}
             seconds = median_seconds(steps, REPEATS)
             case = f"{method}, {setting.case}"

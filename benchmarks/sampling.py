@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
+from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.models import TinyModel
-from lorabench.config.problems import ReasoningProblems
 from lorabench.data.problems import make_problems
 from lorabench.models.base import load_model, load_tokenizer, package_versions
-from lorabench.models.lanes.shelf import single_lane
 from lorabench.runs import Rollouts
 from lorabench.training.provenance import machine_state
 from lorabench.training.rl.prompts import ProblemTexts
@@ -41,13 +40,12 @@ def measure(spec: ReasoningProblems, group_size: int, max_new_tokens: int) -> tu
     tiny = TinyModel(kind="tiny")
     model, tokenizer = load_model(tiny).eval(), load_tokenizer(tiny)
     texts = ProblemTexts(tokenizer, Rollouts(group_size, max_new_tokens, 1, (), 1, None, (), 1), 512)
-    stack = single_lane(model, "")
     prompts = [texts.prompt(row["question"]) for row in make_problems(spec) if row["split"] == "train"]
 
     def ours(turn: int) -> int:
         keys = [(turn, 0, problem, number) for problem in range(len(prompts)) for number in range(group_size)]
         requests = [Request(prompts[key[2]], key) for key in keys]
-        responses = sample(stack, tokenizer, requests, texts.stop, 1_000_000)
+        responses = sample(model, tokenizer, requests, texts.stop, 1_000_000)
         return sum(len(response.tokens) for response in responses)
 
     def theirs(turn: int) -> int:

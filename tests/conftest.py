@@ -117,7 +117,7 @@ def raw_rl_preset() -> dict[str, Any]:
             ]
         },
         "margins": dict(MARGINS),
-        "execution": {"gflops": 1.0, "lanes": 2},
+        "execution": {"gflops": 1.0},
     }
 
 

@@ -3,12 +3,12 @@
     python -m benchmarks.speed              # a quarter of an hour of CPU time
     python -m benchmarks.speed --keep       # also writes the numbers to speed.csv
     python -m benchmarks.speed --quick      # the smallest form, to check that everything works
-    python -m benchmarks.speed --arm lanes --arm trl
+    python -m benchmarks.speed --arm lorabench --arm trl
     python -m benchmarks.speed --gpu H100-80GB --out speed_h100.csv    # SmolLM2-135M in bf16; a 1B model's steps
 
 - sweep: the wall-clock time of a whole sweep of LoRA's learning rates, start-up included, the median of turns in which
   the arms alternate. The losses of all arms must agree.
-- step: a training step within one process, by lanes, rank, model, length and precision, as a share of what the machine
+- step: a training step within one process, by rank, model, length and precision, as a share of what the machine
   reaches in matmul.
 - rl: a step of RL, against TRL's GRPOTrainer.
 """
@@ -47,7 +47,7 @@ QUICK = Form(
     sweep.Shape(lrs=(5e-4, 2e-3), steps=3, batch_size=4, rank=2, test=8, turns=1),
     steps.QUICK,
     1,
-    rl.Shape(problems=2, group_size=4, lrs=(1e-4, 1e-3), steps=rl.WARM_UP + 4),
+    rl.Shape(problems=2, group_size=4, steps=rl.WARM_UP + 4),
 )
 ON_A_GPU = Form(
     sweep.Shape(

@@ -29,7 +29,7 @@ class Shape:
     group_size: int = 16
     max_new_tokens: int = 4
     rank: int = 8
-    lrs: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
+    lr: float = 6e-4
     steps: int = 12
     threads: int = 2
     precision: Precision = "fp32"
@@ -43,15 +43,14 @@ class Shape:
 
 
 ARMS = {
-    "rl-lanes": "lorabench, together",
-    "rl-alone": "lorabench, one run",
-    "rl-trl": "TRL's GRPOTrainer, one run",
+    "rl-lorabench": "lorabench",
+    "rl-trl": "TRL's GRPOTrainer",
 }
 """The name of each arm in the table, by its name on the command line."""
 
 
-def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
-    """Return the preset of the runs."""
+def preset(shape: Shape) -> dict[str, Any]:
+    """Return the preset of the run."""
     sizes = {"tasks": ["gcd"], "max_value": 50, "train": 600, "validation": 1, "test": 1}
     return {
         "description": "RL whose speed is measured",
@@ -71,13 +70,13 @@ def preset(shape: Shape, lrs: tuple[float, ...]) -> dict[str, Any]:
                     "max_new_tokens": shape.max_new_tokens,
                     "mean_response_tokens": 2,
                     "evaluations": 1,
-                    "lrs": {"fullft": [], "lora": list(lrs)},
+                    "lrs": {"fullft": [], "lora": [shape.lr]},
                     "seeds": 1,
                 }
             ]
         },
         "margins": DEFAULT_MARGINS.model_dump(),
-        "execution": {"lanes": len(lrs)} | execution(shape.threads, shape.gpu),
+        "execution": execution(shape.threads, shape.gpu),
     }
 
 
@@ -89,12 +88,10 @@ def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -
     """
     rows = []
     for name in chosen:
-        # All arms have the middle LR.
-        lrs = shape.lrs if name == "rl-lanes" else (shape.lrs[len(shape.lrs) // 2],)
         with TemporaryDirectory() as scratch:
             folder = Path(scratch)
             path, settings, result = (folder / file for file in ("speed.yaml", "settings.json", "result.json"))
-            path.write_text(yaml.safe_dump(preset(shape, lrs)))
+            path.write_text(yaml.safe_dump(preset(shape)))
             finish(start(lorabench("step", "dataset", "gcd", path), folder, shape.threads))
             trainer = "trl" if name == "rl-trl" else "lorabench"
             settings.write_text(json.dumps({"trainer": trainer, "preset": str(path), "result": str(result)}))
@@ -104,5 +101,5 @@ def measure(shape: Shape, chosen: list[str], say: Callable[[str], None] = say) -
         seconds = statistics.median(measured["seconds"][WARM_UP:])
         reward = statistics.mean(measured["rewards"][WARM_UP:])
         say(f"rl: {ARMS[name]}: {seconds:.2f} s a step")
-        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, measured["runs"], seconds, reward=reward))
+        rows.append(Row("rl", shape.case, ARMS[name], shape.threads, 1, seconds, reward=reward))
     return rows

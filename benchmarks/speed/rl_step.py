@@ -22,47 +22,31 @@ from lorabench.data.problems import read_problems
 from lorabench.models.base import load_model, load_tokenizer
 from lorabench.models.lora import add_lora
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.runs import Run, Sweep
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
 
-StepTimes = tuple[int, list[float], list[float]]
-"""The number of runs trained together, and of the first run the time at which each step ended and its mean reward."""
-
-
-class Clock(Progress):
-    """Records when the steps of the first run end; other runs beside it end their steps at the same time."""
-
-    def __init__(self, path: Path, sweep: Sweep) -> None:
-        super().__init__(path, sweep)
-        self.ends: list[float] = []
-
-    def tick(self, number: int, run: Run, step: int) -> None:
-        """Record the end of a step."""
-        if number == 1:
-            self.ends.append(time.perf_counter())
-        super().tick(number, run, step)
+StepTimes = tuple[list[float], list[float]]
+"""The time at which each step ended, and its mean reward."""
 
 
 def lorabench_steps(plan: Plan, layout: Layout) -> StepTimes:
-    """Train the runs that the plan groups with the sweep's first run."""
+    """Train the run as a job does."""
     from lorabench.training.rl.trainer import RlTrainer
     from lorabench.training.sweep import SweepContext, machine_of
 
-    [sweep] = plan.sweeps
-    clock = Clock(layout.progress(sweep), sweep)
-    context = SweepContext(plan, sweep, layout, machine_of(plan), clock, print)
-    together = list(context.unfinished_groups(list(enumerate(sweep.grid(), 1)))[0].values())
+    [sweep], ends = plan.sweeps, []
+    [run] = sweep.grid()
+    context = SweepContext(plan, sweep, layout, machine_of(plan), Progress(layout.progress(sweep), sweep), print)
     with RlTrainer() as train:
-        train(context, together)
-    curves = context.folder(sweep.grid()[0]).read_curves().to_pandas()
-    of_train = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
+        train(context, run, lambda step: ends.append(time.perf_counter()))
+    curves = context.folder(run).read_curves().to_pandas()
+    rewards = curves[(curves["split"] == "train") & (curves["metric"] == "reward")]
     # The last step is evaluated before it ends.
-    return len(together), clock.ends[:-1], of_train.sort_values("step")["value"].tolist()[:-1]
+    return ends[:-1], rewards.sort_values("step")["value"].tolist()[:-1]
 
 
 def trl_steps(plan: Plan, layout: Layout) -> StepTimes:
-    """Train the first run of the sweep by TRL's GRPO with settings that give the paper's objective.
+    """Train the run by TRL's GRPO with settings that give the paper's objective.
 
     There is no KL term, no division by the standard deviation and no clipping; one update per batch, temperature 1.
     """
@@ -131,7 +115,7 @@ def trl_steps(plan: Plan, layout: Layout) -> StepTimes:
     )
     rows = Dataset.from_dict({"prompt": chats, "answer": answers})
     GRPOTrainer(model, reward, config, rows, processing_class=load_tokenizer(spec), callbacks=[Ends()]).train()
-    return 1, ends, rewards
+    return ends, rewards
 
 
 def main(path: Path) -> None:
@@ -139,9 +123,9 @@ def main(path: Path) -> None:
     settings = json.loads(path.read_text())
     layout = Layout("speed", load_preset(settings["preset"]))
     by = {"lorabench": lorabench_steps, "trl": trl_steps}[settings["trainer"]]
-    runs, ends, rewards = by(make_plan(layout.preset), layout)
+    ends, rewards = by(make_plan(layout.preset), layout)
     seconds = [end - start for start, end in pairwise(ends)]
-    Path(settings["result"]).write_text(json.dumps({"runs": runs, "seconds": seconds, "rewards": rewards}))
+    Path(settings["result"]).write_text(json.dumps({"seconds": seconds, "rewards": rewards}))
 
 
 if __name__ == "__main__":

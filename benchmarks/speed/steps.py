@@ -1,7 +1,7 @@
 """A training step within one process, without start-up; and the speed of the machine's matrix products.
 
-The steps of this project are computed as in a run (`SftServer`). Every token is scored unless a setting says otherwise,
-and there is no padding. At LR 0 a step does all its work and does not change the weights.
+The steps of this project are computed as in a run (`batch_gradient`). Every token is scored unless a setting says
+otherwise, and there is no padding. At LR 0 a step does all its work and does not change the weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,12 @@ from benchmarks.speed.table import Row, say
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.steps import SQUARE, matmul_peak
 from lorabench.models import bf16_products
-from lorabench.models.lanes.full import stack_full
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import Stack, single_lane
-from lorabench.models.lora import add_adapter, add_lora
-from lorabench.models.size import train_flops_per_token
+from lorabench.models.counts import train_flops_per_token
+from lorabench.models.lora import add_lora
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import trained_parameters
 from lorabench.training.run import Machine
-from lorabench.training.sft.serve import SftGradientRequest, SftServer
+from lorabench.training.sft import batch_gradient
 from lorabench.utils.exhaustion import keep_freed_memory
 
 ALPHA, INCLUDE_UNEMBEDDING = 32.0, True
@@ -38,12 +37,8 @@ WARM_UP = 1
 CPU = torch.device("cpu")
 Method = Literal["peft", "lora", "fullft"]
 
-
-class Arm(NamedTuple):
-    """The trainer of a step."""
-
-    method: Method
-    lanes: int = 1
+ARMS: dict[str, Method] = {"PEFT": "peft", "LoRA": "lora", "FullFT": "fullft"}
+"""The way of making a step by its name; the arm without this project comes first."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,6 @@ class Setting:
     precision: Precision = "fp32"
     scored: float = 1.0
     """Share of a row's tokens that are scored, from its end."""
-    lanes: tuple[int, ...] = (2, 4, 8, 16)
-    full_lanes: tuple[int, ...] = ()
 
     @property
     def case(self) -> str:
@@ -66,77 +59,57 @@ class Setting:
         scored = "" if self.scored == 1 else f", {self.scored:.0%} scored"
         return f"{self.model}, r{self.rank}, {self.batch} x {self.length} tokens{scored}, {self.precision}"
 
-    def arms(self) -> dict[str, Arm]:
-        """Return the arms by name; the arm without this project comes first."""
-        lora = {f"LoRA, {lanes} lanes": Arm("lora", lanes) for lanes in self.lanes}
-        full = {f"FullFT, {lanes} lanes": Arm("fullft", lanes) for lanes in self.full_lanes}
-        return {"PEFT": Arm("peft"), "LoRA": Arm("lora"), **lora, "FullFT": Arm("fullft"), **full}
-
 
 SETTINGS = [
-    Setting(full_lanes=(4, 8)),
+    Setting(),
     *(Setting(rank=rank) for rank in (1, 4, 64)),
-    *(Setting(length=length, lanes=(8,)) for length in (64, 256)),
-    Setting(precision="bf16", lanes=(8,)),
-    Setting(model="llama-64", full_lanes=(4, 8)),
-    # Here a single run leaves most of a core idle.
-    Setting(model="llama-64", length=64, lanes=(7,)),
+    *(Setting(length=length) for length in (64, 256)),
+    Setting(precision="bf16"),
+    Setting(model="llama-64"),
+    Setting(model="llama-64", length=64),
     # These take a few seconds per step on two cores.
-    Setting(model=SMOLLM2, batch=1, length=64, lanes=(4,)),
-    Setting(model=SMOLLM2, batch=4, precision="bf16", lanes=(2,)),
-    Setting(model=SMOLLM2, batch=16, length=127, precision="bf16", lanes=()),
+    Setting(model=SMOLLM2, batch=1, length=64),
+    Setting(model=SMOLLM2, batch=4, precision="bf16"),
+    Setting(model=SMOLLM2, batch=16, length=127, precision="bf16"),
 ]
 ON_A_GPU = [
-    Setting(model=SMOLLM2, batch=16, precision="bf16", lanes=(7,), full_lanes=(7,)),
-    *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16", lanes=(7,)) for rank in (1, 128)),
-    *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16", lanes=(7,)) for length in (512, 1024)),
-    Setting(model=ONE_B, batch=8, length=1024, precision="bf16", lanes=()),
+    Setting(model=SMOLLM2, batch=16, precision="bf16"),
+    *(Setting(model=SMOLLM2, rank=rank, batch=16, precision="bf16") for rank in (1, 128)),
+    *(Setting(model=SMOLLM2, batch=16, length=length, precision="bf16") for length in (512, 1024)),
+    Setting(model=ONE_B, batch=8, length=1024, precision="bf16"),
 ]
-QUICK = [Setting(model="llama-64", batch=2, length=16, lanes=(2,), full_lanes=(2,))]
+QUICK = [Setting(model="llama-64", batch=2, length=16)]
 
 
-def training_step(setting: Setting, arm: Arm, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
-    """Return a function that makes one optimizer step of all lanes, and the step's FLOPs as the paper counts them."""
-    method, lanes = arm
-    base: Any = loaded(setting.model, device)
+def training_step(setting: Setting, method: Method, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
+    """Return a function that makes one optimizer step, and the step's FLOPs as the paper counts them."""
+    model: Any = loaded(setting.model, device)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (setting.batch, setting.length + 1), generator=generator)
     if method != "fullft":
-        base = add_lora(base, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0, adapter="lane0")
-    flops = lanes * setting.batch * setting.length * train_flops_per_token(base)
+        model = add_lora(model, setting.rank, "all", ALPHA, INCLUDE_UNEMBEDDING, seed=0)
+    flops = setting.batch * setting.length * train_flops_per_token(model)
     if method == "peft":
         # PEFT is measured without this project's attention.
-        base.set_attn_implementation("sdpa")
-        return _peft_step(base, ids.to(device), setting.precision), flops
-    names = [f"lane{lane}" for lane in range(lanes)]
-    stack = _full(base, names) if method == "fullft" else _lora(base, names)
-    optimizers = [_adam(lane.parameters) for lane in stack.lanes.values()]
+        model.set_attn_implementation("sdpa")
+        return _peft_step(model, ids.to(device), setting.precision), flops
+    if method == "lora":
+        use_fast_products(model)
+    parameters = list(trained_parameters(model).values())
+    optimizer = _adam(parameters)
     offsets = np.arange(setting.batch + 1) * (setting.length + 1)
     scored = np.tile(np.arange(setting.length + 1) >= (1 - setting.scored) * setting.length, setting.batch)
-    split = TokenizedSplit(ids.flatten().numpy(), scored, offsets)
+    split, examples = TokenizedSplit(ids.flatten().numpy(), scored, offsets), np.arange(setting.batch)
     machine = Machine(device, MAX_BATCH_TOKENS[device.type], math.inf)
-    serve = SftServer(stack, {"train": split}, machine, torch.bfloat16 if setting.precision == "bf16" else None)
-    asked = {name: SftGradientRequest(np.arange(setting.batch)) for name in names}
+    autocast = torch.bfloat16 if setting.precision == "bf16" else None
 
     def step() -> None:
-        serve(asked)
-        for lane, optimizer in zip(stack.lanes.values(), optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(lane.parameters, math.inf)
-            optimizer.step()
-            lane.zero_grad()
+        batch_gradient(model, split, examples, machine, autocast)
+        torch.nn.utils.clip_grad_norm_(parameters, math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step, flops
-
-
-def _full(base: Any, names: list[str]) -> Stack:
-    return stack_full(base, names) if len(names) > 1 else single_lane(base, names[0])
-
-
-def _lora(model: Any, names: list[str]) -> Stack:
-    """Return the lanes of a model that has the first lane's adapter."""
-    for lane, name in enumerate(names[1:], 1):
-        add_adapter(model, name, seed=lane)
-    return stack_lora(model, names)
 
 
 def _peft_step(model: Any, ids: torch.Tensor, precision: Precision) -> Callable[[], None]:
@@ -195,12 +168,10 @@ def measure(
         if not is_there(setting.model):
             say(f"step: {setting.model} is not here and is left out; `lorabench step convert {setting.model}` gets it")
             continue
-        made = {name: training_step(setting, arm, device) for name, arm in setting.arms().items()}
+        made = {name: training_step(setting, arm, device) for name, arm in ARMS.items()}
         seconds = median_seconds({name: step for name, (step, _) in made.items()}, repeats, device)
         say(f"step: {setting.case}: {len(made)} arms")
-        for name, arm in setting.arms().items():
+        for name in ARMS:
             speed = made[name][1] / seconds[name]
             share = speed / peaks[setting.precision]
-            yield Row(
-                "step", setting.case, name, threads, arm.lanes, seconds[name], gflops=speed / 1e9, share_of_peak=share
-            )
+            yield Row("step", setting.case, name, threads, 1, seconds[name], gflops=speed / 1e9, share_of_peak=share)

@@ -85,7 +85,7 @@ LossesByLr = dict[float, Losses]
 """The losses of the runs by learning rate."""
 
 
-def preset(shape: Shape, lanes: int) -> dict[str, Any]:
+def preset(shape: Shape) -> dict[str, Any]:
     """Return the preset of the sweep."""
     train = shape.steps * shape.batch_size
     return {
@@ -116,7 +116,7 @@ def preset(shape: Shape, lanes: int) -> dict[str, Any]:
             ]
         },
         "margins": DEFAULT_MARGINS.model_dump(),
-        "execution": {"lanes": lanes} | execution(shape.threads, shape.gpu),
+        "execution": execution(shape.threads, shape.gpu),
     }
 
 
@@ -165,15 +165,14 @@ class Sweeps:
     """The sweep trained by lorabench, in its own folders, with data and tokens prepared in advance.
 
     Args:
-        lanes: largest number of runs that are trained together.
         processes: number of processes that divide the learning rates and threads among them.
     """
 
-    def __init__(self, folder: Path, shape: Shape, lanes: int, processes: int = 1) -> None:
+    def __init__(self, folder: Path, shape: Shape, processes: int = 1) -> None:
         self.threads = max(1, shape.threads // processes)
         shares = [shape.lrs[first::processes] for first in range(processes)]
         shapes = [replace(shape, lrs=lrs, threads=self.threads) for lrs in shares]
-        self.jobs = [_Job(folder / str(number), share, lanes) for number, share in enumerate(shapes)]
+        self.jobs = [_Job(folder / str(number), share) for number, share in enumerate(shapes)]
 
     def clear(self) -> None:
         """Delete all runs."""
@@ -194,10 +193,10 @@ class Sweeps:
 class _Job:
     """The folder, the preset and the plan of a process."""
 
-    def __init__(self, folder: Path, shape: Shape, lanes: int) -> None:
+    def __init__(self, folder: Path, shape: Shape) -> None:
         folder.mkdir(parents=True)
         self.folder, self.path, self.results = folder, folder / f"{NAME}.yaml", folder / "results" / NAME
-        self.path.write_text(yaml.safe_dump(preset(shape, lanes)))
+        self.path.write_text(yaml.safe_dump(preset(shape)))
         self.plan = make_plan(load_preset(str(self.path)))
         finish(start(lorabench("step", "dataset", DATASET, self.path), folder, shape.threads))
         finish(start(lorabench("step", "tokens", shape.model, DATASET, self.path), folder, shape.threads))
@@ -283,8 +282,7 @@ class Trainings:
 
 
 ARMS: dict[str, str] = {
-    "lanes": "lorabench, together",
-    "alone": "lorabench, one after another",
+    "lorabench": "lorabench",
     "halves": "lorabench, two processes of one thread",
     "transformers": "Trainer and PEFT, a process per run",
     "trl": "TRL's SFTTrainer, a process per run",
@@ -299,12 +297,10 @@ def make_arm(name: str, folder: Path, shape: Shape, like: Sweeps) -> Sweeps | Tr
         like: the sweep whose tokens other trainers use.
     """
     match name:
-        case "lanes":
-            return Sweeps(folder, shape, lanes=len(shape.lrs))
-        case "alone":
-            return Sweeps(folder, shape, lanes=1)
+        case "lorabench":
+            return Sweeps(folder, shape)
         case "halves":
-            return Sweeps(folder, shape, lanes=1, processes=2)
+            return Sweeps(folder, shape, processes=2)
         case _:
             return Trainings(folder, shape, name, like)
 
@@ -340,7 +336,7 @@ def measure(shape: Shape, chosen: Iterable[str], say: Callable[[str], None] = sa
     if not chosen:
         return []
     with TemporaryDirectory() as scratch:
-        like = Sweeps(Path(scratch) / "data", shape, lanes=1)
+        like = Sweeps(Path(scratch) / "data", shape)
         arms = {name: make_arm(name, Path(scratch) / name, shape, like) for name in chosen}
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         of_cpu: dict[str, list[float]] = {name: [] for name in arms}

@@ -19,8 +19,7 @@ from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, error_rate, nats
 from lorabench.analysis.loss_fit import LossFit, Noise, fit_losses
 from lorabench.analysis.rules import Above, Margin, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.config.margins import DEFAULT_MARGINS, SHARE_OF_LOSS, Margins
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, SHARE_OF_LOSS, Margins, Predictions
 from lorabench.store.checks import is_rl
 
 MIN_LRS = 3

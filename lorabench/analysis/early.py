@@ -124,6 +124,13 @@ def early_difference(
     if kept.empty:
         return None
     variance = [losses_of[rank].loc[kept].var(axis=1) for rank in pair]
+    # Before the first update all ranks have the loss of the base model.
+    later = {rank: losses.loc[2:] for rank, losses in losses_of.items()}
+    by_inverse_rank = [
+        (low_rank, high_rank, 1 / low_rank - 1 / high_rank, float(np.nanmean(apart)))
+        for low_rank, high_rank in combinations(later, 2)
+        if np.isfinite(apart := (later[low_rank] - later[high_rank]).to_numpy(float)).any()
+    ]
     both = runs[runs["rank"].isin(pair) & (runs["lr"] == lr)]
     return EarlyDifference(
         low=low,
@@ -131,17 +138,7 @@ def early_difference(
         lr=float(lr),
         by_seed=(losses_of[low] - losses_of[high]).loc[kept],
         sigma_batch=math.sqrt(float(pd.concat(variance).mean())) if len(paired[lr]) > 1 else math.nan,
-        by_inverse_rank=_by_inverse_rank(losses_of),
+        by_inverse_rank=pd.DataFrame(by_inverse_rank, columns=["low", "high", "inverse", "difference"]),
         n_diverged=int((both["status"] == "diverged").sum()),
         run_ids=tuple(both.loc[both["seed"].isin(paired[lr]), "run_id"]),
     )
-
-
-def _by_inverse_rank(losses_of: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    # Before the first update all ranks have the loss of the base model.
-    rows = [
-        (low, high, 1 / low - 1 / high, float(np.nanmean((losses_of[low] - losses_of[high]).loc[2:].to_numpy(float))))
-        for low, high in combinations(losses_of, 2)
-        if (losses_of[low] - losses_of[high]).loc[2:].notna().to_numpy().any()
-    ]
-    return pd.DataFrame(rows, columns=["low", "high", "inverse", "difference"])

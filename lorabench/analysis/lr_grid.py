@@ -79,24 +79,6 @@ def is_edge(grid: LrGrid, index: int) -> bool:
     return not (has_parabola | diverged_above).item()
 
 
-def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the position of the minimum of the parabola through three points, of which the middle is the lowest.
-
-    Args:
-        x: ascending positions, shape (..., 3).
-        y: values, shape (..., 3).
-
-    Returns:
-        Positions, shape (...); the middle position if the three values are equal.
-    """
-    left, right = x[..., 0] - x[..., 1], x[..., 2] - x[..., 1]
-    rise_left, rise_right = y[..., 0] - y[..., 1], y[..., 2] - y[..., 1]
-    curvature = rise_left * right - rise_right * left
-    flat = curvature == 0
-    shift = (rise_left * right**2 - rise_right * left**2) / np.where(flat, 1.0, 2 * curvature)
-    return np.asarray(x[..., 1] + np.where(flat, 0.0, shift))
-
-
 def _bracket(grid: LrGrid, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return whether both neighbours of each index finished, and whether the lower finished and the upper diverged."""
     finished = np.concatenate([[False], np.isfinite(grid.validation), [False]])

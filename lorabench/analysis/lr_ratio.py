@@ -48,12 +48,7 @@ from lorabench.analysis.estimate import Estimate, combined, unknown
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
 from lorabench.analysis.rules import Within
-from lorabench.config.predictions import (
-    FixedLoraTheory,
-    LrRatioPredictions,
-    MovementTheory,
-    ScaleTheory,
-)
+from lorabench.config.margins import FixedLoraTheory, LrRatioPredictions, MovementTheory, ScaleTheory
 
 WIDTH, STEPS, BATCH_SIZE, ALPHA = 128, 50, 8, 32.0
 """The condition at which parameters of theories are given."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -33,36 +33,6 @@ LEVEL = 0.05
 
 # Quantiles of the normal distribution: a one-sided test at 5%, a two-sided test at 5%, and a power of 80%.
 _ONE_SIDED, _TWO_SIDED, _POWER = 1.645, 1.960, 0.842
-
-
-class Rule(Protocol):
-    """What a claim says about a number."""
-
-    @property
-    def margins(self) -> tuple[float, float]:
-        """The ends of the band that confirms, or the margin and infinity."""
-        ...
-
-    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
-        """Return whether the estimate confirms the claim."""
-        ...
-
-    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
-        """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
-        ...
-
-    @property
-    def size(self) -> float:
-        """The margin as a length: half of a band with two ends, the distance of a single limit from 0."""
-        ...
-
-    def strain(self, estimate: Estimate) -> float:
-        """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
-        ...
-
-    def deciding_error(self, estimate: Estimate) -> float:
-        """Return the standard error at which there is a verdict with a power of 80%, if the estimate is the truth."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,18 +49,22 @@ class Within:
 
     @property
     def margins(self) -> tuple[float, float]:
+        """The ends of the band that confirms, or the margin and infinity."""
         return self.low, self.high
 
     def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
+        """Return whether the estimate confirms the claim."""
         low, high = estimate.interval(1 - 2 * LEVEL)
         return self.low - slack <= low and high <= self.high + slack
 
     def against(self, estimate: Estimate, slack: float = 0.0) -> float:
+        """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
         draws = estimate.draws
         return min(1.0, 2 * min(_share(draws <= self.high + slack), _share(draws >= self.low - slack)))
 
     @property
     def size(self) -> float:
+        """The margin as a length: half of a band with two ends, the distance of a single limit from 0."""
         return (self.high - self.low) / 2 if len(self._ends) == 2 else sum(map(abs, self._ends))
 
     @property
@@ -98,6 +72,7 @@ class Within:
         return [end for end in (self.low, self.high) if math.isfinite(end)]
 
     def strain(self, estimate: Estimate) -> float:
+        """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
         ends = self._ends
         if not ends:
             return math.nan
@@ -107,13 +82,14 @@ class Within:
         return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
 
     def deciding_error(self, estimate: Estimate) -> float:
+        """Return the standard error at which there is a verdict with a power of 80%, if the estimate is the truth."""
         room = min(self.high - estimate.value, estimate.value - self.low)
         return room / (_ONE_SIDED + _POWER) if room > 0 else -room / (_TWO_SIDED + _POWER)
 
 
 @dataclass(frozen=True)
 class Above:
-    """The claim that a number is above 0 by at least a margin."""
+    """The claim that a number is above 0 by at least a margin; its methods are those of `Within`."""
 
     margin: float
 
@@ -139,6 +115,10 @@ class Above:
         if estimate.value >= self.margin:
             return estimate.value / (_TWO_SIDED + _POWER)
         return (self.margin - estimate.value) / ((_ONE_SIDED if self.margin > 0 else _TWO_SIDED) + _POWER)
+
+
+Rule = Within | Above
+"""The statement of a claim about a number."""
 
 
 def _share(condition: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.curves import train_curves
-from lorabench.analysis.estimate import exact
+from lorabench.analysis.estimate import exact, ratio_of_means
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
@@ -19,7 +19,6 @@ from lorabench.analysis.invariances import (
     differences,
     invariance_pairs,
     move_times,
-    ratio_of_means,
     tenfold_pairs,
 )
 from lorabench.analysis.rules import Problem, Remedy, Within

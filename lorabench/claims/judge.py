@@ -17,8 +17,7 @@ from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.published import estimates_by_claim
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim, Evidence
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import check_curves, check_table, is_rl
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables, remarks_on

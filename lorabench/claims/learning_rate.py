@@ -24,8 +24,7 @@ from lorabench.claims.claim import SWEEP, Claim, Evidence
 from lorabench.claims.conditions import runs_of_steps
 from lorabench.claims.judging import highest_and_full, judge_each, named_problems, over
 from lorabench.claims.scopes import FULL_STEPS, every_dataset
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, Predictions
+from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
 from lorabench.store.tables import Tables

@@ -164,7 +164,7 @@ def run(
     """Run a preset in this folder: start Snakemake on the packaged workflow, and pass all further options on to it."""
     with in_one_sentence():
         from lorabench.cli.snakemake import start_snakemake
-        from lorabench.config.files import preset_path
+        from lorabench.config.loading import preset_path
 
         preset_path(preset)
         start_snakemake(preset, context.args)
@@ -288,7 +288,7 @@ def claims(
         from lorabench.claims.judge import judge_claims
         from lorabench.claims.learning_rate import write_predictions
         from lorabench.config.loading import read_margins
-        from lorabench.config.predictions import LrRatioPredictions, Predictions
+        from lorabench.config.margins import LrRatioPredictions, Predictions
         from lorabench.store.io import write_frame
         from lorabench.store.layout import Layout
         from lorabench.store.tables import Tables
@@ -334,7 +334,7 @@ def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str |
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     with in_one_sentence():
-        from lorabench.figures.save import drawable_figures, save_figure
+        from lorabench.figures.catalog import drawable_figures, save_figure
 
         if name != "all":
             save_figure(name, tables, out)

@@ -56,8 +56,7 @@ def dataset(name: str, preset: PresetOption = "laptop") -> None:
     """Make a dataset (examples as chats) or a problem set (questions and answers) of a preset, in its splits."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.config.datasets import FileDataset
-        from lorabench.config.problems import FileProblems
+        from lorabench.config.datasets import FileDataset, FileProblems
         from lorabench.data.files import tally_of
         from lorabench.data.problems import make_problems, write_problems
         from lorabench.data.sft import build_dataset
@@ -118,8 +117,7 @@ def fetch_model(model: str, preset: PresetOption = "laptop") -> None:
 def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
     """Download a preset's dataset or problem set from the Hugging Face hub, once."""
     with in_one_sentence():
-        from lorabench.config.datasets import HubDataset
-        from lorabench.config.problems import HubProblems
+        from lorabench.config.datasets import HubDataset, HubProblems
         from lorabench.data.hub import repository
         from lorabench.data.problems import repositories
         from lorabench.utils.hub import fetch_repositories
@@ -136,18 +134,6 @@ def fetch_data(name: str, preset: PresetOption = "laptop") -> None:
         if out is None:
             raise UserError(f"dataset {name!r} of kind {spec.kind!r} is not on the hub, or a local copy is read")
         fetch_repositories(wanted, layout.pins, out)
-
-
-@steps.command()
-def tiny(name: str, out: Path) -> None:
-    """Pretrain a tiny base by its recipe (10 to 20 minutes on 2 cores) and write it to OUT."""
-    _fix_hashes()
-    with in_one_sentence():
-        from lorabench.models.tiny import RECIPES, build
-
-        if name not in RECIPES:
-            raise UserError(f"tiny base {name!r}: allowed: {', '.join(RECIPES)}")
-        build(out, RECIPES[name])
 
 
 @steps.command()
@@ -194,7 +180,7 @@ def train(
         from lorabench.training.distributed import SINGLE_PROCESS, join, leave
         from lorabench.training.job import run_job
 
-        group = join(planned.preset.execution.sharding) if is_worker() else SINGLE_PROCESS
+        group = join() if is_worker() else SINGLE_PROCESS
 
         def say(line: str) -> None:
             state = read_status(planned, layout)
@@ -210,7 +196,7 @@ def pretraining(preset: PresetOption = "laptop") -> None:
     """Make the held-out pretraining text that a preset's evaluation reads."""
     _fix_hashes()
     with in_one_sentence():
-        from lorabench.evaluation.catalog import write_pretraining
+        from lorabench.evaluation.pretraining import write_pretraining
 
         planned, layout = plan_and_layout(preset)
         if planned.preset.evaluation is None:
@@ -324,6 +310,6 @@ def report(
 @steps.command()
 def schema() -> None:
     """Print the JSON schema of presets."""
-    from lorabench.config.schema import json_schema
+    from lorabench.config.preset import json_schema
 
     print(json_schema(), end="")

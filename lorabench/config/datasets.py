@@ -1,4 +1,5 @@
-"""The section `datasets` of a preset: where examples for supervised fine-tuning (SFT) come from."""
+"""The sections `datasets` and `problems` of a preset: examples for supervised fine-tuning (SFT), and sets of verifiable
+problems for reinforcement learning (RL)."""
 
 from __future__ import annotations
 
@@ -7,45 +8,56 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lorabench.config.fields import DataFile, FileFormat, Positive, Strict, check_copies
+from lorabench.config.fields import DataFile, FileFormat, NotNegative, Positive, Strict, check_copies
+
+MaxChars = Annotated[int, Field(ge=32)]
+
+NumberTask = Literal["chain_sum", "products", "gcd", "lcm", "count_bits", "leg_counting", "letter_counting"]
+"""The tasks of reasoning-gym whose answer is a number."""
+
+HUB_PROBLEMS = {
+    "gsm8k": ("openai/gsm8k",),
+    "math": ("EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"),
+    "deepmath": ("zwhe99/DeepMath-103K",),
+    "aime24": ("HuggingFaceH4/aime_2024",),
+    "aime25": ("math-ai/aime25",),
+}
+"""The ids of the hub's datasets that each kind of problem set is made of."""
 
 
-class ChatDataset(Strict):
+class Splits(Strict):
+    """The sizes of the splits that a dataset or a problem set is divided into."""
+
+    train: Positive
+    """Examples or problems that are trained on."""
+    validation: Positive
+    """Examples or problems on which the LR is picked."""
+    test: Positive
+    """Examples or problems on which losses or rewards are reported."""
+    seed: NotNegative = 0
+    """Seed of the choice of examples or problems, or of what is generated."""
+
+
+class ChatDataset(Splits):
     """An SFT dataset of distinct chats from reasoning-gym, split into train, validation and test."""
 
     kind: Literal["instruct", "worked"]
     """`instruct`: a mixture of 12 tasks with short answers; `worked`: gsm_symbolic with its chain of thought."""
-    train: Positive
-    """Training examples."""
-    validation: Positive
-    """Examples on which the LR is picked."""
-    test: Positive
-    """Examples on which losses are reported."""
-    max_chars: Annotated[int, Field(ge=32)] = 400
+    max_chars: MaxChars = 400
     """Longer examples (question and response together) are left out."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the problems."""
 
 
-class DocstringsDataset(Strict):
+class DocstringsDataset(Splits):
     """Functions of Python packages with the first paragraph of their docstrings (see lorabench/data/docstrings.py).
 
     The splits come from different packages.
     """
 
     kind: Literal["docstrings"]
-    train: Positive
-    """Training examples."""
-    validation: Positive
-    """Examples on which the LR is picked."""
-    test: Positive
-    """Examples on which losses are reported."""
     max_chars: Annotated[int, Field(ge=32, le=800)] = 800
     """Longer examples (code and description together) are left out."""
     min_words: Annotated[int, Field(ge=14)] = 14
     """Shorter descriptions are left out."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the choice of examples."""
 
 
 class FactsDataset(Strict):
@@ -56,7 +68,7 @@ class FactsDataset(Strict):
     """Number of facts."""
     digits: Positive = 8
     """Number of random digits of each answer, each of log2(10) bits."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NotNegative = 0
     """Seed of the facts."""
 
     @property
@@ -72,7 +84,7 @@ class FactsDataset(Strict):
         return self.facts * self.digits * math.log2(10)
 
 
-class HubDataset(Strict):
+class HubDataset(Splits):
     """Chats of a dataset on the Hugging Face hub, in its column `messages` or `conversations`."""
 
     kind: Literal["hub"]
@@ -85,13 +97,7 @@ class HubDataset(Strict):
     """Name of the dataset's configuration, where it has several."""
     split: str = "train"
     """The hub dataset's split from which all examples are taken."""
-    train: Positive
-    """Training examples."""
-    validation: Positive
-    """Examples on which the LR is picked."""
-    test: Positive
-    """Examples on which losses are reported."""
-    max_chars: Annotated[int, Field(ge=32)]
+    max_chars: MaxChars
     """Longer examples (all turns together) are left out; all models are trained on the same examples."""
     max_tokens: Positive | None = None
     """Chosen examples of more tokens are left out of a model's training and tests, and counted; none is cut. Null where
@@ -100,8 +106,6 @@ class HubDataset(Strict):
     """Folder with a copy of the repository, in a folder `owner/name`, that is read in place of the hub."""
     mean_tokens: Positive
     """Tokens of an average example, for the cost estimate."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the choice of examples."""
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
@@ -109,7 +113,7 @@ class HubDataset(Strict):
         return self
 
 
-class FileDataset(Strict):
+class FileDataset(Splits):
     """Chats, pairs of prompt and completion, or plain texts of your own in a file (see lorabench/data/files.py)."""
 
     kind: Literal["file"]
@@ -117,20 +121,138 @@ class FileDataset(Strict):
     """A .jsonl, .json, .csv or .parquet file in UTF-8."""
     format: FileFormat | None = None
     """The columns that hold an example; null where the file has the columns of one format only."""
-    train: Positive
-    """Training examples."""
-    validation: Positive
-    """Examples on which the LR is picked."""
-    test: Positive
-    """Examples on which losses are reported."""
-    max_chars: Annotated[int, Field(ge=32)]
+    max_chars: MaxChars
     """Longer examples (all turns together) are left out."""
     mean_tokens: Positive
     """Tokens of an average example, for the cost estimate."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the choice of examples."""
 
 
 DatasetSpec = Annotated[
     ChatDataset | DocstringsDataset | FactsDataset | HubDataset | FileDataset, Field(discriminator="kind")
 ]
+
+
+class ReasoningProblems(Splits):
+    """Problems whose answer is a number, generated by reasoning-gym; nothing is downloaded."""
+
+    kind: Literal["arithmetic", "gsm_symbolic"]
+    """`arithmetic`: the response must be the bare number; `gsm_symbolic`: grade-school problems, the last number of a
+    response counts."""
+    tasks: Annotated[list[NumberTask], Field(min_length=1)] = ["chain_sum"]
+    """Tasks of `arithmetic`, drawn uniformly."""
+    min_digits: Positive = 1
+    """Smallest number of digits of a term, in `chain_sum` and `products`."""
+    max_digits: Positive = 2
+    """Largest number of digits of a term."""
+    max_value: Annotated[int, Field(ge=10)] = 100
+    """Largest number, in `gcd` and `lcm`."""
+    min_terms: Annotated[int, Field(ge=2)] = 2
+    """Smallest number of terms, in `chain_sum`, `products`, `gcd` and `lcm`."""
+    max_terms: Annotated[int, Field(ge=2)] = 2
+    """Largest number of terms. More digits and terms make a problem set harder."""
+    max_chars: MaxChars = 400
+    """Longer problems (question and worked solution together) are left out."""
+
+    @property
+    def grader(self) -> str:
+        """The name of the rule by which responses are graded."""
+        return self.kind
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        for what in ("digits", "terms"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if low > high:
+                raise ValueError(f"min_{what} = {low} is more than max_{what} = {high}")
+        sizes = ("tasks", "min_digits", "max_digits", "max_value", "min_terms", "max_terms")
+        changed = [name for name in sizes if getattr(self, name) != type(self).model_fields[name].default]
+        if self.kind == "gsm_symbolic" and changed:
+            raise ValueError(f"{', '.join(changed)}: gsm_symbolic has no such choice; allowed with arithmetic")
+        return self
+
+
+class SumProblems(Splits):
+    """Sums of two numbers, which the bases `sums` and `long-sums` answer with written working.
+
+    The last number of a response counts.
+    """
+
+    kind: Literal["sums"]
+    min_digits: Annotated[int, Field(ge=2, le=9)] = 2
+    """Smallest number of digits of the terms; both have equally many."""
+    max_digits: Annotated[int, Field(ge=2, le=9)] = 2
+    """Largest number of digits. A response has 2 tokens and 8 for each digit: 18 with 2 digits, 34 with 4."""
+    carries: NotNegative = 1
+    """Least number of columns, other than the leftmost, from which something is carried."""
+
+    @property
+    def grader(self) -> str:
+        """The name of the rule by which responses are graded."""
+        return "number"
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.min_digits > self.max_digits:
+            raise ValueError(f"min_digits = {self.min_digits} is more than max_digits = {self.max_digits}")
+        if self.carries >= self.min_digits:
+            raise ValueError(f"carries = {self.carries}: must be below min_digits = {self.min_digits}")
+        return self
+
+
+class HubProblems(Splits):
+    """A set of mathematical problems on the Hugging Face hub, whose prompts ask for the answer in a box."""
+
+    kind: Literal["gsm8k", "math", "deepmath", "aime24", "aime25"]
+    """`math` trains on Hendrycks' MATH without MATH-500 and tests on MATH-500; AIME is only evaluated on."""
+    revisions: dict[str, str] = {}
+    """Commit, tag or branch by hub id, `main` where none is given; branches are fixed as those of hub datasets are."""
+    path: str | None = None
+    """Folder with copies of the repositories, each in a folder `owner/name`, that are read in place of the hub."""
+    train: NotNegative
+    """Problems that are trained on."""
+    validation: NotNegative
+    """Problems on which the LR is picked, held out of the training problems."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the hub's datasets that the problem set is made of."""
+        return HUB_PROBLEMS[self.kind]
+
+    @property
+    def grader(self) -> str:
+        """The name of the rule by which responses are graded."""
+        return self.kind
+
+    @model_validator(mode="after")
+    def _check_revisions_and_splits(self) -> Self:
+        for name in self.revisions:
+            if name not in self.ids:
+                raise ValueError(f"revisions: unknown id {name!r}; allowed: {', '.join(self.ids)}")
+        check_copies(self.path)
+        counts = f"train = {self.train}, validation = {self.validation}"
+        if self.kind in ("aime24", "aime25"):
+            if self.train or self.validation:
+                raise ValueError(f"{counts}: {self.kind} is only tested on; both must be 0")
+        elif not (self.train and self.validation):
+            raise ValueError(f"{counts}: both must be at least 1")
+        return self
+
+
+class FileProblems(Splits):
+    """Problems of your own, in a file with a column of questions and a column of answers."""
+
+    kind: Literal["file"]
+    path: DataFile
+    """A .jsonl, .json, .csv or .parquet file in UTF-8."""
+    question: str = "question"
+    """Name of the column of questions."""
+    answer: str = "answer"
+    """Name of the column of answers. In a worked solution the answer is the content of its last box, or the text after
+    its last `####`."""
+    grader: Literal["number", "boxed"]
+    """`number`: the last number of a response counts; `boxed`: the prompt asks for a box, and the last one counts."""
+    max_chars: MaxChars = 4000
+    """Longer questions are left out."""
+
+
+ProblemSpec = Annotated[ReasoningProblems | SumProblems | HubProblems | FileProblems, Field(discriminator="kind")]

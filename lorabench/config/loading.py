@@ -1,19 +1,52 @@
-"""Read a preset from its YAML file and validate it."""
+"""Read a preset from its YAML file: lay it over what it extends, write out what it abbreviates, and validate it.
+
+A preset may extend shipped presets and suites, or other files. The blocks of an experiment, and the tasks of the
+evaluation, may be a mapping by name, so that a preset can change those that it inherits; blocks share what stands under
+`common`. Each mistake is one sentence, which names the field, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from lorabench.config.experiments import AUTO, Experiments
 from lorabench.config.fields import PresetError
-from lorabench.config.files import preset_path
-from lorabench.config.inheritance import read_with_parents, with_lists, with_models, with_names
 from lorabench.config.margins import Margins
-from lorabench.config.messages import explain
+from lorabench.config.models import model_catalogue
 from lorabench.config.preset import Preset
+from lorabench.utils.files import WORKFLOW
+
+PRESETS = WORKFLOW / "presets"
+SCHEMA = PRESETS / "schema.json"
+COMMON = "common"
+"""Key, besides the named blocks of an experiment, for the fields that all of them share."""
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+
+
+def preset_path(preset: str) -> Path:
+    """Return the file of a preset, given by a shipped name (`laptop`) or the path of a YAML file.
+
+    Raises:
+        PresetError: there is no such preset.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        raise PresetError(
+            f"preset {preset!r}: no file {path}; allowed: {shipped_names('*')}, or the path of a .yaml file"
+        )
+    return path
+
+
+def shipped_names(*patterns: str) -> str:
+    """Return the names of the shipped presets that match glob patterns, separated by commas."""
+    paths = (path for pattern in patterns for path in sorted(PRESETS.glob(f"{pattern}.yaml")))
+    return ", ".join(path.relative_to(PRESETS).with_suffix("").as_posix() for path in paths)
 
 
 def load_preset(preset: str) -> Preset:
@@ -24,7 +57,7 @@ def load_preset(preset: str) -> Preset:
             per field.
     """
     path = preset_path(preset)
-    return parse_preset(read_with_parents(path), path)
+    return parse_preset(_with_parents(path, ()), path)
 
 
 def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
@@ -38,9 +71,9 @@ def parse_preset(raw: dict[str, Any], path: Path) -> Preset:
         PresetError: a field is wrong; one line per field.
     """
     try:
-        return Preset.model_validate(with_models(with_lists(raw, path)))
+        return Preset.model_validate(_with_models(_with_lists(raw, path)))
     except ValidationError as error:
-        sentences = (with_names(explain(problem), raw) for problem in error.errors())
+        sentences = (_with_names(explain(problem), raw) for problem in error.errors())
         raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
 
 
@@ -52,16 +85,201 @@ def read_margins(path: Path) -> Margins:
     """
     if not path.is_file():
         raise PresetError(f"margins {str(path)!r}: there is no such file")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PresetError(f"{path}: not valid YAML: {error}") from error
-    if isinstance(raw, dict) and set(raw) == {"margins"}:
+    raw = _mapping(path, f"margins are a mapping of {', '.join(Margins.model_fields)}")
+    if set(raw) == {"margins"} and isinstance(raw["margins"], dict):
         raw = raw["margins"]
-    if not isinstance(raw, dict):
-        raise PresetError(f"{path}: margins are a mapping of {', '.join(Margins.model_fields)}, not {raw!r}")
     try:
         return Margins.model_validate(raw)
     except ValidationError as error:
         sentences = (explain({**problem, "loc": ("margins", *problem["loc"])}) for problem in error.errors())
         raise PresetError("\n".join(f"{path}: {sentence}" for sentence in sentences)) from error
+
+
+def _mapping(path: Path, needed: str) -> dict[str, Any]:
+    """Return the content of a YAML file, which must be a mapping; `needed` says so in the error message."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PresetError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise PresetError(f"{path}: {needed}, not {raw!r}")
+    return raw
+
+
+def _with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the content of a preset's file, laid over the content of the presets that it extends."""
+    if path.resolve() in [child.resolve() for child in children]:
+        chain = " extends ".join(str(file) for file in (*children, path))
+        raise PresetError(f"{path}: a preset must not extend itself, but {chain}")
+    raw = _mapping(path, f"a preset is a mapping of {', '.join(Preset.model_fields)}")
+    extends = raw.pop("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise PresetError(f"{path}: extends = {extends!r}: the name of a preset, or a list of names, is needed")
+    whole: dict[str, Any] = {}
+    for parent in parents:
+        # A path is relative to the folder of the preset that names it.
+        file = path.parent / parent if parent.endswith((".yaml", ".yml")) else PRESETS / f"{parent}.yaml"
+        if not file.is_file():
+            allowed = shipped_names("*", "suites/*")
+            raise PresetError(f"{path}: extends = {parent!r}: no file {file}; allowed: {allowed}, or a path to .yaml")
+        whole = _laid_over(whole, _with_parents(file, (*children, path)))
+    return _laid_over(whole, raw)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return both mappings, merged at every level.
+
+    Where one of two values is no mapping, or they have different kinds (of a model, say), the upper value replaces the
+    lower one; null removes it. The LRs `auto` count as the mapping that they stand for, so that one method's can be
+    changed.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        other = below.get(key)
+        if key == "lrs" and other == AUTO and isinstance(value, dict):
+            other = {"fullft": AUTO, "lora": AUTO}
+        if value is None and key in below:
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(other, dict) and value.get("kind") in (None, other.get("kind")):
+            merged[key] = _laid_over(other, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a section of a preset that is not validated yet; empty if it is missing or no mapping."""
+    section = raw.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _named(raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the experiments whose blocks are a mapping by name, and the tasks of the evaluation if they are one."""
+    experiments = {
+        name: blocks
+        for name, blocks in _section(raw, "experiments").items()
+        if isinstance(blocks, dict) and name in Experiments.model_fields and name != "compute"
+    }
+    tasks = _section(_section(raw, "evaluation"), "tasks")
+    return experiments, tasks if all(isinstance(task, dict) for task in tasks.values()) else {}
+
+
+def _with_lists(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the data with lists in place of named blocks and of evaluation tasks by name."""
+    experiments, tasks = _named(raw)
+    lists: dict[str, list[Any]] = {}
+    for name, blocks in experiments.items():
+        for key, block in blocks.items():
+            if not isinstance(block, dict):
+                raise PresetError(
+                    f"{path}: experiments.{name}.{key} = {block!r}: a block is a mapping; "
+                    f"allowed for {name}: a list of blocks, or a mapping of blocks by name"
+                )
+        common = blocks.get(COMMON, {})
+        lists[name] = [_laid_over(common, block) for key, block in blocks.items() if key != COMMON]
+    whole = _laid_over(raw, {"experiments": lists}) if lists else raw
+    if tasks:
+        whole = _laid_over(whole, {"evaluation": {"tasks": [{"name": name} | task for name, task in tasks.items()]}})
+    return whole
+
+
+def _with_models(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the data with the models of the catalogue that its experiments name and that it does not define itself."""
+    own = raw.get("models", {})
+    if not isinstance(own, dict):
+        return raw
+    named: dict[str, Any] = {}
+    for blocks in _section(raw, "experiments").values():
+        for block in blocks if isinstance(blocks, list) else [blocks]:
+            models = block.get("models") if isinstance(block, dict) else None
+            for name in models if isinstance(models, list) else []:
+                if isinstance(name, str) and name not in own and name in model_catalogue():
+                    named[name] = model_catalogue()[name]
+    return raw | {"models": own | named}
+
+
+def _with_names(sentence: str, raw: dict[str, Any]) -> str:
+    """Return a sentence about a preset with the names of its named blocks and tasks in place of their numbers."""
+    experiments, tasks = _named(raw)
+    names = {f"experiments.{name}": [key for key in blocks if key != COMMON] for name, blocks in experiments.items()}
+    names["evaluation.tasks"] = list(tasks)
+
+    def called(match: re.Match[str]) -> str:
+        section, number = match[1], int(match[2])
+        known = names.get(section, [])
+        return f"{section}.{known[number]}" if number < len(known) else match[0]
+
+    return re.sub(r"\b(experiments\.\w+|evaluation\.tasks)\.(\d+)\b", called, sentence)
+
+
+def explain(problem: Any) -> str:
+    """Return a readable sentence for one of pydantic's errors."""
+    value, kind, context = problem["input"], problem["type"], problem.get("ctx", {})
+    model, parts = _place(problem["loc"])
+    where = ".".join(parts)
+    match kind:
+        case "extra_forbidden":
+            allowed = ", ".join(sorted({*model.model_fields, *(["extends"] if model is Preset else [])}))
+            return f"{'.'.join(parts[:-1]) or 'preset'}: unknown key {parts[-1]!r}; allowed: {allowed}"
+        case "missing":
+            if not (examples := model.model_fields[parts[-1]].examples):
+                return f"{where}: missing"
+            line = yaml.safe_dump({parts[-1]: examples[0]}, default_flow_style=True, sort_keys=False)
+            return f"{where}: missing; for example `{line.strip()[1:-1]}`"
+        case "value_error":
+            return f"{where + ': ' if where else ''}{context['error']}"
+        case "float_type" | "int_type" if isinstance(value, str) and re.fullmatch(_NUMBER, value):
+            number = float(value) if kind == "float_type" else int(float(value))
+            return f"{where} = {value!r}: this is text to YAML, not a number; write {yaml_number(number)}"
+        case "union_tag_not_found":
+            return f"{where}: missing key 'kind'; allowed: {', '.join(map(repr, _kinds(parts[0])))}"
+        case "union_tag_invalid":
+            return f"{where}.kind = {context['tag']!r}: allowed: {context['expected_tags']}"
+        case "too_short":
+            return f"{where} = {value!r}: must not be empty; at least {context['min_length']} needed"
+        case _:
+            return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _place(location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
+    """Return the innermost model class along an error's location, and the location as it is written in the YAML.
+
+    pydantic adds the kind of a model or dataset after its name, and that of a grid after the method; the YAML has no
+    such levels.
+    """
+    current: type[BaseModel] = Preset
+    parts: list[str] = []
+    for position, part in enumerate(location):
+        kinds = _kinds(str(location[0])) if position == 2 else {}
+        if part in kinds:
+            current = kinds[str(part)]
+        elif part != "[key]" and not (part in ("auto", "grid") and parts[-1] in ("fullft", "lora")):
+            parts.append(str(part))
+            inner = _models_in(field.annotation) if (field := current.model_fields.get(str(part))) else []
+            # The last part names the field that is wrong, of the model that has it.
+            if len(inner) == 1 and position < len(location) - 1:
+                [current] = inner
+    return current, parts
+
+
+def _kinds(section: str) -> dict[str, type[BaseModel]]:
+    """Return the classes of models, datasets or problem sets by `kind`; empty for other sections."""
+    if section not in ("models", "datasets", "problems"):
+        return {}
+    models = _models_in(Preset.model_fields[section].annotation)
+    return {kind: model for model in models for kind in get_args(model.model_fields["kind"].annotation)}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the model classes in an annotation such as `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def yaml_number(number: float) -> str:
+    """Write a number so that YAML 1.1 reads it as a number: an exponent needs a decimal point before it."""
+    text = repr(number)
+    mantissa, mark, exponent = text.partition("e")
+    return text if not mark or "." in mantissa else f"{mantissa}.0e{exponent}"

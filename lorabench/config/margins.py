@@ -1,4 +1,8 @@
-"""The section `margins` of a preset: the smallest effects that matter, written down before the runs."""
+"""The sections `margins` and `predictions` of a preset: the smallest effects that matter, and what theories predict.
+
+Both are written down before the runs. A theory is a function in `lorabench.analysis.lr_ratio_theories`, where its
+derivation stands too; the preset gives its parameters only. A theory that the section leaves out makes no prediction.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lorabench.config.fields import Strict
+from lorabench.config.fields import PositiveFloat, Strict
+
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Margins(Strict):
@@ -26,3 +32,81 @@ DEFAULT_MARGINS = Margins(loss=0.02, reward=0.1, lr_factor=1.6)
 
 SHARE_OF_LOSS = 0.01
 """The margin of a loss, as a share of it, where the loss of the base is not known."""
+
+
+class MovementTheory(Strict):
+    """Parameters of the theory that A's movement lowers the ratio, given the optimal LR of full fine-tuning."""
+
+    c: PositiveFloat
+    """While A stands still, the ratio is this number times the width over alpha."""
+    u0: PositiveFloat
+    """LoRA's LR at which A's movement matters as much as its initial values, at width 128 and 50 steps."""
+
+
+class ScaleTheory(Strict):
+    """Parameters of the theory that the ratio depends on the width over alpha alone."""
+
+    c: PositiveFloat
+    """While A stands still, the ratio is this number times the width over alpha."""
+    kappa: NotNegativeFloat
+    """How much A's movement matters where both optimal LRs are equal, as a share of A's initial values."""
+
+
+class FixedLoraTheory(Strict):
+    """Parameters of the theory that LoRA's optimal LR does not depend on the width, while that of full fine-tuning
+    does."""
+
+    ratio: PositiveFloat
+    """The ratio at width 128 and alpha 32."""
+    fullft_exponent: NotNegativeFloat
+    """The power of one over the width with which the optimal LR of full fine-tuning falls."""
+    lora_exponent: NotNegativeFloat
+    """The same of LoRA."""
+
+
+class ConstantTheory(Strict):
+    """The parameter of the paper's statement that the ratio is the same everywhere."""
+
+    ratio: PositiveFloat
+    """The ratio."""
+
+
+class NaiveTheory(Strict):
+    """The parameter of the paper's naive derivation, by which the ratio is proportional to the width over alpha."""
+
+    c: PositiveFloat
+    """The ratio is this number times the width over alpha; the paper derives a half."""
+
+
+class LrRatioPredictions(Strict):
+    """Predictions of the ratio of LoRA's to full fine-tuning's optimal LR, by theory."""
+
+    movement: MovementTheory | None = None
+    """A's movement lowers the ratio, given the optimal LR of full fine-tuning."""
+    scale: ScaleTheory | None = None
+    """The ratio depends on the width over alpha alone, not on length or batch size."""
+    fixed_lora: FixedLoraTheory | None = None
+    """LoRA's optimal LR does not depend on the width; silent on other values of alpha, lengths and batch sizes."""
+    constant: ConstantTheory | None = None
+    """The ratio is the same everywhere, as the paper says."""
+    naive: NaiveTheory | None = None
+    """The ratio is proportional to the width over alpha, by a derivation which the paper gives and finds refuted."""
+
+
+class Predictions(Strict):
+    """What named theories predict."""
+
+    lr_ratio: LrRatioPredictions
+    """Of the ratio of optimal LRs, which the experiment `lr_ratio` measures."""
+
+
+DEFAULT_PREDICTIONS = Predictions(
+    lr_ratio=LrRatioPredictions(
+        movement=MovementTheory(c=2.83, u0=2.1e-3),
+        scale=ScaleTheory(c=2.25, kappa=0.2),
+        fixed_lora=FixedLoraTheory(ratio=3.76, fullft_exponent=0.78, lora_exponent=0.0),
+        constant=ConstantTheory(ratio=10.0),
+        naive=NaiveTheory(c=0.5),
+    )
+)
+"""The predictions of the shipped presets, for tables without a preset and for figures."""

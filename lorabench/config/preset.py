@@ -1,21 +1,19 @@
-"""The whole preset: one YAML file of models, data, protocol and experiments, validated by pydantic."""
+"""The whole preset: one YAML file of models, data, protocol and experiments, validated by pydantic; and its schema."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from lorabench.config.datasets import DatasetSpec
+from lorabench.config.datasets import DatasetSpec, ProblemSpec
 from lorabench.config.execution import EVAL_SOURCES, Evaluation, Execution
 from lorabench.config.experiments import Experiments, Protocol, RlExperiment, SftExperiment
 from lorabench.config.fields import Name, Strict
-from lorabench.config.files import model_catalogue
-from lorabench.config.margins import DEFAULT_MARGINS, Margins
-from lorabench.config.models import ModelSpec
-from lorabench.config.predictions import Predictions
-from lorabench.config.problems import ProblemSpec
+from lorabench.config.margins import DEFAULT_MARGINS, Margins, Predictions
+from lorabench.config.models import ModelSpec, model_catalogue
 
 
 class Preset(Strict):
@@ -126,3 +124,43 @@ def _known(wanted: list[str], known: Mapping[str, object], where: str) -> None:
     for name in wanted:
         if name not in known:
             raise ValueError(f"{where}: unknown name {name!r}; allowed: {', '.join(known)}")
+
+
+def json_schema() -> str:
+    """Return the JSON schema of a preset's file, as shipped beside the presets for editors.
+
+    It requires no field, because a file may extend another that has it; `load_preset` says what is missing.
+    """
+    schema = _without_required(Preset.model_json_schema())
+    defs = schema["$defs"]
+    for blocks in defs["Experiments"]["properties"].values():
+        if blocks["anyOf"][0].get("type") == "array":
+            blocks["anyOf"].insert(1, _by_name(blocks["anyOf"][0]["items"]))
+    tasks = defs["Evaluation"]["properties"]["tasks"]
+    tasks["anyOf"] = [{key: tasks.pop(key) for key in ("items", "minItems", "type")}]
+    tasks["anyOf"].append(_by_name(tasks["anyOf"][0]["items"]))
+    extends = {
+        "anyOf": [{"type": "string"}, {"items": {"type": "string"}, "type": "array"}],
+        "description": "Presets or suites, by shipped name or path, whose fields this file changes or adds to.",
+    }
+    schema["properties"] = {"extends": extends} | schema["properties"]
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _by_name(items: dict[str, Any]) -> dict[str, Any]:
+    return {"additionalProperties": {"anyOf": [items, {"type": "null"}]}, "type": "object"}
+
+
+def _without_required(schema: Any) -> Any:
+    """Return a JSON schema without required fields, which a part of a preset satisfies too, even without a `kind`."""
+    if isinstance(schema, list):
+        return [_without_required(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # `required` may also be the name of a property, whose value is no list.
+    kept = {
+        key: _without_required(value)
+        for key, value in schema.items()
+        if key != "discriminator" and not (key == "required" and isinstance(value, list))
+    }
+    return {("anyOf" if key == "oneOf" else key): value for key, value in kept.items()}

@@ -12,8 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from lorabench.config.experiments import AUTO
-from lorabench.config.files import PRESETS
-from lorabench.config.loading import parse_preset
+from lorabench.config.loading import PRESETS, parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.config.models import HubModel, TinyModel
 from lorabench.config.preset import Preset
@@ -23,7 +22,7 @@ from lorabench.custom.model import UserModel, find_model
 from lorabench.custom.user_problems import UserProblems, examine_problems
 from lorabench.custom.yaml_text import Inline, Noted, one_line, slug, yaml_text
 from lorabench.errors import UserError
-from lorabench.planning.starting_lr import starting_lr
+from lorabench.planning.expand import starting_lr
 from lorabench.utils import formats
 from lorabench.utils.files import atomic_path
 from lorabench.utils.gpus import GPUS

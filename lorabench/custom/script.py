@@ -12,7 +12,7 @@ from lorabench.custom.recommend import Recommendation
 from lorabench.data.rows import REPEATED, TOO_LONG
 from lorabench.errors import UserError
 from lorabench.models.base import model_location
-from lorabench.models.chat_template import template_text
+from lorabench.models.identity import template_text
 
 _TEMPLATE = Path(__file__).with_name("finetune.py")
 _MAX_TOKENS = 4096

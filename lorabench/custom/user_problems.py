@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.config.problems import FileProblems
+from lorabench.config.datasets import FileProblems
 from lorabench.custom.data import prepared_tokenizer
 from lorabench.custom.model import UserModel
 from lorabench.data.files import tally_of

@@ -12,7 +12,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from lorabench.config.messages import yaml_number
+from lorabench.config.loading import yaml_number
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,18 @@ from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
 from lorabench.doctor.subject import Subject
 from lorabench.models.attention import attend_in_blocks
+from lorabench.models.base import config_of
 from lorabench.models.dimensions import Dimensions
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.lora import add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.planning.plan import Plan
 from lorabench.runs import Condition, Run
 from lorabench.training.run import Machine, clip_gradient, make_optimizer
-from lorabench.training.sft.serve import SftGradientRequest, SftServer
+from lorabench.training.sft import batch_gradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LANE = "default"
-"""The name of the single run of a step, and of its adapter."""
 
 
 @dataclass(frozen=True)
@@ -72,33 +69,12 @@ def random_model(sizes: Dimensions, device: torch.device, plain: bool = False) -
         options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(sizes), dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config_of(sizes, 1 << 17), dtype=torch.float32, **options
+        )
     if not plain:
         attend_in_blocks(model)
     return model.train()
-
-
-def _config(sizes: Dimensions) -> Any:
-    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
-
-    common: dict[str, Any] = {
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "max_position_embeddings": 1 << 17,
-        "tie_word_embeddings": sizes.tied,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if sizes.experts:
-        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
-        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
-    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
-    return family(intermediate_size=sizes.intermediate, **common)
 
 
 def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) -> Any:
@@ -111,7 +87,7 @@ def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) ->
     assert condition.placement
     assert condition.alpha
     head = preset.protocol.include_unembedding
-    adapted: Any = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed=0, adapter=LANE)
+    adapted: Any = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -120,9 +96,11 @@ def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) ->
     return adapted
 
 
-def stacked(model: Any, condition: Condition, keep_cast: bool = True) -> Stack:
-    """Return the stack of a model's single run, which computes LoRA as runs do."""
-    return single_lane(model, LANE) if condition.rank is None else stack_lora(model, [LANE], keep_cast)
+def prepared(model: Any, condition: Condition, keep_cast: bool = True) -> Any:
+    """Return the model, which computes LoRA as runs do."""
+    if condition.rank is not None:
+        use_fast_products(model, keep_cast)
+    return model
 
 
 def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
@@ -142,32 +120,30 @@ class Step:
         model = random_model(subject.sizes, bench.device)
         if again:
             recompute_activations(model)
-        self.stack = stacked(with_method(model, condition, preset), condition, keep_cast=not again)
-        self.lane, self._protocol = self.stack.lanes[LANE], preset.protocol
-        self.optimizer = make_optimizer(self.lane, Run(condition, 0.0, 0), preset.protocol)
-        split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
+        self.model = prepared(with_method(model, condition, preset), condition, keep_cast=not again)
+        self.parameters, self._protocol = trained_parameters(self.model), preset.protocol
+        self.optimizer = make_optimizer(self.parameters, Run(condition, 0.0, 0), preset.protocol)
+        self._split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
         # The whole batch goes through the model at once, as in the plan's estimate.
-        machine = replace(bench.machine, max_batch_tokens=subject.rows * (subject.length + 1))
-        self._server = SftServer(self.stack, {"train": split}, machine, bench.autocast)
-        self._request = {LANE: SftGradientRequest(np.arange(subject.rows))}
+        self._machine = replace(bench.machine, max_batch_tokens=subject.rows * (subject.length + 1))
+        self._examples, self._autocast = np.arange(subject.rows), bench.autocast
 
     def gradient(self) -> float:
         """Compute the gradient and return the loss, in nats per token."""
-        return self._server(self._request)[LANE].nll
+        return batch_gradient(self.model, self._split, self._examples, self._machine, self._autocast)[0]
 
     def __call__(self) -> None:
         """Make one optimizer step."""
         self.gradient()
-        clip_gradient(self.lane, self._protocol.clip_norm)
+        clip_gradient(self.parameters.values(), self._protocol.clip_norm)
         self.optimizer.step()
-        self.lane.zero_grad()
+        self.optimizer.zero_grad()
 
 
-def gradients(stack: Stack) -> dict[str, torch.Tensor]:
-    """Return the gradients of a stack's single run, not copies, by the names of its weights."""
-    found = {}
-    for name, place in stack.lanes[LANE].places.items():
-        gradient = place.parameter.grad
-        assert gradient is not None
-        found[name] = place.of(gradient).detach()
-    return found
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients of a model's trained weights, not copies, by their names."""
+    by_name = {}
+    for name, parameter in trained_parameters(model).items():
+        assert parameter.grad is not None
+        by_name[name] = parameter.grad
+    return by_name

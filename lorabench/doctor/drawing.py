@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorabench.doctor.bench import Bench, random_model, stacked, with_method
+from lorabench.doctor.bench import Bench, prepared, random_model, with_method
 from lorabench.doctor.record import Check
 from lorabench.doctor.subject import Subject
 from lorabench.doctor.verdict import measured
 from lorabench.planning.flops import prompt_tokens
 from lorabench.planning.seconds import cache_seconds, layer_seconds, weights_seconds
-from lorabench.training.rl.refill import sample_refilling
-from lorabench.training.rl.sampler import Request, Stop, sample, shares_rows
+from lorabench.training.rl.sampler import Request, Stop, sample
 from lorabench.utils.formats import number
 from lorabench.utils.gpus import GPUS
 
@@ -51,9 +50,7 @@ def draw(bench: Bench, subject: Subject) -> Drawing:
     prompt = round(prompt_tokens(preset, condition)) if bench.on_gpu else _CPU_PROMPT
     rows = max(1, min(rows, preset.execution.max_cache_tokens // (prompt + tokens)))
     model = with_method(random_model(sizes, bench.device), condition, preset)
-    stack = stacked(model, condition, keep_cast=not subject.recomputes)
-    # As in runs, long responses on a GPU take the rows of those that have ended.
-    draws = sample_refilling if bench.on_gpu and not shares_rows(Stop((), tokens)) else sample
+    model = prepared(model, condition, keep_cast=not subject.recomputes)
     ids = np.random.default_rng(3).integers(sizes.vocabulary, size=(rows, prompt)).tolist()
     requests = [Request(tuple(row), (0, number)) for number, row in enumerate(ids)]
 
@@ -62,7 +59,7 @@ def draw(bench: Bench, subject: Subject) -> Drawing:
         # The tokenizer is needed only for texts that stop a response, of which there are none.
         no_tokenizer: Any = None
         stop, limit = Stop((), new_tokens), rows * (prompt + tokens)
-        draws(stack, no_tokenizer, requests, stop, limit, bench.autocast)
+        sample(model, no_tokenizer, requests, stop, limit, bench.autocast)
         if bench.on_gpu:
             torch.cuda.synchronize(bench.device)
         return time.perf_counter() - started

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from lorabench.doctor.bench import (
-    LANE,
     Bench,
     gradients,
+    prepared,
     random_model,
     random_split,
-    stacked,
     with_method,
 )
 from lorabench.doctor.limits import BF16_ERROR, FP32_ERROR
@@ -28,9 +27,8 @@ from lorabench.doctor.record import Check
 from lorabench.doctor.subject import CPU_EXPERTS, Subject
 from lorabench.doctor.verdict import at_most
 from lorabench.models.dimensions import Dimensions
-from lorabench.training.rl.refill import sample_refilling
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
-from lorabench.training.sft.serve import SftGradientRequest, SftServer
+from lorabench.training.sft import batch_gradient
 
 Precision = Literal["fp32", "bf16"]
 Sampler = Callable[..., list[Response]]
@@ -51,12 +49,11 @@ def check_parity(bench: Bench, subject: Subject, precision: Precision) -> Check:
     split = random_split(_ROWS, _LENGTH, sizes.vocabulary)
     expected, expected_gradients = _plain_gradients(reference, torch.from_numpy(split.ids).view(_ROWS, _LENGTH + 1))
     machine = replace(bench.machine, max_batch_tokens=_ROWS * (_LENGTH + 1))
-    stack = stacked(tested, condition)
-    server = SftServer(stack, {"train": split}, machine, torch.bfloat16 if precision == "bf16" else None)
+    tested, autocast = prepared(tested, condition), torch.bfloat16 if precision == "bf16" else None
     with without_tf32(precision):
-        nll = server({LANE: SftGradientRequest(np.arange(_ROWS))})[LANE].nll
+        nll, _, _ = batch_gradient(tested, split, np.arange(_ROWS), machine, autocast)
     of_loss = abs(nll / expected - 1)
-    of_gradient = relative_error(gradients(stack), expected_gradients)
+    of_gradient = relative_error(gradients(tested), expected_gradients)
     limit = FP32_ERROR if precision == "fp32" else BF16_ERROR
     return at_most(
         f"parity in {precision}: {subject.title}",
@@ -68,17 +65,8 @@ def check_parity(bench: Bench, subject: Subject, precision: Precision) -> Check:
     )
 
 
-def check_samplers(bench: Bench, subject: Subject) -> list[Check]:
-    """Check the sampler of short responses, and the one of long ones, which share the rows of those that have ended."""
-    name = f"in fp32: {subject.condition.model}"
-    return [
-        check_sampler(bench, subject, f"sampler {name}", sample),
-        check_sampler(bench, subject, f"refilling sampler {name}", sample_refilling),
-    ]
-
-
-def check_sampler(bench: Bench, subject: Subject, name: str, sampler: Sampler) -> Check:
-    """Compare the log-probabilities that a sampler records with those that the reference gives the same tokens."""
+def check_sampler(bench: Bench, subject: Subject, sampler: Sampler = sample) -> Check:
+    """Compare the log-probabilities that the sampler records with those that the reference gives the same tokens."""
     condition, sizes = subject.condition, _shortened(subject.sizes, "fp32")
     reference = with_method(random_model(sizes, _CPU, plain=True), condition, bench.preset).eval()
     tested = with_method(random_model(sizes, bench.device), condition, bench.preset)
@@ -87,11 +75,11 @@ def check_sampler(bench: Bench, subject: Subject, name: str, sampler: Sampler) -
     prompts = [tuple(ids[:_LENGTH].tolist()), tuple(ids[_LENGTH:].tolist())]
     requests = [Request(prompt, (0, seat)) for prompt in prompts for seat in range(_RESPONSES)]
     with without_tf32("fp32"):
-        drawn = sampler(stacked(tested, condition), None, requests, Stop((), _NEW_TOKENS), 1 << 16)
+        drawn = sampler(prepared(tested, condition), None, requests, Stop((), _NEW_TOKENS), 1 << 16)
     found, expected = (np.concatenate(parts) for parts in zip(*_logprobs(reference, requests, drawn), strict=True))
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     return at_most(
-        name,
+        f"sampler in fp32: {subject.condition.model}",
         error,
         FP32_ERROR,
         "relative error",

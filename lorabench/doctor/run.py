@@ -171,7 +171,7 @@ def _check_drawing(checks: _Checks, bench: Bench) -> float | None:
     if subject is None:
         checks.make("drawing", skipped, "drawing", "the preset has no reinforcement learning")
         return None
-    checks.make(f"sampler in fp32: {subject.condition.model}", parity.check_samplers, bench, subject)
+    checks.make(f"sampler in fp32: {subject.condition.model}", parity.check_sampler, bench, subject)
     steps.free(bench.device)
     drawn: list[drawing.Drawing] = []
 

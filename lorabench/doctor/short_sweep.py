@@ -113,7 +113,6 @@ def _raw(preset: Preset) -> dict[str, Any]:
             "threads": execution.threads,
             "gflops": 20.0,
             "checkpoint_minutes": 0.0,
-            "sharding": execution.sharding,
         },
     }
 

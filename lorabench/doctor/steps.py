@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lorabench.doctor.bench import LANE, Bench, Step, gradients
+from lorabench.doctor.bench import Bench, Step, gradients
 from lorabench.doctor.limits import LARGE_PARAMETERS, MEMORY_ERROR, SHARE_OF_PEAK
 from lorabench.doctor.record import Check
 from lorabench.doctor.subject import Subject, planned_memory
@@ -46,11 +46,11 @@ class Speed:
 
 def check_repeats(step: Step, subject: Subject) -> Check:
     """Compute one gradient twice and compare every bit."""
-    loss, first = step.gradient(), {name: gradient.clone() for name, gradient in gradients(step.stack).items()}
-    step.lane.zero_grad()
-    again, second = step.gradient(), gradients(step.stack)
+    loss, first = step.gradient(), {name: gradient.clone() for name, gradient in gradients(step.model).items()}
+    step.optimizer.zero_grad()
+    again, second = step.gradient(), gradients(step.model)
     largest = max(float((first[name] - second[name]).abs().max()) for name in first)
-    step.lane.zero_grad()
+    step.optimizer.zero_grad()
     difference = max(largest, abs(loss - again))
     same = "the same step gave the same loss and gradient twice, bit for bit"
     other = f"the same step gave losses and gradients that differ by up to {difference:.1e}"
@@ -160,7 +160,7 @@ def check_checkpoint(bench: Bench, subject: Subject, requested: float | None) ->
         return skipped(name, "this system does not let a process reset its peak memory (/proc/self/clear_refs)")
     before, started = _host_bytes("VmRSS"), time.perf_counter()
     path = bench.folder / "checkpoint.safetensors"
-    save_checkpoint(path, LANE, step.lane, step.optimizer, {"step": 1, "evaluated": True})
+    save_checkpoint(path, "step", step.parameters, step.optimizer, {"step": 1})
     seconds, peak, size = time.perf_counter() - started, _host_bytes("VmHWM"), path.stat().st_size
     path.unlink()
     sentence = (

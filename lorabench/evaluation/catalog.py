@@ -9,16 +9,11 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from lorabench.config.execution import EVAL_SOURCES, EvalTask
 from lorabench.errors import UserError
-from lorabench.models.tiny import END, RECIPES, documents
-from lorabench.store.io import write_table
 from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 
@@ -170,18 +165,3 @@ def data_revision(task: Task) -> str | None:
     """
     files = next(iter(task.dataset.values())).cache_files
     return Path(files[0]["filename"]).parent.name if files else None
-
-
-def write_pretraining(count: int, path: Path) -> None:
-    """Write held-out pretraining text of the tiny bases, which shows what fine-tuning has forgotten.
-
-    It is the text that the shipped held-out losses were measured on: the first documents of the seed that follows the
-    seed of the training text. All tiny bases share the pretraining tasks and the seed, so one file serves them all.
-
-    Args:
-        count: the number of documents.
-        path: the parquet file to write, with a column `text`, without the end token, which is not scored.
-    """
-    recipe = RECIPES["llama-128"]
-    texts = [text.removesuffix(END) for text in islice(documents(recipe, recipe.seed + 1), count)]
-    write_table(pa.table({"text": texts}), path)

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from lorabench.analysis.arms import arm_label
 from lorabench.errors import UserError
 from lorabench.figures import style
+from lorabench.figures.grid import PANEL, Styles, titled
 from lorabench.store.tables import Tables
 
 BITS = "bits_per_byte"
@@ -29,14 +30,13 @@ _ACCURACIES = ("exact_match", "prompt_level_strict_acc", "acc_norm", "acc")
 _MEASURES = {BITS: "bits per byte above the base", "accuracy": "accuracy below the base"}
 _REFERENCE: dict[str, Any] = {"color": "0.7", "linewidth": 0.9, "zorder": 1}
 
-_RUN = [*style.PANEL, "run_id", "method", "rank", "placement", "arm", "lr", "seed", "final_test_nll"]
+_RUN = [*PANEL, "run_id", "method", "rank", "placement", "arm", "lr", "seed", "final_test_nll"]
 _LEARNED = ["learned", "learned_stderr", "learned_tasks", "learned_bits", "learned_bits_tasks"]
 _SCORES = [*_LEARNED, "measure", "forgotten", "forgotten_stderr", "forgotten_tasks"]
 COLUMNS = [*_RUN, *_SCORES]
 BASE = "base"
 
 
-@style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
@@ -62,7 +62,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     trained = trained.assign(arm=[arm_label(row) for _, row in trained.iterrows()])
     panels = [
         (title, _panel_rows(of_panel, evals[evals["method"].isna() & evals["model"].eq(of_panel["model"].iloc[0])]))
-        for title, of_panel in style.titled(trained)
+        for title, of_panel in titled(trained)
     ]
     plotted = pd.concat([rows for _, rows in panels], ignore_index=True)
     return _figure(panels, plotted), plotted
@@ -79,7 +79,7 @@ class _Mean:
 
 def _panel_rows(runs: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model trained on one dataset, from its scores and its base's."""
-    base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in style.PANEL})
+    base = base.assign(arm=BASE, **{name: runs[name].iloc[0] for name in PANEL})
     # The base has no run_id, so runs and base share another key.
     scores = pd.concat([base, runs]).assign(key=lambda frame: frame["run_id"].fillna(BASE))
     learned, learned_bits = _learned(scores), _learned_bits(scores)
@@ -198,9 +198,7 @@ def _label_height(of_row: Sequence[Axes], what: str, tasks: str) -> None:
         drawn[0].autoscale_view()
 
 
-def _draw_forgotten(
-    axes: Axes, rows: pd.DataFrame, measure: str, has_bits: bool, styles: dict[str, style.ArmStyle]
-) -> None:
+def _draw_forgotten(axes: Axes, rows: pd.DataFrame, measure: str, has_bits: bool, styles: Styles) -> None:
     """Draw what was learned against what was forgotten; the base is where the two grey lines cross."""
     if rows.empty:
         style.say(axes, "Forgetting is measured against the base,\nwhich has no score on these tasks.")
@@ -211,7 +209,7 @@ def _draw_forgotten(
     axes.set_xlabel(f"{label}\n(lower is better)", parse_math=False)
 
 
-def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle], up: str) -> None:
+def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: Styles, up: str) -> None:
     """Draw what runs learned against their test NLL on the training data's test split."""
     if not rows["final_test_nll"].notna().any():
         style.say(axes, "There is no test NLL\nafter reinforcement learning.")
@@ -220,7 +218,7 @@ def _draw_nll(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle],
     axes.set_xlabel("test NLL\nnats per scored token\n(lower is better)")
 
 
-def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: dict[str, style.ArmStyle], up: str) -> None:
+def _draw_points(axes: Axes, rows: pd.DataFrame, across: str, styles: Styles, up: str) -> None:
     """Draw runs with their standard errors, and the base's score as a line; count the runs that lack a number."""
     for row in rows[rows["arm"] == BASE].dropna(subset=[up]).to_dict("records"):
         axes.axhline(row[up], **_REFERENCE)

@@ -27,6 +27,7 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
+from lorabench.figures.grid import ARM_COLUMNS, Styles, diverged_runs, seeds_text, tidy
 from lorabench.store.tables import Tables
 
 # Runs that should be equivalent are compared over this number of steps.
@@ -38,8 +39,8 @@ _IDENTICAL = 1e-5
 _TITLES = ("first update", "redundant pair", "when A moves", "size of updates")
 
 _COLUMNS = [
-    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement", "eps", "element", "rule"),
-    *("update_scale", "time_scale", "step", "value", "low", "high", "n", "run_id"),
+    *(*ARM_COLUMNS, "eps", "element", "rule", "update_scale", "time_scale"),
+    *("step", "value", "low", "high", "n", "run_id"),
 ]
 
 _RULE_LOOKS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,6 @@ _RULE_LOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-@style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
@@ -72,7 +72,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     figure = style.new_figure(2 * style.PANEL_HEIGHT * len(groups))
     styles = style.arm_styles(plotted.dropna(subset=["arm"]))
     for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
-        elements = {str(element): of_element for element, of_element in rows.groupby("element")}
+        elements = {str(element): part for element, part in rows.groupby("element")}
         draws = (_draw_first_descents, _draw_differences, _draw_move_times, _draw_update_norms)
         for column, (what, draw_panel) in enumerate(zip(_TITLES, draws, strict=True), start=1):
             axes = figure.add_subplot(2 * len(groups), 2, 4 * place + column)
@@ -84,72 +84,67 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model and dataset."""
-    diverged = runs[runs["status"] == "diverged"].assign(element="diverged")
-    parts = [_first_descents(runs, curves), _differences(runs, curves), _move_times(runs, curves)]
-    parts += [_update_norms(runs, curves), diverged]
-    rows = pd.concat([part.dropna(axis=1, how="all") for part in parts if len(part)] or [pd.DataFrame()])
-    rows = rows.reindex(columns=_COLUMNS).assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0])
-    return rows.assign(method="lora").astype({"n": "Int64", "step": "Int64"}).reset_index(drop=True)
+    descents = descent_ratios(first_descents(runs, curves)).rename(columns={"ratio": "value", "n_seeds": "n"})
+    parts = {"first_descent": descents, **_differences(runs, curves), **_move_times(runs, curves)}
+    parts |= _update_norms(runs, curves) | {"diverged": diverged_runs(runs).assign(arm=None)}
+    rows = tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
+    rows = rows.assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0], method="lora")
+    return rows.astype({"n": "Int64", "step": "Int64"})
 
 
-def _first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    ratios = descent_ratios(first_descents(runs, curves))
-    return ratios.rename(columns={"ratio": "value", "n_seeds": "n"}).assign(element="first_descent")
-
-
-def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+def _differences(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return, by step, the largest difference of equivalent runs, and the range of the difference of other pairs."""
     apart = differences(invariance_pairs(runs), curves, _STEPS)
     # Before the first update, all runs have the loss of the base model.
-    apart = apart[apart["step"] > 1]
-    rows = []
-    for (eps, step, equivalent), pairs in apart.groupby(["eps", "step", "equivalent"], dropna=False):
-        size = pairs["difference"]
-        element, value = ("equivalent", size.max()) if equivalent else ("not_equivalent", size.min())
-        ends = {"low": size.min(), "high": size.max(), "n": len(pairs)}
-        rows.append({"element": element, "eps": eps, "step": step, "value": value, **ends})
-    return pd.DataFrame(rows)
+    pairs = apart[apart["step"] > 1].groupby(["eps", "step", "equivalent"], dropna=False)["difference"]
+    range_of = pairs.agg(low="min", high="max", n="size").reset_index()
+    equivalent = range_of["equivalent"].astype(bool)
+    return {
+        "equivalent": range_of[equivalent].assign(value=range_of["high"]),
+        "not_equivalent": range_of[~equivalent].assign(value=range_of["low"]),
+    }
 
 
-def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+def _move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return for each configuration the geometric mean over seeds, or the length of its runs if A lags in one."""
-    rows = []
+    moved, not_moved = [], []
     for _, seeds in move_times(runs, curves).groupby([*PAIR_SETTING, *CONFIGURATION], dropna=False):
-        moved = bool(seeds["step"].notna().all())
         first = seeds.iloc[0]
-        row = {name: first[name] for name in (*PAIR_SETTING, "update_scale", "time_scale")} | {
-            "n": len(seeds),
-            "arm": f"LoRA r{first['rank']}",
-        }
-        if moved:
+        row = {name: first[name] for name in (*PAIR_SETTING, "update_scale", "time_scale")}
+        row |= {"n": len(seeds), "arm": f"LoRA r{first['rank']}"}
+        if seeds["step"].notna().all():
             logs = mean_interval(np.log(seeds["step"]))
-            rows.append(row | dict(zip(("value", "low", "high"), np.exp(logs), strict=True)) | {"element": "a_moved"})
+            moved.append(row | dict(zip(("value", "low", "high"), np.exp(logs), strict=True)))
         elif not pd.isna(first["steps"]):
-            rows.append(row | {"value": float(first["steps"]), "element": "a_not_moved"})
-    return pd.DataFrame(rows)
+            not_moved.append(row | {"value": float(first["steps"])})
+    return {"a_moved": pd.DataFrame(moved), "a_not_moved": pd.DataFrame(not_moved)}
 
 
-def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    sizes = step_sizes(runs, curves)
-    for key, seeds in sizes.groupby([*PAIR_SETTING, "step"], dropna=False):
-        value, low, high = mean_interval(seeds["size"])
-        first = {name: seeds.iloc[0][name] for name in PAIR_SETTING} | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"}
-        ends = {"value": value, "low": low, "high": high, "n": len(seeds)}
-        rows.append(first | ends | {"element": "update_norm", "step": key[-1]})
+def _update_norms(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the sizes of updates as means over seeds, also of runs whose A stays still."""
     controls = runs[runs["run_id"].isin(fixed_a_controls(runs)["run_id_slow"])]
-    norms = train_curves(controls, curves, "update_norm")
+    still = train_curves(controls, curves, "update_norm")
     # Only B is updated noticeably, so the norm is per unit of the LR of B.
-    norms = norms.assign(size=norms["value"] / (norms["lr"] * norms["lr_ratio"]))
-    for key, seeds in norms.groupby([*PAIR_SETTING, "lr", "lr_ratio", "step"], dropna=False):
-        first = {name: seeds.iloc[0][name] for name in PAIR_SETTING} | {"time_scale": seeds["time_scale"].iloc[0]}
-        ends = dict(zip(("value", "low", "high"), mean_interval(seeds["size"]), strict=True))
-        rows.append(first | ends | {"n": len(seeds), "element": "still_a", "step": key[-1]})
-    return pd.DataFrame(rows)
+    still = still.assign(size=still["value"] / (still["lr"] * still["lr_ratio"]))
+    sizes = {
+        "update_norm": (step_sizes(runs, curves), [*PAIR_SETTING, "step"]),
+        "still_a": (still, [*PAIR_SETTING, "lr", "lr_ratio", "step"]),
+    }
+    parts = {}
+    for element, (table, key) in sizes.items():
+        rows = []
+        for _, seeds in table.groupby(key, dropna=False):
+            row = {name: seeds[name].iloc[0] for name in (*PAIR_SETTING, "step")} | {"n": len(seeds)}
+            row |= dict(zip(("value", "low", "high"), mean_interval(seeds["size"]), strict=True))
+            if element == "still_a":
+                rows.append(row | {"time_scale": seeds["time_scale"].iloc[0]})
+            else:
+                rows.append(row | {"arm": f"LoRA r{seeds['rank'].iloc[0]}"})
+        parts[element] = pd.DataFrame(rows)
+    return parts
 
 
 Elements = dict[str, pd.DataFrame]
-Styles = dict[str, style.ArmStyle]
 
 
 def _draw_first_descents(axes: Axes, elements: Elements, styles: Styles) -> None:
@@ -267,9 +262,7 @@ def _draw_update_norms(axes: Axes, elements: Elements, styles: Styles) -> None:
     axes.set(xscale="log", yscale="log", xlabel="training step", ylabel="||change of W|| / LR, one step")
     style.plain_log_ticks(axes)
     style.number_log_ticks(axes.yaxis)
-    seeds = points["n"].astype(int)
-    counted = f"{seeds.min()}" if seeds.nunique() == 1 else f"{seeds.min()} to {seeds.max()}"
     diverged = elements.get("diverged")
-    facts = [f"{counted} seeds"] + (["dashed: A still"] if len(still) else [])
+    facts = [seeds_text(points["n"]), *(["dashed: A still"] if len(still) else [])]
     facts += [f"{len(diverged)} runs diverged"] if diverged is not None else []
     style.note(axes, " · ".join(facts))

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.errors import UserError
-from lorabench.models.chat_template import template_text
-from lorabench.models.identity import weights_id
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.dimensions import Dimensions
+from lorabench.models.identity import shipped_folder, template_text, weights_id
 from lorabench.utils.files import atomic_path, file_sha256
 
 if TYPE_CHECKING:
@@ -186,6 +185,38 @@ def skeleton(spec: ModelSpec) -> PreTrainedModel:
         )
     attend_in_blocks(model)
     return model.train()
+
+
+def config_of(sizes: Dimensions, context: int, end: int | None = None, padding: int | None = None) -> Any:
+    """Return transformers' configuration of a Llama, a Qwen3 or a mixture of experts of Qwen3 with the given sizes.
+
+    Args:
+        sizes: the sizes; experts, or norms of queries and keys, make it a Qwen3.
+        context: the longest sequence, in tokens.
+        end: the id of the end token.
+        padding: the id of the padding token.
+    """
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": sizes.tied,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "pad_token_id": padding,
+    }
+    if sizes.experts:
+        # The published models of this family normalize the weights of the chosen experts.
+        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
+        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
+    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
+    return family(intermediate_size=sizes.intermediate, **common)
 
 
 def weights_sha256(spec: ModelSpec) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""LoRA's parameter counts on real architectures (the paper's table beside figure 4), from models without weights.
+"""Counts of parameters and FLOPs: of a model, and of LoRA on real architectures (the paper's table beside figure 4).
 
 `architectures/NAME.json` holds the public configuration of each architecture; nothing is downloaded, and no weight is
 allocated. The counted parameters are those that `add_lora` makes trainable. All decoder layers of these architectures
@@ -23,6 +23,7 @@ from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.models.lora import add_lora, in_expert, lora_layers
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
 # Architecture, placement, rank, include_unembedding, and whether to count by part.
@@ -129,3 +130,36 @@ def counts_table() -> pd.DataFrame:
             rows.append((architecture, placement, rank, include_unembedding, part, trainable, base))
     columns = ["architecture", "placement", "rank", "include_unembedding", "part", "trainable_params", "base_params"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def base_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters of the base, without adapters."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
+
+
+def train_flops_per_token(model: torch.nn.Module) -> int:
+    """Return the FLOPs of a forward and backward pass per token, of linear layers only, as the paper counts them.
+
+    A trained weight takes 6 FLOPs: 2 for the output, 2 for the gradient of the input, and 2 for its own gradient. A
+    frozen weight takes 4. LoRA's A and B are trained, the layers under them frozen. In a mixture of experts the active
+    experts count, and the router does not.
+    """
+    import torch
+
+    flops = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            share = _active_share(model) if ".experts." in name else 1.0
+            flops += share * module.weight.numel() * (6 if module.weight.requires_grad else 4)
+    for name, parameter in model.named_parameters():
+        # Some models keep all experts of a layer in one parameter.
+        if parameter.ndim == 3 and ".experts." in name:
+            flops += _active_share(model) * parameter.numel() * (6 if parameter.requires_grad else 4)
+    return round(flops)
+
+
+def _active_share(model: torch.nn.Module) -> float:
+    """Return the share of experts that are active for a token; 1 in a dense model."""
+    config: Any = model.config
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return float(config.num_experts_per_tok) / experts if experts else 1.0

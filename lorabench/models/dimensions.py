@@ -1,5 +1,6 @@
-"""The sizes of a model's matrices from its configuration alone, for the estimates of cost; imports no torch.
+"""The sizes of a model's matrices from its configuration alone, and how they are computed, for the estimates of cost.
 
+It imports no torch.
 `architectures/NAME.json` holds the public configurations of the presets' models; a local folder and the tiny bases
 have their own. tests/models/test_big_models.py compares the counts with those of models on the meta device.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
 from lorabench.config.placement import Placement
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.identity import shipped_folder
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
@@ -45,7 +47,7 @@ def merging_is_cheaper(rank: int, d_in: int, d_out: int) -> bool:
 
     Forward and backward pass together, the former take 3 r (d_in + d_out) multiplications per token, the latter takes
     d_in d_out. Where the former take more, LoRA is computed in fp32 with merged weights
-    (`lorabench.models.lanes.lora`).
+    (`lorabench.models.lora_products`).
     """
     return 3 * rank * (d_in + d_out) > d_in * d_out
 
@@ -187,3 +189,38 @@ def dimensions(model: ModelSpec) -> Dimensions:
         if abs(known.parameters / model.parameters - 1) <= _AGREE:
             return known
     return guessed_dimensions(model.parameters, model.hidden_size)
+
+
+MAX_BLOCK_QUERIES = 80
+"""Queries of the largest block. Values from 48 to 128 take about the same time."""
+MAX_ROW_TOKENS = 512
+"""Tokens of the longest rows that are computed in blocks: the memory of the probabilities grows with their square."""
+_SHORT = 128
+
+
+def blocks(length: int) -> list[slice]:
+    """Return the blocks of a row with `length` queries, whose sizes differ by at most one."""
+    count = -(-length // MAX_BLOCK_QUERIES)
+    ends = [length * number // count for number in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def blocks_pay(length: int, bf16: bool) -> bool:
+    """Return whether blocks take less time than PyTorch's kernel, and little memory, in rows of `length` tokens.
+
+    Measured with `python -m benchmarks.parts`; in fp32 PyTorch's kernel is as fast in short rows.
+    """
+    return (1 if bf16 else _SHORT) < length <= MAX_ROW_TOKENS
+
+
+def kept_shares(length: int, bf16: bool) -> float:
+    """Return the mean number of attention probabilities kept per query and head for the backward pass.
+
+    Args:
+        length: tokens of a row.
+        bf16: whether attention is computed in bf16, else in fp32.
+    """
+    if not blocks_pay(length, bf16):
+        return 0.0
+    shares: int = sum((block.stop - block.start) * block.stop for block in blocks(length))
+    return shares / length

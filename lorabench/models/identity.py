@@ -1,4 +1,4 @@
-"""Hashes of everything that determines a model's weights, tokenizer and chat template."""
+"""Shipped models, chat templates, and hashes of all that determines a model's weights, tokenizer and template."""
 
 from __future__ import annotations
 
@@ -8,9 +8,33 @@ from functools import cache
 from pathlib import Path
 
 from lorabench.config.models import GgufModel, HubModel, ModelSpec, PathModel, TinyModel
-from lorabench.models.chat_template import template_text
-from lorabench.models.tiny import shipped_folder
 from lorabench.utils.files import digest
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""Folder of the tiny bases, which `workflow/scripts/tiny_bases.py` has pretrained."""
+
+# A line break precedes each turn's text, so that a tokenizer can't merge the turn's first word with the text before it.
+PLAIN = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].capitalize() + ':\n' }}{% endif %}"
+    "{{ message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+"""The template `plain`: a heading above each turn, and the model's end token after each turn of the assistant."""
+
+
+def template_text(setting: str) -> str:
+    """Return the template that a model's `chat_template` names: `plain`, or the path of a Jinja file."""
+    return PLAIN if setting == "plain" else Path(setting).read_text(encoding="utf-8")
+
+
+def shipped_folder(name: str) -> Path:
+    """Return the folder of a shipped tiny base."""
+    return SHIPPED / name
 
 
 @cache

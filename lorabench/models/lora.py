@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +106,6 @@ def add_lora(
     include_unembedding: bool,
     seed: int,
     init_a: float = 1.0,
-    adapter: str = "default",
 ) -> PeftModel:
     """Put LoRA on a base model, which is then frozen; `.unload()` removes LoRA again.
 
@@ -119,7 +117,6 @@ def add_lora(
         include_unembedding: whether the unembedding carries LoRA too.
         seed: from which A is drawn.
         init_a: bound of A's initial entries in units of 1/sqrt(d_in).
-        adapter: PEFT's name of the adapter.
 
     Raises:
         UserError: the model has no such layers, or PEFT put LoRA on other layers.
@@ -133,35 +130,6 @@ def add_lora(
     config = lora_config(model, rank, placement, alpha, include_unembedding)
     names = {*config.target_modules, *(config.target_parameters or ())}
     torch.manual_seed(seed)
-    with _without_false_warnings():
-        peft_model = get_peft_model(model, config, adapter_name=adapter)
-    layers = dict(lora_layers(peft_model))
-    # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.
-    if layers.keys() != names:
-        different = sorted(layers.keys() ^ names)
-        raise UserError(f"PEFT did not put LoRA on the requested layers of {type(model).__name__}: see {different[0]}")
-    _scale_a(peft_model, adapter, init_a)
-    return peft_model
-
-
-def add_adapter(model: PeftModel, adapter: str, seed: int, init_a: float = 1.0) -> None:
-    """Put another adapter on a model, with the configuration of its first one, and make it the trained one.
-
-    Its initial weights are those that `add_lora` draws from the same seed.
-    """
-    import torch
-
-    config = replace(model.active_peft_config)
-    torch.manual_seed(seed)
-    with _without_false_warnings():
-        model.add_adapter(adapter, config)
-    model.set_adapter(adapter)
-    _scale_a(model, adapter, init_a)
-
-
-@contextmanager
-def _without_false_warnings() -> Iterator[None]:
-    """Within the context, ignore warnings of PEFT that do not apply."""
     with warnings.catch_warnings():
         # Where embedding and unembedding are tied, only the unembedding carries LoRA, as intended.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
@@ -169,15 +137,16 @@ def _without_false_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         # The rank of fused experts does take effect; PEFT looks for its pattern only among modules.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        yield
-
-
-def _scale_a(model: PeftModel, adapter: str, init_a: float) -> None:
-    import torch
-
+        peft_model = get_peft_model(model, config)
+    layers = dict(lora_layers(peft_model))
+    # PEFT rewrites the targets of some mixtures of experts, to load adapters that older versions saved.
+    if layers.keys() != names:
+        different = sorted(layers.keys() ^ names)
+        raise UserError(f"PEFT did not put LoRA on the requested layers of {type(model).__name__}: see {different[0]}")
     with torch.no_grad():
-        for _, layer in lora_layers(model):
-            layer.lora_A[adapter].weight.mul_(init_a)
+        for layer in layers.values():
+            layer.lora_A["default"].weight.mul_(init_a)
+    return peft_model
 
 
 def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -191,15 +160,13 @@ def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield ".".join(path + ([module.parameter_name] if isinstance(module, ParamWrapper) else [])), module
 
 
-def adapter_pairs(
-    model: torch.nn.Module, adapter: str = "default"
-) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Return A (r, d_in), B (d_out, r) and the scaling alpha/r of an adapter by linear layer, without experts.
+def adapter_pairs(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """Return A (r, d_in), B (d_out, r) and the scaling alpha/r by linear layer, without experts.
 
     The tensors are the parameters themselves, so they change in training.
     """
     return {
-        name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter])
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
         for name, layer in lora_layers(model)
         if not in_expert(name)
     }

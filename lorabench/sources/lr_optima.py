@@ -19,16 +19,15 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
-from lorabench.analysis.lr_grid import vertex
 from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage, predict_lr
 from lorabench.analysis.pooled_lr import ALPHA, ALPHA_EXPONENT, Optimum, Place
-from lorabench.analysis.published import published_ratios, published_sweeps
+from lorabench.analysis.published import published_ratios, published_sweeps, vertex
 from lorabench.config.loading import load_preset
 from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
-from lorabench.models.tiny import shipped_folder
+from lorabench.models.identity import shipped_folder
 from lorabench.sources.matrix import PROJECT
 from lorabench.sources.measurements import Z
 from lorabench.sources.studies import Study

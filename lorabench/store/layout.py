@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.config.datasets import HubDataset
-from lorabench.config.files import preset_path
-from lorabench.config.loading import load_preset
+from lorabench.config.datasets import HubDataset, HubProblems
+from lorabench.config.loading import load_preset, preset_path
 from lorabench.config.models import HubModel, ModelSpec
 from lorabench.config.preset import Preset
-from lorabench.config.problems import HubProblems
 from lorabench.data.identity import dataset_id
 from lorabench.models.identity import model_id
 from lorabench.runs import Condition, EvalJob, Job, Sweep

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lorabench.config.files import PRESETS
-from lorabench.config.loading import load_preset
+from lorabench.config.loading import PRESETS, load_preset
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.planning.speed import Calibration, calibrate, on_gpu, planned_runs

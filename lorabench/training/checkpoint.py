@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lorabench.models.lanes.shelf import Lane, trained_parameters
+from lorabench.models.passes import trained_parameters
 from lorabench.runs import PROTOCOL_VERSION
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor, local_part, sharded_like
+from lorabench.utils import signals
 from lorabench.utils.checked_tensors import (
     DamagedTensorsError,
     open_tensors,
@@ -36,143 +37,147 @@ from lorabench.utils.files import atomic_path
 if TYPE_CHECKING:
     import torch
 
+_SHARE = 0.02
+"""The largest share of the time that saving takes; where it takes long, it is done less often."""
+
+
+class Checkpoint:
+    """The checkpoint of one run: decides when the run saves, and writes and reads the file."""
+
+    def __init__(self, path: Path, run_id: str, seconds: float, processes: Processes = SINGLE_PROCESS) -> None:
+        """
+        Args:
+            path: the file.
+            run_id: the run.
+            seconds: least time between two checkpoints; with 0 the run saves after every step, whatever it costs.
+            processes: the processes that train the run together.
+        """
+        self._path, self._run_id, self._seconds, self._processes = path, run_id, seconds, processes
+        self._saved, self._cost = time.perf_counter(), 0.0
+
+    def due(self) -> bool:
+        """Return whether the run saves now: after some time, or because a signal has asked the job to end."""
+        interval = max(self._seconds, self._cost / _SHARE) if self._seconds else 0.0
+        return self._processes.any(signals.requested() or time.perf_counter() - self._saved >= interval)
+
+    def save(
+        self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    ) -> None:
+        """Save the state of the run; see `save_checkpoint`.
+
+        Raises:
+            Stopped: a signal has asked the job to end.
+        """
+        started = time.perf_counter()
+        save_checkpoint(self._path, self._run_id, parameters, optimizer, progress, self._processes)
+        self._saved = time.perf_counter()
+        self._cost = self._saved - started
+        if self._processes.any(signals.requested()):
+            signals.raise_stopped()
+
+    def load(
+        self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any] | None:
+        """Restore the state of the run; see `load_checkpoint`."""
+        return load_checkpoint(self._path, self._run_id, parameters, optimizer, self._processes)
+
 
 def save_checkpoint(
     path: Path,
     run_id: str,
-    lane: Lane,
+    parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     processes: Processes = SINGLE_PROCESS,
 ) -> None:
-    """Write weights, optimizer state and `progress` (JSON data with the keys of a `Position`) atomically."""
+    """Write weights, optimizer state and `progress` (JSON data with the key `step`) atomically."""
     tensors = {}
-    for name, place in lane.places.items():
-        state = {"parameter": place.parameter.detach(), **optimizer.state[place.parameter]}
-        for key, value in state.items():
-            # Adam's step count is one number for a whole parameter.
-            tensors[f"{key}/{name}"] = value if value.ndim == 0 else place.of(local_part(value))
-    count = processes.count if processes.sharded else 1
-    parts = _parts(path, progress["step"], count)
+    for name, parameter in parameters.items():
+        for key, value in {"parameter": parameter.detach(), **optimizer.state[parameter]}.items():
+            tensors[f"{key}/{name}"] = local_part(value)
+    parts = _parts(path, progress["step"], processes.count)
     about = _owner(run_id)
     if processes.first:
-        about |= {"progress": json.dumps(progress), "parts": str(count)}
+        about |= {"progress": json.dumps(progress), "parts": str(processes.count)}
         with atomic_path(path) as partial:
             write_tensors(partial, tensors, about)
             processes.wait()
         for old in set(path.parent.glob(f"{path.stem}.*{path.suffix}")).difference(parts):
             old.unlink()
         return
-    if processes.sharded:
-        with atomic_path(parts[processes.rank]) as partial:
-            write_tensors(partial, tensors, about)
+    with atomic_path(parts[processes.rank]) as partial:
+        write_tensors(partial, tensors, about)
     processes.wait()
 
 
 def load_checkpoint(
     path: Path,
     run_id: str,
-    lane: Lane,
+    parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Any] | None:
     """Restore weights and optimizer state in place and return the saved `progress`.
 
     Returns None and changes nothing if there is no checkpoint, or none that can be used; a warning then names the
-    reason.
+    reason. Every process must call this, and all restore the checkpoint or none does.
     """
     import torch
 
     if not processes.any(path.exists()):
         return None
-    verified, reason = _verify(path, run_id, processes)
+    progress, parts, reason = _verify(path, run_id, processes)
     with ExitStack() as opened:
-        files = [opened.enter_context(open_tensors(part, "pt")) for part in verified.parts] if verified else []
-        if verified and _shapes(files) != {name: tuple(place.shape) for name, place in lane.places.items()}:
-            verified, reason = None, f"{path} is of a model with other parameters"
-        if verified is None:
+        files = [opened.enter_context(open_tensors(part, "pt")) for part in parts]
+        if progress and _shapes(files) != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+            progress, reason = None, f"{path} is of a model with other parameters"
+        if progress is None:
             if processes.first:
                 logging.warning("run %s starts again from step 1: checkpoint %s", run_id, reason)
             return None
-        present = set(files[0].keys())
+        saved = set(files[0].keys())
         with torch.no_grad():
-            for name, place in lane.places.items():
-                parameter = place.parameter
-                weight = place.of(parameter.detach())
-                weight.copy_(_tensor(files, f"parameter/{name}", weight, processes))
-                state = optimizer.state[parameter]
+            for name, parameter in parameters.items():
+                parameter.copy_(_tensor(files, f"parameter/{name}", parameter, processes))
                 for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}/{name}" not in present:
-                        continue
-                    tensor = _tensor(files, f"{key}/{name}", weight, processes)
-                    if tensor.ndim == 0 or place.start is None:
-                        state[key] = tensor
-                    else:
-                        place.of(state.setdefault(key, torch.zeros_like(parameter))).copy_(tensor)
+                    if f"{key}/{name}" in saved:
+                        optimizer.state[parameter][key] = _tensor(files, f"{key}/{name}", parameter, processes)
     if processes.first:
-        logging.info("run %s goes on after step %d", run_id, verified.progress["step"])
-    return verified.progress
+        logging.info("run %s goes on after step %d", run_id, progress["step"])
+    return progress
 
 
-class Position(NamedTuple):
-    """How far a checkpoint's run had come: its finished steps, and whether the evaluation after the last is done."""
-
-    step: int
-    evaluated: bool
-
-    @classmethod
-    def of(cls, progress: Mapping[str, Any]) -> Position:
-        """Return the position in a checkpoint's progress."""
-        return cls(int(progress["step"]), bool(progress.get("evaluated", True)))
-
-
-START = Position(0, True)
-"""The position of a run without a usable checkpoint."""
-
-
-def checkpoint_position(path: Path) -> Position:
-    """Return the position in a checkpoint's header; that of the start if the header cannot be read."""
+def checkpoint_step(path: Path) -> int:
+    """Return the number of finished steps in a checkpoint's header; 0 if there is none that can be read."""
     try:
-        about = read_header(path)
-    except DamagedTensorsError:
-        return START
-    return Position.of(json.loads(about["progress"])) if "progress" in about else START
+        return int(json.loads(read_header(path)["progress"])["step"])
+    except (DamagedTensorsError, KeyError):
+        return 0
 
 
-def usable_position(path: Path, run_id: str, processes: Processes = SINGLE_PROCESS) -> Position:
-    """Return the position of a run's checkpoint after verifying all of it; that of the start if it cannot be used."""
-    verified, _ = _verify(path, run_id, processes)
-    return START if verified is None else Position.of(verified.progress)
+def _verify(path: Path, run_id: str, processes: Processes) -> tuple[dict[str, Any] | None, list[Path], str]:
+    """Verify the parts of a checkpoint, each by one process.
 
-
-@dataclass(frozen=True)
-class _Verified:
-    """A checkpoint that can be used: its files, and its progress."""
-
-    parts: list[Path]
-    progress: dict[str, Any]
-
-
-def _verify(path: Path, run_id: str, processes: Processes) -> tuple[_Verified | None, str]:
-    """Verify the parts of a checkpoint, each by one process. If it cannot be used, the text says why.
-
-    Every process must call this, and all return a checkpoint or none does.
+    Returns:
+        The progress and the parts; if the checkpoint cannot be used None, no parts and the reason, in all processes.
     """
-    verified, reason = None, f"{path} can't be used by another process"
+    progress: dict[str, Any] | None = None
+    parts: list[Path] = []
+    reason = f"{path} can't be used by another process"
     try:
         about = read_header(path)
         if not about.items() >= _owner(run_id).items():
             owner = f"run {about.get('run_id')}, protocol {about.get('protocol_version')}"
             raise DamagedTensorsError(f"{path} is of {owner}")
-        progress: dict[str, Any] = json.loads(about["progress"])
-        parts = _parts(path, progress["step"], int(about["parts"]))
+        saved: dict[str, Any] = json.loads(about["progress"])
+        parts = _parts(path, saved["step"], int(about["parts"]))
         for part in parts[processes.rank :: processes.count]:
             if not verify_tensors(part).items() >= _owner(run_id).items():
                 raise DamagedTensorsError(f"{part} is of another run")
-        verified = _Verified(parts, progress)
+        progress = saved
     except (DamagedTensorsError, KeyError, ValueError) as error:
         reason = str(error) if isinstance(error, DamagedTensorsError) else f"{path} is damaged (its header)"
-    return (None if processes.any(verified is None) else verified), reason
+    return (None, [], reason) if processes.any(progress is None) else (progress, parts, "")
 
 
 def _shapes(files: list[Any]) -> dict[str, tuple[int, ...]]:

@@ -4,9 +4,9 @@ Each process computes its share of a batch; losses, gradients and norms are summ
 numbers equal those of one process up to the order of additions. A single process runs the same code and communicates
 with none.
 
-`fsdp` shards a model with accelerate's FSDP2: each process keeps a part of every parameter, of its gradient and of its
+The model is sharded with accelerate's FSDP2: each process keeps a part of every parameter, of its gradient and of its
 optimizer state, in fp32. The parameters of a layer are gathered in fp32 while it is computed, under the same autocast
-as on one GPU. `ddp` keeps the whole model in each process and sums gradients once per step.
+as on one GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +23,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lorabench.config.fields import Sharding
 from lorabench.models.lora import tie_beneath
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -41,7 +37,6 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    sharding: Sharding = "fsdp"
     device: torch.device = _CPU
 
     @property
@@ -52,7 +47,7 @@ class Processes:
     @property
     def sharded(self) -> bool:
         """Whether a model's parameters are sharded over the processes."""
-        return self.count > 1 and self.sharding == "fsdp"
+        return self.count > 1
 
     def gather(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         """Gather equally many numbers from every process; all receive (processes, values) in double precision."""
@@ -98,12 +93,6 @@ class Processes:
         own = list(parts)
         return own + [nothing] * (int(self.most(len(own))) - len(own))
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum gradients over the processes; FSDP sums those of a sharded model during the backward pass."""
-        if self.count > 1 and not self.sharded:
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad)
-
     def shard(self, model: M) -> M:
         """Shard a model from the CPU of the first process; without sharding return it unchanged.
 
@@ -144,13 +133,13 @@ SINGLE_PROCESS = Processes()
 """A single process on the CPU."""
 
 
-def join(sharding: Sharding) -> Processes:
+def join() -> Processes:
     """Join the process group of the processes started with this one (see `launch.py`)."""
     from accelerate import PartialState
 
     # The other processes wait while the first reads a large model, perhaps from a slow disk.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
-    return Processes(state.process_index, state.num_processes, sharding, torch.device(state.device))
+    return Processes(state.process_index, state.num_processes, torch.device(state.device))
 
 
 def leave(processes: Processes) -> None:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from lorabench.config.preset import Preset
-from lorabench.planning.lane_count import lane_count
 from lorabench.planning.plan import Plan
 from lorabench.runs import Job, Sweep
 from lorabench.store.collect import write_job
@@ -34,7 +33,7 @@ def run_job(
     rows: list[dict[str, Any]] = []
     with _trainer(job.sweeps[0].condition.task) as train:
         for sweep in job.sweeps:
-            label, lower = sweep.condition.label, f"lower execution.{_to_lower(plan.preset, sweep, processes.count)}"
+            label, lower = sweep.condition.label, f"lower execution.{_to_lower(plan.preset, sweep)}"
             lock = locked(layout.lock(sweep), label, say) if processes.first else nullcontext()
             with lock, memory_for(label, lower):
                 processes.wait()
@@ -47,7 +46,7 @@ def _trainer(task: Literal["sft", "rl"]) -> AbstractContextManager[Trainer]:
     """Return the trainer of a job, which keeps the model, data and graders of the job's sweeps until the end."""
     # Imported here since each trainer imports libraries that the other does not need.
     if task == "sft":
-        from lorabench.training.sft.trainer import SftTrainer
+        from lorabench.training.sft import SftTrainer
 
         return nullcontext(SftTrainer())
     from lorabench.training.rl.trainer import RlTrainer
@@ -59,12 +58,8 @@ def _prefixed(label: str, say: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: say(f"{label} {line}")
 
 
-def _to_lower(preset: Preset, sweep: Sweep, processes: int) -> str:
+def _to_lower(preset: Preset, sweep: Sweep) -> str:
     """Name the settings of `execution` that reduce a sweep's memory when lowered, with their present values."""
-    execution, lanes = preset.execution, lane_count(preset, sweep, processes)
-    settings = [f"max_batch_tokens (now {execution.max_batch_tokens})"]
-    if sweep.condition.task == "rl":
-        settings.append(f"max_cache_tokens ({execution.max_cache_tokens})")
-    if lanes > 1:
-        settings.append(f"lanes ({lanes})")
-    return " or ".join(filter(None, [", ".join(settings[:-1]), settings[-1]]))
+    execution = preset.execution
+    cache = f" or max_cache_tokens ({execution.max_cache_tokens})" if sweep.condition.task == "rl" else ""
+    return f"max_batch_tokens (now {execution.max_batch_tokens}){cache}"

@@ -1,23 +1,37 @@
-"""Parts shared by the loops of SFT and RL: the machine, the outcome, the optimizer, gradient clipping."""
+"""Parts shared by the loops of SFT and RL: the machine, the outcome, the optimizer, and gradients that repeat.
+
+By default the backward pass of PyTorch's fused attention on a GPU, and of indexing, adds in an order that differs from
+one call to the next. Two runs that are equivalent by argument, or a run that was resumed, would then differ from the
+first step on. `torch.use_deterministic_algorithms` selects kernels with a fixed order; it has to be strict, since with
+`warn_only` fused attention keeps its default. cuBLAS also needs a workspace of a fixed size.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from lorabench.config.experiments import Protocol
 from lorabench.models.bf16_products import Products
-from lorabench.models.lanes.shelf import Lane
 from lorabench.runs import Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, full_tensor
 
+T = TypeVar("T")
+
 # Elements of a gradient whose squares are summed at once.
 _PIECE = 1 << 16
+
+_NO_KERNEL = "does not have a deterministic implementation"
+_without_kernel: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,6 @@ class Machine:
     max_batch_tokens: int
     checkpoint_seconds: float
     max_cache_tokens: int = 65_536
-    packing: bool = False
     processes: Processes = SINGLE_PROCESS
     bf16_products: Products | None = None
     """How a CPU multiplies matrices in bf16; None on a GPU and in fp32."""
@@ -54,15 +67,15 @@ class Outcome:
     """The loss of each test example after the last step; empty if the run did not get there."""
 
 
-def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], run: Run, protocol: Protocol) -> torch.optim.Optimizer:
     """Return Adam over a run's trained parameters at its constant LR, multiplied by `lr_ratio` for LoRA's B."""
     ratio = run.condition.lr_ratio or 1.0
-    groups: dict[float, dict[torch.nn.Parameter, None]] = {}
-    for name, place in lane.places.items():
-        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, {})[place.parameter] = None
-    parameters: list[dict[str, Any]] = [{"params": list(group), "lr": lr} for lr, group in groups.items()]
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(run.lr * ratio if ".lora_B." in name else run.lr, []).append(parameter)
+    options: list[dict[str, Any]] = [{"params": group, "lr": lr} for lr, group in groups.items()]
     return torch.optim.AdamW(
-        parameters,
+        options,
         betas=(protocol.betas[0], protocol.betas[1]),
         eps=run.condition.eps,
         weight_decay=protocol.weight_decay,
@@ -70,17 +83,61 @@ def make_optimizer(lane: Lane, run: Run, protocol: Protocol) -> torch.optim.Opti
     )
 
 
-def clip_gradient(lane: Lane, max_norm: float | None) -> float:
-    """Clip the norm of a lane's gradient (None: no limit) and return the norm before clipping.
+def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float | None) -> float:
+    """Clip the norm of the gradient of all parameters (None: no limit) and return the norm before clipping.
 
     On a CPU PyTorch adds the squares of a tensor one after another in fp32, which is off by 1% at 10^8 elements;
     therefore the norms of pieces are computed first.
     """
-    gradients = [parameter.grad for parameter in lane.parameters if parameter.grad is not None]
+    parameters = list(parameters)
     pieces: list[torch.Tensor] = []
-    for gradient in gradients:
+    for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
         undivided = isinstance(gradient, DTensor) or gradient.device.type != "cpu"
         pieces += [gradient] if undivided else gradient.flatten().split(_PIECE)
     norm = torch.nn.utils.get_total_norm(pieces)
-    torch.nn.utils.clip_grads_with_norm_(lane.parameters, max_norm or math.inf, norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
     return float(full_tensor(norm))
+
+
+def fix_workspaces() -> None:
+    """Give cuBLAS workspaces of a fixed size, unless the user has chosen some; call this before the first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def deterministically(compute: Callable[[], T], undo: Callable[[], None], device: torch.device) -> T:
+    """Return the result of `compute`, on a GPU with deterministic kernels.
+
+    If an operation has none, a warning names it, and this call and all later ones do without.
+
+    Args:
+        compute: computes a gradient.
+        undo: discards what `compute` has done so far, before it is called again.
+        device: the device that computes.
+    """
+    if device.type != "cuda":
+        return compute()
+    if not _without_kernel:
+        try:
+            with _strict():
+                return compute()
+        except RuntimeError as error:
+            if _NO_KERNEL not in str(error):
+                raise
+            _without_kernel.append(str(error).split(_NO_KERNEL, maxsplit=1)[0].strip())
+            logging.warning("training on this GPU is not deterministic: %s has no such kernel", _without_kernel[0])
+        undo()
+    return compute()
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    setting: Any = torch.utils.deterministic
+    fill = setting.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # It would write into each new tensor, to show errors in programs.
+    setting.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        setting.fill_uninitialized_memory = fill

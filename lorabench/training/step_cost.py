@@ -37,10 +37,10 @@ from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import single_lane
+from lorabench.models.counts import base_parameters
 from lorabench.models.lora import add_lora, targets
-from lorabench.models.size import base_parameters
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import trained_parameters
 from lorabench.store.schemas import COMPUTE
 from lorabench.training.batches import Batch
 from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head
@@ -219,11 +219,12 @@ class _Arm:
 
     def __post_init__(self) -> None:
         self.counts = count_flops(self.model, self.inputs, self.targets, self.protocol.precision == "bf16")
-        self.stack = single_lane(self.model, "") if self.rank is None else stack_lora(self.model, ["default"])
-        [self.lane] = self.stack.lanes.values()
+        if self.rank is not None:
+            use_fast_products(self.model)
+        self.parameters = list(trained_parameters(self.model).values())
         # At LR 0 a step does all its work and does not change the weights, which the arms share.
         self.optimizer = torch.optim.AdamW(
-            self.lane.parameters,
+            self.parameters,
             lr=0.0,
             betas=(self.protocol.betas[0], self.protocol.betas[1]),
             eps=self.protocol.eps,
@@ -241,16 +242,16 @@ class _Arm:
             "linear_flops": linear_flops,
             "total_flops": total_flops,
             "peak_mem_bytes": self.peak_memory(),
-            "trainable_params": self.lane.size,
+            "trainable_params": sum(parameter.numel() for parameter in self.parameters),
         }
 
     def step(self) -> None:
         """Make one optimizer step and delete the gradients."""
-        batch, autocast = Batch(self.inputs, self.targets, None), self.protocol.precision == "bf16"
-        scored, max_logits = [self.targets.numel()], MAX_LOGITS[self.inputs.device.type]
-        add_gradient(self.stack.model, batch, self.stack.rows, scored, torch.bfloat16 if autocast else None, max_logits)
+        autocast = torch.bfloat16 if self.protocol.precision == "bf16" else None
+        max_logits = MAX_LOGITS[self.inputs.device.type]
+        add_gradient(self.model, Batch(self.inputs, self.targets), self.targets.numel(), autocast, max_logits)
         self.optimizer.step()
-        self.lane.zero_grad()
+        self.optimizer.zero_grad()
 
     def peak_memory(self) -> int:
         """Return the bytes held between steps plus the most that a step allocates beyond them."""

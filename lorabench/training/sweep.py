@@ -1,4 +1,4 @@
-"""The training of a sweep's runs: finished runs are skipped, and unfinished ones go on from their checkpoints.
+"""The training of a sweep's runs, one after another: finished runs are skipped, unfinished ones go on from checkpoints.
 
 The runs are trained in waves, which `lorabench.planning.walk` determines from the validation losses so far.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -18,17 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorabench.config.datasets import FactsDataset
-from lorabench.config.execution import Execution
 from lorabench.errors import UserError
 from lorabench.models import bf16_products
 from lorabench.models.base import load_model, skeleton, weights_sha256
-from lorabench.models.lanes.full import lane_state
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import Stack
-from lorabench.models.lora import add_adapter, add_lora
-from lorabench.models.size import Sizes
-from lorabench.models.transformers_names import recompute_activations
-from lorabench.planning.lane_count import deal, lane_count
+from lorabench.models.counts import base_parameters, train_flops_per_token
+from lorabench.models.lora import add_lora
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import recompute_activations, trained_parameters
 from lorabench.planning.memory import decided
 from lorabench.planning.plan import Plan
 from lorabench.runs import Run, Sweep, best_lr, ending, next_runs, validation_loss
@@ -36,19 +32,17 @@ from lorabench.store.collect import sweep_rows, write_curves, write_test_losses
 from lorabench.store.layout import Layout
 from lorabench.store.progress import Progress
 from lorabench.store.run_folder import RunFolder
-from lorabench.training.checkpoint import whole_weights
-from lorabench.training.determinism import fix_workspaces
+from lorabench.training.checkpoint import Checkpoint, whole_weights
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
-from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
+from lorabench.training.loss import check_plain_head
 from lorabench.training.provenance import code_state, machine_state, peak_memory_bytes, reset_peak_memory
-from lorabench.training.run import Machine, Outcome
+from lorabench.training.run import Machine, Outcome, fix_workspaces
 from lorabench.utils import signals
 from lorabench.utils.exhaustion import keep_freed_memory
 from lorabench.utils.files import write_json
 from lorabench.utils.gpus import difference_from
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -63,7 +57,11 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         if plan.preset.protocol.precision == "bf16":
             products = bf16_products.choose_faster()
     else:
-        _warn_of_other_gpu(execution, device, processes)
+        if execution.gpu is not None and processes.first:
+            memory = torch.cuda.get_device_properties(device).total_memory
+            difference = difference_from(execution.gpu, torch.cuda.get_device_name(device), memory)
+            if difference is not None:
+                logging.warning(difference)
         fix_workspaces()
         # Autocast passes over the products of experts, which would otherwise be computed in fp32 without tensor cores.
         # TF32 has more digits than the bf16 of all other layers.
@@ -73,22 +71,9 @@ def machine_of(plan: Plan, processes: Processes = SINGLE_PROCESS) -> Machine:
         execution.max_batch_tokens,
         execution.checkpoint_minutes * 60,
         max_cache_tokens=execution.max_cache_tokens,
-        packing=execution.packing,
         processes=processes,
         bf16_products=products,
     )
-
-
-def _warn_of_other_gpu(execution: Execution, device: torch.device, processes: Processes) -> None:
-    if execution.gpu is not None and processes.first:
-        memory = torch.cuda.get_device_properties(device).total_memory
-        difference = difference_from(execution.gpu, torch.cuda.get_device_name(device), memory)
-        if difference is not None:
-            logging.warning(difference)
-
-
-RunGroup = dict[str, tuple[int, Run]]
-"""Runs that are trained together, by run_id, each with its number in the sweep."""
 
 
 @dataclass(frozen=True)
@@ -106,97 +91,22 @@ class SweepContext:
         """Return the folder of a run."""
         return RunFolder(self.layout.runs, run.run_id)
 
-    def unfinished(self, runs: Iterable[tuple[int, Run]]) -> list[tuple[int, Run]]:
-        """Return the runs that are not finished, with their numbers in the sweep."""
-        return [(number, run) for number, run in runs if not self.folder(run).done()]
+    def checkpoint(self, run: Run) -> Checkpoint:
+        """Return the checkpoint of a run."""
+        path, machine = self.folder(run).checkpoint, self.machine
+        return Checkpoint(path, run.run_id, machine.checkpoint_seconds, machine.processes)
 
-    def load(self) -> PreTrainedModel:
-        """Load the base model; if it will be sharded, only the first process loads weights, on its CPU."""
-        spec, processes = self.layout.model(self.sweep.condition.model), self.machine.processes
-        # An unused sharded model is kept alive by reference cycles, and is as large as the model loaded now.
-        gc.collect()
-        if processes.sharded:
-            model = load_model(spec) if processes.first else skeleton(spec)
-        else:
-            model = load_model(spec).to(self.machine.device)
-        if self._recomputes:
-            recompute_activations(model)
-        return model
-
-    def with_lora(self, model: PreTrainedModel, runs: Sequence[Run]) -> PeftModel:
-        """Return the model with an adapter for each run, named by its run_id."""
-        condition = self.sweep.condition
-        assert condition.rank
-        assert condition.placement
-        assert condition.alpha
-        head = self.plan.preset.protocol.include_unembedding
-        init_a = condition.init_a or 1.0
-        first, *others = runs
-        adapted = add_lora(
-            model, condition.rank, condition.placement, condition.alpha, head, first.seed, init_a, first.run_id
-        )
-        for run in others:
-            add_adapter(adapted, run.run_id, run.seed, init_a)
-        return adapted
-
-    def stacked(self, model: PeftModel, runs: Sequence[Run]) -> Stack:
-        """Return the stack of a model that has the runs' adapters."""
-        # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
-        return stack_lora(model, [run.run_id for run in runs], keep_cast=not self._recomputes)
-
-    @property
-    def _recomputes(self) -> bool:
-        return decided(self.plan.preset, self.sweep).execution.activation_checkpointing is True
-
-    def ticker(self, number: int, run: Run) -> Callable[[int], None]:
-        """Return the function that a run calls after each step; only the first process reports progress."""
-        return partial(self.progress.tick, number, run) if self.machine.processes.first else lambda step: None
-
-    def begin(self) -> None:
-        """Begin to train a group of runs, unless a signal has asked the job to end.
-
-        Raises:
-            Stopped: a signal has.
-        """
-        if self.machine.processes.any(signals.requested()):
-            signals.raise_stopped()
-        reset_peak_memory(self.machine.device)
-
-    def announce(self, number: int, run: Run, result: str | None = None) -> None:
-        """Report that a run starts, or its result."""
-        end = "" if result is None else f": {result}"
+    def announce(self, number: int, run: Run, result: str = "") -> None:
+        """Report that a run, the number-th of the sweep, starts, or its result."""
         if self.machine.processes.first:
             sweep = self.sweep
             of = f"/{sweep.n_runs}" if sweep.lattice is None else f" of at most {sweep.most_runs}"
-            self.say(f"run {number}{of}: lr {run.lr:g}, seed {run.seed}{end}")
+            self.say(f"run {number}{of}: lr {run.lr:g}, seed {run.seed}{result and f': {result}'}")
 
-    def unfinished_groups(self, runs: list[tuple[int, Run]]) -> list[RunGroup]:
-        """Group the unfinished ones of some runs, given with their numbers, by the lanes that train them together."""
-        machine = self.machine
-        gpus = machine.processes.count if machine.device.type == "cuda" else 0
-        size = 1 if machine.processes.sharded else lane_count(self.plan.preset, self.sweep, gpus)
-        groups, numbers = [], {run: number for number, run in runs}
-        # Groups are formed before finished runs are left out, so that a resumed run has the same runs beside it.
-        for dealt_runs in deal(self.plan.preset, numbers, size):
-            unfinished = self.unfinished((numbers[run], run) for run in dealt_runs)
-            group = {run.run_id: (number, run) for number, run in unfinished}
-            if group:
-                paths = {run_id: self.folder(run).checkpoint for run_id, (_, run) in group.items()}
-                groups += [
-                    {run_id: group[run_id] for run_id in ids}
-                    for ids in groups_at_same_position(paths, machine.processes)
-                ]
-        return groups
-
-    def checkpoints(self, runs: Iterable[Run]) -> LaneCheckpoints:
-        """Return the checkpoints of runs that are trained together."""
-        paths = {run.run_id: self.folder(run).checkpoint for run in runs}
-        return LaneCheckpoints(paths, self.machine.checkpoint_seconds, self.machine.processes)
-
-    def write(self, run: Run, outcome: Outcome, stack: Stack, sizes: Sizes, environment: dict[str, Any]) -> None:
+    def write(self, run: Run, model: torch.nn.Module, outcome: Outcome, environment: dict[str, Any]) -> None:
         """Write a finished run's record, curves and weights atomically. Every process must call this."""
         condition, preset, processes = run.condition, self.plan.preset, self.machine.processes
-        config: Any = stack.model.config
+        config: Any = model.config
         dataset = preset.sources[condition.dataset]
         rollouts = condition.rollouts
         record = {
@@ -210,31 +120,103 @@ class SweepContext:
             },
             "outcome": {
                 **{key: value for key, value in asdict(outcome).items() if key not in ("curve", "test_losses")},
-                "trainable_params": stack.lanes[run.run_id].size,
-                "base_params": sizes.base_parameters,
+                "trainable_params": sum(parameter.numel() for parameter in trained_parameters(model).values()),
+                "base_params": base_parameters(model),
                 "family": config.model_type,
                 "hidden_size": config.hidden_size,
                 "entropy_bits": dataset.entropy_bits if isinstance(dataset, FactsDataset) else None,
-                "train_flops": sizes.train_flops_per_token * outcome.train_tokens,
+                "train_flops": train_flops_per_token(model) * outcome.train_tokens,
                 "peak_mem_bytes": int(processes.most(peak_memory_bytes(self.machine.device))),
             },
             "environment": environment,
         }
         keep = outcome.status != "diverged"
-        weights = whole_weights(stack.model, processes) if keep and processes.sharded else None
+        # PEFT would else add a copy of an adapted unembedding to the adapter.
+        options: dict[str, Any] = {"save_embedding_layers": False} if condition.method == "lora" else {}
+        if keep and processes.sharded:
+            options["state_dict"] = whole_weights(model, processes)
         if processes.first:
             with self.folder(run).finishing() as staging:
                 staged = RunFolder(staging.parent, staging.name)
                 write_curves(run.run_id, outcome.curve, staged.curves)
                 write_test_losses(run.run_id, outcome.test_losses, staged.test_losses)
                 if keep:
-                    _save_weights(stack, run, staged, weights)
+                    model.save_pretrained(staged.weights, **options)  # type: ignore[operator]
                 write_json(record, staged.record)
         processes.wait()
 
 
-Trainer = Callable[[SweepContext, list[tuple[int, Run]]], None]
-"""A trainer: trains the unfinished ones of some runs, given with their number in the sweep, and writes each."""
+class Base:
+    """The base model of a job's sweeps.
+
+    It is loaded once for LoRA, which does not change it, and again after each full fine-tuning. A model that is sharded
+    is loaded again for each run, since LoRA must be added before.
+    """
+
+    def __init__(self) -> None:
+        self._model: PreTrainedModel | None = None
+
+    def untrained(self, context: SweepContext) -> PreTrainedModel:
+        """Return the base model; if it will be sharded, only the first process has weights, on its CPU."""
+        if self._model is None:
+            spec, processes = context.layout.model(context.sweep.condition.model), context.machine.processes
+            # An unused sharded model is kept alive by reference cycles, and is as large as the model loaded now.
+            gc.collect()
+            if processes.sharded:
+                self._model = load_model(spec) if processes.first else skeleton(spec)
+            else:
+                self._model = load_model(spec).to(context.machine.device)
+            check_plain_head(self._model)
+            if _recomputes(context):
+                recompute_activations(self._model)
+        return self._model
+
+    def sharded(self, context: SweepContext) -> PreTrainedModel:
+        """Return the base model, sharded over the processes if there are several; it can then only be evaluated."""
+        model = self.untrained(context)
+        if context.machine.processes.sharded:
+            self._model = None
+        return context.machine.processes.shard(model)
+
+    @contextmanager
+    def trainable(self, context: SweepContext, run: Run) -> Iterator[torch.nn.Module]:
+        """Provide the model of a run: the base model itself, or with a new adapter, sharded if there are processes."""
+        model, processes = self.untrained(context), context.machine.processes
+        if run.condition.method == "fullft" or processes.sharded:
+            self._model = None
+        if run.condition.method == "fullft":
+            yield processes.shard(model)
+            return
+        adapted = with_adapter(model, context, run)
+        if processes.sharded:
+            yield processes.shard(adapted)
+            return
+        # With activation checkpointing memory is short, so no second copy of the base in bf16 is kept.
+        use_fast_products(adapted, keep_cast=not _recomputes(context))
+        try:
+            yield adapted
+        finally:
+            self._model = adapted.unload()
+            self._model.requires_grad_(True)
+
+
+def with_adapter(model: PreTrainedModel, context: SweepContext, run: Run) -> Any:
+    """Return a base model with the new adapter of a run."""
+    condition = run.condition
+    assert condition.rank
+    assert condition.placement
+    assert condition.alpha
+    head = context.plan.preset.protocol.include_unembedding
+    init_a = condition.init_a or 1.0
+    return add_lora(model, condition.rank, condition.placement, condition.alpha, head, run.seed, init_a)
+
+
+def _recomputes(context: SweepContext) -> bool:
+    return decided(context.plan.preset, context.sweep).execution.activation_checkpointing is True
+
+
+Trainer = Callable[[SweepContext, Run, Callable[[int], None]], None]
+"""A trainer: trains a run, calls the function after each step with the number of finished steps, and writes the run."""
 
 
 def run_sweep(
@@ -248,7 +230,7 @@ def run_sweep(
     """Train all runs of a sweep.
 
     Args:
-        train: trains some runs, and keeps the model and data that the sweeps of a job share.
+        train: trains a run, and keeps the model and data that the sweeps of a job share.
         say: reports one line of progress; called in the first process only.
         processes: the processes that train the sweep together; each calls this function.
 
@@ -257,25 +239,31 @@ def run_sweep(
 
     Raises:
         UserError: a finished run was made with another commit of a Hugging Face repository than is fetched now.
+        Stopped: a signal asked the job to end; finished runs and checkpoints are kept.
     """
     progress = Progress(layout.progress(sweep), sweep)
     context = SweepContext(plan, sweep, layout, machine_of(plan, processes), progress, say)
 
-    def finish(runs: list[tuple[int, Run]]) -> None:
-        _check_commits(context, [run for _, run in runs if context.folder(run).done()])
-        train(context, runs)
-        for number, run in runs:
-            context.announce(number, run, _result(context.folder(run).read_record()["outcome"]))
+    def finish(number: int, run: Run) -> None:
+        if not context.folder(run).done():
+            if processes.any(signals.requested()):
+                signals.raise_stopped()
+            reset_peak_memory(context.machine.device)
+            context.announce(number, run)
+            train(context, run, partial(progress.tick, number, run) if processes.first else lambda step: None)
+        context.announce(number, run, _result(context.folder(run).read_record()["outcome"]))
 
-    waves: list[list[tuple[int, Run]]] = []
+    numbers: dict[Run, int] = {}
     losses: dict[tuple[float, int], float] = {}
     while wave := next_runs(sweep, losses):
         if processes.first:
             for run in wave:
                 context.folder(run).tidy()
         processes.wait()
-        waves.append(list(enumerate(wave, len(losses) + 1)))
-        finish(waves[-1])
+        _check_commits(context, [run for run in wave if context.folder(run).done()])
+        for run in wave:
+            numbers[run] = len(numbers) + 1
+            finish(numbers[run], run)
         losses |= {(run.lr, run.seed): validation_loss(context.folder(run).read_record()) for run in wave}
     best = best_lr(sweep, losses)
     if sweep.lattice is not None and processes.first:
@@ -283,22 +271,22 @@ def run_sweep(
     # An earlier plan with other LRs may have had another best LR and deleted these weights: train the run again. The
     # weights of a restored run were left behind, and only an evaluation needs them.
     evaluated = any(job.sweep == sweep for job in plan.evaluations())
-    chosen = None if best is None else context.folder(Run(sweep.condition, best, 0))
-    if chosen and not chosen.weights.exists() and (evaluated or not chosen.restored.exists()):
+    chosen = next((run for run in numbers if (run.lr, run.seed) == (best, 0)), None)
+    folder = None if chosen is None else context.folder(chosen)
+    if chosen and folder and not folder.weights.exists() and (evaluated or not folder.restored.exists()):
         processes.wait()
         if processes.first:
-            chosen.record.unlink()
+            folder.record.unlink()
         processes.wait()
-        finish(next(wave for wave in waves if any((run.lr, run.seed) == (best, 0) for _, run in wave)))
+        finish(numbers[chosen], chosen)
     if not processes.first:
         return []
-    runs = [run for wave in waves for _, run in wave]
     if plan.preset.execution.keep_weights == "best":
-        for run in runs:
+        for run in numbers:
             if run.lr != best:
                 shutil.rmtree(context.folder(run).weights, ignore_errors=True)
     progress.close()
-    return sweep_rows([context.folder(run) for run in runs], sweep)
+    return sweep_rows([context.folder(run) for run in numbers], sweep)
 
 
 def _check_commits(context: SweepContext, finished: list[Run]) -> None:
@@ -320,7 +308,6 @@ def provenance(context: SweepContext) -> dict[str, Any]:
     return {
         **machine_state(context.machine.device),
         "processes": processes.count,
-        "sharding": processes.sharding if processes.count > 1 else None,
         "bf16_products": context.machine.bf16_products,
         **code_state(context.layout.patches),
         "model_sha256": weights_sha256(context.layout.model(condition.model)),
@@ -340,19 +327,3 @@ def _result(outcome: dict[str, Any]) -> str:
         reward = f"accuracy {outcome['base_reward']:.3f} -> {outcome['final_reward']:.3f}"
         return f"{reward}; stopped, no response was ever right" if outcome["status"] == "unrewarded" else reward
     return f"test {outcome['final_test_nll']:.4f} nats"
-
-
-def _save_weights(stack: Stack, run: Run, folder: RunFolder, weights: dict[str, torch.Tensor] | None) -> None:
-    """Save a run's adapter or whole model; `weights` are the gathered weights of a sharded model."""
-    model: Any = stack.model
-    if run.condition.method == "fullft":
-        if stack.shelf is not None:
-            weights = lane_state(model, stack.lanes[run.run_id])
-        model.save_pretrained(folder.weights, state_dict=weights)
-        return
-    # Only the adapter is saved: PEFT would add a copy of an adapted unembedding, and makes a folder for each adapter.
-    adapter = run.run_id
-    model.save_pretrained(folder.weights, save_embedding_layers=False, selected_adapters=[adapter], state_dict=weights)
-    for path in (folder.weights / adapter).iterdir():
-        os.replace(path, folder.weights / path.name)
-    (folder.weights / adapter).rmdir()

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.analysis.invariances import (
-    crossing,
     descent_ratios,
     differences,
     first_descents,
@@ -151,19 +150,10 @@ def test_ratio_of_means():
         assert math.isnan(ratio_of_means(np.array(numerator), np.array(denominator), "ratio").value)
 
 
-@given(power=st.floats(0.2, 3), at=st.floats(1.5, 500))
-def test_a_power_law_crosses_where_it_does(power, at):
-    steps = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    assert crossing(steps, [(step / at) ** power for step in steps], 1.0) == pytest.approx(at)
-
-
-def test_no_crossing():
-    assert math.isnan(crossing([1, 2, 4], [0.0, 0.1, 0.9], 1.0))
-    assert math.isnan(crossing([1, 2, 4], [1.0, 2.0, 3.0], 1.0))
-    assert math.isnan(crossing([1, 2], [0.0, 2.0], 1.0))
-    assert math.isnan(crossing([], [], 1.0))
-    assert crossing([1, 2, 4], [0.0, 0.5, 2.0], 1.0) == pytest.approx(math.sqrt(8))
-    assert crossing([1, 2, 4], [0.0, 0.5, 1.0], 1.0) == pytest.approx(4)
+@given(power=st.floats(0.2, 3), at=st.floats(1.5, 63))
+def test_a_has_moved_where_a_power_law_reaches_1(power, at):
+    times = move_times(*lora_tables([lora_run()], a_moved=lambda run, step: (step / at) ** power))
+    assert times[["limit", "bound"]].values.tolist() == [[pytest.approx(at), 0]]
 
 
 def test_move_times_are_of_runs_with_the_measure():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorabench.analysis.lr_ratio import Setting, fitted, predicted
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
+from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
 
 SETTINGS = [Setting(64, 25, 8, 32.0), Setting(128, 1600, 2, 8.0), Setting(8192, 780, 128, 32.0)]
 FULLFT_LR = 3e-4

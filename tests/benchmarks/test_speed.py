@@ -17,7 +17,7 @@ from benchmarks.speed.__main__ import FULL, ON_A_GPU, QUICK, main, measure
 from benchmarks.speed.table import Row
 from lorabench.config.loading import load_preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.models.size import base_parameters
+from lorabench.models.counts import base_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.training.batches import IGNORED
 
@@ -72,16 +72,16 @@ def test_presets_are_valid_and_of_the_size_they_say(form, tmp_path, monkeypatch)
     monkeypatch.setattr(sweep, "preset_entry", lambda model: {"kind": "tiny"})
     path = tmp_path / "speed.yaml"
     shape = form.sweep
-    path.write_text(yaml.safe_dump(sweep.preset(shape, lanes=3)))
+    path.write_text(yaml.safe_dump(sweep.preset(shape)))
     loaded = load_preset(str(path))
     [sft] = make_plan(loaded).sweeps
     assert (sft.n_runs, sft.condition.steps) == (len(shape.lrs), shape.steps)
     assert (sft.condition.batch_size, sft.condition.rank) == (shape.batch_size, shape.rank)
-    assert (loaded.execution.lanes, loaded.execution.threads) == (3, shape.threads)
+    assert loaded.execution.threads == shape.threads
     assert (loaded.execution.gpu, loaded.protocol.precision) == (shape.gpu, shape.precision)
-    path.write_text(yaml.safe_dump(rl.preset(form.rl, form.rl.lrs)))
+    path.write_text(yaml.safe_dump(rl.preset(form.rl)))
     [rl_sweep] = make_plan(load_preset(str(path))).sweeps
-    assert rl_sweep.n_runs == len(form.rl.lrs)
+    assert rl_sweep.n_runs == 1
     assert rl_sweep.condition.batch_size == form.rl.problems * form.rl.group_size
 
 
@@ -96,14 +96,11 @@ def test_a_command_that_fails_is_told(tmp_path):
         sweep.finish(process)
 
 
-def test_arms_of_a_training_step_have_their_share_of_work():
-    """Lanes do a multiple of the work of one lane, and each arm's step can be repeated."""
+def test_each_arm_of_a_training_step_can_be_repeated():
     setting = steps.QUICK[0]
-    made = {name: steps.training_step(setting, arm) for name, arm in setting.arms().items()}
-    assert made["FullFT, 2 lanes"][1] == 2 * made["FullFT"][1]
-    assert made["LoRA, 2 lanes"][1] == 2 * made["LoRA"][1] == 2 * made["PEFT"][1]
+    made = {name: steps.training_step(setting, method) for name, method in steps.ARMS.items()}
+    assert made["LoRA"][1] == made["PEFT"][1]
     seconds = steps.median_seconds({name: step for name, (step, _) in made.items()}, repeats=1)
-    assert seconds.keys() == setting.arms().keys()
     assert all(value > 0 for value in seconds.values())
 
 
@@ -153,5 +150,5 @@ def test_bf16_runs_from_end_to_end_and_all_arms_agree():
     """The arms measured on a GPU also run in bf16 on a CPU."""
     form = QUICK.with_options(1, 1, None)
     form = replace(form, sweep=replace(form.sweep, precision="bf16"), rl=replace(form.rl, precision="bf16"))
-    arms = ["lanes", "alone", "transformers", "trl", *rl.ARMS]
-    assert [row.part for row in measure(form, arms)] == ["sweep"] * 4 + ["rl"] * 3
+    arms = ["lorabench", "transformers", "trl", *rl.ARMS]
+    assert [row.part for row in measure(form, arms)] == ["sweep"] * 3 + ["rl"] * 2

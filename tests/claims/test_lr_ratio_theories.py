@@ -11,7 +11,7 @@ import pytest
 from lorabench.analysis.lr_ratio import COLUMNS, Setting, predicted
 from lorabench.claims.judge import judge_claims
 from lorabench.claims.learning_rate import CLAIMS, write_predictions
-from lorabench.config.predictions import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
+from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, Predictions
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import arm, tables

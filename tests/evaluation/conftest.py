@@ -13,7 +13,7 @@ import yaml
 
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.data.sft import build_dataset
-from lorabench.evaluation.catalog import write_pretraining
+from lorabench.evaluation.pretraining import write_pretraining
 from lorabench.planning.plan import Plan, make_plan
 from lorabench.runs import EvalJob, Job
 from lorabench.store.layout import Layout

@@ -11,10 +11,8 @@ import torch
 from lorabench.config.models import PathModel
 from lorabench.errors import UserError
 from lorabench.models.base import load_model
-from lorabench.models.lanes.shelf import Lane, single_lane
-from lorabench.models.tiny import shipped_folder
-from lorabench.store.collect import collect
-from lorabench.store.run_folder import RunFolder
+from lorabench.models.identity import shipped_folder
+from lorabench.models.passes import trained_parameters
 from lorabench.training.checkpoint import load_checkpoint, save_checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
@@ -88,17 +86,17 @@ def rewrite(path: Path, **about: str) -> None:
 
 
 def of_another_model(path: Path) -> None:
-    save_checkpoint(path, "mine", *lane_and_optimizer(width=4)[:2], {"step": 7})
+    save_checkpoint(path, "mine", *trained_model(width=4)[:2], {"step": 7})
 
 
-def lane_and_optimizer(width: int = 3) -> tuple[Lane, torch.optim.Optimizer, torch.nn.Module]:
-    """Return a model after one step of Adam, with its lane and optimizer."""
+def trained_model(width: int = 3) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer, torch.nn.Module]:
+    """Return the parameters of a model after one step of Adam, the optimizer and the model."""
     torch.manual_seed(width)
     model = torch.nn.Linear(width, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(width)).sum().backward()
     optimizer.step()
-    return single_lane(model, "mine").lanes["mine"], optimizer, model
+    return trained_parameters(model), optimizer, model
 
 
 REASONS = {
@@ -115,13 +113,13 @@ REASONS = {
 @pytest.mark.parametrize(("damage", "reason"), REASONS.items())
 def test_a_checkpoint_that_can_not_be_used_changes_nothing(damage, reason, tmp_path, caplog):
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, "mine", *lane_and_optimizer()[:2], {"step": 7})
-    lane, optimizer, model = lane_and_optimizer()
-    assert load_checkpoint(path, "mine", lane, optimizer) == {"step": 7}
+    save_checkpoint(path, "mine", *trained_model()[:2], {"step": 7})
+    parameters, optimizer, model = trained_model()
+    assert load_checkpoint(path, "mine", parameters, optimizer) == {"step": 7}
     damage(path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     caplog.clear()
-    assert load_checkpoint(path, "mine", lane, optimizer) is None
+    assert load_checkpoint(path, "mine", parameters, optimizer) is None
     [message] = caplog.messages
     assert message.startswith(f"run mine starts again from step 1: checkpoint {path} ")
     assert reason in message
@@ -136,47 +134,3 @@ def test_the_run_of_a_damaged_checkpoint_starts_again(damage, half, unbroken):
     assert len([line for line in output.splitlines() if "starts again from step 1" in line]) == 1
     assert "goes on after step" not in output
     assert half.numbers("sft") == unbroken.numbers("sft")
-
-
-def next_of(checkpoint: Path) -> Path:
-    return checkpoint.with_suffix(".next")
-
-
-@pytest.mark.slow
-def test_lanes_are_at_the_same_step_when_a_job_dies_between_two_of_their_checkpoints(half, unbroken):
-    second = half.checkpoint("rl", 1)
-    # Both lanes had saved, and one of the new files had already replaced its checkpoint.
-    second.rename(next_of(second))
-    output = half.train("rl")
-    assert output.count("goes on after step") == 2
-    assert half.numbers("rl") == unbroken.numbers("rl")
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_not_all_lanes_have_is_not_used(half, unbroken):
-    first, second = (half.checkpoint("rl", number) for number in (0, 1))
-    # The first lane had saved for the first time, and the second had not.
-    first.rename(next_of(first))
-    second.unlink()
-    output = half.train("rl")
-    assert "goes on after step" not in output
-    assert half.numbers("rl") == unbroken.numbers("rl")
-
-
-@pytest.mark.slow
-def test_a_damaged_result_is_named(unbroken, tmp_path):
-    place = unbroken.copy(tmp_path)
-    job = place.path(place.layout.job(place.job("sft")))
-    cut(job)
-    with pytest.raises(UserError, match=f"{job} is damaged; delete it to have it made again"):
-        collect([job], tmp_path / "tables")
-    assert not (tmp_path / "tables").exists()
-    folder = RunFolder(place.path(place.layout.runs), place.sweep("sft").grid()[0].run_id)
-    for file in (folder.record, folder.curves):
-        whole = file.read_bytes()
-        cut(file)
-        with pytest.raises(
-            UserError, match=f"run {folder.run_id} is damaged; delete {folder.final} to have it trained"
-        ):
-            (folder.read_record if file == folder.record else folder.read_curves)()
-        file.write_bytes(whole)

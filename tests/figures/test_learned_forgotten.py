@@ -12,8 +12,7 @@ import pytest
 
 from lorabench.config.loading import load_preset
 from lorabench.errors import UserError
-from lorabench.figures.catalog import EVALS_TABLE, FIGURES, figures_of_preset
-from lorabench.figures.save import drawable_figures, save_figure
+from lorabench.figures.catalog import EVALS_TABLE, FIGURES, drawable_figures, figures_of_preset, save_figure
 from lorabench.store.io import write_frame
 from lorabench.store.tables import Tables
 

@@ -10,15 +10,13 @@ import pytest
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.errors import UserError
-from lorabench.figures.catalog import FIGURES
-from lorabench.figures.save import save_figure
-from lorabench.figures.short_names import FAMILIES, SHORT_NAMES
-from lorabench.figures.verdicts import END, LOOKS, in_margins
+from lorabench.figures.catalog import save_figure
+from lorabench.figures.verdicts import END, FAMILIES, LOOKS, SHORT_NAMES, in_margins
 from lorabench.store.io import empty_table, write_frame
 from lorabench.store.tables import Tables
 
 from ..handmade import claims_table, make_claim
-from .layout import lay_out
+from .layout import draw, texts
 
 MEASURED = ["x", "x_low", "x_high", "holds_from", "holds_to"]
 
@@ -74,8 +72,7 @@ def every_verdict() -> pd.DataFrame:
 
 
 def test_every_claim_is_drawn_or_named_once_below_its_family():
-    figure, plotted = FIGURES["verdicts"].draw(Tables(empty_table(), empty_table(), claims=every_verdict()))
-    lay_out(figure)
+    figure, plotted = draw("verdicts", Tables(empty_table(), empty_table(), claims=every_verdict()))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert [text for text in texts if text in FAMILIES.values()] == [FAMILIES["B"], FAMILIES["A"]]
     named = [text.get_text() for text in figure.texts]
@@ -91,9 +88,8 @@ def test_every_claim_is_drawn_or_named_once_below_its_family():
 
 @pytest.mark.parametrize("claims", [[], [make_claim("D5", "not tested")]], ids=["none", "no numbers"])
 def test_without_numbers_there_is_a_figure_that_says_so(claims):
-    figure, _ = FIGURES["verdicts"].draw(Tables(empty_table(), empty_table(), claims=claims_table(claims)))
-    lay_out(figure)
-    assert "no claim has both" in figure.axes[0].texts[0].get_text()
+    figure, _ = draw("verdicts", Tables(empty_table(), empty_table(), claims=claims_table(claims)))
+    assert "no claim has both" in texts(figure)
 
 
 def test_each_claim_and_family_has_a_short_name():

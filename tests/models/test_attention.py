@@ -15,11 +15,11 @@ from torch.testing import assert_close
 from lorabench.config.models import TinyModel
 from lorabench.models import attention
 from lorabench.models.attention import attend_in_blocks, causal_attention
-from lorabench.models.attention_blocks import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
 from lorabench.models.base import load_model, skeleton
-from lorabench.models.transformers_names import cache_argument
+from lorabench.models.dimensions import MAX_BLOCK_QUERIES, MAX_ROW_TOKENS, blocks, blocks_pay, kept_shares
+from lorabench.models.passes import cache_argument
 
-from ..training.lanes import base_of
+from ..training.conftest import base_of
 
 TINY = TinyModel(kind="tiny")
 

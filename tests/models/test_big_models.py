@@ -29,7 +29,8 @@ SIZES = {
     "qwen3-30b-a3b": 30_532_122_624,
     "smollm2-135m": 134_515_008,
 }
-BIG = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-8b", "qwen3-30b-a3b")
+# One of each family; the embedding of the first is tied.
+BIG = ("llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 EXPERTS = {"gate_up_proj", "down_proj"}
@@ -58,7 +59,7 @@ def test_parameters_are_those_of_the_model_and_as_published(name):
 
 
 @pytest.mark.parametrize("name", BIG)
-@pytest.mark.parametrize("placement", ["attn", "mlp", "all"])
+@pytest.mark.parametrize("placement", ["attn", "mlp"])
 def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placement):
     model, layers = on_meta(name), config(name)["num_hidden_layers"]
     chosen = targets(model, placement, include_unembedding=True)
@@ -72,7 +73,7 @@ def test_lora_is_on_the_layers_of_its_placement_and_the_unembedding(name, placem
 
 
 @pytest.mark.parametrize("name", BIG)
-@pytest.mark.parametrize(("placement", "rank"), [("attn", 16), ("mlp", 8), ("all", 64)])
+@pytest.mark.parametrize(("placement", "rank"), [("attn", 16), ("all", 64)])
 def test_lora_has_the_parameters_that_are_counted(name, placement, rank):
     with torch.device("meta"):
         model = add_lora(on_meta(name), rank, placement, 32.0, True, seed=0)
@@ -128,12 +129,12 @@ def test_a_known_model_is_known_by_its_name_and_size():
     assert dimensions(hub("somebody/Llama-3.1-8B-pruned", 5_000_000_000, 4096)) != llama
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_an_unknown_model_is_guessed_by_its_size(name):
-    known = dimensions_of_config(config(name))
-    guess = guessed_dimensions(known.parameters, known.hidden)
-    assert 0.7 < guess.parameters / known.parameters < 1.4
-    assert guess.hidden == known.hidden
+def test_an_unknown_model_is_guessed_by_its_size():
+    for name in SIZES:
+        known = dimensions_of_config(config(name))
+        guess = guessed_dimensions(known.parameters, known.hidden)
+        assert 0.7 < guess.parameters / known.parameters < 1.4, name
+        assert guess.hidden == known.hidden
 
 
 def test_a_folder_brings_its_own_configuration(tmp_path):

@@ -1,11 +1,16 @@
-"""Parameter counts on real architectures, against the paper's table and the published sizes."""
+"""Counts against the paper's table, the published sizes, and the FLOPs that torch counts."""
 
 from __future__ import annotations
 
 import pytest
 
+from lorabench.config.experiments import Protocol
+from lorabench.config.models import TinyModel
 from lorabench.errors import UserError
-from lorabench.models.counts import counts_table, lora_parameters
+from lorabench.models.base import load_model
+from lorabench.models.counts import base_parameters, counts_table, lora_parameters, train_flops_per_token
+from lorabench.models.lora import add_lora
+from lorabench.training.step_cost import measure_compute
 
 
 @pytest.fixture(scope="module")
@@ -13,20 +18,17 @@ def table():
     return counts_table()
 
 
-@pytest.mark.parametrize(
-    ("placement", "rank", "head", "expected"),
-    [
-        ("mlp", 256, True, 486_866_944),
-        ("attn", 256, True, 251_985_920),
-        ("all", 256, True, 704_970_752),
-        ("mlp", 128, True, 243_433_472),
-        ("all", 1, True, 2_753_792),
-        ("all", 1, False, 2_621_440),
-    ],
-)
-def test_llama_8b_has_the_papers_counts(table, placement, rank, head, expected):
-    rows = table.query("architecture == 'llama-3.1-8b' and placement == @placement and rank == @rank")
-    assert list(rows[rows["include_unembedding"] == head]["trainable_params"]) == [expected]
+def test_llama_8b_has_the_papers_counts(table):
+    rows = table[table["architecture"] == "llama-3.1-8b"]
+    key = ["placement", "rank", "include_unembedding"]
+    assert rows.set_index(key)["trainable_params"].to_dict() == {
+        ("mlp", 256, True): 486_866_944,
+        ("attn", 256, True): 251_985_920,
+        ("all", 256, True): 704_970_752,
+        ("mlp", 128, True): 243_433_472,
+        ("all", 1, True): 2_753_792,
+        ("all", 1, False): 2_621_440,
+    }
 
 
 def test_whole_models_have_their_published_sizes(table):
@@ -72,3 +74,29 @@ def test_one_count():
 def test_an_unknown_architecture_is_named():
     with pytest.raises(UserError, match="architecture 'gpt-5' is not known; known: llama-3.1-8b, llama-3.2-1b"):
         lora_parameters("gpt-5", "all", 1)
+
+
+BATCH, LENGTH = 2, 16
+
+
+@pytest.mark.parametrize("name", ["llama-64", "qwen-64"])
+def test_flops_of_a_token_are_those_counted(name):
+    spec = TinyModel(kind="tiny", name=name)
+    rows = measure_compute(name, spec, [1, 16], "all", BATCH, LENGTH, repeats=1, threads=1, protocol=Protocol())
+    counted = {row["rank"]: row["linear_flops"] / (BATCH * LENGTH) for row in rows}
+    assert train_flops_per_token(load_model(spec)) == counted[None]
+    for rank in (1, 16):
+        assert train_flops_per_token(add_lora(load_model(spec), rank, "all", 32.0, True, seed=0)) == counted[rank]
+
+
+def test_only_active_experts_count():
+    model = load_model(TinyModel(kind="tiny", name="moe-128"))
+    experts = 3 * 8 * 3 * 128 * 128
+    dense = 3 * 4 * 128 * 128 + 1024 * 128
+    assert train_flops_per_token(model) == 6 * (dense + experts * 2 // 8)
+    parameters = base_parameters(model)
+    lora = add_lora(model, 4, "mlp", 32.0, False, seed=0)
+    # Each expert has two LoRAs: of gate and up as one matrix, and of down.
+    adapters = 3 * 8 * 2 * ((128 + 256) + (128 + 128))
+    assert train_flops_per_token(lora) == 4 * (dense + experts * 2 // 8) + 6 * adapters * 2 // 8
+    assert base_parameters(lora) == parameters

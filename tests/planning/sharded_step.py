@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from lorabench.config.models import TinyModel
 from lorabench.models.base import load_model
-from lorabench.models.lanes.shelf import RowCounts
 from lorabench.models.lora import add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.passes import recompute_activations
 from lorabench.training.batches import Batch
 from lorabench.training.distributed import join, leave
 from lorabench.training.loss import add_gradient
@@ -48,7 +47,7 @@ class Alive(TorchDispatchMode):
 
 
 def main(name: str, rank: int, again: bool, bf16: bool, batch: int, length: int) -> None:
-    processes = join("fsdp")
+    processes = join()
     model = load_model(TinyModel(kind="tiny", name=name))
     if rank:
         model = add_lora(model, rank, "all", 32, True, seed=0)
@@ -62,7 +61,7 @@ def main(name: str, rank: int, again: bool, bf16: bool, batch: int, length: int)
         for _ in range(2):
             # A batch has several parts, and the gradients of one wait for the next.
             cast = torch.bfloat16 if bf16 else None
-            add_gradient(sharded, Batch(inputs, targets, None), RowCounts(1), [2 * targets.numel()], cast, None)
+            add_gradient(sharded, Batch(inputs, targets), 2 * targets.numel(), cast, None)
         optimizer.step()
         optimizer.zero_grad()
 

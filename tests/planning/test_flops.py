@@ -28,8 +28,8 @@ def test_lora_takes_two_thirds_and_its_own_part(width, rank, ratio):
 )
 def test_flops_are_those_of_the_model_itself(name, placement, rank):
     from lorabench.models.base import load_model
+    from lorabench.models.counts import train_flops_per_token
     from lorabench.models.lora import add_lora
-    from lorabench.models.size import train_flops_per_token
 
     spec = TinyModel(kind="tiny", name=name)
     model, lora = load_model(spec), None
@@ -46,7 +46,7 @@ def test_attention_grows_with_the_context_and_matters_when_it_is_long():
 
 
 def test_evaluations_counted_are_those_made():
-    from lorabench.training.sft.loop import curve_steps
+    from lorabench.training.sft import curve_steps
 
     preset = load_preset("laptop")
     for steps in (1, 2, 17, 50, 250, 9999):

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.planning.bill import per_experiment, training
-from lorabench.planning.grouping import START_SHARE, group_sweeps
 from lorabench.planning.memory import gpus_needed
-from lorabench.planning.plan import Plan, make_plan
+from lorabench.planning.plan import START_SHARE, Plan, group_sweeps, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
 from lorabench.runs import Job
 

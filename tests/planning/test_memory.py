@@ -39,7 +39,7 @@ def test_memory_with_checkpoints_is_what_a_step_takes():
 
     from lorabench.models import bf16_products
     from lorabench.models.base import load_model
-    from lorabench.models.transformers_names import recompute_activations
+    from lorabench.models.passes import recompute_activations
     from lorabench.training.step_cost import _Arm
 
     bf16_products.choose_faster()
@@ -72,7 +72,7 @@ def test_memory_is_what_a_step_takes_where_the_logits_come_in_pieces(name, rank,
 
     from lorabench.models.base import load_model
     from lorabench.models.lora import add_lora
-    from lorabench.models.transformers_names import recompute_activations
+    from lorabench.models.passes import recompute_activations
     from lorabench.training import step_cost
 
     pieces = 1 << 18

@@ -24,7 +24,7 @@ def runs() -> pd.DataFrame:
     return labelled(runs_table(make_sweep(None) + make_sweep(4)))
 
 
-@pytest.mark.parametrize("n", [1, 5, 60, 61, 1000, 30_000])
+@pytest.mark.parametrize("n", [1, 60, 61, 30_000])
 def test_thinned_keeps_the_ends_and_no_more_than_allowed(n):
     steps = np.arange(n)
     kept = thinned(steps, 60)

@@ -15,8 +15,7 @@ from lorabench.claims.claim import Claim
 from lorabench.claims.judge import judge_claims, scope_text
 from lorabench.claims.judging import over
 from lorabench.config.fields import PresetError
-from lorabench.config.files import PRESETS
-from lorabench.config.loading import read_margins
+from lorabench.config.loading import PRESETS, read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table

@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig, Qwen2Config
 
 from lorabench.config.datasets import ChatDataset
 from lorabench.config.experiments import Protocol
 from lorabench.config.models import ModelSpec, TinyModel
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, cache_key, read_tokens, write_tokens
+from lorabench.models.attention import attend_in_blocks
 from lorabench.models.base import load_model, load_tokenizer, skeleton
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import single_lane
-from lorabench.models.lora import adapter_pairs, add_lora
-from lorabench.models.transformers_names import recompute_activations
+from lorabench.models.lora import add_lora
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import recompute_activations
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Condition, Job, Run
 from lorabench.store.layout import Layout
+from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.distributed import SINGLE_PROCESS, Processes
-from lorabench.training.drive import train_alone
 from lorabench.training.job import run_job
-from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.loss import mean_nll
 from lorabench.training.run import Machine
-from lorabench.training.sft.loop import train_sft
-from lorabench.training.sft.serve import SftServer
+from lorabench.training.sft import train_sft
 
 TINY = TinyModel(kind="tiny")
+
+# Families without a shipped base, with random weights: grouped heads, biases, tied and scaled embeddings.
+FAMILIES: dict[str, Any] = {
+    "mistral": partial(MistralConfig, sliding_window=24),
+    "qwen2": Qwen2Config,
+    "gemma": partial(GemmaConfig, tie_word_embeddings=True),
+}
+
+
+def base_of(name: str) -> Any:
+    """Return a new tiny base: a shipped one, or one of a family in `FAMILIES` with random weights."""
+    if name not in FAMILIES:
+        return load_model(TinyModel(kind="tiny", name=name))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    # Without a padding token, since Gemma would keep its embedding at zero.
+    tokens = {"vocab_size": 1024, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[name](**sizes, **heads, **tokens))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(std=0.1)
+    attend_in_blocks(model)
+    return model.train()
 
 
 def make_data(folder: Path, max_chars: int) -> Path:
@@ -84,29 +110,30 @@ def train(
     spec: ModelSpec = TINY,
     processes: Processes = SINGLE_PROCESS,
     recompute: bool = False,
+    model: Any = None,
 ):
-    """Train on a newly loaded model; return the outcome and the trained model."""
+    """Train on a newly loaded model, or on another base; return the outcome and the trained model."""
     protocol = protocol or Protocol()
     machine = Machine(torch.device("cpu"), max_batch_tokens, checkpoint_seconds, processes=processes)
-    model = load_model(spec) if processes.first or not processes.sharded else skeleton(spec)
+    model = model or (load_model(spec) if processes.first else skeleton(spec))
     if recompute:
         recompute_activations(model)
     if condition.method == "lora":
-        model = add_lora(model, condition.rank, "all", condition.alpha, protocol.include_unembedding, seed)
+        head, init_a = protocol.include_unembedding, condition.init_a or 1.0
+        model = add_lora(model, condition.rank, condition.placement, condition.alpha, head, seed, init_a)
+        if not processes.sharded:
+            use_fast_products(model)
     model = processes.shard(model)
+    # B of a new adapter is zero.
     base_nll = mean_nll(model, data["validation"], max_batch_tokens, machine.device, None, processes)
     run = Run(condition, lr, seed)
-    if condition.method == "lora" and not processes.sharded:
-        stack = stack_lora(model, ["default"])
-    else:
-        stack = single_lane(model, "default", "default", adapter_pairs(model))
-    paths = {run.run_id: folder / "checkpoint.safetensors"}
-    assert groups_at_same_position(paths, processes) == [[run.run_id]]
-    checkpoints, vocabulary = LaneCheckpoints(paths, checkpoint_seconds, processes), model.config.vocab_size
-    [lane] = stack.lanes.values()
-    running = train_sft(run, lane, vocabulary, data, protocol, processes, checkpoints, base_nll, tick)
-    served = SftServer(stack, data, machine, machine.autocast(protocol))
-    return train_alone(running, served, "default"), model
+    checkpoint = Checkpoint(folder / "checkpoint.safetensors", run.run_id, checkpoint_seconds, processes)
+    return train_sft(run, model, data, protocol, machine, checkpoint, base_nll, tick), model
+
+
+def series(outcome, metric: str, split: str = "train") -> list[float]:
+    """Return the values of a metric in the order of steps."""
+    return [point.value for point in outcome.curve if (point.split, point.metric) == (split, metric)]
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorabench.config.experiments import Protocol
-from lorabench.config.fields import Sharding
 from lorabench.config.models import ModelSpec, PathModel, TinyModel
 from lorabench.models.base import load_model
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, join, leave, local_part
@@ -28,7 +27,6 @@ class Case:
 
     method: str
     rank: int | None = None
-    sharding: Sharding = "fsdp"
     base: str = "llama-128"
     batch_size: int = 4
     steps: int = 6
@@ -40,21 +38,18 @@ class Case:
 
 MOE = "moe-128"
 CASES = {
-    "fullft-fsdp": Case("fullft", breaks_after=4),
-    "fullft-ddp": Case("fullft", sharding="ddp", breaks_after=4),
-    "lora-fsdp": Case("lora", 4, breaks_after=4),
-    "lora-ddp": Case("lora", 4, sharding="ddp"),
+    "fullft": Case("fullft", breaks_after=4),
+    "lora": Case("lora", 4, breaks_after=4),
     # With rank 1 one process has all of A and the other none.
     "rank-1": Case("lora", 1, breaks_after=4),
     # One process has two sequences and the other has one, so that the latter computes a part without any sequence.
     "odd-batch": Case("fullft", batch_size=3),
-    "moe-lora-fsdp": Case("lora", 4, base=MOE),
-    "moe-lora-ddp": Case("lora", 4, base=MOE, sharding="ddp"),
+    "moe-lora": Case("lora", 4, base=MOE),
     "moe-fullft": Case("fullft", base=MOE),
     # The unembedding shares the embedding's weights, as in small Llama models.
     "tied-fullft": Case("fullft", base="tied"),
     "tied-lora": Case("lora", 4, base="tied"),
-    "bf16-fsdp": Case("fullft", precision="bf16"),
+    "bf16-fullft": Case("fullft", precision="bf16"),
     "bf16-lora": Case("lora", 4, precision="bf16"),
     "recompute-fullft": Case("fullft", recompute=True),
     "recompute-moe-lora": Case("lora", 4, base=MOE, recompute=True),
@@ -122,22 +117,21 @@ def break_case(case: Case, data, folder: Path, checkpoints: Path, processes: Pro
 
 def main(data_folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    joined = join("fsdp")
+    processes = join()
     data = splits_of(data_folder)
     for name, case in CASES.items():
-        processes = replace(joined, sharding=case.sharding)
         results = {"unbroken": run_case(case, data, out, out / name / "unbroken", processes)}
         if case.breaks_after:
             broken, resumed = out / name / "broken", out / name / "resumed"
             break_case(case, data, out, broken, processes)
-            if joined.first:
+            if processes.first:
                 shutil.copytree(broken, resumed)
-            joined.wait()
+            processes.wait()
             results["resumed"] = run_case(case, data, out, resumed, processes)
             # The checkpoint in `alone` was written by a single process.
             results["more"] = run_case(case, data, out, out / name / "alone", processes)
-        (out / name / f"{joined.rank}.json").write_text(json.dumps(results))
-    leave(joined)
+        (out / name / f"{processes.rank}.json").write_text(json.dumps(results))
+    leave(processes)
 
 
 if __name__ == "__main__":

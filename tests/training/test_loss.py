@@ -1,193 +1,157 @@
-"""Logits computed in pieces give the same losses and gradients, and are never all in memory."""
+"""The loss is that of transformers; in pieces it has the same gradient, and logits are never all in memory."""
 
 from __future__ import annotations
 
-from functools import cache
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from lorabench.errors import UserError
+from lorabench.models.base import load_model
+from lorabench.models.lora import add_lora, lora_layers
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import trained_parameters
 from lorabench.training import loss
 from lorabench.training.batches import IGNORED, Batch
-from lorabench.training.loss import MAX_LOGITS, add_gradient, nll_sum, nll_sums
+from lorabench.training.loss import MAX_LOGITS, add_gradient, check_plain_head, example_nlls, mean_nll
 from lorabench.training.step_cost import _NewStorages
 
-from .lanes import run_of, stack_of
+from .conftest import TINY
 
+CPU = torch.device("cpu")
 VOCABULARY = 96
-# Method, whether embedding and unembedding are tied, number of lanes.
-KINDS = [("lora", False, 1), ("lora", True, 1), ("lora", False, 3), ("lora", True, 2), ("fullft", False, 1)]
-KINDS += [("fullft", True, 1), ("fullft", False, 3), ("fullft", True, 2)]
 
 
-def tiny(tied, vocabulary=VOCABULARY):
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
+def tiny(method, tied, vocabulary=VOCABULARY, family=LlamaConfig):
+    """Return a model of one layer; B of LoRA is not zero, so that LoRA on the unembedding has an effect."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).train()
-
-
-@cache
-def stack(method, tied, lanes, vocabulary=VOCABULARY):
-    """Return a stack whose B is not zero, so that LoRA on the unembedding has an effect."""
-    stacked = stack_of(tiny(tied, vocabulary), [run_of(method, 1e-3, seed) for seed in range(lanes)])
-    if stacked.shelf is not None:
+    config = family(vocab_size=vocabulary, tie_word_embeddings=tied, num_key_value_heads=1, head_dim=8, **sizes)
+    model = AutoModelForCausalLM.from_config(config).train()
+    if method == "lora":
+        model = add_lora(model, 4, "all", 32.0, True, seed=0)
+        use_fast_products(model)
         with torch.no_grad():
-            stacked.shelf.values.add_(0.05 * torch.randn_like(stacked.shelf.values))
-    return stacked
+            for parameter in trained_parameters(model).values():
+                parameter.normal_(std=0.1)
+    return model
 
 
-def batch_of(lanes, rows, width, share, seed=0, vocabulary=VOCABULARY):
-    """Return random tokens, of which about `share` are scored, at least one of each lane."""
+def batch_of(rows, width, share, seed=0, vocabulary=VOCABULARY):
+    """Return random tokens, of which about `share` are scored, at least one."""
     generator = torch.Generator().manual_seed(seed)
-    shape = lanes * rows, width
-    inputs, targets = (torch.randint(vocabulary, shape, generator=generator) for _ in range(2))
-    ignored = torch.rand(shape, generator=generator) > share
-    ignored[::rows, seed % width] = False
-    return Batch(inputs, targets.masked_fill(ignored, IGNORED), None)
+    inputs, targets = (torch.randint(vocabulary, (rows, width), generator=generator) for _ in range(2))
+    ignored = torch.rand((rows, width), generator=generator) > share
+    ignored[0, seed % width] = False
+    return Batch(inputs, targets.masked_fill(ignored, IGNORED))
 
 
-def gradients(stacked, batch, max_logits, autocast=None):
-    """Return the losses of the lanes, and the gradient of each weight of each lane."""
-    lanes = len(stacked.lanes)
-    losses = add_gradient(stacked.model, batch, stacked.rows, batch.scored_by(lanes).tolist(), autocast, max_logits)
-    of_lanes = []
-    for lane in stacked.lanes.values():
-        of_lanes.append({name: place.of(place.parameter.grad).clone() for name, place in lane.places.items()})
-        lane.zero_grad()
-    return losses, of_lanes
+def gradients(model, batch, max_logits, autocast=None):
+    """Return the loss, and the gradient of each weight."""
+    nll = add_gradient(model, batch, batch.scored, autocast, max_logits)
+    by_name = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
+    model.zero_grad()
+    return nll, by_name
 
 
-def assert_close(actual, expected, rtol):
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.norm() > 0, name
-        assert (actual[name] - gradient).norm() <= rtol * gradient.norm(), name
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=60)
 @given(
+    method=st.sampled_from(["lora", "fullft"]),
+    tied=st.booleans(),
     rows=st.integers(1, 3),
     width=st.integers(2, 12),
     share=st.floats(0, 1),
     at_once=st.integers(1, 40),
     seed=st.integers(0, 99),
 )
-def test_pieces_of_any_size_add_up(kind, rows, width, share, at_once, seed):
-    stacked = stack(*kind)
-    batch = batch_of(kind[2], rows, width, share, seed)
-    whole, of_whole = gradients(stacked, batch, None)
-    pieces, of_pieces = gradients(stacked, batch, at_once * VOCABULARY)
+def test_pieces_of_any_size_add_up(method, tied, rows, width, share, at_once, seed):
+    model, batch = tiny(method, tied), batch_of(rows, width, share, seed)
+    whole, expected = gradients(model, batch, None)
+    pieces, actual = gradients(model, batch, at_once * VOCABULARY)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
-    for actual, expected in zip(of_pieces, of_whole, strict=True):
-        # A first token attends to itself only, so its queries and keys have no gradient except rounding errors.
-        assert actual.keys() == expected.keys()
-        scale = max(gradient.norm() for gradient in expected.values())
-        for name, gradient in expected.items():
-            assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * scale, name
+    # A first token attends to itself only, so its queries and keys have no gradient except rounding errors.
+    scale = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * scale, name
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("max_logits", [1, 7 * VOCABULARY])
-def test_every_weight_gets_the_same_gradient_from_pieces(kind, max_logits):
-    stacked = stack(*kind)
-    batch = batch_of(kind[2], 3, 20, 0.6)
-    whole, of_whole = gradients(stacked, batch, None)
-    pieces, of_pieces = gradients(stacked, batch, max_logits)
-    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=0)
-    for actual, expected in zip(of_pieces, of_whole, strict=True):
-        assert_close(actual, expected, 1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [("lora", True), ("fullft", False)], ids=str)
 def test_in_bf16_pieces_are_the_whole_up_to_rounding(kind):
-    stacked = stack(*kind)
-    batch = batch_of(kind[2], 3, 20, 0.6)
-    whole, of_whole = gradients(stacked, batch, None, torch.bfloat16)
-    pieces, of_pieces = gradients(stacked, batch, 7 * VOCABULARY, torch.bfloat16)
+    model, batch = tiny(*kind), batch_of(3, 20, 0.6)
+    whole, expected = gradients(model, batch, None, torch.bfloat16)
+    pieces, actual = gradients(model, batch, 7 * VOCABULARY, torch.bfloat16)
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=0)
-    for actual, expected in zip(of_pieces, of_whole, strict=True):
-        assert_close(actual, expected, 0.03)
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (actual[name] - gradient).norm() <= 0.03 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] == "lora" and kind[2] > 1], ids=str)
-@pytest.mark.parametrize("max_logits", [None, 7 * VOCABULARY])
-def test_each_lane_has_the_gradient_of_its_rows_alone(kind, max_logits):
-    """The reference is the model of transformers with PEFT's adapter and the same weights."""
-    stacked, lanes = stack(*kind), kind[2]
-    batch = batch_of(lanes, 2, 15, 0.5)
-    scored = batch.scored_by(lanes)
-    assert len(set(scored.tolist())) > 1
-    losses, of_lanes = gradients(stacked, batch, max_logits)
-    for lane in range(lanes):
-        alone = stack_of(tiny(kind[1]), [run_of("lora", 1e-3, 0)])
-        with torch.no_grad():
-            alone.shelf.values.copy_(stacked.shelf.values[lane : lane + 1])
-        # Restore PEFT's own forward pass.
-        ours = [module for module in alone.model.modules() if "forward" in vars(module)]
-        assert len(ours) == 8
-        for module in ours:
-            del module.forward
-        own = Batch(*(tensor.view(lanes, 2, -1)[lane] for tensor in batch[:2]), None)
-        nll = nll_sum(alone.model, *own) / int(scored[lane])
-        nll.backward()
-        assert losses[lane].item() == pytest.approx(nll.item(), rel=1e-6)
-        expected = {
-            n.replace(run_of("lora", 1e-3, 0).run_id, "default"): p.grad
-            for n, p in alone.model.named_parameters()
-            if ".lora_" in n
-        }
-        assert_close(of_lanes[lane], expected, 1e-5)
-
-
-@pytest.mark.parametrize(
-    "kind", [("lora", False, 1), ("lora", True, 4), ("fullft", True, 1), ("fullft", False, 2)], ids=str
-)
-def test_logits_of_all_tokens_are_never_held(kind, monkeypatch):
+@pytest.mark.parametrize("kind", [("lora", False), ("fullft", True)], ids=str)
+def test_logits_of_all_tokens_are_never_held(kind, data):
     vocabulary, at_once = 8192, 32
-    stacked, lanes = stack(*kind, vocabulary), kind[2]
-    batch = batch_of(lanes, 512 // lanes // 32, 32, 1.0, vocabulary=vocabulary)
+    model, batch = tiny(*kind, vocabulary), batch_of(16, 32, 1.0, vocabulary=vocabulary)
     logits = 4 * batch.scored * vocabulary
-    divisors = batch.scored_by(lanes).tolist()
     # The first pass allocates the gradients.
-    add_gradient(stacked.model, batch, stacked.rows, divisors, None, None)
+    add_gradient(model, batch, batch.scored, None, None)
 
     def peak(max_logits):
         with _NewStorages() as new:
-            add_gradient(stacked.model, batch, stacked.rows, divisors, None, max_logits)
+            add_gradient(model, batch, batch.scored, None, max_logits)
         return new.peak
 
     assert peak(None) > 2 * logits
     # With 16 pieces a few times the logits of one piece (with gradient, in fp32) and the decoder's activations remain.
     assert peak(at_once * vocabulary) < logits / 2
-    for lane in stacked.lanes.values():
-        lane.zero_grad()
-    monkeypatch.setitem(loss.MAX_LOGITS, "cpu", at_once * vocabulary)
-    with torch.no_grad(), _NewStorages() as new:
-        nll_sums(stacked.model, batch, stacked.rows)
-    assert new.peak < logits / 2
-
-
-def test_pieces_cover_every_scored_token_once():
-    counts = [3, 0, 5, 4]
-    pieces = list(loss._pieces(counts, 5))
-    assert [own for _, own in pieces] == [[3, 0, 2, 0], [0, 0, 3, 2], [0, 0, 0, 2]]
-    assert [(piece.start, piece.stop) for piece, _ in pieces] == [(0, 5), (5, 10), (10, 12)]
-    assert [own for _, own in loss._pieces([0, 0], 5)] == [[0, 0]]
 
 
 def test_the_limit_on_a_cpu_is_of_64_mebibytes():
     limit = MAX_LOGITS["cpu"]
     assert 4 * limit == 64 * 2**20
-    assert loss._tokens_at_once(tiny(False), limit) == limit // VOCABULARY
-    assert loss._tokens_at_once(tiny(False), 1) == 1
+    assert loss._tokens_at_once(tiny("fullft", False), limit) == limit // VOCABULARY
+    assert loss._tokens_at_once(tiny("fullft", False), 1) == 1
+
+
+def test_nll_is_token_weighted_and_equals_transformers(data, monkeypatch):
+    model = load_model(TINY)
+    split = data["test"]
+    nats, count = [], 0
+    for index in range(len(split)):
+        ids, scored = split.example(index)
+        labels = torch.from_numpy(np.where(scored, ids, -100).astype(np.int64))[None]
+        with torch.no_grad():
+            nll = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None], labels=labels).loss.item()
+        nats.append(nll * scored.sum())
+        count += scored.sum()
+    assert mean_nll(model, split, 16_384, CPU, None) == pytest.approx(sum(nats) / count, rel=1e-5)
+    # Few logits and few tokens at a time.
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 7 * 1024)
+    assert example_nlls(model, split, 64, CPU, None) == pytest.approx(nats, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradient_of_lora_are_those_of_transformers_and_peft(family, tied):
+    """The fast products and the loss against the model's own loss with PEFT's own forward pass."""
+    model = tiny("lora", tied, family=family)
+    batch = batch_of(3, 12, 0.5)
+    nll, actual = gradients(model, batch, None)
+    fast = [layer for _, layer in lora_layers(model) if "forward" in vars(layer)]
+    assert len(fast) == 8
+    for layer in fast:
+        del layer.forward
+    logits = model(batch.inputs).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets.flatten())
+    expected.backward()
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in trained_parameters(model).items():
+        assert (actual[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def test_models_that_change_their_logits_are_refused():
+    model = load_model(TINY)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        check_plain_head(model)

@@ -1,45 +1,156 @@
-"""The norm of a lane's gradient, and clipping to it."""
+"""The norm of a gradient and clipping to it, kernels that repeat, and runs that diverge."""
 
 from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lorabench.models.lanes.shelf import Lane, WeightSlot
-from lorabench.training.run import clip_gradient
+from lorabench.config.experiments import Protocol
+from lorabench.config.models import TinyModel
+from lorabench.training import run as module
+from lorabench.training import sft
+from lorabench.training.run import clip_gradient, deterministically
+
+from .conftest import condition_of, series, train
+
+GPU = torch.device("cuda")
 
 
-def lane_of(*sizes):
-    """Return a lane of weights with random gradients, some long in one dimension, and one weight without a gradient."""
+def parameters_of(*sizes):
+    """Return parameters with random gradients, some long in one dimension, and one without a gradient."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.zeros(size)) for size in (*sizes, 3)]
     for parameter in parameters[:-1]:
         parameter.grad = torch.randn_like(parameter)
-    return Lane({str(n): WeightSlot(parameter, parameter.shape) for n, parameter in enumerate(parameters)})
+    return parameters
 
 
-def exact(lane):
-    return sum(float(p.grad.double().square().sum()) for p in lane.parameters if p.grad is not None) ** 0.5
+def exact(parameters):
+    return sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None) ** 0.5
 
 
-@pytest.mark.parametrize("sizes", [[5], [(3, 4), 70_000], [(2000, 1500), 6_000_000]])
+@pytest.mark.parametrize("sizes", [[], [(2000, 1500), 6_000_000]])
 def test_the_norm_is_exact_however_long_a_tensor(sizes):
-    lane = lane_of(*sizes)
-    before = [p.grad.clone() for p in lane.parameters[:-1]]
-    assert clip_gradient(lane, None) == pytest.approx(exact(lane), rel=1e-6)
-    assert all(torch.equal(p.grad, old) for p, old in zip(lane.parameters, before, strict=False))
+    parameters = parameters_of(*sizes)
+    before = [p.grad.clone() for p in parameters[:-1]]
+    assert clip_gradient(parameters, None) == pytest.approx(exact(parameters), rel=1e-6)
+    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=False))
 
 
 def test_a_gradient_is_scaled_to_the_limit_and_never_up():
-    lane = lane_of((30, 40))
-    norm = exact(lane)
-    direction = lane.parameters[0].grad / norm
-    assert clip_gradient(lane, 2 * norm) == pytest.approx(norm, rel=1e-6)
-    assert exact(lane) == pytest.approx(norm, rel=1e-6)
-    assert clip_gradient(lane, 0.5) == pytest.approx(norm, rel=1e-6)
-    torch.testing.assert_close(lane.parameters[0].grad, 0.5 * direction, rtol=1e-5, atol=0)
+    parameters = parameters_of((30, 40))
+    norm = exact(parameters)
+    direction = parameters[0].grad / norm
+    assert clip_gradient(parameters, 2 * norm) == pytest.approx(norm, rel=1e-6)
+    assert exact(parameters) == pytest.approx(norm, rel=1e-6)
+    assert clip_gradient(parameters, 0.5) == pytest.approx(norm, rel=1e-6)
+    torch.testing.assert_close(parameters[0].grad, 0.5 * direction, rtol=1e-5, atol=0)
 
 
-def test_without_any_gradient_the_norm_is_zero():
-    assert clip_gradient(lane_of(), 1.0) == 0.0
+@pytest.fixture
+def forgetful(monkeypatch):
+    monkeypatch.setattr(module, "_without_kernel", [])
+
+
+def modes() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+# The CPU has operations with and without deterministic kernels too, so what is done for a GPU is tested on it.
+@pytest.mark.usefixtures("forgetful")
+def test_kernels_are_deterministic_within_a_step_on_a_gpu_only():
+    # Fused attention's backward pass is deterministic only if the mode is strict.
+    assert deterministically(modes, lambda: None, GPU) == (True, False, False)
+    assert modes() == (False, False, True)
+    assert deterministically(modes, lambda: None, torch.device("cpu")) == (False, False, True)
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_step_without_deterministic_kernels_is_computed_again_without(caplog):
+    sums, undone = torch.zeros(2), []
+
+    def compute() -> torch.Tensor:
+        sums.add_(1)
+        return torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+
+    def undo() -> None:
+        undone.append(sums.clone())
+        sums.zero_()
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert deterministically(compute, undo, GPU).tolist() == [0, 1, 0]
+    [message] = caplog.messages
+    assert message == "training on this GPU is not deterministic: put_ has no such kernel"
+    assert len(undone) == 1
+    assert sums.tolist() == [2, 2], "two steps were computed, and the one that failed was undone"
+    assert modes() == (False, False, True)
+
+
+def test_other_errors_are_not_caught():
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        deterministically(fail, lambda: None, GPU)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equivalent_runs_are_equal_where_steps_are_deterministic(precision, short_data, tmp_path):
+    """Twice A and half the LR of B, in powers of two: the same run, also where weights are rounded to bf16."""
+    condition = replace(condition_of("lora", 4, steps=8, batch_size=8), eps=1e-16)
+    losses = []
+    for init_a, lr, lr_ratio in ((1.0, 2e-3, 1.0), (2.0, 4e-3, 0.25)):
+        changed = replace(condition, init_a=init_a, lr_ratio=lr_ratio)
+        spec = TinyModel(kind="tiny", name="llama-64")
+        outcome, _ = train(changed, short_data, tmp_path, lr, protocol=Protocol(precision=precision), spec=spec)
+        losses.append(series(outcome, "nll"))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("method", "rank"), [("fullft", None), ("lora", 4)])
+def test_a_huge_learning_rate_ends_as_diverged(method, rank, data, tmp_path):
+    outcome, _ = train(condition_of(method, rank, steps=20, batch_size=4), data, tmp_path, lr=1e3)
+    assert outcome.status == "diverged"
+    assert 1 < outcome.diverged_at <= 20
+    assert (outcome.final_valid_nll, outcome.final_test_nll) == (None, None)
+    assert max(point.step for point in outcome.curve) == outcome.diverged_at
+
+
+def test_a_loss_that_is_not_a_number_ends_as_diverged(data, tmp_path, monkeypatch):
+    real, calls = sft.add_gradient, []
+
+    def broken(*arguments):
+        calls.append(None)
+        # A batch of one example is one part, so that calls count steps.
+        return real(*arguments) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(sft, "add_gradient", broken)
+    outcome, model = train(condition_of("lora", 4, steps=20, batch_size=1), data, tmp_path, lr=1e-3)
+    assert (outcome.status, outcome.diverged_at) == ("diverged", 3)
+    assert series(outcome, "nll")[-1] is None
+    # The poisoned gradient was never applied.
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "base", "precision"), [("fullft", None, "llama-128", "fp32"), ("lora", 4, "moe-128", "bf16")]
+)
+def test_recomputed_activations_give_the_same_numbers(method, rank, base, precision, data, tmp_path):
+    condition = condition_of(method, rank, steps=4, batch_size=4)
+    changes = {"spec": TinyModel(kind="tiny", name=base), "protocol": Protocol(precision=precision)}
+    kept, model = train(condition, data, tmp_path / "a", lr=3e-3, **changes)
+    again, recomputing = train(condition, data, tmp_path / "b", lr=3e-3, recompute=True, **changes)
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+    assert any(getattr(layer, "gradient_checkpointing", False) for layer in recomputing.modules())
+    assert again.curve == kept.curve
+    assert again.final_test_nll == kept.final_test_nll

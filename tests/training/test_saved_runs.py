@@ -18,8 +18,8 @@ from lorabench.store.run_folder import RunFolder
 from lorabench.store.schemas import JOB
 from lorabench.training import saved_runs
 from lorabench.training.job import run_job
+from lorabench.training.rl import trainer
 from lorabench.training.saved_runs import restore_runs, save_runs
-from lorabench.training.sft import trainer
 from lorabench.training.sweep import SweepContext
 
 from .conftest import trained
@@ -58,7 +58,7 @@ def wipe_results(layout) -> None:
 @pytest.fixture
 def saved(ready):
     """A plan of which 2 of 4 runs of a sweep were trained and saved, and whose results were wiped."""
-    plan, layout = ready("part", {"lanes": 1}, lora=LRS)
+    plan, layout = ready("part", lora=LRS)
     train_some(plan, layout, 2)
     assert save_runs(plan, layout)[0] == 2
     wipe_results(layout)
@@ -67,8 +67,8 @@ def saved(ready):
 
 @pytest.mark.slow
 def test_an_unfinished_sweep_goes_on_with_the_numbers_of_an_uninterrupted_one(ready, monkeypatch):
-    whole, _ = trained(*ready("whole", {"lanes": 1}, lora=LRS), "lora")
-    plan, layout = ready("part", {"lanes": 1}, lora=LRS)
+    whole, _ = trained(*ready("whole", lora=LRS), "lora")
+    plan, layout = ready("part", lora=LRS)
     train_some(plan, layout, 2)
     assert save_runs(plan, layout)[0] == 2
     wipe_results(layout)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorabench.config.files import PRESETS
+from lorabench.config.loading import PRESETS
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
 from lorabench.models.base import convert_gguf, load_model, load_tokenizer, max_length

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lorabench.models.lanes.shelf import single_lane
-from lorabench.training.lane_checkpoints import LaneCheckpoints
+from lorabench.models.passes import trained_parameters
+from lorabench.training.checkpoint import Checkpoint
 from lorabench.utils.checked_tensors import read_tensors, write_tensors
 
 
@@ -43,16 +43,16 @@ def state_of(width: int):
     model(torch.ones(width)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    return single_lane(model, "mine").lanes["mine"], optimizer
+    return trained_parameters(model), optimizer
 
 
 def test_checkpoints_that_take_long_are_saved_less_often(tmp_path):
-    lane, optimizer = state_of(256)
-    checkpoints = LaneCheckpoints({"mine": tmp_path / "checkpoint.safetensors"}, 1e-9)
-    assert checkpoints.due(1, last=False)
+    parameters, optimizer = state_of(256)
+    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors", "mine", 1e-9)
+    assert checkpoint.due()
     started = time.perf_counter()
-    checkpoints.save("mine", lane, optimizer, {"step": 1})
+    checkpoint.save(parameters, optimizer, {"step": 1})
     cost = time.perf_counter() - started
-    assert not checkpoints.due(2, last=False)
+    assert not checkpoint.due()
     time.sleep(50 * cost)
-    assert checkpoints.due(3, last=False)
+    assert checkpoint.due()

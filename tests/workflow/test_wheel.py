@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_it_is_the_installed_package_with_workflow_presets_and_published_numbers(commands, folder):
     script = (
-        "import json, lorabench.config.files as files; from lorabench.utils import files as packaged; "
+        "import json, lorabench.config.loading as files; from lorabench.utils import files as packaged; "
         "from lorabench.analysis.published import paper_numbers, published_sweeps; "
         "rules = sorted(path.name for path in packaged.WORKFLOW.glob('rules/*.smk')); "
         "print(json.dumps([packaged.__file__, files.shipped_names('*'), rules, len(paper_numbers()), "

@@ -1,4 +1,6 @@
-from lorabench.models.tiny import RECIPES
+from lorabench.models.identity import SHIPPED
+
+TINY_BASES = sorted(path.name for path in SHIPPED.iterdir())
 
 GGUF_MODELS = {
     converted_folder(spec).name: name
@@ -48,7 +50,7 @@ rule convert_gguf:
 # The tiny bases are shipped. This rule builds them again by their recipes, and runs only on request.
 rule tiny_bases:
     input:
-        expand("results/tiny_bases/{name}/model.safetensors", name=RECIPES),
+        expand("results/tiny_bases/{name}/model.safetensors", name=TINY_BASES),
 
 
 rule tiny_base:
@@ -59,9 +61,9 @@ rule tiny_base:
     log:
         "results/tiny_bases/{name}/build.log",
     wildcard_constraints:
-        name="|".join(RECIPES),
+        name="|".join(TINY_BASES),
     conda:
         "../envs/lorabench.yaml"
     threads: 1
     shell:
-        "lorabench step tiny {wildcards.name:q} results/tiny_bases/{wildcards.name:q} 2>&1 | tee {log:q}"
+        "python workflow/scripts/tiny_bases.py {wildcards.name:q} results/tiny_bases/{wildcards.name:q} 2>&1 | tee {log:q}"

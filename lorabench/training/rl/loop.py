@@ -1,11 +1,7 @@
 """The RL loop. LoRA and full fine-tuning share it and differ only in the trained parameters.
 
 Each step samples a group of responses to each of its problems, grades them, and makes one Adam update at constant LR by
-the objective of `objective.py`.
-
-`train_rl` is the experiment, written to be read from top to bottom. It is a generator that requests responses and
-gradients by yielding, so that several runs sample and learn in one batch (`training/drive.py`, `training/rl/serve.py`);
-it does everything else itself.
+the objective of `objective.py`. `train_rl` is the experiment, written to be read from top to bottom.
 """
 
 from __future__ import annotations
@@ -13,28 +9,29 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from lorabench.config.experiments import Protocol
 from lorabench.data.controls import Controls
 from lorabench.data.grading import reflects
-from lorabench.models.lanes.shelf import Lane
+from lorabench.models.passes import trained_parameters
 from lorabench.runs import MAX_KL, Rollouts, Run
 from lorabench.store.schemas import CurvePoint, ExampleLoss
 from lorabench.training.batches import data_order
-from lorabench.training.checkpoint import Position
-from lorabench.training.distributed import Processes
-from lorabench.training.lane_checkpoints import LaneCheckpoints
-from lorabench.training.rl.objective import ResponseGroup, StepMeasures
+from lorabench.training.checkpoint import Checkpoint
+from lorabench.training.rl.objective import ResponseGroup, backward
 from lorabench.training.rl.prompts import EncodedProblems, GraderProtocol, ProblemTexts, grade
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.rl.serve import GradientResult, RlGradientRequest, SampleRequest, SampleResult
-from lorabench.training.run import Outcome, clip_gradient, make_optimizer
-from lorabench.utils import signals
+from lorabench.training.run import Machine, Outcome, clip_gradient, deterministically, make_optimizer
+
+Sampler = Callable[[list[Request], bool], list[Response]]
+"""Draws a response to each request, in their order; the second argument says whether a signal may end it at once."""
 
 PATIENCE = 0.2
 """A run without any reward in this share of its steps is stopped, since its policy has not changed."""
@@ -87,73 +84,76 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
 
 
 def evaluate(
-    environment: Environment, rollouts: Rollouts, seed: int, step: int, lane: str | None
-) -> Generator[SampleRequest, SampleResult, tuple[Scores, list[bool], float]]:
-    """Return the metrics of all sets, whether each test problem was answered right, and the seconds of sampling.
+    environment: Environment, rollouts: Rollouts, seed: int, step: int, draw: Sampler
+) -> tuple[Scores, list[bool]]:
+    """Return the metrics of all sets of a policy, and whether each test problem was answered right.
 
     Responses are greedy, except that several samples per problem of held-out sets are drawn at temperature 1.
 
     Args:
         seed: the seed of the run, for the random numbers of the samples.
         step: the number of finished steps, for the random numbers of the samples.
-        lane: name of the lane whose policy responds; None for the only lane of a stack.
+        draw: draws from the policy.
     """
     sets = {split: (environment.splits[split], environment.grader, 1) for split in ("validation", "test")}
     for name, problems in environment.held_out.items():
         sets[name] = (problems, environment.held_out_graders[name], rollouts.held_out_samples)
     requests = [
-        Request(prompt, None if samples == 1 else (seed, step, problem, sample, number), lane)
+        Request(prompt, None if samples == 1 else (seed, step, problem, sample, number))
         for number, (problems, _, samples) in enumerate(sets.values())
         for problem, prompt in enumerate(problems.prompts)
         for sample in range(samples)
     ]
-    # The lane has saved its state, so a signal may end this at once.
-    sampled = yield SampleRequest(requests, interruptible=True)
-    responses = iter(sampled.responses)
+    # The run has saved its state, so a signal may end this at once.
+    responses = iter(draw(requests, True))
     scores: Scores = {}
     right: list[bool] = []
     for name, (problems, grader, samples) in sets.items():
         answers = [answer for answer in problems.answers for _ in range(samples)]
-        of_set = [next(responses) for _ in answers]
-        texts = [environment.texts.text(response) for response in of_set]
+        drawn = [next(responses) for _ in answers]
+        texts = [environment.texts.text(response) for response in drawn]
         rewards = grade(grader, texts, answers)
         if name == "test":
             right = [reward > 0 for reward in rewards.tolist()]
-        scores[name] = {"accuracy": float(rewards.mean()), **_response_metrics(of_set, texts)}
+        scores[name] = {"accuracy": float(rewards.mean()), **_response_metrics(drawn, texts)}
         if name in environment.held_out:
             scores[name] |= {"n_problems": len(problems), "n_samples": len(answers)}
-    return scores, right, sampled.seconds
+    return scores, right
 
 
 def train_rl(
     run: Run,
-    lane: Lane,
+    model: torch.nn.Module,
     environment: Environment,
     protocol: Protocol,
-    processes: Processes,
-    checkpoints: LaneCheckpoints,
+    machine: Machine,
+    checkpoint: Checkpoint,
+    draw: Sampler,
     base: Scores,
     tick: Callable[[int], None] = lambda step: None,
-) -> Generator[SampleRequest | RlGradientRequest, Any, RlOutcome]:
-    """Train and evaluate one run on its lane.
+) -> RlOutcome:
+    """Train and evaluate one run.
 
     The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
 
     Args:
-        checkpoints: the checkpoints of the runs that are trained together.
+        model: the base model, or the base model with a new adapter; it is trained in place.
+        draw: draws responses from the present policy.
         base: scores of the base model, the curve's points at step 0.
         tick: called after each step with the number of finished steps.
-
-    Yields:
-        Requests for responses or for a gradient; the caller sends back a `SampleResult` or a `GradientResult`.
 
     Returns:
         The outcome. It is `diverged` if a loss or a gradient norm is not finite, and `unrewarded` if no response got a
         reward in the first fifth of the steps (see `PATIENCE`).
+
+    Raises:
+        Stopped: a signal asked the job to end, and the run is saved.
     """
-    condition, rollouts = run.condition, run.condition.rollouts
+    condition, rollouts, processes = run.condition, run.condition.rollouts, machine.processes
     assert rollouts
-    optimizer = make_optimizer(lane, run, protocol)
+    autocast = machine.autocast(protocol)
+    parameters = trained_parameters(model)
+    optimizer = make_optimizer(parameters, run, protocol)
     train = environment.splits["train"]
     order = data_order(len(train), condition.steps, condition.batch_size // rollouts.group_size, run.seed)
     evaluate_at = evaluation_steps(condition.steps, rollouts.evaluations)
@@ -184,65 +184,66 @@ def train_rl(
             "right": right,
             "curve": [vars(point) for point in outcome.curve],
         }
-        checkpoints.save(run.run_id, lane, optimizer, progress)
-        if checkpoints.stopping:
-            signals.raise_stopped()
+        checkpoint.save(parameters, optimizer, progress)
 
-    def finish(step: int) -> Generator[SampleRequest, SampleResult, None]:
+    def finish(step: int) -> None:
         """Evaluate after a step where that is due, and save where that is due."""
         nonlocal right
         if step in evaluate_at:
-            scores, right, seconds = yield from evaluate(environment, rollouts, run.seed, step, run.run_id)
-            outcome.wall_s += seconds
+            started = time.perf_counter()
+            scores, right = evaluate(environment, rollouts, run.seed, step, draw)
+            outcome.wall_s += time.perf_counter() - started
             evaluations.append((scores["validation"]["accuracy"], scores["test"]["accuracy"]))
             for split, values in scores.items():
                 record(step, split, values)
         tick(step)
-        if checkpoints.due(step, last=step == condition.steps):
+        if step < condition.steps and checkpoint.due():
             save(step, evaluated=True)
 
-    saved = checkpoints.load(run.run_id, lane, optimizer)
+    saved = checkpoint.load(parameters, optimizer)
     if saved is not None:
         first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
         response_tokens, rewarded = saved["response_tokens"], saved["rewarded"]
         evaluations, right = [(valid, test) for valid, test in saved["evaluations"]], saved["right"]
         outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
-        if not Position.of(saved).evaluated:
-            yield from finish(first_step)
+        if not saved["evaluated"]:
+            finish(first_step)
     else:
         for split, metrics in base.items():
             record(0, split, metrics)
 
     for step in range(first_step + 1, condition.steps + 1):
+        started = time.perf_counter()
         chosen = [int(problem) for problem in order[step - 1]]
-        sampled: SampleResult = yield SampleRequest(
-            [
-                Request(train.prompts[problem], (run.seed, step, problem, sample), run.run_id)
-                for problem in chosen
-                for sample in range(rollouts.group_size)
-            ]
-        )
-        started = time.perf_counter()
-        groups, metrics = _graded(environment, chosen, sampled.responses, rollouts.group_size)
-        response_tokens += sum(len(response.tokens) for response in sampled.responses)
+        requests = [
+            Request(train.prompts[problem], (run.seed, step, problem, sample))
+            for problem in chosen
+            for sample in range(rollouts.group_size)
+        ]
+        responses = draw(requests, False)
+        sampled = time.perf_counter()
+        groups, metrics = _graded(environment, chosen, responses, rollouts.group_size)
+        step_tokens = sum(len(response.tokens) for response in responses)
+        response_tokens += step_tokens
         rewarded = rewarded or metrics["reward"] > 0
-        outcome.wall_s += sampled.seconds + time.perf_counter() - started
-        learned: GradientResult = yield RlGradientRequest(groups)
-        started = time.perf_counter()
-        measured = learned.step
-        norm = clip_gradient(lane, protocol.clip_norm)
+
+        learning = time.perf_counter()
+        learn = partial(backward, model, groups, machine.max_batch_tokens, autocast, processes)
+        measured = deterministically(learn, model.zero_grad, machine.device)
+        learned = time.perf_counter()
+        norm = clip_gradient(parameters.values(), protocol.clip_norm)
         finite = not processes.any(not (math.isfinite(measured.loss) and math.isfinite(norm)))
         # If all rewards are equal within each group there is no gradient, and Adam's momentum must change nothing.
         if finite and norm > 0:
             optimizer.step()
-        lane.zero_grad()
-        outcome.train_tokens += measured.tokens + sum(len(group.prompt) for group in groups)
-        speed = learned.tokens_per_s
+        optimizer.zero_grad()
+        outcome.train_tokens += step_tokens + sum(len(group.prompt) for group in groups)
         if processes.first:
             _warn_of_kl(run, step, measured.kl, outcome.curve)
-        metrics |= _policy_metrics(measured) | {"grad_norm": norm}
-        record(step, "train", metrics | {"sample_tokens_per_s": sampled.tokens_per_s, "learn_tokens_per_s": speed})
-        outcome.wall_s += learned.seconds + time.perf_counter() - started
+        metrics |= {name: value for name, value in vars(measured).items() if name not in ("tokens", "loss")}
+        metrics |= {"grad_norm": norm, "sample_tokens_per_s": step_tokens / (sampled - started)}
+        record(step, "train", metrics | {"learn_tokens_per_s": step_tokens / (learned - learning)})
+        outcome.wall_s += time.perf_counter() - started
         if not finite:
             outcome.status, outcome.diverged_at = "diverged", step
             break
@@ -252,9 +253,8 @@ def train_rl(
             break
         # An evaluation may take longer than many steps, so the step is saved before it.
         if step in evaluate_at:
-            checkpoints.before_evaluation(step)
             save(step, evaluated=False)
-        yield from finish(step)
+        finish(step)
 
     outcome.final_entropy, outcome.final_truncated = (
         _at_the_end(outcome.curve, metric) for metric in ("entropy", "truncated")
@@ -317,13 +317,3 @@ def _warn_of_kl(run: Run, step: int, kl: float, curve: list[CurvePoint]) -> None
             kl,
             MAX_KL,
         )
-
-
-def _policy_metrics(step: StepMeasures) -> dict[str, float]:
-    return {
-        "entropy": step.entropy,
-        "kl": step.kl,
-        "ratio_mean": step.ratio_mean,
-        "ratio_max": step.ratio_max,
-        "ratio_above_2": step.ratio_above_2,
-    }

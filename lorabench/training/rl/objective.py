@@ -9,9 +9,7 @@ A row is one sequence with a prompt and some of its responses, each of which att
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +17,7 @@ import torch
 from torch import Tensor
 
 from lorabench.errors import UserError
-from lorabench.models.lanes.shelf import RowCounts, Stack
-from lorabench.models.last_layer import computing_only, without_peft
+from lorabench.models.passes import computing_only, without_peft
 from lorabench.training.distributed import SINGLE_PROCESS, Processes, call_as_forward
 from lorabench.training.rl.sampler import Response, window
 
@@ -89,89 +86,58 @@ class StepMeasures:
 
 
 def backward(
-    stack: Stack,
-    batches: Sequence[Sequence[ResponseGroup]],
+    model: torch.nn.Module,
+    groups: Sequence[ResponseGroup],
     max_tokens: int,
     autocast: torch.dtype | None = None,
     processes: Processes = SINGLE_PROCESS,
-) -> list[StepMeasures]:
-    """Add the gradient of each lane's loss to its weights, and return the measures of each lane's batch.
+) -> StepMeasures:
+    """Add the gradient of the loss to the model's weights, and return the measures of the batch.
 
-    Groups of equal rewards add nothing to the gradient and are only measured, unless a lane has no other groups.
+    Groups of equal rewards add nothing to the gradient and are only measured, unless there are no other groups.
 
     Args:
-        batches: the whole batch of a step of each lane; each process computes a share of it.
-        max_tokens: limit of the tokens, padding included, that go through the model at once, over all lanes.
+        groups: the whole batch of a step; each process computes a share of it.
+        max_tokens: limit of the tokens, padding included, that go through the model at once.
         autocast: the type of autocast; None for fp32.
 
     Raises:
         UserError: a prompt with a response is longer than the model's sliding window.
     """
-    device = next(stack.model.parameters()).device
-    lanes = len(batches)
-    episodes = [sum(len(group.responses) for group in groups) for groups in batches]
-    teaching = [[group for group in groups if not group.equal] or list(groups) for groups in batches]
-    idle = [
-        [group for group in groups if group.equal] if len(learned) < len(groups) else []
-        for groups, learned in zip(batches, teaching, strict=True)
-    ]
-    sums, ratio_max = torch.zeros((lanes, 6), dtype=torch.float64), [0.0] * lanes
-    nothing: tuple[list[ResponseGroup], ...] = ([],) * lanes
-    for by_lane, learn in ((teaching, True), (idle, False)):
-        split = (row_parts(groups, max_tokens // lanes, processes) for groups in by_lane)
-        for part in processes.even(zip_longest(*split, fillvalue=[]), nothing):
-            idling = not any(part)
-            part = ([_NOTHING], *part[1:]) if idling else part
-            rows = [row for of_lane in part for row in of_lane]
-            check_window(without_peft(stack.model), rows)
+    device = next(model.parameters()).device
+    episodes = sum(len(group.responses) for group in groups)
+    teaching = [group for group in groups if not group.equal] or list(groups)
+    idle = [group for group in groups if group.equal] if len(teaching) < len(groups) else []
+    # Weight of the tokens, loss, and the sums of entropy, KL, ratio and ratios above 2.
+    sums, ratio_max = torch.zeros(6, dtype=torch.float64), 0.0
+    for some, learn in ((teaching, True), (idle, False)):
+        for part in processes.even(row_parts(some, max_tokens, processes), []):
+            rows = part or [_NOTHING]
+            check_window(without_peft(model), rows)
             layout = _Layout.of(rows)
-            # The context includes the backward pass, since recomputed layers read the rows and tokens again.
-            with (
-                stack.rows.are([len(of_lane) for of_lane in part]),
-                _read(stack, layout, device),
-                torch.set_grad_enabled(learn),
-            ):
+            read = torch.from_numpy(np.unique(layout.sources)).to(device)
+            # The context includes the backward pass, since recomputed layers read the tokens again.
+            with computing_only(model, read), torch.set_grad_enabled(learn):
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    learner, entropy, mask = call_as_forward(stack.model, response_logprobs, layout, stack.rows)
-                if idling:
+                    learner, entropy, mask = call_as_forward(model, response_logprobs, layout)
+                if not part:
                     if learn:
                         (0.0 * learner.sum()).backward()
                     continue
                 sampler, advantages, times = _padded(rows, mask)
                 difference = torch.where(mask, learner - sampler, 0.0)
                 ratio = difference.exp()
-                token_losses = -times * torch.where(mask, ratio * advantages[:, None], 0.0)
-                counts = [sum(len(row.responses) for row in of_lane) for of_lane in part]
-                losses = [lane.sum() / n for lane, n in zip(token_losses.split(counts), episodes, strict=True)]
+                loss = (-times * torch.where(mask, ratio * advantages[:, None], 0.0)).sum() / episodes
                 if learn:
-                    torch.stack(losses).sum().backward()
+                    loss.backward()
             with torch.no_grad():
-                split_by_lane = (tensor.split(counts) for tensor in (mask, times, entropy, difference, ratio))
-                for lane, (is_token, weight, entropies, differences, ratios) in enumerate(
-                    zip(*split_by_lane, strict=True)
-                ):
-                    if not counts[lane]:
-                        continue
-                    measures = (entropies, -differences, ratios, ratios > 2)
-                    lane_sums = [weight.sum(), losses[lane], *((weight * measure).sum() for measure in measures)]
-                    sums[lane] += torch.stack(lane_sums).double().cpu()
-                    ratio_max[lane] = max(ratio_max[lane], ratios[is_token].max().item())
-    steps = []
-    for lane_sum, largest in zip(sums, ratio_max, strict=True):
-        tokens, loss_sum, *others = processes.gather(lane_sum.numpy()).sum(0).tolist()
-        entropy_mean, kl, ratio_mean, above_2 = (value / tokens for value in others)
-        steps.append(
-            StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(largest), above_2)
-        )
-    return steps
-
-
-def _read(stack: Stack, layout: _Layout, device: torch.device) -> AbstractContextManager[None]:
-    """Within the context, the last layer is computed only at positions that predict tokens of responses."""
-    tokens = np.unique(layout.sources)
-    return computing_only(
-        stack.model, torch.from_numpy(tokens).to(device), stack.rows, layout.by_lane(tokens, stack.rows)
-    )
+                measures = (entropy, -difference, ratio, ratio > 2)
+                part_sums = [times.sum(), loss, *((times * measure).sum() for measure in measures)]
+                sums += torch.stack(part_sums).double().cpu()
+                ratio_max = max(ratio_max, ratio[mask].max().item())
+    tokens, loss_sum, *others = processes.gather(sums.numpy()).sum(0).tolist()
+    entropy_mean, kl, ratio_mean, above_2 = (value / tokens for value in others)
+    return StepMeasures(int(tokens), loss_sum, entropy_mean, kl, ratio_mean, processes.most(ratio_max), above_2)
 
 
 def row_parts(
@@ -251,12 +217,6 @@ class _Layout(NamedTuple):
                 number, start = number + 1, own.stop
         return cls(ids, positions, segments, np.concatenate(sources), np.concatenate(responses), is_token)
 
-    def by_lane(self, indices: np.ndarray, lane_rows: RowCounts) -> list[int]:
-        """Count the indices into (rows x length), in ascending order of rows, of each lane."""
-        ends = np.cumsum(lane_rows.counts)
-        counts: list[int] = np.diff(np.searchsorted(indices // self.ids.shape[1], ends), prepend=0).tolist()
-        return counts
-
 
 def check_window(model: torch.nn.Module, rows: Sequence[ResponseGroup]) -> None:
     """Refuse prompts with responses that are longer than the model's sliding window.
@@ -273,11 +233,8 @@ def check_window(model: torch.nn.Module, rows: Sequence[ResponseGroup]) -> None:
         )
 
 
-def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: RowCounts) -> tuple[Tensor, Tensor, Tensor]:
+def response_logprobs(model: torch.nn.Module, layout: _Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the log-probability and the entropy, in nats, of every response token.
-
-    Args:
-        lane_rows: the number of rows of each lane.
 
     Returns:
         Log-probabilities with gradient, entropies without, and whether there is a token: each (responses, longest
@@ -290,9 +247,7 @@ def response_logprobs(model: torch.nn.Module, layout: _Layout, lane_rows: RowCou
     hidden = base.get_decoder()(
         input_ids=ids, position_ids=positions, attention_mask=visible.tril()[:, None], use_cache=False
     ).last_hidden_state
-    # The unembedding's input has response tokens in its first dimension instead of rows.
-    with lane_rows.are(layout.by_lane(layout.sources, lane_rows)):
-        logits = base.get_output_embeddings()(hidden.flatten(0, 1)[sources])
+    logits = base.get_output_embeddings()(hidden.flatten(0, 1)[sources])
     distribution = torch.log_softmax(logits.float(), -1)
     chosen = distribution.gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():

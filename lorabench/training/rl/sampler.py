@@ -1,4 +1,4 @@
-"""Sampling with a KV cache, batched over problems, groups and lanes.
+"""Sampling with a KV cache, batched over problems and groups.
 
 Short responses to a prompt share a row of the cache with it, as they share a row in the objective. The place of a
 response in its row is its seat.
@@ -11,18 +11,16 @@ drawn; responses are never tokenized again from text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
 
-from lorabench.models.lanes.shelf import Stack
-from lorabench.models.last_layer import computing_only, without_peft
-from lorabench.models.transformers_names import cache_argument
-from lorabench.training.rl.cache import growing_cache
+from lorabench.models.passes import cache_argument, computing_only, without_peft
+from lorabench.training.distributed import Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,15 +31,16 @@ _DROP_AT = 0.25
 _SHARED_TOKENS = 128
 # Owner of a cache column that holds a token of the prompt, or padding; a response's token has the seat, from 1.
 _PROMPT, _PADDING = 0, -1
+# Tokens of spare room in a new buffer of the cache.
+_ROOM = 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request for one response by the policy of `lane` (None: the only lane); without a key it is greedy."""
+    """A request for one response; without a key, from which its random numbers come, it is greedy."""
 
     prompt: tuple[int, ...]
     key: tuple[int, ...] | None
-    lane: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Stop:
 
 @torch.no_grad()
 def sample(
-    stack: Stack,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     stop: Stop,
@@ -75,7 +74,7 @@ def sample(
     """Draw a response to each request, at temperature 1 from the whole vocabulary.
 
     Args:
-        stack: a causal language model with one lane, or with the lanes that the requests name.
+        model: a causal language model.
         max_cache_tokens: limit of rows times length of prompt and response in one batch; a single row always fits.
         autocast: the type of autocast; None for fp32.
         interrupt: called before each position; it may raise to end the drawing.
@@ -84,37 +83,18 @@ def sample(
         The responses, in the order of the requests.
     """
     responses: dict[int, Response] = {}
-    lanes = lanes_of(stack, requests)
-    with drawing(stack, autocast) as device:
-        for chunk in _chunks(requests, stop, max_cache_tokens):
-            # The rows of a lane lie side by side.
-            chunk.sort(key=lambda index: lanes[index])
-            chosen = [requests[index] for index in chunk]
-            of_lanes = [lanes[index] for index in chunk]
-            drawn = _sample_chunk(stack, tokenizer, chosen, of_lanes, stop, device, interrupt)
-            responses.update(zip(chunk, drawn, strict=True))
-    return [responses[index] for index in range(len(requests))]
-
-
-@contextmanager
-def drawing(stack: Stack, autocast: torch.dtype | None) -> Iterator[torch.device]:
-    """Within the context, the model draws; its device is given."""
-    model = stack.model
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
     # In training mode a model with activation checkpointing keeps no cache.
     model.eval()
-    device = next(model.parameters()).device
     try:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            yield device
+            for chunk in _chunks(requests, stop, max_cache_tokens):
+                chosen = [requests[index] for index in chunk]
+                drawn = _sample_chunk(model, tokenizer, chosen, stop, device, interrupt)
+                responses.update(zip(chunk, drawn, strict=True))
     finally:
         model.train(was_training)
-
-
-def lanes_of(stack: Stack, requests: Sequence[Request]) -> list[int]:
-    """Return the index of the lane of each request."""
-    index: dict[str | None, int] = {name: number for number, name in enumerate(stack.lanes)}
-    return [index[request.lane] if len(index) > 1 else 0 for request in requests]
+    return [responses[index] for index in range(len(requests))]
 
 
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
@@ -131,11 +111,6 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Return the position of each token from an attention mask; padding on the left has position 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     """Draw tokens by inversion of the cumulative distribution, (n,).
 
@@ -150,11 +125,6 @@ def draw(logprobs: Tensor, uniform: Tensor, contexts: Tensor) -> Tensor:
     drawn = torch.searchsorted(cumulative[contexts], threshold[:, None], right=True).squeeze(-1)
     drawn = drawn.clamp(max=logprobs.shape[-1] - 1)
     return torch.where(uniform < 0, logprobs.argmax(-1)[contexts], drawn)
-
-
-def shares_rows(stop: Stop) -> bool:
-    """Return whether responses are so short that several share a row."""
-    return _SHARED_TOKENS // stop.max_new_tokens > 1
 
 
 def window(model: torch.nn.Module) -> int | None:
@@ -182,10 +152,9 @@ def _chunks(requests: Sequence[Request], stop: Stop, max_cache_tokens: int) -> I
 
 
 def _sample_chunk(
-    stack: Stack,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: list[Request],
-    lanes: list[int],
     stop: Stop,
     device: torch.device,
     interrupt: Callable[[], None],
@@ -203,21 +172,20 @@ def _sample_chunk(
     text_stops = TextStops(tokenizer, stop.texts)
 
     # A prompt goes through the model once for all its responses.
-    lane_prompts = [(lane, request.prompt) for lane, request in zip(lanes, requests, strict=True)]
-    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(lane_prompts))}
-    prompts = np.array([unique[prompt] for prompt in lane_prompts])
-    ids, mask = left_padded([prompt for _, prompt in unique], device)
-    cache = growing_cache()
-    prompt_lanes = [lane for lane, _ in unique]
-    logits = logits_at_end(stack, ids, mask, positions(mask), cache, prompt_lanes, 1)[:, -1]
+    unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
+    prompts = np.array([unique[request.prompt] for request in requests])
+    ids, mask = left_padded(list(unique), device)
+    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    # Padding on the left has position 0.
+    logits = _logits_at_end(model, ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache, 1)[:, -1]
     # The row of the logits from which each response continues; responses to one prompt start from the same row.
-    contexts = on_device(prompts, device)
-    model_window, longest_total = window(stack.model), ids.shape[1] + longest
+    contexts = _on_device(prompts, device)
+    model_window, longest_total = window(model), ids.shape[1] + longest
     seats = max(1, _SHARED_TOKENS // longest) if model_window is None or longest_total <= model_window else 1
     rows = _Rows(prompts, seats)
     if len(rows.prompts) > len(unique):
-        cache.batch_select_indices(on_device(rows.prompts, device))
-    mask = mask[on_device(rows.prompts, device)]
+        cache.batch_select_indices(_on_device(rows.prompts, device))
+    mask = mask[_on_device(rows.prompts, device)]
     # The owner of each column of the cache: padding, the prompt, or a response by its seat in the row.
     owners = torch.where(mask > 0, _PROMPT, _PADDING)
     starts = mask.sum(-1)
@@ -225,7 +193,7 @@ def _sample_chunk(
     live = np.arange(n)
     for step in range(longest):
         interrupt()
-        chosen = on_device(live, device)
+        chosen = _on_device(live, device)
         distribution = torch.log_softmax(logits.float(), -1)
         drawn = draw(distribution, uniform[chosen, step], contexts)
         tokens[chosen, step] = drawn
@@ -234,26 +202,25 @@ def _sample_chunk(
         if stop.texts:
             done |= text_stops.ended(tokens[chosen, max(0, step + 1 - text_stops.longest) : step + 1].tolist())
         stopped[live[done]], lengths[live[done]] = True, step + 1
-        live, drawn = live[~done], drawn[on_device((~done).nonzero()[0], device)]
+        live, drawn = live[~done], drawn[_on_device((~done).nonzero()[0], device)]
         if not len(live) or step + 1 == longest:
             break
         kept = rows.keep(live)
         if kept is not None:
-            index = on_device(kept, device)
+            index = _on_device(kept, device)
             cache.batch_select_indices(index)
             owners, starts = owners[index], starts[index]
         places = rows.places(live)
         width = int(places[1].max()) + 1
-        row, column = (on_device(where, device) for where in places)
+        row, column = (_on_device(where, device) for where in places)
         ids = torch.zeros((len(owners), width), dtype=torch.long, device=device)
         new_owners, position_ids = torch.full_like(ids, _PADDING), torch.zeros_like(ids)
         ids[row, column] = drawn
-        new_owners[row, column] = on_device(rows.seats[live], device)
+        new_owners[row, column] = _on_device(rows.seats[live], device)
         position_ids[row, column] = starts[row] + step
         owners = torch.cat([owners, new_owners], -1)
-        row_lanes = [prompt_lanes[prompt] for prompt in rows.prompts]
         visible = _attention_mask(owners, new_owners, rows.shared)
-        logits = logits_at_end(stack, ids, visible, position_ids, cache, row_lanes, width)[row, column]
+        logits = _logits_at_end(model, ids, visible, position_ids, cache, width)[row, column]
         contexts = torch.arange(len(live), device=device)
 
     results = zip(*(result.cpu().numpy() for result in (tokens, logprobs)), lengths, stopped, strict=True)
@@ -312,34 +279,73 @@ def _attention_mask(owners: Tensor, new_owners: Tensor, shared: bool) -> Tensor:
     return ((owners[:, None] == new_owners[:, :, None]) | of_prompt)[:, None]
 
 
-def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a tensor on a device."""
+def _on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(numbers).to(device)
 
 
-def logits_at_end(
-    stack: Stack, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Any, lanes: Sequence[int], last: int
+def _logits_at_end(
+    model: torch.nn.Module, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache, last: int
 ) -> Tensor:
     """Return the logits at the last `last` tokens, (rows, last, vocabulary); the cache grows by `ids`.
 
     Args:
         ids: new tokens, (rows, tokens).
         mask: attention mask, (rows, all tokens) or (rows, 1, tokens, all tokens).
-        lanes: index of the lane of each row, in ascending order.
     """
-    counts = [lanes.count(lane) for lane in range(len(stack.lanes))]
     rows, length = ids.shape
-    read = torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()
-    with stack.rows.are(counts), computing_only(stack.model, read, stack.rows, [count * last for count in counts]):
-        logits: Tensor = stack.model(
+    with computing_only(model, torch.arange(rows * length, device=ids.device).view(rows, length)[:, -last:].flatten()):
+        logits: Tensor = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=True,
             logits_to_keep=last,
-            **{cache_argument(without_peft(stack.model)): cache},
+            **{cache_argument(without_peft(model)): cache},
         ).logits
     return logits
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of the KV cache, whose `keys` and `values` are views of the filled part of longer buffers.
+
+    Concatenating keys and values for every new token would copy all earlier tokens. With autocast the cache holds the
+    type of the products, to which attention would convert all keys and values for every token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new tokens, (batch, heads, tokens, width); return views of all tokens."""
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        if self.buffers is None or new > self.buffers[0].shape[-2]:
+            grown = []
+            for states, kept in ((key_states, self.keys), (value_states, self.values)):
+                buffer = states.new_empty((*states.shape[:-2], new + _ROOM, states.shape[-1]))
+                if old:
+                    buffer[..., :old, :] = kept
+                grown.append(buffer)
+            self.buffers = (grown[0], grown[1])
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., old:new, :] = states
+        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only some rows of the batch, copied to new buffers with spare room."""
+        length, selected = self.get_seq_length(), []
+        for states in (self.keys, self.values):
+            buffer = states.new_empty((len(indices), *states.shape[1:-2], length + _ROOM, states.shape[-1]))
+            torch.index_select(states, 0, indices, out=buffer[..., :length, :])
+            selected.append(buffer)
+        self.buffers = (selected[0], selected[1])
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
 
 class TextStops:
@@ -378,3 +384,37 @@ class TextStops:
             unsure = "\ufffd" in text or not text.strip() or any(last.isspace() for last in self._last)
             self._may_end[token] = unsure or any(last in text for last in self._last)
         return self._may_end[token]
+
+
+def sample_in_processes(
+    requests: list[Request], draw: Callable[[list[Request]], list[Response]], processes: Processes
+) -> list[Response]:
+    """Draw this process's share of the responses and gather all; every process returns the same, in request order."""
+    if processes.count == 1:
+        return draw(requests)
+    # Shares are of prompts, since a prompt goes through the model once for all its responses.
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    owner = dict(zip(prompts, processes.owners(np.array([len(prompt) for prompt in prompts])), strict=True))
+    owners = [owner[request.prompt] for request in requests]
+    drawn = draw([request for request, rank in zip(requests, owners, strict=True) if rank == processes.rank])
+    # Each process sends one row of doubles, which hold any token and any single-precision number exactly: for each
+    # response the number of tokens, whether it is truncated, the tokens, and their log-probabilities.
+    packed = [
+        np.concatenate([[len(response.tokens), response.truncated], response.tokens, response.logprobs])
+        for response in drawn
+    ]
+    numbers = np.concatenate([np.zeros(0), *packed])
+    row = np.zeros(int(processes.most(len(numbers))))
+    row[: len(numbers)] = numbers
+    streams = [_unpacked(gathered) for gathered in processes.gather(row)]
+    return [next(streams[rank]) for rank in owners]
+
+
+def _unpacked(numbers: np.ndarray) -> Iterator[Response]:
+    """Decode the responses of one process; the row is filled up with zeros."""
+    start = 0
+    while start < len(numbers) and numbers[start]:
+        length = int(numbers[start])
+        tokens, logprobs = numbers[start + 2 :][:length], numbers[start + 2 + length :][:length]
+        yield Response(tokens.astype(np.int64), logprobs.astype(np.float32), bool(numbers[start + 1]))
+        start += 2 + 2 * length

@@ -1,50 +1,50 @@
-"""Training of RL sweeps: LoRA runs are trained as lanes, which share the base, sample together and learn together."""
+"""The training of RL runs: their problems and graders, the base model's scores, and where responses are drawn.
+
+Several processes draw a share of the responses each, and all learn from the same responses. A response has its own
+random numbers (see `sampler.py`), so it is the same in whichever process it is drawn.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lorabench.data.controls import controls
 from lorabench.data.grading import Grader
 from lorabench.data.problems import read_problems
 from lorabench.data.tokens import template_key, tokenizer_key
 from lorabench.models.base import load_tokenizer, max_length, skeleton
-from lorabench.models.lanes.shelf import Stack, single_lane
-from lorabench.models.size import Sizes
 from lorabench.models.vllm_support import check_policy, vllm_version
 from lorabench.runs import PROTOCOL_VERSION, Rollouts, Run
-from lorabench.training.drive import train_alone, train_lanes
-from lorabench.training.loss import check_plain_head
-from lorabench.training.rl.engine.sampler import Engines, EngineSampler
-from lorabench.training.rl.engine.settings import engine_settings
-from lorabench.training.rl.loop import Environment, Scores, evaluate, train_rl
+from lorabench.training.distributed import Processes, full_tensor
+from lorabench.training.rl.engine.sampler import PolicyEngine, engine_settings
+from lorabench.training.rl.loop import Environment, Sampler, Scores, evaluate, train_rl
 from lorabench.training.rl.prompts import GraderProtocol, ProblemTexts
-from lorabench.training.rl.refill import sample_refilling
-from lorabench.training.rl.sampler import Request, Response, sample, shares_rows
-from lorabench.training.rl.serve import RlServer, Sampler, sampling_server
-from lorabench.training.rl.together import FirstProcessGrader, Replica, sample_in_processes
-from lorabench.training.sweep import RunGroup, SweepContext, now, provenance
+from lorabench.training.rl.sampler import Request, Response, sample, sample_in_processes
+from lorabench.training.sweep import Base, SweepContext, now, provenance, with_adapter
 from lorabench.utils import signals
 from lorabench.utils.files import file_sha256, write_json
 
 
 class RlTrainer:
-    """Trains the runs of a job's sweeps, which share one model and one problem set.
+    """Trains the runs of a job's sweeps.
 
-    Sweeps with equal `Rollouts` share problems, graders and the base model's scores. It is a context manager that
-    closes the graders, and ends vLLM, on exit.
+    The sweeps share one model and one problem set; those with equal `Rollouts` share graders and the base model's
+    scores. It is a context manager that closes the graders, and ends vLLM, on exit.
     """
 
     def __init__(self) -> None:
-        self._work: dict[Rollouts, _Work] = {}
+        self._base = Base()
         self._open = ExitStack()
-        self._engines: Engines | None = None
+        self._environments: dict[Rollouts, tuple[Environment, dict[str, Any]]] = {}
+        self._scores: dict[Rollouts, Scores] = {}
+        self._engine: PolicyEngine | None = None
 
     def __enter__(self) -> RlTrainer:
         return self
@@ -52,131 +52,69 @@ class RlTrainer:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def __call__(self, context: SweepContext, runs: list[tuple[int, Run]]) -> None:
-        """Train the unfinished ones of some runs, given with their number in the sweep, and write each as it ends."""
-        groups = context.unfinished_groups(runs)
-        if not groups:
-            return
-        rollouts = context.sweep.condition.rollouts
+    def __call__(self, context: SweepContext, run: Run, tick: Callable[[int], None]) -> None:
+        """Train a run and write it.
+
+        Raises:
+            UserError: vLLM, which the preset asks for, cannot draw from the model's policies.
+            Stopped: a signal asked the job to end, and the run is saved.
+        """
+        condition, machine, rollouts = run.condition, context.machine, run.condition.rollouts
         assert rollouts
-        if rollouts.sampler == "vllm":
-            condition = context.sweep.condition
+        if rollouts.sampler == "vllm" and self._engine is None:
+            self._engine = self._open.enter_context(PolicyEngine(machine.processes))
+        if self._engine is not None:
             spec = context.layout.model(condition.model)
-            check_policy(spec, context.machine.device, condition.rank, condition.placement)
-            if self._engines is None:
-                self._engines = self._open.enter_context(Engines(context.machine.processes))
-        if rollouts not in self._work:
+            check_policy(spec, machine.device, condition.rank, condition.placement)
+        if rollouts not in self._environments:
             environment = _environment(context, self._open)
-            fingerprints = provenance(context) | _fingerprints(context, environment.texts)
-            if self._engines is not None:
-                fingerprints["packages"] |= {"vllm": vllm_version()}
-            self._work[rollouts] = _Work(environment, fingerprints, self._engines)
-        for group in groups:
-            self._work[rollouts].train(context, group)
+            source = _provenance(context, environment.texts, self._engine is not None)
+            self._environments[rollouts] = environment, source
+        environment, source = self._environments[rollouts]
+        if self._engine is None and not machine.processes.sharded:
+            self._base_scores(context, self._sampler(context, self._base.untrained(context), run))
+        with self._base.trainable(context, run) as model:
+            draw = self._sampler(context, model, run)
+            base = self._base_scores(context, draw)
+            protocol, started = context.plan.preset.protocol, {"started": now()}
+            checkpoint = context.checkpoint(run)
+            outcome = train_rl(run, model, environment, protocol, machine, checkpoint, draw, base, tick)
+            context.write(run, model, outcome, source | started)
 
-
-@dataclass
-class _Work:
-    """The environment of runs with equal `Rollouts`, and the base model's scores once they are known.
-
-    Attributes:
-        engines: the engine vLLM of the job; None where the project's own code draws.
-    """
-
-    environment: Environment
-    provenance: dict[str, Any]
-    engines: Engines | None
-    base: Scores | None = None
-
-    def train(self, context: SweepContext, runs: RunGroup) -> None:
-        """Train a group of runs as lanes of a newly loaded base model."""
-        machine = context.machine
-        context.begin()
-        model: Any = context.load()
-        check_plain_head(model)
-        together = [run for _, run in runs.values()]
-        condition = together[0].condition
-        if self.engines is None and not machine.processes.sharded:
-            self._base_scores(context, partial(self._sample, context, single_lane(model, "")))
-        if condition.method == "lora":
-            model = context.with_lora(model, together)
-        sizes = Sizes.of(model)
-        stack = self._stack(context, model, together)
-        draw: Sampler
-        if self.engines is not None:
-            draw = partial(self._sample_by_engine, context, self._engine_sampler(context, stack, self.engines))
-        elif machine.processes.sharded:
-            draw = partial(self._sample_from_replica, context, self._replica(context, stack, together[0]))
-        else:
-            draw = partial(self._sample, context, stack)
-        base = self._base_scores(context, draw)
-        started, checkpoints, protocol = now(), context.checkpoints(together), context.plan.preset.protocol
-        lanes = {}
-        for name, (number, run) in runs.items():
-            context.announce(number, run)
-            lanes[name] = train_rl(
-                run,
-                stack.lanes[name],
-                self.environment,
-                protocol,
-                machine.processes,
-                checkpoints,
-                base,
-                context.ticker(number, run),
-            )
-        for name, outcome in train_lanes(lanes, RlServer(stack, draw, machine, machine.autocast(protocol))):
-            context.write(runs[name][1], outcome, stack, sizes, self.provenance | {"started": started})
-            checkpoints.ended(name)
-            stack.drop(name)
-
-    def _stack(self, context: SweepContext, model: Any, together: list[Run]) -> Stack:
-        """Return the stack of the runs, whose model may be sharded."""
-        run, processes = together[0], context.machine.processes
-        lora = run.condition.method == "lora"
-        if processes.sharded:
-            return single_lane(processes.shard(model), run.run_id, run.run_id if lora else None)
-        return context.stacked(model, together) if lora else single_lane(model, run.run_id)
-
-    def _replica(self, context: SweepContext, stack: Stack, run: Run) -> Replica:
-        """Return the copy of a sharded model from which each process samples."""
-        blank: Any = skeleton(context.layout.model(run.condition.model))
-        if run.condition.method == "lora":
-            blank = context.with_lora(blank, [run])
-        machine = context.machine
-        return Replica(stack.model, blank, machine.device, machine.autocast(context.plan.preset.protocol))
-
-    def _sample_from_replica(
-        self, context: SweepContext, replica: Replica, requests: list[Request], interruptible: bool
-    ) -> list[Response]:
-        return self._sample(context, single_lane(replica.refreshed(), ""), requests, interruptible)
-
-    def _engine_sampler(self, context: SweepContext, stack: Stack, engines: Engines) -> EngineSampler:
-        texts, condition = self.environment.texts, context.sweep.condition
-        problems = (*self.environment.splits.values(), *self.environment.held_out.values())
-        longest = max(len(prompt) for of_split in problems for prompt in of_split.prompts)
-        settings = engine_settings(context, longest + texts.stop.max_new_tokens, bool(texts.stop.texts))
-        return EngineSampler(engines, settings, stack, condition.rank, condition.alpha, texts.stop)
-
-    def _sample_by_engine(
-        self, context: SweepContext, sampler: EngineSampler, requests: list[Request], interruptible: bool
-    ) -> list[Response]:
-        return sampler(requests, _interrupt(context, interruptible))
-
-    def _sample(
-        self, context: SweepContext, stack: Stack, requests: list[Request], interruptible: bool
-    ) -> list[Response]:
-        machine, texts = context.machine, self.environment.texts
+    def _sampler(self, context: SweepContext, model: torch.nn.Module, run: Run) -> Sampler:
+        """Return the function that draws from a model: by vLLM, or by this project's code."""
+        condition, machine = run.condition, context.machine
+        rollouts = condition.rollouts
+        assert rollouts
+        environment, _ = self._environments[rollouts]
+        texts, stop = environment.texts, environment.texts.stop
         autocast = machine.autocast(context.plan.preset.protocol)
-        interrupt = _interrupt(context, interruptible)
+        engine = self._engine
+        replica: Replica | None = None
+        if engine is not None:
+            problems = (*environment.splits.values(), *environment.held_out.values())
+            longest = max(len(prompt) for encoded in problems for prompt in encoded.prompts) + stop.max_new_tokens
+            settings = engine_settings(context, longest, bool(stop.texts))
+        elif machine.processes.sharded:
+            blank: Any = skeleton(context.layout.model(condition.model))
+            if condition.method == "lora":
+                blank = with_adapter(blank, context, run)
+            replica = Replica(model, blank, machine.device, autocast)
 
-        # On a CPU long responses are drawn in batches, so that numbers stay the same to the last bit.
-        refills = machine.device.type == "cuda" and not shares_rows(texts.stop)
-        sampler = sample_refilling if refills else sample
+        def draw(requests: list[Request], interruptible: bool) -> list[Response]:
+            # Several processes would have to agree at every position.
+            stops = interruptible and machine.processes.count == 1
+            interrupt: Callable[[], None] = signals.check if stops else lambda: None
+            if engine is not None:
+                return engine.draw(model, settings, requests, stop, interrupt)
+            policy = replica.refreshed() if replica else model
 
-        def draw(share: list[Request]) -> list[Response]:
-            return sampler(stack, texts.tokenizer, share, texts.stop, machine.max_cache_tokens, autocast, interrupt)
+            def draw_share(share: list[Request]) -> list[Response]:
+                return sample(policy, texts.tokenizer, share, stop, machine.max_cache_tokens, autocast, interrupt)
 
-        return sample_in_processes(requests, draw, machine.processes)
+            return sample_in_processes(requests, draw_share, machine.processes)
+
+        return draw
 
     def _base_scores(self, context: SweepContext, draw: Sampler) -> Scores:
         """Return the base model's scores.
@@ -184,25 +122,20 @@ class _Work:
         They are read from a file that other jobs share; if there is none, the first call evaluates the model, which is
         then still untrained, and writes it.
         """
-        if self.base is None:
-            rollouts, processes = context.sweep.condition.rollouts, context.machine.processes
-            assert rollouts
-            path = context.layout.base_scores(_determining(context, rollouts, self.provenance))
-            self.base = _read_scores(path)
+        rollouts, processes = context.sweep.condition.rollouts, context.machine.processes
+        assert rollouts
+        if rollouts not in self._scores:
+            environment, source = self._environments[rollouts]
+            path = context.layout.base_scores(_determining(context, rollouts, source))
+            scores = _read_scores(path)
             # All processes read or all evaluate, even if another job writes the file at this moment.
-            if processes.any(self.base is None):
-                evaluation = evaluate(self.environment, rollouts, 0, 0, None)
-                self.base, _, _ = train_alone(evaluation, sampling_server(draw))
+            if processes.any(scores is None):
+                scores, _ = evaluate(environment, rollouts, 0, 0, draw)
                 if processes.first:
-                    write_json(self.base, path)
-        assert self.base is not None
-        return self.base
-
-
-def _interrupt(context: SweepContext, interruptible: bool) -> Callable[[], None]:
-    """Return what is called while responses are drawn."""
-    # Several processes would have to agree at every position.
-    return signals.check if interruptible and context.machine.processes.count == 1 else lambda: None
+                    write_json(scores, path)
+            assert scores is not None
+            self._scores[rollouts] = scores
+        return self._scores[rollouts]
 
 
 def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
@@ -232,7 +165,18 @@ def _environment(context: SweepContext, open_graders: ExitStack) -> Environment:
     )
 
 
-def _determining(context: SweepContext, rollouts: Rollouts, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(context: SweepContext, texts: ProblemTexts, by_engine: bool) -> dict[str, Any]:
+    source = provenance(context) | {
+        "dataset_sha256": file_sha256(context.layout.dataset(context.sweep.condition.dataset))[:16],
+        "tokenizer_sha256": tokenizer_key(texts.tokenizer),
+        "template_sha256": template_key(texts.tokenizer),
+    }
+    if by_engine:
+        source["packages"] |= {"vllm": vllm_version()}
+    return source
+
+
+def _determining(context: SweepContext, rollouts: Rollouts, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the base model's scores depend on, as plain data."""
     preset, layout = context.plan.preset, context.layout
     names = (context.sweep.condition.dataset, *rollouts.held_out)
@@ -242,7 +186,7 @@ def _determining(context: SweepContext, rollouts: Rollouts, provenance: Mapping[
         "precision": preset.protocol.precision,
         "rollouts": rollouts.determining,
         "problems": [[file_sha256(layout.dataset(name)), preset.problems[name].grader] for name in names],
-        **{name: provenance[name] for name in own},
+        **{name: source[name] for name in own},
     }
 
 
@@ -255,9 +199,51 @@ def _read_scores(path: Path) -> Scores | None:
     return scores
 
 
-def _fingerprints(context: SweepContext, texts: ProblemTexts) -> dict[str, str]:
-    return {
-        "dataset_sha256": file_sha256(context.layout.dataset(context.sweep.condition.dataset))[:16],
-        "tokenizer_sha256": tokenizer_key(texts.tokenizer),
-        "template_sha256": template_key(texts.tokenizer),
-    }
+@dataclass(frozen=True)
+class FirstProcessGrader:
+    """A grader that uses the first process's verdicts in all processes, since time limits may expire in some only."""
+
+    grader: Grader
+    processes: Processes
+
+    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Return whether each response is right."""
+        verdicts = self.grader.grade(responses, answers) if self.processes.first else [False] * len(responses)
+        return [bool(right) for right in self.processes.gather(verdicts)[0]]
+
+
+class Replica:
+    """A full copy of a sharded model in each process, to sample from.
+
+    The processes sample different numbers of tokens, so they cannot sample from the sharded model together. The weights
+    of linear layers are stored in autocast's type, to which autocast would convert them for every token; samples and
+    their log-probabilities are therefore those of the sharded model.
+
+    Args:
+        sharded: the model that is trained.
+        blank: the same model without weights; it receives them.
+    """
+
+    def __init__(
+        self, sharded: torch.nn.Module, blank: torch.nn.Module, device: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        self._model = blank
+        self._trained: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # A tied weight becomes two here, since the embedding and the unembedding may have different types.
+        for name, parameter in sharded.named_parameters(remove_duplicate=False):
+            layer, _, attribute = name.rpartition(".")
+            module = blank.get_submodule(layer)
+            dtype = autocast if isinstance(module, torch.nn.Linear) else None
+            weight = full_tensor(parameter.detach()).to(device=device, dtype=dtype, copy=True)
+            copied = torch.nn.Parameter(weight, requires_grad=False)
+            setattr(module, attribute, copied)
+            if parameter.requires_grad:
+                self._trained.append((parameter, copied))
+        blank.to(device)
+
+    @torch.no_grad()
+    def refreshed(self) -> torch.nn.Module:
+        """Copy the model's present weights and return the copy. Every process must call this."""
+        for parameter, copied in self._trained:
+            copied.copy_(full_tensor(parameter.detach()))
+        return self._model

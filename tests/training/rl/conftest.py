@@ -8,24 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from lorabench.config.datasets import ReasoningProblems
 from lorabench.config.experiments import Protocol
 from lorabench.config.models import TinyModel
-from lorabench.config.problems import ReasoningProblems
 from lorabench.data.grading import Grader
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.models.base import load_model, load_tokenizer
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import Stack, single_lane
 from lorabench.models.lora import add_lora
+from lorabench.models.lora_products import use_fast_products
 from lorabench.runs import Condition, Rollouts, Run
-from lorabench.training.distributed import SINGLE_PROCESS
-from lorabench.training.drive import train_alone
-from lorabench.training.lane_checkpoints import LaneCheckpoints
+from lorabench.training.checkpoint import Checkpoint
 from lorabench.training.rl.loop import Environment, RlOutcome, evaluate, train_rl
 from lorabench.training.rl.objective import ResponseGroup
 from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
-from lorabench.training.rl.serve import RlServer, sampling_server
 from lorabench.training.run import Machine
 
 TINY = TinyModel(kind="tiny")
@@ -83,10 +79,8 @@ def prompts(environment) -> list[tuple[int, ...]]:
 def drawn(
     model, tokenizer, requests: list[Request], max_new_tokens: int = 8, cache: int = 100_000, **stop
 ) -> list[Response]:
-    """Draw responses of a model or a stack, ended by the tokenizer's end token."""
-    end = Stop((tokenizer.eos_token_id,), max_new_tokens, **stop)
-    stack = model if isinstance(model, Stack) else single_lane(model, "")
-    return sample(stack, tokenizer, requests, end, cache)
+    """Draw responses that are ended by the tokenizer's end token."""
+    return sample(model, tokenizer, requests, Stop((tokenizer.eos_token_id,), max_new_tokens, **stop), cache)
 
 
 @pytest.fixture
@@ -108,47 +102,30 @@ def same_tokens(one: list[Response], other: list[Response]) -> bool:
     return len(one) == len(other) and all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 
-def lane_of(
+def train(
     run: Run,
-    stack: Stack,
     environment: Environment,
     folder: Path,
-    protocol=None,
     tick=lambda step: None,
-    checkpoints: LaneCheckpoints | None = None,
+    protocol: Protocol | None = None,
+    sampler=lambda draw: draw,
     **changes,
-):
-    """Return the generator of an RL run on its lane of an untrained stack."""
-    protocol, where = protocol or Protocol(), machine(**changes)
-    evaluation = evaluate(environment, run.condition.rollouts, 0, 0, run.run_id)
-    scores, _, _ = train_alone(evaluation, sampling_server(sampler_of(stack, environment)))
-    own = {run.run_id: folder / f"{run.run_id}.safetensors"}
-    checkpoints = checkpoints or LaneCheckpoints(own, where.checkpoint_seconds)
-    lane = stack.lanes[run.run_id]
-    return train_rl(run, lane, environment, protocol, SINGLE_PROCESS, checkpoints, scores, tick)
+) -> tuple[RlOutcome, torch.nn.Module]:
+    """Train a run on a newly loaded model; return the outcome and the trained model.
 
+    Args:
+        sampler: changes the function that draws responses.
+        changes: fields of the machine.
+    """
+    model, texts, where = load_model(TINY), environment.texts, machine(**changes)
 
-def sampler_of(stack: Stack, environment: Environment):
-    texts = environment.texts
+    def draw(requests: list[Request], interruptible: bool) -> list[Response]:
+        return sample(model, texts.tokenizer, requests, texts.stop, 100_000)
 
-    def take(requests: list[Request], interruptible: bool = False) -> list[Response]:
-        return sample(stack, texts.tokenizer, requests, texts.stop, 100_000)
-
-    return take
-
-
-def serving(stack: Stack, environment: Environment, **changes) -> RlServer:
-    return RlServer(stack, sampler_of(stack, environment), machine(**changes), None)
-
-
-def train(run: Run, environment: Environment, folder: Path, **changes) -> tuple[RlOutcome, torch.nn.Module]:
-    """Train a run on a newly loaded model; return the outcome and the trained model."""
-    model = load_model(TINY)
+    scores, _ = evaluate(environment, run.condition.rollouts, 0, 0, draw)
     if run.condition.rank:
-        model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed, adapter=run.run_id)
-        stack = stack_lora(model, [run.run_id])
-    else:
-        stack = single_lane(model, run.run_id)
-    running = lane_of(run, stack, environment, folder, **changes)
-    changes = {name: value for name, value in changes.items() if name not in ("tick", "protocol")}
-    return train_alone(running, serving(stack, environment, **changes), run.run_id), model
+        model = add_lora(model, run.condition.rank, "all", 32.0, True, run.seed)
+        use_fast_products(model)
+    checkpoint = Checkpoint(folder / "checkpoint.safetensors", run.run_id, where.checkpoint_seconds)
+    protocol = protocol or Protocol()
+    return train_rl(run, model, environment, protocol, where, checkpoint, sampler(draw), scores, tick), model

@@ -18,9 +18,9 @@ from lorabench.config.models import PathModel, TinyModel
 from lorabench.data.problems import make_problems, write_problems
 from lorabench.errors import UserError
 from lorabench.models.base import convert_gguf, converted_folder, load_model, load_tokenizer, model_location
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import single_lane
-from lorabench.models.lora import add_adapter, add_lora
+from lorabench.models.lora import add_lora
+from lorabench.models.lora_products import use_fast_products
+from lorabench.models.passes import trained_parameters
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
 from lorabench.store.collect import collect
@@ -29,7 +29,7 @@ from lorabench.store.layout import Layout
 from lorabench.training.distributed import SINGLE_PROCESS
 from lorabench.training.job import run_job
 from lorabench.training.rl.engine.process import Engine, EngineSettings
-from lorabench.training.rl.engine.sampler import Engines, EngineSampler
+from lorabench.training.rl.engine.sampler import PolicyEngine
 from lorabench.training.rl.sampler import Request, Response, Stop, sample
 
 from ...conftest import MARGINS
@@ -46,10 +46,10 @@ BASE = TinyModel(kind="tiny", name="llama-128")
 NEW_TOKENS = 16
 
 
-def settings(spec=BASE, max_rank=None, lanes=1, dtype="float32", tokenizer=None) -> EngineSettings:
+def settings(spec=BASE, max_rank=None, tokenizer=None) -> EngineSettings:
     location = model_location(spec)
     return EngineSettings(
-        location, None, False, dtype, 256, 1 << 28, 0.5, max_rank, lanes, tokenizer and location, None, 2
+        location, None, False, "float32", 256, 1 << 28, 0.5, max_rank, tokenizer and location, None, 2
     )
 
 
@@ -75,37 +75,42 @@ def stop(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def engines():
+def engine():
     """The engine of the tests, which is started again where one needs other settings."""
-    with Engines(SINGLE_PROCESS) as opened:
+    with PolicyEngine(SINGLE_PROCESS) as opened:
         yield opened
 
 
-def move(parameters, scale, seed=0):
-    """Change weights as an update might."""
+def move(model, scale, seed=0):
+    """Change the trained weights as an update might."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in parameters:
+        for parameter in trained_parameters(model).values():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def requested(prompts, lane=None, samples=4, step=0) -> list[Request]:
-    return [Request(prompt, (0, step, n, s), lane) for n, prompt in enumerate(prompts) for s in range(samples)]
+def adapted(spec, rank):
+    model = add_lora(load_model(spec), rank, "all", 32.0, True, 0)
+    use_fast_products(model)
+    return model
 
 
-def learner(stack, lane, request, response) -> np.ndarray:
+def requested(prompts, samples=4) -> list[Request]:
+    return [Request(prompt, (0, 0, n, s)) for n, prompt in enumerate(prompts) for s in range(samples)]
+
+
+def learner(model, request, response) -> np.ndarray:
     """Return the log-probabilities of a response by the learner."""
     ids = torch.tensor([[*request.prompt, *response.tokens]])
-    with torch.no_grad(), stack.rows.are([int(name == lane) for name in stack.lanes]):
-        logits = stack.model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt) :, None])[:, 0].numpy()
 
 
-def largest_difference(stack, requests, responses) -> float:
+def largest_difference(model, requests, responses) -> float:
     """Return the largest absolute difference of log-probabilities of the engine and the learner, in nats."""
-    first = next(iter(stack.lanes))
     return max(
-        float(np.abs(response.logprobs - learner(stack, request.lane or first, request, response)).max())
+        float(np.abs(response.logprobs - learner(model, request, response)).max())
         for request, response in zip(requests, responses, strict=True)
     )
 
@@ -114,91 +119,74 @@ def differ(one: list[Response], other: list[Response]) -> bool:
     return any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
 
 
-def test_adapters_are_the_learners_at_every_step(engines, tokenizer, prompts, stop):
-    model = load_model(BASE)
-    model = add_lora(model, 1, "all", 32.0, True, 0, adapter="one")
-    add_adapter(model, "two", 1)
-    stack = stack_lora(model, ["one", "two"])
-    draw = EngineSampler(engines, settings(max_rank=1, lanes=2), stack, 1, 32.0, stop)
-
-    untrained = requested(prompts)
-    responses = draw(untrained)
-    assert largest_difference(stack, untrained, responses) < 1e-3
+def test_adapters_are_the_learners_at_every_step(engine, tokenizer, prompts, stop):
+    model, asked = adapted(BASE, 1), requested(prompts)
+    responses = engine.draw(model, settings(max_rank=1), asked, stop)
+    assert largest_difference(model, asked, responses) < 1e-3
     greedy = [Request(prompt, None) for prompt in prompts]
-    own = sample(single_lane(load_model(BASE), ""), tokenizer, greedy, stop, 10_000)
-    assert not differ(draw(greedy), own)
-    assert not differ(draw(untrained), responses)
-
+    own = sample(load_model(BASE), tokenizer, greedy, stop, 10_000)
+    assert not differ(engine.draw(model, settings(max_rank=1), greedy, stop), own)
+    assert not differ(engine.draw(model, settings(max_rank=1), asked, stop), responses)
     for step in range(1, 4):
-        # Both lanes and all layers change, the unembedding included.
-        for number, lane in enumerate(stack.lanes.values()):
-            move(lane.parameters, 0.02, 10 * step + number)
-        asked = [*requested(prompts, "one"), *requested(prompts, "two")]
-        drawn = draw(asked)
-        assert largest_difference(stack, asked, drawn) < 1e-3
-        half = len(drawn) // 2
+        # All layers change, the unembedding included.
+        move(model, 0.02, step)
+        drawn = engine.draw(model, settings(max_rank=1), asked, stop)
+        assert largest_difference(model, asked, drawn) < 1e-3
         # The keys of random numbers are equal, so only the policies differ.
-        assert differ(drawn[:half], drawn[half:])
-        assert differ(drawn[:half], responses)
-        responses = drawn[:half]
-    stack.drop("one")
-    asked = requested(prompts, "two")
-    assert largest_difference(stack, asked, draw(asked)) < 1e-3
+        assert differ(drawn, responses)
+        responses = drawn
+    # Another run goes on with the same process.
+    process, other = engine._engine, adapted(BASE, 1)
+    assert largest_difference(other, asked, engine.draw(other, settings(max_rank=1), asked, stop)) < 1e-3
+    assert engine._engine is process
 
 
-def test_keys_and_values_of_an_old_adapter_would_be_noticed(engines, prompts, stop):
+def test_keys_and_values_of_an_old_adapter_would_be_noticed(engine, prompts, stop):
     """An adapter under its old name gets the keys and values of the old one, and so other log-probabilities."""
-    stack = stack_lora(add_lora(load_model(BASE), 1, "all", 32.0, True, 0, adapter="one"), ["one"])
-    draw = EngineSampler(engines, settings(max_rank=1, lanes=2), stack, 1, 32.0, stop)
+    model = adapted(BASE, 1)
     # Keys and values are kept for whole blocks of tokens.
-    long = [prompt * 12 for prompt in prompts]
-    asked = requested(long, "one")
-    draw(asked)
-    move(stack.lanes["one"].parameters, 0.02)
-    last = engines.number() - 1
-    engines.number = lambda: last
-    stale = largest_difference(stack, asked, draw(asked))
-    del engines.number
-    assert stale > 1e-2
-    assert largest_difference(stack, asked, draw(asked)) < 1e-3
+    asked = requested([prompt * 12 for prompt in prompts])
+    engine.draw(model, settings(max_rank=1), asked, stop)
+    move(model, 0.02)
+    engine._handed_over -= 1
+    assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) > 1e-2
+    assert largest_difference(model, asked, engine.draw(model, settings(max_rank=1), asked, stop)) < 1e-3
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_all_weights_are_the_learners_after_updates(tied, engines, prompts, stop):
+def test_all_weights_are_the_learners_after_updates(tied, engine, prompts, stop):
     model = load_model(BASE)
     if tied:
         model.config.tie_word_embeddings = True
         model.tie_weights()
-    stack = single_lane(model, "run")
-    draw = EngineSampler(engines, settings(tokenizer=True), stack, None, None, stop)
     asked = requested(prompts)
-    for step in range(3):
-        assert largest_difference(stack, asked, draw(asked)) < 1e-3
-        move(model.parameters(), 0.01, step)
-    assert largest_difference(stack, asked, draw(asked)) < 1e-3
+    for step in range(4):
+        assert largest_difference(model, asked, engine.draw(model, settings(tokenizer=True), asked, stop)) < 1e-3
+        move(model, 0.01, step)
 
 
-def test_a_text_ends_a_response_and_a_limit_cuts_it(engines, tokenizer, prompts):
-    stack = single_lane(load_model(BASE), "run")
+def test_a_text_ends_a_response_and_a_limit_cuts_it(engine, tokenizer, prompts):
+    model = load_model(BASE)
     greedy = [Request(prompt, None) for prompt in prompts]
-    whole = EngineSampler(engines, settings(tokenizer=True), stack, None, None, Stop((), NEW_TOKENS))(greedy)
+    whole = engine.draw(model, settings(tokenizer=True), greedy, Stop((), NEW_TOKENS))
     assert all(response.truncated and len(response.tokens) == NEW_TOKENS for response in whole)
     until = Stop((), NEW_TOKENS, (tokenizer.decode(whole[0].tokens[2:4]),))
-    drawn = EngineSampler(engines, settings(tokenizer=True), stack, None, None, until)(greedy)
-    own = sample(stack, tokenizer, greedy, until, 10_000)
+    drawn = engine.draw(model, settings(tokenizer=True), greedy, until)
+    own = sample(model, tokenizer, greedy, until, 10_000)
     assert not differ(drawn, own)
     assert [response.truncated for response in drawn] == [response.truncated for response in own]
     assert len(drawn[0].tokens) == 4
 
 
-def test_what_the_engine_refuses_and_its_death_are_told(engines):
-    engine, _ = engines.engine(settings(tokenizer=True))
+def test_what_the_engine_refuses_and_its_death_are_told(engine, prompts, stop):
+    engine.draw(load_model(BASE), settings(tokenizer=True), requested(prompts), stop)
+    process = engine._engine
     with pytest.raises(UserError, match=r"^vLLM, .* failed: \w+: \w+") as told:
-        engine.ask("weights", folder="nowhere")
+        process.ask("weights", folder="nowhere")
     assert "\n" not in str(told.value)
-    os.kill(engine._process.pid, signal.SIGKILL)
+    os.kill(process._process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"^the process of vLLM, .* was ended by SIGKILL; start the same command"):
-        engine.ask("weights", folder="nowhere")
+        process.ask("weights", folder="nowhere")
 
 
 STEPS = 9
@@ -228,7 +216,6 @@ def rl_preset(sampler: str, base: Path) -> dict:
         "margins": dict(MARGINS),
         "execution": {
             "gflops": 40.0,
-            "lanes": 3,
             "threads": 2,
             "max_cache_tokens": 8192,
             "checkpoint_minutes": 0,
@@ -275,8 +262,9 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
         run_job(plan, job, layout, lambda line: None)
         collect([layout.job(job)], layout.tables())
         tables[sampler] = read_table(layout.tables(), "runs"), read_table(layout.tables(), "curves")
-    # The engine died in step 5: the other steps, and the evaluation at the end.
-    assert asked.count("sample") == STEPS - 4 + 1
+    # The engine died in step 5 of the first run, whose base was evaluated before: the other steps of three runs, and
+    # an evaluation at the end of each.
+    assert asked.count("sample") == 3 * (STEPS + 1) - 4
     rewards = {sampler: runs["final_reward"] for sampler, (runs, _) in tables.items()}
     assert (rewards["own"].mean() - tables["own"][0]["base_reward"].mean()) > 0.1
     # The noise of 240 problems and of three seeds.
@@ -291,27 +279,26 @@ def test_rl_is_as_good_as_with_the_own_sampler_also_when_the_engine_was_killed(t
     assert kl.abs().max() < 1e-4
 
 
-def test_a_real_model_with_tied_embeddings_is_drawn_from_as_by_the_own_sampler(engines):
+def test_a_real_model_with_tied_embeddings_is_drawn_from_as_by_the_own_sampler(engine):
     spec = load_preset("smollm2").models["smollm2-135m"]
     if not (converted_folder(spec) / "model.safetensors").exists():
         convert_gguf(spec)
     tokenizer = load_tokenizer(spec)
-    asked = "Name a large city.", "What is 17 + 25?"
-    chats = [[{"role": "user", "content": one}] for one in asked]
-    prompts = [tuple(tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"]) for one in chats]
+    questions = "Name a large city.", "What is 17 + 25?"
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) for chat in chats]
     greedy = [Request(prompt, None) for prompt in prompts]
     end = Stop((tokenizer.eos_token_id,), 12)
 
-    stack = stack_lora(add_lora(load_model(spec), 16, "all", 32.0, True, 0, adapter="one"), ["one"])
-    draw = EngineSampler(engines, settings(spec, max_rank=16), stack, 16, 32.0, end)
-    own = sample(stack, tokenizer, greedy, end, 10_000)
-    assert not differ(draw(greedy), own)
-    move(stack.lanes["one"].parameters, 0.002)
-    assert largest_difference(stack, requested(prompts, "one"), draw(requested(prompts, "one"))) < 1e-3
+    model = adapted(spec, 16)
+    own = sample(model, tokenizer, greedy, end, 10_000)
+    assert not differ(engine.draw(model, settings(spec, max_rank=16), greedy, end), own)
+    move(model, 0.002)
+    asked = requested(prompts)
+    assert largest_difference(model, asked, engine.draw(model, settings(spec, max_rank=16), asked, end)) < 1e-3
 
-    stack = single_lane(load_model(spec), "run")
-    draw = EngineSampler(engines, settings(spec), stack, None, None, end)
-    assert not differ(draw(greedy), own)
+    model = load_model(spec)
+    assert not differ(engine.draw(model, settings(spec), greedy, end), own)
     for step in range(2):
-        move(stack.model.parameters(), 0.001, step)
-    assert largest_difference(stack, requested(prompts), draw(requested(prompts))) < 1e-3
+        move(model, 0.001, step)
+    assert largest_difference(model, asked, engine.draw(model, settings(spec), asked, end)) < 1e-3

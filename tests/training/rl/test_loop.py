@@ -10,32 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.models.base import load_model
-from lorabench.models.lanes.lora import stack_lora
-from lorabench.models.lanes.shelf import single_lane
-from lorabench.models.lora import add_adapter, add_lora
 from lorabench.runs import Run
-from lorabench.training.drive import train_alone, train_lanes
-from lorabench.training.lane_checkpoints import LaneCheckpoints, groups_at_same_position
 from lorabench.training.rl.loop import evaluation_steps
 from lorabench.training.rl.prompts import ProblemTexts
 from lorabench.training.rl.sampler import Request, Response
-from lorabench.training.rl.serve import RlServer
 
-from .conftest import (
-    ROLLOUTS,
-    TINY,
-    condition_of,
-    drawn,
-    environment_of,
-    lane_of,
-    machine,
-    problem_file,
-    same_tokens,
-    sampler_of,
-    serving,
-    train,
-)
+from .conftest import ROLLOUTS, condition_of, drawn, environment_of, problem_file, same_tokens, train
 
 
 class KilledError(Exception):
@@ -115,23 +95,23 @@ def test_equal_rewards_change_nothing(environment, tmp_path, base):
 def test_a_sampler_that_differs_from_the_learner_is_warned_about_once(environment, tmp_path, caplog):
     run = Run(condition_of(None, steps=4), 1e-4, 0)
 
-    def train_until(last):
-        """Train with probabilities of the sampler that are too high, by more from the second step on."""
-        stack = single_lane(load_model(TINY), run.run_id)
-        draw = sampler_of(stack, environment)
+    def shifting(draw):
+        """Return a sampler whose probabilities are too high, by more from the second step on."""
 
         def shifted(requests, interruptible):
             # A request of training has the number of its step in its key.
             first = requests[0].key is None or requests[0].key[1] == 1
             shift = np.float32(0.005 if first else 0.034)
-            return [Response(r.tokens, r.logprobs + shift, r.truncated) for r in draw(requests)]
+            return [Response(r.tokens, r.logprobs + shift, r.truncated) for r in draw(requests, interruptible)]
 
+        return shifted
+
+    def train_until(last):
         def die(step):
             if step == last:
                 raise KilledError
 
-        lane = lane_of(run, stack, environment, tmp_path, tick=die, checkpoint_seconds=0)
-        return train_alone(lane, RlServer(stack, shifted, machine(), None), run.run_id)
+        return train(run, environment, tmp_path, die, sampler=shifting, checkpoint_seconds=0)[0]
 
     with pytest.raises(KilledError):
         train_until(3)
@@ -205,66 +185,35 @@ def test_killed_and_resumed_equals_unbroken(environment, tmp_path, rank):
 
 def test_a_kill_during_an_evaluation_loses_nothing_but_the_evaluation(environment, tmp_path):
     """The time between checkpoints is long, so only the one before the evaluation is there."""
-    runs = [Run(condition_of(2, steps=4), lr, seed) for seed, lr in enumerate((3e-3, 1e-3))]
+    run = Run(condition_of(2, steps=4), 3e-3, 0)
     (tmp_path / "broken").mkdir()
 
-    def train_both(folder, asked, killed_at=math.inf):
-        model = add_lora(load_model(TINY), 2, "all", 32.0, True, 0, adapter=runs[0].run_id)
-        add_adapter(model, runs[1].run_id, 1)
-        stack = stack_lora(model, [run.run_id for run in runs])
-        paths = {run.run_id: folder / f"{run.run_id}.safetensors" for run in runs}
-        assert groups_at_same_position(paths) == [list(paths)]
-        checkpoints = LaneCheckpoints(paths, 1e9)
-        lanes = {run.run_id: lane_of(run, stack, environment, folder, checkpoints=checkpoints) for run in runs}
-        server = serving(stack, environment)
+    def train_until(folder, killed_at=math.inf):
+        """Return the outcome, and what was drawn for: training or an evaluation."""
+        drawn_for = []
 
-        def serve(requests):
-            asked.extend(type(request).__name__ for request in requests.values())
-            evaluates = [getattr(request, "interruptible", False) for request in requests.values()]
-            if all(evaluates):
-                asked.append("evaluation")
-                if asked.count("evaluation") == killed_at:
+        def killing(draw):
+            def drawing(requests, interruptible):
+                drawn_for.append("evaluation" if interruptible else "training")
+                if drawn_for.count("evaluation") == killed_at:
                     raise KilledError
-            return server(requests)
+                return draw(requests, interruptible)
 
-        return dict(train_lanes(lanes, serve))
+            return drawing
 
-    asked: dict[str, list[str]] = {"unbroken": [], "killed": [], "resumed": []}
-    unbroken = train_both(tmp_path, asked["unbroken"])
-    with pytest.raises(KilledError):
-        train_both(tmp_path / "broken", asked["killed"], killed_at=1)
-    resumed = train_both(tmp_path / "broken", asked["resumed"])
-    # The resumed job starts with the evaluation, and repeats no step.
-    assert asked["resumed"][2] == "evaluation"
-    learned = {job: names.count("RlGradientRequest") for job, names in asked.items()}
-    assert learned["killed"] + learned["resumed"] == learned["unbroken"] == 2 * 4
-    for run in runs:
-        assert untimed(resumed[run.run_id]) == untimed(unbroken[run.run_id])
-        assert resumed[run.run_id].test_losses == unbroken[run.run_id].test_losses
+        try:
+            return train(run, environment, folder, sampler=killing)[0], drawn_for
+        except KilledError:
+            return None, drawn_for
 
-
-def test_packed_runs_are_those_alone(environment, tmp_path, base):
-    """Lanes with other LRs and seeds, one of which ends sooner, do not change a run's samples and numbers."""
-    runs = [
-        Run(condition_of(2, steps=4), 1e-3, 0),
-        Run(condition_of(2, steps=4), 4e-3, 1),
-        Run(condition_of(2, 2), 2e-3, 0),
-    ]
-    model = add_lora(base, 2, "all", 32.0, True, runs[0].seed, adapter=runs[0].run_id)
-    for run in runs[1:]:
-        add_adapter(model, run.run_id, run.seed)
-    stack = stack_lora(model, [run.run_id for run in runs])
-    lanes = {run.run_id: lane_of(run, stack, environment, tmp_path) for run in runs}
-    packed = {}
-    for name, outcome in train_lanes(lanes, serving(stack, environment)):
-        packed[name] = outcome
-        stack.drop(name)
-    for run in runs:
-        alone, _ = train(run, environment, tmp_path)
-        for name in ("reward", "response_length"):
-            assert metric(packed[run.run_id], name) == metric(alone, name)
-        assert metric(packed[run.run_id], "grad_norm") == pytest.approx(metric(alone, "grad_norm"), rel=1e-3)
-        assert packed[run.run_id].final_reward == alone.final_reward
+    unbroken, whole = train_until(tmp_path)
+    _, before = train_until(tmp_path / "broken", killed_at=1)
+    resumed, after = train_until(tmp_path / "broken")
+    # The resumed run starts with the evaluation, and repeats no step.
+    assert after[0] == "evaluation"
+    assert before.count("training") + after.count("training") == whole.count("training") == 4
+    assert untimed(resumed) == untimed(unbroken)
+    assert resumed.test_losses == unbroken.test_losses
 
 
 def test_another_seed_draws_other_samples(environment, tmp_path):

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.models.lanes.shelf import single_lane, trained_parameters
-from lorabench.training.rl import objective
-from lorabench.training.rl.objective import ResponseGroup, row_parts
+from lorabench.models.passes import trained_parameters
+from lorabench.training.rl.objective import ResponseGroup, backward, row_parts
 from lorabench.training.rl.sampler import Request, Response
 
 from .conftest import CPU, drawn
@@ -25,12 +24,6 @@ def gradients(model):
     gradients = {name: parameter.grad.clone() for name, parameter in trained_parameters(model).items()}
     model.zero_grad()
     return gradients
-
-
-def backward(model, groups, max_tokens):
-    """Run the backward pass of a single lane and return its measures."""
-    [step] = objective.backward(single_lane(model, ""), [groups], max_tokens)
-    return step
 
 
 def test_advantage_is_reward_minus_the_group_mean():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,43 @@ class EngineSettings:
     memory_share: float
     """Share of the GPU's memory that the engine takes."""
     max_rank: int | None
-    """Largest rank of an adapter; None for an engine without adapters."""
-    lanes: int
-    """Largest number of adapters at once."""
+    """Largest rank of the adapter; None for an engine without one."""
     tokenizer: str | None
     """Folder or hub id of the tokenizer; None where no stop text is to be found."""
     device: int | None
     """Index of this process's GPU among the visible ones; None for a CPU."""
     threads: int
+
+    def of_folder(self, folder: Path) -> EngineSettings:
+        """Return the settings of an engine that reads its weights from a folder."""
+        return replace(self, model=str(folder), revision=None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of vLLM's `LLM`."""
+        options: dict[str, Any] = {
+            "model": self.model,
+            "trust_remote_code": self.trust_remote_code,
+            "dtype": self.dtype,
+            "max_model_len": self.max_length,
+            "kv_cache_memory_bytes": self.cache_bytes,
+            "gpu_memory_utilization": self.memory_share,
+            "tokenizer": self.tokenizer or self.model,
+            "skip_tokenizer_init": self.tokenizer is None,
+            # Log-probabilities of the distribution that tokens are drawn from.
+            "logprobs_mode": "processed_logprobs",
+            # Not the sampling settings in the model's folder.
+            "generation_config": "vllm",
+            "seed": 0,
+            "disable_log_stats": True,
+            # Compiling for a CPU takes longer than it saves.
+            "enforce_eager": self.device is None,
+        }
+        if self.revision is not None:
+            options |= {"revision": self.revision, "tokenizer_revision": self.revision}
+        if self.max_rank is not None:
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": self.max_rank}
+        return options
 
 
 class Engine:
@@ -78,7 +107,7 @@ class Engine:
         theirs.close()
         self._connection = Connection(ours.detach())
         try:
-            self._ask({"trainer": os.getpid(), "folder": str(folder), "options": _options(settings)}, lambda: None)
+            self._ask({"trainer": os.getpid(), "folder": str(folder), "options": settings.options}, lambda: None)
         except BaseException:
             self.close()
             raise
@@ -88,11 +117,6 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def serves(self, settings: EngineSettings) -> bool:
-        """Return whether the engine is as good as one with these settings."""
-        mine, other = asdict(self.settings), asdict(settings)
-        return mine.pop("lanes") >= other.pop("lanes") and mine == other
 
     def ask(self, name: str, interrupt: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
         """Send a message, a method of the worker's `_Engine`, and return the answer.
@@ -141,47 +165,13 @@ class Engine:
         return "".join(f"\n  {line}" for line in lines[-_LINES:])
 
 
-def _options(settings: EngineSettings) -> dict[str, Any]:
-    """Return the arguments of vLLM's `LLM`."""
-    options: dict[str, Any] = {
-        "model": settings.model,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_length,
-        "kv_cache_memory_bytes": settings.cache_bytes,
-        "gpu_memory_utilization": settings.memory_share,
-        "tokenizer": settings.tokenizer or settings.model,
-        "skip_tokenizer_init": settings.tokenizer is None,
-        # Log-probabilities of the distribution that tokens are drawn from.
-        "logprobs_mode": "processed_logprobs",
-        # Not the sampling settings in the model's folder.
-        "generation_config": "vllm",
-        "seed": 0,
-        "disable_log_stats": True,
-    }
-    if settings.revision is not None:
-        options |= {"revision": settings.revision, "tokenizer_revision": settings.revision}
-    if settings.max_rank is not None:
-        options |= {"enable_lora": True, "max_loras": settings.lanes, "max_lora_rank": settings.max_rank}
-    if settings.device is None:
-        # Compiling for a CPU takes longer than it saves.
-        options["enforce_eager"] = True
-    return options
-
-
 def _environment(settings: EngineSettings) -> dict[str, str]:
-    """Return the environment of the process: that of this one, without its place among the job's processes."""
-    distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(distributed) and name not in ("RANK", "WORLD_SIZE")
-    }
+    """Return this process's environment, without its place among the job's processes, with vLLM's variables."""
+    distributed = ("TORCHELASTIC_", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "OMP_", "RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
     # Models of the hub are fetched by a job of their own.
-    environment |= vllm_environment(settings.device is None) | {
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= vllm_environment(settings.device is None)
     if settings.device is None:
         environment["OMP_NUM_THREADS"] = str(settings.threads)
     else:

@@ -1,171 +1,237 @@
-"""Sampling by vLLM: before each batch of responses, the present policy of each lane is handed over to the engine.
+"""Sampling by vLLM: before each batch of responses, the present policy is handed over to the engine through files.
 
-LoRA stays unmerged: each lane is an adapter, under a fresh name each time, since the engine keeps keys and values by
-the adapter's name. In full fine-tuning the engine reads all weights again.
+LoRA stays unmerged: the adapter gets a fresh name each time, since the engine keeps keys and values by that name. In
+full fine-tuning the engine reads all weights again.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 
-from lorabench.models.lanes.shelf import Stack
-from lorabench.training.distributed import Processes
-from lorabench.training.rl.engine.folder import handover_folder
-from lorabench.training.rl.engine.handover import adapter_tensors, model_tensors, write_adapter, write_model
+from lorabench.config.models import HubModel
+from lorabench.models.base import model_location
+from lorabench.models.passes import trained_parameters
+from lorabench.models.vllm_support import max_lora_rank
+from lorabench.planning.engine import engine_memory
+from lorabench.training.distributed import Processes, full_tensor
 from lorabench.training.rl.engine.process import Engine, EngineSettings
-from lorabench.training.rl.sampler import Request, Response, Stop
-from lorabench.training.rl.together import sample_in_processes
+from lorabench.training.rl.sampler import Request, Response, Stop, sample_in_processes
+from lorabench.training.sweep import SweepContext
+
+_PREFIX = "lorabench-policy-"
+# On a CPU vLLM does not look at the share of the memory.
+_SHARE_OF_A_CPU = 0.5
 
 
-class Engines:
-    """The engine of this process in a job: one at a time, which sweeps share as long as it serves them.
+def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> EngineSettings:
+    """Return the settings of the engine of a sweep.
 
-    It is a context manager, which ends the engine.
+    Args:
+        longest: tokens of the longest prompt with its response.
+        finds_texts: whether a text may end a response.
+    """
+    machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
+    spec = context.layout.model(condition.model)
+    on_gpu = machine.device.type == "cuda"
+    memory, share = engine_memory(preset, context.sweep), _SHARE_OF_A_CPU
+    if on_gpu:
+        share = min(0.95, memory.total / torch.cuda.get_device_properties(machine.device).total_memory)
+    return EngineSettings(
+        model=model_location(spec),
+        revision=spec.revision if isinstance(spec, HubModel) else None,
+        trust_remote_code=getattr(spec, "trust_remote_code", False),
+        dtype="bfloat16" if preset.protocol.precision == "bf16" else "float32",
+        max_length=longest,
+        cache_bytes=int(memory.cache),
+        memory_share=share,
+        max_rank=None if condition.rank is None else max_lora_rank(condition.rank),
+        tokenizer=model_location(spec) if finds_texts else None,
+        device=machine.device.index or 0 if on_gpu else None,
+        threads=max(1, preset.execution.threads // machine.processes.count),
+    )
+
+
+class PolicyEngine:
+    """The engine that draws from the policies of a job's runs, one run after another.
+
+    It is started at the first draw, and again where a sweep needs other settings. It is a context manager, which ends
+    the engine and removes the folder through which policies are handed over.
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self._folder = ExitStack()
-        self._running = ExitStack()
+        self._processes, self._opened, self._handed_over = processes, ExitStack(), 0
+        self._folder = self._opened.enter_context(_handover_folder(processes))
         self._engine: Engine | None = None
-        self._path: Path | None = None
-        self._handed_over = 0
 
-    def __enter__(self) -> Engines:
+    def __enter__(self) -> PolicyEngine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._running.close()
-        self._folder.close()
+        if self._engine is not None:
+            self._engine.close()
+        self._opened.close()
 
-    @property
-    def folder(self) -> Path:
-        """The folder through which policies are handed over; every process must ask for it at the same time."""
-        if self._path is None:
-            self._path = self._folder.enter_context(handover_folder(self.processes))
-        return self._path
-
-    def number(self) -> int:
-        """Return a number that no adapter of this job has had."""
-        self._handed_over += 1
-        return self._handed_over
-
-    def engine(self, settings: EngineSettings) -> tuple[Engine, bool]:
-        """Return an engine with these settings, and whether it was started now, since the present one did not serve."""
-        if self._engine is not None and self._engine.serves(settings):
-            return self._engine, False
-        self._running.close()
-        self._engine = None
-        self._engine = self._running.enter_context(Engine(settings, self.folder))
-        return self._engine, True
-
-
-@dataclass(frozen=True)
-class EngineSampler:
-    """Draws from the lanes of a stack by vLLM.
-
-    Attributes:
-        engines: the job's engine.
-        settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
-        stack: the lanes.
-        rank: LoRA's rank; None in full fine-tuning.
-        alpha: LoRA's alpha; None in full fine-tuning.
-        stop: what ends a response.
-    """
-
-    engines: Engines
-    settings: EngineSettings
-    stack: Stack
-    rank: int | None
-    alpha: float | None
-    stop: Stop
-
-    def __call__(self, requests: list[Request], interrupt: Callable[[], None] = lambda: None) -> list[Response]:
-        """Draw a response to each request from the present policies; a request without a lane is for the first one.
+    def draw(
+        self,
+        model: torch.nn.Module,
+        settings: EngineSettings,
+        requests: list[Request],
+        stop: Stop,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> list[Response]:
+        """Draw a response to each request from the present policy. Every process must call this.
 
         Args:
+            model: the policy, a base model or one with an adapter.
+            settings: what the engine is started with. In full fine-tuning its model is replaced by the policy.
             interrupt: called while responses are awaited; it may raise to end the drawing.
 
         Raises:
             UserError: the engine failed or has ended.
         """
-        engine, adapters = (self._with_weights(), {}) if self.rank is None else self._with_adapters(requests)
+        hand_over = self._with_adapter if isinstance(model, PeftModel) else self._with_weights
+        engine = hand_over(model, settings)
 
-        def draw(share: list[Request]) -> list[Response]:
-            return _drawn(engine, share, adapters, self.stop, interrupt) if share else []
+        def draw_share(share: list[Request]) -> list[Response]:
+            if not share:
+                return []
+            prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in share))}
+            answers = engine.ask(
+                "sample",
+                interrupt,
+                prompts=list(prompts),
+                requests=[(prompts[request.prompt], _seed(request.key)) for request in share],
+                max_new_tokens=stop.max_new_tokens,
+                stop_tokens=list(stop.tokens),
+                stop_texts=list(stop.texts),
+            )
+            return [
+                Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
+                for tokens, logprobs, truncated in answers
+            ]
 
-        return sample_in_processes(requests, draw, self.engines.processes)
+        return sample_in_processes(requests, draw_share, self._processes)
 
-    def _with_weights(self) -> Engine:
-        """Hand over all weights; return the engine, which has read them."""
-        model: Any = self.stack.model
-        processes, folder = self.engines.processes, self.engines.folder / "model"
-        tensors = model_tensors(model, getattr(torch, self.settings.dtype), processes.first)
-        if processes.first:
-            write_model(tensors, model.config, folder)
-        processes.wait()
-        engine, started = self.engines.engine(replace(self.settings, model=str(folder), revision=None))
+    def _started(self, settings: EngineSettings) -> tuple[Engine, bool]:
+        """Return an engine with these settings, and whether it was started now, since the present one had others."""
+        if self._engine is not None and self._engine.settings == settings:
+            return self._engine, False
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self._engine = Engine(settings, self._folder)
+        return self._engine, True
+
+    def _with_weights(self, model: Any, settings: EngineSettings) -> Engine:
+        """Hand over all weights; return the engine, which has read them.
+
+        They have the type in which their products are computed, as in training, so none is rounded that training does
+        not round. A tied unembedding becomes a weight of its own, since vLLM does not renew tied ones.
+        """
+        folder, tensors = self._folder / "model", {}
+        named = (*model.named_parameters(), ("lm_head.weight", model.get_output_embeddings().weight))
+        for name, parameter in named:
+            whole = full_tensor(parameter.detach())
+            if self._processes.first:
+                tensors[name] = whole.to("cpu", getattr(torch, settings.dtype), copy=True).contiguous()
+        if self._processes.first:
+            folder.mkdir(exist_ok=True)
+            untied = model.config.to_dict() | {
+                "tie_word_embeddings": False,
+                "architectures": model.config.architectures,
+            }
+            (folder / "config.json").write_text(json.dumps(untied, default=str))
+            save_file(tensors, folder / "model.safetensors.new", {"format": "pt"})
+            os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
+        self._processes.wait()
+        engine, started = self._started(settings.of_folder(folder))
         if not started:
             engine.ask("weights", folder=str(folder))
         # The next policy is written over this one, which all engines must have read.
-        processes.wait()
+        self._processes.wait()
         return engine
 
-    def _with_adapters(self, requests: Sequence[Request]) -> tuple[Engine, dict[str | None, int]]:
-        """Hand over the adapters of the lanes that are requested; return the engine, and their numbers by lane."""
-        assert self.rank
-        assert self.alpha
-        processes, first = self.engines.processes, next(iter(self.stack.lanes))
-        engine, _ = self.engines.engine(self.settings)
-        adapters: dict[str | None, int] = {}
-        messages = []
-        for lane in dict.fromkeys(request.lane or first for request in requests):
-            number = adapters[lane] = self.engines.number()
-            folder = self.engines.folder / f"adapter-{number}"
-            tensors = adapter_tensors(self.stack.lanes[lane])
-            if processes.first:
-                write_adapter(tensors, self.rank, self.alpha, folder)
-            messages.append({"name": folder.name, "number": number, "folder": str(folder)})
-        processes.wait()
-        engine.ask("adapters", adapters=messages)
-        processes.wait()
-        if processes.first:
-            for message in messages:
-                shutil.rmtree(str(message["folder"]))
-        return engine, adapters | ({None: adapters[first]} if first in adapters else {})
-
-
-def _drawn(
-    engine: Engine,
-    requests: Sequence[Request],
-    adapters: dict[str | None, int],
-    stop: Stop,
-    interrupt: Callable[[], None],
-) -> list[Response]:
-    prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
-    answers = engine.ask(
-        "sample",
-        interrupt,
-        prompts=list(prompts),
-        requests=[(prompts[one.prompt], _seed(one.key), adapters.get(one.lane)) for one in requests],
-        max_new_tokens=stop.max_new_tokens,
-        stop_tokens=list(stop.tokens),
-        stop_texts=list(stop.texts),
-    )
-    return [
-        Response(np.array(tokens, np.int64), np.array(logprobs, np.float32), truncated)
-        for tokens, logprobs, truncated in answers
-    ]
+    def _with_adapter(self, model: Any, settings: EngineSettings) -> Engine:
+        """Hand over the adapter in PEFT's format; return the engine, which has read it."""
+        engine, _ = self._started(settings)
+        self._handed_over += 1
+        folder = self._folder / f"adapter-{self._handed_over}"
+        tensors = {
+            name.replace(".default.", "."): full_tensor(parameter.detach()).cpu().contiguous()
+            for name, parameter in trained_parameters(model).items()
+        }
+        if self._processes.first:
+            config = model.active_peft_config
+            modules = {name.rsplit(".", 3)[-3] for name in tensors}
+            folder.mkdir()
+            (folder / "adapter_config.json").write_text(
+                json.dumps(
+                    {
+                        "peft_type": "LORA",
+                        "task_type": "CAUSAL_LM",
+                        "r": config.r,
+                        "lora_alpha": config.lora_alpha,
+                        "target_modules": sorted(modules),
+                    }
+                )
+            )
+            save_file(tensors, folder / "adapter_model.safetensors")
+        self._processes.wait()
+        engine.ask("adapter", number=self._handed_over, folder=str(folder))
+        self._processes.wait()
+        if self._processes.first:
+            shutil.rmtree(folder)
+        return engine
 
 
 def _seed(key: tuple[int, ...] | None) -> int | None:
     """Return the seed of a response's random numbers, which depends on its key alone; None for a greedy response."""
     return None if key is None else int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def _handover_folder(processes: Processes) -> Iterator[Path]:
+    """Make a folder that all processes of a job, which share a machine, see; it is removed at the end.
+
+    It is in memory where there is such a file system. Folders that killed jobs left behind are removed first.
+    """
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    owner, token = map(int, processes.gather([os.getpid(), secrets.randbelow(1 << 40)])[0])
+    folder = parent / f"{_PREFIX}{owner}-{token}"
+    if processes.first:
+        for old in parent.glob(f"{_PREFIX}*"):
+            # Another job may remove it at the same moment.
+            with suppress(FileNotFoundError):
+                if old.stat().st_uid == os.getuid() and not _alive(int(old.name.split("-")[2])):
+                    shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+    processes.wait()
+    try:
+        yield folder
+    finally:
+        if processes.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -30,18 +30,17 @@ class _Engine:
         from vllm import LLM
 
         self._llm = LLM(**options)
-        self._adapters: dict[int, Any] = {}
+        self._adapter: Any = None
 
-    def adapters(self, adapters: list[dict[str, Any]]) -> None:
-        """Replace all adapters by those in the given folders, which are read at once."""
+    def adapter(self, number: int, folder: str) -> None:
+        """Replace the adapter by the one in a folder, which is read at once, under a new number."""
         from vllm.lora.request import LoRARequest
 
         engine = self._llm.llm_engine
-        for number in self._adapters:
-            engine.remove_lora(number)
-        self._adapters = {one["number"]: LoRARequest(one["name"], one["number"], one["folder"]) for one in adapters}
-        for request in self._adapters.values():
-            engine.add_lora(request)
+        if self._adapter is not None:
+            engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = LoRARequest(f"adapter-{number}", number, folder)
+        engine.add_lora(self._adapter)
 
     def weights(self, folder: str) -> None:
         """Replace all weights by those in a folder; keys and values of the old ones are discarded."""
@@ -51,7 +50,7 @@ class _Engine:
     def sample(
         self,
         prompts: list[list[int]],
-        requests: list[tuple[int, int | None, int | None]],
+        requests: list[tuple[int, int | None]],
         max_new_tokens: int,
         stop_tokens: list[int],
         stop_texts: list[str],
@@ -60,7 +59,7 @@ class _Engine:
 
         Args:
             prompts: token ids of each prompt.
-            requests: for each response the index of its prompt, its seed (None: greedy), and the number of its adapter.
+            requests: for each response the index of its prompt, and its seed (None: greedy).
 
         Returns:
             For each response its tokens, their log-probabilities, and whether it was cut at `max_new_tokens`.
@@ -81,13 +80,11 @@ class _Engine:
                 detokenize=bool(stop_texts),
                 skip_special_tokens=False,
             )
-            for _, seed, _ in requests
+            for _, seed in requests
         ]
-        inputs: list[Any] = [{"prompt_token_ids": prompts[index]} for index, _, _ in requests]
-        # In an engine without adapters no request has one, in any other each has.
-        adapters = [self._adapters[number] for _, _, number in requests if number is not None] or None
+        inputs: list[Any] = [{"prompt_token_ids": prompts[index]} for index, _ in requests]
         drawn = []
-        for result in self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=adapters):
+        for result in self._llm.generate(inputs, sampling, use_tqdm=False, lora_request=self._adapter):
             response = result.outputs[0]
             tokens = list(response.token_ids)
             logprobs = [chosen[token].logprob for chosen, token in zip(response.logprobs or [], tokens, strict=True)]

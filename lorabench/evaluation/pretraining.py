@@ -1,0 +1,73 @@
+"""The pretraining text of the tiny bases, on whose held-out part an evaluation measures what fine-tuning has forgotten.
+
+The held-out text is that of the shipped held-out losses: the first documents of the seed that follows the seed of the
+training text. All tiny bases but those of sums share the pretraining tasks and the seed, so one file serves them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+
+from lorabench.data.reasoning import (
+    INSTRUCT_TASKS,
+    PRETRAIN_TASKS,
+    Problem,
+    is_pretraining_template,
+    is_worked_template,
+    mixture,
+    worked_solutions,
+)
+from lorabench.models.identity import shipped_folder
+from lorabench.store.io import write_table
+
+# The end token ends pretraining documents as well as assistants' turns, so that the base has learned it.
+END, USER, ASSISTANT, SYSTEM = "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
+
+
+def pretraining_problems(recipe: Mapping[str, Any], seed: int) -> Iterator[Problem]:
+    """Yield short problems without end: from the pretraining pool, and rarely from the fine-tuning pools.
+
+    Args:
+        recipe: the recipe of a tiny base, as its `recipe.json` holds it.
+        seed: the seed of the text.
+    """
+    common = worked_solutions(is_pretraining_template, seed), mixture(PRETRAIN_TASKS, seed)
+    rare = worked_solutions(is_worked_template, seed), mixture(INSTRUCT_TASKS, seed)
+    rng = Random(seed)
+    while True:
+        solutions, tasks = rare if rng.random() < recipe["rare_share"] else common
+        problem = next(solutions if rng.random() < recipe["worked_share"] else tasks)
+        if len(problem.question) + len(problem.response) <= recipe["max_document_chars"]:
+            yield problem
+
+
+def documents(problems: Iterable[Problem], chat_share: float, seed: int) -> Iterator[str]:
+    """Yield pretraining documents: plain text, and a share of chats, as in modern mid-training."""
+    rng = Random(seed)
+    for problem in problems:
+        if rng.random() < chat_share:
+            yield f"{USER}{problem.question}{ASSISTANT}{problem.response}{END}"
+        else:
+            forms = (("", "\n"), ("Question: ", "\nAnswer: "), ("Problem: ", "\n\nSolution: "))
+            question, answer = rng.choice(forms)
+            yield f"{question}{problem.question}{answer}{problem.response}{END}"
+
+
+def heldout_documents() -> Iterator[str]:
+    """Yield the held-out documents of the tiny bases without end."""
+    recipe = json.loads((shipped_folder("llama-128") / "recipe.json").read_text())["recipe"]
+    seed = recipe["seed"] + 1
+    return documents(pretraining_problems(recipe, seed), recipe["chat_share"], seed)
+
+
+def write_pretraining(count: int, path: Path) -> None:
+    """Write the first `count` documents as parquet with a column `text`, without the end token, which is not scored."""
+    texts = [text.removesuffix(END) for text in islice(heldout_documents(), count)]
+    write_table(pa.table({"text": texts}), path)

@@ -1,1 +1,0 @@
-"""Several runs of one condition computed together over one base model."""

@@ -1,0 +1,81 @@
+"""Passes through a causal LM: past PEFT's wrapper, and without the last layer's MLP where its output is not read.
+
+The last layer's output of a token that is not scored is not used: only the token's keys and values are. So the MLP, the
+largest part of a layer, skips such tokens. This saves most in models of few layers, and where few tokens are scored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+
+def without_peft(model: nn.Module) -> Any:
+    """Return the causal LM itself, where PEFT wraps it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def computing_only(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Within the context, which must include the backward pass, the decoder's output is right at these tokens only.
+
+    All tokens are computed in a model whose layers have no `mlp`, or whose `mlp` does not map a tensor (rows, length,
+    width) to another.
+
+    Args:
+        model: a causal LM.
+        tokens: distinct indices into (rows x length).
+    """
+    layers: Any = getattr(without_peft(model).get_decoder(), "layers", None)
+    mlp: Any = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is None or not len(tokens):
+        yield
+        return
+    forward = mlp.forward
+
+    def at_tokens(hidden: Tensor, *others: Any, **options: Any) -> Any:
+        if others or options or hidden.ndim != 3 or len(tokens) == hidden.shape[:2].numel():
+            return forward(hidden, *others, **options)
+        flat = hidden.flatten(0, 1)
+        # Each token becomes a row of length 1, since experts expect three dimensions.
+        output = forward(flat.index_select(0, tokens)[:, None])
+        if not isinstance(output, Tensor):
+            return forward(hidden)
+        everywhere = torch.zeros_like(flat, dtype=output.dtype)
+        return everywhere.index_copy(0, tokens, output.flatten(0, 1)).view_as(hidden)
+
+    mlp.forward = at_tokens
+    try:
+        yield
+    finally:
+        mlp.forward = forward
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name of the argument of a model's `forward` that takes the cache of keys and values.
+
+    It has changed within the versions of transformers that this project runs with, 5.16 and later.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only the inputs of each layer; the backward pass computes the layer again, with the same result."""
+    # There is no random state to restore: models have no dropout.
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a model, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,235 @@
+"""Supervised fine-tuning. LoRA and full fine-tuning share the loop and differ only in the trained parameters.
+
+A run has a constant LR without warm-up, Adam, and as loss of a step the token-weighted NLL of its batch. `train_sft` is
+the experiment, written to be read from top to bottom.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorabench.config.experiments import Protocol
+from lorabench.data.chat import Split
+from lorabench.data.tokens import TokenizedSplit, cache_key, read_tokens
+from lorabench.errors import UserError
+from lorabench.models.base import load_tokenizer
+from lorabench.models.lora import adapter_pairs
+from lorabench.models.passes import trained_parameters
+from lorabench.runs import Run
+from lorabench.store.schemas import CurvePoint, ExampleLoss
+from lorabench.training.adapter import AdapterProbe
+from lorabench.training.batches import PASS_TOKENS, collate, data_order, micro_batches, scored_by_example
+from lorabench.training.checkpoint import Checkpoint
+from lorabench.training.loss import MAX_LOGITS, add_gradient, example_nlls, mean_nll
+from lorabench.training.run import Machine, Outcome, clip_gradient, deterministically, make_optimizer
+from lorabench.training.sweep import Base, SweepContext, now, provenance
+
+EXPLODED_ABOVE_UNIFORM = 1.0
+"""A run has diverged if its training loss is this many nats per token above that of a uniform guess."""
+
+
+@dataclass
+class SftOutcome(Outcome):
+    """The outcome of an SFT run. Losses are in nats per scored token, and None if the run diverged."""
+
+    final_valid_nll: float | None = None
+    final_test_nll: float | None = None
+    test_scored_tokens: int = 0
+    first_epoch_nats: float | None = None
+    first_epoch_scored_tokens: int | None = None
+
+
+def curve_steps(steps: int, protocol: Protocol) -> set[int]:
+    """Return the steps after which the validation loss is measured.
+
+    They are log-spaced from 1 to the last step, with the steps of the protocol's `validate_at` added.
+    """
+    spaced = {round(step) for step in np.geomspace(1, steps, protocol.curve_points)}
+    return spaced | {step for step in protocol.validate_at if step <= steps}
+
+
+def train_sft(
+    run: Run,
+    model: torch.nn.Module,
+    data: Mapping[Split, TokenizedSplit],
+    protocol: Protocol,
+    machine: Machine,
+    checkpoint: Checkpoint,
+    base_valid_nll: float,
+    tick: Callable[[int], None] = lambda step: None,
+) -> SftOutcome:
+    """Train and evaluate one run.
+
+    The run goes on from its checkpoint if there is one, and then ends with the same numbers as an uninterrupted run.
+
+    Args:
+        model: the base model, or the base model with a new adapter; it is trained in place.
+        base_valid_nll: validation NLL of the base model, the curve's point at step 0.
+        tick: called after each step with the number of finished steps.
+
+    Returns:
+        The outcome. It is `diverged` if a loss or a gradient norm is not finite, or if the loss exceeds that of a
+        uniform guess by `EXPLODED_ABOVE_UNIFORM`.
+
+    Raises:
+        Stopped: a signal asked the job to end, and the run is saved.
+    """
+    condition, train, processes = run.condition, data["train"], machine.processes
+    autocast = machine.autocast(protocol)
+    parameters = trained_parameters(model)
+    optimizer = make_optimizer(parameters, run, protocol)
+    # The probe is constructed before a checkpoint is loaded since it remembers the initial A.
+    probe = AdapterProbe(adapter_pairs(model)) if condition.method == "lora" else None
+    order = data_order(len(train), condition.steps, condition.batch_size, run.seed)
+    validate_at = curve_steps(condition.steps, protocol)
+    config: Any = model.config
+    exploded = math.log(config.vocab_size) + EXPLODED_ABOVE_UNIFORM
+
+    outcome = SftOutcome(status="done", curve=[CurvePoint(0, 0, 0, "validation", "nll", base_valid_nll)])
+    first_step, epoch_nats, epoch_scored = 0, 0.0, 0
+    saved = checkpoint.load(parameters, optimizer)
+    if saved is not None:
+        first_step, outcome.train_tokens, outcome.wall_s = saved["step"], saved["train_tokens"], saved["wall_s"]
+        epoch_nats, epoch_scored = saved["epoch_nats"], saved["epoch_scored"]
+        outcome.curve = [CurvePoint(**point) for point in saved["curve"]]
+
+    def record(step: int, split: Split, metric: str, value: float) -> None:
+        finite = value if math.isfinite(value) else None
+        point = CurvePoint(step, step * condition.batch_size, outcome.train_tokens, split, metric, finite)
+        outcome.curve.append(point)
+
+    for step in range(first_step + 1, condition.steps + 1):
+        started = time.perf_counter()
+        loss, tokens, scored = batch_gradient(model, train, order[step - 1], machine, autocast)
+        norm = clip_gradient(parameters.values(), protocol.clip_norm)
+        outcome.train_tokens += tokens
+        record(step, "train", "nll", loss)
+        record(step, "train", "grad_norm", norm)
+        if processes.any(not (math.isfinite(loss) and math.isfinite(norm)) or loss > exploded):
+            outcome.status, outcome.diverged_at = "diverged", step
+            break
+        if step * condition.batch_size <= len(train):
+            epoch_nats, epoch_scored = epoch_nats + loss * scored, epoch_scored + scored
+        probed = probe if step in validate_at else None
+        if probed:
+            probed.before_step()
+        optimizer.step()
+        if probed:
+            for metric, value in probed.after_step().items():
+                record(step, "train", metric, value)
+        optimizer.zero_grad()
+        if step in validate_at:
+            nll = mean_nll(model, data["validation"], machine.max_batch_tokens, machine.device, autocast, processes)
+            record(step, "validation", "nll", nll)
+        outcome.wall_s += time.perf_counter() - started
+        tick(step)
+        if step < condition.steps and checkpoint.due():
+            progress: dict[str, Any] = {
+                "step": step,
+                "train_tokens": outcome.train_tokens,
+                "epoch_nats": epoch_nats,
+                "epoch_scored": epoch_scored,
+                "wall_s": outcome.wall_s,
+                "curve": [vars(point) for point in outcome.curve],
+            }
+            checkpoint.save(parameters, optimizer, progress)
+
+    scored_tests = scored_by_example(data["test"])
+    outcome.test_scored_tokens = int(scored_tests.sum())
+    if outcome.status == "done":
+        started = time.perf_counter()
+        nats = example_nlls(model, data["test"], machine.max_batch_tokens, machine.device, autocast, processes)
+        outcome.wall_s += time.perf_counter() - started
+        valid, test = outcome.curve[-1].value, float(nats.sum()) / outcome.test_scored_tokens
+        if valid is None or not math.isfinite(test):
+            outcome.status, outcome.diverged_at = "diverged", condition.steps
+        else:
+            outcome.final_valid_nll, outcome.final_test_nll = valid, test
+            outcome.test_losses = list(map(ExampleLoss, nats.tolist(), scored_tests.tolist()))
+            # The description length of the data, if the run has seen all of it except an incomplete last batch.
+            if (condition.steps + 1) * condition.batch_size > len(train):
+                outcome.first_epoch_nats, outcome.first_epoch_scored_tokens = epoch_nats, epoch_scored
+    return outcome
+
+
+def batch_gradient(
+    model: torch.nn.Module,
+    split: TokenizedSplit,
+    examples: np.ndarray,
+    machine: Machine,
+    autocast: torch.dtype | None,
+) -> tuple[float, int, int]:
+    """Compute the gradient of the token-weighted NLL of some examples, micro-batch by micro-batch.
+
+    Args:
+        examples: indices into the split, (examples,); each process computes a share of them.
+
+    Returns:
+        The NLL in nats per scored token, and the numbers of tokens and of scored tokens, the same in all processes.
+    """
+    processes, lengths = machine.processes, split.lengths()
+    share = examples[processes.share(lengths[examples])]
+    tokens = int(processes.total(lengths[share].sum()))
+    parts = micro_batches(lengths[share], machine.max_batch_tokens, PASS_TOKENS[machine.device.type])
+    batches = [collate(split, part) for part in processes.even((share[part] for part in parts), share[:0])]
+    scored = int(processes.total(sum(batch.scored for batch in batches)))
+    max_logits = None if processes.sharded else MAX_LOGITS[machine.device.type]
+
+    def add() -> float:
+        nll = torch.zeros((), dtype=torch.float64, device=machine.device)
+        for batch in batches:
+            nll += add_gradient(model, batch.to(machine.device), scored, autocast, max_logits)
+        return nll.item()
+
+    nll = deterministically(add, model.zero_grad, machine.device)
+    return processes.total(nll), tokens, scored
+
+
+class SftTrainer:
+    """Trains the runs of a job's sweeps.
+
+    The sweeps share one model and one dataset, which are read once; the base model is evaluated once.
+    """
+
+    def __init__(self) -> None:
+        self._base = Base()
+        self._data: dict[Split, TokenizedSplit] = {}
+        self._environment: dict[str, Any] = {}
+        self._base_nll: float | None = None
+
+    def __call__(self, context: SweepContext, run: Run, tick: Callable[[int], None]) -> None:
+        """Train a run and write it.
+
+        Raises:
+            UserError: the base model's validation loss is worse than that of a uniform guess.
+            Stopped: a signal asked the job to end, and the run is saved.
+        """
+        protocol, machine, model = context.plan.preset.protocol, context.machine, run.condition.model
+        if not self._data:
+            tokenizer = load_tokenizer(context.layout.model(model))
+            key = cache_key(tokenizer, context.layout.dataset(run.condition.dataset))
+            self._data = read_tokens(context.layout.tokens(model, run.condition.dataset), key)
+            self._environment = provenance(context) | {f"{name}_sha256": value for name, value in key.items()}
+        if self._base_nll is None:
+            base: Any = self._base.sharded(context)
+            limits = machine.max_batch_tokens, machine.device, machine.autocast(protocol), machine.processes
+            self._base_nll = mean_nll(base, self._data["validation"], *limits)
+            uniform = math.log(base.config.vocab_size)
+            del base
+            if not self._base_nll < uniform + 1:
+                raise UserError(
+                    f"base model {model} has a validation loss of {self._base_nll:.2f} nats, worse than guessing "
+                    f"({uniform:.2f}): wrong weights or tokenizer"
+                )
+        environment = self._environment | {"started": now()}
+        with self._base.trainable(context, run) as trained:
+            checkpoint = context.checkpoint(run)
+            outcome = train_sft(run, trained, self._data, protocol, machine, checkpoint, self._base_nll, tick)
+            context.write(run, trained, outcome, environment)

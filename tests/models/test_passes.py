@@ -1,0 +1,133 @@
+"""The last MLP computes fewer tokens, with the same losses and gradients as transformers' own loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lorabench.models.passes import computing_only, recompute_activations
+from lorabench.training.batches import IGNORED, Batch
+from lorabench.training.loss import add_gradient
+
+from ..training.conftest import base_of
+
+FAMILIES = ["qwen-64", "moe-128", "gemma"]
+
+
+def batch_of(scored: int) -> Batch:
+    """Return two rows of 40 tokens, of which the first has `scored` scored ones and the second has one less."""
+    ids = torch.randint(3, 1000, (2, 41), generator=torch.Generator().manual_seed(0))
+    targets = torch.full((2, 40), IGNORED)
+    targets[0, 10 : 10 + scored] = ids[0, 11 : 11 + scored]
+    targets[1, 40 - (scored - 1) :] = ids[1, 41 - (scored - 1) :]
+    return Batch(ids[:, :-1], targets)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_transformers(model, batch):
+    """Return loss and gradients of the full forward pass with all logits."""
+    model.zero_grad()
+    logits = model(batch.inputs, use_cache=False).logits
+    targets = batch.targets.flatten()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_are_those_of_all_tokens(name, again):
+    model, batch = base_of(name), batch_of(7)
+    expected, theirs = by_transformers(model, batch)
+    model.zero_grad()
+    if again:
+        recompute_activations(model)
+    loss = add_gradient(model, batch, 1, None, None)
+    assert_close(loss, expected, rtol=1e-6, atol=0)
+    own = gradients(model)
+    assert own.keys() == theirs.keys()
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for key, gradient in theirs.items():
+        assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, key
+
+
+def products_of_mlps(model, run):
+    """Return the number of rows that enter each layer's down projection while `run` runs."""
+    rows = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda _, given, result: rows.append(given[0].shape[:-1].numel()))
+        for layer in model.get_decoder().layers
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def test_the_last_mlp_has_the_scored_tokens_in_front_of_it_and_no_others():
+    model, batch = base_of("llama-128"), batch_of(7)
+    layers = model.config.num_hidden_layers
+    rows = products_of_mlps(model, lambda: add_gradient(model, batch, 1, None, None))
+    assert rows == [80] * (layers - 1) + [7 + 6]
+    # Outside the context the model's own forward pass is back.
+    assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
+
+
+def test_it_is_the_models_own_again_after_an_error():
+    model = base_of("llama-128")
+    mlp = model.get_decoder().layers[-1].mlp
+    own = mlp.forward
+    with pytest.raises(KeyError), computing_only(model, torch.tensor([3])):
+        raise KeyError(mlp.forward == own)
+    assert mlp.forward == own
+
+
+def test_without_a_scored_token_or_an_mlp_all_is_computed():
+    model, batch = base_of("llama-128"), batch_of(7)
+    layers = model.config.num_hidden_layers
+    nothing = torch.zeros(0, dtype=torch.long)
+    with computing_only(model, nothing):
+        assert products_of_mlps(model, lambda: model(batch.inputs)) == [80] * layers
+    last = model.get_decoder().layers[-1]
+    last.feed_forward = last.mlp
+    del last.mlp
+    with computing_only(model, torch.tensor([3])):
+        assert last.feed_forward.forward == type(last.feed_forward).forward.__get__(last.feed_forward)
+
+
+@pytest.mark.parametrize("way", ["a tuple", "another argument", "tokens without rows"])
+def test_an_mlp_of_another_kind_computes_all(way):
+    """An MLP that also returns the router's scores, like that of some mixtures of experts."""
+    model = base_of("llama-128")
+    mlp = model.get_decoder().layers[-1].mlp
+    own = type(mlp).forward
+    call = {
+        "a tuple": lambda hidden: (own(mlp, hidden), None),
+        "another argument": lambda hidden, scale: scale * own(mlp, hidden),
+        "tokens without rows": lambda hidden: own(mlp, hidden),
+    }[way]
+    mlp.forward = call
+    hidden = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0))
+    given = {"a tuple": (hidden,), "another argument": (hidden, 2.0), "tokens without rows": (hidden.flatten(0, 1),)}[
+        way
+    ]
+    expected = call(*given)
+    with computing_only(model, torch.tensor([3, 50])):
+        output = mlp(*given)
+    assert_close(output, expected)
+
+
+def test_in_bf16_results_have_the_type_of_the_products():
+    model, batch = base_of("llama-128"), batch_of(7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, theirs = by_transformers(model, batch)
+    model.zero_grad()
+    loss = add_gradient(model, batch, 1, torch.bfloat16, None)
+    assert_close(loss, expected, rtol=2e-3, atol=0)
+    own = gradients(model)
+    for key, gradient in theirs.items():
+        assert torch.nn.functional.cosine_similarity(own[key].flatten(), gradient.flatten(), 0) > 0.99, key

@@ -1,0 +1,155 @@
+"""The shipped tiny bases are those of their recipes, which a script of the workflow follows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, replace
+from itertools import islice
+
+import pytest
+import torch
+
+from lorabench.config.models import TinyModel
+from lorabench.data.grading import last_number
+from lorabench.data.sums import sum_problems
+from lorabench.models.base import load_model, load_tokenizer, weights_sha256
+from lorabench.models.dimensions import dimensions
+from lorabench.models.identity import shipped_folder
+
+from ..conftest import REPOSITORY
+
+_spec = importlib.util.spec_from_file_location("tiny_bases", REPOSITORY / "workflow/scripts/tiny_bases.py")
+assert _spec
+assert _spec.loader
+tiny_bases = importlib.util.module_from_spec(_spec)
+# Dataclasses look for their module there.
+sys.modules["tiny_bases"] = tiny_bases
+_spec.loader.exec_module(tiny_bases)
+RECIPES = tiny_bases.RECIPES
+
+TYPES = {"llama": "llama", "qwen": "qwen3", "moe": "qwen3_moe"}
+
+
+def spec(name):
+    return TinyModel(kind="tiny", name=name)
+
+
+def record(name):
+    return json.loads((shipped_folder(name) / "recipe.json").read_text())
+
+
+def test_every_base_of_the_presets_is_there():
+    allowed = TinyModel.model_json_schema()["properties"]["name"]["enum"]
+    assert set(allowed) == set(RECIPES) == {path.name for path in shipped_folder("llama-128").parent.iterdir()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_base_is_that_of_its_recipe(name):
+    assert weights_sha256(spec(name)) == {"model.safetensors": record(name)["weights_sha256"]}
+    assert record(name)["recipe"] == json.loads(json.dumps(asdict(RECIPES[name])))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (shipped_folder(name) / file).read_bytes() == (shipped_folder("llama-128") / file).read_bytes()
+    model = load_model(spec(name))
+    family, width = name.split("-")[:2]
+    assert (model.config.model_type, model.config.hidden_size) == (TYPES[family], int(width))
+    assert not model.config.tie_word_embeddings
+    experts = sum(p.numel() for parameter, p in model.named_parameters() if ".experts." in parameter)
+    idle = experts - experts * RECIPES[name].active_experts // max(1, RECIPES[name].experts)
+    believed = dimensions(spec(name))
+    assert (believed.parameters, believed.hidden) == (model.num_parameters(), model.config.hidden_size)
+    # Neither the embedding, which is a lookup, nor the router counts.
+    left_out = ("embed_tokens.weight", "mlp.gate.weight")
+    linear = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(left_out))
+    assert believed.active_linear == linear - idle
+    assert bool(idle) == (name == "moe-128")
+    assert record(name)["parameters"] == model.num_parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_heldout_loss_is_as_recorded(name):
+    nll = tiny_bases.heldout_nll(load_model(spec(name)), load_tokenizer(spec(name)), RECIPES[name])
+    assert nll == pytest.approx(record(name)["heldout_nll_nats_per_token"], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-64", "moe-128"])
+def test_it_speaks_the_language_of_its_tasks(name):
+    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
+    chat = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 4 + 3 ="}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert answer[-1] == tokenizer.eos_token_id
+    # The answer must be a number, but the smallest bases need not get it right.
+    assert tokenizer.decode(answer[:-1]).strip().removeprefix("-").isdigit()
+
+
+@pytest.mark.parametrize(
+    ("name", "digits", "low", "high"),
+    [("llama-64-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 2, 0.15, 0.35), ("llama-64-long-sums", 4, 0.08, 0.25)],
+)
+def test_a_base_of_sums_is_right_in_some_samples_and_in_few_greedy_answers(name, digits, low, high):
+    tokenizer, model = load_tokenizer(spec(name)), load_model(spec(name))
+    problems = list(islice(sum_problems(digits, digits, 1, seed=0), 100))
+    ids = tokenizer([f"<|user|>{problem.question}<|assistant|>" for problem in problems], return_tensors="pt")
+    shares = {}
+    for is_sampled in (False, True):
+        torch.manual_seed(0)
+        texts = model.generate(**ids, max_new_tokens=40, do_sample=is_sampled, pad_token_id=tokenizer.eos_token_id)
+        answers = tokenizer.batch_decode(texts[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = [last_number(text) == int(problem.answer) for text, problem in zip(answers, problems, strict=True)]
+        shares[is_sampled] = sum(right) / len(right)
+    assert low <= shares[True] <= high
+    assert shares[False] < 0.15
+
+
+def test_every_expert_is_used():
+    """The LoRA of an expert that is never used would not be trained."""
+    name = "moe-128"
+    model, recipe, tokenizer = load_model(spec(name)), RECIPES[name], load_tokenizer(spec(name))
+    chosen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(list(islice(tiny_bases.packed_blocks(recipe, tokenizer, recipe.seed + 1), 32))))
+    assert len(chosen) == recipe.layers
+    for experts in chosen:
+        shares = torch.bincount(experts.flatten(), minlength=recipe.experts) / experts.shape[0]
+        assert shares.sum() == pytest.approx(recipe.active_experts)
+        assert shares.min() > 0.02
+
+
+def test_tokenizer_is_lossless_and_splits_digits():
+    tokenizer = load_tokenizer(spec("llama-128"))
+    text = "Calculate 1234 + 5.6 → «naïve» 日本\n\tx"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert list(tokenizer.tokenize("1234")) == ["1", "2", "3", "4"]
+
+
+def test_a_mixture_is_sized_by_its_recipe():
+    config = tiny_bases.new_model(RECIPES["moe-128"]).config
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 128)
+
+
+def test_the_balancing_loss_is_least_when_experts_share_the_work():
+    recipe = RECIPES["moe-128"]
+    even = torch.eye(8).repeat(3, 1) + torch.eye(8).roll(1, 0).repeat(3, 1)
+    idle = torch.zeros(24, 8)
+    idle[:, :2] = 20.0
+    assert tiny_bases.imbalance((even, even), recipe).item() == pytest.approx(recipe.active_experts)
+    assert tiny_bases.imbalance((even, idle), recipe).item() == pytest.approx((2 + 8) / 2)
+    # Each layer is balanced on its own.
+    assert tiny_bases.imbalance((idle, idle.roll(4, 1)), recipe).item() == pytest.approx(8)
+
+
+@pytest.mark.parametrize("name", ["llama-128", "llama-64-sums", pytest.param("moe-128", marks=pytest.mark.slow)])
+def test_the_recipe_rebuilds(name, tmp_path):
+    """A recipe of a few steps, followed twice, gives the same weights; the loss falls."""
+    few = {"train_tokens": 12_000, "tokenizer_documents": 300, "batch": 4, "block": 64}
+    small = replace(RECIPES[name], **few, heldout_tokens=2_000, warmup_steps=5)
+    first, second = tiny_bases.build(tmp_path / "a", small), tiny_bases.build(tmp_path / "b", small)
+    assert first["weights_sha256"] == second["weights_sha256"]
+    assert first["heldout_nll_nats_per_token"] < 6.5  # ln(1024) is 6.93
+    blocks = islice(tiny_bases.packed_blocks(small, load_tokenizer(spec("llama-128")), small.seed), 2)
+    assert [len(block) for block in blocks] == [65, 65]
