@@ -235,8 +235,8 @@ def recommend(
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     with in_one_sentence():
         from lorabench.custom.model import find_model
+        from lorabench.custom.output import recommendation_table
         from lorabench.custom.recommend import recommend as recommend_settings
-        from lorabench.custom.show import recommendation_table
 
         if dataset_tokens is not None and data is not None:
             raise UserError("--dataset-tokens and --data: give one of them")
@@ -254,7 +254,7 @@ def recommend(
 
             print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
         elif as_script:
-            from lorabench.custom.script import script
+            from lorabench.custom.output import script
 
             print(script(recommendation, examined, template), end="")
         else:
