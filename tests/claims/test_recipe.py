@@ -96,12 +96,11 @@ def test_lora_does_not_match():
     assert recommendation.use.gap.ci_low > recommendation.margin.value
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_few_seeds_decide_nothing(seeds):
-    recommendation = only(sft(None, 1, 64, seeds=seeds))
+def test_few_seeds_decide_nothing():
+    recommendation = only(sft(None, 1, 64, seeds=2))
     assert recommendation.answer == "undecided"
     assert recommendation.smallest is None
-    assert f"{seeds} paired seeds, 3 needed" in recommendation.use.gap.reason
+    assert "2 paired seeds, 3 needed" in recommendation.use.gap.reason
 
 
 def test_an_optimum_at_the_edge_decides_nothing():
