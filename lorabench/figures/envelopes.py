@@ -1,4 +1,4 @@
-"""Envelopes of learning curves, the lowest loss over LRs at every step: figures 1 and 3 of the paper, and over FLOPs."""
+"""Envelopes of learning curves, the lowest loss at every step: figures 1 and 3 of the paper, and over FLOPs."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def draw_by_flops(tables: Tables) -> tuple[Figure, pd.DataFrame]:
 
 
 _BY_BATCH_SIZE = [
-    *(*ARM_BY_BATCH_SIZE, "element", "step", "examples", "lr", "nll", "gap", "low", "high"),
+    *(*ARM_COLUMNS, "element", "step", "examples", "lr", "nll", "gap", "low", "high"),
     *("n_seeds", "at_edge", "run_id", "seed"),
 ]
 
