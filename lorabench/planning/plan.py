@@ -63,7 +63,7 @@ class Plan:
                 return job
         raise UserError(f"evaluation {eval_id!r} is not in the plan; has the preset changed since the job was made?")
 
-    def of(self, experiment: str) -> list[Sweep]:
+    def sweeps_of(self, experiment: str) -> list[Sweep]:
         """Return the sweeps that an experiment needs."""
         return [sweep for sweep in self.sweeps if experiment in sweep.experiments]
 

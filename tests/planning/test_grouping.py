@@ -100,7 +100,7 @@ def test_an_experiment_trains_what_it_needs_and_nothing_else(name):
     plan = PLANS[name]
     for experiment in plan.preset.experiments.trained():
         trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
-        assert trained == set(plan.of(experiment))
+        assert trained == set(plan.sweeps_of(experiment))
 
 
 def test_a_start_is_paid_once_per_job():
