@@ -1,15 +1,14 @@
-"""What the fits of comparisons say, as tables and as text: optimal LRs, their ratios, and the seed noise."""
+"""Ratios of the optimal LRs of arms, as text and as findings, and the seed noise of comparisons."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.arms import arm_label, arm_table, first_seed, is_standard, with_arm_columns, with_losses
-from lorabench.analysis.comparison import COMPARED, NEEDED, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
+from lorabench.analysis.comparison import COMPARED, NEEDED, Arm, Comparison, comparisons
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.finding import Finding, decide, exponential, in_unit
 from lorabench.analysis.loss_fit import Noise
@@ -21,61 +20,6 @@ from lorabench.utils.formats import fixed_interval
 
 PAPER_RATIO = 10.0
 """The ratio of optimal LRs, LoRA over FullFT, that the paper gives."""
-
-_OPTIMUM = [
-    *("lr_best", "lr_opt", "lr_low", "lr_high", "loss_opt", "loss_low", "loss_high"),
-    *("edge", "resolved", "n_runs", "n_diverged", "n_seeds", "run_ids"),
-]
-
-
-def lr_optima(runs: pd.DataFrame, judging: Judging | None = None) -> pd.DataFrame:
-    """Return the fitted optimum of each arm.
-
-    Args:
-        runs: columns run_id, ARM, lr, seed, status, and the losses (see `with_losses`).
-        judging: the losses by test example, and seed noise from elsewhere.
-
-    Returns:
-        One row per arm: lr_best (the LR of the grid with the lowest loss), lr_opt (fitted), lr_low and lr_high (95%
-        interval), loss_opt (fitted minimum), loss_low and loss_high (95% interval), edge (whether the optimum may lie
-        outside of the grid), resolved (see `LossFit`), n_runs and n_diverged (of the first seed), n_seeds (that count
-        for the fit), run_ids (runs of the first seed). At an edge, or where the runs determine no fit, the best LR and
-        the mean loss there stand in for the optimum, without intervals. NaN where no run finished.
-
-    Raises:
-        UserError: see `check_runs`.
-    """
-    rows = [
-        arm | _optimum(comparison, arm_label(arm))
-        for comparison in comparisons(runs, pd.DataFrame(), judging)
-        for arm in comparison.arms
-    ]
-    return arm_table(rows, _OPTIMUM)
-
-
-def _optimum(comparison: Comparison, label: str) -> dict[str, Any]:
-    fit, runs = comparison.fit, with_losses(comparison.rows[label])
-    first = first_seed(runs)
-    row: dict[str, Any] = dict.fromkeys(_OPTIMUM, math.nan) | {
-        "edge": False,
-        "resolved": False,
-        "n_runs": len(first),
-        "n_diverged": int((first["status"] == "diverged").sum()),
-        "n_seeds": fit.n_seeds.get(label, 0),
-        "run_ids": list(first["run_id"]),
-    }
-    grid = fit.grids.get(label)
-    if grid is None:
-        return row
-    best = float(grid.lrs[grid.centre])
-    at_best = runs.loc[(runs["lr"] == best) & (runs["status"] == "done"), "test_loss"].astype(float)
-    row |= {"lr_best": best, "lr_opt": best, "loss_opt": float(at_best.mean()), "edge": grid.edge is not None}
-    if label in fit.optima and grid.edge is None:
-        low, high = fit.optima[label].interval()
-        row |= {"lr_opt": math.exp(fit.optima[label].value), "lr_low": math.exp(low), "lr_high": math.exp(high)}
-        row |= {"loss_opt": fit.minima[label].value, "resolved": fit.resolved[label]}
-        row |= dict(zip(("loss_low", "loss_high"), fit.minima[label].interval(), strict=True))
-    return row
 
 
 def fitted_noise(parts: Sequence[Comparison]) -> pd.DataFrame:

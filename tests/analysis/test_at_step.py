@@ -1,3 +1,5 @@
+"""Short runs from long ones: losses of a step, and what errors at two lengths share."""
+
 from __future__ import annotations
 
 import math
@@ -31,13 +33,6 @@ def test_losses_are_those_of_the_curves_and_all_else_is_kept(step):
     assert (as_of_step["steps"] == step).all()
     changed = ["steps", "status", "final_valid_nll", "final_test_nll"]
     pd.testing.assert_frame_equal(as_of_step.drop(columns=changed), runs.drop(columns=changed))
-
-
-def test_the_table_given_is_not_changed():
-    runs, curves = two_arms()
-    before = runs.copy()
-    at_step(runs, curves, 8)
-    pd.testing.assert_frame_equal(runs, before)
 
 
 def test_optima_of_a_step_are_those_of_its_losses():
@@ -84,13 +79,9 @@ def test_other_splits_metrics_and_longer_runs_do_not_count():
     runs, curves = two_arms()
     assert at_step(runs, curves.assign(split="train"), 8).empty
     assert at_step(runs, curves.assign(metric="grad_norm"), 8).empty
+    assert at_step(runs, pd.DataFrame(), 8).empty
     assert at_step(runs.assign(steps=4), curves, 8).empty
     assert len(at_step(runs.drop(columns="steps"), curves, 8)) == len(runs)
-
-
-@pytest.mark.parametrize("curves", [pd.DataFrame(), two_arms()[1].iloc[:0]])
-def test_without_curves_there_is_nothing(curves):
-    assert at_step(two_arms()[0], curves, 8).empty
 
 
 def noisy(sigma, shared, number):

@@ -1,3 +1,5 @@
+"""The early difference of two ranks is paired by seed and step."""
+
 from __future__ import annotations
 
 import math
@@ -6,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.curves import train_curves
 from lorabench.analysis.early import compared_ranks, early_difference, inverse_rank_fit
 
 from ..handmade.lora import difficulty, lora_run, lora_tables, nll
@@ -31,6 +32,7 @@ def test_the_difference_is_paired_by_seed_and_step():
         np.testing.assert_allclose(early.by_seed[seed], [0.01 * step * (1 + seed) for step in range(1, 17)])
     assert list(early.by_seed.index) == list(range(1, 17))
     assert len(early.run_ids) == 6
+    assert list(early_difference(*early_tables(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
 
 
 def test_mean_and_interval_over_seeds():
@@ -47,10 +49,6 @@ def test_sigma_is_that_of_batches_over_both_ranks():
     pooled = (luck.var(axis=1, ddof=1).mean() + upper.var(axis=1, ddof=1).mean()) / 2
     assert early_difference(*early_tables()).sigma_batch == pytest.approx(math.sqrt(pooled))
     assert math.isnan(early_difference(*early_tables(seeds=[0])).sigma_batch)
-
-
-def test_steps_may_be_cut():
-    assert list(early_difference(*early_tables(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
 
 
 def test_the_lr_with_most_pairs_counts():
@@ -79,12 +77,10 @@ def test_without_two_ranks_or_losses_there_is_none():
     assert early_difference(runs.iloc[:0], curves) is None
 
 
-@pytest.mark.parametrize(
-    ("ranks", "pair"),
-    [((1, 4, 16, 64), (16, 64)), ((16, 32, 256), (16, 256)), ((1, 4, 16), (4, 16)), ((1, 16), None), ((), None)],
-)
-def test_the_ranks_are_the_papers_or_nearest(ranks, pair):
-    assert compared_ranks(ranks) == pair
+def test_the_ranks_are_the_papers_or_nearest():
+    assert compared_ranks((1, 4, 16, 64)) == (16, 64)
+    assert compared_ranks((1, 4, 16)) == (4, 16)
+    assert compared_ranks((1, 16)) is compared_ranks(()) is None
 
 
 def test_differences_of_all_pairs_go_as_inverse_ranks():
@@ -101,12 +97,3 @@ def test_differences_of_all_pairs_go_as_inverse_ranks():
     # A difference that does not fall with rank does not go as theory says.
     assert inverse_rank_fit(early.by_inverse_rank.assign(difference=[0.01, -0.01, 0.02]))[1] < 0.5
     assert math.isnan(inverse_rank_fit(early.by_inverse_rank.iloc[:1])[0])
-
-
-def test_train_curves_are_of_the_metric_and_the_runs():
-    runs, curves = early_tables()
-    moved = train_curves(runs.iloc[:2], curves, "a_moved")
-    assert set(moved["run_id"]) == set(runs["run_id"].iloc[:2])
-    assert moved["step"].tolist() == [1, 2, 4, 8, 16] * 2
-    other = curves.assign(split="validation")
-    assert train_curves(runs, other).empty

@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.analysis.lr_ratio import Setting, fitted, predicted
 from lorabench.config.margins import DEFAULT_PREDICTIONS, LrRatioPredictions, MovementTheory
 
-SETTINGS = [Setting(64, 25, 8, 32.0), Setting(128, 1600, 2, 8.0), Setting(8192, 780, 128, 32.0)]
 FULLFT_LR = 3e-4
 
 
@@ -19,20 +20,20 @@ def ratios(setting, predictions=DEFAULT_PREDICTIONS.lr_ratio, lr=FULLFT_LR):
     return {name: float(np.exp(theory(np.asarray(math.log(lr))))) for name, theory in theories.items()}
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_predictions_solve_their_equations(setting):
-    stated, of = ratios(setting), DEFAULT_PREDICTIONS.lr_ratio
-    at_unit = of.movement.u0 * 128 / setting.width * math.sqrt(50 / setting.steps)
+@given(width=st.floats(64, 8192), steps=st.floats(25, 1600), alpha=st.sampled_from([8.0, 32.0]))
+def test_predictions_solve_their_equations(width, steps, alpha):
+    setting = Setting(width, steps, 8, alpha)
+    stated, theories = ratios(setting), DEFAULT_PREDICTIONS.lr_ratio
+    at_unit = theories.movement.u0 * 128 / width * math.sqrt(50 / steps)
     movement = stated["movement"]
-    still = of.movement.c * setting.width / setting.alpha
-    assert movement * (1 + movement * FULLFT_LR / at_unit) == pytest.approx(still)
+    assert movement * (1 + movement * FULLFT_LR / at_unit) == pytest.approx(theories.movement.c * width / alpha)
     scale = stated["scale"]
-    assert scale * (1 + of.scale.kappa * scale) == pytest.approx(of.scale.c * setting.width / setting.alpha)
-    assert stated["naive"] == pytest.approx(setting.width / (2 * setting.alpha))
+    assert scale * (1 + theories.scale.kappa * scale) == pytest.approx(theories.scale.c * width / alpha)
+    assert stated["naive"] == pytest.approx(width / (2 * alpha))
 
 
 def test_while_a_stands_still_the_ratio_is_proportional_to_width_over_alpha():
-    assert ratios(SETTINGS[0], lr=1e-12)["movement"] == pytest.approx(2.83 * 64 / 32)
+    assert ratios(Setting(64, 25, 8, 32.0), lr=1e-12)["movement"] == pytest.approx(2.83 * 64 / 32)
 
 
 def test_where_a_moves_the_ratio_hardly_depends_on_the_width():
@@ -46,10 +47,8 @@ def test_theories_are_silent_where_they_say_nothing():
     assert "fixed_lora" not in ratios(Setting(256, 100, 8, 32.0))
     assert set(ratios(Setting(256, 50, 8, 8.0))) == {"movement", "scale", "naive"}
     alone = LrRatioPredictions(movement=MovementTheory(c=1.0, u0=1e-3))
-    assert set(ratios(SETTINGS[0], alone)) == {"movement"}
-
-
-def test_where_parameters_were_fitted_nothing_is_tested():
+    assert set(ratios(Setting(64, 25, 8, 32.0), alone)) == {"movement"}
+    # Where parameters were fitted, nothing is tested.
     reference = Setting(128, 50, 8, 8.0)
     assert [fitted(name, reference) for name in ("movement", "scale", "constant")] == [True, True, False]
     assert not fitted("movement", Setting(64, 50, 8, 8.0))

@@ -1,3 +1,5 @@
+"""Curves of a metric: the lowest over LRs, by seed, and paired by seed."""
+
 from __future__ import annotations
 
 import math
@@ -7,12 +9,61 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, paired_curves, scan
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, paired_curves, scan
 from lorabench.analysis.estimate import generator
 from lorabench.analysis.finding import nats
 from lorabench.analysis.rules import Above, Within
 
 from ..handmade.lora import lora_run, lora_tables, nll
+
+
+def by_hand(values: dict[str, list[float]], steps=(0, 1, 2, 4)) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make a LoRA arm with runs `a`, `b`, ... at LRs 1, 2, ... that have the given validation losses."""
+    lrs = {run_id: float(index) for index, run_id in enumerate(values, start=1)}
+    runs = pd.DataFrame(
+        {
+            "run_id": list(values),
+            "model": "tiny",
+            "dataset": "instruct",
+            "method": "lora",
+            "rank": pd.array([8] * len(values), dtype="Int64"),
+            "placement": "all",
+            "batch_size": 16,
+            "lr": list(lrs.values()),
+            "seed": 0,
+        }
+    )
+    curves = pd.DataFrame(
+        [
+            (run_id, step, 16 * step, 100 * step, "validation", "nll", value)
+            for run_id, of_run in values.items()
+            for step, value in zip(steps, of_run, strict=True)
+        ],
+        columns=["run_id", "step", "examples", "tokens", "split", "metric", "value"],
+    )
+    return runs, curves
+
+
+def test_the_envelope_is_the_lowest_loss_at_each_step():
+    runs, curves = by_hand({"a": [5.0, 4.0, 3.0, 2.5], "b": [5.0, 3.5, 3.2, 2.4], "c": [5.0, 3.0, math.nan, math.nan]})
+    lowest = envelopes(runs, curves)
+    assert lowest["value"].tolist() == [5.0, 3.0, 3.0, 2.4]
+    assert lowest["run_id"].tolist() == ["a", "c", "a", "b"]
+    assert lowest["lr"].tolist() == [1.0, 3.0, 1.0, 2.0]
+    assert lowest["n_runs"].tolist() == [3, 3, 2, 2]
+    assert lowest["tokens"].tolist() == [0, 100, 200, 400]
+    assert lowest["rank"].tolist() == [8] * 4
+    assert envelopes(runs, pd.DataFrame()).empty
+
+
+def test_repeats_and_other_splits_and_metrics_are_not_in_the_envelope():
+    runs, curves = by_hand({"a": [5.0, 4.0, 3.0, 2.5], "b": [0.0, 0.0, 0.0, 0.0]})
+    runs["lr"], runs["seed"] = 1.0, [0, 1]
+    noise = curves.assign(value=-1.0)
+    curves = pd.concat([curves, noise.assign(split="train"), noise.assign(metric="grad_norm")])
+    assert envelopes(runs, curves)["value"].tolist() == [5.0, 4.0, 3.0, 2.5]
+    assert envelopes(runs, curves, split="train")["value"].tolist() == [-1.0] * 4
+
 
 SEEDS = (0, 1, 2)
 
