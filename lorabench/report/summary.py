@@ -160,7 +160,11 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
     """
     if evals.empty:
         return []
-    evals = _without_perplexities(with_all_columns(evals, "evals"))
+    evals = with_all_columns(evals, "evals")
+    # Perplexities of tasks that have bits per byte are the same on another scale.
+    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
+    perplexity = evals["metric"].isin(["word_perplexity", "byte_perplexity"])
+    evals = evals[~(evals["task"].isin(bits) & perplexity)]
     base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
     tables = []
     for place, setting in trained.groupby(_PLACE, dropna=False):
@@ -177,13 +181,6 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
         tasks = [dict(zip(_SCORE, key, strict=True)) | _settings(column) for key, column in columns]
         tables.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
     return tables
-
-
-def _without_perplexities(evals: pd.DataFrame) -> pd.DataFrame:
-    """Leave out perplexities of tasks that have bits per byte, which is the same on another scale."""
-    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
-    repeated = evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"])
-    return evals[~repeated]
 
 
 def _score(arm_scores: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
