@@ -17,10 +17,11 @@ from lorabench.claims.judging import doubted, over
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     LEARNED,
-    alike_problems,
+    alike,
     if_learned,
     over_problems,
-    overshoot_problems,
+    overshoot,
+    peak_problems,
 )
 from lorabench.claims.scopes import Scoped, every_dataset
 
@@ -248,7 +249,7 @@ def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
     def judge(comparison: Comparison) -> Finding:
         arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
         judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-        return doubted(judged, [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)])
+        return doubted(judged, peak_problems(comparison, arms, alike, overshoot))
 
     return over_problems(judge, at_best=True)
 
