@@ -12,8 +12,7 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.judging import doubted, over
+from lorabench.claims.claim import Claim, Evidence, doubted, over
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     LEARNED,
@@ -23,7 +22,7 @@ from lorabench.claims.reinforcement import (
     overshoot,
     peak_problems,
 )
-from lorabench.claims.scopes import Scoped, every_dataset
+from lorabench.claims.scope import Scoped, every_dataset
 
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal.

@@ -20,9 +20,8 @@ from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import flat_top, good_ranges
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import beats_controls, response_length, swept
-from lorabench.claims.judging import doubted, highest_and_full, judge_each
+from lorabench.claims.claim import Claim, Evidence, doubted, highest_and_full, judge_each
+from lorabench.claims.scope import beats_controls, response_length, swept
 from lorabench.runs import GOOD
 from lorabench.utils.formats import fixed_interval
 
