@@ -42,8 +42,8 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label
-from lorabench.analysis.at_step import at_step
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
+from lorabench.analysis.early import at_step
 from lorabench.analysis.estimate import Estimate, combined, unknown
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval

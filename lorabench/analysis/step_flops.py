@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points
 from lorabench.errors import UserError
 from lorabench.store.checks import refuse_rows
 
@@ -132,8 +132,9 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     """
     if "tokens" not in curves:
         return PairedCurves(pd.DataFrame(index=pd.Index([], dtype=int)), (), name)
-    own, other = (curves_by_seed(arm_runs, curves) for arm_runs in (runs, others))
-    validation = curves_by_seed(others, curves, split="validation")
+    train = metric_points(curves, "train", "nll")
+    own, other = (curves_by_seed(arm_runs, train) for arm_runs in (runs, others))
+    validation = curves_by_seed(others, metric_points(curves, "validation", "nll"))
     # The tokens trained on up to each step, with a column for each seed.
     points = runs[["run_id", "seed"]].merge(curves.loc[curves["split"] == "train", ["run_id", "step", "tokens"]])
     points = points.dropna().astype({"step": int, "tokens": float})

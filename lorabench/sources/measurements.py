@@ -26,7 +26,7 @@ import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.optima import PAPER_RATIO
-from lorabench.analysis.random_effects import RandomEffects, p_of_groups, random_effects
+from lorabench.analysis.pooled_lr import RandomEffects, p_of_groups, random_effects
 from lorabench.sources.matrix import PROJECT, Own, datasets_of_scope
 from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.tables import MIXED, UNKNOWN
