@@ -117,9 +117,9 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
     chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
     chosen = chosen.reindex(columns=["run_id", "step", "examples", "tokens", "value"])
     rows: list[dict[Hashable, Any]] = []
-    for arm, of_arm in each_arm(runs):
+    for arm, arm_runs in each_arm(runs):
         # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
-        points = chosen.merge(first_seed(of_arm)[["run_id", "lr"]], on="run_id").sort_values(["step", "value", "lr"])
+        points = chosen.merge(first_seed(arm_runs)[["run_id", "lr"]], on="run_id").sort_values(["step", "value", "lr"])
         points["n_runs"] = points.groupby("step")["run_id"].transform("size")
         rows += [
             dict[Hashable, Any](arm) | point for point in points.drop_duplicates("step")[columns].to_dict("records")

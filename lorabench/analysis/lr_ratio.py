@@ -171,10 +171,10 @@ class MeasuredRatio:
     @property
     def label(self) -> str:
         """The condition as text."""
-        of_prefix = ", prefix" if self.kind == "prefix" else ""
+        prefix = ", prefix" if self.kind == "prefix" else ""
         place, setting = f"{self.lora['model']}/{self.lora['dataset']}", self.setting
         numbers = f"{setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
-        return f"{place} {numbers}{of_prefix}"
+        return f"{place} {numbers}{prefix}"
 
     @property
     def log_ratio(self) -> Estimate:

@@ -36,7 +36,7 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of a coefficient before the sources are read."""
+    """The knowledge of a coefficient before the sources are read."""
 
     mean: float
     sd: float
@@ -197,7 +197,7 @@ class PooledLr:
 
 
 def _terms(place: Place) -> np.ndarray:
-    """Return what each coefficient is multiplied by."""
+    """Return the factor of each coefficient."""
     logs = [math.log(getattr(place, name) / reference) for name, reference in REFERENCE.items()]
     return np.array([1.0, *(0.0 if math.isnan(log) else log for log in logs)])
 
