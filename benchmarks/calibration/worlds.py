@@ -115,10 +115,10 @@ def _add_sweep(
     batches = noise.batch * averaged * random.standard_normal((seeds, len(steps)))
     for arm_number, arm in enumerate(sweep.arms):
         lr, seed = cells(arm)
-        of_arm = noise.arm_seed * random.standard_normal(seeds)
+        arm_luck = noise.arm_seed * random.standard_normal(seeds)
         x = np.log(lr) - arm.optimum
         excess = excess_loss(x, arm.curvature, noise)
-        luck = shared[seed] + of_arm[seed] + noise.run * random.standard_normal(len(lr))
+        luck = shared[seed] + arm_luck[seed] + noise.run * random.standard_normal(len(lr))
         level = arm.minimum + excess + luck
         valid_n = math.sqrt(sweep.validation_examples)
         valid = (
@@ -129,12 +129,12 @@ def _add_sweep(
         )
         kept = kept_cells(arm, lr, seed, valid)
         lr, seed, level, valid, luck = (part[kept] for part in (lr, seed, level, valid, luck))
-        of_examples = (
+        difficulty = (
             common
             + noise.example_arm * random.standard_normal(len(common))
             + noise.example_run * random.standard_normal((len(lr), len(common)))
         )
-        losses = level[:, None] + of_examples
+        losses = level[:, None] + difficulty
         run_ids = [f"{number}-{arm_number}-{i}" for i in range(len(lr))]
         fixed = {"status": "done", **sweep.columns, **arm.columns}
         test = losses @ weights
@@ -147,9 +147,9 @@ def _add_sweep(
         rows.tokens += [tokens] * len(lr)
         curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
         at = np.array([0, *sweep.validation_steps], int)
-        of_split = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
+        split_noise = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
         # The validation examples are as hard for the base as for all arms.
-        validation = curve(at) + np.where(at > 0, of_split, valid_common)
+        validation = curve(at) + np.where(at > 0, split_noise, valid_common)
         rows.curves.append(points(run_ids, at, "validation", "nll", validation))
         if len(steps):
             train = (

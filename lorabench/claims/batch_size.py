@@ -171,7 +171,6 @@ def gap_grows(sizes: BatchSizes) -> Finding:
 
 D1 = Claim(
     id="D1",
-    kind="empirical",
     statement="The gap between LoRA and full fine-tuning grows with batch size",
     figure="3",
     criterion=(
@@ -181,7 +180,6 @@ D1 = Claim(
     ),
     needs=_NEEDS,
     paper_value="grows from batch 32; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(gap_grows),
     conditions=_CONDITIONS,
@@ -253,7 +251,6 @@ def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:
 
 D2 = Claim(
     id="D2",
-    kind="empirical",
     statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
     figure="3",
     criterion=(
@@ -264,7 +261,6 @@ D2 = Claim(
     ),
     needs=f"{_NEEDS}; training curves",
     paper_value="persistent; at batch 32 smaller and shrinking; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(gap_persists_at_large_batch),
     conditions=_CONDITIONS,
@@ -283,7 +279,6 @@ def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
 
 D3 = Claim(
     id="D3",
-    kind="empirical",
     statement="The gap at a batch size does not depend on the rank",
     figure="3",
     criterion=(
@@ -292,7 +287,6 @@ D3 = Claim(
     ),
     needs=f"{_NEEDS}; two ranks above 1",
     paper_value="does not seem to depend on rank; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(gap_independent_of_rank),
     conditions=_CONDITIONS,
@@ -328,7 +322,6 @@ def best_at_small_batch(sizes: BatchSizes) -> Finding:
 
 D4 = Claim(
     id="D4",
-    kind="empirical",
     statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
     figure="3",
     criterion=(
@@ -337,7 +330,6 @@ D4 = Claim(
     ),
     needs=_NEEDS,
     paper_value="the smallest; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(best_at_small_batch),
     conditions=_CONDITIONS,
@@ -347,11 +339,9 @@ D5 = Claim(
     id="D5",
     kind="opinion",
     statement="The gap at large batch sizes comes from training a product of two matrices",
-    figure="text",
     criterion="Training the same update of the weights without a product, at an LR of its own, shows no gap",
     needs="a control that trains W itself at the scale of LoRA's update",
     paper_value="an interpretation; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=lambda _: Finding(
         "not tested", "needs a control that trains the update of the weights without a product; no such runs exist"

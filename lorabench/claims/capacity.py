@@ -149,7 +149,6 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
 
 A3 = Claim(
     id="A3",
-    kind="empirical",
     statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
     figure="1",
     criterion=(
@@ -160,7 +159,6 @@ A3 = Claim(
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(full_runs(longest_run)), departure_grows_with_rank),
     conditions=(LONG,),
@@ -202,9 +200,7 @@ def no_floor(comparison: Comparison) -> Finding:
 
 A4 = Claim(
     id="A4",
-    kind="empirical",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
-    figure="text",
     criterion=(
         "For each rank that leaves the shared curve (as in A3), from the window of steps after that of its departure "
         "on: the slope of its training NLL against log(step), as a share of FullFT's on the same batches, lies between "
@@ -289,9 +285,7 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
 
 A5 = Claim(
     id="A5",
-    kind="empirical",
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
-    figure="text",
     criterion=(
         "The log-log slope of train tokens at departure against adapter parameters lies within "
         f"{THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. A rank that leaves (as in A3) departs where the line through "
@@ -337,14 +331,12 @@ N1 = Claim(
     id="N1",
     kind="opinion",
     statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
-    figure="text",
     criterion=(
         "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
         f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
     ),
     needs="runs of FullFT that go through an epoch; two seeds",
     paper_value="1 bit = 0.69 nats",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), about_one_bit),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
@@ -441,7 +433,6 @@ N2 = Claim(
     id="N2",
     kind="prediction",
     statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
-    figure="text",
     criterion=(
         "On random facts, for each saturated rank: the bits stored per adapter parameter, at the fitted minimum of the "
         f"NLL over LRs, lie within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "

@@ -104,21 +104,21 @@ class Claim:
     """A testable statement of the paper."""
 
     id: str
-    kind: Kind
     statement: str
-    figure: str
-    """The number of the paper's figure, or several with commas, or `text`; `own` if the paper has no such statement."""
     criterion: str
     """The conditions for the verdict `confirmed`, and for `contradicted`."""
     needs: str
     """The runs or tables that the criterion needs, for the reason of a claim that is not tested."""
     paper_value: str
-    """The paper's number for the estimate, or its statement in words."""
-    unit: str
-    """The unit of the estimate."""
+    """The paper's number for the estimate, or its statement without a number."""
     experiments: tuple[str, ...]
     """The experiments whose runs the claim is judged on; in a table without the column `experiments`, all runs."""
     judge: Callable[[Evidence], Finding]
+    kind: Kind = "empirical"
+    figure: str = "text"
+    """The number of the paper's figure, or several with commas, or `text`; `own` if the paper has no such statement."""
+    unit: str = "nats per token"
+    """The unit of the estimate."""
     columns: tuple[str, ...] = ()
     """The columns of `runs` that the claim needs beyond those of every claim on its task (see `NEEDED_BY`)."""
     task: Task = "sft"
@@ -126,6 +126,6 @@ class Claim:
     conditions: tuple[Condition, ...] = ()
     """What the runs must be like for the claim to be about them; without it the verdict is `setting not met`."""
     fact: str = ""
-    """The fact that the claim states, in words; claims with the same fact are one in the headline."""
+    """The fact that the claim states; claims with the same fact are one in the headline."""
     core: bool = False
     """Whether the paper's main conclusions rest on this claim; the README shows the verdicts on these core claims."""

@@ -129,8 +129,8 @@ def response_length(tokens: int, presets: tuple[str, ...]) -> Condition:
         length = math.nan
         if not curves.empty:
             chosen = (curves["split"] == "train") & (curves["metric"] == "response_length")
-            of_runs = curves[chosen & curves["run_id"].isin(evidence.runs["run_id"])].astype({"value": float})
-            length = of_runs.groupby("run_id")["value"].mean().median()
+            lengths = curves[chosen & curves["run_id"].isin(evidence.runs["run_id"])].astype({"value": float})
+            length = lengths.groupby("run_id")["value"].mean().median()
         if pd.isna(length):
             # A source without lengths may state a length that the mean response surely has.
             length = _numbers(evidence.runs, "response_tokens").median()

@@ -97,7 +97,6 @@ def same_early_curves(comparison: Comparison) -> Finding:
 
 C1 = Claim(
     id="C1",
-    kind="empirical",
     statement="Early in training, learning curves at one LR are the same for all ranks",
     figure="early curves",
     criterion=(
@@ -108,7 +107,6 @@ C1 = Claim(
     ),
     needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
     paper_value="nearly on top of each other; no number",
-    unit="nats per token",
     experiments=("early",),
     judge=over(every_dataset, same_early_curves),
     core=True,
@@ -138,7 +136,6 @@ def difference_grows(comparison: Comparison) -> Finding:
 
 C2 = Claim(
     id="C2",
-    kind="empirical",
     statement="The difference of early curves grows with time",
     figure="early curves",
     criterion=(
@@ -175,7 +172,6 @@ C3 = Claim(
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",
-    unit="nats per token",
     experiments=("early",),
     judge=over(every_dataset, difference_negative_at_first),
 )

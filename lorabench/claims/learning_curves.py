@@ -81,7 +81,6 @@ def same_curve(comparison: Comparison) -> Finding:
 
 A1 = Claim(
     id="A1",
-    kind="empirical",
     statement="High-rank LoRA and full fine-tuning have the same learning curve",
     figure="1",
     criterion=(
@@ -91,7 +90,6 @@ A1 = Claim(
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="similar; no number",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_dataset)), same_curve),
     conditions=(LONG,),
@@ -157,7 +155,6 @@ def linear_in_log_steps(comparison: Comparison) -> Finding:
 
 A2 = Claim(
     id="A2",
-    kind="empirical",
     statement="The loss falls linearly with the logarithm of the number of steps",
     figure="1",
     criterion=(
@@ -210,7 +207,6 @@ def better_and_worse(evidence: Evidence) -> Finding:
 
 A6 = Claim(
     id="A6",
-    kind="empirical",
     statement="On one dataset high-rank LoRA is better than full fine-tuning, on another it is worse",
     figure="1",
     criterion=(
@@ -235,7 +231,6 @@ def same_final_loss(comparison: Comparison) -> Finding:
 
 A7 = Claim(
     id="A7",
-    kind="empirical",
     statement="On a small dataset, LoRA and full fine-tuning reach the same final loss",
     figure="1, 2",
     criterion=(
@@ -244,7 +239,6 @@ A7 = Claim(
     ),
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="approximately the same; no number",
-    unit="nats per token",
     experiments=("rank",),
     judge=over(learning(smallest_dataset), same_final_loss),
     fact=SAME_LOSS,
@@ -252,7 +246,6 @@ A7 = Claim(
 
 B2 = Claim(
     id="B2",
-    kind="empirical",
     statement="At their optimal LRs, high-rank LoRA and full fine-tuning reach the same loss",
     figure="2",
     criterion=(
@@ -261,7 +254,6 @@ B2 = Claim(
     ),
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="about the same; no number",
-    unit="nats per token",
     experiments=("rank",),
     judge=over(learning(every_dataset), same_final_loss),
     fact=SAME_LOSS,
@@ -286,7 +278,6 @@ def rank_1_worse(comparison: Comparison) -> Finding:
 
 A8 = Claim(
     id="A8",
-    kind="empirical",
     statement="On a dataset beyond its capacity, LoRA is worse than full fine-tuning",
     figure="1",
     criterion=(
@@ -296,7 +287,6 @@ A8 = Claim(
     ),
     needs=f"{SWEEP}; rank 1; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(longest_run), rank_1_worse),
 )

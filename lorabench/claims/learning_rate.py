@@ -74,7 +74,6 @@ def lr_ratio_ten(comparison: Comparison) -> Finding:
 
 B1 = Claim(
     id="B1",
-    kind="empirical",
     statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="2",
     criterion=(
@@ -103,7 +102,6 @@ def lr_independent_of_rank(comparison: Comparison) -> Finding:
 
 B3 = Claim(
     id="B3",
-    kind="empirical",
     statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
     figure="2",
     criterion=(
@@ -133,7 +131,6 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
 
 B4 = Claim(
     id="B4",
-    kind="empirical",
     statement="Rank 1 has a lower optimal LR than high ranks",
     figure="2",
     criterion=(
@@ -198,7 +195,6 @@ B9 = Claim(
         f"Short runs need a higher ratio of LRs, about {SHORT_RATIO:g} in runs of fewer than about {max(SHORT_STEPS)} "
         "steps"
     ),
-    figure="text",
     criterion=(
         f"Two numbers are judged, with the loss after {SHORT_STEPS[0]} and after {SHORT_STEPS[1]} steps of longer "
         f"runs. The ratio of optimal LRs there is {SHORT_RATIO:g} within a factor that is the margin, {_FACTOR}; and "

@@ -173,9 +173,9 @@ def _breakdown_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem
         rows = comparison.rows[arm_label(arm)]
         accuracy = (1 - rows["test_loss"].astype(float)).fillna(0.0).groupby(rows["lr"].astype(float)).mean()
         best = int(accuracy.to_numpy().argmax())
-        beside = accuracy.iloc[[place for place in (best - 1, best + 1) if 0 <= place < len(accuracy)]]
-        if len(beside) == 2 and bool((beside - base < (accuracy.iloc[best] - base) / 2).all()):
-            lrs = [math.sqrt(lr * accuracy.index[best]) for lr in beside.index]
+        neighbours = accuracy.iloc[[place for place in (best - 1, best + 1) if 0 <= place < len(accuracy)]]
+        if len(neighbours) == 2 and bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
+            lrs = [math.sqrt(lr * accuracy.index[best]) for lr in neighbours.index]
             text = f"{arm_label(arm)}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
             remedy = Remedy(
                 f"LRs {lrs[0]:.2g} and {lrs[1]:.2g} of {arm_label(arm)}", lrs=tuple((arm_label(arm), lr) for lr in lrs)
@@ -198,7 +198,6 @@ def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
 
 B10 = Claim(
     id="B10",
-    kind="empirical",
     statement=f"In RL too, the optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="6, 7",
     criterion=(
@@ -232,7 +231,6 @@ def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
 
 F1 = Claim(
     id="F1",
-    kind="empirical",
     statement="In RL on MATH and GSM8K, LoRA of rank 1 reaches the peak of full fine-tuning",
     figure="6",
     criterion=(
@@ -295,7 +293,6 @@ def wider_range_of_lrs(comparison: Comparison) -> Finding:
 
 F2 = Claim(
     id="F2",
-    kind="empirical",
     statement="In RL, LoRA has a wider range of good LRs than full fine-tuning",
     figure="6, 7",
     criterion=(
@@ -321,7 +318,6 @@ F8 = Claim(
     id="F8",
     kind="prediction",
     statement="RL at the scale of DeepSeek-R1-Zero can be reproduced with low-rank LoRA",
-    figure="text",
     criterion="LoRA of low rank reaches the final reward of FullFT after 5.3 million episodes",
     needs="RL runs of 5.3 million episodes",
     paper_value="5.3M episodes; not run",

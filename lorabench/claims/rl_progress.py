@@ -87,18 +87,10 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
         One row per seed and one column (1 to 10) per tenth of the steps.
     """
     points = points_at_optimum(comparison, arm, "train", metric)
-    step = points["step"].to_numpy(float)
-    last = arm["steps"] or step.max(initial=1)
-    tenth = np.clip(np.ceil(10 * step / last), 1, 10).astype(int)
-    seeds, row = np.unique(points["seed"].to_numpy(int)[step > 0], return_inverse=True)
-    cells, shape = 11 * row + tenth[step > 0], (len(seeds), 11)
-    sums, sizes = (
-        np.bincount(cells, with_weights, 11 * len(seeds)).reshape(shape)
-        for with_weights in (points["value"].to_numpy(float)[step > 0], None)
-    )
-    means = np.divide(sums, sizes, out=np.full(shape, math.nan), where=sizes > 0)
-    with_points = np.flatnonzero(sizes.any(axis=0))
-    return pd.DataFrame(means[:, with_points], pd.Index(seeds, name="seed"), pd.Index(with_points, name="tenth"))
+    last = arm["steps"] or points["step"].max()
+    values = points[points["step"] > 0].astype({"step": float, "value": float})
+    tenth = (10 * values["step"] / last).map(math.ceil).clip(1, 10).rename("tenth")
+    return values.groupby(["seed", tenth])["value"].mean().unstack()
 
 
 def plateau_step(rewards: pd.Series[float]) -> int:
@@ -161,7 +153,6 @@ def same_progress(comparison: Comparison) -> Finding:
 
 F3 = Claim(
     id="F3",
-    kind="empirical",
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
     criterion=(
@@ -188,12 +179,12 @@ def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: in
     The answers to single problems are not in the tables, so the error from problems is that of two independent sets
     of so many, which is cautious.
     """
-    of_seeds = mean_over_seeds((lora - fullft).dropna(), name)
+    by_seed = mean_over_seeds((lora - fullft).dropna(), name)
     # Two more problems, of which one is right, keep the error of accuracies of 0 and 1 above 0.
     shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in (lora, fullft)]
     error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
-    of_problems = error * normal(f"problems of {name}")
-    return replace(of_seeds, example_part=of_problems, n_examples=n_problems)
+    problem_part = error * normal(f"problems of {name}")
+    return replace(by_seed, example_part=problem_part, n_examples=n_problems)
 
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
@@ -249,7 +240,6 @@ def further_sets_follow(comparison: Comparison) -> Finding:
 
 F4 = Claim(
     id="F4",
-    kind="empirical",
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
     criterion=(
@@ -315,7 +305,6 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
 
 F5 = Claim(
     id="F5",
-    kind="empirical",
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
     criterion=(
@@ -400,7 +389,6 @@ F7 = Claim(
     id="F7",
     kind="derivation",
     statement="Where all samples of a group get the same reward, RL learns nothing",
-    figure="text",
     criterion=(
         "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
         "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
@@ -469,7 +457,6 @@ F9 = Claim(
     id="F9",
     kind="derivation",
     statement="RL takes in about 1,000 times fewer bits per token than SFT",
-    figure="text",
     criterion=(
         "That an episode gives at most 1 bit is derived; what is measured is the length of responses and the loss of "
         "SFT. On every problem set and against every dataset of the same model, SFT's first-epoch bits per scored "

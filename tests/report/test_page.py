@@ -22,8 +22,8 @@ from lorabench.report.facts import headline
 from lorabench.report.page import build
 from lorabench.store.layout import Layout
 from lorabench.utils.gpus import processor
+from tests.doctor.test_speeds import record
 
-from ..doctor.conftest import record
 from ..handmade import claims_table, make_claim, make_eval, make_run, make_sweep
 from .conftest import Page
 from .hostile import HOSTILE, columns, hostile_report

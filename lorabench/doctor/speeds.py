@@ -1,4 +1,8 @@
-"""The speed of a machine, measured by the finished runs in tables."""
+"""The speed of a machine, by which `lorabench plan` states times; imports no torch unless the speed is measured now.
+
+Finished runs say most about a preset, then what `lorabench doctor` measured on a GPU. On a CPU whose speed in bf16 is
+not known yet, it is measured now in about a second, since it differs by a factor of 100 between processors.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,59 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from lorabench.config.loading import PRESETS, load_preset
+from lorabench.doctor.record import Record, Speed, record_for
 from lorabench.errors import UserError
 from lorabench.planning.plan import Plan, make_plan
-from lorabench.planning.speed import Calibration, calibrate, on_gpu, planned_runs
+from lorabench.planning.speed import Calibration, calibrate, on_gpu, planned_runs, with_gflops
+from lorabench.store.layout import Layout
 from lorabench.utils.gpus import is_called, processor
 
 RESULTS = Path("results")
 _COLUMNS = ("run_id", "status", "device", "wall_s", "peak_mem_bytes")
 
 
-def measure(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
+def at_measured_speed(plan: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[Plan, list[str]]:
+    """Return a plan with the speeds that were measured, and sentences that say where they come from.
+
+    Args:
+        plan: the plan.
+        layout: the paths of the preset's files.
+        folders: folders of tables of finished runs; if empty, all under results/.
+
+    Raises:
+        UserError: see `speed_of_runs` and `record_for`.
+    """
+    execution = plan.preset.execution
+    speed: Calibration | Record | Speed | None = speed_of_runs(plan, folders)
+    if speed is None and execution.gpu is not None:
+        speed = record_for(execution)
+    elif speed is None:
+        speed = read_speed(layout.speed, execution.threads)
+        if speed is None and plan.preset.protocol.precision == "bf16":
+            from lorabench.doctor.bench import measure_speed
+
+            speed = measure_speed(plan, layout)
+    if speed is None or speed.gflops is None:
+        return plan, []
+    return make_plan(with_gflops(plan.preset, speed.gflops)), [speed.sentence]
+
+
+def read_speed(path: Path, threads: int) -> Speed | None:
+    """Return the kept speed; None if none is kept, or one of another processor or number of threads, or a damaged one.
+
+    It takes a second to measure again.
+    """
+    try:
+        speed = Speed.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return speed if (speed.device, speed.threads) == (processor(), threads) else None
+
+
+def speed_of_runs(plan: Plan, folders: Sequence[Path]) -> Calibration | None:
     """Calibrate the cost model on tables of runs, for the plan's device.
 
     The device is the preset's GPU. For a CPU preset it is this machine's processor, or with named folders the processor
