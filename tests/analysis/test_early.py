@@ -40,13 +40,6 @@ def test_the_difference_is_paired_by_seed_and_step():
     assert list(early_difference(*early_tables(), first_steps=5).by_seed.index) == [1, 2, 3, 4, 5]
 
 
-def test_mean_and_interval_over_seeds():
-    by_step = early_difference(*early_tables()).over_seeds()
-    values = np.array([0.05, 0.10, 0.15])
-    half = 4.302652729911275 * values.std(ddof=1) / math.sqrt(3)
-    assert by_step.loc[5].tolist() == pytest.approx([0.1, 0.1 - half, 0.1 + half])
-
-
 def test_sigma_is_that_of_batches_over_both_ranks():
     luck = np.array([[difficulty(seed, step) for seed in SEEDS] for step in range(1, 17)])
     fall = np.array([[nll(lora_run(4), step) - difficulty(0, step)] for step in range(1, 17)])
@@ -123,14 +116,6 @@ def test_losses_are_those_of_the_curves_and_all_else_is_kept(step):
     pd.testing.assert_frame_equal(as_of_step.drop(columns=changed), runs.drop(columns=changed))
 
 
-def test_optima_of_a_step_are_those_of_its_losses():
-    runs, curves = two_arms()
-    [comparison] = comparisons(at_step(runs, curves, 16), curves)
-    assert comparison.label == "tiny/instruct"
-    optima = {label: math.exp(optimum.value) for label, optimum in comparison.fit.optima.items()}
-    assert optima == pytest.approx({"FullFT": 3.2e-4, "LoRA r16": 3.3e-3})
-
-
 def test_a_run_that_diverges_later_is_done_and_one_that_had_stays_diverged():
     # The curves of diverged runs end after step 4.
     runs, curves = two_arms(diverges_from=1e-2)
@@ -191,9 +176,3 @@ def test_errors_of_two_lengths_are_coupled_as_the_residuals_of_their_runs(shared
     np.testing.assert_array_equal(np.sort(reordered.seed_part), np.sort(second.seed_part))
     assert low < np.corrcoef(first.seed_part, reordered.seed_part)[0, 1] < high
     assert combined(np.subtract, first, reordered).value == pytest.approx(0.3)
-
-
-def test_an_unknown_error_is_coupled_to_nothing():
-    short, full = noisy(0.01, 1.0, 1), noisy(0.01, 1.0, 2)
-    unknown = student(0.5, math.nan, 0, "unknown")
-    assert coupled(short, full, unknown, unknown, "ratio") == (unknown, unknown)

@@ -24,7 +24,6 @@ from lorabench.analysis.optima import (
     runs_at_optimum,
     tokens_at,
 )
-from lorabench.errors import UserError
 
 from ..handmade.sft import CURVATURE, arm, tables
 from ..handmade.training import shared, trained
@@ -44,13 +43,6 @@ def test_the_optimum_of_a_parabola_is_exact(log_lr):
     assert fit.grids["LoRA r8"].edge is None
 
 
-@pytest.mark.parametrize("beyond", [3e-5, 1e-1])
-def test_a_minimum_at_the_edge_of_the_grid_is_flagged(beyond):
-    fit = fitted(optimum=beyond)
-    assert fit.grids["LoRA r8"].edge is not None
-    assert not fit.resolved.get("LoRA r8", False)
-
-
 def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
     assert not fitted(optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2)).resolved.get("LoRA r8", False)
 
@@ -59,13 +51,6 @@ def test_a_diverged_lower_neighbour_bounds_nothing():
     runs, _ = tables([arm(8, optimum=1e-3)])
     runs.loc[runs["lr"] <= 3e-4, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
     assert comparisons(runs, pd.DataFrame())[0].fit.grids["LoRA r8"].edge is not None
-
-
-def test_a_loss_that_is_missing_is_refused():
-    runs, _ = tables([arm(8, optimum=1e-3)])
-    runs.loc[runs["lr"] == 3e-3, "final_test_nll"] = math.nan
-    with pytest.raises(UserError, match="0.003-0: final_test_nll = missing; allowed: a finite number where status is"):
-        comparisons(runs, pd.DataFrame())
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
@@ -158,13 +143,13 @@ def test_a_departure_within_a_window_leaves_that_window_out():
     assert departure.first < 50 < departure.past
 
 
-@pytest.mark.parametrize("level", [0.0, 0.02])
-def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step(level):
+def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step():
     # The seeds' gaps lie 0.03 apart, at a slope of 0.3 per tenfold steps.
-    crossing = gaps(lambda step: 0.3 * np.log10(step / 50), spread=0.03).crossing(98, level)
-    assert crossing.value == pytest.approx(np.log10(50) + level / 0.3)
-    assert crossing.seed_error == pytest.approx(0.1 / np.sqrt(3) * 1.32, rel=0.02)  # t with 2 degrees of freedom
-    assert not gaps(lambda step: 0.3 - 0.1 * np.log10(step)).crossing(98, level).known
+    for level in (0.0, 0.02):
+        crossing = gaps(lambda step: 0.3 * np.log10(step / 50), spread=0.03).crossing(98, level)
+        assert crossing.value == pytest.approx(np.log10(50) + level / 0.3)
+        assert crossing.seed_error == pytest.approx(0.1 / np.sqrt(3) * 1.32, rel=0.02)  # t with 2 degrees of freedom
+    assert not gaps(lambda step: 0.3 - 0.1 * np.log10(step)).crossing(98, 0.0).known
 
 
 def test_a_gap_that_shrinks_is_slow_learning():
