@@ -19,9 +19,7 @@ from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import response_length
-from lorabench.claims.judging import judge_each, margin_problems
+from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     HEALTHY,
@@ -33,6 +31,7 @@ from lorabench.claims.reinforcement import (
     each_rank,
     over_problems,
 )
+from lorabench.claims.scope import response_length
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import fixed_interval
 
