@@ -25,7 +25,7 @@ from lorabench.analysis.finding import (
     worst,
 )
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.optimal_curves import (
+from lorabench.analysis.optima import (
     WINDOWS,
     Departure,
     curves_at_optimum,

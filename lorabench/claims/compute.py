@@ -13,7 +13,7 @@ from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import Estimate, exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
-from lorabench.analysis.optimal_curves import off_optimum, runs_at_optimum
+from lorabench.analysis.optima import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
 from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over

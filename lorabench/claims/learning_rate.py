@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.at_step import at_end, at_step, coupled
 from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, curves_of, require
+from lorabench.analysis.early import at_end, at_step, coupled
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst

@@ -13,6 +13,7 @@ from lorabench.analysis.memorisation import is_memorisation
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.analysis.rl_health import CONTROLS, LEAD, beyond_controls, leads
 from lorabench.claims.claim import Condition, Evidence
+from lorabench.runs import lowest
 
 Scoped = tuple[Comparison, str]
 """A comparison that a claim is judged on, and a note for the finding's reason that says why it was chosen."""
@@ -185,7 +186,9 @@ def _is_bracketed(rows: pd.DataFrame, seeds: int) -> bool:
     by_lr = errors.groupby("lr").agg(
         loss=("validation_loss", lambda losses: losses.astype(float).fillna(1.0).mean()), seeds=("seed", "nunique")
     )
-    best = int(by_lr["loss"].to_numpy().argmin()) if len(by_lr) else 0
+    lrs = by_lr.index.tolist()
+    lr = lowest(dict(zip(lrs, by_lr["loss"], strict=True)))
+    best = 0 if lr is None else lrs.index(lr)
     around = by_lr.iloc[max(0, best - 1) : best + 2]
     return 0 < best < len(by_lr) - 1 and bool((around["seeds"] >= seeds).all())
 
