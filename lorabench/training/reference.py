@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 Example = tuple[Sequence[int], Sequence[bool]]
 """Token ids, and for each token whether its prediction counts."""
-Drawn = tuple[Sequence[int], Sequence[float]]
+Drawn = tuple[list[int], list[float]]
 """The tokens of a response, and the log-probability in nats that each had when it was drawn."""
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -63,7 +63,8 @@ def logprobs(model: Any, ids: Sequence[int]) -> Tensor:
     """Return the log-probability of each token after the first, given those before it, (len(ids) - 1,), in nats."""
     tokens = torch.tensor([list(ids)])
     distribution = model(input_ids=tokens[:, :-1], use_cache=False).logits[0].log_softmax(-1)
-    return distribution.gather(-1, tokens[0, 1:, None])[:, 0]
+    chosen: Tensor = distribution.gather(-1, tokens[0, 1:, None])[:, 0]
+    return chosen
 
 
 def nll(model: Any, examples: Sequence[Example]) -> Tensor:
@@ -108,7 +109,7 @@ def train_sft(
     losses = []
     for batch in batches(len(examples), steps, batch_size, seed):
         loss = nll(model, [examples[index] for index in batch])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -203,7 +204,7 @@ def train_rl(
             responses = draw(model, step, int(problem))
             groups.append((prompts[problem], responses, [reward(int(problem), tokens) for tokens, _ in responses]))
         loss = policy_loss(model, groups)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         # Where all rewards are equal within their groups there is no gradient, and Adam's momentum must move nothing.
         if any(len(set(group_rewards)) > 1 for _, _, group_rewards in groups):
             optimizer.step()
