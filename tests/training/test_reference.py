@@ -36,7 +36,7 @@ def examples_of(split):
 
 
 # Rank 128 is computed with merged weights where there are many tokens.
-@pytest.mark.parametrize(("rank", "lr"), [(1, 3e-3), (128, 3e-3), (None, 3e-4)])
+@pytest.mark.parametrize(("rank", "lr"), [(1, 1e-3), (128, 3e-3), (None, 3e-4)])
 def test_sft(rank, lr, data, tmp_path):
     condition = replace(condition_of("fullft" if rank is None else "lora", rank, STEPS, batch_size=4), eps=EPS)
     outcome, model = train(condition, data, tmp_path, lr, seed=1, max_batch_tokens=300)
