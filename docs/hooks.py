@@ -18,7 +18,7 @@ import yaml
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim
 from lorabench.figures.catalog import FIGURES
-from lorabench.figures.short_names import FAMILIES
+from lorabench.figures.verdicts import FAMILIES
 from lorabench.report import claim_text
 from lorabench.report.blocks import NOT_PUBLISHED, PUBLISHED, SOURCES, matrix, measured, published_folders, table
 from lorabench.report.facts import COUNTING, headline, in_order

@@ -33,7 +33,7 @@ class MadeArm:
     seeds: int = 3
     repeats: Literal["best", "around", "every"] = "best"
     """At which LRs further seeds are trained: that with the lowest validation loss of the first seed, also the two
-    beside it, or all."""
+    next to it, or all."""
     seeds_around: int | None = None
     """With `around`, the number of seeds at these three LRs; the others are trained at the lowest only. None for all.
     """
@@ -57,7 +57,7 @@ class MadeSweep:
     curve_steps: Sequence[int] | np.ndarray = ()
     """The steps with a training loss. A point stands for the mean of the steps since the point before."""
     validation_steps: Sequence[int] = ()
-    """The steps with a validation loss, beside step 0."""
+    """The steps with a validation loss, besides step 0."""
     test_examples: int = 132
     validation_examples: int = 42
 

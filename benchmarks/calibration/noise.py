@@ -31,9 +31,9 @@ class NoiseLevels:
     asymmetry: float = 0.011
     """The part of the rise that grows with the third power of ln LR: the loss rises faster towards high LRs."""
     shared_seed: float = 0.0069
-    """SD of what a seed does to all arms alike, through the order of the data."""
+    """SD over seeds of the loss of all arms alike, through the order of the data."""
     arm_seed: float = 0.004
-    """SD of what a seed does to one arm at all LRs."""
+    """SD over seeds of the loss of one arm at all LRs."""
     run: float = 0.004
     """SD of what is left for a single run."""
     example_common: float = 0.123
@@ -53,9 +53,9 @@ class NoiseLevels:
     rl_curvature: float = 0.11
     """The rise of the error rate of reinforcement learning (RL), per squared unit of ln LR."""
     rl_shared_seed: float = 0.005
-    """SD of what a seed does to the error rate of all arms."""
+    """SD over seeds of the error rate of all arms alike."""
     rl_arm_seed: float = 0.011
-    """SD of what a seed does to the error rate of one arm."""
+    """SD over seeds of the error rate of one arm."""
     rl_run: float = 0.011
     """SD of what is left of the error rate for a single run."""
     rl_problem_common: float = 0.8
@@ -99,8 +99,8 @@ def measure_noise(tables: Tables, datasets: Sequence[str] = ()) -> NoiseLevels:
         measured = _shape(comparison) | _seeds(comparison) | _examples(comparison, examples) | _level(comparison)
         if "paired" in measured and "n_examples" in measured:
             # Runs differ in what single test examples do to them, too.
-            of_examples = measured["example_run"] ** 2 / measured.pop("n_examples")
-            measured["paired"] = math.sqrt(max(measured["paired"] ** 2 - of_examples, 0.0))
+            example_variance = measured["example_run"] ** 2 / measured.pop("n_examples")
+            measured["paired"] = math.sqrt(max(measured["paired"] ** 2 - example_variance, 0.0))
         for name, value in measured.items():
             parts.setdefault(name, []).append(value)
         for name, values in _steps(comparison).items():
@@ -122,8 +122,8 @@ def _shape(comparison: Comparison) -> dict[str, float]:
     curvatures, asymmetries = [], []
     for arm in comparison.arms:
         optimum = comparison.fit.optima.get(arm_label(arm))
-        of_arm = comparison.rows[arm_label(arm)]
-        first = of_arm[of_arm["seed"] == of_arm["seed"].min()]
+        arm_runs = comparison.rows[arm_label(arm)]
+        first = arm_runs[arm_runs["seed"] == arm_runs["seed"].min()]
         if optimum is None or len(first) < 4 or not comparison.fit.resolved[arm_label(arm)]:
             continue
         x = np.log(first["lr"].to_numpy(float)) - optimum.value
@@ -140,10 +140,10 @@ def _seeds(comparison: Comparison) -> dict[str, float]:
     """Measure what seeds do to all arms and to one arm, from arms with several seeds at one LR."""
     parts = []
     for arm in comparison.arms:
-        of_arm = comparison.rows[arm_label(arm)]
-        several = of_arm.groupby("lr")["seed"].transform("nunique")
+        arm_runs = comparison.rows[arm_label(arm)]
+        several = arm_runs.groupby("lr")["seed"].transform("nunique")
         if several.max() >= 3:
-            at = of_arm[several == several.max()]
+            at = arm_runs[several == several.max()]
             at = at[at["lr"] == at["lr"].min()]
             parts.append(at.set_index("seed")["final_test_nll"].astype(float).rename(arm_label(arm)))
     if len(parts) < 2:
@@ -162,8 +162,8 @@ def _examples(comparison: Comparison, examples: ExampleLosses) -> dict[str, floa
     """Measure the parts of the spread over test examples, from the covariances of runs that differ in their seed."""
     repeated: dict[str, str] = {}
     for arm in comparison.arms:
-        of_arm = comparison.rows[arm_label(arm)]
-        several = of_arm[of_arm.groupby("lr")["seed"].transform("nunique") >= 3]
+        arm_runs = comparison.rows[arm_label(arm)]
+        several = arm_runs[arm_runs.groupby("lr")["seed"].transform("nunique") >= 3]
         repeated |= {run_id: arm_label(arm) for run_id in several["run_id"] if run_id in examples.nats}
     near, of = list(repeated), np.array(list(repeated.values()))
     if len(near) < 4:
@@ -224,9 +224,9 @@ def _rl(tables: Tables) -> dict[str, float]:
         if minimum is None or not comparison.fit.sigma > 0:
             continue
         levels = NoiseLevels()
-        of_run = 1 - levels.rl_problem_common - levels.rl_problem_arm
-        of_problems = of_run * minimum.value * (1 - minimum.value) / N_PROBLEMS
-        luck = math.sqrt(max(comparison.fit.sigma**2 - of_problems, 0.0) / 2)
+        run_share = 1 - levels.rl_problem_common - levels.rl_problem_arm
+        problem_variance = run_share * minimum.value * (1 - minimum.value) / N_PROBLEMS
+        luck = math.sqrt(max(comparison.fit.sigma**2 - problem_variance, 0.0) / 2)
         parts.append(
             {
                 "rl_curvature": float(np.median(list(comparison.fit.curvature.values()))),

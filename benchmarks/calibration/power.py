@@ -66,10 +66,10 @@ def design_of(plan: Plan, claim_id: str) -> Design | None:
     chosen = set(map(id, swept or sweeps))
     arms = {
         name: min(
-            (_of_sweep(sweep) for sweep in of_role if id(sweep) in chosen), key=lambda arm: (arm.seeds, arm.n_lrs)
+            (_of_sweep(sweep) for sweep in members if id(sweep) in chosen), key=lambda arm: (arm.seeds, arm.n_lrs)
         )
-        for name, of_role in by_role.items()
-        if any(id(sweep) in chosen for sweep in of_role)
+        for name, members in by_role.items()
+        if any(id(sweep) in chosen for sweep in members)
     }
     return Design(arms, min(tests), min(validations))
 
@@ -134,8 +134,8 @@ def power_of_plan(
 def _row(covered: Covered, design: Design, counts: dict[tuple[str, int], Counter[str]]) -> dict[str, object]:
     power = []
     for effect in AT:
-        of_effect, right = counts[covered.claim_id, effect], covered.right(effect)
-        power.append(of_effect[str(right)] / of_effect.total())
+        verdicts, right = counts[covered.claim_id, effect], covered.right(effect)
+        power.append(verdicts[str(right)] / verdicts.total())
     arms = list(design.arms.values())
     return {
         "claim_id": covered.claim_id,

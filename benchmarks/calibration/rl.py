@@ -42,13 +42,13 @@ def make_rl_tables(
     for number, arm in enumerate(sweep.arms):
         lr, seed = cells(arm)
         x = np.log(lr) - arm.optimum
-        of_arm = noise.rl_arm_seed * random.standard_normal(seeds)
-        luck = shared[seed] + of_arm[seed] + noise.rl_run * random.standard_normal(len(lr))
+        arm_luck = noise.rl_arm_seed * random.standard_normal(seeds)
+        luck = shared[seed] + arm_luck[seed] + noise.rl_run * random.standard_normal(len(lr))
         error = np.clip(arm.minimum + arm.curvature * noise.rl_curvature * x**2 + luck, 0.01, 1 - noise.rl_base)
         failed = {name: _failed(error, common[name], noise, random) for name in sets}
         kept = kept_cells(arm, lr, seed, failed["validation"].mean(1))
         lr, seed, error = lr[kept], seed[kept], error[kept]
-        accuracy = {name: 1 - of_set[kept].mean(1) for name, of_set in failed.items()}
+        accuracy = {name: 1 - by_problem[kept].mean(1) for name, by_problem in failed.items()}
         run_ids = [f"rl-{number}-{i}" for i in range(len(lr))]
         fixed = {"task": "rl", "status": "done", "base_reward": noise.rl_base, "steps": sweep.steps}
         fixed |= {"constant_reward": 0.0, "rule_reward": 0.0}
@@ -69,12 +69,12 @@ def make_rl_tables(
         rows.curves.append(points(run_ids, steps, "train", "reward", np.clip(reward, 0, 1)))
         ends = np.array([0, sweep.steps])
         for name, n in sets.items():
-            of_set = np.stack([np.full(len(lr), noise.rl_base), accuracy[name]], axis=1)
-            rows.curves.append(points(run_ids, ends, name, "accuracy", of_set))
+            by_problem = np.stack([np.full(len(lr), noise.rl_base), accuracy[name]], axis=1)
+            rows.curves.append(points(run_ids, ends, name, "accuracy", by_problem))
             for count in ("n_samples", "n_problems"):
                 rows.curves.append(points(run_ids, ends, name, count, np.full((len(lr), 2), float(n))))
         if number in sweep.lengths:
-            spread = np.exp(0.05 * random.standard_normal((len(lr), len(steps))) + 0.03 * of_arm[seed][:, None])
+            spread = np.exp(0.05 * random.standard_normal((len(lr), len(steps))) + 0.03 * arm_luck[seed][:, None])
             rows.curves.append(
                 points(run_ids, steps, "train", "response_length", sweep.lengths[number](steps) * spread)
             )

@@ -118,8 +118,8 @@ def calibrate(
         raise UserError(f"calibration does not cover {', '.join(unknown)}; allowed: {', '.join(known)}")
     covered = [known[claim_id] for claim_id in claim_ids] or list(COVERED)
     by_scene: dict[str, list[str]] = {}
-    for of_claim in covered:
-        by_scene.setdefault(of_claim.scene, []).append(of_claim.claim_id)
+    for claim in covered:
+        by_scene.setdefault(claim.scene, []).append(claim.claim_id)
     tasks = [
         Task(scene, effect, first, min(CHUNK, worlds - first))
         for scene in by_scene
@@ -127,10 +127,10 @@ def calibrate(
         for first in range(0, worlds, CHUNK)
     ]
     counts: dict[tuple[str, int], Counter[str]] = {}
-    for task, of_task in _counted(tasks, by_scene, noise, seed, processes, kept):
-        for (claim_id, verdict), number in of_task.items():
+    for task, task_counts in _counted(tasks, by_scene, noise, seed, processes, kept):
+        for (claim_id, verdict), number in task_counts.items():
             counts.setdefault((claim_id, task.effect), Counter())[verdict] += number
-    rows = [_row(of_claim, effect, counts[of_claim.claim_id, effect]) for of_claim in covered for effect in EFFECTS]
+    rows = [_row(claim, effect, counts[claim.claim_id, effect]) for claim in covered for effect in EFFECTS]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -165,13 +165,13 @@ def placements(
         mlp: the loss of the MLP minus that of all layers, in margins.
     """
     optimum, margin = an_optimum(random), loss_margin(noise)
-    at, of_mlp = optimum + TEN, noise.loss + mlp * margin
+    at, mlp_loss = optimum + TEN, noise.loss + mlp * margin
     arms = [
         made_arm(FULLFT, optimum, noise.loss, random),
         made_arm(lora(64, trainable_params=100_000), at, noise.loss, random, seeds=5),
-        made_arm(lora(64, "attn", trainable_params=40_000), at, of_mlp + k * margin, random, seeds=5),
-        made_arm(lora(52, "mlp", trainable_params=40_000), at, of_mlp, random, seeds=5),
-        made_arm(lora(64, "mlp", trainable_params=50_000), at, of_mlp, random, seeds=5),
+        made_arm(lora(64, "attn", trainable_params=40_000), at, mlp_loss + k * margin, random, seeds=5),
+        made_arm(lora(52, "mlp", trainable_params=40_000), at, mlp_loss, random, seeds=5),
+        made_arm(lora(64, "mlp", trainable_params=50_000), at, mlp_loss, random, seeds=5),
     ]
     return [MadeSweep(arms, {**RUN, "steps": 100, "family": family})]
 
@@ -229,10 +229,10 @@ def _models(
 ) -> list[MadeSweep]:
     """Return sweeps of models with given optima of FullFT and of LoRA, in ln LR."""
     sweeps = []
-    for (family, width), (of_fullft, of_lora) in zip(models, log_lrs, strict=True):
+    for (family, width), (fullft_lr, lora_lr) in zip(models, log_lrs, strict=True):
         arms = [
-            made_arm(FULLFT, of_fullft, noise.loss, random, seeds=5),
-            made_arm(lora(16), of_lora, noise.loss, random, seeds=5),
+            made_arm(FULLFT, fullft_lr, noise.loss, random, seeds=5),
+            made_arm(lora(16), lora_lr, noise.loss, random, seeds=5),
         ]
         columns = {**RUN, "model": f"{family}-{width}", "family": family, "hidden_size": width}
         sweeps.append(MadeSweep(arms, columns))
@@ -264,6 +264,6 @@ def law(k: float, noise: NoiseLevels, random: np.random.Generator) -> list[MadeS
     apart = sign(random) * math.sqrt(MAX_REGRET * k * len(z) / steepness / float(left @ left))
     log_lrs = []
     for number, (family, width) in enumerate(_WIDTHS):
-        of_fullft = math.log(5e-5) + exponents[family] * math.log(2000 / width) + (apart if number == 1 else 0.0)
-        log_lrs.append((of_fullft, of_fullft + TEN))
+        fullft_lr = math.log(5e-5) + exponents[family] * math.log(2000 / width) + (apart if number == 1 else 0.0)
+        log_lrs.append((fullft_lr, fullft_lr + TEN))
     return _models(_WIDTHS, log_lrs, noise, random)

@@ -22,6 +22,7 @@ import pandas as pd
 
 from benchmarks.calibration.made import Design, MadeArm, MadeSweep, as_designed
 from benchmarks.calibration.noise import NoiseLevels
+from lorabench.runs import lowest
 from lorabench.store.tables import Tables
 
 GRID_STEP = 2.4
@@ -115,10 +116,10 @@ def _add_sweep(
     batches = noise.batch * averaged * random.standard_normal((seeds, len(steps)))
     for arm_number, arm in enumerate(sweep.arms):
         lr, seed = cells(arm)
-        of_arm = noise.arm_seed * random.standard_normal(seeds)
+        arm_luck = noise.arm_seed * random.standard_normal(seeds)
         x = np.log(lr) - arm.optimum
         excess = excess_loss(x, arm.curvature, noise)
-        luck = shared[seed] + of_arm[seed] + noise.run * random.standard_normal(len(lr))
+        luck = shared[seed] + arm_luck[seed] + noise.run * random.standard_normal(len(lr))
         level = arm.minimum + excess + luck
         valid_n = math.sqrt(sweep.validation_examples)
         valid = (
@@ -129,12 +130,12 @@ def _add_sweep(
         )
         kept = kept_cells(arm, lr, seed, valid)
         lr, seed, level, valid, luck = (part[kept] for part in (lr, seed, level, valid, luck))
-        of_examples = (
+        difficulty = (
             common
             + noise.example_arm * random.standard_normal(len(common))
             + noise.example_run * random.standard_normal((len(lr), len(common)))
         )
-        losses = level[:, None] + of_examples
+        losses = level[:, None] + difficulty
         run_ids = [f"{number}-{arm_number}-{i}" for i in range(len(lr))]
         fixed = {"status": "done", **sweep.columns, **arm.columns}
         test = losses @ weights
@@ -147,9 +148,9 @@ def _add_sweep(
         rows.tokens += [tokens] * len(lr)
         curve = partial(_curve, arm, np.log(lr) - arm.optimum, luck, (lowest, last), noise)
         at = np.array([0, *sweep.validation_steps], int)
-        of_split = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
+        split_noise = (valid - level)[:, None] + noise.run * random.standard_normal((len(lr), len(at)))
         # The validation examples are as hard for the base as for all arms.
-        validation = curve(at) + np.where(at > 0, of_split, valid_common)
+        validation = curve(at) + np.where(at > 0, split_noise, valid_common)
         rows.curves.append(points(run_ids, at, "validation", "nll", validation))
         if len(steps):
             train = (
@@ -198,8 +199,9 @@ def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray
     if arm.repeats == "every":
         return np.ones(len(lr), bool)
     grid_of_first = lr[seed == 0]
-    best = int(valid[seed == 0].argmin())
-    kept = (seed == 0) | (lr == grid_of_first[best])
+    best_lr = lowest(dict(zip(grid_of_first.tolist(), valid[seed == 0].tolist(), strict=True)))
+    best = grid_of_first.tolist().index(best_lr)
+    kept = (seed == 0) | (lr == best_lr)
     if arm.repeats == "around":
         more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)
         kept |= more & np.isin(lr, grid_of_first[max(0, best - 1) : best + 2])

@@ -19,7 +19,6 @@ import torch
 from benchmarks.speed.models import DTYPES, ONE_B, SMOLLM2, Precision, done, is_there, loaded
 from benchmarks.speed.table import Row, say
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.doctor.steps import SQUARE, matmul_peak
 from lorabench.models import bf16_products
 from lorabench.models.counts import train_flops_per_token
 from lorabench.models.lora import add_lora
@@ -79,6 +78,31 @@ ON_A_GPU = [
     Setting(model=ONE_B, batch=8, length=1024, precision="bf16"),
 ]
 QUICK = [Setting(model="llama-64", batch=2, length=16)]
+
+_SQUARE = {"cpu": 2048, "cuda": 8192}
+"""Most rows and columns of the matrices whose product measures a device's peak."""
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the highest FLOP/s of the product of two square matrices, in about a second whatever the speed."""
+    side, best, seconds, end = 128, 0.0, 0.0, time.perf_counter() + 1.0
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    while time.perf_counter() < end:
+        # Larger matrices are multiplied next only if a product took little of the time.
+        if best and seconds < 0.06 and side < _SQUARE[device.type]:
+            side *= 2
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        wait()
+        started = time.perf_counter()
+        left @ right
+        wait()
+        seconds = time.perf_counter() - started
+        best = max(best, 2 * side**3 / seconds)
+    return best
 
 
 def training_step(setting: Setting, method: Method, device: torch.device = CPU) -> tuple[Callable[[], None], int]:
@@ -161,7 +185,7 @@ def measure(
     peaks: dict[str, float] = {precision: matmul_peak(dtype, device) for precision, dtype in DTYPES.items()}
     for precision, speed in peaks.items():
         say(f"peak: matmul in {precision}: {speed / 1e9:.0f} GFLOP/s")
-        side = SQUARE[device.type]
+        side = _SQUARE[device.type]
         case = f"matmul of up to {side}, {precision}"
         yield Row("peak", case, "torch", threads, 1, 2 * side**3 / speed, gflops=speed / 1e9)
     for setting in settings:

@@ -71,7 +71,7 @@ class Estimate:
 
     @cached_property
     def _partly_ordered(self) -> np.ndarray:
-        """The draws, of which those of _USUAL_RANKS stand where they would in ascending order, NaN last."""
+        """The draws with those of _USUAL_RANKS where they would be in ascending order, NaN last."""
         return np.partition(self.draws, _USUAL_RANKS)
 
     def _quantile(self, share: float) -> float:
@@ -172,6 +172,30 @@ def mean_over_seeds(values: Sequence[float] | ArrayLike, name: str) -> Estimate:
     return student(float(numbers.mean()) if n else math.nan, error, n - 1, name, n)
 
 
+def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
+    """Estimate the ratio of the means of paired values.
+
+    The error is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation that
+    the paired values share cancels.
+
+    Args:
+        numerator: values, shape (n,).
+        denominator: values, shape (n,), paired with the numerator's.
+        name: names the ratio, for draws.
+
+    Returns:
+        The ratio; its error is not known with fewer than two pairs, and it is NaN where the mean of the denominator is
+        not positive.
+    """
+    n = len(numerator)
+    mean = float(denominator.mean()) if n else math.nan
+    if not mean > 0:
+        return student(math.nan, math.nan, 0, name, n)
+    ratio = float(numerator.mean()) / mean
+    residual = float((numerator - ratio * denominator).std(ddof=1)) if n > 1 else math.nan
+    return student(ratio, residual / math.sqrt(n) / mean, n - 1, name, n)
+
+
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:
     """Return the mean and the ends of its 95% t interval, which are NaN with fewer than two values; without draws."""
     numbers = np.asarray(values, float)
@@ -227,7 +251,7 @@ _BLOCK = 32
 def _even_normals(blocks: int) -> np.ndarray:
     """Return points that fill the normal distribution evenly, (N_DRAWS, _BLOCK * blocks), as any part of them does.
 
-    The draws of a chi-squared number can therefore stand beside them in ascending order.
+    The draws of a chi-squared number can therefore be combined with them in ascending order.
     """
     return np.asarray(ndtri(_even_points(blocks)))
 

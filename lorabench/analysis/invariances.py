@@ -13,16 +13,15 @@ is in units of 1/sqrt(d_in).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import ARM, STANDARD, is_standard, with_arm_columns
-from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.curves import train_curves
-from lorabench.analysis.estimate import Estimate, student
+from lorabench.analysis.comparison import MIN_LRS, comparisons
+from lorabench.analysis.curves import metric_points, train_curves
+from lorabench.analysis.estimate import ratio_of_means
 
 PAIR_SETTING = ["model", "dataset", "rank", "placement", "batch_size", "steps", "eps"]
 """Columns that are equal, with the seed, in runs that differ only in their parametrization and LR."""
@@ -63,9 +62,9 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     scaled = with_scales(runs).sort_values(["time_scale", *CONFIGURATION], kind="stable", ignore_index=True)
     setting = [*PAIR_SETTING, "seed"]
     scaled = scaled.assign(setting=scaled.groupby(setting, dropna=False).ngroup(), place=range(len(scaled)))
-    of_run = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
-    fast = scaled[["setting", *setting, *of_run]].rename(columns={name: f"{name}_fast" for name in of_run})
-    slow = scaled[["setting", *of_run]].rename(columns={name: f"{name}_slow" for name in of_run})
+    columns = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
+    fast = scaled[["setting", *setting, *columns]].rename(columns={name: f"{name}_fast" for name in columns})
+    slow = scaled[["setting", *columns]].rename(columns={name: f"{name}_slow" for name in columns})
     pairs = fast.merge(slow, on="setting")
     pairs = pairs[pairs["place_fast"] < pairs["place_slow"]]
     pairs = pairs.sort_values(["setting", "place_fast", "place_slow"], ignore_index=True)
@@ -130,20 +129,16 @@ def update_growth(pairs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         The pairs with such steps, and the columns step and growth: the norm of the change of W by that step in the
         fast run over that in the slow run, each relative to the change by its first step.
     """
+    points = metric_points(curves, "train", "update_norm")
+    norms = {run_id: rows.set_index("step")["value"].astype(float) for run_id, rows in points.groupby("run_id")}
     rows = []
     for pair in pairs.to_dict("records"):
-        norms = [_norms(str(pair[f"run_id_{speed}"]), curves) for speed in ("fast", "slow")]
-        both = norms[0].index.intersection(norms[1].index)
+        fast, slow = (norms.get(pair[f"run_id_{speed}"], pd.Series(dtype=float)) for speed in ("fast", "slow"))
+        both = fast.index.intersection(slow.index)
         if 1 in both and len(both) > 1:
-            fast, slow = (float(norm[both.max()] / norm[1]) for norm in norms)
-            rows.append({**pair, "step": int(both.max()), "growth": fast / slow})
+            last = int(both.max())
+            rows.append({**pair, "step": last, "growth": float(fast[last] / fast[1]) / float(slow[last] / slow[1])})
     return pd.DataFrame(rows, columns=[*pairs, "step", "growth"])
-
-
-def _norms(run_id: str, curves: pd.DataFrame) -> pd.Series[float]:
-    return (
-        train_curves(pd.DataFrame({"run_id": [run_id]}), curves, "update_norm").set_index("step")["value"].astype(float)
-    )
 
 
 def differences(pairs: pd.DataFrame, curves: pd.DataFrame, first_steps: int) -> pd.DataFrame:
@@ -195,25 +190,21 @@ def first_descents(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     cells = first.groupby([*_BATCHES, "rank", "alpha", "seed"], dropna=False, as_index=False).agg(
         descent=("descent", "mean"), run_ids=("run_id", list)
     )
-    parts = [
-        _following(of_batches, power).assign(rule=rule)
-        for _, of_batches in cells.groupby(_BATCHES, dropna=False)
-        for power, rule in RULES.items()
-    ]
     columns = [*_BATCHES, "rule", "rank", "alpha", "seed", "descent", "run_ids"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-
-
-def _following(cells: pd.DataFrame, power: float) -> pd.DataFrame:
-    """Return the cells, of one model, dataset, placement and batch size, whose alpha grows as a power of the rank."""
-    factor = cells["alpha"] / cells["rank"].astype(float) ** power
-    if power == 0:
-        return cells[factor == STANDARD["alpha"]]
-    # Rounding makes factors equal that differ only by the inexact square roots of ranks.
-    factor = factor.map(lambda value: float(f"{value:.9g}"))
-    sets = [of_factor for _, of_factor in cells.groupby(factor)]
-    sets = [rows for rows in sets if rows["rank"].nunique() > 1 and (rows["alpha"] != STANDARD["alpha"]).any()]
-    return max(sets, key=lambda rows: int(rows["rank"].nunique()), default=cells.iloc[:0])
+    parts = [pd.DataFrame(columns=columns)]
+    for _, rows in cells.groupby(_BATCHES, dropna=False):
+        for power, rule in RULES.items():
+            factor = rows["alpha"] / rows["rank"].astype(float) ** power
+            followed = [rows[factor == STANDARD["alpha"]]]
+            if power:
+                # Rounding makes factors equal that differ only by the inexact square roots of ranks.
+                factor = factor.map(lambda value: float(f"{value:.9g}"))
+                sets = [same for _, same in rows.groupby(factor) if same["rank"].nunique() > 1]
+                followed = [same for same in sets if (same["alpha"] != STANDARD["alpha"]).any()]
+            if followed:
+                most = max(followed, key=lambda same: int(same["rank"].nunique()))
+                parts.append(most.assign(rule=rule)[columns])
+    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
 
 def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
@@ -227,8 +218,8 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         value), its 95% interval (`low`, `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
     """
     ratios = []
-    for key, of_rule in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
-        by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in of_rule.groupby("rank")}
+    for key, rule_rows in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
+        by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in rule_rows.groupby("rank")}
         top = by_rank[max(by_rank)]
         for rank, group in by_rank.items():
             seeds = group.index.intersection(top.index)
@@ -242,67 +233,23 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(ratios, columns=columns)
 
 
-def ratio_of_means(numerator: np.ndarray, denominator: np.ndarray, name: str) -> Estimate:
-    """Estimate the ratio of the means of paired values.
-
-    The error is that of a ratio estimator, from the residuals numerator - ratio * denominator, in which variation that
-    the paired values share cancels.
-
-    Args:
-        numerator: values, shape (n,).
-        denominator: values, shape (n,), paired with the numerator's.
-        name: names the ratio, for draws.
-
-    Returns:
-        The ratio; its error is not known with fewer than two pairs, and it is NaN where the mean of the denominator is
-        not positive.
-    """
-    n = len(numerator)
-    mean = float(denominator.mean()) if n else math.nan
-    if not mean > 0:
-        return student(math.nan, math.nan, 0, name, n)
-    ratio = float(numerator.mean()) / mean
-    residual = float((numerator - ratio * denominator).std(ddof=1)) if n > 1 else math.nan
-    return student(ratio, residual / math.sqrt(n) / mean, n - 1, name, n)
-
-
-def crossing(steps: Sequence[float], values: Sequence[float], level: float) -> float:
-    """Return the step at which a growing measure first reaches a level, interpolated on logarithmic axes.
-
-    The step is NaN if the measure never reaches the level, or has reached it at its first point.
-
-    Args:
-        steps: positive steps, ascending.
-        values: values of the measure at these steps; a point whose value is not positive is left out.
-        level: the level, positive.
-    """
-    points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
-    for (step, value), (later, reached) in pairwise(points):
-        if value < level <= reached:
-            share = math.log(level / value) / math.log(reached / value)
-            return float(math.exp(math.log(step) + share * math.log(later / step)))
-    return math.nan
-
-
-def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> pd.DataFrame:
-    """Compute the number of steps until A has moved by `level` times its initial norm.
+def move_times(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Compute the number of steps until A has moved by its initial norm, interpolated on logarithmic axes.
 
     Args:
         runs: columns run_id, ARM, lr, seed.
-        curves: columns run_id, step, split, metric, value, with the metric `a_moved`.
-        level: value of `a_moved` to reach.
+        curves: columns run_id, step, split, metric, value, with the metric `a_moved`, which is relative to that norm.
 
     Returns:
-        The LoRA runs that have the metric, with update_scale, time_scale, step (see `crossing`; NaN where that is not
-        known), and what is known instead: `limit`, a step, and `bound`, which is 1 if the number of steps is at least
-        the limit, since A did not move that far by the last record, -1 if it is at most the limit, since A had done so
-        by its first record, and 0 if it is the limit.
+        The LoRA runs that have the metric, with update_scale, time_scale, step (NaN where it is not known), and what is
+        known instead: `limit`, a step, and `bound`, which is 1 if the number of steps is at least the limit, since A
+        did not move that far by the last record, -1 if it is at most the limit, since A had done so by its first
+        record, and 0 if it is the limit.
     """
     scaled = with_scales(runs)
-    moved = train_curves(scaled, curves, "a_moved")
     times = {
-        str(run_id): _move_time(points["step"].astype(float).tolist(), points["value"].astype(float).tolist(), level)
-        for run_id, points in moved.groupby("run_id")
+        run_id: _move_time(points["step"].to_numpy(float), points["value"].to_numpy(float))
+        for run_id, points in train_curves(scaled, curves, "a_moved").groupby("run_id")
     }
     known = scaled[scaled["run_id"].isin(list(times))]
     limits, bounds = ([times[run_id][part] for run_id in known["run_id"]] for part in (0, 1))
@@ -310,12 +257,14 @@ def move_times(runs: pd.DataFrame, curves: pd.DataFrame, level: float = 1.0) -> 
     return timed.assign(step=timed["limit"].where(timed["bound"] == 0))
 
 
-def _move_time(steps: list[float], values: list[float], level: float) -> tuple[float, int]:
-    step = crossing(steps, values, level)
-    if not math.isnan(step):
-        return step, 0
-    reached = [at for at, value in zip(steps, values, strict=True) if value >= level]
-    return (reached[0], -1) if reached else (steps[-1], 1)
+def _move_time(steps: np.ndarray, values: np.ndarray) -> tuple[float, int]:
+    """Return the limit and the bound of `move_times` for one run, whose steps ascend."""
+    points = [(math.log(step), math.log(value)) for step, value in zip(steps, values, strict=True) if value > 0]
+    for (before, low), (after, high) in pairwise(points):
+        if low < 0 <= high:
+            return math.exp(before - low / (high - low) * (after - before)), 0
+    reached = steps[values >= 1]
+    return (float(reached[0]), -1) if len(reached) else (float(steps[-1]), 1)
 
 
 def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -341,8 +290,8 @@ def step_sizes(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     return norms.assign(size=norms["value"].astype(float) / norms["lr"].astype(float))
 
 
-def with_lr_grid(runs: pd.DataFrame, min_lrs: int = 3) -> pd.DataFrame:
-    """Return the runs with A's standard initial scale whose arm has at least `min_lrs` LRs."""
+def with_lr_grid(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with A's standard initial scale whose arm has MIN_LRS LRs or more."""
     runs = with_arm_columns(runs)
     lrs = runs.groupby(ARM, dropna=False)["lr"].transform("nunique")
-    return runs[(lrs >= min_lrs) & (runs["init_a"].isna() | runs["init_a"].eq(STANDARD["init_a"]))]
+    return runs[(lrs >= MIN_LRS) & (runs["init_a"].isna() | runs["init_a"].eq(STANDARD["init_a"]))]

@@ -6,15 +6,13 @@ A wheel carries a copy of the folder (`lorabench.utils.files`). Without it, all 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import wraps
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.lr_grid import vertex
+from lorabench.runs import lowest
 from lorabench.utils.files import REFERENCE
 
 SWEEP_COLUMNS = ["source", "model", "dataset", "family", "hidden_size", "method", "rank", "placement", "lr", "nll"]
@@ -41,27 +39,16 @@ def paper_numbers() -> dict[str, float]:
     path = REFERENCE / "paper_numbers.csv"
     if not path.is_file():
         return {}
-    table = pd.read_csv(path)
+    table = _table(path)
     return dict(zip(table["key"], table["value"].astype(float), strict=True))
 
 
-_Read = TypeVar("_Read", pd.DataFrame, dict[str, str])
+@cache
+def _table(path: Path) -> pd.DataFrame:
+    """Read a file once; its callers must not change the table."""
+    return pd.read_csv(path)
 
 
-def _read_once(function: Callable[[], _Read]) -> Callable[[], _Read]:
-    """Keep what a function reads in REFERENCE, and return a copy of it at each call."""
-    kept: dict[Path, _Read] = {}
-
-    @wraps(function)
-    def read() -> _Read:
-        if REFERENCE not in kept:
-            kept[REFERENCE] = function()
-        return kept[REFERENCE].copy()
-
-    return read
-
-
-@_read_once
 def published_sweeps() -> pd.DataFrame:
     """Return published final test losses by learning rate.
 
@@ -72,10 +59,10 @@ def published_sweeps() -> pd.DataFrame:
     parts = [pd.DataFrame(columns=SWEEP_COLUMNS)]
     tinker, replication = REFERENCE / "tinker_sft_sweep.csv", REFERENCE / "replication_michaelbzhu_sft.csv"
     if tinker.is_file():
-        cells = pd.read_csv(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
+        cells = _table(tinker).groupby(["model", "rank", "lr"], as_index=False).agg(nll=("test_nll", "mean"))
         parts.append(cells.assign(source=_TINKER, dataset="tulu3", method="lora", placement="all"))
     if replication.is_file():
-        best = pd.read_csv(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
+        best = _table(replication).rename(columns={"best_lr": "lr", "test_nll": "nll"})
         parts.append(best.assign(source=_REPLICATION, model="Qwen/Qwen3-4B", dataset="norobots"))
     table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     names = table["model"].map(_short)
@@ -84,7 +71,6 @@ def published_sweeps() -> pd.DataFrame:
     return table.reindex(columns=SWEEP_COLUMNS).astype({"rank": "Int64", "hidden_size": "Int64"})
 
 
-@_read_once
 def published_ratios() -> pd.DataFrame:
     """Return published ratios of LoRA's to FullFT's optimal LR, on models of 0.6B parameters and more.
 
@@ -94,7 +80,7 @@ def published_ratios() -> pd.DataFrame:
     """
     path, ends = REFERENCE / "lr_ratio_at_scale.csv", ("width", "fullft_lr", "lora_lr", "ratio")
     if path.is_file():
-        return pd.read_csv(path)
+        return _table(path).copy()
     columns = ["source", "task", "model", "alpha", "steps", "note"]
     return pd.DataFrame(columns=[*columns, *(f"{name}_{end}" for name in ends for end in ("low", "high"))])
 
@@ -103,18 +89,19 @@ def sweep_of(model: str, dataset: str) -> pd.DataFrame:
     """Return the rows of `published_sweeps` for a model and a dataset; owner and case of their names do not matter."""
     table = published_sweeps()
     same_model = table["model"].map(_short) == _short(model)
-    return table[same_model & (table["dataset"] == _dataset(dataset))]
+    known = _DATASETS.get(re.sub("[^a-z0-9]", "", dataset.rsplit("/", 1)[-1].lower()))
+    return table[same_model & (table["dataset"] == known)]
 
 
-@_read_once
 def estimates_by_claim() -> dict[str, str]:
     """Return the estimates of claims from published runs as text with model, data and source, by claim id."""
     table = published_sweeps()
     estimates: dict[str, str] = {}
-    of_replication = table[table["source"] == _REPLICATION]
-    if len(of_replication):
-        labels = [f"LoRA r{rank} {placement}" if rank > 0 else "FullFT" for rank, placement in _arms_of(of_replication)]
-        lr, nll = (dict(zip(labels, of_replication[column], strict=True)) for column in ("lr", "nll"))
+    replicated = table[table["source"] == _REPLICATION]
+    if len(replicated):
+        arms = zip(replicated["rank"].fillna(0), replicated["placement"].fillna(""), strict=True)
+        labels = [f"LoRA r{rank} {placement}" if rank > 0 else "FullFT" for rank, placement in arms]
+        lr, nll = (dict(zip(labels, replicated[column], strict=True)) for column in ("lr", "nll"))
         best = "LoRA r256 all"
         gap = f"{nll[best] - nll['FullFT']:.4f} nats"
         values = {
@@ -138,25 +125,36 @@ def estimates_by_claim() -> dict[str, str]:
     return estimates
 
 
-def _arms_of(table: pd.DataFrame) -> list[tuple[int, str]]:
-    return list(zip(table["rank"].fillna(0), table["placement"].fillna(""), strict=True))
-
-
 def interpolated_optimum(grid: pd.DataFrame) -> float:
     """Return the optimal LR of a grid, interpolated by a parabola through the best LR and its neighbours.
 
     Args:
         grid: rows with `lr` ascending and `nll`; the best LR must not be at an edge.
     """
-    best = int(grid["nll"].to_numpy().argmin())
-    neighbours = grid.iloc[best - 1 : best + 2]
+    best = lowest(dict(zip(grid["lr"], grid["nll"], strict=True)))
+    place = grid["lr"].tolist().index(best)
+    neighbours = grid.iloc[place - 1 : place + 2]
     return float(np.exp(vertex(np.log(neighbours["lr"].to_numpy()), neighbours["nll"].to_numpy())))
+
+
+def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the position of the minimum of the parabola through three points whose middle is the lowest.
+
+    Args:
+        x: ascending positions, shape (..., 3).
+        y: values, shape (..., 3).
+
+    Returns:
+        Positions, shape (...); the middle position if the three values are equal.
+    """
+    left, right = x[..., 0] - x[..., 1], x[..., 2] - x[..., 1]
+    rise_left, rise_right = y[..., 0] - y[..., 1], y[..., 2] - y[..., 1]
+    curvature = rise_left * right - rise_right * left
+    flat = curvature == 0
+    shift = (rise_left * right**2 - rise_right * left**2) / np.where(flat, 1.0, 2 * curvature)
+    return np.asarray(x[..., 1] + np.where(flat, 0.0, shift))
 
 
 def _short(model: str) -> str:
     """Return a model's name without its owner, in lower case: `meta-llama/Llama-3.1-8B` becomes `llama-3.1-8b`."""
     return model.rsplit("/", 1)[-1].lower()
-
-
-def _dataset(name: str) -> str | None:
-    return _DATASETS.get(re.sub("[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower()))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -33,36 +33,6 @@ LEVEL = 0.05
 
 # Quantiles of the normal distribution: a one-sided test at 5%, a two-sided test at 5%, and a power of 80%.
 _ONE_SIDED, _TWO_SIDED, _POWER = 1.645, 1.960, 0.842
-
-
-class Rule(Protocol):
-    """What a claim says about a number."""
-
-    @property
-    def margins(self) -> tuple[float, float]:
-        """The ends of the band that confirms, or the margin and infinity."""
-        ...
-
-    def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
-        """Return whether the estimate confirms the claim."""
-        ...
-
-    def against(self, estimate: Estimate, slack: float = 0.0) -> float:
-        """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
-        ...
-
-    @property
-    def size(self) -> float:
-        """The margin as a length: half of a band with two ends, the distance of a single limit from 0."""
-        ...
-
-    def strain(self, estimate: Estimate) -> float:
-        """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
-        ...
-
-    def deciding_error(self, estimate: Estimate) -> float:
-        """Return the standard error at which there is a verdict with a power of 80%, if the estimate is the truth."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,18 +49,22 @@ class Within:
 
     @property
     def margins(self) -> tuple[float, float]:
+        """The ends of the band that confirms, or the margin and infinity."""
         return self.low, self.high
 
     def confirmed(self, estimate: Estimate, slack: float = 0.0) -> bool:
+        """Return whether the estimate confirms the claim."""
         low, high = estimate.interval(1 - 2 * LEVEL)
         return self.low - slack <= low and high <= self.high + slack
 
     def against(self, estimate: Estimate, slack: float = 0.0) -> float:
+        """Return the smallest level at which the estimate contradicts the claim (a p-value)."""
         draws = estimate.draws
         return min(1.0, 2 * min(_share(draws <= self.high + slack), _share(draws >= self.low - slack)))
 
     @property
     def size(self) -> float:
+        """The margin as a length: half of a band with two ends, the distance of a single limit from 0."""
         return (self.high - self.low) / 2 if len(self._ends) == 2 else sum(map(abs, self._ends))
 
     @property
@@ -98,6 +72,7 @@ class Within:
         return [end for end in (self.low, self.high) if math.isfinite(end)]
 
     def strain(self, estimate: Estimate) -> float:
+        """Return how near the claim is to failing, as a share of the margin; larger is nearer."""
         ends = self._ends
         if not ends:
             return math.nan
@@ -107,13 +82,14 @@ class Within:
         return (estimate.value if ends == [self.high] else -estimate.value) / max(abs(middle), 1e-12)
 
     def deciding_error(self, estimate: Estimate) -> float:
+        """Return the standard error at which there is a verdict with a power of 80%, if the estimate is the truth."""
         room = min(self.high - estimate.value, estimate.value - self.low)
         return room / (_ONE_SIDED + _POWER) if room > 0 else -room / (_TWO_SIDED + _POWER)
 
 
 @dataclass(frozen=True)
 class Above:
-    """The claim that a number is above 0 by at least a margin."""
+    """The claim that a number is above 0 by at least a margin; its methods are those of `Within`."""
 
     margin: float
 
@@ -141,6 +117,10 @@ class Above:
         return (self.margin - estimate.value) / ((_ONE_SIDED if self.margin > 0 else _TWO_SIDED) + _POWER)
 
 
+Rule = Within | Above
+"""The statement of a claim about a number."""
+
+
 def _share(condition: np.ndarray) -> float:
     return float(np.mean(condition))
 
@@ -164,8 +144,8 @@ def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = Fals
         tuned_arm: the label of the arm that the gain is measured to.
         rewarded: whether the runs are of RL.
     """
-    of_what, unit = (" in accuracy", "") if rewarded else ("", " nats")
-    rule = f"{100 * share:.3g}% of the gain{of_what} from the base to {tuned_arm} ({gain:.3f}{unit})"
+    quantity, unit = (" in accuracy", "") if rewarded else ("", " nats")
+    rule = f"{100 * share:.3g}% of the gain{quantity} from the base to {tuned_arm} ({gain:.3f}{unit})"
     if not gain > 0:
         return Margin(math.nan, rule, f"{tuned_arm} is no better than the base, so there is no gain to compare with")
     return Margin(share * gain, rule)
@@ -206,20 +186,22 @@ def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
     if not estimate.known or estimate.n_seeds < 1:
         return None
     target = rule.deciding_error(estimate)
-    of_seeds, of_examples = estimate.seed_error, estimate.example_error
+    from_seeds, from_examples = estimate.seed_error, estimate.example_error
+    near = f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin"
     if target <= 0:
         return Remedy("no number of seeds decides it: the estimate lies at the margin")
-    if of_examples < target:
-        seeds = math.ceil(estimate.n_seeds * of_seeds**2 / (target**2 - of_examples**2))
-        if seeds <= MANY_SEEDS:
-            seeds = max(seeds, estimate.n_seeds + 1)
-            return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
-        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+    if from_examples < target:
+        room = target**2 - from_examples**2
+        seeds = math.ceil(estimate.n_seeds * from_seeds**2 / room)
+        if seeds > MANY_SEEDS:
+            return Remedy(near)
+        seeds = max(seeds, estimate.n_seeds + 1)
+        return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
     # Both errors get half of the variance.
-    examples = math.ceil(estimate.n_examples * of_examples**2 / (target**2 / 2))
-    seeds = math.ceil(estimate.n_seeds * of_seeds**2 / (target**2 / 2))
+    examples = math.ceil(estimate.n_examples * from_examples**2 / (target**2 / 2))
+    seeds = math.ceil(estimate.n_seeds * from_seeds**2 / (target**2 / 2))
     if seeds > MANY_SEEDS:
-        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+        return Remedy(near)
     text = f"{examples} test examples (now {estimate.n_examples})"
     if seeds > estimate.n_seeds:
         return Remedy(f"{text} and {seeds} seeds (now {estimate.n_seeds})", seeds=seeds, test_examples=examples)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points
 from lorabench.errors import UserError
 from lorabench.store.checks import refuse_rows
 
@@ -64,17 +64,16 @@ def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """
     columns = [*COMPUTE_SETTING, "placement"]
     named = []
-    for model, of_model in ratios.groupby("model"):
-        varied = [name for name in columns[1:] if of_model[name].nunique(dropna=False) > 1]
-        for key, rows in of_model.groupby(columns, dropna=False):
+    for model, rows_of_model in ratios.groupby("model"):
+        varied = [name for name in columns[1:] if rows_of_model[name].nunique(dropna=False) > 1]
+        for key, rows in rows_of_model.groupby(columns, dropna=False):
             values = dict(zip(columns, key, strict=True))
             named.append((" ".join([str(model), *(f"{name} {values[name]}" for name in varied)]), rows))
     return named
 
 
 def _check(compute: pd.DataFrame) -> None:
-    missing = [name for name in FLOPS_COLUMNS if name not in compute]
-    if missing:
+    if missing := [name for name in FLOPS_COLUMNS if name not in compute]:
         raise UserError(f"the compute table has no column {', '.join(missing)}")
     lora, fullft = compute["method"].eq("lora"), compute["method"].eq("fullft")
     refuse_rows(compute, ~(lora | fullft), "model", "method", "fullft, lora")
@@ -131,18 +130,27 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
         The loss of `others` minus that of `runs` by step of `runs` and seed, in nats per token. Steps of `runs` beyond
         the FLOPs of `others` are left out.
     """
-    own, other = (curves_by_seed(of_arm, curves) for of_arm in (runs, others))
-    validation = curves_by_seed(others, curves, split="validation")
-    tokens = _tokens_by_seed(runs, curves)
-    seeds = [seed for seed in own if all(seed in of_seed for of_seed in (other, validation, tokens))]
-    per_token = [_flops_per_token(of_arm) for of_arm in (runs, others)]
+    if "tokens" not in curves:
+        return PairedCurves(pd.DataFrame(index=pd.Index([], dtype=int)), (), name)
+    train = metric_points(curves, "train", "nll")
+    own, other = (curves_by_seed(arm_runs, train) for arm_runs in (runs, others))
+    validation = curves_by_seed(others, metric_points(curves, "validation", "nll"))
+    # The tokens trained on up to each step, with a column for each seed.
+    points = runs[["run_id", "seed"]].merge(curves.loc[curves["split"] == "train", ["run_id", "step", "tokens"]])
+    points = points.dropna().astype({"step": int, "tokens": float})
+    tokens = points.groupby(["step", "seed"])["tokens"].max().unstack("seed").sort_index()
+    seeds = [seed for seed in own if all(seed in curves_by for curves_by in (other, validation, tokens))]
+    per_token = [
+        float((arm_runs["train_flops"].astype(float) / arm_runs["train_tokens"].astype(float)).mean())
+        for arm_runs in (runs, others)
+    ]
     difference = pd.DataFrame(
         {
             seed: _at_equal_flops(other[seed] - own[seed], validation[seed].dropna(), tokens[seed], *per_token)
             for seed in seeds
         }
     )
-    paired = [of_arm.loc[of_arm["seed"].isin(seeds), "run_id"].astype(str) for of_arm in (runs, others)]
+    paired = [arm_runs.loc[arm_runs["seed"].isin(seeds), "run_id"].astype(str) for arm_runs in (runs, others)]
     return PairedCurves(difference.dropna().sort_index(), tuple(pd.concat(paired)), name)
 
 
@@ -172,16 +180,3 @@ def _at_equal_flops(
     gain = np.interp(np.log(own * later), known, values) - np.interp(np.log(other * later), known, values)
     at_equal: pd.Series[float] = difference.reindex(later.index) + gain
     return at_equal
-
-
-def _tokens_by_seed(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the tokens trained on up to each step (index, ascending), with a column for each seed."""
-    if "tokens" not in curves:
-        return pd.DataFrame()
-    points = runs[["run_id", "seed"]].merge(curves.loc[curves["split"] == "train", ["run_id", "step", "tokens"]])
-    wide = points.dropna().astype({"step": int, "tokens": float}).groupby(["step", "seed"])["tokens"].max()
-    return wide.unstack("seed").sort_index()
-
-
-def _flops_per_token(runs: pd.DataFrame) -> float:
-    return float((runs["train_flops"].astype(float) / runs["train_tokens"].astype(float)).mean())

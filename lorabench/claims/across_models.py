@@ -38,10 +38,9 @@ from lorabench.analysis.lr_law import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Condition, Evidence
-from lorabench.claims.conditions import widths
-from lorabench.claims.judging import judge_each, named_problems
+from lorabench.claims.claim import Claim, Condition, Evidence, judge_each, named_problems
 from lorabench.claims.learning_rate import LR_RATIO
+from lorabench.claims.scope import widths
 from lorabench.utils.formats import fixed_interval
 
 MIN_MODELS = 4
@@ -173,9 +172,7 @@ def ratio_independent_of_model(models: list[SweptModel]) -> Finding:
 
 B5 = Claim(
     id="B5",
-    kind="empirical",
     statement="The ratio of optimal LRs does not depend on the base model",
-    figure="text",
     criterion=(
         f"Over at least {MIN_MODELS} bases of several families or sizes, on the same data, batch size and length, at "
         "the highest rank that all have: every base's ratio of fitted optimal LRs is the geometric mean of all "
@@ -211,7 +208,6 @@ B11 = Claim(
     id="B11",
     kind="count",
     statement=f"The ratio of optimal LRs was determined by sweeps of {PAPER_MODELS} models",
-    figure="text",
     criterion=(
         f"At least {PAPER_MODELS} models were swept with both methods on the same data. It says nothing about the "
         "world, so it is never contradicted"
@@ -257,7 +253,6 @@ B6 = Claim(
     id="B6",
     kind="derivation",
     statement="The ratio of optimal LRs does not grow as hidden size / (2 alpha), as the naive derivation has it",
-    figure="text",
     criterion=(
         f"Over at least {MIN_SLOPE_MODELS} bases with both optima resolved, the slope of log ratio on log hidden size "
         f"is below the naive {NAIVE_SLOPE:g} by a margin of {SLOPE_MARGIN:g}. Its error is that of the fitted optima, "
@@ -371,9 +366,7 @@ def _by_law(fitted: Finding, predicted: Finding) -> Finding:
 
 B7 = Claim(
     id="B7",
-    kind="empirical",
     statement=f"A law in {PIVOT:g} / hidden size, with an exponent by family, predicts the optimal LR",
-    figure="text",
     criterion=(
         "Regret is the rise of an arm's fitted parabola from its minimum to the predicted LR, as a share of the lowest "
         "loss; its mean over models is taken for each method. The law is fitted by minimal summed regret, as in the "
@@ -439,9 +432,7 @@ def _two_widths(family: str) -> Condition:
 
 B8 = Claim(
     id="B8",
-    kind="empirical",
     statement="The optimal LR scales with hidden size differently in the Llama and Qwen families",
-    figure="text",
     criterion=(
         f"For each family, the exponent of {PIVOT:g} / hidden size is the published one (Llama "
         f"{PUBLISHED.exponents['llama']:.2f}, Qwen {PUBLISHED.exponents['qwen']:.2f}) within a margin of "

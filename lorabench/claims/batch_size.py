@@ -13,12 +13,11 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
-from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum
+from lorabench.analysis.optima import off_optimum, pair_at_optimum
 from lorabench.analysis.rules import Above, Margin, Problem
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import batch_sizes
-from lorabench.claims.judging import doubted, judge_each, margin_problems, named_problems
+from lorabench.claims.claim import SWEEP, Claim, Evidence, doubted, judge_each, margin_problems, named_problems
 from lorabench.claims.learning_curves import AT_OPTIMUM
+from lorabench.claims.scope import batch_sizes
 
 MIN_BATCH_SIZES = 3
 """The number of batch sizes that a claim about their effect needs."""
@@ -171,7 +170,6 @@ def gap_grows(sizes: BatchSizes) -> Finding:
 
 D1 = Claim(
     id="D1",
-    kind="empirical",
     statement="The gap between LoRA and full fine-tuning grows with batch size",
     figure="3",
     criterion=(
@@ -181,7 +179,6 @@ D1 = Claim(
     ),
     needs=_NEEDS,
     paper_value="grows from batch 32; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(gap_grows),
     conditions=_CONDITIONS,
@@ -253,7 +250,6 @@ def gap_persists_at_large_batch(sizes: BatchSizes) -> Finding:
 
 D2 = Claim(
     id="D2",
-    kind="empirical",
     statement="At a large batch size the gap persists along the run; at a small one it is smaller and shrinks",
     figure="3",
     criterion=(
@@ -264,7 +260,6 @@ D2 = Claim(
     ),
     needs=f"{_NEEDS}; training curves",
     paper_value="persistent; at batch 32 smaller and shrinking; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(gap_persists_at_large_batch),
     conditions=_CONDITIONS,
@@ -283,7 +278,6 @@ def gap_independent_of_rank(sizes: BatchSizes) -> Finding:
 
 D3 = Claim(
     id="D3",
-    kind="empirical",
     statement="The gap at a batch size does not depend on the rank",
     figure="3",
     criterion=(
@@ -292,7 +286,6 @@ D3 = Claim(
     ),
     needs=f"{_NEEDS}; two ranks above 1",
     paper_value="does not seem to depend on rank; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(gap_independent_of_rank),
     conditions=_CONDITIONS,
@@ -328,7 +321,6 @@ def best_at_small_batch(sizes: BatchSizes) -> Finding:
 
 D4 = Claim(
     id="D4",
-    kind="empirical",
     statement="LoRA and full fine-tuning both reach their lowest loss at a small batch size",
     figure="3",
     criterion=(
@@ -337,7 +329,6 @@ D4 = Claim(
     ),
     needs=_NEEDS,
     paper_value="the smallest; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=across_batch_sizes(best_at_small_batch),
     conditions=_CONDITIONS,
@@ -347,11 +338,9 @@ D5 = Claim(
     id="D5",
     kind="opinion",
     statement="The gap at large batch sizes comes from training a product of two matrices",
-    figure="text",
     criterion="Training the same update of the weights without a product, at an LR of its own, shows no gap",
     needs="a control that trains W itself at the scale of LoRA's update",
     paper_value="an interpretation; no number",
-    unit="nats per token",
     experiments=("batch_size",),
     judge=lambda _: Finding(
         "not tested", "needs a control that trains the update of the weights without a product; no such runs exist"

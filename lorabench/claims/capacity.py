@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
-import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
@@ -26,7 +25,7 @@ from lorabench.analysis.finding import (
     worst,
 )
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.optimal_curves import (
+from lorabench.analysis.optima import (
     WINDOWS,
     Departure,
     curves_at_optimum,
@@ -34,14 +33,22 @@ from lorabench.analysis.optimal_curves import (
     pair_at_optimum,
     paired_departure,
     runs_at_optimum,
+    tokens_at,
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import natural_text
-from lorabench.claims.judging import margin_problems, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY
-from lorabench.claims.scopes import Scoped, every_longest, full_runs, learning, longest_run, longest_runs, without_facts
+from lorabench.claims.scope import (
+    Scoped,
+    every_longest,
+    full_runs,
+    learning,
+    longest_run,
+    longest_runs,
+    natural_text,
+    without_facts,
+)
 from lorabench.utils.formats import fixed_interval
 
 FLOOR = 0.05
@@ -149,7 +156,6 @@ def departure_grows_with_rank(comparison: Comparison) -> Finding:
 
 A3 = Claim(
     id="A3",
-    kind="empirical",
     statement="Low and medium ranks leave the shared learning curve at a step that grows with rank",
     figure="1",
     criterion=(
@@ -160,7 +166,6 @@ A3 = Claim(
     ),
     needs=f"{SWEEP}; rank 1 and two more ranks; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(full_runs(longest_run)), departure_grows_with_rank),
     conditions=(LONG,),
@@ -202,9 +207,7 @@ def no_floor(comparison: Comparison) -> Finding:
 
 A4 = Claim(
     id="A4",
-    kind="empirical",
     statement="Past its capacity LoRA has no floor: it goes on learning, less efficiently",
-    figure="text",
     criterion=(
         "For each rank that leaves the shared curve (as in A3), from the window of steps after that of its departure "
         "on: the slope of its training NLL against log(step), as a share of FullFT's on the same batches, lies between "
@@ -239,15 +242,13 @@ def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
             if crossing.interval()[1] < math.log10(departure.before):
                 left_out.append(f"{name} does not leave along a line in log(step)")
                 continue
-            runs, points = runs_at_optimum(comparison, rank.arm), comparison.curves
-            points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
-            tokens = points.groupby("step")["tokens"].max().astype(float)
+            runs = runs_at_optimum(comparison, rank.arm)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
                     "name": name,
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": np.interp(10**crossing.value, [0, *tokens.index], [0.0, *tokens]),
+                    "tokens": tokens_at(comparison, rank.arm, 10**crossing.value),
                     "error": crossing.seed_error,
                     "run_ids": list(runs["run_id"]),
                 }
@@ -289,9 +290,7 @@ def threshold_tied_to_parameters(evidence: Evidence) -> Finding:
 
 A5 = Claim(
     id="A5",
-    kind="empirical",
     statement="An adapter runs out of capacity after an amount of data proportional to its parameters",
-    figure="text",
     criterion=(
         "The log-log slope of train tokens at departure against adapter parameters lies within "
         f"{THRESHOLD_BAND[0]:g} to {THRESHOLD_BAND[1]:g}. A rank that leaves (as in A3) departs where the line through "
@@ -337,14 +336,12 @@ N1 = Claim(
     id="N1",
     kind="opinion",
     statement="The first epoch of fine-tuning on natural data costs about 1 bit per token",
-    figure="text",
     criterion=(
         "The first epoch's loss per scored token, of FullFT at the LR nearest to its optimum, lies within "
         f"{BIT_BAND[0]:g} to {BIT_BAND[1]:g} nats on average over seeds"
     ),
     needs="runs of FullFT that go through an epoch; two seeds",
     paper_value="1 bit = 0.69 nats",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(every_longest), about_one_bit),
     columns=("first_epoch_nats", "first_epoch_scored_tokens"),
@@ -441,7 +438,6 @@ N2 = Claim(
     id="N2",
     kind="prediction",
     statement=f"A parameter stores about {BITS_PER_PARAMETER:g} bits",
-    figure="text",
     criterion=(
         "On random facts, for each saturated rank: the bits stored per adapter parameter, at the fitted minimum of the "
         f"NLL over LRs, lie within {TWO_BITS_BAND[0]:g} to {TWO_BITS_BAND[1]:g}, the numbers that round to "

@@ -13,13 +13,12 @@ from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import Estimate, exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
-from lorabench.analysis.optimal_curves import off_optimum, runs_at_optimum
+from lorabench.analysis.optima import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.judging import margin_problems, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM
-from lorabench.claims.scopes import every_dataset
+from lorabench.claims.scope import every_dataset
 
 TOLERANCE = 0.01
 """The relative difference up to which a count of FLOPs agrees with the formula."""
@@ -74,7 +73,6 @@ G1 = Claim(
     id="G1",
     kind="count",
     statement="A training step of LoRA takes slightly more than 2/3 of the FLOPs of full fine-tuning",
-    figure="text",
     criterion=(
         "The FLOPs of the linear layers in a step of a real model, counted as they run, LoRA over FullFT, are within "
         f"{TOLERANCE:.0%} of 2/3 + 2R/N at every rank R of every model. N is defined from the shapes of the layers so "
@@ -120,7 +118,6 @@ G2 = Claim(
     id="G2",
     kind="prediction",
     statement="At equal training FLOPs, LoRA of a rank far below the width is ahead of full fine-tuning",
-    figure="text",
     criterion=(
         f"For the highest rank up to hidden size / {FAR_BELOW}: FullFT's training NLL minus LoRA's at equal FLOPs is "
         f"above 0 by the margin in each of {WINDOWS} windows of steps, which are the later half of the runs on a "
@@ -132,7 +129,6 @@ G2 = Claim(
         "LRs around each optimum"
     ),
     paper_value="clearly ahead; no number",
-    unit="nats per token",
     experiments=("rank",),
     judge=over(every_dataset, ahead_at_equal_flops),
     columns=("hidden_size", "train_flops", "train_tokens"),
@@ -160,7 +156,6 @@ G3 = Claim(
     id="G3",
     kind="opinion",
     statement="Full fine-tuning needs about ten times the accelerators that sampling from the same model does",
-    figure="text",
     criterion=(
         "The peak memory of a step of FullFT over that of sampling is about 10, and that of LoRA is slightly above 1"
     ),
@@ -271,7 +266,6 @@ M1 = Claim(
     id="M1",
     kind="count",
     statement="With an eighth of the total rank, an expert has the same share of LoRA parameters as other layers",
-    figure="text",
     criterion=(
         "On Qwen3-30B-A3B, with gate and up of an expert as one matrix, the factor is LoRA over base parameters of "
         "attention, and of the unembedding, over that of the experts. With an expert rank of the total rank / "
@@ -321,7 +315,6 @@ F6 = Claim(
     id="F6",
     kind="count",
     statement="Rank-1 LoRA has far more parameters than RL on MATH gives bits",
-    figure="text",
     criterion=(
         f"Llama-3.1-8B has at least {FAR_MORE:g} times as many rank-1 parameters, counted with and without the "
         f"unembedding, as RL on MATH gives bits: {MATH_BITS:,}, from {MATH_PROBLEMS:,} problems with {MATH_SAMPLES} "

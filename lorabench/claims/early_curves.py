@@ -12,9 +12,8 @@ from lorabench.analysis.estimate import mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
-from lorabench.claims.claim import Claim
-from lorabench.claims.judging import few_seeds, margin_problems, over
-from lorabench.claims.scopes import every_dataset
+from lorabench.claims.claim import Claim, few_seeds, margin_problems, over
+from lorabench.claims.scope import every_dataset
 from lorabench.utils.formats import fixed_interval
 
 EARLY_STEPS = 100
@@ -97,7 +96,6 @@ def same_early_curves(comparison: Comparison) -> Finding:
 
 C1 = Claim(
     id="C1",
-    kind="empirical",
     statement="Early in training, learning curves at one LR are the same for all ranks",
     figure="early curves",
     criterion=(
@@ -108,7 +106,6 @@ C1 = Claim(
     ),
     needs=f"LoRA of two ranks of {PAPER_RANK} or more at one LR; {MIN_SEEDS} seeds; training losses at every step",
     paper_value="nearly on top of each other; no number",
-    unit="nats per token",
     experiments=("early",),
     judge=over(every_dataset, same_early_curves),
     core=True,
@@ -138,7 +135,6 @@ def difference_grows(comparison: Comparison) -> Finding:
 
 C2 = Claim(
     id="C2",
-    kind="empirical",
     statement="The difference of early curves grows with time",
     figure="early curves",
     criterion=(
@@ -175,7 +171,6 @@ C3 = Claim(
     ),
     needs=f"as C1; {SIGN_SEEDS} seeds",
     paper_value="negative, tiny; no number",
-    unit="nats per token",
     experiments=("early",),
     judge=over(every_dataset, difference_negative_at_first),
 )

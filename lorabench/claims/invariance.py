@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.curves import train_curves
-from lorabench.analysis.estimate import exact
+from lorabench.analysis.estimate import exact, ratio_of_means
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.invariances import (
     CONFIGURATION,
@@ -19,13 +19,11 @@ from lorabench.analysis.invariances import (
     differences,
     invariance_pairs,
     move_times,
-    ratio_of_means,
     tenfold_pairs,
 )
 from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
-from lorabench.claims.claim import Claim
-from lorabench.claims.judging import few_seeds, on_lora
+from lorabench.claims.claim import Claim, few_seeds, on_lora
 from lorabench.utils.formats import fixed_interval
 
 REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"
@@ -119,7 +117,6 @@ C5 = Claim(
     id="C5",
     kind="derivation",
     statement="Two of the four hyperparameters alpha, init_A, LR_A, LR_B are redundant",
-    figure="text",
     criterion=(
         "Runs with the same alpha * init_A * LR_B and the same init_A / LR_A, all else equal, have training losses "
         f"that are the same within {IDENTICAL:g} nats, the precision of a loss, over the first {TRAJECTORY_STEPS} "
@@ -128,7 +125,6 @@ C5 = Claim(
     ),
     needs=f"{_PAIRS}, that are equivalent, and some that are not",
     paper_value="exact; derived",
-    unit="nats per token",
     experiments=("parametrization",),
     judge=on_lora(equivalent_trajectories),
     fact=REDUNDANT,
@@ -139,14 +135,12 @@ C8 = Claim(
     id="C8",
     kind="derivation",
     statement="LoRA+ (a larger LR of B) and a larger alpha are equivalent to a change of init_A / LR_A",
-    figure="text",
     criterion=(
         "The criterion of C5 holds for the pairs in which one run has unequal LRs of A and B and the other, with "
         "another alpha, init_A or LR, has equal ones"
     ),
     needs=f"{_PAIRS}, that are equivalent with LR_B/LR_A other than 1 and equal to 1",
     paper_value="exact; derived",
-    unit="nats per token",
     experiments=("parametrization",),
     judge=on_lora(partial(equivalent_trajectories, plus=True)),
     fact=REDUNDANT,
@@ -216,7 +210,6 @@ C6 = Claim(
     id="C6",
     kind="derivation",
     statement="The initial slope of the curve is set by alpha * init_A * LR_B; LR_A does not matter at first",
-    figure="text",
     criterion=(
         f"The measure is the fall of the validation loss over the first {SLOPE_STEPS} steps of runs whose LR_A is at "
         "least ten times as large, so that init_A / LR_A is a tenth or less, over that of runs with the same alpha * "
@@ -283,7 +276,7 @@ def time_scale_of_a(lora: pd.DataFrame, curves: pd.DataFrame) -> Finding:
         f"at fixed alpha * init_a * LR_B, steps until A has moved by its own norm go as (init_a/LR_A) to the power "
         f"{number}, {n_known} times and {len(compared) - n_known} bounds at {compared['group'].nunique()} update scales"
     )
-    ids = [run_id for of_cell in compared["run_ids"] for run_id in of_cell]
+    ids = [run_id for cell in compared["run_ids"] for run_id in cell]
     problems = _time_problems(compared[compared["bound"] == 0])
     return decide(Within(*TIME_BAND), slope, text, ids, problems, "an exponent of 1 within a fifth")
 
@@ -296,11 +289,8 @@ _LONGER = Remedy(
 
 def _time_problems(known: pd.DataFrame) -> list[Problem]:
     """Return the problem that no update scale has enough known times, if so."""
-    for _, of_group in known.groupby("group"):
-        if (
-            len(of_group) >= MIN_TIMES
-            and of_group["time_scale"].max() >= MIN_TIMES_RANGE * of_group["time_scale"].min()
-        ):
+    for _, scales in known.groupby("group")["time_scale"]:
+        if len(scales) >= MIN_TIMES and scales.max() >= MIN_TIMES_RANGE * scales.min():
             return []
     text = f"{MIN_TIMES} known times over a factor of {MIN_TIMES_RANGE} in init_a/LR_A needed at one update scale"
     return [Problem(text, _LONGER)]
@@ -310,7 +300,6 @@ C7 = Claim(
     id="C7",
     kind="derivation",
     statement="init_A / LR_A sets the number of steps until A has moved from its initial value",
-    figure="text",
     criterion=(
         "The measure is the exponent with which the steps until ||A - A0|| / ||A0|| reaches 1 grow with init_A / LR_A, "
         "between runs with the same alpha * init_A * LR_B, so that the size of the first updates is the same. It is "

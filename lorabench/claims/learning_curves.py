@@ -14,25 +14,29 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
-from lorabench.analysis.optimal_curves import (
-    MAX_LOST,
-    curves_at_optimum,
-    off_optimum,
-    pair_at_optimum,
-    runs_at_optimum,
-)
+from lorabench.analysis.optima import MAX_LOST, curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import natural_text, runs_of_steps
-from lorabench.claims.judging import highest_and_full, judge_each, margin_problems, named_problems, over, unconfirmed
-from lorabench.claims.scopes import (
+from lorabench.claims.claim import (
+    SWEEP,
+    Claim,
+    Evidence,
+    highest_and_full,
+    judge_each,
+    margin_problems,
+    named_problems,
+    over,
+    unconfirmed,
+)
+from lorabench.claims.scope import (
     FULL_STEPS,
     every_dataset,
     full_runs,
     learning,
     longest_run,
     longest_runs,
+    natural_text,
+    runs_of_steps,
     smallest_dataset,
     without_facts,
 )
@@ -87,7 +91,6 @@ def same_curve(comparison: Comparison) -> Finding:
 
 A1 = Claim(
     id="A1",
-    kind="empirical",
     statement="High-rank LoRA and full fine-tuning have the same learning curve",
     figure="1",
     criterion=(
@@ -97,7 +100,6 @@ A1 = Claim(
     ),
     needs=f"{SWEEP}; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="similar; no number",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(full_runs(every_dataset)), same_curve),
     conditions=(LONG,),
@@ -163,7 +165,6 @@ def linear_in_log_steps(comparison: Comparison) -> Finding:
 
 A2 = Claim(
     id="A2",
-    kind="empirical",
     statement="The loss falls linearly with the logarithm of the number of steps",
     figure="1",
     criterion=(
@@ -216,7 +217,6 @@ def better_and_worse(evidence: Evidence) -> Finding:
 
 A6 = Claim(
     id="A6",
-    kind="empirical",
     statement="On one dataset high-rank LoRA is better than full fine-tuning, on another it is worse",
     figure="1",
     criterion=(
@@ -241,7 +241,6 @@ def same_final_loss(comparison: Comparison) -> Finding:
 
 A7 = Claim(
     id="A7",
-    kind="empirical",
     statement="On a small dataset, LoRA and full fine-tuning reach the same final loss",
     figure="1, 2",
     criterion=(
@@ -250,7 +249,6 @@ A7 = Claim(
     ),
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="approximately the same; no number",
-    unit="nats per token",
     experiments=("rank",),
     judge=over(learning(smallest_dataset), same_final_loss),
     fact=SAME_LOSS,
@@ -258,7 +256,6 @@ A7 = Claim(
 
 B2 = Claim(
     id="B2",
-    kind="empirical",
     statement="At their optimal LRs, high-rank LoRA and full fine-tuning reach the same loss",
     figure="2",
     criterion=(
@@ -267,7 +264,6 @@ B2 = Claim(
     ),
     needs=f"{SWEEP}; {MIN_SEEDS} seeds",
     paper_value="about the same; no number",
-    unit="nats per token",
     experiments=("rank",),
     judge=over(learning(every_dataset), same_final_loss),
     fact=SAME_LOSS,
@@ -292,7 +288,6 @@ def rank_1_worse(comparison: Comparison) -> Finding:
 
 A8 = Claim(
     id="A8",
-    kind="empirical",
     statement="On a dataset beyond its capacity, LoRA is worse than full fine-tuning",
     figure="1",
     criterion=(
@@ -302,7 +297,6 @@ A8 = Claim(
     ),
     needs=f"{SWEEP}; rank 1; training losses at every step; {MIN_SEEDS} seeds",
     paper_value="no number",
-    unit="nats per token",
     experiments=("rank", "capacity"),
     judge=over(learning(longest_run), rank_1_worse),
 )

@@ -12,18 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.at_step import at_end, at_step, coupled
 from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, curves_of, require
+from lorabench.analysis.early import at_end, at_step, coupled
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, prediction_table
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import runs_of_steps
-from lorabench.claims.judging import highest_and_full, judge_each, named_problems, over
-from lorabench.claims.scopes import FULL_STEPS, every_dataset
+from lorabench.claims.claim import SWEEP, Claim, Evidence, highest_and_full, judge_each, named_problems, over
+from lorabench.claims.scope import FULL_STEPS, every_dataset, runs_of_steps
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
@@ -59,7 +57,7 @@ _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
 
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
-    """Return the rule that the logarithm of a ratio is that of another within a factor, and the margin in words."""
+    """Return the rule that the logarithm of a ratio is that of another within a factor, and a text on the margin."""
     return (
         Within(math.log(ratio / factor), math.log(ratio * factor)),
         f"within a factor of {factor:g} of {ratio:g}, by the preset's lr_factor",
@@ -74,7 +72,6 @@ def lr_ratio_ten(comparison: Comparison) -> Finding:
 
 B1 = Claim(
     id="B1",
-    kind="empirical",
     statement=f"The optimal LR of LoRA is {PAPER_RATIO:g} times that of full fine-tuning",
     figure="2",
     criterion=(
@@ -103,7 +100,6 @@ def lr_independent_of_rank(comparison: Comparison) -> Finding:
 
 B3 = Claim(
     id="B3",
-    kind="empirical",
     statement=f"The optimal LR of LoRA is nearly the same at all ranks from {LOW_RANK} up",
     figure="2",
     criterion=(
@@ -133,7 +129,6 @@ def rank_1_lower_lr(comparison: Comparison) -> Finding:
 
 B4 = Claim(
     id="B4",
-    kind="empirical",
     statement="Rank 1 has a lower optimal LR than high ranks",
     figure="2",
     criterion=(
@@ -198,7 +193,6 @@ B9 = Claim(
         f"Short runs need a higher ratio of LRs, about {SHORT_RATIO:g} in runs of fewer than about {max(SHORT_STEPS)} "
         "steps"
     ),
-    figure="text",
     criterion=(
         f"Two numbers are judged, with the loss after {SHORT_STEPS[0]} and after {SHORT_STEPS[1]} steps of longer "
         f"runs. The ratio of optimal LRs there is {SHORT_RATIO:g} within a factor that is the margin, {_FACTOR}; and "

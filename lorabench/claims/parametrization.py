@@ -29,10 +29,8 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import runs_of_steps
-from lorabench.claims.judging import few_seeds, judge_each, on_lora, over, unconfirmed
-from lorabench.claims.scopes import FULL_STEPS, Scoped
+from lorabench.claims.claim import Claim, Evidence, few_seeds, judge_each, on_lora, over, unconfirmed
+from lorabench.claims.scope import FULL_STEPS, Scoped, runs_of_steps
 from lorabench.utils.formats import fixed_interval
 
 FLAT_BAND = (0.95, 1.05)
@@ -102,7 +100,6 @@ C4 = Claim(
     id="C4",
     kind="derivation",
     statement="The factor 1/r makes the expected first update independent of rank",
-    figure="text",
     criterion=(
         "The measure is the first-order fall of the loss by the first update: the projection of the change of W on "
         "FullFT's gradient in nats, as a mean over seeds, over that of the highest rank, paired by seed. At every rank "
@@ -161,7 +158,6 @@ C9 = Claim(
     id="C9",
     kind="opinion",
     statement=f"No other alpha or LR ratio of B and A is better than alpha {STANDARD['alpha']:g} with equal LRs",
-    figure="text",
     criterion=(
         "The fitted lowest test NLL of each variant of alpha and of LR_B/LR_A is no lower than that of the standard "
         "parametrization, within the margin of losses: a share (2% unless the preset says otherwise) of the gain from "
@@ -169,7 +165,6 @@ C9 = Claim(
     ),
     needs=f"the standard parametrization and variants of alpha and LR ratio, each LR-tuned; {MIN_SEEDS} seeds",
     paper_value="unable to improve; no number",
-    unit="nats per token",
     experiments=("parametrization",),
     judge=standard_near_optimal,
 )
@@ -219,9 +214,7 @@ def b_outgrows_a(comparison: Comparison) -> Finding:
 
 C10 = Claim(
     id="C10",
-    kind="empirical",
     statement="At the end of full runs, B has a larger spectral norm than A",
-    figure="text",
     criterion=(
         "The measure is the share of layers in which B has the larger spectral norm after the last step, over seeds, "
         "in the longest SFT runs of each model (most examples seen, random facts left out) at the LR of the grid that "
@@ -294,7 +287,6 @@ C11 = Claim(
     id="C11",
     kind="derivation",
     statement="LoRA's effective LR grows during training, since A's updates do nothing while B is 0",
-    figure="text",
     criterion=(
         "With a control: the norm of the change of W by one step at the last recorded step, relative to the first "
         "step, over the same number of a run with a tenth of LR_A and the same LR_B, paired by seed, is above 1 by a "

@@ -12,17 +12,17 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.judging import doubted, over
+from lorabench.claims.claim import Claim, Evidence, doubted, over
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     LEARNED,
-    alike_problems,
+    alike,
     if_learned,
     over_problems,
-    overshoot_problems,
+    overshoot,
+    peak_problems,
 )
-from lorabench.claims.scopes import Scoped, every_dataset
+from lorabench.claims.scope import Scoped, every_dataset
 
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
@@ -130,13 +130,11 @@ def attention_worse(comparison: Comparison) -> Finding:
 
 E1 = Claim(
     id="E1",
-    kind="empirical",
     statement="On a dense model, LoRA on attention alone is worse than on the MLP alone at equal parameter counts",
     figure="4",
     criterion=f"On every dense model: {_WORSE}",
     needs=_NEEDS.format(""),
     paper_value="0.25B attention parameters worse than 0.24B in the MLP; no loss given",
-    unit="nats per token",
     experiments=("placement",),
     judge=over(dense, attention_worse),
     columns=("trainable_params",),
@@ -146,13 +144,10 @@ E1 = Claim(
 
 E7 = Claim(
     id="E7",
-    kind="empirical",
     statement="Attention alone is worse even with very little data",
-    figure="text",
     criterion=f"On runs that see at most {SMALL_DATA:,} examples: {_WORSE}. Its runs are among those of E4",
     needs=_NEEDS.format("") + f"; at most {SMALL_DATA:,} examples",
     paper_value="no number",
-    unit="nats per token",
     experiments=("placement_small",),
     judge=over(tiny_dataset, attention_worse),
     columns=("trainable_params",),
@@ -175,7 +170,6 @@ def attention_adds_nothing(comparison: Comparison) -> Finding:
 
 E2 = Claim(
     id="E2",
-    kind="empirical",
     statement="On a dense model, LoRA on attention adds nothing to LoRA on the MLP",
     figure="4",
     criterion=f"On every dense model: {_SAME}",
@@ -184,7 +178,6 @@ E2 = Claim(
         f"{MIN_SEEDS} seeds at the LRs around each optimum"
     ),
     paper_value="no benefit; no number",
-    unit="nats per token",
     experiments=("placement",),
     judge=over(dense, attention_adds_nothing),
     core=True,
@@ -224,7 +217,6 @@ def in_parts(over_all: Callable[[Part], Callable[[Evidence], Finding]]) -> Calla
 
 E3 = Claim(
     id="E3",
-    kind="empirical",
     statement="In a mixture of experts too, attention alone is worse and adds nothing to the MLP",
     figure="4",
     criterion=(
@@ -233,7 +225,6 @@ E3 = Claim(
     ),
     needs=_NEEDS.format(_WITH_ALL) + "; a mixture of experts",
     paper_value="same as for the dense model (Qwen3-30B-A3B-Base); no number",
-    unit="nats per token",
     experiments=("placement",),
     judge=in_parts(partial(over, with_experts)),
     columns=("trainable_params", "family"),
@@ -241,13 +232,11 @@ E3 = Claim(
 
 E4 = Claim(
     id="E4",
-    kind="empirical",
     statement="On a small dataset too, attention alone is worse and adds nothing to the MLP",
     figure="5",
     criterion=f"On every dataset: {_WORSE}; and {_SAME}. The estimate is that of the part that the reason names first",
     needs=_NEEDS.format(_WITH_ALL),
     paper_value="same as on the large dataset (rank 256); no number",
-    unit="nats per token",
     experiments=("placement_small",),
     judge=in_parts(partial(over, every_dataset)),
     columns=("trainable_params",),
@@ -259,14 +248,13 @@ def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
     def judge(comparison: Comparison) -> Finding:
         arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
         judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-        return doubted(judged, [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)])
+        return doubted(judged, peak_problems(comparison, arms, alike, overshoot))
 
     return over_problems(judge, at_best=True)
 
 
 E5 = Claim(
     id="E5",
-    kind="empirical",
     statement="In RL on MATH, attention alone is worse than the MLP alone, and adds nothing to it",
     figure="5",
     criterion=(

@@ -12,16 +12,14 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
-from lorabench.analysis.curves import paired_curves, scan
+from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import response_length
-from lorabench.claims.judging import judge_each, margin_problems
+from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     HEALTHY,
@@ -33,6 +31,7 @@ from lorabench.claims.reinforcement import (
     each_rank,
     over_problems,
 )
+from lorabench.claims.scope import response_length
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import fixed_interval
 
@@ -87,18 +86,10 @@ def tenths(comparison: Comparison, arm: Arm, metric: str) -> pd.DataFrame:
         One row per seed and one column (1 to 10) per tenth of the steps.
     """
     points = points_at_optimum(comparison, arm, "train", metric)
-    step = points["step"].to_numpy(float)
-    last = arm["steps"] or step.max(initial=1)
-    tenth = np.clip(np.ceil(10 * step / last), 1, 10).astype(int)
-    seeds, row = np.unique(points["seed"].to_numpy(int)[step > 0], return_inverse=True)
-    cells, shape = 11 * row + tenth[step > 0], (len(seeds), 11)
-    sums, sizes = (
-        np.bincount(cells, with_weights, 11 * len(seeds)).reshape(shape)
-        for with_weights in (points["value"].to_numpy(float)[step > 0], None)
-    )
-    means = np.divide(sums, sizes, out=np.full(shape, math.nan), where=sizes > 0)
-    with_points = np.flatnonzero(sizes.any(axis=0))
-    return pd.DataFrame(means[:, with_points], pd.Index(seeds, name="seed"), pd.Index(with_points, name="tenth"))
+    last = arm["steps"] or points["step"].max()
+    values = points[points["step"] > 0].astype({"step": float, "value": float})
+    tenth = (10 * values["step"] / last).map(math.ceil).clip(1, 10).rename("tenth")
+    return values.groupby(["seed", tenth])["value"].mean().unstack()
 
 
 def plateau_step(rewards: pd.Series[float]) -> int:
@@ -140,7 +131,8 @@ def same_progress(comparison: Comparison) -> Finding:
     def judge(lora: Arm, fullft: Arm) -> Finding:
         runs = [comparison.at_optimum(arm) for arm in (lora, fullft)]
         name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
-        curves = paired_curves(runs[0], runs[1], comparison.curves, name, "reward")
+        by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in runs]
+        curves = paired(runs[0], runs[1], by_seed[0], by_seed[1], name)
         if curves.by_seed.empty:
             raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
         rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()
@@ -160,7 +152,6 @@ def same_progress(comparison: Comparison) -> Finding:
 
 F3 = Claim(
     id="F3",
-    kind="empirical",
     statement="In RL on DeepMath, all ranks and full fine-tuning progress alike",
     figure="7",
     criterion=(
@@ -187,12 +178,12 @@ def _paired_gap(lora: pd.Series[float], fullft: pd.Series[float], n_problems: in
     The answers to single problems are not in the tables, so the error from problems is that of two independent sets
     of so many, which is cautious.
     """
-    of_seeds = mean_over_seeds((lora - fullft).dropna(), name)
+    by_seed = mean_over_seeds((lora - fullft).dropna(), name)
     # Two more problems, of which one is right, keep the error of accuracies of 0 and 1 above 0.
     shares = [(float(part.mean()) * n_problems + 1) / (n_problems + 2) for part in (lora, fullft)]
     error = math.sqrt(sum(share * (1 - share) for share in shares) / max(n_problems, 1))
-    of_problems = error * normal(f"problems of {name}")
-    return replace(of_seeds, example_part=of_problems, n_examples=n_problems)
+    problem_part = error * normal(f"problems of {name}")
+    return replace(by_seed, example_part=problem_part, n_examples=n_problems)
 
 
 def _follows(comparison: Comparison, name: str, lora: Arm, fullft: Arm) -> Finding:
@@ -248,7 +239,6 @@ def further_sets_follow(comparison: Comparison) -> Finding:
 
 F4 = Claim(
     id="F4",
-    kind="empirical",
     statement="Held-out AIME 2024 and 2025 problems show the same as DeepMath",
     figure="8",
     criterion=(
@@ -314,7 +304,6 @@ def same_growth_of_responses(comparison: Comparison) -> Finding:
 
 F5 = Claim(
     id="F5",
-    kind="empirical",
     statement="In RL, chains of thought grow the same way in LoRA and full fine-tuning",
     figure="8",
     criterion=(
@@ -399,7 +388,6 @@ F7 = Claim(
     id="F7",
     kind="derivation",
     statement="Where all samples of a group get the same reward, RL learns nothing",
-    figure="text",
     criterion=(
         "It is true by construction here: equal rewards have advantages of 0, and the trainer skips the optimizer at a "
         "gradient of 0. So it is no evidence for the paper, only a check of the trainer: at every step whose groups "
@@ -468,7 +456,6 @@ F9 = Claim(
     id="F9",
     kind="derivation",
     statement="RL takes in about 1,000 times fewer bits per token than SFT",
-    figure="text",
     criterion=(
         "That an episode gives at most 1 bit is derived; what is measured is the length of responses and the loss of "
         "SFT. On every problem set and against every dataset of the same model, SFT's first-epoch bits per scored "

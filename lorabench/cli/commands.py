@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,10 +16,8 @@ from lorabench.errors import NothingToDrawError, UserError
 from lorabench.utils.devices import own_devices, reduce_fragmentation
 
 if TYPE_CHECKING:
-    # Imported when a command runs, since the help needs none of them.
+    # Imported when a command runs, since the help does not need it.
     from lorabench.analysis.loss_fit import Noise
-    from lorabench.planning.plan import Plan
-    from lorabench.store.layout import Layout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,50 +107,17 @@ def plan(
             write_plan(planned, out)
             return
         from lorabench.cli.show import plan_json, plan_table
+        from lorabench.doctor.speeds import at_measured_speed
 
         if gpu is not None:
             planned = make_plan(on_gpu(planned.preset, gpu))
         assumed = planned.preset.execution.gflops
-        planned, notes = _at_measured_speed(planned, layout, measured or [])
+        planned, notes = at_measured_speed(planned, layout, measured or [])
         cores = os.cpu_count() or 1
         if as_json:
             print(plan_json(planned, cores, price, notes))
         else:
             plan_table(planned, cores, price, notes, measured=planned.preset.execution.gflops != assumed)
-
-
-def _at_measured_speed(planned: Plan, layout: Layout, folders: Sequence[Path]) -> tuple[Plan, list[str]]:
-    """Return a plan with the speeds that were measured, and sentences that say where they come from.
-
-    Finished runs say most about a preset, then what `lorabench doctor` measured. On a CPU whose speed in bf16 is not
-    known yet, it is measured now, since it differs by a factor of 100 between processors.
-    """
-    from lorabench.doctor.record import read_speed, record_for, with_measured_speed
-    from lorabench.planning.plan import make_plan
-    from lorabench.planning.speed import with_gflops
-    from lorabench.store.measured_speed import measure
-
-    preset, notes = planned.preset, []
-    execution, runs = preset.execution, measure(planned, folders)
-    if execution.gpu is not None:
-        examined, own = record_for(execution), execution.sampler == "own"
-        if examined is not None:
-            preset = with_measured_speed(preset, examined)
-            taken = examined.sentence(with_speed=runs is None, with_drawing=own)
-            notes += [taken] if taken else []
-    elif runs is None:
-        steps = read_speed(layout.speed, execution.threads)
-        if steps is None and preset.protocol.precision == "bf16":
-            from lorabench.doctor.slice_speed import measure_speed
-
-            steps = measure_speed(planned, layout)
-        if steps is not None:
-            preset = with_gflops(preset, steps.gflops)
-            notes.append(steps.sentence)
-    if runs is not None:
-        preset = with_gflops(preset, runs.gflops)
-        notes.append(runs.sentence)
-    return planned if preset == planned.preset else make_plan(preset), notes
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -181,13 +145,8 @@ def status(preset: PresetOption = "laptop") -> None:
 
 
 @app.command()
-def doctor(
-    preset: PresetOption = "laptop",
-    processes: Annotated[
-        int, typer.Option(min=1, help="Also check training by this number of processes, one per GPU.")
-    ] = 1,
-) -> None:
-    """Check this machine for a preset in at most half an hour: numbers, speed, memory, and how work continues.
+def doctor(preset: PresetOption = "laptop") -> None:
+    """Check this machine for a preset in some minutes: device, memory, disk, vLLM, numbers and speed.
 
     Writes results/doctor/<device>.json, from which `lorabench plan` takes the speed, and exits with status 1 if a check
     failed.
@@ -197,15 +156,15 @@ def doctor(
         if planned.preset.execution.gpu is not None:
             # As a job does before torch is imported.
             reduce_fragmentation()
-            contexts.enter_context(own_devices(processes, lambda line: print(line, file=sys.stderr)))
+            contexts.enter_context(own_devices(1, lambda line: print(line, file=sys.stderr)))
         from lorabench.cli.show import checks_table
+        from lorabench.doctor.checks import examine
         from lorabench.doctor.record import Check, write_record
-        from lorabench.doctor.run import examine
 
         def say(check: Check) -> None:
             print(f"{check.status}: {check.name}", file=sys.stderr, flush=True)
 
-        record = examine(planned, layout, processes, say)
+        record = examine(planned, layout, say)
         path = write_record(record)
         checks_table(record.checks)
         print(f"{record.device}, {record.seconds:.0f} s; written to {path}")
@@ -235,8 +194,8 @@ def recommend(
     """Recommend learning rates with their interval, rank and placement for a model, each with its source."""
     with in_one_sentence():
         from lorabench.custom.model import find_model
+        from lorabench.custom.output import recommendation_table
         from lorabench.custom.recommend import recommend as recommend_settings
-        from lorabench.custom.show import recommendation_table
 
         if dataset_tokens is not None and data is not None:
             raise UserError("--dataset-tokens and --data: give one of them")
@@ -254,7 +213,7 @@ def recommend(
 
             print(json.dumps(recommendation.plain(), indent=2, allow_nan=False))
         elif as_script:
-            from lorabench.custom.script import script
+            from lorabench.custom.output import script
 
             print(script(recommendation, examined, template), end="")
         else:
@@ -334,7 +293,7 @@ def _noise(folder: Path | None, sd: float | None, dof: int | None, source: str |
 def figure(name: str, tables: TablesFolders, out: FigureFolder) -> None:
     """Draw one figure from tidy tables; the name `all` draws every figure that the tables hold data for."""
     with in_one_sentence():
-        from lorabench.figures.save import drawable_figures, save_figure
+        from lorabench.figures.catalog import drawable_figures, save_figure
 
         if name != "all":
             save_figure(name, tables, out)

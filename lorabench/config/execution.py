@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lorabench.config.fields import NotNegative, Positive, PositiveFloat, SamplerName, Sharding, Strict
+from lorabench.config.fields import NotNegative, Positive, PositiveFloat, SamplerName, Strict
 from lorabench.utils.gpus import GPUS
 
 EVAL_SOURCES = {
@@ -62,10 +62,8 @@ class Execution(Strict):
     threads: Positive = 1
     """CPU threads of one job."""
     max_batch_tokens: Positive = 16_384
-    """Largest number of tokens, with padding and of all lanes together, that go through the model at once; the
-    gradients of larger batches are accumulated."""
-    packing: bool = False
-    """Lay several examples end to end where a batch of them would be padded (see lorabench/training/batches.py)."""
+    """Largest number of tokens, with padding, that go through the model at once; the gradients of larger batches are
+    accumulated."""
     max_cache_tokens: Positive = 65_536
     """Largest number of tokens of prompts and responses whose keys and values are kept at once in sampling; the engine
     vLLM takes the memory for all of them throughout a job."""
@@ -73,9 +71,6 @@ class Execution(Strict):
     """What draws the responses of RL runs, and of evaluations with lm-eval: `own` is this project's code, the
     reference; `vllm` is the engine vLLM, which is much faster on GPUs and is installed as docs/cluster.md says. Runs of
     two samplers are different runs."""
-    lanes: Positive = 8
-    """Largest number of runs of a sweep that are trained together in one process, as its lanes; the plan uses as many
-    as save time and fit into memory. With 1, every run is trained alone."""
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Least minutes between a run's checkpoints, from which it resumes; more where saving would take over 2% of the
     time. 0 means a checkpoint after every step."""
@@ -85,12 +80,10 @@ class Execution(Strict):
     """Compute the activations of each layer again in the backward pass instead of keeping them, which takes a third
     more work and far less memory. With `auto` the plan decides for each sweep: only where a job then needs fewer
     GPUs, so never on a CPU."""
-    sharding: Sharding = "fsdp"
-    """How several GPUs hold a model: `fsdp` gives each a part of it, `ddp` the whole model, which must fit."""
     gpu: str | None = None
     """Name of the GPU in lorabench/utils/gpus.py, for the estimates; null for a CPU."""
     max_gpus: Positive = 1
-    """Largest number of GPUs of a job, which requests the smallest number that holds it."""
+    """Largest number of GPUs of a job, which requests the smallest number among which the model fits (FSDP)."""
     gflops: PositiveFloat | None = None
     """Useful GFLOP/s of a job on a CPU, or of one GPU, for the time estimate; null with `gpu` for the speed that
     lorabench/utils/gpus.py assumes."""

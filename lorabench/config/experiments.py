@@ -61,7 +61,7 @@ def _spelled_out(value: Any) -> Any:
     return value
 
 
-def _of_both(value: Any) -> Any:
+def _for_both_methods(value: Any) -> Any:
     if not isinstance(value, (dict, LearningRates)):
         raise ValueError(f"{value!r} is neither auto nor a mapping of fullft and lora")
     return value
@@ -125,7 +125,9 @@ class Block(Strict):
     """Names from `models` or from the catalogue of models."""
     ranks: dict[Placement, Annotated[list[Positive], Field(min_length=1)]] = {}
     """LoRA ranks by placement (which layers carry LoRA): `{all: [1, 16]}`."""
-    lrs: Annotated[LearningRates, BeforeValidator(_of_both, json_schema_input_type=LearningRates | Literal["auto"])]
+    lrs: Annotated[
+        LearningRates, BeforeValidator(_for_both_methods, json_schema_input_type=LearningRates | Literal["auto"])
+    ]
     """The LRs of each method; `auto` finds those of full fine-tuning and, where the block has ranks, of LoRA."""
     seeds: Annotated[SeedNumbers, BeforeValidator(_at_best, json_schema_input_type=SeedNumbers | Positive)] = (
         SeedNumbers(best=3)
@@ -199,7 +201,7 @@ class RlExperiment(Block):
     prompt: str | None = None
     """A text that contains `{question}`, for a model without a chat template; null for the template."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Texts that end a response, beside the model's end token."""
+    """Texts that end a response, besides the model's end token."""
     mean_response_tokens: Positive
     """Tokens of an average response, for the cost estimate."""
 
@@ -225,7 +227,7 @@ class ComputeExperiment(Strict):
     sequence_length: Positive
     """Tokens per sequence."""
     repeats: Positive = 10
-    """Number of timed steps, of which the median is reported."""
+    """Number of timed steps; their median is reported."""
 
 
 SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]

@@ -15,7 +15,6 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[int, Field(ge=0)]
 
-Sharding = Literal["fsdp", "ddp"]
 SamplerName = Literal["own", "vllm"]
 
 FileFormat = Literal[

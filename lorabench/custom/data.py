@@ -1,4 +1,4 @@
-"""A user's dataset, examined before it is used: its format, its usable and unusable rows, its numbers of tokens."""
+"""A user's dataset or problems, examined before use: the format, usable and unusable rows, and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.datasets import FileProblems
 from lorabench.config.fields import FileFormat
 from lorabench.config.models import GgufModel, HubModel
 from lorabench.custom.model import HUB_ID, UserModel
 from lorabench.data.chat import Chat, is_text
-from lorabench.data.files import FORMATS, chosen_format, formats_in, usable_chats, usable_rows
+from lorabench.data.files import FORMATS, chosen_format, formats_in, tally_of, usable_chats, usable_rows
 from lorabench.data.rows import RawRow, Tally
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
@@ -65,49 +66,31 @@ class UserData:
         return str(self.source.get("path") or self.source["id"])
 
 
-def load_tokenizer(model: UserModel) -> PreTrainedTokenizerBase | None:
-    """Load the model's tokenizer; None for a model of the hub that is not on this machine and can't be fetched.
+def load_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """Load the model's tokenizer, and give it a chat template if it has none.
+
+    Returns:
+        The tokenizer, None for a model of the hub that is not on this machine and can't be fetched; and the
+        `chat_template` that it was given, None if it has its own.
 
     Raises:
         UserError: a local model has no tokenizer.
     """
     from lorabench.models import base
 
-    if isinstance(model.spec, GgufModel):
-        return base.gguf_tokenizer(Path(model.spec.path))
     try:
-        return base.load_tokenizer(model.spec)
+        if isinstance(model.spec, GgufModel):
+            tokenizer = base.gguf_tokenizer(Path(model.spec.path))
+        else:
+            tokenizer = base.load_tokenizer(model.spec)
     except UserError:
         if isinstance(model.spec, HubModel):
-            return None
+            return None, None
         raise
-
-
-def checked_format(name: str | None) -> FileFormat | None:
-    """Return the format that a user named.
-
-    Raises:
-        UserError: there is no such format.
-    """
-    for known in FORMATS:
-        if name == known:
-            return known
-    if name is not None:
-        raise UserError(f"format {name!r}: allowed: {', '.join(FORMATS)}")
-    return None
-
-
-def prepared_tokenizer(model: UserModel) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """Load the model's tokenizer (see `load_tokenizer`), and give it a chat template if it has none.
-
-    Returns:
-        The tokenizer, and the `chat_template` that it was given, None if it has its own.
-    """
-    tokenizer, template = load_tokenizer(model), None
-    if tokenizer is not None and not tokenizer.chat_template:
-        template = "plain"
-        tokenizer.chat_template = template_text(template)
-    return tokenizer, template
+    if tokenizer.chat_template:
+        return tokenizer, None
+    tokenizer.chat_template = template_text("plain")
+    return tokenizer, "plain"
 
 
 def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, str | None]:
@@ -124,8 +107,11 @@ def examine(model: UserModel, name: str, form: str | None) -> tuple[UserData, st
     Raises:
         UserError: there is no such format, or the data can't be used; see `examine_data`.
     """
-    tokenizer, template = prepared_tokenizer(model)
-    return examine_data(name, checked_format(form), tokenizer, model.max_length), template
+    tokenizer, template = load_tokenizer(model)
+    wanted = next((known for known in FORMATS if known == form), None)
+    if wanted is None and form is not None:
+        raise UserError(f"format {form!r}: allowed: {', '.join(FORMATS)}")
+    return examine_data(name, wanted, tokenizer, model.max_length), template
 
 
 def examine_data(
@@ -184,7 +170,9 @@ def _chats(source: dict[str, Any], form: FileFormat, max_chars: int | None = Non
     tally = Tally(form)
     if source["kind"] == "file":
         return usable_chats(Path(source["path"]), tally, max_chars), tally
-    return usable_rows(_first_hub_rows(source["id"], tally), source["id"], tally, max_chars), tally
+    tally.unit = "row"
+    rows = (RawRow(place, row) for place, row in enumerate(islice(_hub_stream(source["id"]), _HUB_ROWS), 1))
+    return usable_rows(rows, source["id"], tally, max_chars), tally
 
 
 def _hub_stream(name: str) -> Any:
@@ -206,12 +194,6 @@ def _hub_stream(name: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"dataset {name} can't be read from the hub: {reason}") from error
-
-
-def _first_hub_rows(name: str, tally: Tally) -> Iterator[RawRow]:
-    tally.unit = "row"
-    for place, content in enumerate(islice(_hub_stream(name), _HUB_ROWS), 1):
-        yield RawRow(place, content)
 
 
 def _sampled(chats: Iterator[Chat]) -> tuple[list[Chat], array[int]]:
@@ -250,3 +232,57 @@ def _limit(chars: list[int], tokens: list[float], lengths: array[int], max_lengt
         densest = max(count / length for length, count in zip(chars, tokens, strict=True) if length >= median)
         limit = min(limit, int(_MARGIN * max_length / densest))
     return limit
+
+
+GRADERS = ("number", "boxed")
+"""The graders: `number` takes the last number of a response, `boxed` the content of its \\boxed{}."""
+# The longest response in tokens by grader: a few steps up to a number, or a worked solution up to the box.
+_RESPONSE_TOKENS = {"number": 256, "boxed": 1024}
+# Guesses on the safe side: the fewest characters per token, and the most tokens of a chat template around a question.
+_FEWEST_CHARS_PER_TOKEN, _TEMPLATE_TOKENS = 2, 64
+_MOST_CHARS = 4000
+
+
+@dataclass(frozen=True)
+class UserProblems:
+    """A user's file of questions and answers."""
+
+    source: dict[str, Any]
+    """The fields by which a preset names the problems: kind, path, grader, and the longest question in characters."""
+    tally: Tally
+    max_new_tokens: int
+    """The longest response in tokens that leaves room for a question."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.tally}; responses of at most {self.max_new_tokens} tokens"
+
+    @property
+    def name(self) -> str:
+        """The path that the user gave."""
+        return str(self.source["path"])
+
+    @property
+    def usable(self) -> int:
+        """The number of distinct problems with an answer."""
+        return self.tally.usable
+
+
+def examine_problems(model: UserModel, name: str, grader: str) -> tuple[UserProblems, str | None]:
+    """Examine a file of problems for a model.
+
+    Returns:
+        The problems, and the `chat_template` that a preset must give the model, None if the model has its own.
+
+    Raises:
+        UserError: there is no such grader or file, or the file holds no problems with answers.
+    """
+    if grader not in GRADERS:
+        raise UserError(f"grader {grader!r}: allowed: {', '.join(GRADERS)}")
+    if not Path(name).is_file():
+        raise UserError(f"problems {name!r} is no file; sets of the hub are named in a preset, such as `kind: gsm8k`")
+    room = model.max_length or 10**9
+    response = min(_RESPONSE_TOKENS[grader], room // 2)
+    chars = min(_MOST_CHARS, max(32, _FEWEST_CHARS_PER_TOKEN * (room - response - _TEMPLATE_TOKENS)))
+    source = {"kind": "file", "path": name, "grader": grader, "max_chars": chars}
+    tally = tally_of(FileProblems.model_validate(source | dict.fromkeys(("train", "validation", "test"), 1)))
+    return UserProblems(source, tally, response), load_tokenizer(model)[1]

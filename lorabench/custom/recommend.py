@@ -1,8 +1,8 @@
 """Settings to start from for a model and an amount of data (`lorabench recommend`), each with its source.
 
 The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
-and of your own finished presets (`recommended_lr`). What your presets measured on a model of the same family and size,
-and what others published for it, is shown beside them.
+and of your own finished presets (`learning_rates`). What your presets measured on a model of the same family and size,
+and what others published for it, is shown next to them.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.comparison import Judging
-from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.pooled_lr import ALPHA
-from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
-from lorabench.claims.recipe import Choice, RankRecommendation, SharedSetting, measured_recipe
 from lorabench.config.loading import parse_preset
 from lorabench.config.margins import DEFAULT_MARGINS
 from lorabench.custom import advice
 from lorabench.custom.data import UserData
+from lorabench.custom.learning_rates import (
+    PROBABILITY,
+    RecommendedLr,
+    SeenOptimum,
+    measured_optima,
+    outside,
+    published_optima,
+    recommended_lr,
+)
 from lorabench.custom.model import UserModel
 from lorabench.custom.preset import checked_gpu
-from lorabench.custom.recommended_lr import OWN, PROBABILITY, RecommendedLr, outside, recommended_lr
 from lorabench.errors import UserError
 from lorabench.planning.bill import Bill, training
 from lorabench.planning.memory import TooLargeError
 from lorabench.planning.plan import make_plan
 from lorabench.runs import Job
-from lorabench.sources.lr_optima import LEAST_ERROR, LrOptimum, optima_of_table
-from lorabench.sources.measurements import Z
-from lorabench.store.checks import is_rl
-from lorabench.store.io import table_path, with_all_columns
-from lorabench.store.tables import Tables
+from lorabench.sources.lr_optima import LrOptimum, optima_of_table
 from lorabench.utils import formats
 from lorabench.utils.files import LR_OPTIMA
 from lorabench.utils.gpus import GB
@@ -51,8 +50,6 @@ _ASSUMED_MAX_CHARS = 6000
 # Tokens that go through the model at once: few, so that activations do not decide the number of GPUs.
 _MICRO_BATCH_TOKENS = 2048
 _MOST_GPUS = 1024
-# A table's model counts as the same if its number of parameters differs by less than this share.
-_SAME_SIZE = 0.02
 
 
 @dataclass(frozen=True)
@@ -68,19 +65,6 @@ class Setting:
     low: float | None = None
     """The ends of its interval, of a learning rate."""
     high: float | None = None
-
-
-@dataclass(frozen=True)
-class SeenOptimum:
-    """An optimal LR that was measured, by your own runs or in a publication: LoRA on all layers, or FullFT."""
-
-    method: str
-    rank: int | None
-    lr: float
-    low: float | None
-    high: float | None
-    where: str
-    """The source, with dataset, batch size and steps where they are known."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +86,17 @@ class Recommendation:
 
     def plain(self) -> dict[str, Any]:
         """Return the recommendation as plain data for JSON."""
-        model = self.model
+        named = {name: getattr(self.model, name) for name in ("name", "family", "parameters")}
+        settings = {setting.name: asdict(setting) for setting in self.settings}
+        lrs = {lr.method: asdict(lr) for lr in self.lrs}
         return {
-            "model": {
-                "name": model.name,
-                "family": model.family,
-                "parameters": model.parameters,
-                "hidden_size": model.sizes.hidden,
-            },
+            "model": named | {"hidden_size": self.model.sizes.hidden},
             "settings": {
-                setting.name: {field: value for field, value in asdict(setting).items() if field != "name"}
-                for setting in self.settings
+                name: {key: fields[key] for key in fields if key != "name"} for name, fields in settings.items()
             },
             "sources_of_lr": {
-                lr.method: {
-                    "law": lr.law,
-                    "measured_by": lr.measured_by,
-                    "sources": [asdict(part) for part in lr.sources],
-                }
-                for lr in self.lrs
+                method: {key: fields[key] for key in ("law", "measured_by", "sources")}
+                for method, fields in lrs.items()
             },
             "seen": [asdict(seen) for seen in self.seen],
             "notes": list(self.notes),
@@ -159,11 +135,17 @@ def recommend(
     hidden = model.sizes.hidden
     why = "your choice" if batch_size else f"{PAPER}: both methods do best at small batches, LoRA above all"
     rank = advice.recommended_rank(hidden, model.lora_parameters(1), completion_tokens)
-    seen, own = _measured(model, results)
+    seen, own = measured_optima(model, results)
     optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
     lrs = tuple(recommended_lr(optima, model.family, hidden, method, batch, length) for method in ("lora", "fullft"))
-    settings = [
-        *(_lr(lr) for lr in lrs),
+    settings = []
+    for lr in lrs:
+        source = f"pooled over {len(lr.sources)} sources; {PROBABILITY:.0%} interval"
+        source += f"; {lr.measured_by} measured this model" if lr.measured_by else ""
+        settings.append(
+            Setting(f"{lr.method}_lr", f"{TITLES[lr.method]} learning rate", lr.lr, source, lr.low, lr.high)
+        )
+    settings += [
         Setting("rank", "LoRA rank", rank, DOCS),
         Setting("lora_parameters", "LoRA parameters", model.lora_parameters(rank), "counted"),
         Setting("placement", "layers with LoRA", "all, and the unembedding", f"{PAPER}: attention alone is worse"),
@@ -171,48 +153,35 @@ def recommend(
         Setting("schedule", "learning rate over time", "constant, no warm-up", PAPER),
         Setting("batch_size", "batch size", batch, why),
     ]
+    notes = [*outside(optima, model.family, hidden, batch, length), _rl_note(optima, model)]
     bills = _bills(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
     amount = "an epoch" if data or completion_tokens else "a million tokens"
     for method, title in TITLES.items():
-        bill = bills[method]
+        bill, size = bills[method], f"{title}, GB on each GPU"
         if isinstance(bill, TooLargeError):
             no_gpus = f"estimated for up to {_MOST_GPUS:,} x {gpu}"
-            settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", "does not fit", no_gpus))
-            continue
-        source = f"estimated for {bill.gpus} x {gpu}"
-        settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), source))
-        settings.append(
-            Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {amount}", float(f"{bill.gpu_hours:.2g}"), source)
-        )
-    notes = [
-        *outside(optima, model.family, hidden, batch, length),
-        _rl_note(optima, model),
-        *(_too_large(TITLES[method], gpu, bill) for method, bill in bills.items() if isinstance(bill, TooLargeError)),
-        *_notes(model, rank, length, completion_tokens),
-    ]
-    shown = (*seen, *_published(model.name, rank))
+            settings.append(Setting(f"{method}_gigabytes", size, "does not fit", no_gpus))
+            notes.append(_too_large(title, gpu, bill))
+        else:
+            source, hours = f"estimated for {bill.gpus} x {gpu}", float(f"{bill.gpu_hours:.2g}")
+            settings.append(Setting(f"{method}_gigabytes", size, round(bill.memory / GB, 2), source))
+            settings.append(Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {amount}", hours, source))
+    notes += _notes(model, rank, length, completion_tokens)
+    shown = (*seen, *published_optima(model.name, rank))
     return Recommendation(model, rank, batch, tuple(settings), lrs, shown, tuple(notes))
-
-
-def _lr(lr: RecommendedLr) -> Setting:
-    what = f"{TITLES[lr.method]} learning rate"
-    source = f"pooled over {len(lr.sources)} sources; {PROBABILITY:.0%} interval"
-    if lr.measured_by is not None:
-        source += f"; {lr.measured_by} measured this model"
-    return Setting(f"{lr.method}_lr", what, lr.lr, source, lr.low, lr.high)
 
 
 def _rl_note(optima: Sequence[LrOptimum], model: UserModel) -> str:
     """Say what is known of RL, at the batch of the paper and a length within its rule."""
     responses, steps = advice.GROUP_SIZE * advice.PROBLEMS_PER_STEP, min(advice.RL_STEPS)
-    of_methods = []
+    parts = []
     for method in ("lora", "fullft"):
         lr = recommended_lr(optima, model.family, model.sizes.hidden, method, responses, steps, rl=True)
         ends = f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}, {len(lr.sources)} sources"
-        of_methods.append(f"{formats.lr(lr.lr, 2)} for {TITLES[method]} ({ends})")
+        parts.append(f"{formats.lr(lr.lr, 2)} for {TITLES[method]} ({ends})")
     return (
         f"In reinforcement learning ({responses} responses a step, {steps} steps) the pooled learning rates are "
-        f"{' and '.join(of_methods)}: sources of RL differ much, so sweep them."
+        f"{' and '.join(parts)}: sources of RL differ much, so sweep them."
     )
 
 
@@ -229,10 +198,6 @@ def _too_large(title: str, gpu: str, large: TooLargeError) -> str:
         f"{title} does not fit on {gpu}, which has {available:.0f} GB to give: each of {_MOST_GPUS:,} GPUs would need "
         f"{needed:.0f} GB; {more}. The other settings hold all the same."
     )
-
-
-def _four_digits(number: float) -> float:
-    return float(f"{number:.4g}")
 
 
 def _notes(model: UserModel, rank: int, steps: float, completion_tokens: float | None) -> list[str]:
@@ -314,106 +279,3 @@ def _bills(
         except TooLargeError as large:
             bills[sweep.condition.method] = large
     return bills
-
-
-def _measured(model: UserModel, results: Path) -> tuple[list[SeenOptimum], list[LrOptimum]]:
-    """Return the optimal LRs of supervised runs in the tables of finished presets.
-
-    Returns:
-        Those of the same model, to be shown, and those of all models, to be pooled.
-    """
-    seen: list[SeenOptimum] = []
-    pooled: list[LrOptimum] = []
-    for folder in sorted(results.glob("*/tables")):
-        if table_path(folder, "runs") is None:
-            continue
-        try:
-            measured = _recipes_of(folder)
-        except UserError:
-            # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
-            continue
-        for run, recommendation in measured:
-            shared = recommendation.setting
-            for method, choice in (("fullft", recommendation.fullft), ("lora", recommendation.use)):
-                pooled += _own_optimum(method, choice, shared, run)
-            if not _is_of_model(run, model):
-                continue
-            where = f"measured, {folder.parent}: {shared.dataset}, batch {shared.batch_size}, {shared.steps} steps"
-            answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
-            seen.append(_seen("fullft", recommendation.fullft, where))
-            seen.append(_seen("lora", recommendation.use, f"{where}; {answer[recommendation.answer]}"))
-    return seen, pooled
-
-
-def _recipes_of(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
-    """Return what the supervised runs of each model in a folder say, with one of its runs."""
-    tables = Tables.read(folder)
-    runs = with_all_columns(tables.runs, "runs")
-    runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
-    judging = Judging(examples=ExampleLosses.of(tables.test_losses))
-    return [
-        (of_model.iloc[0], recommendation)
-        for _, of_model in runs.groupby(["family", "hidden_size", "base_params"])
-        for recommendation in measured_recipe(of_model, tables.curves, judging).recommendations
-    ]
-
-
-def _own_optimum(method: str, choice: Choice, shared: SharedSetting, run: pd.Series[Any]) -> list[LrOptimum]:
-    """Return a measured optimum for pooling; none if its interval is not known."""
-    if not (choice.lr_opt > 0 and choice.lr_low > 0 and math.isfinite(choice.lr_high)):
-        return []
-    return [
-        LrOptimum(
-            source=OWN,
-            model=shared.model,
-            family=str(run["family"]),
-            dataset=shared.dataset,
-            method=method,
-            rank=choice.rank,
-            width=float(run["hidden_size"]),
-            batch_size=float(shared.batch_size),
-            steps=math.nan if shared.steps is None else float(shared.steps),
-            alpha=ALPHA,
-            rl=False,
-            lr=choice.lr_opt,
-            error=max(LEAST_ERROR, math.log(choice.lr_high / choice.lr_low) / (2 * Z)),
-            counts=True,
-            remark="fitted" if choice.resolved else "fitted, not resolved",
-        )
-    ]
-
-
-def _is_of_model(run: pd.Series[Any], model: UserModel) -> bool:
-    """Return whether a run is on a model of the same family, width and size."""
-    size = abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
-    return bool(size and run["hidden_size"] == model.sizes.hidden and run["family"] == model.family)
-
-
-def _published(model: str, rank: int) -> list[SeenOptimum]:
-    """Return published optimal LRs of full fine-tuning, and of LoRA on all layers at the nearest rank."""
-    optima = []
-    for dataset in sorted(published_sweeps()["dataset"].unique()):
-        table = sweep_of(model, dataset)
-        for (source, method), arms in table.groupby(["source", "method"]):
-            grid = arms.sort_values("lr")
-            if method == "lora":
-                on_all = grid[grid["placement"] == "all"]
-                nearest = min(on_all["rank"], key=lambda other: abs(math.log2(other / rank)))
-                grid = on_all[on_all["rank"] == nearest]
-            best = int(grid["nll"].to_numpy().argmin())
-            inside = 0 < best < len(grid) - 1
-            edge = "; at the edge of its grid" if len(grid) > 1 and not inside else ""
-            lr = interpolated_optimum(grid) if inside else float(grid["lr"].iloc[best])
-            grid_rank = int(grid["rank"].iloc[0]) if method == "lora" else None
-            optima.append(
-                SeenOptimum(
-                    str(method), grid_rank, _four_digits(lr), None, None, f"published, {source}: {dataset}{edge}"
-                )
-            )
-    return optima
-
-
-def _seen(method: str, choice: Choice, where: str) -> SeenOptimum:
-    low, high = (None if pd.isna(end) else _four_digits(end) for end in (choice.lr_low, choice.lr_high))
-    edge = "" if choice.resolved else "; not resolved"
-    return SeenOptimum(method, choice.rank, _four_digits(choice.lr_opt), low, high, where + edge)

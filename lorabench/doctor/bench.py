@@ -1,66 +1,152 @@
-"""What the checks of one machine share, and models with random weights and training steps to compute on it."""
+"""What a device computes for a preset: training steps against a plain reference on the CPU, their speed and memory.
+
+The models have random weights, so nothing is downloaded. They are built from the sizes of the plan's largest models as
+a Llama, a Qwen3 or a mixture of experts of Qwen3; a model of another family is computed as a Llama of the same size.
+"""
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from lorabench.config.preset import Preset
 from lorabench.data.tokens import TokenizedSplit
-from lorabench.doctor.subject import Subject
+from lorabench.doctor.record import Check, Speed, measured
+from lorabench.errors import UserError
 from lorabench.models.attention import attend_in_blocks
-from lorabench.models.base import config_of
-from lorabench.models.dimensions import Dimensions
+from lorabench.models.dimensions import Dimensions, dimensions
 from lorabench.models.lora import add_lora
 from lorabench.models.lora_products import use_fast_products
 from lorabench.models.passes import recompute_activations, trained_parameters
+from lorabench.planning.flops import attention_flops_per_token, linear_flops_per_token, longest_sequence, run_tokens
+from lorabench.planning.memory import USABLE, decided, gpus_needed, step_memory
 from lorabench.planning.plan import Plan
-from lorabench.runs import Condition, Run
+from lorabench.planning.seconds import flops_per_second
+from lorabench.runs import Condition, Run, Sweep
+from lorabench.store.layout import Layout
 from lorabench.training.run import Machine, clip_gradient, make_optimizer
 from lorabench.training.sft import batch_gradient
+from lorabench.training.step_cost import growth
+from lorabench.training.sweep import machine_of
+from lorabench.utils.files import write_json
+from lorabench.utils.gpus import GB, GPUS, processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# The limits of the checks, each with its reason.
+ERROR = {"fp32": 1e-4, "bf16": 0.05}
+"""Largest relative error of a loss or a gradient, by precision. In fp32, sums in another order differ by 1e-6 to 1e-5
+over the few layers that are compared; a wrong formula, or TF32 by accident, by 1e-3 and more. A number in bf16 has a
+relative error of up to 0.4%, which a few layers forward and backward raise to 1 or 2%."""
+MEMORY_ERROR = {"cuda": 0.10, "cpu": 0.25}
+"""Largest relative difference of the measured peak of a step from the plan's, by type of device. The plan keeps 8% of a
+GPU for the driver and for gaps, and asks for a quarter more memory than it estimates on a CPU."""
+
+# The CPU computes the reference of parity, so a few layers and tokens have to do; the layers keep their sizes.
+_LAYERS, _EXPERTS, _ROWS, _LENGTH = 2, 8, 2, 64
+# Tokens of a step on a CPU: enough for the products of a large model to be as fast as in its runs.
+_CPU_TOKENS = 512
+_WARM_UP, _SECONDS = 2, 0.5
+_CPU = torch.device("cpu")
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass(frozen=True)
-class Bench:
-    """The plan of a preset and the machine on which its models are computed."""
+class Subject:
+    """A condition's model and batch, as a check computes them."""
 
-    plan: Plan
-    preset: Preset
-    """The plan's preset as this device computes it."""
-    machine: Machine
-    folder: Path
-    """A folder for files of the checks, on the file system of the results."""
-    processes: int = 1
-
-    @property
-    def device(self) -> torch.device:
-        """The device that computes."""
-        return self.machine.device
+    condition: Condition
+    sizes: Dimensions
+    rows: int
+    """Sequences that go through the model at once."""
+    length: int
+    """Tokens of each sequence."""
+    recomputes: bool
+    """Whether its training steps recompute activations."""
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the device is a GPU."""
-        return self.device.type == "cuda"
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The autocast type of the preset's precision."""
-        return self.machine.autocast(self.preset.protocol)
+    def title(self) -> str:
+        """The method and the model, for names of checks."""
+        condition = self.condition
+        method = "FullFT" if condition.method == "fullft" else f"LoRA r{condition.rank} {condition.placement}"
+        return f"{method}, {condition.model}"
 
 
-def random_model(sizes: Dimensions, device: torch.device, plain: bool = False) -> PreTrainedModel:
-    """Return a model of these sizes with random weights, in fp32 and in training mode.
+def training_subjects(plan: Plan) -> list[Subject]:
+    """Return the subjects of training steps: FullFT, LoRA at the highest rank, and LoRA on experts if there are any.
+
+    Each is that of the largest model that fits one GPU; where none does, of the largest with fewer layers.
+    """
+
+    def experts(sweep: Sweep) -> bool:
+        return dimensions(plan.preset.models[sweep.condition.model]).experts > 0
+
+    trained = [sweep for sweep in plan.sweeps if sweep.condition.task == "sft"] or list(plan.sweeps)
+    dense = [sweep for sweep in trained if not experts(sweep)]
+    kinds = (
+        [sweep for sweep in dense if sweep.condition.rank is None],
+        [sweep for sweep in dense if sweep.condition.rank is not None],
+        [sweep for sweep in trained if sweep.condition.rank is not None and experts(sweep)],
+    )
+    return [subject_of(plan, _largest(plan, sweeps)) for sweeps in kinds if sweeps]
+
+
+def subject_of(plan: Plan, sweep: Sweep) -> Subject:
+    """Return the subject of a sweep's condition, with a small batch on a CPU or fewer layers if a GPU needs it."""
+    preset, condition = plan.preset, sweep.condition
+    recomputes = decided(preset, sweep).execution.activation_checkpointing is True
+    sizes, length = dimensions(preset.models[condition.model]), longest_sequence(preset, condition)
+    if preset.execution.gpu is None:
+        length = min(length, _CPU_TOKENS)
+        return Subject(condition, sizes, max(1, min(condition.batch_size, _CPU_TOKENS // length)), length, recomputes)
+    tokens = max(length, min(preset.execution.max_batch_tokens, condition.batch_size * length))
+    subject = Subject(condition, sizes, max(1, tokens // length), length, recomputes)
+    while subject.sizes.layers > 1 and planned_memory(preset, subject) > USABLE * GPUS[preset.execution.gpu].memory:
+        subject = replace(subject, sizes=replace(subject.sizes, layers=subject.sizes.layers // 2))
+    return subject
+
+
+def _largest(plan: Plan, sweeps: Sequence[Sweep]) -> Sweep:
+    """Return the sweep of the largest model that fits one GPU, and of these the one with the highest rank."""
+
+    def fits(sweep: Sweep) -> bool:
+        try:
+            return gpus_needed(plan.preset, sweep) <= 1
+        except UserError:
+            return False
+
+    def size(sweep: Sweep) -> tuple[int, int]:
+        return dimensions(plan.preset.models[sweep.condition.model]).parameters, sweep.condition.rank or 0
+
+    return max([sweep for sweep in sweeps if fits(sweep)] or sweeps, key=size)
+
+
+def planned_memory(preset: Preset, subject: Subject) -> float:
+    """Return the plan's estimate of the memory of a subject's training step, in bytes."""
+    execution = preset.execution.model_copy(update={"activation_checkpointing": subject.recomputes})
+    preset, condition = preset.model_copy(update={"execution": execution}), subject.condition
+    tokens = subject.rows * subject.length
+    return step_memory(preset, subject.sizes, condition.rank, condition.placement, tokens, subject.length).total
+
+
+def random_model(
+    sizes: Dimensions, condition: Condition, preset: Preset, device: torch.device, plain: bool = False
+) -> Any:
+    """Return a model of these sizes with random weights in fp32, with the condition's LoRA, whose B is not zero.
+
+    Two models of the same sizes get the same LoRA.
 
     Args:
-        plain: compute attention and experts by transformers' eager functions, which say what is right, in place of
-            those that runs use.
+        plain: compute attention and experts by transformers' eager functions and LoRA by PEFT's forward pass, which
+            say what is right, in place of those that runs use.
     """
     from transformers import AutoModelForCausalLM
 
@@ -69,19 +155,10 @@ def random_model(sizes: Dimensions, device: torch.device, plain: bool = False) -
         options = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if sizes.experts else {})
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config_of(sizes, 1 << 17), dtype=torch.float32, **options
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(sizes), dtype=torch.float32, **options)
+    model.train()
     if not plain:
         attend_in_blocks(model)
-    return model.train()
-
-
-def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) -> Any:
-    """Return the model with the condition's LoRA, whose B is not zero so that A has a gradient; FullFT changes nothing.
-
-    Two models of the same sizes get the same LoRA.
-    """
     if condition.rank is None:
         return model
     assert condition.placement
@@ -93,14 +170,32 @@ def with_method(model: PreTrainedModel, condition: Condition, preset: Preset) ->
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    if not plain:
+        use_fast_products(adapted)
     return adapted
 
 
-def prepared(model: Any, condition: Condition, keep_cast: bool = True) -> Any:
-    """Return the model, which computes LoRA as runs do."""
-    if condition.rank is not None:
-        use_fast_products(model, keep_cast)
-    return model
+def _config(sizes: Dimensions) -> Any:
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    common: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": 1 << 17,
+        "tie_word_embeddings": sizes.tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if sizes.experts:
+        experts = {"num_experts": sizes.experts, "num_experts_per_tok": sizes.active_experts, "norm_topk_prob": True}
+        return Qwen3MoeConfig(moe_intermediate_size=sizes.intermediate, **experts, **common)
+    family = Qwen3Config if sizes.query_key_norms else LlamaConfig
+    return family(intermediate_size=sizes.intermediate, **common)
 
 
 def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
@@ -109,41 +204,170 @@ def random_split(rows: int, length: int, vocabulary: int) -> TokenizedSplit:
     return TokenizedSplit(ids, np.ones(len(ids), np.bool_), np.arange(rows + 1) * (length + 1))
 
 
-class Step:
-    """A training step of one run on a subject, as a sweep computes it.
+def check_parity(preset: Preset, machine: Machine, subject: Subject, precision: Precision) -> Check:
+    """Compare loss and gradient of a training step on this device with plain transformers and PEFT on the CPU."""
+    condition, sizes = subject.condition, subject.sizes
+    sizes = replace(sizes, layers=min(sizes.layers, _LAYERS), experts=min(sizes.experts, _EXPERTS))
+    if sizes.experts:
+        # In bf16 all experts are active: rounding would otherwise send some tokens to other experts than in fp32, which
+        # is no error and changes the gradient by more than rounding does.
+        most = sizes.experts if precision == "bf16" else sizes.experts // 2
+        sizes = replace(sizes, active_experts=most if precision == "bf16" else min(sizes.active_experts, most))
+    reference = random_model(sizes, condition, preset, _CPU, plain=True)
+    model = random_model(sizes, condition, preset, machine.device)
+    model.load_state_dict(reference.state_dict())
+    split = random_split(_ROWS, _LENGTH, sizes.vocabulary)
+    ids = torch.from_numpy(split.ids).view(_ROWS, _LENGTH + 1)
+    logits = reference(input_ids=ids[:, :-1], use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    expected.backward()
+    matmul: Any = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, matmul.allow_tf32 and precision == "bf16"
+    try:
+        autocast = torch.bfloat16 if precision == "bf16" else None
+        loss = batch_gradient(model, split, np.arange(_ROWS), _one_pass(machine, subject), autocast)[0]
+    finally:
+        matmul.allow_tf32 = before
+    loss_error = abs(loss / expected.item() - 1)
+    gradient_error = relative_error(_gradients(model), _gradients(reference))
+    worst = max(loss_error, gradient_error)
+    sentence = (
+        f"from plain transformers and PEFT in fp32 on the CPU, the loss differs by {loss_error:.1e} and the gradient "
+        f"by {gradient_error:.1e}"
+    )
+    name, limit = f"parity in {precision}: {subject.title}", ERROR[precision]
+    return measured(name, worst, "relative error", sentence, limit, worst <= limit)
 
-    At LR 0 it does all its work and does not change the weights.
+
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.grad for name, weight in trained_parameters(model).items() if weight.grad is not None}
+
+
+def relative_error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the norm of the difference of two gradients over the norm of the expected one.
+
+    Raises:
+        ValueError: they are of other weights.
     """
+    if gradients.keys() != expected.keys():
+        raise ValueError(f"gradients are of other weights: {min(gradients.keys() ^ expected.keys())}")
+    pairs = [(gradients[name].cpu().double(), expected[name].double()) for name in expected]
+    difference = sum(float((gradient - other).square().sum()) for gradient, other in pairs)
+    return float((difference / sum(float(other.square().sum()) for _, other in pairs)) ** 0.5)
 
-    def __init__(self, bench: Bench, subject: Subject) -> None:
-        condition, preset, again = subject.condition, bench.preset, subject.recomputes
-        model = random_model(subject.sizes, bench.device)
-        if again:
-            recompute_activations(model)
-        self.model = prepared(with_method(model, condition, preset), condition, keep_cast=not again)
-        self.parameters, self._protocol = trained_parameters(self.model), preset.protocol
-        self.optimizer = make_optimizer(self.parameters, Run(condition, 0.0, 0), preset.protocol)
+
+def _one_pass(machine: Machine, subject: Subject) -> Machine:
+    """Return the machine with room for the whole batch in one pass through the model, as in the plan's estimate."""
+    return replace(machine, max_batch_tokens=max(subject.rows * (subject.length + 1), _ROWS * (_LENGTH + 1)))
+
+
+class Step:
+    """A training step of one run on a subject. At LR 0 it does all its work and does not change the weights."""
+
+    def __init__(self, preset: Preset, machine: Machine, subject: Subject) -> None:
+        self._model = random_model(subject.sizes, subject.condition, preset, machine.device)
+        if subject.recomputes:
+            recompute_activations(self._model)
+        self._parameters, self._protocol = trained_parameters(self._model), preset.protocol
+        self._optimizer = make_optimizer(self._parameters, Run(subject.condition, 0.0, 0), preset.protocol)
         self._split = random_split(subject.rows, subject.length, subject.sizes.vocabulary)
-        # The whole batch goes through the model at once, as in the plan's estimate.
-        self._machine = replace(bench.machine, max_batch_tokens=subject.rows * (subject.length + 1))
-        self._examples, self._autocast = np.arange(subject.rows), bench.autocast
-
-    def gradient(self) -> float:
-        """Compute the gradient and return the loss, in nats per token."""
-        return batch_gradient(self.model, self._split, self._examples, self._machine, self._autocast)[0]
+        self._machine = _one_pass(machine, subject)
 
     def __call__(self) -> None:
         """Make one optimizer step."""
-        self.gradient()
-        clip_gradient(self.parameters.values(), self._protocol.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        autocast = self._machine.autocast(self._protocol)
+        batch_gradient(self._model, self._split, np.arange(len(self._split)), self._machine, autocast)
+        clip_gradient(self._parameters.values(), self._protocol.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the gradients of a model's trained weights, not copies, by their names."""
-    by_name = {}
-    for name, parameter in trained_parameters(model).items():
-        assert parameter.grad is not None
-        by_name[name] = parameter.grad
-    return by_name
+def step_seconds(preset: Preset, machine: Machine, subject: Subject) -> float:
+    """Return the median seconds of a training step, over half a second of steps or at least one."""
+    step, seconds = Step(preset, machine, subject), list[float]()
+    for _ in range(_WARM_UP):
+        step()
+    while sum(seconds) < _SECONDS:
+        _wait(machine.device)
+        started = time.perf_counter()
+        step()
+        _wait(machine.device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def step_flops(preset: Preset, subject: Subject) -> float:
+    """Return the FLOPs of a step as the plan counts them."""
+    condition, sizes = subject.condition, subject.sizes
+    lora = None
+    if condition.rank is not None and condition.placement is not None:
+        lora = sizes.lora(condition.placement, condition.rank, preset.protocol.include_unembedding)[1]
+    # On average, a token attends to half of its sequence.
+    attention = attention_flops_per_token(sizes, subject.length / 2)
+    again = 2.0 * (sizes.active_linear + (lora or 0)) + attention if subject.recomputes else 0.0
+    return subject.rows * subject.length * (linear_flops_per_token(sizes, lora) + 3 * attention + again)
+
+
+def check_speed(preset: Preset, machine: Machine, subject: Subject) -> tuple[Check, float, float]:
+    """Time a training step on a GPU; return its speed besides the plan's, its FLOPs and its seconds."""
+    flops, seconds = step_flops(preset, subject), step_seconds(preset, machine, subject)
+    gflops, tokens = flops / seconds / 1e9, subject.rows * subject.length
+    share = 1e9 * gflops / GPUS[preset.execution.gpu or ""].peak_flops
+    sentence = f"a step took {seconds:.3g} s: {tokens / seconds:,.0f} tokens/s, {share:.0%} of the data sheet's FLOP/s"
+    planned = flops_per_second(preset.execution) / 1e9
+    return measured(f"speed of a step: {subject.title}", gflops, "GFLOP/s", sentence, planned), flops, seconds
+
+
+def check_memory(preset: Preset, machine: Machine, subject: Subject) -> Check:
+    """Compare the peak of two steps, model and optimizer included, with the plan's estimate."""
+    expected, device = planned_memory(preset, subject), machine.device
+
+    def steps() -> None:
+        step = Step(preset, machine, subject)
+        step()
+        step()
+
+    peak = growth(steps, device)
+    shape = f"{subject.rows} x {subject.length} tokens"
+    sentence = f"a step on {shape} took {peak / expected:.2f} times the memory that the plan states"
+    near = abs(peak - expected) <= MEMORY_ERROR[device.type] * expected
+    return measured(f"memory of a step: {subject.title}", peak / GB, "GB", sentence, expected / GB, near)
+
+
+def slice_of(plan: Plan) -> Subject:
+    """Return the condition on which the plan spends most tokens, with two layers and a small batch.
+
+    The vocabulary is cut in proportion to the layers, so that each kind of work keeps its share.
+    """
+    preset = plan.preset
+    sweep = max(plan.sweeps, key=lambda sweep: sweep.n_runs * run_tokens(preset, sweep.condition).trained)
+    subject = subject_of(plan, sweep)
+    sizes, layers = subject.sizes, min(_LAYERS, subject.sizes.layers)
+    sliced = replace(sizes, layers=layers, vocabulary=max(1, sizes.vocabulary * layers // sizes.layers))
+    return replace(subject, sizes=sliced)
+
+
+def measure_speed(plan: Plan, layout: Layout) -> Speed | None:
+    """Measure the useful FLOP/s of a training step on the CPU in about a second, and keep the number for later plans.
+
+    Returns:
+        None if there is a GPU, on which jobs compute even where their preset is for a CPU.
+    """
+    machine = machine_of(plan)
+    if machine.device.type != "cpu":
+        return None
+    subject = slice_of(plan)
+    speed = Speed(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=processor(),
+        threads=plan.preset.execution.threads,
+        bf16_products=machine.bf16_products,
+        gflops=step_flops(plan.preset, subject) / step_seconds(plan.preset, machine, subject) / 1e9,
+    )
+    write_json(speed.model_dump(), layout.speed)
+    return speed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,10 +1,11 @@
-"""The result of `lorabench doctor`: a record of checks, and the file that holds it; imports no torch.
+"""The result of `lorabench doctor`: a record of checks, a speed, and the files that hold them; imports no torch.
 
 `results/doctor/<device>.json` holds the last record of each device. This is the only module that reads or writes it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,6 @@ from pydantic import Field, ValidationError
 
 from lorabench.config.execution import Execution
 from lorabench.config.fields import PositiveFloat, Strict
-from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.utils.files import write_json
 from lorabench.utils.formats import number
@@ -22,11 +22,8 @@ from lorabench.utils.gpus import is_called, processor
 FOLDER = Path("results/doctor")
 """The folder of the records, which presets share."""
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 """The version of the file's schema; a file of another version is refused."""
-
-Status = Literal["pass", "fail", "measured", "skipped"]
-"""The verdict of a check. `measured` is a number without a limit; `skipped` says that the check could not be made."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -35,9 +32,10 @@ class Check(Strict):
     """The result of one check."""
 
     name: str
-    status: Status
+    status: Literal["pass", "fail", "measured", "skipped"]
+    """`measured` is a number without a limit; `skipped` says that the check could not be made."""
     sentence: str
-    """What was found, or why it failed or was skipped, in one sentence."""
+    """What was seen, or why the check failed or was skipped, in one sentence."""
     value: Finite | None = None
     """The measured number; null where there is none."""
     planned: Finite | None = None
@@ -46,10 +44,36 @@ class Check(Strict):
     """The unit of both numbers."""
 
 
+def judged(name: str, passed: bool, sentence: str) -> Check:
+    """Return a check without a number."""
+    return Check(name=name, status="pass" if passed else "fail", sentence=sentence)
+
+
+def skipped(name: str, reason: str) -> Check:
+    """Return a check that can't be made."""
+    return Check(name=name, status="skipped", sentence=reason)
+
+
+def measured(
+    name: str, value: float, unit: str, sentence: str, planned: float | None = None, passed: bool | None = None
+) -> Check:
+    """Return a check of a number, which fails if the number is not finite.
+
+    Args:
+        planned: the number that the plan states, or the limit.
+        passed: whether the number is within its limit; None without a limit.
+    """
+    if not math.isfinite(value):
+        sentence = f"{sentence}, and the number is {value}"
+        return Check(name=name, status="fail", sentence=sentence, planned=planned, unit=unit)
+    check = Check(name=name, status="measured", sentence=sentence, value=value, planned=planned, unit=unit)
+    return check if passed is None else check.model_copy(update={"status": "pass" if passed else "fail"})
+
+
 class Record(Strict):
     """What `lorabench doctor` found on a machine."""
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     date: str
     """When the checks began, in UTC."""
     preset: str
@@ -58,8 +82,6 @@ class Record(Strict):
     gpu: str | None
     """The GPU that the preset names (`execution.gpu`); null for a CPU."""
     host: str
-    processes: Annotated[int, Field(ge=1)]
-    """Processes of the check of several processes; 1 if there was none."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Seconds that all checks took."""
     git_sha: str | None
@@ -67,10 +89,7 @@ class Record(Strict):
     packages: dict[str, str]
     """Versions of packages, by name."""
     gflops: PositiveFloat | None
-    """Useful GFLOP/s of a training step by the plan's formula; null if only narrowed models were computed, which say
-    nothing about the preset's."""
-    layer_seconds: PositiveFloat | None
-    """Seconds of a layer for each token while responses are drawn, beside reading weights; null if it is not known."""
+    """Useful GFLOP/s of a training step by the plan's formula; null where it was not measured."""
     checks: list[Check]
 
     @property
@@ -78,20 +97,12 @@ class Record(Strict):
         """The checks that failed."""
         return [check for check in self.checks if check.status == "fail"]
 
-    def sentence(self, with_speed: bool, with_drawing: bool) -> str | None:
-        """Return what a plan takes from the record, in words; None if it takes nothing.
-
-        Args:
-            with_speed: whether the plan takes the speed of training steps, which finished runs may give too.
-            with_drawing: whether it takes that of this project's own sampler, the only one that was timed.
-        """
-        taken = [f"{number(self.gflops)} GFLOP/s in training steps"] if with_speed and self.gflops else []
-        if with_drawing and self.layer_seconds is not None:
-            taken.append(f"{number(1e3 * self.layer_seconds)} ms for a layer and token in drawing responses")
-        if not taken:
-            return None
+    @property
+    def sentence(self) -> str:
+        """The sentence about the speed for `lorabench plan`."""
         failed = f"; {len(self.failed)} of its {len(self.checks)} checks failed" if self.failed else ""
-        return f"measured by lorabench doctor on {self.device} on {self.date[:10]}: {', '.join(taken)}{failed}"
+        speed = f"{number(self.gflops)} GFLOP/s in training steps"
+        return f"measured by lorabench doctor on {self.device} on {self.date[:10]}: {speed}{failed}"
 
 
 class Speed(Strict):
@@ -109,25 +120,12 @@ class Speed(Strict):
 
     @property
     def sentence(self) -> str:
-        """The speed in words, for `lorabench plan`."""
-        ways = {"native": "", "fp32": "; bf16 products are computed in fp32 and rounded, since this is faster here"}
-        way = "" if self.bf16_products is None else ways[self.bf16_products]
+        """The sentence about the speed for `lorabench plan`."""
+        way = "; bf16 products are computed in fp32 and rounded, since this is faster here"
         return (
             f"measured in a few training steps on {self.device} on {self.date[:10]}: {number(self.gflops)} GFLOP/s"
-            f" with {self.threads} thread{'s' if self.threads > 1 else ''}{way}"
+            f" with {self.threads} thread{'s' if self.threads > 1 else ''}{way if self.bf16_products == 'fp32' else ''}"
         )
-
-
-def read_speed(path: Path, threads: int) -> Speed | None:
-    """Return the kept speed; None if none is kept, or one of another processor or number of threads, or a damaged one.
-
-    It takes a second to measure again.
-    """
-    try:
-        speed = Speed.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return speed if (speed.device, speed.threads) == (processor(), threads) else None
 
 
 def record_path(device: str) -> Path:
@@ -155,8 +153,7 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path} can't be read ({error.strerror}); {advice}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
         raise UserError(f"{path} is no record of lorabench doctor, version {VERSION} ({reason}); {advice}") from error
     if record_path(record.device).name != path.name:
         raise UserError(f"{path} is of another device, {record.device!r}, than its name says; {advice}")
@@ -170,18 +167,8 @@ def record_for(execution: Execution) -> Record | None:
         UserError: a file in the folder of records is damaged or foreign.
     """
     records = [read_record(path) for path in sorted(FOLDER.glob("*.json"))]
-    fitting = [record for record in records if _is_of(record.device, execution.gpu)]
-    return max(fitting, key=lambda record: record.date, default=None)
 
+    def fits(device: str) -> bool:
+        return device == processor() if execution.gpu is None else is_called(execution.gpu, device)
 
-def with_measured_speed(preset: Preset, record: Record) -> Preset:
-    """Return a GPU's preset with the speeds that a record knows in place of assumed ones; that of vLLM it does not
-    know."""
-    own = preset.execution.sampler == "own"
-    speeds = {"gflops": record.gflops, "layer_seconds": record.layer_seconds if own else None}
-    update = {name: value for name, value in speeds.items() if value is not None}
-    return preset.model_copy(update={"execution": preset.execution.model_copy(update=update)})
-
-
-def _is_of(device: str, gpu: str | None) -> bool:
-    return device == processor() if gpu is None else is_called(gpu, device)
+    return max((record for record in records if fits(record.device)), key=lambda record: record.date, default=None)

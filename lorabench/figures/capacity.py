@@ -1,8 +1,9 @@
-"""Capacity: the step at which each rank leaves the curve of the best arms, against its number of parameters."""
+"""Capacity: the tokens after which each rank leaves the highest rank's curve, and the bits of facts that it stores."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,195 +14,289 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from lorabench.analysis.arms import ARM, arm_label, is_standard
+from lorabench.analysis.arms import ARM, is_standard
+from lorabench.analysis.comparison import Arm, Comparison
 from lorabench.analysis.curves import envelopes
-from lorabench.analysis.departure import departures
-from lorabench.analysis.memorisation import BITS_PER_PARAMETER, description_lengths, is_memorisation
-from lorabench.analysis.noise import seed_noise, sigma_of
-from lorabench.analysis.thresholds import threshold_slope, thresholds
+from lorabench.analysis.memorisation import (
+    BITS_PER_PARAMETER,
+    best_stored,
+    description_lengths,
+    is_memorisation,
+    stored_bits,
+)
+from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
+from lorabench.figures.fits import compared, departure_rows, judged_departures
+from lorabench.figures.grid import (
+    ARM_COLUMNS,
+    PANEL,
+    Styles,
+    band,
+    diverged_facts,
+    diverged_runs,
+    lines,
+    occurring,
+    only,
+    panels,
+    points,
+    seeds_text,
+    sigma_text,
+    tidy,
+)
 from lorabench.store.tables import Tables
 from lorabench.utils import formats
 
 _COLUMNS = [
-    *("model", "dataset", "batch_size", "steps", "arm", "method", "rank", "placement"),
-    *("element", "step", "tokens", "tokens_low", "tokens_high", "excess", "nll", "lr", "run_id"),
+    *(*ARM_COLUMNS, "element", "step", "tokens", "tokens_low", "tokens_high", "excess", "nll", "lr", "run_id"),
     *("trainable_params", "slope", "slope_low", "slope_high", "bits"),
 ]
 _OPTIONAL = ("trainable_params", "first_epoch_nats", "first_epoch_scored_tokens")
 _LINE = "0.35"
 
 
-@style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Draw the figure; return it, and what it plots as one tidy table.
+    """Draw the figure of capacity; return it, and what it plots as one tidy table.
 
     The column `element` says what a row is. In the left panel: `excess` (one step of an arm's envelope: `nll` is the
     validation NLL and `excess` its height above the lowest envelope, both in nats per scored token), `noise_band` (two
-    sigma, in `excess`), `departure` (the step at which an arm leaves the band for good). In the right panel, of
-    training tokens against adapter parameters: `threshold` (the departure of a rank that had joined; `tokens_low` is
-    the point before), `stays` (the tokens that a rank trained on without leaving), `slope` (points of the fitted line,
-    with the slope and its interval), `proportional` (points of the reference line), `description_length` (the
-    dataset's `bits`, and the parameters that hold them at 2 bits each). A row `diverged` is one run.
+    sigma, in `excess`), `departure` (the step at which a rank leaves the highest rank's curve). In the right panel, of
+    training tokens against adapter parameters: `threshold` (the tokens at which a rank that had joined the curve
+    leaves it, from `tokens_low` to `tokens_high` with 95% confidence), `stays` (the tokens that a rank trained on
+    without leaving), `slope` (points of the fitted line, with the slope and its interval), `proportional` (points of
+    the reference line), `description_length` (the dataset's `bits`, and the parameters that hold them at 2 bits each).
+    A row `diverged` is one run.
     """
-    plotted = _plotted(tables.runs, tables.curves)
+    runs = tables.runs.reindex(columns=list(dict.fromkeys([*tables.runs.columns, *_OPTIONAL])))
+    runs = runs[is_standard(runs) & ~is_memorisation(runs)]
+    plotted = _plotted(runs, tables)
     if plotted.empty:
         return style.empty_figure("There are no runs on a dataset other than random facts."), plotted
-    figure, panels = style.panel_pairs(plotted)
-    styles = style.arm_styles(plotted.dropna(subset=["arm"]))
-    for rows, left, right in panels:
+    figure, drawn = panels(plotted, each=2)
+    styles = style.arm_styles(plotted)
+    for rows, (left, right) in drawn:
         _draw_excess(left, rows, styles)
         _draw_thresholds(right, rows, styles)
     style.legends(figure, styles, _marks(plotted))
     return figure, plotted
 
 
-def _plotted(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    runs = runs.reindex(columns=[*runs.columns, *(name for name in _OPTIONAL if name not in runs)])
-    runs = runs[is_standard(runs) & ~is_memorisation(runs)]
-    noise = seed_noise(runs)
-    envelope = envelopes(runs, curves)
-    left = departures(envelope, noise)
-    reached = thresholds(runs, envelope, left).dropna(subset=["trainable_params"])
-    # The description length is drawn where there are thresholds to compare it with.
-    described = description_lengths(runs).merge(
-        reached.loc[reached["status"].isin(["left", "stays"]), style.PANEL].drop_duplicates(), on=style.PANEL
-    )
+def _plotted(runs: pd.DataFrame, tables: Tables) -> pd.DataFrame:
+    """Return what the figure of capacity plots of runs."""
+    comparisons = compared(tables, runs)
+    envelope = envelopes(runs, tables.curves)
     envelope = envelope[envelope["step"] > 0].rename(columns={"value": "nll"})
-    of_step = envelope.groupby([*style.PANEL, "step"], dropna=False)["nll"]
-    envelope["excess"] = envelope["nll"] - of_step.transform("min")
-    gone = reached[reached["status"] == "left"].rename(columns={"tokens_before": "tokens_low"})
-    of_arms = {
+    envelope["excess"] = envelope["nll"] - envelope.groupby([*PANEL, "step"], dropna=False)["nll"].transform("min")
+    ends = envelope.groupby(PANEL, dropna=False)["step"].agg(["min", "max"]).reset_index()
+    ends = ends.melt(PANEL, value_name="step").drop(columns="variable")
+    ends = ends.merge(fitted_noise(comparisons), how="left", on=PANEL)
+    thresholds = pd.DataFrame([row for comparison in comparisons for row in _thresholds(comparison)], columns=_REACHED)
+    left, stays = (thresholds[thresholds["left"] == known] for known in (True, False))
+    described = description_lengths(runs).merge(thresholds[PANEL].drop_duplicates(), on=PANEL)
+    params = (described["bits"] / BITS_PER_PARAMETER).round().astype("Int64")
+    slopes = [_slopes(panel) for _, panel in left.groupby(PANEL, dropna=False)]
+    parts = {
         "excess": envelope,
-        "departure": left[left["departed"].fillna(False)].merge(envelope, on=[*ARM, "step"]),
-        "threshold": gone.assign(tokens_high=gone["tokens"]),
-        "stays": reached[reached["status"] == "stays"],
-        "description_length": described.assign(
-            trainable_params=(described["bits"] / BITS_PER_PARAMETER).round().astype("Int64")
-        ),
-        "diverged": runs[runs["status"] == "diverged"],
+        "departure": departure_rows(comparisons, envelope, ["nll", "excess", "tokens"]),
+        "threshold": left,
+        "stays": stays,
+        # The description length is drawn where there are thresholds to compare it with.
+        "description_length": described.assign(trainable_params=params),
+        "diverged": diverged_runs(runs),
+        "noise_band": ends.assign(excess=2 * ends["sigma"]).dropna(subset=["excess"]),
     }
-    parts = [part.assign(element=element) for element, part in of_arms.items()]
-    for part in parts:
-        part["arm"] = [arm_label(row) for _, row in part.iterrows()]
-    parts += [_noise_band(envelope, noise), *(_lines(panel) for _, panel in gone.groupby(style.PANEL, dropna=False))]
-    parts = [part.reindex(columns=_COLUMNS) for part in parts if len(part)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_COLUMNS)
+    return pd.concat([tidy(parts, _COLUMNS), *slopes], ignore_index=True) if slopes else tidy(parts, _COLUMNS)
 
 
-def _noise_band(envelope: pd.DataFrame, noise: pd.DataFrame) -> pd.DataFrame:
-    """Return the height of two sigma at the first and the last step of each panel whose sigma is known."""
-    ends = envelope.groupby(style.PANEL, dropna=False)["step"].agg(["min", "max"]).reset_index()
-    ends = ends.melt(style.PANEL, value_name="step").drop(columns="variable")
-    sigma = pd.Series([sigma_of(noise, row, "validation") for _, row in ends.iterrows()], dtype=float)
-    return ends.assign(element="noise_band", excess=2 * sigma).dropna(subset=["excess"])
+_REACHED = [*ARM, "left", "step", "tokens", "tokens_low", "tokens_high", "error", "trainable_params"]
 
 
-def _lines(gone: pd.DataFrame) -> pd.DataFrame:
-    """Return points of the fitted line, and of a line of slope 1, through the mean of the departures of one panel."""
-    if len(gone) < 2:
-        return gone.iloc[:0]
-    line = threshold_slope(gone.assign(tokens_before=gone["tokens_low"]))
+def _thresholds(comparison: Comparison) -> list[Arm]:
+    """Return the tokens at which each rank leaves, as claim A5 judges them, or that it trained on without leaving.
+
+    `error` is the standard error of log10(tokens) from seeds. Ranks without a threshold are left out: those that never
+    joined the highest rank's curve, lag without leaving, or do not leave along a line in log(step).
+    """
+    rows = []
+    for rank, departure in judged_departures(comparison).items():
+        arm = comparison.lora[rank]
+        runs = runs_at_optimum(comparison, arm)
+        params, trained = runs["trainable_params"].iloc[0], tokens_at(comparison, arm, math.inf)
+        row = arm | {"trainable_params": params}
+        threshold = log_threshold(comparison, rank, departure)
+        if pd.isna(params) or math.isnan(trained):
+            continue
+        if departure.growth is None:
+            rows.append(row | {"left": False, "tokens": trained})
+        if threshold.known:
+            steps = zip(("tokens", "tokens_low", "tokens_high"), (threshold.value, *threshold.interval()), strict=True)
+            at = {name: tokens_at(comparison, arm, 10**step) for name, step in steps}
+            rows.append(row | at | {"left": True, "step": round(10**threshold.value), "error": threshold.seed_error})
+    return rows
+
+
+def _slopes(left: pd.DataFrame) -> pd.DataFrame:
+    """Return points of the fitted line, and of a line of slope 1, through the mean of the thresholds of one panel."""
+    line = log_log(left["trainable_params"], left["tokens"], math.sqrt(float((left["error"] ** 2).mean())))
     if math.isnan(line.slope):
-        return gone.iloc[:0]
-    x, y = (np.log10(gone[name].to_numpy(float)) for name in ("trainable_params", "tokens"))
+        return pd.DataFrame(columns=_COLUMNS)
+    x, y = (np.log10(left[name].to_numpy(float)) for name in ("trainable_params", "tokens"))
     rows = []
     for element, slopes in (("slope", (line.slope, line.low, line.high)), ("proportional", (1.0, math.nan, math.nan))):
         for end in (x.min(), x.mean(), x.max()):
             at = [float(10 ** (y.mean() + slope * (end - x.mean()))) for slope in slopes]
             rows.append(
-                {name: gone[name].iloc[0] for name in style.PANEL}
+                {name: left[name].iloc[0] for name in PANEL}
                 | {"element": element, "trainable_params": round(10**end), "tokens": at[0]}
                 | {"tokens_low": min(at[1:]), "tokens_high": max(at[1:])}
-                | {"slope": slopes[0], "slope_low": slopes[1], "slope_high": slopes[2]}
+                | dict(zip(("slope", "slope_low", "slope_high"), slopes, strict=True))
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def _of(rows: pd.DataFrame, element: str) -> pd.DataFrame:
-    return rows[rows["element"] == element]
-
-
-def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    band, drawn = _of(rows, "noise_band"), _of(rows, "excess")
-    axes.fill_between(band["step"].astype(float), 0, band["excess"], color="0.85", linewidth=0, zorder=1)
-    for arm, points in drawn.groupby("arm"):
-        axes.plot(points["step"].astype(float), points["excess"], **styles[str(arm)].line)
-    for point in _of(rows, "departure").to_dict("records"):
-        colour = styles[point["arm"]].colour
-        axes.plot(point["step"], point["excess"], "o", ms=6, mfc="white", mec=colour, mew=1.5, zorder=4)
+def _draw_excess(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    noise, curves = only(rows, "noise_band").assign(floor=0.0), only(rows, "excess")
+    band(axes, noise, "step", "floor", "excess")
+    lines(axes, curves, "step", "excess", styles)
+    points(axes, only(rows, "departure"), "step", "excess", styles, filled=False, marker="o", size=6)
     axes.set(xscale="log", xlabel="training step", ylabel="above the lowest envelope (nats / token)")
-    if len(band):
+    if len(noise):
         # The axis is linear within the noise and logarithmic beyond, so that it has a place for 0 and for a whole nat.
-        axes.set_yscale("symlog", linthresh=band["excess"].iloc[0], linscale=0.6)
+        # Noise that is next to nothing would give it many empty decades.
+        axes.set_yscale("symlog", linthresh=max(noise["excess"].iloc[0], 1e-4), linscale=0.6)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     style.plain_log_ticks(axes)
-    facts = [style.sigma_text(band["excess"].iloc[0] / 2 if len(band) else math.nan)]
-    diverged = _of(rows, "diverged")
-    if len(diverged):
-        facts += style.diverged_text(diverged)
-        lost = sorted(set(diverged["arm"]) - set(drawn["arm"]))
-        facts += [f"no curve: {', '.join(lost)}"] if lost else []
-    style.note(axes, " · ".join(facts))
+    sigma = sigma_text(noise["excess"].iloc[0] / 2 if len(noise) else math.nan)
+    style.note(axes, " · ".join([sigma, *diverged_facts(rows, curves, "no curve")]))
 
 
-def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: dict[str, style.ArmStyle]) -> None:
-    thresholds, slope, held = _of(rows, "threshold"), _of(rows, "slope"), _of(rows, "description_length")
-    if thresholds.empty and _of(rows, "stays").empty:
-        known = len(_of(rows, "noise_band"))
+def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    thresholds, slope, held = only(rows, "threshold"), only(rows, "slope"), only(rows, "description_length")
+    if thresholds.empty and only(rows, "stays").empty:
         unknown = f"{style.SIGMA} is unknown, so departures\ncannot be distinguished from noise."
-        style.say(axes, "No rank joins the shared curve." if known else unknown)
+        style.say(axes, "No rank leaves the shared curve." if len(only(rows, "noise_band")) else unknown)
         return
-    axes.fill_between(
-        slope["trainable_params"].astype(float), slope["tokens_low"], slope["tokens_high"], color="0.9", linewidth=0
-    )
+    band(axes, slope, "trainable_params", "tokens_low", "tokens_high", "0.9")
     for element, linestyle in (("slope", "-"), ("proportional", ":")):
-        line = _of(rows, element)
+        line = only(rows, element)
         axes.plot(line["trainable_params"].astype(float), line["tokens"], linestyle, color=_LINE, linewidth=1.1)
-    for point in thresholds.to_dict("records"):
-        colour, params = styles[point["arm"]].colour, point["trainable_params"]
-        axes.vlines(params, point["tokens_low"], point["tokens_high"], color=colour, linewidth=1.4, zorder=3)
-        axes.plot(params, point["tokens"], "o", ms=6, mfc="white", mec=colour, mew=1.5, zorder=4)
-    for point in _of(rows, "stays").to_dict("records"):
-        axes.plot(point["trainable_params"], point["tokens"], "^", ms=6, color=styles[point["arm"]].colour, zorder=4)
+    points(axes, thresholds, "trainable_params", "tokens", styles, filled=False, marker="o", size=6)
+    points(axes, only(rows, "stays"), "trainable_params", "tokens", styles, marker="^", size=6)
     for params in held["trainable_params"]:
         axes.axvline(float(params), color=_LINE, linestyle="--", linewidth=1.0)
     axes.set(xscale="log", yscale="log", xlabel="adapter parameters", ylabel="train tokens at departure")
     for axis in (axes.xaxis, axes.yaxis):
         style.short_log_ticks(axis)
-    facts = []
-    if len(slope):
-        first = slope.iloc[0]
-        interval = formats.fixed_interval(first["slope_low"], first["slope_high"], 2)
-        facts.append(f"slope {first['slope']:.2f} {interval}")
-    else:
-        facts.append("1 rank leaves" if len(thresholds) == 1 else f"{len(thresholds)} ranks leave")
-    if len(held):
-        facts.append(f"first epoch {formats.amount(held['bits'].iloc[0], 'bit')}")
+    facts = ["1 rank leaves" if len(thresholds) == 1 else f"{len(thresholds)} ranks leave"]
+    for fit in slope.head(1).to_dict("records"):
+        facts = [f"slope {fit['slope']:.2f} {formats.fixed_interval(fit['slope_low'], fit['slope_high'], 2)}"]
+    facts += [f"first epoch {formats.amount(bits, 'bit')}" for bits in held["bits"].head(1)]
     style.note(axes, " · ".join(facts))
+
+
+def _line(label: str, linestyle: str = "-", linewidth: float = 1.1) -> Line2D:
+    return Line2D([], [], color=_LINE, linestyle=linestyle, linewidth=linewidth, label=label)
 
 
 def _marks(plotted: pd.DataFrame) -> list[Artist]:
     """Return the legend entries of the marks that occur."""
     elements = set(plotted["element"])
-    entries = [
-        ("departure", style.mark("leaves the band for good", "o", markerfacecolor="white", markeredgewidth=1.4)),
+    leaves = style.mark("leaves the highest rank's curve", "o", markerfacecolor="white", markeredgewidth=1.4)
+    entries: Sequence[tuple[str, Artist]] = [
+        ("departure", leaves),
         ("noise_band", Patch(label=f"within 2{style.SIGMA} of seeds", facecolor="0.85")),
         ("stays", style.mark("never left", "^")),
-        ("slope", Line2D([], [], color=_LINE, linewidth=1.1, label="fitted slope, 95% interval")),
-        ("proportional", Line2D([], [], color=_LINE, linestyle=":", linewidth=1.1, label="slope 1")),
-        (
-            "description_length",
-            Line2D(
-                [],
-                [],
-                color=_LINE,
-                linestyle="--",
-                linewidth=1.0,
-                label="2 bits / parameter hold the first epoch's loss",
-            ),
-        ),
+        ("slope", _line("fitted slope, 95% interval")),
+        ("proportional", _line("slope 1", ":")),
+        ("description_length", _line("2 bits / parameter hold the first epoch's loss", "--", 1.0)),
     ]
-    return [entry for element, entry in entries if element in elements]
+    return occurring((element in elements, entry) for element, entry in entries)
+
+
+_STORED = [
+    *(*ARM_COLUMNS, "element", "trainable_params", "bits", "bits_low", "bits_high", "bits_per_parameter"),
+    *("lr", "seed", "n_seeds", "run_id"),
+]
+_PER_PARAMETER = {1.0: ":", 2.0: "--"}
+
+
+def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw how many bits of random facts an adapter stores; return the figure, and what it plots as one tidy table.
+
+    The column `element` says what a row is: `seed` (one run at the LR nearest to its arm's optimum), `stored` (by the
+    fitted lowest loss, with its 95% interval), `entropy` (all bits of the facts), `per_parameter` (ends of the lines of
+    1 and 2 bits per parameter) or `diverged` (one run). `bits` are the bits of the facts' answers that are stored.
+    """
+    facts = tables.runs[is_standard(tables.runs) & is_memorisation(tables.runs)]
+    if facts.empty:
+        empty = pd.DataFrame(columns=_STORED)
+        return style.empty_figure("There are no runs on a dataset of random facts."), empty
+    names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
+    best, seeds = best_stored(facts).rename(columns=names), stored_bits(facts).rename(columns=names)
+    at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
+    lines_of_panels = [_per_parameter(panel) for _, panel in best.groupby(PANEL, dropna=False)]
+    parts = {
+        "seed": seeds[seeds["run_id"].isin(at_best)],
+        "stored": best,
+        "diverged": diverged_runs(facts),
+        "entropy": facts.groupby(PANEL, as_index=False, dropna=False).agg(bits=("entropy_bits", "max")),
+        "per_parameter": pd.concat(lines_of_panels),
+    }
+    plotted = tidy(parts, _STORED)
+    figure, drawn = panels(plotted)
+    styles = style.arm_styles(plotted)
+    for rows, (axes,) in drawn:
+        _draw_stored(axes, rows, styles)
+    elements = set(plotted["element"])
+    entries: list[tuple[bool, Artist]] = [("entropy" in elements, _line("all of the facts"))]
+    for bits, linestyle in _PER_PARAMETER.items():
+        label = f"{bits:g} {'bit' if bits == 1 else 'bits'} / parameter"
+        entries.append(("per_parameter" in elements, _line(label, linestyle)))
+    entries.append(
+        ("stored" in elements, style.mark("fitted lowest loss, 95% interval", "o", linestyle="-", linewidth=1.2))
+    )
+    entries.append(("seed" in elements, style.mark("one seed", "_", markersize=9)))
+    style.legends(figure, styles, occurring(entries))
+    return figure, plotted
+
+
+def _per_parameter(best: pd.DataFrame) -> pd.DataFrame:
+    """Return the ends of the lines of 1 and 2 bits per parameter, over the range of one panel's adapters."""
+    adapters = best[best["method"] == "lora"]
+    params = (adapters if len(adapters) else best)["trainable_params"].to_numpy(float)
+    panel = {name: best[name].iloc[0] for name in PANEL}
+    return pd.DataFrame(
+        panel | {"trainable_params": round(end), "bits": bits * round(end), "bits_per_parameter": bits}
+        for bits in _PER_PARAMETER
+        for end in (params.min() / 1.5, params.max() * 1.5)
+    )
+
+
+def _draw_stored(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    stored, seeds, entropy = only(rows, "stored"), only(rows, "seed"), only(rows, "entropy")
+    for bits, linestyle in _PER_PARAMETER.items():
+        line = rows[rows["bits_per_parameter"].eq(bits) & rows["element"].eq("per_parameter")]
+        axes.plot(line["trainable_params"].astype(float), line["bits"], linestyle, color=_LINE, linewidth=1.1)
+    for bits in entropy["bits"]:
+        axes.axhline(bits, color=_LINE, linewidth=1.1, zorder=1)
+    shown, positive = stored[stored["bits"] > 0], seeds[seeds["bits"] > 0]
+    adapters = shown[shown["method"] == "lora"].sort_values("trainable_params")
+    axes.plot(adapters["trainable_params"].astype(float), adapters["bits"], color="0.7", linewidth=1.0, zorder=2)
+    points(axes, positive[["arm", "trainable_params", "bits"]], "trainable_params", "bits", styles, True, "_", 11)
+    # A logarithmic axis has no 0: an interval that reaches it is drawn to the lower end of the axis.
+    floor = 0.7 * min(positive["bits"].min(), shown["bits"].min()) if len(positive) else math.nan
+    points(axes, shown.assign(bits_low=shown["bits_low"].clip(lower=floor)), "trainable_params", "bits", styles)
+    axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="bits stored of the facts")
+    if shown.empty:
+        axes.set(xticks=[], yticks=[])
+        axes.minorticks_off()
+    else:
+        for axis in (axes.xaxis, axes.yaxis):
+            style.short_log_ticks(axis)
+    facts = [f"facts {formats.count(entropy['bits'].iloc[0])} bits"]
+    facts += [seeds_text(stored["n_seeds"])] if len(stored) else []
+    nothing = stored.loc[~(stored["bits"] > 0), "arm"]
+    facts += [f"stored nothing: {', '.join(nothing)}"] if len(nothing) else []
+    style.note(axes, " · ".join([*facts, *diverged_facts(rows, stored, "none finished")]))

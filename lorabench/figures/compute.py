@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -37,7 +36,6 @@ _REFERENCES: dict[float, dict[str, Any]] = {
 _ELEMENTS = {"counted": "flops_ratio", "step_time": "step_ratio", "memory": "memory_ratio"}
 
 
-@style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     """Draw the figure; return it, and what it plots as one tidy table.
 
@@ -53,8 +51,7 @@ def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     settings = each_setting(ratios)
     if not settings:
         raise UserError("the compute table has no LoRA")
-    figure = Figure(figsize=(style.WIDTH, 0.8 + 2.6 * len(settings)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.new_figure(2.6 * len(settings) - 0.1)
     panels = figure.subplots(len(settings), 2, squeeze=False, sharey="row")
     drawn = []
     for (name, rows), (flops, measured) in zip(settings, panels, strict=True):

@@ -1,4 +1,4 @@
-"""The LR ratio (LoRA over FullFT) by width, length, alpha and batch size, with what theories predict."""
+"""The LR ratio, LoRA over FullFT: by length of a run, and by width, alpha and batch size with what theories predict."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lorabench.analysis.arms import with_arm_columns
-from lorabench.analysis.comparison import Judging
+from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
+from lorabench.analysis.comparison import Comparison, Judging, comparisons
+from lorabench.analysis.early import at_end, at_step
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio import (
@@ -27,11 +28,122 @@ from lorabench.analysis.lr_ratio import (
     predicted,
     prediction_table,
 )
-from lorabench.analysis.published import published_ratios
+from lorabench.analysis.optima import ratio_interval
+from lorabench.analysis.published import paper_numbers, published_ratios
+from lorabench.claims.learning_rate import SHORT_STEPS
 from lorabench.config.margins import DEFAULT_PREDICTIONS
 from lorabench.figures import style
-from lorabench.figures.short_run import ratio_axis
+from lorabench.figures.by_lr import LR_COLUMNS, STRIP, draw_lr_panel, lr_marks, lr_rows
+from lorabench.figures.grid import Styles, lines, only, points, tidy, titled
 from lorabench.store.tables import Tables
+
+
+def ratio_axis(axes: Axes) -> None:
+    """Set up the y-axis for a ratio of optimal LRs, labelled with plain numbers."""
+    axes.set(yscale="log", ylabel="optimal LR, LoRA / FullFT")
+    style.number_log_ticks(axes.yaxis, (1.0, 2.0, 5.0))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+_BY_LENGTH = [*LR_COLUMNS, "full_steps", "ratio", "ratio_low", "ratio_high"]
+
+# Ratios are drawn from this step on: earlier, the optimum of LoRA is beyond any grid, since B starts at zero.
+_FIRST_STEP = 10
+
+# The paper's numbers that the ratio is compared with, by their key in the table of the paper's numbers.
+_REFERENCES = {"lr_ratio_lora_over_fullft": "long runs", "lr_ratio_short_runs": "short runs"}
+
+
+def draw_by_length(tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw losses by LR, and the LR ratio, had runs ended at several steps; return what is plotted, too.
+
+    The columns and elements are those of `lr_rows`, with losses on the validation split at step `steps` of runs of
+    `full_steps` steps. Further elements are `ratio` (of an arm's optimal LR to that of FullFT, with its 95% interval)
+    and `reference` (the paper's ratios).
+    """
+    groups = titled(with_arm_columns(tables.runs[is_standard(tables.runs)]))
+    parts = [_rows_by_length(runs, tables.curves) for _, runs in groups]
+    heights = [math.ceil((len(_lengths(part)) + 1) / 2) for part in parts]
+    figure = style.new_figure(style.PANEL_HEIGHT * sum(heights))
+    printed = paper_numbers()
+    ratios = [printed[key] for key in _REFERENCES if key in printed and any(len(only(p, "ratio")) for p in parts)]
+    plotted = pd.concat([*parts, tidy({"reference": pd.DataFrame({"ratio": ratios})}, _BY_LENGTH)], ignore_index=True)
+    styles = style.arm_styles(plotted)
+    for place, ((title, _), rows) in enumerate(zip(groups, parts, strict=True)):
+        first, lengths = 2 * sum(heights[:place]) + 1, _lengths(rows)
+        for column, length in enumerate(lengths):
+            axes = figure.add_subplot(sum(heights), 2, first + column)
+            axes.set_title(f"{title} · at step {length}", pad=STRIP + 18, parse_math=False)
+            draw_lr_panel(axes, rows[(rows["steps"] == length) & (rows["element"] != "ratio")], styles)
+            axes.set_ylabel("validation NLL (nats / token)")
+        axes = figure.add_subplot(sum(heights), 2, first + len(lengths))
+        axes.set_title(f"{title} · LR ratio", pad=STRIP + 18, parse_math=False)
+        _draw_ratio(axes, only(rows, "ratio"), styles)
+        if len(lengths) > 1:
+            axes.set_xticks(lengths)
+    known = only(plotted, "ratio").dropna(subset=["ratio"])
+    unresolved = style.mark("ratio, not resolved", "o", markerfacecolor="white", markeredgewidth=1.2)
+    style.legends(figure, styles, [*lr_marks(plotted), *([] if known["resolved"].astype(bool).all() else [unresolved])])
+    return figure, plotted
+
+
+def _lengths(rows: pd.DataFrame) -> list[int]:
+    """Return the steps that have a panel, ascending."""
+    return sorted(int(step) for step in rows.loc[rows["element"] != "ratio", "steps"].unique())
+
+
+def _rows_by_length(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return what is plotted of one model, dataset, batch size and length."""
+    evaluated: list[int] = []
+    if len(curves):
+        own = curves[curves["run_id"].isin(runs["run_id"]) & (curves["split"] == "validation")]
+        evaluated = sorted(int(step) for step in own.loc[own["step"] >= _FIRST_STEP, "step"].unique())
+    steps = runs["steps"].iloc[0]
+    # A table without the length of its runs holds runs of one length.
+    full = max(evaluated, default=0) if pd.isna(steps) else int(steps)
+    by_step = {step: at_step(runs, curves, step) for step in evaluated if step < full}
+    by_step[full] = at_end(runs).assign(steps=full)
+    of = {step: comparisons(as_of, curves)[0] for step, as_of in by_step.items() if len(as_of)}
+    parts = [lr_rows([of[step]]) for step in (*SHORT_STEPS, full) if step in of]
+    ratios = [row for comparison in of.values() for row in _ratios(comparison)]
+    parts.append(tidy({"ratio": pd.DataFrame(ratios)}, _BY_LENGTH))
+    rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return rows.assign(full_steps=full).reindex(columns=_BY_LENGTH)
+
+
+def _ratios(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the ratio of the optimal LR of each LoRA arm to that of FullFT; none where either is unknown."""
+    rows = []
+    for arm in comparison.arms if comparison.fullft else []:
+        if arm["method"] == "lora" and comparison.fullft:
+            log_ratio = comparison.fit.log_ratio(arm_label(arm), arm_label(comparison.fullft))
+            low, high = ratio_interval(log_ratio)
+            ratio = {"ratio": math.exp(log_ratio.value), "ratio_low": low, "ratio_high": high}
+            rows.append(arm | ratio | {"resolved": not comparison.problems([arm, comparison.fullft], resolved=True)})
+    return rows
+
+
+def _draw_ratio(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
+    printed = paper_numbers()
+    for key, length in _REFERENCES.items():
+        if key in printed and len(rows):
+            axes.axhline(printed[key], color="0.6", linewidth=0.9, linestyle="--", zorder=1)
+            axes.annotate(
+                f"paper, {length}: {printed[key]:g}",
+                (0, printed[key]),
+                (2, 3),
+                ("axes fraction", "data"),
+                "offset points",
+                color=style.MUTED,
+                fontsize=7.5,
+            )
+    known = rows[rows["ratio"].notna() & (rows["steps"] > 0)].sort_values("steps")
+    lines(axes, known, "steps", "ratio", styles)
+    points(axes, known, "steps", "ratio", styles, "resolved", size=4.5)
+    axes.set(xscale="log", xlabel="training step")
+    style.plain_log_ticks(axes)
+    ratio_axis(axes)
+
 
 _COLUMNS = ["element", *COLUMNS, "width_low", "width_high", "task", "source", "note"]
 
@@ -56,9 +168,8 @@ _PAPER_STEPS = 780
 """The length of published sweeps by the paper's authors (100,000 examples in batches of 128)."""
 
 
-@style.applied()
 def draw(tables: Tables) -> tuple[Figure, pd.DataFrame]:
-    """Draw the figure; return it, and what it plots as one tidy table.
+    """Draw the LR ratio by condition; return the figure, and what it plots as one tidy table.
 
     The column `element` says what a row is: `condition` (a measured ratio with what a theory predicts of it, see
     `prediction_table`), `line` (a theory at a width), `paper_law` (the theory `movement` at the optimal LRs that the
@@ -134,7 +245,7 @@ def _draw_widths(axes: Axes, plotted: pd.DataFrame, marks: dict[Any, str]) -> No
     given = here[here["theory"] == "movement"].sort_values("width")
     colour = _THEORIES["movement"][0]
     axes.plot(given["width"].astype(float), given["predicted"], color=colour, lw=1.3, marker="_", ms=9, zorder=3)
-    _points(axes, here, "width", marks)
+    _measured(axes, here, "width", marks)
     for row in plotted[(plotted["element"] == "published") & plotted["width"].notna()].to_dict("records"):
         is_paper = row["source"] == "LoRA Without Regret"
         colour = "black" if is_paper else "0.5"
@@ -163,11 +274,11 @@ def _draw_panel(axes: Axes, conditions: pd.DataFrame, column: str, marks: dict[A
         return
     for rows in shown:
         # A prefix stands in where there are no runs of that length.
-        of_group = rows if column == "steps" else rows.sort_values("runs").drop_duplicates([*_CONDITION[:-1], "theory"])
+        varied = rows if column == "steps" else rows.sort_values("runs").drop_duplicates([*_CONDITION[:-1], "theory"])
         for name, (colour, _) in _THEORIES.items():
-            line = of_group[of_group["theory"] == name].sort_values([column, "runs"]).drop_duplicates(column)
+            line = varied[varied["theory"] == name].sort_values([column, "runs"]).drop_duplicates(column)
             axes.plot(line[column].astype(float), line["predicted"], color=colour, lw=1.1, zorder=2)
-        _points(axes, of_group, column, marks)
+        _measured(axes, varied, column, marks)
     widths = sorted({int(rows["width"].iloc[0]) for rows in shown})
     style.note(axes, f"width {' and '.join(map(str, widths))}")
     axes.set(xscale="log")
@@ -184,11 +295,11 @@ def _varied(conditions: pd.DataFrame, column: str) -> list[pd.DataFrame]:
     return [rows for _, rows in conditions.groupby(others, dropna=False) if rows[column].nunique() > 1]
 
 
-def _points(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
+def _measured(axes: Axes, rows: pd.DataFrame, column: str, marks: dict[Any, str]) -> None:
     """Draw measured ratios with their intervals; prefixes are blue-grey and a little to the right."""
     for row in rows.drop_duplicates(_CONDITION).dropna(subset=["ratio"]).to_dict("records"):
-        of_prefix = row["runs"] == "prefix"
-        colour, at = ("0.45", 1.07 * float(row[column])) if of_prefix else ("black", float(row[column]))
+        is_prefix = row["runs"] == "prefix"
+        colour, at = ("0.45", 1.07 * float(row[column])) if is_prefix else ("black", float(row[column]))
         axes.vlines(at, row["ratio_low"], row["ratio_high"], color=colour, lw=1.2, zorder=4)
         face = colour if row["resolved"] else "white"
         axes.plot(at, row["ratio"], marks.get(row["width"], "o"), ms=5, mfc=face, mec=colour, zorder=5)

@@ -22,11 +22,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from lorabench.utils.files import atomic_path
 
-# These columns identify a panel: losses of different models, data, batch sizes or lengths are never drawn together.
-PANEL = ["model", "dataset", "batch_size", "steps"]
-
 # These are inches: 7.2 in at 100 dpi is about the 700 px of a text column, so text appears at its nominal size.
-WIDTH, PANEL_HEIGHT, COLUMNS = 7.2, 3.1, 2
+WIDTH, PANEL_HEIGHT = 7.2, 3.1
 PNG_DPI = 200
 
 FULLFT_COLOUR = "black"
@@ -105,9 +102,9 @@ def arm_styles(arms: pd.DataFrame) -> dict[str, ArmStyle]:
     """Return the style of each arm by its label, FullFT first, then by rank.
 
     Args:
-        arms: columns arm (its label), method, rank and placement; rows may repeat.
+        arms: columns arm (its label), method, rank and placement; rows may repeat or have no arm.
     """
-    unique = arms[["arm", "method", "rank", "placement"]].drop_duplicates("arm")
+    unique = arms[["arm", "method", "rank", "placement"]].dropna(subset=["arm"]).drop_duplicates("arm")
     ranks = sorted({int(rank) for rank in unique["rank"].dropna()})
     ordered = unique.sort_values(["method", "rank", "placement"], na_position="first")
     styles = {}
@@ -129,55 +126,6 @@ def _rank_colour(rank: int, ranks: list[int]) -> str:
     low, high = math.log(ranks[0]), math.log(ranks[-1])
     place = (math.log(rank) - low) / (high - low) if high > low else 0.5
     return to_hex(mpl.colormaps[_RANK_MAP](_LOWEST_RANK + place * (_HIGHEST_RANK - _LOWEST_RANK)))
-
-
-def panels(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[pd.DataFrame, Axes]]]:
-    """Make a figure with one panel per model, dataset, batch size and length of `frame`.
-
-    Args:
-        frame: columns PANEL and others.
-        strip: height in points to keep free above each panel, for marks.
-
-    Returns:
-        The figure, and for each panel its rows of `frame` and its axes.
-    """
-    groups = titled(frame)
-    columns = min(COLUMNS, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = new_figure(PANEL_HEIGHT * rows)
-    drawn = []
-    for place, (title, of_panel) in enumerate(groups, start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.set_title(title, pad=strip + 18, parse_math=False)
-        drawn.append((of_panel, axes))
-    return figure, drawn
-
-
-def panel_pairs(frame: pd.DataFrame, strip: float = 0.0) -> tuple[Figure, list[tuple[pd.DataFrame, Axes, Axes]]]:
-    """Make a figure as `panels` does, with two axes side by side per panel; the left one has the title and the strip.
-
-    Returns:
-        The figure, and for each panel its rows of `frame`, its left axes and its right axes.
-    """
-    groups = titled(frame)
-    figure = new_figure((PANEL_HEIGHT + 0.4) * len(groups))
-    drawn = []
-    for row, (title, of_panel) in enumerate(groups):
-        left, right = (figure.add_subplot(len(groups), 2, 2 * row + column) for column in (1, 2))
-        left.set_title(title, pad=strip + 18, parse_math=False)
-        drawn.append((of_panel, left, right))
-    return figure, drawn
-
-
-def titled(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return a title and the rows of each panel; the title names what distinguishes the panel from the others."""
-    several_batch_sizes = frame["batch_size"].nunique() > 1
-    several_lengths = (frame.groupby(PANEL[:-1], dropna=False)["steps"].nunique() > 1).any()
-    titles = []
-    for (model, dataset, batch_size, steps), rows in frame.groupby(PANEL, sort=True, dropna=False):
-        title = f"{model} · {dataset}" + (f" · batch {batch_size}" if several_batch_sizes else "")
-        titles.append((title + (f" · {steps} steps" if several_lengths else ""), rows))
-    return titles
 
 
 def new_figure(height: float) -> Figure:
@@ -207,9 +155,9 @@ def short_log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def number_log_ticks(axis: Axis) -> None:
-    """Label 1 and 3 times the powers of ten as plain numbers, on a log axis that may span less than a decade."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+def number_log_ticks(axis: Axis, subs: tuple[float, ...] = (1.0, 3.0)) -> None:
+    """Label `subs` times the powers of ten as plain numbers, on a log axis that may span less than a decade."""
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -218,22 +166,6 @@ def plain_log_ticks(axes: Axes) -> None:
     """Label the powers of ten on a log x-axis as plain numbers."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def sigma_text(sigma: float) -> str:
-    """Write the standard deviation between seeds for the note above a panel; NaN is unknown."""
-    return f"{SIGMA} unknown" if math.isnan(sigma) else f"{SIGMA} {sigma:.2g}"
-
-
-def seeds_text(counts: pd.Series[int]) -> str:
-    """Write over how many seeds the means of a panel are taken: `3 seeds`, or `2 to 3 seeds` where they differ."""
-    fewest, most = int(counts.min()), int(counts.max())
-    return f"{most if fewest == most else f'{fewest} to {most}'} seed{'s' if most > 1 else ''}"
-
-
-def diverged_text(diverged: pd.DataFrame) -> list[str]:
-    """Write how many runs of a panel diverged, one row each; nothing where none did."""
-    return [f"{len(diverged)} diverged"] if len(diverged) else []
 
 
 def note(axes: Axes, text: str, strip: float = 0.0) -> None:

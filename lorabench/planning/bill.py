@@ -55,7 +55,7 @@ class Bill:
     """The most bytes that a job also needs there while it runs."""
 
     @classmethod
-    def of(cls, costs: Iterable[JobCost]) -> Bill:
+    def summed(cls, costs: Iterable[JobCost]) -> Bill:
         """Return the bill of some jobs: amounts of work are added, and of sizes of a job the largest is taken."""
         costs = list(costs)
         requests = [cost.requested for cost in costs]
@@ -83,7 +83,7 @@ def training(plan: Plan, jobs: Iterable[Job]) -> Bill:
     Raises:
         UserError: a sweep fits on no number of GPUs that the preset allows.
     """
-    return Bill.of(_job_cost(plan, job) for job in jobs)
+    return Bill.summed(_job_cost(plan, job) for job in jobs)
 
 
 def total(plan: Plan) -> Bill:
@@ -110,7 +110,7 @@ def per_experiment(plan: Plan) -> dict[str, Bill]:
     if evaluations := [_evaluation_cost(plan, job) for job in plan.evaluations()]:
         rows["evaluation"] = evaluations
     rows["total"] = [*jobs.values(), *rows.get("compute", []), *evaluations]
-    return {name: Bill.of(costs) for name, costs in rows.items()}
+    return {name: Bill.summed(costs) for name, costs in rows.items()}
 
 
 def _job_cost(plan: Plan, job: Job) -> JobCost:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from lorabench.config.experiments import AutoLrs, Block, Protocol, RlExperiment, SftExperiment
 from lorabench.config.models import ModelSpec
@@ -13,12 +14,17 @@ from lorabench.config.preset import Preset
 from lorabench.data.identity import dataset_id
 from lorabench.models.dimensions import dimensions
 from lorabench.models.identity import model_id
-from lorabench.planning.starting_lr import starting_lr
 from lorabench.runs import PROTOCOL_VERSION, Condition, Lattice, Rollouts, Seeds, Sweep
 from lorabench.utils.files import digest
 
 # Number of LRs that a sweep with `lrs: auto` starts with.
 _FIRST_LRS = 3
+# The paper's law for Llama models, whose constants are in `lorabench.analysis.lr_law.PUBLISHED`: LR of full fine-tuning
+# at width 2000, that of LoRA over it, and the exponent of the width.
+_FULLFT, _LORA_OVER_FULLFT, _WIDTH, _EXPONENT = 5e-5, 10.0, 2000.0, 0.781
+# In RL tinker-cookbook takes 4e-5 and 8e-5 for LoRA on GSM8K with 8B parameters, about a quarter of the law's 2.9e-4;
+# the tiny bases need as much less.
+_RL_SHARE = 0.25
 
 
 def sft_conditions(preset: Preset, block: SftExperiment) -> Iterator[dict[str, Any]]:
@@ -108,10 +114,21 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
 
 
 def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
-    """Return the hash of what determines a run's result beside the other fields of its condition, its LR and seed."""
+    """Return the hash of what determines a run's result besides the other fields of its condition, its LR and seed."""
     # Alpha and epsilon are fields of the condition.
     rules = protocol.model_dump(exclude={"alpha", "eps"})
     return digest([PROTOCOL_VERSION, model_id(model), data, rules])
+
+
+def starting_lr(hidden_size: int, task: Literal["sft", "rl"]) -> float:
+    """Return the LR in the middle of the first three, the same for LoRA and full fine-tuning.
+
+    It is the geometric mean of the LRs that the paper's law gives the two methods, so that their grids overlap. The
+    exponent of Llama serves all families: over widths of 1,024 to 8,192 the start is then within a factor of 3 of that
+    for Qwen, which a walk of a step or two makes up for.
+    """
+    law: float = _FULLFT * math.sqrt(_LORA_OVER_FULLFT) * (_WIDTH / hidden_size) ** _EXPONENT
+    return law * (_RL_SHARE if task == "rl" else 1.0)
 
 
 def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
@@ -123,19 +140,16 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
     for sweep in sweeps:
         other = merged.get(sweep.condition)
         if other is not None:
+            lattice = sweep.lattice or other.lattice
+            if sweep.lattice and other.lattice:
+                finest = max(other.lattice, sweep.lattice, key=lambda lattice: lattice.per_decade)
+                lattice = replace(finest, further=max(other.lattice.further, sweep.lattice.further))
             sweep = Sweep(
                 sweep.condition,
                 lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
                 seeds=other.seeds.merged(sweep.seeds),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
-                lattice=_finest(other.lattice, sweep.lattice),
+                lattice=lattice,
             )
         merged[sweep.condition] = sweep
     return list(merged.values())
-
-
-def _finest(one: Lattice | None, other: Lattice | None) -> Lattice | None:
-    if one is None or other is None:
-        return one or other
-    further = max(one.further, other.further)
-    return replace(max(one, other, key=lambda lattice: lattice.per_decade), further=further)

@@ -6,10 +6,12 @@ import base64
 import hashlib
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
@@ -21,11 +23,9 @@ from lorabench.doctor.record import record_for
 from lorabench.figures.catalog import CLAIMS_TABLE, EVALS_TABLE, PaperFigure, figures_of_preset
 from lorabench.planning.plan import Plan
 from lorabench.report import summary
-from lorabench.report.datasets import dataset_origins
 from lorabench.report.explorer import curves_to_draw, data_uri, table_downloads
 from lorabench.report.facts import COUNTING, headline
 from lorabench.report.publish import DEFAULT_PRESET
-from lorabench.report.sections import arrange
 from lorabench.report.text import FILTERS
 from lorabench.store.io import read_claims, read_table
 from lorabench.store.layout import Layout
@@ -33,6 +33,9 @@ from lorabench.utils.files import atomic_path
 from lorabench.utils.formats import missing
 
 _HERE = Path(__file__).parent
+
+SECTIONS: list[dict[str, Any]] = yaml.safe_load((_HERE / "sections.yaml").read_text(encoding="utf-8"))
+"""The page's sections in the paper's order: which figures and claims are shown together."""
 
 
 def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = True) -> None:
@@ -83,7 +86,7 @@ def build(plan: Plan, layout: Layout, source: str, out: Path, evaluated: bool = 
         work=summary.work(plan, runs),
         runs=summary.runs_with_versions(runs),
         inputs=summary.inputs(runs),
-        datasets=dataset_origins(layout),
+        datasets=summary.dataset_origins(layout),
         doctor=record_for(plan.preset.execution),
         curves=_json(curves),
         points=curves["points"],
@@ -140,3 +143,30 @@ def _command(source: str, target: Path) -> str:
     # Snakemake's --config takes all words that follow it, so it comes last.
     config = [] if source == DEFAULT_PRESET else ["--config", f"preset={source}"]
     return shlex.join(["snakemake", "--cores", "all", str(target), *config])
+
+
+def arrange(figures: Sequence[dict[str, Any]], claims: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the sections that have a figure or a claim, each with its figures and claims in order.
+
+    Figures and claims that no section names are in a last section.
+
+    Args:
+        figures: what the page shows of each figure, which has a `name`.
+        claims: what the page shows of each claim, which has a `claim_id`.
+
+    Returns:
+        For each section: `about` (a member of SECTIONS), `figures` and `claims`.
+    """
+    by_name = {figure["name"]: figure for figure in figures}
+    by_id = {claim["claim_id"]: claim for claim in claims}
+    arranged = [
+        {
+            "about": section,
+            "figures": [by_name.pop(name) for name in section["figures"] if name in by_name],
+            "claims": [by_id.pop(claim) for claim in section["claims"] if claim in by_id],
+        }
+        for section in SECTIONS
+    ]
+    further = {"id": "further", "short": "Further", "title": "Further figures and claims", "paper": ""}
+    arranged.append({"about": further, "figures": list(by_name.values()), "claims": list(by_id.values())})
+    return [section for section in arranged if section["figures"] or section["claims"]]

@@ -1,32 +1,33 @@
-"""The tables of the report: claims with their runs, seed noise, optima, scores of lm-eval, runs, work and machines."""
+"""The tables of the report: claims with their runs, noise, optima, scores of lm-eval, runs, work, machines and data."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from lorabench.analysis.arms import ARM, arm_label, each_arm
-from lorabench.analysis.comparison import MIN_LRS, Judging, comparisons
-from lorabench.analysis.gaps import best_losses
-from lorabench.analysis.noise import seed_noise
-from lorabench.analysis.optima import lr_optima
+from lorabench.analysis.arms import arm_label, each_arm, first_seed
+from lorabench.analysis.comparison import MIN_LRS, Arm, Comparison, Judging, comparisons
+from lorabench.analysis.optima import fitted_noise
 from lorabench.analysis.rewards import with_error_rates
 from lorabench.analysis.rl_health import sampler_mismatch
-from lorabench.analysis.studies import over_studies, seed_studies
+from lorabench.data.sft import about
+from lorabench.data.tokens import count_left_out
+from lorabench.figures.fits import optimum
 from lorabench.planning import bill
 from lorabench.planning.plan import Plan
 from lorabench.report.facts import KINDS, VERDICTS, facts, in_order
 from lorabench.runs import MAX_KL
 from lorabench.store.checks import is_rl
 from lorabench.store.io import list_of_words, with_all_columns
+from lorabench.store.layout import Layout
 
 Records = list[dict[str, Any]]
 
 _PLACE = ["model", "dataset", "batch_size", "steps"]
-_RESULTS = ["best_mean", "best_median", "best_low", "best_high"]
 _SCORE = ["about", "task", "metric", "filter"]
 _INPUTS = ["model_sha256", "dataset_sha256", "tokenizer_sha256", "template_sha256"]
 
@@ -66,10 +67,10 @@ def tally(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     stated = facts(table)
     groups = {}
     for group in KINDS:
-        of_group = [fact for fact in stated if fact.group == group]
-        if of_group:
+        stated_facts = [fact for fact in stated if fact.group == group]
+        if stated_facts:
             groups[group] = [
-                {"verdict": verdict, "facts": [fact.claim_ids for fact in of_group if fact.verdict == verdict]}
+                {"verdict": verdict, "facts": [fact.claim_ids for fact in stated_facts if fact.verdict == verdict]}
                 for verdict in VERDICTS
             ]
     return groups
@@ -78,50 +79,51 @@ def tally(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 def experiment(name: str, runs: pd.DataFrame, judging: Judging) -> dict[str, Any] | None:
     """Return the seed noise, the optimal LR and best result of each LR-tuned arm, and the LR ratios of an experiment.
 
-    The result is the test NLL in nats per scored token, or in RL the test accuracy from 0 to 1. It is in best_mean (at
-    the best LR, mean over seeds) and in best_median, best_low and best_high (at each seed's own best LR, over seeds).
+    All are numbers of the fits by which claims are judged. The result is the fitted lowest test NLL in nats per scored
+    token, or in RL the highest test accuracy from 0 to 1: `best`, from `best_low` to `best_high` (95% interval).
     Returns None if the experiment has no LR-tuned arm.
     """
     runs = runs[[name in list_of_words(value) for value in runs["experiments"]]]
     rewarded = bool(is_rl(runs).any())
     runs = with_error_rates(runs) if rewarded else runs
-    tuned = [of_arm for _, of_arm in each_arm(runs) if of_arm["lr"].nunique() >= MIN_LRS]
+    tuned = [arm_runs for _, arm_runs in each_arm(runs) if arm_runs["lr"].nunique() >= MIN_LRS]
     if not tuned:
         return None
-    runs = pd.concat(tuned)
-    noise = seed_noise(runs)
-    losses = best_losses(runs)[[*ARM, "lr_best", "loss_mean", "loss_sd", "n_seeds"]]
-    arms = lr_optima(runs, judging).drop(columns="lr_best").merge(losses, on=ARM, how="left")
-    arms = arms.merge(over_studies(seed_studies(runs)), on=ARM, how="left")
-    arms["label"] = [arm_label(row) for _, row in arms.iterrows()]
-    # A low error is a high accuracy.
-    ends = ("loss_max", "loss_min") if rewarded else ("loss_min", "loss_max")
-    for column, loss in zip(_RESULTS, ("loss_mean", "loss_median", *ends), strict=True):
-        arms[column] = 1 - arms[loss] if rewarded else arms[loss]
+    compared = comparisons(pd.concat(tuned), pd.DataFrame(), judging)
+    arms = [_tuned_arm(comparison, arm, rewarded) for comparison in compared for arm in comparison.arms]
     return {
         "name": name,
         "result": "accuracy" if rewarded else "NLL",
-        "noise": noise.to_dict("records"),
-        "arms": arms.to_dict("records"),
-        "studies": bool((arms["n_studies"] > 1).any()),
-        "ratios": _ratios(runs, judging),
+        "noise": fitted_noise(compared).to_dict("records"),
+        "arms": arms,
+        "ratios": [row for comparison in compared for row in _ratios(comparison)],
     }
 
 
-def _ratios(runs: pd.DataFrame, judging: Judging) -> Records:
-    """Return the optimal LR of each LoRA arm over that of FullFT on the same model, dataset, batch size and length."""
+def _tuned_arm(comparison: Comparison, arm: Arm, rewarded: bool) -> dict[str, Any]:
+    """Return the optimum of an arm, its best result, and how many runs of its grid diverged."""
+    label = arm_label(arm)
+    grid = first_seed(comparison.rows[label])
+    row: dict[str, Any] = dict.fromkeys(("lr_best", "lr", "lr_low", "lr_high", "nll", "nll_low", "nll_high"), math.nan)
+    row |= {"resolved": False, "at_edge": False, "n_seeds": 0} | (optimum(comparison, arm) or {})
+    best = [row[name] for name in ("nll", "nll_low", "nll_high")]
+    # A low error is a high accuracy.
+    best = [1 - best[0], 1 - best[2], 1 - best[1]] if rewarded else best
+    row |= dict(zip(("best", "best_low", "best_high"), best, strict=True))
+    return arm | row | {"label": label, "n_runs": len(grid), "n_diverged": int((grid["status"] == "diverged").sum())}
+
+
+def _ratios(comparison: Comparison) -> Records:
+    """Return the optimal LR of each LoRA arm over that of FullFT in one comparison."""
     rows: Records = []
-    for comparison in comparisons(runs, pd.DataFrame(), judging):
-        fullft = comparison.fullft
-        for arm in comparison.arms if fullft else []:
-            label = arm_label(arm)
-            if arm["method"] == "lora":
-                ratio = comparison.fit.log_ratio(label, "FullFT")
-                low, high = (math.exp(end) for end in ratio.interval())
-                row = {name: arm[name] for name in _PLACE} | {"label": label, "ratio": math.exp(ratio.value)}
-                row |= {"low": None if math.isnan(low) else low, "high": None if math.isnan(high) else high}
-                resolved = [comparison.fit.resolved.get(name, False) for name in (label, "FullFT")]
-                rows.append(row | {"resolved": all(resolved)})
+    for arm in comparison.arms if comparison.fullft else []:
+        label = arm_label(arm)
+        if arm["method"] == "lora":
+            ratio = comparison.fit.log_ratio(label, "FullFT")
+            low, high = (None if math.isnan(end) else math.exp(end) for end in ratio.interval())
+            row = {name: arm[name] for name in _PLACE} | {"label": label, "ratio": math.exp(ratio.value)}
+            resolved = all(comparison.fit.resolved.get(name, False) for name in (label, "FullFT"))
+            rows.append(row | {"low": low, "high": high, "resolved": resolved})
     return rows
 
 
@@ -158,36 +160,33 @@ def evaluation(evals: pd.DataFrame) -> list[dict[str, Any]]:
     """
     if evals.empty:
         return []
-    evals = _without_perplexities(with_all_columns(evals, "evals"))
+    evals = with_all_columns(evals, "evals")
+    # Perplexities of tasks that have bits per byte are the same on another scale.
+    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
+    perplexity = evals["metric"].isin(["word_perplexity", "byte_perplexity"])
+    evals = evals[~(evals["task"].isin(bits) & perplexity)]
     base, trained = evals[evals["method"].isna()], labelled(evals[evals["method"].notna()])
     tables = []
-    for place, of_place in trained.groupby(_PLACE, dropna=False):
-        of_base = base[base["model"] == place[0]].assign(label="base")
-        scores = pd.concat([of_base, of_place], ignore_index=True)
+    for place, setting in trained.groupby(_PLACE, dropna=False):
+        base_scores = base[base["model"] == place[0]].assign(label="base")
+        scores = pd.concat([base_scores, setting], ignore_index=True)
         columns = sorted(scores.groupby(_SCORE, dropna=False, sort=False), key=lambda column: column[0][0] != "learned")
         arms = [
             {
-                **{name: of_arm[name].iloc[0] for name in ("label", "lr", "run_id")},
-                "scores": [_of_score(of_arm, column) for _, column in columns],
+                **{name: arm_scores[name].iloc[0] for name in ("label", "lr", "run_id")},
+                "scores": [_score(arm_scores, column) for _, column in columns],
             }
-            for _, of_arm in scores.groupby(["label", "run_id"], dropna=False, sort=False)
+            for _, arm_scores in scores.groupby(["label", "run_id"], dropna=False, sort=False)
         ]
         tasks = [dict(zip(_SCORE, key, strict=True)) | _settings(column) for key, column in columns]
         tables.append(dict(zip(_PLACE, place, strict=True)) | _settings(scores) | {"tasks": tasks, "arms": arms})
     return tables
 
 
-def _without_perplexities(evals: pd.DataFrame) -> pd.DataFrame:
-    """Leave out perplexities of tasks that have bits per byte, which is the same on another scale."""
-    bits = evals.loc[evals["metric"] == "bits_per_byte", "task"]
-    repeated = evals["task"].isin(bits) & evals["metric"].isin(["word_perplexity", "byte_perplexity"])
-    return evals[~repeated]
-
-
-def _of_score(of_arm: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
+def _score(arm_scores: pd.DataFrame, column: pd.DataFrame) -> dict[str, Any] | None:
     """Return the value of an arm in a column, and its standard error."""
-    of_column = of_arm.loc[of_arm.index.intersection(column.index), ["value", "stderr"]]
-    return None if of_column.empty else {str(name): value for name, value in of_column.iloc[0].items()}
+    score = arm_scores.loc[arm_scores.index.intersection(column.index), ["value", "stderr"]]
+    return None if score.empty else {str(name): value for name, value in score.iloc[0].items()}
 
 
 def _settings(scores: pd.DataFrame) -> dict[str, list[Any]]:
@@ -242,6 +241,48 @@ def runs_with_versions(runs: pd.DataFrame) -> Records:
 def inputs(runs: pd.DataFrame) -> Records:
     """Return the hashes of model, data, tokenizer and chat template, once for each combination."""
     return _records(runs[["model", "dataset", *_INPUTS]].drop_duplicates())
+
+
+def dataset_origins(layout: Layout) -> list[dict[str, Any]]:
+    """Describe each dataset that comes from a file or the hub, and each of which something was left out.
+
+    Returns:
+        For each dataset: `name`; `source`, as text; `rows` and `usable`, the numbers of all and of usable rows (null
+        for a generated dataset, of which only the examples too long for a model are counted); and `left_out`, a list
+        of texts that say how many examples were left out and why.
+    """
+    described = []
+    for name in layout.preset.sources:
+        row = _taken_from(layout, name)
+        longer = list(_longer(layout, name)) if name in layout.preset.datasets else []
+        if row is None and longer:
+            row = {"source": "generated", "rows": None, "usable": None, "left_out": []}
+        if row is not None:
+            described.append({"name": name, **row, "left_out": row["left_out"] + longer})
+    return described
+
+
+def _taken_from(layout: Layout, name: str) -> dict[str, Any] | None:
+    tally, path = layout.tally(name), layout.dataset(name)
+    if tally.is_file():
+        read = json.loads(tally.read_text())
+        left_out = [f"{bad['rows']} {bad['reason']} (first: {read['unit']} {bad['first']})" for bad in read["bad"]]
+        source = f"file, {read['format']}"
+        return {"source": source, "rows": read["rows"], "usable": read["usable"], "left_out": left_out}
+    if path.is_file() and (note := about(path)):
+        left_out = [f"{count} {reason}" for reason, count in note["left_out"].items() if count]
+        return {"source": note["id"], "rows": note["rows"], "usable": note["usable"], "left_out": left_out}
+    return None
+
+
+def _longer(layout: Layout, name: str) -> Iterator[str]:
+    """Yield, for each model and split, how many examples have more tokens than the dataset allows."""
+    for model in layout.preset.models:
+        path = layout.tokens(model, name)
+        if path.is_file():
+            for split, count in count_left_out(path).items():
+                if count:
+                    yield f"{count} of {split} with more tokens than max_tokens for {model}"
 
 
 def _records(frame: pd.DataFrame) -> Records:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GB = 1e9
-# Assumed, not measured: a pass of 16,384 tokens through a model of width 2,048 fully occupies an H100, and other GPUs
-# need a pass in proportion to their peak.
-_BUSY = 16_384 * 2048 / 989.5e12
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,6 @@ class Gpu:
     memory: float
     bandwidth: float
     efficiency: float = 0.35
-
-    @property
-    def busy(self) -> float:
-        """The tokens of one pass through a model times the model's width that fully occupy the GPU."""
-        return _BUSY * self.peak_flops
 
 
 GPUS = {

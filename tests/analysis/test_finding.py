@@ -1,11 +1,15 @@
-"""Corrections for several comparisons: how findings decide together."""
+"""Findings decide together with corrections, tell what is borderline, and may change their unit."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabench.analysis.estimate import exact, student, unknown
-from lorabench.analysis.finding import decide, finding, together, without, worst
+from lorabench.analysis.finding import decide, exponential, finding, in_unit, together, without, worst
 from lorabench.analysis.rules import Above, Problem, Within
 
 RULE = Within.margin(0.01)
@@ -41,24 +45,16 @@ def marked(rule, value, error=0.001, name="a"):
     return decided.verdict, decided.borderline
 
 
-# With an error of 0.001 the ends of the 90% interval lie 0.001645 away, and those of the 95% interval 0.00196.
-@pytest.mark.parametrize(
-    ("inside", "verdict", "borderline"),
-    [
-        (0.05, "confirmed", True),
-        (0.20, "confirmed", False),
-        (-0.05, "inconclusive", True),
-        (-0.20, "inconclusive", False),
-    ],
-)
-def test_an_equality_is_borderline_by_the_end_that_is_nearer_to_the_margin(inside, verdict, borderline):
-    for sign in (-1, 1):
-        assert marked(RULE, sign * (0.01 * (1 - inside) - 0.001645)) == (verdict, borderline)
+@given(inside=st.sampled_from([0.05, 0.2, -0.05, -0.2]), sign=st.sampled_from([-1, 1]))
+def test_an_equality_is_borderline_by_the_end_that_is_nearer_to_the_margin(inside, sign):
+    # With an error of 0.001 the ends of the 90% interval lie 0.001645 away, and those of the 95% interval 0.00196.
+    verdict = "confirmed" if inside > 0 else "inconclusive"
+    assert marked(RULE, sign * (0.01 * (1 - inside) - 0.001645)) == (verdict, abs(inside) < 0.1)
 
 
-@pytest.mark.parametrize(("beyond", "expected"), [(0.05, True), (0.2, False)])
-def test_a_contradiction_of_an_equality_is_borderline_by_the_end_of_the_95_interval(beyond, expected):
-    assert marked(RULE, 0.01 * (1 + beyond) + 0.00196) == ("contradicted", expected)
+def test_a_contradiction_of_an_equality_is_borderline_by_the_end_of_the_95_interval():
+    assert marked(RULE, 0.01 * 1.05 + 0.00196) == ("contradicted", True)
+    assert marked(RULE, 0.01 * 1.2 + 0.00196) == ("contradicted", False)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +77,8 @@ def test_a_difference_is_borderline_by_its_margin_and_by_0(value, expected):
 def test_without_a_margin_half_of_the_interval_stands_for_it(share, expected):
     assert marked(Above(0.0), 0.00196 * (1 + share)) == ("confirmed", expected)
     assert marked(Above(0.0), -0.00196 * (1 + share)) == ("contradicted", expected)
-
-
-def test_a_band_with_one_end_has_a_margin_too():
-    rule = Within(-float("inf"), 0.005)
-    assert marked(rule, 0.005 * 0.95 - 0.001645) == ("confirmed", True)
-    assert marked(rule, 0.005 * 0.8 - 0.001645) == ("confirmed", False)
+    # A band with one end has a margin.
+    assert marked(Within(-float("inf"), 0.005), 0.005 * (1 - share) - 0.001645) == ("confirmed", expected)
 
 
 def test_nothing_but_an_interval_is_borderline():
@@ -123,3 +115,26 @@ def test_what_speaks_against_a_verdict_speaks_against_it_with_moved_ends_too():
     assert (near.verdict, near.borderline) == ("inconclusive", True)
     assert not without(near, "confirmed").borderline
     assert without(judged(0.0), "confirmed").verdict == "inconclusive"
+
+
+def test_a_ratio_has_its_ends_and_its_margin_as_ratios():
+    judged = decide(Within(-math.log(2), math.log(2)), student(math.log(1.5), 0.1, 10, "ratio"), "", [])
+    ratio = in_unit(judged, exponential, exponential)
+    assert (ratio.verdict, ratio.estimate, ratio.margin_low, ratio.margin_high) == (
+        "confirmed",
+        pytest.approx(1.5),
+        pytest.approx(0.5),
+        pytest.approx(2),
+    )
+    assert ratio.ci_low == pytest.approx(math.exp(judged.ci_low))
+    assert ratio.detectable == pytest.approx(math.exp(judged.detectable))
+    assert exponential(1e6) == math.inf
+
+
+def test_a_decreasing_unit_exchanges_the_ends():
+    judged = decide(Above(0.3), student(0.8, 0.1, 10, "distance"), "", [])
+    turned = in_unit(judged, lambda value: 1 - value)
+    assert (turned.verdict, turned.estimate) == ("confirmed", pytest.approx(0.2))
+    assert (turned.ci_low, turned.ci_high) == pytest.approx((1 - judged.ci_high, 1 - judged.ci_low))
+    assert (turned.margin_low, turned.margin_high) == (-math.inf, pytest.approx(0.7))
+    assert turned.detectable == judged.detectable

@@ -1,21 +1,20 @@
+"""Pairs of runs that invariances of LoRA make equivalent, and measures of how far runs differ."""
+
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorabench.analysis.invariances import (
-    crossing,
     descent_ratios,
     differences,
     first_descents,
     invariance_pairs,
     move_times,
-    ratio_of_means,
     run_pairs,
     step_sizes,
     with_lr_grid,
@@ -138,32 +137,10 @@ def test_ratios_are_paired_by_seed():
     assert math.isnan(high["low"])
 
 
-def test_ratio_of_means():
-    ratio = ratio_of_means(np.array([1.0, 2.0, 3.5]), np.array([2.0, 4.0, 6.0]), "ratio")
-    assert ratio.value == pytest.approx(6.5 / 12)
-    residual = np.array([1.0, 2.0, 3.5]) - ratio.value * np.array([2.0, 4.0, 6.0])
-    half = 4.302652729911275 * residual.std(ddof=1) / math.sqrt(3) / 4
-    assert ratio.interval() == pytest.approx((ratio.value - half, ratio.value + half), rel=0.01)
-    single = ratio_of_means(np.array([1.0]), np.array([2.0]), "ratio")
-    assert single.value == 0.5
-    assert not single.known
-    for numerator, denominator in (([1.0, 1.0], [1.0, -1.0]), ([], [])):
-        assert math.isnan(ratio_of_means(np.array(numerator), np.array(denominator), "ratio").value)
-
-
-@given(power=st.floats(0.2, 3), at=st.floats(1.5, 500))
-def test_a_power_law_crosses_where_it_does(power, at):
-    steps = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    assert crossing(steps, [(step / at) ** power for step in steps], 1.0) == pytest.approx(at)
-
-
-def test_no_crossing():
-    assert math.isnan(crossing([1, 2, 4], [0.0, 0.1, 0.9], 1.0))
-    assert math.isnan(crossing([1, 2, 4], [1.0, 2.0, 3.0], 1.0))
-    assert math.isnan(crossing([1, 2], [0.0, 2.0], 1.0))
-    assert math.isnan(crossing([], [], 1.0))
-    assert crossing([1, 2, 4], [0.0, 0.5, 2.0], 1.0) == pytest.approx(math.sqrt(8))
-    assert crossing([1, 2, 4], [0.0, 0.5, 1.0], 1.0) == pytest.approx(4)
+@given(power=st.floats(0.2, 3), at=st.floats(1.5, 63))
+def test_a_has_moved_where_a_power_law_reaches_1(power, at):
+    times = move_times(*lora_tables([lora_run()], a_moved=lambda run, step: (step / at) ** power))
+    assert times[["limit", "bound"]].values.tolist() == [[pytest.approx(at), 0]]
 
 
 def test_move_times_are_of_runs_with_the_measure():

@@ -1,3 +1,5 @@
+"""The law of LRs is the published one, and a fit gives its constants back."""
+
 from __future__ import annotations
 
 import math
@@ -34,10 +36,10 @@ TABLE = [
 SIZES = (("llama", 64), ("llama", 256), ("llama", 2048), ("qwen3", 64), ("qwen3", 512))
 
 
-@pytest.mark.parametrize(("family", "hidden_size", "fullft", "lora"), TABLE)
-def test_published_lrs(family, hidden_size, fullft, lora):
-    fitted = [predict_lr(PUBLISHED, family, hidden_size, method) for method in ("fullft", "lora")]
-    assert [f"{lr:.3e}" for lr in fitted] == [f"{fullft:.3e}", f"{lora:.3e}"]
+def test_published_lrs():
+    for family, hidden_size, *lrs in TABLE:
+        predicted = [predict_lr(PUBLISHED, family, hidden_size, method) for method in ("fullft", "lora")]
+        assert [f"{lr:.3e}" for lr in predicted] == [f"{lr:.3e}" for lr in lrs]
 
 
 def test_lineages():

@@ -1,3 +1,5 @@
+"""Rewards of RL as losses, ranges of good LRs, flat tops and curves at the optimum."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +11,6 @@ import pytest
 from lorabench.analysis.arms import rows_of, with_arm_columns
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
 from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.rewards import flat_top, good_ranges, reward_curves, with_error_rates
 from lorabench.errors import UserError
 from lorabench.store.checks import check_table
@@ -76,7 +77,6 @@ def test_error_rates_are_losses_of_rl_runs_alone():
     assert table[["final_valid_nll", "final_test_nll"]].isna().all(axis=None)
     pd.testing.assert_frame_equal(with_error_rates(table), table)
     assert with_error_rates(sft.assign(final_reward=0.0, final_valid_reward=0.0)).empty
-    assert seed_noise(table)["sigma"].item() == pytest.approx(OFFSETS[1])
 
 
 def test_steps_of_the_grid_in_which_a_range_ends_count_half():
@@ -90,12 +90,6 @@ def test_steps_of_the_grid_in_which_a_range_ends_count_half():
     assert good.width.example_part is None
 
 
-def test_one_bad_lr_does_not_cut_off_what_lies_beyond():
-    good = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
-    assert good.width.value == pytest.approx(1)
-    assert (good.lr_low, good.lr_high) == pytest.approx((LRS[1], LRS[3]))
-
-
 def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
     good = measured([0.2, 0.7, 0.8, 0.79, 0.79], noise=1e-3)
     assert (good.open_low, good.open_high) == (False, True)
@@ -103,10 +97,13 @@ def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
     assert measured([0.2, 0.7, 0.8, 0.79, 0.75], noise=0.02).open_high
 
 
-def test_a_diverged_run_has_no_reward():
+def test_a_diverged_run_has_no_reward_and_one_bad_lr_does_not_cut_off_those_beyond():
     good = measured([0.2, 0.79, 0.8, 0.79, 0.8], noise=1e-3, statuses={LRS[4]: "diverged"})
     assert good.width.value == pytest.approx(1.5)
     assert not good.open
+    apart = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
+    assert apart.width.value == pytest.approx(1)
+    assert (apart.lr_low, apart.lr_high) == pytest.approx((LRS[1], LRS[3]))
 
 
 def test_without_noise_a_range_has_no_interval():
@@ -136,24 +133,17 @@ def test_test_problems_are_resampled_for_the_range():
     assert float(np.std(same.example_part)) < 0.5 * float(np.std(own.example_part))
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "flat"),
-    [
-        ([0.2, 0.8, 0.8, 0.4, 0.2], LRS[1:3]),
-        ([0.2, 0.8, 0.8, 0.8, 0.8], LRS[1:]),
-        ([0.2, 0.7, 0.8, 0.7, 0.2], []),
-        ([0.2, 0.2, 0.8, 0.7, 0.2], []),
-    ],
-)
-def test_lrs_with_one_accuracy_are_a_flat_top(accuracies, flat):
-    comparison = compared(accuracies)
-    assert flat_top(comparison, comparison.arms[0]) == pytest.approx(flat)
+def test_lrs_with_one_accuracy_are_a_flat_top():
+    def top(*accuracies, **settings):
+        comparison = compared(accuracies, **settings)
+        return flat_top(comparison, comparison.arms[0])
 
-
-def test_two_lrs_within_the_noise_are_no_flat_top_but_three_are():
-    two, three = (compared([0.5, 0.8, 0.8, last, 0.2], noise=0.01) for last in (0.5, 0.8))
-    assert flat_top(two, two.arms[0]) == []
-    assert len(flat_top(three, three.arms[0])) >= 3
+    assert top(0.2, 0.8, 0.8, 0.4, 0.2) == pytest.approx(LRS[1:3])
+    assert top(0.2, 0.8, 0.8, 0.8, 0.8) == pytest.approx(LRS[1:])
+    assert top(0.2, 0.2, 0.8, 0.7, 0.2) == []
+    # Two LRs within the noise are no flat top, but three are.
+    assert top(0.5, 0.8, 0.8, 0.5, 0.2, noise=0.01) == []
+    assert len(top(0.5, 0.8, 0.8, 0.8, 0.2, noise=0.01)) >= 3
 
 
 def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
@@ -170,23 +160,12 @@ def test_curves_near_the_optimal_lr_are_averaged_over_seeds():
     assert test.groupby("method")["mean"].agg(["first", "last"]).loc["lora"].tolist() == pytest.approx([0.02, 0.3])
 
 
-def test_no_curves_give_empty_tables():
-    runs, curves = tables([arm(optimum=1e-4)])
-    for none in (pd.DataFrame(), curves.iloc[:0], curves[curves["split"] == "test"]):
-        assert reward_curves(runs, none).empty
-    assert reward_curves(runs.iloc[:0], curves).empty
-    assert len(reward_curves(runs, curves.drop(columns=["examples", "tokens"]))) == STEPS
-
-
 @pytest.mark.parametrize(
     ("column", "value", "shown"),
     [
         ("final_reward", None, "missing; allowed: a share of 0 to 1 where RL finished"),
-        ("final_valid_reward", 1.5, "1.5; allowed: a share of 0 to 1 where RL finished"),
-        ("base_reward", -0.5, "-0.5; allowed: a share of 0 to 1"),
         ("best_reward", math.inf, "inf; allowed: a share of 0 to 1"),
         ("status", "stopped", "'stopped'; allowed: done, diverged, and unrewarded in RL"),
-        ("task", "dpo", "'dpo'; allowed: sft, rl"),
     ],
 )
 def test_rl_runs_need_rewards_and_no_losses(column, value, shown):

@@ -1,12 +1,14 @@
-"""Leads over the controls, and runs of RL that ended sick, on tables whose answers are known."""
+"""Leads over the controls, sick runs, and the distance of the sampler, on tables whose answers are known."""
 
 from __future__ import annotations
+
+import math
 
 import pandas as pd
 import pytest
 
 from lorabench.analysis.rewards import with_error_rates
-from lorabench.analysis.rl_health import beyond_controls, is_sick, leads
+from lorabench.analysis.rl_health import beyond_controls, is_sick, leads, sampler_mismatch
 
 
 def runs(**columns):
@@ -41,24 +43,20 @@ def test_each_method_is_compared_with_the_higher_control():
     assert beyond_controls(runs(rule_reward=None, constant_reward=None)).tolist() == [False]
 
 
-@pytest.mark.parametrize(
-    ("columns", "sick"),
-    [
-        ({"final_truncated": [0.0, 0.2, 0.1, 0.0]}, "b"),
-        # A policy without entropy is sick only where it does no better than the controls.
-        ({"final_entropy": 0.01}, "d"),
-        ({"final_entropy": None, "final_truncated": None}, ""),
-        # A run that ends below its base is sick where it does no better than the controls, and loses 5 points or more.
-        ({"base_reward": 0.55}, "d"),
-        ({"base_reward": 0.24}, ""),
-        ({"base_reward": 0.55, "rule_reward": 0.1}, ""),
-        # The second run and the fourth end as they began, which no optimum does.
-        ({"final_truncated": 1.0, "base_reward": [0.1, 0.7, 0.1, 0.2]}, "ac"),
-    ],
-)
-def test_sick_runs_are_those_cut_off_or_collapsed_below_the_controls(columns, sick):
-    table = runs(**columns)
-    assert "".join(table.loc[is_sick(table), "run_id"]) == sick
+def test_sick_runs_are_those_cut_off_or_collapsed_below_the_controls():
+    def sick(**columns):
+        table = runs(**columns)
+        return "".join(table.loc[is_sick(table), "run_id"])
+
+    assert sick(final_truncated=[0.0, 0.2, 0.1, 0.0]) == "b"
+    # A policy without entropy is sick only where it does no better than the controls.
+    assert sick(final_entropy=0.01) == "d"
+    assert sick(final_entropy=None, final_truncated=None) == ""
+    # A run that ends below its base is sick where it does no better than the controls, and loses 5 points or more.
+    assert sick(base_reward=0.55) == "d"
+    assert sick(base_reward=0.24) == sick(base_reward=0.55, rule_reward=0.1) == ""
+    # The second run and the fourth end as they began, which no optimum does.
+    assert sick(final_truncated=1.0, base_reward=[0.1, 0.7, 0.1, 0.2]) == "ac"
 
 
 def test_a_sick_run_is_never_an_optimum():
@@ -68,3 +66,31 @@ def test_a_sick_run_is_never_an_optimum():
     assert errors["status"].to_dict() == {"a": "done", "b": "diverged", "c": "done", "d": "done"}
     assert errors.loc["b", ["test_loss", "validation_loss"]].isna().all()
     pd.testing.assert_frame_equal(with_error_rates(errors), errors)
+
+
+KL = {"a": [0.002, -0.02], "b": [0.004, 0.01], "c": [0.0, 0.0]}
+RATIOS = {"a": [1.5, 3.0], "b": [1.2, 1.1]}
+
+
+def test_measures_are_over_steps_and_runs_and_absent_ones_stay_absent():
+    columns = {"task": ["rl", "rl", "rl", "sft"], "method": ["lora", "lora", "fullft", "lora"]}
+    settings = {"model": "tiny", "dataset": "sums", "rank": [8, 8, None, 8], "placement": "all", "batch_size": 64}
+    runs = pd.DataFrame({"run_id": list("abcd"), **columns, **settings})
+    points = [
+        (run_id, step, "train", metric, value)
+        for metric, of_runs in (("kl", KL), ("ratio_max", RATIOS), ("ratio_above_2", {"a": [0.1, 0.3]}))
+        for run_id, values in of_runs.items()
+        for step, value in enumerate(values, 1)
+    ]
+    curves = pd.DataFrame(points, columns=["run_id", "step", "split", "metric", "value"])
+    fullft, lora = sampler_mismatch(runs, curves).to_dict("records")
+    assert (lora["kl_mean"], lora["kl_max"]) == pytest.approx((-0.001, 0.02))
+    # The limit itself is not above the limit, and a negative KL of the same size is.
+    assert (lora["n_above"], lora["n_measured"]) == (1, 2)
+    assert (lora["ratio_max"], lora["ratio_above_2"]) == pytest.approx((3.0, 0.2))
+    assert (fullft["kl_max"], fullft["n_above"], fullft["n_measured"]) == (0, 0, 1)
+    assert all(math.isnan(of[name]) for of, name in ((lora, "ratio_mean"), (fullft, "ratio_above_2")))
+
+    [without, _] = sampler_mismatch(runs, pd.DataFrame()).to_dict("records")
+    assert math.isnan(without["kl_max"])
+    assert (without["n_above"], without["n_measured"]) == (0, 0)

@@ -1,4 +1,4 @@
-"""The decision rules give the verdicts that their definitions say, at the stated rates, and findings say what helps."""
+"""The decision rules give the verdicts of their definitions, at the stated rates; margins are shares of a gain."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.estimate import N_DRAWS, Estimate, exact, student, unknown
 from lorabench.analysis.finding import Finding, decide, finding, together, worst
-from lorabench.analysis.rules import LEVEL, Above, Problem, Remedy, Within, cheapest
+from lorabench.analysis.rules import LEVEL, Above, Problem, Remedy, Within, cheapest, gain_margin
+
+from ..handmade.sft import arm, tables
 
 
 def estimate(value: float, error: float = 0.01, dof: float = 1e6) -> Estimate:
@@ -21,20 +25,11 @@ def verdict(rule, value, error=0.01):
     return decide(rule, estimate(value, error), "text", ["a"]).verdict
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        # The 90% interval is the value plus and minus 0.0164, the 95% interval plus and minus 0.0196.
-        (0.0, "confirmed"),
-        (0.012, "confirmed"),
-        (0.015, "inconclusive"),
-        (0.048, "inconclusive"),
-        (0.052, "contradicted"),
-        (-0.052, "contradicted"),
-    ],
-)
-def test_an_equality_is_confirmed_by_two_one_sided_tests_and_contradicted_outside_of_the_margin(value, expected):
-    assert verdict(Within.margin(0.03), value) == expected
+def test_an_equality_is_confirmed_by_two_one_sided_tests_and_contradicted_outside_of_the_margin():
+    # The 90% interval is the value plus and minus 0.0164, the 95% interval plus and minus 0.0196.
+    rule = Within.margin(0.03)
+    assert [verdict(rule, value) for value in (0.012, 0.015, 0.048)] == ["confirmed", "inconclusive", "inconclusive"]
+    assert [verdict(rule, value) for value in (0.052, -0.052)] == ["contradicted"] * 2
 
 
 def test_a_one_sided_margin_takes_a_lower_loss_too():
@@ -50,9 +45,6 @@ def test_a_one_sided_margin_takes_a_lower_loss_too():
         # Positive for certain, and smaller than the margin: there is no effect of the size that matters.
         (0.011, 0.0055, "contradicted"),
         (0.04, 0.03, "inconclusive"),
-        (0.0, 0.01, "contradicted"),
-        (0.0, 0.03, "inconclusive"),
-        (-0.05, 0.01, "contradicted"),
         # Whether it is 0 or far below makes no difference to a claim that it is 0.03 or more.
         (-0.05, 0.03, "contradicted"),
         (-0.01, 0.03, "inconclusive"),
@@ -135,3 +127,31 @@ def test_what_was_not_tested_decides_only_alone():
     assert worst([untested, confirmed, unmet]).verdict == "confirmed"
     assert worst([untested, unmet]).verdict == "setting not met"
     assert worst([untested]).verdict == "not tested"
+
+
+def test_a_margin_is_a_share_of_the_gain_if_there_is_one():
+    margin = gain_margin(0.02, 0.5, "FullFT")
+    assert (margin.value, margin.problem) == (pytest.approx(0.01), None)
+    assert margin.rule == "2% of the gain from the base to FullFT (0.500 nats)"
+    assert gain_margin(0.1, 0.5, "FullFT", rewarded=True).rule.endswith(
+        "gain in accuracy from the base to FullFT (0.500)"
+    )
+    for gain in (-0.2, math.nan):
+        assert math.isnan(gain_margin(0.02, gain, "FullFT").value)
+        assert "no gain" in gain_margin(0.02, gain, "FullFT").problem
+
+
+def test_the_gain_is_from_the_base_at_step_0_and_a_share_of_the_loss_stands_in_without_it():
+    runs, _ = tables([arm(8, optimum=1e-3), arm(optimum=1e-3)])
+    base = {"step": 0, "split": "validation", "metric": "nll"}
+    rows = [{"run_id": run_id, "value": 3.0} | base for run_id in runs["run_id"]]
+    rows += [
+        {"run_id": runs["run_id"].iloc[0], "value": 9.0} | base | {"step": 1},
+        {"run_id": "other", "value": 9.0} | base,
+    ]
+    [known] = comparisons(runs, pd.DataFrame(rows))
+    tuned = known.at_optimum(known.fullft)["final_valid_nll"].mean()
+    assert known.margin.value == pytest.approx(0.02 * (3.0 - tuned))
+    [unknown] = comparisons(runs, pd.DataFrame())
+    assert unknown.margin.value == pytest.approx(0.01 * unknown.fit.minima["FullFT"].value)
+    assert "the base's loss is not known" in unknown.margin.rule

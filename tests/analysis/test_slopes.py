@@ -1,3 +1,5 @@
+"""Lines are those of scipy, also through points that are partly bounds."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lorabench.analysis.slopes import fit_line, log_log, slopes_by_seed
+from lorabench.analysis.slopes import censored_slope, fit_line, log_log, slopes_by_seed
 
 X = np.arange(8.0)
 SCATTER = np.array([1.0, -1.0, -0.5, 0.5, 0.7, -0.7, 0.2, -0.2])
@@ -53,13 +55,9 @@ def test_slopes_of_curves_are_by_seed_and_per_tenfold_steps():
     assert math.isnan(slopes[2])
 
 
-def test_logarithmic_axes():
-    steps = np.array([1, 10, 100, 1000])
-    assert log_log(steps, 5.0 * steps**1.5).slope == pytest.approx(1.5)
-    assert 10 ** log_log(steps, 5.0 * steps**1.5).intercept == pytest.approx(5)
-
-
-def test_what_has_no_place_on_an_axis_is_left_out():
+def test_powers_have_their_exponent_and_what_has_no_place_on_an_axis_is_left_out():
+    line = log_log([1, 10, 100, 1000], [5.0 * step**1.5 for step in (1, 10, 100, 1000)])
+    assert (line.slope, 10**line.intercept) == pytest.approx((1.5, 5))
     line = log_log([0, 1, 10, 100, 1000, 10], [3, 1, 10, 100, math.nan, -1])
     assert (line.slope, line.n) == (pytest.approx(1), 3)
 
@@ -81,7 +79,50 @@ def test_units_and_shifts_do_not_matter(slope, shift, unit):
     assert scaled.high - scaled.low == pytest.approx((original.high - original.low) * unit, rel=1e-6)
 
 
-def test_intervals_cover_the_true_slope():
-    rng = np.random.default_rng(0)
-    lines = [fit_line(X, 2 * X + rng.normal(size=len(X))) for _ in range(400)]
-    assert 0.92 < np.mean([line.low < 2 < line.high for line in lines]) < 0.98
+def fit(x, y, bound, groups=None, floor=0.01):
+    x, y, bound = np.array(x, float), np.array(y, float), np.array(bound)
+    return censored_slope(x, y, bound, np.zeros(len(x), int) if groups is None else np.array(groups), floor, "slope")
+
+
+def test_without_bounds_it_is_least_squares():
+    x = np.linspace(0, 3, 8)
+    y = 2 * x + np.random.default_rng(0).normal(0, 0.1, 8)
+    slope = fit(x, y, [0] * 8)
+    assert slope.value == pytest.approx(np.polyfit(x, y, 1)[0])
+    residual = y - np.polyval(np.polyfit(x, y, 1), x)
+    error = math.sqrt((residual**2).sum() / 6 / ((x - x.mean()) ** 2).sum())
+    low, high = slope.interval()
+    assert (high - low) / 2 == pytest.approx(2.447 * error, rel=0.02)
+
+
+def test_bounds_keep_the_slope_where_leaving_them_out_does_not():
+    random, slopes, naive = np.random.default_rng(1), [], []
+    for _ in range(60):
+        x = random.uniform(0, 2, 40)
+        y = x + random.normal(0, 0.5, 40)
+        bound = (y > 1.2).astype(int)
+        slopes.append(fit(x, np.minimum(y, 1.2), bound).value)
+        naive.append(np.polyfit(x[bound == 0], y[bound == 0], 1)[0])
+    assert np.mean(slopes) == pytest.approx(1, abs=0.05)
+    assert np.mean(naive) < 0.8
+
+
+def test_a_bound_that_says_nothing_changes_nothing():
+    without = fit([0, 1, 2], [0.0, 1.1, 2.0], [0, 0, 0])
+    with_it = fit([0, 1, 2, 3], [0.0, 1.1, 2.0, -50.0], [0, 0, 0, 1])
+    assert with_it.value == pytest.approx(without.value, rel=1e-4)
+
+
+def test_what_determines_no_slope():
+    assert not fit([0, 1], [0.0, 1.0], [0, 1]).known
+    two = fit([0, 1, 2], [0.0, 1.0, 1.5], [0, 0, 1])
+    assert math.isfinite(two.value)
+    assert not two.known
+    # Of two groups, each has an intercept; a group with bounds alone is left out.
+    slope = fit([0, 1, 2, 0, 1], [0.0, 1.1, 1.9, 7.0, 7.0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1])
+    assert slope.value == pytest.approx(0.95)
+
+
+def test_few_points_on_a_line_are_no_more_exact_than_the_floor():
+    slope = fit([0, 1, 2], [0.0, 1.0, 2.0], [0, 0, 0], floor=0.1)
+    assert slope.seed_error > 0.1 / math.sqrt(2)

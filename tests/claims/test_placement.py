@@ -92,7 +92,6 @@ def test_the_numbers_are_those_of_the_tables(confirmed):
     ("claims", "changes", "part"),
     [
         (["E1", "E3", "E4", "E7"], {("attn", 17): {"floor": 2.0}}, "attention against the MLP"),
-        (["E1", "E3", "E4", "E7"], {("attn", 17): {"floor": 1.9}}, "attention against the MLP"),
         (["E2", "E3", "E4"], {("mlp", 8): {"floor": 2.03}}, "the MLP against all layers"),
     ],
 )
@@ -112,14 +111,11 @@ def test_an_mlp_that_is_better_than_all_layers_is_enough():
     ("claims", "settings"),
     [
         (IDS, {"every": {"offsets": (0.0,)}}),
-        (IDS, {"every": {"offsets": (0.0, 0.004)}}),
         (IDS, {"every": {"lrs": LRS[:4]}}),
         (["E1", "E3", "E4", "E7"], {"changes": {("attn", 17): {"floor": 2.02}}, "noise": 0.03}),
         (["E2", "E3", "E4"], {"changes": {("mlp", 8): {"floor": 2.01}}, "noise": 0.03}),
         (["E1", "E3", "E4", "E7"], {"without": [("attn", 17)]}),
-        (["E1", "E3", "E4", "E7"], {"without": ["attn"]}),
         (IDS, {"without": ["mlp"]}),
-        (["E2", "E3", "E4"], {"without": ["all"]}),
         (["E2", "E3", "E4"], {"without": [("all", 8), ("mlp", 16)]}),
     ],
 )
@@ -171,11 +167,6 @@ def test_more_examples_are_no_tiny_dataset():
     assert more["verdict"].to_dict() == {"E4": "confirmed", "E7": "not tested"}
 
 
-def test_only_runs_of_the_claims_experiment_are_read():
-    claims = judged(world(batch_size=8, steps=120).assign(experiments="placement"), ids=["E1", "E2", "E4", "E7"])
-    assert claims.loc[["E1", "E2", "E4", "E7"], "verdict"].tolist() == ["confirmed"] * 2 + ["not tested"] * 2
-
-
 def rl_world(attention=0.6, length=200.0, lrs=rl.LRS):
     """Make RL runs by placement; the base's accuracy is 0.1, so that the margin is about 0.07."""
     peaks = {("attn", 17): attention, ("mlp", 8): 0.8, ("all", 8): 0.8}
@@ -195,7 +186,6 @@ def rl_world(attention=0.6, length=200.0, lrs=rl.LRS):
         ({}, "confirmed", "the MLP against all layers: tiny/problems: LoRA r8 mlp - LoRA r8 = "),
         ({"attention": 0.8}, "contradicted", "attention against the MLP: tiny/problems: LoRA r17 attn - LoRA r8 mlp"),
         ({"length": 7.0}, "setting not met", "responses of 8 tokens or more (here 7.0 tokens on average"),
-        ({"lrs": rl.LRS[2:]}, "setting not met", "or of 6 LRs (here at most 5 LRs"),
     ],
 )
 def test_placement_in_rl(settings, verdict, words):

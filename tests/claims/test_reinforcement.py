@@ -120,7 +120,6 @@ SHRINKING = {"train": {"response_length": grown(400, 250)}}
     ("claim", "changes"),
     [
         ("B10", {RANK_8: {"optimum": 2e-4, "curvature": 0.1}}),
-        ("B10", {RANK_8: {"optimum": 3e-3, "curvature": 0.1}, FULLFT: {"optimum": 4e-5}}),
         ("F1", {RANK_1: {"peak": 0.65}}),
         ("F2", {RANK_1: {"curvature": 0.2}, FULLFT: {"curvature": 0.008}}),
         ("F3", {RANK_1: LOST}),
@@ -154,8 +153,6 @@ def test_a_better_rank_1_reaches_the_peak_too():
         (["F4"], {"problems": 30}, "on 30 problems"),
         (["F5"], {"changes": {RANK_1: {"train": {"truncated": grown(0, 0.5)}}}}, "of its last responses cut off"),
         (COMPARED, {"without": [FULLFT]}, "no runs of FullFT"),
-        (["F1"], {"without": [RANK_1]}, "no runs of LoRA r1"),
-        (["B10"], {"without": [RANK_8]}, "no runs of LoRA above rank 1"),
     ],
 )
 def test_inconclusive_where_noise_or_data_leave_it_open(claims, settings, reason):
@@ -172,7 +169,7 @@ def test_the_remedy_of_an_open_range_is_lrs_where_it_ends():
     assert any(text.startswith("FullFT=5") for text in claim["decide_lrs"])
 
 
-@pytest.mark.parametrize("tied", [(1e-4, 3e-4), (1e-4, 3e-4, 1e-3), (3e-5, 1e-4, 3e-4)])
+@pytest.mark.parametrize("tied", [(1e-4, 3e-4), (3e-5, 1e-4, 3e-4)])
 def test_a_flat_top_has_no_optimal_lr(tied):
     runs, curves = world()
     top = runs["method"].eq("fullft") & runs["lr"].isin(tied)
@@ -364,20 +361,13 @@ def test_gradients_of_0_need_others_beside_them():
     [
         ("confirmed", [supervised(), supervised(dataset="hard", nats=2.0)]),
         ("contradicted", [supervised(nats=0.2)]),  # 305 tokens of 0.2 nats are 88 bits: below 100
-        ("contradicted", [supervised(), supervised(dataset="easy", nats=0.2)]),
         ("inconclusive", [supervised(model="other")]),
         ("inconclusive", [supervised(offsets=(0.0,))]),
-        ("inconclusive", [supervised(entropy_bits=1e4)]),
         ("not tested", [supervised().drop(columns="first_epoch_nats")]),
     ],
 )
 def test_bits_per_token_against_sft_of_the_same_model(verdict, sft):
     assert judged(*rl_and_sft(world(), *sft), ids=["F9"]).loc["F9", "verdict"] == verdict
-
-
-def test_bits_of_a_reward_are_reported():
-    claim = judged(*rl_and_sft(world(every={"train": {"reward": lambda done: 0.5}})), ids=["F9"]).loc["F9"]
-    assert "at most 1 bit each (1.00 by the mean rewards)" in claim["reason"]
 
 
 def test_each_task_is_judged_by_its_own_claims():
@@ -395,13 +385,6 @@ def test_losses_named_as_rewards_are_not_tested():
     claims = judged(runs.drop(columns="final_reward"), curves)
     assert set(claims["verdict"]) == {"not tested"}
     assert claims.loc["F1", "reason"] == "the runs table has no column final_reward"
-
-
-def test_only_runs_of_the_claims_experiment_are_read():
-    runs, curves = world()
-    claims = judged(runs.assign(experiments="rl_gsm8k"), curves)["verdict"]
-    assert claims[["B10", "F1", "F2"]].tolist() == ["confirmed"] * 3
-    assert claims[["F3", "F4", "F5", "F7"]].tolist() == ["not tested"] * 4
 
 
 def test_problem_sets_are_judged_apart():
@@ -450,10 +433,5 @@ def test_rank_1_against_the_bits_of_math():
     assert "2,621,440 without the unembedding (8.2 times)" in claim["reason"]
     assert "2,753,792 with the unembedding (8.6 times)" in claim["reason"]
     assert judged(counts=rank_1(without_head=900_000)).loc["F6", "verdict"] == "contradicted"
-
-
-@pytest.mark.parametrize(
-    "counts", [pd.DataFrame(), rank_1(rank=2), rank_1(placement="mlp"), rank_1(part="experts"), rank_1().iloc[1:]]
-)
-def test_without_that_count_it_is_not_tested(counts):
-    assert judged(counts=counts).loc["F6", "verdict"] == "not tested"
+    for counts in (pd.DataFrame(), rank_1(rank=2), rank_1(placement="mlp"), rank_1(part="experts"), rank_1().iloc[1:]):
+        assert judged(counts=counts).loc["F6", "verdict"] == "not tested"

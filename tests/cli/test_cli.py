@@ -40,7 +40,6 @@ MISTAKES = {
         ("claims", "--tables", ".", "--out", ".", "--noise-sd", "0.004", "--noise-dof", "4"),
         "--noise-sd needs --noise-dof and --noise-source",
     ),
-    "tiny base": (("step", "tiny", "nope", "/nowhere"), "tiny base 'nope': allowed: llama-128"),
     "tables": (
         ("claims", "--tables", "/nowhere", "--out", "."),
         "no table runs, curves, compute, counts, evals or test_losses (.parquet or .csv) in /nowhere",

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lorabench.custom import advice
 from lorabench.custom.advice import batch_size, capacity_rank, recommended_rank
 
 
-@pytest.mark.parametrize(
-    ("examples", "size"), [(2, 2), (40, 4), (799, 4), (800, 8), (1600, 16), (3200, 32), (10**6, 32)]
-)
-def test_batches_are_small_and_make_a_hundred_steps_where_the_data_allow(examples, size):
-    assert batch_size(examples) == size
+def test_batches_are_small_and_make_a_hundred_steps_where_the_data_allow():
+    sizes = {2: 2, 40: 4, 799: 4, 800: 8, 1600: 16, 3200: 32, 10**6: 32}
+    assert {examples: batch_size(examples) for examples in sizes} == sizes
 
 
 def test_a_rank_has_a_parameter_for_each_scored_token():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,11 +80,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), MODELS.values(), ids=MODELS.keys())
-def test_a_folder_that_is_no_model_is_one_sentence(change, message, base):
-    change(base)
-    with pytest.raises(UserError, match=message):
-        find_model(str(base))
+def test_a_folder_that_is_no_model_is_one_sentence(base, tmp_path):
+    for name, (change, message) in MODELS.items():
+        folder = shutil.copytree(base, tmp_path / name)
+        change(folder)
+        with pytest.raises(UserError, match=message):
+            find_model(str(folder))
 
 
 def test_other_names_are_one_sentence(tmp_path):
@@ -98,7 +100,7 @@ def test_other_names_are_one_sentence(tmp_path):
 
 def test_tokens_are_counted_and_a_base_without_a_template_gets_one(tmp_path, base):
     path = write_rows(tmp_path / "own.jsonl", 20)
-    tokenizer = load_tokenizer(find_model("tiny"))
+    tokenizer = load_tokenizer(find_model("tiny"))[0]
     counts = [
         (
             len(tokenizer(f"<|user|>{row['prompt']}<|assistant|>{row['completion']}<|end|>")["input_ids"]),

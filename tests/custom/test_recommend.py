@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from lorabench.cli import app
 from lorabench.custom.model import find_model
+from lorabench.custom.output import script
 from lorabench.custom.recommend import recommend
-from lorabench.custom.script import script
 from lorabench.errors import UserError
 from lorabench.models.dimensions import ARCHITECTURES
 from lorabench.store.io import write_frame
@@ -204,21 +204,16 @@ MISTAKES = {
     "both": (("--json", "--script"), "--json and --script: give one of them"),
     "gpu": (("--gpu", "H9000"), "gpu 'H9000' is not known"),
     "data": (("--data", "x.jsonl"), "data 'x.jsonl' is no file and no hub id"),
+    "batch": (("--data", "own.jsonl", "--batch-size", "64"), "batch size 64 is more than the 20 training examples"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_one_sentence(arguments, message, tmp_path):
-    result = lorabench("--model", "tiny", *arguments, cwd=tmp_path)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"lorabench: {message}")
-
-
-def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+def test_a_mistake_is_one_sentence(tmp_path):
     write_rows(tmp_path / "own.jsonl", 20)
-    result = lorabench("--model", "tiny", "--data", "own.jsonl", "--batch-size", "64", cwd=tmp_path)
-    assert result.exit_code == 2
-    assert "batch size 64 is more than the 20 training examples" in result.stderr
+    for arguments, message in MISTAKES.values():
+        result = lorabench("--model", "tiny", *arguments, cwd=tmp_path)
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"lorabench: {message}")
 
 
 def test_a_mixture_of_experts_and_a_gguf_file_have_no_script(tmp_path):

@@ -16,8 +16,9 @@ from lorabench.config.placement import SUFFIXES
 from lorabench.custom import finetune
 from lorabench.custom.data import examine
 from lorabench.custom.model import find_model
+from lorabench.custom.output import script
 from lorabench.custom.recommend import recommend
-from lorabench.custom.script import script
+from lorabench.data.files import file_messages
 from lorabench.data.tokens import encode_chat
 from lorabench.errors import UserError
 from lorabench.models.base import load_tokenizer
@@ -85,16 +86,14 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("form", CHATS)
-def test_it_scores_the_tokens_that_the_suite_scores(form, monkeypatch):
-    from lorabench.data.files import file_messages
-
+def test_it_scores_the_tokens_that_the_suite_scores(monkeypatch):
     tokenizer = load_tokenizer(TinyModel(kind="tiny"))
-    monkeypatch.setattr(finetune, "FORMAT", form)
-    encoded = finetune.encode(CHATS[form], tokenizer)
-    ids, mask = encode_chat(tokenizer, file_messages(CHATS[form], form))
-    assert encoded["ids"] == ids
-    assert encoded["labels"] == [i if scored else finetune.IGNORED for i, scored in zip(ids, mask, strict=True)]
+    for form, row in CHATS.items():
+        monkeypatch.setattr(finetune, "FORMAT", form)
+        encoded = finetune.encode(row, tokenizer)
+        ids, mask = encode_chat(tokenizer, file_messages(row, form))
+        assert encoded["ids"] == ids
+        assert encoded["labels"] == [i if scored else finetune.IGNORED for i, scored in zip(ids, mask, strict=True)]
 
 
 def test_it_adapts_the_layers_that_the_suite_adapts():

@@ -1,13 +1,35 @@
-"""The layout of a figure without its pictures, which take most of the time."""
+"""Draw a figure without its pictures, which take most of the time, and look into it."""
 
 from __future__ import annotations
 
+import pandas as pd
 from matplotlib.figure import Figure
 
+from lorabench.figures.catalog import FIGURES
 from lorabench.figures.style import applied
+from lorabench.store.tables import Tables
 
 
-def lay_out(figure: Figure) -> None:
-    """Compute what writing a figure computes, without a file: bad texts, limits and axes raise here."""
+def draw(name: str, tables: Tables) -> tuple[Figure, pd.DataFrame]:
+    """Draw a figure and compute its layout as for a file: bad texts, limits and axes raise here."""
+    figure, plotted = FIGURES[name].draw(tables)
     with applied():
         figure.draw_without_rendering()
+    assert "element" in plotted or name in ("verdicts", "learned_forgotten")
+    return figure, plotted
+
+
+def only(plotted: pd.DataFrame, element: str) -> pd.DataFrame:
+    """Return the rows of one element."""
+    return plotted[plotted["element"] == element]
+
+
+def texts(figure: Figure, panel: int | None = None) -> str:
+    """Return the texts in all panels of a figure, or in one."""
+    panels = figure.axes if panel is None else [figure.axes[panel]]
+    return " ".join(text.get_text() for axes in panels for text in axes.texts)
+
+
+def legend(figure: Figure) -> list[str]:
+    """Return the entries of a figure's legends."""
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]

@@ -1,4 +1,4 @@
-"""The figures of the experiment `capacity`, from tables made by hand."""
+"""The figures of the experiment `capacity`, and the departures of figure 1, from tables made by hand."""
 
 from __future__ import annotations
 
@@ -8,47 +8,49 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.curves import envelopes
-from lorabench.analysis.departure import departures
 from lorabench.analysis.memorisation import best_stored, stored_bits
-from lorabench.analysis.noise import seed_noise
 from lorabench.analysis.slopes import log_log
-from lorabench.figures.catalog import FIGURES
 from lorabench.store.tables import Tables
 
-from ..handmade import STEPS, make_run, make_sweep, runs_table
-from .layout import lay_out
+from ..handmade import make_run, make_sweep, runs_table
+from ..handmade.sft import tables as handmade
+from ..handmade.training import shared, trained
+from .layout import draw, only, texts
 
 ENTROPY, TOKENS = 40_000.0, 13_000
 RANKS = (None, 1, 4, 16, 64)
 EPOCH = {"first_epoch_nats": 9e4, "first_epoch_scored_tokens": 120_000, "dataset": "long"}
-LAST = STEPS[-1]
+LEAVES = {1: 10, 4: 47, 16: 218}
+"""The first steps of three of the windows in which a departure is sought, by the rank that leaves there."""
 
 
-def learning(ranks=RANKS, first=4, **changes) -> Tables:
-    """Make tables whose ranks leave the shared curve at a step that grows with rank; the highest rank stays on it."""
-    runs = runs_table([row for rank in ranks for row in make_sweep(rank, **(EPOCH | changes))])
-    lowest = runs.groupby("rank", dropna=False)["final_valid_nll"].transform("min")
-    rows = [
-        {
-            "run_id": run.run_id,
-            "step": step,
-            "examples": 16 * step,
-            "tokens": 1600 * step,
-            "split": "validation",
-            "metric": "nll",
-            "value": shape(run.rank, step, first) + (0.0 if pd.isna(above) else above),
-        }
-        for run, above in zip(runs.itertuples(), runs["final_valid_nll"] - lowest, strict=True)
-        for step in STEPS
-        if run.status == "done" or step < 20
-    ]
-    return Tables(runs, pd.DataFrame(rows))
+def learning(ranks=RANKS, **settings) -> Tables:
+    """Make training and validation curves of ranks that leave the shared curve as LEAVES says; rank 64 stays on it."""
 
+    def shape(rank):
+        left = LEAVES.get(rank)
+        gap = lambda step: 0.1 + 0.2 * math.log10(step / left) if left and step >= left else 0.0  # noqa: E731
+        return lambda step: shared(step) + gap(step)
 
-def shape(rank, step, first):
-    left = LAST + 1 if pd.isna(rank) or rank == 64 else first * rank**0.75
-    return 4 - 0.3 * math.log1p(step) + (0.2 * math.log1p(step / left) if step >= left else 0.0)
+    runs, curves = handmade(
+        trained(
+            rank,
+            shape=shape(rank),
+            **(
+                {"optimum": 3e-4 if rank is None else 3e-3}
+                | EPOCH
+                | {"trainable_params": 1000 * (rank or 500)}
+                | settings
+            ),
+        )
+        for rank in ranks
+    )
+    # The base model's loss, which the margin depends on, stays.
+    kept = curves[(curves["split"] == "train") | (curves["step"] == 0)]
+    validation = kept[kept["split"] == "train"].assign(split="validation")
+    return Tables(runs, pd.concat([kept, validation], ignore_index=True))
 
 
 def facts(stored, **changes) -> Tables:
@@ -69,73 +71,66 @@ def both(first: Tables, second: Tables) -> Tables:
     return Tables(pd.concat([first.runs, second.runs], ignore_index=True), pd.concat([first.curves, second.curves]))
 
 
-def capacity(tables):
-    return FIGURES["capacity"].draw(tables)
+@pytest.fixture(scope="module")
+def drawn():
+    return draw("capacity", learning())
 
 
-def memorisation(tables):
-    return FIGURES["memorisation"].draw(tables)
-
-
-def of(plotted, element):
-    return plotted[plotted["element"] == element]
-
-
-def texts(figure):
-    return " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
-
-
-def test_excess_is_that_of_the_envelopes():
+def test_excess_is_that_of_the_envelopes(drawn):
+    figure, plotted = drawn
     tables = learning()
-    figure, plotted = capacity(tables)
     envelope = envelopes(tables.runs, tables.curves).query("step > 0")
     lowest = envelope.groupby("step")["value"].transform("min")
-    excess = of(plotted, "excess")
-    np.testing.assert_allclose(excess["excess"], envelope["value"] - lowest)
-    np.testing.assert_allclose(excess["nll"], envelope["value"])
-    assert len(excess) == len(RANKS) * (len(STEPS) - 1)
-    drawn = [line for line in figure.axes[0].get_lines() if line.get_marker() == "None"]
-    assert sorted(y for line in drawn for y in line.get_ydata()) == pytest.approx(sorted(excess["excess"]))
+    excess = only(plotted, "excess")
+    np.testing.assert_allclose(excess["excess"].astype(float), (envelope["value"] - lowest).astype(float))
+    np.testing.assert_allclose(excess["nll"].astype(float), envelope["value"].astype(float))
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "None"]
+    assert len(lines) == len(RANKS)
 
 
-def test_departures_band_and_thresholds():
-    tables = learning()
-    figure, plotted = capacity(tables)
-    noise = seed_noise(tables.runs)
-    left = departures(envelopes(tables.runs, tables.curves), noise).query("departed")
-    assert of(plotted, "departure").set_index("rank")["step"].to_dict() == left.set_index("rank")["step"].to_dict()
-    assert set(of(plotted, "noise_band")["excess"]) == {2 * noise["sigma_valid"].item()}
-    threshold = of(plotted, "threshold").set_index("rank")
-    assert threshold["tokens"].to_dict() == {row.rank: 1600 * row.step for row in left.itertuples()}
-    before = {step: STEPS[place - 1] for place, step in enumerate(STEPS)}
-    assert threshold["tokens_low"].to_dict() == {row.rank: 1600 * before[row.step] for row in left.itertuples()}
-    assert threshold["trainable_params"].to_dict() == {rank: 14_000 * rank for rank in left["rank"]}
-    stays = of(plotted, "stays").to_dict("records")
-    assert [(row["rank"], row["tokens"]) for row in stays] == [(64, 1600 * LAST)]
+def test_departures_and_thresholds_are_those_of_the_verdicts(drawn):
+    figure, plotted = drawn
+    [comparison] = comparisons(learning().runs, learning().curves)
+    assert only(plotted, "departure").set_index("rank")["step"].to_dict() == LEAVES
+    assert set(only(plotted, "noise_band")["excess"]) == {2 * comparison.fit.sigma}
+    threshold = only(plotted, "threshold").set_index("rank")
+    assert set(threshold.index) == set(LEAVES)
+    assert (threshold["tokens_low"] <= threshold["tokens"]).all()
+    assert (threshold["tokens"] <= threshold["tokens_high"]).all()
+    assert threshold["trainable_params"].to_dict() == {rank: 1000 * rank for rank in LEAVES}
     circles = [line for line in figure.axes[1].get_lines() if line.get_marker() == "o"]
-    drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in circles}
-    assert drawn == set(zip(threshold["trainable_params"], threshold["tokens"], strict=True))
+    marks = {(line.get_xdata()[0], line.get_ydata()[0]) for line in circles}
+    assert marks == set(zip(threshold["trainable_params"], threshold["tokens"], strict=True))
+    _, first = draw("fig1_envelopes", learning())
+    assert only(first, "departure").set_index("rank")["step"].to_dict() == LEAVES
 
 
-def test_the_fitted_line_and_its_interval():
-    figure, plotted = capacity(learning())
-    threshold, slope = of(plotted, "threshold"), of(plotted, "slope")
+def test_a_rank_that_never_leaves_is_a_triangle():
+    figure, plotted = draw("capacity", learning((None, 1, 32, 64)))
+    stays = only(plotted, "stays")
+    assert stays["rank"].tolist() == [32]
+    assert stays["tokens"].tolist() == [learning((64,)).curves["tokens"].max()]
+    triangles = [line for line in figure.axes[1].get_lines() if line.get_marker() == "^"]
+    assert [line.get_xdata()[0] for line in triangles] == [32_000]
+
+
+def test_the_fitted_line_and_its_interval(drawn):
+    figure, plotted = drawn
+    threshold, slope = only(plotted, "threshold"), only(plotted, "slope")
     fit = log_log(threshold["trainable_params"], threshold["tokens"])
     assert slope["slope"].tolist() == pytest.approx([fit.slope] * 3)
     fitted = 10 ** (fit.intercept + fit.slope * np.log10(slope["trainable_params"].astype(float)))
-    np.testing.assert_allclose(slope["tokens"], fitted, rtol=1e-3)
-    assert (slope["tokens_low"] <= slope["tokens"] * 1.0001).all()
-    assert (slope["tokens"] <= slope["tokens_high"] * 1.0001).all()
-    ends = of(plotted, "proportional")
+    np.testing.assert_allclose(slope["tokens"].astype(float), fitted, rtol=1e-3)
+    ends = only(plotted, "proportional")
     ratio = (ends["tokens"] / ends["trainable_params"].astype(float)).tolist()
     assert ratio == pytest.approx([ratio[0]] * 3, rel=1e-3)
     row = slope.iloc[0]
     assert f"slope {row['slope']:.2f} [{row['slope_low']:.2f}, {row['slope_high']:.2f}]" in texts(figure)
 
 
-def test_the_description_length_is_where_two_bits_per_parameter_hold_it():
-    figure, plotted = capacity(learning())
-    [held] = of(plotted, "description_length").to_dict("records")
+def test_the_description_length_is_where_two_bits_per_parameter_hold_it(drawn):
+    figure, plotted = drawn
+    [held] = only(plotted, "description_length").to_dict("records")
     assert held["bits"] == pytest.approx(9e4 / math.log(2))
     assert held["trainable_params"] == round(9e4 / math.log(2) / 2)
     vertical = [line for line in figure.axes[1].get_lines() if line.get_linestyle() == "--"]
@@ -143,28 +138,29 @@ def test_the_description_length_is_where_two_bits_per_parameter_hold_it():
     assert "130 kbit" in texts(figure)
 
 
-def test_facts_and_other_parametrizations_are_not_in_the_capacity_figure():
-    tables = learning()
+def test_facts_and_other_parametrizations_are_not_in_the_capacity_figure(drawn):
     other = learning((16,), alpha=8.0)
     other.runs["run_id"] += "-alpha8"
     other.curves["run_id"] += "-alpha8"
-    _, plotted = capacity(both(both(tables, facts({1: 2_000.0})), other))
-    pd.testing.assert_frame_equal(plotted, capacity(tables)[1], check_dtype=False)
+    _, plotted = draw("capacity", both(both(learning(), facts({1: 2_000.0})), other))
+    assert set(plotted["dataset"]) == {"long"}
+    assert set(plotted["arm"].dropna()) == set(drawn[1]["arm"].dropna())
 
 
 def test_bits_stored_are_those_of_the_tables():
     tables = facts({None: 39_000.0, 1: 20_000.0, 4: 35_000.0})
-    figure, plotted = memorisation(tables)
-    stored, expected = of(plotted, "stored"), best_stored(tables.runs)
-    for drawn, name in (("bits", "bits_stored"), ("bits_low", "bits_stored_low"), ("bits_high", "bits_stored_high")):
-        np.testing.assert_allclose(stored[drawn], expected[name])
-    seeds = of(plotted, "seed").set_index("run_id")["bits"]
+    figure, plotted = draw("memorisation", tables)
+    stored, expected = only(plotted, "stored"), best_stored(tables.runs)
+    for name, source in (("bits", "bits_stored"), ("bits_low", "bits_stored_low"), ("bits_high", "bits_stored_high")):
+        np.testing.assert_allclose(stored[name], expected[source])
+    seeds = only(plotted, "seed").set_index("run_id")["bits"]
     assert len(seeds) == 3 * 3
     np.testing.assert_allclose(seeds, stored_bits(tables.runs).set_index("run_id")["bits_stored"][seeds.index])
-    assert of(plotted, "entropy")["bits"].tolist() == [ENTROPY]
-    lines = of(plotted, "per_parameter")
+    assert only(plotted, "entropy")["bits"].tolist() == [ENTROPY]
+    lines = only(plotted, "per_parameter")
     assert (lines["bits"] / lines["trainable_params"]).tolist() == [1, 1, 2, 2]
-    assert len(of(plotted, "diverged")) == 3
+    assert len(only(plotted, "diverged")) == 3
+    assert "3 diverged" in texts(figure)
     levels = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if list(line.get_xdata()) == [0, 1]]
     assert levels == [ENTROPY]
     squares = [line for line in figure.axes[0].get_lines() if line.get_marker() == "s"]
@@ -172,51 +168,37 @@ def test_bits_stored_are_those_of_the_tables():
 
 
 def test_what_a_logarithmic_axis_cannot_show_is_said():
-    figure, plotted = memorisation(facts({1: -30_000.0, 4: 20_000.0}))
-    assert (of(plotted, "stored").set_index("rank")["bits"] < 0).to_dict() == {1: True, 4: False}
+    figure, plotted = draw("memorisation", facts({1: -30_000.0, 4: 20_000.0}))
+    assert (only(plotted, "stored").set_index("rank")["bits"] < 0).to_dict() == {1: True, 4: False}
     assert "stored nothing: LoRA r1" in texts(figure)
 
 
 def test_without_facts_a_sentence_says_so():
-    figure, plotted = memorisation(learning())
+    figure, plotted = draw("memorisation", learning((None, 1)))
     assert plotted.empty
-    assert "element" in plotted
     assert "no runs on a dataset of random facts" in texts(figure)
-    figure, plotted = capacity(facts({1: 2_000.0}))
+    figure, plotted = draw("capacity", facts({1: 2_000.0}))
     assert plotted.empty
     assert "no runs on a dataset other" in texts(figure)
 
 
 ODD = {
-    "both": lambda: both(learning(), facts({None: 39_000.0, 1: 2_000.0})),
-    "one seed": lambda: both(learning((None, 1), seeds=1), facts({1: 2_000.0, 4: 3_000.0}, seeds=1)),
+    "one seed": lambda: both(learning((None, 1), offsets=(0.0,)), facts({1: 2_000.0, 4: 3_000.0}, seeds=1)),
     "no full fine-tuning": lambda: both(learning((1, 4)), facts({4: 2_000.0})),
     "full fine-tuning alone": lambda: both(learning((None,)), facts({None: 2_000.0})),
-    "never joined, nothing stored": lambda: both(learning(first=1e-3), facts({1: -50_000.0})),
-    "diverged": lambda: both(learning((None, 1), diverged_from=0.0), facts({1: 0.0}, diverged_from=0.0)),
+    "diverged": lambda: both(learning((None, 1)), facts({1: 0.0}, diverged_from=0.0)),
     "no curves": lambda: Tables(learning().runs, pd.DataFrame()),
-    "less than an epoch": lambda: learning(first_epoch_nats=None, first_epoch_scored_tokens=None),
     "two models": lambda: both(learning(), learning(model="$x^$")),
     "one run each": lambda: Tables(runs_table([make_run(None, 1e-3), make_run(8, 1e-3)]), learning().curves.iloc[:0]),
     "nothing": lambda: Tables(learning().runs.iloc[:0], learning().curves.iloc[:0]),
     "fewer columns": lambda: Tables(
-        learning().runs.drop(columns=["entropy_bits", "trainable_params", "first_epoch_nats"]), learning().curves
+        learning().runs.drop(columns=["trainable_params", "first_epoch_nats"]), learning().curves
     ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["capacity", "memorisation"])
 @pytest.mark.parametrize("case", ODD)
-def test_odd_tables_are_drawn(name, case):
-    figure, plotted = FIGURES[name].draw(ODD[case]())
-    assert isinstance(plotted, pd.DataFrame)
-    lay_out(figure)
-
-
-def test_diverged_runs_are_in_the_table_and_counted():
-    tables = learning()
-    figure, plotted = capacity(tables)
-    lost = tables.runs.loc[tables.runs["status"] == "diverged", "run_id"]
-    assert set(of(plotted, "diverged")["run_id"]) == set(lost)
-    assert f"{len(lost)} diverged" in texts(figure)
+def test_odd_tables_are_drawn(case):
+    for name in ("capacity", "memorisation"):
+        draw(name, ODD[case]())

@@ -11,12 +11,12 @@ import pytest
 from lorabench.analysis import published
 from lorabench.analysis.comparison import comparisons
 from lorabench.analysis.lr_law import PUBLISHED, LrLaw, fitted_law, predict_lr, swept_models
-from lorabench.analysis.optima import lr_optima
-from lorabench.figures.catalog import FIGURES
+from lorabench.figures.fits import optima
 from lorabench.store.tables import Tables
 
 from ..handmade.sft import CURVATURE, OFFSETS, arm, tables
-from .layout import lay_out
+from .layout import draw as drawn
+from .layout import legend, only, texts
 
 LAW = LrLaw(base=1e-4, multiplier=8.0, exponents={"llama": 0.78, "qwen": 0.08, "gemma3": 0.5})
 MODELS = {"l64": ("llama", 64), "l128": ("llama", 128), "q64": ("qwen3", 64), "q96": ("qwen3_moe", 96)}
@@ -24,7 +24,7 @@ LENGTHS = {25: 20.0, 50: 16.0, 100: 14.0, 400: 10.0}
 
 
 def draw(name, runs, curves=None):
-    return FIGURES[name].draw(Tables(runs, pd.DataFrame() if curves is None else curves))
+    return drawn(name, Tables(runs, pd.DataFrame() if curves is None else curves))
 
 
 def models(chosen=MODELS, ranks=(None, 16), **settings):
@@ -59,22 +59,18 @@ def lengths(offsets=OFFSETS, ranks=(None, 16), steps=400, **settings):
     return runs, pd.DataFrame(rows)
 
 
-def of(plotted, element):
-    return plotted[plotted["element"] == element]
-
-
 # The LR law.
 
 
 def test_law_draws_the_optima_and_ratios_of_the_tables():
     runs, _ = models()
     _, plotted = draw("lr_law", runs)
-    optima = lr_optima(runs).set_index(["model", "method"])
-    drawn = of(plotted, "optimum").set_index(["model", "method"])
-    assert len(drawn) == 8
-    for ours, theirs in (("lr", "lr_opt"), ("lr_low", "lr_low"), ("lr_high", "lr_high"), ("nll", "loss_opt")):
-        np.testing.assert_allclose(drawn[ours].astype(float), optima[theirs].reindex(drawn.index).astype(float))
-    ratio = of(plotted, "ratio").set_index("model")
+    expected = optima(comparisons(runs, pd.DataFrame())).set_index(["model", "method"])
+    shown = only(plotted, "optimum").set_index(["model", "method"])
+    assert len(shown) == 8
+    for name in ("lr", "lr_low", "lr_high", "nll"):
+        np.testing.assert_allclose(shown[name].astype(float), expected[name].reindex(shown.index).astype(float))
+    ratio = only(plotted, "ratio").set_index("model")
     assert ratio["ratio"].to_dict() == pytest.approx(dict.fromkeys(MODELS, 8.0))
     assert ((ratio["ratio_low"] < 8) & (ratio["ratio_high"] > 8)).all()
     assert ratio["hidden_size"].to_dict() == {name: size for name, (_, size) in MODELS.items()}
@@ -85,45 +81,43 @@ def test_law_lines_are_those_of_the_fit_and_of_the_published_constants():
     figure, plotted = draw("lr_law", runs)
     [group] = swept_models(comparisons(runs.assign(eps=None, alpha=None, init_a=None, lr_ratio=None), curves))
     for element, law in (("law", fitted_law(group)), ("published_law", PUBLISHED)):
-        points = of(plotted, element)
+        points = only(plotted, element)
         assert len(points) == 2 * 2 * 2
         for point in points.to_dict("records"):
             expected = predict_lr(law, point["family"], point["hidden_size"], point["method"])
             assert point["lr"] == pytest.approx(expected)
-    assert any("M 8, exponent llama 0.78, qwen 0.08" in text.get_text() for text in figure.axes[0].texts)
+    assert "M 8, exponent llama 0.78, qwen 0.08" in texts(figure, 0)
 
 
 def test_law_published_optima_are_those_of_the_reference():
     _, plotted = draw("lr_law", models()[0])
-    drawn = of(plotted, "published").set_index(["model", "method"])
-    assert drawn.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
-    assert drawn.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
-    assert drawn.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
-    assert drawn.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
+    shown = only(plotted, "published").set_index(["model", "method"])
+    assert shown.loc[("Qwen/Qwen3-4B", "fullft"), "lr"] == 2.5e-5
+    assert shown.loc[("Qwen/Qwen3-4B", "lora"), ["lr", "rank"]].tolist() == [2.5e-4, 256]
+    assert shown.loc[("meta-llama/Llama-3.1-8B", "lora"), "lr"] == pytest.approx(5.01201e-4, rel=1e-5)
+    assert shown.loc[("meta-llama/Llama-3.1-8B", "lora"), "hidden_size"] == 4096
     # This optimum is at the edge of its grid.
-    assert not drawn.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
+    assert not shown.loc[("meta-llama/Llama-3.2-1B", "lora"), "resolved"]
     only_llama = {name: MODELS[name] for name in ("l64", "l128")}
-    assert set(of(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
+    assert set(only(draw("lr_law", models(only_llama)[0])[1], "published")["family"]) == {"llama"}
 
 
 def test_law_reference_lines():
     _, plotted = draw("lr_law", models()[0])
-    assert set(of(plotted, "reference")["ratio"]) == {10.0}
-    naive = of(plotted, "naive")
-    np.testing.assert_allclose(naive["ratio"], naive["hidden_size"].astype(float) / 64)
+    assert set(only(plotted, "reference")["ratio"]) == {10.0}
+    naive = only(plotted, "naive")
+    np.testing.assert_allclose(naive["ratio"].astype(float), naive["hidden_size"].astype(float) / 64)
 
 
 def test_law_marks_what_is_not_resolved():
     figure, plotted = draw("lr_law", models(offsets=(0.0,))[0])
-    assert not of(plotted, "optimum")["resolved"].any()
-    assert "not resolved" in [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert not only(plotted, "optimum")["resolved"].any()
+    assert "not resolved" in legend(figure)
 
 
 ODD_MODELS = {
     "one model": lambda: models({"l64": MODELS["l64"]})[0],
     "no full fine-tuning": lambda: models(ranks=(16,))[0],
-    "no LoRA": lambda: models(ranks=(None,))[0],
-    "rank 1 only": lambda: models(ranks=(None, 1))[0],
     "one learning rate": lambda: models(lrs=[1e-3])[0],
     "diverged runs": lambda: models(lrs=(1e-4, 1e-3, 1e-2), diverges_from=1e-3)[0],
     "all diverged": lambda: models()[0].assign(status="diverged", final_valid_nll=math.nan, final_test_nll=math.nan),
@@ -133,20 +127,19 @@ ODD_MODELS = {
 }
 
 
-@pytest.mark.parametrize("case", ODD_MODELS)
 @pytest.mark.filterwarnings("error")
-def test_law_of_odd_tables(case):
-    runs = ODD_MODELS[case]()
-    figure, plotted = draw("lr_law", runs)
-    lay_out(figure)
-    assert len(of(plotted, "diverged")) == (runs["status"] == "diverged").sum()
-    assert of(plotted, "published_law")["lr"].notna().all()
+def test_law_of_odd_tables():
+    for case, make in ODD_MODELS.items():
+        runs = make()
+        _, plotted = draw("lr_law", runs)
+        assert len(only(plotted, "diverged")) == (runs["status"] == "diverged").sum(), case
+        assert only(plotted, "published_law")["lr"].notna().all(), case
 
 
 def test_law_says_which_models_it_leaves_out():
     runs, _ = models()
     figure, _ = draw("lr_law", runs[(runs["model"] != "q96") | (runs["method"] == "lora")])
-    assert any("not drawn: q96" in text.get_text() for text in figure.axes[0].texts)
+    assert "not drawn: q96" in texts(figure, 0)
 
 
 # Short and long runs.
@@ -158,23 +151,23 @@ def test_short_run_draws_losses_as_of_each_length():
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [f"tiny · instruct · {what}" for what in ("at step 50", "at step 100", "at step 400", "LR ratio")]
     for step in (50, 100):
-        loss = of(plotted, "loss")
+        loss = only(plotted, "loss")
         loss = loss[loss["steps"] == step]
         at = curves[curves["step"] == step].merge(runs[["run_id", "method", "lr"]], on="run_id")
         means = at.groupby(["method", "lr"])["value"].mean()
         assert loss.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
-    full = of(plotted, "loss")[of(plotted, "loss")["steps"] == 400]
+    full = only(plotted, "loss")[only(plotted, "loss")["steps"] == 400]
     means = runs.groupby(["method", "lr"])["final_valid_nll"].mean()
     assert full.set_index(["method", "lr"])["nll"].to_dict() == pytest.approx(means.to_dict())
 
 
 def test_short_run_ratio_by_length_and_the_papers():
     figure, plotted = draw("short_run", *lengths())
-    ratio = of(plotted, "ratio").set_index("steps")
+    ratio = only(plotted, "ratio").set_index("steps")
     assert ratio["ratio"].to_dict() == pytest.approx(LENGTHS)
     assert (ratio["ratio_low"] < ratio["ratio"]).all()
     assert (ratio["ratio_high"] > ratio["ratio"]).all()
-    assert sorted(of(plotted, "reference")["ratio"]) == [10.0, 15.0]
+    assert sorted(only(plotted, "reference")["ratio"]) == [10.0, 15.0]
     levels = {line.get_ydata()[0] for line in figure.axes[-1].get_lines() if line.get_linestyle() == "--"}
     assert levels == {10.0, 15.0}
 
@@ -186,67 +179,61 @@ def test_short_run_counts_what_had_diverged_by_then():
     runs.loc[gone, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
     curves.loc[curves["run_id"].isin(runs.loc[gone, "run_id"]) & (curves["step"] > 70), "value"] = math.nan
     _, plotted = draw("short_run", runs, curves)
-    assert of(plotted, "diverged")["steps"].tolist() == [100, 400]
+    assert only(plotted, "diverged")["steps"].tolist() == [100, 400]
 
 
 ODD_LENGTHS = {
     "no full fine-tuning": lambda: lengths(ranks=(16,)),
-    "no LoRA": lambda: lengths(ranks=(None,)),
     "one learning rate and seed": lambda: lengths(lrs=(1e-3,), offsets=(0.0,)),
     "diverged runs": lambda: lengths(diverges_from=1e-3),
     "no curves": lambda: (lengths()[0], pd.DataFrame()),
-    "curves of NaN": lambda: (lengths()[0], lengths()[1].assign(value=math.nan)),
     "no steps": lambda: (lengths()[0].drop(columns="steps"), lengths()[1]),
     "neither steps nor curves": lambda: (lengths()[0].drop(columns="steps"), pd.DataFrame()),
     "short runs only": lambda: lengths(steps=100),
 }
 
 
-@pytest.mark.parametrize("case", ODD_LENGTHS)
 @pytest.mark.filterwarnings("error")
-def test_short_run_of_odd_tables(case):
-    figure, plotted = draw("short_run", *ODD_LENGTHS[case]())
-    lay_out(figure)
-    assert len(of(plotted, "loss"))
+def test_short_run_of_odd_tables():
+    for case, make in ODD_LENGTHS.items():
+        _, plotted = draw("short_run", *make())
+        assert len(only(plotted, "loss")), case
 
 
 # Published losses in figure 2.
 
 
-@pytest.mark.parametrize(
-    ("model", "dataset", "arms"),
-    [
-        ("Llama-3.1-8B", "tulu3", ["LoRA r4", "LoRA r16", "LoRA r64", "LoRA r128"]),
-        ("meta-llama/Llama-3.1-8B", "allenai/tulu-3-sft-mixture", ["LoRA r4", "LoRA r16", "LoRA r64", "LoRA r128"]),
-        ("Qwen3-4B", "no_robots", ["FullFT", "LoRA r1", "LoRA r16", "LoRA r256"]),
-        ("Llama-3.1-8B", "no_robots", []),
-        ("Llama-3.1-8B", "instruct", []),
-        ("tiny", "tulu3", []),
-    ],
-)
-def test_fig2_overlays_published_losses_of_the_same_model_and_data_only(model, dataset, arms):
-    runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model=model, dataset=dataset) for rank in (None, 8))
-    figure, plotted = draw("fig2_lr_by_rank", runs)
-    drawn = of(plotted, "published")
-    assert sorted(drawn["arm"].unique()) == sorted(arms)
-    words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    assert any(text.startswith("published") for text in words) == bool(arms)
-    # Only the arms of our own runs have a colour.
-    assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
+PUBLISHED_ARMS = {
+    ("Llama-3.1-8B", "tulu3"): ["LoRA r128", "LoRA r16", "LoRA r4", "LoRA r64"],
+    ("Qwen3-4B", "no_robots"): ["FullFT", "LoRA r1", "LoRA r16", "LoRA r256"],
+    ("Llama-3.1-8B", "no_robots"): [],
+    ("tiny", "tulu3"): [],
+}
+
+
+def test_fig2_overlays_published_losses_of_the_same_model_and_data_only():
+    for (model, dataset), arms in PUBLISHED_ARMS.items():
+        runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model=model, dataset=dataset) for rank in (None, 8))
+        figure, plotted = draw("fig2_lr_by_rank", runs)
+        assert sorted(only(plotted, "published")["arm"].unique()) == arms
+        words = legend(figure)
+        assert any(text.startswith("published") for text in words) == bool(arms)
+        # Only the arms of our own runs have a colour.
+        assert [text for text in words if text.startswith(("FullFT", "LoRA"))] == ["FullFT", "LoRA r8"]
 
 
 def test_fig2_published_losses_are_those_of_the_file_and_within_the_panel():
     runs, _ = tables(arm(rank, optimum=3e-4, floor=0.6, model="Llama-3.1-8B", dataset="tulu3") for rank in (None, 8))
     figure, plotted = draw("fig2_lr_by_rank", runs)
-    drawn = of(plotted, "published").set_index(["rank", "lr"])["nll"]
+    shown = only(plotted, "published").set_index(["rank", "lr"])["nll"]
     sweep = pd.read_csv(published.REFERENCE / "tinker_sft_sweep.csv")
     sweep = sweep[sweep["model"] == "meta-llama/Llama-3.1-8B"].groupby(["rank", "lr"])["test_nll"].mean()
-    assert drawn.to_dict() == pytest.approx(sweep.to_dict())
+    assert shown.to_dict() == pytest.approx(sweep.to_dict())
     low, high = figure.axes[0].get_ylim()
-    assert low < drawn.min()
-    assert drawn.max() < high
+    assert low < shown.min()
+    assert shown.max() < high
     lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
-    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in drawn.groupby("rank")}
+    assert {tuple(line.get_ydata()) for line in lines} >= {tuple(part) for _, part in shown.groupby("rank")}
 
 
 def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path):
@@ -257,11 +244,4 @@ def test_without_the_reference_folder_nothing_is_published(monkeypatch, tmp_path
         _, plotted = draw(name, runs, curves)
         assert not {"published", "reference"} & set(plotted["element"])
     runs, _ = tables([arm(8, optimum=3e-4, model="Llama-3.1-8B", dataset="tulu3")])
-    assert of(draw("fig2_lr_by_rank", runs)[1], "published").empty
-
-
-def test_published_models_all_have_a_family_and_a_hidden_size():
-    table = published.published_sweeps()
-    assert table[["family", "hidden_size", "nll", "lr", "source"]].notna().all().all()
-    assert set(table["family"]) == {"llama", "qwen"}
-    assert published.paper_numbers()["lr_ratio_short_runs"] == 15
+    assert only(draw("fig2_lr_by_rank", runs)[1], "published").empty

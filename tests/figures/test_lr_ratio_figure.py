@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorabench.figures.catalog import FIGURES
 from lorabench.store.tables import Tables
 
 from ..claims.test_lr_ratio_theories import CONDITIONS, following, world
-from .layout import lay_out
+from .layout import draw, texts
 
 
 def test_it_plots_conditions_theories_and_published_ratios():
-    figure, plotted = FIGURES["lr_ratio"].draw(Tables(*world(following("scale"))))
-    lay_out(figure)
+    _, plotted = draw("lr_ratio", Tables(*world(following("scale"))))
     conditions = plotted[plotted["element"] == "condition"]
     assert len(conditions[conditions["theory"] == "scale"]) == len(CONDITIONS)
     np.testing.assert_allclose(conditions["ratio"] / conditions["off_by"], conditions["predicted"], rtol=1e-6)
@@ -26,6 +24,6 @@ def test_it_plots_conditions_theories_and_published_ratios():
 
 def test_without_a_measured_ratio_it_says_so():
     runs, curves = world(following("scale"), CONDITIONS[:1])
-    figure, plotted = FIGURES["lr_ratio"].draw(Tables(runs[runs["method"] == "lora"], curves))
-    assert "no condition" in figure.axes[0].texts[0].get_text()
+    figure, plotted = draw("lr_ratio", Tables(runs[runs["method"] == "lora"], curves))
+    assert "no condition" in texts(figure)
     assert plotted.empty

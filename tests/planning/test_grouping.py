@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from lorabench.config.loading import load_preset
 from lorabench.config.preset import Preset
 from lorabench.planning.bill import per_experiment, training
-from lorabench.planning.grouping import START_SHARE, group_sweeps
 from lorabench.planning.memory import gpus_needed
-from lorabench.planning.plan import Plan, make_plan
+from lorabench.planning.plan import START_SHARE, Plan, group_sweeps, make_plan
 from lorabench.planning.seconds import flops_per_second, job_seconds, start_seconds
 from lorabench.runs import Job
 
@@ -101,7 +100,7 @@ def test_an_experiment_trains_what_it_needs_and_nothing_else(name):
     plan = PLANS[name]
     for experiment in plan.preset.experiments.trained():
         trained = {sweep for job in plan.jobs_of(experiment) for sweep in job.sweeps}
-        assert trained == set(plan.of(experiment))
+        assert trained == set(plan.sweeps_of(experiment))
 
 
 def test_a_start_is_paid_once_per_job():

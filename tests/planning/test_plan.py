@@ -6,7 +6,6 @@ import copy
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import given
@@ -58,10 +57,7 @@ def test_ids_do_not_depend_on_names_or_order(raw_preset):
     ("where", "value"),
     [
         (("protocol",), {"alpha": 16.0}),
-        (("protocol",), {"eps": 1e-7}),
-        (("protocol",), {"precision": "bf16"}),
         (("datasets", "instruct", "seed"), 1),
-        (("datasets", "instruct", "max_chars"), 200),
         (("experiments", "rank", 0, "epochs"), 2.0),
     ],
 )
@@ -144,15 +140,6 @@ def test_plan_is_fast_and_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_large_plan_is_fast(raw_preset):
-    rank = raw_preset["experiments"]["rank"][0]
-    rank["ranks"] = {"all": list(range(1, 513))}
-    start = time.process_time()
-    plan = planned(raw_preset)
-    assert isinstance(plan.sweeps[0], Sweep)
-    assert time.process_time() - start < 2.0
-
-
 def changed_block(raw, **changes):
     raw["experiments"]["rank"][0] |= changes
     return planned(raw)
@@ -194,9 +181,11 @@ def lora_conditions(plan):
     return [sweep.condition for sweep in plan.sweeps if sweep.condition.method == "lora"]
 
 
-@pytest.mark.parametrize(("power", "expected"), [(0.0, {32.0}), (0.5, {32.0, 64.0}), (1.0, {32.0, 128.0})])
-def test_alpha_grows_with_a_power_of_the_rank(power, expected, raw_preset):
-    assert {condition.alpha for condition in lora_conditions(changed_block(raw_preset, alpha_power=power))} == expected
+def test_alpha_grows_with_a_power_of_the_rank(raw_preset):
+    powers = {0.0: {32.0}, 0.5: {32.0, 64.0}, 1.0: {32.0, 128.0}}
+    for power, alphas in powers.items():
+        conditions = lora_conditions(changed_block(raw_preset, alpha_power=power))
+        assert {condition.alpha for condition in conditions} == alphas
 
 
 def test_variants_are_a_factorial(raw_preset):
@@ -236,8 +225,6 @@ def test_rl_counts_responses(raw_rl_preset):
     [
         ("mean_response_tokens", 3, True),
         ("group_size", 2, False),
-        ("max_new_tokens", 5, False),
-        ("evaluations", 2, False),
         ("held_out", [], False),
         ("stop", ["x"], False),
     ],

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 
 from lorabench.config.loading import load_preset
+from lorabench.doctor.speeds import speed_of_runs
 from lorabench.errors import UserError
 from lorabench.planning.memory import sweep_memory
 from lorabench.planning.plan import make_plan
 from lorabench.planning.seconds import run_seconds
 from lorabench.planning.speed import calibrate, planned_runs, with_gflops
-from lorabench.store.measured_speed import measure
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def test_calibration_leaves_out_what_tells_nothing(smoke):
 
 def test_tables_are_found_and_must_hold_something(smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert measure(smoke, []) is None
+    assert speed_of_runs(smoke, []) is None
     folder = tmp_path / "results" / "smoke" / "tables"
     folder.mkdir(parents=True)
     table(smoke, 10.0, "somewhere else").to_csv(folder / "runs.csv", index=False)
-    assert measure(smoke, []) is None, "another processor's runs are not this machine's"
-    assert measure(smoke, [folder]).device == "somewhere else"
+    assert speed_of_runs(smoke, []) is None, "another processor's runs are not this machine's"
+    assert speed_of_runs(smoke, [folder]).device == "somewhere else"
     with pytest.raises(UserError, match="no finished run of this preset was made on H100-80GB"):
-        measure(make_plan(load_preset("core")), [folder])
+        speed_of_runs(make_plan(load_preset("core")), [folder])

@@ -16,7 +16,7 @@ from lorabench.data.files import tally_of
 from lorabench.data.sft import build_dataset
 from lorabench.data.tokens import Limits, write_tokens
 from lorabench.models.base import load_tokenizer
-from lorabench.report.datasets import dataset_origins
+from lorabench.report.summary import dataset_origins
 from lorabench.store.layout import Layout
 from lorabench.utils.files import write_json
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.errors import UserError
-from lorabench.figures.save import save_figure
+from lorabench.figures.catalog import save_figure
 from lorabench.store.io import write_csv
 from lorabench.store.schemas import PARQUET_ONLY, SCHEMAS
 from lorabench.store.tables import KEYS, Tables, merge

@@ -18,7 +18,7 @@ from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
 from lorabench.cli import app
 from lorabench.errors import UserError
-from lorabench.figures.save import save_figure
+from lorabench.figures.catalog import save_figure
 from lorabench.store.checks import check_curves, check_table
 from lorabench.store.io import read_table, write_csv
 from lorabench.store.schemas import EVALS, SCHEMAS

@@ -32,8 +32,8 @@ PRESET = {
         ]
     },
     "margins": MARGINS,
-    # One job per sweep, and one run at a time, so that a run's numbers do not depend on which others are trained.
-    "execution": {"gflops": 0.01, "lanes": 1},
+    # One job per sweep.
+    "execution": {"gflops": 0.01},
 }
 TABLES = "results/mine/tables/runs.parquet"
 

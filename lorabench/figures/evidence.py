@@ -1,0 +1,164 @@
+"""What several sources measured: a forest plot with a random-effects summary, and how far off rules of the LR are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lorabench.figures import style
+from lorabench.sources.lr_left_out import METHODS, RULES
+from lorabench.sources.measurements import MEASURES, PAPER_VALUES, Z
+
+_WIDTH, _ROW, _NAMES, _NUMBERS = 9.2, 0.21, 3.55, 1.85  # inches
+_PANEL_WIDTH = _WIDTH - _NAMES - _NUMBERS
+_TEXT: dict[str, Any] = {"va": "center", "fontsize": 7.5, "parse_math": False}
+
+
+class _Measure(NamedTuple):
+    """How a panel shows its measure: its title, the label of its axis, and how numbers are written."""
+
+    title: str
+    axis: str
+    number: str
+    is_log: bool = False
+    """Whether the numbers of the tables are logarithms of those shown."""
+
+    def shown(self, value: float) -> float:
+        return math.exp(value) if self.is_log else float(value)
+
+    def text(self, value: float, low: float, high: float) -> str:
+        written = [format(self.shown(end), self.number) for end in (value, low, high)]
+        return f"{written[0]} [{written[1]}, {written[2]}]"
+
+
+_MEASURES = {
+    "lr_ratio": _Measure(
+        "Ratio of optimal learning rates", "optimal LR of LoRA over that of full fine-tuning", ".1f", True
+    ),
+    "loss_gap": _Measure(
+        "Loss at the best LR", "LoRA minus full fine-tuning, nats per token; right is worse for LoRA", "+.4f"
+    ),
+    "gap_growth": _Measure(
+        "Growth of that gap with batch size",
+        "growth of that gap from the smallest to the largest batch, nats per token",
+        "+.4f",
+    ),
+    "rank_1_gap": _Measure(
+        "RL at rank 1", "accuracy of rank 1 minus that of full fine-tuning; left is worse for LoRA", "+.3f"
+    ),
+}
+
+
+@style.applied()
+def draw_forest(measured: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """Draw a panel for each measure.
+
+    Args:
+        measured: as from `measurement_table`.
+        summary: as from `summary_table`.
+    """
+    rows = {name: table for name in MEASURES if len(table := measured[measured["measure"] == name])}
+    heights = [_ROW * (len(table) + 2) + 0.8 for table in rows.values()]
+    figure = Figure(figsize=(_WIDTH, sum(heights)))
+    left, width = _NAMES / _WIDTH, _PANEL_WIDTH / _WIDTH
+    for place, (measure, table) in enumerate(rows.items()):
+        bottom = sum(heights[place + 1 :])
+        box = (left, (bottom + 0.5) / sum(heights), width, (heights[place] - 0.8) / sum(heights))
+        over_all = summary
+        if len(summary):
+            over_all = summary[(summary["measure"] == measure) & (summary["attribute"] == "")]
+        _draw_measure(figure.add_axes(box), measure, table, over_all)
+    return figure
+
+
+def _draw_measure(axes: Axes, measure: str, rows: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """Draw each measurement with its interval, then the mean as a diamond with its prediction interval in grey."""
+    look, ends = _MEASURES[measure], [_MEASURES[measure].shown(PAPER_VALUES[measure])]
+    axes.set_ylim(len(rows) + 1.5, -0.7)
+    axes.axvline(ends[0], color="0.5", linestyle="--", linewidth=1, zorder=1)
+    text = {"transform": axes.get_yaxis_transform(), **_TEXT}
+    names_at = -_NAMES / _PANEL_WIDTH + 0.02
+    for slot, row in enumerate(rows.sort_values(["parameters", "study", "task"], kind="stable").to_dict("records")):
+        counts, colour = bool(row["counts"]), "#274b8f" if row["task"] == "sft" else "#9a4a00"
+        value, half = row["value"], Z * row["error"]
+        ends.append(look.shown(value))
+        if math.isfinite(half) and counts:
+            ends += [look.shown(value - half), look.shown(value + half)]
+            axes.plot(ends[-2:], [slot, slot], color=colour, linewidth=1.4)
+        mark: dict[str, Any] = {"color": colour, "markersize": 5, "markerfacecolor": colour if counts else "white"}
+        axes.plot(look.shown(value), slot, "s" if row["task"] == "sft" else "o", **mark)
+        batch = "" if pd.isna(row["batch_size"]) or row["task"] == "rl" else f", batch {int(row['batch_size'])}"
+        name = f"{row['scale']:>5}  {row['source']}: {row['dataset']}{batch}{', RL' if row['task'] == 'rl' else ''}"
+        axes.text(names_at, slot, name, color="0.1" if counts else style.MUTED, **text)
+        numbers = look.text(value, value - half, value + half) if counts else "not counted"
+        axes.text(1.02, slot, numbers, color=colour, **text)
+    below = len(rows) + 0.6
+    for row in summary.to_dict("records"):
+        if math.isfinite(row["predicted_low"]):
+            ends += [look.shown(row["predicted_low"]), look.shown(row["predicted_high"])]
+            axes.plot(ends[-2:], [below, below], color="0.6", linewidth=3, solid_capstyle="butt", zorder=1)
+        if math.isfinite(row["low"]):
+            low, mean, high = (look.shown(row[name]) for name in ("low", "mean", "high"))
+            axes.fill([low, mean, high, mean], [below, below - 0.3, below, below + 0.3], color="0.1", zorder=3)
+            ends += [low, high]
+        share = f"mean of {row['k']} ({row['share']:.0%} of the variation is between them)"
+        axes.text(names_at, below, share, weight="bold", **text)
+        axes.text(1.02, below, look.text(row["mean"], row["low"], row["high"]), weight="bold", **text)
+    axes.set_yticks([])
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.axhline(len(rows) - 0.25, color="0.8", linewidth=0.6)
+    axes.set_title(look.title, pad=5)
+    axes.set_xlabel(look.axis, fontsize=_TEXT["fontsize"])
+    if look.is_log:
+        axes.set_xscale("log")
+        axes.set_xlim(max(min(ends) / 1.3, 0.3), min(max(ends) * 1.3, 3000))
+        style.number_log_ticks(axes.xaxis)
+    else:
+        spread = max(ends) - min(ends)
+        axes.set_xlim(min(ends) - 0.05 * spread, max(ends) + 0.05 * spread)
+
+
+_RULES: dict[str, dict[str, Any]] = {
+    "pooled": {"color": "#274b8f", "marker": "o", "markersize": 6},
+    "law": {"color": "#9a4a00", "marker": "s", "markersize": 5, "markerfacecolor": "white"},
+    "law_sqrt": {"color": "#9a4a00", "marker": "x", "markersize": 5},
+}
+_METHODS = {"fullft": "FullFT", "lora": "LoRA"}
+
+
+@style.applied()
+def draw_left_out(sources: pd.DataFrame) -> Figure:
+    """Draw how far off rules are: a panel for each task and method, with a row for each source.
+
+    Args:
+        sources: as from `lorabench.sources.lr_left_out.by_source`.
+    """
+    measured = sources[sources["optima"] > 0]
+    names = {task: list(rows["source"].unique()) for task, rows in measured.groupby("task", sort=False)}
+    names = {task: names[task] for task in ("sft", "rl") if task in names}
+    slots = [len(listed) for listed in names.values()]
+    figure = Figure(figsize=(style.WIDTH, 0.24 * sum(slots) + 0.9 * len(slots) + 0.4), layout="constrained")
+    panels = figure.subplots(len(slots), 2, sharex=True, squeeze=False, height_ratios=slots)
+    for (left, right), (task, listed) in zip(panels, names.items(), strict=True):
+        for axes, method in zip((left, right), METHODS, strict=True):
+            axes.axvline(1, color="0.5", linestyle="--", linewidth=1, zorder=1)
+            for row in measured[(measured["task"] == task) & (measured["method"] == method)].to_dict("records"):
+                slot = listed.index(row["source"])
+                axes.plot(row["signed"], slot, linestyle="", **_RULES[str(row["rule"])])
+            axes.set_xscale("log")
+            style.number_log_ticks(axes.xaxis)
+            axes.set_yticks(range(len(listed)), listed)
+            axes.set_ylim(len(listed) - 0.5, -0.5)
+            axes.set_title(f"{str(task).upper()}, {_METHODS[method]}")
+        right.set_yticklabels([])
+    for axes in panels[-1]:
+        axes.set_xlabel("predicted over measured optimal LR")
+    handles = [Line2D([], [], linestyle="", label=label, **_RULES[rule]) for rule, label in RULES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
