@@ -29,7 +29,7 @@ SHA256 = "22dd0b3433784667b6e17e5a206fe870d877e7fc787091a16f6557513e841603"
 _QUESTION = "What does this Python function do?"
 
 
-def choose_docstrings(spec: DocstringsDataset) -> tuple[list[tuple[Split, Chat]], dict[str, Any]]:
+def choose_docstrings(spec: DocstringsDataset) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the examples of each split at random by the spec's seed, from the packages of that split.
 
     Returns:
@@ -66,7 +66,7 @@ def choose_docstrings(spec: DocstringsDataset) -> tuple[list[tuple[Split, Chat]]
         Random(spec.seed).shuffle(pool)
         chosen += [(split, chat) for chat in pool[:wanted]]
     counts = {"rows": len(usable) + sum(left_out.values()), "usable": len(usable), "left_out": left_out}
-    return chosen, note | counts
+    return iter(chosen), note | counts
 
 
 def _distinct(chats: list[tuple[Split, Chat, str]], left_out: dict[str, int]) -> Iterator[tuple[Split, Chat]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,9 @@ def part_files(
     Raises:
         UserError: the files do not exist.
     """
-    if copies is not None:
-        return _local_files(Path(copies, name, config or ""), split)
-    return fetched[name].data_files(config, split)
-
-
-def _local_files(folder: Path, split: str) -> list[Path]:
+    if copies is None:
+        return fetched[name].data_files(config, split)
+    folder = Path(copies, name, config or "")
     files = [file for file in sorted(folder.rglob(f"{split}*")) if file.suffix in (".parquet", ".jsonl")]
     if not files:
         raise UserError(f"folder {folder} has no {split}*.parquet or {split}*.jsonl")
@@ -91,30 +87,16 @@ def _file_rows(file: Path, choose: Choose) -> Iterator[RawRow]:
             raise UserError(f"{file} is neither .parquet nor .jsonl, the kinds of data files that are read")
 
 
-@dataclass(frozen=True)
-class HubChats:
-    """The chosen chats of a dataset: for each row the index of its split in SPLITS, or -1 if it is not chosen.
-
-    Attributes:
-        about: the dataset's id and commit, its number of rows and of usable rows, and what was left out by reason.
-    """
-
-    files: list[Path]
-    spec: HubDataset
-    splits: np.ndarray
-    about: dict[str, Any]
-
-    def __iter__(self) -> Iterator[tuple[Split, Chat]]:
-        """Yield the chosen chats with their split, in the order of the files."""
-        for number, chat in _usable_chats(self.spec, self.files, Tally("chats")):
-            if (index := self.splits[number - 1]) >= 0:
-                yield SPLITS[index], chat
-
-
-def choose_chats(spec: HubDataset, fetched: Mapping[str, FetchedRepository]) -> HubChats:
+def choose_chats(
+    spec: HubDataset, fetched: Mapping[str, FetchedRepository]
+) -> tuple[Iterator[tuple[Split, Chat]], dict[str, Any]]:
     """Choose the rows of each split at random by the spec's seed; each prompt once, so that splits share none.
 
     The held-out splits are drawn first, so that they do not depend on the number of training examples.
+
+    Returns:
+        The chosen chats with their splits, in the order of the files, and a note: the dataset's id and commit, its
+        number of rows and of usable rows, and what was left out by reason.
 
     Raises:
         UserError: the files do not exist, have other columns or roles, or hold too few usable rows.
@@ -140,6 +122,7 @@ def choose_chats(spec: HubDataset, fetched: Mapping[str, FetchedRepository]) -> 
             f"needed ({wanted}); left out: {tally.reasons() or 'none'}"
         )
     chosen = shuffled[np.sort(first)]
+    # For each row the index of its split in SPLITS, or -1 if it is not chosen.
     splits, start = np.full(tally.rows, -1, np.int8), 0
     for split in reversed(SPLITS):
         splits[chosen[start : start + sizes[split]] - 1] = SPLITS.index(split)
@@ -147,7 +130,8 @@ def choose_chats(spec: HubDataset, fetched: Mapping[str, FetchedRepository]) -> 
     commit = fetched[spec.id].commit if spec.path is None else None
     left_out = {reason: count for reason, (count, _) in tally.bad.items()} | {_REPEATED: len(repeated)}
     about = {"id": spec.id, "commit": commit, "rows": tally.rows, "usable": tally.usable, "left_out": left_out}
-    return HubChats(files, spec, splits, about)
+    chats = _usable_chats(spec, files, Tally("chats"))
+    return ((SPLITS[splits[row - 1]], chat) for row, chat in chats if splits[row - 1] >= 0), about
 
 
 def _usable_chats(spec: HubDataset, files: list[Path], tally: Tally) -> Iterator[tuple[int, Chat]]:

@@ -54,11 +54,8 @@ def build_dataset(
     Raises:
         UserError: there are fewer usable and distinct chats than the splits need, or the files can't be read.
     """
-    if isinstance(spec, HubDataset):
-        chats = choose_chats(spec, fetched)
-        write_dataset((_row(split, chat) for split, chat in chats), path, chats.about)
-    elif isinstance(spec, DocstringsDataset):
-        chosen, note = choose_docstrings(spec)
+    if isinstance(spec, HubDataset | DocstringsDataset):
+        chosen, note = choose_chats(spec, fetched) if isinstance(spec, HubDataset) else choose_docstrings(spec)
         write_dataset((_row(split, chat) for split, chat in chosen), path, note)
     else:
         write_dataset(make_dataset(spec), path)

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lorabench.data.chat import SPLITS, Messages, Split, is_text
-from lorabench.data.sft import ExampleRow, read_dataset
+from lorabench.data.sft import read_dataset
 from lorabench.errors import UserError
 from lorabench.utils.checked_tensors import DamagedTensorsError, read_header, read_tensors, write_tensors
 from lorabench.utils.exhaustion import space_for
@@ -165,120 +165,80 @@ def write_tokens(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the model a `chat_template`: "
             "plain, or the path of a Jinja file"
         )
-    left_out = dict.fromkeys(SPLITS, 0)
+    lengths, left_out = {split: array("q") for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with space_for(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        with ExitStack() as open_files:
-            parts = {split: _Part(Path(scratch), split, open_files) for split in SPLITS}
-            for encoded in _encoded_groups(dataset, tokenizer, limits, processes):
-                for split, ids, scored in encoded:
-                    if limits.dataset is not None and len(ids) > limits.dataset:
-                        left_out[split] += 1
-                    else:
-                        parts[split].append(ids, scored)
-        _check_left_out(left_out, {split: len(part.lengths) for split, part in parts.items()}, limits)
+        # Tokens wait in temporary files, so that memory holds a row group at a time.
+        waiting = {(split, name): Path(scratch, f"{split}.{name}") for split in SPLITS for name in _TYPES}
+        with ExitStack() as stack:
+            files = {key: stack.enter_context(file.open("wb")) for key, file in waiting.items()}
+            for split, ids, scored in _encoded(dataset, tokenizer, limits, processes):
+                if limits.dataset is not None and len(ids) > limits.dataset:
+                    left_out[split] += 1
+                else:
+                    lengths[split].append(len(ids))
+                    files[split, "ids"].write(ids.tobytes())
+                    files[split, "scored"].write(scored.tobytes())
+        for split, count in left_out.items():
+            total = count + len(lengths[split])
+            text = f"{count} of {total} examples of split {split!r} have more than max_tokens = {limits.dataset} tokens"
+            if count > total * _MOST_LEFT_OUT:
+                raise UserError(f"{text}; lower max_chars, so that the examples chosen are shorter")
+            if count:
+                logging.warning("left out: %s", text)
+        tensors: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            for name, dtype in _TYPES.items():
+                tensors[f"{split}.{name}"] = np.memmap(waiting[split, name], dtype, "r")
+            tensors[f"{split}.offsets"] = np.concatenate([[0], np.cumsum(lengths[split], dtype=np.int64)])
         metadata = cache_key(tokenizer, dataset)
         if limits.dataset is not None:
             metadata["left_out"] = json.dumps(left_out)
-        tensors = {name: array for split in SPLITS for name, array in parts[split].tensors().items()}
         with atomic_path(path) as partial:
             write_tensors(partial, tensors, metadata)
 
 
-class _Part:
-    """The tokens of a split while a cache is made, in temporary files."""
-
-    def __init__(self, folder: Path, split: Split, open_files: ExitStack) -> None:
-        self.split = split
-        self.lengths = array("q")
-        self._paths = {name: folder / f"{split}.{name}" for name in _TYPES}
-        self._files = {name: open_files.enter_context(path.open("wb")) for name, path in self._paths.items()}
-
-    def append(self, ids: np.ndarray, scored: np.ndarray) -> None:
-        self.lengths.append(len(ids))
-        self._files["ids"].write(ids.tobytes())
-        self._files["scored"].write(scored.tobytes())
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Return the split's tensors, memory-mapped, once its files are closed."""
-        mapped = {name: np.memmap(path, _TYPES[name], "r") for name, path in self._paths.items()}
-        offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-        return {f"{self.split}.{name}": values for name, values in (mapped | {"offsets": offsets}).items()}
-
-
 _TYPES = {"ids": np.dtype(np.int32), "scored": np.dtype(np.bool_)}
-_Encoded = list[tuple[Split, np.ndarray, np.ndarray]]
+_Encoded = tuple[Split, np.ndarray, np.ndarray]
 
 
-def _check_left_out(left_out: dict[Split, int], kept: dict[Split, int], limits: Limits) -> None:
-    for split, count in left_out.items():
-        total = count + kept[split]
-        if count:
-            text = f"{count} of {total} examples of split {split!r} have more than max_tokens = {limits.dataset} tokens"
-            if count > total * _MOST_LEFT_OUT:
-                raise UserError(f"{text}; lower max_chars, so that the examples chosen are shorter")
-            logging.warning("left out: %s", text)
-
-
-def _encoded_groups(
-    dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int
-) -> Iterator[_Encoded]:
-    """Yield the examples of each row group, in order; several processes encode a group each."""
+def _encoded(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, processes: int) -> Iterator[_Encoded]:
+    """Yield the split, token ids and scored mask of each example, in order; several processes encode a group each."""
     with pq.ParquetFile(dataset) as file:
         groups = range(file.num_row_groups)
-    encoder = _Encoder(dataset, tokenizer, limits)
     processes = min(processes, len(groups))
     if processes == 1:
-        yield from map(encoder.encode, groups)
+        for group in groups:
+            yield from _encode(dataset, tokenizer, limits, group)
         return
     # Processes are not forked: a fork would lack the threads of the libraries that are loaded by now.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(encoder,)) as pool:
-        running: deque[Future[_Encoded]] = deque()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running: deque[Future[list[_Encoded]]] = deque()
         for group in groups:
-            running.append(pool.submit(_encode, group))
+            running.append(pool.submit(_encode, dataset, tokenizer, limits, group))
             # This bounds the number of groups in memory.
             if len(running) > processes:
-                yield running.popleft().result()
+                yield from running.popleft().result()
         while running:
-            yield running.popleft().result()
+            yield from running.popleft().result()
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """The task of encoding the row groups of a dataset file, which is sent to other processes."""
-
-    dataset: Path
-    tokenizer: PreTrainedTokenizerBase
-    limits: Limits
-
-    def encode(self, group: int) -> _Encoded:
-        with pq.ParquetFile(self.dataset) as file:
-            batches = file.iter_batches(_BATCH_ROWS, row_groups=[group])
-            return [self._example(row) for batch in batches for row in batch.to_pylist()]
-
-    def _example(self, row: ExampleRow) -> tuple[Split, np.ndarray, np.ndarray]:
-        split: Split = row["split"]
-        ids, scored = encode_chat(self.tokenizer, row["messages"])
-        if not any(scored):
-            text = self.tokenizer.decode(ids)[:80]
-            raise UserError(f"an example of split {split!r} has no assistant token: {text!r}")
-        if len(ids) > self.limits.model and self.limits.dataset is None:
-            raise UserError(f"an example of split {split!r} has {len(ids)} tokens; the model takes {self.limits.model}")
-        return split, np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])
-
-
-# The task of this process, where several processes share the work.
-_encoder: _Encoder
-
-
-def _start(encoder: _Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _encode(group: int) -> _Encoded:
-    return _encoder.encode(group)
+def _encode(dataset: Path, tokenizer: PreTrainedTokenizerBase, limits: Limits, group: int) -> list[_Encoded]:
+    """Encode the examples of a row group of a dataset file."""
+    encoded = []
+    with pq.ParquetFile(dataset) as file:
+        rows = (row for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group]) for row in batch.to_pylist())
+        for row in rows:
+            ids, scored = encode_chat(tokenizer, row["messages"])
+            if not any(scored):
+                text = tokenizer.decode(ids)[:80]
+                raise UserError(f"an example of split {row['split']!r} has no assistant token: {text!r}")
+            if len(ids) > limits.model and limits.dataset is None:
+                raise UserError(
+                    f"an example of split {row['split']!r} has {len(ids)} tokens; the model takes {limits.model}"
+                )
+            encoded.append((row["split"], np.asarray(ids, _TYPES["ids"]), np.asarray(scored, _TYPES["scored"])))
+    return encoded
 
 
 def read_tokens(path: Path, key: dict[str, str]) -> dict[Split, TokenizedSplit]:
