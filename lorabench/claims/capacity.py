@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
-import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import arm_label
@@ -26,7 +25,7 @@ from lorabench.analysis.finding import (
     worst,
 )
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.optimal_curves import (
+from lorabench.analysis.optima import (
     WINDOWS,
     Departure,
     curves_at_optimum,
@@ -34,14 +33,22 @@ from lorabench.analysis.optimal_curves import (
     pair_at_optimum,
     paired_departure,
     runs_at_optimum,
+    tokens_at,
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import natural_text
-from lorabench.claims.judging import margin_problems, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY
-from lorabench.claims.scopes import Scoped, every_longest, full_runs, learning, longest_run, longest_runs, without_facts
+from lorabench.claims.scope import (
+    Scoped,
+    every_longest,
+    full_runs,
+    learning,
+    longest_run,
+    longest_runs,
+    natural_text,
+    without_facts,
+)
 from lorabench.utils.formats import fixed_interval
 
 FLOOR = 0.05
@@ -235,15 +242,13 @@ def _thresholds(comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
             if crossing.interval()[1] < math.log10(departure.before):
                 left_out.append(f"{name} does not leave along a line in log(step)")
                 continue
-            runs, points = runs_at_optimum(comparison, rank.arm), comparison.curves
-            points = points[points["run_id"].isin(runs["run_id"]) & (points["split"] == "train")]
-            tokens = points.groupby("step")["tokens"].max().astype(float)
+            runs = runs_at_optimum(comparison, rank.arm)
             rows.append(
                 {
                     "dataset": comparison.runs["dataset"].iloc[0],
                     "name": name,
                     "trainable_params": float(runs["trainable_params"].iloc[0]),
-                    "tokens": np.interp(10**crossing.value, [0, *tokens.index], [0.0, *tokens]),
+                    "tokens": tokens_at(comparison, rank.arm, 10**crossing.value),
                     "error": crossing.seed_error,
                     "run_ids": list(runs["run_id"]),
                 }

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "pip install -c constraints-vllm.txt": "CI does it",
     "pip uninstall -y torchaudio torchcodec": "CI does it",
     "python -m benchmarks.speed": "it takes long; tests/benchmarks/test_speed.py runs its quick form",
-    "lorabench doctor": "it takes minutes; tests/doctor/test_doctor.py runs it",
+    "lorabench doctor": "it takes minutes; tests/doctor/test_checks.py makes its checks",
     "snakemake doctor": "it trains nothing; tests/workflow/test_slurm_profile.py plans it",
 }
 """The beginnings of commands that are not run here, and why."""

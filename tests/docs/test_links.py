@@ -6,6 +6,7 @@ Links may not lead through a symbolic link, which code hosts do not follow.
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -47,3 +48,9 @@ def test_pages_that_code_names_exist():
         for match in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(errors="ignore"))
     }
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
+
+
+def test_names_of_the_reference_exist():
+    pages = (REPOSITORY / "docs/reference").glob("*.md")
+    for name in (name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)):
+        assert pkgutil.resolve_name(name), name
