@@ -10,8 +10,6 @@ import pkgutil
 import re
 from pathlib import Path
 
-import pytest
-
 from ..conftest import REPOSITORY
 
 PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
@@ -24,17 +22,17 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_and_headings_of_the_repository(page: Path):
-    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)
+def test_links_lead_to_files_and_headings_of_the_repository():
     dead = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        file, _, anchor = link.partition("#")
-        if re.match(r"\w+:", file):
-            continue
-        target = Path(os.path.normpath(page.parent / file)) if file else page
-        if not target.exists() or target.resolve() != target or (anchor and anchor not in anchors(target)):
-            dead.append(link)
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, anchor = link.partition("#")
+            if re.match(r"\w+:", file):
+                continue
+            target = Path(os.path.normpath(page.parent / file)) if file else page
+            if not target.exists() or target.resolve() != target or (anchor and anchor not in anchors(target)):
+                dead.append(f"{page.name}: {link}")
     assert dead == []
 
 
