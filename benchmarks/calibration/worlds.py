@@ -22,6 +22,7 @@ import pandas as pd
 
 from benchmarks.calibration.made import Design, MadeArm, MadeSweep, as_designed
 from benchmarks.calibration.noise import NoiseLevels
+from lorabench.runs import lowest
 from lorabench.store.tables import Tables
 
 GRID_STEP = 2.4
@@ -198,7 +199,9 @@ def kept_cells(arm: MadeArm, lr: np.ndarray, seed: np.ndarray, valid: np.ndarray
     if arm.repeats == "every":
         return np.ones(len(lr), bool)
     grid_of_first = lr[seed == 0]
-    best = int(valid[seed == 0].argmin())
+    best = grid_of_first.tolist().index(
+        lowest(dict(zip(grid_of_first.tolist(), valid[seed == 0].tolist(), strict=True)))
+    )
     kept = (seed == 0) | (lr == grid_of_first[best])
     if arm.repeats == "around":
         more = seed < (arm.seeds if arm.seeds_around is None else arm.seeds_around)

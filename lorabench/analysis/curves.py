@@ -63,24 +63,17 @@ def train_curves(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", 
     return runs.merge(points, on="run_id").sort_values(["run_id", "step"])
 
 
-def curves_by_seed(runs: pd.DataFrame, curves: pd.DataFrame, metric: str = "nll", split: str = "train") -> pd.DataFrame:
+def curves_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """Return the curve of one arm for each seed.
 
     Args:
         runs: columns run_id, seed, and optionally weight. A seed has one run, or several whose curves are summed by
             their weights (see `runs_at_optimum`).
-        curves: columns run_id, step, split, metric, value.
-        metric: the metric, such as `nll` (nats per token) or `reward`.
-        split: the split; `train` is measured on a step's batch before its update.
+        points: columns run_id, step, value, as from `metric_points`; those of other runs do not count.
 
     Returns:
         A row for each step (index, ascending) that some seed has, and a column for each seed.
     """
-    return points_by_seed(runs, metric_points(curves, split, metric))
-
-
-def points_by_seed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Return what `curves_by_seed` does from the points of one metric, columns run_id, step, value."""
     run = pd.Index(runs["run_id"]).get_indexer(points["run_id"]) if len(points) else np.array([], int)
     if not (run >= 0).any():
         return pd.DataFrame(index=pd.Index([], dtype=int))
@@ -124,9 +117,9 @@ def envelopes(runs: pd.DataFrame, curves: pd.DataFrame, split: str = "validation
     chosen = curves[(curves["split"] == split) & (curves["metric"] == metric) & curves["value"].notna()]
     chosen = chosen.reindex(columns=["run_id", "step", "examples", "tokens", "value"])
     rows: list[dict[Hashable, Any]] = []
-    for arm, of_arm in each_arm(runs):
+    for arm, arm_runs in each_arm(runs):
         # Sorting by LR breaks ties, so that the result does not depend on the order of the table.
-        points = chosen.merge(first_seed(of_arm)[["run_id", "lr"]], on="run_id").sort_values(["step", "value", "lr"])
+        points = chosen.merge(first_seed(arm_runs)[["run_id", "lr"]], on="run_id").sort_values(["step", "value", "lr"])
         points["n_runs"] = points.groupby("step")["run_id"].transform("size")
         rows += [
             dict[Hashable, Any](arm) | point for point in points.drop_duplicates("step")[columns].to_dict("records")
@@ -220,47 +213,30 @@ class PairedCurves:
         return self.by_seed[(self.by_seed.index >= low) & (self.by_seed.index <= high)]
 
 
-def paired_curves(
-    runs: pd.DataFrame, others: pd.DataFrame, curves: pd.DataFrame, name: str, metric: str = "nll", split: str = "train"
+def paired(
+    runs: pd.DataFrame, others: pd.DataFrame, by_seed: pd.DataFrame, others_by_seed: pd.DataFrame, name: str
 ) -> PairedCurves:
     """Pair the curves of two arms by seed.
 
     Args:
-        runs: the runs of one arm (see `curves_by_seed`).
-        others: the runs of the other arm.
-        curves: columns run_id, step, split, metric, value.
-        name: names the two arms, for draws.
-        metric: the metric, such as `nll` (nats per token) or `reward`.
-        split: the split; `train` is measured on a step's batch before its update.
-    """
-    by_seed = [curves_by_seed(arm_runs, curves, metric, split) for arm_runs in (runs, others)]
-    return paired(runs, others, by_seed[0], by_seed[1], name)
-
-
-def paired(
-    runs: pd.DataFrame, others: pd.DataFrame, of_runs: pd.DataFrame, of_others: pd.DataFrame, name: str
-) -> PairedCurves:
-    """Pair two arms by seed, given their curves.
-
-    Args:
         runs: the runs of one arm: columns run_id, seed.
         others: the runs of the other arm.
-        of_runs: the curves of the one, as from `curves_by_seed`.
-        of_others: the curves of the other.
+        by_seed: the curves of the one arm, as from `curves_by_seed`.
+        others_by_seed: the curves of the other arm.
         name: names the two arms, for draws.
     """
-    seeds = [seed for seed in of_runs.columns if seed in of_others.columns]
-    steps, place, other_place = np.intersect1d(of_runs.index, of_others.index, return_indices=True)
-    difference = of_runs[seeds].to_numpy(float)[place] - of_others[seeds].to_numpy(float)[other_place]
+    seeds = [seed for seed in by_seed.columns if seed in others_by_seed.columns]
+    steps, place, other_place = np.intersect1d(by_seed.index, others_by_seed.index, return_indices=True)
+    difference = by_seed[seeds].to_numpy(float)[place] - others_by_seed[seeds].to_numpy(float)[other_place]
     whole = ~np.isnan(difference).any(axis=1) & bool(seeds)
-    by_seed = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
+    differences = pd.DataFrame(difference[whole], pd.Index(steps[whole], dtype=int), pd.Index(seeds, name="seed"))
     ids = [
         str(run_id)
         for arm_runs in (runs, others)
         for run_id, seed in zip(arm_runs["run_id"], arm_runs["seed"], strict=True)
         if seed in seeds
     ]
-    return PairedCurves(by_seed, tuple(ids), name)
+    return PairedCurves(differences, tuple(ids), name)
 
 
 def scan(
@@ -281,8 +257,8 @@ def scan(
         curves: the paired curves.
         windows: the first and last step of each window; at least one.
         text: formats a difference.
-        problems: what speaks against a verdict.
-        margin_rule: where the margin comes from, in words.
+        problems: reasons against a verdict.
+        margin_rule: the rule that gives the margin, as text.
     """
     findings = [
         decide(

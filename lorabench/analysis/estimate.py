@@ -71,7 +71,7 @@ class Estimate:
 
     @cached_property
     def _partly_ordered(self) -> np.ndarray:
-        """The draws, of which those of _USUAL_RANKS stand where they would in ascending order, NaN last."""
+        """The draws with those of _USUAL_RANKS where they would be in ascending order, NaN last."""
         return np.partition(self.draws, _USUAL_RANKS)
 
     def _quantile(self, share: float) -> float:
@@ -251,7 +251,7 @@ _BLOCK = 32
 def _even_normals(blocks: int) -> np.ndarray:
     """Return points that fill the normal distribution evenly, (N_DRAWS, _BLOCK * blocks), as any part of them does.
 
-    The draws of a chi-squared number can therefore stand beside them in ascending order.
+    The draws of a chi-squared number can therefore be combined with them in ascending order.
     """
     return np.asarray(ndtri(_even_points(blocks)))
 

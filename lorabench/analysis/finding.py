@@ -9,8 +9,8 @@ The verdicts are:
 - `not tested`: The tables hold no runs or counts that the claim is about.
 
 A verdict is borderline if it would be another one with the ends of all intervals moved by a tenth of their margins, all
-to the side of the claim or all away from it. What a margin is to a rule, in logarithms for ratios, is its `size`; where
-that is 0, it is half of the 95% interval. The numbers alone move: what speaks against a verdict stays as it is.
+to the side of the claim or all away from it. The margin is the `size` of the rule, in logarithms for ratios; where that
+is 0, half of the 95% interval stands for it. The numbers alone move: reasons against a verdict stay as they are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Finding:
     """Lower end of the band that confirms, or the smallest difference that does."""
     margin_high: float = math.nan
     margin_rule: str = ""
-    """Where the margin comes from, in words."""
+    """The rule that gives the margin, as text."""
     detectable: float = math.nan
     """The smallest effect that would have been seen with a probability of 80%."""
     against: float = 0.0
@@ -67,7 +67,7 @@ class Finding:
     remedy: Remedy | None = None
     """What would decide an inconclusive claim."""
     favoured: Outcome | None = None
-    """What would follow if all ends were moved to the side of the claim; None if they decide nothing."""
+    """The outcome if all ends were moved to the side of the claim; None if they decide nothing."""
     hindered: Outcome | None = None
     """The same if they were moved away from it."""
 
@@ -78,7 +78,7 @@ class Finding:
 
     @property
     def outcomes(self) -> tuple[Outcome, Outcome, Outcome]:
-        """What follows as the ends are, if they were moved to the side of the claim, and if away from it."""
+        """The outcomes with the ends as they are, moved to the side of the claim, and moved away from it."""
         return self.outcome, self.favoured or self.outcome, self.hindered or self.outcome
 
     @property
@@ -108,10 +108,10 @@ def decide(
     Args:
         rule: what the claim says about the number.
         estimate: the number with its error; if the error is not known, the finding is inconclusive.
-        text: the numbers in words.
+        text: the numbers as text.
         run_ids: ids of the runs behind it, in any order; ids may repeat.
-        problems: what speaks against a verdict; with any, the finding is inconclusive.
-        margin_rule: where the rule's margin comes from, in words.
+        problems: reasons against a verdict; with any, the finding is inconclusive.
+        margin_rule: the rule that gives the margin, as text.
     """
     problems = list(problems)
     if not estimate.known and not problems:
@@ -168,9 +168,9 @@ def finding(
 
     Args:
         run_ids: ids of the runs behind it, in any order; ids may repeat.
-        text: the numbers in words.
+        text: the numbers as text.
         verdict: the verdict if there is no problem.
-        problems: what speaks against a verdict.
+        problems: reasons against a verdict.
         estimate: the number that was judged.
         interval: its 95% interval.
         strain: see `Finding`.
@@ -201,7 +201,7 @@ def worst(findings: Sequence[Finding]) -> Finding:
 
 
 def _worst(outcomes: Sequence[Outcome], strains: Sequence[float]) -> tuple[int, Outcome]:
-    """Return the number of the outcome that decides over several, and what it is as one of them."""
+    """Return the number of the outcome that decides over several, and that outcome as corrected for their number."""
     tested = sum(outcome.verdict in ("confirmed", "inconclusive", "contradicted") for outcome in outcomes)
     verdicts: list[Verdict] = [
         "inconclusive" if outcome.verdict == "contradicted" and outcome.against > LEVEL / tested else outcome.verdict
@@ -213,7 +213,7 @@ def _worst(outcomes: Sequence[Outcome], strains: Sequence[float]) -> tuple[int, 
 
 
 def without(judged: Finding, *verdicts: Verdict) -> Finding:
-    """Return a finding in which some verdicts, which something speaks against, are inconclusive."""
+    """Return a finding in which some verdicts are inconclusive instead."""
     outcome, favoured, hindered = (
         Outcome("inconclusive" if verdict in verdicts else verdict, against) for verdict, against in judged.outcomes
     )
@@ -242,13 +242,13 @@ Unit = Callable[[float], float]
 """A monotonic function from the unit of a rule to that of the reader."""
 
 
-def in_unit(judged: Finding, unit: Unit, of_difference: Unit | None = None) -> Finding:
+def in_unit(judged: Finding, unit: Unit, unit_of_difference: Unit | None = None) -> Finding:
     """Return a finding with its numbers in another unit.
 
     Args:
         judged: the finding in the unit of its rule.
         unit: gives the estimate, its interval and the margin in the other unit; if it decreases, ends are exchanged.
-        of_difference: gives the detectable effect in the other unit; by default it is unchanged, as for a shift.
+        unit_of_difference: gives the detectable effect in the other unit; by default it is unchanged, as for a shift.
     """
     low, high = sorted((unit(judged.ci_low), unit(judged.ci_high)))
     margin_low, margin_high = sorted((unit(judged.margin_low), unit(judged.margin_high)))
@@ -259,7 +259,7 @@ def in_unit(judged: Finding, unit: Unit, of_difference: Unit | None = None) -> F
         ci_high=high,
         margin_low=margin_low,
         margin_high=margin_high,
-        detectable=of_difference(judged.detectable) if of_difference else judged.detectable,
+        detectable=unit_of_difference(judged.detectable) if unit_of_difference else judged.detectable,
     )
 
 

@@ -62,9 +62,9 @@ def run_pairs(runs: pd.DataFrame) -> pd.DataFrame:
     scaled = with_scales(runs).sort_values(["time_scale", *CONFIGURATION], kind="stable", ignore_index=True)
     setting = [*PAIR_SETTING, "seed"]
     scaled = scaled.assign(setting=scaled.groupby(setting, dropna=False).ngroup(), place=range(len(scaled)))
-    of_run = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
-    fast = scaled[["setting", *setting, *of_run]].rename(columns={name: f"{name}_fast" for name in of_run})
-    slow = scaled[["setting", *of_run]].rename(columns={name: f"{name}_slow" for name in of_run})
+    columns = ["run_id", *CONFIGURATION, "update_scale", "time_scale", "place"]
+    fast = scaled[["setting", *setting, *columns]].rename(columns={name: f"{name}_fast" for name in columns})
+    slow = scaled[["setting", *columns]].rename(columns={name: f"{name}_slow" for name in columns})
     pairs = fast.merge(slow, on="setting")
     pairs = pairs[pairs["place_fast"] < pairs["place_slow"]]
     pairs = pairs.sort_values(["setting", "place_fast", "place_slow"], ignore_index=True)
@@ -218,8 +218,8 @@ def descent_ratios(descents: pd.DataFrame) -> pd.DataFrame:
         value), its 95% interval (`low`, `high`), n_seeds, run_ids. The highest rank has ratio 1 and no interval.
     """
     ratios = []
-    for key, of_rule in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
-        by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in of_rule.groupby("rank")}
+    for key, rule_rows in descents.groupby([*_BATCHES, "rule"], dropna=False, sort=False):
+        by_rank = {group["rank"].iloc[0]: group.set_index("seed") for _, group in rule_rows.groupby("rank")}
         top = by_rank[max(by_rank)]
         for rank, group in by_rank.items():
             seeds = group.index.intersection(top.index)

@@ -185,7 +185,7 @@ def fit_losses(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """The coefficients of a fit, and which are of which arm."""
+    """The coefficients of a fit, and their places by arm."""
 
     solution: Solution
     labels: list[str]
@@ -267,9 +267,9 @@ def _seed_errors(rows: FitRows, solution: Solution, noise: Noise | None, name: s
     if noise is not None:
         # Half of the variance is taken to be the arm's own, which no further LR makes smaller.
         sigma, dof = noise.sigma, noise.dof
-        of_runs = sigma**2 * (np.eye(len(rows.x)) + rows.same_arm_and_seed) / 2
-        of_runs /= np.outer(rows.weights, rows.weights)
-        covariance = solution.hat @ of_runs @ solution.hat.T
+        run_covariance = sigma**2 * (np.eye(len(rows.x)) + rows.same_arm_and_seed) / 2
+        run_covariance /= np.outer(rows.weights, rows.weights)
+        covariance = solution.hat @ run_covariance @ solution.hat.T
         covariance += solution.variance * solution.prior_weights @ solution.prior_weights.T
     elif solution.ratio > 0:
         # The error lies between the cells of arm and seed, of which there are fewer than runs.

@@ -42,8 +42,8 @@ import numpy as np
 import pandas as pd
 
 from lorabench.analysis.arms import STANDARD, arm_label
-from lorabench.analysis.at_step import at_step
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
+from lorabench.analysis.early import at_step
 from lorabench.analysis.estimate import Estimate, combined, unknown
 from lorabench.analysis.finding import Finding, decide
 from lorabench.analysis.optima import as_ratio, in_words, ratio_interval
@@ -171,10 +171,10 @@ class MeasuredRatio:
     @property
     def label(self) -> str:
         """The condition as text."""
-        of_prefix = ", prefix" if self.kind == "prefix" else ""
+        prefix = ", prefix" if self.kind == "prefix" else ""
         place, setting = f"{self.lora['model']}/{self.lora['dataset']}", self.setting
         numbers = f"{setting.steps:g} steps, batch {setting.batch_size:g}, alpha {setting.alpha:g}"
-        return f"{place} {numbers}{of_prefix}"
+        return f"{place} {numbers}{prefix}"
 
     @property
     def log_ratio(self) -> Estimate:

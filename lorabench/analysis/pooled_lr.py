@@ -1,4 +1,4 @@
-"""The optimal learning rate of a method in a new place, pooled from the optima that several sources have measured.
+"""Measurements that several sources repeat: the optimal learning rate in a new place, and random-effects summaries.
 
 The natural logarithm of the optimal LR of a method, in SFT or in RL, is taken to be
 
@@ -13,6 +13,12 @@ All else is normal, so a prediction is a mixture of normal distributions, one fo
 
 An attribute that a source does not give is taken to be at its reference, and the optimum's error grows by what the
 attribute may do.
+
+In the random-effects summary the true value of each source is a draw from a normal distribution around a mean. The
+variance between sources is estimated by the method of Paule and Mandel, the interval of the mean is that of Hartung and
+Knapp (t, k - 1 degrees of freedom), and the prediction interval (t, k - 2) is where the true value of a further source
+would lie. statsmodels' `combine_effects` has the first two, and a test holds them together; it has no prediction
+interval, and takes long to import.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import chdtrc, ndtr, stdtrit
 
 from lorabench.analysis.lr_law import PIVOT, lineage, predict_lr
 from lorabench.analysis.lr_law import PUBLISHED as LAW
@@ -30,7 +36,7 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of a coefficient before the sources are read."""
+    """The knowledge of a coefficient before the sources are read."""
 
     mean: float
     sd: float
@@ -85,9 +91,9 @@ class Place:
         names = [lineage(family)] if lineage(family) in LAW.exponents else list(LAW.exponents)
         known = PIVOT if math.isnan(width) else width
         logs = [math.log(predict_lr(LAW, name, known, method)) for name in names]
-        of_family = (max(logs) - min(logs)) / 2
-        of_width = _UNKNOWN_WIDTH * max(LAW.exponents[name] for name in names) if math.isnan(width) else 0.0
-        return cls(sum(logs) / len(logs), math.hypot(of_family, of_width), batch_size, steps)
+        family_error = (max(logs) - min(logs)) / 2
+        width_error = _UNKNOWN_WIDTH * max(LAW.exponents[name] for name in names) if math.isnan(width) else 0.0
+        return cls(sum(logs) / len(logs), math.hypot(family_error, width_error), batch_size, steps)
 
 
 @dataclass(frozen=True)
@@ -130,17 +136,17 @@ class PooledLr:
         values = np.array([[optimum.log_lr, optimum.error] for optimum in optima])
         if not (np.isfinite(values).all() and (values[:, 1] > 0).all()):
             raise ValueError("every optimum needs a number and an error above 0")
-        self._of_source = np.array([[optimum.source == name for name in self.sources] for optimum in optima], float)
+        self._source = np.array([[optimum.source == name for name in self.sources] for optimum in optima], float)
         self._design = np.array([_terms(optimum.place) for optimum in optima])
         self._prior = np.array([_OFFSET.sd**2, *(prior.sd**2 for prior in PRIORS.values())])
         self._means = np.array([_OFFSET.mean, *(prior.mean for prior in PRIORS.values())])
-        of_law = np.array([optimum.place.log_law for optimum in optima])
-        self._rest = values[:, 0] - of_law - self._design @ self._means
-        error = values[:, 1] ** 2 + [_of_unknown(optimum.place) for optimum in optima]
+        laws = np.array([optimum.place.log_law for optimum in optima])
+        self._rest = values[:, 0] - laws - self._design @ self._means
+        error = values[:, 1] ** 2 + [_unknown_variance(optimum.place) for optimum in optima]
         common = (self._design * self._prior) @ self._design.T + np.diag(error)
-        same = self._of_source @ self._of_source.T
+        same = self._source @ self._source.T
         self._models = [(optimum.source, optimum.model) for optimum in optima]
-        alike = np.array([[one == other for other in self._models] for one in self._models], float)
+        alike = np.array([[pair == other for other in self._models] for pair in self._models], float)
         self._grid = [(between, within) for between in _BETWEEN for within in _WITHIN]
         self._inverses, log_likelihood = [], []
         for between, within in self._grid:
@@ -151,32 +157,6 @@ class PooledLr:
             log_likelihood.append(-0.5 * (log_determinant + self._rest @ inverse @ self._rest))
         likelihood = np.exp(np.array(log_likelihood) - max(log_likelihood))
         self._shares = likelihood / likelihood.sum()
-
-    @property
-    def between(self) -> float:
-        """The standard deviation between sources, averaged over its posterior."""
-        return float(sum(share * between for share, (between, _) in zip(self._shares, self._grid, strict=True)))
-
-    @property
-    def coefficients(self) -> dict[str, tuple[float, float]]:
-        """The mean and the standard deviation of each coefficient, the offset from the law first."""
-        cross = (self._design * self._prior).T
-        gains = [cross @ inverse for inverse in self._inverses]
-        means = np.array([self._means + gain @ self._rest for gain in gains])
-        variances = np.array([self._prior - np.einsum("ij,ij->i", gain, cross) for gain in gains])
-        mean = self._shares @ means
-        variance = self._shares @ (variances + (means - mean) ** 2)
-        return {
-            name: (float(centre), math.sqrt(spread))
-            for name, centre, spread in zip(("offset", *PRIORS), mean, variance, strict=True)
-        }
-
-    @property
-    def effective_parameters(self) -> float:
-        """How many coefficients the optima decide rather than the priors: 1 for the offset, and at most 3."""
-        priors = (_OFFSET, *PRIORS.values())
-        pairs = zip(priors, self.coefficients.values(), strict=True)
-        return sum(max(0.0, 1 - (sd / prior.sd) ** 2) for prior, (_, sd) in pairs)
 
     def predict(
         self,
@@ -197,7 +177,7 @@ class PooledLr:
         at_source = np.array([measured is not None and source == measured[0] for source, _ in self._models], float)
         at_model = np.array([pair == measured for pair in self._models], float)
         covariance = self._design @ (self._prior * terms)
-        own = float(terms**2 @ self._prior) + _of_unknown(place) + error**2
+        own = float(terms**2 @ self._prior) + _unknown_variance(place) + error**2
         means, variances, gains = [], [], []
         for (between, within), inverse in zip(self._grid, self._inverses, strict=True):
             with_optima = covariance + between**2 * at_source + within**2 * at_model
@@ -206,7 +186,7 @@ class PooledLr:
             variances.append(own + between**2 + within**2 - float(gain @ with_optima))
             gains.append(gain)
         centre, spread = np.array(means), np.sqrt(variances)
-        weights = (self._shares @ np.array(gains)) @ self._of_source
+        weights = (self._shares @ np.array(gains)) @ self._source
         tail = (1 - probability) / 2
         return Prediction(
             float(self._shares @ centre),
@@ -217,12 +197,12 @@ class PooledLr:
 
 
 def _terms(place: Place) -> np.ndarray:
-    """Return what each coefficient is multiplied by."""
+    """Return the factor of each coefficient."""
     logs = [math.log(getattr(place, name) / reference) for name, reference in REFERENCE.items()]
     return np.array([1.0, *(0.0 if math.isnan(log) else log for log in logs)])
 
 
-def _of_unknown(place: Place) -> float:
+def _unknown_variance(place: Place) -> float:
     """Return the variance that the law and the attributes add where they are not known."""
     return place.law_error**2 + sum(
         (PRIORS[name].mean ** 2 + PRIORS[name].sd ** 2) * sd**2
@@ -239,3 +219,94 @@ def _quantile(probability: float, shares: np.ndarray, means: np.ndarray, sds: np
         below = float(shares @ ndtr((middle - means) / sds))
         low, high = (middle, high) if below < probability else (low, middle)
     return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class RandomEffects:
+    """The summary of the measurements of k sources."""
+
+    mean: float
+    error: float
+    """Standard error of the mean."""
+    low: float
+    """Lower end of the 95% interval of the mean; NaN with one source."""
+    high: float
+    predicted_low: float
+    """Lower end of the 95% prediction interval of a further source; NaN with fewer than three sources."""
+    predicted_high: float
+    between: float
+    """Standard deviation of the true values between sources."""
+    share: float
+    """I squared: the share of the variation that is not the sources' own error, from 0 to 1."""
+    p_alike: float
+    """The probability of so much variation if all sources had one true value (Cochran's Q)."""
+    k: int
+    """The number of sources."""
+
+
+def random_effects(values: Sequence[float], errors: Sequence[float]) -> RandomEffects:
+    """Summarize the measurements of several sources.
+
+    Args:
+        values: a value for each source.
+        errors: their standard errors, all above 0.
+
+    Raises:
+        ValueError: there is no source, or an error is not above 0.
+    """
+    value, variance = np.asarray(values, float), np.asarray(errors, float) ** 2
+    k = len(value)
+    if not k or not (np.isfinite(value).all() and (variance > 0).all()):
+        raise ValueError("every source needs a number and an error above 0")
+    between = _between(value, variance)
+    weights = 1 / (variance + between)
+    mean = float((weights * value).sum() / weights.sum())
+    fixed = 1 / variance
+    q = float((fixed * (value - (fixed * value).sum() / fixed.sum()) ** 2).sum())
+    if k == 1:
+        nan = math.nan
+        return RandomEffects(mean, math.sqrt(variance[0]), nan, nan, nan, nan, nan, nan, nan, 1)
+    # The interval must not be shorter than without variation between sources: the factor is at least 1.
+    scale = max(1.0, float((weights * (value - mean) ** 2).sum()) / (k - 1))
+    error = math.sqrt(scale / weights.sum())
+    half = float(stdtrit(k - 1, 0.975)) * error
+    spread = float(stdtrit(k - 2, 0.975)) * math.sqrt(between + error**2) if k > 2 else math.nan
+    return RandomEffects(
+        mean,
+        error,
+        mean - half,
+        mean + half,
+        mean - spread,
+        mean + spread,
+        math.sqrt(between),
+        max(0.0, 1 - (k - 1) / q) if q > 0 else 0.0,
+        float(chdtrc(k - 1, q)),
+        k,
+    )
+
+
+def p_of_groups(summaries: Sequence[RandomEffects]) -> float:
+    """Return the probability of means of groups so far apart if all groups had one mean (a Wald test)."""
+    fixed = random_effects([part.mean for part in summaries], [part.error for part in summaries])
+    return fixed.p_alike
+
+
+def _between(value: np.ndarray, variance: np.ndarray) -> float:
+    """Return the variance between sources for which the weighted sum of squares is its expectation, k - 1."""
+    if len(value) < 2:
+        return 0.0
+
+    def excess(between: float) -> float:
+        weights = 1 / (variance + between)
+        mean = (weights * value).sum() / weights.sum()
+        return float((weights * (value - mean) ** 2).sum()) - (len(value) - 1)
+
+    if excess(0.0) <= 0:
+        return 0.0
+    low, high = 0.0, float(value.var(ddof=1)) + float(variance.max())
+    while excess(high) > 0:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return high

@@ -138,7 +138,7 @@ def interpolated_optimum(grid: pd.DataFrame) -> float:
 
 
 def vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the position of the minimum of the parabola through three points, of which the middle is the lowest.
+    """Return the position of the minimum of the parabola through three points whose middle is the lowest.
 
     Args:
         x: ascending positions, shape (..., 3).

@@ -82,13 +82,13 @@ def reward_curves(
     for comparison in comparisons(with_arm_columns(with_error_rates(runs)), curves):
         for arm in comparison.arms:
             chosen = comparison.at_optimum(arm)
-            of_arm = points[points["run_id"].isin(chosen["run_id"])]
+            arm_points = points[points["run_id"].isin(chosen["run_id"])]
             rows += [
                 arm
                 | {"lr": float(chosen["lr"].iloc[0]), "step": step, "episodes": at_step["examples"].max()}
                 | {"mean": float(at_step["value"].mean()), "sd": float(at_step["value"].std())}
                 | {"n_seeds": len(at_step), "run_ids": list(at_step["run_id"])}
-                for step, at_step in of_arm.groupby("step")
+                for step, at_step in arm_points.groupby("step")
             ]
     table = arm_table(rows, ["lr", "step", "episodes", "mean", "sd", "n_seeds", "run_ids"])
     return table.astype({"step": "Int64", "episodes": "Int64"})
@@ -156,8 +156,8 @@ def good_ranges(comparison: Comparison, arms: Sequence[Arm]) -> list[GoodRange]:
     At an LR of the grid the accuracy is the mean over its seeds; it is 0 where the run diverged. The peak is the
     accuracy at the LR nearest to the fitted optimum. A step of the grid between a good LR and another counts half. That
     the range may end anywhere in that step is part of the error, and so are the seeds (the noise of the fit, without
-    what a seed does to all arms) and the test problems, which are resampled alike for all arms. One bad LR does not cut
-    off the good LRs beyond it.
+    effects of seeds that all arms share) and the test problems, which are resampled alike for all arms. One bad LR does
+    not cut off the good LRs beyond it.
 
     Args:
         comparison: runs with error rates as losses.
@@ -204,7 +204,8 @@ def _good_range(
     example_part = None
     if shifts is not None:
         moved = [
-            np.mean([shifts.get(run_id, np.zeros(N_DRAWS)) for run_id in of_lr["run_id"]], axis=0) for _, of_lr in by_lr
+            np.mean([shifts.get(run_id, np.zeros(N_DRAWS)) for run_id in run_ids], axis=0)
+            for _, run_ids in by_lr["run_id"]
         ]
         example_part = _width(_is_good(accuracies - np.column_stack(moved), peak), steps, halves) - value
     if not comparison.fit.sigma > 0:

@@ -144,8 +144,8 @@ def gain_margin(share: float, gain: float, tuned_arm: str, rewarded: bool = Fals
         tuned_arm: the label of the arm that the gain is measured to.
         rewarded: whether the runs are of RL.
     """
-    of_what, unit = (" in accuracy", "") if rewarded else ("", " nats")
-    rule = f"{100 * share:.3g}% of the gain{of_what} from the base to {tuned_arm} ({gain:.3f}{unit})"
+    quantity, unit = (" in accuracy", "") if rewarded else ("", " nats")
+    rule = f"{100 * share:.3g}% of the gain{quantity} from the base to {tuned_arm} ({gain:.3f}{unit})"
     if not gain > 0:
         return Margin(math.nan, rule, f"{tuned_arm} is no better than the base, so there is no gain to compare with")
     return Margin(share * gain, rule)
@@ -186,20 +186,22 @@ def cheapest(rule: Rule, estimate: Estimate) -> Remedy | None:
     if not estimate.known or estimate.n_seeds < 1:
         return None
     target = rule.deciding_error(estimate)
-    of_seeds, of_examples = estimate.seed_error, estimate.example_error
+    from_seeds, from_examples = estimate.seed_error, estimate.example_error
+    near = f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin"
     if target <= 0:
         return Remedy("no number of seeds decides it: the estimate lies at the margin")
-    if of_examples < target:
-        seeds = math.ceil(estimate.n_seeds * of_seeds**2 / (target**2 - of_examples**2))
-        if seeds <= MANY_SEEDS:
-            seeds = max(seeds, estimate.n_seeds + 1)
-            return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
-        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+    if from_examples < target:
+        room = target**2 - from_examples**2
+        seeds = math.ceil(estimate.n_seeds * from_seeds**2 / room)
+        if seeds > MANY_SEEDS:
+            return Remedy(near)
+        seeds = max(seeds, estimate.n_seeds + 1)
+        return Remedy(f"{seeds} seeds (now {estimate.n_seeds})", seeds=seeds)
     # Both errors get half of the variance.
-    examples = math.ceil(estimate.n_examples * of_examples**2 / (target**2 / 2))
-    seeds = math.ceil(estimate.n_seeds * of_seeds**2 / (target**2 / 2))
+    examples = math.ceil(estimate.n_examples * from_examples**2 / (target**2 / 2))
+    seeds = math.ceil(estimate.n_seeds * from_seeds**2 / (target**2 / 2))
     if seeds > MANY_SEEDS:
-        return Remedy(f"more than {MANY_SEEDS} seeds (now {estimate.n_seeds}): the estimate lies near the margin")
+        return Remedy(near)
     text = f"{examples} test examples (now {estimate.n_examples})"
     if seeds > estimate.n_seeds:
         return Remedy(f"{text} and {seeds} seeds (now {estimate.n_seeds})", seeds=seeds, test_examples=examples)

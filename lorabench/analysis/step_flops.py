@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points
 from lorabench.errors import UserError
 from lorabench.store.checks import refuse_rows
 
@@ -64,9 +64,9 @@ def each_setting(ratios: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """
     columns = [*COMPUTE_SETTING, "placement"]
     named = []
-    for model, of_model in ratios.groupby("model"):
-        varied = [name for name in columns[1:] if of_model[name].nunique(dropna=False) > 1]
-        for key, rows in of_model.groupby(columns, dropna=False):
+    for model, rows_of_model in ratios.groupby("model"):
+        varied = [name for name in columns[1:] if rows_of_model[name].nunique(dropna=False) > 1]
+        for key, rows in rows_of_model.groupby(columns, dropna=False):
             values = dict(zip(columns, key, strict=True))
             named.append((" ".join([str(model), *(f"{name} {values[name]}" for name in varied)]), rows))
     return named
@@ -132,13 +132,14 @@ def equal_flops_curves(runs: pd.DataFrame, others: pd.DataFrame, curves: pd.Data
     """
     if "tokens" not in curves:
         return PairedCurves(pd.DataFrame(index=pd.Index([], dtype=int)), (), name)
-    own, other = (curves_by_seed(arm_runs, curves) for arm_runs in (runs, others))
-    validation = curves_by_seed(others, curves, split="validation")
+    train = metric_points(curves, "train", "nll")
+    own, other = (curves_by_seed(arm_runs, train) for arm_runs in (runs, others))
+    validation = curves_by_seed(others, metric_points(curves, "validation", "nll"))
     # The tokens trained on up to each step, with a column for each seed.
     points = runs[["run_id", "seed"]].merge(curves.loc[curves["split"] == "train", ["run_id", "step", "tokens"]])
     points = points.dropna().astype({"step": int, "tokens": float})
     tokens = points.groupby(["step", "seed"])["tokens"].max().unstack("seed").sort_index()
-    seeds = [seed for seed in own if all(seed in of_seed for of_seed in (other, validation, tokens))]
+    seeds = [seed for seed in own if all(seed in curves_by for curves_by in (other, validation, tokens))]
     per_token = [
         float((arm_runs["train_flops"].astype(float) / arm_runs["train_tokens"].astype(float)).mean())
         for arm_runs in (runs, others)

@@ -38,10 +38,9 @@ from lorabench.analysis.lr_law import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Condition, Evidence
-from lorabench.claims.conditions import widths
-from lorabench.claims.judging import judge_each, named_problems
+from lorabench.claims.claim import Claim, Condition, Evidence, judge_each, named_problems
 from lorabench.claims.learning_rate import LR_RATIO
+from lorabench.claims.scope import widths
 from lorabench.utils.formats import fixed_interval
 
 MIN_MODELS = 4

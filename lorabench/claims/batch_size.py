@@ -13,12 +13,11 @@ from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.estimate import Estimate, combined
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
-from lorabench.analysis.optimal_curves import off_optimum, pair_at_optimum
+from lorabench.analysis.optima import off_optimum, pair_at_optimum
 from lorabench.analysis.rules import Above, Margin, Problem
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import batch_sizes
-from lorabench.claims.judging import doubted, judge_each, margin_problems, named_problems
+from lorabench.claims.claim import SWEEP, Claim, Evidence, doubted, judge_each, margin_problems, named_problems
 from lorabench.claims.learning_curves import AT_OPTIMUM
+from lorabench.claims.scope import batch_sizes
 
 MIN_BATCH_SIZES = 3
 """The number of batch sizes that a claim about their effect needs."""

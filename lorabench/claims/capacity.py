@@ -26,7 +26,7 @@ from lorabench.analysis.finding import (
     worst,
 )
 from lorabench.analysis.memorisation import BITS_PER_PARAMETER, is_memorisation, late_growth, stored
-from lorabench.analysis.optimal_curves import (
+from lorabench.analysis.optima import (
     WINDOWS,
     Departure,
     curves_at_optimum,
@@ -37,11 +37,18 @@ from lorabench.analysis.optimal_curves import (
 )
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import log_log, slopes_by_seed
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import natural_text
-from lorabench.claims.judging import margin_problems, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM, LONG, LONG_ONLY
-from lorabench.claims.scopes import Scoped, every_longest, full_runs, learning, longest_run, longest_runs, without_facts
+from lorabench.claims.scope import (
+    Scoped,
+    every_longest,
+    full_runs,
+    learning,
+    longest_run,
+    longest_runs,
+    natural_text,
+    without_facts,
+)
 from lorabench.utils.formats import fixed_interval
 
 FLOOR = 0.05

@@ -13,13 +13,12 @@ from lorabench.analysis.comparison import Comparison, require
 from lorabench.analysis.curves import scan
 from lorabench.analysis.estimate import Estimate, exact
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, nats, together, worst
-from lorabench.analysis.optimal_curves import off_optimum, runs_at_optimum
+from lorabench.analysis.optima import off_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Verdict
 from lorabench.analysis.step_flops import FLOPS_COLUMNS, each_setting, equal_flops_curves, flops_ratio
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.judging import margin_problems, over
+from lorabench.claims.claim import SWEEP, Claim, Evidence, margin_problems, over
 from lorabench.claims.learning_curves import AT_OPTIMUM
-from lorabench.claims.scopes import every_dataset
+from lorabench.claims.scope import every_dataset
 
 TOLERANCE = 0.01
 """The relative difference up to which a count of FLOPs agrees with the formula."""

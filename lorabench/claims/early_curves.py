@@ -12,9 +12,8 @@ from lorabench.analysis.estimate import mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
-from lorabench.claims.claim import Claim
-from lorabench.claims.judging import few_seeds, margin_problems, over
-from lorabench.claims.scopes import every_dataset
+from lorabench.claims.claim import Claim, few_seeds, margin_problems, over
+from lorabench.claims.scope import every_dataset
 from lorabench.utils.formats import fixed_interval
 
 EARLY_STEPS = 100

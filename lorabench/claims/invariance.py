@@ -23,8 +23,7 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.rules import Problem, Remedy, Within
 from lorabench.analysis.slopes import censored_slope
-from lorabench.claims.claim import Claim
-from lorabench.claims.judging import few_seeds, on_lora
+from lorabench.claims.claim import Claim, few_seeds, on_lora
 from lorabench.utils.formats import fixed_interval
 
 REDUNDANT = "Two of LoRA's four hyperparameters alpha, init_A, LR_A, LR_B are redundant"

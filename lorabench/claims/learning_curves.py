@@ -14,25 +14,29 @@ from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.curves import PairedCurves, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, nats, together
-from lorabench.analysis.optimal_curves import (
-    MAX_LOST,
-    curves_at_optimum,
-    off_optimum,
-    pair_at_optimum,
-    runs_at_optimum,
-)
+from lorabench.analysis.optima import MAX_LOST, curves_at_optimum, off_optimum, pair_at_optimum, runs_at_optimum
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
 from lorabench.analysis.slopes import slopes_by_seed
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import natural_text, runs_of_steps
-from lorabench.claims.judging import highest_and_full, judge_each, margin_problems, named_problems, over, unconfirmed
-from lorabench.claims.scopes import (
+from lorabench.claims.claim import (
+    SWEEP,
+    Claim,
+    Evidence,
+    highest_and_full,
+    judge_each,
+    margin_problems,
+    named_problems,
+    over,
+    unconfirmed,
+)
+from lorabench.claims.scope import (
     FULL_STEPS,
     every_dataset,
     full_runs,
     learning,
     longest_run,
     longest_runs,
+    natural_text,
+    runs_of_steps,
     smallest_dataset,
     without_facts,
 )

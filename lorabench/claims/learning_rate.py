@@ -12,18 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from lorabench.analysis.arms import arm_label, in_experiments, with_arm_columns
-from lorabench.analysis.at_step import at_end, at_step, coupled
 from lorabench.analysis.comparison import NEEDED, Comparison, Judging, comparisons, curves_of, require
+from lorabench.analysis.early import at_end, at_step, coupled
 from lorabench.analysis.estimate import combined
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.finding import Finding, UnjudgedError, decide, together, worst
 from lorabench.analysis.lr_ratio import fitted, measured_ratios, predicted, prediction_table
 from lorabench.analysis.optima import PAPER_RATIO, as_ratio, in_words, judge_ratio, ratio_text
 from lorabench.analysis.rules import Above, Within
-from lorabench.claims.claim import SWEEP, Claim, Evidence
-from lorabench.claims.conditions import runs_of_steps
-from lorabench.claims.judging import highest_and_full, judge_each, named_problems, over
-from lorabench.claims.scopes import FULL_STEPS, every_dataset
+from lorabench.claims.claim import SWEEP, Claim, Evidence, highest_and_full, judge_each, named_problems, over
+from lorabench.claims.scope import FULL_STEPS, every_dataset, runs_of_steps
 from lorabench.config.margins import DEFAULT_MARGINS, DEFAULT_PREDICTIONS, Margins, Predictions
 from lorabench.store.checks import is_rl
 from lorabench.store.io import write_csv
@@ -59,7 +57,7 @@ _FACTOR = "the preset's lr_factor (1.6 unless it says otherwise)"
 
 
 def ratio_rule(ratio: float, factor: float) -> tuple[Within, str]:
-    """Return the rule that the logarithm of a ratio is that of another within a factor, and the margin in words."""
+    """Return the rule that the logarithm of a ratio is that of another within a factor, and a text on the margin."""
     return (
         Within(math.log(ratio / factor), math.log(ratio * factor)),
         f"within a factor of {factor:g} of {ratio:g}, by the preset's lr_factor",

@@ -29,10 +29,8 @@ from lorabench.analysis.invariances import (
 )
 from lorabench.analysis.optima import as_ratio, in_words
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import runs_of_steps
-from lorabench.claims.judging import few_seeds, judge_each, on_lora, over, unconfirmed
-from lorabench.claims.scopes import FULL_STEPS, Scoped
+from lorabench.claims.claim import Claim, Evidence, few_seeds, judge_each, on_lora, over, unconfirmed
+from lorabench.claims.scope import FULL_STEPS, Scoped, runs_of_steps
 from lorabench.utils.formats import fixed_interval
 
 FLAT_BAND = (0.95, 1.05)

@@ -12,17 +12,17 @@ import pandas as pd
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import Arm, Comparison, require
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, together, without
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.judging import doubted, over
+from lorabench.claims.claim import Claim, Evidence, doubted, over
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     LEARNED,
-    alike_problems,
+    alike,
     if_learned,
     over_problems,
-    overshoot_problems,
+    overshoot,
+    peak_problems,
 )
-from lorabench.claims.scopes import Scoped, every_dataset
+from lorabench.claims.scope import Scoped, every_dataset
 
 MAX_COUNT_DIFFERENCE = 0.1
 """The difference of two parameter counts, as a share of the smaller, up to which they are about equal.
@@ -248,7 +248,7 @@ def _in_rl(part: Part) -> Callable[[Evidence], Finding]:
     def judge(comparison: Comparison) -> Finding:
         arms = [arm for arm in comparison.arms if arm["method"] == "lora"]
         judged = if_learned(comparison, part(comparison), list(comparison.placed("mlp").values()))
-        return doubted(judged, [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)])
+        return doubted(judged, peak_problems(comparison, arms, alike, overshoot))
 
     return over_problems(judge, at_best=True)
 

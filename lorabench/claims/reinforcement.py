@@ -20,9 +20,8 @@ from lorabench.analysis.optima import PAPER_RATIO, judge_ratio
 from lorabench.analysis.rewards import flat_top, good_ranges
 from lorabench.analysis.rl_health import COLLAPSED, LEAD, MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Within
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import beats_controls, response_length, swept
-from lorabench.claims.judging import doubted, highest_and_full, judge_each
+from lorabench.claims.claim import Claim, Evidence, doubted, highest_and_full, judge_each
+from lorabench.claims.scope import beats_controls, response_length, swept
 from lorabench.runs import GOOD
 from lorabench.utils.formats import fixed_interval
 
@@ -120,68 +119,64 @@ def if_learned(comparison: Comparison, judged: Finding, arms: list[Arm]) -> Find
     return doubted(replace(judged, reason=with_accuracies), problems)
 
 
-def alike_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose seeds all have one accuracy, as policies have that end at one rule."""
-    problems = []
-    for arm in arms:
-        errors = comparison.at_optimum(arm)["test_loss"].astype(float)
-        if len(errors) > 1 and float(np.ptp(errors)) < 1e-9:
-            text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
-            problems.append(Problem(text, Remedy("problems on which the seeds differ")))
-    return problems
+ArmCheck = Callable[[Comparison, Arm], Problem | None]
+"""Returns what speaks against a verdict on the peak of an arm, if anything does."""
 
 
-def overshoot_problems(comparison: Comparison, arms: Sequence[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose fitted peak is above its best measured accuracy by half of the margin.
+def peak_problems(comparison: Comparison, arms: Sequence[Arm], *checks: ArmCheck) -> list[Problem]:
+    """Return what speaks against a verdict on the peaks of arms by some checks."""
+    return [problem for check in checks for arm in arms if (problem := check(comparison, arm))]
+
+
+def alike(comparison: Comparison, arm: Arm) -> Problem | None:
+    """Return a problem if all seeds of an arm have one accuracy, as policies have that end at one rule."""
+    errors = comparison.at_optimum(arm)["test_loss"].astype(float)
+    if len(errors) < 2 or float(np.ptp(errors)) >= 1e-9:
+        return None
+    text = f"{arm_label(arm)}: all {len(errors)} seeds have the accuracy {1 - errors.iloc[0]:.3f}, a plateau"
+    return Problem(text, Remedy("problems on which the seeds differ"))
+
+
+def overshoot(comparison: Comparison, arm: Arm) -> Problem | None:
+    """Return a problem if the fitted peak of an arm is above its best measured accuracy by half of the margin.
 
     Where accuracy is flat and then breaks down, a parabola has a peak between the LRs that no run reaches.
     """
-    problems = []
-    for arm in arms:
-        label = arm_label(arm)
-        rows = comparison.rows[label]
-        errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
-        minimum = comparison.fit.minima.get(label)
-        if minimum is None or not errors.min() - minimum.value > comparison.margin.value / 2:
-            continue
-        lr = math.exp(comparison.fit.optima[label].value)
-        text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
-        problems.append(Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),))))
-    return problems
+    label = arm_label(arm)
+    rows = comparison.rows[label]
+    errors = rows[rows["status"] == "done"].groupby("lr")["test_loss"].mean().astype(float)
+    minimum = comparison.fit.minima.get(label)
+    if minimum is None or not errors.min() - minimum.value > comparison.margin.value / 2:
+        return None
+    lr = math.exp(comparison.fit.optima[label].value)
+    text = f"{label}: fitted peak {1 - minimum.value:.3f}, but no LR has more than {1 - errors.min():.3f}"
+    return Problem(text, Remedy(f"LR {lr:.2g} of {label}", lrs=((label, lr),)))
 
 
-def _flat_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem]:
-    """Return a problem for each arm that has several equally good LRs, and so no optimum."""
-    problems = []
-    for arm in arms:
-        flat = flat_top(comparison, arm)
-        if flat:
-            text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
-            remedy = Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ")
-            problems.append(Problem(text, remedy))
-    return problems
+def _flat(comparison: Comparison, arm: Arm) -> Problem | None:
+    """Return a problem if an arm has several equally good LRs, and so no optimum."""
+    flat = flat_top(comparison, arm)
+    if not flat:
+        return None
+    text = f"{arm_label(arm)}: LRs {', '.join(f'{lr:.2g}' for lr in flat)} are equally good"
+    return Problem(text, Remedy(f"more seeds at these LRs of {arm_label(arm)}, or problems on which they differ"))
 
 
-def _breakdown_problems(comparison: Comparison, arms: list[Arm]) -> list[Problem]:
-    """Return a problem for each arm whose gain over the base is lost by half or more at both neighbours of its best LR.
+def _breakdown(comparison: Comparison, arm: Arm) -> Problem | None:
+    """Return a problem if half of an arm's gain over the base or more is lost at both neighbours of its best LR.
 
     What lies between is then not known, and a parabola through such points has an optimum with too small an error.
     """
-    base = float(comparison.runs["base_reward"].astype(float).mean())
-    problems = []
-    for arm in arms:
-        rows = comparison.rows[arm_label(arm)]
-        accuracy = (1 - rows["test_loss"].astype(float)).fillna(0.0).groupby(rows["lr"].astype(float)).mean()
-        best = int(accuracy.to_numpy().argmax())
-        neighbours = accuracy.iloc[[place for place in (best - 1, best + 1) if 0 <= place < len(accuracy)]]
-        if len(neighbours) == 2 and bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
-            lrs = [math.sqrt(lr * accuracy.index[best]) for lr in neighbours.index]
-            text = f"{arm_label(arm)}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
-            remedy = Remedy(
-                f"LRs {lrs[0]:.2g} and {lrs[1]:.2g} of {arm_label(arm)}", lrs=tuple((arm_label(arm), lr) for lr in lrs)
-            )
-            problems.append(Problem(text, remedy))
-    return problems
+    label = arm_label(arm)
+    rows, base = comparison.rows[label], float(comparison.runs["base_reward"].astype(float).mean())
+    accuracy = (1 - rows["test_loss"].astype(float)).fillna(0.0).groupby(rows["lr"].astype(float)).mean()
+    best = int(accuracy.to_numpy().argmax())
+    neighbours = accuracy.iloc[[place for place in (best - 1, best + 1) if 0 <= place < len(accuracy)]]
+    if len(neighbours) < 2 or not bool((neighbours - base < (accuracy.iloc[best] - base) / 2).all()):
+        return None
+    lrs = tuple((label, math.sqrt(lr * accuracy.index[best])) for lr in neighbours.index)
+    text = f"{label}: breaks down at both LRs beside {accuracy.index[best]:.2g}"
+    return Problem(text, Remedy(f"LRs {lrs[0][1]:.2g} and {lrs[1][1]:.2g} of {label}", lrs=lrs))
 
 
 def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
@@ -191,8 +186,7 @@ def lr_ratio_ten_in_rl(comparison: Comparison) -> Finding:
     rule = Within(math.log(PAPER_RATIO / factor), math.log(PAPER_RATIO * factor))
     judged = judge_ratio(comparison, lora, fullft, rule, f"{PAPER_RATIO:g} up to a factor of {factor:g}")
     arms = [lora, fullft]
-    checks = (_flat_problems, _breakdown_problems, overshoot_problems)
-    problems = [problem for check in checks for problem in check(comparison, arms)]
+    problems = peak_problems(comparison, arms, _flat, _breakdown, overshoot)
     return if_learned(comparison, doubted(judged, problems), arms)
 
 
@@ -225,7 +219,7 @@ def rank_1_reaches_the_peak(comparison: Comparison) -> Finding:
     rank_1, fullft = require(("LoRA r1", comparison.lora.get(1)), ("FullFT", comparison.fullft))
     arms = [rank_1, fullft]
     judged = comparison.equal_losses(rank_1, fullft, better_too=True)
-    problems = [*alike_problems(comparison, arms), *overshoot_problems(comparison, arms)]
+    problems = peak_problems(comparison, arms, alike, overshoot)
     return if_learned(comparison, doubted(judged, problems), [fullft])
 
 

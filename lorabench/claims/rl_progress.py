@@ -12,16 +12,14 @@ import pandas as pd
 
 from lorabench.analysis.arms import arm_label
 from lorabench.analysis.comparison import NEEDED_BY, Arm, Comparison, require
-from lorabench.analysis.curves import paired_curves, scan
+from lorabench.analysis.curves import curves_by_seed, paired, scan
 from lorabench.analysis.estimate import Estimate, combined, mean_over_seeds, normal
 from lorabench.analysis.finding import MIN_SEEDS, Finding, UnjudgedError, decide, finding, together, worst
 from lorabench.analysis.memorisation import description_lengths, is_memorisation
 from lorabench.analysis.optima import as_ratio
 from lorabench.analysis.rl_health import MAX_TRUNCATED, MIN_GAIN
 from lorabench.analysis.rules import Above, Problem, Remedy, Rule, Verdict, Within, gain_margin
-from lorabench.claims.claim import Claim, Evidence
-from lorabench.claims.conditions import response_length
-from lorabench.claims.judging import judge_each, margin_problems
+from lorabench.claims.claim import Claim, Evidence, judge_each, margin_problems
 from lorabench.claims.reinforcement import (
     CONDITIONS,
     HEALTHY,
@@ -33,6 +31,7 @@ from lorabench.claims.reinforcement import (
     each_rank,
     over_problems,
 )
+from lorabench.claims.scope import response_length
 from lorabench.store.checks import is_rl
 from lorabench.utils.formats import fixed_interval
 
@@ -132,7 +131,8 @@ def same_progress(comparison: Comparison) -> Finding:
     def judge(lora: Arm, fullft: Arm) -> Finding:
         runs = [comparison.at_optimum(arm) for arm in (lora, fullft)]
         name = f"{comparison.label} {arm_label(lora)} {arm_label(fullft)}"
-        curves = paired_curves(runs[0], runs[1], comparison.curves, name, "reward")
+        by_seed = [curves_by_seed(rows, comparison.points("train", "reward")) for rows in runs]
+        curves = paired(runs[0], runs[1], by_seed[0], by_seed[1], name)
         if curves.by_seed.empty:
             raise UnjudgedError("not tested", "no train rewards at steps that FullFT has too")
         rewards = points_at_optimum(comparison, fullft, "train", "reward").groupby("step")["value"].mean()

@@ -24,8 +24,7 @@ from lorabench.analysis.memorisation import (
     is_memorisation,
     stored_bits,
 )
-from lorabench.analysis.optima import fitted_noise
-from lorabench.analysis.optimal_curves import log_threshold, runs_at_optimum, tokens_at
+from lorabench.analysis.optima import fitted_noise, log_threshold, runs_at_optimum, tokens_at
 from lorabench.analysis.slopes import log_log
 from lorabench.figures import style
 from lorabench.figures.fits import compared, departure_rows, judged_departures

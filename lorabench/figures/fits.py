@@ -13,7 +13,7 @@ from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.optimal_curves import Departure, rank_departures
+from lorabench.analysis.optima import Departure, rank_departures
 from lorabench.figures.grid import PANEL
 from lorabench.store.tables import Tables
 

@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lorabench.analysis.arms import arm_label, is_standard, with_arm_columns
-from lorabench.analysis.at_step import at_end, at_step
 from lorabench.analysis.comparison import Comparison, Judging, comparisons
+from lorabench.analysis.early import at_end, at_step
 from lorabench.analysis.example_losses import ExampleLosses
 from lorabench.analysis.lr_law import PUBLISHED, predict_lr
 from lorabench.analysis.lr_ratio import (

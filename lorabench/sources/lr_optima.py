@@ -28,6 +28,7 @@ from lorabench.config.models import HubModel, ModelSpec, TinyModel
 from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
 from lorabench.models.identity import shipped_folder
+from lorabench.runs import lowest
 from lorabench.sources.matrix import PROJECT
 from lorabench.sources.measurements import Z
 from lorabench.sources.studies import Study
@@ -154,7 +155,9 @@ def _of_grid(arm: pd.DataFrame, about: LrOptimum) -> SweptOptimum:
     grid = cells.agg(loss=("loss", "mean"), lost=("lost", "any"))
     logs, losses = np.log(grid.index.to_numpy(float)), grid["loss"].to_numpy(float)
     lost = grid["lost"].to_numpy(bool) | ~np.isfinite(losses)
-    best = int(np.where(lost, math.inf, losses).argmin())
+    lrs = grid.index.tolist()
+    lr = lowest(dict(zip(lrs, np.where(lost, math.inf, losses).tolist(), strict=True)))
+    best = 0 if lr is None else lrs.index(lr)
     inside = 0 < best < len(logs) - 1
     log_lr, error = float(logs[best]), NAN
     if inside:

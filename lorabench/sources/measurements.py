@@ -26,7 +26,8 @@ import pandas as pd
 
 from lorabench.analysis.comparison import MIN_LRS
 from lorabench.analysis.optima import PAPER_RATIO
-from lorabench.analysis.random_effects import RandomEffects, p_of_groups, random_effects
+from lorabench.analysis.pooled_lr import RandomEffects, p_of_groups, random_effects
+from lorabench.runs import lowest
 from lorabench.sources.matrix import PROJECT, Own, datasets_of_scope
 from lorabench.sources.studies import REWARD_SD, Study
 from lorabench.store.tables import MIXED, UNKNOWN
@@ -257,7 +258,7 @@ def _best(arm: pd.DataFrame, sigma: float) -> _Best | None:
     cells = done.assign(n=number).groupby(done["lr"].astype(float)).agg(loss=("loss", "mean"), n=("n", "sum"))
     lrs = np.log(cells.index.to_numpy(float))
     losses, n = cells["loss"].to_numpy(float), cells["n"].to_numpy(float)
-    best = int(losses.argmin())
+    best = cells.index.tolist().index(lowest(dict(zip(cells.index, losses.tolist(), strict=True))))
     alike = 0.0 if math.isnan(sigma) else _TWO_SIGMA * sigma * np.sqrt(1 / n + 1 / n[best])
     close = losses - losses[best] <= alike
     low = high = best

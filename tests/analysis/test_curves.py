@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, paired_curves, scan
+from lorabench.analysis.curves import PairedCurves, curves_by_seed, envelopes, metric_points, paired, scan
 from lorabench.analysis.estimate import generator
 from lorabench.analysis.finding import nats
 from lorabench.analysis.rules import Above, Within
@@ -78,35 +78,40 @@ def pair(low=1, high=64, seeds=SEEDS, lift=0.1):
     return runs[runs["rank"] == low], runs[runs["rank"] == high], curves
 
 
+def paired_of(runs, others, curves):
+    points = metric_points(curves, "train", "nll")
+    return paired(runs, others, curves_by_seed(runs, points), curves_by_seed(others, points), "pair")
+
+
 def test_the_batches_of_a_seed_cancel():
     runs, others, curves = pair()
-    paired = paired_curves(runs, others, curves, "pair")
-    assert paired.n_seeds == 3
-    assert paired.last == 64
+    apart = paired_of(runs, others, curves)
+    assert apart.n_seeds == 3
+    assert apart.last == 64
     for seed in SEEDS:
-        np.testing.assert_allclose(paired.by_seed[seed], 0.1 * (1 + seed))
-    assert set(paired.run_ids) == set(runs["run_id"]) | set(others["run_id"])
+        np.testing.assert_allclose(apart.by_seed[seed], 0.1 * (1 + seed))
+    assert set(apart.run_ids) == set(runs["run_id"]) | set(others["run_id"])
 
 
 def test_seeds_and_steps_without_a_partner_are_left_out():
     runs, others, curves = pair()
     lost = curves["run_id"].eq(others["run_id"].iloc[0]) & curves["step"].eq(5)
-    paired = paired_curves(runs[runs["seed"] < 2], others, curves.assign(value=curves["value"].mask(lost)), "pair")
-    assert list(paired.by_seed) == [0, 1]
-    assert 5 not in paired.by_seed.index
-    assert len(paired.run_ids) == 4
-    nothing = paired_curves(runs, others, pd.DataFrame(), "pair")
+    apart = paired_of(runs[runs["seed"] < 2], others, curves.assign(value=curves["value"].mask(lost)))
+    assert list(apart.by_seed) == [0, 1]
+    assert 5 not in apart.by_seed.index
+    assert len(apart.run_ids) == 4
+    nothing = paired_of(runs, others, pd.DataFrame())
     assert (nothing.n_seeds, nothing.last, nothing.windows(6)) == (0, 0, [])
 
 
 def test_a_seed_may_have_several_weighted_runs():
     runs, others, curves = pair()
     both = pd.concat([runs.assign(weight=0.25), others.assign(weight=0.75)])
-    paired = paired_curves(both, others, curves, "pair")
-    np.testing.assert_allclose(paired.by_seed[2], 0.25 * 0.3)
+    apart = paired_of(both, others, curves)
+    np.testing.assert_allclose(apart.by_seed[2], 0.25 * 0.3)
     # A step at which one of the runs has no value has no sum.
     lost = curves["run_id"].eq(runs["run_id"].iloc[0]) & curves["step"].eq(5)
-    by_seed = curves_by_seed(both, curves[~lost])
+    by_seed = curves_by_seed(both, metric_points(curves[~lost], "train", "nll"))
     assert math.isnan(by_seed.loc[5, 0])
     assert by_seed.loc[5, 1:].notna().all()
 

@@ -1,8 +1,9 @@
+"""Pairs of runs that invariances of LoRA make equivalent, and measures of how far runs differ."""
+
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -14,7 +15,6 @@ from lorabench.analysis.invariances import (
     first_descents,
     invariance_pairs,
     move_times,
-    ratio_of_means,
     run_pairs,
     step_sizes,
     with_lr_grid,
@@ -135,19 +135,6 @@ def test_ratios_are_paired_by_seed():
     assert low["run_ids"] == ["1-0", "1-1", "8-0", "8-1"]
     assert high["ratio"] == 1
     assert math.isnan(high["low"])
-
-
-def test_ratio_of_means():
-    ratio = ratio_of_means(np.array([1.0, 2.0, 3.5]), np.array([2.0, 4.0, 6.0]), "ratio")
-    assert ratio.value == pytest.approx(6.5 / 12)
-    residual = np.array([1.0, 2.0, 3.5]) - ratio.value * np.array([2.0, 4.0, 6.0])
-    half = 4.302652729911275 * residual.std(ddof=1) / math.sqrt(3) / 4
-    assert ratio.interval() == pytest.approx((ratio.value - half, ratio.value + half), rel=0.01)
-    single = ratio_of_means(np.array([1.0]), np.array([2.0]), "ratio")
-    assert single.value == 0.5
-    assert not single.known
-    for numerator, denominator in (([1.0, 1.0], [1.0, -1.0]), ([], [])):
-        assert math.isnan(ratio_of_means(np.array(numerator), np.array(denominator), "ratio").value)
 
 
 @given(power=st.floats(0.2, 3), at=st.floats(1.5, 63))

@@ -1,4 +1,4 @@
-"""Optima and edges of single arms, and the seed noise of comparisons."""
+"""Optima and edges of arms, curves at the optimum, and where one leaves another."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.analysis.comparison import comparisons
-from lorabench.analysis.optima import fitted_noise
-from lorabench.errors import UserError
+from lorabench.analysis.curves import PairedCurves
+from lorabench.analysis.estimate import generator
+from lorabench.analysis.optima import (
+    Departure,
+    fitted_noise,
+    log_threshold,
+    off_optimum,
+    pair_at_optimum,
+    paired_departure,
+    rank_departures,
+    runs_at_optimum,
+    tokens_at,
+)
 
-from ..handmade.sft import arm, tables
+from ..handmade.sft import CURVATURE, arm, tables
+from ..handmade.training import shared, trained
 
 
 def fitted(**settings_of_arm):
@@ -31,13 +43,6 @@ def test_the_optimum_of_a_parabola_is_exact(log_lr):
     assert fit.grids["LoRA r8"].edge is None
 
 
-@pytest.mark.parametrize("beyond", [3e-5, 1e-1])
-def test_a_minimum_at_the_edge_of_the_grid_is_flagged(beyond):
-    fit = fitted(optimum=beyond)
-    assert fit.grids["LoRA r8"].edge is not None
-    assert not fit.resolved.get("LoRA r8", False)
-
-
 def test_a_grid_coarser_than_half_a_decade_resolves_nothing():
     assert not fitted(optimum=1e-3, lrs=(1e-4, 1e-3, 1e-2)).resolved.get("LoRA r8", False)
 
@@ -46,13 +51,6 @@ def test_a_diverged_lower_neighbour_bounds_nothing():
     runs, _ = tables([arm(8, optimum=1e-3)])
     runs.loc[runs["lr"] <= 3e-4, ["status", "final_valid_nll", "final_test_nll"]] = ["diverged", math.nan, math.nan]
     assert comparisons(runs, pd.DataFrame())[0].fit.grids["LoRA r8"].edge is not None
-
-
-def test_a_loss_that_is_missing_is_refused():
-    runs, _ = tables([arm(8, optimum=1e-3)])
-    runs.loc[runs["lr"] == 3e-3, "final_test_nll"] = math.nan
-    with pytest.raises(UserError, match="0.003-0: final_test_nll = missing; allowed: a finite number where status is"):
-        comparisons(runs, pd.DataFrame())
 
 
 def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
@@ -67,3 +65,132 @@ def test_seed_noise_is_that_of_each_comparison_without_what_all_arms_share():
     assert noise.loc["instruct", "dof"] >= 30
     assert noise.loc["instruct", "n_runs"] == 84
     assert math.isnan(noise.loc["once", "sigma"])
+
+
+OPTIMUM = 2e-3  # between the LRs 1e-3 and 3e-3
+
+
+def compared(every_lr: bool, optimum=OPTIMUM):
+    """Make a comparison of FullFT and rank 64, whose seeds have each LR or the one with the lowest loss."""
+    runs, curves = tables([trained(None, optimum=3e-4), trained(64, optimum=optimum)])
+    if every_lr:
+        lora = runs[(runs["method"] == "lora") & (runs["seed"] == 0)]
+        seeds = [lora.assign(seed=seed, run_id=lora["run_id"] + f"-again{seed}") for seed in (1, 2)]
+        again = [
+            curves.merge(of_seed[["run_id"]].assign(old=lora["run_id"]), left_on="run_id", right_on="old").assign(
+                run_id=lambda table: table["run_id_y"]
+            )[curves.columns]
+            for of_seed in seeds
+        ]
+        runs = pd.concat([runs[(runs["method"] == "fullft") | (runs["seed"] == 0)], *seeds], ignore_index=True)
+        curves = pd.concat([curves, *again], ignore_index=True)
+    [comparison] = comparisons(runs, curves)
+    return comparison
+
+
+def test_curves_are_interpolated_at_the_optimum_where_seeds_have_the_lrs_around_it():
+    comparison = compared(every_lr=True)
+    lora, fullft = comparison.lora[64], comparison.fullft
+    runs = runs_at_optimum(comparison, lora)
+    assert sorted(runs["lr"].unique()) == [1e-3, 3e-3, 1e-2]
+    assert runs.groupby("seed")["weight"].sum().tolist() == pytest.approx([1.0] * 3)
+    paired = pair_at_optimum(comparison, lora, fullft)
+    # The loss is a parabola in ln LR, so nothing is lost.
+    assert paired.by_seed[0].loc[2:].abs().max() == pytest.approx(0, abs=1e-9)
+    assert off_optimum(comparison, lora, fullft, 1e-6) == []
+
+
+def test_otherwise_the_nearest_lr_stands_for_the_optimum_and_its_loss_is_told():
+    comparison = compared(every_lr=False)
+    lora, fullft = comparison.lora[64], comparison.fullft
+    runs = runs_at_optimum(comparison, lora)
+    assert (set(runs["lr"]), set(runs["weight"]), len(runs)) == ({3e-3}, {1.0}, 3)
+    lost = CURVATURE * math.log(3e-3 / OPTIMUM) ** 2
+    assert pair_at_optimum(comparison, lora, fullft).by_seed[0].loc[2:].mean() == pytest.approx(lost, rel=0.01)
+    [problem] = off_optimum(comparison, lora, fullft, 9 * lost)
+    assert f"add {lost:.4f} nats" in problem.text
+    assert problem.remedy is not None
+    assert off_optimum(comparison, lora, fullft, 11 * lost) == []
+
+
+STEPS = np.arange(1, 1001)
+
+
+def gaps(shape, spread=0.002) -> PairedCurves:
+    """Make the gap of two arms by step, with three seeds that differ by the given spread."""
+    gap = np.array([shape(step) for step in STEPS])
+    by_seed = pd.DataFrame({seed: gap + spread * (seed - 1) for seed in range(3)}, index=STEPS)
+    return PairedCurves(by_seed, ("a", "b"), "test")
+
+
+def grows_from(left: float):
+    return lambda step: 0.05 + 0.1 * np.log10(step / left) if step >= left else 0.0
+
+
+def test_a_paired_gap_departs_where_it_stays_above_the_margin_and_grows():
+    curves = gaps(grows_from(45))
+    departure = paired_departure(curves, margin=0.02)
+    assert (departure.first, departure.before, departure.past) == (45, 21, 98)
+    assert departure.growth.value == pytest.approx(0.1)
+    # With seeds that differ by much, the gap may be noise.
+    assert not paired_departure(gaps(grows_from(45), spread=0.05), 0.02).left
+    assert not paired_departure(gaps(grows_from(45)), margin=0.3).left
+
+
+def test_a_departure_within_a_window_leaves_that_window_out():
+    """The window that holds a departure begins before it, so what comes after starts with the next window."""
+    departure = paired_departure(gaps(lambda step: 0.3 * np.log10(max(step / 50, 1))), 0.02)
+    assert departure.first < 50 < departure.past
+
+
+def test_the_crossing_of_a_line_is_exact_and_lies_before_its_first_step():
+    # The seeds' gaps lie 0.03 apart, at a slope of 0.3 per tenfold steps.
+    for level in (0.0, 0.02):
+        crossing = gaps(lambda step: 0.3 * np.log10(step / 50), spread=0.03).crossing(98, level)
+        assert crossing.value == pytest.approx(np.log10(50) + level / 0.3)
+        assert crossing.seed_error == pytest.approx(0.1 / np.sqrt(3) * 1.32, rel=0.02)  # t with 2 degrees of freedom
+    assert not gaps(lambda step: 0.3 - 0.1 * np.log10(step)).crossing(98, 0.0).known
+
+
+def test_a_gap_that_shrinks_is_slow_learning():
+    departure = paired_departure(gaps(lambda step: 0.5 / step**0.3), 0.02)
+    assert not departure.left
+    assert departure.growth.value < 0
+    # It departs where the gap is smallest, after which it grows.
+    late = paired_departure(gaps(lambda step: 0.5 / step**0.5 + grows_from(100)(step)), 0.02)
+    assert late.first == 45
+
+
+def test_a_gap_that_comes_last_or_at_once():
+    # The last window alone shows no growth.
+    assert paired_departure(gaps(grows_from(600)), 0.02).first is None
+    at_once = paired_departure(gaps(grows_from(1)), 0.02)
+    assert (at_once.first, at_once.before) == (2, None)
+
+
+def test_noise_rarely_departs():
+    random = generator("departures")
+    left = 0
+    for _ in range(200):
+        drift = np.log10(STEPS)[:, None] / 3 * random.standard_normal(3) * 0.01
+        by_seed = pd.DataFrame(drift + 0.02 * random.standard_normal((1000, 3)), index=STEPS)
+        left += paired_departure(PairedCurves(by_seed, ("a", "b"), "noise"), 0.005).left
+    assert left <= 4
+
+
+def test_ranks_leave_the_highest_where_their_gap_reaches_the_margin():
+    def lagging(step):
+        return shared(step) + 0.3 * math.log10(max(step / 50, 1))
+
+    runs, curves = tables(
+        [trained(None, optimum=1e-3), trained(1, optimum=1e-3, shape=lagging), trained(64, optimum=1e-3)]
+    )
+    [comparison] = comparisons(runs, curves)
+    departures = rank_departures(comparison)
+    assert list(departures) == [1]
+    assert departures[1].before < 50 < departures[1].past
+    threshold = log_threshold(comparison, 1, departures[1])
+    assert threshold.value == pytest.approx(math.log10(50) + comparison.margin.value / 0.3, abs=0.05)
+    assert tokens_at(comparison, comparison.lora[1], 60.5) == pytest.approx(100 * 16 * 60.5)
+    stays = Departure(None, None, None, None)
+    assert not log_threshold(comparison, 1, stays).known

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr
-from lorabench.analysis.random_effects import p_of_groups, random_effects
+from lorabench.analysis.pooled_lr import PRIORS, REFERENCE, Optimum, Place, PooledLr, p_of_groups, random_effects
 
 HERE = Place.at("llama", 2000, "fullft", REFERENCE["batch_size"], REFERENCE["steps"])
 
@@ -38,13 +37,15 @@ def test_the_law_of_a_place():
 
 
 def test_known_coefficients_are_recovered_from_many_sources():
-    optima = made(np.random.default_rng(0), 40, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4)
-    pooled = PooledLr(optima)
-    for name, truth in (("offset", -0.7), ("batch_size", 0.25), ("steps", -0.15)):
-        mean, sd = pooled.coefficients[name]
-        assert abs(mean - truth) < 2.5 * sd < 0.2
-    assert pooled.between == pytest.approx(0.3, abs=0.1)
-    assert 2.7 < pooled.effective_parameters <= 3
+    pooled = PooledLr(made(np.random.default_rng(0), 40, 0.3, offset=-0.7, batch=0.25, steps=-0.15, each=4))
+    here = pooled.predict(HERE)
+    assert here.mean - HERE.log_law == pytest.approx(-0.7, abs=0.12)
+    larger = pooled.predict(replace(HERE, batch_size=128 * math.e))
+    longer = pooled.predict(replace(HERE, steps=780 * math.e))
+    assert larger.mean - here.mean == pytest.approx(0.25, abs=0.12)
+    assert longer.mean - here.mean == pytest.approx(-0.15, abs=0.12)
+    # The interval of a further source is that of a normal distribution with the SD between sources.
+    assert here.high - here.low == pytest.approx(2 * 1.282 * 0.3, rel=0.35)
 
 
 def test_without_further_terms_it_is_the_random_effects_summary():

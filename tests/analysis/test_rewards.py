@@ -90,12 +90,6 @@ def test_steps_of_the_grid_in_which_a_range_ends_count_half():
     assert good.width.example_part is None
 
 
-def test_one_bad_lr_does_not_cut_off_what_lies_beyond():
-    good = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
-    assert good.width.value == pytest.approx(1)
-    assert (good.lr_low, good.lr_high) == pytest.approx((LRS[1], LRS[3]))
-
-
 def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
     good = measured([0.2, 0.7, 0.8, 0.79, 0.79], noise=1e-3)
     assert (good.open_low, good.open_high) == (False, True)
@@ -103,10 +97,13 @@ def test_a_range_that_reaches_the_end_of_its_grid_is_open_there():
     assert measured([0.2, 0.7, 0.8, 0.79, 0.75], noise=0.02).open_high
 
 
-def test_a_diverged_run_has_no_reward():
+def test_a_diverged_run_has_no_reward_and_one_bad_lr_does_not_cut_off_those_beyond():
     good = measured([0.2, 0.79, 0.8, 0.79, 0.8], noise=1e-3, statuses={LRS[4]: "diverged"})
     assert good.width.value == pytest.approx(1.5)
     assert not good.open
+    apart = measured([0.2, 0.8, 0.5, 0.8, 0.2], noise=1e-4)
+    assert apart.width.value == pytest.approx(1)
+    assert (apart.lr_low, apart.lr_high) == pytest.approx((LRS[1], LRS[3]))
 
 
 def test_without_noise_a_range_has_no_interval():

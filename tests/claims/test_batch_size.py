@@ -92,7 +92,6 @@ def test_the_numbers_are_those_of_the_tables(confirmed):
     ("claim", "changes"),
     [
         ("D1", {"gap": {128: 0.02}}),
-        ("D1", {"gap": {8: 0.2}}),
         ("D1", {"rank_gap": {(64, 128): -0.11}}),  # one rank is enough
         ("D2", {"halfway": {128: 3.0}}),
         ("D2", {"halfway": {8: 1.0}}),
@@ -158,10 +157,9 @@ def test_no_training_curves_is_not_tested():
         assert claims["verdict"].to_dict() == {"D1": "confirmed", "D2": "not tested"}
 
 
-@pytest.mark.parametrize("sizes", [(8,), (8, 128)])
-def test_fewer_than_three_batch_sizes_are_not_tested(sizes):
+def test_fewer_than_three_batch_sizes_are_not_tested():
     runs, curves = world()
-    claims = judged(runs[runs["batch_size"].isin(sizes)], curves)
+    claims = judged(runs[runs["batch_size"].isin((8, 128))], curves)
     assert set(claims["verdict"]) == {"not tested"}
     assert claims["reason"].str.contains("3 batch sizes needed").all()
 
@@ -189,17 +187,6 @@ def test_missing_arms():
     assert reason.endswith("no runs of LoRA r64 at batch 128")
     claims = judged(runs[~r64], curves, ids=["D1", "D3"])
     assert claims["verdict"].to_dict() == {"D1": "confirmed", "D3": "not tested"}
-
-
-def test_every_model_and_dataset_counts():
-    runs, curves = world()
-    other, other_curves = world(gap={8: 0.2, 32: 0.1})
-    other = other.assign(dataset="worked", run_id=other["run_id"] + "w")
-    other_curves = other_curves.assign(run_id=other_curves["run_id"] + "w")
-    claim = judged(pd.concat([runs, other]), pd.concat([curves, other_curves]), ids=["D1"]).loc["D1"]
-    assert claim["verdict"] == "contradicted"
-    assert claim["reason"].startswith("tiny/worked: ")
-    assert "tiny/instruct: " in claim["reason"]
 
 
 def losses_by_example(runs):

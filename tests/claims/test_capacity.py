@@ -268,10 +268,3 @@ def test_facts_are_left_out():
     both = pd.concat([runs, facts]), pd.concat([curves, more.assign(run_id="f" + more["run_id"])])
     assert set(judged(*both, [*CURVES, "A8", "N1"])["verdict"]) <= {"confirmed", "inconclusive"}
     assert one(both, "A1")["verdict"] == "confirmed"
-
-
-def test_claims_on_thresholds_read_both_experiments():
-    runs, curves = world()
-    ids = [*CURVES, "A8", "N1"]
-    verdicts = judged(runs.assign(experiments="capacity"), curves, ids)["verdict"]
-    assert set(verdicts[verdicts == "confirmed"].index) == {"A1", "A2", "A3", "A4", "A5", "A8", "N1"}

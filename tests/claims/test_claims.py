@@ -9,7 +9,7 @@ import pytest
 
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.judge import judge_claims
-from lorabench.claims.scopes import every_dataset, full_runs
+from lorabench.claims.scope import every_dataset, full_runs
 from lorabench.errors import UserError
 from lorabench.store.schemas import CLAIMS as COLUMNS
 from lorabench.store.tables import Tables

@@ -8,7 +8,7 @@ import pytest
 from lorabench.analysis.arms import in_experiments
 from lorabench.analysis.finding import Finding, UnjudgedError
 from lorabench.analysis.rules import Remedy
-from lorabench.claims import conditions
+from lorabench.claims import scope
 from lorabench.claims.catalog import CLAIMS
 from lorabench.claims.claim import Claim, Evidence
 from lorabench.claims.judge import judge_claims
@@ -56,11 +56,11 @@ def evidence(runs=RUNS, curves=CURVES):
 @pytest.mark.parametrize(
     ("met", "unmet", "instead"),
     [
-        (conditions.runs_of_steps(50, ()), conditions.runs_of_steps(1000, ()), "at most 50 steps"),
-        (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(16, 12, ()), "8 to 32, with 12 steps at 32"),
-        (conditions.batch_sizes(4, 12, ()), conditions.batch_sizes(4, 30, ()), "8 to 32, with 12 steps at 32"),
-        (conditions.widths(128, 2, ()), conditions.widths(2048, 2, ()), "hidden sizes 128, 2048"),
-        (conditions.response_length(4, ()), conditions.response_length(8, ()), "4.5 tokens on average"),
+        (scope.runs_of_steps(50, ()), scope.runs_of_steps(1000, ()), "at most 50 steps"),
+        (scope.batch_sizes(4, 12, ()), scope.batch_sizes(16, 12, ()), "8 to 32, with 12 steps at 32"),
+        (scope.batch_sizes(4, 12, ()), scope.batch_sizes(4, 30, ()), "8 to 32, with 12 steps at 32"),
+        (scope.widths(128, 2, ()), scope.widths(2048, 2, ()), "hidden sizes 128, 2048"),
+        (scope.response_length(4, ()), scope.response_length(8, ()), "4.5 tokens on average"),
     ],
 )
 def test_conditions_say_what_there_is_instead(met, unmet, instead):
@@ -69,7 +69,7 @@ def test_conditions_say_what_there_is_instead(met, unmet, instead):
 
 
 def test_text_is_natural_unless_all_of_it_is_known_to_be_generated():
-    condition = conditions.natural_text(())
+    condition = scope.natural_text(())
     assert condition.instead(evidence()) == "text that a program generated"
     assert condition.instead(evidence(RUNS.assign(data_kind=["worked", "hub", None]))) is None
     assert condition.instead(evidence(RUNS.drop(columns="data_kind"))) is None
@@ -98,9 +98,7 @@ def judged(judge, *needed, **options):
 
 def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_and_where_it_is():
     measured = Finding("contradicted", "the gap is 0.1 nats", 0.1, run_ids=("a", "c"))
-    row = judged(
-        lambda evidence: measured, conditions.runs_of_steps(1000, ("core", "paper")), conditions.widths(128, 2, ())
-    )
+    row = judged(lambda evidence: measured, scope.runs_of_steps(1000, ("core", "paper")), scope.widths(128, 2, ()))
     assert row["verdict"] == "setting not met"
     assert row["missing"] == "runs of 1,000 steps or more (here at most 50 steps; the preset core or paper meets it)"
     assert "the gap is 0.1 nats" in row["reason"]
@@ -110,12 +108,12 @@ def test_a_claim_without_its_setting_keeps_its_numbers_and_says_what_is_missing_
 
 def test_a_condition_that_is_met_changes_nothing_and_what_is_not_tested_stays_so():
     measured = Finding("confirmed", "all well", 0.1)
-    assert judged(lambda evidence: measured, conditions.runs_of_steps(50, ()))["verdict"] == "confirmed"
+    assert judged(lambda evidence: measured, scope.runs_of_steps(50, ()))["verdict"] == "confirmed"
 
     def nothing(evidence):
         raise UnjudgedError("not tested", "no runs of LoRA")
 
-    row = judged(nothing, conditions.runs_of_steps(1000, ()))
+    row = judged(nothing, scope.runs_of_steps(1000, ()))
     assert (row["verdict"], row["missing"]) == ("not tested", None)
 
 

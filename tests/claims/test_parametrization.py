@@ -490,14 +490,3 @@ def test_the_effective_lr_needs_seeds_and_records():
 
 
 # All ----------------------------------------------------------------------------------------------------------------
-
-
-def test_models_are_judged_apart():
-    def loss(run, step):
-        return nll(run, step) + (1e-3 * run["init_a"] if run["model"] == "other" else 0.0)
-
-    both = grid(*EQUIVALENT, *OTHER) + grid(*EQUIVALENT, *OTHER, model="other")
-    claim = judged("C5", *lora_tables(both, nll=loss))
-    assert claim["verdict"] == "contradicted"
-    assert claim["reason"].startswith("other/instruct")
-    assert "tiny/instruct" in claim["reason"]

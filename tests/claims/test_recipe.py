@@ -110,11 +110,6 @@ def test_an_optimum_at_the_edge_decides_nothing():
     assert recommendation.use.ratio.problems
 
 
-def test_a_gap_near_the_margin_is_undecided():
-    recommendation = only(sft(None, seeds=3) + shifted(sft(64, seeds=3), 0.02))
-    assert recommendation.answer == "undecided"
-
-
 def test_margins_are_those_of_the_gain_where_the_base_is_known():
     runs = runs_table(sft(None, 1, 64))
     curves = pd.DataFrame({"run_id": runs["run_id"], "step": 0, "split": "validation", "metric": "nll", "value": 20.0})
@@ -162,11 +157,10 @@ def test_what_was_never_rewarded_is_left_out():
     assert measured_recipe(runs_table(hopeless)).recommendations == ()
 
 
-@pytest.mark.parametrize("rows", [sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])])
-def test_without_two_tuned_methods_there_is_no_answer(rows):
-    recommended = measured_recipe(runs_table(rows))
-    assert recommended.recommendations == ()
-    assert recommended.answer is None
+def test_without_two_tuned_methods_there_is_no_answer():
+    for rows in (sft(None), sft(64), sft(None, 64, lrs=[1e-3, 3e-3])):
+        recommended = measured_recipe(runs_table(rows))
+        assert (recommended.recommendations, recommended.answer) == ((), None)
 
 
 def test_other_parametrizations_do_not_count():

@@ -370,11 +370,6 @@ def test_bits_per_token_against_sft_of_the_same_model(verdict, sft):
     assert judged(*rl_and_sft(world(), *sft), ids=["F9"]).loc["F9", "verdict"] == verdict
 
 
-def test_bits_of_a_reward_are_reported():
-    claim = judged(*rl_and_sft(world(every={"train": {"reward": lambda done: 0.5}})), ids=["F9"]).loc["F9"]
-    assert "at most 1 bit each (1.00 by the mean rewards)" in claim["reason"]
-
-
 def test_each_task_is_judged_by_its_own_claims():
     runs, curves = world()
     sft = supervised()

@@ -99,8 +99,3 @@ def typed(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.Da
         {name: "Int64" for name in INTEGERS if name in runs} | {name: float for name in FLOATS if name in runs}
     )
     return runs, curves.astype({"step": "Int64", "value": float})
-
-
-def noise_table(sigma: float, model: str = "tiny", dataset: str = "instruct") -> pd.DataFrame:
-    """Return a noise table with the given sigma."""
-    return pd.DataFrame({"model": [model], "dataset": [dataset], "sigma": [sigma], "dof": [10], "n_runs": [15]})

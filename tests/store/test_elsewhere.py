@@ -11,9 +11,8 @@ import pytest
 from lorabench.analysis.finding import Finding
 from lorabench.analysis.loss_fit import Noise
 from lorabench.analysis.optima import pooled_noise
-from lorabench.claims.claim import Claim
+from lorabench.claims.claim import Claim, over
 from lorabench.claims.judge import judge_claims, scope_text
-from lorabench.claims.judging import over
 from lorabench.config.fields import PresetError
 from lorabench.config.loading import PRESETS, read_margins
 from lorabench.config.margins import DEFAULT_MARGINS, Margins
