@@ -48,6 +48,13 @@ def test_pages_that_code_names_exist():
     assert sorted(name for name in named if not (REPOSITORY / name).is_file() and "reports/_src" not in name) == []
 
 
+def test_files_that_the_pages_name_exist():
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    path = r"`((?:lorabench|workflow|benchmarks|tests|docs|slurm|paper_figures/reference)/[\w./-]+)`"
+    named = {(page.name, name) for page in pages for name in re.findall(path, page.read_text())}
+    assert sorted((page, name) for page, name in named if not (REPOSITORY / name).exists()) == []
+
+
 def test_names_of_the_reference_exist():
     pages = (REPOSITORY / "docs/reference").glob("*.md")
     for name in (name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)):
