@@ -201,7 +201,7 @@ class RlExperiment(Block):
     prompt: str | None = None
     """A text that contains `{question}`, for a model without a chat template; null for the template."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Texts that end a response, beside the model's end token."""
+    """Texts that end a response, besides the model's end token."""
     mean_response_tokens: Positive
     """Tokens of an average response, for the cost estimate."""
 
@@ -227,7 +227,7 @@ class ComputeExperiment(Strict):
     sequence_length: Positive
     """Tokens per sequence."""
     repeats: Positive = 10
-    """Number of timed steps, of which the median is reported."""
+    """Number of timed steps; their median is reported."""
 
 
 SftBlocks = Annotated[list[SftExperiment], Field(min_length=1)]

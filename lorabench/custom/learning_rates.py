@@ -20,7 +20,7 @@ from lorabench.analysis.lr_law import PUBLISHED as LAW
 from lorabench.analysis.lr_law import lineage
 from lorabench.analysis.pooled_lr import ALPHA, Place, PooledLr
 from lorabench.analysis.published import interpolated_optimum, published_sweeps, sweep_of
-from lorabench.claims.recipe import Choice, RankRecommendation, SharedSetting, measured_recipe
+from lorabench.claims.recipe import RankRecommendation, measured_recipe
 from lorabench.custom.model import UserModel
 from lorabench.errors import UserError
 from lorabench.runs import lowest
@@ -161,65 +161,64 @@ def measured_optima(model: UserModel, results: Path) -> tuple[list[SeenOptimum],
         if table_path(folder, "runs") is None:
             continue
         try:
-            measured = _recipes_of(folder)
+            recipes = _recipes(folder)
         except UserError:
             # A table that is not valid is skipped here; `lorabench claims` says what is wrong with it.
             continue
-        for run, recommendation in measured:
-            shared = recommendation.setting
-            for method, choice in (("fullft", recommendation.fullft), ("lora", recommendation.use)):
-                pooled += _own_optimum(method, choice, shared, run)
-            if not _is_of_model(run, model):
-                continue
+        for run, recipe in recipes:
+            shared, size = recipe.setting, abs(float(run["base_params"]) / model.parameters - 1)
+            is_shown = (run["family"], run["hidden_size"]) == (model.family, model.sizes.hidden) and size < _SAME_SIZE
             where = f"measured, {folder.parent}: {shared.dataset}, batch {shared.batch_size}, {shared.steps} steps"
-            answer = {"yes": "LoRA matches", "no": "LoRA does not match", "undecided": "undecided whether LoRA matches"}
-            seen.append(_seen("fullft", recommendation.fullft, where))
-            seen.append(_seen("lora", recommendation.use, f"{where}; {answer[recommendation.answer]}"))
+            for method, choice, remark in (
+                ("fullft", recipe.fullft, ""),
+                ("lora", recipe.use, _MATCHES[recipe.answer]),
+            ):
+                lr, low, high = choice.lr_opt, choice.lr_low, choice.lr_high
+                if is_shown:
+                    first, last = (None if pd.isna(end) else _rounded(end) for end in (low, high))
+                    edge = "" if choice.resolved else "; not resolved"
+                    seen.append(SeenOptimum(method, choice.rank, _rounded(lr), first, last, f"{where}{remark}{edge}"))
+                if lr > 0 and low > 0 and math.isfinite(high):
+                    pooled.append(
+                        LrOptimum(
+                            source=OWN,
+                            model=shared.model,
+                            family=str(run["family"]),
+                            dataset=shared.dataset,
+                            method=method,
+                            rank=choice.rank,
+                            width=float(run["hidden_size"]),
+                            batch_size=float(shared.batch_size),
+                            steps=math.nan if shared.steps is None else float(shared.steps),
+                            alpha=ALPHA,
+                            rl=False,
+                            lr=lr,
+                            error=max(LEAST_ERROR, math.log(high / low) / (2 * Z)),
+                            counts=True,
+                            remark="fitted" if choice.resolved else "fitted, not resolved",
+                        )
+                    )
     return seen, pooled
 
 
-def _recipes_of(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
+_MATCHES = {
+    "yes": "; LoRA matches",
+    "no": "; LoRA does not match",
+    "undecided": "; undecided whether LoRA matches",
+}
+
+
+def _recipes(folder: Path) -> list[tuple[pd.Series[Any], RankRecommendation]]:
     """Return what the supervised runs of each model in a folder say, with one of its runs."""
     tables = Tables.read(folder)
     runs = with_all_columns(tables.runs, "runs")
     runs = runs[~is_rl(runs) & runs["family"].notna() & runs["hidden_size"].notna()]
     judging = Judging(examples=ExampleLosses.of(tables.test_losses))
     return [
-        (of_model.iloc[0], recommendation)
-        for _, of_model in runs.groupby(["family", "hidden_size", "base_params"])
-        for recommendation in measured_recipe(of_model, tables.curves, judging).recommendations
+        (rows.iloc[0], recommendation)
+        for _, rows in runs.groupby(["family", "hidden_size", "base_params"])
+        for recommendation in measured_recipe(rows, tables.curves, judging).recommendations
     ]
-
-
-def _own_optimum(method: str, choice: Choice, shared: SharedSetting, run: pd.Series[Any]) -> list[LrOptimum]:
-    """Return a measured optimum for pooling; none if its interval is not known."""
-    if not (choice.lr_opt > 0 and choice.lr_low > 0 and math.isfinite(choice.lr_high)):
-        return []
-    return [
-        LrOptimum(
-            source=OWN,
-            model=shared.model,
-            family=str(run["family"]),
-            dataset=shared.dataset,
-            method=method,
-            rank=choice.rank,
-            width=float(run["hidden_size"]),
-            batch_size=float(shared.batch_size),
-            steps=math.nan if shared.steps is None else float(shared.steps),
-            alpha=ALPHA,
-            rl=False,
-            lr=choice.lr_opt,
-            error=max(LEAST_ERROR, math.log(choice.lr_high / choice.lr_low) / (2 * Z)),
-            counts=True,
-            remark="fitted" if choice.resolved else "fitted, not resolved",
-        )
-    ]
-
-
-def _is_of_model(run: pd.Series[Any], model: UserModel) -> bool:
-    """Return whether a run is on a model of the same family, width and size."""
-    size = abs(float(run["base_params"]) / model.parameters - 1) < _SAME_SIZE
-    return bool(size and run["hidden_size"] == model.sizes.hidden and run["family"] == model.family)
 
 
 def published_optima(model: str, rank: int) -> list[SeenOptimum]:
@@ -240,12 +239,6 @@ def published_optima(model: str, rank: int) -> list[SeenOptimum]:
             where = f"published, {source}: {dataset}{edge}"
             optima.append(SeenOptimum(str(method), grid_rank, lr, None, None, where))
     return optima
-
-
-def _seen(method: str, choice: Choice, where: str) -> SeenOptimum:
-    low, high = (None if pd.isna(end) else _rounded(end) for end in (choice.lr_low, choice.lr_high))
-    edge = "" if choice.resolved else "; not resolved"
-    return SeenOptimum(method, choice.rank, _rounded(choice.lr_opt), low, high, where + edge)
 
 
 def _rounded(lr: float) -> float:

@@ -2,7 +2,7 @@
 
 The learning rates are pooled from all optima that are known: of published sources, of the paper's law as one of them,
 and of your own finished presets (`learning_rates`). What your presets measured on a model of the same family and size,
-and what others published for it, is shown beside them.
+and what others published for it, is shown next to them.
 """
 
 from __future__ import annotations
@@ -86,25 +86,17 @@ class Recommendation:
 
     def plain(self) -> dict[str, Any]:
         """Return the recommendation as plain data for JSON."""
-        model = self.model
+        named = {name: getattr(self.model, name) for name in ("name", "family", "parameters")}
+        settings = {setting.name: asdict(setting) for setting in self.settings}
+        lrs = {lr.method: asdict(lr) for lr in self.lrs}
         return {
-            "model": {
-                "name": model.name,
-                "family": model.family,
-                "parameters": model.parameters,
-                "hidden_size": model.sizes.hidden,
-            },
+            "model": named | {"hidden_size": self.model.sizes.hidden},
             "settings": {
-                setting.name: {field: value for field, value in asdict(setting).items() if field != "name"}
-                for setting in self.settings
+                name: {key: fields[key] for key in fields if key != "name"} for name, fields in settings.items()
             },
             "sources_of_lr": {
-                lr.method: {
-                    "law": lr.law,
-                    "measured_by": lr.measured_by,
-                    "sources": [asdict(part) for part in lr.sources],
-                }
-                for lr in self.lrs
+                method: {key: fields[key] for key in ("law", "measured_by", "sources")}
+                for method, fields in lrs.items()
             },
             "seen": [asdict(seen) for seen in self.seen],
             "notes": list(self.notes),
@@ -146,8 +138,14 @@ def recommend(
     seen, own = measured_optima(model, results)
     optima = [*optima_of_table(pd.read_csv(LR_OPTIMA)), *own]
     lrs = tuple(recommended_lr(optima, model.family, hidden, method, batch, length) for method in ("lora", "fullft"))
-    settings = [
-        *(_lr(lr) for lr in lrs),
+    settings = []
+    for lr in lrs:
+        source = f"pooled over {len(lr.sources)} sources; {PROBABILITY:.0%} interval"
+        source += f"; {lr.measured_by} measured this model" if lr.measured_by else ""
+        settings.append(
+            Setting(f"{lr.method}_lr", f"{TITLES[lr.method]} learning rate", lr.lr, source, lr.low, lr.high)
+        )
+    settings += [
         Setting("rank", "LoRA rank", rank, DOCS),
         Setting("lora_parameters", "LoRA parameters", model.lora_parameters(rank), "counted"),
         Setting("placement", "layers with LoRA", "all, and the unembedding", f"{PAPER}: attention alone is worse"),
@@ -155,48 +153,35 @@ def recommend(
         Setting("schedule", "learning rate over time", "constant, no warm-up", PAPER),
         Setting("batch_size", "batch size", batch, why),
     ]
+    notes = [*outside(optima, model.family, hidden, batch, length), _rl_note(optima, model)]
     bills = _bills(model, data, completion_tokens, examples, batch, rank, checked_gpu(gpu))
     amount = "an epoch" if data or completion_tokens else "a million tokens"
     for method, title in TITLES.items():
-        bill = bills[method]
+        bill, size = bills[method], f"{title}, GB on each GPU"
         if isinstance(bill, TooLargeError):
             no_gpus = f"estimated for up to {_MOST_GPUS:,} x {gpu}"
-            settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", "does not fit", no_gpus))
-            continue
-        source = f"estimated for {bill.gpus} x {gpu}"
-        settings.append(Setting(f"{method}_gigabytes", f"{title}, GB on each GPU", round(bill.memory / GB, 2), source))
-        settings.append(
-            Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {amount}", float(f"{bill.gpu_hours:.2g}"), source)
-        )
-    notes = [
-        *outside(optima, model.family, hidden, batch, length),
-        _rl_note(optima, model),
-        *(_too_large(TITLES[method], gpu, bill) for method, bill in bills.items() if isinstance(bill, TooLargeError)),
-        *_notes(model, rank, length, completion_tokens),
-    ]
+            settings.append(Setting(f"{method}_gigabytes", size, "does not fit", no_gpus))
+            notes.append(_too_large(title, gpu, bill))
+        else:
+            source, hours = f"estimated for {bill.gpus} x {gpu}", float(f"{bill.gpu_hours:.2g}")
+            settings.append(Setting(f"{method}_gigabytes", size, round(bill.memory / GB, 2), source))
+            settings.append(Setting(f"{method}_gpu_hours", f"{title}, GPU-hours of {amount}", hours, source))
+    notes += _notes(model, rank, length, completion_tokens)
     shown = (*seen, *published_optima(model.name, rank))
     return Recommendation(model, rank, batch, tuple(settings), lrs, shown, tuple(notes))
-
-
-def _lr(lr: RecommendedLr) -> Setting:
-    what = f"{TITLES[lr.method]} learning rate"
-    source = f"pooled over {len(lr.sources)} sources; {PROBABILITY:.0%} interval"
-    if lr.measured_by is not None:
-        source += f"; {lr.measured_by} measured this model"
-    return Setting(f"{lr.method}_lr", what, lr.lr, source, lr.low, lr.high)
 
 
 def _rl_note(optima: Sequence[LrOptimum], model: UserModel) -> str:
     """Say what is known of RL, at the batch of the paper and a length within its rule."""
     responses, steps = advice.GROUP_SIZE * advice.PROBLEMS_PER_STEP, min(advice.RL_STEPS)
-    of_methods = []
+    parts = []
     for method in ("lora", "fullft"):
         lr = recommended_lr(optima, model.family, model.sizes.hidden, method, responses, steps, rl=True)
         ends = f"{formats.lr(lr.low, 2)} to {formats.lr(lr.high, 2)}, {len(lr.sources)} sources"
-        of_methods.append(f"{formats.lr(lr.lr, 2)} for {TITLES[method]} ({ends})")
+        parts.append(f"{formats.lr(lr.lr, 2)} for {TITLES[method]} ({ends})")
     return (
         f"In reinforcement learning ({responses} responses a step, {steps} steps) the pooled learning rates are "
-        f"{' and '.join(of_methods)}: sources of RL differ much, so sweep them."
+        f"{' and '.join(parts)}: sources of RL differ much, so sweep them."
     )
 
 

@@ -114,7 +114,7 @@ def _arms(block: Block, protocol: Protocol) -> Iterator[tuple[dict[str, Any], li
 
 
 def _identity(model: ModelSpec, data: str | list[str], protocol: Protocol) -> str:
-    """Return the hash of what determines a run's result beside the other fields of its condition, its LR and seed."""
+    """Return the hash of what determines a run's result besides the other fields of its condition, its LR and seed."""
     # Alpha and epsilon are fields of the condition.
     rules = protocol.model_dump(exclude={"alpha", "eps"})
     return digest([PROTOCOL_VERSION, model_id(model), data, rules])
@@ -140,19 +140,16 @@ def merge_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
     for sweep in sweeps:
         other = merged.get(sweep.condition)
         if other is not None:
+            lattice = sweep.lattice or other.lattice
+            if sweep.lattice and other.lattice:
+                finest = max(other.lattice, sweep.lattice, key=lambda lattice: lattice.per_decade)
+                lattice = replace(finest, further=max(other.lattice.further, sweep.lattice.further))
             sweep = Sweep(
                 sweep.condition,
                 lrs=tuple(sorted({*other.lrs, *sweep.lrs})),
                 seeds=other.seeds.merged(sweep.seeds),
                 experiments=tuple(dict.fromkeys((*other.experiments, *sweep.experiments))),
-                lattice=_finest(other.lattice, sweep.lattice),
+                lattice=lattice,
             )
         merged[sweep.condition] = sweep
     return list(merged.values())
-
-
-def _finest(one: Lattice | None, other: Lattice | None) -> Lattice | None:
-    if one is None or other is None:
-        return one or other
-    further = max(one.further, other.further)
-    return replace(max(one, other, key=lambda lattice: lattice.per_decade), further=further)

@@ -34,29 +34,6 @@ def test_memory_is_what_a_step_takes(name, precision, batch, length):
         assert 1.0 <= estimate / row["peak_mem_bytes"] < 1.1
 
 
-def test_memory_with_checkpoints_is_what_a_step_takes():
-    import torch
-
-    from lorabench.models import bf16_products
-    from lorabench.models.base import load_model
-    from lorabench.models.passes import recompute_activations
-    from lorabench.training.step_cost import _Arm
-
-    bf16_products.choose_faster()
-    spec, protocol = TinyModel(kind="tiny"), Protocol(precision="bf16")
-    preset = load_preset("laptop").model_copy(update={"protocol": protocol})
-    model = load_model(spec)
-    tokens = torch.randint(1024, (2, 8, 128))
-    peaks = []
-    for again in (False, True):
-        if again:
-            recompute_activations(model)
-        peaks.append(_Arm(None, model, tokens[0], tokens[1], protocol).peak_memory())
-        chosen = with_execution(preset, activation_checkpointing=again)
-        assert 1.0 <= step_memory(chosen, dimensions(spec), None, None, 8 * 128, 128).total / peaks[-1] < 1.25
-    assert peaks[1] < peaks[0]
-
-
 @pytest.mark.parametrize(
     ("name", "rank", "precision", "again"),
     [
