@@ -176,7 +176,7 @@ def _draw_thresholds(axes: Axes, rows: pd.DataFrame, styles: Styles) -> None:
     thresholds, slope, held = only(rows, "threshold"), only(rows, "slope"), only(rows, "description_length")
     if thresholds.empty and only(rows, "stays").empty:
         unknown = f"{style.SIGMA} is unknown, so departures\ncannot be distinguished from noise."
-        style.say(axes, "No rank leaves the shared curve." if len(only(rows, "noise_band")) else unknown)
+        style.say(axes, "No rank is known to leave the shared curve." if len(only(rows, "noise_band")) else unknown)
         return
     band(axes, slope, "trainable_params", "tokens_low", "tokens_high", "0.9")
     for element, linestyle in (("slope", "-"), ("proportional", ":")):

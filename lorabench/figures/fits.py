@@ -13,7 +13,7 @@ from lorabench.analysis.arms import ARM, arm_label, arm_table, rows_of, with_arm
 from lorabench.analysis.comparison import Arm, Comparison, Judging, comparisons
 from lorabench.analysis.estimate import Estimate
 from lorabench.analysis.example_losses import ExampleLosses
-from lorabench.analysis.optima import Departure, rank_departures
+from lorabench.analysis.optima import Departure, pair_at_optimum, rank_departures
 from lorabench.figures.grid import PANEL
 from lorabench.store.tables import Tables
 
@@ -101,13 +101,18 @@ def margin_band(comparison: Comparison, rows: pd.DataFrame) -> pd.DataFrame:
 def judged_departures(comparison: Comparison) -> dict[int, Departure]:
     """Return where each LoRA rank leaves the curve of the highest rank, as claim A3 judges it, by rank.
 
-    Ranks are left out where something speaks against a verdict on them, such as too few seeds.
+    Ranks are left out where something speaks against a verdict on them, such as too few seeds or training losses.
     """
     highest = comparison.highest
     if highest is None or comparison.margin.problem:
         return {}
-    departures = rank_departures(comparison).items()
-    return {rank: where for rank, where in departures if not comparison.problems([comparison.lora[rank], highest])}
+    departures = {}
+    for rank, departure in rank_departures(comparison).items():
+        arm = comparison.lora[rank]
+        # Without training losses of both ranks nothing is known of it.
+        if not comparison.problems([arm, highest]) and pair_at_optimum(comparison, arm, highest).n_seeds:
+            departures[rank] = departure
+    return departures
 
 
 def departure_rows(of: Sequence[Comparison], envelope: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

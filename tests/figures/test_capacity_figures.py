@@ -114,6 +114,13 @@ def test_a_rank_that_never_leaves_is_a_triangle():
     assert [line.get_xdata()[0] for line in triangles] == [32_000]
 
 
+def test_without_training_losses_no_departure_is_known():
+    runs, curves = learning().runs, learning().curves
+    figure, plotted = draw("capacity", Tables(runs, curves[curves["split"] == "validation"]))
+    assert not {"departure", "threshold", "stays"} & set(plotted["element"])
+    assert "No rank is known to leave" in texts(figure)
+
+
 def test_the_fitted_line_and_its_interval(drawn):
     figure, plotted = drawn
     threshold, slope = only(plotted, "threshold"), only(plotted, "slope")
