@@ -236,13 +236,13 @@ def draw_memorisation(tables: Tables) -> tuple[Figure, pd.DataFrame]:
     names = {"bits_stored": "bits", "bits_stored_low": "bits_low", "bits_stored_high": "bits_high", "lr_best": "lr"}
     best, seeds = best_stored(facts).rename(columns=names), stored_bits(facts).rename(columns=names)
     at_best = {run_id for run_ids in best["run_ids"] for run_id in run_ids}
-    lines_of_panels = [_per_parameter(panel) for _, panel in best.groupby(PANEL, dropna=False)]
+    per_parameter = [_per_parameter(panel) for _, panel in best.groupby(PANEL, dropna=False)]
     parts = {
         "seed": seeds[seeds["run_id"].isin(at_best)],
         "stored": best,
         "diverged": diverged_runs(facts),
         "entropy": facts.groupby(PANEL, as_index=False, dropna=False).agg(bits=("entropy_bits", "max")),
-        "per_parameter": pd.concat(lines_of_panels),
+        "per_parameter": pd.concat(per_parameter) if per_parameter else pd.DataFrame(),
     }
     plotted = tidy(parts, _STORED)
     figure, drawn = panels(plotted)

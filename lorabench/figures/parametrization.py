@@ -86,8 +86,10 @@ def _rows(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Return what is plotted of one model and dataset."""
     descents = descent_ratios(first_descents(runs, curves)).rename(columns={"ratio": "value", "n_seeds": "n"})
     parts = {"first_descent": descents, **_differences(runs, curves), **_move_times(runs, curves)}
-    parts |= _update_norms(runs, curves) | {"diverged": diverged_runs(runs).assign(arm=None)}
+    parts |= _update_norms(runs, curves) | {"diverged": diverged_runs(runs)}
     rows = tidy({element: part.dropna(axis=1, how="all") for element, part in parts.items()}, _COLUMNS)
+    # No panel draws a run that diverged, so its arm has no entry in the legend.
+    rows.loc[rows["element"] == "diverged", "arm"] = None
     rows = rows.assign(model=runs["model"].iloc[0], dataset=runs["dataset"].iloc[0], method="lora")
     return rows.astype({"n": "Int64", "step": "Int64"})
 

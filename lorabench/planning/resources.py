@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lorabench.config.preset import Preset
 from lorabench.errors import UserError
 from lorabench.models.dimensions import dimensions
-from lorabench.planning.engine import evaluating_memory, handover_bytes, uses_engine
+from lorabench.planning.engine import engine_memory, handover_bytes, uses_engine
 from lorabench.planning.flops import tokens_per_example
 from lorabench.planning.memory import USABLE, gpus_needed, peak_bytes, step_memory, trained_parameters
 from lorabench.planning.plan import Plan
@@ -106,7 +106,7 @@ def evaluation_resources(plan: Plan, job: EvalJob) -> Resources:
     longest = 2 * max((task.mean_tokens for task in evaluation.tasks if task.about == "forgotten"), default=0)
     peak = 6.0 * sizes.parameters + 6.0 * evaluation.batch_size * longest * sizes.vocabulary
     if preset.execution.sampler == "vllm":
-        peak = evaluating_memory(preset, job.model).total
+        peak = engine_memory(preset, job.model).total
     return _on_one(preset, "the evaluation", job.model, peak, evaluation_seconds(preset, job), 20 * MB)
 
 

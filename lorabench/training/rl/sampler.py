@@ -275,8 +275,7 @@ def _attention_mask(owners: Tensor, new_owners: Tensor, shared: bool) -> Tensor:
     """Return the attention mask of new tokens: each attends to the prompt and to its own response."""
     if not shared:
         return owners != _PADDING
-    of_prompt = (owners == _PROMPT)[:, None]
-    return ((owners[:, None] == new_owners[:, :, None]) | of_prompt)[:, None]
+    return ((owners[:, None] == new_owners[:, :, None]) | (owners == _PROMPT)[:, None])[:, None]
 
 
 def _on_device(numbers: np.ndarray, device: torch.device) -> Tensor:

@@ -43,7 +43,8 @@ def engine_settings(context: SweepContext, longest: int, finds_texts: bool) -> E
         finds_texts: whether a text may end a response.
     """
     machine, condition, preset = context.machine, context.sweep.condition, context.plan.preset
-    spec, memory = context.layout.model(condition.model), engine_memory(preset, context.sweep)
+    spec = context.layout.model(condition.model)
+    memory = engine_memory(preset, condition.model, condition)
     location, on_gpu = model_location(spec), machine.device.type == "cuda"
     dtype = "bfloat16" if preset.protocol.precision == "bf16" else "float32"
     max_rank = None if condition.rank is None else max_lora_rank(condition.rank)
